@@ -1,0 +1,58 @@
+# `make` lists what there is. Everything happens inside $(VENV); only Python 3.11 or newer has to be there.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# -qq: silent unless something fails. hatchling comes from the constraints too, hence no build isolation.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
+INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types pytest bench clean distclean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo-installed  ## Make a small world, write its train chips, check them (output: ./demo)
+	@$(BIN)/rasteret-dask demo $(ARGS)
+
+test: lint types pytest  ## Lint, type-check and run the tests
+
+lint: $(VENV)/.test-installed  ## ruff check and ruff format --check
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.test-installed  ## mypy, strict
+	@$(BIN)/mypy
+
+pytest: $(VENV)/.test-installed  ## The tests alone, e.g. make pytest ARGS="-k grid"
+	@$(BIN)/python -m pytest -q --ignore=tests/benchmarks $(ARGS)
+
+bench: $(VENV)/.test-installed  ## The benchmarks: seconds and megabytes
+	@$(BIN)/python -m pytest -q -s -o python_files="bench_*.py test_*.py" tests/benchmarks $(ARGS)
+
+clean:  ## Remove what builds, tests and the demo leave behind
+	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis dask-worker-space
+	find rasteret_dask tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## The same, and the virtual environment
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "rasteret_dask needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>/dev/null || echo not there)."; \
+	  echo "Name another one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version 2>&1)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Python could not create $(VENV). On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+
+$(VENV)/.%-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing rasteret_dask[$*] into $(VENV) (the first time takes a few minutes)"
+	@$(PIP_INSTALL) hatchling editables
+	@$(INSTALL) ".[$*]"
+	@touch $@
+
+.PRECIOUS: $(VENV)/.%-installed

@@ -1,0 +1,110 @@
+"""Areas and points in whatever form the user has them, as WKB in lon/lat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import shapely
+import shapely.geometry
+
+from rasteret_dask.errors import PlanError
+
+__all__ = ["as_area", "as_points", "bbox_of"]
+
+
+def bbox_of(bbox: Sequence[float]) -> tuple[float, float, float, float]:
+    """Check a (west, south, east, north) box in degrees.
+
+    Raises
+    ------
+    PlanError
+        When it is not four finite numbers in order.
+    """
+    try:
+        west, south, east, north = (float(v) for v in bbox)
+    except (TypeError, ValueError) as error:
+        raise PlanError("bbox", repr(bbox), "(west, south, east, north) in degrees") from error
+    ordered = west < east and south < north
+    inside = abs(west) <= 360 and abs(east) <= 360 and abs(south) <= 90 and abs(north) <= 90
+    if not (ordered and inside and np.isfinite([west, south, east, north]).all()):
+        raise PlanError(
+            "bbox", repr(tuple(bbox)), "(west, south, east, north) in degrees, west < east and south < north"
+        )
+    return west, south, east, north
+
+
+def as_area(value: Any) -> str:
+    """Return an area as hex WKB in lon/lat: bbox, shapely, GeoJSON, WKB, a GeoDataFrame, or a sequence of them."""
+    area = shapely.union_all(_shapes(value))
+    if shapely.is_empty(area):
+        raise PlanError("area", repr(value)[:200], "a geometry that is not empty")
+    west, south, east, north = shapely.bounds(area)
+    if abs(south) > 90 or abs(north) > 90 or abs(west) > 360 or abs(east) > 360:
+        raise PlanError("area", f"bounds {west:g}, {south:g}, {east:g}, {north:g}", "degrees of lon/lat (EPSG:4326)")
+    return str(shapely.to_wkb(shapely.make_valid(area), hex=True))
+
+
+def _shapes(value: Any) -> list[Any]:
+    if hasattr(value, "to_crs") and hasattr(value, "geometry"):
+        return list(_lonlat(value).geometry.to_numpy())
+    if isinstance(value, shapely.Geometry):
+        return [value]
+    if isinstance(value, bytes):
+        return [shapely.from_wkb(value)]
+    if isinstance(value, Mapping):
+        if value.get("type") == "FeatureCollection":
+            return [s for f in value["features"] for s in _shapes(f["geometry"])]
+        return [shapely.geometry.shape(value["geometry"] if value.get("type") == "Feature" else value)]
+    if isinstance(value, pa.Array | pa.ChunkedArray):
+        return [s for v in value.to_pylist() for s in _shapes(v)]
+    if isinstance(value, pa.Table):
+        return _shapes(value.column("geometry"))
+    if isinstance(value, Sequence) and len(value) == 4 and all(isinstance(v, int | float | np.number) for v in value):
+        return [shapely.box(*bbox_of(value))]
+    if isinstance(value, Sequence | np.ndarray) and len(value) and not isinstance(value, str):
+        return [s for v in value for s in _shapes(v)]
+    raise PlanError("area", repr(value)[:200], "a bbox, shapely, GeoJSON, WKB, GeoDataFrame, or several of them")
+
+
+def _lonlat(frame: Any) -> Any:
+    if frame.crs is None:
+        raise PlanError("geometries of a GeoDataFrame", "no CRS", "a CRS", "Set it: gdf.set_crs(4326).")
+    return frame.to_crs(4326)
+
+
+def as_points(value: Any) -> pa.Table:
+    """Return a table of windows to come: ``geometry`` (WKB, lon/lat), ``__index__``, and the user's columns.
+
+    Raises
+    ------
+    PlanError
+        When there is no geometry, or no row.
+    """
+    if hasattr(value, "to_crs") and hasattr(value, "geometry"):
+        frame = _lonlat(value)
+        plain = frame.drop(columns=frame.geometry.name)
+        table = pa.Table.from_pandas(plain, preserve_index=False).replace_schema_metadata(None)
+        wkb = pa.array(shapely.to_wkb(np.asarray(frame.geometry.to_numpy())), pa.binary())
+        table = table.append_column("geometry", wkb)
+        index = [str(i) for i in frame.index]
+    elif isinstance(value, pa.Table) and "geometry" in value.column_names:
+        table = value.replace_schema_metadata(None)
+        index = [str(i) for i in range(value.num_rows)]
+    elif isinstance(value, Sequence) and value:
+        shapes = [shapely.Point(v) if _is_pair(v) else _shapes(v)[0] for v in value]
+        table = pa.table({"geometry": pa.array(shapely.to_wkb(shapes), pa.binary())})
+        index = [str(i) for i in range(len(shapes))]
+    else:
+        raise PlanError("chips(at=)", type(value).__name__, "a GeoDataFrame, a table with WKB geometry, or points")
+    if not table.num_rows:
+        raise PlanError("chips(at=)", "no row", "at least one point")
+    if len(set(index)) != len(index):
+        raise PlanError("chips(at=)", "an index value that stands twice", "a unique index", "Call reset_index().")
+    return table.append_column("__index__", pa.array(index))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, int | float) for v in value)

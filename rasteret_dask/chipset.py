@@ -1,0 +1,269 @@
+"""A lazy set of chips: split, filter and select them, look at the plan, write them out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xarray as xr
+from dask.delayed import Delayed
+from dask.highlevelgraph import HighLevelGraph
+from distributed import Client
+
+from rasteret_dask import audit, explain, geoparquet
+from rasteret_dask.chips import ChipSet, plan_chips
+from rasteret_dask.errors import PlanError
+from rasteret_dask.job import Job, Output, freeze
+from rasteret_dask.lazy import radiometry_of
+from rasteret_dask.outputs import to_xarray
+from rasteret_dask.plan import (
+    OPERATORS,
+    Function,
+    Keep,
+    Map,
+    Node,
+    Predicate,
+    Sample,
+    Select,
+    Split,
+    SplitSpec,
+    WithTable,
+)
+from rasteret_dask.run import delayed_zarr, run_zarr
+from rasteret_dask.scan import Table
+from rasteret_dask.shards import lower, outputs_of
+from rasteret_dask.write import Layout
+
+__all__ = ["Chips"]
+
+
+class Chips:
+    """An immutable, lazy set of chips, made by :meth:`Collection.chips`.
+
+    Parameters
+    ----------
+    plan
+        The steps so far.
+    tables
+        The tables that the plan names.
+    functions
+        The user's functions that the plan names.
+    """
+
+    def __init__(
+        self, plan: Node, tables: Mapping[str, Table], functions: Mapping[Function, Callable[..., Any]] | None = None
+    ) -> None:
+        self.plan = plan
+        self._tables = dict(tables)
+        self._functions = dict(functions or {})
+
+    # Steps
+
+    def split(
+        self,
+        train: float = 0.7,
+        val: float = 0.15,
+        test: float = 0.15,
+        *,
+        seed: int = 0,
+        by: str = "ground",
+        buffer_m: float = 0.0,
+        boundary: str = "drop",
+    ) -> Chips:
+        """Give each chip a split, so that the same ground always lands in the same one.
+
+        Parameters
+        ----------
+        train, val, test
+            Shares that sum to 1.
+        seed
+            Another seed deals the ground out anew.
+        by
+            ``"ground"`` (a hash of the split cell), ``"geometry"`` (md5 of the records' footprints, as published
+            guides do; leaks, and ignores the seed), or a column of the chip table.
+        buffer_m
+            Drop val and test chips nearer than this to train.
+        boundary
+            What happens to windows that touch two splits: ``"drop"``, or ``"centre"`` decides by their centre.
+        """
+        ratios = (("train", float(train)), ("val", float(val)), ("test", float(test)))
+        return self._with(Split(self.plan, SplitSpec(ratios, seed, by, float(buffer_m), boundary)))
+
+    def select(self, *splits: str) -> Chips:
+        """Keep the chips of these splits."""
+        if not splits:
+            raise PlanError("select", "no split", "at least one, such as select('train')")
+        return self._with(Select(self.plan, splits))
+
+    def filter(self, *predicates: Predicate | Any, **columns: Any) -> Chips:
+        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
+        if len(predicates) == 3 and all(not isinstance(p, tuple) for p in predicates[:2]):
+            predicates = (predicates,)
+        equal = [(n, "in" if isinstance(v, list | tuple | set) else "==", _plain(v)) for n, v in columns.items()]
+        for p in predicates:
+            if not (isinstance(p, tuple) and len(p) == 3 and p[1] in OPERATORS):
+                raise PlanError("filter", repr(p), "a triple (column, operator, value)")
+        return self._with(Keep(self.plan, (*predicates, *equal)))
+
+    def sample(self, n: int, seed: int = 0, by: str | None = None) -> Chips:
+        """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
+        return self._with(Sample(self.plan, n, seed, by))
+
+    def map(
+        self, function: Callable[[xr.DataArray], xr.DataArray], *, source: str | None = None, version: str | None = None
+    ) -> Chips:
+        """Apply a function to the chips of each group: a DataArray (chip, time, band, y, x); see Collection.map."""
+        known = Function.of(function, version)
+        return Chips(Map(self.plan, known, source), self._tables, {**self._functions, known: function})
+
+    def with_table(self, table: pa.Table) -> Chips:
+        """Keep the chips of a table that :meth:`save` wrote (or ``.table`` gave), with its further columns."""
+        from rasteret_dask.collection import _content_token
+
+        token = _content_token(table)
+        return Chips(WithTable(self.plan, token), {**self._tables, token: table}, self._functions)
+
+    # What it is
+
+    @cached_property
+    def _unselected(self) -> ChipSet:
+        """The planned chips before trailing selects: they number the shards."""
+        node = self.plan
+        while isinstance(node, Select):
+            node = node.child
+        return plan_chips(node, self._tables)
+
+    @cached_property
+    def planned(self) -> ChipSet:
+        """The planned chips: the chip table and what it was made from."""
+        if not isinstance(self.plan, Select):
+            return self._unselected
+        return plan_chips(self.plan, self._tables)
+
+    @property
+    def table(self) -> pa.Table:
+        """The chip table: one row per chip, CHIP_SCHEMA and the user's further columns."""
+        return self.planned.table
+
+    def to_geopandas(self) -> Any:
+        """Return the chip table as a GeoDataFrame in lon/lat, without ``feeds``."""
+        import geopandas
+        import shapely
+
+        plain = self.table.drop_columns(["feeds", "geometry"]).to_pandas()
+        wkb = self.table.column("geometry").to_numpy(zero_copy_only=False)
+        return geopandas.GeoDataFrame(plain, geometry=shapely.from_wkb(wkb), crs=4326)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the chip table as GeoParquet."""
+        geoparquet.write(self.table, path)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def explain(self) -> explain.Explanation:
+        """Say what the job will do, before anything is read."""
+        return explain.explain(self.planned, self.job, self._layout.outputs)
+
+    def audit(self) -> audit.Audit:
+        """Check the splits: ratios, losses, overlaps (must be 0) and distances, over all splits of the plan."""
+        return audit.audit(self._unselected)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the map of chips, coloured by split."""
+        from rasteret_dask.plot import plot_chips
+
+        return plot_chips(self.table, ax=ax)
+
+    # Exits
+
+    @cached_property
+    def job(self) -> Job:
+        """The frozen plan: shards, the records they need, and their keys."""
+        job = freeze(self._unselected)
+        if not isinstance(self.plan, Select):
+            return job
+        chosen = set(self.planned.table.column("split").to_pylist())
+        return replace(job, hierarchies=tuple(h for h in job.hierarchies if h.split in chosen))
+
+    @property
+    def dask(self) -> HighLevelGraph:
+        """The graph: one named Blockwise layer per step; culled to the selected shards."""
+        return lower(self.job, self._functions).culled()
+
+    @cached_property
+    def _layout(self) -> Layout:
+        attrs = {}
+        for source in self.planned.sources:
+            attrs[source.plan.name] = {
+                "units": source.plan.units,
+                "radiometry": radiometry_of(source),
+                "mask": list(source.plan.mask),
+                "pick": source.plan.pick,
+                "resolution": source.plan.resolution,
+            }
+        return Layout(self.job, outputs_of(self.job, self._functions), attrs)
+
+    def to_xarray(self) -> xr.Dataset | xr.DataTree:
+        """Return the chips lazily: a Dataset, or a DataTree with a node a source.
+
+        Each has ``pixels`` (chip, time, band, y, x), and ``valid`` (chip, time, y, x) where pixels are integers.
+        """
+        return to_xarray(self._layout, self._functions)
+
+    def to_zarr(
+        self,
+        store: str | os.PathLike[str],
+        client: Client | str | None = None,
+        compute: bool = True,
+        progress: bool = True,
+    ) -> Delayed | None:
+        """Write the chips to a sharded Zarr v3 store on a Dask cluster; a rerun does what is missing.
+
+        Parameters
+        ----------
+        store
+            A local path or a URL of an object store.
+        client
+            A Dask client or a scheduler's address; None: the current client, else a cluster of this machine's size.
+        compute
+            False returns a lazy object: ``.compute()`` on any Dask scheduler writes and commits.
+        progress
+            Show how many shards are written.
+
+        Raises
+        ------
+        StoreError
+            When the store holds something else.
+        JobError
+            When shards failed; the others are written, and a rerun does only those.
+        """
+        place = os.fspath(store)
+        url = place if "://" in place else os.path.abspath(place)
+        if not compute:
+            return delayed_zarr(self._layout, url, self._functions)
+        run_zarr(self._layout, url, self._functions, client, progress)
+        return None
+
+    def _with(self, plan: Node) -> Chips:
+        return Chips(plan, self._tables, self._functions)
+
+    def __repr__(self) -> str:
+        from rasteret_dask.collection import _tree
+
+        return "<Chips>\n" + "\n".join(_tree(self.plan))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple | set):
+        return tuple(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+_ = Sequence
+_ = Output  # type: ignore[assignment]

@@ -1,0 +1,589 @@
+"""The face: verbs that add a step to a plan, and the exits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import shapely
+import xarray as xr
+
+from rasteret_dask import geoparquet
+from rasteret_dask.areas import as_area, as_points, bbox_of
+from rasteret_dask.chipset import Chips
+from rasteret_dask.errors import PlanError, SourceError
+from rasteret_dask.lazy import harmonized_cube, native_grid
+from rasteret_dask.optimize import optimize
+from rasteret_dask.plan import (
+    Chips as ChipsNode,
+)
+from rasteret_dask.plan import (
+    ChipSpec,
+    Filter,
+    Function,
+    Harmonize,
+    HarmonizeSpec,
+    Join,
+    Map,
+    Merge,
+    Node,
+    Predicate,
+    Sample,
+    Source,
+    leaves,
+)
+from rasteret_dask.records import Records, conform
+from rasteret_dask.resolve import evaluate, resolve_source
+from rasteret_dask.scan import Table
+from rasteret_dask.sources import read_items, read_table
+from rasteret_dask.stac import items_to_table
+from rasteret_dask.tables import table_to_records
+from rasteret_dask.timing import half_open
+
+__all__ = ["Collection", "as_collection", "build_from_stac", "build_from_table", "join", "load", "merge"]
+
+
+class Collection:
+    """An immutable, lazy set of records, plus what has been asked of them.
+
+    Collections are made by :func:`build_from_stac`, :func:`build_from_table`, :func:`as_collection` and
+    :func:`load`; every verb returns a new one, and nothing is read before an exit is called.
+
+    Parameters
+    ----------
+    plan
+        The steps so far.
+    tables
+        The record tables that the plan's sources name.
+    functions
+        The user's functions that the plan names.
+    """
+
+    def __init__(
+        self, plan: Node, tables: Mapping[str, Table], functions: Mapping[Function, Callable[..., Any]] | None = None
+    ) -> None:
+        self.plan = plan
+        self._tables = dict(tables)
+        self._functions = dict(functions or {})
+
+    # Steps on records
+
+    def subset(
+        self,
+        *,
+        bbox: Sequence[float] | None = None,
+        date_range: Sequence[str | None] | str | None = None,
+        cloud_cover_lt: float | None = None,
+        geometries: Any = None,
+        **columns: Any,
+    ) -> Collection:
+        """Keep the records that fulfil all conditions.
+
+        Parameters
+        ----------
+        bbox
+            (west, south, east, north) in degrees: records whose own box touches it.
+        date_range
+            (start, end) as ISO 8601, the last day included; either may be None. Sets the range of time slots.
+        cloud_cover_lt
+            Percent; records without a figure are left out.
+        geometries
+            Anything with a footprint in lon/lat: shapely, GeoJSON, WKB, a GeoDataFrame, or a sequence of them.
+        **columns
+            Equality on any column or STAC property; a list or tuple means any of its values.
+        """
+        where: list[Predicate] = []
+        if bbox is not None:
+            where.append(("bbox", "intersects", bbox_of(bbox)))
+        if date_range is not None:
+            where.append(("datetime", "overlaps", half_open(date_range)))
+        if cloud_cover_lt is not None:
+            if not 0 <= cloud_cover_lt <= 100:
+                raise PlanError("subset(cloud_cover_lt=)", repr(cloud_cover_lt), "a percentage from 0 to 100")
+            where.append(("eo:cloud_cover", "<", float(cloud_cover_lt)))
+        if geometries is not None:
+            where.append(("geometry", "intersects", as_area(geometries)))
+        where += [_equal(name, value) for name, value in columns.items()]
+        return self._with(Filter(self.plan, tuple(where)))
+
+    def where(self, *predicates: Predicate | str | Any, **columns: Any) -> Collection:
+        """Keep the records that fulfil all predicates.
+
+        Parameters
+        ----------
+        *predicates
+            Triples ``("eo:cloud_cover", "<", 20)``, or one triple's three parts.
+        **columns
+            Equality on columns; ``readable=True`` keeps records whose needed headers were all readable.
+        """
+        return self._with(Filter(self.plan, (*_triples(predicates), *(_equal(n, v) for n, v in columns.items()))))
+
+    def select_split(self, split: str, *, split_column: str = "split") -> Collection:
+        """Keep the records whose column ``split_column`` holds ``split``."""
+        return self.where((split_column, "==", split))
+
+    def sample(self, n: int, seed: int = 0, by: str | None = None) -> Collection:
+        """Keep ``n`` records by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
+        return self._with(Sample(self.plan, n, seed, by))
+
+    # Steps on pixels
+
+    def harmonize(
+        self,
+        bands: Sequence[str] | None = None,
+        *,
+        units: str = "auto",
+        resolution: float | None = None,
+        resampling: str | None = None,
+        mask: str | Sequence[str] | None = None,
+        time: str | None = None,
+        pick: str | None = None,
+        dtype: str | None = None,
+    ) -> Collection:
+        """Give all records the same bands, units, grid and time axis.
+
+        Parameters
+        ----------
+        bands
+            Common names or the sensors' own codes; None: the bands that all members share.
+        units
+            ``"reflectance"`` (DN x scale + offset of each record), ``"embedding"`` (dequantized, unit length),
+            ``"raw"``, or ``"auto"``: by the role of the bands.
+        resolution
+            Metres a pixel; None: the first member's own.
+        resampling
+            ``"nearest"``, ``"bilinear"``, ``"cubic"``, ``"average"`` or ``"mode"``; None: nearest for classes and
+            embeddings, bilinear upwards, average downwards. Quality bands are always nearest.
+        mask
+            ``"clouds"`` (and their shadows), ``"snow"``, ``"water"``: pixels made invalid.
+        time
+            Length of a slot as a pandas offset (``"1MS"``, ``"10D"``); None: a chip is one acquisition.
+        pick
+            Which acquisition fills a slot: ``"closest"`` to its middle (default), ``"first"``, ``"last"``,
+            ``"least_cloudy"``, ``"clearest"``, or a composite: ``"median"``, ``"mean"``.
+        dtype
+            ``"uint16"`` or ``"int16"`` stores reflectance x 1e4; None: float32.
+        """
+        spec = HarmonizeSpec(
+            bands=None if bands is None else tuple([bands] if isinstance(bands, str) else bands),
+            units=units,
+            resolution=resolution,
+            resampling=resampling,
+            mask=None if mask is None else (mask,) if isinstance(mask, str) else tuple(mask),
+            time=time,
+            pick=pick,
+            dtype=dtype,
+        )
+        return self._with(Harmonize(self.plan, spec))
+
+    def map(
+        self, function: Callable[[xr.DataArray], xr.DataArray], *, source: str | None = None, version: str | None = None
+    ) -> Collection:
+        """Apply a function of your own to the chips of each group: a DataArray (chip, time, band, y, x).
+
+        Parameters
+        ----------
+        function
+            Gets and returns a DataArray with these five dimensions and the same chips.
+        source
+            Of a join: the source it applies to.
+        version
+            What the function is known by; None: its module, name and source text.
+        """
+        known = Function.of(function, version)
+        return Collection(Map(self.plan, known, source), self._tables, {**self._functions, known: function})
+
+    def merge(self, *others: Collection) -> Collection:
+        """Return the union of this and other collections, as one source."""
+        return merge(self, *others)
+
+    def __or__(self, other: Collection) -> Collection:
+        return merge(self, other)
+
+    def join(self, **others: Collection) -> Collection:
+        """Put other collections beside this one, each a variable of its own on the same ground."""
+        return join(**{self.name: self}, **others)
+
+    def __and__(self, other: Collection) -> Collection:
+        return join(**{self.name: self, other.name: other})
+
+    def chips(
+        self,
+        size: int,
+        stride: int | None = None,
+        *,
+        aoi: Any = None,
+        at: Any = None,
+        grid: Any = "zone",
+        cell_km: float = 15.36,
+        min_coverage: float = 1.0,
+        min_slots: int = 1,
+        reference: str | None = None,
+    ) -> Chips:
+        """Lay chips over the ground that every source covers.
+
+        Parameters
+        ----------
+        size, stride
+            Pixels of the reference source; ``stride=None`` means side by side.
+        aoi
+            An area in lon/lat: bbox, shapely, GeoJSON, WKB, or a GeoDataFrame.
+        at
+            Points or polygons (a GeoDataFrame, or an Arrow table with WKB): one window each, its columns travel.
+        grid
+            ``"zone"`` (the fixed lattice of each UTM zone), ``"tiles"`` (the source's own tiles), or a GeoBox.
+        cell_km
+            Side of a split cell.
+        min_coverage
+            Share of a chip that the records of a slot must cover together.
+        min_slots
+            Slots that must have records, in every source.
+        reference
+            Of a join: the source whose pixels stay native; None: the first.
+        """
+        tables = dict(self._tables)
+        token = None
+        if at is not None:
+            points = as_points(at)
+            token = _content_token(points)
+            tables[token] = points
+        spec = ChipSpec(
+            size=size,
+            stride=size if stride is None else stride,
+            grid=grid if isinstance(grid, str) else _geobox(grid),
+            cell_km=cell_km,
+            min_coverage=min_coverage,
+            min_slots=min_slots,
+            reference=reference,
+            aoi=None if aoi is None else as_area(aoi),
+            at=token,
+        )
+        return Chips(ChipsNode(self.plan, spec), tables, self._functions)
+
+    # Exits
+
+    def cube(
+        self,
+        bands: Sequence[str] | None = None,
+        *,
+        resolution: float | None = None,
+        bounds: tuple[float, float, float, float] | None = None,
+        bounds_latlon: tuple[float, float, float, float] | None = None,
+        epsg: int | None = None,
+        min_coverage: float = 0.0,
+        chunks: int = 1024,
+    ) -> xr.DataArray:
+        """Return a lazy cube (time, band, y, x), built with stackstac, on the records' own grid.
+
+        Parameters
+        ----------
+        bands, resolution
+            As in :meth:`harmonize`; without a harmonize step values stay raw.
+        bounds
+            (xmin, ymin, xmax, ymax) in the cube's CRS, taken exactly.
+        bounds_latlon
+            (west, south, east, north) in degrees, widened to whole pixels of the records' grid.
+        epsg
+            The cube's CRS; None: that of the records.
+        min_coverage
+            Leave out acquisitions (or empty slots) that cover a smaller share of the bounds.
+        chunks
+            Side of a Dask chunk, pixels.
+
+        Raises
+        ------
+        GridError
+            When the records lie in several CRSs and no ``epsg`` is given: see :meth:`cubes`.
+        """
+        if isinstance(self.plan, Join):
+            raise PlanError("cube", "a join of several sources", "one source", "Take the cube of one of them.")
+        plan = self.plan
+        if bands is not None or resolution is not None:
+            own = None if bands is None else tuple(bands)
+            plan = Harmonize(plan, HarmonizeSpec(bands=own, resolution=resolution))
+        source = resolve_source(self.name, evaluate(optimize(plan), self._tables))
+        if source.plan.maps:
+            raise PlanError("cube", "a map step, which works on chips", "no map", "Apply the function to the cube.")
+        grid, shape = native_grid(source, epsg, bounds, bounds_latlon)
+        return harmonized_cube(source, grid, shape, min_coverage, chunks)
+
+    def cubes(self, bands: Sequence[str] | None = None, *, resolution: float | None = None) -> xr.DataTree:
+        """Return one cube per CRS of the records, as a DataTree with a node ``epsg_32633`` each."""
+        codes = sorted({int(c) for m in evaluate(self.plan, self._tables) for c in Records(m.table).epsg})
+        nodes = {}
+        for code in codes:
+            own = Collection(Filter(self.plan, (("proj:epsg", "==", code),)), self._tables)
+            cube = own.cube(bands, resolution=resolution, epsg=code)
+            nodes[f"/epsg_{code}"] = cube.to_dataset(name="pixels")
+        return xr.DataTree.from_dict(nodes, name=self.name)
+
+    def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the records as an Arrow table: RECORD_SCHEMA and the user's further columns."""
+        tables = [m.table for m in evaluate(optimize(self.plan), self._tables)]
+        whole = tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="default")
+        return whole if columns is None else whole.select(list(columns))
+
+    @property
+    def dataset(self) -> pads.Dataset:
+        """The records as a pyarrow Dataset."""
+        if isinstance(self.plan, Source) and not self.plan.where:
+            return pads.dataset(self._tables[self.plan.token])
+        return pads.dataset(self.to_table())
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write the records as one GeoParquet file; :func:`load` reads it back."""
+        geoparquet.write(self.to_table(), path)
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        return self.to_table().__arrow_c_stream__(requested_schema)
+
+    def __len__(self) -> int:
+        return self.to_table(["id"]).num_rows
+
+    @cached_property
+    def name(self) -> str:
+        """What the collection is called: its source's name, or its members' joined by ``+``."""
+        return "+".join(dict.fromkeys(source.name for source in leaves(self.plan)))
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Every band that some record has."""
+        return tuple(dict.fromkeys(b for m in evaluate(self.plan, self._tables) for b in Records(m.table).bands))
+
+    def _with(self, plan: Node) -> Collection:
+        return Collection(plan, self._tables, self._functions)
+
+    def __repr__(self) -> str:
+        return f"<Collection {self.name}>\n" + "\n".join(_tree(self.plan))
+
+
+def _tree(node: Node, depth: int = 0) -> Iterator[str]:
+    from rasteret_dask.plan import children, to_json
+
+    said = {k: v for k, v in to_json(node).items() if k not in ("type", "child", "children", "token") and v}
+    shown = ", ".join(f"{k}={v}" for k, v in said.items())
+    yield f"{'  ' * depth}{type(node).__name__.lower()}({shown[:160]})"
+    for child in children(node):
+        yield from _tree(child, depth + 1)
+
+
+def merge(*collections: Collection) -> Collection:
+    """Return the union of collections as one source; the ``source`` coordinate tells where a pixel came from.
+
+    Raises
+    ------
+    PlanError
+        When fewer than one is given, or one of them is a join.
+    """
+    if not collections:
+        raise PlanError("merge", "no collection", "at least one")
+    for c in collections:
+        if isinstance(c.plan, Join):
+            raise PlanError(f"merge of {c.name!r}", "a join", "collections of records", "Merge before you join.")
+    tables, functions = _together(collections)
+    plans = tuple(c.plan for c in collections)
+    return Collection(plans[0] if len(plans) == 1 else Merge(plans), tables, functions)
+
+
+def join(**sources: Collection) -> Collection:
+    """Put collections side by side over the same ground, each a variable of its own, called by its keyword."""
+    if not sources:
+        raise PlanError("join", "no source", "at least one: join(optical=..., embeddings=...)")
+    for name, c in sources.items():
+        if isinstance(c.plan, Join):
+            raise PlanError(f"join of {name!r}", "a join", "single sources", "Name all sources in one join.")
+    tables, functions = _together(tuple(sources.values()))
+    return Collection(Join(tuple(sources), tuple(c.plan for c in sources.values())), tables, functions)
+
+
+def _together(
+    collections: Sequence[Collection],
+) -> tuple[dict[str, Table], dict[Function, Callable[..., Any]]]:
+    tables: dict[str, Table] = {}
+    functions: dict[Function, Callable[..., Any]] = {}
+    for c in collections:
+        tables |= c._tables
+        functions |= c._functions
+    return tables, functions
+
+
+def build_from_stac(
+    source: Any = None,
+    *,
+    name: str,
+    stac_api: str | None = None,
+    collection: str | None = None,
+    dataset: str | None = None,
+    bands: Sequence[str] | None = None,
+    bbox: Sequence[float] | None = None,
+    date_range: Sequence[str | None] | str | None = None,
+    headers: bool = True,
+) -> Collection:
+    """Build a collection from STAC items; COG headers are read once, concurrently, and kept in the rows.
+
+    Parameters
+    ----------
+    source
+        pystac items or dicts, an ItemCollection (object, path or URL), a static catalog (path or URL), or STAC
+        GeoParquet (path or table). None: search ``stac_api``.
+    name
+        What the collection is called.
+    stac_api, collection
+        Root of a STAC API, and the collection to search there; needs ``bbox`` and ``date_range``.
+    dataset
+        Name of a known dataset (see ``bands.DATASETS``) where the items' collection does not say it.
+    bands
+        Keep only these; None: all raster bands.
+    bbox, date_range
+        Keep only items that touch them; the last day is included.
+    headers
+        False leaves headers unread: planning works from the items' own ``proj:`` fields, as far as they go.
+
+    Raises
+    ------
+    SourceError, TrustError, BandError, SchemaError
+        When items are broken, name places they must not, or lack a band.
+    """
+    span = half_open(date_range)
+    box = None if bbox is None else bbox_of(bbox)
+    if stac_api is not None:
+        items = read_items(_search(stac_api, collection, box, span), remote=True)
+    elif source is None:
+        raise SourceError(f"collection {name!r}", "neither a source nor a stac_api", "one of them")
+    else:
+        items = read_items(source)
+    within = None if span == (None, None) else span
+    table = items_to_table(
+        items, name=name, bands=bands, dataset=dataset, headers=headers, bbox=box, date_range=within
+    )
+    made = as_collection(table, name=name)
+    where: tuple[Predicate, ...] = () if within is None else (("datetime", "overlaps", within),)
+    assert isinstance(made.plan, Source)
+    return Collection(replace(made.plan, where=where), made._tables)
+
+
+def _search(
+    stac_api: str, collection: str | None, bbox: tuple[float, ...] | None, span: tuple[str | None, str | None]
+) -> list[dict[str, Any]]:
+    from pystac_client import Client
+    from pystac_client.exceptions import APIError
+
+    if collection is None or bbox is None or span == (None, None):
+        raise SourceError(f"search of {stac_api}", "no collection, bbox or date_range", "all three of them")
+    window = "/".join(part or ".." for part in span)
+    try:
+        search = Client.open(stac_api).search(collections=[collection], bbox=list(bbox), datetime=window)
+        return list(search.items_as_dicts())
+    except APIError as error:
+        raise SourceError(f"search of {stac_api}", str(error), "an answer of a STAC API") from error
+
+
+def build_from_table(
+    table: Any,
+    *,
+    name: str,
+    dataset: str | None = None,
+    column_map: Mapping[str, str] | None = None,
+    headers: bool = True,
+) -> Collection:
+    """Build a collection from any Arrow or Parquet table with ``id, datetime, geometry, assets``.
+
+    Parameters
+    ----------
+    table
+        An Arrow table, or the path or URL of a Parquet file.
+    name
+        What the collection is called.
+    dataset
+        Name of a known dataset where the ``collection`` column does not say it.
+    column_map
+        {your column: our column}.
+    headers
+        Read the headers of assets that have none in the table.
+    """
+    return as_collection(
+        table_to_records(table, name=name, dataset=dataset, column_map=column_map, headers=headers), name=name
+    )
+
+
+def as_collection(table: pa.Table | pads.Dataset, *, name: str) -> Collection:
+    """Wrap a record table or dataset; nothing is read again.
+
+    Raises
+    ------
+    SchemaError
+        When it does not have the columns of RECORD_SCHEMA.
+    """
+    if isinstance(table, pads.Dataset):
+        return Collection(Source(name, _dataset_token(table)), {_dataset_token(table): table})
+    records = conform(table, name)
+    token = _content_token(records)
+    return Collection(Source(name, token), {token: records})
+
+
+def load(path: str | os.PathLike[str], name: str | None = None) -> Collection:
+    """Load records that :meth:`Collection.export` wrote, or any Parquet file in RECORD_SCHEMA; filters go to the scan."""
+    place = os.fspath(path)
+    called = name or os.path.splitext(os.path.basename(place))[0]
+    if os.path.exists(place):
+        return as_collection(pads.dataset(place), name=called)
+    return as_collection(read_table(place), name=called)
+
+
+def _content_token(table: pa.Table) -> str:
+    sink = hashlib.sha256()
+    for batch in table.to_batches():
+        for column in batch.columns:
+            for buffer in column.buffers():
+                if buffer is not None:
+                    sink.update(buffer)
+        sink.update(str(batch.num_rows).encode())
+    sink.update(str(table.schema.names).encode())
+    return sink.hexdigest()[:32]
+
+
+def _dataset_token(dataset: pads.Dataset) -> str:
+    parts = [str(dataset.schema)]
+    for path in getattr(dataset, "files", []):
+        info = dataset.filesystem.get_file_info(path)
+        parts.append(f"{path}|{info.size}|{info.mtime_ns}")
+    if len(parts) == 1:
+        return _content_token(dataset.to_table())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _equal(column: str, value: Any) -> Predicate:
+    if isinstance(value, list | tuple | set):
+        return (column, "in", tuple(value))
+    return (column, "==", value.item() if isinstance(value, np.generic) else value)
+
+
+def _triples(predicates: tuple[Any, ...]) -> tuple[Predicate, ...]:
+    from rasteret_dask.plan import OPERATORS
+
+    if len(predicates) == 3 and all(not isinstance(p, tuple) for p in predicates[:2]):
+        predicates = (predicates,)
+    for p in predicates:
+        if not (isinstance(p, tuple) and len(p) == 3 and isinstance(p[0], str) and p[1] in OPERATORS):
+            raise PlanError("filter", repr(p), f"a triple (column, operator, value), operator one of {', '.join(OPERATORS)}")
+    return tuple(predicates)
+
+
+def _geobox(grid: Any) -> str:
+    crs, transform, shape = (getattr(grid, n, None) for n in ("crs", "transform", "shape"))
+    if crs is None or transform is None or shape is None:
+        raise PlanError("chips(grid=)", repr(grid), "'zone', 'tiles' or a GeoBox with a CRS")
+    if transform.b or transform.d or abs(transform.a + transform.e) > 1e-12 * abs(transform.a):
+        raise PlanError("chips(grid=)", repr(transform), "a north-up GeoBox with square pixels")
+    return f"{int(crs.to_epsg())},{transform.c!r},{transform.f!r},{transform.a!r},{shape[1]},{shape[0]}"
+
+
+_ = (pq, shapely)

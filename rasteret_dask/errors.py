@@ -1,0 +1,94 @@
+"""One tree of errors, each carrying the id of what failed, what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BandError",
+    "GridError",
+    "JobError",
+    "PlanError",
+    "RasteretDaskError",
+    "ReadError",
+    "SchemaError",
+    "SourceError",
+    "StoreError",
+    "TrustError",
+    "UnreadableAssetsError",
+]
+
+
+class RasteretDaskError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Parameters
+    ----------
+    subject
+        What was being done, and to which record, asset, chip, step or store.
+    found
+        What was found.
+    expected
+        What was expected instead; may be empty.
+    remedy
+        What to do about it; may be empty.
+
+    Notes
+    -----
+    The four fields are the exception's ``args``, so every subclass pickles and reaches the client whole.
+    """
+
+    def __init__(self, subject: str, found: str, expected: str = "", remedy: str = "") -> None:
+        super().__init__(subject, found, expected, remedy)
+        self.subject = subject
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        text = f"{self.subject}: found {self.found}"
+        if self.expected:
+            text += f"; expected {self.expected}"
+        if self.remedy:
+            text += f". {self.remedy}"
+        return text
+
+
+class PlanError(RasteretDaskError, ValueError):
+    """A step of the plan cannot be carried out as it was asked."""
+
+
+class SchemaError(RasteretDaskError, ValueError):
+    """A table does not have the columns or types its contract asks for."""
+
+
+class BandError(RasteretDaskError, KeyError):
+    """A band was asked for that a collection does not have, or that its name does not settle."""
+
+    __str__ = RasteretDaskError.__str__
+
+
+class GridError(RasteretDaskError, ValueError):
+    """Sizes, resolutions or coordinate systems do not fit each other."""
+
+
+class SourceError(RasteretDaskError, ValueError):
+    """STAC items, a catalog or a table could not be turned into records."""
+
+
+class TrustError(SourceError):
+    """A record names a place that its origin must not name (a local path in a remote catalog, say)."""
+
+
+class UnreadableAssetsError(RasteretDaskError):
+    """The plan needs assets whose headers could not be read; lists all of them."""
+
+
+class ReadError(RasteretDaskError):
+    """The pixels of an asset could not be read."""
+
+
+class StoreError(RasteretDaskError):
+    """The output store holds something else, or cannot be written."""
+
+
+class JobError(RasteretDaskError):
+    """Some shards failed; the others are written, the store is not committed, and a rerun does only those."""

@@ -1,0 +1,312 @@
+"""The candidate windows of a plan: lattice cells, the cells of a source's tiles or a GeoBox, or windows at points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import shapely
+from numpy.typing import NDArray
+
+from rasteret_dask.coverage import Outlines
+from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.grid import Lattice, northern, snap, transformer, utm_zone, zone_epsg
+from rasteret_dask.plan import ChipSpec
+
+__all__ = ["Frame", "candidates", "lonlat"]
+
+SHARED_WITH_AREA = 1e-3
+"""A cell belongs to an area of interest when more than this share of it lies inside."""
+
+Phase: TypeAlias = dict[int, tuple[float, float]]
+Box: TypeAlias = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Candidate windows; all arrays have one entry per window."""
+
+    epsg: NDArray[np.int64]
+    bounds: NDArray[np.float64]
+    """Shape (window, 4): xmin, ymin, xmax, ymax, on pixel edges of the reference source."""
+    row: NDArray[np.int64]
+    col: NDArray[np.int64]
+    cell: NDArray[np.int64] | None
+    """Shape (window, 2). Split cell (row, col) the window was laid out in; None for windows laid out freely."""
+    index: NDArray[np.int64] | None
+    """Row of the table given to ``at=``; None otherwise."""
+    prefix: tuple[str, ...]
+    """What each id begins with."""
+
+    def __len__(self) -> int:
+        return len(self.epsg)
+
+    def take(self, at: NDArray[Any]) -> Frame:
+        """Return some windows."""
+        at = np.flatnonzero(at) if at.dtype == bool else at
+        return Frame(
+            self.epsg[at],
+            self.bounds[at],
+            self.row[at],
+            self.col[at],
+            None if self.cell is None else self.cell[at],
+            None if self.index is None else self.index[at],
+            tuple(self.prefix[i] for i in at),
+        )
+
+
+def candidates(
+    spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase, points: pa.Table | None
+) -> Frame:
+    """Lay out the windows that the reference source may cover.
+
+    Parameters
+    ----------
+    spec
+        Size, stride, grid, area.
+    reference
+        Outlines of the reference source's records.
+    resolution
+        Its pixel size, metres.
+    phase
+        For each EPSG code, a pixel corner (x, y) of the reference source's grid.
+    points
+        The table of ``at=``, or None.
+    """
+    if points is not None:
+        return _at_points(spec, points, resolution, phase)
+    if spec.grid == "zone":
+        return _zones(spec, reference, resolution, phase)
+    if spec.grid == "tiles":
+        return _tiles(spec, reference, resolution)
+    return _geobox(spec, resolution)
+
+
+def _label(spec: ChipSpec, resolution: float) -> str:
+    stride = "" if spec.stride == spec.size else f"s{spec.stride}"
+    return f"{spec.cell_km:g}km_{spec.size}px{stride}_{resolution:g}m"
+
+
+def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase) -> Frame:
+    per_zone: dict[int, list[NDArray[np.int64]]] = {}
+    area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
+    for number in range(len(reference.shape)):
+        for zone in _zones_of(reference.shape[number], int(reference.epsg[number])):
+            box: Box | None = _bounds_in(
+                reference.shape[number], int(reference.epsg[number]), zone_epsg(zone)
+            )
+            if area is not None:
+                box = _overlap(box, _bounds_in(area, 4326, zone_epsg(zone)))
+            if box is not None:
+                cells = _lattice(zone, spec, resolution).split_cells(box)
+                per_zone.setdefault(zone, []).append(cells)
+    frames = []
+    for zone in sorted(per_zone):
+        lattice = _lattice(zone, spec, resolution)
+        split_cells = np.unique(np.concatenate(per_zone[zone]), axis=0)
+        cells = lattice.chip_cells(split_cells)
+        frames.append(_lay_out(zone, lattice, cells, spec, resolution, phase))
+    return _within(_concat(frames), area)
+
+
+def _lattice(zone: int, spec: ChipSpec, resolution: float) -> Lattice:
+    return Lattice(zone, spec.cell_km * 1000.0, spec.size * resolution, spec.stride * resolution)
+
+
+def _lay_out(
+    zone: int, lattice: Lattice, cells: NDArray[np.int64], spec: ChipSpec, resolution: float, phase: Phase
+) -> Frame:
+    bounds = lattice.bounds(cells)
+    epsg = zone_epsg(zone)
+    lon, lat = transformer(epsg, 4326).transform(bounds[:, [0, 2]].mean(1), bounds[:, [1, 3]].mean(1))
+    mine = utm_zone(lon, lat) == zone
+    cells, bounds = cells[mine], bounds[mine]
+    bounds = snap(bounds, phase.get(epsg, (0.0, 0.0)), resolution)
+    head = f"{zone:02d}_{_label(spec, resolution)}"
+    return Frame(
+        np.full(len(cells), epsg),
+        bounds,
+        cells[:, 0],
+        cells[:, 1],
+        lattice.split_cell_of(cells),
+        None,
+        tuple(f"{head}_{row}_{col}" for row, col in cells.tolist()),
+    )
+
+
+def _zones_of(shape: Any, epsg: int) -> list[int]:
+    xmin, ymin, xmax, ymax = shapely.bounds(shape)
+    x, y = (g.ravel() for g in np.meshgrid(np.linspace(xmin, xmax, 9), np.linspace(ymin, ymax, 9)))
+    lon, lat = transformer(epsg, 4326).transform(x, y)
+    return [int(z) for z in np.unique(utm_zone(lon, lat))]
+
+
+def _bounds_in(shape: Any, source: int, target: int) -> tuple[float, float, float, float]:
+    xmin, ymin, xmax, ymax = shapely.bounds(shape)
+    if source == target:
+        return xmin, ymin, xmax, ymax
+    found = transformer(source, target).transform_bounds(xmin, ymin, xmax, ymax, densify_pts=21)
+    return tuple(float(v) for v in found)  # type: ignore[return-value]
+
+
+def _overlap(
+    a: tuple[float, float, float, float], b: tuple[float, float, float, float]
+) -> tuple[float, float, float, float] | None:
+    box = (max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return box if box[0] < box[2] and box[1] < box[3] else None
+
+
+def _within(frame: Frame, area: Any) -> Frame:
+    if area is None or not len(frame):
+        return frame
+    shapes = lonlat(frame)
+    shapely.prepare(area)
+    inside = shapely.contains_properly(area, shapes)
+    edge = np.flatnonzero(~inside & shapely.intersects(area, shapes))
+    share = shapely.area(shapely.intersection(area, shapes[edge])) / shapely.area(shapes[edge])
+    inside[edge[share > SHARED_WITH_AREA]] = True
+    return frame.take(inside)
+
+
+def lonlat(frame: Frame) -> NDArray[Any]:
+    """Return each window as a lon/lat polygon, shape (window,)."""
+    result = np.empty(len(frame), dtype=object)
+    for epsg in np.unique(frame.epsg):
+        at = np.flatnonzero(frame.epsg == epsg)
+        box = frame.bounds[at]
+        x, y = box[:, [0, 2, 2, 0]], box[:, [3, 3, 1, 1]]
+        lon, lat = transformer(int(epsg), 4326).transform(x.ravel(), y.ravel())
+        result[at] = shapely.polygons(np.stack([np.reshape(lon, x.shape), np.reshape(lat, x.shape)], -1))
+    return result
+
+
+def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
+    """Lay chips along the reference source's own internal tiles, one CRS at a time."""
+    frames = []
+    for epsg in np.unique(reference.epsg):
+        own = np.flatnonzero(reference.epsg == epsg)
+        x0, y0, side = _tile_lattice(int(epsg), reference, own, spec, resolution)
+        step = spec.stride * resolution
+        per_tile = round(side / step)
+        xmin, _, _, ymax = _hull(reference, own)
+        _, ymin, xmax, _ = _hull(reference, own)
+        cols = np.arange(np.floor((xmin - x0) / side) * per_tile, np.ceil((xmax - x0) / side) * per_tile)
+        rows = np.arange(np.floor((y0 - ymax) / side) * per_tile, np.ceil((y0 - ymin) / side) * per_tile)
+        cells = np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2).astype(np.int64)
+        west, north = x0 + cells[:, 1] * step, y0 - cells[:, 0] * step
+        length = spec.size * resolution
+        bounds = np.round(np.stack([west, north - length, west + length, north], -1).astype(np.float64), 9)
+        head = f"{int(epsg)}_tiles{x0:g}_{y0:g}_{spec.size}px_{resolution:g}m"
+        prefix = tuple(f"{head}_{row}_{col}" for row, col in cells.tolist())
+        frames.append(Frame(np.full(len(cells), epsg), bounds, cells[:, 0], cells[:, 1], None, None, prefix))
+    area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
+    return _within(_concat(frames), area)
+
+
+def _tile_lattice(
+    epsg: int, reference: Outlines, own: NDArray[np.int64], spec: ChipSpec, resolution: float
+) -> tuple[float, float, float]:
+    pixels = {int(v) for v in np.unique(reference.tile_px[own])}
+    if len(pixels) != 1:
+        raise GridError(
+            "chips(grid='tiles')", f"tiles of {sorted(pixels)} px in EPSG:{epsg}", "square tiles of one size"
+        )
+    tile = pixels.pop()
+    if tile % spec.size or spec.stride != spec.size:
+        raise GridError(
+            "chips(grid='tiles')", f"size {spec.size}, stride {spec.stride}, tiles of {tile} px",
+            "a size that divides the tile, and no stride",
+        )  # fmt: skip
+    native = np.abs(reference.transform[own][:, 0])
+    if not np.allclose(native, resolution, rtol=1e-9):
+        raise GridError("chips(grid='tiles')", f"pixels of {native.min():g} to {native.max():g} m",
+                        f"the source's own {resolution:g} m pixels")  # fmt: skip
+    side = tile * resolution
+    x0 = np.mod(reference.transform[own][:, 2], side)
+    y0 = np.mod(reference.transform[own][:, 5], side)
+    if np.ptp(x0) > 1e-6 or np.ptp(y0) > 1e-6:
+        raise GridError(
+            "chips(grid='tiles')", f"{len(np.unique(np.round(np.stack([x0, y0]), 6), axis=1).T)} tile lattices "
+            f"in EPSG:{epsg}", "records of one CRS that share one tile lattice", "Use grid='zone'.",
+        )  # fmt: skip
+    return float(x0[0]), float(y0[0]), float(side)
+
+
+def _hull(reference: Outlines, own: NDArray[np.int64]) -> tuple[float, float, float, float]:
+    box = np.array([shapely.bounds(reference.shape[i]) for i in own])
+    return float(box[:, 0].min()), float(box[:, 1].min()), float(box[:, 2].max()), float(box[:, 3].max())
+
+
+def _geobox(spec: ChipSpec, resolution: float) -> Frame:
+    epsg, x0, y0, pixel, width, height = (float(v) for v in spec.grid.split(","))
+    if abs(pixel - resolution) > 1e-9 * pixel:
+        raise GridError(
+            "chips(grid=GeoBox)", f"pixels of {pixel:g}", f"the reference source's {resolution:g}",
+            "Harmonize to the GeoBox's resolution, or give a GeoBox of the source's.",
+        )  # fmt: skip
+    code, shift = northern(int(epsg))
+    rows = np.arange((int(height) - spec.size) // spec.stride + 1)
+    cols = np.arange((int(width) - spec.size) // spec.stride + 1)
+    cells = np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2).astype(np.int64)
+    west = x0 + cells[:, 1] * spec.stride * pixel
+    north = y0 + shift - cells[:, 0] * spec.stride * pixel
+    length = spec.size * pixel
+    bounds = np.round(np.stack([west, north - length, west + length, north], -1).astype(np.float64), 9)
+    head = f"{code}_box{x0:g}_{y0:g}_{spec.size}px_{pixel:g}m"
+    prefix = tuple(f"{head}_{row}_{col}" for row, col in cells.tolist())
+    frame = Frame(np.full(len(cells), code), bounds, cells[:, 0], cells[:, 1], None, None, prefix)
+    area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
+    return _within(frame, area)
+
+
+def _at_points(spec: ChipSpec, points: pa.Table, resolution: float, phase: Phase) -> Frame:
+    shapes = shapely.from_wkb(points.column("geometry").to_numpy(zero_copy_only=False))
+    if np.any(shapely.is_missing(shapes) | shapely.is_empty(shapes)):
+        bad = int(np.flatnonzero(shapely.is_missing(shapes) | shapely.is_empty(shapes))[0])
+        raise PlanError(f"chips(at=), row {bad}", "no geometry", "a point or polygon in every row")
+    inside = shapely.point_on_surface(shapes)
+    lon, lat = shapely.get_x(inside), shapely.get_y(inside)
+    if np.any(np.abs(lon) > 360) or np.any(np.abs(lat) > 90):
+        raise PlanError("chips(at=)", "coordinates beyond degrees", "geometries in lon/lat (EPSG:4326)")
+    zones = utm_zone(lon, lat)
+    length = spec.size * resolution
+    bounds = np.empty((len(points), 4))
+    for zone in np.unique(zones):
+        at = np.flatnonzero(zones == zone)
+        epsg = zone_epsg(int(zone))
+        x, y = transformer(4326, epsg).transform(lon[at], lat[at])
+        px, py = phase.get(epsg, (0.0, 0.0))
+        west = px + np.round((np.asarray(x) - length / 2 - px) / resolution) * resolution
+        north = py + np.round((np.asarray(y) + length / 2 - py) / resolution) * resolution
+        bounds[at] = np.round(np.stack([west, north - length, west + length, north], -1), 9)
+    index = (
+        points.column("__index__").to_pylist() if "__index__" in points.column_names else range(len(points))
+    )
+    prefix = tuple(
+        f"{zone:02d}_{spec.size}px_{resolution:g}m_{box[0]:.3f}_{box[3]:.3f}_{name}"
+        for zone, box, name in zip(zones.tolist(), bounds.tolist(), index, strict=True)
+    )
+    whole = np.round(bounds / resolution).astype(np.int64)
+    return Frame(
+        np.asarray(zones + 32600), bounds, -whole[:, 3], whole[:, 0], None,
+        np.arange(len(points), dtype=np.int64), prefix,
+    )  # fmt: skip
+
+
+def _concat(frames: list[Frame]) -> Frame:
+    frames = [f for f in frames if len(f)]
+    if not frames:
+        nothing = np.zeros(0, dtype=np.int64)
+        return Frame(nothing, np.zeros((0, 4)), nothing, nothing, None, None, ())
+    cells = [f.cell for f in frames if f.cell is not None]
+    return Frame(
+        np.concatenate([f.epsg for f in frames]),
+        np.concatenate([f.bounds for f in frames]),
+        np.concatenate([f.row for f in frames]),
+        np.concatenate([f.col for f in frames]),
+        np.concatenate(cells) if len(cells) == len(frames) else None,
+        None,
+        tuple(p for f in frames for p in f.prefix),
+    )

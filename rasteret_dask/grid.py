@@ -1,0 +1,183 @@
+"""Exact arithmetic between cells, bounds and pixel edges of a UTM zone's lattice."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyproj
+from numpy.typing import ArrayLike, NDArray
+
+from rasteret_dask.errors import GridError
+
+__all__ = [
+    "FALSE_NORTHING_M",
+    "Lattice",
+    "northern",
+    "parse_epsg",
+    "snap",
+    "transformer",
+    "utm_zone",
+    "zone_epsg",
+]
+
+FALSE_NORTHING_M = 10_000_000.0
+"""Northing of the equator in a southern UTM zone (327zz); 0 in a northern one (326zz). EPSG guidance note 7-2."""
+
+_EDGE = 1e-6
+"""Pixels. Two edges nearer than this are the same edge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """The fixed grid of one UTM zone: split cells from (0, 0), chip cells inside each from its north-west corner.
+
+    All lengths are metres in EPSG 326zz, on both hemispheres. Rows count southwards and columns eastwards.
+    """
+
+    zone: int
+    cell_m: float
+    """Side of a split cell."""
+    chip_m: float
+    """Side of a chip cell."""
+    stride_m: float
+    """From one chip cell to the next."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.zone <= 60:
+            raise GridError("lattice", f"zone {self.zone}", "a UTM zone from 1 to 60")
+        if not 0 < self.chip_m <= self.cell_m + _EDGE:
+            raise GridError(
+                "chip size",
+                f"{self.chip_m:g} m",
+                f"more than 0 and at most a split cell, {self.cell_m:g} m",
+                "Choose a smaller size or a larger cell_km.",
+            )
+        if not self.stride_m > 0:
+            raise GridError("stride", f"{self.stride_m:g} m", "more than 0")
+
+    @property
+    def per_side(self) -> int:
+        """Chip cells along one side of a split cell."""
+        return int((self.cell_m - self.chip_m) / self.stride_m + _EDGE) + 1
+
+    @property
+    def unused_m(self) -> float:
+        """Width of the strip of a split cell that no chip cell reaches."""
+        return max(0.0, self.cell_m - (self.per_side - 1) * self.stride_m - self.chip_m)
+
+    def split_cells(self, bounds: tuple[float, float, float, float]) -> NDArray[np.int64]:
+        """Return the split cells that touch ``bounds`` (xmin, ymin, xmax, ymax), shape (cell, 2) as row, col."""
+        xmin, ymin, xmax, ymax = bounds
+        rows = np.arange(np.floor(-ymax / self.cell_m), np.ceil(-ymin / self.cell_m), dtype=np.int64)
+        cols = np.arange(np.floor(xmin / self.cell_m), np.ceil(xmax / self.cell_m), dtype=np.int64)
+        return np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2)
+
+    def chip_cells(self, split_cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the chip cells inside split cells, shape (cell x per_side^2, 2) as row, col."""
+        inner = np.arange(self.per_side, dtype=np.int64)
+        offsets = np.stack(np.meshgrid(inner, inner, indexing="ij"), -1).reshape(1, -1, 2)
+        return (split_cells[:, None, :] * self.per_side + offsets).reshape(-1, 2)
+
+    def split_cell_of(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the split cell (row, col) each chip cell lies in; same shape."""
+        return np.floor_divide(cells, self.per_side)
+
+    def bounds(self, cells: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return xmin, ymin, xmax, ymax of chip cells, shape (cell, 4)."""
+        split, inner = np.divmod(cells, self.per_side)
+        ymax = -(split[:, 0] * self.cell_m + inner[:, 0] * self.stride_m)
+        xmin = split[:, 1] * self.cell_m + inner[:, 1] * self.stride_m
+        return np.stack([xmin, ymax - self.chip_m, xmin + self.chip_m, ymax], -1).astype(np.float64)
+
+    def split_bounds(self, split_cells: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return xmin, ymin, xmax, ymax of split cells, shape (cell, 4)."""
+        ymax = -split_cells[:, 0] * self.cell_m
+        xmin = split_cells[:, 1] * self.cell_m
+        return np.stack([xmin, ymax - self.cell_m, xmin + self.cell_m, ymax], -1).astype(np.float64)
+
+
+def snap(bounds: NDArray[np.float64], phase: tuple[float, float], resolution: float) -> NDArray[np.float64]:
+    """Move bounds east and south by less than a pixel onto pixel edges.
+
+    Parameters
+    ----------
+    bounds
+        Shape (n, 4): xmin, ymin, xmax, ymax.
+    phase
+        (x, y) of any pixel corner of the grid.
+    resolution
+        Pixel size, in the same unit.
+    """
+    east = phase[0] + np.ceil((bounds[:, 0] - phase[0]) / resolution - _EDGE) * resolution - bounds[:, 0]
+    south = phase[1] + np.floor((bounds[:, 3] - phase[1]) / resolution + _EDGE) * resolution - bounds[:, 3]
+    moved: NDArray[np.float64] = bounds + np.stack([east, south, east, south], -1)
+    # Edges of centimetre grids come out exact to the nanometre, so that equal ground gives equal numbers.
+    return np.asarray(np.round(moved, 9), dtype=np.float64)
+
+
+def utm_zone(lon: ArrayLike, lat: ArrayLike) -> NDArray[np.int64]:
+    """Return the UTM zone of points, with the exceptions of south-west Norway and Svalbard.
+
+    Parameters
+    ----------
+    lon, lat
+        Degrees, WGS 84.
+
+    Raises
+    ------
+    GridError
+        North of 84 N or south of 80 S, where UTM ends.
+    """
+    x = np.mod(np.asarray(lon, dtype=np.float64) + 180.0, 360.0) - 180.0
+    y = np.asarray(lat, dtype=np.float64)
+    polar = (y > 84.0) | (y < -80.0)
+    if np.any(polar):
+        worst = y[polar].flat[0] if y.ndim else float(y)
+        raise GridError(
+            "lattice",
+            f"latitude {worst:.4f}",
+            "between 80 S and 84 N, where UTM zones exist",
+            "Leave such records out with subset(bbox=...).",
+        )
+    zone = np.clip(np.floor((x + 180.0) / 6.0).astype(np.int64) + 1, 1, 60)
+    zone = np.where((y >= 56) & (y < 64) & (x >= 3) & (x < 12), 32, zone)
+    svalbard = (y >= 72) & (x >= 0) & (x < 42)
+    special = np.select([x < 9, x < 21, x < 33], [31, 33, 35], 37)
+    return np.asarray(np.where(svalbard, special, zone), dtype=np.int64)
+
+
+def zone_epsg(zone: int) -> int:
+    """Return EPSG 326zz of a zone: the lattice's CRS on both hemispheres."""
+    return 32600 + zone
+
+
+def northern(epsg: int) -> tuple[int, float]:
+    """Return (EPSG 326zz, metres to add to northings) for a UTM code, and (code, 0) for any other."""
+    if 32701 <= epsg <= 32760:
+        return epsg - 100, -FALSE_NORTHING_M
+    return epsg, 0.0
+
+
+def parse_epsg(crs: Any) -> int:
+    """Return the EPSG code that an int, ``"EPSG:32633"``, a pyproj or a rasterio CRS stands for."""
+    if isinstance(crs, int):
+        return crs
+    if isinstance(crs, str) and (match := re.fullmatch(r"(?i)(?:epsg:)?(\d+)", crs.strip())):
+        return int(match[1])
+    try:
+        code = pyproj.CRS.from_user_input(crs).to_epsg()
+    except pyproj.exceptions.CRSError as error:
+        raise GridError("CRS", repr(crs), "an EPSG code or a CRS that has one") from error
+    if code is None:
+        raise GridError("CRS", repr(crs), "a CRS with an EPSG code")
+    return int(code)
+
+
+@lru_cache(maxsize=256)
+def transformer(source: int, target: int) -> pyproj.Transformer:
+    """Return the x/y-ordered transformer between two EPSG codes, made once a process."""
+    return pyproj.Transformer.from_crs(source, target, always_xy=True)

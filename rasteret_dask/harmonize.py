@@ -1,0 +1,117 @@
+"""Units, masks and composites: what turns raw pixels of any sensor into comparable values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rasteret_dask.bands import Radiometry
+
+__all__ = ["DN_PER_REFLECTANCE", "bad_pixels", "composite", "dequantize", "fill_in", "to_dtype", "to_float", "unit_length"]
+
+DN_PER_REFLECTANCE = 1e4
+"""Integer output stores reflectance x 1e4."""
+
+SCL_CLASSES = {"clouds": (3, 8, 9, 10), "snow": (11,), "water": (6,)}
+"""Sentinel-2 scene classes: 3 cloud shadow, 8 and 9 cloud, 10 thin cirrus, 11 snow, 6 water (L2A definition document)."""
+
+QA_PIXEL_BITS = {"clouds": (1, 3, 4), "snow": (5,), "water": (7,)}
+"""Landsat Collection 2 bits: 1 dilated cloud, 3 cloud, 4 cloud shadow, 5 snow, 7 water (LSDS-1619)."""
+
+
+def bad_pixels(quality: NDArray[Any], kind: str, mask: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Return where a quality band says that a pixel is one of the things to mask; same shape.
+
+    Parameters
+    ----------
+    quality
+        Raw values of ``SCL`` or ``qa_pixel``.
+    kind
+        ``"scl"`` or ``"qa_pixel"``.
+    mask
+        Any of ``"clouds"`` (with their shadows), ``"snow"``, ``"water"``.
+    """
+    if kind == "scl":
+        table = np.zeros(256, dtype=bool)
+        table[[c for name in mask for c in SCL_CLASSES[name]]] = True
+        return np.asarray(table[np.clip(quality, 0, 255).astype(np.uint8)])
+    bits = sum(1 << b for name in mask for b in QA_PIXEL_BITS[name])
+    return np.asarray((quality.astype(np.int64) & bits) != 0)
+
+
+def to_float(raw: NDArray[Any], valid: NDArray[np.bool_], radiometry: Radiometry) -> NDArray[np.float32]:
+    """Return float32(float64(DN) x scale + offset), NaN where not valid; same shape."""
+    result = raw.astype(np.float64)
+    if radiometry.scale != 1.0:
+        result *= radiometry.scale
+    if radiometry.offset != 0.0:
+        result += radiometry.offset
+    values = result.astype(np.float32)
+    values[~valid] = np.nan
+    return values
+
+
+def dequantize(raw: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return AlphaEarth's sign(v) x (|v| / 127.5)^2 as float32, NaN where not valid; same shape."""
+    v = raw.astype(np.float64) / 127.5
+    values = (np.sign(v) * v * v).astype(np.float32)
+    values[~valid] = np.nan
+    return values
+
+
+def unit_length(vectors: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """Return vectors scaled to length 1 along ``axis``; NaN where any element is, or the length is 0."""
+    length = np.sqrt(np.sum(np.square(vectors, dtype=np.float64), axis=axis, keepdims=True))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(length > 0, vectors / length, np.nan), dtype=np.float32)
+
+
+def to_dtype(values: NDArray[np.float32], dtype: str, fill: float) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Store reflectance as integers.
+
+    Parameters
+    ----------
+    values
+        Shape (..., band, y, x). Reflectance, NaN where invalid.
+    dtype
+        ``"float32"`` (unchanged), ``"uint16"`` or ``"int16"``.
+    fill
+        Value of invalid pixels.
+
+    Returns
+    -------
+    stored, clipped
+        DN = round(reflectance x 1e4); and per band how many valid pixels lay outside the range and were clipped.
+    """
+    bands = values.shape[-3]
+    if dtype == "float32":
+        return values, np.zeros(bands, dtype=np.int64)
+    low, high = {"uint16": (0, 65534), "int16": (-32767, 32767)}[dtype]
+    dn = np.rint(values.astype(np.float64) * DN_PER_REFLECTANCE)
+    valid = np.isfinite(dn)
+    axes = tuple(i for i in range(dn.ndim) if i != dn.ndim - 3)
+    clipped = np.sum(valid & ((dn < low) | (dn > high)), axis=axes)
+    stored = np.where(valid, np.clip(dn, low, high), fill).astype(dtype)
+    return stored, np.asarray(clipped, dtype=np.int64)
+
+
+def fill_in(
+    values: NDArray[Any], valid: NDArray[np.bool_], more: NDArray[Any], more_valid: NDArray[np.bool_]
+) -> None:
+    """Fill the invalid pixels of ``values`` from ``more``, in place; all of one shape."""
+    take = ~valid & more_valid
+    values[take] = more[take]
+    valid |= more_valid
+
+
+def composite(stack: NDArray[np.float32], how: str) -> NDArray[np.float32]:
+    """Return the mean or median over the first axis, ignoring NaN; NaN where nothing is valid."""
+    empty = np.isnan(stack).all(axis=0)
+    stack = np.where(empty[None], np.float32(0), stack)
+    if how == "median":
+        result = np.nanmedian(stack, axis=0)
+    else:
+        result = np.nanmean(stack, axis=0, dtype=np.float64)
+    return np.asarray(np.where(empty, np.nan, result), dtype=np.float32)

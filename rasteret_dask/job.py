@@ -1,0 +1,342 @@
+"""A frozen plan with its tables: what tasks share, written once and opened once per worker process."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rasteret_dask import remote
+from rasteret_dask._version import __version__
+from rasteret_dask.chips import ChipSet, used_records
+from rasteret_dask.harmonize import DN_PER_REFLECTANCE
+from rasteret_dask.plan import Function, digest, from_json, to_json
+from rasteret_dask.records import Records
+from rasteret_dask.resolve import Member, SourcePlan
+
+__all__ = ["Hierarchy", "Job", "Output", "Shard", "freeze", "open_job", "write_job"]
+
+SHARD_BYTES = 128 * 2**20
+"""Output of one task over all sources, at most (a single chip may be larger)."""
+
+SHARD_CHIPS = 256
+"""Chips of one task, at most."""
+
+DATA_PICKS = ("median", "clearest")
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """The chips of one split: one Zarr hierarchy."""
+
+    split: str | None
+    number: int
+    """Place among the splits of the plan; 0 where there is no split."""
+    start: int
+    """First row in the job's chip table."""
+    stop: int
+    per_shard: int
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-(self.stop - self.start) // self.per_shard)
+
+    @property
+    def chips(self) -> int:
+        """Number of chips."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Consecutive chips of one split, read and written by one task."""
+
+    split: str | None
+    hierarchy: int
+    """Number of the split."""
+    number: int
+    """Counts within the split, before any select."""
+    start: int
+    """First row in the job's chip table."""
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """``train-00003``; ``all-00003`` without splits."""
+        return f"{self.split or 'all'}-{self.number:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one source looks like when it leaves a task."""
+
+    bands: tuple[str, ...]
+    dtype: str
+    fill: float
+    times: int
+    slots: tuple[int, ...] | None
+    height: int
+    width: int
+    valid: bool
+    """Whether there is a ``valid`` variable (chip, time, y, x)."""
+    scale: float | None
+    """Physical value of one DN, where reflectance is stored as integers."""
+    attrs: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, plan: SourcePlan, size: int) -> Output:
+        """Describe a source's output before any map."""
+        whole = not plan.dtype.startswith("float")
+        scale = 1.0 / DN_PER_REFLECTANCE if whole and plan.units != "raw" else None
+        attrs = (("units", plan.units), ("long_name", plan.name))
+        return cls(
+            plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs
+        )
+
+    @property
+    def chip_bytes(self) -> int:
+        """Bytes of one chip."""
+        pixels = self.times * self.height * self.width
+        return pixels * (len(self.bands) * np.dtype(self.dtype).itemsize + int(self.valid))
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that tasks need, except the pixels."""
+
+    sources: tuple[SourcePlan, ...]
+    size_px: tuple[int, ...]
+    """Side of a chip in pixels, per source."""
+    hierarchies: tuple[Hierarchy, ...]
+    records: tuple[Records, ...]
+    """Per source: only the records that feed chips."""
+    chips: pa.Table
+    maps: tuple[tuple[str | None, Function], ...]
+    phase: str
+    """Digest of what decides the values, without the rows."""
+
+    @cached_property
+    def members(self) -> tuple[NDArray[np.int64], ...]:
+        """Per source, shape (record,): the member each record belongs to."""
+        return tuple(
+            np.asarray(r.table.column("__member__").to_numpy(), dtype=np.int64) for r in self.records
+        )
+
+    @cached_property
+    def feeds(self) -> Mapping[str, NDArray[Any]]:
+        """The feed entries of all chips, flat: source, slot, order, row; and offsets, shape (chip + 1,)."""
+        column = self.chips.column("feeds").combine_chunks()
+        column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        flat = column.flatten()
+        offsets = np.asarray(column.offsets)
+        names = [s.name for s in self.sources]
+        known = flat.field("source").dictionary.to_pylist()
+        source = np.array([names.index(n) for n in known])[flat.field("source").indices.to_numpy()]
+        return {
+            "source": source,
+            "slot": flat.field("slot").to_numpy(),
+            "order": flat.field("order").to_numpy(),
+            "row": flat.field("row").to_numpy(),
+            "offsets": offsets - offsets[0],
+        }
+
+    @cached_property
+    def bounds(self) -> NDArray[np.float64]:
+        """Shape (chip, 4): xmin, ymin, xmax, ymax."""
+        return np.stack([self.chips.column(n).to_numpy() for n in ("xmin", "ymin", "xmax", "ymax")], -1)
+
+    @cached_property
+    def epsg(self) -> NDArray[np.int64]:
+        """Shape (chip,)."""
+        return np.asarray(self.chips.column("epsg").to_numpy(), dtype=np.int64)
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield all shards, split by split."""
+        for h in self.hierarchies:
+            for number in range(h.shards):
+                yield self.shard(h.number, number)
+
+    def shard(self, hierarchy: int, number: int) -> Shard:
+        """Return one shard."""
+        h = next(h for h in self.hierarchies if h.number == hierarchy)
+        start = h.start + number * h.per_shard
+        return Shard(h.split, hierarchy, number, start, min(start + h.per_shard, h.stop))
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """For each shard's name, the sha256 of what decides its pixels."""
+        return shard_keys(self)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all shards: two jobs of one digest write the same store."""
+        return digest(self.phase, sorted(self.keys.items()))
+
+
+def _working_bytes(source: SourcePlan, size: int, candidates: int) -> int:
+    """Bytes that one slot of one chip needs while its candidates are held."""
+    held = candidates if source.pick in DATA_PICKS else 1
+    return held * size * size * len(source.bands) * 4
+
+
+def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
+    """Settle shards and keep only what tasks need."""
+    records, table = used_records(chips)
+    member_of = []
+    for number, (resolved, kept) in enumerate(zip(chips.sources, records, strict=True)):
+        used = np.unique(_rows(chips, number))
+        member = pa.array(resolved.member[used])
+        member_of.append(Records(kept.table.append_column("__member__", member)))
+    size_px = tuple(round(chips.size_m / s.plan.resolution) for s in chips.sources)
+    plans = tuple(s.plan for s in chips.sources)
+    table, parts = _by_split(chips, table)
+    per_shard = _per_shard(plans, size_px, table, shard_bytes)
+    hierarchies = tuple(Hierarchy(s, n, a, b, per_shard) for s, n, a, b in parts)
+    phase = digest(
+        [_json(p) for p in plans], list(size_px), per_shard, [[s, to_json(f)] for s, f in chips.maps], __version__
+    )
+    return Job(plans, size_px, hierarchies, tuple(member_of), table, chips.maps, phase)
+
+
+def _rows(chips: ChipSet, number: int) -> NDArray[np.int64]:
+    feeds = chips.table.column("feeds").combine_chunks()
+    feeds = feeds.chunk(0) if isinstance(feeds, pa.ChunkedArray) else feeds
+    flat = feeds.flatten()
+    own = flat.field("source").indices.to_numpy() == number
+    return np.asarray(flat.field("row").to_numpy()[own], dtype=np.int64)
+
+
+def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], table: pa.Table, budget: int) -> int:
+    most = _most_candidates(table, len(plans))
+    cost = sum(Output.of(s, n).chip_bytes for s, n in zip(plans, size_px, strict=True))
+    work = max(_working_bytes(s, n, c) for s, n, c in zip(plans, size_px, most, strict=True))
+    return int(min(max(budget // max(cost, work), 1), SHARD_CHIPS))
+
+
+def _most_candidates(table: pa.Table, sources: int) -> list[int]:
+    feeds = table.column("feeds").combine_chunks()
+    feeds = feeds.chunk(0) if isinstance(feeds, pa.ChunkedArray) else feeds
+    flat = feeds.flatten()
+    source = flat.field("source").indices.to_numpy()
+    order = flat.field("order").to_numpy()
+    return [int(order[source == n].max(initial=0)) + 1 for n in range(sources)]
+
+
+def _by_split(chips: ChipSet, table: pa.Table) -> tuple[pa.Table, list[tuple[str | None, int, int, int]]]:
+    if chips.split is None:
+        return table, [(None, 0, 0, table.num_rows)]
+    column = table.column("split").to_pylist()
+    number = {name: i for i, name in enumerate(chips.split.names)}
+    label = np.array([number.get(v, -1) for v in column])
+    order = np.argsort(label, kind="stable")
+    order = order[label[order] >= 0]
+    parts, at = [], 0
+    for name, i in number.items():
+        count = int(np.sum(label == i))
+        if count:
+            parts.append((name, i, at, at + count))
+        at += count
+    return table.take(pa.array(order)), parts
+
+
+def shard_keys(job: Job) -> dict[str, str]:
+    """Return for each shard's name the sha256 of what decides its pixels."""
+    marks = []
+    for source, records, members in zip(job.sources, job.records, job.members, strict=True):
+        marks.append([_mark(records, row, source.members[members[row]]) for row in range(len(records))])
+    feeds = job.feeds
+    ids = job.chips.column("chip_id").to_pylist()
+    result = {}
+    for shard in job.shards():
+        own = slice(feeds["offsets"][shard.start], feeds["offsets"][shard.stop])
+        text = hashlib.sha256(job.phase.encode())
+        text.update("|".join(ids[shard.start : shard.stop]).encode())
+        text.update(job.bounds[shard.start : shard.stop].tobytes())
+        for name in ("source", "slot", "order"):
+            text.update(feeds[name][own].tobytes())
+        for source_number, row in zip(feeds["source"][own].tolist(), feeds["row"][own].tolist(), strict=True):
+            text.update(marks[source_number][row])
+        result[shard.name] = text.hexdigest()
+    return result
+
+
+def _mark(records: Records, row: int, member: Member) -> bytes:
+    """Digest one record's assets that the member reads."""
+    text = hashlib.sha256()
+    for band in dict.fromkeys((*member.bands, member.quality)):
+        if band is not None:
+            asset = records.asset(row, band)
+            said = (asset.href, asset.band_index, asset.size, asset.etag, asset.scale, asset.offset, asset.nodata)
+            text.update(repr(said).encode())
+    return text.digest()
+
+
+def _json(plan: SourcePlan) -> Any:
+    values = {k: getattr(plan, k) for k in plan.__slots__}
+    values["fill"] = None if np.isnan(plan.fill) else plan.fill
+    values["members"] = [{k: getattr(m, k) for k in m.__slots__} for m in plan.members]
+    values["maps"] = [to_json(f) for f in plan.maps]
+    return json.loads(json.dumps(values))
+
+
+def _plan(values: dict[str, Any]) -> SourcePlan:
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    lists["fill"] = float("nan") if values["fill"] is None else values["fill"]
+    lists["members"] = tuple(
+        Member(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()}) for m in values["members"]
+    )
+    lists["maps"] = tuple(from_json(f) for f in values["maps"])
+    return SourcePlan(**lists)
+
+
+def write_job(job: Job, url: str) -> None:
+    """Write a job's tables as Arrow IPC and the rest as JSON below ``url``."""
+    for number, records in enumerate(job.records):
+        remote.put(remote.join(url, f"records-{number}.arrow"), _ipc(records.table))
+    remote.put(remote.join(url, "chips.arrow"), _ipc(job.chips.drop_columns(["geometry"])))
+    text = {
+        "sources": [_json(s) for s in job.sources],
+        "size_px": list(job.size_px),
+        "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard] for h in job.hierarchies],
+        "maps": [[s, to_json(f)] for s, f in job.maps],
+        "phase": job.phase,
+        "version": __version__,
+    }
+    remote.put(remote.join(url, "job.json"), json.dumps(text).encode())
+
+
+def _ipc(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+@lru_cache(maxsize=8)
+def open_job(url: str, phase: str) -> Job:
+    """Open a job once per process; ``phase`` tells jobs apart that were written to the same place in turn."""
+    text = json.loads(remote.get(remote.join(url, "job.json")))
+    tables = [
+        pa.ipc.open_file(pa.py_buffer(remote.get(remote.join(url, f"records-{n}.arrow")))).read_all()
+        for n in range(len(text["sources"]))
+    ]
+    chips = pa.ipc.open_file(pa.py_buffer(remote.get(remote.join(url, "chips.arrow")))).read_all()
+    return Job(
+        tuple(_plan(s) for s in text["sources"]),
+        tuple(text["size_px"]),
+        tuple(Hierarchy(*h) for h in text["hierarchies"]),
+        tuple(Records(t) for t in tables),
+        chips,
+        tuple((s, from_json(f)) for s, f in text["maps"]),
+        text["phase"],
+    )

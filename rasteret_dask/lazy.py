@@ -1,0 +1,324 @@
+"""A collection as a lazy, harmonized xarray cube; its bounds are treated as one chip."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import rioxarray  # noqa: F401  (registers the .rio accessor)
+import xarray as xr
+from numpy.typing import NDArray
+
+from rasteret_dask import harmonize
+from rasteret_dask.bands import Radiometry
+from rasteret_dask.cube import stack
+from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.feeds import DATA_PICKS, Feeds, covered, enough, pick, slots_of, source_outlines
+from rasteret_dask.frame import Frame
+from rasteret_dask.grid import northern, transformer
+from rasteret_dask.reader import Grid, Window
+from rasteret_dask.resolve import ResolvedSource
+
+__all__ = ["harmonized_cube", "native_grid", "radiometry_of"]
+
+
+def native_grid(
+    source: ResolvedSource,
+    epsg: int | None,
+    bounds: tuple[float, float, float, float] | None,
+    bounds_latlon: tuple[float, float, float, float] | None,
+) -> tuple[Grid, tuple[int, int]]:
+    """Return the grid of a cube and its shape (height, width).
+
+    Explicit ``bounds`` are taken exactly; otherwise the grid is that of the first member's records, so that no
+    pixel is shifted.
+
+    Raises
+    ------
+    GridError
+        When the records have several CRSs and none is asked for, or bounds hold no whole number of pixels.
+    """
+    found = source_outlines(source)
+    resolution = source.plan.resolution
+    codes = np.unique(source.records.epsg)
+    if epsg is None:
+        if len(codes) > 1:
+            raise GridError(
+                f"cube of {source.plan.name!r}", f"records in {', '.join(f'EPSG:{c}' for c in codes)}", "one CRS",
+                "Choose one with epsg=, or use cubes() for one cube a zone.",
+            )  # fmt: skip
+        epsg = int(codes[0])
+    if bounds is not None:
+        return _exact(epsg, bounds, resolution)
+    first = int(np.flatnonzero(source.records.epsg == epsg)[0]) if epsg in codes else None
+    corner = (0.0, 0.0)
+    if first is not None:
+        transform = source.records.level_field(source.plan.members[source.member[first]].bands[0], "transform")
+        _, _, x, _, _, y = transform[first].as_py()
+        corner = (x, y)
+    if bounds_latlon is not None:
+        box = transformer(4326, epsg).transform_bounds(*bounds_latlon, densify_pts=21)
+    else:
+        box = _hull(source, found, epsg)
+    x0 = corner[0] + np.floor((box[0] - corner[0]) / resolution + 1e-6) * resolution
+    y0 = corner[1] + np.ceil((box[3] - corner[1]) / resolution - 1e-6) * resolution
+    width = int(np.ceil((box[2] - x0) / resolution - 1e-6))
+    height = int(np.ceil((y0 - box[1]) / resolution - 1e-6))
+    return Grid(epsg, float(x0), float(y0), resolution, resolution), (height, width)
+
+
+def _exact(
+    epsg: int, bounds: tuple[float, float, float, float], resolution: float
+) -> tuple[Grid, tuple[int, int]]:
+    xmin, ymin, xmax, ymax = bounds
+    if not (xmin < xmax and ymin < ymax):
+        raise GridError("cube(bounds=)", repr(bounds), "xmin < xmax and ymin < ymax")
+    width, height = (xmax - xmin) / resolution, (ymax - ymin) / resolution
+    if max(abs(width - round(width)), abs(height - round(height))) > 1e-6:
+        raise GridError("cube(bounds=)", f"{width:.6g} x {height:.6g} pixels of {resolution:g}", "whole pixels")
+    return Grid(epsg, xmin, ymax, resolution, resolution), (round(height), round(width))
+
+
+def _hull(source: ResolvedSource, found: Any, epsg: int) -> tuple[float, float, float, float]:
+    boxes = []
+    for row in range(len(source.records)):
+        band = source.plan.members[source.member[row]].bands[0]
+        level = source.records.asset(row, band).image
+        a, _, c, _, e, f = level.transform
+        own = int(source.records.epsg[row])
+        x, y = sorted((c, c + a * level.width)), sorted((f, f + e * level.height))
+        box = (x[0], y[0], x[1], y[1])
+        if own != epsg:
+            code, shift = northern(own)
+            if code == epsg:
+                box = (x[0], y[0] + shift, x[1], y[1] + shift)
+            else:
+                box = transformer(own, epsg).transform_bounds(*box, densify_pts=21)
+        boxes.append(box)
+    array = np.array(boxes)
+    return (*array[:, :2].min(0).tolist(), *array[:, 2:].max(0).tolist())
+
+
+def harmonized_cube(
+    source: ResolvedSource, grid: Grid, shape: tuple[int, int], min_coverage: float, chunks: int
+) -> xr.DataArray:
+    """Return the lazy cube (time, band, y, x) of a source: scaled, masked, mosaicked, put on its time axis.
+
+    Parameters
+    ----------
+    source
+        The source.
+    grid, shape
+        Where.
+    min_coverage
+        Slots (or acquisitions) whose records cover less of the bounds are left empty (or out).
+    chunks
+        Side of a Dask chunk, pixels.
+    """
+    feeds = _feeds(source, grid, shape, min_coverage)
+    rows = np.unique(feeds.record)
+    layers = _record_layers(source, rows, grid, shape, chunks)
+    slots = range(len(source.axis)) if source.axis is not None else np.unique(feeds.slot).tolist()
+    steps, times, whens, names = [], [], [], []
+    for slot in slots:
+        own = feeds.take(feeds.slot == slot)
+        step, when, name = _slot(source, own, layers)
+        if step is None:
+            step = xr.full_like(next(iter(layers.values())), _fill(source))
+        start = source.passes.start if source.axis is None else source.axis.start
+        steps.append(step)
+        times.append(start[slot])
+        whens.append(when)
+        names.append(name)
+    if not steps:
+        raise PlanError(f"cube of {source.plan.name!r}", "no record in these bounds", "at least one")
+    cube = xr.concat(steps, dim="time", coords="minimal", compat="override", join="override")
+    cube = cube.assign_coords(time=("time", np.array(times, dtype="datetime64[ns]")))
+    if source.axis is not None:
+        cube = cube.assign_coords(datetime=("time", np.array(whens, dtype="datetime64[ns]")))
+    cube = cube.assign_coords(source=("time", np.array(names, dtype=object).astype(str)))
+    return _finished(source, cube.transpose("time", "band", "y", "x"), grid)
+
+
+def _feeds(source: ResolvedSource, grid: Grid, shape: tuple[int, int], min_coverage: float) -> Feeds:
+    epsg, shift = northern(grid.epsg)
+    y0 = grid.y0 + shift
+    box = [grid.x0, y0 - shape[0] * grid.yres, grid.x0 + shape[1] * grid.xres, y0]
+    zero = np.zeros(1, dtype=np.int64)
+    frame = Frame(np.array([epsg]), np.array([box]), zero, zero, None, None, ("",))
+    found = source_outlines(source)
+    feeds = covered(source, found, frame)
+    if source.axis is not None:
+        feeds = slots_of(source, feeds, source.axis)
+    feeds, _, _ = enough(feeds, frame, found, min_coverage)
+    return pick(source, feeds, frame, found, source.axis)
+
+
+def _record_layers(
+    source: ResolvedSource, rows: NDArray[np.int64], grid: Grid, shape: tuple[int, int], chunks: int
+) -> dict[int, xr.DataArray]:
+    """Return each record's lazy layer (band, y, x) in the source's units, NaN (or fill) where invalid."""
+    plan, result = source.plan, {}
+    dtype = np.dtype(plan.dtype) if plan.units == "raw" else np.dtype("float64")
+    fill = plan.fill if plan.units == "raw" else np.nan
+    for number, member in enumerate(plan.members):
+        own = [int(r) for r in rows if source.member[r] == number]
+        if not own:
+            continue
+        bands = list(dict.fromkeys(member.bands))
+        raw = stack(source.records, own, bands, grid, shape, dtype, fill, plan.resampling, chunks)
+        raw = raw.reindex(band=bands, fill_value=fill) if raw.sizes["band"] < len(bands) else raw
+        raw = raw.sel(band=list(member.bands)).assign_coords(band=list(plan.bands))
+        at = {int(i): n for n, i in enumerate(raw["id"].values.astype(int))}
+        cloudy = _cloudy(source, own, number, grid, shape, chunks)
+        for row in own:
+            if row not in at:
+                continue
+            layer = _in_units(source, raw.isel(time=at[row], drop=True).drop_vars("id", errors="ignore"), row, number)
+            if row in cloudy:
+                layer = layer.where(~cloudy[row], np.asarray(_fill(source)).astype(layer.dtype))
+            result[row] = layer
+    return result
+
+
+def _in_units(source: ResolvedSource, raw: xr.DataArray, row: int, number: int) -> xr.DataArray:
+    plan = source.plan
+    if plan.units == "raw":
+        return raw
+    if plan.units == "embedding":
+        values = xr.apply_ufunc(
+            lambda v: harmonize.dequantize(v, np.isfinite(v)), raw, dask="parallelized", output_dtypes=[np.float32]
+        )
+        chunked = values.chunk({"band": -1})
+        return xr.apply_ufunc(
+            harmonize.unit_length, chunked, kwargs={"axis": -1}, input_core_dims=[["band"]],
+            output_core_dims=[["band"]], dask="parallelized", output_dtypes=[np.float32],
+        ).transpose("band", "y", "x")  # fmt: skip
+    parts = []
+    for i, band in enumerate(plan.members[number].bands):
+        asset = source.records.asset(row, band)
+        rule = Radiometry(asset.scale, asset.offset, asset.rule)
+        parts.append(
+            xr.apply_ufunc(
+                lambda v, rule=rule: harmonize.to_float(v, np.isfinite(v), rule), raw.isel(band=[i]),
+                dask="parallelized", output_dtypes=[np.float32],
+            )  # fmt: skip
+        )
+    return xr.concat(parts, dim="band")
+
+
+def _cloudy(
+    source: ResolvedSource, rows: list[int], number: int, grid: Grid, shape: tuple[int, int], chunks: int
+) -> dict[int, xr.DataArray]:
+    """Return where each record is masked, shape (y, x)."""
+    member, mask = source.plan.members[number], source.plan.mask
+    if not mask or member.quality is None:
+        return {}
+    kind = member.quality_kind
+    dtype = np.dtype(source.records.asset(rows[0], member.quality).dtype)
+    quality = stack(source.records, rows, [member.quality], grid, shape, dtype, 0, None, chunks)
+    bad = xr.apply_ufunc(
+        lambda v: harmonize.bad_pixels(v, str(kind), mask), quality, dask="parallelized", output_dtypes=[bool]
+    )
+    ids = quality["id"].values.astype(int)
+    return {int(r): bad.isel(time=n, band=0, drop=True).drop_vars("id", errors="ignore") for n, r in enumerate(ids)}
+
+
+def _fill(source: ResolvedSource) -> float:
+    return source.plan.fill if source.plan.units == "raw" else float("nan")
+
+
+def _is_valid(source: ResolvedSource, layer: xr.DataArray) -> xr.DataArray:
+    fill = _fill(source)
+    return layer.notnull() if np.isnan(fill) else layer != np.asarray(fill).astype(layer.dtype)
+
+
+def _slot(
+    source: ResolvedSource, feeds: Feeds, layers: dict[int, xr.DataArray]
+) -> tuple[xr.DataArray | None, np.datetime64, str]:
+    """Return the layer of one slot, when its picked acquisition starts, and which members it is made of."""
+    how = source.plan.pick if source.axis is not None else "first"
+    candidates: list[tuple[xr.DataArray, int]] = []
+    for order in np.unique(feeds.order).tolist():
+        mosaic: xr.DataArray | None = None
+        records = [int(r) for r in feeds.record[feeds.order == order] if int(r) in layers]
+        for row in records:
+            mosaic = layers[row] if mosaic is None else mosaic.where(_is_valid(source, mosaic), layers[row])
+        if mosaic is not None:
+            candidates.append((mosaic, records[0]))
+    nothing = np.datetime64("NaT", "ns")
+    if not candidates:
+        return None, nothing, ""
+    members = [source.plan.members[source.member[row]].name for _, row in candidates]
+    if len(candidates) == 1 or how not in DATA_PICKS:
+        layer, row = candidates[0]
+        return layer, source.passes.start[source.passes.of_record[row]], members[0]
+    stacked = xr.concat([c for c, _ in candidates], dim="candidate", coords="minimal", compat="override")
+    return _chosen(source, stacked, how), nothing, "+".join(sorted(set(members)))
+
+
+def _chosen(source: ResolvedSource, stacked: xr.DataArray, how: str) -> xr.DataArray:
+    valid = _is_valid(source, stacked)
+    if how == "clearest":
+        score = valid.all("band").sum(("y", "x"))
+        best = score.argmax("candidate")
+        result = stacked.isel(candidate=0, drop=True)
+        for i in range(1, stacked.sizes["candidate"]):
+            result = xr.where(best == i, stacked.isel(candidate=i, drop=True), result)
+        return result
+    chunked = stacked.where(valid).chunk({"candidate": -1})
+    made = xr.apply_ufunc(
+        lambda v: harmonize.composite(np.moveaxis(v, -1, 0).astype(np.float32), how), chunked,
+        input_core_dims=[["candidate"]], dask="parallelized", output_dtypes=[np.float32],
+    )  # fmt: skip
+    if source.plan.units == "raw":
+        fill = np.asarray(_fill(source)).astype(source.plan.dtype)
+        return made.round().fillna(fill).astype(source.plan.dtype)
+    return made
+
+
+def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid) -> xr.DataArray:
+    plan = source.plan
+    if plan.units == "reflectance" and plan.dtype != "float32":
+        cube = xr.apply_ufunc(
+            lambda v: harmonize.to_dtype(v, plan.dtype, plan.fill)[0], cube, dask="parallelized",
+            output_dtypes=[np.dtype(plan.dtype)],
+        )  # fmt: skip
+    keep = {"time", "band", "y", "x", "source", "datetime"}
+    cube = cube.drop_vars([c for c in cube.coords if c not in keep]).rename(plan.name)
+    cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(grid.transform(Window(0, 0, *cube.shape[-2:])))
+    attrs: dict[str, Any] = {"units": plan.units, "radiometry": json.dumps(radiometry_of(source))}
+    if plan.units == "reflectance" and plan.dtype != "float32":
+        attrs |= {"scale_factor": 1 / harmonize.DN_PER_REFLECTANCE, "add_offset": 0.0}
+    cube.attrs = attrs
+    if not np.isnan(plan.fill):
+        cube.attrs["nodata"] = int(plan.fill)
+    return cube
+
+
+def radiometry_of(source: ResolvedSource, used: NDArray[np.int64] | None = None) -> list[dict[str, Any]]:
+    """Return each distinct (member, band, scale, offset, rule) and how many records it applies to."""
+    counted: Counter[tuple[Any, ...]] = Counter()
+    rows = np.arange(len(source.records)) if used is None else used
+    for number, member in enumerate(source.plan.members):
+        own = rows[source.member[rows] == number]
+        for name, band in zip(source.plan.bands, member.bands, strict=True):
+            fields = [source.records.asset_field(band, f).to_pylist() for f in ("scale", "offset", "rule")]
+            for row in own.tolist():
+                counted[(member.name, name, band, *(f[row] for f in fields))] += 1
+    applied = source.plan.units == "reflectance"
+    return [
+        {
+            "member": m, "band": n, "code": b, "scale": s if applied else None, "offset": o if applied else None,
+            "rule": r if applied else f"{source.plan.units}: none applied", "records": count,
+        }
+        for (m, n, b, s, o, r), count in counted.items()
+    ]  # fmt: skip
+
+
+def with_axis_of(source: ResolvedSource, other: ResolvedSource) -> ResolvedSource:
+    """Return ``source`` on the time axis of ``other``: a cube with the slots its chips have."""
+    return replace(source, axis=other.axis, plan=replace(source.plan, slots=other.plan.slots))

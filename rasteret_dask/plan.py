@@ -1,0 +1,359 @@
+"""What the user asked for, as small frozen values that can be compared, hashed and written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from rasteret_dask.errors import PlanError
+
+__all__ = [
+    "ChipSpec",
+    "Chips",
+    "Filter",
+    "Function",
+    "Harmonize",
+    "HarmonizeSpec",
+    "Join",
+    "Keep",
+    "Map",
+    "Merge",
+    "Node",
+    "Predicate",
+    "Sample",
+    "Select",
+    "Source",
+    "Split",
+    "SplitSpec",
+    "WithTable",
+    "children",
+    "digest",
+    "from_json",
+    "leaves",
+    "to_json",
+    "with_children",
+]
+
+Scalar: TypeAlias = "str | int | float | bool | None"
+Predicate: TypeAlias = "tuple[str, str, Scalar | tuple[Scalar, ...]]"
+"""(column, operator, value): ``("eo:cloud_cover", "<", 20)``; datetimes as ISO 8601 text."""
+
+OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in", "intersects", "overlaps")
+UNITS = ("auto", "raw", "reflectance", "embedding")
+PICKS = ("closest", "first", "last", "least_cloudy", "clearest", "median", "mean")
+DTYPES = (None, "float32", "uint16", "int16")
+RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode")
+MASKS = ("clouds", "snow", "water")
+
+
+@dataclass(frozen=True, slots=True)
+class HarmonizeSpec:
+    """How a source's records become like each other. None: not said; an outer step may say it."""
+
+    bands: tuple[str, ...] | None = None
+    units: str | None = None
+    resolution: float | None = None
+    """Metres (or the CRS's unit) a pixel."""
+    resampling: str | None = None
+    mask: tuple[str, ...] | None = None
+    time: str | None = None
+    """A pandas offset (``"1MS"``): the length of a slot."""
+    pick: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("units", self.units, (None, *UNITS))
+        _one_of("pick", self.pick, (None, *PICKS))
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("resampling", self.resampling, RESAMPLINGS)
+        for mask in self.mask or ():
+            _one_of("mask", mask, MASKS)
+        if self.resolution is not None and not self.resolution > 0:
+            raise PlanError("harmonize(resolution=)", repr(self.resolution), "a positive pixel size")
+        if self.bands is not None and (not self.bands or len(set(self.bands)) != len(self.bands)):
+            raise PlanError("harmonize(bands=)", repr(self.bands), "at least one band, none twice")
+
+    def under(self, outer: HarmonizeSpec) -> HarmonizeSpec:
+        """Return this with whatever ``outer`` says put over it."""
+        said = {f.name: getattr(outer, f.name) for f in dataclasses.fields(outer)}
+        return dataclasses.replace(self, **{k: v for k, v in said.items() if v is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class ChipSpec:
+    """Which windows of the ground become chips."""
+
+    size: int
+    """Pixels of the reference source."""
+    stride: int
+    """Pixels from one chip to the next."""
+    grid: str = "zone"
+    """``"zone"``, ``"tiles"``, or a GeoBox as ``"epsg,x0,y0,resolution,width,height"``."""
+    cell_km: float = 15.36
+    min_coverage: float = 1.0
+    min_slots: int = 1
+    reference: str | None = None
+    """Name of the source whose pixels stay native; None: the first."""
+    aoi: str | None = None
+    """WKB of an area in lon/lat, as hex; None: wherever there are records."""
+    at: str | None = None
+    """Token of a table of points or polygons that get one window each."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or self.size != int(self.size) or self.size <= 0:
+            raise PlanError("chips(size=)", repr(self.size), "a positive number of pixels")
+        if self.stride != int(self.stride) or self.stride <= 0:
+            raise PlanError("chips(stride=)", repr(self.stride), "a positive number of pixels")
+        if not 0 <= self.min_coverage <= 1:
+            raise PlanError("chips(min_coverage=)", repr(self.min_coverage), "a share from 0 to 1")
+        if not self.cell_km > 0:
+            raise PlanError("chips(cell_km=)", repr(self.cell_km), "a positive number of kilometres")
+        if self.min_slots < 0:
+            raise PlanError("chips(min_slots=)", repr(self.min_slots), "0 or more slots")
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSpec:
+    """How the ground is shared out."""
+
+    ratios: tuple[tuple[str, float], ...]
+    """(split, share), in order; shares sum to 1."""
+    seed: int = 0
+    by: str = "ground"
+    """``"ground"``, ``"geometry"`` or the name of a column of the chip table."""
+    buffer_m: float = 0.0
+    boundary: str = "drop"
+
+    def __post_init__(self) -> None:
+        total = sum(share for _, share in self.ratios)
+        if any(share < 0 for _, share in self.ratios) or abs(total - 1) > 1e-9:
+            shown = ", ".join(f"{name}={share:g}" for name, share in self.ratios)
+            raise PlanError("split ratios", f"{shown} (sum {total:g})", "shares of 0 or more that sum to 1")
+        _one_of("boundary", self.boundary, ("drop", "centre"))
+        if self.buffer_m < 0:
+            raise PlanError("split(buffer_m=)", repr(self.buffer_m), "0 or more metres")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The splits, in order."""
+        return tuple(name for name, _ in self.ratios)
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A user's function, known by where it is written and what it says; never by its address."""
+
+    module: str
+    name: str
+    source: str
+    """sha256 of its source text, or the version the user gave."""
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], version: str | None = None) -> Function:
+        """Describe ``function``.
+
+        Raises
+        ------
+        PlanError
+            When it closes over data or its source cannot be found, and no ``version`` was given.
+        """
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        module = getattr(function, "__module__", type(function).__module__)
+        if version is not None:
+            return cls(module, name, f"version {version}")
+        closed = (
+            inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {"self": None}
+        )
+        if closed:
+            raise PlanError(
+                f"function {module}.{name}",
+                f"a closure over {', '.join(closed)}",
+                "a plain function",
+                "Say which version it is: map(function, version='1').",
+            )
+        try:
+            text = textwrap.dedent(inspect.getsource(function))
+        except OSError as error:
+            raise PlanError(
+                f"function {module}.{name}",
+                "no source text",
+                "a function whose source can be read",
+                "Say which version it is: map(function, version='1').",
+            ) from error
+        return cls(module, name, hashlib.sha256(text.encode()).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Records of one table."""
+
+    name: str
+    token: str
+    """Identity of the table; the table itself is held beside the plan."""
+    where: tuple[Predicate, ...] = ()
+    bands: tuple[str, ...] | None = None
+    """Bands (any of their names) whose assets are needed; None: all. ``"@quality"`` is the mask's band."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Only the records that fulfil all predicates."""
+
+    child: Node
+    where: tuple[Predicate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The n records or chips with the smallest seeded hash of their id, per stratum of ``by``."""
+
+    child: Node
+    n: int
+    seed: int
+    by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """The union of several collections: one source with several members."""
+
+    children: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Harmonize:
+    """The same bands, units, grid and time axis for all records below."""
+
+    child: Node
+    spec: HarmonizeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """A user's function over the chips of a group."""
+
+    child: Node
+    function: Function
+    source: str | None = None
+    """The joined source it applies to; None below a join."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Several sources over the same ground, each a variable of its own."""
+
+    names: tuple[str, ...]
+    children: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chips:
+    """Cells of the ground that every source covers."""
+
+    child: Node
+    spec: ChipSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A split for each chip."""
+
+    child: Node
+    spec: SplitSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Only the chips that fulfil all predicates on columns of the chip table."""
+
+    child: Node
+    where: tuple[Predicate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Only the chips of these splits."""
+
+    child: Node
+    splits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WithTable:
+    """Only the chips that stand in a user's table, with that table's further columns."""
+
+    child: Node
+    token: str
+
+
+Node: TypeAlias = (
+    "Source | Filter | Sample | Merge | Harmonize | Map | Join | Chips | Split | Keep | Select | WithTable"
+)
+
+_NODES = {
+    c.__name__: c
+    for c in (
+        Source, Filter, Sample, Merge, Harmonize, Map, Join, Chips, Split, Keep, Select, WithTable,
+        HarmonizeSpec, ChipSpec, SplitSpec, Function,
+    )
+}  # fmt: skip
+
+
+def children(node: Node) -> tuple[Node, ...]:
+    """Return the nodes directly below."""
+    if isinstance(node, Merge | Join):
+        return node.children
+    return () if isinstance(node, Source) else (node.child,)
+
+
+def with_children(node: Node, below: tuple[Node, ...]) -> Node:
+    """Return ``node`` over other children."""
+    if isinstance(node, Merge | Join):
+        return dataclasses.replace(node, children=below)
+    return node if isinstance(node, Source) else dataclasses.replace(node, child=below[0])
+
+
+def leaves(node: Node) -> Iterator[Source]:
+    """Yield the sources, left to right."""
+    if isinstance(node, Source):
+        yield node
+    for child in children(node):
+        yield from leaves(child)
+
+
+def to_json(value: Any) -> Any:
+    """Return a node or spec as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Return what :func:`to_json` made; lists become tuples."""
+    if isinstance(value, dict):
+        fields = {k: from_json(v) for k, v in value.items() if k != "type"}
+        return _NODES[value["type"]](**fields)
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    return value
+
+
+def digest(*values: Any) -> str:
+    """Return 32 hex digits of the sha256 of values' JSON: the same in every process."""
+    text = json.dumps([to_json(v) for v in values], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        shown = ", ".join(repr(a) for a in allowed if a is not None)
+        raise PlanError(f"{name}=", repr(value), f"one of {shown}")

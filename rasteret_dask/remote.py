@@ -1,0 +1,288 @@
+"""Bytes at a URL, by obstore, synchronously: local paths, http(s), s3, gs and az alike."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, S3Store
+
+from rasteret_dask.errors import ReadError, StoreError, TrustError
+
+__all__ = [
+    "SCHEMES",
+    "Fetched",
+    "Head",
+    "MissingError",
+    "delete",
+    "exists",
+    "fetch",
+    "get",
+    "head",
+    "is_local",
+    "join",
+    "listing",
+    "open_href",
+    "put",
+    "redact",
+]
+
+SCHEMES = ("http", "https", "s3", "gs", "az")
+"""Schemes of remote hrefs."""
+
+_FAILURES = (BaseError, OSError)  # obstore raises some as builtin OSErrors (FileNotFoundError)
+_ATTEMPTS = 3  # obstore retries whole requests but not a body that is cut short
+_CLIENT = {"connect_timeout": "10s", "timeout": "60s"}
+_RETRY = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
+_KEYS_IN_ENVIRONMENT = {
+    "s3": (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_SKIP_SIGNATURE",  # "false" makes obstore ask the instance's metadata service
+    ),
+    "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY"),
+}
+_REQUESTER_PAYS = ("usgs-landsat", "sentinel-s2-l1c", "sentinel-s2-l2a")
+
+
+class MissingError(ReadError):
+    """There is nothing at this URL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a store says of an object."""
+
+    size: int
+    """Bytes."""
+    etag: str | None
+    """The store's version of the object, or None where it keeps none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Some bytes of an object, with what the store says of the whole."""
+
+    data: bytes
+    head: Head
+
+
+def is_local(href: str) -> bool:
+    """Return whether an href is a path of this machine (or ``file://``)."""
+    scheme = urlsplit(href).scheme.lower()
+    return scheme in ("", "file") or len(scheme) == 1  # one letter: a Windows drive
+
+
+def redact(text: str) -> str:
+    """Return text without query strings and user information, which may hold signatures and passwords."""
+    return re.sub(r"(?<=://)[^/\s@]+@", "", re.sub(r"\?[^\s\"')]*", "?...", text))
+
+
+def join(base: str, *parts: str) -> str:
+    """Return the URL of something below a base URL or local directory."""
+    bare, mark, query = base.partition("?") if not is_local(base) else (base, "", "")
+    return "/".join([bare.rstrip("/"), *(p.strip("/") for p in parts)]) + mark + query
+
+
+def open_href(href: str) -> tuple[Any, str]:
+    """Return the store that holds an href, and the href's path in it.
+
+    Parameters
+    ----------
+    href
+        A local path, or a URL of scheme file, http, https, s3, gs or az. Credentials and endpoints come from
+        the environment (``AWS_*``, ``GOOGLE_*``, ``AZURE_*``); without keys there, requests are not signed.
+
+    Raises
+    ------
+    TrustError
+        When it is none of these.
+    """
+    if is_local(href):
+        return _store("file", "", "", ()), _local_path(href).lstrip("/")
+    url = urlsplit(href)
+    if url.scheme.lower() not in SCHEMES or not url.netloc:
+        raise TrustError(
+            f"opening {redact(href)}",
+            f"scheme {url.scheme!r}",
+            f"a local path or one of {', '.join(s + '://' for s in SCHEMES)}",
+        )
+    # obstore percent-encodes paths itself
+    path = unquote(url.path) if url.scheme.startswith("http") else url.path
+    return _store(url.scheme.lower(), url.netloc, url.query, _environment()), path.lstrip("/")
+
+
+def fetch(href: str, start: int = 0, length: int | None = None) -> Fetched:
+    """Return bytes of an object; fewer than ``length`` only where the object ends.
+
+    Raises
+    ------
+    MissingError
+        When there is no such object.
+    ReadError
+        When the store refuses, times out, or cuts the body short three times; never with a query string.
+    """
+    store, path = open_href(href)
+    options: Any = None if length is None and start == 0 else {"range": _range(start, length)}
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            answer = obstore.get(store, path, options=options)
+            meta = answer.meta
+            data = bytes(answer.bytes())
+        except GenericError as error:
+            if attempt == _ATTEMPTS:
+                raise _failure(href, error) from None
+        except _FAILURES as error:
+            raise _failure(href, error) from None
+        else:
+            due = max(0, meta["size"] - start)
+            due = due if length is None else min(due, length)
+            if len(data) >= due:
+                return Fetched(data, Head(meta["size"], meta["e_tag"]))
+        time.sleep(0.2 * attempt)
+    raise ReadError(
+        f"reading {redact(href)}", "a body shorter than announced, three times", "the whole range"
+    )
+
+
+def get(href: str, start: int = 0, length: int | None = None) -> bytes:
+    """Return bytes of an object: all of it, or ``length`` bytes from ``start``. See :func:`fetch`."""
+    return fetch(href, start, length).data
+
+
+def head(href: str) -> Head:
+    """Return size and ETag of an object; MissingError where there is none."""
+    store, path = open_href(href)
+    try:
+        meta = obstore.head(store, path)
+    except _FAILURES as error:
+        raise _failure(href, error) from None
+    return Head(meta["size"], meta["e_tag"])
+
+
+def exists(href: str) -> bool:
+    """Return whether there is an object at this URL (a directory is none)."""
+    try:
+        head(href)
+    except MissingError:
+        return False
+    return True
+
+
+def put(href: str, data: bytes | bytearray | memoryview) -> str | None:
+    """Write an object as a whole, atomically, and return its ETag; local directories are made as needed.
+
+    Raises
+    ------
+    StoreError
+        When the store refuses.
+    """
+    store, path = open_href(href)
+    try:
+        answer = obstore.put(
+            store, path, data if isinstance(data, bytes) else bytes(data), use_multipart=False
+        )
+    except _FAILURES as error:
+        raise StoreError(f"writing {redact(href)}", _reason(error)) from None
+    return answer["e_tag"]
+
+
+def delete(href: str) -> None:
+    """Remove an object; there being none is not an error."""
+    store, path = open_href(href)
+    try:
+        obstore.delete(store, path)
+    except FileNotFoundError:
+        return
+    except _FAILURES as error:
+        raise StoreError(f"deleting {redact(href)}", _reason(error)) from None
+
+
+def listing(url: str) -> dict[str, int]:
+    """Return {path relative to ``url``: size in bytes} of every object below a base URL, sorted by path.
+
+    Plain HTTP servers do not list: a ReadError says so.
+    """
+    store, prefix = open_href(url)
+    prefix = prefix.rstrip("/")
+    if is_local(url) and not os.path.isdir("/" + prefix):
+        return {}
+    found: dict[str, int] = {}
+    try:
+        for batch in obstore.list(store, prefix=prefix or None):
+            for meta in batch:
+                found[meta["path"][len(prefix) :].lstrip("/")] = meta["size"]
+    except _FAILURES as error:
+        raise _failure(url, error) from None
+    return dict(sorted(found.items()))
+
+
+def _range(start: int, length: int | None) -> tuple[int, int] | dict[str, int]:
+    return {"offset": start} if length is None else (start, start + length)
+
+
+def _local_path(href: str) -> str:
+    path = unquote(urlsplit(href).path) if href.lower().startswith("file://") else href
+    path = os.path.abspath(path)
+    if path.startswith("/vsi"):
+        raise TrustError(f"opening {redact(href)}", "a path of GDAL's virtual file systems", "a plain path")
+    return PurePath(path).as_posix()
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "AZURE_", "GOOGLE_"))))
+
+
+@lru_cache(maxsize=64)
+def _store(scheme: str, netloc: str, query: str, environment: tuple[tuple[str, str], ...]) -> Any:
+    # the environment is part of the key, so that keys set later are seen
+    names = dict(environment)
+    options: dict[str, Any] = {"client_options": dict(_CLIENT), "retry_config": dict(_RETRY)}
+    anonymous = not any(key in names for key in _KEYS_IN_ENVIRONMENT.get(scheme, ()))
+    match scheme:
+        case "file":
+            return LocalStore("/")
+        case "http" | "https":
+            options["client_options"]["allow_http"] = scheme == "http"
+            # the query (a signature) is kept by the store and sent with every path below it
+            return HTTPStore.from_url(f"{scheme}://{netloc}/" + (f"?{query}" if query else ""), **options)
+        case "s3":
+            if names.get("AWS_ENDPOINT_URL", names.get("AWS_ENDPOINT", "")).startswith("http://"):
+                options["client_options"]["allow_http"] = True
+            if "AWS_REGION" not in names and "AWS_DEFAULT_REGION" not in names:
+                options["region"] = "us-west-2"  # where the public Sentinel-2, Landsat and AEF buckets are
+            if anonymous:
+                options["skip_signature"] = True
+            elif netloc in _REQUESTER_PAYS or names.get("AWS_REQUEST_PAYER", "").lower() == "requester":
+                options["request_payer"] = True
+            return S3Store(netloc, **options)
+        case "gs":
+            return GCSStore(netloc, skip_signature=anonymous, **options)
+        case _:
+            return AzureStore(netloc, **options)
+
+
+def _failure(href: str, error: BaseException) -> ReadError:
+    kind = MissingError if isinstance(error, FileNotFoundError | NotADirectoryError) else ReadError
+    return kind(f"reading {redact(href)}", _reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "nothing there (404)"
+    if isinstance(error, PermissionError | PermissionDeniedError | UnauthenticatedError):
+        return "access denied (401 or 403)"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # without the seconds it took: the same failure reads the same
+    return re.sub(r" in [\d.]+\S*s,? after.*?(?= - )", "", redact(lines[0]))[:300]

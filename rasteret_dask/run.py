@@ -1,0 +1,176 @@
+"""Runs a lowered job on Dask: submits what is missing, shows progress, commits at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from dask._task_spec import Task, TaskRef
+from dask.delayed import Delayed
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from distributed import Client, Future, LocalCluster, as_completed, get_client
+
+from rasteret_dask import remote
+from rasteret_dask.errors import JobError, RasteretDaskError
+from rasteret_dask.job import Shard
+from rasteret_dask.shards import Functions, JobRef, lower, renamed
+from rasteret_dask.write import JOB, Layout, commit, is_committed, prepare, write_shard
+
+__all__ = ["delayed_zarr", "run_zarr"]
+
+MAX_LISTED = 10
+
+
+def run_zarr(
+    layout: Layout, url: str, functions: Functions, client: Client | str | None, progress: bool
+) -> None:
+    """Write a job's chips to a store; a rerun does what is missing.
+
+    Parameters
+    ----------
+    layout
+        The job and its layout.
+    url
+        The store.
+    functions
+        The user's functions that the job names.
+    client
+        A Dask client or a scheduler's address; None: the current client, else a cluster of this machine's size.
+    progress
+        Whether to show how far it is.
+
+    Raises
+    ------
+    StoreError
+        When the store holds something else.
+    JobError
+        When shards failed; the others are written, and a rerun does only those.
+    """
+    if is_committed(url, layout.job.digest):
+        return
+    done = prepare(layout, url)
+    tasks, shards = _tasks(layout, url, functions)
+    wanted = {key: shard for key, shard in shards.items() if shard.name not in done}
+    if wanted:
+        with _client(client) as running:
+            _submit(running, tasks, wanted, progress, len(shards), url)
+    commit(url, layout)
+
+
+def _tasks(layout: Layout, url: str, functions: Functions) -> tuple[dict[Any, Any], dict[str, Shard]]:
+    graph = lower(layout.job, functions, JobRef(remote.join(url, JOB), layout.job.phase), write_shard)
+    place = hashlib.sha256(f"zarr {url}".encode()).hexdigest()[:8]
+    return renamed(graph, layout.job, f"-{place}")
+
+
+def _submit(
+    client: Client, tasks: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, total: int, url: str
+) -> None:
+    missing = set(wanted)
+    roots = {k: t for k, t in tasks.items() if not isinstance(k, str) or not k.startswith("write-")}
+    graph = roots | {k: tasks[k] for k in missing}
+    futures: list[Future] = client.get(graph, sorted(missing), sync=False, retries=1)
+    failed: dict[str, BaseException] = {}
+    shown = _Progress(total, total - len(wanted), progress)
+    for future in as_completed(futures, loop=client.loop):
+        if future.status == "error":
+            failed[wanted[future.key].name] = future.exception()
+        elif future.status != "finished":
+            failed[wanted[future.key].name] = RuntimeError(f"task {future.status}")
+        shown.step(len(failed))
+    shown.end()
+    if failed:
+        lines = [f"{name}: {error}" for name, error in sorted(failed.items())[:MAX_LISTED]]
+        more = f"\nand {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
+        raise JobError(
+            f"store {url}",
+            f"{len(failed)} of {total} shards failed:\n" + "\n".join(lines) + more + "\n",
+            "every shard written",
+            "The others are written and the store is not committed: mend the cause and call to_zarr again.",
+        ) from next((e for e in failed.values() if isinstance(e, RasteretDaskError)), None)
+
+
+@contextmanager
+def _client(client: Client | str | None) -> Iterator[Client]:
+    if isinstance(client, Client):
+        yield client
+        return
+    if isinstance(client, str):
+        with Client(client, set_as_default=False) as own:
+            yield own
+        return
+    try:
+        current = get_client()
+    except ValueError:
+        with _local_cluster() as cluster, Client(cluster, set_as_default=False) as own:
+            yield own
+        return
+    yield current
+
+
+def _local_cluster() -> LocalCluster:
+    """One process with a thread a core: decoding, warping and compressing leave Python's lock alone."""
+    return LocalCluster(
+        n_workers=1,
+        threads_per_worker=os.cpu_count() or 1,
+        processes=False,
+        dashboard_address=":0" if _has_dashboard() else None,
+        silence_logs=40,
+    )
+
+
+def _has_dashboard() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("bokeh") is not None
+
+
+class _Progress:
+    """One line that says how many shards are written."""
+
+    def __init__(self, total: int, done: int, shown: bool) -> None:
+        self.total, self.done, self.shown = total, done, shown
+        self.start = time.monotonic()
+        self._line("")
+
+    def step(self, failed: int) -> None:
+        self.done += 1
+        self._line(f", {failed} failed" if failed else "")
+
+    def _line(self, tail: str) -> None:
+        if not self.shown:
+            return
+        width = 30
+        full = width * self.done // max(self.total, 1)
+        text = f"[{'#' * full}{'.' * (width - full)}] {self.done}/{self.total} shards"
+        text += f", {time.monotonic() - self.start:.0f} s{tail}"
+        sys.stderr.write(("\r" if sys.stderr.isatty() else "") + text + ("" if sys.stderr.isatty() else "\n"))
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.shown and sys.stderr.isatty():
+            sys.stderr.write("\n")
+
+
+def delayed_zarr(layout: Layout, url: str, functions: Functions) -> Delayed:
+    """Return the whole job as one lazy object: ``.compute()`` on any scheduler writes and commits the store."""
+    done = prepare(layout, url)
+    ref = JobRef(remote.join(url, JOB), layout.job.phase)
+    graph = lower(layout.job, functions, ref, write_shard)
+    keys = [graph.key(s) for s in graph.shards if s.name not in done]
+    name = f"commit-{layout.job.digest[:12]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    task = Task(name, _commit, url, layout, *(TaskRef(k) for k in keys))
+    layers = {**graph.graph.layers, name: MaterializedLayer({name: task})}
+    needs = {**graph.graph.dependencies, name: {graph.name} if keys else set()}
+    return Delayed(name, HighLevelGraph(layers, needs))
+
+
+def _commit(url: str, layout: Layout, *_reports: Any) -> str:
+    commit(url, layout)
+    return url

@@ -1,0 +1,212 @@
+"""A source's predicates and bands, applied to its table: filters go to the Parquet scan where they can."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import shapely
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.plan import Predicate, Source
+from rasteret_dask.records import RECORD_SCHEMA, Records
+
+__all__ = ["Table", "expression", "filter_table", "hash_unit", "sample_rows", "scan"]
+
+Table: TypeAlias = "pa.Table | pads.Dataset"
+
+_COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+def scan(source: Source, tables: Mapping[str, Table]) -> pa.Table:
+    """Read the records of one source that fulfil its predicates, with the assets its bands name.
+
+    Raises
+    ------
+    PlanError
+        When a predicate names a column that is neither in the table nor among any record's properties.
+    """
+    data = tables[source.token]
+    table = filter_table(data, source.where, source.name)
+    if source.bands is not None:
+        table = _only_bands(table, source.bands)
+    readable = [p for p in source.where if p[0] == "readable"]
+    if readable:
+        table = table.filter(pa.array(_readable(table) == bool(readable[0][2])))
+    return table
+
+
+def filter_table(data: Table, where: Sequence[Predicate], name: str) -> pa.Table:
+    """Return the rows of a table or dataset that fulfil all predicates."""
+    schema = data.schema
+    pushed = [e for p in where if (e := expression(p, schema)) is not None]
+    late = [p for p in where if expression(p, schema) is None and p[0] != "readable"]
+    if pushed:
+        table = pads.dataset(data).to_table(filter=functools.reduce(operator.and_, pushed))
+    else:
+        table = data if isinstance(data, pa.Table) else data.to_table()
+    for predicate in late:
+        if table.num_rows:
+            table = table.filter(pa.array(_late(predicate, table, name)))
+    return table
+
+
+def expression(predicate: Predicate, schema: pa.Schema) -> pc.Expression | None:
+    """Return a predicate as a filter of the scan, or None when only Python can decide it."""
+    column, op, value = predicate
+    if op == "overlaps":
+        return _overlaps(value)
+    if op == "intersects" and column == "bbox":
+        xmin, ymin, xmax, ymax = tuple(value)  # type: ignore[arg-type]
+        box = {n: pc.field("bbox", n) for n in ("xmin", "ymin", "xmax", "ymax")}
+        return (box["xmin"] <= xmax) & (box["xmax"] >= xmin) & (box["ymin"] <= ymax) & (box["ymax"] >= ymin)
+    if op == "intersects" or column not in schema.names:
+        return None
+    kind = schema.field(column).type
+    if op in ("in", "not in"):
+        inside = pc.field(column).isin(pa.array(list(value), kind))  # type: ignore[arg-type]
+        return inside if op == "in" else ~inside
+    if value is None:
+        return pc.field(column).is_null() if op == "==" else ~pc.field(column).is_null()
+    try:
+        stamp = pd.Timestamp(str(value)) if pa.types.is_timestamp(kind) else value
+        scalar = pa.scalar(stamp, kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as error:
+        raise PlanError(
+            f"where({column!r}, {op!r}, {value!r})", f"a column of type {kind}", "a value of it"
+        ) from error
+    return _COMPARE[op](pc.field(column), scalar)
+
+
+def _overlaps(value: Any) -> pc.Expression:
+    start, end = (None if v is None else pa.scalar(pd.Timestamp(v), pa.timestamp("us", "UTC")) for v in value)
+    begins = pc.coalesce(pc.field("start_datetime"), pc.field("datetime"))
+    ends = pc.coalesce(pc.field("end_datetime"), pc.field("datetime"))
+    instant = ends <= begins
+    result = pc.scalar(True)
+    if start is not None:
+        result = result & ((ends > start) | (instant & (ends >= start)))
+    if end is not None:
+        result = result & (begins < end)
+    return result
+
+
+def _late(predicate: Predicate, table: pa.Table, name: str) -> NDArray[np.bool_]:
+    column, op, value = predicate
+    if op == "intersects":
+        area = shapely.from_wkb(bytes.fromhex(str(value)))
+        shapes = shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False))
+        return np.asarray(shapely.intersects(shapes, area), dtype=bool)
+    found = False
+    keep = np.zeros(table.num_rows, dtype=bool)
+    properties = table.column("properties").to_pylist() if "properties" in table.column_names else []
+    for i, text in enumerate(properties):
+        values = json.loads(text) if text else {}
+        if column not in values:
+            continue
+        found = True
+        keep[i] = _compare(values[column], op, value)
+    if not found:
+        raise PlanError(
+            f"filter on column {column!r} of {name!r}",
+            "no such column and no record with such a property",
+            f"one of {', '.join(table.column_names)}, or a STAC property",
+        )
+    return keep
+
+
+def _compare(found: Any, op: str, value: Any) -> bool:
+    if op in ("in", "not in"):
+        return bool((found in value) == (op == "in"))
+    return found is not None and bool(_COMPARE[op](found, value))
+
+
+def _only_bands(table: pa.Table, wanted: tuple[str, ...]) -> pa.Table:
+    """Drop the assets and headers of bands that no wanted name can mean."""
+    records = Records(table)
+    keep: list[str] = []
+    for band in records.bands:
+        names = {band}
+        for field in ("common_name", "asset"):
+            names.update(v for v in pc.unique(records.asset_field(band, field)).to_pylist() if v)
+        roles = pc.unique(records.asset_field(band, "role")).to_pylist()
+        if names & set(wanted) or ("@quality" in wanted and "quality" in roles):
+            keep.append(band)
+    if len(keep) == len(records.bands):
+        return table
+    for name in ("assets", "headers_metadata"):
+        at = table.schema.get_field_index(name)
+        kept = _filter_map(records.table.column(name), keep, RECORD_SCHEMA.field(name).type)
+        table = table.set_column(at, RECORD_SCHEMA.field(name), kept)
+    return table
+
+
+def _filter_map(column: pa.ChunkedArray, keys: list[str], kind: pa.MapType) -> pa.Array:
+    chunk = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    offsets = np.asarray(chunk.offsets)
+    first, last = int(offsets[0]), int(offsets[-1])
+    stored = chunk.keys
+    keep = np.asarray(pc.is_in(stored.slice(0), value_set=pa.array(keys)).to_numpy(zero_copy_only=False))
+    shift = 0 if len(stored) == last else first
+    counted = np.concatenate([[0], np.cumsum(keep)])
+    chosen = pa.array(np.flatnonzero(keep))
+    return pa.MapArray.from_arrays(
+        pa.array(counted[offsets - shift].astype(np.int32)),
+        stored.take(chosen),
+        chunk.items.take(chosen),
+        type=kind,
+    )
+
+
+def _readable(table: pa.Table) -> NDArray[np.bool_]:
+    """Shape (record,). True where no asset left in the table has an error."""
+    chunk = table.column("assets").combine_chunks()
+    if isinstance(chunk, pa.ChunkedArray):
+        chunk = chunk.chunk(0)
+    failed = pc.is_valid(pc.struct_field(chunk.items, "error")).to_numpy(zero_copy_only=False)
+    counted = np.concatenate([[0], np.cumsum(failed)])
+    offsets = np.asarray(chunk.offsets)
+    return np.asarray(counted[offsets[1:]] == counted[offsets[:-1]])
+
+
+def hash_unit(values: Sequence[Any], *salt: Any) -> NDArray[np.float64]:
+    """Return a number in [0, 1) for each value: sha256 of salt and value, the same everywhere and always."""
+    prefix = "|".join(str(s) for s in salt).encode()
+    digests = b"".join(hashlib.sha256(prefix + b"|" + str(v).encode()).digest()[:8] for v in values)
+    return np.frombuffer(digests, dtype=">u8").astype(np.float64) / 2.0**64
+
+
+def sample_rows(table: pa.Table, id_column: str, n: int, seed: int, by: str | None) -> NDArray[np.int64]:
+    """Return the rows of the ``n`` smallest seeded hashes of the id, per stratum of ``by``, in row order.
+
+    A larger ``n`` of the same seed contains the smaller one's rows.
+    """
+    if n < 0:
+        raise PlanError("sample(n=)", repr(n), "0 or more")
+    if by is not None and by not in table.column_names:
+        raise PlanError("sample(by=)", repr(by), f"one of {', '.join(table.column_names)}")
+    rank = hash_unit(table.column(id_column).to_pylist(), "sample", seed)
+    strata = np.zeros(table.num_rows, dtype=np.int64)
+    if by is not None:
+        values = [str(v) for v in table.column(by).to_pylist()]
+        strata = np.unique(values, return_inverse=True)[1].astype(np.int64)
+    order = np.lexsort((rank, strata))
+    place = np.arange(len(order)) - np.searchsorted(strata[order], strata[order])
+    return np.sort(order[place < n])

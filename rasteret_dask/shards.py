@@ -1,0 +1,293 @@
+"""The chip table becomes Dask tasks: one named Blockwise layer per step, fused to one task a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import xarray as xr
+from dask._task_spec import DataNode
+from dask.blockwise import blockwise, optimize_blockwise
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.layers import ArrayBlockIdDep
+
+from rasteret_dask import pixels
+from rasteret_dask.errors import PlanError
+from rasteret_dask.job import Job, Output, Shard, open_job
+from rasteret_dask.plan import Function
+
+__all__ = ["Functions", "Graph", "JobRef", "lower", "outputs_of", "renamed"]
+
+Functions: TypeAlias = "Mapping[Function, Callable[[xr.DataArray], xr.DataArray]]"
+
+
+@dataclass(frozen=True, slots=True)
+class JobRef:
+    """Where a written job lies: all that a task carries of it."""
+
+    url: str
+    phase: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A lowered job."""
+
+    graph: HighLevelGraph
+    name: str
+    """The last layer; its keys are (name, split number, shard number)."""
+    shards: tuple[Shard, ...]
+
+    def key(self, shard: Shard) -> tuple[str, int, int]:
+        """Return the key of a shard's last task."""
+        return self.name, shard.hierarchy, shard.number
+
+    @property
+    def keys(self) -> list[tuple[str, int, int]]:
+        """The keys of all shards."""
+        return [self.key(s) for s in self.shards]
+
+    def culled(self) -> HighLevelGraph:
+        """Return the graph of these shards only."""
+        return self.graph.cull(self.keys)
+
+    def fused(self) -> dict[Hashable, Any]:
+        """Return the tasks: one a shard, and the root tasks where there are any."""
+        return dict(optimize_blockwise(self.graph, keys=self.keys).cull(self.keys))
+
+
+def lower(
+    job: Job, functions: Functions, ref: JobRef | None = None, write: Callable[..., Any] | None = None
+) -> Graph:
+    """Turn a job into a graph.
+
+    Parameters
+    ----------
+    job
+        The job.
+    functions
+        The user's functions that its maps name.
+    ref
+        Where the job was written; None puts its tables into one root task.
+    write
+        ``write(job, shard, datasets, url)``: the last step; None ends with the joined datasets.
+    """
+    build = _Builder(job, ref)
+    sources = {}
+    for number, plan in enumerate(job.sources):
+        members = [build.member(number, at) for at in range(len(plan.members))]
+        last = build.layer(f"merge-{plan.name}", _merge, (number,), members)
+        own = [f for s, f in job.maps if s in (None, plan.name)]
+        for function in (*plan.maps, *own):
+            node = build.function(function, functions)
+            last = build.layer(f"map-{function.name}-{plan.name}", _map, (), [last], [node])
+        sources[plan.name] = last
+    name = build.layer("join", _join, (tuple(sources),), list(sources.values()))
+    if write is not None:
+        assert ref is not None
+        name = build.layer("write", write, (ref.url,), [name])
+    return Graph(HighLevelGraph(build.layers, build.needs), name, tuple(job.shards()))
+
+
+class _Builder:
+    """Adds layers over (split, shard) blocks."""
+
+    def __init__(self, job: Job, ref: JobRef | None) -> None:
+        self.job, self.ref = job, ref
+        self.blocks = (
+            max(h.number for h in job.hierarchies) + 1,
+            max(h.shards for h in job.hierarchies),
+        )
+        self.ids = ArrayBlockIdDep(tuple((1,) * n for n in self.blocks))
+        self.layers: dict[str, Any] = {}
+        self.needs: dict[str, set[str]] = {}
+        self.token = job.phase[:12]
+        self.root = None if ref is not None else self._add_root(f"job-{job.digest[:12]}", job)
+
+    def _add_root(self, name: str, value: Any) -> str:
+        self.layers[name] = MaterializedLayer({(name,): DataNode((name,), value)})
+        self.needs[name] = set()
+        return name
+
+    def function(self, function: Function, functions: Functions) -> str:
+        """Ship a user's function once."""
+        name = f"function-{function.name}-{function.source[:12]}"
+        return name if name in self.layers else self._add_root(name, _Shipped(functions[function]))
+
+    def member(self, source: int, member: int) -> str:
+        """Add the layers from a member's cubes to its harmonized windows; return the last one's name."""
+        tail = f"{self.job.sources[source].members[member].name}"
+        cube = self.layer(f"cube-{tail}", _cube, (source, member), [])
+        cut = self.layer(f"cut-{tail}", _cut, (), [cube], bare=True)
+        return self.layer(f"harmonize-{tail}", _harmonize, (source,), [cut])
+
+    def layer(
+        self,
+        step: str,
+        function: Callable[..., Any],
+        constants: tuple[Any, ...],
+        below: Sequence[str],
+        roots: Sequence[str] = (),
+        bare: bool = False,
+    ) -> str:
+        """Add ``function(job, shard, *constants, *roots, *below)``; ``bare`` leaves out all but ``below``."""
+        name = f"{step}-{self.token}"
+        while name in self.layers:
+            name += "x"
+        pairs: list[Any] = []
+        if not bare:
+            pairs += [self.root, ""] if self.root is not None else [self.ref, None]
+            pairs += [self.ids, "sn"]
+            for constant in constants:
+                pairs += [constant, None]
+        for root in roots:
+            pairs += [root, ""]
+        for other in below:
+            pairs += [other, "sn"]
+        numblocks = {other: self.blocks for other in below} | {root: () for root in roots}
+        if self.root is not None and not bare:
+            numblocks[self.root] = ()
+        self.layers[name] = blockwise(function, name, "sn", *pairs, numblocks=numblocks)
+        self.needs[name] = set(numblocks)
+        return name
+
+
+@dataclass(frozen=True)
+class _Shipped:
+    """A user's function as data, so that Dask does not take it for a task."""
+
+    call: Callable[[xr.DataArray], xr.DataArray]
+
+
+def _open(job: Job | JobRef) -> Job:
+    return job if isinstance(job, Job) else open_job(job.url, job.phase)
+
+
+def _cube(job: Job | JobRef, block: tuple[int, int], source: int, member: int) -> pixels.MemberCubes:
+    opened = _open(job)
+    return pixels.cubes(opened, opened.shard(*block), source, member)
+
+
+def _cut(cubes: pixels.MemberCubes) -> pixels.Cut:
+    return pixels.cut(cubes)
+
+
+def _harmonize(job: Job | JobRef, block: tuple[int, int], source: int, cut: pixels.Cut) -> pixels.Harmonized:
+    return pixels.harmonized(cut, _open(job).sources[source])
+
+
+def _merge(job: Job | JobRef, block: tuple[int, int], source: int, *members: pixels.Harmonized) -> xr.Dataset:
+    opened = _open(job)
+    return pixels.merged(opened, opened.shard(*block), source, members)
+
+
+def _map(job: Job | JobRef, block: tuple[int, int], function: _Shipped, dataset: xr.Dataset) -> xr.Dataset:
+    return mapped(function.call, dataset)
+
+
+def _join(
+    job: Job | JobRef, block: tuple[int, int], names: tuple[str, ...], *datasets: xr.Dataset
+) -> dict[str, xr.Dataset]:
+    return dict(zip(names, datasets, strict=True))
+
+
+def mapped(function: Callable[[xr.DataArray], xr.DataArray], dataset: xr.Dataset) -> xr.Dataset:
+    """Put a user's function over a source's pixels; what no longer fits the result is dropped.
+
+    Raises
+    ------
+    PlanError
+        When the result is not a DataArray of the same chips with dims (chip, time, band, y, x).
+    """
+    before = dataset["pixels"]
+    name = getattr(function, "__qualname__", repr(function))
+    after = function(before)
+    if not isinstance(after, xr.DataArray) or set(after.dims) != set(before.dims):
+        found = f"dims {after.dims}" if isinstance(after, xr.DataArray) else type(after).__name__
+        raise PlanError(f"map({name})", found, f"a DataArray with dims {before.dims}", "Keep all five dimensions.")
+    after = after.transpose(*before.dims)
+    if after.sizes["chip"] != before.sizes["chip"]:
+        raise PlanError(
+            f"map({name})", f"{after.sizes['chip']} chips", f"the same {before.sizes['chip']} chips", "Use filter."
+        )
+    kept = {k: v for k, v in dataset.variables.items() if k != "pixels" and _fits(v, after)}
+    coordinates = {k: v for k, v in kept.items() if k in dataset.coords}
+    if "band" in after.coords:
+        coordinates["band"] = after["band"].variable
+    variables = {k: v for k, v in kept.items() if k not in dataset.coords}
+    return xr.Dataset({"pixels": after.variable, **variables}, coordinates, dataset.attrs)
+
+
+def _fits(variable: Any, after: xr.DataArray) -> bool:
+    return all(after.sizes.get(d, n) == n for d, n in variable.sizes.items())
+
+
+def outputs_of(job: Job, functions: Functions) -> tuple[Output, ...]:
+    """Return what each source becomes; a user's functions are tried on one chip of zeros."""
+    result = []
+    for number, plan in enumerate(job.sources):
+        output = Output.of(plan, job.size_px[number])
+        own = [*plan.maps, *(f for s, f in job.maps if s in (None, plan.name))]
+        if own:
+            dataset = _blank(job, number)
+            for function in own:
+                dataset = mapped(functions[function], dataset)
+            output = _described(dataset, output)
+        result.append(output)
+    return tuple(result)
+
+
+def _blank(job: Job, source: int) -> xr.Dataset:
+    plan, size = job.sources[source], job.size_px[source]
+    shard = Shard(None, 0, 0, 0, 1)
+    chips = pixels.Chips(
+        np.zeros((1, plan.times, len(plan.bands), size, size), dtype=plan.dtype),
+        np.ones((1, plan.times, size, size), dtype=bool),
+        np.full((1, plan.times), np.datetime64("2000-01-01", "us")),
+        np.full((1, plan.times), plan.members[0].name, dtype=object),
+        np.zeros(len(plan.bands), dtype=np.int64),
+    )
+    return pixels._dataset(job, shard, source, chips)
+
+
+def _described(dataset: xr.Dataset, before: Output) -> Output:
+    array = dataset["pixels"]
+    _, times, bands, height, width = array.shape
+    names = array["band"].values.tolist() if "band" in array.coords else [str(i) for i in range(bands)]
+    fill = float("nan") if array.dtype.kind == "f" else before.fill if np.isfinite(before.fill) else 0.0
+    slots = before.slots if before.slots is not None and len(before.slots) == times else None
+    same = (times, height, width) == (before.times, before.height, before.width)
+    return Output(
+        tuple(str(n) for n in names), array.dtype.name, fill, times, slots, height, width,
+        before.valid and same, None, before.attrs,
+    )  # fmt: skip
+
+
+def renamed(graph: Graph, job: Job, tail: str) -> tuple[dict[Hashable, Any], dict[str, Shard]]:
+    """Return the fused tasks under keys that say shard and content, and the shard of each key.
+
+    Parameters
+    ----------
+    graph
+        The lowered job.
+    job
+        The job.
+    tail
+        What the last step adds to a shard's identity (exit and store).
+    """
+    content = job.keys
+    tasks = graph.fused()
+    result: dict[Hashable, Any] = {}
+    shards: dict[str, Shard] = {}
+    last = {graph.key(s): s for s in graph.shards}
+    for key, task in tasks.items():
+        shard = last.get(key)  # type: ignore[call-overload]
+        if shard is None:
+            result[key] = task
+            continue
+        name = f"write-{shard.name}-{content[shard.name][:16]}{tail}"
+        result[name] = task.substitute({}, key=name)
+        shards[name] = shard
+    return result, shards

@@ -1,0 +1,260 @@
+"""The same ground always lands in the same split; what touches two splits belongs to none."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.grid import Lattice, transformer, utm_zone, zone_epsg
+from rasteret_dask.plan import SplitSpec
+from rasteret_dask.scan import hash_unit
+
+__all__ = ["by_geometry", "by_ground", "choose", "split_of_cells", "too_near"]
+
+FEW_CELLS = 20
+"""Below this many split cells the achieved ratios are a matter of luck."""
+
+SHARED_M2 = 1e-3
+"""Windows and cells that share less ground than this only touch."""
+
+
+def choose(unit: NDArray[np.float64], spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the number of the split that each value of [0, 1) falls in, by cumulative ratios."""
+    edges = np.cumsum([share for _, share in spec.ratios])
+    edges[-1] = np.inf
+    return np.asarray(np.searchsorted(edges, unit, side="right"), dtype=np.int64)
+
+
+def split_of_cells(zone: int, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the split number of split cells (row, col) of a zone: a hash of (seed, zone, row, col)."""
+    unique, back = np.unique(cells, axis=0, return_inverse=True)
+    unit = hash_unit([f"{zone}|{row}|{col}" for row, col in unique.tolist()], "ground", spec.seed)
+    return choose(unit, spec)[np.reshape(back, -1)]
+
+
+def by_ground(
+    epsg: NDArray[np.int64],
+    bounds: NDArray[np.float64],
+    cell_m: float,
+    spec: SplitSpec,
+    inside: NDArray[np.int64] | None,
+) -> NDArray[np.int64]:
+    """Return the split number of chips, -1 for those whose ground lies in two splits.
+
+    Parameters
+    ----------
+    epsg
+        Shape (chip,). CRS of each chip's bounds.
+    bounds
+        Shape (chip, 4): xmin, ymin, xmax, ymax.
+    cell_m
+        Side of a split cell, metres.
+    spec
+        The ratios, the seed and what to do at a boundary.
+    inside
+        Shape (chip, 2). The split cell each chip was laid out in, or None for windows that were laid out freely
+        (their split is that of every split cell they touch).
+    """
+    result = np.full(len(bounds), -1, dtype=np.int64)
+    for code in np.unique(epsg):
+        at = np.flatnonzero(epsg == code)
+        zone = _zone_of(int(code))
+        if inside is not None and zone is not None:
+            result[at] = split_of_cells(zone, inside[at], spec)
+            if spec.boundary == "drop":
+                result[at] = _across_zones(zone, bounds[at], result[at], cell_m, spec)
+            continue
+        result[at] = _freely(int(code), bounds[at], cell_m, spec)
+    return result
+
+
+def _zone_of(epsg: int) -> int | None:
+    return epsg - 32600 if 32601 <= epsg <= 32660 else None
+
+
+def _across_zones(
+    zone: int, bounds: NDArray[np.float64], own: NDArray[np.int64], cell_m: float, spec: SplitSpec
+) -> NDArray[np.int64]:
+    """Drop chips that reach into the neighbouring zone, onto a split cell of another split."""
+    result = own.copy()
+    for chip, other in _zones_touched(zone_epsg(zone), bounds):
+        if other != zone and _splits_touched(zone_epsg(zone), bounds[chip], other, cell_m, spec) != {
+            own[chip]
+        }:
+            result[chip] = -1
+    return result
+
+
+def _freely(epsg: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec) -> NDArray[np.int64]:
+    if spec.boundary == "centre":
+        return _split_at_centre(epsg, bounds, cell_m, spec)
+    touched: list[set[int]] = [set() for _ in bounds]
+    for chip, zone in _zones_touched(epsg, bounds):
+        touched[chip] |= _splits_touched(epsg, bounds[chip], zone, cell_m, spec)
+    return np.array([next(iter(t)) if len(t) == 1 else -1 for t in touched], dtype=np.int64)
+
+
+def _split_at_centre(
+    epsg: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec
+) -> NDArray[np.int64]:
+    lon, lat = transformer(epsg, 4326).transform(bounds[:, [0, 2]].mean(1), bounds[:, [1, 3]].mean(1))
+    zones = utm_zone(lon, lat)
+    result = np.full(len(bounds), -1, dtype=np.int64)
+    for zone in np.unique(zones):
+        at = np.flatnonzero(zones == zone)
+        x, y = transformer(4326, zone_epsg(int(zone))).transform(lon[at], lat[at])
+        cells = np.stack([np.floor(-np.asarray(y) / cell_m), np.floor(np.asarray(x) / cell_m)], -1)
+        result[at] = split_of_cells(int(zone), cells.astype(np.int64), spec)
+    return result
+
+
+def _zones_touched(epsg: int, bounds: NDArray[np.float64]) -> Iterator[tuple[int, int]]:
+    """Yield (chip, zone) for every zone that a corner or the centre of a chip lies in.
+
+    A meridian that cuts a convex window always leaves one of its corners on the far side.
+    """
+    x = bounds[:, [0, 2, 0, 2]]
+    y = bounds[:, [1, 1, 3, 3]]
+    x = np.concatenate([x, bounds[:, [0, 2]].mean(1, keepdims=True)], 1)
+    y = np.concatenate([y, bounds[:, [1, 3]].mean(1, keepdims=True)], 1)
+    lon, lat = transformer(epsg, 4326).transform(x.ravel(), y.ravel())
+    zones = utm_zone(lon, lat).reshape(x.shape)
+    own = _zone_of(epsg)
+    for chip in np.flatnonzero(np.any(zones != own, axis=1)) if own is not None else range(len(bounds)):
+        for zone in np.unique(zones[chip]):
+            yield int(chip), int(zone)
+    if own is not None:
+        for chip in np.flatnonzero(np.all(zones == own, axis=1)):
+            yield int(chip), own
+
+
+def _splits_touched(
+    epsg: int, bounds: NDArray[np.float64], zone: int, cell_m: float, spec: SplitSpec
+) -> set[int]:
+    """Return the splits of all cells of a zone's lattice that share ground with one window."""
+    box = shapely.box(*bounds)
+    if zone_epsg(zone) != epsg:
+        dense = shapely.segmentize(box, float(bounds[2] - bounds[0]) / 8)
+        move = transformer(epsg, zone_epsg(zone)).transform
+        box = shapely.transform(dense, lambda p: np.stack(move(p[:, 0], p[:, 1]), -1))
+    lattice = Lattice(zone, cell_m, cell_m, cell_m)
+    xmin, ymin, xmax, ymax = shapely.bounds(box)
+    cells = lattice.split_cells((xmin, ymin, xmax, ymax))
+    shared = shapely.area(shapely.intersection(box, shapely.box(*lattice.split_bounds(cells).T)))
+    return set(split_of_cells(zone, cells[shared > SHARED_M2], spec).tolist())
+
+
+def by_geometry(geometries: Sequence[bytes], spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the split number of records by md5(WKB) / 2**128 against the cumulative ratios.
+
+    The seed is not used. Footprints of different sensors over the same ground get different splits, so this leaks
+    between sensors and dates; it exists because published guides split so.
+    """
+    unit = np.array([int.from_bytes(hashlib.md5(g or b"").digest(), "big") / 2**128 for g in geometries])
+    return choose(unit, spec)
+
+
+def too_near(
+    epsg: NDArray[np.int64],
+    bounds: NDArray[np.float64],
+    split: NDArray[np.int64],
+    spec: SplitSpec,
+    lonlat: NDArray[Any],
+) -> NDArray[np.bool_]:
+    """Tell which val and test chips lie closer to a train chip than ``buffer_m``; shape (chip,).
+
+    Parameters
+    ----------
+    epsg, bounds
+        CRS and xmin, ymin, xmax, ymax of each chip.
+    split
+        Split numbers, -1 for none; number 0 is train.
+    spec
+        Gives ``buffer_m``.
+    lonlat
+        Shape (chip,). Each chip's polygon in lon/lat, to compare chips of different zones.
+    """
+    near = np.zeros(len(bounds), dtype=bool)
+    if spec.buffer_m <= 0:
+        return near
+    for code in np.unique(epsg):
+        here = shapely.box(*bounds[epsg == code].T)
+        train = np.flatnonzero(split == 0)
+        shapes = _into(int(code), train, epsg, bounds, lonlat)
+        tree = shapely.STRtree(shapes)
+        others = np.flatnonzero((epsg == code) & (split > 0))
+        position = np.searchsorted(np.flatnonzero(epsg == code), others)
+        hits = tree.query(here[position], predicate="dwithin", distance=spec.buffer_m * (1 - 1e-12))
+        touched = np.unique(hits[0])
+        distance = shapely.distance(here[position[hits[0]]], shapes[hits[1]])
+        closer = np.unique(hits[0][distance < spec.buffer_m])
+        near[others[np.intersect1d(touched, closer)]] = True
+    return near
+
+
+def _into(
+    code: int,
+    at: NDArray[np.int64],
+    epsg: NDArray[np.int64],
+    bounds: NDArray[np.float64],
+    lonlat: NDArray[Any],
+) -> NDArray[Any]:
+    shapes = np.asarray(shapely.box(*bounds[at].T), dtype=object)
+    foreign = np.flatnonzero(epsg[at] != code)
+    if len(foreign):
+
+        def move(p: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.stack(transformer(4326, code).transform(p[:, 0], p[:, 1]), -1)
+
+        shapes[foreign] = shapely.transform(lonlat[at[foreign]], move)
+    return shapes
+
+
+def warn_if_few(cells: int, spec: SplitSpec, lattice: Lattice) -> None:
+    """Warn when there are so few split cells that the ratios are a matter of luck; propose a smaller cell."""
+    if cells >= FEW_CELLS:
+        return
+    shares = [share for _, share in spec.ratios if share > 0]
+    empty = 1.0 - math.prod(1.0 - (1.0 - share) ** cells for share in shares)
+    smaller = [
+        k
+        for k in (7.68, 5.12, 3.84, 2.56, 1.92, 1.28, 0.64)
+        if lattice.chip_m / 1000 <= k < lattice.cell_m / 1000
+    ]
+    wanted = lattice.cell_m / 1000 * math.sqrt(max(cells, 1) / FEW_CELLS)
+    proposed = next((k for k in smaller if k <= wanted), smaller[-1] if smaller else None)
+    advice = (
+        f"chips(cell_km={proposed:g}) gives more of them"
+        if proposed
+        else "use smaller chips or a larger area"
+    )
+    warnings.warn(
+        f"only {cells} split cells of {lattice.cell_m / 1000:g} km: the chance that some split stays empty is "
+        f"up to {min(empty, 1.0):.0%}, and ratios will be rough; {advice}.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def column_splits(values: Sequence[Any], spec: SplitSpec, column: str) -> NDArray[np.int64]:
+    """Return split numbers from a column whose values are the splits' names; null or other values give -1.
+
+    Raises
+    ------
+    PlanError
+        When no value is the name of a split.
+    """
+    number = {name: i for i, name in enumerate(spec.names)}
+    result = np.array([number.get(str(v), -1) if v is not None else -1 for v in values], dtype=np.int64)
+    if len(result) and not np.any(result >= 0):
+        found = ", ".join(sorted({str(v) for v in values})[:10])
+        raise PlanError(f"split(by={column!r})", f"values {found}", f"among {', '.join(spec.names)}")
+    return result

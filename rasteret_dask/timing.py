@@ -1,0 +1,229 @@
+"""Which records belong to one acquisition, and which slot of the time axis each acquisition competes for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.records import Records
+
+__all__ = ["Acquisitions", "TimeAxis", "acquisitions", "half_open", "intervals", "narrowest", "regular"]
+
+SAME_PASS = pd.Timedelta(minutes=10)
+"""Records of one datatake whose starts lie further apart than this are different acquisitions."""
+
+
+@dataclass(frozen=True)
+class Acquisitions:
+    """The records of one member, grouped by platform's pass."""
+
+    of_record: NDArray[np.int64]
+    """Shape (record,). Number of each record's acquisition, -1 for a record that a newer version replaces."""
+    start: NDArray[np.datetime64]
+    """Shape (acquisition,). Earliest start in UTC, ns."""
+    end: NDArray[np.datetime64]
+    """Shape (acquisition,). End of the interval; equal to ``start`` for instants."""
+    cloud: NDArray[np.float64]
+    """Shape (acquisition,). Mean cloud cover in percent, NaN where unknown."""
+    names: tuple[str, ...]
+    """A stable name of each: platform and start."""
+    replaced: int
+    """Records dropped because the same scene stands again with a newer baseline."""
+
+    @property
+    def is_interval(self) -> NDArray[np.bool_]:
+        """Shape (acquisition,). True where the acquisition stands for an interval (a year)."""
+        return np.asarray(self.end > self.start)
+
+
+@dataclass(frozen=True)
+class TimeAxis:
+    """The slots of a source: half-open windows in UTC."""
+
+    start: NDArray[np.datetime64]
+    """Shape (slot,), ns. The coordinate."""
+    end: NDArray[np.datetime64]
+    """Shape (slot,), ns."""
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+def half_open(date_range: Sequence[str | None] | str | None) -> tuple[str | None, str | None]:
+    """Return (start, end) of a date range as ISO 8601 UTC, half-open; the last day, month or year included.
+
+    Raises
+    ------
+    PlanError
+        When a date cannot be understood or the range is empty.
+    """
+    if date_range is None:
+        return None, None
+    if isinstance(date_range, str):
+        date_range = date_range.split("/") if "/" in date_range else (date_range, date_range)
+    if len(date_range) != 2:
+        raise PlanError("date_range", repr(date_range), "(start, end), either may be None")
+    start, end = (None if part in (None, "", "..") else str(part) for part in date_range)
+    low = None if start is None else _period(start)[0]
+    high = None if end is None else _period(end)[1]
+    if low is not None and high is not None and not low < high:
+        raise PlanError("date_range", f"{start} to {end}", "a start before its end", "Swap the two dates.")
+    return (None if low is None else low.isoformat()), (None if high is None else high.isoformat())
+
+
+def _period(text: str) -> tuple[pd.Timestamp, pd.Timestamp]:
+    try:
+        stamp = pd.Timestamp(text)
+    except ValueError as error:
+        raise PlanError("date_range", repr(text), "an ISO 8601 date or time") from error
+    if pd.isna(stamp):
+        raise PlanError("date_range", repr(text), "an ISO 8601 date or time")
+    stamp = stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp.tz_convert("UTC")
+    lengths = {4: pd.DateOffset(years=1), 7: pd.DateOffset(months=1), 10: pd.DateOffset(days=1)}
+    step = lengths.get(len(text.strip()))
+    return stamp, stamp if step is None else stamp + step
+
+
+def narrowest(
+    ranges: Sequence[tuple[str | None, str | None]],
+) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
+    """Return the intersection of half-open ranges."""
+    starts = [pd.Timestamp(a) for a, _ in ranges if a is not None]
+    ends = [pd.Timestamp(b) for _, b in ranges if b is not None]
+    return max(starts, default=None), min(ends, default=None)
+
+
+def regular(offset: str, start: pd.Timestamp, end: pd.Timestamp) -> TimeAxis:
+    """Return the slots of length ``offset`` that overlap [start, end).
+
+    Slots of calendar offsets (``"1MS"``) begin on the calendar, those of plain lengths (``"10D"``) at ``start``.
+
+    Raises
+    ------
+    PlanError
+        When pandas does not know the offset.
+    """
+    try:
+        step = pd.tseries.frequencies.to_offset(offset)
+    except ValueError as error:
+        raise PlanError(
+            "harmonize(time=)", repr(offset), "a pandas offset such as '1MS', 'QS', 'YS' or '10D'"
+        ) from error
+    assert step is not None
+    utc_start, utc_end = start.tz_convert("UTC").tz_localize(None), end.tz_convert("UTC").tz_localize(None)
+    first = utc_start
+    if not isinstance(step, pd.tseries.offsets.Tick):
+        first = utc_start.normalize()
+        first = first if step.is_on_offset(first) else step.rollback(first)
+    edges = [first]
+    while edges[-1] < utc_end:
+        following = edges[-1] + step
+        if not following > edges[-1] or len(edges) > 100_000:
+            raise PlanError(
+                "harmonize(time=)", repr(offset), "an offset that moves forward, at most 100,000 slots"
+            )
+        edges.append(following)
+    stamps = np.array(edges, dtype="datetime64[ns]")
+    keep = stamps[1:] > np.datetime64(utc_start, "ns")
+    return TimeAxis(stamps[:-1][keep], stamps[1:][keep])
+
+
+def intervals(groups: Sequence[Acquisitions]) -> TimeAxis:
+    """Return the distinct intervals of records that stand for intervals, in order."""
+    pairs = sorted({pair for g in groups for pair in zip(g.start.tolist(), g.end.tolist(), strict=True)})
+    values = np.array(pairs, dtype="int64").reshape(-1, 2).astype("datetime64[ns]")
+    return TimeAxis(values[:, 0], values[:, 1])
+
+
+def acquisitions(records: Records) -> Acquisitions:
+    """Group records into acquisitions: same collection, platform and datatake (or orbit), starts within 10 minutes.
+
+    A datatake and tile that stands twice (reprocessed, or listed by two catalogs) keeps its newest baseline.
+    """
+    frame = _frame(records)
+    replaced = _replaced(frame)
+    frame = frame[~replaced]
+    frame = frame.sort_values(["group", "start", "id"], kind="stable")
+    label = np.full(len(records), -1, dtype=np.int64)
+    rows: list[dict[str, Any]] = []
+    group, first = None, pd.NaT
+    for at, key, start, end in zip(frame.index, frame["group"], frame["start"], frame["end"], strict=True):
+        if key != group or start - first > SAME_PASS:
+            group, first = key, start
+            rows.append({"start": start, "end": end})
+        rows[-1]["end"] = max(rows[-1]["end"], end)
+        label[at] = len(rows) - 1
+    order = (
+        np.argsort([r["start"].value for r in rows], kind="stable") if rows else np.array([], dtype=np.int64)
+    )
+    rank = np.empty(len(rows), dtype=np.int64)
+    rank[order] = np.arange(len(rows))
+    label = np.where(label >= 0, rank[label], -1) if rows else label
+    members = pd.Series(label[frame.index], index=frame.index)
+    cloud = frame["cloud"].groupby(members).mean().reindex(range(len(rows))).to_numpy(dtype=np.float64)
+    platforms = frame["platform"].groupby(members).first().reindex(range(len(rows))).fillna("").tolist()
+    start = np.array([rows[i]["start"].value for i in order], dtype="int64").astype("datetime64[ns]")
+    end = np.array([rows[i]["end"].value for i in order], dtype="int64").astype("datetime64[ns]")
+    return Acquisitions(label, start, end, cloud, _names(start, platforms), int(replaced.sum()))
+
+
+def _names(start: NDArray[np.datetime64], platforms: list[str]) -> tuple[str, ...]:
+    seen: dict[str, int] = {}
+    names = []
+    for stamp, platform in zip(pd.DatetimeIndex(start), platforms, strict=True):
+        name = f"{platform or 'unknown'}-{stamp:%Y%m%dT%H%M%S}"
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return tuple(names)
+
+
+def _frame(records: Records) -> pd.DataFrame:
+    def stamps(name: str) -> pd.Series[Any]:
+        # isoformat through Arrow: null datetimes stay NaT
+        return pd.Series(records.table.column(name).to_pandas()).astype("datetime64[ns, UTC]")
+
+    instant, start, end = stamps("datetime"), stamps("start_datetime"), stamps("end_datetime")
+    interval = start.notna() & end.notna() & (end - start > pd.Timedelta(days=1))
+    begin = start.where(interval, instant.fillna(start))
+    if bool(begin.isna().any()):
+        bad = [records.ids[i] for i in np.flatnonzero(begin.isna().to_numpy())[:5]]
+        raise PlanError(
+            f"records {', '.join(bad)}", "no datetime", "a datetime or an interval in every record"
+        )
+    text = {
+        name: pd.Series(records.column(name), dtype=object).fillna("").astype(str)
+        for name in ("collection", "platform", "datatake", "orbit", "tile", "baseline", "id")
+    }
+    passed = text["datatake"].where(text["datatake"] != "", "orbit " + text["orbit"])
+    return pd.DataFrame(
+        {
+            "id": text["id"],
+            "group": text["collection"] + "|" + text["platform"] + "|" + passed,
+            "start": begin,
+            "end": end.where(interval, begin),
+            "tile": text["tile"],
+            "baseline": text["baseline"],
+            "platform": text["platform"],
+            "datatake": passed.where((text["datatake"] != "") | (text["orbit"] != ""), ""),
+            "created": stamps("created"),
+            "cloud": pd.Series(records.column("eo:cloud_cover"), dtype=np.float64),
+        }
+    )
+
+
+def _replaced(frame: pd.DataFrame) -> NDArray[np.bool_]:
+    """Shape (record,). True where the same datatake and tile stands again with a newer baseline."""
+    known = (frame["tile"] != "") & (frame["datatake"] != "")
+    gone = np.zeros(len(frame), dtype=bool)
+    twice = frame[known]
+    day = twice["start"].dt.floor("10min")
+    ordered = twice.assign(day=day).sort_values(["baseline", "created", "id"], kind="stable")
+    older = ordered.duplicated(["platform", "datatake", "tile", "day"], keep="last")
+    gone[ordered.index[older.to_numpy()]] = True
+    return gone

@@ -1,0 +1,184 @@
+"""Resamples a decoded block of one band onto a window of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from affine import Affine
+from numpy.typing import NDArray
+from rasterio import Env
+from rasterio import open as open_raster
+from rasterio.enums import Resampling
+from rasterio.io import DatasetReader, MemoryFile
+from rasterio.session import DummySession
+from rasterio.vrt import WarpedVRT
+
+from rasteret_dask.readplan import Frame, Grid, ReadPlan, Rect, Window, crs_of
+
+__all__ = ["TOLERANCE", "SourceBlock", "valid_pixels", "warp_block"]
+
+TOLERANCE = 1e-6
+"""Source pixels that GDAL's approximated transformation may be off; its 0.125 depends on the window asked for."""
+
+_TIE_PX = 1e-7
+"""A pixel centre this close to an edge lies on it and takes the pixel to the east or south, as in GDAL."""
+
+_GDAL_TYPES = {
+    "int8": "Int8",
+    "uint8": "Byte",
+    "int16": "Int16",
+    "uint16": "UInt16",
+    "int32": "Int32",
+    "uint32": "UInt32",
+    "int64": "Int64",
+    "uint64": "UInt64",
+    "float32": "Float32",
+    "float64": "Float64",
+    "complex64": "CFloat32",
+    "complex128": "CFloat64",
+}
+
+
+def valid_pixels(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
+    """Return True where a value is neither nodata nor NaN; the shape of ``values``."""
+    valid = np.ones(values.shape, dtype=np.bool_) if values.dtype.kind in "iub" else ~np.isnan(values)
+    if nodata is not None and nodata == nodata:
+        valid &= values != values.dtype.type(nodata)
+    return valid
+
+
+@dataclass(slots=True)
+class SourceBlock:
+    """Decoded pixels of one band of one level."""
+
+    values: NDArray[Any]
+    """Shape (row, col), contiguous; nodata, or 0, where the file has no tile."""
+    mask: NDArray[np.bool_] | None
+    """Same shape, True where valid; None where ``nodata`` says it all."""
+    rect: Rect
+    """Where the block lies in the level."""
+    nodata: float | None
+
+    @property
+    def fill(self) -> Any:
+        """What a pixel outside the raster holds."""
+        return self.values.dtype.type(0 if self.nodata is None else self.nodata)
+
+
+def warp_block(
+    block: SourceBlock, plan: ReadPlan, grid: Grid, window: Window
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Resample a block of source pixels onto one window of a grid.
+
+    Parameters
+    ----------
+    block
+        At least the pixels that ``plan.rects`` has for this window.
+    plan
+        Kernel, level and scale.
+    grid, window
+        The pixels wanted.
+
+    Returns
+    -------
+    values, valid
+        Shape (window.height, window.width), the dtype of the block.
+
+    Notes
+    -----
+    Nodata never enters a kernel. Where only the phase or the pixel size differs, nearest needs no warp: rows
+    and columns are looked up, exactly and whatever the window. Else GDAL warps with a transformation true to
+    1e-6 pixel and with the two resolutions' own ratio as XSCALE and YSCALE, so that the pixels do not depend on
+    the window. XSCALE: https://gdal.org/en/stable/api/gdalwarp_cpp.html (``papszWarpOptions``).
+    """
+    if block.rect.empty:
+        shape = (window.height, window.width)
+        return np.full(shape, block.fill), np.zeros(shape, dtype=np.bool_)
+    if plan.kernel == "nearest" and plan.frame.epsg == grid.epsg and plan.frame.upright:
+        return _look_up(block, plan.frame, grid, window)
+    return _warp(block, plan, grid, window)
+
+
+def _look_up(
+    block: SourceBlock, frame: Frame, grid: Grid, window: Window
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    t, rect = frame.transform, block.rect
+    xs = grid.x0 + (np.arange(window.col, window.col + window.width) + 0.5) * grid.xres
+    ys = grid.y0 - (np.arange(window.row, window.row + window.height) + 0.5) * grid.yres
+    cols = np.floor((xs - t.c) / t.a + _TIE_PX).astype(np.int64)
+    rows = np.floor((ys - t.f) / t.e + _TIE_PX).astype(np.int64)
+    inside = np.ix_((rows >= 0) & (rows < frame.height), (cols >= 0) & (cols < frame.width))
+    kept_rows, kept_cols = rows[inside[0].ravel()], cols[inside[1].ravel()]
+    at = np.ix_(kept_rows - rect.row0, kept_cols - rect.col0)
+    values = np.full((window.height, window.width), block.fill)
+    valid = np.zeros(values.shape, dtype=np.bool_)
+    values[inside] = found = block.values[at]
+    valid[inside] = valid_pixels(found, block.nodata)
+    if block.mask is not None:
+        valid[inside] &= block.mask[at]
+    return values, valid
+
+
+def _warp(
+    block: SourceBlock, plan: ReadPlan, grid: Grid, window: Window
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    nodata = None
+    if block.mask is None:
+        nodata = np.nan if block.nodata is None and block.values.dtype.kind in "fc" else block.nodata
+    options: dict[str, Any] = {"src_nodata": nodata, "nodata": nodata, "add_alpha": nodata is None}
+    with (
+        _dataset(block, plan.frame) as source,
+        WarpedVRT(
+            source,
+            src_crs=crs_of(plan.frame.epsg),
+            crs=crs_of(grid.epsg),
+            transform=grid.transform(window),
+            width=window.width,
+            height=window.height,
+            resampling=Resampling[plan.kernel],
+            tolerance=TOLERANCE,
+            XSCALE=plan.scale[0],
+            YSCALE=plan.scale[1],
+            **options,
+        ) as warped,
+    ):
+        values = warped.read(1)
+        if not options["add_alpha"]:
+            return values, valid_pixels(values, nodata)
+        valid = warped.read(2) != 0
+    values[~valid] = block.fill
+    return values, valid
+
+
+@contextmanager
+def _dataset(block: SourceBlock, frame: Frame) -> Iterator[DatasetReader]:
+    """Open a block as a GDAL dataset: in its own memory, or as a copy with a mask, which MEM cannot be given."""
+    values = block.values
+    height, width = values.shape
+    t, col, row = frame.transform, block.rect.col0, block.rect.row0
+    transform = Affine(t.a, t.b, t.a * col + t.b * row + t.c, t.d, t.e, t.d * col + t.e * row + t.f)
+    if block.mask is None:
+        if not values.flags.c_contiguous:
+            raise ValueError("a block must be contiguous")
+        numbers = "/".join(repr(float(x)) for x in transform.to_gdal())
+        name = (
+            f"MEM:::DATAPOINTER={values.ctypes.data},PIXELS={width},LINES={height},BANDS=1,"
+            f"DATATYPE={_GDAL_TYPES[values.dtype.name]},GEOTRANSFORM={numbers}"
+        )
+        with (
+            Env(session=DummySession(), GDAL_MEM_ENABLE_OPEN="YES"),
+            open_raster(name, driver="MEM") as source,
+        ):
+            yield source
+        return
+    with Env(session=DummySession(), GDAL_TIFF_INTERNAL_MASK="YES"), MemoryFile() as memory:
+        profile = {"driver": "GTiff", "count": 1, "dtype": values.dtype.name, "crs": crs_of(frame.epsg)}
+        with memory.open(height=height, width=width, transform=transform, **profile) as written:
+            written.write(values, 1)
+            written.write_mask(block.mask)
+        with memory.open() as source:
+            yield source

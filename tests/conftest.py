@@ -1,0 +1,76 @@
+"""Real data, and a small web server that answers ranges."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Return the folder of real scenes, or skip."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data: {DATA} is not there (set RASTERET_DASK_DATA)")
+    return DATA
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """Serves files and single byte ranges; notes (path, range) of every request."""
+
+    seen: list[tuple[str, str | None]]
+
+    def __init__(self, *args: Any, seen: list[tuple[str, str | None]], **kwargs: Any) -> None:
+        self.seen = seen
+        super().__init__(*args, **kwargs)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        self.seen.append((self.path, asked))
+        if self.path.startswith("/forbidden"):
+            self.send_error(403)
+            return
+        path = Path(self.translate_path(self.path))
+        parts = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "")
+        if parts is None or not path.is_file():
+            super().do_GET()
+            return
+        whole = path.read_bytes()
+        start, end = int(parts[1]), min(int(parts[2] or len(whole)), len(whole) - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{end}/{len(whole)}")
+        self.send_header("Content-Length", str(end - start + 1))
+        self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
+        self.end_headers()
+        self.wfile.write(whole[start : end + 1])
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], tuple[str, list[tuple[str, str | None]]]]]:
+    """Return a function: folder -> (base URL on loopback, the requests it will have seen)."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(folder: Path) -> tuple[str, list[tuple[str, str | None]]]:
+        seen: list[tuple[str, str | None]] = []
+        handler = functools.partial(RangeHandler, directory=str(folder), seen=seen)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}", seen
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.transform import Affine
+
+from rasteret_dask import remote
+from rasteret_dask.errors import ReadError, TrustError
+from rasteret_dask.headers import Header, read_headers
+from rasteret_dask.records import LEVEL_TYPE
+
+Serve = Callable[[Path], tuple[str, list[tuple[str, str | None]]]]
+
+UNREADABLE = {
+    "gdal_cog_sparse_strile_arrays_zeroified_when_possible.tif": "no CRS",
+    "odcgeo_au-3577-rotated.tif": "rotated",
+    "odcgeo_au-gcp.tif": "ground control points",
+}
+
+
+def rasters(data: Path) -> list[str]:
+    return sorted(str(p) for p in data.rglob("*") if p.suffix.lower() in (".tif", ".jp2"))
+
+
+def header(path: Path | str) -> Header:
+    found = read_headers([str(path)])[str(path)]
+    assert isinstance(found, Header), found
+    return found
+
+
+def reason(path: Path | str) -> str:
+    found = read_headers([str(path)])[str(path)]
+    assert isinstance(found, str)
+    return found
+
+
+def write(path: Path, array: Any, **profile: Any) -> Path:
+    bands, height, width = array.shape
+    options = {"driver": "GTiff", "crs": "EPSG:32631", "transform": Affine(10, 0, 600000, 0, -10, 5700000)}
+    options |= {"tiled": True, "blockxsize": 64, "blockysize": 64} | profile
+    with rasterio.open(
+        path, "w", count=bands, height=height, width=width, dtype=array.dtype, **options
+    ) as to:
+        to.write(array)
+    return path
+
+
+def test_every_file_agrees_with_gdal(data: Path) -> None:
+    found = read_headers(rasters(data))
+    assert len(found) > 100
+    for path, ours in found.items():
+        name = Path(path).name
+        if isinstance(ours, str):
+            assert UNREADABLE.pop(name) in ours
+            continue
+        with rasterio.open(path) as gdal:
+            for n in range(gdal.count):
+                level = ours.levels_of(n)[0]
+                assert (level["width"], level["height"]) == (gdal.width, gdal.height), name
+                assert (level["tile_height"], level["tile_width"]) == gdal.block_shapes[n], name
+                assert ours.dtype == gdal.dtypes[n], name
+                np.testing.assert_allclose(level["transform"], tuple(gdal.transform)[:6], rtol=1e-12)
+                assert ours.scale_of(n) in (None, gdal.scales[n])
+                assert ours.offset_of(n) in (None, gdal.offsets[n])
+            assert ours.epsg == gdal.crs.to_epsg(), name
+            assert str(ours.nodata) == str(gdal.nodata), name
+            assert ours.samples == gdal.count
+            assert ours.size == Path(path).stat().st_size
+            overviews = [p for p in ours.levels_of(0) if p["kind"] == "overview"]
+            assert len(overviews) == len(gdal.overviews(1)), name
+        for n, overview in enumerate(overviews):
+            with rasterio.open(path, overview_level=n) as gdal:
+                assert (overview["width"], overview["height"]) == (gdal.width, gdal.height), name
+                np.testing.assert_allclose(overview["transform"], tuple(gdal.transform)[:6], rtol=1e-12)
+    assert not UNREADABLE
+
+
+def test_levels_have_the_fields_of_the_schema(data: Path) -> None:
+    level = header(data / "edge_cases" / "gdal_byte_ZSTD_tiled.tif").levels_of(0)[0]
+    assert list(level) == [field.name for field in LEVEL_TYPE]
+
+
+def test_tile_tables_point_at_the_tiles(tmp_path: Path) -> None:
+    array = np.random.default_rng(1).integers(0, 255, (3, 150, 130), dtype="uint8")
+    path = write(tmp_path / "planar.tif", array, interleave="band")
+    whole, ours = path.read_bytes(), header(path)
+    for band in range(3):
+        level = ours.levels_of(band)[0]
+        assert level["planar"] == 2
+        assert len(level["tile_offsets"]) == len(level["tile_byte_counts"]) == 3 * 3
+        at, count = level["tile_offsets"][4], level["tile_byte_counts"][4]
+        tile = np.frombuffer(whole[at : at + count], "uint8").reshape(64, 64)
+        assert (tile == array[band, 64:128, 64:128]).all()
+    with pytest.raises(ReadError, match="3 bands"):
+        ours.levels_of(3)
+
+
+def test_masks_and_masks_of_overviews(data: Path) -> None:
+    levels = header(data / "edge_cases" / "riotiler_cog_uint8_rgb_mask.tif").levels_of(0)
+    kinds = [(level["kind"], level["width"]) for level in levels]
+    assert kinds == [
+        ("image", 256), ("overview", 128), ("overview", 64),
+        ("mask", 256), ("overview_mask", 128), ("overview_mask", 64),
+    ]  # fmt: skip
+    assert [level["dtype"] for level in levels] == ["uint8"] * 3 + ["bool"] * 3
+    assert all(level["tile_offsets"] for level in levels)
+
+
+def test_strips_and_odd_bits_have_no_tile_tables(data: Path) -> None:
+    for name in ("gdal_byte_bigtiff_strip5lines.tif", "mapchete_s2_band.tif", "mapchete_s2_band.jp2"):
+        assert header(data / "edge_cases" / name).levels_of(0)[0]["tile_offsets"] == ()
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        {"BIGTIFF": "YES"},
+        {"ENDIANNESS": "BIG"},
+        {"nodata": math.nan, "dtype": "float32"},
+        {"transform": Affine(10, 0, 600000, 0, 10, 5600000)},
+        {"transform": Affine(0.5, 0, -3, 0, -0.25, 7), "crs": "EPSG:4326"},
+        {"crs": "EPSG:3035"},
+    ],
+)
+def test_what_gdal_writes(tmp_path: Path, profile: dict[str, Any]) -> None:
+    array = np.zeros((1, 70, 90), profile.pop("dtype", "uint16"))
+    path = write(tmp_path / "a.tif", array, **profile)
+    ours = header(path)
+    with rasterio.open(path) as gdal:
+        assert ours.levels_of(0)[0]["transform"] == pytest.approx(tuple(gdal.transform)[:6])
+        assert (ours.epsg, str(ours.nodata)) == (gdal.crs.to_epsg(), str(gdal.nodata))
+    assert ours.levels_of(0)[0]["byteorder"] == (">" if "ENDIANNESS" in profile else "<")
+
+
+def test_one_request_a_file_and_each_file_once(data: Path, serve: Serve) -> None:
+    base, seen = serve(data / "edge_cases")
+    href = f"{base}/gdal_byte_ZSTD_tiled.tif"
+    found = read_headers([href, href, f"{base}/gdal_int8.tif"])
+    assert len(found) == 2
+    assert all(isinstance(h, Header) for h in found.values())
+    assert sorted(path for path, _ in seen) == ["/gdal_byte_ZSTD_tiled.tif", "/gdal_int8.tif"]
+
+
+def test_a_header_at_the_end_of_the_file_is_found(tmp_path: Path, serve: Serve) -> None:
+    # libtiff rewrites the directory at the end when it has grown
+    path = write(tmp_path / "late.tif", np.zeros((1, 1024, 1024), "uint16") + 7)
+    with rasterio.open(path, "r+") as to:
+        to.update_tags(note="x" * 500)
+    base, seen = serve(tmp_path)
+    assert (
+        header(f"{base}/late.tif").levels_of(0)[0]["tile_offsets"]
+        == header(path).levels_of(0)[0]["tile_offsets"]
+    )
+    assert len(seen) < 8
+
+
+def test_reasons_hold_no_signature(tmp_path: Path, serve: Serve) -> None:
+    base, _ = serve(tmp_path)
+    for path in ("nothing.tif", "forbidden.tif"):
+        said = reason(f"{base}/{path}?sig=geheim&se=2030")
+        assert "geheim" not in said
+        assert "404" in said or "403" in said
+
+
+def test_a_signed_href_keeps_its_signature(data: Path, serve: Serve) -> None:
+    base, seen = serve(data / "edge_cases")
+    header(f"{base}/gdal_int8.tif?sig=a%2Bb")
+    assert seen[0][0] == "/gdal_int8.tif?sig=a%2Bb"
+
+
+def test_what_is_no_raster_is_told(tmp_path: Path) -> None:
+    text = tmp_path / "a.tif"
+    text.write_text("<VRTDataset rasterXSize='1'></VRTDataset>")
+    assert "neither a TIFF nor a JPEG 2000" in reason(text)
+    assert "404" in reason(tmp_path / "nothing.tif")
+    assert "vrt" in reason("vrt://a.tif?bands=1")
+    text.write_bytes(b"II*\0")
+    assert reason(text)
+
+
+def tiff(width: int, height: int, tile: int) -> bytes:
+    """Return a TIFF that claims a size, with one tile in its tables."""
+    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (277, 1), (322, tile), (323, tile)]
+    tags += [(324, 8), (325, 1)]
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    doubles = struct.pack("<9d", 1, 1, 0, 0, 0, 0, 0, 0, 0)
+    keys = struct.pack("<12H", 1, 1, 0, 2, 1024, 0, 1, 1, 3072, 0, 1, 32631)
+    at = 8 + 2 + 12 * (len(tags) + 3) + 4
+    body += struct.pack("<HHII", 33550, 12, 3, at) + struct.pack("<HHII", 33922, 12, 6, at + 24)
+    body += struct.pack("<HHII", 34735, 3, 12, at + 72)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags) + 3) + body + b"\0" * 4 + doubles + keys
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "tile"), [(65536, 65536, 32768), (2**31, 16, 16), (1_000_000, 1_000_000, 16)]
+)
+def test_absurd_sizes_are_refused_before_allocation(
+    tmp_path: Path, width: int, height: int, tile: int
+) -> None:
+    path = tmp_path / "huge.tif"
+    path.write_bytes(tiff(width, height, tile))
+    assert "refused" in reason(path)
+
+
+def test_cut_and_scrambled_headers_never_escape(data: Path, tmp_path: Path) -> None:
+    whole = (data / "edge_cases" / "gdal_byte_ZSTD_tiled.tif").read_bytes()
+    noise = np.random.default_rng(0)
+    paths = []
+    for n in range(60):
+        broken = bytearray(whole[: noise.integers(4, len(whole))])
+        for at in noise.integers(4, len(broken), 8) if len(broken) > 4 else ():
+            broken[at] = noise.integers(256)
+        paths.append(tmp_path / f"{n}.tif")
+        paths[-1].write_bytes(bytes(broken))
+    assert len(read_headers([str(p) for p in paths], workers=2)) == 60
+
+
+def test_a_warning_of_gdal_stays_inside(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.tif"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(path, "w", driver="GTiff", width=9, height=9, count=1, dtype="uint8") as to:
+            to.write(np.ones((1, 9, 9), "uint8"))
+    assert "no CRS" in reason(path)
+
+
+def test_remote_round_trip(tmp_path: Path) -> None:
+    url = f"{tmp_path}/new/folder"
+    remote.put(remote.join(url, "a/b c.bin"), b"0123456789")
+    assert remote.get(f"{url}/a/b c.bin", 2, 3) == b"234"
+    assert remote.get(f"file://{url}/a/b%20c.bin", 8) == b"89"
+    assert remote.listing(url) == {"a/b c.bin": 10}
+    assert remote.head(f"{url}/a/b c.bin").size == 10
+    assert remote.exists(f"{url}/a/b c.bin")
+    assert not remote.exists(f"{url}/a/nothing")
+    assert remote.listing(f"{url}/nothing") == {}
+    remote.delete(f"{url}/a/b c.bin")
+    assert not remote.exists(f"{url}/a/b c.bin")
+    with pytest.raises(TrustError):
+        remote.open_href("/vsicurl/http://example.com/a.tif")
+    with pytest.raises(TrustError):
+        remote.open_href("ftp://example.com/a.tif")
+
+
+def test_redact() -> None:
+    assert remote.redact("https://u:p@h/a.tif?sig=x failed") == "https://h/a.tif?... failed"

@@ -1,0 +1,167 @@
+"""The house keeps its own rules: one direction of imports, pinned versions, no traces of a machine."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rasteret_dask"
+
+# Reading order = dependency order: a module imports only from those before it.
+# fmt: off
+ORDER = [
+    "_version", "errors", "grid", "bands", "remote", "trust", "records", "geoparquet", "plan", "scan",
+    "splits", "headers", "layers", "describe", "sources", "stac", "tables", "timing", "resolve", "optimize",
+    "coverage", "frame", "feeds", "chips", "readplan", "rasterfile", "warp", "reader", "cube", "harmonize",
+    "job", "shards", "write", "explain", "plot", "world", "collection", "demo", "cli", "__init__",
+]
+# fmt: on
+
+# A folder that only one machine has. Spelled in pieces, so that this file passes its own test.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/~-])/(?:" + "|".join(["root", "work", r"home/(?!jovyan\b)\w+", "Users"]) + r")/"
+)
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Yield (name, file) of every module; the files of a subpackage count as one module."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield parts[0], path
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, module) for each import from the package itself, wherever in the file it stands."""
+    own = ("rasteret_dask", *path.relative_to(PACKAGE).parts[:-1])
+    known = {name for name, _ in modules()}
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = own[: len(own) - node.level + 1] if node.level else ()
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, *rest = name.split(".")
+            if package == "rasteret_dask":
+                yield node.lineno, rest[0] if rest and rest[0] in known else "__init__"
+
+
+def tracked() -> list[Path]:
+    """Return the files that git tracks or would add."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout, so nothing is tracked")
+    return [path for name in done.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def project() -> dict[str, object]:
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert isinstance(found, dict)
+    return found
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    """Return the constraints, name -> version."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_every_module_has_its_place() -> None:
+    unknown = {name for name, _ in modules()} - set(ORDER)
+    assert not unknown, f"add {sorted(unknown)} to ORDER in {Path(__file__).name}, after all that they import"
+
+
+def test_imports_go_one_way() -> None:
+    place = {name: index for index, name in enumerate(ORDER)}
+    backwards = {
+        f"{path.relative_to(ROOT)}:{line}: {name} imports {other}, which comes later in ORDER"
+        for name, path in modules()
+        for line, other in imported(path)
+        # the files of a subpackage may import each other
+        if other != name and place.get(other, -1) >= place.get(name, len(ORDER))
+    }
+    assert not backwards, "\n".join(sorted(backwards))
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    package = importlib.import_module("rasteret_dask")
+    names = list(package.__all__)
+    assert names == sorted(set(names))
+    assert not [name for name in names if not hasattr(package, name)]
+
+
+def test_version_is_the_project_s() -> None:
+    assert project()["dynamic"] == ["version"]
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["version"]
+    (written,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / build["path"]).read_text(), re.MULTILINE)
+    assert importlib.import_module("rasteret_dask").__version__ == written
+
+
+def test_no_path_of_a_machine_in_tracked_files() -> None:
+    found = []
+    for path in tracked():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue  # a picture
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in MACHINE_PATH.finditer(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text", ["see /root" + "/x", '"/work' + '/main"', "=/home" + "/ann/data", "(/Users" + "/ann"]
+)
+def test_a_path_of_a_machine_is_seen(text: str) -> None:
+    assert MACHINE_PATH.search(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://bucket/root/x", "/home/jovyan/work", "https://x.org/work/", "~/work/", "/scratch"]
+)
+def test_other_paths_are_left_alone(text: str) -> None:
+    assert not MACHINE_PATH.search(text)
+
+
+def test_constraints_are_names_and_versions_only() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    entries = [line for line in lines if not line.startswith("#")]
+    assert not [line for line in entries if not re.fullmatch(r"[a-z0-9-]+==[0-9][\w.]*", line)]
+    names = [line.split("==")[0] for line in entries]
+    assert names == sorted(set(names))
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    settings = project()
+    extras, core = settings["optional-dependencies"], settings["dependencies"]
+    assert isinstance(extras, dict)
+    assert isinstance(core, list)
+    wanted = {
+        normal(re.split(r"[\s\[<>=!~;]", requirement, maxsplit=1)[0])
+        for requirement in [*core, *(one for extra in extras.values() for one in extra)]
+    }
+    # torch: its builds differ by machine, and whoever trains has one already
+    assert wanted - {"rasteret-dask", "torch"} <= set(pins())
+    assert "torch" not in pins()
+
+
+def test_ci_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().rstrip().endswith("make test")
