@@ -7,17 +7,10 @@ and ``chips`` add steps to its plan; ``split`` and ``select`` choose chips; ``ex
 
 from rasteret_dask._version import __version__
 from rasteret_dask.audit import Audit
-from rasteret_dask.chips import CHIP_SCHEMA
+from rasteret_dask.build import as_collection, build_from_stac, build_from_table, load
 from rasteret_dask.chipset import Chips
-from rasteret_dask.collection import (
-    Collection,
-    as_collection,
-    build_from_stac,
-    build_from_table,
-    join,
-    load,
-    merge,
-)
+from rasteret_dask.chiptable import CHIP_SCHEMA
+from rasteret_dask.collection import Collection, join, merge
 from rasteret_dask.errors import (
     BandError,
     GridError,

@@ -43,7 +43,9 @@ def as_area(value: Any) -> str:
         raise PlanError("area", repr(value)[:200], "a geometry that is not empty")
     west, south, east, north = shapely.bounds(area)
     if abs(south) > 90 or abs(north) > 90 or abs(west) > 360 or abs(east) > 360:
-        raise PlanError("area", f"bounds {west:g}, {south:g}, {east:g}, {north:g}", "degrees of lon/lat (EPSG:4326)")
+        raise PlanError(
+            "area", f"bounds {west:g}, {south:g}, {east:g}, {north:g}", "degrees of lon/lat (EPSG:4326)"
+        )
     return str(shapely.to_wkb(shapely.make_valid(area), hex=True))
 
 
@@ -62,11 +64,17 @@ def _shapes(value: Any) -> list[Any]:
         return [s for v in value.to_pylist() for s in _shapes(v)]
     if isinstance(value, pa.Table):
         return _shapes(value.column("geometry"))
-    if isinstance(value, Sequence) and len(value) == 4 and all(isinstance(v, int | float | np.number) for v in value):
+    if (
+        isinstance(value, Sequence)
+        and len(value) == 4
+        and all(isinstance(v, int | float | np.number) for v in value)
+    ):
         return [shapely.box(*bbox_of(value))]
     if isinstance(value, Sequence | np.ndarray) and len(value) and not isinstance(value, str):
         return [s for v in value for s in _shapes(v)]
-    raise PlanError("area", repr(value)[:200], "a bbox, shapely, GeoJSON, WKB, GeoDataFrame, or several of them")
+    raise PlanError(
+        "area", repr(value)[:200], "a bbox, shapely, GeoJSON, WKB, GeoDataFrame, or several of them"
+    )
 
 
 def _lonlat(frame: Any) -> Any:
@@ -98,11 +106,15 @@ def as_points(value: Any) -> pa.Table:
         table = pa.table({"geometry": pa.array(shapely.to_wkb(shapes), pa.binary())})
         index = [str(i) for i in range(len(shapes))]
     else:
-        raise PlanError("chips(at=)", type(value).__name__, "a GeoDataFrame, a table with WKB geometry, or points")
+        raise PlanError(
+            "chips(at=)", type(value).__name__, "a GeoDataFrame, a table with WKB geometry, or points"
+        )
     if not table.num_rows:
         raise PlanError("chips(at=)", "no row", "at least one point")
     if len(set(index)) != len(index):
-        raise PlanError("chips(at=)", "an index value that stands twice", "a unique index", "Call reset_index().")
+        raise PlanError(
+            "chips(at=)", "an index value that stands twice", "a unique index", "Call reset_index()."
+        )
     return table.append_column("__index__", pa.array(index))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
@@ -44,17 +44,15 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        return {name: dict(getattr(self, name)) for name in self.__slots_names()} | {"ok": self.ok}
-
-    def __slots_names(self) -> tuple[str, ...]:
-        return ("chips", "ratios", "asked", "cells", "lost", "overlaps", "distance_m")
+        return asdict(self) | {"ok": self.ok}
 
     def __str__(self) -> str:
         lines = ["split      chips   share   asked   cells"]
         for name in self.asked:
             cells = self.cells.get(name, 0)
             lines.append(
-                f"{name:<9}{self.chips.get(name, 0):>7}{self.ratios.get(name, 0):>8.1%}{self.asked[name]:>8.1%}{cells:>8}"
+                f"{name:<9}{self.chips.get(name, 0):>7}{self.ratios.get(name, 0):>8.1%}"
+                f"{self.asked[name]:>8.1%}{cells:>8}"
             )
         for pair, count in self.overlaps.items():
             far = self.distance_m[pair]
@@ -126,7 +124,5 @@ def _others(
         return here
     wkb = chips.table.column("geometry").to_numpy(zero_copy_only=False)[there]
     to = transformer(4326, code)
-    moved = shapely.transform(
-        shapely.from_wkb(wkb), lambda p: np.stack(to.transform(p[:, 0], p[:, 1]), -1)
-    )
+    moved = shapely.transform(shapely.from_wkb(wkb), lambda p: np.stack(to.transform(p[:, 0], p[:, 1]), -1))
     return np.concatenate([here, np.asarray(moved, dtype=object)])

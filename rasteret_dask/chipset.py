@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import xarray as xr
 from dask.delayed import Delayed
@@ -16,13 +15,12 @@ from dask.highlevelgraph import HighLevelGraph
 from distributed import Client
 
 from rasteret_dask import audit, explain, geoparquet
-from rasteret_dask.chips import ChipSet, plan_chips
+from rasteret_dask.chips import ChipSet
 from rasteret_dask.errors import PlanError
-from rasteret_dask.job import Job, Output, freeze
+from rasteret_dask.job import Job, freeze
 from rasteret_dask.lazy import radiometry_of
 from rasteret_dask.outputs import to_xarray
 from rasteret_dask.plan import (
-    OPERATORS,
     Function,
     Keep,
     Map,
@@ -33,10 +31,13 @@ from rasteret_dask.plan import (
     Split,
     SplitSpec,
     WithTable,
+    outline,
+    predicates,
 )
 from rasteret_dask.run import delayed_zarr, run_zarr
-from rasteret_dask.scan import Table
+from rasteret_dask.scan import Table, token_of
 from rasteret_dask.shards import lower, outputs_of
+from rasteret_dask.steps import plan_chips
 from rasteret_dask.write import Layout
 
 __all__ = ["Chips"]
@@ -56,7 +57,10 @@ class Chips:
     """
 
     def __init__(
-        self, plan: Node, tables: Mapping[str, Table], functions: Mapping[Function, Callable[..., Any]] | None = None
+        self,
+        plan: Node,
+        tables: Mapping[str, Table],
+        functions: Mapping[Function, Callable[..., Any]] | None = None,
     ) -> None:
         self.plan = plan
         self._tables = dict(tables)
@@ -100,22 +104,20 @@ class Chips:
             raise PlanError("select", "no split", "at least one, such as select('train')")
         return self._with(Select(self.plan, splits))
 
-    def filter(self, *predicates: Predicate | Any, **columns: Any) -> Chips:
+    def filter(self, *given: Predicate | Any, **columns: Any) -> Chips:
         """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
-        if len(predicates) == 3 and all(not isinstance(p, tuple) for p in predicates[:2]):
-            predicates = (predicates,)
-        equal = [(n, "in" if isinstance(v, list | tuple | set) else "==", _plain(v)) for n, v in columns.items()]
-        for p in predicates:
-            if not (isinstance(p, tuple) and len(p) == 3 and p[1] in OPERATORS):
-                raise PlanError("filter", repr(p), "a triple (column, operator, value)")
-        return self._with(Keep(self.plan, (*predicates, *equal)))
+        return self._with(Keep(self.plan, predicates(given, columns)))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> Chips:
         """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
         return self._with(Sample(self.plan, n, seed, by))
 
     def map(
-        self, function: Callable[[xr.DataArray], xr.DataArray], *, source: str | None = None, version: str | None = None
+        self,
+        function: Callable[[xr.DataArray], xr.DataArray],
+        *,
+        source: str | None = None,
+        version: str | None = None,
     ) -> Chips:
         """Apply a function to the chips of each group: a DataArray (chip, time, band, y, x); see Collection.map."""
         known = Function.of(function, version)
@@ -123,9 +125,7 @@ class Chips:
 
     def with_table(self, table: pa.Table) -> Chips:
         """Keep the chips of a table that :meth:`save` wrote (or ``.table`` gave), with its further columns."""
-        from rasteret_dask.collection import _content_token
-
-        token = _content_token(table)
+        token = token_of(table)
         return Chips(WithTable(self.plan, token), {**self._tables, token: table}, self._functions)
 
     # What it is
@@ -254,16 +254,4 @@ class Chips:
         return Chips(plan, self._tables, self._functions)
 
     def __repr__(self) -> str:
-        from rasteret_dask.collection import _tree
-
-        return "<Chips>\n" + "\n".join(_tree(self.plan))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple | set):
-        return tuple(value)
-    return value.item() if isinstance(value, np.generic) else value
-
-
-_ = Sequence
-_ = Output  # type: ignore[assignment]
+        return "<Chips>\n" + "\n".join(outline(self.plan))

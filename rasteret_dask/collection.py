@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
-import shapely
 import xarray as xr
 
 from rasteret_dask import geoparquet
 from rasteret_dask.areas import as_area, as_points, bbox_of
 from rasteret_dask.chipset import Chips
-from rasteret_dask.errors import PlanError, SourceError
+from rasteret_dask.errors import PlanError
 from rasteret_dask.lazy import harmonized_cube, native_grid
 from rasteret_dask.optimize import optimize
 from rasteret_dask.plan import (
@@ -39,16 +34,15 @@ from rasteret_dask.plan import (
     Sample,
     Source,
     leaves,
+    outline,
+    predicates,
 )
-from rasteret_dask.records import Records, conform
+from rasteret_dask.records import Records
 from rasteret_dask.resolve import evaluate, resolve_source
-from rasteret_dask.scan import Table
-from rasteret_dask.sources import read_items, read_table
-from rasteret_dask.stac import items_to_table
-from rasteret_dask.tables import table_to_records
+from rasteret_dask.scan import Table, token_of
 from rasteret_dask.timing import half_open
 
-__all__ = ["Collection", "as_collection", "build_from_stac", "build_from_table", "join", "load", "merge"]
+__all__ = ["Collection", "join", "merge"]
 
 
 class Collection:
@@ -68,7 +62,10 @@ class Collection:
     """
 
     def __init__(
-        self, plan: Node, tables: Mapping[str, Table], functions: Mapping[Function, Callable[..., Any]] | None = None
+        self,
+        plan: Node,
+        tables: Mapping[str, Table],
+        functions: Mapping[Function, Callable[..., Any]] | None = None,
     ) -> None:
         self.plan = plan
         self._tables = dict(tables)
@@ -111,20 +108,20 @@ class Collection:
             where.append(("eo:cloud_cover", "<", float(cloud_cover_lt)))
         if geometries is not None:
             where.append(("geometry", "intersects", as_area(geometries)))
-        where += [_equal(name, value) for name, value in columns.items()]
+        where += predicates((), columns)
         return self._with(Filter(self.plan, tuple(where)))
 
-    def where(self, *predicates: Predicate | str | Any, **columns: Any) -> Collection:
+    def where(self, *given: Predicate | Any, **columns: Any) -> Collection:
         """Keep the records that fulfil all predicates.
 
         Parameters
         ----------
-        *predicates
+        *given
             Triples ``("eo:cloud_cover", "<", 20)``, or one triple's three parts.
         **columns
             Equality on columns; ``readable=True`` keeps records whose needed headers were all readable.
         """
-        return self._with(Filter(self.plan, (*_triples(predicates), *(_equal(n, v) for n, v in columns.items()))))
+        return self._with(Filter(self.plan, predicates(given, columns)))
 
     def select_split(self, split: str, *, split_column: str = "split") -> Collection:
         """Keep the records whose column ``split_column`` holds ``split``."""
@@ -185,7 +182,11 @@ class Collection:
         return self._with(Harmonize(self.plan, spec))
 
     def map(
-        self, function: Callable[[xr.DataArray], xr.DataArray], *, source: str | None = None, version: str | None = None
+        self,
+        function: Callable[[xr.DataArray], xr.DataArray],
+        *,
+        source: str | None = None,
+        version: str | None = None,
     ) -> Collection:
         """Apply a function of your own to the chips of each group: a DataArray (chip, time, band, y, x).
 
@@ -253,7 +254,7 @@ class Collection:
         token = None
         if at is not None:
             points = as_points(at)
-            token = _content_token(points)
+            token = token_of(points)
             tables[token] = points
         spec = ChipSpec(
             size=size,
@@ -304,14 +305,18 @@ class Collection:
             When the records lie in several CRSs and no ``epsg`` is given: see :meth:`cubes`.
         """
         if isinstance(self.plan, Join):
-            raise PlanError("cube", "a join of several sources", "one source", "Take the cube of one of them.")
+            raise PlanError(
+                "cube", "a join of several sources", "one source", "Take the cube of one of them."
+            )
         plan = self.plan
         if bands is not None or resolution is not None:
             own = None if bands is None else tuple(bands)
             plan = Harmonize(plan, HarmonizeSpec(bands=own, resolution=resolution))
         source = resolve_source(self.name, evaluate(optimize(plan), self._tables))
         if source.plan.maps:
-            raise PlanError("cube", "a map step, which works on chips", "no map", "Apply the function to the cube.")
+            raise PlanError(
+                "cube", "a map step, which works on chips", "no map", "Apply the function to the cube."
+            )
         grid, shape = native_grid(source, epsg, bounds, bounds_latlon)
         return harmonized_cube(source, grid, shape, min_coverage, chunks)
 
@@ -346,7 +351,7 @@ class Collection:
         return self.to_table().__arrow_c_stream__(requested_schema)
 
     def __len__(self) -> int:
-        return self.to_table(["id"]).num_rows
+        return int(self.to_table(["id"]).num_rows)
 
     @cached_property
     def name(self) -> str:
@@ -356,23 +361,15 @@ class Collection:
     @property
     def bands(self) -> tuple[str, ...]:
         """Every band that some record has."""
-        return tuple(dict.fromkeys(b for m in evaluate(self.plan, self._tables) for b in Records(m.table).bands))
+        return tuple(
+            dict.fromkeys(b for m in evaluate(self.plan, self._tables) for b in Records(m.table).bands)
+        )
 
     def _with(self, plan: Node) -> Collection:
         return Collection(plan, self._tables, self._functions)
 
     def __repr__(self) -> str:
-        return f"<Collection {self.name}>\n" + "\n".join(_tree(self.plan))
-
-
-def _tree(node: Node, depth: int = 0) -> Iterator[str]:
-    from rasteret_dask.plan import children, to_json
-
-    said = {k: v for k, v in to_json(node).items() if k not in ("type", "child", "children", "token") and v}
-    shown = ", ".join(f"{k}={v}" for k, v in said.items())
-    yield f"{'  ' * depth}{type(node).__name__.lower()}({shown[:160]})"
-    for child in children(node):
-        yield from _tree(child, depth + 1)
+        return f"<Collection {self.name}>\n" + "\n".join(outline(self.plan))
 
 
 def merge(*collections: Collection) -> Collection:
@@ -387,7 +384,9 @@ def merge(*collections: Collection) -> Collection:
         raise PlanError("merge", "no collection", "at least one")
     for c in collections:
         if isinstance(c.plan, Join):
-            raise PlanError(f"merge of {c.name!r}", "a join", "collections of records", "Merge before you join.")
+            raise PlanError(
+                f"merge of {c.name!r}", "a join", "collections of records", "Merge before you join."
+            )
     tables, functions = _together(collections)
     plans = tuple(c.plan for c in collections)
     return Collection(plans[0] if len(plans) == 1 else Merge(plans), tables, functions)
@@ -415,168 +414,6 @@ def _together(
     return tables, functions
 
 
-def build_from_stac(
-    source: Any = None,
-    *,
-    name: str,
-    stac_api: str | None = None,
-    collection: str | None = None,
-    dataset: str | None = None,
-    bands: Sequence[str] | None = None,
-    bbox: Sequence[float] | None = None,
-    date_range: Sequence[str | None] | str | None = None,
-    headers: bool = True,
-) -> Collection:
-    """Build a collection from STAC items; COG headers are read once, concurrently, and kept in the rows.
-
-    Parameters
-    ----------
-    source
-        pystac items or dicts, an ItemCollection (object, path or URL), a static catalog (path or URL), or STAC
-        GeoParquet (path or table). None: search ``stac_api``.
-    name
-        What the collection is called.
-    stac_api, collection
-        Root of a STAC API, and the collection to search there; needs ``bbox`` and ``date_range``.
-    dataset
-        Name of a known dataset (see ``bands.DATASETS``) where the items' collection does not say it.
-    bands
-        Keep only these; None: all raster bands.
-    bbox, date_range
-        Keep only items that touch them; the last day is included.
-    headers
-        False leaves headers unread: planning works from the items' own ``proj:`` fields, as far as they go.
-
-    Raises
-    ------
-    SourceError, TrustError, BandError, SchemaError
-        When items are broken, name places they must not, or lack a band.
-    """
-    span = half_open(date_range)
-    box = None if bbox is None else bbox_of(bbox)
-    if stac_api is not None:
-        items = read_items(_search(stac_api, collection, box, span), remote=True)
-    elif source is None:
-        raise SourceError(f"collection {name!r}", "neither a source nor a stac_api", "one of them")
-    else:
-        items = read_items(source)
-    within = None if span == (None, None) else span
-    table = items_to_table(
-        items, name=name, bands=bands, dataset=dataset, headers=headers, bbox=box, date_range=within
-    )
-    made = as_collection(table, name=name)
-    where: tuple[Predicate, ...] = () if within is None else (("datetime", "overlaps", within),)
-    assert isinstance(made.plan, Source)
-    return Collection(replace(made.plan, where=where), made._tables)
-
-
-def _search(
-    stac_api: str, collection: str | None, bbox: tuple[float, ...] | None, span: tuple[str | None, str | None]
-) -> list[dict[str, Any]]:
-    from pystac_client import Client
-    from pystac_client.exceptions import APIError
-
-    if collection is None or bbox is None or span == (None, None):
-        raise SourceError(f"search of {stac_api}", "no collection, bbox or date_range", "all three of them")
-    window = "/".join(part or ".." for part in span)
-    try:
-        search = Client.open(stac_api).search(collections=[collection], bbox=list(bbox), datetime=window)
-        return list(search.items_as_dicts())
-    except APIError as error:
-        raise SourceError(f"search of {stac_api}", str(error), "an answer of a STAC API") from error
-
-
-def build_from_table(
-    table: Any,
-    *,
-    name: str,
-    dataset: str | None = None,
-    column_map: Mapping[str, str] | None = None,
-    headers: bool = True,
-) -> Collection:
-    """Build a collection from any Arrow or Parquet table with ``id, datetime, geometry, assets``.
-
-    Parameters
-    ----------
-    table
-        An Arrow table, or the path or URL of a Parquet file.
-    name
-        What the collection is called.
-    dataset
-        Name of a known dataset where the ``collection`` column does not say it.
-    column_map
-        {your column: our column}.
-    headers
-        Read the headers of assets that have none in the table.
-    """
-    return as_collection(
-        table_to_records(table, name=name, dataset=dataset, column_map=column_map, headers=headers), name=name
-    )
-
-
-def as_collection(table: pa.Table | pads.Dataset, *, name: str) -> Collection:
-    """Wrap a record table or dataset; nothing is read again.
-
-    Raises
-    ------
-    SchemaError
-        When it does not have the columns of RECORD_SCHEMA.
-    """
-    if isinstance(table, pads.Dataset):
-        return Collection(Source(name, _dataset_token(table)), {_dataset_token(table): table})
-    records = conform(table, name)
-    token = _content_token(records)
-    return Collection(Source(name, token), {token: records})
-
-
-def load(path: str | os.PathLike[str], name: str | None = None) -> Collection:
-    """Load records that :meth:`Collection.export` wrote, or any Parquet file in RECORD_SCHEMA; filters go to the scan."""
-    place = os.fspath(path)
-    called = name or os.path.splitext(os.path.basename(place))[0]
-    if os.path.exists(place):
-        return as_collection(pads.dataset(place), name=called)
-    return as_collection(read_table(place), name=called)
-
-
-def _content_token(table: pa.Table) -> str:
-    sink = hashlib.sha256()
-    for batch in table.to_batches():
-        for column in batch.columns:
-            for buffer in column.buffers():
-                if buffer is not None:
-                    sink.update(buffer)
-        sink.update(str(batch.num_rows).encode())
-    sink.update(str(table.schema.names).encode())
-    return sink.hexdigest()[:32]
-
-
-def _dataset_token(dataset: pads.Dataset) -> str:
-    parts = [str(dataset.schema)]
-    for path in getattr(dataset, "files", []):
-        info = dataset.filesystem.get_file_info(path)
-        parts.append(f"{path}|{info.size}|{info.mtime_ns}")
-    if len(parts) == 1:
-        return _content_token(dataset.to_table())
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-def _equal(column: str, value: Any) -> Predicate:
-    if isinstance(value, list | tuple | set):
-        return (column, "in", tuple(value))
-    return (column, "==", value.item() if isinstance(value, np.generic) else value)
-
-
-def _triples(predicates: tuple[Any, ...]) -> tuple[Predicate, ...]:
-    from rasteret_dask.plan import OPERATORS
-
-    if len(predicates) == 3 and all(not isinstance(p, tuple) for p in predicates[:2]):
-        predicates = (predicates,)
-    for p in predicates:
-        if not (isinstance(p, tuple) and len(p) == 3 and isinstance(p[0], str) and p[1] in OPERATORS):
-            raise PlanError("filter", repr(p), f"a triple (column, operator, value), operator one of {', '.join(OPERATORS)}")
-    return tuple(predicates)
-
-
 def _geobox(grid: Any) -> str:
     crs, transform, shape = (getattr(grid, n, None) for n in ("crs", "transform", "shape"))
     if crs is None or transform is None or shape is None:
@@ -584,6 +421,3 @@ def _geobox(grid: Any) -> str:
     if transform.b or transform.d or abs(transform.a + transform.e) > 1e-12 * abs(transform.a):
         raise PlanError("chips(grid=)", repr(transform), "a north-up GeoBox with square pixels")
     return f"{int(crs.to_epsg())},{transform.c!r},{transform.f!r},{transform.a!r},{shape[1]},{shape[0]}"
-
-
-_ = (pq, shapely)

@@ -73,7 +73,7 @@ class RecordReader:
             request = Request(self.url.asset, self.grid, (own,), self.url.resampling)
             block = session.read_block([request])[0]
         values = block.values[0].astype(self.dtype, copy=False)
-        return np.where(block.valid[0], values, self.dtype.type(self.fill_value))
+        return np.asarray(np.where(block.valid[0], values, self.dtype.type(self.fill_value)))
 
     def close(self) -> None:
         """Do nothing: files are closed after each read."""
@@ -165,7 +165,8 @@ def stack(
     )
     if cube.shape[2:] != shape:
         raise GridError("cube", f"{cube.shape[2:]} pixels from stackstac", f"{shape} on the grid asked for")
-    return cube.drop_attrs()
+    plain: xr.DataArray = cube.drop_attrs()
+    return plain
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from rasteret_dask import pixels
-from rasteret_dask.chips import ChipSet, native_share, summary_of_times
+from rasteret_dask.chips import ChipSet
+from rasteret_dask.chiptable import FeedTable, bounds_of
+from rasteret_dask.grid import Lattice
 from rasteret_dask.job import Job, Output
 from rasteret_dask.lazy import radiometry_of
 from rasteret_dask.reader import tiles_of
 
 __all__ = ["Explanation", "explain"]
+
+ALIGNED_PX = 1e-4
+"""Pixel edges nearer than this are the same edge."""
+
+UTM_SOUTH = 32700
+"""EPSG codes above are UTM zones of the southern hemisphere, which are only translated."""
 
 EXACT_SHARDS = 48
 """Requests of this many shards are counted one by one; beyond, they are extrapolated from as many, evenly taken."""
@@ -62,7 +71,8 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
     used = [len(r) for r in job.records]
     facts = {
         "records": {
-            s.plan.name: {"scanned": len(s.records), "used": n} for s, n in zip(chips.sources, used, strict=True)
+            s.plan.name: {"scanned": len(s.records), "used": n}
+            for s, n in zip(chips.sources, used, strict=True)
         },
         "chips": sum(h.chips for h in job.hierarchies),
         "splits": splits,
@@ -74,12 +84,15 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
         "requests_counted_on_shards": reading["shards"],
         "write_bytes": out * sum(h.chips for h in job.hierarchies),
         "peak_task_bytes": _peak(job, outputs, largest),
-        "chip_shape": {s.name: [o.times, len(o.bands), o.height, o.width] for s, o in zip(job.sources, outputs, strict=True)},
+        "chip_shape": {
+            s.name: [o.times, len(o.bands), o.height, o.width]
+            for s, o in zip(job.sources, outputs, strict=True)
+        },
         "dtype": {s.name: o.dtype for s, o in zip(job.sources, outputs, strict=True)},
         "bands": {s.name: list(o.bands) for s, o in zip(job.sources, outputs, strict=True)},
-        "times": summary_of_times(chips),
+        "times": _times(chips),
         "tile_fit": reading["fit"],
-        "pixels": native_share(chips),
+        "pixels": _native_share(chips),
         "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
         "unused_strip_m": _strip(chips),
         "radiometry": {s.plan.name: radiometry_of(s) for s in chips.sources},
@@ -98,12 +111,45 @@ def _peak(job: Job, outputs: tuple[Output, ...], largest: int) -> int:
 
 
 def _strip(chips: ChipSet) -> float:
-    from rasteret_dask.grid import Lattice
-
     if chips.spec.grid != "zone" or chips.spec.at is not None:
         return 0.0
     stride = chips.spec.stride * chips.resolution
     return Lattice(1, chips.spec.cell_km * 1000.0, chips.size_m, stride).unused_m
+
+
+def _native_share(chips: ChipSet) -> dict[str, dict[str, int]]:
+    """Return per source how many used records keep native pixels, are only translated, or are resampled."""
+    result: dict[str, dict[str, int]] = {}
+    feeds = FeedTable.of(chips.table)
+    epsg = chips.table.column("epsg").to_numpy()[feeds.chip]
+    corner = bounds_of(chips.table)[feeds.chip][:, [0, 3]]
+    for number, (resolved, found) in enumerate(zip(chips.sources, chips.outlines, strict=True)):
+        own = feeds.source == number
+        record = feeds.row[own]
+        transform = found.transform[found.of_record[record]]
+        size = resolved.plan.resolution
+        shift = (corner[own] - transform[:, [2, 5]]) / size
+        same = np.abs(shift - np.round(shift)).max(1, initial=0.0) < ALIGNED_PX
+        same &= epsg[own] == found.epsg[found.of_record[record]]
+        same &= np.abs(np.abs(transform[:, 0]) - size) < 1e-9 * size
+        resampled = np.unique(record[~same])
+        moved = resolved.records.epsg > UTM_SOUTH
+        native = np.setdiff1d(np.unique(record), resampled)
+        result[resolved.plan.name] = {
+            "native": int(np.sum(~moved[native])),
+            "translated": int(np.sum(moved[native])),
+            "resampled": len(resampled),
+        }
+    return result
+
+
+def _times(chips: ChipSet) -> dict[str, list[str]]:
+    """Return the start of each slot, per source with a time axis."""
+    return {
+        s.plan.name: [pd.Timestamp(t).isoformat() for t in s.plan.slots]
+        for s in chips.sources
+        if s.plan.slots is not None
+    }
 
 
 def _reading(job: Job) -> dict[str, Any]:
@@ -169,16 +215,24 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("to read", f"at most {f['requests']:,} tiles, {_size(f['read_bytes'])} compressed{exact}"),
         ("to write", f"{_size(f['write_bytes'])} before compression"),
         ("peak per task", _size(f["peak_task_bytes"])),
-        ("tile fit", f"{f['tile_fit']:.0%} of the pixels in those tiles are used" if f["tile_fit"] else "unknown"),
+        (
+            "tile fit",
+            f"{f['tile_fit']:.0%} of the pixels in those tiles are used" if f["tile_fit"] else "unknown",
+        ),
     ]
     for name, shape in f["chip_shape"].items():
         text = f"{shape} (time, band, y, x) {f['dtype'][name]}, {', '.join(f['bands'][name][:8])}"
         rows.append((name, text + (" ..." if len(f["bands"][name]) > 8 else "")))
         share = f["pixels"][name]
-        rows.append(("", f"records: {share['native']} native, {share['translated']} translated, {share['resampled']} resampled"
-                         f" at {f['resolution'][name]:g} m; pick {f['pick'][name]}, mask {', '.join(f['mask'][name]) or 'none'}"))  # fmt: skip
+        kinds = ", ".join(f"{share[kind]} {kind}" for kind in ("native", "translated", "resampled"))
+        mask = ", ".join(f["mask"][name]) or "none"
+        rows.append(
+            ("", f"records: {kinds} at {f['resolution'][name]:g} m; pick {f['pick'][name]}, mask {mask}")
+        )
         if name in f["times"]:
-            rows.append(("", f"{len(f['times'][name])} slots from {f['times'][name][0]} to {f['times'][name][-1]}"))
+            rows.append(
+                ("", f"{len(f['times'][name])} slots from {f['times'][name][0]} to {f['times'][name][-1]}")
+            )
         rows += [("", line) for line in _radiometry_lines(f["radiometry"][name])]
     if f["unused_strip_m"]:
         rows.append(("unused strip", f"{f['unused_strip_m']:g} m of each split cell"))

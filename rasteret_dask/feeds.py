@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.coverage import FULL, Outlines, Windows, cover, outlines, union_cover
 from rasteret_dask.frame import Frame
+from rasteret_dask.grid import bounds_in, transformer
 from rasteret_dask.resolve import ResolvedSource
 from rasteret_dask.timing import TimeAxis
 
-__all__ = ["Feeds", "covered", "pick", "slots_of"]
+__all__ = ["DATA_PICKS", "Feeds", "covered", "enough", "pick", "slots_of", "source_outlines"]
 
 DATA_PICKS = ("clearest", "median", "mean")
 """Picks that need pixels: all acquisitions of a slot stay candidates."""
@@ -46,8 +48,6 @@ def covered(source: ResolvedSource, found: Outlines, frame: Frame) -> Feeds:
 
     The slot is the acquisition's number; :func:`slots_of` maps it to the time axis.
     """
-    import shapely
-
     window, outline, share = [], [], []
     for epsg in np.unique(frame.epsg):
         here = np.flatnonzero(frame.epsg == epsg)
@@ -56,19 +56,13 @@ def covered(source: ResolvedSource, found: Outlines, frame: Frame) -> Feeds:
         pairs = {}
         for number in range(len(found.shape)):
             own = int(found.epsg[number])
-            box = shapely.box(*_hull(found.shape[number], own, int(epsg)))
+            box = shapely.box(*bounds_in(shapely.bounds(found.shape[number]), own, int(epsg)))
             pairs[number] = np.sort(tree.query(box)).astype(np.int64)
         part = cover(windows, found, pairs)
         window.append(here[part.window])
         outline.append(part.outline)
         share.append(part.share)
     return _by_record(source, found, np.concatenate(window), np.concatenate(outline), np.concatenate(share))
-
-
-def _hull(shape: object, source: int, target: int) -> tuple[float, float, float, float]:
-    from rasteret_dask.frame import _bounds_in
-
-    return _bounds_in(shape, source, target)
 
 
 def _by_record(
@@ -212,8 +206,6 @@ def _rank_of_first_id(source: ResolvedSource) -> NDArray[np.int64]:
 
 def _nearness(frame: Frame, found: Outlines, feeds: Feeds) -> NDArray[np.float64]:
     """Shape (entry,). Distance from the chip's centre to the raster's centre, metres, to the centimetre."""
-    from rasteret_dask.grid import transformer
-
     outline = found.of_record[feeds.record]
     centre = np.stack([frame.bounds[:, [0, 2]].mean(1), frame.bounds[:, [1, 3]].mean(1)], -1)[feeds.window]
     foreign = frame.epsg[feeds.window] != found.epsg[outline]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.coverage import Outlines
 from rasteret_dask.errors import GridError, PlanError
-from rasteret_dask.grid import Lattice, northern, snap, transformer, utm_zone, zone_epsg
+from rasteret_dask.grid import Bounds, Lattice, bounds_in, northern, snap, transformer, utm_zone, zone_epsg
 from rasteret_dask.plan import ChipSpec
 
 __all__ = ["Frame", "candidates", "lonlat"]
@@ -21,7 +21,6 @@ SHARED_WITH_AREA = 1e-3
 """A cell belongs to an area of interest when more than this share of it lies inside."""
 
 Phase: TypeAlias = dict[int, tuple[float, float]]
-Box: TypeAlias = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,11 @@ def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase)
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
     for number in range(len(reference.shape)):
         for zone in _zones_of(reference.shape[number], int(reference.epsg[number])):
-            box: Box | None = _bounds_in(
-                reference.shape[number], int(reference.epsg[number]), zone_epsg(zone)
-            )
+            shape, own = reference.shape[number], int(reference.epsg[number])
+            box: Bounds | None = bounds_in(shapely.bounds(shape), own, zone_epsg(zone))
             if area is not None:
-                box = _overlap(box, _bounds_in(area, 4326, zone_epsg(zone)))
+                limit = bounds_in(shapely.bounds(area), 4326, zone_epsg(zone))
+                box = None if box is None else _overlap(box, limit)
             if box is not None:
                 cells = _lattice(zone, spec, resolution).split_cells(box)
                 per_zone.setdefault(zone, []).append(cells)
@@ -141,14 +140,6 @@ def _zones_of(shape: Any, epsg: int) -> list[int]:
     x, y = (g.ravel() for g in np.meshgrid(np.linspace(xmin, xmax, 9), np.linspace(ymin, ymax, 9)))
     lon, lat = transformer(epsg, 4326).transform(x, y)
     return [int(z) for z in np.unique(utm_zone(lon, lat))]
-
-
-def _bounds_in(shape: Any, source: int, target: int) -> tuple[float, float, float, float]:
-    xmin, ymin, xmax, ymax = shapely.bounds(shape)
-    if source == target:
-        return xmin, ymin, xmax, ymax
-    found = transformer(source, target).transform_bounds(xmin, ymin, xmax, ymax, densify_pts=21)
-    return tuple(float(v) for v in found)  # type: ignore[return-value]
 
 
 def _overlap(
@@ -196,8 +187,8 @@ def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
         rows = np.arange(np.floor((y0 - ymax) / side) * per_tile, np.ceil((y0 - ymin) / side) * per_tile)
         cells = np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2).astype(np.int64)
         west, north = x0 + cells[:, 1] * step, y0 - cells[:, 0] * step
-        length = spec.size * resolution
-        bounds = np.round(np.stack([west, north - length, west + length, north], -1).astype(np.float64), 9)
+        length = float(spec.size * resolution)
+        bounds = _boxes(west, north, length)
         head = f"{int(epsg)}_tiles{x0:g}_{y0:g}_{spec.size}px_{resolution:g}m"
         prefix = tuple(f"{head}_{row}_{col}" for row, col in cells.tolist())
         frames.append(Frame(np.full(len(cells), epsg), bounds, cells[:, 0], cells[:, 1], None, None, prefix))
@@ -253,7 +244,7 @@ def _geobox(spec: ChipSpec, resolution: float) -> Frame:
     west = x0 + cells[:, 1] * spec.stride * pixel
     north = y0 + shift - cells[:, 0] * spec.stride * pixel
     length = spec.size * pixel
-    bounds = np.round(np.stack([west, north - length, west + length, north], -1).astype(np.float64), 9)
+    bounds = _boxes(west, north, length)
     head = f"{code}_box{x0:g}_{y0:g}_{spec.size}px_{pixel:g}m"
     prefix = tuple(f"{head}_{row}_{col}" for row, col in cells.tolist())
     frame = Frame(np.full(len(cells), code), bounds, cells[:, 0], cells[:, 1], None, None, prefix)
@@ -280,7 +271,7 @@ def _at_points(spec: ChipSpec, points: pa.Table, resolution: float, phase: Phase
         px, py = phase.get(epsg, (0.0, 0.0))
         west = px + np.round((np.asarray(x) - length / 2 - px) / resolution) * resolution
         north = py + np.round((np.asarray(y) + length / 2 - py) / resolution) * resolution
-        bounds[at] = np.round(np.stack([west, north - length, west + length, north], -1), 9)
+        bounds[at] = _boxes(west, north, length)
     index = (
         points.column("__index__").to_pylist() if "__index__" in points.column_names else range(len(points))
     )
@@ -293,6 +284,11 @@ def _at_points(spec: ChipSpec, points: pa.Table, resolution: float, phase: Phase
         np.asarray(zones + 32600), bounds, -whole[:, 3], whole[:, 0], None,
         np.arange(len(points), dtype=np.int64), prefix,
     )  # fmt: skip
+
+
+def _boxes(west: NDArray[Any], north: NDArray[Any], length: float) -> NDArray[np.float64]:
+    box = np.stack([west, north - length, west + length, north], -1)
+    return np.asarray(np.round(box.astype(np.float64), 9), dtype=np.float64)
 
 
 def _concat(frames: list[Frame]) -> Frame:

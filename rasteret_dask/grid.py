@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyproj
@@ -15,7 +16,9 @@ from rasteret_dask.errors import GridError
 
 __all__ = [
     "FALSE_NORTHING_M",
+    "Bounds",
     "Lattice",
+    "bounds_in",
     "northern",
     "parse_epsg",
     "snap",
@@ -23,6 +26,9 @@ __all__ = [
     "utm_zone",
     "zone_epsg",
 ]
+
+Bounds: TypeAlias = tuple[float, float, float, float]
+"""xmin, ymin, xmax, ymax."""
 
 FALSE_NORTHING_M = 10_000_000.0
 """Northing of the equator in a southern UTM zone (327zz); 0 in a northern one (326zz). EPSG guidance note 7-2."""
@@ -181,3 +187,12 @@ def parse_epsg(crs: Any) -> int:
 def transformer(source: int, target: int) -> pyproj.Transformer:
     """Return the x/y-ordered transformer between two EPSG codes, made once a process."""
     return pyproj.Transformer.from_crs(source, target, always_xy=True)
+
+
+def bounds_in(bounds: Sequence[float] | NDArray[np.float64], source: int, target: int) -> Bounds:
+    """Return the bounds in another CRS that hold all of ``bounds``."""
+    xmin, ymin, xmax, ymax = (float(v) for v in bounds)
+    if source != target:
+        moved = transformer(source, target).transform_bounds(xmin, ymin, xmax, ymax, densify_pts=21)
+        xmin, ymin, xmax, ymax = (float(v) for v in moved)
+    return xmin, ymin, xmax, ymax

@@ -9,7 +9,16 @@ from numpy.typing import NDArray
 
 from rasteret_dask.bands import Radiometry
 
-__all__ = ["DN_PER_REFLECTANCE", "bad_pixels", "composite", "dequantize", "fill_in", "to_dtype", "to_float", "unit_length"]
+__all__ = [
+    "DN_PER_REFLECTANCE",
+    "bad_pixels",
+    "composite",
+    "dequantize",
+    "fill_in",
+    "to_dtype",
+    "to_float",
+    "unit_length",
+]
 
 DN_PER_REFLECTANCE = 1e4
 """Integer output stores reflectance x 1e4."""
@@ -108,7 +117,7 @@ def fill_in(
 
 def composite(stack: NDArray[np.float32], how: str) -> NDArray[np.float32]:
     """Return the mean or median over the first axis, ignoring NaN; NaN where nothing is valid."""
-    empty = np.isnan(stack).all(axis=0)
+    empty = np.asarray(np.isnan(stack).all(axis=0))
     stack = np.where(empty[None], np.float32(0), stack)
     if how == "median":
         result = np.nanmedian(stack, axis=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rasteret_dask import remote
 from rasteret_dask._version import __version__
 from rasteret_dask.chips import ChipSet, used_records
+from rasteret_dask.chiptable import FeedTable, bounds_of
 from rasteret_dask.harmonize import DN_PER_REFLECTANCE
 from rasteret_dask.plan import Function, digest, from_json, to_json
 from rasteret_dask.records import Records
@@ -98,9 +99,7 @@ class Output:
         whole = not plan.dtype.startswith("float")
         scale = 1.0 / DN_PER_REFLECTANCE if whole and plan.units != "raw" else None
         attrs = (("units", plan.units), ("long_name", plan.name))
-        return cls(
-            plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs
-        )
+        return cls(plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs)
 
     @property
     def chip_bytes(self) -> int:
@@ -132,27 +131,14 @@ class Job:
         )
 
     @cached_property
-    def feeds(self) -> Mapping[str, NDArray[Any]]:
-        """The feed entries of all chips, flat: source, slot, order, row; and offsets, shape (chip + 1,)."""
-        column = self.chips.column("feeds").combine_chunks()
-        column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-        flat = column.flatten()
-        offsets = np.asarray(column.offsets)
-        names = [s.name for s in self.sources]
-        known = flat.field("source").dictionary.to_pylist()
-        source = np.array([names.index(n) for n in known])[flat.field("source").indices.to_numpy()]
-        return {
-            "source": source,
-            "slot": flat.field("slot").to_numpy(),
-            "order": flat.field("order").to_numpy(),
-            "row": flat.field("row").to_numpy(),
-            "offsets": offsets - offsets[0],
-        }
+    def feeds(self) -> FeedTable:
+        """The feed entries of all chips, flat."""
+        return FeedTable.of(self.chips)
 
     @cached_property
     def bounds(self) -> NDArray[np.float64]:
         """Shape (chip, 4): xmin, ymin, xmax, ymax."""
-        return np.stack([self.chips.column(n).to_numpy() for n in ("xmin", "ymin", "xmax", "ymax")], -1)
+        return bounds_of(self.chips)
 
     @cached_property
     def epsg(self) -> NDArray[np.int64]:
@@ -190,29 +176,24 @@ def _working_bytes(source: SourcePlan, size: int, candidates: int) -> int:
 
 def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
     """Settle shards and keep only what tasks need."""
-    records, table = used_records(chips)
-    member_of = []
-    for number, (resolved, kept) in enumerate(zip(chips.sources, records, strict=True)):
-        used = np.unique(_rows(chips, number))
-        member = pa.array(resolved.member[used])
-        member_of.append(Records(kept.table.append_column("__member__", member)))
+    records, members, table = used_records(chips)
+    member_of = [
+        Records(r.table.append_column("__member__", pa.array(m)))
+        for r, m in zip(records, members, strict=True)
+    ]
     size_px = tuple(round(chips.size_m / s.plan.resolution) for s in chips.sources)
     plans = tuple(s.plan for s in chips.sources)
     table, parts = _by_split(chips, table)
     per_shard = _per_shard(plans, size_px, table, shard_bytes)
     hierarchies = tuple(Hierarchy(s, n, a, b, per_shard) for s, n, a, b in parts)
     phase = digest(
-        [_json(p) for p in plans], list(size_px), per_shard, [[s, to_json(f)] for s, f in chips.maps], __version__
+        [_json(p) for p in plans],
+        list(size_px),
+        per_shard,
+        [[s, to_json(f)] for s, f in chips.maps],
+        __version__,
     )
     return Job(plans, size_px, hierarchies, tuple(member_of), table, chips.maps, phase)
-
-
-def _rows(chips: ChipSet, number: int) -> NDArray[np.int64]:
-    feeds = chips.table.column("feeds").combine_chunks()
-    feeds = feeds.chunk(0) if isinstance(feeds, pa.ChunkedArray) else feeds
-    flat = feeds.flatten()
-    own = flat.field("source").indices.to_numpy() == number
-    return np.asarray(flat.field("row").to_numpy()[own], dtype=np.int64)
 
 
 def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], table: pa.Table, budget: int) -> int:
@@ -223,12 +204,8 @@ def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], table: p
 
 
 def _most_candidates(table: pa.Table, sources: int) -> list[int]:
-    feeds = table.column("feeds").combine_chunks()
-    feeds = feeds.chunk(0) if isinstance(feeds, pa.ChunkedArray) else feeds
-    flat = feeds.flatten()
-    source = flat.field("source").indices.to_numpy()
-    order = flat.field("order").to_numpy()
-    return [int(order[source == n].max(initial=0)) + 1 for n in range(sources)]
+    feeds = FeedTable.of(table)
+    return [int(feeds.order[feeds.source == n].max(initial=0)) + 1 for n in range(sources)]
 
 
 def _by_split(chips: ChipSet, table: pa.Table) -> tuple[pa.Table, list[tuple[str | None, int, int, int]]]:
@@ -239,7 +216,8 @@ def _by_split(chips: ChipSet, table: pa.Table) -> tuple[pa.Table, list[tuple[str
     label = np.array([number.get(v, -1) for v in column])
     order = np.argsort(label, kind="stable")
     order = order[label[order] >= 0]
-    parts, at = [], 0
+    parts: list[tuple[str | None, int, int, int]] = []
+    at = 0
     for name, i in number.items():
         count = int(np.sum(label == i))
         if count:
@@ -257,13 +235,13 @@ def shard_keys(job: Job) -> dict[str, str]:
     ids = job.chips.column("chip_id").to_pylist()
     result = {}
     for shard in job.shards():
-        own = slice(feeds["offsets"][shard.start], feeds["offsets"][shard.stop])
+        own = slice(feeds.offsets[shard.start], feeds.offsets[shard.stop])
         text = hashlib.sha256(job.phase.encode())
         text.update("|".join(ids[shard.start : shard.stop]).encode())
         text.update(job.bounds[shard.start : shard.stop].tobytes())
-        for name in ("source", "slot", "order"):
-            text.update(feeds[name][own].tobytes())
-        for source_number, row in zip(feeds["source"][own].tolist(), feeds["row"][own].tolist(), strict=True):
+        for entries in (feeds.source, feeds.slot, feeds.order):
+            text.update(entries[own].tobytes())
+        for source_number, row in zip(feeds.source[own].tolist(), feeds.row[own].tolist(), strict=True):
             text.update(marks[source_number][row])
         result[shard.name] = text.hexdigest()
     return result
@@ -275,7 +253,15 @@ def _mark(records: Records, row: int, member: Member) -> bytes:
     for band in dict.fromkeys((*member.bands, member.quality)):
         if band is not None:
             asset = records.asset(row, band)
-            said = (asset.href, asset.band_index, asset.size, asset.etag, asset.scale, asset.offset, asset.nodata)
+            said = (
+                asset.href,
+                asset.band_index,
+                asset.size,
+                asset.etag,
+                asset.scale,
+                asset.offset,
+                asset.nodata,
+            )
             text.update(repr(said).encode())
     return text.digest()
 
@@ -289,11 +275,9 @@ def _json(plan: SourcePlan) -> Any:
 
 
 def _plan(values: dict[str, Any]) -> SourcePlan:
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     lists["fill"] = float("nan") if values["fill"] is None else values["fill"]
-    lists["members"] = tuple(
-        Member(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items()}) for m in values["members"]
-    )
+    lists["members"] = tuple(Member(**{**m, "bands": tuple(m["bands"])}) for m in values["members"])
     lists["maps"] = tuple(from_json(f) for f in values["maps"])
     return SourcePlan(**lists)
 

@@ -56,7 +56,9 @@ def native_grid(
     first = int(np.flatnonzero(source.records.epsg == epsg)[0]) if epsg in codes else None
     corner = (0.0, 0.0)
     if first is not None:
-        transform = source.records.level_field(source.plan.members[source.member[first]].bands[0], "transform")
+        transform = source.records.level_field(
+            source.plan.members[source.member[first]].bands[0], "transform"
+        )
         _, _, x, _, _, y = transform[first].as_py()
         corner = (x, y)
     if bounds_latlon is not None:
@@ -78,7 +80,9 @@ def _exact(
         raise GridError("cube(bounds=)", repr(bounds), "xmin < xmax and ymin < ymax")
     width, height = (xmax - xmin) / resolution, (ymax - ymin) / resolution
     if max(abs(width - round(width)), abs(height - round(height))) > 1e-6:
-        raise GridError("cube(bounds=)", f"{width:.6g} x {height:.6g} pixels of {resolution:g}", "whole pixels")
+        raise GridError(
+            "cube(bounds=)", f"{width:.6g} x {height:.6g} pixels of {resolution:g}", "whole pixels"
+        )
     return Grid(epsg, xmin, ymax, resolution, resolution), (round(height), round(width))
 
 
@@ -177,20 +181,25 @@ def _record_layers(
         for row in own:
             if row not in at:
                 continue
-            layer = _in_units(source, raw.isel(time=at[row], drop=True).drop_vars("id", errors="ignore"), row, number)
+            layer = _in_units(
+                source, raw.isel(time=at[row], drop=True).drop_vars("id", errors="ignore"), row, number
+            )
             if row in cloudy:
                 layer = layer.where(~cloudy[row], np.asarray(_fill(source)).astype(layer.dtype))
             result[row] = layer
     return result
 
 
-def _in_units(source: ResolvedSource, raw: xr.DataArray, row: int, number: int) -> xr.DataArray:
+def _in_units(source: ResolvedSource, raw: xr.DataArray, row: int, number: int) -> Any:
     plan = source.plan
     if plan.units == "raw":
         return raw
     if plan.units == "embedding":
         values = xr.apply_ufunc(
-            lambda v: harmonize.dequantize(v, np.isfinite(v)), raw, dask="parallelized", output_dtypes=[np.float32]
+            lambda v: harmonize.dequantize(v, np.isfinite(v)),
+            raw,
+            dask="parallelized",
+            output_dtypes=[np.float32],
         )
         chunked = values.chunk({"band": -1})
         return xr.apply_ufunc(
@@ -203,8 +212,10 @@ def _in_units(source: ResolvedSource, raw: xr.DataArray, row: int, number: int) 
         rule = Radiometry(asset.scale, asset.offset, asset.rule)
         parts.append(
             xr.apply_ufunc(
-                lambda v, rule=rule: harmonize.to_float(v, np.isfinite(v), rule), raw.isel(band=[i]),
-                dask="parallelized", output_dtypes=[np.float32],
+                lambda v, rule=rule: harmonize.to_float(v, np.isfinite(v), rule),
+                raw.isel(band=[i]),
+                dask="parallelized",
+                output_dtypes=[np.float32],
             )  # fmt: skip
         )
     return xr.concat(parts, dim="band")
@@ -224,7 +235,10 @@ def _cloudy(
         lambda v: harmonize.bad_pixels(v, str(kind), mask), quality, dask="parallelized", output_dtypes=[bool]
     )
     ids = quality["id"].values.astype(int)
-    return {int(r): bad.isel(time=n, band=0, drop=True).drop_vars("id", errors="ignore") for n, r in enumerate(ids)}
+    return {
+        int(r): bad.isel(time=n, band=0, drop=True).drop_vars("id", errors="ignore")
+        for n, r in enumerate(ids)
+    }
 
 
 def _fill(source: ResolvedSource) -> float:
@@ -260,7 +274,7 @@ def _slot(
     return _chosen(source, stacked, how), nothing, "+".join(sorted(set(members)))
 
 
-def _chosen(source: ResolvedSource, stacked: xr.DataArray, how: str) -> xr.DataArray:
+def _chosen(source: ResolvedSource, stacked: xr.DataArray, how: str) -> Any:
     valid = _is_valid(source, stacked)
     if how == "clearest":
         score = valid.all("band").sum(("y", "x"))
@@ -289,7 +303,9 @@ def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid) -> xr.Data
         )  # fmt: skip
     keep = {"time", "band", "y", "x", "source", "datetime"}
     cube = cube.drop_vars([c for c in cube.coords if c not in keep]).rename(plan.name)
-    cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(grid.transform(Window(0, 0, *cube.shape[-2:])))
+    cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(
+        grid.transform(Window(0, 0, *cube.shape[-2:]))
+    )
     attrs: dict[str, Any] = {"units": plan.units, "radiometry": json.dumps(radiometry_of(source))}
     if plan.units == "reflectance" and plan.dtype != "float32":
         attrs |= {"scale_factor": 1 / harmonize.DN_PER_REFLECTANCE, "add_offset": 0.0}

@@ -11,7 +11,7 @@ from dask._task_spec import Task, TaskRef
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from rasteret_dask import pixels
-from rasteret_dask.job import Output, Shard
+from rasteret_dask.job import Output
 from rasteret_dask.shards import Functions, Graph, lower
 from rasteret_dask.write import Layout
 
@@ -47,7 +47,8 @@ def _dataset(layout: Layout, graph: Graph, source: str, out: Output) -> xr.Datas
     if out.valid:
         shapes["valid"] = (("chip", "time", "y", "x"), (out.times, out.height, out.width), np.dtype(bool))
     arrays = {
-        name: (dims, _array(graph, source, name, chips, shape, dtype)) for name, (dims, shape, dtype) in shapes.items()
+        name: (dims, _array(graph, source, name, chips, shape, dtype))
+        for name, (dims, shape, dtype) in shapes.items()
     }
     data = {n: arrays.pop(n) for n in ("pixels", "valid") if n in arrays}
     coordinates: dict[str, Any] = dict(arrays)
@@ -83,6 +84,3 @@ def _array(
 
 def _take(joined: dict[str, xr.Dataset], source: str, variable: str) -> Any:
     return joined[source][variable].values
-
-
-_ = Shard

@@ -36,12 +36,11 @@ class Feed:
     def of(cls, job: Job, shard: Shard, source: int) -> Feed:
         """Take a shard's entries from the job's chip table."""
         feeds = job.feeds
-        span = slice(feeds["offsets"][shard.start], feeds["offsets"][shard.stop])
-        count = np.diff(feeds["offsets"][shard.start : shard.stop + 1])
+        span = slice(feeds.offsets[shard.start], feeds.offsets[shard.stop])
+        count = np.diff(feeds.offsets[shard.start : shard.stop + 1])
         chip = np.repeat(np.arange(shard.stop - shard.start), count)
-        own = feeds["source"][span] == source
-        columns = (feeds[n][span][own].astype(np.int64) for n in ("slot", "order", "row"))
-        return cls(chip[own], *columns)
+        own = feeds.source[span] == source
+        return cls(chip[own], feeds.slot[span][own], feeds.order[span][own], feeds.row[span][own])
 
     def take(self, at: NDArray[Any]) -> Feed:
         """Return some entries."""
@@ -365,7 +364,10 @@ def _dataset(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
     coordinates: dict[str, Any] = {
         **chip_coordinates(job, shard),
         "band": ("band", list(plan.bands)),
-        "valid_fraction": (("chip", "time"), chips.valid.mean(axis=(2, 3), dtype=np.float64).astype(np.float32)),
+        "valid_fraction": (
+            ("chip", "time"),
+            chips.valid.mean(axis=(2, 3), dtype=np.float64).astype(np.float32),
+        ),
         "datetime": (("chip", "time"), chips.datetime),
         "source": (("chip", "time"), chips.source.astype(object)),
     }

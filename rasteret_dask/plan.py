@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -36,6 +36,8 @@ __all__ = [
     "digest",
     "from_json",
     "leaves",
+    "outline",
+    "predicates",
     "to_json",
     "with_children",
 ]
@@ -345,6 +347,42 @@ def from_json(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(from_json(v) for v in value)
     return value
+
+
+def outline(node: Node, depth: int = 0) -> Iterator[str]:
+    """Yield one line per step, the last step first."""
+    said = {k: v for k, v in to_json(node).items() if k not in ("type", "child", "children", "token") and v}
+    shown = ", ".join(f"{k}={v}" for k, v in said.items())
+    yield f"{'  ' * depth}{type(node).__name__.lower()}({shown[:160]})"
+    for child in children(node):
+        yield from outline(child, depth + 1)
+
+
+def predicates(given: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predicate, ...]:
+    """Check what the user gave to ``where`` or ``filter``: triples (or the three parts of one) and equalities.
+
+    Raises
+    ------
+    PlanError
+        When one is not (column, operator, value).
+    """
+    if len(given) == 3 and all(isinstance(part, str) for part in given[:2]):
+        given = (given,)
+    for triple in given:
+        if not (isinstance(triple, tuple) and len(triple) == 3 and triple[1] in OPERATORS):
+            raise PlanError(
+                "filter",
+                repr(triple),
+                f"a triple (column, operator, value), operator one of {', '.join(OPERATORS)}",
+                'Write it as ("eo:cloud_cover", "<", 20).',
+            )
+    return (*given, *(_equal(column, value) for column, value in equal.items()))
+
+
+def _equal(column: str, value: Any) -> Predicate:
+    if isinstance(value, list | tuple | set | frozenset):
+        return (column, "in", tuple(value))
+    return (column, "==", value.item() if hasattr(value, "item") else value)
 
 
 def digest(*values: Any) -> str:

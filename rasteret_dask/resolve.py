@@ -26,7 +26,7 @@ from rasteret_dask.plan import (
     Sample,
     Source,
 )
-from rasteret_dask.records import Records
+from rasteret_dask.records import RECORD_SCHEMA, Records
 from rasteret_dask.scan import Table, filter_table, sample_rows, scan
 from rasteret_dask.timing import Acquisitions, TimeAxis, acquisitions, intervals, narrowest, regular
 
@@ -180,8 +180,6 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    from rasteret_dask.records import RECORD_SCHEMA
-
     return table.select(RECORD_SCHEMA.names)
 
 

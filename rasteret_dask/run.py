@@ -74,7 +74,7 @@ def _submit(
     missing = set(wanted)
     roots = {k: t for k, t in tasks.items() if not isinstance(k, str) or not k.startswith("write-")}
     graph = roots | {k: tasks[k] for k in missing}
-    futures: list[Future] = client.get(graph, sorted(missing), sync=False, retries=1)
+    futures: list[Future[Any]] = client.get(graph, sorted(missing), sync=False, retries=1)
     failed: dict[str, BaseException] = {}
     shown = _Progress(total, total - len(wanted), progress)
     for future in as_completed(futures, loop=client.loop):

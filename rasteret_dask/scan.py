@@ -21,7 +21,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.plan import Predicate, Source
 from rasteret_dask.records import RECORD_SCHEMA, Records
 
-__all__ = ["Table", "expression", "filter_table", "hash_unit", "sample_rows", "scan"]
+__all__ = ["Table", "as_table", "expression", "filter_table", "hash_unit", "sample_rows", "scan", "token_of"]
 
 Table: TypeAlias = "pa.Table | pads.Dataset"
 
@@ -53,6 +53,11 @@ def scan(source: Source, tables: Mapping[str, Table]) -> pa.Table:
     return table
 
 
+def as_table(data: Table) -> pa.Table:
+    """Return a table or dataset as a table."""
+    return data if isinstance(data, pa.Table) else data.to_table()
+
+
 def filter_table(data: Table, where: Sequence[Predicate], name: str) -> pa.Table:
     """Return the rows of a table or dataset that fulfil all predicates."""
     schema = data.schema
@@ -61,7 +66,7 @@ def filter_table(data: Table, where: Sequence[Predicate], name: str) -> pa.Table
     if pushed:
         table = pads.dataset(data).to_table(filter=functools.reduce(operator.and_, pushed))
     else:
-        table = data if isinstance(data, pa.Table) else data.to_table()
+        table = as_table(data)
     for predicate in late:
         if table.num_rows:
             table = table.filter(pa.array(_late(predicate, table, name)))
@@ -210,3 +215,20 @@ def sample_rows(table: pa.Table, id_column: str, n: int, seed: int, by: str | No
     order = np.lexsort((rank, strata))
     place = np.arange(len(order)) - np.searchsorted(strata[order], strata[order])
     return np.sort(order[place < n])
+
+
+def token_of(data: Table) -> str:
+    """Return what a table is known by: a digest of its content, or of its files' names, sizes and times."""
+    if isinstance(data, pads.Dataset):
+        files = getattr(data, "files", [])
+        if not files:
+            return token_of(data.to_table())
+        parts = [str(data.schema)]
+        for path in files:
+            info = data.filesystem.get_file_info(path)
+            parts.append(f"{path}|{info.size}|{info.mtime_ns}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    sink = hashlib.sha256(str(data.schema).encode())
+    for batch in data.to_batches():
+        sink.update(batch.serialize())
+    return sink.hexdigest()[:32]

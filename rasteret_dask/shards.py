@@ -146,7 +146,7 @@ class _Builder:
             pairs += [root, ""]
         for other in below:
             pairs += [other, "sn"]
-        numblocks = {other: self.blocks for other in below} | {root: () for root in roots}
+        numblocks = dict.fromkeys(below, self.blocks) | dict.fromkeys(roots, ())
         if self.root is not None and not bare:
             numblocks[self.root] = ()
         self.layers[name] = blockwise(function, name, "sn", *pairs, numblocks=numblocks)
@@ -206,11 +206,16 @@ def mapped(function: Callable[[xr.DataArray], xr.DataArray], dataset: xr.Dataset
     after = function(before)
     if not isinstance(after, xr.DataArray) or set(after.dims) != set(before.dims):
         found = f"dims {after.dims}" if isinstance(after, xr.DataArray) else type(after).__name__
-        raise PlanError(f"map({name})", found, f"a DataArray with dims {before.dims}", "Keep all five dimensions.")
+        raise PlanError(
+            f"map({name})", found, f"a DataArray with dims {before.dims}", "Keep all five dimensions."
+        )
     after = after.transpose(*before.dims)
     if after.sizes["chip"] != before.sizes["chip"]:
         raise PlanError(
-            f"map({name})", f"{after.sizes['chip']} chips", f"the same {before.sizes['chip']} chips", "Use filter."
+            f"map({name})",
+            f"{after.sizes['chip']} chips",
+            f"the same {before.sizes['chip']} chips",
+            "Use filter.",
         )
     kept = {k: v for k, v in dataset.variables.items() if k != "pixels" and _fits(v, after)}
     coordinates = {k: v for k, v in kept.items() if k in dataset.coords}

@@ -197,7 +197,7 @@ def _frame(records: Records) -> pd.DataFrame:
             f"records {', '.join(bad)}", "no datetime", "a datetime or an interval in every record"
         )
     text = {
-        name: pd.Series(records.column(name), dtype=object).fillna("").astype(str)
+        name: pd.Series(["" if v is None else str(v) for v in records.column(name)], dtype=object)
         for name in ("collection", "platform", "datatake", "orbit", "tile", "baseline", "id")
     }
     passed = text["datatake"].where(text["datatake"] != "", "orbit " + text["orbit"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from collections.abc import Mapping
@@ -70,9 +69,9 @@ class Layout:
         pixels = _array(group, "pixels", shape, out.dtype, dims, (1, *shape[1:]), (per, *shape[1:]), out.fill)
         pixels.update_attributes(_pixel_attrs(out))
         if out.valid:
-            shape = (n, out.times, out.height, out.width)
-            dims = ("chip", "time", "y", "x")
-            _array(group, "valid", shape, "bool", dims, (1, *shape[1:]), (per, *shape[1:]), False)
+            flat = (out.times, out.height, out.width)
+            dims_valid = ("chip", "time", "y", "x")
+            _array(group, "valid", (n, *flat), "bool", dims_valid, (1, *flat), (per, *flat), False)
         two = (n, out.times)
         _array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
         _array(group, "source", two, str, ("chip", "time"), (per, out.times), None, "")
@@ -123,9 +122,11 @@ def _array(
     chunks: tuple[int, ...],
     shards: tuple[int, ...] | None,
     fill: Any,
-) -> zarr.Array:
+) -> Any:
     size = 1 if dtype is str else np.dtype(dtype).itemsize
-    codec = BloscCodec(typesize=max(size, 1), cname="zstd", clevel=1, shuffle="bitshuffle" if size > 1 else "noshuffle")
+    codec = BloscCodec(
+        typesize=max(size, 1), cname="zstd", clevel=1, shuffle="bitshuffle" if size > 1 else "noshuffle"
+    )
     return group.create_array(
         name,
         shape=shape,
@@ -162,7 +163,9 @@ def prepare(layout: Layout, url: str) -> set[str]:
     if f"{JOB}/digest" not in found:
         if found:
             some = ", ".join(sorted(found)[:3])
-            raise StoreError(f"store {url}", f"{len(found)} objects of something else ({some})", "an empty place")
+            raise StoreError(
+                f"store {url}", f"{len(found)} objects of something else ({some})", "an empty place"
+            )
         remote.put(remote.join(url, JOB, "digest"), job.digest.encode())
     theirs = remote.get(remote.join(url, JOB, "digest")).decode()
     if theirs != job.digest:
@@ -269,7 +272,9 @@ def commit(url: str, layout: Layout) -> None:
     done = _finished(url, found)
     missing = [s.name for s in job.shards() if s.name not in done]
     if missing:
-        raise JobError(f"store {url}", f"{len(missing)} shards missing: {', '.join(missing[:10])}", "all shards")
+        raise JobError(
+            f"store {url}", f"{len(missing)} shards missing: {', '.join(missing[:10])}", "all shards"
+        )
     reports = [json.loads(remote.get(remote.join(url, JOB, "done", f"{s.name}.json"))) for s in job.shards()]
     remote.put(remote.join(url, "manifest.parquet"), _parquet(_manifest(job, reports)))
     remote.put(remote.join(url, "chips.parquet"), geoparquet.to_bytes(job.chips))
@@ -285,7 +290,13 @@ def _kind(path: str, data: bytes) -> str:
 def _manifest(job: Job, reports: list[dict[str, Any]]) -> pa.Table:
     rows = []
     for shard, report in zip(job.shards(), reports, strict=True):
-        clipped = {f"{k[8:]}/{b}": n for k, v in report.items() if k.startswith("clipped/") for b, n in v.items() if n}
+        clipped = {
+            f"{k[8:]}/{b}": n
+            for k, v in report.items()
+            if k.startswith("clipped/")
+            for b, n in v.items()
+            if n
+        }
         fallback = sum(v.get("gdal_fallback", 0) for k, v in report.items() if k.startswith("counts/"))
         tiles = sum(v.get("tiles_read", 0) for k, v in report.items() if k.startswith("counts/"))
         rows.append(
