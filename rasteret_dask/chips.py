@@ -259,7 +259,7 @@ def _by_acquisition(
     feeds: list[Feeds] = []
     for number, (source, outline, own) in enumerate(zip(sources, found, touched, strict=True)):
         if number == reference:
-            chip = np.searchsorted(key, good.window * slots + good.slot)
+            chip = np.searchsorted(key, good.window.astype(np.int64) * slots + good.slot)
             feeds.append(replace(good, window=chip))
             continue
         ready, other_key, other_share = enough(own, frame, outline, spec.min_coverage)
@@ -315,7 +315,7 @@ def _chosen(ready: Feeds, slots: int, window: NDArray[np.int64], chosen: NDArray
     """Return the entries of the chosen (window, acquisition) of each chip, with the chip's number as window."""
     order = np.lexsort((ready.slot, ready.window))
     ready = ready.take(order)
-    key = ready.window * slots + ready.slot
+    key = ready.window.astype(np.int64) * slots + ready.slot
     wanted = window * slots + np.maximum(chosen, 0)
     first = np.searchsorted(key, wanted, side="left")
     count = np.where(chosen >= 0, np.searchsorted(key, wanted, side="right") - first, 0)

@@ -37,7 +37,7 @@ from rasteret_dask.plan import (
 from rasteret_dask.run import delayed_zarr, run_zarr
 from rasteret_dask.scan import Table, token_of
 from rasteret_dask.shards import lower, outputs_of
-from rasteret_dask.steps import plan_chips
+from rasteret_dask.steps import apply_step, plan_chips
 from rasteret_dask.write import Layout
 
 __all__ = ["Chips"]
@@ -54,6 +54,8 @@ class Chips:
         The tables that the plan names.
     functions
         The user's functions that the plan names.
+    parent
+        The chips that the plan's last step is applied to, so that what is planned already is not planned again.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class Chips:
         plan: Node,
         tables: Mapping[str, Table],
         functions: Mapping[Function, Callable[..., Any]] | None = None,
+        parent: Chips | None = None,
     ) -> None:
         self.plan = plan
         self._tables = dict(tables)
         self._functions = dict(functions or {})
+        self._parent = parent
 
     # Steps
 
@@ -121,29 +125,29 @@ class Chips:
     ) -> Chips:
         """Apply a function to the chips of each group: a DataArray (chip, time, band, y, x); see Collection.map."""
         known = Function.of(function, version)
-        return Chips(Map(self.plan, known, source), self._tables, {**self._functions, known: function})
+        return self._with(Map(self.plan, known, source), functions={known: function})
 
     def with_table(self, table: pa.Table) -> Chips:
         """Keep the chips of a table that :meth:`save` wrote (or ``.table`` gave), with its further columns."""
         token = token_of(table)
-        return Chips(WithTable(self.plan, token), {**self._tables, token: table}, self._functions)
+        return self._with(WithTable(self.plan, token), tables={token: table})
 
     # What it is
 
     @cached_property
-    def _unselected(self) -> ChipSet:
-        """The planned chips before trailing selects: they number the shards."""
-        node = self.plan
-        while isinstance(node, Select):
-            node = node.child
-        return plan_chips(node, self._tables)
-
-    @cached_property
     def planned(self) -> ChipSet:
         """The planned chips: the chip table and what it was made from."""
-        if not isinstance(self.plan, Select):
-            return self._unselected
-        return plan_chips(self.plan, self._tables)
+        if self._parent is None:
+            return plan_chips(self.plan, self._tables)
+        return apply_step(self._parent.planned, self.plan, self._tables)
+
+    @property
+    def _unselected(self) -> Chips:
+        """These chips before trailing selects, which number the shards."""
+        chips = self
+        while isinstance(chips.plan, Select) and chips._parent is not None:
+            chips = chips._parent
+        return chips
 
     @property
     def table(self) -> pa.Table:
@@ -172,7 +176,7 @@ class Chips:
 
     def audit(self) -> audit.Audit:
         """Check the splits: ratios, losses, overlaps (must be 0) and distances, over all splits of the plan."""
-        return audit.audit(self._unselected)
+        return audit.audit(self._unselected.planned)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the map of chips, coloured by split."""
@@ -185,7 +189,7 @@ class Chips:
     @cached_property
     def job(self) -> Job:
         """The frozen plan: shards, the records they need, and their keys."""
-        job = freeze(self._unselected)
+        job = freeze(self._unselected.planned)
         if not isinstance(self.plan, Select):
             return job
         chosen = set(self.planned.table.column("split").to_pylist())
@@ -250,8 +254,14 @@ class Chips:
         run_zarr(self._layout, url, self._functions, client, progress)
         return None
 
-    def _with(self, plan: Node) -> Chips:
-        return Chips(plan, self._tables, self._functions)
+    def _with(
+        self,
+        plan: Node,
+        tables: Mapping[str, Table] | None = None,
+        functions: Mapping[Function, Callable[..., Any]] | None = None,
+    ) -> Chips:
+        more = {**self._functions, **(functions or {})}
+        return Chips(plan, {**self._tables, **(tables or {})}, more, parent=self)
 
     def __repr__(self) -> str:
         return "<Chips>\n" + "\n".join(outline(self.plan))

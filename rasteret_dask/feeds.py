@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import shapely
@@ -16,21 +17,32 @@ from rasteret_dask.timing import TimeAxis
 
 __all__ = ["DATA_PICKS", "Feeds", "covered", "enough", "pick", "slots_of", "source_outlines"]
 
+Ints: TypeAlias = "NDArray[np.integer[Any]]"
+
 DATA_PICKS = ("clearest", "median", "mean")
 """Picks that need pixels: all acquisitions of a slot stay candidates."""
 
 
 @dataclass(frozen=True)
 class Feeds:
-    """Records that feed slots; all arrays have one entry per (window, slot, record)."""
+    """Records that feed slots; all arrays have one entry per (window, slot, record).
 
-    window: NDArray[np.int64]
-    slot: NDArray[np.int64]
-    order: NDArray[np.int64]
+    There are millions of entries, so they are kept at 4 bytes a field.
+    """
+
+    window: Ints
+    slot: Ints
+    order: Ints
     """Place of the record's acquisition among the slot's candidates, the best first."""
-    record: NDArray[np.int64]
-    share: NDArray[np.float64]
+    record: Ints
+    share: NDArray[np.float32]
     """Covered share of the window by this record."""
+
+    @classmethod
+    def of(cls, window: Any, slot: Any, order: Any, record: Any, share: Any) -> Feeds:
+        """Make entries from arrays of any integer type."""
+        a, b, c, d = (np.asarray(v).astype(np.int32, copy=False) for v in (window, slot, order, record))
+        return cls(a, b, c, d, np.asarray(share).astype(np.float32, copy=False))
 
     def take(self, at: NDArray[np.bool_] | NDArray[np.int64]) -> Feeds:
         """Return some entries."""
@@ -81,7 +93,7 @@ def _by_record(
     pair = np.repeat(np.arange(len(outline)), repeat)
     within = np.arange(len(pair)) - np.repeat(np.cumsum(repeat) - repeat, repeat)
     record = by_outline[first[outline[pair]] + within]
-    return Feeds(
+    return Feeds.of(
         window[pair],
         source.passes.of_record[record],
         np.zeros(len(pair), dtype=np.int64),
@@ -102,7 +114,7 @@ def slots_of(source: ResolvedSource, feeds: Feeds, axis: TimeAxis) -> Feeds:
     at = np.repeat(np.arange(len(feeds.window)), count)
     within = np.arange(len(at)) - np.repeat(np.cumsum(count) - count, count)
     spread = feeds.take(at)
-    return Feeds(spread.window, first[spread.slot] + within, spread.order, spread.record, spread.share)
+    return Feeds.of(spread.window, first[spread.slot] + within, spread.order, spread.record, spread.share)
 
 
 def enough(
@@ -119,7 +131,7 @@ def enough(
     if not len(feeds.window):
         return feeds, np.zeros(0, dtype=np.int64), np.zeros(0)
     slots = int(feeds.slot.max()) + 1
-    key = feeds.window * slots + feeds.slot
+    key = feeds.window.astype(np.int64) * slots + feeds.slot
     order = np.argsort(key, kind="stable")
     unique, first = np.unique(key[order], return_index=True)
     best = np.maximum.reduceat(feeds.share[order], first)
@@ -148,36 +160,62 @@ def pick(source: ResolvedSource, feeds: Feeds, frame: Frame, found: Outlines, ax
     Picks that planning can decide keep the best acquisition only. The result is sorted by (window, slot, order,
     distance of the raster's centre, id).
     """
-    passes, plan = source.passes, source.plan
-    acquisition = passes.of_record[feeds.record]
-    begin = passes.start.astype(np.int64)
-    middle = (
-        begin if axis is None else ((axis.start.astype(np.int64) // 2) + (axis.end.astype(np.int64) // 2))
-    )
-    at_middle = middle[acquisition] if axis is None else middle[feeds.slot]
-    centre_of_pass = begin // 2 + passes.end.astype(np.int64) // 2
-    distance = np.abs(centre_of_pass[acquisition] - at_middle)
-    score = {
-        "first": begin[acquisition],
-        "last": -begin[acquisition],
-        "least_cloudy": np.nan_to_num(passes.cloud, nan=np.inf)[acquisition],
-    }.get(plan.pick, distance)
-    best_id = _rank_of_first_id(source)
-    nearness = _nearness(frame, found, feeds)
-    id_rank = _id_rank(source)
-    order = np.lexsort(
-        (
-            id_rank[feeds.record], nearness, acquisition, best_id[acquisition], distance, score,
-            feeds.slot, feeds.window,
-        )
-    )  # fmt: skip
-    feeds, acquisition = feeds.take(order), acquisition[order]
-    slot_change = _changes(feeds.window, feeds.slot)
-    pass_change = slot_change | _changes(acquisition)
-    number = np.cumsum(pass_change) - 1
+    acquisition = source.passes.of_record[feeds.record]
+    rank = _rank(source, feeds.slot, acquisition, axis)
+    slots = int(feeds.slot.max(initial=0)) + 1
+    key = feeds.window.astype(np.int64) * slots + feeds.slot
+    if source.plan.pick not in DATA_PICKS:
+        best = _best(key, rank)
+        feeds, acquisition, rank, key = feeds.take(best), acquisition[best], rank[best], key[best]
+    nearness = _nearness(frame, found, feeds, _shared(key, rank))
+    order = np.lexsort((_id_rank(source)[feeds.record], nearness, rank, key))
+    feeds, rank, key = feeds.take(order), rank[order], key[order]
+    slot_change = _changes(key)
+    number = np.cumsum(slot_change | _changes(rank)) - 1
     start_of_slot = np.maximum.accumulate(np.where(slot_change, number, 0))
-    ordered = Feeds(feeds.window, feeds.slot, number - start_of_slot, feeds.record, feeds.share)
-    return ordered if plan.pick in DATA_PICKS else ordered.take(ordered.order == 0)
+    return Feeds.of(feeds.window, feeds.slot, number - start_of_slot, feeds.record, feeds.share)
+
+
+def _rank(
+    source: ResolvedSource, slot: Ints, acquisition: NDArray[np.int64], axis: TimeAxis | None
+) -> NDArray[np.int64]:
+    """Return the place of each entry's (slot, acquisition) in the order of the pick; it is the same in all windows."""
+    passes = source.passes
+    pair = slot.astype(np.int64) * len(passes.start) + acquisition
+    pairs, back = np.unique(pair, return_inverse=True)
+    own_slot, own = np.divmod(pairs, len(passes.start))
+    begin = passes.start.astype(np.int64)
+    centre = begin // 2 + passes.end.astype(np.int64) // 2
+    middle = centre if axis is None else axis.start.astype(np.int64) // 2 + axis.end.astype(np.int64) // 2
+    distance = np.abs(centre[own] - middle[own if axis is None else own_slot])
+    score = {
+        "first": begin[own],
+        "last": -begin[own],
+        "least_cloudy": np.nan_to_num(passes.cloud, nan=np.inf)[own],
+    }.get(source.plan.pick, distance)
+    order = np.lexsort((_rank_of_first_id(source)[own], distance, score, own_slot))
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return rank[back]
+
+
+def _best(key: NDArray[np.int64], rank: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the entries whose rank is the smallest of their key."""
+    order = np.lexsort((rank, key))
+    first = np.flatnonzero(_changes(key[order]))
+    smallest = np.repeat(rank[order[first]], np.diff(np.append(first, len(order))))
+    return np.sort(order[rank[order] == smallest])
+
+
+def _shared(key: NDArray[np.int64], rank: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return where several records of one acquisition feed one slot."""
+    order = np.lexsort((rank, key))
+    same = ~(_changes(key[order]) | _changes(rank[order]))
+    shared = same.copy()
+    shared[:-1] |= same[1:]
+    result = np.empty(len(order), dtype=bool)
+    result[order] = shared
+    return result
 
 
 def _changes(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -204,15 +242,17 @@ def _rank_of_first_id(source: ResolvedSource) -> NDArray[np.int64]:
     return best
 
 
-def _nearness(frame: Frame, found: Outlines, feeds: Feeds) -> NDArray[np.float64]:
-    """Shape (entry,). Distance from the chip's centre to the raster's centre, metres, to the centimetre."""
-    outline = found.of_record[feeds.record]
-    centre = np.stack([frame.bounds[:, [0, 2]].mean(1), frame.bounds[:, [1, 3]].mean(1)], -1)[feeds.window]
-    foreign = frame.epsg[feeds.window] != found.epsg[outline]
-    if np.any(foreign):
-        pairs = np.stack([frame.epsg[feeds.window], found.epsg[outline]], -1)
-        for source, target in np.unique(pairs[foreign], axis=0):
-            at = foreign & (pairs[:, 0] == source) & (pairs[:, 1] == target)
-            moved = transformer(int(source), int(target)).transform(centre[at, 0], centre[at, 1])
-            centre[at] = np.stack(moved, -1)
-    return np.asarray(np.round(np.hypot(*(centre - found.centre[outline]).T), 2))
+def _nearness(frame: Frame, found: Outlines, feeds: Feeds, shared: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Shape (entry,). Distance from the chip's centre to the raster's, metres to the centimetre; 0 where not shared."""
+    result = np.zeros(len(feeds.window))
+    at = np.flatnonzero(shared)
+    outline = found.of_record[feeds.record[at]]
+    window = feeds.window[at]
+    centre = np.stack([frame.bounds[window][:, [0, 2]].mean(1), frame.bounds[window][:, [1, 3]].mean(1)], -1)
+    pairs = np.stack([frame.epsg[window], found.epsg[outline]], -1)
+    for source, target in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0):
+        foreign = (pairs[:, 0] == source) & (pairs[:, 1] == target)
+        moved = transformer(int(source), int(target)).transform(centre[foreign, 0], centre[foreign, 1])
+        centre[foreign] = np.stack(moved, -1)
+    result[at] = np.round(np.hypot(*(centre - found.centre[outline]).T), 2)
+    return result

@@ -162,7 +162,7 @@ def _feeds(source: ResolvedSource, grid: Grid, shape: tuple[int, int], min_cover
 
 
 def _record_layers(
-    source: ResolvedSource, rows: NDArray[np.int64], grid: Grid, shape: tuple[int, int], chunks: int
+    source: ResolvedSource, rows: NDArray[Any], grid: Grid, shape: tuple[int, int], chunks: int
 ) -> dict[int, xr.DataArray]:
     """Return each record's lazy layer (band, y, x) in the source's units, NaN (or fill) where invalid."""
     plan, result = source.plan, {}

@@ -126,6 +126,50 @@ class Chips:
     counts: Counts = field(default_factory=Counts)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """One request, and what its windows stand for."""
+
+    request: Request
+    member: Member
+    bands: list[int]
+    """Output bands it becomes; none for a quality band."""
+    entries: list[int]
+    """Per window, the feed entry."""
+
+    @property
+    def asset(self) -> Asset:
+        return self.request.asset
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One band of one record over one chip, as it stands in the file."""
+
+    wanted: _Wanted
+    values: NDArray[Any]
+    """Shape (y, x)."""
+    valid: NDArray[np.bool_]
+    """Shape (y, x)."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The chips of one slot while acquisitions are read into it."""
+
+    values: NDArray[Any]
+    """Shape (chip, band, y, x). Holds ``fill`` where not valid."""
+    valid: NDArray[np.bool_]
+    """Shape (chip, band, y, x)."""
+    dtype: str
+    fill: float
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: str, fill: float) -> _Slot:
+        """Return a slot without a valid pixel."""
+        return cls(np.full(shape, fill, dtype=dtype), np.zeros(shape, dtype=bool), dtype, fill)
+
+
 def merged(job: Job, shard: Shard, source: int, members: Sequence[Harmonized]) -> xr.Dataset:
     """Read the shard's chips of one source, slot by slot, and pick across its members.
 
@@ -140,22 +184,26 @@ def merged(job: Job, shard: Shard, source: int, members: Sequence[Harmonized]) -
 
 
 class _Reading:
-    """Reads one source of one shard."""
+    """Reads one source of one shard.
+
+    Pixels stay as they are in the files until a chip is finished: floats of more than one chip exist only where
+    a composite needs them.
+    """
 
     def __init__(self, job: Job, shard: Shard, source: int, members: Sequence[Harmonized]) -> None:
         self.job, self.shard, self.source = job, shard, source
         self.plan = job.sources[source]
         self.members = {m.cut.number: m for m in members}
-        self.records = job.records[source]
         self.size = job.size_px[source]
-        self.member_of = job.members[source]
+        self.member_of, self.pass_of = job.members[source], job.passes[source]
+        self._seen: dict[tuple[int, str, int], _Window] = {}
+        """(record, band, chip) -> what ``clearest`` has read of it already."""
 
     def read(self) -> Chips:
         """Read every slot."""
         plan, size, n = self.plan, self.size, self.shard.stop - self.shard.start
-        shape = (n, plan.times, len(plan.bands), size, size)
         chips = Chips(
-            np.full(shape, plan.fill, dtype=plan.dtype),
+            np.full((n, plan.times, len(plan.bands), size, size), plan.fill, dtype=plan.dtype),
             np.zeros((n, plan.times, size, size), dtype=bool),
             np.full((n, plan.times), np.datetime64("NaT", "us"), dtype="datetime64[us]"),
             np.full((n, plan.times), "", dtype=object),
@@ -165,189 +213,219 @@ class _Reading:
         with Session() as session:
             for slot in np.unique(feed.slot).tolist():
                 self._slot(session, feed.take(feed.slot == slot), int(slot), chips)
+                session.forget()
+                self._seen.clear()
             chips.counts = session.counts
         return chips
 
     def _slot(self, session: Session, feed: Feed, slot: int, chips: Chips) -> None:
+        composed = self.plan.pick in ("mean", "median")
         if self.plan.pick == "clearest":
             feed = self._clearest(session, feed)
-        if self.plan.pick in ("mean", "median"):
-            self._composite(session, feed, slot, chips)
-            return
-        self._mosaic(session, feed, slot, chips)
+        values = chips.values[:, slot]
+        target = _Slot(values, np.zeros(values.shape, dtype=bool), self.plan.dtype, self.plan.fill)
+        if composed:
+            chips.clipped += self._composite(session, feed, target)
+        else:
+            chips.clipped += self._acquisition(session, feed, target)
+        np.all(target.valid, axis=1, out=chips.valid[:, slot])
         best = feed.take(_first_of(feed.chip))
-        chips.datetime[best.chip, slot] = self._starts(best.row)
+        chips.datetime[best.chip, slot] = self.job.starts[self.source][best.row]
         chips.source[best.chip, slot] = self._names(best.row)
+        if composed:
+            self._name_composites(feed, slot, chips)
 
-    def _mosaic(self, session: Session, feed: Feed, slot: int, chips: Chips) -> None:
-        """Read the nearest record of each chip's acquisition, then fill its invalid pixels from the others."""
-        values, valid, order = self._acquisition(session, feed)
-        stored, clipped = self._stored(values, valid)
-        chips.values[order, slot] = stored
-        chips.valid[order, slot] = valid.all(axis=1)
-        chips.clipped += clipped
+    def _acquisition(self, session: Session, feed: Feed, target: _Slot) -> NDArray[np.int64]:
+        """Read the nearest record of each chip's acquisition, then fill its invalid pixels from the others.
 
-    def _acquisition(
-        self, session: Session, feed: Feed
-    ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.int64]]:
-        """Return values and validity (chip, band, y, x) of one acquisition per chip, and which chips they are."""
+        Returns how many pixels of each band were clipped.
+        """
         first = _first_of(feed.chip)
-        rest = np.setdiff1d(np.arange(len(feed.chip)), first)
-        order = feed.chip[first]
-        values, valid = self._windows(session, feed.take(first), keep=feed.take(rest))
-        place = np.searchsorted(order, feed.chip)
-        rank = np.arange(len(feed.chip)) - first[place]
-        for level in range(1, int(rank.max(initial=0)) + 1):
-            again = rest[rank[rest] == level]
-            again = again[~valid[place[again]].all(axis=(1, 2, 3))]
-            if not len(again):
-                continue
-            later = rest[rank[rest] > level]
-            more, more_valid = self._windows(session, feed.take(again), keep=feed.take(later))
-            for i, at in enumerate(place[again]):
-                harmonize.fill_in(values[at], valid[at], more[i], more_valid[i])
-        return values, valid, order
+        rank = np.arange(len(feed.chip)) - first[np.searchsorted(feed.chip[first], feed.chip)]
+        clipped = np.zeros(target.values.shape[1], dtype=np.int64)
+        for level in range(int(rank.max(initial=-1)) + 1):
+            here = feed.take(rank == level)
+            if level:
+                here = here.take(~target.valid[here.chip].all(axis=(1, 2, 3)))
+            for chip, windows in self._windows(session, here, keep=feed.take(rank > level)):
+                values, valid = self._in_units(windows)
+                clipped += _put(values, valid, chip, target)
+        return clipped
 
     def _windows(
         self, session: Session, feed: Feed, keep: Feed | None = None, quality_only: bool = False
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Read one record per chip, entry by entry: values in the source's units and validity (entry, band, y, x)."""
-        requests, places = self._requests(feed, quality_only)
-        kept = self._requests(keep, quality_only)[0] if keep is not None and len(keep.chip) else []
-        blocks = session.read_block([r for r, *_ in requests], [r for r, *_ in kept])
-        bands = 1 if quality_only else len(self.plan.bands)
-        shape = (len(feed.chip), bands, self.size, self.size)
-        raw = self.plan.units == "raw"
-        values = np.zeros(shape, dtype=self.plan.dtype if raw else np.float32)
+    ) -> Iterator[tuple[int, list[_Window]]]:
+        """Yield each entry's chip and what one batch reads of its record, entry by entry."""
+        wanted = self._wanted(feed, quality_only)
+        kept = [] if keep is None else self._wanted(keep, quality_only)
+        blocks = session.read_block([w.request for w in wanted], [w.request for w in kept])
+        found: list[list[_Window]] = [[] for _ in feed.chip]
+        for one, block in zip(wanted, blocks, strict=True):
+            for at, entry in enumerate(one.entries):
+                found[entry].append(_Window(one, block.values[at], block.valid[at]))
+        for entry, chip in enumerate(feed.chip.tolist()):
+            row = int(feed.row[entry])
+            again = [w for (r, _, c), w in self._seen.items() if (r, c) == (row, chip)]
+            yield chip, found[entry] + ([] if quality_only else again)
+
+    def _in_units(self, windows: Sequence[_Window]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return values in the source's units and validity, shape (band, y, x), of one record over one chip."""
+        plan = self.plan
+        shape = (len(plan.bands), self.size, self.size)
+        values = np.zeros(shape, dtype=plan.dtype if plan.units == "raw" else np.float32)
         valid = np.zeros(shape, dtype=bool)
-        cloudy = np.zeros((len(feed.chip), self.size, self.size), dtype=bool)
-        for (_, asset, member, bands_at), at, block in zip(requests, places, blocks, strict=True):
-            if asset.band == member.quality and (self.plan.mask or quality_only):
-                assert member.quality_kind is not None
-                cloudy[at] = harmonize.bad_pixels(block.values, member.quality_kind, self.plan.mask)
-                if quality_only:
-                    valid[at, 0] = block.valid
-            for band in bands_at:
-                values[at, band] = self._in_units(asset, block.values, block.valid)
-                valid[at, band] = block.valid
-        if self.plan.units == "embedding":
-            values = harmonize.unit_length(values, axis=1)
-            valid = np.broadcast_to(np.isfinite(values[:, :1]), shape).copy()
-        if self.plan.mask:
-            valid &= ~cloudy[:, None]
-        if not raw:
+        cloudy = np.zeros(shape[1:], dtype=bool)
+        for window in windows:
+            asset = window.wanted.asset
+            if asset.band == window.wanted.member.quality:
+                cloudy |= ~_clear(window, plan.mask) & window.valid
+            for band in window.wanted.bands:
+                values[band] = self._scaled(asset, window)
+                valid[band] = window.valid
+        if plan.units == "embedding":
             values[~valid] = np.nan
+            values = harmonize.unit_length(values, axis=0)
+            valid[:] = np.isfinite(values[:1])
+        if plan.mask:
+            valid &= ~cloudy
         return values, valid
 
-    def _in_units(self, asset: Asset, raw: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[Any]:
-        if self.plan.units == "raw":
-            return raw
-        if self.plan.units == "embedding":
-            return harmonize.dequantize(raw, valid)
-        return harmonize.to_float(raw, valid, Radiometry(asset.scale, asset.offset, asset.rule))
+    def _scaled(self, asset: Asset, window: _Window) -> NDArray[Any]:
+        if self.plan.units == "reflectance":
+            rule = Radiometry(asset.scale, asset.offset, asset.rule)
+            return harmonize.to_float(window.values, window.valid, rule)
+        return window.values
 
-    def _requests(
-        self, feed: Feed, quality_only: bool = False
-    ) -> tuple[list[tuple[Request, Asset, Member, list[int]]], list[NDArray[np.int64]]]:
-        """Return one request per (record, cube, band), and the entries its windows stand for."""
-        keys = [(int(r), self._group(int(r), int(c))) for r, c in zip(feed.row, feed.chip, strict=True)]
-        by_key: dict[tuple[int, int], list[int]] = {}
-        for entry, key in enumerate(keys):
-            by_key.setdefault(key, []).append(entry)
-        requests, places = [], []
-        for (row, _), entries in by_key.items():
-            lazy = self.members[int(self.member_of[row])].cut
-            cube = lazy.window(int(feed.chip[entries[0]]))[0]
-            windows = tuple(lazy.window(int(feed.chip[e]))[1] for e in entries)
+    def _wanted(self, feed: Feed, quality_only: bool = False) -> list[_Wanted]:
+        """Return one request per (record, cube, band) that has not been seen yet."""
+        by_cube: dict[tuple[int, int], list[int]] = {}
+        for entry, (row, chip) in enumerate(zip(feed.row.tolist(), feed.chip.tolist(), strict=True)):
+            by_cube.setdefault((row, self._cut(row).group_of[chip]), []).append(entry)
+        wanted = []
+        for (row, _), entries in by_cube.items():
+            lazy = self._cut(row)
+            places = {e: lazy.window(int(feed.chip[e])) for e in entries}
+            cube = places[entries[0]][0]
             for band, at in self._bands(lazy.member, quality_only):
                 asset = cube.assets.get((row, band))
                 if asset is None:  # the footprint touches the chip, the raster does not
                     continue
-                kernel = None if band == lazy.member.quality else self.plan.resampling
-                requests.append((Request(asset, cube.grid, windows, kernel), asset, lazy.member, at))
-                places.append(np.array(entries))
-        return requests, places
+                new = [e for e in entries if (row, band, int(feed.chip[e])) not in self._seen]
+                if new:
+                    windows = tuple(places[e][1] for e in new)
+                    request = self._request(asset, cube, windows, band == lazy.member.quality)
+                    wanted.append(_Wanted(request, lazy.member, at, new))
+        return wanted
+
+    def _request(
+        self, asset: Asset, cube: GroupCube, windows: tuple[Window, ...], quality: bool
+    ) -> Request:
+        decode = "embedding" if self.plan.units == "embedding" and not quality else None
+        return Request(asset, cube.grid, windows, None if quality else self.plan.resampling, decode)
 
     def _bands(self, member: Member, quality_only: bool) -> list[tuple[str, list[int]]]:
         """Return each band to read, once, with the output bands it becomes."""
-        if quality_only and member.quality is not None:
-            return [(member.quality, [])]
-        wanted = member.bands[:1] if quality_only else member.bands
         at: dict[str, list[int]] = {}
-        for i, band in enumerate(wanted):
+        for i, band in enumerate(member.bands):
             at.setdefault(band, []).append(i)
-        if self.plan.mask and member.quality is not None and not quality_only:
+        if quality_only:
+            band = member.quality or member.bands[0]
+            return [(band, at.get(band, []))]
+        if self.plan.mask and member.quality is not None:
             at.setdefault(member.quality, [])
         return list(at.items())
 
-    def _group(self, row: int, chip: int) -> int:
-        return self.members[int(self.member_of[row])].cut.group_of[chip]
-
-    def _stored(
-        self, values: NDArray[Any], valid: NDArray[np.bool_]
-    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        if self.plan.units == "raw":
-            values[~valid] = np.asarray(self.plan.fill).astype(self.plan.dtype)
-            return values, np.zeros(len(self.plan.bands), dtype=np.int64)
-        return harmonize.to_dtype(values, self.plan.dtype, self.plan.fill)
+    def _cut(self, row: int) -> Cut:
+        return self.members[int(self.member_of[row])].cut
 
     def _clearest(self, session: Session, feed: Feed) -> Feed:
         """Keep of each chip the candidate with the most valid pixels, the earlier in order where equal."""
-        scores = np.zeros((self.shard.stop - self.shard.start, int(feed.order.max()) + 1), dtype=np.int64)
-        scores -= 1
-        for order in np.unique(feed.order).tolist():
-            own = feed.take(feed.order == order)
-            first = _first_of(own.chip)
-            valid = np.zeros((len(first), self.size, self.size), dtype=bool)
-            place = np.searchsorted(own.chip[first], own.chip)
-            _, seen = self._windows(session, own, quality_only=True)
-            np.logical_or.at(valid, place, seen[:, 0])
-            scores[own.chip[first], order] = valid.sum(axis=(1, 2))
+        shape = (self.shard.stop - self.shard.start, int(feed.order.max()) + 1)
+        seen = np.zeros((*shape, self.size, self.size), dtype=bool)
+        entry = 0
+        for chip, windows in self._windows(session, feed, quality_only=True):
+            order, row = int(feed.order[entry]), int(feed.row[entry])
+            for window in windows:
+                seen[chip, order] |= _clear(window, self.plan.mask)
+                self._seen[row, window.wanted.asset.band, chip] = window
+            entry += 1
+        scores = np.full(shape, -1, dtype=np.int64)
+        scores[feed.chip, feed.order] = seen.sum(axis=(2, 3))[feed.chip, feed.order]
         best = scores.argmax(axis=1)
-        return feed.take(feed.order == best[feed.chip])
+        chosen = feed.take(feed.order == best[feed.chip])
+        left = set(zip(chosen.row.tolist(), chosen.chip.tolist(), strict=True))
+        self._seen = {k: _copied(w) for k, w in self._seen.items() if (k[0], k[2]) in left}
+        return chosen
 
-    def _composite(self, session: Session, feed: Feed, slot: int, chips: Chips) -> None:
-        """Compose all candidates of the slot; a mean is summed up, a median holds them all."""
-        n, bands = chips.values.shape[0], chips.values.shape[2]
-        orders = np.unique(feed.order).tolist()
-        held = len(orders) if self.plan.pick == "median" else 1
-        stack = np.full((held, n, bands, self.size, self.size), np.nan, dtype=np.float32)
-        total = np.zeros((n, bands, self.size, self.size)) if self.plan.pick == "mean" else None
-        count = np.zeros((n, bands, self.size, self.size), dtype=np.int32)
-        for i, order in enumerate(orders):
-            own = feed.take(feed.order == order)
-            values, valid, at = self._acquisition(session, own)
-            if total is not None:
-                total[at] += np.where(valid, values, 0)
-                count[at] += valid
+    def _composite(self, session: Session, feed: Feed, target: _Slot) -> NDArray[np.int64]:
+        """Compose all candidates of the slot; a mean is summed up, a median holds them all.
+
+        Candidates are taken by the start of their acquisition, so that a tile is read for all chips at once.
+        """
+        passes = self.pass_of[feed.row]
+        found = np.unique(passes).tolist()
+        shape, mean = target.values.shape, self.plan.pick == "mean"
+        held = 1 if mean else len(found)
+        stack = [_Slot.empty(shape, "float32", np.nan) for _ in range(held)]
+        total = np.zeros(shape if mean else 0, dtype=np.float64)
+        count = np.zeros(shape if mean else 0, dtype=np.int32)
+        for i, number in enumerate(found):
+            own, one = feed.take(passes == number), stack[0 if mean else i]
+            self._acquisition(session, own, one)
+            if not mean:
+                continue
+            for chip in np.unique(own.chip).tolist():
+                harmonize.add(one.values[chip], total[chip], count[chip])
+                one.values[chip], one.valid[chip] = np.nan, False
+        clipped = np.zeros(shape[1], dtype=np.int64)
+        for chip in np.unique(feed.chip).tolist():
+            if mean:
+                made = harmonize.divided(total[chip], count[chip])
             else:
-                stack[i, at] = np.where(valid, values, np.nan)
-        if total is not None:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                result = np.where(count > 0, total / count, np.nan).astype(np.float32)
-        else:
-            result = harmonize.composite(stack, self.plan.pick)
-        if self.plan.units == "embedding":
-            result = harmonize.unit_length(result, axis=1)
-        valid = np.isfinite(result)
-        if self.plan.units == "raw":
-            result = np.where(valid, np.rint(result), self.plan.fill).astype(self.plan.dtype)
-            stored, clipped = result, np.zeros(bands, dtype=np.int64)
-        else:
-            stored, clipped = harmonize.to_dtype(result, self.plan.dtype, self.plan.fill)
-        chips.values[:, slot] = stored
-        chips.valid[:, slot] = valid.all(axis=1)
-        chips.clipped += clipped
-        for chip in np.unique(feed.chip):
-            names = self._names(feed.row[feed.chip == chip])
-            chips.source[chip, slot] = "+".join(sorted(set(names)))
+                made = harmonize.composite(np.stack([s.values[chip] for s in stack]), self.plan.pick)
+            made = harmonize.recomposed(made, self.plan.units)
+            clipped += _put(made, np.isfinite(made), chip, target)
+        return clipped
 
-    def _starts(self, rows: NDArray[np.int64]) -> NDArray[np.datetime64]:
-        text = [self.records.starts[int(r)].replace("+00:00", "") for r in rows]
-        return np.array(text, dtype="datetime64[us]")
+    def _name_composites(self, feed: Feed, slot: int, chips: Chips) -> None:
+        """Name the members of each chip's candidates; only a single candidate has a time."""
+        leads = feed.take(np.flatnonzero(_changes(feed.chip, feed.order)))
+        names = np.array(self._names(leads.row), dtype=object)
+        for chip in np.unique(leads.chip).tolist():
+            own = leads.chip == chip
+            chips.source[chip, slot] = "+".join(sorted(set(names[own].tolist())))
+            if own.sum() > 1:
+                chips.datetime[chip, slot] = np.datetime64("NaT")
 
     def _names(self, rows: NDArray[np.int64]) -> list[str]:
         return [self.plan.members[int(self.member_of[r])].name for r in rows]
+
+
+def _clear(window: _Window, mask: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Return where a record is valid and not masked, as far as one of its bands tells; shape (y, x)."""
+    member = window.wanted.member
+    if not mask or window.wanted.asset.band != member.quality or member.quality_kind is None:
+        return window.valid
+    return window.valid & ~harmonize.bad_pixels(window.values, member.quality_kind, mask)
+
+
+def _copied(window: _Window) -> _Window:
+    """Return a window that does not hold its whole block in memory."""
+    return _Window(window.wanted, window.values.copy(), window.valid.copy())
+
+
+def _put(values: NDArray[Any], valid: NDArray[np.bool_], chip: int, target: _Slot) -> NDArray[np.int64]:
+    """Store what is valid in a chip's pixels that are not; return how many of each band were clipped."""
+    take = valid & ~target.valid[chip]
+    if values.dtype == np.float32 and target.dtype in harmonize.LIMITS:
+        values[~take] = np.nan
+        values, clipped = harmonize.to_dtype(values, target.dtype, target.fill)
+    else:
+        clipped = np.zeros(len(values), dtype=np.int64)
+        values = np.rint(values) if target.values.dtype.kind in "iu" and values.dtype.kind == "f" else values
+    np.copyto(target.values[chip], values, where=take, casting="unsafe")
+    np.logical_or(target.valid[chip], take, out=target.valid[chip])
+    return clipped
 
 
 def _first_of(chip: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ SPLIT_COLOURS = {"train": "#4878a8", "val": "#eda83b", "test": "#b5446e"}
 _FURTHER = ("#5a9367", "#8a6fb0", "#7f5f3f", "#3fa7a3", "#c96f4a")
 _NO_SPLIT, _INVALID, _HATCH, _INK = "#c9c9c9", "#e4e4e4", "#b4b4b4", "#333333"
 _RGB = ("red", "green", "blue")
+_GAMMA = 0.85  # lifts water and forest a little
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,12 @@ def plot_chips(table: pa.Table, ax: Any = None) -> Any:
     handles = []
     for label, colour in _colours(split).items():
         own = np.flatnonzero(split == label)
-        style = {"facecolors": colour, "edgecolors": "white", "linewidths": 0.4}
-        axes.add_collection(PolyCollection([corners[i] for i in own], **style))
+        outlines = [corners[i] for i in own]
+        axes.add_collection(PolyCollection(outlines, facecolors=colour, edgecolors="white", linewidths=0.4))
         told = label or ("no split" if np.any(split != "") else "chips")
         handles.append(Patch(facecolor=colour, label=f"{told} ({len(own):,})"))
     axes.autoscale_view()
-    axes.set_aspect(aspect)
+    axes.set_aspect(aspect, anchor="N")
     axes.set(xlabel=names[0], ylabel=names[1])
     axes.tick_params(labelsize="small")
     axes.spines[["top", "right"]].set_visible(False)
@@ -85,7 +86,7 @@ def plot_chips(table: pa.Table, ax: Any = None) -> Any:
     return axes
 
 
-def contact_sheet(chips: xr.Dataset | xr.DataTree, n: int = 6, *, figure: Any = None) -> Any:
+def contact_sheet(chips: xr.Dataset | xr.DataTree, n: int = 5, *, figure: Any = None) -> Any:
     """Draw a few chips: a row each, a column for each time slot of each source.
 
     Parameters
@@ -127,7 +128,7 @@ def contact_sheet(chips: xr.Dataset | xr.DataTree, n: int = 6, *, figure: Any = 
     return canvas
 
 
-def plot_demo(table: pa.Table, chips: xr.Dataset | xr.DataTree, n: int = 6) -> Any:
+def plot_demo(table: pa.Table, chips: xr.Dataset | xr.DataTree, n: int = 5) -> Any:
     """Draw the map of chips beside a contact sheet of some of them, in one figure.
 
     Parameters
@@ -145,16 +146,21 @@ def plot_demo(table: pa.Table, chips: xr.Dataset | xr.DataTree, n: int = 6) -> A
         Not shown; save it with ``figure.savefig``.
     """
     plt = _pyplot()
-    columns = sum(s.sizes["time"] for s in _sources(chips).values())
-    height = 1.45 * n + 1.2
-    figure = plt.figure(figsize=(1.25 * height * 0.8 + 1.32 * columns, height), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(0.8 * 1.25 * height, 1.32 * columns), wspace=0.02)
+    first, *others = _sources(chips).values()
+    columns = sum(s.sizes["time"] for s in (first, *others))
+    height = 1.62 * n + 0.9
+    widths = (0.92 * height, 1.48 * columns)
+    figure = plt.figure(figsize=(sum(widths), height), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=widths, wspace=0.03)
     plot_chips(table, ax=left.subplots())
-    left.suptitle("Chips by split", x=0.02, ha="left", weight="bold", color=_INK)
     contact_sheet(chips, n, figure=right)
-    split = sorted({str(s) for s in next(iter(_sources(chips).values()))["split"].values.tolist()} - {""})
-    title = f"{n} of the {', '.join(split)} chips" if split else f"{n} chips"
-    right.suptitle(f"{title} (hatched: cloud or no data)", x=0.02, ha="left", weight="bold", color=_INK)
+    west, _, east, _ = first["bounds"].values[0]
+    split = ", ".join(sorted({str(s) for s in first["split"].values.tolist()} - {""}))
+    shown = f"{n} of {first.sizes['chip']:,} {split} chips, {(east - west) / 1000:g} km wide".replace(
+        "  ", " "
+    )
+    for part, title in ((left, "Chips by split"), (right, f"{shown} (hatched: cloud or no data)")):
+        part.suptitle(title, x=0.02, ha="left", size="medium", weight="bold", color=_INK)
     return figure
 
 
@@ -183,7 +189,9 @@ def _outlines(table: pa.Table) -> tuple[list[NDArray[np.float64]], tuple[str, st
     """Return each chip's corners (x, y), the names of the axes, and how much longer a unit of y is than one of x."""
     zones = table.column("epsg").unique().to_pylist()
     if len(zones) == 1:
-        west, south, east, north = (table.column(c).to_numpy() / 1000 for c in ("xmin", "ymin", "xmax", "ymax"))
+        west, south, east, north = (
+            table.column(c).to_numpy() / 1000 for c in ("xmin", "ymin", "xmax", "ymax")
+        )
         corners = np.stack([west, south, east, south, east, north, west, north], -1).reshape(-1, 4, 2)
         zone = f"UTM zone {zones[0] % 100}N"
         return list(corners), (f"Easting, {zone} (km)", "Northing (km)"), 1.0
@@ -211,10 +219,9 @@ def _pictures(name: str, source: xr.Dataset, rows: Sequence[int] | NDArray[Any])
     values = np.stack([_values(chip) for chip in loaded])  # (chip, time, band, y, x), NaN where invalid
     bands = source["band"].values.tolist()
     if _natural(source):
-        colour = values[:, :, [bands.index(b) for b in _RGB]]
+        rgba = _stretched(values[:, :, [bands.index(b) for b in _RGB]])
     else:
-        colour = _main_components(values)
-    rgba = _stretched(colour)
+        rgba = _muted(_stretched(_main_components(values)))
     return [
         [
             _Picture(rgba[i, t], _slot(name, source, chip, t), _caption(chip, t, _natural(source)))
@@ -243,19 +250,26 @@ def _main_components(values: NDArray[np.float32]) -> NDArray[np.float32]:
     known = known[:: max(1, len(known) // 50_000)]
     axes = np.linalg.eigh(np.cov(known - middle, rowvar=False))[1][:, :-4:-1]
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1, 2]])  # a component's sign is arbitrary
-    return np.moveaxis((flat - middle) @ axes, -1, 2).astype(np.float32)
+    return np.asarray(np.moveaxis((flat - middle) @ axes, -1, 2), dtype=np.float32)
 
 
 def _stretched(colour: NDArray[np.float32]) -> NDArray[np.float32]:
     """Stretch (chip, time, 3, y, x) to 0..1 and return (chip, time, y, x, 4) with alpha 0 where invalid."""
-    valid = np.isfinite(colour).all(axis=2)
     image = np.moveaxis(colour, 2, -1)
-    known = image[valid]
-    if len(known):
-        low, high = np.percentile(known, (2, 98), axis=0)
-        image = (image - low) / np.maximum(high - low, 1e-9)
-    image = np.where(valid[..., None], np.clip(image, 0, 1), 0)
+    valid: NDArray[np.bool_] = np.asarray(np.isfinite(image).all(axis=-1))
+    if valid.any():
+        low, high = np.percentile(image[valid], (2, 98), axis=0)
+        image = np.clip((image - low) / np.maximum(high - low, 1e-9), 0, 1) ** _GAMMA
+    image = np.where(valid[..., None], image, 0)
     return np.concatenate([image, valid[..., None]], axis=-1).astype(np.float32)
+
+
+def _muted(rgba: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Read three channels as lightness and two hues (YUV, ITU-R BT.601), so that no component shouts."""
+    y = 0.2 + 0.65 * rgba[..., 0]
+    u, v = 0.45 * (rgba[..., 1] - 0.5), 0.45 * (rgba[..., 2] - 0.5)
+    image = np.stack([y + 1.14 * v, y - 0.395 * u - 0.581 * v, y + 2.032 * u, rgba[..., 3]], axis=-1)
+    return np.asarray(np.clip(image, 0, 1), dtype=np.float32)
 
 
 def _slot(name: str, source: xr.Dataset, chip: xr.Dataset, t: int) -> str:
@@ -280,8 +294,8 @@ def _draw(axes: Any, picture: _Picture, title: str) -> None:
     height, width = picture.rgba.shape[:2]
     if (picture.rgba[..., 3] == 0).any():
         axes.fill_between([-0.5, width - 0.5], -0.5, height - 0.5, facecolor=_INVALID, edgecolor=_HATCH,
-                          hatch="////", linewidth=0)  # fmt: skip
-    axes.imshow(picture.rgba, interpolation="nearest")
+                          hatch="////", linewidth=0, zorder=0)  # fmt: skip
+    axes.imshow(picture.rgba, interpolation="nearest", zorder=1)
     axes.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     axes.spines[:].set_visible(False)
     axes.set_xlabel(picture.caption, fontsize=7.5, color=_INK, labelpad=2)

@@ -32,7 +32,7 @@ from rasteret_dask.plan import (
 from rasteret_dask.scan import Table, as_table, filter_table, sample_rows
 from rasteret_dask.splits import by_geometry, by_ground, column_splits, too_near, warn_if_few
 
-__all__ = ["plan_chips"]
+__all__ = ["apply_step", "plan_chips"]
 
 
 def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = True) -> ChipSet:
@@ -61,12 +61,12 @@ def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = Tru
         node = children(node)[0]
     result = lay_chips(node, tables)
     for step in reversed(steps):
-        result = _apply(result, step, tables)
+        result = apply_step(result, step, tables)
     return result
 
 
-def _apply(chips: ChipSet, step: Node, tables: Mapping[str, Table]) -> ChipSet:
-    """Carry out one step on the chip table."""
+def apply_step(chips: ChipSet, step: Node, tables: Mapping[str, Table]) -> ChipSet:
+    """Carry out the last step of a plan on the chips that the steps before it made."""
     match step:
         case Split(_, spec):
             return _split(chips, spec)

@@ -1,0 +1,186 @@
+"""The main job on a made-up world: three collections become train chips in a Zarr store."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import xarray as xr
+
+from rasteret_dask import plot
+from rasteret_dask.build import build_from_stac
+from rasteret_dask.chipset import Chips
+from rasteret_dask.collection import join, merge
+from rasteret_dask.demo_checks import Check, check_objects, check_pixels, check_splits, check_store
+from rasteret_dask.errors import StoreError
+from rasteret_dask.world import World, WorldSize, make_world
+from rasteret_dask.write import is_committed
+
+__all__ = ["DemoSize", "demo_chips", "run_demo"]
+
+WORLD, STORE, PICTURE = "world", "train.zarr", "demo.png"
+"""What the demo leaves in its folder."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSize:
+    """How large the demo is; the default is what ``make demo`` runs."""
+
+    world: WorldSize = field(default_factory=WorldSize)
+    chip_px: int = 128
+    """Side of a chip, pixels of 10 m."""
+    cell_km: float = 5.12
+    """Side of a split cell; small, because the world is."""
+    least_chips: int = 100
+    """Train chips there must be."""
+
+
+def run_demo(
+    folder: Path, size: DemoSize | None = None, *, fresh: bool = False, say: Say = print
+) -> tuple[Check, ...]:
+    """Make a small world, write its train chips to a Zarr store, draw them, and check the result.
+
+    Parameters
+    ----------
+    folder
+        Holds the world, the store and the picture. What is there and finished is used again.
+    size
+        How large everything is.
+    fresh
+        Remove what an earlier run left, first.
+    say
+        Gets each line of the report.
+
+    Returns
+    -------
+    tuple of Check
+        What was checked at the end; the demo is good when every ``ok`` is True.
+
+    Raises
+    ------
+    StoreError
+        When ``folder`` holds something else under the demo's names.
+    """
+    size = size or DemoSize()
+    if fresh:
+        _remove(folder)
+    started = time.monotonic()
+    world = _world(folder / WORLD, size.world, say)
+    chips = demo_chips(world, size)
+    train = chips.select("train")
+    audit = chips.audit()
+    _tell(say, "The splits, dealt by ground", str(audit))
+    _tell(say, "What writing the train chips will take", str(train.explain()))
+    written = _write(train, folder / STORE, say)
+    tree = xr.open_datatree(folder / STORE, engine="zarr")
+    _draw(chips, tree, folder / PICTURE, written, say)
+    checks = [*check_splits(audit, size.least_chips), check_objects(folder / STORE)]
+    if checks[-1].ok:  # a damaged object may not even decode
+        ids = train.table.column("chip_id").to_pylist()
+        checks += [*check_store(tree, ids), *check_pixels(tree, world)]
+    tree.close()
+    _tell(say, "Checks", "\n".join(map(str, checks)))
+    failed = [check for check in checks if not check.ok]
+    say(f"\n{len(checks)} checks, {len(failed) or 'none'} failed; {time.monotonic() - started:.0f} s in all.")
+    return tuple(checks)
+
+
+def demo_chips(world: World, size: DemoSize) -> Chips:
+    """Return the demo's chips, split: the main job up to the point where something is written."""
+    dates = ("2024-04-01", "2024-06-30")
+    s2 = build_from_stac(world.sentinel2, name="s2", date_range=dates)
+    l8 = build_from_stac(world.landsat, name="l8", date_range=dates)
+    aef = build_from_stac(world.embeddings, name="aef", date_range=dates)
+
+    optical = (
+        merge(s2, l8)
+        .subset(cloud_cover_lt=30)
+        .harmonize(
+            bands=["red", "green", "blue", "nir"],
+            resolution=10,
+            time="1MS",
+            mask="clouds",
+            pick="least_cloudy",
+        )
+    )
+    return (
+        join(optical=optical, embeddings=aef)
+        .chips(size=size.chip_px, cell_km=size.cell_km)
+        .split(train=0.7, val=0.15, test=0.15, seed=42)
+    )
+
+
+def _world(folder: Path, size: WorldSize, say: Say) -> World:
+    say("Made-up world of two sensors and embeddings (made once, about a minute)")
+    started, steps = time.monotonic(), []
+
+    def progress(share: float, what: str) -> None:
+        steps.append(what)
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r  {share:4.0%}  {what:<60}")
+
+    world = make_world(folder, size=size, progress=progress)
+    if steps and sys.stderr.isatty():
+        sys.stderr.write("\r" + " " * 70 + "\r")
+    west, south, east, north = world.bounds
+    how = f"made in {time.monotonic() - started:.0f} s" if steps else "there already, used again"
+    say(f"  {folder}: {(east - west) / 1000:.1f} x {(north - south) / 1000:.1f} km, {how}")
+    return world
+
+
+def _write(train: Chips, store: Path, say: Say) -> bool:
+    """Write the train chips and tell; return False where they were all there."""
+    say("\nWriting the train chips")
+    if is_committed(str(store.absolute()), train.job.digest):
+        say(f"  {store} is complete already, nothing is written")
+        return False
+    started = time.monotonic()
+    train.to_zarr(store)
+    taken = time.monotonic() - started
+    nbytes = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    shards = sum(1 for _ in train.job.shards())
+    say(f"  {store}: {len(train)} chips in {shards} shards, {nbytes / 1e6:.0f} MB, {taken:.0f} s")
+    return True
+
+
+def _draw(chips: Chips, tree: xr.DataTree, path: Path, written: bool, say: Say) -> None:
+    say("\nPicture")
+    if find_spec("matplotlib") is None:
+        say("  none: it needs matplotlib (pip install 'rasteret-dask[demo]')")
+        return
+    if not written and path.exists():
+        say(f"  {path}: there already")
+        return
+    from matplotlib.pyplot import close
+
+    figure = plot.plot_demo(chips.table, tree)
+    figure.savefig(path, dpi=130)
+    close(figure)
+    say(f"  {path}: the map of chips by split, and some of them")
+
+
+def _tell(say: Say, title: str, text: str) -> None:
+    say(f"\n{title}")
+    for line in text.splitlines():
+        say(f"  {line}")
+
+
+def _remove(folder: Path) -> None:
+    """Remove what the demo made: its world by the world's marker, its store by the job's."""
+    for name, marker in ((WORLD, "world.json"), (STORE, "_job/digest")):
+        path = folder / name
+        if path.exists() and not (path / marker).exists():
+            raise StoreError(
+                f"starting the demo afresh in {folder}", f"{name} without {marker}", "what a demo left there",
+                "Choose another folder.",
+            )  # fmt: skip
+    for name in (WORLD, STORE):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / PICTURE).unlink(missing_ok=True)
