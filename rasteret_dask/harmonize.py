@@ -11,10 +11,12 @@ from rasteret_dask.bands import Radiometry
 
 __all__ = [
     "DN_PER_REFLECTANCE",
+    "add",
     "bad_pixels",
     "composite",
+    "composite_dtype",
     "dequantize",
-    "fill_in",
+    "divided",
     "to_dtype",
     "to_float",
     "unit_length",
@@ -62,19 +64,30 @@ def to_float(raw: NDArray[Any], valid: NDArray[np.bool_], radiometry: Radiometry
     return values
 
 
-def dequantize(raw: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+def dequantize(raw: NDArray[Any], valid: NDArray[np.bool_] | None) -> NDArray[np.float32]:
     """Return AlphaEarth's sign(v) x (|v| / 127.5)^2 as float32, NaN where not valid; same shape."""
     v = raw.astype(np.float64) / 127.5
     values = (np.sign(v) * v * v).astype(np.float32)
-    values[~valid] = np.nan
+    if valid is not None:
+        values[~valid] = np.nan
     return values
 
 
-def unit_length(vectors: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """Return vectors scaled to length 1 along ``axis``; NaN where any element is, or the length is 0."""
-    length = np.sqrt(np.sum(np.square(vectors, dtype=np.float64), axis=axis, keepdims=True))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(length > 0, vectors / length, np.nan), dtype=np.float32)
+def unit_length(vectors: NDArray[Any], axis: int) -> NDArray[Any]:
+    """Return vectors scaled to length 1 along ``axis``; NaN where any element is, or the length is 0.
+
+    The squares are summed in the order of ``axis``, whatever the layout in memory, so that every caller gets the
+    same last bit.
+    """
+    layers = np.moveaxis(vectors, axis, 0)
+    square = np.zeros(layers.shape[1:], dtype=np.float64)
+    for layer in layers:
+        square += np.square(layer, dtype=np.float64)
+    length = np.where(square > 0, np.sqrt(square), np.nan)
+    result = np.empty_like(vectors)
+    for layer, out in zip(layers, np.moveaxis(result, axis, 0), strict=True):
+        out[...] = layer / length
+    return result
 
 
 def to_dtype(values: NDArray[np.float32], dtype: str, fill: float) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -106,21 +119,36 @@ def to_dtype(values: NDArray[np.float32], dtype: str, fill: float) -> tuple[NDAr
     return stored, np.asarray(clipped, dtype=np.int64)
 
 
-def fill_in(
-    values: NDArray[Any], valid: NDArray[np.bool_], more: NDArray[Any], more_valid: NDArray[np.bool_]
-) -> None:
-    """Fill the invalid pixels of ``values`` from ``more``, in place; all of one shape."""
-    take = ~valid & more_valid
-    values[take] = more[take]
-    valid |= more_valid
+def composite_dtype(dtype: str) -> np.dtype[Any]:
+    """Return the float type that values of ``dtype`` are composed in: it holds 16-bit integers exactly, at least."""
+    return np.result_type(np.dtype(dtype), np.float32)
 
 
-def composite(stack: NDArray[np.float32], how: str) -> NDArray[np.float32]:
-    """Return the mean or median over the first axis, ignoring NaN; NaN where nothing is valid."""
-    empty = np.asarray(np.isnan(stack).all(axis=0))
-    stack = np.where(empty[None], np.float32(0), stack)
-    if how == "median":
-        result = np.nanmedian(stack, axis=0)
-    else:
-        result = np.nanmean(stack, axis=0, dtype=np.float64)
-    return np.asarray(np.where(empty, np.nan, result), dtype=np.float32)
+def add(values: NDArray[Any], total: NDArray[np.float64], count: NDArray[np.int32]) -> None:
+    """Add what is not NaN to a running mean, in place; all of one shape."""
+    known = ~np.isnan(values)
+    np.add(total, values, out=total, where=known)
+    count += known
+
+
+def divided(total: NDArray[np.float64], count: NDArray[np.int32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the mean of what :func:`add` has summed up, NaN where nothing was."""
+    return (total / np.where(count > 0, count, np.nan)).astype(dtype)
+
+
+def composite(stack: NDArray[Any], how: str) -> NDArray[Any]:
+    """Return the mean or median over the first axis, ignoring NaN; NaN where nothing is valid.
+
+    Means are summed in the order of the axis, whatever the layout in memory.
+    """
+    if how == "mean":
+        total, count = np.zeros(stack.shape[1:]), np.zeros(stack.shape[1:], dtype=np.int32)
+        for layer in stack:
+            add(layer, total, count)
+        return divided(total, count, stack.dtype)
+    ordered = np.sort(stack, axis=0)  # NaN comes last
+    known = np.sum(~np.isnan(stack), axis=0, keepdims=True)
+    low = np.take_along_axis(ordered, np.maximum(known - 1, 0) // 2, axis=0)[0]
+    high = np.take_along_axis(ordered, np.minimum(known // 2, len(stack) - 1), axis=0)[0]
+    middle = ((low.astype(np.float64) + high) / 2).astype(stack.dtype)
+    return np.where(known[0] > 0, middle, np.nan).astype(stack.dtype, copy=False)

@@ -131,6 +131,18 @@ class Job:
         )
 
     @cached_property
+    def passes(self) -> tuple[NDArray[np.int64], ...]:
+        """Per source, shape (record,): the acquisition each record belongs to, numbered by its start."""
+        return tuple(np.asarray(r.table.column("__pass__").to_numpy(), dtype=np.int64) for r in self.records)
+
+    @cached_property
+    def starts(self) -> tuple[NDArray[np.datetime64], ...]:
+        """Per source, shape (record,), us: when the record's acquisition starts, UTC."""
+        return tuple(
+            np.asarray(r.table.column("__start__").to_numpy(), dtype="datetime64[us]") for r in self.records
+        )
+
+    @cached_property
     def feeds(self) -> FeedTable:
         """The feed entries of all chips, flat."""
         return FeedTable.of(self.chips)

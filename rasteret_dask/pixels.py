@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,13 +161,9 @@ class _Slot:
     """Shape (chip, band, y, x). Holds ``fill`` where not valid."""
     valid: NDArray[np.bool_]
     """Shape (chip, band, y, x)."""
-    dtype: str
     fill: float
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: str, fill: float) -> _Slot:
-        """Return a slot without a valid pixel."""
-        return cls(np.full(shape, fill, dtype=dtype), np.zeros(shape, dtype=bool), dtype, fill)
+    dn: bool
+    """Whether reflectance is stored as integers."""
 
 
 def merged(job: Job, shard: Shard, source: int, members: Sequence[Harmonized]) -> xr.Dataset:
@@ -196,8 +192,8 @@ class _Reading:
         self.members = {m.cut.number: m for m in members}
         self.size = job.size_px[source]
         self.member_of, self.pass_of = job.members[source], job.passes[source]
-        self._seen: dict[tuple[int, str, int], _Window] = {}
-        """(record, band, chip) -> what ``clearest`` has read of it already."""
+        self._seen: dict[tuple[int, int], _Window] = {}
+        """(record, chip) -> the band that ``clearest`` has read of it already."""
 
     def read(self) -> Chips:
         """Read every slot."""
@@ -222,8 +218,8 @@ class _Reading:
         composed = self.plan.pick in ("mean", "median")
         if self.plan.pick == "clearest":
             feed = self._clearest(session, feed)
-        values = chips.values[:, slot]
-        target = _Slot(values, np.zeros(values.shape, dtype=bool), self.plan.dtype, self.plan.fill)
+        values, dn = chips.values[:, slot], self.plan.units == "reflectance" and self.plan.dtype != "float32"
+        target = _Slot(values, np.zeros(values.shape, dtype=bool), self.plan.fill, dn)
         if composed:
             chips.clipped += self._composite(session, feed, target)
         else:
@@ -247,15 +243,15 @@ class _Reading:
             here = feed.take(rank == level)
             if level:
                 here = here.take(~target.valid[here.chip].all(axis=(1, 2, 3)))
-            for chip, windows in self._windows(session, here, keep=feed.take(rank > level)):
+            for entry, windows in self._windows(session, here, keep=feed.take(rank > level)):
                 values, valid = self._in_units(windows)
-                clipped += _put(values, valid, chip, target)
+                clipped += _put(values, valid, int(here.chip[entry]), target)
         return clipped
 
     def _windows(
         self, session: Session, feed: Feed, keep: Feed | None = None, quality_only: bool = False
     ) -> Iterator[tuple[int, list[_Window]]]:
-        """Yield each entry's chip and what one batch reads of its record, entry by entry."""
+        """Yield each entry's number and what has been read of its record, all in one batch."""
         wanted = self._wanted(feed, quality_only)
         kept = [] if keep is None else self._wanted(keep, quality_only)
         blocks = session.read_block([w.request for w in wanted], [w.request for w in kept])
@@ -263,10 +259,9 @@ class _Reading:
         for one, block in zip(wanted, blocks, strict=True):
             for at, entry in enumerate(one.entries):
                 found[entry].append(_Window(one, block.values[at], block.valid[at]))
-        for entry, chip in enumerate(feed.chip.tolist()):
-            row = int(feed.row[entry])
-            again = [w for (r, _, c), w in self._seen.items() if (r, c) == (row, chip)]
-            yield chip, found[entry] + ([] if quality_only else again)
+        for entry, windows in enumerate(found):
+            seen = self._seen.get((int(feed.row[entry]), int(feed.chip[entry])))
+            yield entry, windows if seen is None else [*windows, seen]
 
     def _in_units(self, windows: Sequence[_Window]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return values in the source's units and validity, shape (band, y, x), of one record over one chip."""
@@ -310,12 +305,16 @@ class _Reading:
                 asset = cube.assets.get((row, band))
                 if asset is None:  # the footprint touches the chip, the raster does not
                     continue
-                new = [e for e in entries if (row, band, int(feed.chip[e])) not in self._seen]
+                new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), band)]
                 if new:
                     windows = tuple(places[e][1] for e in new)
                     request = self._request(asset, cube, windows, band == lazy.member.quality)
                     wanted.append(_Wanted(request, lazy.member, at, new))
         return wanted
+
+    def _has_seen(self, row: int, chip: int, band: str) -> bool:
+        window = self._seen.get((row, chip))
+        return window is not None and window.wanted.asset.band == band
 
     def _request(
         self, asset: Asset, cube: GroupCube, windows: tuple[Window, ...], quality: bool
@@ -342,19 +341,18 @@ class _Reading:
         """Keep of each chip the candidate with the most valid pixels, the earlier in order where equal."""
         shape = (self.shard.stop - self.shard.start, int(feed.order.max()) + 1)
         seen = np.zeros((*shape, self.size, self.size), dtype=bool)
-        entry = 0
-        for chip, windows in self._windows(session, feed, quality_only=True):
-            order, row = int(feed.order[entry]), int(feed.row[entry])
+        read: dict[tuple[int, int], _Window] = {}
+        for entry, windows in self._windows(session, feed, quality_only=True):
+            chip, order, row = (int(column[entry]) for column in (feed.chip, feed.order, feed.row))
             for window in windows:
                 seen[chip, order] |= _clear(window, self.plan.mask)
-                self._seen[row, window.wanted.asset.band, chip] = window
-            entry += 1
+                read[row, chip] = window
         scores = np.full(shape, -1, dtype=np.int64)
         scores[feed.chip, feed.order] = seen.sum(axis=(2, 3))[feed.chip, feed.order]
         best = scores.argmax(axis=1)
         chosen = feed.take(feed.order == best[feed.chip])
         left = set(zip(chosen.row.tolist(), chosen.chip.tolist(), strict=True))
-        self._seen = {k: _copied(w) for k, w in self._seen.items() if (k[0], k[2]) in left}
+        self._seen = {key: _copied(window) for key, window in read.items() if key in left}
         return chosen
 
     def _composite(self, session: Session, feed: Feed, target: _Slot) -> NDArray[np.int64]:
@@ -365,31 +363,34 @@ class _Reading:
         passes = self.pass_of[feed.row]
         found = np.unique(passes).tolist()
         shape, mean = target.values.shape, self.plan.pick == "mean"
-        held = 1 if mean else len(found)
-        stack = [_Slot.empty(shape, "float32", np.nan) for _ in range(held)]
+        dtype = harmonize.composite_dtype(self.plan.dtype)
+        stack = [
+            _Slot(np.full(shape, np.nan, dtype), np.zeros(shape, dtype=bool), np.nan, False)
+            for _ in range(1 if mean else len(found))
+        ]
         total = np.zeros(shape if mean else 0, dtype=np.float64)
         count = np.zeros(shape if mean else 0, dtype=np.int32)
         for i, number in enumerate(found):
             own, one = feed.take(passes == number), stack[0 if mean else i]
             self._acquisition(session, own, one)
-            if not mean:
-                continue
-            for chip in np.unique(own.chip).tolist():
+            for chip in np.unique(own.chip).tolist() if mean else ():
                 harmonize.add(one.values[chip], total[chip], count[chip])
                 one.values[chip], one.valid[chip] = np.nan, False
         clipped = np.zeros(shape[1], dtype=np.int64)
         for chip in np.unique(feed.chip).tolist():
             if mean:
-                made = harmonize.divided(total[chip], count[chip])
+                made = harmonize.divided(total[chip], count[chip], dtype)
             else:
-                made = harmonize.composite(np.stack([s.values[chip] for s in stack]), self.plan.pick)
-            made = harmonize.recomposed(made, self.plan.units)
+                made = harmonize.composite(np.stack([s.values[chip] for s in stack]), "median")
+            if self.plan.units == "embedding":
+                made = harmonize.unit_length(made, axis=0)
             clipped += _put(made, np.isfinite(made), chip, target)
         return clipped
 
     def _name_composites(self, feed: Feed, slot: int, chips: Chips) -> None:
         """Name the members of each chip's candidates; only a single candidate has a time."""
-        leads = feed.take(np.flatnonzero(_changes(feed.chip, feed.order)))
+        change = np.diff(feed.chip, prepend=-1) | np.diff(feed.order, prepend=-1)
+        leads = feed.take(np.flatnonzero(change))
         names = np.array(self._names(leads.row), dtype=object)
         for chip in np.unique(leads.chip).tolist():
             own = leads.chip == chip
@@ -417,12 +418,12 @@ def _copied(window: _Window) -> _Window:
 def _put(values: NDArray[Any], valid: NDArray[np.bool_], chip: int, target: _Slot) -> NDArray[np.int64]:
     """Store what is valid in a chip's pixels that are not; return how many of each band were clipped."""
     take = valid & ~target.valid[chip]
-    if values.dtype == np.float32 and target.dtype in harmonize.LIMITS:
-        values[~take] = np.nan
-        values, clipped = harmonize.to_dtype(values, target.dtype, target.fill)
-    else:
-        clipped = np.zeros(len(values), dtype=np.int64)
-        values = np.rint(values) if target.values.dtype.kind in "iu" and values.dtype.kind == "f" else values
+    clipped = np.zeros(len(values), dtype=np.int64)
+    if target.dn:
+        values = np.where(take, values, np.nan)
+        values, clipped = harmonize.to_dtype(values, target.values.dtype.name, target.fill)
+    elif target.values.dtype.kind in "iu" and values.dtype.kind == "f":
+        values = np.rint(np.where(take, values, 0))
     np.copyto(target.values[chip], values, where=take, casting="unsafe")
     np.logical_or(target.valid[chip], take, out=target.valid[chip])
     return clipped
@@ -478,5 +479,5 @@ def requests_of(
     """Return every read that one source of a shard may ask for, and how many pixels its windows hold."""
     reading = _Reading(job, shard, source, members)
     feed = Feed.of(job, shard, source)
-    requests = [request for request, *_ in reading._requests(feed)[0]]
+    requests = [wanted.request for wanted in reading._wanted(feed)]
     return requests, sum(len(r.windows) * r.windows[0].height * r.windows[0].width for r in requests)

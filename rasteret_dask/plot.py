@@ -23,7 +23,7 @@ SPLIT_COLOURS = {"train": "#4878a8", "val": "#eda83b", "test": "#b5446e"}
 _FURTHER = ("#5a9367", "#8a6fb0", "#7f5f3f", "#3fa7a3", "#c96f4a")
 _NO_SPLIT, _INVALID, _HATCH, _INK = "#c9c9c9", "#e4e4e4", "#b4b4b4", "#333333"
 _RGB = ("red", "green", "blue")
-_GAMMA = 0.85  # lifts water and forest a little
+_GAMMA = 0.75  # lifts water and forest a little
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +219,9 @@ def _pictures(name: str, source: xr.Dataset, rows: Sequence[int] | NDArray[Any])
     values = np.stack([_values(chip) for chip in loaded])  # (chip, time, band, y, x), NaN where invalid
     bands = source["band"].values.tolist()
     if _natural(source):
-        rgba = _stretched(values[:, :, [bands.index(b) for b in _RGB]])
+        rgba = _stretched(values[:, :, [bands.index(b) for b in _RGB]], together=True)
     else:
-        rgba = _muted(_stretched(_main_components(values)))
+        rgba = _muted(_stretched(_main_components(values), together=False))
     return [
         [
             _Picture(rgba[i, t], _slot(name, source, chip, t), _caption(chip, t, _natural(source)))
@@ -253,12 +253,15 @@ def _main_components(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(np.moveaxis((flat - middle) @ axes, -1, 2), dtype=np.float32)
 
 
-def _stretched(colour: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Stretch (chip, time, 3, y, x) to 0..1 and return (chip, time, y, x, 4) with alpha 0 where invalid."""
+def _stretched(colour: NDArray[np.float32], together: bool) -> NDArray[np.float32]:
+    """Stretch (chip, time, 3, y, x) to 0..1 and return (chip, time, y, x, 4) with alpha 0 where invalid.
+
+    ``together`` keeps the three channels' proportions, hence natural colours natural.
+    """
     image = np.moveaxis(colour, 2, -1)
     valid: NDArray[np.bool_] = np.asarray(np.isfinite(image).all(axis=-1))
     if valid.any():
-        low, high = np.percentile(image[valid], (2, 98), axis=0)
+        low, high = np.percentile(image[valid], (2, 98), axis=None if together else 0)
         image = np.clip((image - low) / np.maximum(high - low, 1e-9), 0, 1) ** _GAMMA
     image = np.where(valid[..., None], image, 0)
     return np.concatenate([image, valid[..., None]], axis=-1).astype(np.float32)
