@@ -28,16 +28,16 @@ from rasteret_dask.explain import Explanation
 from rasteret_dask.records import RECORD_SCHEMA
 
 __all__ = [
-    "CHIP_SCHEMA",
-    "RECORD_SCHEMA",
     "Audit",
     "BandError",
+    "CHIP_SCHEMA",
     "Chips",
     "Collection",
     "Explanation",
     "GridError",
     "JobError",
     "PlanError",
+    "RECORD_SCHEMA",
     "RasteretDaskError",
     "ReadError",
     "SchemaError",

@@ -38,7 +38,10 @@ def bbox_of(bbox: Sequence[float]) -> tuple[float, float, float, float]:
 
 def as_area(value: Any) -> str:
     """Return an area as hex WKB in lon/lat: bbox, shapely, GeoJSON, WKB, a GeoDataFrame, or a sequence of them."""
-    area = shapely.union_all(_shapes(value))
+    try:
+        area = shapely.union_all(_shapes(value))
+    except (shapely.errors.ShapelyError, AttributeError, KeyError) as error:
+        raise PlanError("area", f"{repr(value)[:200]} ({error})", "a geometry that can be read") from error
     if shapely.is_empty(area):
         raise PlanError("area", repr(value)[:200], "a geometry that is not empty")
     west, south, east, north = shapely.bounds(area)

@@ -182,6 +182,7 @@ def _fill(
 ) -> ChipSet:
     """Find what feeds each candidate window and keep the windows that every source covers."""
     dropped = {f"record replaced by a newer baseline ({s.plan.name})": s.passes.replaced for s in sources}
+    dropped |= {f"record with an unreadable asset ({s.plan.name})": s.unreadable for s in sources}
     dropped = {k: v for k, v in dropped.items() if v}
     touched = [covered(s, o, frame) for s, o in zip(sources, found, strict=True)]
     timed = sources[reference].axis is not None

@@ -99,8 +99,8 @@ class Chips:
         boundary
             What happens to windows that touch two splits: ``"drop"``, or ``"centre"`` decides by their centre.
         """
-        ratios = (("train", float(train)), ("val", float(val)), ("test", float(test)))
-        return self._with(Split(self.plan, SplitSpec(ratios, seed, by, float(buffer_m), boundary)))
+        ratios = (("train", train), ("val", val), ("test", test))
+        return self._with(Split(self.plan, SplitSpec(ratios, seed, by, buffer_m, boundary)))
 
     def select(self, *splits: str) -> Chips:
         """Keep the chips of these splits."""

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     asked = _parser().parse_args(argv)
     try:
-        return _demo(asked.folder, asked.fresh)
+        return _demo(asked.folder, asked.fresh, asked.small)
     except RasteretDaskError as error:
         print(f"rasteret-dask: {error}", file=sys.stderr)
         return 1
@@ -52,14 +52,15 @@ def _parser() -> argparse.ArgumentParser:
         "--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)"
     )
     demo.add_argument("--fresh", action="store_true", help="remove what an earlier run left, first")
+    demo.add_argument("--small", action="store_true", help="a world of 5 x 4 km, in seconds")
     return parser
 
 
-def _demo(folder: Path, fresh: bool) -> int:
+def _demo(folder: Path, fresh: bool, small: bool) -> int:
     os.environ.setdefault("MPLBACKEND", "Agg")  # the picture goes to a file, with or without a screen
-    from rasteret_dask.demo import run_demo
+    from rasteret_dask.demo import SMALL, run_demo
 
-    checks = run_demo(folder, fresh=fresh)
+    checks = run_demo(folder, SMALL if small else None, fresh=fresh)
     failed = [check.what for check in checks if not check.ok]
     if failed:
         print(f"rasteret-dask: the demo's result is wrong: {'; '.join(failed)}", file=sys.stderr)

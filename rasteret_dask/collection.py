@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import xarray as xr
 from rasteret_dask import geoparquet
 from rasteret_dask.areas import as_area, as_points, bbox_of
 from rasteret_dask.chipset import Chips
-from rasteret_dask.errors import PlanError
+from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.lazy import harmonized_cube, native_grid
 from rasteret_dask.optimize import optimize
 from rasteret_dask.plan import (
@@ -103,7 +104,7 @@ class Collection:
         if date_range is not None:
             where.append(("datetime", "overlaps", half_open(date_range)))
         if cloud_cover_lt is not None:
-            if not 0 <= cloud_cover_lt <= 100:
+            if not (isinstance(cloud_cover_lt, Real) and 0 <= cloud_cover_lt <= 100):
                 raise PlanError("subset(cloud_cover_lt=)", repr(cloud_cover_lt), "a percentage from 0 to 100")
             where.append(("eo:cloud_cover", "<", float(cloud_cover_lt)))
         if geometries is not None:
@@ -211,10 +212,12 @@ class Collection:
 
     def join(self, **others: Collection) -> Collection:
         """Put other collections beside this one, each a variable of its own on the same ground."""
+        if self.name in others:
+            raise _same_name(self.name)
         return join(**{self.name: self}, **others)
 
     def __and__(self, other: Collection) -> Collection:
-        return join(**{self.name: self, other.name: other})
+        return self.join(**{other.name: other})
 
     def chips(
         self,
@@ -310,7 +313,7 @@ class Collection:
             )
         plan = self.plan
         if bands is not None or resolution is not None:
-            own = None if bands is None else tuple(bands)
+            own = None if bands is None else tuple([bands] if isinstance(bands, str) else bands)
             plan = Harmonize(plan, HarmonizeSpec(bands=own, resolution=resolution))
         source = resolve_source(self.name, evaluate(optimize(plan), self._tables))
         if source.plan.maps:
@@ -334,6 +337,10 @@ class Collection:
         """Return the records as an Arrow table: RECORD_SCHEMA and the user's further columns."""
         tables = [m.table for m in evaluate(optimize(self.plan), self._tables)]
         whole = tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="default")
+        unknown = [c for c in columns or () if c not in whole.column_names]
+        if unknown:
+            known = f"among {', '.join(whole.column_names)}"
+            raise SchemaError(f"records of {self.name!r}", f"no column {', '.join(unknown)}", known)
         return whole if columns is None else whole.select(list(columns))
 
     @property
@@ -401,6 +408,10 @@ def join(**sources: Collection) -> Collection:
             raise PlanError(f"join of {name!r}", "a join", "single sources", "Name all sources in one join.")
     tables, functions = _together(tuple(sources.values()))
     return Collection(Join(tuple(sources), tuple(c.plan for c in sources.values())), tables, functions)
+
+
+def _same_name(name: str) -> PlanError:
+    return PlanError("join", f"two sources {name!r}", "a name of its own for each", "rd.join(a=..., b=...)")
 
 
 def _together(

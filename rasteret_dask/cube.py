@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import stackstac
@@ -18,29 +18,38 @@ from rasteret_dask.grid import northern
 from rasteret_dask.reader import Grid, Request, Session, Window
 from rasteret_dask.records import Asset, Records
 
-__all__ = ["AssetHref", "GroupCube", "RecordReader", "compact_groups", "group_cube", "stack"]
+__all__ = ["AssetHref", "GroupCube", "Kernel", "RecordReader", "compact_groups", "group_cube", "stack"]
 
 SPREAD = 1.5
 """A group's common bounds hold at most this many times the pixels of its chips."""
+
+
+class Kernel(NamedTuple):
+    """How pixels are brought onto a grid that is not their own."""
+
+    resampling: str | None = None
+    """GDAL's name; None: by the band's role."""
+    decode: str | None = None
+    """What is done to the stored numbers before; see Request."""
 
 
 class AssetHref(str):
     """An href that carries the asset it names, cached header and all, through stackstac's asset table."""
 
     asset: Asset
-    resampling: str | None
+    kernel: Kernel
 
-    def __new__(cls, asset: Asset, resampling: str | None = None) -> AssetHref:
+    def __new__(cls, asset: Asset, kernel: Kernel) -> AssetHref:
         """Make the href of one asset."""
         # Text decides Dask's token of the table, so it tells apart whatever reads other pixels.
-        text = f"{asset.href}#{asset.record_id}/{asset.band}/{asset.band_index}/{asset.etag}/{resampling}"
-        self = super().__new__(cls, text)
+        read = "/".join(str(part) for part in (asset.band_index, asset.size, asset.etag, kernel))
+        self = super().__new__(cls, f"{asset.href}#{asset.record_id}/{asset.band}/{read}")
         self.asset = asset
-        self.resampling = resampling
+        self.kernel = kernel
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return AssetHref, (self.asset, self.resampling)
+        return AssetHref, (self.asset, self.kernel)
 
 
 class RecordReader:
@@ -70,7 +79,7 @@ class RecordReader:
         """Return the window's pixels, shape (y, x), in the cube's dtype; invalid ones hold its fill value."""
         own = Window(int(window.row_off), int(window.col_off), int(window.height), int(window.width))
         with Session(threads=1) as session:
-            request = Request(self.url.asset, self.grid, (own,), self.url.resampling)
+            request = Request(self.url.asset, self.grid, (own,), *self.url.kernel)
             block = session.read_block([request])[0]
         values = block.values[0].astype(self.dtype, copy=False)
         return np.asarray(np.where(block.valid[0], values, self.dtype.type(self.fill_value)))
@@ -93,7 +102,7 @@ def grid_of(spec: Any) -> Grid:
 
 
 def plain_items(
-    records: Records, rows: Sequence[int], bands: Sequence[str], epsg: int, resampling: str | None
+    records: Records, rows: Sequence[int], bands: Sequence[str], epsg: int, kernel: Kernel
 ) -> list[dict[str, Any]]:
     """Return the STAC items, as plain dicts, that stackstac needs to know of some records; ids are row numbers.
 
@@ -108,7 +117,7 @@ def plain_items(
             own, moved = (code, shift) if code == epsg else (asset.epsg, 0.0)
             a, b, c, d, e, f = asset.image.transform
             assets[band] = {
-                "href": AssetHref(asset, resampling),
+                "href": AssetHref(asset, kernel),
                 "proj:epsg": own,
                 "proj:transform": [a, b, c, d, e, f + moved],
                 "proj:shape": [asset.image.height, asset.image.width],
@@ -126,7 +135,7 @@ def stack(
     shape: tuple[int, int],
     dtype: np.dtype[Any],
     fill: float,
-    resampling: str | None = None,
+    kernel: Kernel = Kernel(),
     chunks: int = 1024,
 ) -> xr.DataArray:
     """Return the lazy cube (time, band, y, x) of some records on a grid, one time step a record, in row order.
@@ -139,15 +148,15 @@ def stack(
         The grid and its height and width in pixels.
     dtype, fill
         Type of the cube and value of invalid pixels.
-    resampling
-        Kernel where grids differ; None: by the band's role.
+    kernel
+        How pixels of other grids are resampled.
     chunks
         Side of a Dask chunk, pixels.
     """
     height, width = shape
     bounds = (grid.x0, grid.y0 - height * grid.yres, grid.x0 + width * grid.xres, grid.y0)
     cube = stackstac.stack(
-        plain_items(records, rows, bands, grid.epsg, resampling),
+        plain_items(records, rows, bands, grid.epsg, kernel),
         assets=list(bands),
         epsg=grid.epsg,
         resolution=(grid.xres, grid.yres),
@@ -231,7 +240,7 @@ def group_cube(
     """
     box = (bounds[:, 0].min(), bounds[:, 1].min(), bounds[:, 2].max(), bounds[:, 3].max())
     table, spec, _, items = prepare_items(
-        plain_items(records, rows, bands, epsg, None),
+        plain_items(records, rows, bands, epsg, Kernel()),
         assets=list(bands),
         epsg=epsg,
         resolution=resolution,

@@ -21,7 +21,7 @@ from rasteret_dask.errors import StoreError
 from rasteret_dask.world import World, WorldSize, make_world
 from rasteret_dask.write import is_committed
 
-__all__ = ["DemoSize", "demo_chips", "run_demo"]
+__all__ = ["SMALL", "DemoSize", "demo_chips", "run_demo"]
 
 WORLD, STORE, PICTURE = "world", "train.zarr", "demo.png"
 """What the demo leaves in its folder."""
@@ -40,6 +40,10 @@ class DemoSize:
     """Side of a split cell; small, because the world is."""
     least_chips: int = 100
     """Train chips there must be."""
+
+
+SMALL = DemoSize(WorldSize(300, 360, 198, 128), chip_px=64, cell_km=0.64, least_chips=20)
+"""A demo of seconds: 5.0 x 3.6 km."""
 
 
 def run_demo(
@@ -76,6 +80,7 @@ def run_demo(
     chips = demo_chips(world, size)
     train = chips.select("train")
     audit = chips.audit()
+    _tell(say, "Three collections become chips", _story(chips, size))
     _tell(say, "The splits, dealt by ground", str(audit))
     _tell(say, "What writing the train chips will take", str(train.explain()))
     written = _write(train, folder / STORE, say)
@@ -118,7 +123,7 @@ def demo_chips(world: World, size: DemoSize) -> Chips:
 
 
 def _world(folder: Path, size: WorldSize, say: Say) -> World:
-    say("Made-up world of two sensors and embeddings (made once, about a minute)")
+    say("A made-up world of two sensors and embeddings, made once")
     started, steps = time.monotonic(), []
 
     def progress(share: float, what: str) -> None:
@@ -135,6 +140,16 @@ def _world(folder: Path, size: WorldSize, say: Say) -> World:
     return world
 
 
+def _story(chips: Chips, size: DemoSize) -> str:
+    side = size.chip_px / 100
+    return (
+        "s2 | l8 -> optical: red, green, blue, nir in reflectance at 10 m, a slot a month, clouds masked\n"
+        "aef     -> embeddings: 64 bands, as stored, once a year\n"
+        f"optical & embeddings -> {len(chips)} chips of {size.chip_px} x {size.chip_px} pixels ({side:g} km),\n"
+        f"                        laid out in split cells of {size.cell_km:g} km"
+    )
+
+
 def _write(train: Chips, store: Path, say: Say) -> bool:
     """Write the train chips and tell; return False where they were all there."""
     say("\nWriting the train chips")
@@ -146,7 +161,8 @@ def _write(train: Chips, store: Path, say: Say) -> bool:
     taken = time.monotonic() - started
     nbytes = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     shards = sum(1 for _ in train.job.shards())
-    say(f"  {store}: {len(train)} chips in {shards} shards, {nbytes / 1e6:.0f} MB, {taken:.0f} s")
+    many = "shard" if shards == 1 else "shards"
+    say(f"  {store}: {len(train)} chips in {shards} {many}, {nbytes / 1e6:.0f} MB, {taken:.0f} s")
     return True
 
 

@@ -64,12 +64,11 @@ def to_float(raw: NDArray[Any], valid: NDArray[np.bool_], radiometry: Radiometry
     return values
 
 
-def dequantize(raw: NDArray[Any], valid: NDArray[np.bool_] | None) -> NDArray[np.float32]:
+def dequantize(raw: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Return AlphaEarth's sign(v) x (|v| / 127.5)^2 as float32, NaN where not valid; same shape."""
     v = raw.astype(np.float64) / 127.5
     values = (np.sign(v) * v * v).astype(np.float32)
-    if valid is not None:
-        values[~valid] = np.nan
+    values[~valid] = np.nan
     return values
 
 

@@ -21,7 +21,7 @@ from rasteret_dask.chiptable import FeedTable, bounds_of
 from rasteret_dask.harmonize import DN_PER_REFLECTANCE
 from rasteret_dask.plan import Function, digest, from_json, to_json
 from rasteret_dask.records import Records
-from rasteret_dask.resolve import Member, SourcePlan
+from rasteret_dask.resolve import Member, ResolvedSource, SourcePlan
 
 __all__ = ["Hierarchy", "Job", "Output", "Shard", "freeze", "open_job", "write_job"]
 
@@ -189,10 +189,11 @@ def _working_bytes(source: SourcePlan, size: int, candidates: int) -> int:
 def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
     """Settle shards and keep only what tasks need."""
     records, members, table = used_records(chips)
-    member_of = [
-        Records(r.table.append_column("__member__", pa.array(m)))
-        for r, m in zip(records, members, strict=True)
-    ]
+    feeds = FeedTable.of(chips.table)
+    tasks_records = tuple(
+        _with_passes(r, m, s, np.unique(feeds.row[feeds.source == n]))
+        for n, (r, m, s) in enumerate(zip(records, members, chips.sources, strict=True))
+    )
     size_px = tuple(round(chips.size_m / s.plan.resolution) for s in chips.sources)
     plans = tuple(s.plan for s in chips.sources)
     table, parts = _by_split(chips, table)
@@ -205,7 +206,19 @@ def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
         [[s, to_json(f)] for s, f in chips.maps],
         __version__,
     )
-    return Job(plans, size_px, hierarchies, tuple(member_of), table, chips.maps, phase)
+    return Job(plans, size_px, hierarchies, tasks_records, table, chips.maps, phase)
+
+
+def _with_passes(
+    records: Records, member: NDArray[np.int64], source: ResolvedSource, used: NDArray[np.int64]
+) -> Records:
+    """Add each record's member, its acquisition, and when that starts."""
+    number = source.passes.of_record[used]
+    start = source.passes.start[number].astype("datetime64[us]").astype(np.int64)
+    table = records.table
+    for name, values in (("__member__", member), ("__pass__", number), ("__start__", start)):
+        table = table.append_column(name, pa.array(values))
+    return Records(table)
 
 
 def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], table: pa.Table, budget: int) -> int:

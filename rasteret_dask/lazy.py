@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask import harmonize
 from rasteret_dask.bands import Radiometry
-from rasteret_dask.cube import stack
+from rasteret_dask.cube import Kernel, stack
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.feeds import DATA_PICKS, Feeds, covered, enough, pick, slots_of, source_outlines
 from rasteret_dask.frame import Frame
@@ -124,26 +127,26 @@ def harmonized_cube(
     """
     feeds = _feeds(source, grid, shape, min_coverage)
     rows = np.unique(feeds.record)
-    layers = _record_layers(source, rows, grid, shape, chunks)
+    layers = _record_layers(source, rows, _Place(grid, shape, chunks))
+    if not layers:
+        raise PlanError(f"cube of {source.plan.name!r}", "no record in these bounds", "at least one")
     slots = range(len(source.axis)) if source.axis is not None else np.unique(feeds.slot).tolist()
     steps, times, whens, names = [], [], [], []
     for slot in slots:
         own = feeds.take(feeds.slot == slot)
         step, when, name = _slot(source, own, layers)
         if step is None:
-            step = xr.full_like(next(iter(layers.values())), _fill(source))
+            step = xr.full_like(next(iter(layers.values())).values, _missing(source))
         start = source.passes.start if source.axis is None else source.axis.start
         steps.append(step)
         times.append(start[slot])
         whens.append(when)
         names.append(name)
-    if not steps:
-        raise PlanError(f"cube of {source.plan.name!r}", "no record in these bounds", "at least one")
     cube = xr.concat(steps, dim="time", coords="minimal", compat="override", join="override")
     cube = cube.assign_coords(time=("time", np.array(times, dtype="datetime64[ns]")))
     if source.axis is not None:
         cube = cube.assign_coords(datetime=("time", np.array(whens, dtype="datetime64[ns]")))
-    cube = cube.assign_coords(source=("time", np.array(names, dtype=object).astype(str)))
+    cube = cube.assign_coords(source=("time", np.array(names, dtype=object)))
     return _finished(source, cube.transpose("time", "band", "y", "x"), grid)
 
 
@@ -161,32 +164,59 @@ def _feeds(source: ResolvedSource, grid: Grid, shape: tuple[int, int], min_cover
     return pick(source, feeds, frame, found, source.axis)
 
 
-def _record_layers(
-    source: ResolvedSource, rows: NDArray[Any], grid: Grid, shape: tuple[int, int], chunks: int
-) -> dict[int, xr.DataArray]:
-    """Return each record's lazy layer (band, y, x) in the source's units, NaN (or fill) where invalid."""
-    plan, result = source.plan, {}
-    dtype = np.dtype(plan.dtype) if plan.units == "raw" else np.dtype("float64")
-    fill = plan.fill if plan.units == "raw" else np.nan
+@dataclass(frozen=True)
+class _Place:
+    """Where layers are laid out."""
+
+    grid: Grid
+    shape: tuple[int, int]
+    chunks: int
+
+    def stack(
+        self, source: ResolvedSource, rows: Sequence[int], bands: Sequence[str], dtype: Any, fill: float,
+        kernel: Kernel = Kernel(),
+    ) -> xr.DataArray:  # fmt: skip
+        """Return the stackstac cube of some records; its ``id`` is the record's number."""
+        return stack(
+            source.records, rows, bands, self.grid, self.shape, np.dtype(dtype), fill, kernel, self.chunks
+        )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One record, lazily."""
+
+    values: xr.DataArray
+    """Dims (band, y, x), in the source's units; see ``_missing`` for what stands in invalid pixels."""
+    seen: xr.DataArray | None
+    """Dims (y, x). True where its quality band sees the ground; None where it has none, or none is asked."""
+
+
+def _record_layers(source: ResolvedSource, rows: NDArray[Any], place: _Place) -> dict[int, _Layer]:
+    """Return the layer of each record that touches the place."""
+    plan = source.plan
+    result: dict[int, _Layer] = {}
+    dtype = _layer_dtype(source) if plan.units == "raw" else np.dtype("float64")
+    kernel = Kernel(plan.resampling, "embedding" if plan.units == "embedding" else None)
     for number, member in enumerate(plan.members):
         own = [int(r) for r in rows if source.member[r] == number]
         if not own:
             continue
-        bands = list(dict.fromkeys(member.bands))
-        raw = stack(source.records, own, bands, grid, shape, dtype, fill, plan.resampling, chunks)
+        bands, fill = list(dict.fromkeys(member.bands)), _missing(source) if plan.units == "raw" else np.nan
+        raw = place.stack(source, own, bands, dtype, fill, kernel)
         raw = raw.reindex(band=bands, fill_value=fill) if raw.sizes["band"] < len(bands) else raw
-        raw = raw.sel(band=list(member.bands)).assign_coords(band=list(plan.bands))
-        at = {int(i): n for n, i in enumerate(raw["id"].values.astype(int))}
-        cloudy = _cloudy(source, own, number, grid, shape, chunks)
-        for row in own:
-            if row not in at:
-                continue
-            layer = _in_units(
-                source, raw.isel(time=at[row], drop=True).drop_vars("id", errors="ignore"), row, number
+        raw = raw.sel(band=list(member.bands)).assign_coords(band=np.array(plan.bands, dtype=object))
+        quality = _quality_layers(source, own, number, place)
+        for at, row in enumerate(raw["id"].values.astype(int).tolist()):
+            values = _in_units(
+                source, raw.isel(time=at, drop=True).drop_vars("id", errors="ignore"), row, number
             )
-            if row in cloudy:
-                layer = layer.where(~cloudy[row], np.asarray(_fill(source)).astype(layer.dtype))
-            result[row] = layer
+            seen = None
+            if row in quality:
+                bad, known = quality[row]
+                seen = known & ~bad
+                values = values.where(~bad, np.asarray(_missing(source)).astype(values.dtype))
+            result[row] = _Layer(values, seen)
     return result
 
 
@@ -195,17 +225,7 @@ def _in_units(source: ResolvedSource, raw: xr.DataArray, row: int, number: int) 
     if plan.units == "raw":
         return raw
     if plan.units == "embedding":
-        values = xr.apply_ufunc(
-            lambda v: harmonize.dequantize(v, np.isfinite(v)),
-            raw,
-            dask="parallelized",
-            output_dtypes=[np.float32],
-        )
-        chunked = values.chunk({"band": -1})
-        return xr.apply_ufunc(
-            harmonize.unit_length, chunked, kwargs={"axis": -1}, input_core_dims=[["band"]],
-            output_core_dims=[["band"]], dask="parallelized", output_dtypes=[np.float32],
-        ).transpose("band", "y", "x")  # fmt: skip
+        return _unit_length(raw)
     parts = []
     for i, band in enumerate(plan.members[number].bands):
         asset = source.records.asset(row, band)
@@ -221,86 +241,151 @@ def _in_units(source: ResolvedSource, raw: xr.DataArray, row: int, number: int) 
     return xr.concat(parts, dim="band")
 
 
-def _cloudy(
-    source: ResolvedSource, rows: list[int], number: int, grid: Grid, shape: tuple[int, int], chunks: int
-) -> dict[int, xr.DataArray]:
-    """Return where each record is masked, shape (y, x)."""
+def _unit_length(values: xr.DataArray) -> Any:
+    return xr.apply_ufunc(
+        lambda v: harmonize.unit_length(v.astype(np.float32), axis=-1), values.chunk({"band": -1}),
+        input_core_dims=[["band"]], output_core_dims=[["band"]], dask="parallelized", output_dtypes=[np.float32],
+    ).transpose("band", "y", "x")  # fmt: skip
+
+
+def _quality_layers(
+    source: ResolvedSource, rows: list[int], number: int, place: _Place
+) -> dict[int, tuple[xr.DataArray, xr.DataArray]]:
+    """Return where each record's quality band says bad, and where it says anything; dims (y, x)."""
     member, mask = source.plan.members[number], source.plan.mask
-    if not mask or member.quality is None:
+    if member.quality is None:
         return {}
-    kind = member.quality_kind
-    dtype = np.dtype(source.records.asset(rows[0], member.quality).dtype)
-    quality = stack(source.records, rows, [member.quality], grid, shape, dtype, 0, None, chunks)
+    kind = str(member.quality_kind)
+    quality = place.stack(source, rows, [member.quality], "float64", np.nan)
     bad = xr.apply_ufunc(
-        lambda v: harmonize.bad_pixels(v, str(kind), mask), quality, dask="parallelized", output_dtypes=[bool]
-    )
-    ids = quality["id"].values.astype(int)
+        lambda v: harmonize.bad_pixels(np.nan_to_num(v), kind, mask) & np.isfinite(v), quality,
+        dask="parallelized", output_dtypes=[bool],
+    )  # fmt: skip
+    layers = [
+        x.isel(band=0, drop=True).drop_vars("id", errors="ignore")
+        for x in (bad, quality.notnull())
+    ]  # fmt: skip
+    ids = quality["id"].values.astype(int).tolist()
     return {
-        int(r): bad.isel(time=n, band=0, drop=True).drop_vars("id", errors="ignore")
-        for n, r in enumerate(ids)
+        row: (layers[0].isel(time=n, drop=True), layers[1].isel(time=n, drop=True))
+        for n, row in enumerate(ids)
     }
 
 
-def _fill(source: ResolvedSource) -> float:
-    return source.plan.fill if source.plan.units == "raw" else float("nan")
+def _layer_dtype(source: ResolvedSource) -> np.dtype[Any]:
+    """Return the type of raw layers: the output's, unless its fill may stand for a valid pixel too."""
+    plan = source.plan
+    nodata = {
+        value
+        for member in plan.members
+        for band in member.bands
+        for value in source.records.asset_field(band, "nodata").unique().to_pylist()
+    }
+    if np.dtype(plan.dtype).kind == "f" or nodata <= {plan.fill}:
+        return np.dtype(plan.dtype)
+    return np.dtype("float64")
+
+
+def _missing(source: ResolvedSource) -> float:
+    """Return what stands in invalid pixels of layers."""
+    if source.plan.units != "raw" or _layer_dtype(source).kind == "f":
+        return float("nan")
+    return source.plan.fill
 
 
 def _is_valid(source: ResolvedSource, layer: xr.DataArray) -> xr.DataArray:
-    fill = _fill(source)
-    return layer.notnull() if np.isnan(fill) else layer != np.asarray(fill).astype(layer.dtype)
+    return (
+        layer.notnull()
+        if layer.dtype.kind == "f"
+        else layer != np.asarray(_missing(source)).astype(layer.dtype)
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One acquisition, mosaicked."""
+
+    values: xr.DataArray
+    seen: xr.DataArray
+    number: int
+    """Of the acquisition, by its start."""
+    member: str
 
 
 def _slot(
-    source: ResolvedSource, feeds: Feeds, layers: dict[int, xr.DataArray]
+    source: ResolvedSource, feeds: Feeds, layers: dict[int, _Layer]
 ) -> tuple[xr.DataArray | None, np.datetime64, str]:
     """Return the layer of one slot, when its picked acquisition starts, and which members it is made of."""
     how = source.plan.pick if source.axis is not None else "first"
-    candidates: list[tuple[xr.DataArray, int]] = []
+    candidates = []
     for order in np.unique(feeds.order).tolist():
-        mosaic: xr.DataArray | None = None
         records = [int(r) for r in feeds.record[feeds.order == order] if int(r) in layers]
-        for row in records:
-            mosaic = layers[row] if mosaic is None else mosaic.where(_is_valid(source, mosaic), layers[row])
-        if mosaic is not None:
-            candidates.append((mosaic, records[0]))
+        if records:
+            candidates.append(_mosaic(source, records, layers))
     nothing = np.datetime64("NaT", "ns")
     if not candidates:
         return None, nothing, ""
-    members = [source.plan.members[source.member[row]].name for _, row in candidates]
+    first = candidates[0]
+    chosen = first.values if how not in DATA_PICKS else _chosen(source, candidates, how)
     if len(candidates) == 1 or how not in DATA_PICKS:
-        layer, row = candidates[0]
-        return layer, source.passes.start[source.passes.of_record[row]], members[0]
-    stacked = xr.concat([c for c, _ in candidates], dim="candidate", coords="minimal", compat="override")
-    return _chosen(source, stacked, how), nothing, "+".join(sorted(set(members)))
+        return chosen, source.passes.start[first.number], first.member
+    return chosen, nothing, "+".join(sorted({c.member for c in candidates}))
 
 
-def _chosen(source: ResolvedSource, stacked: xr.DataArray, how: str) -> Any:
-    valid = _is_valid(source, stacked)
+def _mosaic(source: ResolvedSource, records: list[int], layers: dict[int, _Layer]) -> _Candidate:
+    """Fill the invalid pixels of the nearest record from the others."""
+    values = layers[records[0]].values
+    for row in records[1:]:
+        values = values.where(_is_valid(source, values), layers[row].values)
+    seen = [
+        _is_valid(source, own.values).isel(band=0, drop=True) if own.seen is None else own.seen
+        for own in (layers[row] for row in records)
+    ]
+    first = records[0]
+    name = source.plan.members[source.member[first]].name
+    return _Candidate(values, functools.reduce(operator.or_, seen), int(source.passes.of_record[first]), name)
+
+
+def _chosen(source: ResolvedSource, candidates: list[_Candidate], how: str) -> Any:
     if how == "clearest":
-        score = valid.all("band").sum(("y", "x"))
-        best = score.argmax("candidate")
-        result = stacked.isel(candidate=0, drop=True)
-        for i in range(1, stacked.sizes["candidate"]):
-            result = xr.where(best == i, stacked.isel(candidate=i, drop=True), result)
+        seen = xr.concat([c.seen for c in candidates], dim="candidate", coords="minimal", compat="override")
+        best = seen.sum(("y", "x")).argmax("candidate")
+        result = candidates[0].values
+        for i, candidate in enumerate(candidates[1:], start=1):
+            result = xr.where(best == i, candidate.values, result)
         return result
-    chunked = stacked.where(valid).chunk({"candidate": -1})
-    made = xr.apply_ufunc(
-        lambda v: harmonize.composite(np.moveaxis(v, -1, 0).astype(np.float32), how), chunked,
-        input_core_dims=[["candidate"]], dask="parallelized", output_dtypes=[np.float32],
+    by_start = sorted(candidates, key=lambda c: c.number)
+    dtype = harmonize.composite_dtype(source.plan.dtype)
+    stacked = xr.concat(
+        [c.values.where(_is_valid(source, c.values)).astype(dtype) for c in by_start],
+        dim="candidate", coords="minimal", compat="override",
     )  # fmt: skip
-    if source.plan.units == "raw":
-        fill = np.asarray(_fill(source)).astype(source.plan.dtype)
-        return made.round().fillna(fill).astype(source.plan.dtype)
-    return made
+    made = xr.apply_ufunc(
+        lambda v: harmonize.composite(np.moveaxis(v, -1, 0), how), stacked.chunk({"candidate": -1}),
+        input_core_dims=[["candidate"]], dask="parallelized", output_dtypes=[dtype],
+    )  # fmt: skip
+    if source.plan.units == "embedding":
+        return _unit_length(made)
+    return made.round() if source.plan.units == "raw" and np.dtype(source.plan.dtype).kind in "iu" else made
+
+
+def _stored(values: xr.DataArray, source: ResolvedSource) -> Any:
+    """Return a cube in the source's dtype, its fill where invalid."""
+    plan = source.plan
+    dtype = np.dtype(plan.dtype)
+    if plan.units == "reflectance" and dtype.kind in "iu":
+        return xr.apply_ufunc(
+            lambda v: harmonize.to_dtype(v, plan.dtype, plan.fill)[0], values, dask="parallelized",
+            output_dtypes=[dtype],
+        )  # fmt: skip
+    if values.dtype.kind == "f" and dtype.kind in "iu":
+        return values.fillna(plan.fill).astype(dtype)
+    return values.astype(dtype)
 
 
 def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid) -> xr.DataArray:
     plan = source.plan
-    if plan.units == "reflectance" and plan.dtype != "float32":
-        cube = xr.apply_ufunc(
-            lambda v: harmonize.to_dtype(v, plan.dtype, plan.fill)[0], cube, dask="parallelized",
-            output_dtypes=[np.dtype(plan.dtype)],
-        )  # fmt: skip
+    cube = _stored(cube, source)
     keep = {"time", "band", "y", "x", "source", "datetime"}
     cube = cube.drop_vars([c for c in cube.coords if c not in keep]).rename(plan.name)
     cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(
@@ -308,10 +393,11 @@ def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid) -> xr.Data
     )
     attrs: dict[str, Any] = {"units": plan.units, "radiometry": json.dumps(radiometry_of(source))}
     if plan.units == "reflectance" and plan.dtype != "float32":
-        attrs |= {"scale_factor": 1 / harmonize.DN_PER_REFLECTANCE, "add_offset": 0.0}
+        scale = 1 / harmonize.DN_PER_REFLECTANCE
+        attrs |= {"scale_factor": scale, "add_offset": 0.0, "_FillValue": int(plan.fill)}
+    elif not np.isnan(plan.fill):
+        attrs["nodata"] = int(plan.fill)
     cube.attrs = attrs
-    if not np.isnan(plan.fill):
-        cube.attrs["nodata"] = int(plan.fill)
     return cube
 
 

@@ -215,8 +215,9 @@ class _Reading:
         return chips
 
     def _slot(self, session: Session, feed: Feed, slot: int, chips: Chips) -> None:
-        composed = self.plan.pick in ("mean", "median")
-        if self.plan.pick == "clearest":
+        pick = self.plan.pick if self.plan.slots is not None else "first"
+        composed = pick in ("mean", "median")
+        if pick == "clearest":
             feed = self._clearest(session, feed)
         values, dn = chips.values[:, slot], self.plan.units == "reflectance" and self.plan.dtype != "float32"
         target = _Slot(values, np.zeros(values.shape, dtype=bool), self.plan.fill, dn)
@@ -242,7 +243,7 @@ class _Reading:
         for level in range(int(rank.max(initial=-1)) + 1):
             here = feed.take(rank == level)
             if level:
-                here = here.take(~target.valid[here.chip].all(axis=(1, 2, 3)))
+                here = here.take(np.flatnonzero(~target.valid[here.chip].all(axis=(1, 2, 3))))
             for entry, windows in self._windows(session, here, keep=feed.take(rank > level)):
                 values, valid = self._in_units(windows)
                 clipped += _put(values, valid, int(here.chip[entry]), target)
@@ -316,9 +317,7 @@ class _Reading:
         window = self._seen.get((row, chip))
         return window is not None and window.wanted.asset.band == band
 
-    def _request(
-        self, asset: Asset, cube: GroupCube, windows: tuple[Window, ...], quality: bool
-    ) -> Request:
+    def _request(self, asset: Asset, cube: GroupCube, windows: tuple[Window, ...], quality: bool) -> Request:
         decode = "embedding" if self.plan.units == "embedding" and not quality else None
         return Request(asset, cube.grid, windows, None if quality else self.plan.resampling, decode)
 

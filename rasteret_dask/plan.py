@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from rasteret_dask.errors import PlanError
@@ -76,7 +78,7 @@ class HarmonizeSpec:
         _one_of("resampling", self.resampling, RESAMPLINGS)
         for mask in self.mask or ():
             _one_of("mask", mask, MASKS)
-        if self.resolution is not None and not self.resolution > 0:
+        if self.resolution is not None and not (_is_number(self.resolution) and self.resolution > 0):
             raise PlanError("harmonize(resolution=)", repr(self.resolution), "a positive pixel size")
         if self.bands is not None and (not self.bands or len(set(self.bands)) != len(self.bands)):
             raise PlanError("harmonize(bands=)", repr(self.bands), "at least one band, none twice")
@@ -108,16 +110,18 @@ class ChipSpec:
     """Token of a table of points or polygons that get one window each."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or self.size != int(self.size) or self.size <= 0:
-            raise PlanError("chips(size=)", repr(self.size), "a positive number of pixels")
-        if self.stride != int(self.stride) or self.stride <= 0:
-            raise PlanError("chips(stride=)", repr(self.stride), "a positive number of pixels")
-        if not 0 <= self.min_coverage <= 1:
+        for name in ("size", "stride"):
+            pixels = getattr(self, name)
+            if isinstance(pixels, bool) or not isinstance(pixels, Integral) or pixels <= 0:
+                raise PlanError(f"chips({name}=)", repr(pixels), "a positive whole number of pixels")
+        if not (_is_number(self.min_coverage) and 0 <= self.min_coverage <= 1):
             raise PlanError("chips(min_coverage=)", repr(self.min_coverage), "a share from 0 to 1")
-        if not self.cell_km > 0:
+        if not (_is_number(self.cell_km) and self.cell_km > 0):
             raise PlanError("chips(cell_km=)", repr(self.cell_km), "a positive number of kilometres")
-        if self.min_slots < 0:
+        if not (isinstance(self.min_slots, Integral) and self.min_slots >= 0):
             raise PlanError("chips(min_slots=)", repr(self.min_slots), "0 or more slots")
+        if self.grid not in ("zone", "tiles") and self.grid.count(",") != 5:
+            raise PlanError("chips(grid=)", repr(self.grid), "'zone', 'tiles' or a GeoBox with a CRS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +137,15 @@ class SplitSpec:
     boundary: str = "drop"
 
     def __post_init__(self) -> None:
+        shown = ", ".join(f"{name}={share!r}" for name, share in self.ratios)
+        wanted = "shares of 0 or more that sum to 1"
+        if not all(_is_number(share) and share >= 0 for _, share in self.ratios):
+            raise PlanError("split ratios", shown, wanted)
         total = sum(share for _, share in self.ratios)
-        if any(share < 0 for _, share in self.ratios) or abs(total - 1) > 1e-9:
-            shown = ", ".join(f"{name}={share:g}" for name, share in self.ratios)
-            raise PlanError("split ratios", f"{shown} (sum {total:g})", "shares of 0 or more that sum to 1")
+        if abs(total - 1) > 1e-9:
+            raise PlanError("split ratios", f"{shown} (sum {total:g})", wanted)
         _one_of("boundary", self.boundary, ("drop", "centre"))
-        if self.buffer_m < 0:
+        if not (_is_number(self.buffer_m) and self.buffer_m >= 0):
             raise PlanError("split(buffer_m=)", repr(self.buffer_m), "0 or more metres")
 
     @property
@@ -389,6 +396,10 @@ def digest(*values: Any) -> str:
     """Return 32 hex digits of the sha256 of values' JSON: the same in every process."""
     text = json.dumps([to_json(v) for v in values], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -103,7 +103,7 @@ def contact_sheet(chips: xr.Dataset | xr.DataTree, n: int = 5, *, figure: Any = 
     -------
     matplotlib.figure.Figure
         Sources with red, green and blue in natural colour; of others the three main components of their bands.
-        All pictures of a source share one stretch (its 2nd to 98th percentile). Invalid pixels are hatched.
+        All pictures of a source share one stretch (its 0.2nd to 99th percentile). Invalid pixels are hatched.
 
     Raises
     ------
@@ -261,7 +261,7 @@ def _stretched(colour: NDArray[np.float32], together: bool) -> NDArray[np.float3
     image = np.moveaxis(colour, 2, -1)
     valid: NDArray[np.bool_] = np.asarray(np.isfinite(image).all(axis=-1))
     if valid.any():
-        low, high = np.percentile(image[valid], (2, 98), axis=None if together else 0)
+        low, high = np.percentile(image[valid], (0.2, 99), axis=None if together else 0)
         image = np.clip((image - low) / np.maximum(high - low, 1e-9), 0, 1) ** _GAMMA
     image = np.where(valid[..., None], image, 0)
     return np.concatenate([image, valid[..., None]], axis=-1).astype(np.float32)
@@ -270,7 +270,7 @@ def _stretched(colour: NDArray[np.float32], together: bool) -> NDArray[np.float3
 def _muted(rgba: NDArray[np.float32]) -> NDArray[np.float32]:
     """Read three channels as lightness and two hues (YUV, ITU-R BT.601), so that no component shouts."""
     y = 0.2 + 0.65 * rgba[..., 0]
-    u, v = 0.45 * (rgba[..., 1] - 0.5), 0.45 * (rgba[..., 2] - 0.5)
+    u, v = 0.35 * (rgba[..., 1] - 0.5), 0.35 * (rgba[..., 2] - 0.5)
     image = np.stack([y + 1.14 * v, y - 0.395 * u - 0.581 * v, y + 2.032 * u, rgba[..., 3]], axis=-1)
     return np.asarray(np.clip(image, 0, 1), dtype=np.float32)
 

@@ -17,6 +17,7 @@ from rasterio._err import CPLE_BaseError
 from rasterio.env import set_gdal_config
 from rasterio.errors import RasterioError
 
+from rasteret_dask.harmonize import dequantize
 from rasteret_dask.rasterfile import RasterFile, gdal_env, read_error
 from rasteret_dask.readplan import (
     Frame,
@@ -49,8 +50,8 @@ class Block:
     """The pixels of one request."""
 
     values: NDArray[Any]
-    """Shape (window, y, x), the asset's dtype: kernels of integer bands are rounded to it, as GDAL does. What
-    stands where ``valid`` is False means nothing."""
+    """Shape (window, y, x), the asset's dtype: kernels of integer bands are rounded to it, as GDAL does; float32
+    where the request decodes. What stands where ``valid`` is False means nothing."""
     valid: NDArray[np.bool_]
     """Shape (window, y, x). True where the raster covers the pixel, which is neither nodata, NaN nor masked."""
 
@@ -157,6 +158,10 @@ class Session:
         self._files.clear()
         self._retained.clear()
 
+    def forget(self) -> None:
+        """Forget the tiles that were kept for calls that did not come."""
+        self._retained.clear()
+
     def read_block(self, requests: Sequence[Request], keep: Sequence[Request] = ()) -> list[Block]:
         """Read all requests in one batch.
 
@@ -193,6 +198,9 @@ class Session:
             for future in (*files, *warps):
                 future.cancel()
             wait((*files, *warps))
+        for reading in readings:
+            if reading.request.decode is not None and reading.plan.corner is not None:
+                reading.block.values = dequantize(reading.block.values, reading.block.valid)
         self.counts.warped_requests += sum(_resampled(r.plan) for r in readings)
         self.counts.gdal_fallback += sum(_takes_gdal(r.request.asset, r.plan) for r in readings)
         return [reading.block for reading in readings]
@@ -268,7 +276,8 @@ def _start(request: Request) -> _Reading:
     nodata, dtype = _nodata(asset), np.dtype(asset.dtype)
     first = request.windows[0]
     shape = (len(request.windows), first.height, first.width)
-    block = Block(np.empty(shape, dtype), np.zeros(shape, dtype=np.bool_))
+    bent = plan.corner is None and request.decode is not None
+    block = Block(np.empty(shape, np.float32 if bent else dtype), np.zeros(shape, dtype=np.bool_))
     reading = _Reading(request, plan, block, nodata, [])
     fill = dtype.type(0 if nodata is None else nodata)
     gaps = bool(sparse_tiles(asset, plan.level))
@@ -317,6 +326,9 @@ def _finish(reading: _Reading) -> None:
             zip(request.windows, plan.rects, reading.targets, strict=True)
         ):
             source = SourceBlock(target.values, target.valid, rect, reading.nodata)
+            if request.decode is not None:
+                known = valid_pixels(source.values, source.nodata)
+                source = SourceBlock(dequantize(source.values, known), source.mask, rect, np.nan)
             reading.block.values[i], reading.block.valid[i] = warp_block(source, plan, request.grid, window)
     except (RasterioError, CPLE_BaseError) as error:
         doing = f"warping it to EPSG:{request.grid.epsg}"

@@ -88,6 +88,9 @@ class Request:
     resampling: str | None = None
     """GDAL's name of a kernel. None: nearest for quality, class and embedding bands, else average where the
     grid is coarser than the image, else bilinear. Without effect where the grids are aligned."""
+    decode: str | None = None
+    """``"embedding"``: values are dequantized to float32 before any kernel, NaN where invalid. Overviews hold
+    averages of quantized numbers, so the image itself is read."""
 
     def __post_init__(self) -> None:
         subject = f"request for asset {self.asset.band!r} of record {self.asset.record_id!r}"
@@ -100,6 +103,8 @@ class Request:
             raise PlanError(
                 subject, f"resampling {self.resampling!r}", f"one of {', '.join(sorted(_KERNELS))}"
             )
+        if self.decode not in (None, "embedding"):
+            raise PlanError(subject, f"decode {self.decode!r}", "'embedding' or None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +213,7 @@ def plan_read(request: Request) -> ReadPlan:
     scale = _scale(image, grid)
     kernel = request.resampling or _default_kernel(asset, scale)
     level = 0
-    if kernel != "nearest" and _corner(image, grid) is None:
+    if kernel != "nearest" and request.decode is None and _corner(image, grid) is None:
         level = _overview(asset.levels, 1.0 / max(scale))
     frame = image if level == 0 else _frame(asset, level, grid.epsg)
     scale = scale if level == 0 else _scale(frame, grid)

@@ -23,11 +23,12 @@ from rasteret_dask.plan import (
     Map,
     Merge,
     Node,
+    Predicate,
     Sample,
     Source,
 )
 from rasteret_dask.records import RECORD_SCHEMA, Records
-from rasteret_dask.scan import Table, filter_table, sample_rows, scan
+from rasteret_dask.scan import Table, filter_table, keep_readable, sample_rows, scan
 from rasteret_dask.timing import Acquisitions, TimeAxis, acquisitions, intervals, narrowest, regular
 
 __all__ = ["Member", "MemberTable", "ResolvedSource", "SourcePlan", "evaluate", "resolve_source"]
@@ -85,6 +86,8 @@ class MemberTable:
     spec: HarmonizeSpec
     where: tuple[Any, ...]
     maps: tuple[Function, ...] = ()
+    unreadable: int = 0
+    """Records that ``where(readable=True)`` left out."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,22 @@ class ResolvedSource:
     """Shape (record,). Which member each record belongs to."""
     passes: Acquisitions
     axis: TimeAxis | None
+    unreadable: int = 0
+    """Records that ``where(readable=True)`` left out."""
 
 
 def evaluate(node: Node, tables: Mapping[str, Table]) -> list[MemberTable]:
     """Carry out the steps that choose records, and gather what the others ask for."""
     match node:
         case Source():
-            return [MemberTable(node.name, scan(node, tables), HarmonizeSpec(), node.where)]
+            member = MemberTable(node.name, scan(node, tables), HarmonizeSpec(), node.where)
+            return [_readable_only(member, node.where)]
         case Filter(child, where):
-            return [
+            found = [
                 dataclasses.replace(m, table=filter_table(m.table, where, m.name), where=m.where + where)
                 for m in evaluate(child, tables)
             ]
+            return [_readable_only(m, where) for m in found]
         case Sample(child, n, seed, by):
             return _sampled(evaluate(child, tables), n, seed, by)
         case Merge(below):
@@ -125,7 +132,17 @@ def evaluate(node: Node, tables: Mapping[str, Table]) -> list[MemberTable]:
     raise PlanError("plan", f"a {type(node).__name__} step below chips or merge", "steps on records")
 
 
+def _readable_only(member: MemberTable, where: Sequence[Predicate]) -> MemberTable:
+    table = keep_readable(member.table, where)
+    lost = member.table.num_rows - table.num_rows
+    return dataclasses.replace(member, table=table, unreadable=member.unreadable + lost)
+
+
 def _sampled(members: list[MemberTable], n: int, seed: int, by: str | None) -> list[MemberTable]:
+    for m in members:
+        if by is not None and by not in m.table.column_names:
+            known = ", ".join(m.table.column_names)
+            raise PlanError("sample(by=)", repr(by), f"a column of {m.name!r}: {known}")
     keys = [m.table.select(["id"] if by in (None, "id") else ["id", by]) for m in members]
     rows = sample_rows(pa.concat_tables(keys), "id", n, seed, by)
     first = 0
@@ -152,6 +169,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     _not_empty(name, members)
     spec = _common(name, "harmonize", [m.spec for m in members])
     maps = _common(name, "map", [m.maps for m in members])
+    unreadable = sum(m.unreadable for m in members)
     tables = [Records(m.table) for m in members if m.table.num_rows]
     members = [m for m in members if m.table.num_rows]
     bands = spec.bands or _default_bands(name, tables)
@@ -176,7 +194,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
         maps=maps,
     )
     member = np.repeat(np.arange(len(tables)), [len(r) for r in tables])
-    return ResolvedSource(plan, records, member, passes, axis)
+    return ResolvedSource(plan, records, member, passes, axis, unreadable)
 
 
 def _plain(table: pa.Table) -> pa.Table:
@@ -213,6 +231,8 @@ def _default_bands(name: str, tables: list[Records]) -> tuple[str, ...]:
         return found
 
     first = of(tables[0])
+    if not first:
+        raise PlanError(f"source {name!r}", "records without any band", "assets that are rasters")
     if len(tables) == 1:
         return tuple(band for band, _ in first)
     shared = [c for _, c in first if c and all(c in {n for _, n in of(t)} for t in tables[1:])]

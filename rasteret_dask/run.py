@@ -16,7 +16,7 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from distributed import Client, Future, LocalCluster, as_completed, get_client
 
 from rasteret_dask import remote
-from rasteret_dask.errors import JobError, RasteretDaskError
+from rasteret_dask.errors import JobError, PlanError, RasteretDaskError
 from rasteret_dask.job import Shard
 from rasteret_dask.shards import Functions, JobRef, lower, renamed
 from rasteret_dask.write import JOB, Layout, commit, is_committed, prepare, write_shard
@@ -51,6 +51,8 @@ def run_zarr(
     JobError
         When shards failed; the others are written, and a rerun does only those.
     """
+    if client is not None and not isinstance(client, Client | str):
+        raise PlanError("to_zarr(client=)", repr(client), "a Dask client, a scheduler's address, or None")
     if is_committed(url, layout.job.digest):
         return
     done = prepare(layout, url)

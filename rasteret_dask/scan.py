@@ -21,7 +21,17 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.plan import Predicate, Source
 from rasteret_dask.records import RECORD_SCHEMA, Records
 
-__all__ = ["Table", "as_table", "expression", "filter_table", "hash_unit", "sample_rows", "scan", "token_of"]
+__all__ = [
+    "Table",
+    "as_table",
+    "expression",
+    "filter_table",
+    "hash_unit",
+    "keep_readable",
+    "sample_rows",
+    "scan",
+    "token_of",
+]
 
 Table: TypeAlias = "pa.Table | pads.Dataset"
 
@@ -45,12 +55,7 @@ def scan(source: Source, tables: Mapping[str, Table]) -> pa.Table:
     """
     data = tables[source.token]
     table = filter_table(data, source.where, source.name)
-    if source.bands is not None:
-        table = _only_bands(table, source.bands)
-    readable = [p for p in source.where if p[0] == "readable"]
-    if readable:
-        table = table.filter(pa.array(_readable(table) == bool(readable[0][2])))
-    return table
+    return table if source.bands is None else _only_bands(table, source.bands)
 
 
 def as_table(data: Table) -> pa.Table:
@@ -77,7 +82,7 @@ def expression(predicate: Predicate, schema: pa.Schema) -> pc.Expression | None:
     """Return a predicate as a filter of the scan, or None when only Python can decide it."""
     column, op, value = predicate
     if op == "overlaps":
-        return _overlaps(value)
+        return _overlaps(predicate)
     if op == "intersects" and column == "bbox":
         xmin, ymin, xmax, ymax = tuple(value)  # type: ignore[arg-type]
         box = {n: pc.field("bbox", n) for n in ("xmin", "ymin", "xmax", "ymax")}
@@ -86,7 +91,10 @@ def expression(predicate: Predicate, schema: pa.Schema) -> pc.Expression | None:
         return None
     kind = schema.field(column).type
     if op in ("in", "not in"):
-        inside = pc.field(column).isin(pa.array(list(value), kind))  # type: ignore[arg-type]
+        try:
+            inside = pc.field(column).isin(pa.array(list(value), kind))  # type: ignore[arg-type]
+        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
+            raise _misfit(predicate, f"a column of type {kind}", "values of it") from error
         return inside if op == "in" else ~inside
     if value is None:
         return pc.field(column).is_null() if op == "==" else ~pc.field(column).is_null()
@@ -94,14 +102,21 @@ def expression(predicate: Predicate, schema: pa.Schema) -> pc.Expression | None:
         stamp = pd.Timestamp(str(value)) if pa.types.is_timestamp(kind) else value
         scalar = pa.scalar(stamp, kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as error:
-        raise PlanError(
-            f"where({column!r}, {op!r}, {value!r})", f"a column of type {kind}", "a value of it"
-        ) from error
+        raise _misfit(predicate, f"a column of type {kind}", "a value of it") from error
     return _COMPARE[op](pc.field(column), scalar)
 
 
-def _overlaps(value: Any) -> pc.Expression:
-    start, end = (None if v is None else pa.scalar(pd.Timestamp(v), pa.timestamp("us", "UTC")) for v in value)
+def _misfit(predicate: Predicate, found: str, expected: str) -> PlanError:
+    column, op, value = predicate
+    return PlanError(f"where({column!r}, {op!r}, {value!r})"[:200], found, expected)
+
+
+def _overlaps(predicate: Predicate) -> pc.Expression:
+    kind = pa.timestamp("us", "UTC")
+    try:
+        start, end = (None if v is None else pa.scalar(pd.Timestamp(v), kind) for v in predicate[2])  # type: ignore[union-attr]
+    except (TypeError, ValueError, pa.ArrowInvalid) as error:
+        raise _misfit(predicate, str(error), "(start, end) in ISO 8601, either may be None") from error
     begins = pc.coalesce(pc.field("start_datetime"), pc.field("datetime"))
     ends = pc.coalesce(pc.field("end_datetime"), pc.field("datetime"))
     instant = ends <= begins
@@ -116,7 +131,11 @@ def _overlaps(value: Any) -> pc.Expression:
 def _late(predicate: Predicate, table: pa.Table, name: str) -> NDArray[np.bool_]:
     column, op, value = predicate
     if op == "intersects":
-        area = shapely.from_wkb(bytes.fromhex(str(value)))
+        try:
+            area = shapely.from_wkb(bytes.fromhex(str(value)))
+        except (ValueError, shapely.errors.ShapelyError) as error:
+            wanted = "WKB in hex; subset(geometries=...) takes all other forms"
+            raise _misfit(predicate, str(error), wanted) from error
         shapes = shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False))
         return np.asarray(shapely.intersects(shapes, area), dtype=bool)
     found = False
@@ -147,6 +166,7 @@ def _only_bands(table: pa.Table, wanted: tuple[str, ...]) -> pa.Table:
     """Drop the assets and headers of bands that no wanted name can mean."""
     records = Records(table)
     keep: list[str] = []
+    met = {"@quality"}
     for band in records.bands:
         names = {band}
         for field in ("common_name", "asset"):
@@ -154,7 +174,8 @@ def _only_bands(table: pa.Table, wanted: tuple[str, ...]) -> pa.Table:
         roles = pc.unique(records.asset_field(band, "role")).to_pylist()
         if names & set(wanted) or ("@quality" in wanted and "quality" in roles):
             keep.append(band)
-    if len(keep) == len(records.bands):
+            met |= names
+    if len(keep) == len(records.bands) or not met.issuperset(wanted):  # an unknown name: the error lists all
         return table
     for name in ("assets", "headers_metadata"):
         at = table.schema.get_field_index(name)
@@ -168,7 +189,9 @@ def _filter_map(column: pa.ChunkedArray, keys: list[str], kind: pa.MapType) -> p
     offsets = np.asarray(chunk.offsets)
     first, last = int(offsets[0]), int(offsets[-1])
     stored = chunk.keys
-    keep = np.asarray(pc.is_in(stored.slice(0), value_set=pa.array(keys)).to_numpy(zero_copy_only=False))
+    keep = np.asarray(
+        pc.is_in(stored.slice(0), value_set=pa.array(keys, pa.string())).to_numpy(zero_copy_only=False)
+    )
     shift = 0 if len(stored) == last else first
     counted = np.concatenate([[0], np.cumsum(keep)])
     chosen = pa.array(np.flatnonzero(keep))
@@ -178,6 +201,14 @@ def _filter_map(column: pa.ChunkedArray, keys: list[str], kind: pa.MapType) -> p
         chunk.items.take(chosen),
         type=kind,
     )
+
+
+def keep_readable(table: pa.Table, where: Sequence[Predicate]) -> pa.Table:
+    """Return the rows that a predicate on ``readable`` keeps; all where there is none."""
+    for column, _, value in where:
+        if column == "readable":
+            table = table.filter(pa.array(_readable(table) == bool(value)))
+    return table
 
 
 def _readable(table: pa.Table) -> NDArray[np.bool_]:

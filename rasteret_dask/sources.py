@@ -81,6 +81,8 @@ def read_table(place: str) -> pa.Table:
         return pq.read_table(pa.BufferReader(get(place)))
     except ReadError as error:
         raise SourceError(f"table {redact(place)}", error.found, "a Parquet file") from error
+    except FileNotFoundError as error:
+        raise SourceError(f"table {redact(place)}", "nothing there", "a Parquet file") from error
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"table {redact(place)}", redact(str(error)), "a Parquet file") from None
 

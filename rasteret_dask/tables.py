@@ -78,6 +78,10 @@ def table_to_records(
     table = _renamed(table, column_map, name)
     if _is_complete(table) or (not headers and "headers_metadata" in table.column_names):
         return conform(table, name)
+    kind = table.schema.field("assets").type
+    if not (pa.types.is_map(kind) or pa.types.is_struct(kind)):
+        wanted = "a map or struct of {band: {href, band_index}}"
+        raise SchemaError(f"column 'assets' of {name!r}", f"type {kind}", wanted)
     table = _with_plain_types(table, name)
     rows = _rows(table)
     layers = [_layers(row, dataset, place) for row in rows]

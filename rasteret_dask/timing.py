@@ -67,7 +67,7 @@ def half_open(date_range: Sequence[str | None] | str | None) -> tuple[str | None
         return None, None
     if isinstance(date_range, str):
         date_range = date_range.split("/") if "/" in date_range else (date_range, date_range)
-    if len(date_range) != 2:
+    if not isinstance(date_range, Sequence) or len(date_range) != 2:
         raise PlanError("date_range", repr(date_range), "(start, end), either may be None")
     start, end = (None if part in (None, "", "..") else str(part) for part in date_range)
     low = None if start is None else _period(start)[0]

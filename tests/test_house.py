@@ -19,10 +19,11 @@ PACKAGE = ROOT / "rasteret_dask"
 # Reading order = dependency order: a module imports only from those before it.
 # fmt: off
 ORDER = [
-    "_version", "errors", "grid", "bands", "remote", "trust", "records", "geoparquet", "plan", "scan",
-    "splits", "headers", "layers", "describe", "sources", "stac", "tables", "timing", "resolve", "optimize",
-    "coverage", "frame", "feeds", "chips", "readplan", "rasterfile", "warp", "reader", "cube", "harmonize",
-    "job", "shards", "write", "explain", "plot", "world", "collection", "demo", "cli", "__init__",
+    "_version", "errors", "grid", "bands", "remote", "trust", "records", "geoparquet", "headerpage", "tiffheader",
+    "gdalheader", "headers", "layers", "describe", "sources", "stac", "tables", "plan", "scan", "timing", "optimize",
+    "resolve", "harmonize", "coverage", "frame", "feeds", "chiptable", "chips", "splits", "steps", "readplan", "rasterfile", "warp",
+    "reader", "cube", "job", "pixels", "shards", "write", "run", "lazy", "outputs", "explain", "audit",
+    "plot", "areas", "chipset", "collection", "build", "world", "__init__", "demo_checks", "demo", "cli",
 ]
 # fmt: on
 

@@ -1,0 +1,132 @@
+"""What a header says: the levels of a file with their tile tables, within bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from rasteret_dask.errors import ReadError
+
+__all__ = ["Header", "Page", "RefusedError", "Transform", "UnsupportedError", "checked", "reading_order"]
+
+_MAX_TILE = 256 * 1024 * 1024  # bytes of a decoded tile
+_MAX_TILES = 10_000_000
+_MAX_SAMPLES = 65_535
+
+Transform: TypeAlias = tuple[float, float, float, float, float, float]
+
+
+class UnsupportedError(Exception):
+    """The TIFF path does not serve this file; GDAL may."""
+
+
+class RefusedError(Exception):
+    """The file asks for more memory than a header may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One level of a file, with the tile tables of all its bands."""
+
+    kind: str
+    driver: str
+    width: int
+    height: int
+    tile_width: int
+    tile_height: int
+    dtype: str
+    byteorder: str
+    compression: int
+    predictor: int
+    planar: int
+    samples: int
+    transform: Transform
+    tile_offsets: tuple[int, ...]
+    tile_byte_counts: tuple[int, ...]
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of one plane."""
+        return -(-self.width // self.tile_width) * -(-self.height // self.tile_height)
+
+    def level(self, band_index: int) -> dict[str, Any]:
+        """Return the fields of ``records.LEVEL_TYPE`` for one band."""
+        own = slice(None)
+        if self.planar == 2 and self.samples > 1:
+            own = slice(band_index * self.tiles, (band_index + 1) * self.tiles)
+        fields = {name: getattr(self, name) for name in Page.__slots__}
+        fields["tile_offsets"] = self.tile_offsets[own]
+        fields["tile_byte_counts"] = self.tile_byte_counts[own]
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """All that reading needs to know of a file, without its pixels."""
+
+    pages: tuple[Page, ...]
+    """The image, its overviews from fine to coarse, then masks."""
+    epsg: int
+    nodata: float | None
+    dtype: str
+    """NumPy name."""
+    samples: int
+    """Bands in the file."""
+    size: int | None
+    """Bytes of the file."""
+    etag: str | None
+    scales: tuple[float | None, ...] = ()
+    """GDAL's scale of each band, where the file has any."""
+    offsets: tuple[float | None, ...] = ()
+    """GDAL's offset of each band, where the file has any."""
+
+    def levels_of(self, band_index: int) -> tuple[dict[str, Any], ...]:
+        """Return one dict per level, matching ``records.LEVEL_TYPE``, with the tile tables of one band.
+
+        Tile tables are empty where the reader must ask GDAL: strips, JPEG 2000, odd bit depths.
+
+        Raises
+        ------
+        ReadError
+            When the file has fewer bands.
+        """
+        if not 0 <= band_index < self.samples:
+            raise ReadError(
+                f"band index {band_index}", f"{self.samples} bands in the file", "an index below that"
+            )
+        return tuple(page.level(band_index) for page in self.pages)
+
+    def scale_of(self, band_index: int) -> float | None:
+        """Return the file's own scale of a band, or None."""
+        return self.scales[band_index] if band_index < len(self.scales) else None
+
+    def offset_of(self, band_index: int) -> float | None:
+        """Return the file's own offset of a band, or None."""
+        return self.offsets[band_index] if band_index < len(self.offsets) else None
+
+
+def checked(page: Page) -> Page:
+    """Return the page; RefusedError where its sizes ask for more memory than a file may."""
+    if min(page.width, page.height, page.tile_width, page.tile_height, page.samples) < 1:
+        raise RefusedError(f"size {page.width} x {page.height}, tile {page.tile_width} x {page.tile_height}")
+    if (
+        max(page.width, page.height, page.tile_width, page.tile_height) >= 2**31
+        or page.samples > _MAX_SAMPLES
+    ):
+        raise RefusedError(f"{page.width} x {page.height} pixels, {page.samples} bands")
+    chunky = page.samples if page.planar == 1 else 1
+    itemsize = np.dtype(page.dtype).itemsize
+    nbytes = page.tile_width * page.tile_height * itemsize * chunky
+    strip = page.driver == "GTiff" and not page.tile_offsets and page.tile_width == page.width
+    if not strip and nbytes > _MAX_TILE:
+        raise RefusedError(f"tiles of {nbytes / 2**20:.0f} MiB; at most {_MAX_TILE >> 20} MiB")
+    if page.tiles * (page.samples if page.planar == 2 else 1) > _MAX_TILES:
+        raise RefusedError(f"more than {_MAX_TILES:,} tiles")
+    return page
+
+
+def reading_order(page: Page) -> tuple[int, int]:
+    """Return the sort key that puts the image first, then overviews from fine to coarse, then masks."""
+    return ("image", "overview", "mask", "overview_mask").index(page.kind), -page.width
