@@ -29,10 +29,10 @@ types: $(VENV)/.test-installed  ## mypy, strict
 	@$(BIN)/mypy
 
 pytest: $(VENV)/.test-installed  ## The tests alone, e.g. make pytest ARGS="-k grid"
-	@$(BIN)/python -m pytest -q --ignore=tests/benchmarks $(ARGS)
+	@$(BIN)/python -m pytest -q $(ARGS)
 
 bench: $(VENV)/.test-installed  ## The benchmarks: seconds and megabytes
-	@$(BIN)/python -m pytest -q -s -o python_files="bench_*.py test_*.py" tests/benchmarks $(ARGS)
+	@for script in tests/benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
 clean:  ## Remove what builds, tests and the demo leave behind
 	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis dask-worker-space

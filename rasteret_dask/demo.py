@@ -7,15 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import xarray as xr
 
+import rasteret_dask as rd
 from rasteret_dask import plot
-from rasteret_dask.build import build_from_stac
-from rasteret_dask.chipset import Chips
-from rasteret_dask.collection import join, merge
 from rasteret_dask.demo_checks import Check, check_objects, check_pixels, check_splits, check_store
 from rasteret_dask.errors import StoreError
 from rasteret_dask.world import World, WorldSize, make_world
@@ -27,6 +26,7 @@ WORLD, STORE, PICTURE = "world", "train.zarr", "demo.png"
 """What the demo leaves in its folder."""
 
 Say = Callable[[str], None]
+_SAY: Say = partial(print, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ SMALL = DemoSize(WorldSize(300, 360, 198, 128), chip_px=64, cell_km=0.64, least_
 
 
 def run_demo(
-    folder: Path, size: DemoSize | None = None, *, fresh: bool = False, say: Say = print
+    folder: Path, size: DemoSize | None = None, *, fresh: bool = False, say: Say = _SAY
 ) -> tuple[Check, ...]:
     """Make a small world, write its train chips to a Zarr store, draw them, and check the result.
 
@@ -74,9 +74,11 @@ def run_demo(
     """
     size = size or DemoSize()
     if fresh:
-        _remove(folder)
+        _remove(folder, WORLD, STORE)
     started = time.monotonic()
-    world = _world(folder / WORLD, size.world, say)
+    world, made = _world(folder / WORLD, size.world, say)
+    if made:
+        _remove(folder, STORE)  # chips of another world
     chips = demo_chips(world, size)
     train = chips.select("train")
     audit = chips.audit()
@@ -97,15 +99,15 @@ def run_demo(
     return tuple(checks)
 
 
-def demo_chips(world: World, size: DemoSize) -> Chips:
+def demo_chips(world: World, size: DemoSize) -> rd.Chips:
     """Return the demo's chips, split: the main job up to the point where something is written."""
     dates = ("2024-04-01", "2024-06-30")
-    s2 = build_from_stac(world.sentinel2, name="s2", date_range=dates)
-    l8 = build_from_stac(world.landsat, name="l8", date_range=dates)
-    aef = build_from_stac(world.embeddings, name="aef", date_range=dates)
+    s2 = rd.build_from_stac(world.sentinel2, name="s2", date_range=dates)
+    l8 = rd.build_from_stac(world.landsat, name="l8", date_range=dates)
+    aef = rd.build_from_stac(world.embeddings, name="aef", date_range=dates)
 
     optical = (
-        merge(s2, l8)
+        rd.merge(s2, l8)
         .subset(cloud_cover_lt=30)
         .harmonize(
             bands=["red", "green", "blue", "nir"],
@@ -116,13 +118,14 @@ def demo_chips(world: World, size: DemoSize) -> Chips:
         )
     )
     return (
-        join(optical=optical, embeddings=aef)
+        rd.join(optical=optical, embeddings=aef)
         .chips(size=size.chip_px, cell_km=size.cell_km)
         .split(train=0.7, val=0.15, test=0.15, seed=42)
     )
 
 
-def _world(folder: Path, size: WorldSize, say: Say) -> World:
+def _world(folder: Path, size: WorldSize, say: Say) -> tuple[World, bool]:
+    """Return the world and whether it had to be made."""
     say("A made-up world of two sensors and embeddings, made once")
     started, steps = time.monotonic(), []
 
@@ -137,10 +140,10 @@ def _world(folder: Path, size: WorldSize, say: Say) -> World:
     west, south, east, north = world.bounds
     how = f"made in {time.monotonic() - started:.0f} s" if steps else "there already, used again"
     say(f"  {folder}: {(east - west) / 1000:.1f} x {(north - south) / 1000:.1f} km, {how}")
-    return world
+    return world, bool(steps)
 
 
-def _story(chips: Chips, size: DemoSize) -> str:
+def _story(chips: rd.Chips, size: DemoSize) -> str:
     side = size.chip_px / 100
     return (
         "s2 | l8 -> optical: red, green, blue, nir in reflectance at 10 m, a slot a month, clouds masked\n"
@@ -150,14 +153,18 @@ def _story(chips: Chips, size: DemoSize) -> str:
     )
 
 
-def _write(train: Chips, store: Path, say: Say) -> bool:
+def _write(train: rd.Chips, store: Path, say: Say) -> bool:
     """Write the train chips and tell; return False where they were all there."""
     say("\nWriting the train chips")
     if is_committed(str(store.absolute()), train.job.digest):
         say(f"  {store} is complete already, nothing is written")
         return False
     started = time.monotonic()
-    train.to_zarr(store)
+    try:
+        train.to_zarr(store)
+    except StoreError as error:
+        remedy = "Start anew: rasteret-dask demo --fresh."
+        raise StoreError(error.subject, error.found, error.expected, remedy) from error
     taken = time.monotonic() - started
     nbytes = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     shards = sum(1 for _ in train.job.shards())
@@ -166,7 +173,7 @@ def _write(train: Chips, store: Path, say: Say) -> bool:
     return True
 
 
-def _draw(chips: Chips, tree: xr.DataTree, path: Path, written: bool, say: Say) -> None:
+def _draw(chips: rd.Chips, tree: xr.DataTree, path: Path, written: bool, say: Say) -> None:
     say("\nPicture")
     if find_spec("matplotlib") is None:
         say("  none: it needs matplotlib (pip install 'rasteret-dask[demo]')")
@@ -188,15 +195,15 @@ def _tell(say: Say, title: str, text: str) -> None:
         say(f"  {line}")
 
 
-def _remove(folder: Path) -> None:
-    """Remove what the demo made: its world by the world's marker, its store by the job's."""
-    for name, marker in ((WORLD, "world.json"), (STORE, "_job/digest")):
-        path = folder / name
-        if path.exists() and not (path / marker).exists():
+def _remove(folder: Path, *names: str) -> None:
+    """Remove what the demo made and the picture of it: a world by its marker, a store by its job's."""
+    markers = {WORLD: "world.json", STORE: "_job/digest"}
+    for name in names:
+        if (folder / name).exists() and not (folder / name / markers[name]).exists():
             raise StoreError(
-                f"starting the demo afresh in {folder}", f"{name} without {marker}", "what a demo left there",
-                "Choose another folder.",
+                f"starting the demo afresh in {folder}", f"{name} without {markers[name]}",
+                "what a demo left there", "Choose another folder.",
             )  # fmt: skip
-    for name in (WORLD, STORE):
+    for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / PICTURE).unlink(missing_ok=True)

@@ -1,19 +1,17 @@
-"""Pictures of chips: where they lie, and what is in them."""
+"""Drawings of chips: where they lie, and what is in them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import shapely
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.errors import BandError, PlanError
+from rasteret_dask.errors import PlanError
+from rasteret_dask.pictures import Picture, by_source, pictures_of
 
 __all__ = ["contact_sheet", "plot_chips", "plot_demo"]
 
@@ -22,20 +20,6 @@ SPLIT_COLOURS = {"train": "#4878a8", "val": "#eda83b", "test": "#b5446e"}
 
 _FURTHER = ("#5a9367", "#8a6fb0", "#7f5f3f", "#3fa7a3", "#c96f4a")
 _NO_SPLIT, _INVALID, _HATCH, _INK = "#c9c9c9", "#e4e4e4", "#b4b4b4", "#333333"
-_RGB = ("red", "green", "blue")
-_GAMMA = 0.75  # lifts water and forest a little
-
-
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    """One picture of one chip."""
-
-    rgba: NDArray[np.float32]
-    """Shape (y, x, 4), 0..1; alpha is 0 where a pixel is invalid."""
-    column: str
-    """Title of its column: the source's slot."""
-    caption: str
-    """What this chip has there; may be empty."""
 
 
 def plot_chips(table: pa.Table, ax: Any = None) -> Any:
@@ -103,7 +87,7 @@ def contact_sheet(chips: xr.Dataset | xr.DataTree, n: int = 5, *, figure: Any = 
     -------
     matplotlib.figure.Figure
         Sources with red, green and blue in natural colour; of others the three main components of their bands.
-        All pictures of a source share one stretch (its 0.2nd to 99th percentile). Invalid pixels are hatched.
+        All pictures of a source share one stretch (its 0.2nd to 98th percentile). Invalid pixels are hatched.
 
     Raises
     ------
@@ -111,12 +95,12 @@ def contact_sheet(chips: xr.Dataset | xr.DataTree, n: int = 5, *, figure: Any = 
         When there is no chip to draw, or matplotlib is not installed.
     """
     plt = _pyplot()
-    sources = _sources(chips)
+    sources = by_source(chips)
     total = min((s.sizes["chip"] for s in sources.values()), default=0)
     if not total or n < 1:
         raise PlanError("contact_sheet", f"{total} chips, {n} asked for", "at least one chip to draw")
     rows = np.unique(np.linspace(0, total - 1, min(n, total)).round().astype(int))
-    pictures = [_pictures(name, source, rows) for name, source in sources.items()]
+    pictures = [pictures_of(name, source, rows) for name, source in sources.items()]
     table = [[p for source in pictures for p in source[i]] for i in range(len(rows))]
     columns = len(table[0])
     size = (1.55 * columns, 1.7 * len(rows) + 0.4)
@@ -146,7 +130,7 @@ def plot_demo(table: pa.Table, chips: xr.Dataset | xr.DataTree, n: int = 5) -> A
         Not shown; save it with ``figure.savefig``.
     """
     plt = _pyplot()
-    first, *others = _sources(chips).values()
+    first, *others = by_source(chips).values()
     columns = sum(s.sizes["time"] for s in (first, *others))
     height = 1.62 * n + 0.9
     widths = (0.92 * height, 1.48 * columns)
@@ -201,99 +185,7 @@ def _outlines(table: pa.Table) -> tuple[list[NDArray[np.float64]], tuple[str, st
     return rings, ("Longitude (degrees)", "Latitude (degrees)"), float(1 / np.cos(np.radians(middle)))
 
 
-def _sources(chips: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
-    """Return every source's chips by name, those in natural colour first."""
-    if isinstance(chips, xr.Dataset):
-        return {"": chips}
-    found = {node.name or "": node.to_dataset() for node in chips.subtree if "pixels" in node.data_vars}
-    return dict(sorted(found.items(), key=lambda pair: not _natural(pair[1])))
-
-
-def _natural(source: xr.Dataset) -> bool:
-    return set(_RGB) <= set(source["band"].values.tolist())
-
-
-def _pictures(name: str, source: xr.Dataset, rows: Sequence[int] | NDArray[Any]) -> list[list[_Picture]]:
-    """Load these chips of one source and return their pictures: one list per chip, one picture per slot."""
-    loaded = [source.isel(chip=int(i)).load() for i in rows]
-    values = np.stack([_values(chip) for chip in loaded])  # (chip, time, band, y, x), NaN where invalid
-    bands = source["band"].values.tolist()
-    if _natural(source):
-        rgba = _stretched(values[:, :, [bands.index(b) for b in _RGB]], together=True)
-    else:
-        rgba = _muted(_stretched(_main_components(values), together=False))
-    return [
-        [
-            _Picture(rgba[i, t], _slot(name, source, chip, t), _caption(chip, t, _natural(source)))
-            for t in range(chip.sizes["time"])
-        ]
-        for i, chip in enumerate(loaded)
-    ]
-
-
-def _values(chip: xr.Dataset) -> NDArray[np.float32]:
-    pixels = chip["pixels"].values.astype(np.float32)
-    if "valid" in chip:
-        pixels = np.where(chip["valid"].values[:, None], pixels, np.float32(np.nan))
-    if not pixels.shape[1]:
-        raise BandError("contact_sheet", "no bands", "at least one band")
-    return pixels
-
-
-def _main_components(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Project bands onto their three main components: (chip, time, band, y, x) -> (chip, time, 3, y, x)."""
-    flat = np.moveaxis(values, 2, -1)
-    known = flat[np.isfinite(flat).all(-1)]
-    if not len(known) or known.shape[1] < 3:
-        return np.repeat(values[:, :, :1], 3, axis=2)
-    middle = known.mean(axis=0, dtype=np.float64)
-    known = known[:: max(1, len(known) // 50_000)]
-    axes = np.linalg.eigh(np.cov(known - middle, rowvar=False))[1][:, :-4:-1]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1, 2]])  # a component's sign is arbitrary
-    return np.asarray(np.moveaxis((flat - middle) @ axes, -1, 2), dtype=np.float32)
-
-
-def _stretched(colour: NDArray[np.float32], together: bool) -> NDArray[np.float32]:
-    """Stretch (chip, time, 3, y, x) to 0..1 and return (chip, time, y, x, 4) with alpha 0 where invalid.
-
-    ``together`` keeps the three channels' proportions, hence natural colours natural.
-    """
-    image = np.moveaxis(colour, 2, -1)
-    valid: NDArray[np.bool_] = np.asarray(np.isfinite(image).all(axis=-1))
-    if valid.any():
-        low, high = np.percentile(image[valid], (0.2, 99), axis=None if together else 0)
-        image = np.clip((image - low) / np.maximum(high - low, 1e-9), 0, 1) ** _GAMMA
-    image = np.where(valid[..., None], image, 0)
-    return np.concatenate([image, valid[..., None]], axis=-1).astype(np.float32)
-
-
-def _muted(rgba: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Read three channels as lightness and two hues (YUV, ITU-R BT.601), so that no component shouts."""
-    y = 0.2 + 0.65 * rgba[..., 0]
-    u, v = 0.35 * (rgba[..., 1] - 0.5), 0.35 * (rgba[..., 2] - 0.5)
-    image = np.stack([y + 1.14 * v, y - 0.395 * u - 0.581 * v, y + 2.032 * u, rgba[..., 3]], axis=-1)
-    return np.asarray(np.clip(image, 0, 1), dtype=np.float32)
-
-
-def _slot(name: str, source: xr.Dataset, chip: xr.Dataset, t: int) -> str:
-    """Return a column's title: the source, and its slot as short as the other slots allow."""
-    if "time" not in source.coords:
-        return name
-    when = pd.DatetimeIndex(source["time"].values)
-    yearly = bool(np.all((when.month == 1) & (when.day == 1))) and when.year.is_unique
-    form = "%Y" if yearly else "%b %Y" if bool(np.all(when.day == 1)) else "%d %b %Y"
-    return f"{name}\n{when[t].strftime(form)}".strip()
-
-
-def _caption(chip: xr.Dataset, t: int, dated: bool) -> str:
-    parts: Mapping[str, Any] = {k: chip[k].values[t] for k in ("source", "datetime") if k in chip.coords}
-    name, when = str(parts.get("source", "")), pd.Timestamp(parts.get("datetime", pd.NaT))
-    if not name:
-        return "no scene"
-    return f"{name}, {when.day} {when:%b}" if dated and not pd.isna(when) else name
-
-
-def _draw(axes: Any, picture: _Picture, title: str) -> None:
+def _draw(axes: Any, picture: Picture, title: str) -> None:
     height, width = picture.rgba.shape[:2]
     if (picture.rgba[..., 3] == 0).any():
         axes.fill_between([-0.5, width - 0.5], -0.5, height - 0.5, facecolor=_INVALID, edgecolor=_HATCH,
