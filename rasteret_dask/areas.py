@@ -10,6 +10,7 @@ import pyarrow as pa
 import shapely
 import shapely.geometry
 
+from rasteret_dask.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import PlanError
 
 __all__ = ["as_area", "as_points", "bbox_of"]
@@ -63,6 +64,8 @@ def _shapes(value: Any) -> list[Any]:
         if value.get("type") == "FeatureCollection":
             return [s for f in value["features"] for s in _shapes(f["geometry"])]
         return [shapely.geometry.shape(value["geometry"] if value.get("type") == "Feature" else value)]
+    if isinstance(value, np.ndarray):
+        return _shapes(value.tolist())
     if isinstance(value, pa.Array | pa.ChunkedArray):
         return [s for v in value.to_pylist() for s in _shapes(v)]
     if isinstance(value, pa.Table):
@@ -73,7 +76,7 @@ def _shapes(value: Any) -> list[Any]:
         and all(isinstance(v, int | float | np.number) for v in value)
     ):
         return [shapely.box(*bbox_of(value))]
-    if isinstance(value, Sequence | np.ndarray) and len(value) and not isinstance(value, str):
+    if isinstance(value, Sequence) and len(value) and not isinstance(value, str):
         return [s for v in value for s in _shapes(v)]
     raise PlanError(
         "area", repr(value)[:200], "a bbox, shapely, GeoJSON, WKB, GeoDataFrame, or several of them"
@@ -96,10 +99,15 @@ def as_points(value: Any) -> pa.Table:
     """
     if hasattr(value, "to_crs") and hasattr(value, "geometry"):
         frame = _lonlat(value)
-        plain = frame.drop(columns=frame.geometry.name)
-        table = pa.Table.from_pandas(plain, preserve_index=False).replace_schema_metadata(None)
         wkb = pa.array(shapely.to_wkb(np.asarray(frame.geometry.to_numpy())), pa.binary())
-        table = table.append_column("geometry", wkb)
+        plain = (
+            frame.drop(columns=frame.geometry.name)
+            if hasattr(frame, "columns")
+            else frame.to_frame().iloc[:, :0]
+        )
+        own = pa.Table.from_pandas(plain, preserve_index=False)
+        names = [*own.column_names, "geometry"]  # a table without columns would have no rows
+        table = pa.Table.from_arrays([*own.columns, pa.chunked_array([wkb])], names=names)
         index = [str(i) for i in frame.index]
     elif isinstance(value, pa.Table) and "geometry" in value.column_names:
         table = value.replace_schema_metadata(None)
@@ -114,6 +122,14 @@ def as_points(value: Any) -> pa.Table:
         )
     if not table.num_rows:
         raise PlanError("chips(at=)", "no row", "at least one point")
+    taken = [n for n in table.column_names if n in CHIP_SCHEMA.names and n != "geometry"]
+    if taken:
+        raise PlanError(
+            "chips(at=)",
+            f"columns {', '.join(taken)}, which every chip table has",
+            "labels of other names",
+            "Give them other names: gdf.rename(columns=...).",
+        )
     if len(set(index)) != len(index):
         raise PlanError(
             "chips(at=)", "an index value that stands twice", "a unique index", "Call reset_index()."

@@ -101,6 +101,8 @@ def _between(chips: ChipSet, first: NDArray[np.bool_], second: NDArray[np.bool_]
     for code in np.unique(epsg[first]):
         own = _shapes(bounds[first & (epsg == code)])
         other = _others(chips, int(code), second, epsg, bounds)
+        if not len(other):
+            continue
         tree = shapely.STRtree(other)
         pairs = tree.query(own, predicate="intersects")
         shared = shapely.area(shapely.intersection(own[pairs[0]], other[pairs[1]]))
@@ -125,4 +127,5 @@ def _others(
     wkb = chips.table.column("geometry").to_numpy(zero_copy_only=False)[there]
     to = transformer(4326, code)
     moved = shapely.transform(shapely.from_wkb(wkb), lambda p: np.stack(to.transform(p[:, 0], p[:, 1]), -1))
-    return np.concatenate([here, np.asarray(moved, dtype=object)])
+    near = np.isfinite(shapely.bounds(moved)).all(axis=1)
+    return np.concatenate([here, np.asarray(moved, dtype=object)[near]])

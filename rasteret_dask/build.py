@@ -16,7 +16,7 @@ from rasteret_dask.areas import bbox_of
 from rasteret_dask.collection import Collection
 from rasteret_dask.errors import SourceError
 from rasteret_dask.plan import Predicate, Source
-from rasteret_dask.records import conform
+from rasteret_dask.records import RECORD_SCHEMA, conform
 from rasteret_dask.scan import token_of
 from rasteret_dask.sources import read_items, read_table
 from rasteret_dask.stac import items_to_table
@@ -130,9 +130,16 @@ def as_collection(table: pa.Table | pads.Dataset, *, name: str) -> Collection:
     SchemaError
         When it does not have the columns of RECORD_SCHEMA.
     """
-    records = table if isinstance(table, pads.Dataset) else conform(table, name)
+    lazy = isinstance(table, pads.Dataset)
+    if lazy and not _has_schema(table.schema):
+        lazy, table = False, table.to_table()
+    records = table if lazy else conform(table, name)
     token = token_of(records)
     return Collection(Source(name, token), {token: records})
+
+
+def _has_schema(schema: pa.Schema) -> bool:
+    return all(f.name in schema.names and schema.field(f.name).type == f.type for f in RECORD_SCHEMA)
 
 
 def load(path: str | os.PathLike[str], name: str | None = None) -> Collection:
@@ -143,5 +150,9 @@ def load(path: str | os.PathLike[str], name: str | None = None) -> Collection:
     place = os.fspath(path)
     called = name or os.path.splitext(os.path.basename(place))[0]
     if os.path.exists(place):
-        return as_collection(pads.dataset(place), name=called)
+        try:
+            dataset = pads.dataset(place)
+        except pa.ArrowInvalid as error:
+            raise SourceError(f"table {place}", str(error), "a Parquet file") from error
+        return as_collection(dataset, name=called)
     return as_collection(read_table(place), name=called)

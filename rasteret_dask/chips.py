@@ -6,18 +6,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chiptable import CHIP_SCHEMA, FeedTable, replaced, texts, with_columns
 from rasteret_dask.coverage import Outlines
 from rasteret_dask.errors import GridError, PlanError
-from rasteret_dask.feeds import Feeds, covered, enough, pick, slots_of, source_outlines
+from rasteret_dask.feeds import (
+    Feeds,
+    WindowPasses,
+    covered,
+    enough,
+    passes_in,
+    pick,
+    slots_of,
+    source_outlines,
+)
 from rasteret_dask.frame import Frame, Phase, candidates, lonlat
 from rasteret_dask.grid import Lattice
-from rasteret_dask.plan import Chips, ChipSpec, Function, Join, Map, Node, SplitSpec
+from rasteret_dask.plan import (
+    Chips,
+    ChipSpec,
+    Filter,
+    Function,
+    Join,
+    Map,
+    Node,
+    SplitSpec,
+    is_filtered,
+    near_area,
+)
 from rasteret_dask.records import Records
 from rasteret_dask.resolve import ResolvedSource, evaluate, resolve_source
 from rasteret_dask.scan import Table, as_table
@@ -59,7 +79,9 @@ def lay_chips(node: Chips, tables: Mapping[str, Table]) -> ChipSet:
     PlanError, GridError, BandError, UnreadableAssetsError
         Whatever cannot be carried out, before any pixel is read.
     """
-    child: Node = node.child
+    near = near_area(node.spec)
+    settled = near is None or is_filtered(node.child, near)
+    child: Node = _below_join(node.child if settled or near is None else Filter(node.child, (near,)))
     maps: list[tuple[str | None, Function]] = []
     while isinstance(child, Map) and isinstance(child.child, Join):
         maps.append((child.source, child.function))
@@ -79,10 +101,22 @@ def lay_chips(node: Chips, tables: Mapping[str, Table]) -> ChipSet:
     resolution = sources[reference].plan.resolution
     _check_sizes(node.spec, sources, reference)
     found = [source_outlines(s) for s in sources]
-    phase = _phases(sources[reference], found[reference], node.spec)
+    phase = _phases(sources[reference], found[reference])
     points = None if node.spec.at is None else as_table(tables[node.spec.at])
     frame = candidates(node.spec, found[reference], resolution, phase, points)
     return _fill(node.spec, sources, reference, found, frame, points, tuple(reversed(maps)))
+
+
+def _below_join(node: Node) -> Node:
+    """Return an equal plan whose filters of a join stand in each of its sources."""
+    match node:
+        case Filter(child, where) if isinstance(below := _below_join(child), Join):
+            return replace(below, children=tuple(Filter(c, where) for c in below.children))
+        case Filter(child, where) if isinstance(below := _below_join(child), Map):
+            return replace(below, child=_below_join(Filter(below.child, where)))
+        case Map(child):
+            return replace(node, child=_below_join(child))
+    return node
 
 
 def _shared_time(sources: list[ResolvedSource]) -> list[ResolvedSource]:
@@ -90,7 +124,7 @@ def _shared_time(sources: list[ResolvedSource]) -> list[ResolvedSource]:
     axes = [s.axis for s in sources if s.axis is not None]
     if not axes:
         return sources
-    start, end = min(a.start.min() for a in axes), max(a.end.max() for a in axes)
+    start, end = min(a.span[0] for a in axes), max(a.span[1] for a in axes)
     result = []
     for source in sources:
         if source.axis is None:
@@ -106,7 +140,7 @@ def _shared_time(sources: list[ResolvedSource]) -> list[ResolvedSource]:
             if not keep.any():
                 raise PlanError(f"source {source.plan.name!r}", f"intervals {stamps.min()} to {stamps.max()}",
                                 f"one that overlaps {start} to {end}")  # fmt: skip
-            axis = TimeAxis(stamps[keep, 0], stamps[keep, 1])
+            axis = TimeAxis(stamps[keep, 0], stamps[keep, 1], (start, end))
             slots = tuple(int(t) for t in axis.start.astype(np.int64))
             source = replace(source, axis=axis, plan=replace(source.plan, slots=slots))
         result.append(source)
@@ -128,13 +162,13 @@ def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) 
         above = [n for n in fits if n > spec.size][:1]
         cell = spec.cell_km * 1000.0
         fills = [n for n in fits if abs(cell / (n * resolution) - round(cell / (n * resolution))) < 1e-9]
-        best = min(fills, key=lambda n: abs(n - spec.size), default=None)
+        best = [n for n in fills if n < spec.size][-1:] + [n for n in fills if n > spec.size][:1]
         raise GridError(
             f"chips(size={spec.size}) with source {source.plan.name!r}",
             f"{length:g} m = {pixels:.4g} pixels of {source.plan.resolution:g} m",
             "a whole number of every source's pixels",
             f"Nearest sizes that fit: {', '.join(map(str, below + above)) or 'none'}"
-            + (f"; {best} also fills a split cell." if best else "."),
+            + (f"; filling a split cell: {', '.join(map(str, best))}." if best else "."),
         )
 
 
@@ -142,25 +176,13 @@ def _fits(length: float, resolutions: list[float]) -> bool:
     return all(abs(length / r - round(length / r)) < 1e-6 for r in resolutions)
 
 
-def _phases(source: ResolvedSource, found: Outlines, spec: ChipSpec) -> Phase:
+def _phases(source: ResolvedSource, found: Outlines) -> Phase:
     """Return a pixel corner in each CRS: the first member's that has records there, that of most of them."""
     resolution = source.plan.resolution
     outline = found.of_record
     counted: dict[int, dict[tuple[float, float], int]] = {}
     settled: dict[int, int] = {}
-    area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
-    near = None
-    if area is not None:
-        boxes = source.records.table.column("bbox").combine_chunks()
-        if not boxes.null_count:
-            sides = [
-                pc.struct_field(boxes, n).to_numpy(zero_copy_only=False)
-                for n in ("xmin", "ymin", "xmax", "ymax")
-            ]
-            near = shapely.intersects(shapely.box(*sides), shapely.buffer(area, 0.1))
     for row in range(len(outline)):
-        if near is not None and not near[row]:
-            continue
         number = int(outline[row])
         epsg, member = int(found.epsg[number]), int(source.member[row])
         if settled.setdefault(epsg, member) != member:
@@ -185,36 +207,49 @@ def _fill(
     dropped |= {f"record with an unreadable asset ({s.plan.name})": s.unreadable for s in sources}
     dropped = {k: v for k, v in dropped.items() if v}
     touched = [covered(s, o, frame) for s, o in zip(sources, found, strict=True)]
-    timed = sources[reference].axis is not None
-    if timed:
-        feeds, alive, share, slots = _with_slots(spec, sources, reference, found, frame, touched)
-        chip_window = np.flatnonzero(alive)
-        acquisition = np.full(len(chip_window), -1, dtype=np.int64)
-    else:
-        feeds, chip_window, acquisition, share = _by_acquisition(
-            spec, sources, reference, found, frame, touched
-        )
-        slots = np.ones(len(chip_window), dtype=np.int64)
-    lost = len(frame) - len(np.unique(chip_window))
-    if lost:
-        names = " and ".join(s.plan.name for s in sources)
-        dropped[f"window not covered to {spec.min_coverage:.0%} by {names}"] = lost
-    if not len(chip_window):
+    lay = _with_slots if sources[reference].axis is not None else _by_acquisition
+    laid = lay(spec, sources, reference, found, frame, touched)
+    dropped |= {why: count for why, count in laid.lost.items() if count}
+    if not len(laid.window):
+        reasons = "; ".join(f"{count:,}: {why}" for why, count in dropped.items())
         raise PlanError(
-            "chips", f"none of {len(frame)} candidate windows is covered to {spec.min_coverage:.0%} by every source",
+            "chips", f"no chip of {len(frame):,} candidate windows ({reasons or 'no record is there'})",
             "at least one chip", "Lower min_coverage, change the area, or check that the sources overlap in time.",
         )  # fmt: skip
-    order = _order(frame, chip_window, acquisition, sources[reference])
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    feeds = [replace(f, window=place[f.window]) for f in feeds]
-    table = _table(
-        sources, reference, frame, chip_window[order], acquisition[order], slots[order], share[order], feeds
-    )
+    laid = laid.take(_order(frame, laid))
+    table = _table(sources, frame, laid)
     if points is not None:
-        table = with_columns(table, points.take(pa.array(frame.index[chip_window[order]])))  # type: ignore[index]
+        table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
     resolution = sources[reference].plan.resolution
     return ChipSet(table, tuple(sources), reference, spec, None, resolution, maps, dropped, tuple(found))
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """Chips to be; all arrays have one entry per chip."""
+
+    window: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    """Slots of the reference that have records."""
+    share: NDArray[np.float64]
+    start: NDArray[np.datetime64]
+    """Start of the chip's acquisition; NaT with a time axis."""
+    platform: tuple[str, ...]
+    """Of the chip's acquisition; empty with a time axis."""
+    first_id: NDArray[np.int64]
+    feeds: list[Feeds]
+    """Per source; ``window`` counts chips."""
+    lost: dict[str, int]
+
+    def take(self, order: NDArray[np.int64]) -> _Laid:
+        """Return the chips in another order."""
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        return _Laid(
+            self.window[order], self.slots[order], self.share[order], self.start[order],
+            tuple(self.platform[i] for i in order) if self.platform else (), self.first_id[order],
+            [replace(f, window=place[f.window]) for f in self.feeds], self.lost,
+        )  # fmt: skip
 
 
 def _with_slots(
@@ -224,23 +259,37 @@ def _with_slots(
     found: list[Outlines],
     frame: Frame,
     touched: list[Feeds],
-) -> tuple[list[Feeds], NDArray[np.bool_], NDArray[np.float64], NDArray[np.int64]]:
+) -> _Laid:
+    """Make a chip of each window that every source fills enough slots of."""
     alive = np.ones(len(frame), dtype=bool)
     share = np.ones(len(frame))
-    result, reference_slots = [], np.zeros(len(frame), dtype=np.int64)
+    result, lost = [], {}
+    reference_slots = np.zeros(len(frame), dtype=np.int64)
     for number, (source, outline, feeds) in enumerate(zip(sources, found, touched, strict=True)):
         assert source.axis is not None
         slotted = slots_of(source, feeds, source.axis)
         good, key, part = enough(slotted, frame, outline, spec.min_coverage)
         slots = int(slotted.slot.max()) + 1 if len(slotted.slot) else 1
         filled = np.bincount(key // slots, minlength=len(frame))
-        alive &= filled >= max(spec.min_slots, 1)
+        wanted = min(max(spec.min_slots, 1), len(source.axis))
+        lost[_uncovered(spec, source, wanted)] = int(np.sum(alive & (filled < wanted)))
+        alive &= filled >= wanted
         np.minimum.at(share, key // slots, part)
         reference_slots = filled if number == reference else reference_slots
         result.append((source, outline, good))
     picked = [pick(s, f.take(alive[f.window]), frame, o, s.axis) for s, o, f in result]
     place = np.cumsum(alive) - 1
-    return [replace(f, window=place[f.window]) for f in picked], alive, share[alive], reference_slots[alive]
+    window = np.flatnonzero(alive)
+    nothing = np.full(len(window), np.datetime64("NaT", "ns"))
+    return _Laid(
+        window, reference_slots[alive], share[alive], nothing, (), np.zeros(len(window), dtype=np.int64),
+        [replace(f, window=place[f.window]) for f in picked], lost,
+    )  # fmt: skip
+
+
+def _uncovered(spec: ChipSpec, source: ResolvedSource, slots: int) -> str:
+    often = f" in {slots} slots" if slots > 1 else ""
+    return f"window not covered to {spec.min_coverage:.0%} by {source.plan.name}{often}"
 
 
 def _by_acquisition(
@@ -250,65 +299,82 @@ def _by_acquisition(
     found: list[Outlines],
     frame: Frame,
     touched: list[Feeds],
-) -> tuple[list[Feeds], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+) -> _Laid:
     """Make a chip of each (window, acquisition of the reference); others give their nearest acquisition."""
-    passes = sources[reference].passes
     good, key, share = enough(touched[reference], frame, found[reference], spec.min_coverage)
-    slots = int(touched[reference].slot.max()) + 1 if len(touched[reference].slot) else 1
-    window, acquisition = key // slots, key % slots
+    slots = int(touched[reference].slot.max(initial=0)) + 1
+    own = passes_in(sources[reference], good)
+    window = key // slots
     alive = np.ones(len(key), dtype=bool)
+    lost = {_uncovered(spec, sources[reference], 1): len(frame) - len(np.unique(window))}
     feeds: list[Feeds] = []
-    for number, (source, outline, own) in enumerate(zip(sources, found, touched, strict=True)):
+    for number, (source, outline, other) in enumerate(zip(sources, found, touched, strict=True)):
         if number == reference:
             chip = np.searchsorted(key, good.window.astype(np.int64) * slots + good.slot)
             feeds.append(replace(good, window=chip))
             continue
-        ready, other_key, other_share = enough(own, frame, outline, spec.min_coverage)
-        other_slots = int(own.slot.max()) + 1 if len(own.slot) else 1
-        chosen = _nearest(
-            source, passes.start[acquisition], window, other_key // other_slots, other_key % other_slots
+        ready, other_key, other_share = enough(other, frame, outline, spec.min_coverage)
+        other_slots = int(other.slot.max(initial=0)) + 1
+        theirs = passes_in(source, ready)
+        chosen = _nearest(theirs, own.start, window, other_key // other_slots)
+        lost[f"chip of {sources[reference].plan.name} without an acquisition of {source.plan.name}"] = int(
+            np.sum(alive & (chosen < 0))
         )
         alive &= chosen >= 0
-        at = np.searchsorted(other_key, window * other_slots + np.maximum(chosen, 0))
-        share = np.where(
-            chosen >= 0, np.minimum(share, other_share[np.minimum(at, len(other_share) - 1)]), 0.0
-        )
+        if len(other_key):
+            share = np.minimum(share, other_share[np.maximum(chosen, 0)])
+            chosen = np.where(chosen >= 0, other_key[np.maximum(chosen, 0)] % other_slots, -1)
         feeds.append(_chosen(ready, other_slots, window, chosen))
     place = np.cumsum(alive) - 1
     kept = []
     for source, outline, f in zip(sources, found, feeds, strict=True):
         f = f.take(alive[f.window])
-        in_window = replace(f, window=window[f.window])
-        chip = place[f.window]
         # One slot per chip: the chip's number stands in for the window while the pick sorts.
-        ordered = pick(source, replace(in_window, window=chip, slot=np.zeros_like(f.slot)),
-                       frame.take(window[alive]), outline, None)  # fmt: skip
-        kept.append(ordered)
-    return kept, window[alive], acquisition[alive], share[alive]
+        alone = replace(f, window=place[f.window], slot=np.zeros_like(f.slot))
+        kept.append(pick(source, alone, frame.take(window[alive]), outline, None))
+    platform = tuple(sources[reference].passes.platform[a] for a in own.acquisition[alive])
+    ones = np.ones(int(alive.sum()), dtype=np.int64)
+    return _Laid(
+        window[alive], ones, share[alive], own.start[alive], platform, own.first_id[alive], kept, lost
+    )
 
 
 def _nearest(
-    source: ResolvedSource,
+    theirs: WindowPasses,
     when: NDArray[np.datetime64],
     window: NDArray[np.int64],
     other_window: NDArray[np.int64],
-    other_pass: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Return for each chip the other source's acquisition: the interval that contains it, else the nearest."""
-    start = source.passes.start[other_pass].astype(np.int64)
-    end = source.passes.end[other_pass].astype(np.int64)
+    """Return for each chip the other source's pass in its window: the interval that contains it, else the nearest.
+
+    Parameters
+    ----------
+    theirs
+        The other source's passes.
+    when, window
+        Shape (chip,). Start of each chip's acquisition, and its window.
+    other_window
+        Shape (pass,), sorted. Window of each pass.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (chip,). Number of the pass, -1 where there is none.
+    """
+    start, end = theirs.start.astype(np.int64), theirs.end.astype(np.int64)
     moment = when.astype(np.int64)
     first = np.searchsorted(other_window, window, side="left")
     last = np.searchsorted(other_window, window, side="right")
     result = np.full(len(window), -1, dtype=np.int64)
+    intervals_only = bool(np.all(end > start))
     for chip in np.flatnonzero(last > first):
         own = slice(first[chip], last[chip])
         gap = np.maximum(
             0, np.maximum(start[own] - moment[chip], moment[chip] - (end[own] - (end[own] > start[own])))
         )
-        if bool(source.passes.is_interval.all()) and gap.min() > 0:
+        if intervals_only and gap.min() > 0:
             continue
-        result[chip] = other_pass[own][np.lexsort((start[own], gap))[0]]
+        result[chip] = first[chip] + np.lexsort((theirs.first_id[own], start[own], gap))[0]
     return result
 
 
@@ -325,35 +391,25 @@ def _chosen(ready: Feeds, slots: int, window: NDArray[np.int64], chosen: NDArray
     return replace(ready.take(first[chip] + within), window=chip)
 
 
-def _order(
-    frame: Frame, window: NDArray[np.int64], acquisition: NDArray[np.int64], source: ResolvedSource
-) -> NDArray[np.int64]:
+def _order(frame: Frame, laid: _Laid) -> NDArray[np.int64]:
     """Return the chips in space: by CRS, split cell, row, column; then by time."""
-    when = np.where(acquisition >= 0, acquisition, 0)
+    window = laid.window
     row, col = frame.row[window], frame.col[window]
     if frame.cell is None:
         coarse = (frame.bounds[window][:, [3, 0]] // 15360).astype(np.int64)
         cell_row, cell_col = -coarse[:, 0], coarse[:, 1]
     else:
         cell_row, cell_col = frame.cell[window].T
-    return np.lexsort((when, col, row, cell_col, cell_row, frame.epsg[window]))
+    when = laid.start.astype(np.int64)
+    return np.lexsort((laid.first_id, when, col, row, cell_col, cell_row, frame.epsg[window]))
 
 
-def _table(
-    sources: list[ResolvedSource],
-    reference: int,
-    frame: Frame,
-    window: NDArray[np.int64],
-    acquisition: NDArray[np.int64],
-    slots: NDArray[np.int64],
-    share: NDArray[np.float64],
-    feeds: list[Feeds],
-) -> pa.Table:
-    passes = sources[reference].passes
+def _table(sources: list[ResolvedSource], frame: Frame, laid: _Laid) -> pa.Table:
+    window, share = laid.window, laid.share
     prefix = [frame.prefix[w] for w in window]
-    known = acquisition >= 0
-    ids = [f"{p}_{passes.names[a]}" if a >= 0 else p for p, a in zip(prefix, acquisition, strict=True)]
-    when = pa.array(passes.start[np.maximum(acquisition, 0)].astype("datetime64[us]"), mask=~known)
+    names = _acquisition_names(laid)
+    ids = [p if n is None else f"{p}_{n}" for p, n in zip(prefix, names, strict=True)]
+    when = pa.array(laid.start.astype("datetime64[us]"), mask=np.isnat(laid.start))
     cell: list[str] | None = None
     if frame.cell is not None:
         zone = frame.epsg[window] - 32600
@@ -366,14 +422,29 @@ def _table(
         "cell": texts([None] * len(window) if cell is None else cell),
         **{n: pa.array(frame.bounds[window, i]) for i, n in enumerate(("xmin", "ymin", "xmax", "ymax"))},
         "datetime": when.cast(pa.timestamp("us", tz="UTC")),
-        "acquisition": texts([passes.names[a] if a >= 0 else None for a in acquisition]),
-        "slots": pa.array(slots.astype(np.int32)),
+        "acquisition": texts(names),
+        "slots": pa.array(laid.slots.astype(np.int32)),
         "coverage": pa.array(share.astype(np.float32)),
         "split": texts([None] * len(window)),
         "geometry": pa.array(shapely.to_wkb(lonlat(frame.take(window))), pa.binary()),
-        "feeds": _feed_column(sources, feeds, len(window)),
+        "feeds": _feed_column(sources, laid.feeds, len(window)),
     }
     return pa.table(columns, schema=CHIP_SCHEMA)
+
+
+def _acquisition_names(laid: _Laid) -> list[str | None]:
+    """Return platform and start of each chip's acquisition; a second one of that name in a window gets a number."""
+    if not laid.platform:
+        return [None] * len(laid.window)
+    seconds, back = np.unique(laid.start.astype("datetime64[s]"), return_inverse=True)
+    stamps = [f"{t:%Y%m%dT%H%M%S}" for t in pd.DatetimeIndex(seconds)]
+    seen: dict[tuple[int, str], int] = {}
+    names: list[str | None] = []
+    for window, platform, second in zip(laid.window.tolist(), laid.platform, back.tolist(), strict=True):
+        name = f"{platform or 'unknown'}-{stamps[second]}"
+        count = seen[window, name] = seen.get((window, name), 0) + 1
+        names.append(name if count == 1 else f"{name}-{count}")
+    return names
 
 
 def _feed_column(sources: list[ResolvedSource], feeds: list[Feeds], chips: int) -> pa.ListArray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -193,7 +192,7 @@ class Chips:
         if not isinstance(self.plan, Select):
             return job
         chosen = set(self.planned.table.column("split").to_pylist())
-        return replace(job, hierarchies=tuple(h for h in job.hierarchies if h.split in chosen))
+        return job.select(chosen)
 
     @property
     def dask(self) -> HighLevelGraph:

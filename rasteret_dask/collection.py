@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +33,7 @@ from rasteret_dask.plan import (
     Predicate,
     Sample,
     Source,
+    is_number,
     leaves,
     outline,
     predicates,
@@ -104,7 +104,7 @@ class Collection:
         if date_range is not None:
             where.append(("datetime", "overlaps", half_open(date_range)))
         if cloud_cover_lt is not None:
-            if not (isinstance(cloud_cover_lt, Real) and 0 <= cloud_cover_lt <= 100):
+            if not (is_number(cloud_cover_lt) and 0 <= cloud_cover_lt <= 100):
                 raise PlanError("subset(cloud_cover_lt=)", repr(cloud_cover_lt), "a percentage from 0 to 100")
             where.append(("eo:cloud_cover", "<", float(cloud_cover_lt)))
         if geometries is not None:
@@ -212,12 +212,19 @@ class Collection:
 
     def join(self, **others: Collection) -> Collection:
         """Put other collections beside this one, each a variable of its own on the same ground."""
-        if self.name in others:
-            raise _same_name(self.name)
-        return join(**{self.name: self}, **others)
+        own = _sources(self)
+        twice = own.keys() & others.keys()
+        if twice:
+            raise PlanError(
+                "join",
+                f"two sources {min(twice)!r}",
+                "a name of its own for each",
+                "Say rd.join(a=..., b=...).",
+            )
+        return join(**own, **others)
 
     def __and__(self, other: Collection) -> Collection:
-        return self.join(**{other.name: other})
+        return self.join(**_sources(other))
 
     def chips(
         self,
@@ -325,7 +332,9 @@ class Collection:
 
     def cubes(self, bands: Sequence[str] | None = None, *, resolution: float | None = None) -> xr.DataTree:
         """Return one cube per CRS of the records, as a DataTree with a node ``epsg_32633`` each."""
-        codes = sorted({int(c) for m in evaluate(self.plan, self._tables) for c in Records(m.table).epsg})
+        codes = sorted(
+            {int(c) for m in evaluate(optimize(self.plan), self._tables) for c in Records(m.table).epsg}
+        )
         nodes = {}
         for code in codes:
             own = Collection(Filter(self.plan, (("proj:epsg", "==", code),)), self._tables)
@@ -347,7 +356,8 @@ class Collection:
     def dataset(self) -> pads.Dataset:
         """The records as a pyarrow Dataset."""
         if isinstance(self.plan, Source) and not self.plan.where:
-            return pads.dataset(self._tables[self.plan.token])
+            table = self._tables[self.plan.token]
+            return table if isinstance(table, pads.Dataset) else pads.dataset(table)
         return pads.dataset(self.to_table())
 
     def export(self, path: str | os.PathLike[str]) -> None:
@@ -369,7 +379,9 @@ class Collection:
     def bands(self) -> tuple[str, ...]:
         """Every band that some record has."""
         return tuple(
-            dict.fromkeys(b for m in evaluate(self.plan, self._tables) for b in Records(m.table).bands)
+            dict.fromkeys(
+                b for m in evaluate(optimize(self.plan), self._tables) for b in Records(m.table).bands
+            )
         )
 
     def _with(self, plan: Node) -> Collection:
@@ -410,8 +422,15 @@ def join(**sources: Collection) -> Collection:
     return Collection(Join(tuple(sources), tuple(c.plan for c in sources.values())), tables, functions)
 
 
-def _same_name(name: str) -> PlanError:
-    return PlanError("join", f"two sources {name!r}", "a name of its own for each", "rd.join(a=..., b=...)")
+def _sources(collection: Collection) -> dict[str, Collection]:
+    """Return the sources of a join, or the collection itself as the only one."""
+    plan = collection.plan
+    if not isinstance(plan, Join):
+        return {collection.name: collection}
+    tables, functions = collection._tables, collection._functions
+    return {
+        n: Collection(child, tables, functions) for n, child in zip(plan.names, plan.children, strict=True)
+    }
 
 
 def _together(

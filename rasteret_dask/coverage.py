@@ -51,6 +51,8 @@ class Outlines:
     """Shape (outline,). CRS the shape is in: the raster's own; UTM south (327zz) translated to 326zz."""
     shape: NDArray[Any]
     """Shape (outline,). Footprint cut with the raster's rectangle, one pixel larger."""
+    raster: NDArray[np.float64]
+    """Shape (outline, 4). The raster's own rectangle in that CRS: xmin, ymin, xmax, ymax."""
     centre: NDArray[np.float64]
     """Shape (outline, 2). Centre (x, y) of the raster's rectangle in that CRS."""
     tile_px: NDArray[np.int64]
@@ -101,7 +103,8 @@ def outlines(records: Records, band_of_record: NDArray[Any]) -> Outlines:
     of_record = np.empty(n, dtype=np.int64)
     first: list[int] = []
     for row in range(n):
-        key = (wkb[row], int(records.epsg[row]), transform[row].tobytes(), size[row].tobytes())
+        raster = transform[row].tobytes() + size[row].tobytes() + tile[row].tobytes()
+        key = (wkb[row], int(records.epsg[row]), raster)
         if key not in keys:
             keys[key] = len(first)
             first.append(row)
@@ -110,14 +113,15 @@ def outlines(records: Records, band_of_record: NDArray[Any]) -> Outlines:
     shapes = np.array([m[1] for m in made], dtype=object)
     moved = transform[first].copy()
     moved[:, 5] += [northern(int(records.epsg[i]))[1] for i in first]
-    centre = np.array([m[2] for m in made]).reshape(-1, 2)
+    raster = np.array([m[2] for m in made]).reshape(-1, 4)
+    centre = (raster[:, :2] + raster[:, 2:]) / 2
     epsg = np.array([m[0] for m in made], dtype=np.int64)
-    return Outlines(of_record, epsg, shapes, centre, tile[first], moved)
+    return Outlines(of_record, epsg, shapes, raster, centre, tile[first], moved)
 
 
 def _outline(
     wkb: bytes | None, epsg: int, transform: NDArray[np.float64], size: NDArray[np.int64]
-) -> tuple[int, Any, tuple[float, float]]:
+) -> tuple[int, Any, tuple[float, float, float, float]]:
     a, _, c, _, e, f = transform
     x = sorted((c, c + a * size[0]))
     y = sorted((f, f + e * size[1]))
@@ -130,7 +134,7 @@ def _outline(
     ground = shapely.buffer(ground, pixel, join_style="mitre", cap_style="square")
     if shift:
         ground = shapely.transform(ground, lambda p: p + np.array([0.0, shift]))
-    return north, ground, ((x[0] + x[1]) / 2, (y[0] + y[1]) / 2 + shift)
+    return north, ground, (x[0], y[0] + shift, x[1], y[1] + shift)
 
 
 def _projected(shape: Any, epsg: int) -> Any:
@@ -162,6 +166,7 @@ def cover(windows: Windows, found: Outlines, pairs: dict[int, NDArray[np.int64]]
         cut = shapely.intersection(shape, boxes[partly])
         covered[partly] = np.minimum(shapely.area(cut) / shapely.area(boxes[partly]), 1.0)
         keep = covered > 1e-12
+        keep[partly] &= _shares_pixels(shapely.bounds(boxes[partly]), found.raster[number])
         window.append(at[keep])
         outline.append(np.full(int(keep.sum()), number))
         share.append(covered[keep])
@@ -169,6 +174,12 @@ def cover(windows: Windows, found: Outlines, pairs: dict[int, NDArray[np.int64]]
         nothing = np.zeros(0, dtype=np.int64)
         return Cover(nothing, nothing, np.zeros(0))
     return Cover(np.concatenate(window), np.concatenate(outline), np.concatenate(share))
+
+
+def _shares_pixels(boxes: NDArray[np.float64], raster: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Tell which boxes overlap the raster itself; within the pixel of tolerance around it there is nothing to read."""
+    shared = np.minimum(boxes[:, 2:], raster[2:]) - np.maximum(boxes[:, :2], raster[:2])
+    return np.asarray((shared > 1e-6).all(axis=1))
 
 
 def union_cover(windows: Windows, found: Outlines, window: int, numbers: NDArray[np.int64]) -> float:

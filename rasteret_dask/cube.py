@@ -18,7 +18,16 @@ from rasteret_dask.grid import northern
 from rasteret_dask.reader import Grid, Request, Session, Window
 from rasteret_dask.records import Asset, Records
 
-__all__ = ["AssetHref", "GroupCube", "Kernel", "RecordReader", "compact_groups", "group_cube", "stack"]
+__all__ = [
+    "AssetHref",
+    "NATURAL",
+    "GroupCube",
+    "Kernel",
+    "RecordReader",
+    "compact_groups",
+    "group_cube",
+    "stack",
+]
 
 SPREAD = 1.5
 """A group's common bounds hold at most this many times the pixels of its chips."""
@@ -31,6 +40,9 @@ class Kernel(NamedTuple):
     """GDAL's name; None: by the band's role."""
     decode: str | None = None
     """What is done to the stored numbers before; see Request."""
+
+
+NATURAL = Kernel()
 
 
 class AssetHref(str):
@@ -135,7 +147,7 @@ def stack(
     shape: tuple[int, int],
     dtype: np.dtype[Any],
     fill: float,
-    kernel: Kernel = Kernel(),
+    kernel: Kernel = NATURAL,
     chunks: int = 1024,
 ) -> xr.DataArray:
     """Return the lazy cube (time, band, y, x) of some records on a grid, one time step a record, in row order.
@@ -240,7 +252,7 @@ def group_cube(
     """
     box = (bounds[:, 0].min(), bounds[:, 1].min(), bounds[:, 2].max(), bounds[:, 3].max())
     table, spec, _, items = prepare_items(
-        plain_items(records, rows, bands, epsg, Kernel()),
+        plain_items(records, rows, bands, epsg, NATURAL),
         assets=list(bands),
         epsg=epsg,
         resolution=resolution,

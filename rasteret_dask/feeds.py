@@ -15,9 +15,22 @@ from rasteret_dask.grid import bounds_in, transformer
 from rasteret_dask.resolve import ResolvedSource
 from rasteret_dask.timing import TimeAxis
 
-__all__ = ["DATA_PICKS", "Feeds", "covered", "enough", "pick", "slots_of", "source_outlines"]
+__all__ = [
+    "DATA_PICKS",
+    "Feeds",
+    "WindowPasses",
+    "covered",
+    "enough",
+    "passes_in",
+    "pick",
+    "slots_of",
+    "source_outlines",
+]
 
 Ints: TypeAlias = "NDArray[np.integer[Any]]"
+
+SAGITTA_DEG = 0.01
+"""Degrees that the edge of a window of 100 km bends out of the box of its corners, at most (72 N)."""
 
 DATA_PICKS = ("clearest", "median", "mean")
 """Picks that need pixels: all acquisitions of a slot stay candidates."""
@@ -63,18 +76,43 @@ def covered(source: ResolvedSource, found: Outlines, frame: Frame) -> Feeds:
     window, outline, share = [], [], []
     for epsg in np.unique(frame.epsg):
         here = np.flatnonzero(frame.epsg == epsg)
-        windows = Windows(int(epsg), frame.bounds[here])
-        tree = shapely.STRtree(shapely.box(*windows.bounds.T))
-        pairs = {}
-        for number in range(len(found.shape)):
-            own = int(found.epsg[number])
-            box = shapely.box(*bounds_in(shapely.bounds(found.shape[number]), own, int(epsg)))
-            pairs[number] = np.sort(tree.query(box)).astype(np.int64)
-        part = cover(windows, found, pairs)
+        part = cover(Windows(int(epsg), frame.bounds[here]), found, _candidates(frame.take(here), found))
         window.append(here[part.window])
         outline.append(part.outline)
         share.append(part.share)
+    if not window:
+        return Feeds.of([], [], [], [], [])
     return _by_record(source, found, np.concatenate(window), np.concatenate(outline), np.concatenate(share))
+
+
+def _candidates(frame: Frame, found: Outlines) -> dict[int, NDArray[np.int64]]:
+    """Return for each outline the windows (all of one CRS) it may touch: by bounds there, or in degrees elsewhere."""
+    code = int(frame.epsg[0])
+    tree = shapely.STRtree(shapely.box(*frame.bounds.T))
+    degrees: shapely.STRtree | None = None
+    pairs = {}
+    for number, own in enumerate(found.epsg.tolist()):
+        if shapely.is_empty(found.shape[number]):
+            continue
+        bounds = shapely.bounds(found.shape[number])
+        if own == code:
+            hits = tree.query(shapely.box(*bounds))
+        else:  # degrees hold everywhere; the far side of the globe has no northing in a zone
+            degrees = degrees or shapely.STRtree(_degree_boxes(frame))
+            west, south, east, north = bounds_in(bounds, own, 4326)
+            across = east < west  # the antimeridian lies between
+            box = shapely.box(-180.0 if across else west, south, 180.0 if across else east, north)
+            hits = degrees.query(box)
+        pairs[number] = np.sort(hits).astype(np.int64)
+    return pairs
+
+
+def _degree_boxes(frame: Frame) -> NDArray[Any]:
+    """Return a lon/lat box around each window (all of one CRS), with room for edges that bend."""
+    x, y = frame.bounds[:, [0, 2, 2, 0]], frame.bounds[:, [3, 3, 1, 1]]
+    lon, lat = (np.asarray(v) for v in transformer(int(frame.epsg[0]), 4326).transform(x, y))
+    low, high = np.stack([lon, lat]).min(2) - SAGITTA_DEG, np.stack([lon, lat]).max(2) + SAGITTA_DEG
+    return np.asarray(shapely.box(*low, *high))
 
 
 def _by_record(
@@ -105,16 +143,99 @@ def _by_record(
 def slots_of(source: ResolvedSource, feeds: Feeds, axis: TimeAxis) -> Feeds:
     """Put each acquisition in its slot: instants by their start, intervals in every slot they overlap."""
     passes = source.passes
-    first = np.searchsorted(axis.end, passes.start, side="right")
-    last = np.where(
-        passes.is_interval, np.searchsorted(axis.start, passes.end, side="left") - 1,
-        np.searchsorted(axis.start, passes.start, side="right") - 1,
-    )  # fmt: skip
-    count = np.maximum(last - first + 1, 0)[feeds.slot]
+    first, last = _slots_between(axis, passes.record_start, passes.record_end)
+    first, last = first[feeds.record], last[feeds.record]
+    # Where midnight falls between two records of one pass, the first of those that feed the window decides.
+    apart = _starts_apart(source, axis)[feeds.slot]
+    if apart.any():
+        at = np.flatnonzero(apart)
+        own = passes_in(source, feeds.take(at))
+        first[at], last[at] = (v[own.of_entry] for v in _slots_between(axis, own.start, own.end))
+    count = np.maximum(last - first + 1, 0)
     at = np.repeat(np.arange(len(feeds.window)), count)
     within = np.arange(len(at)) - np.repeat(np.cumsum(count) - count, count)
     spread = feeds.take(at)
-    return Feeds.of(spread.window, first[spread.slot] + within, spread.order, spread.record, spread.share)
+    return Feeds.of(spread.window, first[at] + within, spread.order, spread.record, spread.share)
+
+
+def _slots_between(
+    axis: TimeAxis, start: NDArray[np.datetime64], end: NDArray[np.datetime64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first and the last slot that each instant or interval overlaps; last < first where none."""
+    first = np.searchsorted(axis.end, start, side="right")
+    interval = np.searchsorted(axis.start, end, side="left") - 1
+    last = np.where(end > start, interval, np.searchsorted(axis.start, start, side="right") - 1)
+    return first.astype(np.int64), last.astype(np.int64)
+
+
+def _starts_apart(source: ResolvedSource, axis: TimeAxis) -> NDArray[np.bool_]:
+    """Shape (acquisition,). True where its records alone would lie in different slots."""
+    passes = source.passes
+    known = passes.of_record >= 0
+    number = passes.of_record[known]
+    result = np.zeros(len(passes.start), dtype=bool)
+    for slot in _slots_between(axis, passes.record_start[known], passes.record_end[known]):
+        low = np.full(len(result), np.iinfo(np.int64).max)
+        high = np.full(len(result), np.iinfo(np.int64).min)
+        np.minimum.at(low, number, slot)
+        np.maximum.at(high, number, slot)
+        result |= low < high
+    return result
+
+
+@dataclass(frozen=True)
+class WindowPasses:
+    """The acquisitions of each (window, slot), by the records that feed this window: no other record matters."""
+
+    key: NDArray[np.int64]
+    """Shape (pass,), sorted. window * slots + slot."""
+    acquisition: NDArray[np.int64]
+    start: NDArray[np.datetime64]
+    end: NDArray[np.datetime64]
+    cloud: NDArray[np.float64]
+    """Mean of the records' own figures, percent; inf where none is known."""
+    first_id: NDArray[np.int64]
+    """The smallest place of an id in alphabetical order."""
+    count: NDArray[np.int64]
+    """Records."""
+    of_entry: NDArray[np.int64]
+    """Shape (entry,). The pass of each entry."""
+
+
+def passes_in(source: ResolvedSource, feeds: Feeds) -> WindowPasses:
+    """Gather entries by window, slot and acquisition, in this order."""
+    passes = source.passes
+    slots, number = int(feeds.slot.max(initial=0)) + 1, max(len(passes.start), 1)
+    own = passes.of_record[feeds.record]
+    name = (feeds.window.astype(np.int64) * slots + feeds.slot) * number + own
+    order = np.argsort(name, kind="stable")
+    change = _changes(name[order])
+    begin = np.flatnonzero(change)
+    of_entry = np.empty(len(order), dtype=np.int64)
+    of_entry[order] = np.cumsum(change) - 1
+    record = feeds.record[order]
+    # Granules of one pass that start seconds apart are no interval.
+    until = np.where(passes.record_end > passes.record_start, passes.record_end, passes.record_start.min())
+    cloud = passes.record_cloud[record]
+    known = ~np.isnan(cloud)
+
+    def over(operation: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(operation.reduceat(values, begin) if len(begin) else values[:0])
+
+    figures = over(np.add, known.astype(np.int64))
+    total = over(np.add, np.where(known, cloud, 0.0))
+    mean = np.where(figures > 0, total / np.maximum(figures, 1), np.inf)
+    start = over(np.minimum, passes.record_start[record])
+    return WindowPasses(
+        name[order][begin] // number,
+        name[order][begin] % number,
+        start,
+        np.maximum(start, over(np.maximum, until[record])),
+        mean,
+        over(np.minimum, _id_rank(source)[record]),
+        np.diff(np.append(begin, len(order))),
+        of_entry,
+    )
 
 
 def enough(
@@ -160,62 +281,36 @@ def pick(source: ResolvedSource, feeds: Feeds, frame: Frame, found: Outlines, ax
     Picks that planning can decide keep the best acquisition only. The result is sorted by (window, slot, order,
     distance of the raster's centre, id).
     """
-    acquisition = source.passes.of_record[feeds.record]
-    rank = _rank(source, feeds.slot, acquisition, axis)
-    slots = int(feeds.slot.max(initial=0)) + 1
-    key = feeds.window.astype(np.int64) * slots + feeds.slot
+    own = passes_in(source, feeds)
+    best = np.lexsort(_preference(source, own, int(feeds.slot.max(initial=0)) + 1, axis))
+    place = np.empty(len(best), dtype=np.int64)
+    change = _changes(own.key[best])
+    start = np.maximum.accumulate(np.where(change, np.arange(len(best)), 0))
+    place[best] = np.arange(len(best)) - start
+    rank = place[own.of_entry]
     if source.plan.pick not in DATA_PICKS:
-        best = _best(key, rank)
-        feeds, acquisition, rank, key = feeds.take(best), acquisition[best], rank[best], key[best]
-    nearness = _nearness(frame, found, feeds, _shared(key, rank))
-    order = np.lexsort((_id_rank(source)[feeds.record], nearness, rank, key))
-    feeds, rank, key = feeds.take(order), rank[order], key[order]
-    slot_change = _changes(key)
-    number = np.cumsum(slot_change | _changes(rank)) - 1
-    start_of_slot = np.maximum.accumulate(np.where(slot_change, number, 0))
-    return Feeds.of(feeds.window, feeds.slot, number - start_of_slot, feeds.record, feeds.share)
+        keep = np.flatnonzero(rank == 0)
+        feeds, rank, of_entry = feeds.take(keep), rank[keep], own.of_entry[keep]
+    else:
+        of_entry = own.of_entry
+    nearness = _nearness(frame, found, feeds, own.count[of_entry] > 1)
+    order = np.lexsort((_id_rank(source)[feeds.record], nearness, rank, own.key[of_entry]))
+    feeds = feeds.take(order)
+    return Feeds.of(feeds.window, feeds.slot, rank[order], feeds.record, feeds.share)
 
 
-def _rank(
-    source: ResolvedSource, slot: Ints, acquisition: NDArray[np.int64], axis: TimeAxis | None
-) -> NDArray[np.int64]:
-    """Return the place of each entry's (slot, acquisition) in the order of the pick; it is the same in all windows."""
-    passes = source.passes
-    pair = slot.astype(np.int64) * len(passes.start) + acquisition
-    pairs, back = np.unique(pair, return_inverse=True)
-    own_slot, own = np.divmod(pairs, len(passes.start))
-    begin = passes.start.astype(np.int64)
-    centre = begin // 2 + passes.end.astype(np.int64) // 2
-    middle = centre if axis is None else axis.start.astype(np.int64) // 2 + axis.end.astype(np.int64) // 2
-    distance = np.abs(centre[own] - middle[own if axis is None else own_slot])
-    score = {
-        "first": begin[own],
-        "last": -begin[own],
-        "least_cloudy": np.nan_to_num(passes.cloud, nan=np.inf)[own],
-    }.get(source.plan.pick, distance)
-    order = np.lexsort((_rank_of_first_id(source)[own], distance, score, own_slot))
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return rank[back]
-
-
-def _best(key: NDArray[np.int64], rank: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the entries whose rank is the smallest of their key."""
-    order = np.lexsort((rank, key))
-    first = np.flatnonzero(_changes(key[order]))
-    smallest = np.repeat(rank[order[first]], np.diff(np.append(first, len(order))))
-    return np.sort(order[rank[order] == smallest])
-
-
-def _shared(key: NDArray[np.int64], rank: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return where several records of one acquisition feed one slot."""
-    order = np.lexsort((rank, key))
-    same = ~(_changes(key[order]) | _changes(rank[order]))
-    shared = same.copy()
-    shared[:-1] |= same[1:]
-    result = np.empty(len(order), dtype=bool)
-    result[order] = shared
-    return result
+def _preference(
+    source: ResolvedSource, own: WindowPasses, slots: int, axis: TimeAxis | None
+) -> tuple[NDArray[Any], ...]:
+    """Return sort keys of passes, the last counts most: slot, the pick, nearness to the slot's middle, id."""
+    begin, end = own.start.astype(np.int64), own.end.astype(np.int64)
+    centre = begin // 2 + end // 2
+    distance = np.zeros(len(centre), dtype=np.int64)
+    if axis is not None:
+        middle = axis.start.astype(np.int64) // 2 + axis.end.astype(np.int64) // 2
+        distance = np.abs(centre - middle[own.key % slots])
+    score = {"first": begin, "last": -begin, "least_cloudy": own.cloud}.get(source.plan.pick, distance)
+    return own.first_id, distance, score, own.key
 
 
 def _changes(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -232,14 +327,6 @@ def _id_rank(source: ResolvedSource) -> NDArray[np.int64]:
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     return rank
-
-
-def _rank_of_first_id(source: ResolvedSource) -> NDArray[np.int64]:
-    """Shape (acquisition,). The smallest id rank among each acquisition's records."""
-    best = np.full(len(source.passes.start), np.iinfo(np.int64).max)
-    known = source.passes.of_record >= 0
-    np.minimum.at(best, source.passes.of_record[known], _id_rank(source)[known])
-    return best
 
 
 def _nearness(frame: Frame, found: Outlines, feeds: Feeds, shared: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from rasteret_dask.coverage import Outlines
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.grid import Bounds, Lattice, bounds_in, northern, snap, transformer, utm_zone, zone_epsg
-from rasteret_dask.plan import ChipSpec
+from rasteret_dask.plan import KM_PER_DEGREE, ChipSpec
 
 __all__ = ["Frame", "candidates", "lonlat"]
 
 SHARED_WITH_AREA = 1e-3
 """A cell belongs to an area of interest when more than this share of it lies inside."""
+
+ZONE_REACH = 6.5
+"""Degrees from a zone's central meridian to its farthest cell: 6 in Svalbard, and half a wide cell's length."""
 
 Phase: TypeAlias = dict[int, tuple[float, float]]
 
@@ -91,13 +94,19 @@ def _label(spec: ChipSpec, resolution: float) -> str:
 def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase) -> Frame:
     per_zone: dict[int, list[NDArray[np.int64]]] = {}
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
-    for number in range(len(reference.shape)):
-        for zone in _zones_of(reference.shape[number], int(reference.epsg[number])):
-            shape, own = reference.shape[number], int(reference.epsg[number])
-            box: Bounds | None = bounds_in(shapely.bounds(shape), own, zone_epsg(zone))
-            if area is not None:
-                limit = bounds_in(shapely.bounds(area), 4326, zone_epsg(zone))
-                box = None if box is None else _overlap(box, limit)
+    limit = None if area is None else _around(shapely.bounds(area), 4 * spec.cell_km / KM_PER_DEGREE)
+    for shape, own in zip(reference.shape, reference.epsg.tolist(), strict=True):
+        if shapely.is_empty(shape):
+            continue
+        ground: Bounds | None = _unwrapped(bounds_in(shapely.bounds(shape), own, 4326))
+        if limit is not None and ground is not None:
+            ground = _shared_degrees(ground, limit)
+        if ground is None:
+            continue
+        for zone in _zones_of(ground):
+            box = _zone_box(ground, zone)
+            if own == zone_epsg(zone) and box is not None:
+                box = _overlap(shapely.bounds(shape), box)
             if box is not None:
                 cells = _lattice(zone, spec, resolution).split_cells(box)
                 per_zone.setdefault(zone, []).append(cells)
@@ -135,16 +144,39 @@ def _lay_out(
     )
 
 
-def _zones_of(shape: Any, epsg: int) -> list[int]:
-    xmin, ymin, xmax, ymax = shapely.bounds(shape)
-    x, y = (g.ravel() for g in np.meshgrid(np.linspace(xmin, xmax, 9), np.linspace(ymin, ymax, 9)))
-    lon, lat = transformer(epsg, 4326).transform(x, y)
-    return [int(z) for z in np.unique(utm_zone(lon, lat))]
+def _unwrapped(lonlat: Bounds) -> Bounds:
+    """Return degrees whose east is not west of the west: beyond 180 where the antimeridian lies between."""
+    west, south, east, north = lonlat
+    return (west, south, east + 360.0, north) if east < west else lonlat
 
 
-def _overlap(
-    a: tuple[float, float, float, float], b: tuple[float, float, float, float]
-) -> tuple[float, float, float, float] | None:
+def _around(lonlat: Bounds, degrees: float) -> Bounds:
+    west, south, east, north = lonlat
+    return west - degrees, south - degrees, east + degrees, north + degrees
+
+
+def _shared_degrees(a: Bounds, b: Bounds) -> Bounds | None:
+    """Return what two boxes share, in the degrees of the first, whichever turn of the globe they are in."""
+    turns = (_overlap(a, (b[0] + turn, b[1], b[2] + turn, b[3])) for turn in (0.0, -360.0, 360.0))
+    return next((box for box in turns if box is not None), None)
+
+
+def _zones_of(ground: Bounds) -> list[int]:
+    """Return the zones of a box in degrees; a zone is at least 3 degrees wide."""
+    west, south, east, north = ground
+    lon = np.linspace(west, east, int(east - west) + 9)
+    lat = np.linspace(south, north, int(north - south) + 9)
+    return [int(z) for z in np.unique(utm_zone(*np.meshgrid(lon, lat)))]
+
+
+def _zone_box(ground: Bounds, zone: int) -> Bounds | None:
+    """Return a box in degrees as bounds of a zone's CRS, as far as cells of the zone may lie there."""
+    middle = 6.0 * zone - 183.0
+    near = _shared_degrees((middle - ZONE_REACH, -81.0, middle + ZONE_REACH, 85.0), ground)
+    return None if near is None else bounds_in(near, 4326, zone_epsg(zone))
+
+
+def _overlap(a: Bounds, b: Bounds) -> Bounds | None:
     box = (max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
     return box if box[0] < box[2] and box[1] < box[3] else None
 
@@ -189,7 +221,7 @@ def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
         west, north = x0 + cells[:, 1] * step, y0 - cells[:, 0] * step
         length = float(spec.size * resolution)
         bounds = _boxes(west, north, length)
-        head = f"{int(epsg)}_tiles{x0:g}_{y0:g}_{spec.size}px_{resolution:g}m"
+        head = f"{int(epsg)}_tiles{x0:.12g}_{y0:.12g}_{spec.size}px_{resolution:g}m"
         prefix = tuple(f"{head}_{row}_{col}" for row, col in cells.tolist())
         frames.append(Frame(np.full(len(cells), epsg), bounds, cells[:, 0], cells[:, 1], None, None, prefix))
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
@@ -245,7 +277,8 @@ def _geobox(spec: ChipSpec, resolution: float) -> Frame:
     north = y0 + shift - cells[:, 0] * spec.stride * pixel
     length = spec.size * pixel
     bounds = _boxes(west, north, length)
-    head = f"{code}_box{x0:g}_{y0:g}_{spec.size}px_{pixel:g}m"
+    stride = "" if spec.stride == spec.size else f"s{spec.stride}"
+    head = f"{code}_box{x0:.12g}_{y0 + shift:.12g}_{spec.size}px{stride}_{pixel:g}m"
     prefix = tuple(f"{head}_{row}_{col}" for row, col in cells.tolist())
     frame = Frame(np.full(len(cells), code), bounds, cells[:, 0], cells[:, 1], None, None, prefix)
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
@@ -280,10 +313,11 @@ def _at_points(spec: ChipSpec, points: pa.Table, resolution: float, phase: Phase
         for zone, box, name in zip(zones.tolist(), bounds.tolist(), index, strict=True)
     )
     whole = np.round(bounds / resolution).astype(np.int64)
-    return Frame(
+    frame = Frame(
         np.asarray(zones + 32600), bounds, -whole[:, 3], whole[:, 0], None,
         np.arange(len(points), dtype=np.int64), prefix,
     )  # fmt: skip
+    return _within(frame, None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi)))
 
 
 def _boxes(west: NDArray[Any], north: NDArray[Any], length: float) -> NDArray[np.float64]:

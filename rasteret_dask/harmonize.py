@@ -26,7 +26,7 @@ DN_PER_REFLECTANCE = 1e4
 """Integer output stores reflectance x 1e4."""
 
 SCL_CLASSES = {"clouds": (3, 8, 9, 10), "snow": (11,), "water": (6,)}
-"""Sentinel-2 scene classes: 3 cloud shadow, 8 and 9 cloud, 10 thin cirrus, 11 snow, 6 water (L2A definition document)."""
+"""Sentinel-2 scene classes: 3 cloud shadow, 8 and 9 cloud, 10 thin cirrus, 11 snow, 6 water (L2A definition)."""
 
 QA_PIXEL_BITS = {"clouds": (1, 3, 4), "snow": (5,), "water": (7,)}
 """Landsat Collection 2 bits: 1 dilated cloud, 3 cloud, 4 cloud shadow, 5 snow, 7 water (LSDS-1619)."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from rasteret_dask import remote
 from rasteret_dask._version import __version__
 from rasteret_dask.chips import ChipSet, used_records
-from rasteret_dask.chiptable import FeedTable, bounds_of
+from rasteret_dask.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
+from rasteret_dask.errors import StoreError
 from rasteret_dask.harmonize import DN_PER_REFLECTANCE
 from rasteret_dask.plan import Function, digest, from_json, to_json
 from rasteret_dask.records import Records
@@ -30,8 +32,6 @@ SHARD_BYTES = 128 * 2**20
 
 SHARD_CHIPS = 256
 """Chips of one task, at most."""
-
-DATA_PICKS = ("median", "clearest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,16 @@ class Output:
         return cls(plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs)
 
     @property
+    def pixel_attrs(self) -> dict[str, Any]:
+        """Attributes of the pixels, from which plain xarray decodes them."""
+        attrs: dict[str, Any] = dict(self.attrs)
+        if self.scale is not None:
+            attrs |= {"scale_factor": self.scale, "add_offset": 0.0, "_FillValue": int(self.fill)}
+        elif not np.isnan(self.fill):
+            attrs["nodata"] = int(self.fill)
+        return attrs
+
+    @property
     def chip_bytes(self) -> int:
         """Bytes of one chip."""
         pixels = self.times * self.height * self.width
@@ -122,6 +132,26 @@ class Job:
     maps: tuple[tuple[str | None, Function], ...]
     phase: str
     """Digest of what decides the values, without the rows."""
+    others: tuple[Hierarchy, ...] = ()
+    """The splits of the plan that were not selected; their chips are in the table too."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {f.name: getattr(self, f.name) for f in fields(self)}  # not what was cached on the way
+        return state | {"records": tuple(Records(r.table) for r in self.records)}
+
+    @property
+    def whole(self) -> Job:
+        """The job before any select: tasks look their shard up in it."""
+        if not self.others:
+            return self
+        every = sorted((*self.hierarchies, *self.others), key=lambda h: h.number)
+        return replace(self, hierarchies=tuple(every), others=())
+
+    def select(self, splits: Collection[str | None]) -> Job:
+        """Return the job of these splits only."""
+        own = tuple(h for h in self.hierarchies if h.split in splits)
+        left = tuple(h for h in self.hierarchies if h.split not in splits)
+        return replace(self, hierarchies=own, others=(*self.others, *left))
 
     @cached_property
     def members(self) -> tuple[NDArray[np.int64], ...]:
@@ -165,7 +195,7 @@ class Job:
 
     def shard(self, hierarchy: int, number: int) -> Shard:
         """Return one shard."""
-        h = next(h for h in self.hierarchies if h.number == hierarchy)
+        h = next(h for h in (*self.hierarchies, *self.others) if h.number == hierarchy)
         start = h.start + number * h.per_shard
         return Shard(h.split, hierarchy, number, start, min(start + h.per_shard, h.stop))
 
@@ -177,13 +207,23 @@ class Job:
     @cached_property
     def digest(self) -> str:
         """Digest of all shards: two jobs of one digest write the same store."""
-        return digest(self.phase, sorted(self.keys.items()))
+        return digest(self.phase, sorted(self.keys.items()), _labels(self))
+
+    def chosen_chips(self) -> pa.Table:
+        """Return the rows of the chip table that the job's splits hold, in their order."""
+        parts = [self.chips.slice(h.start, h.chips) for h in self.hierarchies]
+        return pa.concat_tables(parts)
 
 
 def _working_bytes(source: SourcePlan, size: int, candidates: int) -> int:
-    """Bytes that one slot of one chip needs while its candidates are held."""
-    held = candidates if source.pick in DATA_PICKS else 1
-    return held * size * size * len(source.bands) * 4
+    """Bytes that one slot of one chip needs beside its output, while its candidates are held or summed up."""
+    bands = len(source.bands)
+    held = {
+        "median": 4 * candidates * bands,
+        "mean": (8 + 4 + 4) * bands,  # a float64 sum, an int32 count, the candidate
+        "clearest": 4 * candidates,  # of the quality band alone
+    }
+    return held.get(source.pick, 0) * size * size
 
 
 def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
@@ -272,6 +312,12 @@ def shard_keys(job: Job) -> dict[str, str]:
     return result
 
 
+def _labels(job: Job) -> str:
+    """Digest the user's own columns: chips with other labels are another store."""
+    own = [n for n in job.chips.column_names if n not in CHIP_SCHEMA.names]
+    return hashlib.sha256(_ipc(job.chosen_chips().select(own))).hexdigest() if own else ""
+
+
 def _mark(records: Records, row: int, member: Member) -> bytes:
     """Digest one record's assets that the member reads."""
     text = hashlib.sha256()
@@ -318,6 +364,7 @@ def write_job(job: Job, url: str) -> None:
         "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard] for h in job.hierarchies],
         "maps": [[s, to_json(f)] for s, f in job.maps],
         "phase": job.phase,
+        "digest": job.digest,
         "version": __version__,
     }
     remote.put(remote.join(url, "job.json"), json.dumps(text).encode())
@@ -331,10 +378,38 @@ def _ipc(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
+_OPENING = Lock()
+
+
+def open_job(url: str, digest: str) -> Job:
+    """Open a job, once per process whatever the number of threads.
+
+    Parameters
+    ----------
+    url
+        Where :func:`write_job` put it.
+    digest
+        The job's digest: tells jobs apart that were written to the same place in turn.
+
+    Raises
+    ------
+    StoreError
+        When there is another job by now.
+    """
+    with _OPENING:
+        return _opened(url, digest)
+
+
 @lru_cache(maxsize=8)
-def open_job(url: str, phase: str) -> Job:
-    """Open a job once per process; ``phase`` tells jobs apart that were written to the same place in turn."""
+def _opened(url: str, digest: str) -> Job:
     text = json.loads(remote.get(remote.join(url, "job.json")))
+    if text["digest"] != digest:
+        raise StoreError(
+            f"job {url}",
+            f"another plan ({text['digest'][:12]})",
+            f"this one ({digest[:12]})",
+            "Something else was written to this store meanwhile: choose another one.",
+        )
     tables = [
         pa.ipc.open_file(pa.py_buffer(remote.get(remote.join(url, f"records-{n}.arrow")))).read_all()
         for n in range(len(text["sources"]))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask import harmonize
 from rasteret_dask.bands import Radiometry
-from rasteret_dask.cube import Kernel, stack
+from rasteret_dask.cube import NATURAL, Kernel, stack
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.feeds import DATA_PICKS, Feeds, covered, enough, pick, slots_of, source_outlines
 from rasteret_dask.frame import Frame
@@ -174,7 +174,7 @@ class _Place:
 
     def stack(
         self, source: ResolvedSource, rows: Sequence[int], bands: Sequence[str], dtype: Any, fill: float,
-        kernel: Kernel = Kernel(),
+        kernel: Kernel = NATURAL,
     ) -> xr.DataArray:  # fmt: skip
         """Return the stackstac cube of some records; its ``id`` is the record's number."""
         return stack(
@@ -236,7 +236,7 @@ def _in_units(source: ResolvedSource, raw: xr.DataArray, row: int, number: int) 
                 raw.isel(band=[i]),
                 dask="parallelized",
                 output_dtypes=[np.float32],
-            )  # fmt: skip
+            )
         )
     return xr.concat(parts, dim="band")
 
@@ -401,6 +401,9 @@ def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid) -> xr.Data
     return cube
 
 
+_RULES = {"raw": "raw: none applied", "embedding": "embedding: sign(v) x (|v| / 127.5)^2, then unit length"}
+
+
 def radiometry_of(source: ResolvedSource, used: NDArray[np.int64] | None = None) -> list[dict[str, Any]]:
     """Return each distinct (member, band, scale, offset, rule) and how many records it applies to."""
     counted: Counter[tuple[Any, ...]] = Counter()
@@ -415,7 +418,7 @@ def radiometry_of(source: ResolvedSource, used: NDArray[np.int64] | None = None)
     return [
         {
             "member": m, "band": n, "code": b, "scale": s if applied else None, "offset": o if applied else None,
-            "rule": r if applied else f"{source.plan.units}: none applied", "records": count,
+            "rule": r if applied else _RULES[source.plan.units], "records": count,
         }
         for (m, n, b, s, o, r), count in counted.items()
     ]  # fmt: skip

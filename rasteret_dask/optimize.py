@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import reduce
-
-import shapely
 
 from rasteret_dask.plan import (
     Chips,
@@ -21,14 +18,12 @@ from rasteret_dask.plan import (
     Select,
     Source,
     children,
-    leaves,
+    is_filtered,
+    near_area,
     with_children,
 )
 
-__all__ = ["optimize"]
-
-_AREA_MARGIN = 0.2
-"""Degrees around an area of interest that may hold a chip reaching into it (a split cell is about 0.14)."""
+__all__ = ["named_bands", "optimize"]
 
 
 def optimize(plan: Node) -> Node:
@@ -37,11 +32,11 @@ def optimize(plan: Node) -> Node:
     Notes
     -----
     Rules, applied until nothing changes: filters move below ``merge``, ``join``, ``harmonize`` and ``map`` into
-    the scan; neighbouring filters and selections melt together; an area of interest becomes a filter on footprints
-    (unless a time axis takes its range from all records); bands that nothing asks for are not read.
+    the scan; neighbouring filters and selections melt together; the records that ``plan.near_area`` leaves are
+    chosen in the scan too; bands that nothing asks for are not read.
     """
     while True:
-        better = _area(_bands(_push(plan), None))
+        better = _area(named_bands(_push(plan)))
         if better == plan:
             return plan
         plan = better
@@ -82,6 +77,11 @@ def _both(inner: tuple[Predicate, ...], outer: tuple[Predicate, ...]) -> tuple[P
     return inner + tuple(p for p in outer if p not in inner)
 
 
+def named_bands(node: Node) -> Node:
+    """Return a plan whose sources name the bands they need; what ``readable`` means depends on them."""
+    return _bands(node, None)
+
+
 def _bands(node: Node, wanted: tuple[str, ...] | None, quality: bool = False) -> Node:
     """Carry the bands that harmonize asks for down to the sources; None: all are needed."""
     if isinstance(node, Source):
@@ -98,28 +98,6 @@ def _bands(node: Node, wanted: tuple[str, ...] | None, quality: bool = False) ->
 
 def _area(node: Node) -> Node:
     match node:
-        case Chips(child, spec) if spec.aoi is not None and not _range_from_records(child):
-            west, south, east, north = shapely.from_wkb(bytes.fromhex(spec.aoi)).bounds
-            if abs(north) > 75 or abs(south) > 75 or west < -179 or east > 179:
-                return node
-            lon = _AREA_MARGIN * 4
-            box = (west - lon, south - _AREA_MARGIN, east + lon, north + _AREA_MARGIN)
-            return Chips(reduce(_push_filter, [("bbox", "intersects", box)], child), spec)
+        case Chips(child, spec) if (near := near_area(spec)) is not None and not is_filtered(child, near):
+            return Chips(_push(Filter(child, (near,))), spec)
     return with_children(node, tuple(_area(child) for child in children(node)))
-
-
-def _push_filter(node: Node, predicate: Predicate) -> Node:
-    if all(predicate in source.where for source in leaves(node)):
-        return node
-    return _push(Filter(node, (predicate,)))
-
-
-def _range_from_records(node: Node) -> bool:
-    """Tell whether a time axis below takes its range from the first to the last record."""
-    timed = isinstance(node, Harmonize) and node.spec.time is not None
-    sampled = isinstance(node, Sample)
-    ranged = all(
-        any(p[1] == "overlaps" and isinstance(p[2], tuple) and None not in p[2] for p in source.where)
-        for source in leaves(node)
-    )
-    return (timed and not ranged) or sampled or any(_range_from_records(child) for child in children(node))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import dask.array as da
@@ -32,7 +33,6 @@ def to_xarray(layout: Layout, functions: Functions) -> xr.Dataset | xr.DataTree:
 
 def _dataset(layout: Layout, graph: Graph, source: str, out: Output) -> xr.Dataset:
     job = layout.job
-    chips = tuple(s.stop - s.start for s in graph.shards)
     two = ("chip", "time")
     shapes: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
         "pixels": (
@@ -46,10 +46,8 @@ def _dataset(layout: Layout, graph: Graph, source: str, out: Output) -> xr.Datas
     }
     if out.valid:
         shapes["valid"] = (("chip", "time", "y", "x"), (out.times, out.height, out.width), np.dtype(bool))
-    arrays = {
-        name: (dims, _array(graph, source, name, chips, shape, dtype))
-        for name, (dims, shape, dtype) in shapes.items()
-    }
+    of = _Blocks(graph, source, f"{source}-{job.digest[:12]}")
+    arrays = {name: (dims, of.array(name, shape, dtype)) for name, (dims, shape, dtype) in shapes.items()}
     data = {n: arrays.pop(n) for n in ("pixels", "valid") if n in arrays}
     coordinates: dict[str, Any] = dict(arrays)
     parts = [pixels.chip_coordinates(job, s) for s in graph.shards]
@@ -59,28 +57,34 @@ def _dataset(layout: Layout, graph: Graph, source: str, out: Output) -> xr.Datas
     if out.slots is not None:
         coordinates["time"] = ("time", np.array(out.slots, dtype="datetime64[ns]"))
     dataset = xr.Dataset(data, coordinates, dict(layout.attrs.get(source, {})))
-    dataset["pixels"].attrs = {
-        **dict(out.attrs),
-        **({} if out.scale is None else {"scale_factor": out.scale, "add_offset": 0.0}),
-        **({} if np.isnan(out.fill) else {"nodata": int(out.fill)}),
-    }
+    dataset["pixels"].attrs = out.pixel_attrs
     return dataset
 
 
-def _array(
-    graph: Graph, source: str, variable: str, chips: tuple[int, ...], shape: tuple[int, ...], dtype: Any
-) -> da.Array:
-    name = f"{variable}-{source}-{graph.name}"
-    zeros = (0,) * len(shape)
-    tasks = {
-        (name, i, *zeros): Task((name, i, *zeros), _take, TaskRef(graph.key(shard)), source, variable)
-        for i, shard in enumerate(graph.shards)
-    }
-    layers = {**graph.graph.layers, name: MaterializedLayer(tasks)}
-    needs = {**graph.graph.dependencies, name: {graph.name}}
-    chunks = (chips, *((n,) for n in shape))
-    return da.Array(HighLevelGraph(layers, needs), name, chunks, dtype=dtype)
+@dataclass(frozen=True)
+class _Blocks:
+    """The shards of one source, each a Dataset, of which Dask arrays take a variable."""
+
+    graph: Graph
+    source: str
+    token: str
+    """Tells these chips apart from others: arrays that share a name are one and the same to Dask."""
+
+    def array(self, variable: str, shape: tuple[int, ...], dtype: Any) -> da.Array:
+        """Return one variable of all shards, shape (chip, *shape)."""
+        graph, layer = self.graph, self.graph.sources[self.source]
+        name, zeros = f"{variable}-{self.token}", (0,) * len(shape)
+        tasks = {
+            (name, i, *zeros): Task(
+                (name, i, *zeros), _take, TaskRef((layer, s.hierarchy, s.number)), variable
+            )
+            for i, s in enumerate(graph.shards)
+        }
+        layers = {**graph.graph.layers, name: MaterializedLayer(tasks)}
+        needs = {**graph.graph.dependencies, name: {layer}}
+        chips = tuple(s.stop - s.start for s in graph.shards)
+        return da.Array(HighLevelGraph(layers, needs), name, (chips, *((n,) for n in shape)), dtype=dtype)
 
 
-def _take(joined: dict[str, xr.Dataset], source: str, variable: str) -> Any:
-    return joined[source][variable].values
+def _take(dataset: xr.Dataset, variable: str) -> Any:
+    return dataset[variable].values

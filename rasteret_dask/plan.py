@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import hashlib
 import inspect
 import json
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
+
+import shapely
 
 from rasteret_dask.errors import PlanError
 
@@ -37,7 +40,10 @@ __all__ = [
     "children",
     "digest",
     "from_json",
+    "is_filtered",
+    "is_number",
     "leaves",
+    "near_area",
     "outline",
     "predicates",
     "to_json",
@@ -51,6 +57,8 @@ Predicate: TypeAlias = "tuple[str, str, Scalar | tuple[Scalar, ...]]"
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in", "intersects", "overlaps")
 UNITS = ("auto", "raw", "reflectance", "embedding")
 PICKS = ("closest", "first", "last", "least_cloudy", "clearest", "median", "mean")
+KM_PER_DEGREE = 100.0
+"""Of latitude, rounded down from 110.6 (WGS 84, at the equator) to leave room for a grid's turn against north."""
 DTYPES = (None, "float32", "uint16", "int16")
 RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode")
 MASKS = ("clouds", "snow", "water")
@@ -78,7 +86,7 @@ class HarmonizeSpec:
         _one_of("resampling", self.resampling, RESAMPLINGS)
         for mask in self.mask or ():
             _one_of("mask", mask, MASKS)
-        if self.resolution is not None and not (_is_number(self.resolution) and self.resolution > 0):
+        if self.resolution is not None and not (is_number(self.resolution) and self.resolution > 0):
             raise PlanError("harmonize(resolution=)", repr(self.resolution), "a positive pixel size")
         if self.bands is not None and (not self.bands or len(set(self.bands)) != len(self.bands)):
             raise PlanError("harmonize(bands=)", repr(self.bands), "at least one band, none twice")
@@ -112,13 +120,13 @@ class ChipSpec:
     def __post_init__(self) -> None:
         for name in ("size", "stride"):
             pixels = getattr(self, name)
-            if isinstance(pixels, bool) or not isinstance(pixels, Integral) or pixels <= 0:
+            if not (_is_whole(pixels) and pixels > 0):
                 raise PlanError(f"chips({name}=)", repr(pixels), "a positive whole number of pixels")
-        if not (_is_number(self.min_coverage) and 0 <= self.min_coverage <= 1):
+        if not (is_number(self.min_coverage) and 0 <= self.min_coverage <= 1):
             raise PlanError("chips(min_coverage=)", repr(self.min_coverage), "a share from 0 to 1")
-        if not (_is_number(self.cell_km) and self.cell_km > 0):
+        if not (is_number(self.cell_km) and self.cell_km > 0):
             raise PlanError("chips(cell_km=)", repr(self.cell_km), "a positive number of kilometres")
-        if not (isinstance(self.min_slots, Integral) and self.min_slots >= 0):
+        if not (_is_whole(self.min_slots) and self.min_slots >= 0):
             raise PlanError("chips(min_slots=)", repr(self.min_slots), "0 or more slots")
         if self.grid not in ("zone", "tiles") and self.grid.count(",") != 5:
             raise PlanError("chips(grid=)", repr(self.grid), "'zone', 'tiles' or a GeoBox with a CRS")
@@ -139,13 +147,13 @@ class SplitSpec:
     def __post_init__(self) -> None:
         shown = ", ".join(f"{name}={share!r}" for name, share in self.ratios)
         wanted = "shares of 0 or more that sum to 1"
-        if not all(_is_number(share) and share >= 0 for _, share in self.ratios):
+        if not all(is_number(share) and share >= 0 for _, share in self.ratios):
             raise PlanError("split ratios", shown, wanted)
         total = sum(share for _, share in self.ratios)
         if abs(total - 1) > 1e-9:
             raise PlanError("split ratios", f"{shown} (sum {total:g})", wanted)
         _one_of("boundary", self.boundary, ("drop", "centre"))
-        if not (_is_number(self.buffer_m) and self.buffer_m >= 0):
+        if not (is_number(self.buffer_m) and self.buffer_m >= 0):
             raise PlanError("split(buffer_m=)", repr(self.buffer_m), "0 or more metres")
 
     @property
@@ -195,7 +203,17 @@ class Function:
                 "a function whose source can be read",
                 "Say which version it is: map(function, version='1').",
             ) from error
-        return cls(module, name, hashlib.sha256(text.encode()).hexdigest())
+        return cls(module, name, hashlib.sha256((text + _place_in_line(function)).encode()).hexdigest())
+
+
+def _place_in_line(function: Callable[..., Any]) -> str:
+    """Tell lambdas of one line apart, whose source text is that line: the columns from first to last."""
+    if getattr(function, "__name__", "") != "<lambda>":
+        return ""
+    columns = [
+        column for place in function.__code__.co_positions() for column in place[2:] if column is not None
+    ]
+    return f"{min(columns)}-{max(columns)}" if columns else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +354,30 @@ def leaves(node: Node) -> Iterator[Source]:
         yield from leaves(child)
 
 
+def is_filtered(node: Node, predicate: Predicate) -> bool:
+    """Tell whether every record below has to fulfil a predicate already."""
+    if isinstance(node, Source | Filter) and predicate in node.where:
+        return True
+    return bool(children(node)) and all(is_filtered(child, predicate) for child in children(node))
+
+
+def near_area(spec: ChipSpec) -> Predicate | None:
+    """Return what records must fulfil to matter for the chips of an area of interest; None: all may matter.
+
+    Records beyond it take no part in the plan: not in the range of a time axis, not in a grid's phase. A chip
+    that reaches into the area is at most a split cell long. Where degrees say little (near the poles and the
+    antimeridian), or chips may be of any length (grids other than the zone's), no record is left out.
+    """
+    if spec.aoi is None or spec.at is not None or spec.grid != "zone":
+        return None
+    west, south, east, north = shapely.from_wkb(bytes.fromhex(spec.aoi)).bounds
+    lat = 0.05 + spec.cell_km / KM_PER_DEGREE
+    lon = 4 * lat  # 1 / cos(75.5 degrees)
+    if max(abs(north), abs(south)) + lat > 75 or west - lon < -180 or east + lon > 180:
+        return None
+    return ("bbox", "near", (west - lon, south - lat, east + lon, north + lat))
+
+
 def to_json(value: Any) -> Any:
     """Return a node or spec as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -358,7 +400,9 @@ def from_json(value: Any) -> Any:
 
 def outline(node: Node, depth: int = 0) -> Iterator[str]:
     """Yield one line per step, the last step first."""
-    said = {k: v for k, v in to_json(node).items() if k not in ("type", "child", "children", "token") and v}
+    fields = to_json(node)
+    spec = fields.pop("spec", {})
+    said = {k: v for k, v in (fields | spec).items() if k not in ("type", "child", "children", "token") and v}
     shown = ", ".join(f"{k}={v}" for k, v in said.items())
     yield f"{'  ' * depth}{type(node).__name__.lower()}({shown[:160]})"
     for child in children(node):
@@ -383,13 +427,24 @@ def predicates(given: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predic
                 f"a triple (column, operator, value), operator one of {', '.join(OPERATORS)}",
                 'Write it as ("eo:cloud_cover", "<", 20).',
             )
-    return (*given, *(_equal(column, value) for column, value in equal.items()))
+    triples = [(column, op, _plain(value)) for column, op, value in given]
+    return (*triples, *(_equal(column, value) for column, value in equal.items()))
 
 
 def _equal(column: str, value: Any) -> Predicate:
-    if isinstance(value, list | tuple | set | frozenset):
-        return (column, "in", tuple(value))
-    return (column, "==", value.item() if hasattr(value, "item") else value)
+    plain = _plain(value)
+    return (column, "in" if isinstance(plain, tuple) else "==", plain)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a predicate as what compares, hashes and becomes JSON the same in every process."""
+    if isinstance(value, set | frozenset):
+        return tuple(sorted((_plain(v) for v in value), key=lambda v: (str(type(v)), str(v))))
+    if hasattr(value, "tolist"):  # NumPy
+        value = str(value) if value.dtype.kind == "M" else value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(_plain(v) for v in value)
+    return value.isoformat() if isinstance(value, dt.date) else value
 
 
 def digest(*values: Any) -> str:
@@ -398,8 +453,13 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number of any library; True and False are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -108,13 +108,14 @@ class RasterFile:
         options = {"OVERVIEW_LEVEL": self._overview} if self._overview >= 0 else {}
         self._check_header()
         path = gdal_path(asset)
+        failure: ReadError | None = None
         try:
             dataset = open_raster(path, driver=self.level.driver, **options)
         except (RasterioError, OSError) as error:
             remedy = "Check that it exists and that this worker may read it."
-            raise read_error(asset, "opening it", error, f"a {self.level.driver} file", remedy) from _safe(
-                error, asset
-            )
+            failure = read_error(asset, "opening it", error, f"a {self.level.driver} file", remedy)
+        if failure is not None:
+            raise failure
         if (dataset.width, dataset.height) != (self.level.width, self.level.height):
             found = f"{dataset.width} x {dataset.height} pixels"
             dataset.close()
@@ -146,6 +147,7 @@ class RasterFile:
             raise ValueError("the file is not open")
         for asset in assets:
             self._check_band(dataset, asset)
+        failure: ReadError | None = None
         with BUDGET.hold(len(assets) * height * width * dtype.itemsize):
             try:
                 values = dataset.read(indexes, window=window)
@@ -153,7 +155,9 @@ class RasterFile:
             except (RasterioError, OSError) as error:
                 where = f"reading tile {tile} ({width} x {height} pixels at row {rect.row0}, col {rect.col0})"
                 remedy = "Try again; if it stays so, leave the record out or index it anew."
-                raise read_error(assets[0], where, error, "its pixels", remedy) from _safe(error, assets[0])
+                failure = read_error(assets[0], where, error, "its pixels", remedy)
+        if failure is not None:
+            raise failure
         return values, mask
 
     def close(self) -> None:
@@ -228,8 +232,15 @@ def public_href(href: str) -> str:
 
 
 def read_error(asset: Asset, doing: str, error: Exception, expected: str, remedy: str) -> ReadError:
-    """Return the error for a failed read of an asset, without what must stay secret."""
-    return ReadError(_subject(asset, doing), _redacted(str(error), asset.href), expected, remedy)
+    """Return the error for a failed read of an asset, without what must stay secret.
+
+    Raise it outside of the ``except`` block: what rasterio chains to its own errors (``CPLE_AppDefinedError``) can
+    be pickled but not unpickled, so an error that carries it along never reaches the client.
+    """
+    said = _redacted(str(error.__cause__ or error), asset.href)  # rasterio's own: "see previous exception"
+    failure = ReadError(_subject(asset, doing), said, expected, remedy)
+    failure.__cause__ = RasterioIOError(said)
+    return failure
 
 
 def _subject(asset: Asset, doing: str) -> str:
@@ -248,9 +259,3 @@ def _redacted(text: str, href: str) -> str:
     for secret in (f"{user}@" if user else "", f"?{parts.query}" if parts.query else "", parts.query):
         text = text.replace(secret, "") if secret else text
     return text
-
-
-def _safe(error: Exception, asset: Asset) -> Exception:
-    """Return the cause to chain: GDAL's own error, or its words alone where the href holds secrets."""
-    text = _redacted(str(error), asset.href)
-    return error if public_href(asset.href) == asset.href else RasterioIOError(text)

@@ -17,6 +17,7 @@ from rasterio._err import CPLE_BaseError
 from rasterio.env import set_gdal_config
 from rasterio.errors import RasterioError
 
+from rasteret_dask.errors import ReadError
 from rasteret_dask.harmonize import dequantize
 from rasteret_dask.rasterfile import RasterFile, gdal_env, read_error
 from rasteret_dask.readplan import (
@@ -321,6 +322,7 @@ def _paste(target: _Target, pixels: _Pixels, tile: Rect, reading: _Reading) -> N
 def _finish(reading: _Reading) -> None:
     """Warp a request's source blocks, window by window, into its block."""
     request, plan = reading.request, reading.plan
+    failure: ReadError | None = None
     try:
         for i, (window, rect, target) in enumerate(
             zip(request.windows, plan.rects, reading.targets, strict=True)
@@ -333,7 +335,9 @@ def _finish(reading: _Reading) -> None:
     except (RasterioError, CPLE_BaseError) as error:
         doing = f"warping it to EPSG:{request.grid.epsg}"
         remedy = "Check the record's CRS and the grid's bounds."
-        raise read_error(request.asset, doing, error, "a transformation GDAL can do", remedy) from error
+        failure = read_error(request.asset, doing, error, "a transformation GDAL can do", remedy)
+    if failure is not None:
+        raise failure
     reading.targets.clear()
 
 

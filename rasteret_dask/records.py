@@ -236,11 +236,10 @@ class Records:
     @cached_property
     def bands(self) -> tuple[str, ...]:
         """Every band that at least one record has, in the order first met."""
-        keys = pc.map_keys if hasattr(pc, "map_keys") else None
-        chunks = self.table.column("assets").chunks
         seen: dict[str, None] = {}
-        for chunk in chunks:
-            for key in (keys(chunk) if keys else chunk.keys).unique().to_pylist():
+        for chunk in self.table.column("assets").chunks:
+            first, last = (chunk.offsets[i].as_py() for i in (0, -1))  # keys are those of the whole buffer
+            for key in chunk.keys.slice(first, last - first).unique().to_pylist():
                 seen[key] = None
         return tuple(seen)
 

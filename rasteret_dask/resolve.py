@@ -383,8 +383,17 @@ def _axis(
         return None
     if bool(passes.is_interval.all()) and len(passes.start):
         return intervals([passes])
-    ranges = [p[2] for m in members for p in m.where if p[1] == "overlaps"]
-    start, end = narrowest(ranges)
-    first = pd.Timestamp(passes.start.min()).tz_localize("UTC")
-    last = pd.Timestamp(passes.start.max()).tz_localize("UTC") + pd.Timedelta(1, "us")
+    start, end = _range(members)
+    own = passes.record_start[passes.of_record >= 0]
+    first = pd.Timestamp(own.min()).tz_localize("UTC")
+    last = pd.Timestamp(own.max()).tz_localize("UTC") + pd.Timedelta(1, "us")
     return regular(spec.time, start if start is not None else first, end if end is not None else last)
+
+
+def _range(members: list[MemberTable]) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
+    """Return the range asked for: the narrowest of each member, all members' together; None: not said."""
+    own = [[p[2] for p in m.where if p[1] == "overlaps"] for m in members]
+    said = [narrowest(ranges) for ranges in own if ranges]
+    starts, ends = [a for a, _ in said if a is not None], [b for _, b in said if b is not None]
+    whole = len(said) if said else 1
+    return min(starts) if len(starts) == whole else None, max(ends) if len(ends) == whole else None

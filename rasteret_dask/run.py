@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -12,18 +11,22 @@ from typing import Any
 
 from dask._task_spec import Task, TaskRef
 from dask.delayed import Delayed
-from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.highlevelgraph import HighLevelGraph
+from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, as_completed, get_client
+from distributed.system import MEMORY_LIMIT
 
 from rasteret_dask import remote
 from rasteret_dask.errors import JobError, PlanError, RasteretDaskError
-from rasteret_dask.job import Shard
+from rasteret_dask.job import SHARD_BYTES, Shard, open_job
 from rasteret_dask.shards import Functions, JobRef, lower, renamed
 from rasteret_dask.write import JOB, Layout, commit, is_committed, prepare, write_shard
 
 __all__ = ["delayed_zarr", "run_zarr"]
 
 MAX_LISTED = 10
+PROCESS_BYTES = 600e6
+"""A worker's memory beside its shards: each thread takes three times a shard on top."""
 
 
 def run_zarr(
@@ -59,33 +62,36 @@ def run_zarr(
     tasks, shards = _tasks(layout, url, functions)
     wanted = {key: shard for key, shard in shards.items() if shard.name not in done}
     if wanted:
+        graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
         with _client(client) as running:
-            _submit(running, tasks, wanted, progress, len(shards), url)
-    commit(url, layout)
+            _submit(running, graph, wanted, progress, len(shards), url)
+    commit(url, layout.job)
 
 
 def _tasks(layout: Layout, url: str, functions: Functions) -> tuple[dict[Any, Any], dict[str, Shard]]:
-    graph = lower(layout.job, functions, JobRef(remote.join(url, JOB), layout.job.phase), write_shard)
+    graph = lower(layout.job, functions, JobRef(remote.join(url, JOB), layout.job.digest), write_shard)
     place = hashlib.sha256(f"zarr {url}".encode()).hexdigest()[:8]
     return renamed(graph, layout.job, f"-{place}")
 
 
 def _submit(
-    client: Client, tasks: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, total: int, url: str
+    client: Client, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, total: int, url: str
 ) -> None:
-    missing = set(wanted)
-    roots = {k: t for k, t in tasks.items() if not isinstance(k, str) or not k.startswith("write-")}
-    graph = roots | {k: tasks[k] for k in missing}
-    futures: list[Future[Any]] = client.get(graph, sorted(missing), sync=False, retries=1)
+    futures: list[Future[Any]] = client.get(graph, sorted(wanted), sync=False, retries=1)
     failed: dict[str, BaseException] = {}
     shown = _Progress(total, total - len(wanted), progress)
-    for future in as_completed(futures, loop=client.loop):
-        if future.status == "error":
-            failed[wanted[future.key].name] = future.exception()
-        elif future.status != "finished":
-            failed[wanted[future.key].name] = RuntimeError(f"task {future.status}")
-        shown.step(len(failed))
-    shown.end()
+    try:
+        for future in as_completed(futures, loop=client.loop):
+            if future.status == "error":
+                failed[wanted[future.key].name] = future.exception()
+            elif future.status != "finished":
+                failed[wanted[future.key].name] = RuntimeError(f"task {future.status}")
+            shown.step(len(failed))
+    finally:
+        shown.end()
+        # A traceback that is looked at keeps futures alive, and the cluster then repeats their errors for ever.
+        for future in futures:
+            future.release()
     if failed:
         lines = [f"{name}: {error}" for name, error in sorted(failed.items())[:MAX_LISTED]]
         more = f"\nand {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
@@ -116,20 +122,18 @@ def _client(client: Client | str | None) -> Iterator[Client]:
 
 
 def _local_cluster() -> LocalCluster:
-    """One process with a thread a core: decoding, warping and compressing leave Python's lock alone."""
+    """One process: decoding, warping and compressing leave Python's lock alone, and scripts need no main guard.
+
+    A thread a core, but no more than the machine has memory for.
+    """
+    fit = int((MEMORY_LIMIT - PROCESS_BYTES) // (3 * SHARD_BYTES))
     return LocalCluster(
         n_workers=1,
-        threads_per_worker=os.cpu_count() or 1,
+        threads_per_worker=max(1, min(CPU_COUNT, fit)),
         processes=False,
-        dashboard_address=":0" if _has_dashboard() else None,
+        dashboard_address=":0",
         silence_logs=40,
     )
-
-
-def _has_dashboard() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("bokeh") is not None
 
 
 class _Progress:
@@ -163,16 +167,18 @@ class _Progress:
 def delayed_zarr(layout: Layout, url: str, functions: Functions) -> Delayed:
     """Return the whole job as one lazy object: ``.compute()`` on any scheduler writes and commits the store."""
     done = prepare(layout, url)
-    ref = JobRef(remote.join(url, JOB), layout.job.phase)
-    graph = lower(layout.job, functions, ref, write_shard)
-    keys = [graph.key(s) for s in graph.shards if s.name not in done]
-    name = f"commit-{layout.job.digest[:12]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-    task = Task(name, _commit, url, layout, *(TaskRef(k) for k in keys))
-    layers = {**graph.graph.layers, name: MaterializedLayer({name: task})}
-    needs = {**graph.graph.dependencies, name: {graph.name} if keys else set()}
-    return Delayed(name, HighLevelGraph(layers, needs))
+    tasks, shards = _tasks(layout, url, functions)
+    wanted = [key for key, shard in shards.items() if shard.name not in done]
+    roots = {k: t for k, t in tasks.items() if k not in shards} if wanted else {}
+    digest = layout.job.digest
+    name = f"commit-{digest[:12]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    task = Task(name, _commit, url, digest, *(TaskRef(k) for k in wanted))
+    return Delayed(
+        name, HighLevelGraph.from_collections(name, {**roots, **{k: tasks[k] for k in wanted}, name: task})
+    )
 
 
-def _commit(url: str, layout: Layout, *_reports: Any) -> str:
-    commit(url, layout)
+def _commit(url: str, digest: str, *_reports: Any) -> str:
+    if not is_committed(url, digest):
+        commit(url, open_job(remote.join(url, JOB), digest))
     return url

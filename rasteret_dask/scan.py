@@ -69,7 +69,8 @@ def filter_table(data: Table, where: Sequence[Predicate], name: str) -> pa.Table
     pushed = [e for p in where if (e := expression(p, schema)) is not None]
     late = [p for p in where if expression(p, schema) is None and p[0] != "readable"]
     if pushed:
-        table = pads.dataset(data).to_table(filter=functools.reduce(operator.and_, pushed))
+        dataset = data if isinstance(data, pads.Dataset) else pads.dataset(data)
+        table = dataset.to_table(filter=functools.reduce(operator.and_, pushed))
     else:
         table = as_table(data)
     for predicate in late:
@@ -83,27 +84,35 @@ def expression(predicate: Predicate, schema: pa.Schema) -> pc.Expression | None:
     column, op, value = predicate
     if op == "overlaps":
         return _overlaps(predicate)
-    if op == "intersects" and column == "bbox":
+    if op in ("intersects", "near") and column == "bbox":
         xmin, ymin, xmax, ymax = tuple(value)  # type: ignore[arg-type]
         box = {n: pc.field("bbox", n) for n in ("xmin", "ymin", "xmax", "ymax")}
-        return (box["xmin"] <= xmax) & (box["xmax"] >= xmin) & (box["ymin"] <= ymax) & (box["ymax"] >= ymin)
+        inside = (box["xmin"] <= xmax) & (box["xmax"] >= xmin) & (box["ymin"] <= ymax) & (box["ymax"] >= ymin)
+        return inside if op == "intersects" else inside | box["xmin"].is_null()
     if op == "intersects" or column not in schema.names:
         return None
     kind = schema.field(column).type
     if op in ("in", "not in"):
         try:
-            inside = pc.field(column).isin(pa.array(list(value), kind))  # type: ignore[arg-type]
-        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
+            inside = pc.field(column).isin(pa.array([_typed(v, kind) for v in value], kind))  # type: ignore[union-attr]
+        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError) as error:
             raise _misfit(predicate, f"a column of type {kind}", "values of it") from error
         return inside if op == "in" else ~inside
     if value is None:
         return pc.field(column).is_null() if op == "==" else ~pc.field(column).is_null()
     try:
-        stamp = pd.Timestamp(str(value)) if pa.types.is_timestamp(kind) else value
-        scalar = pa.scalar(stamp, kind)
+        scalar = pa.scalar(_typed(value, kind), kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as error:
         raise _misfit(predicate, f"a column of type {kind}", "a value of it") from error
     return _COMPARE[op](pc.field(column), scalar)
+
+
+def _typed(value: Any, kind: pa.DataType) -> Any:
+    """Return ISO 8601 text as the time that a column of times is compared with."""
+    if value is None or not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+        return value
+    stamp = pd.Timestamp(str(value))
+    return stamp.date() if pa.types.is_date(kind) else stamp
 
 
 def _misfit(predicate: Predicate, found: str, expected: str) -> PlanError:
@@ -146,7 +155,12 @@ def _late(predicate: Predicate, table: pa.Table, name: str) -> NDArray[np.bool_]
         if column not in values:
             continue
         found = True
-        keep[i] = _compare(values[column], op, value)
+        try:
+            keep[i] = _compare(values[column], op, value)
+        except TypeError as error:
+            raise _misfit(
+                predicate, f"a property such as {values[column]!r}", "a value of its type"
+            ) from error
     if not found:
         raise PlanError(
             f"filter on column {column!r} of {name!r}",
@@ -159,6 +173,8 @@ def _late(predicate: Predicate, table: pa.Table, name: str) -> NDArray[np.bool_]
 def _compare(found: Any, op: str, value: Any) -> bool:
     if op in ("in", "not in"):
         return bool((found in value) == (op == "in"))
+    if value is None:
+        return bool((found is None) == (op == "=="))
     return found is not None and bool(_COMPARE[op](found, value))
 
 
@@ -188,15 +204,13 @@ def _filter_map(column: pa.ChunkedArray, keys: list[str], kind: pa.MapType) -> p
     chunk = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     offsets = np.asarray(chunk.offsets)
     first, last = int(offsets[0]), int(offsets[-1])
-    stored = chunk.keys
-    keep = np.asarray(
-        pc.is_in(stored.slice(0), value_set=pa.array(keys, pa.string())).to_numpy(zero_copy_only=False)
-    )
-    shift = 0 if len(stored) == last else first
+    stored = chunk.keys  # of the whole buffer, also where the column is a slice of it
+    keep = np.array(pc.is_in(stored, value_set=pa.array(keys, pa.string())).to_numpy(zero_copy_only=False))
+    keep[:first] = keep[last:] = False
     counted = np.concatenate([[0], np.cumsum(keep)])
     chosen = pa.array(np.flatnonzero(keep))
     return pa.MapArray.from_arrays(
-        pa.array(counted[offsets - shift].astype(np.int32)),
+        pa.array(counted[offsets].astype(np.int32)),
         stored.take(chosen),
         chunk.items.take(chosen),
         type=kind,

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import xarray as xr
-from dask._task_spec import DataNode
+from dask._task_spec import DataNode, Task
 from dask.blockwise import blockwise, optimize_blockwise
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.layers import ArrayBlockIdDep
@@ -16,7 +16,7 @@ from dask.layers import ArrayBlockIdDep
 from rasteret_dask import pixels
 from rasteret_dask.errors import PlanError
 from rasteret_dask.job import Job, Output, Shard, open_job
-from rasteret_dask.plan import Function
+from rasteret_dask.plan import Function, digest
 
 __all__ = ["Functions", "Graph", "JobRef", "lower", "outputs_of", "renamed"]
 
@@ -28,7 +28,7 @@ class JobRef:
     """Where a written job lies: all that a task carries of it."""
 
     url: str
-    phase: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Graph:
     name: str
     """The last layer; its keys are (name, split number, shard number)."""
     shards: tuple[Shard, ...]
+    sources: Mapping[str, str]
+    """Source -> the last layer of its own, with keys like those of ``name``."""
 
     def key(self, shard: Shard) -> tuple[str, int, int]:
         """Return the key of a shard's last task."""
@@ -88,7 +90,7 @@ def lower(
     if write is not None:
         assert ref is not None
         name = build.layer("write", write, (ref.url,), [name])
-    return Graph(HighLevelGraph(build.layers, build.needs), name, tuple(job.shards()))
+    return Graph(HighLevelGraph(build.layers, build.needs), name, tuple(job.shards()), sources)
 
 
 class _Builder:
@@ -96,15 +98,17 @@ class _Builder:
 
     def __init__(self, job: Job, ref: JobRef | None) -> None:
         self.job, self.ref = job, ref
+        whole = job.whole  # so that the graph of some splits is the culled graph of all
         self.blocks = (
-            max(h.number for h in job.hierarchies) + 1,
-            max(h.shards for h in job.hierarchies),
+            max(h.number for h in whole.hierarchies) + 1,
+            max(h.shards for h in whole.hierarchies),
         )
         self.ids = ArrayBlockIdDep(tuple((1,) * n for n in self.blocks))
         self.layers: dict[str, Any] = {}
         self.needs: dict[str, set[str]] = {}
-        self.token = job.phase[:12]
-        self.root = None if ref is not None else self._add_root(f"job-{job.digest[:12]}", job)
+        # Of the rows too: blocks of other rows must not share names, or Dask takes one for the other.
+        self.token = whole.digest[:12]
+        self.root = None if ref is not None else self._add_root(f"job-{self.token}", whole)
 
     def _add_root(self, name: str, value: Any) -> str:
         self.layers[name] = MaterializedLayer({(name,): DataNode((name,), value)})
@@ -113,7 +117,7 @@ class _Builder:
 
     def function(self, function: Function, functions: Functions) -> str:
         """Ship a user's function once."""
-        name = f"function-{function.name}-{function.source[:12]}"
+        name = f"function-{function.name}-{digest(function)[:12]}"
         return name if name in self.layers else self._add_root(name, _Shipped(functions[function]))
 
     def member(self, source: int, member: int) -> str:
@@ -162,7 +166,7 @@ class _Shipped:
 
 
 def _open(job: Job | JobRef) -> Job:
-    return job if isinstance(job, Job) else open_job(job.url, job.phase)
+    return job if isinstance(job, Job) else open_job(job.url, job.digest)
 
 
 def _cube(job: Job | JobRef, block: tuple[int, int], source: int, member: int) -> pixels.MemberCubes:
@@ -293,6 +297,16 @@ def renamed(graph: Graph, job: Job, tail: str) -> tuple[dict[Hashable, Any], dic
             result[key] = task
             continue
         name = f"write-{shard.name}-{content[shard.name][:16]}{tail}"
-        result[name] = task.substitute({}, key=name)
+        result[name] = _abridged(task).substitute({}, key=name)
         shards[name] = shard
     return result, shards
+
+
+def _abridged(task: Task) -> Task:
+    """Return a fused task whose inner steps are numbered: their names would be half of its bytes."""
+    if getattr(task.func, "__name__", "") != "_execute_subgraph":
+        return task
+    steps, last, inputs, *values = task.args
+    short = {name: str(number) for number, name in enumerate((*inputs, *steps))}
+    numbered = {short[name]: step.substitute(short, key=short[name]) for name, step in steps.items()}
+    return Task(task.key, task.func, numbered, short[last], tuple(short[n] for n in inputs), *values)

@@ -6,6 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,16 @@ __all__ = ["by_geometry", "by_ground", "choose", "split_of_cells", "too_near"]
 FEW_CELLS = 20
 """Below this many split cells the achieved ratios are a matter of luck."""
 
+NOWHERE = shapely.Polygon()
+"""Stands for what a zone's CRS cannot say: ground on the far side of the globe, near to nothing."""
+
 SHARED_M2 = 1e-3
 """Windows and cells that share less ground than this only touch."""
 
 
 def choose(unit: NDArray[np.float64], spec: SplitSpec) -> NDArray[np.int64]:
     """Return the number of the split that each value of [0, 1) falls in, by cumulative ratios."""
-    edges = np.cumsum([share for _, share in spec.ratios])
+    edges = np.cumsum([float(share) for _, share in spec.ratios])
     edges[-1] = np.inf
     return np.asarray(np.searchsorted(edges, unit, side="right"), dtype=np.int64)
 
@@ -61,7 +65,8 @@ def by_ground(
         The ratios, the seed and what to do at a boundary.
     inside
         Shape (chip, 2). The split cell each chip was laid out in, or None for windows that were laid out freely
-        (their split is that of every split cell they touch).
+        (their split is that of every split cell they touch). Chips of the neighbouring zone may stick out of their
+        cells by a pixel: give bounds that are so much wider.
     """
     result = np.full(len(bounds), -1, dtype=np.int64)
     for code in np.unique(epsg):
@@ -214,7 +219,8 @@ def _into(
         def move(p: NDArray[np.float64]) -> NDArray[np.float64]:
             return np.stack(transformer(4326, code).transform(p[:, 0], p[:, 1]), -1)
 
-        shapes[foreign] = shapely.transform(lonlat[at[foreign]], move)
+        moved = shapely.transform(lonlat[at[foreign]], move)
+        shapes[foreign] = np.where(np.isfinite(shapely.bounds(moved)).all(axis=1), moved, NOWHERE)
     return shapes
 
 
@@ -223,12 +229,19 @@ def warn_if_few(cells: int, spec: SplitSpec, lattice: Lattice) -> None:
     if cells >= FEW_CELLS:
         return
     shares = [share for _, share in spec.ratios if share > 0]
-    empty = 1.0 - math.prod(1.0 - (1.0 - share) ** cells for share in shares)
+    # Inclusion and exclusion over the sets of splits that no cell falls in.
+    empty = sum(
+        (-1) ** (n + 1) * (1.0 - sum(missed)) ** cells
+        for n in range(1, len(shares) + 1)
+        for missed in combinations(shares, n)
+    )
     smaller = [
         k
-        for k in (7.68, 5.12, 3.84, 2.56, 1.92, 1.28, 0.64)
+        for k in (7.68, 5.12, 3.84, 2.56, 1.92, 1.28, 0.96, 0.64)
         if lattice.chip_m / 1000 <= k < lattice.cell_m / 1000
     ]
+    whole = [k for k in smaller if abs(k * 1000 / lattice.chip_m - round(k * 1000 / lattice.chip_m)) < 1e-9]
+    smaller = whole or smaller  # without a strip that no chip reaches
     wanted = lattice.cell_m / 1000 * math.sqrt(max(cells, 1) / FEW_CELLS)
     proposed = next((k for k in smaller if k <= wanted), smaller[-1] if smaller else None)
     advice = (
@@ -238,7 +251,7 @@ def warn_if_few(cells: int, spec: SplitSpec, lattice: Lattice) -> None:
     )
     warnings.warn(
         f"only {cells} split cells of {lattice.cell_m / 1000:g} km: the chance that some split stays empty is "
-        f"up to {min(empty, 1.0):.0%}, and ratios will be rough; {advice}.",
+        f"{min(max(empty, 0.0), 1.0):.0%}, and ratios will be rough; {advice}.",
         UserWarning,
         stacklevel=4,
     )

@@ -15,7 +15,7 @@ from rasteret_dask.chips import ChipSet, lay_chips
 from rasteret_dask.chiptable import FeedTable, bounds_of, replaced, texts, with_columns
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.grid import Lattice
-from rasteret_dask.optimize import optimize
+from rasteret_dask.optimize import named_bands, optimize
 from rasteret_dask.plan import (
     Chips,
     Join,
@@ -45,14 +45,15 @@ def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = Tru
     tables
         The tables that its tokens name.
     optimized
-        False carries the plan out as it is written; the result is the same.
+        False carries the plan out as it is written (but for the bands each source needs, which decide what is
+        ``readable``); the result is the same.
 
     Raises
     ------
     PlanError, GridError, BandError, UnreadableAssetsError
         Whatever cannot be carried out, before any pixel is read.
     """
-    node = optimize(plan) if optimized else plan
+    node = optimize(plan) if optimized else named_bands(plan)
     steps: list[Node] = []
     while not isinstance(node, Chips):
         if isinstance(node, Join) or not children(node):
@@ -115,7 +116,9 @@ def _split(chips: ChipSet, spec: SplitSpec) -> ChipSet:
     dropped = dict(chips.dropped)
     if spec.by == "ground":
         inside = _cells(table)
-        number = by_ground(epsg, bounds, cell_m, spec, inside)
+        # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
+        wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
+        number = by_ground(epsg, bounds + wider, cell_m, spec, inside)
         if inside is not None:
             warn_if_few(
                 len(set(table.column("cell").to_pylist())),

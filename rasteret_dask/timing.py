@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +30,16 @@ class Acquisitions:
     """Shape (acquisition,). Earliest start in UTC, ns."""
     end: NDArray[np.datetime64]
     """Shape (acquisition,). End of the interval; equal to ``start`` for instants."""
-    cloud: NDArray[np.float64]
-    """Shape (acquisition,). Mean cloud cover in percent, NaN where unknown."""
-    names: tuple[str, ...]
-    """A stable name of each: platform and start."""
+    platform: tuple[str, ...]
+    """Shape (acquisition,). Platform in lower case, "" where unknown."""
     replaced: int
     """Records dropped because the same scene stands again with a newer baseline."""
+    record_start: NDArray[np.datetime64]
+    """Shape (record,), ns. Each record's own start: what is decided for one chip looks at its records only."""
+    record_end: NDArray[np.datetime64]
+    """Shape (record,), ns. End of the record's interval; equal to its start for an instant."""
+    record_cloud: NDArray[np.float64]
+    """Shape (record,). Cloud cover in percent, NaN where unknown."""
 
     @property
     def is_interval(self) -> NDArray[np.bool_]:
@@ -50,6 +55,8 @@ class TimeAxis:
     """Shape (slot,), ns. The coordinate."""
     end: NDArray[np.datetime64]
     """Shape (slot,), ns."""
+    span: tuple[np.datetime64, np.datetime64]
+    """The range asked for, half-open; the first slot may begin before it and the last may end after."""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -131,14 +138,15 @@ def regular(offset: str, start: pd.Timestamp, end: pd.Timestamp) -> TimeAxis:
         edges.append(following)
     stamps = np.array(edges, dtype="datetime64[ns]")
     keep = stamps[1:] > np.datetime64(utc_start, "ns")
-    return TimeAxis(stamps[:-1][keep], stamps[1:][keep])
+    span = np.datetime64(utc_start, "ns"), np.datetime64(utc_end, "ns")
+    return TimeAxis(stamps[:-1][keep], stamps[1:][keep], span)
 
 
 def intervals(groups: Sequence[Acquisitions]) -> TimeAxis:
     """Return the distinct intervals of records that stand for intervals, in order."""
     pairs = sorted({pair for g in groups for pair in zip(g.start.tolist(), g.end.tolist(), strict=True)})
     values = np.array(pairs, dtype="int64").reshape(-1, 2).astype("datetime64[ns]")
-    return TimeAxis(values[:, 0], values[:, 1])
+    return TimeAxis(values[:, 0], values[:, 1], (values[:, 0].min(), values[:, 1].max()))
 
 
 def acquisitions(records: Records) -> Acquisitions:
@@ -146,9 +154,9 @@ def acquisitions(records: Records) -> Acquisitions:
 
     A datatake and tile that stands twice (reprocessed, or listed by two catalogs) keeps its newest baseline.
     """
-    frame = _frame(records)
-    replaced = _replaced(frame)
-    frame = frame[~replaced]
+    whole = _frame(records)
+    replaced = _replaced(whole)
+    frame = whole[~replaced]
     frame = frame.sort_values(["group", "start", "id"], kind="stable")
     label = np.full(len(records), -1, dtype=np.int64)
     rows: list[dict[str, Any]] = []
@@ -157,7 +165,8 @@ def acquisitions(records: Records) -> Acquisitions:
         if key != group or start - first > SAME_PASS:
             group, first = key, start
             rows.append({"start": start, "end": end})
-        rows[-1]["end"] = max(rows[-1]["end"], end)
+        if end > start:  # granules of one pass that start seconds apart are no interval
+            rows[-1]["end"] = max(rows[-1]["end"], end)
         label[at] = len(rows) - 1
     order = (
         np.argsort([r["start"].value for r in rows], kind="stable") if rows else np.array([], dtype=np.int64)
@@ -166,21 +175,12 @@ def acquisitions(records: Records) -> Acquisitions:
     rank[order] = np.arange(len(rows))
     label = np.where(label >= 0, rank[label], -1) if rows else label
     members = pd.Series(label[frame.index], index=frame.index)
-    cloud = frame["cloud"].groupby(members).mean().reindex(range(len(rows))).to_numpy(dtype=np.float64)
     platforms = frame["platform"].groupby(members).first().reindex(range(len(rows))).fillna("").tolist()
     start = np.array([rows[i]["start"].value for i in order], dtype="int64").astype("datetime64[ns]")
     end = np.array([rows[i]["end"].value for i in order], dtype="int64").astype("datetime64[ns]")
-    return Acquisitions(label, start, end, cloud, _names(start, platforms), int(replaced.sum()))
-
-
-def _names(start: NDArray[np.datetime64], platforms: list[str]) -> tuple[str, ...]:
-    seen: dict[str, int] = {}
-    names = []
-    for stamp, platform in zip(pd.DatetimeIndex(start), platforms, strict=True):
-        name = f"{platform or 'unknown'}-{stamp:%Y%m%dT%H%M%S}"
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return tuple(names)
+    begin, until = (whole[c].dt.tz_localize(None).to_numpy(dtype="datetime64[ns]") for c in ("start", "end"))
+    cloud = whole["cloud"].to_numpy(dtype=np.float64)
+    return Acquisitions(label, start, end, tuple(platforms), int(replaced.sum()), begin, until, cloud)
 
 
 def _frame(records: Records) -> pd.DataFrame:
@@ -200,6 +200,7 @@ def _frame(records: Records) -> pd.DataFrame:
         name: pd.Series(["" if v is None else str(v) for v in records.column(name)], dtype=object)
         for name in ("collection", "platform", "datatake", "orbit", "tile", "baseline", "id")
     }
+    text["platform"] = text["platform"].str.lower()  # catalogs spell "Sentinel-2B" and "sentinel-2b"
     passed = text["datatake"].where(text["datatake"] != "", "orbit " + text["orbit"])
     return pd.DataFrame(
         {
@@ -221,9 +222,18 @@ def _replaced(frame: pd.DataFrame) -> NDArray[np.bool_]:
     """Shape (record,). True where the same datatake and tile stands again with a newer baseline."""
     known = (frame["tile"] != "") & (frame["datatake"] != "")
     gone = np.zeros(len(frame), dtype=bool)
-    twice = frame[known]
-    day = twice["start"].dt.floor("10min")
-    ordered = twice.assign(day=day).sort_values(["baseline", "created", "id"], kind="stable")
-    older = ordered.duplicated(["platform", "datatake", "tile", "day"], keep="last")
-    gone[ordered.index[older.to_numpy()]] = True
+    scene = ["platform", "datatake", "tile"]
+    twice = frame[known].sort_values([*scene, "start"], kind="stable")
+    # A relative orbit comes back after days; the starts of one scene differ by seconds between catalogs.
+    again = twice.groupby(scene, sort=False)["start"].diff() > SAME_PASS
+    newest = twice.assign(number=again.cumsum(), version=twice["baseline"].map(_version)).sort_values(
+        ["version", "created", "id"], kind="stable", na_position="first"
+    )
+    older = newest.duplicated([*scene, "number"], keep="last")
+    gone[newest.index[older.to_numpy()]] = True
     return gone
+
+
+def _version(text: str) -> tuple[tuple[int, str], ...]:
+    """Return a baseline as what sorts by its numbers: 9.1 before 05.10 before 10.0."""
+    return tuple((int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text))

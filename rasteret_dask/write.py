@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -25,9 +26,13 @@ from rasteret_dask._version import __version__
 from rasteret_dask.errors import JobError, StoreError
 from rasteret_dask.job import Hierarchy, Job, Output, Shard, open_job, write_job
 
+T = TypeVar("T")
+
 __all__ = ["Layout", "commit", "is_committed", "prepare", "write_shard"]
 
 JOB = "_job"
+GROUPS = "groups.json"  # the groups' own metadata, put in place by the commit
+REQUESTS = 16
 EPOCH = "microseconds since 1970-01-01"
 NAT = np.iinfo(np.int64).min
 
@@ -67,7 +72,7 @@ class Layout:
         dims = ("chip", "time", "band", "y", "x")
         shape = (n, out.times, len(out.bands), out.height, out.width)
         pixels = _array(group, "pixels", shape, out.dtype, dims, (1, *shape[1:]), (per, *shape[1:]), out.fill)
-        pixels.update_attributes(_pixel_attrs(out))
+        pixels.update_attributes(out.pixel_attrs)
         if out.valid:
             flat = (out.times, out.height, out.width)
             dims_valid = ("chip", "time", "y", "x")
@@ -102,15 +107,6 @@ class Layout:
 
 
 _COORDINATES = "chip_id split epsg bounds valid_fraction datetime source"
-
-
-def _pixel_attrs(out: Output) -> dict[str, Any]:
-    attrs: dict[str, Any] = dict(out.attrs)
-    if out.scale is not None:
-        attrs |= {"scale_factor": out.scale, "add_offset": 0.0, "_FillValue": int(out.fill)}
-    elif out.dtype[0] != "f":
-        attrs["nodata"] = int(out.fill)
-    return attrs
 
 
 def _array(
@@ -177,9 +173,12 @@ def prepare(layout: Layout, url: str) -> set[str]:
         )
     if f"{JOB}/ready" in found:
         return _finished(url, found)
-    for path, data in layout.build().items():
-        if _kind(path, data) != "group":
-            remote.put(remote.join(url, path), data)
+    built = layout.build()
+    groups = {path: data.decode() for path, data in built.items() if _kind(path, data) == "group"}
+    objects = {path: data for path, data in built.items() if path not in groups}
+    objects["chips.parquet"] = geoparquet.to_bytes(job.chosen_chips())
+    objects[f"{JOB}/{GROUPS}"] = json.dumps(groups).encode()
+    _at_once(lambda path: remote.put(remote.join(url, path), objects[path]), objects)
     write_job(job, remote.join(url, JOB))
     remote.put(remote.join(url, JOB, "ready"), b"1")
     return _finished(url, found)
@@ -195,23 +194,28 @@ def is_committed(url: str, digest: str) -> bool:
 
 def _finished(url: str, found: Mapping[str, int]) -> set[str]:
     """Return the shards whose objects are all there with the sizes their reports name."""
-    done = set()
-    for path in found:
-        if path.startswith(f"{JOB}/done/"):
-            report = json.loads(remote.get(remote.join(url, path)))
-            if all(found.get(o["path"]) == o["size"] for o in report["objects"]):
-                done.add(report["shard"])
-    return done
+    reports = _reports(url, [path for path in found if path.startswith(f"{JOB}/done/")])
+    return {r["shard"] for r in reports if all(found.get(o["path"]) == o["size"] for o in r["objects"])}
+
+
+def _reports(url: str, paths: Iterable[str]) -> list[dict[str, Any]]:
+    return _at_once(lambda path: json.loads(remote.get(remote.join(url, path))), paths)
+
+
+def _at_once(function: Callable[[str], T], paths: Iterable[str]) -> list[T]:
+    """Call a function for many small objects, several at the same time: a request waits, it does not work."""
+    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="rasteret-store") as pool:
+        return list(pool.map(function, paths))
 
 
 @lru_cache(maxsize=256)
-def _metadata(url: str, path: str, phase: str) -> bytes:
+def _metadata(url: str, path: str, digest: str) -> bytes:
     return remote.get(remote.join(url, path, "zarr.json"))
 
 
 def write_shard(job: Any, block: tuple[int, int], url: str, joined: dict[str, xr.Dataset]) -> dict[str, Any]:
     """Encode a shard's chips, put each object once, then the report; return the report."""
-    opened = job if isinstance(job, Job) else open_job(job.url, job.phase)
+    opened = job if isinstance(job, Job) else open_job(job.url, job.digest)
     base = url.removesuffix(f"/{JOB}")
     shard = opened.shard(*block)
     remote.put(remote.join(url, "tried", shard.name, uuid.uuid4().hex), b"1")
@@ -245,7 +249,7 @@ def _encoded(
         if name == "datetime":
             values = values.astype("datetime64[us]").astype(np.int64)
         path = f"{group}/{name}" if group else name
-        for key, data in _encode(_metadata(base, path, job.phase), first, last, values).items():
+        for key, data in _encode(_metadata(base, path, job.digest), first, last, values).items():
             result[f"{path}/{key}"] = data
     return result
 
@@ -259,15 +263,14 @@ def _encode(metadata: bytes, first: int, last: int, values: NDArray[Any]) -> dic
     return {k: v.to_bytes() for k, v in store._store_dict.items() if k != "zarr.json"}
 
 
-def commit(url: str, layout: Layout) -> None:
-    """Write the manifest and the chip table, then the groups' metadata; the root comes last.
+def commit(url: str, job: Job) -> None:
+    """Write the manifest, then the groups' metadata; the root comes last.
 
     Raises
     ------
     JobError
         When a shard has no report.
     """
-    job = layout.job
     found = remote.listing(url)
     done = _finished(url, found)
     missing = [s.name for s in job.shards() if s.name not in done]
@@ -275,12 +278,11 @@ def commit(url: str, layout: Layout) -> None:
         raise JobError(
             f"store {url}", f"{len(missing)} shards missing: {', '.join(missing[:10])}", "all shards"
         )
-    reports = [json.loads(remote.get(remote.join(url, JOB, "done", f"{s.name}.json"))) for s in job.shards()]
+    reports = _reports(url, [f"{JOB}/done/{s.name}.json" for s in job.shards()])
     remote.put(remote.join(url, "manifest.parquet"), _parquet(_manifest(job, reports)))
-    remote.put(remote.join(url, "chips.parquet"), geoparquet.to_bytes(job.chips))
-    groups = {p: d for p, d in layout.build().items() if _kind(p, d) == "group"}
+    groups = json.loads(remote.get(remote.join(url, JOB, GROUPS)))
     for path in sorted(groups, key=lambda p: -p.count("/")):  # deepest first, "zarr.json" last
-        remote.put(remote.join(url, path), groups[path])
+        remote.put(remote.join(url, path), groups[path].encode())
 
 
 def _kind(path: str, data: bytes) -> str:

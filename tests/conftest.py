@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+import rasteret_dask as rd
+from rasteret_dask.world import World, WorldSize, make_world
+
 DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -22,6 +25,30 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no real data: {DATA} is not there (set RASTERET_DASK_DATA)")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Return a made-up world of 5 x 3.6 km: two overlapping granules, four passes, three Landsat scenes."""
+    return make_world(tmp_path_factory.mktemp("small"), size=WorldSize(300, 360, 198, tile_px=128))
+
+
+@pytest.fixture(scope="session")
+def s2(small_world: World) -> rd.Collection:
+    """Return its Sentinel-2 scenes."""
+    return rd.build_from_stac(small_world.sentinel2, name="s2", date_range=("2024-04-01", "2024-06-30"))
+
+
+@pytest.fixture(scope="session")
+def l8(small_world: World) -> rd.Collection:
+    """Return its Landsat scenes."""
+    return rd.build_from_stac(small_world.landsat, name="l8", date_range=("2024-04-01", "2024-06-30"))
+
+
+@pytest.fixture(scope="session")
+def aef(small_world: World) -> rd.Collection:
+    """Return its embeddings."""
+    return rd.build_from_stac(small_world.embeddings, name="aef", date_range=("2024-04-01", "2024-06-30"))
 
 
 class RangeHandler(SimpleHTTPRequestHandler):

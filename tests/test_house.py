@@ -23,7 +23,7 @@ ORDER = [
     "gdalheader", "headers", "layers", "describe", "sources", "stac", "tables", "plan", "scan", "timing", "optimize",
     "resolve", "harmonize", "coverage", "frame", "feeds", "chiptable", "chips", "splits", "steps", "readplan", "rasterfile", "warp",
     "reader", "cube", "job", "pixels", "shards", "write", "run", "lazy", "outputs", "explain", "audit",
-    "plot", "areas", "chipset", "collection", "build", "world", "__init__", "demo_checks", "demo", "cli",
+    "pictures", "plot", "areas", "chipset", "collection", "build", "world", "__init__", "demo_checks", "demo", "cli",
 ]
 # fmt: on
 

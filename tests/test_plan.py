@@ -1,0 +1,264 @@
+"""Plans are values: they compare, hash, become JSON, and have one digest everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import functools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rasteret_dask as rd
+from rasteret_dask import plan as p
+
+SCALARS = st.one_of(st.text(max_size=4), st.integers(-9, 9), st.floats(-1e6, 1e6), st.booleans(), st.none())
+TRIPLES = st.tuples(
+    st.text(min_size=1, max_size=6),
+    st.sampled_from(["==", "<", "in"]),
+    st.one_of(SCALARS, st.tuples(SCALARS, SCALARS)),
+)
+WHERE = st.lists(TRIPLES, max_size=3).map(tuple)
+SPECS = st.builds(
+    p.HarmonizeSpec,
+    bands=st.none() | st.just(("red", "nir")),
+    resolution=st.none() | st.floats(1, 100),
+    time=st.none() | st.just("1MS"),
+    mask=st.none() | st.just(("clouds",)),
+    units=st.none() | st.sampled_from(p.UNITS),
+)
+FUNCTION = p.Function("m", "f", "version 1")
+
+
+def grow(below: st.SearchStrategy[p.Node]) -> st.SearchStrategy[p.Node]:
+    return st.one_of(
+        st.builds(p.Filter, below, WHERE),
+        st.builds(p.Sample, below, st.integers(0, 9), st.integers(0, 9), st.none() | st.just("tile")),
+        st.builds(p.Harmonize, below, SPECS),
+        st.builds(p.Map, below, st.just(FUNCTION), st.none() | st.just("a")),
+        st.builds(p.Merge, st.lists(below, min_size=1, max_size=3).map(tuple)),
+        st.builds(lambda a, b: p.Join(("a", "b"), (a, b)), below, below),
+    )
+
+
+NODES: st.SearchStrategy[p.Node] = st.recursive(
+    st.builds(
+        p.Source, st.sampled_from(["s2", "l8"]), st.just("0" * 32), WHERE, st.none() | st.just(("red",))
+    ),
+    grow,
+    max_leaves=4,
+)
+PLANS: st.SearchStrategy[p.Node] = st.one_of(
+    NODES,
+    st.builds(
+        lambda n, where: p.Select(
+            p.Split(
+                p.Keep(p.Chips(n, p.ChipSpec(256, 128, aoi="00")), where),
+                p.SplitSpec((("train", 0.5), ("val", 0.5), ("test", 0.0)), 3),
+            ),
+            ("train",),
+        ),
+        NODES,
+        WHERE,
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(PLANS)
+def test_plans_come_back_from_json(plan: p.Node) -> None:
+    again = p.from_json(json.loads(json.dumps(p.to_json(plan))))
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert p.digest(again) == p.digest(plan)
+    assert p.with_children(plan, p.children(plan)) == plan
+    assert len(list(p.outline(plan))) == 1 + sum(len(list(p.outline(c))) for c in p.children(plan))
+
+
+@settings(max_examples=100, deadline=None)
+@given(PLANS, PLANS)
+def test_plans_differ_as_their_digests_do(one: p.Node, other: p.Node) -> None:
+    if one == other:
+        assert hash(one) == hash(other)
+    else:
+        assert p.digest(one) != p.digest(other)
+
+
+def test_nodes_are_frozen() -> None:
+    for node in (
+        p.Source("a", "t"),
+        p.ChipSpec(8, 8),
+        p.SplitSpec((("train", 1.0),)),
+        p.HarmonizeSpec(),
+        FUNCTION,
+    ):
+        field = dataclasses.fields(node)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(node, field, None)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import rasteret_dask as rd
+from made_records import collection, record
+from rasteret_dask.plan import digest
+c = collection("s2", record("a"), record("b"))
+chips = (c.where(platform={{"x", "y", "sentinel-2a", "q", "landsat-8"}}).subset(cloud_cover_lt=20)
+         .harmonize(["red"], time="1MS").chips(16, cell_km=1.28).split(seed=3).select("train"))
+print(digest(chips.plan))
+"""
+
+
+def test_the_digest_is_the_same_in_every_process() -> None:
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    said = set()
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        )
+        said.add(done.stdout.decode().strip())
+    assert len(said) == 1
+    assert len(said.pop()) == 32
+
+
+def test_predicates_become_plain_values() -> None:
+    given_ = (
+        ("a", "in", ["x", "y"]),
+        ("b", "<", np.int64(3)),
+        ("c", ">=", dt.datetime(2024, 4, 1, tzinfo=dt.UTC)),
+        ("d", "in", {"q", "b"}),
+        ("e", "<", np.datetime64("2024-04-01")),
+    )
+    said = p.predicates(given_, {"f": np.float32(0.5), "g": np.array([1, 2])})
+    assert said == (
+        ("a", "in", ("x", "y")),
+        ("b", "<", 3),
+        ("c", ">=", "2024-04-01T00:00:00+00:00"),
+        ("d", "in", ("b", "q")),
+        ("e", "<", "2024-04-01"),
+        ("f", "==", 0.5),
+        ("g", "in", (1, 2)),
+    )
+    node = p.Filter(p.Source("a", "t"), said)
+    assert p.from_json(json.loads(json.dumps(p.to_json(node)))) == node
+    assert p.predicates(("a", "==", 1), {}) == (("a", "==", 1),)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    with pytest.raises(rd.PlanError) as caught:
+        yield
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("triple", [("a", "=", 1), ("a", "=="), ["a", "==", 1], "a", ("a", "near", 1)])
+def test_a_predicate_of_another_form_is_refused(triple: Any) -> None:
+    with refused("operator"):
+        p.predicates((triple,), {})
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "256", None, True, float("nan")])
+def test_sizes_are_positive_whole_numbers(size: Any) -> None:
+    with refused("chips(size=)"):
+        p.ChipSpec(size, 8)
+    with refused("chips(stride=)"):
+        p.ChipSpec(8, size)
+
+
+@pytest.mark.parametrize("share", [float("nan"), -0.1, 0.5, "a"])
+def test_ratios_sum_to_one(share: Any) -> None:
+    with refused("split ratios"):
+        p.SplitSpec((("train", 0.7), ("val", share)))
+
+
+def test_specs_put_what_is_said_later_over_what_was_said() -> None:
+    inner = p.HarmonizeSpec(bands=("red",), resolution=10.0, time="1MS")
+    assert inner.under(p.HarmonizeSpec(resolution=30.0)) == p.HarmonizeSpec(
+        ("red",), resolution=30.0, time="1MS"
+    )
+
+
+# Functions
+
+
+def ndvi(chips: xr.DataArray) -> xr.DataArray:
+    return chips
+
+
+def made(threshold: float) -> Callable[[xr.DataArray], xr.DataArray]:
+    def over(chips: xr.DataArray) -> xr.DataArray:
+        return chips > threshold
+
+    return over
+
+
+def test_a_function_is_its_place_and_its_source() -> None:
+    known = p.Function.of(ndvi)
+    assert (known.module, known.name) == (__name__, "ndvi")
+    assert len(known.source) == 64
+    assert p.Function.of(ndvi) == known
+    assert p.Function.of(ndvi, "2").source == "version 2"
+
+
+def test_a_function_s_source_counts_not_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    said = []
+    for number, body in enumerate(("x + 1", "x + 1", "x + 2")):
+        (tmp_path / f"mod{number}.py").write_text(f"def f(x):\n    return {body}\n")
+        said.append(p.Function.of(__import__(f"mod{number}").f).source)
+    assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize("function", [made(0.5), functools.partial(ndvi), np.abs, [].append, abs])
+def test_data_in_a_function_needs_a_version(function: Any) -> None:
+    with refused("version="):
+        p.Function.of(function)
+    assert p.Function.of(function, version="1") != p.Function.of(function, version="2")
+
+
+def test_a_function_without_source_needs_a_version() -> None:
+    space: dict[str, Any] = {"__name__": "typed_in"}
+    exec("def f(x):\n    return x", space)
+    with refused("no source text", "version="):
+        p.Function.of(space["f"])
+
+
+def test_lambdas_of_one_line_are_told_apart() -> None:
+    pair = (lambda x: x + 1, lambda x: x * 2)
+    one, other = (p.Function.of(f) for f in pair)
+    assert one != other
+    assert one == p.Function.of(pair[0])
+
+
+def test_all_lambdas_of_a_chain_are_kept() -> None:
+    from made_records import collection, record
+
+    chips = collection("a", record("r")).chips(16).map(lambda x: x + 1).map(lambda x: x * 2)
+    assert len(chips._functions) == 2
+    outer = chips.plan
+    assert isinstance(outer, p.Map)
+    assert isinstance(outer.child, p.Map)
+    assert [chips._functions[n.function](3) for n in (outer.child, outer)] == [4, 6]
+
+
+def test_an_outline_has_a_line_a_step() -> None:
+    node = p.Filter(p.Source("s2", "t"), (("a", "==", 1),))
+    assert list(p.outline(node)) == ["filter(where=[['a', '==', 1]])", "  source(name=s2)"]
+    assert textwrap.dedent("\n".join(p.outline(node))).count("\n") == 1

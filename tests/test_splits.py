@@ -1,0 +1,391 @@
+"""The same ground, the same split: conservation, ratios, zone boundaries, buffers, and the other ways to split."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import geopandas
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_records import boxes, collection, ids, project, record
+
+import rasteret_dask as rd
+from rasteret_dask.plan import SplitSpec
+from rasteret_dask.splits import by_ground, choose, split_of_cells
+
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+
+CELLS: dict[str, Any] = {"cell_km": 1.28}
+RATIOS = (("train", 0.7), ("val", 0.15), ("test", 0.15))
+
+
+def splits(chips: rd.Chips) -> dict[str, str | None]:
+    """Return {id without acquisition: split}."""
+    t = chips.table
+    cut = [i.rsplit("_", 1)[0] if chips.planned.sources[0].axis is None else i for i in ids(chips)]
+    return dict(zip(cut, t.column("split").to_pylist(), strict=True))
+
+
+def large(name: str = "s2", **more: Any) -> dict[str, Any]:
+    return record(name, px=(2000, 2000), **more)
+
+
+def test_the_rule_is_what_the_documentation_says() -> None:
+    """An independent reader: sha256 of seed, zone, row and column, as a fraction, against cumulative ratios."""
+    chips = collection("s2", large()).chips(32, **CELLS).split(seed=42)
+    for row in chips.table.to_pylist():
+        zone, r, c = row["cell"].split("/")
+        digest = hashlib.sha256(f"ground|42|{zone}|{r}|{c}".encode()).digest()
+        unit = int.from_bytes(digest[:8], "big") / 2**64
+        assert row["split"] == ("train" if unit < 0.7 else "val" if unit < 0.85 else "test")
+
+
+def test_the_same_ground_is_the_same_split_whatever_feeds_it() -> None:
+    base = splits(collection("s2", large()).chips(32, **CELLS).split(seed=1))
+    rows = [large("a", when="2023-01-01T00:00:00"), large("b", platform="x"), large("c", west=490_000.0)]
+    random.Random(0).shuffle(rows)
+    many = splits(collection("other", *rows).chips(32, **CELLS).split(seed=1))
+    assert set(base) < set(many)
+    assert all(many[i] == s for i, s in base.items())
+    timed = collection("s2", *rows).harmonize(["red"], time="1MS").chips(32, **CELLS).split(seed=1)
+    assert base.items() <= splits(timed).items()
+    l8 = collection("l8", large("l8", pixel=30.0, bands=("B4", "B5")))
+    joined = rd.join(s2=collection("s2", large()), l8=l8).chips(48, cell_km=1.44).split(seed=1)
+    alone = l8.chips(16, cell_km=1.44).split(seed=1)
+    cells = [{r["cell"]: r["split"] for r in c.table.to_pylist()} for c in (joined, alone)]
+    assert all(cells[1][k] == v for k, v in cells[0].items())
+
+
+def test_sizes_and_strides_do_not_move_the_ground() -> None:
+    own = collection("s2", large())
+    cells: dict[str, str] = {}
+    for size, stride in ((32, None), (16, 8), (128, None), (48, 20)):
+        chips = own.chips(size, stride, **CELLS).split(seed=1)
+        for row in chips.table.to_pylist():
+            assert cells.setdefault(row["cell"], row["split"]) == row["split"]
+
+
+def test_another_seed_deals_anew() -> None:
+    own = collection("s2", large()).chips(128, **CELLS)
+    first, again, other = (splits(own.split(seed=s)) for s in (1, 1, 2))
+    assert first == again
+    changed = np.mean([first[i] != other[i] for i in first])
+    assert 0.2 < changed < 0.8
+
+
+def test_ratios_hold_over_many_cells() -> None:
+    cells = np.stack(np.meshgrid(np.arange(200), np.arange(200), indexing="ij"), -1).reshape(-1, 2)
+    for ratios in (RATIOS, (("train", 0.5), ("val", 0.5), ("test", 0.0)), (("train", 1.0),)):
+        number = split_of_cells(33, cells, SplitSpec(ratios, 7))
+        for i, (_, share) in enumerate(ratios):
+            sigma = np.sqrt(share * (1 - share) / len(cells))
+            assert abs(np.mean(number == i) - share) <= 4 * sigma
+    zones = [split_of_cells(z, cells, SplitSpec(RATIOS, 7)) for z in (32, 33)]
+    assert 0.3 < np.mean(zones[0] != zones[1]) < 0.6
+
+
+@given(st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=30))
+def test_shares_are_cumulative(unit: list[float]) -> None:
+    number = choose(np.array(unit), SplitSpec(RATIOS))
+    assert number.tolist() == [0 if u < 0.7 else 1 if u < 0.85 else 2 for u in unit]
+
+
+# The boundary of two zones
+
+
+def at_12_east(lat: float, px: int = 1400, pixel: float = 10.0) -> list[dict[str, Any]]:
+    """The same ground from zones 32 and 33, with the meridian through its middle; Landsat's odd origins."""
+    rows = []
+    for epsg in (32632, 32633):
+        place = project(shapely.Point(12.0, lat), 4326, epsg)
+        half = px * pixel / 2
+        west, north = np.floor((place.x - half) / pixel) * pixel, np.ceil((place.y + half) / pixel) * pixel
+        rows.append(
+            record(
+                f"z{epsg}",
+                epsg=epsg,
+                west=west + pixel / 2,
+                north=north + pixel / 2,
+                px=(px, px),
+                pixel=pixel,
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("lat", "pixel", "stride"), [(48.0, 10.0, None), (67.0, 30.0, None), (5.0, 10.0, 20), (48.0, 30.0, 7)]
+)
+def test_no_ground_is_shared_across_the_zone_boundary(lat: float, pixel: float, stride: int | None) -> None:
+    own = collection("s2", *at_12_east(lat, round(14_000 / pixel), pixel))
+    chips = own.chips(round(960 / pixel), stride, cell_km=1.92).split(0.4, 0.3, 0.3, seed=3)
+    lost = chips.planned.dropped["chip on the ground of two splits"]
+    said = chips.table.column("split").to_pylist()
+    assert said.count(None) == lost > 0
+    assert chips.audit().overlaps == {"train-val": 0, "train-test": 0, "val-test": 0}
+    epsg = chips.table.column("epsg").to_numpy()
+    shapes = boxes(chips)
+    one_crs = np.array([project(s, int(e), 32633) for s, e in zip(shapes, epsg, strict=True)])
+    label = np.array([s or "" for s in said])
+    a, b = shapely.STRtree(one_crs).query(one_crs, predicate="intersects")
+    apart = (label[a] != label[b]) & (label[a] != "") & (label[b] != "") & (a < b)
+    # Chips of one zone touch; projected edges bend by millimetres.
+    shared = shapely.area(shapely.intersection(one_crs[a[apart]], one_crs[b[apart]]))
+    assert shared.max(initial=0.0) < 0.5
+    # Without the rule they do overlap: the test would notice.
+    careless = own.chips(round(960 / pixel), stride, cell_km=1.92).split(
+        0.4, 0.3, 0.3, seed=3, boundary="centre"
+    )
+    assert not careless.audit().ok
+    kept = {i: s for i, s in splits(careless).items() if splits(chips)[i] is not None}
+    assert kept.items() <= splits(chips).items()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(-70, 78), st.sampled_from([10.0, 30.0]), st.integers(0, 5), st.integers(2, 59))
+def test_chips_of_any_zone_boundary_keep_apart(lat: float, pixel: float, seed: int, zone: int) -> None:
+    """Planned without records: all chips of both lattices near the meridian, each moved by its own phase."""
+    from rasteret_dask.grid import Lattice, snap, transformer, utm_zone
+
+    meridian = 6.0 * zone - 180.0
+    epsg, bounds, inside = [], [], []
+    for z, phase in ((zone, 0.0), (zone + 1, pixel / 2)):
+        x, y = transformer(4326, 32600 + z).transform(meridian, lat)
+        lattice = Lattice(z, 1920.0, 32 * pixel, 32 * pixel)
+        cells = lattice.chip_cells(lattice.split_cells((x - 3000, y - 3000, x + 3000, y + 3000)))
+        box = lattice.bounds(cells)
+        lon, la = transformer(32600 + z, 4326).transform(box[:, [0, 2]].mean(1), box[:, [1, 3]].mean(1))
+        mine = utm_zone(lon, la) == z
+        bounds.append(snap(box[mine], (phase, phase), pixel))
+        inside.append(lattice.split_cell_of(cells[mine]))
+        epsg.append(np.full(int(mine.sum()), 32600 + z))
+    code, box, cell = np.concatenate(epsg), np.concatenate(bounds), np.concatenate(inside)
+    spec = SplitSpec((("train", 0.5), ("val", 0.5)), seed)
+    wider = np.array([-1, -1, 1, 1]) * 1.5 * pixel
+    number = by_ground(code, box + wider, 1920.0, spec, cell)
+    left, right = (code == 32600 + zone) & (number >= 0), (code == 32601 + zone) & (number >= 0)
+    if not left.any() or not right.any():
+        return
+    one = shapely.box(*box[left].T)
+    two = np.array([project(shapely.box(*b), 32601 + zone, 32600 + zone) for b in box[right]])
+    a, b = shapely.STRtree(two).query(one, predicate="intersects")
+    differ = number[left][a] != number[right][b]
+    assert shapely.area(shapely.intersection(one[a[differ]], two[b[differ]])).max(initial=0.0) < 0.5
+
+
+# Buffers
+
+
+def test_a_buffer_keeps_val_and_test_away_from_train() -> None:
+    own = collection("s2", *at_12_east(48.0)).chips(32, **CELLS)
+    plain = splits(own.split(0.3, 0.35, 0.35, seed=1))
+    for metres in (100.0, 700.0):
+        chips = own.split(0.3, 0.35, 0.35, seed=1, buffer_m=metres)
+        found = splits(chips)
+        here = np.array(
+            [
+                project(s, int(e), 32633)
+                for s, e in zip(boxes(chips), chips.table["epsg"].to_pylist(), strict=True)
+            ]
+        )
+        train = shapely.union_all(here[[s == "train" for s in plain.values()]])
+        distance = dict(zip(plain, shapely.distance(here, train), strict=True))
+        for chip, was in plain.items():
+            if was in ("train", None):
+                assert found[chip] == was
+            elif abs(distance[chip] - metres) > 1.0:  # scales of two zones differ by less than that
+                assert found[chip] == (was if distance[chip] > metres else None)
+        lost = sum(plain[c] is not None and found[c] is None for c in plain)
+        assert chips.audit().lost[f"val or test chip nearer than {metres:g} m to train"] == lost
+        assert min(chips.audit().distance_m[p] for p in ("train-val", "train-test")) >= metres
+
+
+# Windows at points
+
+
+def windows(**more: Any) -> tuple[rd.Chips, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(2)
+    xy = rng.uniform((500_500, 5_380_500), (519_500, 5_399_500), (300, 2))
+    places = geopandas.GeoDataFrame({"n": range(300)}, geometry=shapely.points(xy), crs=32633)
+    return collection("s2", large()).chips(32, at=places, cell_km=2.56).split(
+        0.5, 0.25, 0.25, seed=5, **more
+    ), xy
+
+
+def test_windows_on_two_splits_belong_to_none() -> None:
+    chips, _ = windows()
+    for row in chips.table.to_pylist():
+        touched = set()
+        for r in range(int(-row["ymax"] // 2560), int(-row["ymin"] // 2560) + 1):
+            for c in range(int(row["xmin"] // 2560), int(row["xmax"] // 2560) + 1):
+                inside = row["xmax"] > c * 2560 and -row["ymin"] > r * 2560
+                if inside:
+                    touched.add(
+                        int(
+                            split_of_cells(
+                                33,
+                                np.array([[r, c]]),
+                                SplitSpec((("train", 0.5), ("val", 0.25), ("test", 0.25)), 5),
+                            )[0]
+                        )
+                    )
+        expected = ("train", "val", "test")[touched.pop()] if len(touched) == 1 else None
+        assert row["split"] == expected
+    assert chips.audit().ok
+    assert chips.audit().lost["chip on the ground of two splits"] == chips.table["split"].null_count > 0
+
+
+def test_windows_may_be_split_by_their_centre() -> None:
+    chips, _ = windows(boundary="centre")
+    spec = SplitSpec((("train", 0.5), ("val", 0.25), ("test", 0.25)), 5)
+    for row in chips.table.to_pylist():
+        x, y = (row["xmin"] + row["xmax"]) / 2, (row["ymin"] + row["ymax"]) / 2
+        cell = np.array([[int(-y // 2560), int(x // 2560)]])
+        assert row["split"] == spec.names[int(split_of_cells(33, cell, spec)[0])]
+    dropped, _ = windows()
+    for one, other in zip(chips.table["split"].to_pylist(), dropped.table["split"].to_pylist(), strict=True):
+        assert other in (None, one)
+
+
+def test_windows_and_cells_agree_on_the_ground() -> None:
+    chips, _ = windows()
+    lattice = {
+        r["cell"]: r["split"]
+        for r in collection("s2", large())
+        .chips(64, cell_km=2.56)
+        .split(0.5, 0.25, 0.25, seed=5)
+        .table.to_pylist()
+    }
+    for row in chips.table.to_pylist():
+        x, y = (row["xmin"] + row["xmax"]) / 2, (row["ymin"] + row["ymax"]) / 2
+        name = f"33/{int(-y // 2560)}/{int(x // 2560)}"
+        assert row["split"] in (None, lattice.get(name, row["split"]))
+
+
+def test_tiles_and_geoboxes_are_split_by_the_same_ground() -> None:
+    chips = (
+        collection("s2", large(west=500_030.0))
+        .chips(128, grid="tiles", cell_km=5.12)
+        .split(0.5, 0.5, 0.0, seed=5)
+    )
+    said = chips.table.column("split").to_pylist()
+    assert None in said
+    assert {"train", "val"} <= set(said)
+    assert chips.audit().ok
+
+
+# Other ways
+
+
+def test_by_geometry_is_the_guides_rule() -> None:
+    rows = [record(f"r{i}", west=500_000.0 + i * 4480, datatake=f"{i}") for i in range(12)]
+    chips = collection("s2", *rows).chips(32, **CELLS).split(0.5, 0.25, 0.25, by="geometry", seed=9)
+    edges = (0.5, 0.75, 1.0)
+    own = {}
+    for r in rows:
+        unit = int(hashlib.md5(r["geometry"]).hexdigest(), 16) / 2**128
+        own[r["id"]] = next(n for n, e in zip(("train", "val", "test"), edges, strict=True) if unit < e)
+    for row in chips.table.to_pylist():
+        labels = {own[f["record"]] for f in row["feeds"]}
+        assert row["split"] == (labels.pop() if len(labels) == 1 else None)
+    other = collection("s2", *rows).chips(32, **CELLS).split(0.5, 0.25, 0.25, by="geometry", seed=10)
+    assert splits(other) == splits(chips)  # the seed is not used
+
+
+def test_chips_of_records_of_two_splits_belong_to_none() -> None:
+    rows = [
+        record("a", datatake="1", when="2024-04-02T10:00:00"),
+        record("b", west=500_500.0, datatake="2", when="2024-05-02T10:00:00"),
+    ]
+    chips = (
+        collection("s2", *rows)
+        .harmonize(["red"], time="1MS")
+        .chips(32, **CELLS)
+        .split(0.5, 0.25, 0.25, by="geometry")
+    )
+    unit = {r["id"]: int(hashlib.md5(r["geometry"]).hexdigest(), 16) / 2**128 for r in rows}
+    number = {k: np.searchsorted([0.5, 0.75], u, side="right") for k, u in unit.items()}
+    for row in chips.table.to_pylist():
+        labels = {int(number[f["record"]]) for f in row["feeds"]}
+        assert row["split"] == (("train", "val", "test")[labels.pop()] if len(labels) == 1 else None)
+
+
+def test_by_a_column_of_the_chip_table() -> None:
+    names = ["train", "val", "test", None, "spare"]
+    places = shapely.points([(501_000 + 500 * i, 5_398_000) for i in range(5)])
+    at = geopandas.GeoDataFrame({"fold": names}, geometry=places, crs=32633)
+    chips = collection("s2", record("a")).chips(16, at=at).split(by="fold")
+    assert {r["fold"]: r["split"] for r in chips.table.to_pylist()} == {
+        "train": "train", "val": "val", "test": "test", None: None, "spare": None,
+    }  # fmt: skip
+    assert chips.audit().lost == {"column fold names no split": 2}
+    for by, word in (("nothing", "nothing"), ("chip_id", "among train, val, test")):
+        with pytest.raises(rd.PlanError, match=word):
+            _ = collection("s2", record("a")).chips(16, at=at).split(by=by).table
+
+
+# Conservation, select, warnings
+
+
+def test_every_chip_is_in_one_split_or_counted() -> None:
+    own = collection("s2", *at_12_east(48.0)).chips(32, **CELLS).split(0.4, 0.3, 0.3, seed=1, buffer_m=200)
+    parts = [own.select(name) for name in ("train", "val", "test")]
+    chosen = [i for part in parts for i in ids(part)]
+    assert len(chosen) == len(set(chosen))
+    none = [i for i, s in zip(ids(own), own.table["split"].to_pylist(), strict=True) if s is None]
+    assert set(chosen) | set(none) == set(ids(own))
+    assert len(none) == sum(
+        v for k, v in own.planned.dropped.items() if k.startswith(("chip on", "val or test"))
+    )
+    assert sum(own.audit().chips.values()) == len(chosen)
+    assert ids(own.select("train", "val")) == [
+        i for i in ids(own) if i in set(ids(parts[0])) | set(ids(parts[1]))
+    ]
+
+
+def test_an_unknown_or_missing_split_is_told() -> None:
+    chips = collection("s2", record("a")).chips(32, **CELLS)
+    with pytest.raises(rd.PlanError, match="a split step before it"):
+        _ = chips.select("train").table
+    with pytest.raises(rd.PlanError, match=r"'trian'.*train, val, test"):
+        _ = chips.split().select("trian").table
+    with pytest.raises(rd.PlanError, match="at least one"):
+        chips.split().select()
+    with pytest.raises(rd.PlanError, match="no chip left"):
+        _ = chips.split(1.0, 0.0, 0.0).select("val").table
+
+
+def warned(cells: int, ratios: tuple[float, float, float], size: int = 128) -> str:
+    row = record("a", west=1280.0 * 400, north=1280.0 * 4000, px=(128 * cells, 128))
+    with pytest.warns(UserWarning, match="split cells") as caught:
+        _ = collection("s2", row).chips(size, **CELLS).split(*ratios, seed=1).table
+    return str(caught[0].message)
+
+
+@pytest.mark.filterwarnings("default")
+def test_few_split_cells_warn_with_the_chance_and_a_remedy() -> None:
+    import itertools
+
+    for cells, ratios in ((3, (0.7, 0.15, 0.15)), (9, (0.5, 0.25, 0.25)), (5, (0.6, 0.4, 0.0))):
+        present = [r for r in ratios if r]
+        full = sum(
+            np.prod([present[i] for i in dealt])
+            for dealt in itertools.product(range(len(present)), repeat=cells)
+            if len(set(dealt)) == len(present)
+        )
+        text = warned(cells, ratios, size=16)
+        assert text.startswith(f"only {cells} split cells of 1.28 km")
+        assert f"is {1 - full:.0%}," in text
+        assert "chips(cell_km=0." in text
+    assert "smaller chips or a larger area" in warned(3, (0.7, 0.15, 0.15))
+
+
+@pytest.mark.filterwarnings("error")
+def test_enough_split_cells_do_not_warn() -> None:
+    row = record("a", west=1280.0 * 400, north=1280.0 * 4000, px=(128 * 5, 128 * 4))
+    assert len(collection("s2", row).chips(128, **CELLS).split().table) == 20
