@@ -43,7 +43,7 @@ from rasteret_dask.resolve import ResolvedSource, evaluate, resolve_source
 from rasteret_dask.scan import Table, as_table
 from rasteret_dask.timing import TimeAxis
 
-__all__ = ["ChipSet", "lay_chips", "used_records"]
+__all__ = ["ChipSet", "lay_chips", "used_records", "used_rows"]
 
 
 @dataclass(frozen=True)
@@ -458,6 +458,12 @@ def _feed_column(sources: list[ResolvedSource], feeds: list[Feeds], chips: int) 
     names = tuple(s.plan.name for s in sources)
     ids = tuple(tuple(s.records.ids) for s in sources)
     return FeedTable(offsets, source[order], slot, place, row, share, names, ids).to_arrow()
+
+
+def used_rows(chips: ChipSet) -> list[tuple[ResolvedSource, NDArray[np.int64]]]:
+    """Return each source with the rows of its records that feed a chip."""
+    feeds = FeedTable.of(chips.table)
+    return [(s, np.unique(feeds.row[feeds.source == n])) for n, s in enumerate(chips.sources)]
 
 
 def used_records(chips: ChipSet) -> tuple[list[Records], list[NDArray[np.int64]], pa.Table]:

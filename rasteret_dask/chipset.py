@@ -14,8 +14,8 @@ from dask.highlevelgraph import HighLevelGraph
 from distributed import Client
 
 from rasteret_dask import audit, explain, geoparquet
-from rasteret_dask.chips import ChipSet
-from rasteret_dask.errors import PlanError
+from rasteret_dask.chips import ChipSet, used_rows
+from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.job import Job, freeze
 from rasteret_dask.lazy import radiometry_of
 from rasteret_dask.outputs import to_xarray
@@ -126,8 +126,23 @@ class Chips:
         known = Function.of(function, version)
         return self._with(Map(self.plan, known, source), functions={known: function})
 
-    def with_table(self, table: pa.Table) -> Chips:
-        """Keep the chips of a table that :meth:`save` wrote (or ``.table`` gave), with its further columns."""
+    def with_table(self, table: pa.Table | str | os.PathLike[str]) -> Chips:
+        """Keep the chips of a table, with its further columns: ``.table`` or the path of what :meth:`save` wrote.
+
+        The columns that the plan decides (bounds, split, ...) must be the plan's own; to split by a column of
+        yours, give it another name and use ``split(by=...)``.
+
+        Raises
+        ------
+        SchemaError
+            When it is no table, names chips of another plan, or changes what the plan decides.
+        """
+        if isinstance(table, str | os.PathLike):
+            table = geoparquet.read(table)
+        if not isinstance(table, pa.Table):
+            raise SchemaError(
+                "with_table", f"a {type(table).__name__}", "an Arrow table, or a GeoParquet file's path"
+            )
         token = token_of(table)
         return self._with(WithTable(self.plan, token), tables={token: table})
 
@@ -202,10 +217,10 @@ class Chips:
     @cached_property
     def _layout(self) -> Layout:
         attrs = {}
-        for source in self.planned.sources:
+        for source, rows in used_rows(self.planned):
             attrs[source.plan.name] = {
                 "units": source.plan.units,
-                "radiometry": radiometry_of(source),
+                "radiometry": radiometry_of(source, rows),
                 "mask": list(source.plan.mask),
                 "pick": source.plan.pick,
                 "resolution": source.plan.resolution,

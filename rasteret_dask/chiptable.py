@@ -10,7 +10,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-__all__ = ["CHIP_SCHEMA", "FEED_TYPE", "FeedTable", "with_columns"]
+__all__ = [
+    "CHIP_SCHEMA",
+    "FEED_TYPE",
+    "FeedTable",
+    "bounds_of",
+    "label_columns",
+    "replaced",
+    "texts",
+    "with_columns",
+]
 
 FEED_TYPE = pa.struct(
     [
@@ -131,6 +140,28 @@ def with_columns(table: pa.Table, more: pa.Table) -> pa.Table:
         if name not in table.column_names and name not in ("geometry", "__index__"):
             table = table.append_column(more.schema.field(name), more.column(name))
     return table
+
+
+RESERVED = frozenset(
+    {"pixels", "valid", "valid_fraction", "datetime", "source", "time", "band", "y", "x", "bounds"}
+)
+"""Names of an output's own variables; a user's column of such a name stays in the chip table only."""
+
+
+def label_columns(table: pa.Table) -> dict[str, NDArray[Any]]:
+    """Return the user's columns that can be coordinates: text (null: ""), numbers (null: NaN) and booleans."""
+    result: dict[str, NDArray[Any]] = {}
+    for field in table.schema:
+        if field.name in CHIP_SCHEMA.names or field.name in RESERVED:
+            continue
+        column = table.column(field.name)
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            result[field.name] = np.array([v or "" for v in column.to_pylist()], dtype=object)
+        elif pa.types.is_boolean(field.type) and not column.null_count:
+            result[field.name] = column.to_numpy().astype(bool)
+        elif pa.types.is_integer(field.type) or pa.types.is_floating(field.type):
+            result[field.name] = column.to_numpy()
+    return result
 
 
 def bounds_of(table: pa.Table) -> NDArray[np.float64]:

@@ -309,6 +309,10 @@ class Collection:
         chunks
             Side of a Dask chunk, pixels.
 
+        Notes
+        -----
+        ``.rio.crs`` tells the CRS. After a round trip through Zarr, open with ``decode_coords="all"`` to have it.
+
         Raises
         ------
         GridError
@@ -402,6 +406,8 @@ def merge(*collections: Collection) -> Collection:
     if not collections:
         raise PlanError("merge", "no collection", "at least one")
     for c in collections:
+        if not isinstance(c, Collection):
+            raise PlanError("merge", f"a {type(c).__name__}", "collections")
         if isinstance(c.plan, Join):
             raise PlanError(
                 f"merge of {c.name!r}", "a join", "collections of records", "Merge before you join."
@@ -416,6 +422,8 @@ def join(**sources: Collection) -> Collection:
     if not sources:
         raise PlanError("join", "no source", "at least one: join(optical=..., embeddings=...)")
     for name, c in sources.items():
+        if not isinstance(c, Collection):
+            raise PlanError(f"join of {name!r}", f"a {type(c).__name__}", "collections")
         if isinstance(c.plan, Join):
             raise PlanError(f"join of {name!r}", "a join", "single sources", "Name all sources in one join.")
     tables, functions = _together(tuple(sources.values()))

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from rasteret_dask import pixels
-from rasteret_dask.chips import ChipSet
+from rasteret_dask.chips import ChipSet, used_rows
 from rasteret_dask.chiptable import FeedTable, bounds_of
 from rasteret_dask.grid import Lattice
-from rasteret_dask.job import Job, Output
+from rasteret_dask.job import Job, Output, task_bytes
 from rasteret_dask.lazy import radiometry_of
 from rasteret_dask.reader import tiles_of
 
@@ -64,7 +64,6 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
     reading = _reading(job)
     out = sum(o.chip_bytes for o in outputs)
     per_shard = max((h.per_shard for h in job.hierarchies), default=1)
-    largest = out * max(min(per_shard, max((h.chips for h in job.hierarchies), default=1)), 1)
     splits: dict[str, int] = {}
     for name in chips.table.column("split").to_pylist():
         splits[name or "none"] = splits.get(name or "none", 0) + 1
@@ -83,7 +82,7 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
         "read_bytes": reading["bytes"],
         "requests_counted_on_shards": reading["shards"],
         "write_bytes": out * sum(h.chips for h in job.hierarchies),
-        "peak_task_bytes": _peak(job, outputs, largest),
+        "peak_task_bytes": task_bytes(job, outputs),
         "chip_shape": {
             s.name: [o.times, len(o.bands), o.height, o.width]
             for s, o in zip(job.sources, outputs, strict=True)
@@ -95,19 +94,12 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
         "pixels": _native_share(chips),
         "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
         "unused_strip_m": _strip(chips),
-        "radiometry": {s.plan.name: radiometry_of(s) for s in chips.sources},
+        "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used_rows(chips)},
         "mask": {s.plan.name: list(s.plan.mask) for s in chips.sources},
         "pick": {s.plan.name: s.plan.pick for s in chips.sources},
         "dropped": dict(chips.dropped),
     }
     return Explanation(facts)
-
-
-def _peak(job: Job, outputs: tuple[Output, ...], largest: int) -> int:
-    """Return bytes a task holds at most: its output, one slot while it is scaled, and its encoded copy."""
-    n = max((min(h.per_shard, h.chips) for h in job.hierarchies), default=1)
-    slot = max(n * len(o.bands) * o.height * o.width * 20 for o in outputs)
-    return int(largest + max(slot, largest))
 
 
 def _strip(chips: ChipSet) -> float:

@@ -25,7 +25,7 @@ from rasteret_dask.plan import Function, digest, from_json, to_json
 from rasteret_dask.records import Records
 from rasteret_dask.resolve import Member, ResolvedSource, SourcePlan
 
-__all__ = ["Hierarchy", "Job", "Output", "Shard", "freeze", "open_job", "write_job"]
+__all__ = ["Hierarchy", "Job", "Output", "Shard", "freeze", "open_job", "task_bytes", "write_job"]
 
 SHARD_BYTES = 128 * 2**20
 """Output of one task over all sources, at most (a single chip may be larger)."""
@@ -266,6 +266,22 @@ def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], table: p
     cost = sum(Output.of(s, n).chip_bytes for s, n in zip(plans, size_px, strict=True))
     work = max(_working_bytes(s, n, c) for s, n, c in zip(plans, size_px, most, strict=True))
     return int(min(max(budget // max(cost, work), 1), SHARD_CHIPS))
+
+
+def task_bytes(job: Job, outputs: tuple[Output, ...]) -> int:
+    """Return the bytes a task holds at most, beside what its process holds anyway.
+
+    Its output, and with it either one slot as it stands in the files (16-bit numbers and two masks a pixel) and
+    what its pick needs, or the chunks of the output and the shard they become.
+    """
+    n = max((min(h.per_shard, h.chips) for h in job.hierarchies), default=1)
+    largest = n * sum(o.chip_bytes for o in outputs)
+    most = _most_candidates(job.chips, len(job.sources))
+    slot = max(
+        4 * size * size * len(plan.bands) + _working_bytes(plan, size, candidates)
+        for plan, size, candidates in zip(job.sources, job.size_px, most, strict=True)
+    )
+    return largest + max(n * slot, 2 * largest)
 
 
 def _most_candidates(table: pa.Table, sources: int) -> list[int]:

@@ -7,7 +7,7 @@ import json
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,8 @@ def native_grid(
 def _exact(
     epsg: int, bounds: tuple[float, float, float, float], resolution: float
 ) -> tuple[Grid, tuple[int, int]]:
+    if len(bounds) != 4:
+        raise GridError("cube(bounds=)", repr(bounds), "(xmin, ymin, xmax, ymax) in the cube's CRS")
     xmin, ymin, xmax, ymax = bounds
     if not (xmin < xmax and ymin < ymax):
         raise GridError("cube(bounds=)", repr(bounds), "xmin < xmax and ymin < ymax")
@@ -147,7 +149,7 @@ def harmonized_cube(
     if source.axis is not None:
         cube = cube.assign_coords(datetime=("time", np.array(whens, dtype="datetime64[ns]")))
     cube = cube.assign_coords(source=("time", np.array(names, dtype=object)))
-    return _finished(source, cube.transpose("time", "band", "y", "x"), grid)
+    return _finished(source, cube.transpose("time", "band", "y", "x"), grid, rows)
 
 
 def _feeds(source: ResolvedSource, grid: Grid, shape: tuple[int, int], min_coverage: float) -> Feeds:
@@ -383,7 +385,7 @@ def _stored(values: xr.DataArray, source: ResolvedSource) -> Any:
     return values.astype(dtype)
 
 
-def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid) -> xr.DataArray:
+def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid, rows: NDArray[Any]) -> xr.DataArray:
     plan = source.plan
     cube = _stored(cube, source)
     keep = {"time", "band", "y", "x", "source", "datetime"}
@@ -391,7 +393,7 @@ def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid) -> xr.Data
     cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(
         grid.transform(Window(0, 0, *cube.shape[-2:]))
     )
-    attrs: dict[str, Any] = {"units": plan.units, "radiometry": json.dumps(radiometry_of(source))}
+    attrs: dict[str, Any] = {"units": plan.units, "radiometry": json.dumps(radiometry_of(source, rows))}
     if plan.units == "reflectance" and plan.dtype != "float32":
         scale = 1 / harmonize.DN_PER_REFLECTANCE
         attrs |= {"scale_factor": scale, "add_offset": 0.0, "_FillValue": int(plan.fill)}
@@ -404,10 +406,9 @@ def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid) -> xr.Data
 _RULES = {"raw": "raw: none applied", "embedding": "embedding: sign(v) x (|v| / 127.5)^2, then unit length"}
 
 
-def radiometry_of(source: ResolvedSource, used: NDArray[np.int64] | None = None) -> list[dict[str, Any]]:
-    """Return each distinct (member, band, scale, offset, rule) and how many records it applies to."""
+def radiometry_of(source: ResolvedSource, rows: NDArray[Any]) -> list[dict[str, Any]]:
+    """Return each distinct (member, band, scale, offset, rule) of some records, and how many of them it applies to."""
     counted: Counter[tuple[Any, ...]] = Counter()
-    rows = np.arange(len(source.records)) if used is None else used
     for number, member in enumerate(source.plan.members):
         own = rows[source.member[rows] == number]
         for name, band in zip(source.plan.bands, member.bands, strict=True):
@@ -422,8 +423,3 @@ def radiometry_of(source: ResolvedSource, used: NDArray[np.int64] | None = None)
         }
         for (m, n, b, s, o, r), count in counted.items()
     ]  # fmt: skip
-
-
-def with_axis_of(source: ResolvedSource, other: ResolvedSource) -> ResolvedSource:
-    """Return ``source`` on the time axis of ``other``: a cube with the slots its chips have."""
-    return replace(source, axis=other.axis, plan=replace(source.plan, slots=other.plan.slots))

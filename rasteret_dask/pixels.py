@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from rasteret_dask import harmonize
 from rasteret_dask.bands import Radiometry
+from rasteret_dask.chiptable import label_columns
 from rasteret_dask.cube import GroupCube, compact_groups, group_cube
-from rasteret_dask.errors import RasteretDaskError, ReadError
 from rasteret_dask.job import Job, Shard
 from rasteret_dask.reader import Counts, Request, Session, Window
 from rasteret_dask.records import Asset
@@ -457,19 +457,15 @@ def _dataset(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
 
 
 def chip_coordinates(job: Job, shard: Shard) -> dict[str, Any]:
-    """Return the coordinates along ``chip`` that the plan knows."""
+    """Return the coordinates along ``chip`` that the plan knows, the user's own columns among them."""
     table = job.chips.slice(shard.start, shard.stop - shard.start)
     return {
         "chip_id": ("chip", np.array(table.column("chip_id").to_pylist(), dtype=object)),
         "split": ("chip", np.array([s or "" for s in table.column("split").to_pylist()], dtype=object)),
         "epsg": ("chip", job.epsg[shard.start : shard.stop].astype(np.int32)),
         "bounds": (("chip", "corner"), job.bounds[shard.start : shard.stop]),
+        **{name: ("chip", values) for name, values in label_columns(table).items()},
     }
-
-
-def chip_error(error: RasteretDaskError, shard: Shard) -> ReadError:
-    """Say which shard an error happened in."""
-    return ReadError(f"shard {shard.name}: {error.subject}", error.found, error.expected, error.remedy)
 
 
 def requests_of(

@@ -55,6 +55,8 @@ Predicate: TypeAlias = "tuple[str, str, Scalar | tuple[Scalar, ...]]"
 """(column, operator, value): ``("eo:cloud_cover", "<", 20)``; datetimes as ISO 8601 text."""
 
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in", "intersects", "overlaps")
+MAX_CELL_KM = 100
+"""A split cell larger than a sixth of a zone's width would hold too few chips of one zone."""
 UNITS = ("auto", "raw", "reflectance", "embedding")
 PICKS = ("closest", "first", "last", "least_cloudy", "clearest", "median", "mean")
 KM_PER_DEGREE = 100.0
@@ -124,8 +126,8 @@ class ChipSpec:
                 raise PlanError(f"chips({name}=)", repr(pixels), "a positive whole number of pixels")
         if not (is_number(self.min_coverage) and 0 <= self.min_coverage <= 1):
             raise PlanError("chips(min_coverage=)", repr(self.min_coverage), "a share from 0 to 1")
-        if not (is_number(self.cell_km) and self.cell_km > 0):
-            raise PlanError("chips(cell_km=)", repr(self.cell_km), "a positive number of kilometres")
+        if not (is_number(self.cell_km) and 0 < self.cell_km <= MAX_CELL_KM):
+            raise PlanError("chips(cell_km=)", repr(self.cell_km), f"above 0 and at most {MAX_CELL_KM} km")
         if not (_is_whole(self.min_slots) and self.min_slots >= 0):
             raise PlanError("chips(min_slots=)", repr(self.min_slots), "0 or more slots")
         if self.grid not in ("zone", "tiles") and self.grid.count(",") != 5:
@@ -184,16 +186,9 @@ class Function:
         module = getattr(function, "__module__", type(function).__module__)
         if version is not None:
             return cls(module, name, f"version {version}")
-        closed = (
-            inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {"self": None}
-        )
-        if closed:
-            raise PlanError(
-                f"function {module}.{name}",
-                f"a closure over {', '.join(closed)}",
-                "a plain function",
-                "Say which version it is: map(function, version='1').",
-            )
+        if not callable(function):
+            raise PlanError("map(function)", repr(function), "a function of a DataArray")
+        held = _held(function, f"{module}.{name}")
         try:
             text = textwrap.dedent(inspect.getsource(function))
         except OSError as error:
@@ -203,7 +198,41 @@ class Function:
                 "a function whose source can be read",
                 "Say which version it is: map(function, version='1').",
             ) from error
-        return cls(module, name, hashlib.sha256((text + _place_in_line(function)).encode()).hexdigest())
+        return cls(
+            module, name, hashlib.sha256((text + _place_in_line(function) + held).encode()).hexdigest()
+        )
+
+
+def _held(function: Callable[..., Any], name: str) -> str:
+    """Return what a function refers to besides its text: defaults, and the globals it names.
+
+    Raises
+    ------
+    PlanError
+        When that is data other than plain values: what it will be on a worker cannot be told from here.
+    """
+    found: dict[str, Any] = {}
+    if inspect.isfunction(function):
+        around = inspect.getclosurevars(function)
+        found = {str(i): value for i, value in enumerate(function.__defaults__ or ())}
+        found |= function.__kwdefaults__ or {}
+        found |= {**around.globals, **dict.fromkeys(around.nonlocals, NotImplemented)}
+    else:  # an object with data of its own, or compiled
+        found = {"self": NotImplemented}
+    said = []
+    for key, value in sorted(found.items(), key=lambda pair: str(pair[0])):
+        if inspect.ismodule(value) or callable(value):
+            said.append(f"{key}={getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}")
+        elif _is_plain(value):
+            said.append(f"{key}={_plain(value)!r}")
+        else:
+            raise PlanError(
+                f"function {name}",
+                f"a closure over {key}, or a global or default of type {type(value).__name__}",
+                "a function of its arguments and plain values",
+                "Say which version it is: map(function, version='1').",
+            )
+    return "|".join(said)
 
 
 def _place_in_line(function: Callable[..., Any]) -> str:
@@ -403,7 +432,7 @@ def outline(node: Node, depth: int = 0) -> Iterator[str]:
     fields = to_json(node)
     spec = fields.pop("spec", {})
     said = {k: v for k, v in (fields | spec).items() if k not in ("type", "child", "children", "token") and v}
-    shown = ", ".join(f"{k}={v}" for k, v in said.items())
+    shown = ", ".join(f"{k}={v if len(str(v)) <= 60 else str(v)[:57] + '...'}" for k, v in said.items())
     yield f"{'  ' * depth}{type(node).__name__.lower()}({shown[:160]})"
     for child in children(node):
         yield from outline(child, depth + 1)
@@ -429,6 +458,13 @@ def predicates(given: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predic
             )
     triples = [(column, op, _plain(value)) for column, op, value in given]
     return (*triples, *(_equal(column, value) for column, value in equal.items()))
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is written the same in every process."""
+    if isinstance(value, tuple | frozenset):
+        return all(_is_plain(v) for v in value)
+    return isinstance(value, bool | int | float | str | bytes | None)
 
 
 def _equal(column: str, value: Any) -> Predicate:

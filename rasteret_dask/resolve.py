@@ -129,7 +129,10 @@ def evaluate(node: Node, tables: Mapping[str, Table]) -> list[MemberTable]:
             return [dataclasses.replace(m, spec=m.spec.under(spec)) for m in evaluate(child, tables)]
         case Map(child, function):
             return [dataclasses.replace(m, maps=(*m.maps, function)) for m in evaluate(child, tables)]
-    raise PlanError("plan", f"a {type(node).__name__} step below chips or merge", "steps on records")
+    raise PlanError(
+        "plan", f"a {type(node).__name__.lower()} below another step on records", "steps on records",
+        "Harmonize, subset and merge each source before join.",
+    )  # fmt: skip
 
 
 def _readable_only(member: MemberTable, where: Sequence[Predicate]) -> MemberTable:
@@ -179,6 +182,9 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     records = Records(pa.concat_tables([_plain(r.table) for r in tables]))
     passes = acquisitions(records)
     axis = _axis(name, spec, members, passes)
+    if axis is None and spec.pick in ("mean", "median"):
+        raise PlanError(f"harmonize(pick={spec.pick!r}) of source {name!r}", "no time=: one acquisition a chip",
+                        "slots with several acquisitions", "Add time=, such as time='1MS'.")  # fmt: skip
     plan = SourcePlan(
         name=name,
         members=resolved,
@@ -312,6 +318,9 @@ def _values(
                 "bands that are measured, not classified",
                 "Join class and quality bands as a source of their own.",
             )
+        if units == "reflectance" and "embedding" in roles:
+            raise PlanError(f"harmonize(units='reflectance') of source {name!r}", "embeddings", "measured bands",
+                            "Use units='embedding', or join them as a source of their own.")  # fmt: skip
         if units == "embedding" and (spec.mask or spec.dtype not in (None, "float32")):
             raise PlanError(
                 f"source {name!r}", "embeddings with a mask or an integer dtype", "float32, no mask"

@@ -109,7 +109,11 @@ def _client(client: Client | str | None) -> Iterator[Client]:
         yield client
         return
     if isinstance(client, str):
-        with Client(client, set_as_default=False) as own:
+        try:
+            own = Client(client, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise JobError(f"scheduler {client}", str(error), "a Dask scheduler that answers") from error
+        with own:
             yield own
         return
     try:

@@ -207,7 +207,11 @@ def mapped(function: Callable[[xr.DataArray], xr.DataArray], dataset: xr.Dataset
     """
     before = dataset["pixels"]
     name = getattr(function, "__qualname__", repr(function))
-    after = function(before)
+    try:
+        after = function(before)
+    except Exception as error:  # the user's own: it goes on unchanged, but says where it came from
+        error.add_note(f"raised by map({name}) on {before.sizes['chip']} chips")
+        raise
     if not isinstance(after, xr.DataArray) or set(after.dims) != set(before.dims):
         found = f"dims {after.dims}" if isinstance(after, xr.DataArray) else type(after).__name__
         raise PlanError(
@@ -270,7 +274,7 @@ def _described(dataset: xr.Dataset, before: Output) -> Output:
     same = (times, height, width) == (before.times, before.height, before.width)
     return Output(
         tuple(str(n) for n in names), array.dtype.name, fill, times, slots, height, width,
-        before.valid and same, None, before.attrs,
+        before.valid and same, None, tuple(pair for pair in before.attrs if pair[0] != "units"),
     )  # fmt: skip
 
 

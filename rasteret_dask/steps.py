@@ -12,7 +12,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chips import ChipSet, lay_chips
-from rasteret_dask.chiptable import FeedTable, bounds_of, replaced, texts, with_columns
+from rasteret_dask.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, texts, with_columns
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.grid import Lattice
 from rasteret_dask.optimize import named_bands, optimize
@@ -33,6 +33,12 @@ from rasteret_dask.scan import Table, as_table, filter_table, sample_rows
 from rasteret_dask.splits import by_geometry, by_ground, column_splits, too_near, warn_if_few
 
 __all__ = ["apply_step", "plan_chips"]
+
+_GIVEN = ("epsg", "row", "col", "cell", "xmin", "ymin", "xmax", "ymax", "datetime", "acquisition", "split")
+"""Columns that the plan decides: a user's table may not say otherwise."""
+
+FEW_LABELS = 20
+"""Losses are reported per value of a user's column that has at most this many."""
 
 
 def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = True) -> ChipSet:
@@ -138,6 +144,7 @@ def _split(chips: ChipSet, spec: SplitSpec) -> ChipSet:
         reason = f"column {spec.by} names no split"
     if np.any(number < 0):
         dropped[reason] = int(np.sum(number < 0))
+        dropped |= _lost_by_label(table.filter(pa.array(number < 0)), reason)
     shapes = shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False))
     near = too_near(epsg, bounds, number, spec, shapes)
     if near.any():
@@ -146,6 +153,16 @@ def _split(chips: ChipSet, spec: SplitSpec) -> ChipSet:
     names = np.array([*spec.names, None], dtype=object)
     table = replaced(table, "split", texts(names[number].tolist()))
     return replace(chips, table=table, split=spec, dropped=dropped)
+
+
+def _lost_by_label(lost: pa.Table, reason: str) -> dict[str, int]:
+    """Count lost chips per value of the user's own columns."""
+    result = {}
+    for name in lost.column_names:
+        if name not in CHIP_SCHEMA.names and len(counts := pc.value_counts(lost.column(name))) <= FEW_LABELS:
+            for entry in counts.to_pylist():
+                result[f"{reason}, {name} = {entry['values']}"] = int(entry["counts"])
+    return result
 
 
 def _cells(table: pa.Table) -> NDArray[np.int64] | None:
@@ -185,5 +202,16 @@ def _with_table(chips: ChipSet, more: pa.Table) -> ChipSet:
         )  # fmt: skip
     rows = np.array([i for i, c in enumerate(known) if c in place], dtype=np.int64)
     at = pa.array([place[known[i]] for i in rows], pa.int64())
-    table = with_columns(chips.table.take(pa.array(rows)), more.take(at))
+    own, theirs = chips.table.take(pa.array(rows)), more.take(at)
+    changed = [
+        n
+        for n in _GIVEN
+        if n in theirs.column_names and own.column(n).to_pylist() != theirs.column(n).to_pylist()
+    ]
+    if changed:
+        raise SchemaError(
+            "with_table", f"other values in column {', '.join(changed)} than the plan's",
+            "the plan's own values", "Put yours in a column of another name, such as split(by='my_split').",
+        )  # fmt: skip
+    table = with_columns(own, theirs)
     return _kept(chips, table, "with_table")

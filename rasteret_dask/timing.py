@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,13 +117,7 @@ def regular(offset: str, start: pd.Timestamp, end: pd.Timestamp) -> TimeAxis:
     PlanError
         When pandas does not know the offset.
     """
-    try:
-        step = pd.tseries.frequencies.to_offset(offset)
-    except ValueError as error:
-        raise PlanError(
-            "harmonize(time=)", repr(offset), "a pandas offset such as '1MS', 'QS', 'YS' or '10D'"
-        ) from error
-    assert step is not None
+    step = _offset(offset)
     utc_start, utc_end = start.tz_convert("UTC").tz_localize(None), end.tz_convert("UTC").tz_localize(None)
     first = utc_start
     if not isinstance(step, pd.tseries.offsets.Tick):
@@ -140,6 +135,25 @@ def regular(offset: str, start: pd.Timestamp, end: pd.Timestamp) -> TimeAxis:
     keep = stamps[1:] > np.datetime64(utc_start, "ns")
     span = np.datetime64(utc_start, "ns"), np.datetime64(utc_end, "ns")
     return TimeAxis(stamps[:-1][keep], stamps[1:][keep], span)
+
+
+def _offset(offset: str) -> pd.tseries.offsets.BaseOffset:
+    """Return the pandas offset of a text that says where slots begin; one that says where they end is refused."""
+    wanted = "a pandas offset such as '1MS', 'QS', 'YS' or '10D'"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # old spellings: "M" for month end
+            step = pd.tseries.frequencies.to_offset(offset)
+    except (ValueError, FutureWarning) as error:
+        raise PlanError("harmonize(time=)", repr(offset), wanted) from error
+    if step is None or type(step).__name__.endswith("End"):
+        raise PlanError(
+            "harmonize(time=)",
+            f"{offset!r}, which names the ends of periods",
+            wanted,
+            "Use the form with S for start.",
+        )
+    return step
 
 
 def intervals(groups: Sequence[Acquisitions]) -> TimeAxis:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from zarr.storage import MemoryStore
 
 from rasteret_dask import geoparquet, remote
 from rasteret_dask._version import __version__
+from rasteret_dask.chiptable import label_columns
 from rasteret_dask.errors import JobError, StoreError
 from rasteret_dask.job import Hierarchy, Job, Output, Shard, open_job, write_job
 
@@ -84,7 +86,10 @@ class Layout:
         when.update_attributes({"units": EPOCH, "calendar": "proleptic_gregorian", "_FillValue": NAT})
         self._known(group, h, out)
         group.update_attributes(
-            {"coordinates": _COORDINATES, **self.attrs.get(self.job.sources[source].name, {})}
+            {
+                "coordinates": " ".join((_COORDINATES, *label_columns(self.job.chips))),
+                **self.attrs.get(self.job.sources[source].name, {}),
+            }
         )
 
     def _known(self, group: zarr.Group, h: Hierarchy, out: Output) -> None:
@@ -97,6 +102,9 @@ class Layout:
         bounds = self.job.bounds[h.start : h.stop]
         box = _array(group, "bounds", (h.chips, 4), "float64", ("chip", "corner"), (h.chips, 4), None, 0.0)
         box[:] = bounds
+        for name, values in label_columns(rows).items():
+            dtype, fill = (str, "") if values.dtype == object else (values.dtype.name, values.dtype.type(0))
+            _array(group, name, (h.chips,), dtype, ("chip",), (h.chips,), None, fill)[:] = values
         bands = np.array(out.bands, dtype=object)
         _array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
         if out.slots is not None:
@@ -136,8 +144,6 @@ def _array(
 
 
 def _consolidate(store: MemoryStore) -> None:
-    import warnings
-
     with warnings.catch_warnings():
         # zarr-python warns that other implementations may not read consolidated metadata; they read the rest.
         warnings.simplefilter("ignore")

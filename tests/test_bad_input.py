@@ -337,7 +337,7 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
     "stride 0": (lambda w: chips_of(w, stride=0), rd.PlanError, ("stride", "0", "positive")),
     "stride of words": (lambda w: chips_of(w, stride="half"), rd.PlanError, ("stride", "'half'")),
     "coverage in percent": (lambda w: chips_of(w, min_coverage=90), rd.PlanError, ("90", "0 to 1")),
-    "no split cell": (lambda w: chips_of(w, cell_km=0), rd.PlanError, ("cell_km", "positive")),
+    "no split cell": (lambda w: chips_of(w, cell_km=0), rd.PlanError, ("cell_km", "above 0")),
     "slots below 0": (lambda w: chips_of(w, min_slots=-1), rd.PlanError, ("min_slots", "-1")),
     "no such grid": (lambda w: chips_of(w, grid="cells"), rd.PlanError, ("'cells'", "'tiles'")),
     "no grid": (lambda w: chips_of(w, grid=10), rd.PlanError, ("10", "GeoBox")),

@@ -50,18 +50,14 @@ def test_a_join_keeps_what_every_source_covers() -> None:
     assert lost == len(alone[0] - alone[1])
 
 
-def test_sources_apart_are_told() -> None:
-    for pair in ({"west": 600_000.0}, {"epsg": 32610}, {"north": -5_000_000.0}):
-        both = rd.join(a=s2(), b=collection("b", record("b", **pair)))  # type: ignore[arg-type]
-        for time in (None, "1MS"):
-            timed = rd.join(
-                a=s2().harmonize(["red"], time=time),
-                b=collection("b", record("b", **pair)).harmonize(["red"], time=time),
-            )  # type: ignore[arg-type]
-            with pytest.raises(rd.PlanError, match="candidate windows"):
-                _ = timed.chips(32, **CELLS).table
-        with pytest.raises(rd.PlanError, match="without an acquisition of b"):
-            _ = both.chips(32, **CELLS).table
+@pytest.mark.parametrize("place", [{"west": 600_000.0}, {"epsg": 32610}, {"north": -5_000_000.0}])
+def test_sources_apart_are_told(place: dict[str, Any]) -> None:
+    other = collection("b", record("b", **place))
+    with pytest.raises(rd.PlanError, match="without an acquisition of b"):
+        _ = rd.join(a=s2(), b=other).chips(32, **CELLS).table
+    timed = [c.harmonize(["red"], time="1MS") for c in (s2(), other)]
+    with pytest.raises(rd.PlanError, match=r"candidate windows .*by b"):
+        _ = rd.join(a=timed[0], b=timed[1]).chips(32, **CELLS).table
 
 
 def test_min_slots_of_a_join_asks_a_yearly_source_for_its_year() -> None:
@@ -157,6 +153,18 @@ def test_a_saved_table_comes_back_and_chooses_chips(tmp_path: Path, at: str | No
     assert chosen.table.column("weather").to_pylist() == ["sunny"] * len(chosen)
     reverse = chips.with_table(part.take(pa.array(range(part.num_rows))[::-1]))
     assert ids(reverse) == ids(chosen)
+
+
+def test_a_saved_table_is_taken_by_its_path_and_may_not_change_the_plan(tmp_path: Path) -> None:
+    chips = s2().chips(32, **CELLS).split(0.5, 0.25, 0.25, seed=2)
+    chips.save(tmp_path / "chips.parquet")
+    assert ids(chips.with_table(tmp_path / "chips.parquet")) == ids(chips)
+    at = chips.table.schema.get_field_index("split")
+    mine = chips.table.set_column(at, "split", pa.array(["test"] * len(chips)))
+    with pytest.raises(rd.SchemaError, match="split"):
+        _ = chips.with_table(mine).table
+    with pytest.raises(rd.SchemaError, match="Arrow table"):
+        chips.with_table(42)
 
 
 def test_a_table_of_other_chips_is_refused() -> None:

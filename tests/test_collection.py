@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import pytest
 from made_records import collection, ids, record, table
 
 import rasteret_dask as rd
-from rasteret_dask import plan as p
 
 CELLS: dict[str, Any] = {"cell_km": 1.28}
 ROWS = [
@@ -94,11 +94,12 @@ def test_what_is_exported_is_loaded(tmp_path: Path) -> None:
     assert again.name == "part"
     assert again.to_table().equals(part.to_table())
     assert isinstance(again._tables[next(iter(again._tables))], pads.Dataset)
-    for step in (
+    steps: list[Callable[[rd.Collection], rd.Collection]] = [
         lambda c: c.subset(cloud_cover_lt=25),
         lambda c: c.where(label=[0, 2]),
         lambda c: c.sample(2),
-    ):
+    ]
+    for step in steps:
         assert step(again).to_table().equals(step(part).to_table())
     assert again.dataset.to_table().equals(part.to_table())
     eager = part.harmonize(["nir"]).chips(32, **CELLS).table
@@ -157,21 +158,11 @@ def test_names_that_clash_are_refused() -> None:
             empty()
 
 
-def test_chips_of_steps_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rasteret_dask import chipset
-
-    planned: list[p.Node] = []
-    plan_chips = chipset.plan_chips
-
-    def counted(plan: p.Node, tables: Any) -> Any:
-        planned.append(plan)
-        return plan_chips(plan, tables)
-
-    monkeypatch.setattr(chipset, "plan_chips", counted)
+def test_chips_of_steps_are_planned_once() -> None:
     chips = own().chips(32, **CELLS)
     parts = [chips.split(seed=s).select("train") for s in (1, 2)]
     assert all(len(part) < len(chips) for part in parts)
-    assert len(planned) == 1
+    assert all(part.planned.sources is chips.planned.sources for part in parts)
 
 
 def test_select_split_reads_a_column_of_the_records() -> None:

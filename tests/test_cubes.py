@@ -73,16 +73,15 @@ def test_chip_is_cube_for_every_pick(
     s2: rd.Collection, l8: rd.Collection, small_world: World, pick: str
 ) -> None:
     source = merged(s2, l8, pick=pick)
-    chips = dataset(source.chips(size=32, cell_km=0.96, aoi=small_world.bbox).sample(40))
+    chips = dataset(source.chips(size=32, cell_km=0.96, aoi=small_world.bbox).sample(30))
     names = {name for names in chips["source"].values.ravel() for name in str(names).split("+") if name}
     assert names == (
         {"l8"} if pick == "closest" else {"s2", "l8"}
     )  # Landsat comes in the middle of each month
-    assert_law(source, chips, spread(chips))
+    assert_law(source, chips, spread(chips, 2))
 
 
-@pytest.mark.parametrize("pick", ["least_cloudy", "clearest", "mean"])
-@pytest.mark.parametrize("dtype", ["uint16", "int16"])
+@pytest.mark.parametrize(("dtype", "pick"), [("uint16", "clearest"), ("int16", "mean"), ("uint16", "first")])
 def test_chip_is_cube_for_integers(s2: rd.Collection, l8: rd.Collection, dtype: str, pick: str) -> None:
     source = merged(s2, l8, dtype=dtype, pick=pick)
     chips = dataset(source.chips(size=48, cell_km=0.96).sample(30))
@@ -108,8 +107,9 @@ def test_chip_is_cube_without_a_time_axis(s2: rd.Collection) -> None:
     assert_law(source, chips, spread(chips, 4))
 
 
-@pytest.mark.parametrize("resampling", [None, "bilinear", "average", "cubic"])
-@pytest.mark.parametrize("resolution", [20, 10])
+@pytest.mark.parametrize(
+    ("resampling", "resolution"), [(None, 20), ("bilinear", 20), ("average", 20), ("cubic", 10)]
+)
 def test_chip_is_cube_for_embeddings(aef: rd.Collection, resampling: str | None, resolution: int) -> None:
     source = aef.harmonize(
         bands=["A00", "A07", "A63"], units="embedding", resolution=resolution, resampling=resampling
@@ -163,8 +163,8 @@ def scene(
         path = folder / f"{name}_{key}.tif"
         profile: dict[str, Any] = {
             "driver": "GTiff", "crs": properties["proj:epsg"], "transform": transform, "nodata": 0, "count": 1,
-            "tiled": True, "height": values.shape[0], "width": values.shape[1], "dtype": values.dtype, "compress": "deflate",
-            "blockxsize": tile_px[0], "blockysize": tile_px[1],
+            "tiled": True, "height": values.shape[0], "width": values.shape[1], "dtype": values.dtype,
+            "compress": "deflate", "blockxsize": tile_px[0], "blockysize": tile_px[1],
         }  # fmt: skip
         with rasterio.open(path, "w", **profile) as file:
             file.write(values, 1)

@@ -21,7 +21,8 @@ PACKAGE = ROOT / "rasteret_dask"
 ORDER = [
     "_version", "errors", "grid", "bands", "remote", "trust", "records", "geoparquet", "headerpage", "tiffheader",
     "gdalheader", "headers", "layers", "describe", "sources", "stac", "tables", "plan", "scan", "timing", "optimize",
-    "resolve", "harmonize", "coverage", "frame", "feeds", "chiptable", "chips", "splits", "steps", "readplan", "rasterfile", "warp",
+    "resolve", "harmonize", "coverage", "frame", "feeds", "chiptable", "chips", "splits", "steps",
+    "readplan", "rasterfile", "warp",
     "reader", "cube", "job", "pixels", "shards", "write", "run", "lazy", "outputs", "explain", "audit",
     "pictures", "plot", "areas", "chipset", "collection", "build", "world", "__init__", "demo_checks", "demo", "cli",
 ]

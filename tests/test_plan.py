@@ -124,15 +124,13 @@ print(digest(chips.plan))
 
 def test_the_digest_is_the_same_in_every_process() -> None:
     script = SCRIPT.format(tests=str(Path(__file__).parent))
-    said = set()
-    for seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            check=True,
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE
         )
-        said.add(done.stdout.decode().strip())
+        for seed in ("1", "2")
+    ]
+    said = {process.communicate(timeout=120)[0].decode().strip() for process in running}
     assert len(said) == 1
     assert len(said.pop()) == 32
 
@@ -233,6 +231,34 @@ def test_data_in_a_function_needs_a_version(function: Any) -> None:
     assert p.Function.of(function, version="1") != p.Function.of(function, version="2")
 
 
+BANDS = frozenset({"red", "nir", "blue", "green", "swir16", "swir22"})
+LIMITS = [0.1, 0.2]
+
+
+def with_names(chips: xr.DataArray) -> xr.DataArray:
+    return chips.sel(band=sorted(BANDS))
+
+
+def with_limits(chips: xr.DataArray) -> xr.DataArray:
+    return chips.clip(*LIMITS)
+
+
+def test_the_names_a_function_uses_count_the_same_in_every_process() -> None:
+    script = "import sys; sys.path.insert(0, %r); import test_plan as t; print(t.p.Function.of(t.with_names).source)"
+    said = {p.Function.of(with_names).source}
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", script % str(Path(__file__).parent)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        )
+        said.add(done.stdout.decode().strip())
+    assert len(said) == 1
+    with refused("LIMITS", "version="):
+        p.Function.of(with_limits)
+
+
 def test_a_function_without_source_needs_a_version() -> None:
     space: dict[str, Any] = {"__name__": "typed_in"}
     exec("def f(x):\n    return x", space)
@@ -262,3 +288,19 @@ def test_an_outline_has_a_line_a_step() -> None:
     node = p.Filter(p.Source("s2", "t"), (("a", "==", 1),))
     assert list(p.outline(node)) == ["filter(where=[['a', '==', 1]])", "  source(name=s2)"]
     assert textwrap.dedent("\n".join(p.outline(node))).count("\n") == 1
+
+
+FACTOR = 2.0
+
+
+def scaled(da: Any) -> Any:
+    return da * FACTOR
+
+
+def test_a_function_is_known_by_the_plain_values_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = p.Function.of(scaled)
+    monkeypatch.setitem(globals(), "FACTOR", 5.0)
+    assert p.Function.of(scaled) != before
+    monkeypatch.setitem(globals(), "FACTOR", [5.0])  # changes in place: only a version can tell
+    with pytest.raises(rd.PlanError, match="FACTOR"):
+        p.Function.of(scaled)

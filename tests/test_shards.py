@@ -238,7 +238,7 @@ def test_keys_are_the_same_in_every_process(s2: rd.Collection, l8: rd.Collection
     source = rd.merge(s2, l8).harmonize(bands=["red", "nir"], resolution=10, time="1MS", units="reflectance")
     here = freeze(split(source.chips(size=32, cell_km=0.96)).planned, SHARD_BYTES).keys
     paths = [str(small_world.sentinel2), str(small_world.landsat)]
-    for seed in ("1", "2"):
+    for seed in ("17",):  # this process has one of its own
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, *paths], env=os.environ | {"PYTHONHASHSEED": seed},
             capture_output=True, text=True, check=True,

@@ -326,3 +326,10 @@ def test_acquisitions_of_one_second_are_counted() -> None:
     chips = collection("x", *pair).chips(32, **CELLS)
     assert len(set(ids(chips))) == len(chips)
     assert {c.split("_")[-1] for c in ids(chips)} == {"unknown-20240410T100000", "unknown-20240410T100000-2"}
+
+
+@pytest.mark.parametrize("offset", ["1M", "1ME", "QE", "YE"])
+def test_slots_begin_where_they_are_named(offset: str) -> None:
+    day = pd.Timestamp("2024-04-01", tz="UTC")
+    with pytest.raises(rd.PlanError, match="MS"):
+        regular(offset, day, day + pd.Timedelta(days=91))

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,20 @@ def main() -> None:
     times: dict[str, list[tuple[float, float]]] = {"ours": [], "stackstac": []}
     with dask.config.set(scheduler="threads"):
         for _ in range(arguments.runs + 1):
-            for name, run in (("ours", lambda: ours(chips)), ("stackstac", lambda: theirs(items, bounds))):
+            runs: dict[str, Callable[[], Any]] = {
+                "ours": lambda: ours(chips),
+                "stackstac": lambda: theirs(items, bounds),
+            }
+            for name, run in runs.items():
                 wall, cpu = time.perf_counter(), time.process_time()
                 run()
                 times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     for name, found in times.items():
         wall_s, cpu_s = zip(*found[1:], strict=True)  # the first run warms up
         spread = f"{min(wall_s):.2f} to {max(wall_s):.2f}"
-        print(f"{name:<10} wall {statistics.median(wall_s):.2f} s ({spread}), CPU {statistics.median(cpu_s):.2f} s")
+        print(
+            f"{name:<10} wall {statistics.median(wall_s):.2f} s ({spread}), CPU {statistics.median(cpu_s):.2f} s"
+        )
     ratio = [a[0] / b[0] for a, b in zip(times["ours"][1:], times["stackstac"][1:], strict=True)]
     print(f"ours / stackstac: wall {statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})")
 
@@ -91,7 +98,11 @@ def _items(s2: rd.Collection) -> list[dict[str, Any]]:
         for band in BANDS:
             asset = records.asset(row, band)
             shape = [asset.image.height, asset.image.width]
-            assets[band] = {"href": asset.href, "proj:transform": list(asset.image.transform), "proj:shape": shape}
+            assets[band] = {
+                "href": asset.href,
+                "proj:transform": list(asset.image.transform),
+                "proj:shape": shape,
+            }
         properties = {"datetime": records.starts[row], "proj:epsg": int(records.epsg[row])}
         items.append({"id": records.ids[row], "properties": properties, "assets": assets})
     return items

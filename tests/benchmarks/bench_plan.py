@@ -43,8 +43,12 @@ def main() -> None:
     tasks, shards = renamed(graph, job, "-00000000")
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     largest = max(len(pickle.dumps(t)) for t in tasks.values())
-    print(f"{table.num_rows:,} records, {len(chips):,} chips, {len(train):,} in train, {len(shards):,} shards")
-    print(f"planned and lowered in {wall:.1f} s ({cpu:.1f} s CPU), peak {_peak_mb():,.0f} MB (before: {begin:,.0f})")
+    print(
+        f"{table.num_rows:,} records, {len(chips):,} chips, {len(train):,} in train, {len(shards):,} shards"
+    )
+    print(
+        f"planned and lowered in {wall:.1f} s ({cpu:.1f} s CPU), peak {_peak_mb():,.0f} MB (before: {begin:,.0f})"
+    )
     print(f"{len(tasks):,} tasks, the largest {largest} bytes pickled")
 
 

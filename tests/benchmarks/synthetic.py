@@ -15,7 +15,9 @@ SIDE_PX = 10980
 TILE_PX = 1024
 
 
-def sentinel2_records(tiles: int, dates: int, bands: tuple[str, ...] = ("B02", "B03", "B04", "B08")) -> pa.Table:
+def sentinel2_records(
+    tiles: int, dates: int, bands: tuple[str, ...] = ("B02", "B03", "B04", "B08")
+) -> pa.Table:
     """Return ``tiles`` x ``dates`` records of full-size Sentinel-2 scenes in zones 32 and 33, overviews and all."""
     rng = np.random.default_rng(1)
     side = int(np.ceil(np.sqrt(tiles / 2)))
@@ -23,8 +25,7 @@ def sentinel2_records(tiles: int, dates: int, bands: tuple[str, ...] = ("B02", "
     rows = []
     for zone, i, j in places:
         x0, y0 = 300000.0 + i * 99960.0, 5700000.0 - j * 99960.0
-        for day in range(dates):
-            rows.append(_record(zone, x0, y0, i * side + j, day, bands, rng))
+        rows += [_record(zone, x0, y0, i * side + j, day, bands, rng) for day in range(dates)]
     return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)
 
 
@@ -72,10 +73,21 @@ def _levels(x0: float, y0: float, rng: np.random.Generator) -> list[dict[str, ob
         sizes = rng.integers(900_000, 1_600_000, count)
         levels.append(
             {
-                "kind": "image" if n == 0 else "overview", "driver": "GTiff", "width": size, "height": size,
-                "tile_width": TILE_PX, "tile_height": TILE_PX, "dtype": "uint16", "byteorder": "<", "compression": 8,
-                "predictor": 2, "planar": 1, "samples": 1, "transform": [pixel, 0.0, x0, 0.0, -pixel, y0],
-                "tile_offsets": np.cumsum(sizes).tolist(), "tile_byte_counts": sizes.tolist(),
-            }  # fmt: skip
+                "kind": "image" if n == 0 else "overview",
+                "driver": "GTiff",
+                "width": size,
+                "height": size,
+                "tile_width": TILE_PX,
+                "tile_height": TILE_PX,
+                "dtype": "uint16",
+                "byteorder": "<",
+                "compression": 8,
+                "predictor": 2,
+                "planar": 1,
+                "samples": 1,
+                "transform": [pixel, 0.0, x0, 0.0, -pixel, y0],
+                "tile_offsets": np.cumsum(sizes).tolist(),
+                "tile_byte_counts": sizes.tolist(),
+            }
         )
     return levels
