@@ -81,6 +81,9 @@ RECORD_SCHEMA = pa.schema(
 )
 """What every record table has, whatever its source. Users' further columns come behind these."""
 
+KNOWN_ASSETS = 1024
+"""Assets that a record table keeps as Python values: neighbouring shards ask for the same ones."""
+
 _REQUIRED = ("id", "datetime", "geometry", "assets")
 
 
@@ -209,6 +212,10 @@ class Records:
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table.combine_chunks()
+        self._known: dict[tuple[int, str], Asset] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Records, (self.table,)  # not what was cached on the way
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -298,6 +305,13 @@ class Records:
         ReadError
             When its header could not be read while the table was built.
         """
+        if (row, band) not in self._known:
+            if len(self._known) >= KNOWN_ASSETS:
+                self._known.clear()
+            self._known[row, band] = self._asset(row, band)
+        return self._known[row, band]
+
+    def _asset(self, row: int, band: str) -> Asset:
         record = self.ids[row]
         assets = self.table.column("assets").chunk(0)
         item = _map_item(assets, row, band)
