@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import hashlib
-import inspect
 import json
 import math
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -17,6 +14,7 @@ from typing import Any, TypeAlias
 import shapely
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.functions import Function, plain
 
 __all__ = [
     "ChipSpec",
@@ -162,87 +160,6 @@ class SplitSpec:
     def names(self) -> tuple[str, ...]:
         """The splits, in order."""
         return tuple(name for name, _ in self.ratios)
-
-
-@dataclass(frozen=True, slots=True)
-class Function:
-    """A user's function, known by where it is written and what it says; never by its address."""
-
-    module: str
-    name: str
-    source: str
-    """sha256 of its source text, or the version the user gave."""
-
-    @classmethod
-    def of(cls, function: Callable[..., Any], version: str | None = None) -> Function:
-        """Describe ``function``.
-
-        Raises
-        ------
-        PlanError
-            When it closes over data or its source cannot be found, and no ``version`` was given.
-        """
-        name = getattr(function, "__qualname__", type(function).__qualname__)
-        module = getattr(function, "__module__", type(function).__module__)
-        if version is not None:
-            return cls(module, name, f"version {version}")
-        if not callable(function):
-            raise PlanError("map(function)", repr(function), "a function of a DataArray")
-        held = _held(function, f"{module}.{name}")
-        try:
-            text = textwrap.dedent(inspect.getsource(function))
-        except OSError as error:
-            raise PlanError(
-                f"function {module}.{name}",
-                "no source text",
-                "a function whose source can be read",
-                "Say which version it is: map(function, version='1').",
-            ) from error
-        return cls(
-            module, name, hashlib.sha256((text + _place_in_line(function) + held).encode()).hexdigest()
-        )
-
-
-def _held(function: Callable[..., Any], name: str) -> str:
-    """Return what a function refers to besides its text: defaults, and the globals it names.
-
-    Raises
-    ------
-    PlanError
-        When that is data other than plain values: what it will be on a worker cannot be told from here.
-    """
-    found: dict[str, Any] = {}
-    if inspect.isfunction(function):
-        around = inspect.getclosurevars(function)
-        found = {str(i): value for i, value in enumerate(function.__defaults__ or ())}
-        found |= function.__kwdefaults__ or {}
-        found |= {**around.globals, **dict.fromkeys(around.nonlocals, NotImplemented)}
-    else:  # an object with data of its own, or compiled
-        found = {"self": NotImplemented}
-    said = []
-    for key, value in sorted(found.items(), key=lambda pair: str(pair[0])):
-        if inspect.ismodule(value) or callable(value):
-            said.append(f"{key}={getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}")
-        elif _is_plain(value):
-            said.append(f"{key}={_plain(value)!r}")
-        else:
-            raise PlanError(
-                f"function {name}",
-                f"a closure over {key}, or a global or default of type {type(value).__name__}",
-                "a function of its arguments and plain values",
-                "Say which version it is: map(function, version='1').",
-            )
-    return "|".join(said)
-
-
-def _place_in_line(function: Callable[..., Any]) -> str:
-    """Tell lambdas of one line apart, whose source text is that line: the columns from first to last."""
-    if getattr(function, "__name__", "") != "<lambda>":
-        return ""
-    columns = [
-        column for place in function.__code__.co_positions() for column in place[2:] if column is not None
-    ]
-    return f"{min(columns)}-{max(columns)}" if columns else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,31 +373,13 @@ def predicates(given: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predic
                 f"a triple (column, operator, value), operator one of {', '.join(OPERATORS)}",
                 'Write it as ("eo:cloud_cover", "<", 20).',
             )
-    triples = [(column, op, _plain(value)) for column, op, value in given]
+    triples = [(column, op, plain(value)) for column, op, value in given]
     return (*triples, *(_equal(column, value) for column, value in equal.items()))
 
 
-def _is_plain(value: Any) -> bool:
-    """Tell whether a value is written the same in every process."""
-    if isinstance(value, tuple | frozenset):
-        return all(_is_plain(v) for v in value)
-    return isinstance(value, bool | int | float | str | bytes | None)
-
-
 def _equal(column: str, value: Any) -> Predicate:
-    plain = _plain(value)
-    return (column, "in" if isinstance(plain, tuple) else "==", plain)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of a predicate as what compares, hashes and becomes JSON the same in every process."""
-    if isinstance(value, set | frozenset):
-        return tuple(sorted((_plain(v) for v in value), key=lambda v: (str(type(v)), str(v))))
-    if hasattr(value, "tolist"):  # NumPy
-        value = str(value) if value.dtype.kind == "M" else value.tolist()
-    if isinstance(value, list | tuple):
-        return tuple(_plain(v) for v in value)
-    return value.isoformat() if isinstance(value, dt.date) else value
+    wanted = plain(value)
+    return (column, "in" if isinstance(wanted, tuple) else "==", wanted)
 
 
 def digest(*values: Any) -> str:

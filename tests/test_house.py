@@ -20,9 +20,9 @@ PACKAGE = ROOT / "rasteret_dask"
 # fmt: off
 ORDER = [
     "_version", "errors", "grid", "bands", "remote", "trust", "records", "geoparquet", "headerpage", "tiffheader",
-    "gdalheader", "headers", "layers", "describe", "sources", "stac", "tables", "plan", "scan", "timing", "optimize",
-    "resolve", "harmonize", "coverage", "frame", "feeds", "chiptable", "chips", "splits", "steps",
-    "readplan", "rasterfile", "warp",
+    "gdalheader", "headers", "layers", "describe", "sources", "stac", "tables", "functions", "plan",
+    "scan", "timing", "optimize", "resolve", "harmonize", "coverage", "frame", "feeds", "chiptable", "chips", "splits",
+    "steps", "readplan", "rasterfile", "warp",
     "reader", "cube", "job", "pixels", "shards", "write", "run", "lazy", "outputs", "explain", "audit",
     "pictures", "plot", "areas", "chipset", "collection", "build", "world", "__init__", "demo_checks", "demo", "cli",
 ]
@@ -135,7 +135,7 @@ def test_a_path_of_a_machine_is_seen(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["s3://bucket/root/x", "/home/jovyan/work", "https://x.org/work/", "~/work/", "/scratch"]
+    "text", ["s3://bucket/root/x", "/home/jovyan/data", "https://x.org/root/", "~/root/", "/scratch"]
 )
 def test_other_paths_are_left_alone(text: str) -> None:
     assert not MACHINE_PATH.search(text)
