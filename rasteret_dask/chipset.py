@@ -15,7 +15,7 @@ from distributed import Client
 
 from rasteret_dask import audit, explain, geoparquet
 from rasteret_dask.chips import ChipSet, used_rows
-from rasteret_dask.errors import PlanError, SchemaError
+from rasteret_dask.errors import PlanError, SchemaError, StoreError
 from rasteret_dask.job import Job, freeze
 from rasteret_dask.lazy import radiometry_of
 from rasteret_dask.outputs import to_xarray
@@ -263,6 +263,8 @@ class Chips:
         """
         place = os.fspath(store)
         url = place if "://" in place else os.path.abspath(place)
+        if os.path.isfile(url):
+            raise StoreError(f"store {url}", "a file", "a folder, or nothing yet", "Choose another place.")
         if not compute:
             return delayed_zarr(self._layout, url, self._functions)
         run_zarr(self._layout, url, self._functions, client, progress)

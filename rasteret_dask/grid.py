@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyproj
@@ -20,7 +19,6 @@ __all__ = [
     "Lattice",
     "bounds_in",
     "northern",
-    "parse_epsg",
     "snap",
     "transformer",
     "utm_zone",
@@ -166,21 +164,6 @@ def northern(epsg: int) -> tuple[int, float]:
     if 32701 <= epsg <= 32760:
         return epsg - 100, -FALSE_NORTHING_M
     return epsg, 0.0
-
-
-def parse_epsg(crs: Any) -> int:
-    """Return the EPSG code that an int, ``"EPSG:32633"``, a pyproj or a rasterio CRS stands for."""
-    if isinstance(crs, int):
-        return crs
-    if isinstance(crs, str) and (match := re.fullmatch(r"(?i)(?:epsg:)?(\d+)", crs.strip())):
-        return int(match[1])
-    try:
-        code = pyproj.CRS.from_user_input(crs).to_epsg()
-    except pyproj.exceptions.CRSError as error:
-        raise GridError("CRS", repr(crs), "an EPSG code or a CRS that has one") from error
-    if code is None:
-        raise GridError("CRS", repr(crs), "a CRS with an EPSG code")
-    return int(code)
 
 
 @lru_cache(maxsize=256)

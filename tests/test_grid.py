@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyproj
 import pytest
@@ -18,7 +16,6 @@ from rasteret_dask.grid import (
     Lattice,
     bounds_in,
     northern,
-    parse_epsg,
     snap,
     utm_zone,
     zone_epsg,
@@ -157,17 +154,6 @@ def test_south_is_north_moved_by_ten_million(zone: int, off: float, lat: float) 
     np.testing.assert_allclose((south[0], south[1] + shift), north, rtol=0, atol=1e-6)
     assert northern(code) == (code, 0.0)
     assert northern(4326) == (4326, 0.0)
-
-
-@pytest.mark.parametrize("crs", [32633, "EPSG:32633", "epsg:32633", "32633", pyproj.CRS(32633)])
-def test_crs_in_any_form(crs: Any) -> None:
-    assert parse_epsg(crs) == 32633
-
-
-@pytest.mark.parametrize("crs", ["nonsense", "+proj=tmerc +lon_0=7.1 +datum=WGS84"])
-def test_a_crs_without_a_code(crs: str) -> None:
-    with pytest.raises(rd.GridError):
-        parse_epsg(crs)
 
 
 def test_bounds_in_another_crs_hold_all_points() -> None:

@@ -429,3 +429,11 @@ def test_labels_are_coordinates_of_the_store_and_of_the_lazy_chips(
         assert (
             found[name].values.tolist() == lazy[name].values.tolist() == chips.table.column(name).to_pylist()
         )
+
+
+def test_a_file_is_no_store(plain: rd.Chips, tmp_path: Path) -> None:
+    place = tmp_path / "notes.txt"
+    place.write_text("mine")
+    with pytest.raises(StoreError, match="a file"):
+        plain.to_zarr(place)
+    assert place.read_text() == "mine"
