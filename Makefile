@@ -31,8 +31,8 @@ types: $(VENV)/.test-installed  ## mypy, strict
 pytest: $(VENV)/.test-installed  ## The tests alone, e.g. make pytest ARGS="-k grid"
 	@$(BIN)/python -m pytest -q $(ARGS)
 
-bench: $(VENV)/.test-installed  ## The benchmarks: seconds and megabytes
-	@for script in tests/benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+bench: $(VENV)/.bench-installed  ## The benchmark against the peers, e.g. make bench ARGS="--jobs J1 --runs 5 --write"
+	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)
 
 clean:  ## Remove what builds, tests and the demo leave behind
 	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis dask-worker-space

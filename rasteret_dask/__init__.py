@@ -10,6 +10,7 @@ from rasteret_dask.audit import Audit
 from rasteret_dask.build import as_collection, build_from_stac, build_from_table, load
 from rasteret_dask.chipset import Chips
 from rasteret_dask.chiptable import CHIP_SCHEMA
+from rasteret_dask.cogreader import CogReader
 from rasteret_dask.collection import Collection, join, merge
 from rasteret_dask.errors import (
     BandError,
@@ -23,6 +24,7 @@ from rasteret_dask.errors import (
     StoreError,
     TrustError,
     UnreadableAssetsError,
+    UnreadableTilesWarning,
 )
 from rasteret_dask.explain import Explanation
 from rasteret_dask.records import RECORD_SCHEMA
@@ -32,6 +34,7 @@ __all__ = [
     "BandError",
     "CHIP_SCHEMA",
     "Chips",
+    "CogReader",
     "Collection",
     "Explanation",
     "GridError",
@@ -45,6 +48,7 @@ __all__ = [
     "StoreError",
     "TrustError",
     "UnreadableAssetsError",
+    "UnreadableTilesWarning",
     "__version__",
     "as_collection",
     "build_from_stac",

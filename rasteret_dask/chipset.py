@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +16,11 @@ from distributed import Client
 
 from rasteret_dask import audit, explain, geoparquet
 from rasteret_dask.chips import ChipSet, used_rows
+from rasteret_dask.encode import Compression, checked
 from rasteret_dask.errors import PlanError, SchemaError, StoreError
 from rasteret_dask.job import Job, freeze
 from rasteret_dask.lazy import radiometry_of
-from rasteret_dask.outputs import to_xarray
+from rasteret_dask.outputs import load, to_xarray
 from rasteret_dask.plan import (
     Function,
     Keep,
@@ -227,12 +229,30 @@ class Chips:
             }
         return Layout(self.job, outputs_of(self.job, self._functions), attrs)
 
-    def to_xarray(self) -> xr.Dataset | xr.DataTree:
+    def to_xarray(self, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
         """Return the chips lazily: a Dataset, or a DataTree with a node a source.
 
         Each has ``pixels`` (chip, time, band, y, x), and ``valid`` (chip, time, y, x) where pixels are integers.
+
+        Parameters
+        ----------
+        on_error
+            What becomes of a tile that cannot be read: ``"raise"`` a ReadError, or ``"mask"``: its pixels are
+            invalid, and each shard that has such tiles warns of them when it is computed.
         """
-        return to_xarray(self._layout, self._functions)
+        return to_xarray(self._layout, self._functions, _checked(on_error))
+
+    def load(self, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
+        """Read the chips into memory: what ``to_xarray().load()`` gives, without putting it together from shards.
+
+        This process reads, with as many of Dask's threads as are configured (``dask.config`` ``num_workers``).
+
+        Parameters
+        ----------
+        on_error
+            As in :meth:`to_xarray`.
+        """
+        return load(self._layout, self._functions, _checked(on_error))
 
     def to_zarr(
         self,
@@ -240,6 +260,8 @@ class Chips:
         client: Client | str | None = None,
         compute: bool = True,
         progress: bool = True,
+        compression: Compression = "auto",
+        on_error: str = "raise",
     ) -> Delayed | None:
         """Write the chips to a sharded Zarr v3 store on a Dask cluster; a rerun does what is missing.
 
@@ -253,11 +275,19 @@ class Chips:
             False returns a lazy object: ``.compute()`` on any Dask scheduler writes and commits.
         progress
             Show how many shards are written.
+        compression
+            ``BloscCodec``, ``ZstdCodec`` or ``GzipCodec`` of ``zarr.codecs``; None: none; ``"auto"``: what serves
+            each dtype best (see ``docs/benchmarks.md``). A rerun must give the same.
+        on_error
+            What becomes of a tile that cannot be read: ``"raise"`` fails its shard, ``"mask"`` makes its pixels
+            invalid; ``manifest.parquet`` lists such tiles, and an UnreadableTilesWarning counts them at the end.
 
         Raises
         ------
+        PlanError
+            When ``compression`` or ``on_error`` is none of these.
         StoreError
-            When the store holds something else.
+            When the store holds something else, or these chips in another compression.
         JobError
             When shards failed; the others are written, and a rerun does only those.
         """
@@ -265,9 +295,10 @@ class Chips:
         url = place if "://" in place else os.path.abspath(place)
         if os.path.isfile(url):
             raise StoreError(f"store {url}", "a file", "a folder, or nothing yet", "Choose another place.")
+        layout = replace(self._layout, compression=checked(compression))
         if not compute:
-            return delayed_zarr(self._layout, url, self._functions)
-        run_zarr(self._layout, url, self._functions, client, progress)
+            return delayed_zarr(layout, url, self._functions, _checked(on_error))
+        run_zarr(layout, url, self._functions, client, progress, _checked(on_error))
         return None
 
     def _with(
@@ -281,3 +312,9 @@ class Chips:
 
     def __repr__(self) -> str:
         return "<Chips>\n" + "\n".join(outline(self.plan))
+
+
+def _checked(on_error: str) -> str:
+    if on_error not in ("raise", "mask"):
+        raise PlanError("on_error=", repr(on_error), "'raise' or 'mask'")
+    return on_error

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FEED_TYPE",
     "FeedTable",
     "bounds_of",
+    "joined",
     "label_columns",
     "replaced",
     "texts",
@@ -59,15 +61,21 @@ CHIP_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class FeedTable:
-    """The ``feeds`` column as flat arrays, one entry per (chip, source, slot, record)."""
+    """The ``feeds`` column as flat arrays, one entry per (chip, source, slot, record).
 
-    offsets: NDArray[np.int64]
-    """Shape (chip + 1,). Entries of chip i are offsets[i] to offsets[i + 1]."""
-    source: NDArray[np.int64]
-    """Place of the source among ``names``."""
-    slot: NDArray[np.int64]
-    order: NDArray[np.int64]
-    row: NDArray[np.int64]
+    There are millions of entries, so they are views of Arrow's own memory, as narrow as FEED_TYPE says.
+    """
+
+    offsets: NDArray[Any]
+    """Shape (chip + 1,), int32. Entries of chip i are offsets[i] to offsets[i + 1]."""
+    source: NDArray[Any]
+    """Place of the source among ``names``, int8."""
+    slot: NDArray[Any]
+    """int16."""
+    order: NDArray[Any]
+    """int16."""
+    row: NDArray[Any]
+    """int32."""
     share: NDArray[np.float32]
     names: tuple[str, ...]
     """Names of the sources."""
@@ -81,15 +89,14 @@ class FeedTable:
         column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         flat = column.flatten()
         source, record = flat.field("source"), flat.field("record")
-        offsets = np.asarray(column.offsets).astype(np.int64)
-        number = source.indices.to_numpy().astype(np.int64)
-        row = flat.field("row").to_numpy().astype(np.int64)
+        offsets = np.asarray(column.offsets)
+        number, row = source.indices.to_numpy(), flat.field("row").to_numpy()
         names = tuple(source.dictionary.to_pylist())
         return cls(
             offsets - offsets[0],
             number,
-            flat.field("slot").to_numpy().astype(np.int64),
-            flat.field("order").to_numpy().astype(np.int64),
+            flat.field("slot").to_numpy(),
+            flat.field("order").to_numpy(),
             row,
             flat.field("coverage").to_numpy(),
             names,
@@ -101,36 +108,43 @@ class FeedTable:
         """Shape (entry,). The chip of each entry."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
+    def rows_of(self, source: int) -> NDArray[np.int64]:
+        """Return the rows of a source's records that feed any chip, rising."""
+        row = self.row[self.source == source] if len(self.names) > 1 else self.row
+        return np.flatnonzero(np.bincount(row))
+
     def to_arrow(self) -> pa.ListArray:
         """Return the column."""
-        base = np.cumsum([0, *(len(i) for i in self.ids)])
+        base = np.cumsum([0, *(len(i) for i in self.ids)], dtype=np.int32)
         ids = pa.array([i for ids in self.ids for i in ids], pa.string())
+        row = pa.array(self.row.astype(np.int32, copy=False))
+        place = row if len(self.ids) == 1 else pa.array(self.row + base[self.source])
         fields = [
-            pa.DictionaryArray.from_arrays(pa.array(self.source.astype(np.int8)), pa.array(self.names)),
-            pa.array(self.slot.astype(np.int16)),
-            pa.array(self.order.astype(np.int16)),
-            pa.DictionaryArray.from_arrays(pa.array((self.row + base[self.source]).astype(np.int32)), ids),
-            pa.array(self.row.astype(np.int32)),
-            pa.array(self.share.astype(np.float32)),
+            pa.DictionaryArray.from_arrays(
+                pa.array(self.source.astype(np.int8, copy=False)), pa.array(self.names)
+            ),
+            pa.array(self.slot.astype(np.int16, copy=False)),
+            pa.array(self.order.astype(np.int16, copy=False)),
+            pa.DictionaryArray.from_arrays(place, ids),
+            row,
+            pa.array(self.share.astype(np.float32, copy=False)),
         ]
         struct = pa.StructArray.from_arrays(fields, fields=list(FEED_TYPE))
-        return pa.ListArray.from_arrays(pa.array(self.offsets.astype(np.int32)), struct)
+        return pa.ListArray.from_arrays(pa.array(self.offsets.astype(np.int32, copy=False)), struct)
 
 
 def _ids(
-    record: pa.DictionaryArray, source: NDArray[np.int64], row: NDArray[np.int64], sources: int
+    record: pa.DictionaryArray, source: NDArray[Any], row: NDArray[Any], sources: int
 ) -> tuple[tuple[str, ...], ...]:
     """Return the ids that rows stand for, per source; rows that feed nothing get an empty id."""
-    known = record.dictionary.to_pylist()
+    known = np.array([*record.dictionary.to_pylist(), ""], dtype=object)
     index = record.indices.to_numpy()
     result = []
     for number in range(sources):
-        own = np.flatnonzero(source == number)
-        ids = [""] * (int(row[own].max(initial=-1)) + 1)
-        rows, first = np.unique(row[own], return_index=True)
-        for r, at in zip(rows.tolist(), own[first].tolist(), strict=True):
-            ids[r] = known[index[at]]
-        result.append(tuple(ids))
+        own = source == number if sources > 1 else slice(None)
+        place = np.full(int(row[own].max(initial=-1)) + 1, -1)
+        place[row[own]] = index[own]  # all entries of a row say the same
+        result.append(tuple(known[place].tolist()))
     return tuple(result)
 
 
@@ -178,3 +192,9 @@ def replaced(table: pa.Table, name: str, values: Any) -> pa.Table:
 def texts(values: Sequence[str | None]) -> pa.Array:
     """Return text as an Arrow column."""
     return pa.array(values, pa.string())
+
+
+def joined(*parts: Any, by: str = "_") -> pa.Array:
+    """Return texts and whole numbers (Arrow, NumPy, or one text for all rows) joined row by row; nulls are left out."""
+    columns = [pa.scalar(p) if isinstance(p, str) else pc.cast(pa.array(p), pa.string()) for p in parts]
+    return pc.binary_join_element_wise(*columns, by, null_handling="skip")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import GridError
-from rasteret_dask.grid import northern, transformer
+from rasteret_dask.grid import bounds_in, northern, transformer
 from rasteret_dask.records import Records
 
 __all__ = ["Cover", "Outlines", "Windows", "cover", "outlines", "union_cover"]
@@ -59,6 +59,21 @@ class Outlines:
     """Shape (outline, 2). Width and height of the raster's internal tiles, pixels."""
     transform: NDArray[np.float64]
     """Shape (outline, 6). a, b, c, d, e, f of the raster in that CRS."""
+
+    @cached_property
+    def bounds(self) -> NDArray[np.float64]:
+        """Shape (outline, 4): xmin, ymin, xmax, ymax of the shape; NaN where it is empty."""
+        return np.asarray(shapely.bounds(self.shape), dtype=np.float64).reshape(-1, 4)
+
+    @cached_property
+    def degrees(self) -> NDArray[np.float64]:
+        """Shape (outline, 4): west, south, east, north of the shape; all longitudes where it crosses 180 degrees."""
+        result = np.full(self.bounds.shape, np.nan)
+        for number in np.flatnonzero(~np.isnan(self.bounds[:, 0])):
+            result[number] = bounds_in(self.bounds[number], int(self.epsg[number]), 4326)
+        across = result[:, 2] < result[:, 0]
+        result[across, 0], result[across, 2] = -180.0, 180.0
+        return result
 
 
 @dataclass(frozen=True)
@@ -153,47 +168,57 @@ def cover(windows: Windows, found: Outlines, pairs: dict[int, NDArray[np.int64]]
     pairs
         For each outline, the numbers of the windows it may touch.
     """
-    window, outline, share = [], [], []
-    for number, at in pairs.items():
-        if not len(at):
-            continue
-        shape = found.shape[number]
-        boxes = windows.in_crs(int(found.epsg[number]), at)
-        shapely.prepare(shape)
-        whole = shapely.covers(shape, boxes)
-        covered = np.where(whole, 1.0, 0.0)
+    outline = np.repeat(np.array([*pairs], dtype=np.int64), [len(at) for at in pairs.values()])
+    window = np.concatenate([*pairs.values(), np.zeros(0, dtype=np.int64)])
+    share = np.zeros(len(outline))
+    for epsg in np.unique(found.epsg[outline]):
+        here = np.flatnonzero(found.epsg[outline] == epsg)
+        some, place = np.unique(window[here], return_inverse=True)
+        shape, box = found.shape[outline[here]], windows.in_crs(int(epsg), some)[place]
+        shapely.prepare(found.shape[np.unique(outline[here])])
+        whole = shapely.covers(shape, box)
+        share[here[whole]] = 1.0
         partly = np.flatnonzero(~whole)
-        cut = shapely.intersection(shape, boxes[partly])
-        covered[partly] = np.minimum(shapely.area(cut) / shapely.area(boxes[partly]), 1.0)
-        keep = covered > 1e-12
-        keep[partly] &= _shares_pixels(shapely.bounds(boxes[partly]), found.raster[number])
-        window.append(at[keep])
-        outline.append(np.full(int(keep.sum()), number))
-        share.append(covered[keep])
-    if not window:
-        nothing = np.zeros(0, dtype=np.int64)
-        return Cover(nothing, nothing, np.zeros(0))
-    return Cover(np.concatenate(window), np.concatenate(outline), np.concatenate(share))
+        cut = shapely.intersection(shape[partly], box[partly])
+        covered = np.minimum(shapely.area(cut) / shapely.area(box[partly]), 1.0)
+        covered *= _shares_pixels(shapely.bounds(box[partly]), found.raster[outline[here[partly]]])
+        share[here[partly]] = covered
+    keep = share > 1e-12
+    return Cover(window[keep], outline[keep], share[keep])
 
 
 def _shares_pixels(boxes: NDArray[np.float64], raster: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Tell which boxes overlap the raster itself; within the pixel of tolerance around it there is nothing to read."""
-    shared = np.minimum(boxes[:, 2:], raster[2:]) - np.maximum(boxes[:, :2], raster[:2])
+    """Tell which boxes overlap their rasters; within the pixel of tolerance around it there is nothing to read."""
+    shared = np.minimum(boxes[:, 2:], raster[:, 2:]) - np.maximum(boxes[:, :2], raster[:, :2])
     return np.asarray((shared > 1e-6).all(axis=1))
 
 
-def union_cover(windows: Windows, found: Outlines, window: int, numbers: NDArray[np.int64]) -> float:
-    """Return the share of one window that several outlines cover together."""
-    epsg = int(found.epsg[numbers[0]])
-    box = windows.in_crs(epsg, np.array([window]))[0]
-    parts = []
-    for number in np.unique(numbers):
-        shape = found.shape[number]
-        other = int(found.epsg[number])
-        if other != epsg:
-            shape = shapely.transform(shape, partial(_moved, transformer(other, epsg)))
-        parts.append(shapely.intersection(shape, box))
-    return float(min(shapely.area(shapely.union_all(parts)) / shapely.area(box), 1.0))
+def union_cover(
+    windows: Windows, found: Outlines, window: NDArray[np.int64], numbers: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the share of windows that several outlines cover together.
+
+    Parameters
+    ----------
+    windows, found
+        The windows and the outlines.
+    window
+        Shape (n,). Numbers of windows.
+    numbers
+        Shape (n, outlines). The outlines that count for each; areas are measured in the CRS of the first.
+    """
+    result = np.zeros(len(window))
+    crs = found.epsg[numbers]
+    for epsg in np.unique(crs[:, 0]):
+        here = np.flatnonzero(crs[:, 0] == epsg)
+        shapes = found.shape[numbers[here]]
+        for other in np.unique(numbers[here][crs[here] != epsg]):
+            move = partial(_moved, transformer(int(found.epsg[other]), int(epsg)))
+            shapes[numbers[here] == other] = shapely.transform(found.shape[other], move)
+        box = windows.in_crs(int(epsg), window[here])
+        parts = shapely.union_all(shapely.intersection(shapes, box[:, None]), axis=1)
+        result[here] = np.minimum(shapely.area(parts) / shapely.area(box), 1.0)
+    return result
 
 
 def _moved(to: pyproj.Transformer, points: NDArray[np.float64]) -> NDArray[np.float64]:

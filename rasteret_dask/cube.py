@@ -4,113 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import stackstac
 import xarray as xr
 from numpy.typing import NDArray
-from rasterio.enums import Resampling
 from stackstac.prepare import prepare_items
 
+from rasteret_dask.cogreader import NATURAL, AssetHref, CogReader, Kernel, grid_of
 from rasteret_dask.errors import GridError
 from rasteret_dask.grid import northern
-from rasteret_dask.reader import Grid, Request, Session, Window
-from rasteret_dask.records import Asset, Records
+from rasteret_dask.reader import Grid, Window
+from rasteret_dask.records import Asset, Level, Records
 
-__all__ = [
-    "AssetHref",
-    "NATURAL",
-    "GroupCube",
-    "Kernel",
-    "RecordReader",
-    "compact_groups",
-    "group_cube",
-    "stack",
-]
+__all__ = ["GroupCube", "compact_groups", "group_cube", "stack"]
 
 SPREAD = 1.5
 """A group's common bounds hold at most this many times the pixels of its chips."""
-
-
-class Kernel(NamedTuple):
-    """How pixels are brought onto a grid that is not their own."""
-
-    resampling: str | None = None
-    """GDAL's name; None: by the band's role."""
-    decode: str | None = None
-    """What is done to the stored numbers before; see Request."""
-
-
-NATURAL = Kernel()
-
-
-class AssetHref(str):
-    """An href that carries the asset it names, cached header and all, through stackstac's asset table."""
-
-    asset: Asset
-    kernel: Kernel
-
-    def __new__(cls, asset: Asset, kernel: Kernel) -> AssetHref:
-        """Make the href of one asset."""
-        # Text decides Dask's token of the table, so it tells apart whatever reads other pixels.
-        read = "/".join(str(part) for part in (asset.band_index, asset.size, asset.etag, kernel))
-        self = super().__new__(cls, f"{asset.href}#{asset.record_id}/{asset.band}/{read}")
-        self.asset = asset
-        self.kernel = kernel
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return AssetHref, (self.asset, self.kernel)
-
-
-class RecordReader:
-    """stackstac's reader protocol over cached headers: no header is requested again.
-
-    Each read gives the pixels of one asset inside one window of the cube, warped only where the grids differ.
-    """
-
-    def __init__(
-        self,
-        *,
-        url: AssetHref,
-        spec: Any,
-        resampling: Resampling,
-        dtype: np.dtype[Any],
-        fill_value: Any,
-        scale_offset: tuple[float, float],
-        gdal_env: Any = None,
-        errors_as_nodata: tuple[Exception, ...] = (),
-    ) -> None:
-        self.url = url
-        self.grid = grid_of(spec)
-        self.dtype = np.dtype(dtype)
-        self.fill_value = fill_value
-
-    def read(self, window: Any, **_kwargs: Any) -> NDArray[Any]:
-        """Return the window's pixels, shape (y, x), in the cube's dtype; invalid ones hold its fill value."""
-        own = Window(int(window.row_off), int(window.col_off), int(window.height), int(window.width))
-        with Session(threads=1) as session:
-            request = Request(self.url.asset, self.grid, (own,), *self.url.kernel)
-            block = session.read_block([request])[0]
-        values = block.values[0].astype(self.dtype, copy=False)
-        return np.asarray(np.where(block.valid[0], values, self.dtype.type(self.fill_value)))
-
-    def close(self) -> None:
-        """Do nothing: files are closed after each read."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-def grid_of(spec: Any) -> Grid:
-    """Return the pixel grid of a stackstac RasterSpec."""
-    xmin, _, _, ymax = spec.bounds
-    xres, yres = spec.resolutions_xy
-    return Grid(int(spec.epsg), float(xmin), float(ymax), float(xres), float(yres))
 
 
 def plain_items(
@@ -127,16 +38,21 @@ def plain_items(
             asset = records.asset(int(row), band)
             code, shift = northern(asset.epsg)
             own, moved = (code, shift) if code == epsg else (asset.epsg, 0.0)
-            a, b, c, d, e, f = asset.image.transform
             assets[band] = {
                 "href": AssetHref(asset, kernel),
                 "proj:epsg": own,
-                "proj:transform": [a, b, c, d, e, f + moved],
-                "proj:shape": [asset.image.height, asset.image.width],
+                "proj:bbox": _outline(asset.image, moved),
             }
-        stamp = records.starts[int(row)]
-        items.append({"id": str(int(row)), "properties": {"datetime": stamp}, "assets": assets})
+        items.append({"id": str(int(row)), "properties": {}, "assets": assets})
     return items
+
+
+def _outline(image: Level, moved: float) -> tuple[float, float, float, float]:
+    """Return the bounds of a raster; stackstac takes 4 times as long to make them of its transform and shape."""
+    a, b, c, d, e, f = image.transform
+    xs = [c + a * col + b * row for col in (0, image.width) for row in (0, image.height)]
+    ys = [f + d * col + e * row + moved for col in (0, image.width) for row in (0, image.height)]
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def stack(
@@ -167,8 +83,11 @@ def stack(
     """
     height, width = shape
     bounds = (grid.x0, grid.y0 - height * grid.yres, grid.x0 + width * grid.xres, grid.y0)
+    items = plain_items(records, rows, bands, grid.epsg, kernel)
+    for item, row in zip(items, rows, strict=True):
+        item["properties"]["datetime"] = records.starts[int(row)]
     cube = stackstac.stack(
-        plain_items(records, rows, bands, grid.epsg, kernel),
+        items,
         assets=list(bands),
         epsg=grid.epsg,
         resolution=(grid.xres, grid.yres),
@@ -182,7 +101,8 @@ def stack(
         properties=False,
         band_coords=False,
         chunksize=chunks,
-        reader=RecordReader,
+        errors_as_nodata=(),  # stackstac's default makes nodata of what is not there
+        reader=CogReader,
     )
     if cube.shape[2:] != shape:
         raise GridError("cube", f"{cube.shape[2:]} pixels from stackstac", f"{shape} on the grid asked for")
@@ -204,6 +124,8 @@ class GroupCube:
 def compact_groups(epsg: NDArray[np.int64], bounds: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:
     """Yield runs of consecutive chips of one CRS whose common bounds hold at most SPREAD times their own area.
 
+    A run that does not is cut where the bounds of its two parts become smallest.
+
     Parameters
     ----------
     epsg
@@ -211,19 +133,28 @@ def compact_groups(epsg: NDArray[np.int64], bounds: NDArray[np.float64]) -> Iter
     bounds
         Shape (chip, 4): xmin, ymin, xmax, ymax.
     """
-    first = 0
-    for chip in range(1, len(epsg) + 1):
-        if chip < len(epsg) and epsg[chip] == epsg[first] and _compact(bounds[first : chip + 1]):
-            continue
-        yield np.arange(first, chip)
-        first = chip
+    for run in np.split(np.arange(len(epsg)), np.flatnonzero(np.diff(epsg)) + 1):
+        if len(run):
+            yield from _compact(run, bounds)
 
 
-def _compact(bounds: NDArray[np.float64]) -> bool:
-    low, high = bounds[:, :2].min(0), bounds[:, 2:].max(0)
-    own = np.unique(bounds, axis=0)
-    area = float(np.sum((own[:, 2] - own[:, 0]) * (own[:, 3] - own[:, 1])))
-    return bool(np.prod(high - low) <= SPREAD * area * (1 + 1e-9))
+def _compact(run: NDArray[np.int64], bounds: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:
+    own = np.unique(bounds[run], axis=0)
+    area = np.sum((own[:, 2] - own[:, 0]) * (own[:, 3] - own[:, 1]))
+    left, right = _areas(bounds[run]), _areas(bounds[run[::-1]])[::-1]
+    if left[-1] <= SPREAD * area * (1 + 1e-9):
+        yield run
+        return
+    cut = int(np.argmin(left[:-1] + right[1:])) + 1
+    yield from _compact(run[:cut], bounds)
+    yield from _compact(run[cut:], bounds)
+
+
+def _areas(bounds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the area of the common bounds of the first 1, 2, 3, ... boxes."""
+    low = np.minimum.accumulate(bounds[:, :2], axis=0)
+    high = np.maximum.accumulate(bounds[:, 2:], axis=0)
+    return np.asarray(np.prod(high - low, axis=1))
 
 
 def group_cube(

@@ -14,6 +14,7 @@ __all__ = [
     "StoreError",
     "TrustError",
     "UnreadableAssetsError",
+    "UnreadableTilesWarning",
 ]
 
 
@@ -92,3 +93,7 @@ class StoreError(RasteretDaskError):
 
 class JobError(RasteretDaskError):
     """Some shards failed; the others are written, the store is not committed, and a rerun does only those."""
+
+
+class UnreadableTilesWarning(UserWarning):
+    """Tiles could not be read; as ``on_error="mask"`` asks, their pixels are invalid."""

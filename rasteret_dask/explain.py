@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from rasteret_dask import pixels
 from rasteret_dask.chips import ChipSet, used_rows
 from rasteret_dask.chiptable import FeedTable, bounds_of
-from rasteret_dask.grid import Lattice
-from rasteret_dask.job import Job, Output, task_bytes
+from rasteret_dask.grid import Lattice, northern, transformer
+from rasteret_dask.job import Job, Output, Shard, task_bytes
 from rasteret_dask.lazy import radiometry_of
 from rasteret_dask.reader import tiles_of
+from rasteret_dask.records import Asset, Level
 
 __all__ = ["Explanation", "explain"]
 
@@ -28,7 +32,7 @@ UTM_SOUTH = 32700
 """EPSG codes above are UTM zones of the southern hemisphere, which are only translated."""
 
 EXACT_SHARDS = 48
-"""Requests of this many shards are counted one by one; beyond, they are extrapolated from as many, evenly taken."""
+"""Tiles of this many shards are counted one by one; beyond, they are extrapolated from as many, evenly taken."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,8 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
     reading = _reading(job)
     out = sum(o.chip_bytes for o in outputs)
     per_shard = max((h.per_shard for h in job.hierarchies), default=1)
-    splits: dict[str, int] = {}
-    for name in chips.table.column("split").to_pylist():
-        splits[name or "none"] = splits.get(name or "none", 0) + 1
+    counted = pc.value_counts(chips.table.column("split")).to_pylist()
+    splits = {entry["values"] or "none": int(entry["counts"]) for entry in counted}
     used = [len(r) for r in job.records]
     facts = {
         "records": {
@@ -79,6 +82,7 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
         "chips_per_shard": per_shard,
         "tasks": len(shards),
         "requests": reading["requests"],
+        "requests_by_shard": reading["by_shard"],
         "read_bytes": reading["bytes"],
         "requests_counted_on_shards": reading["shards"],
         "write_bytes": out * sum(h.chips for h in job.hierarchies),
@@ -145,33 +149,107 @@ def _times(chips: ChipSet) -> dict[str, list[str]]:
 
 
 def _reading(job: Job) -> dict[str, Any]:
-    """Count the tiles that shards will ask for and their compressed bytes, from the cached tile tables."""
+    """Count the tiles that shards need and their compressed bytes, from the cached tile tables.
+
+    A tile that n of the job's shards need counts as 1 / n in each of them, so that a sample of shards tells how many
+    distinct tiles there are.
+    """
     shards = list(job.shards())
     step = max(len(shards) / EXACT_SHARDS, 1.0)
     chosen = [shards[int(i * step)] for i in range(min(len(shards), EXACT_SHARDS))]
-    requests = nbytes = pixels_read = pixels_used = 0
-    unknown = False
+    whole = len(chosen) == len(shards)
+    seen: dict[tuple[Any, int], set[int]] = {}
+    once, nbytes, by_shard, pixels_read, pixels_used, unknown = 0.0, 0.0, 0, 0, 0, False
+    sharing = None if whole else _Sharing(job, chosen)
     for shard in chosen:
         for number, plan in enumerate(job.sources):
             members = [
                 pixels.harmonized(pixels.cut(pixels.cubes(job, shard, number, m)), plan)
                 for m in range(len(plan.members))
             ]
-            tiles, used = pixels.requests_of(job, shard, number, members)
-            for (_, level), (wanted, asset) in _by_file(tiles).items():
-                known = asset.levels[level].tile_byte_counts
+            requests, used = pixels.requests_of(job, shard, number, members)
+            for (file, level), (wanted, asset) in _by_file(requests).items():
+                known, met = asset.levels[level].tile_byte_counts, seen.setdefault((file, level), set())
+                needed = sharing.shards_of(number, asset, level) if sharing else Counter[int]()
+                weight = {t: 1.0 / max(needed[t], 1) for t in wanted if not whole or t not in met}
+                met |= wanted
+                once += sum(weight.values())
                 unknown |= not known
-                requests += len(wanted)
-                nbytes += sum(known[t] for t in wanted) if known else 0
+                nbytes += sum(w * known[t] for t, w in weight.items()) if known else 0
+                by_shard += len(wanted)
                 pixels_read += len(wanted) * asset.levels[level].tile_width * asset.levels[level].tile_height
             pixels_used += used
     scale = len(shards) / max(len(chosen), 1)
     return {
-        "requests": round(requests * scale),
+        "requests": round(once * scale),
+        "by_shard": round(by_shard * scale),
         "bytes": None if unknown else round(nbytes * scale),
         "shards": len(chosen),
         "fit": round(pixels_used / pixels_read, 4) if pixels_read else None,
     }
+
+
+class _Sharing:
+    """Tells how many shards need a tile: those with a chip on its ground that its record feeds."""
+
+    def __init__(self, job: Job, chosen: Sequence[Shard]) -> None:
+        self._job = job
+        feeds = job.feeds
+        wanted = [np.zeros(len(r), dtype=bool) for r in job.records]
+        for shard in chosen:
+            own = slice(feeds.offsets[shard.start], feeds.offsets[shard.stop])
+            for number, flags in enumerate(wanted):
+                flags[feeds.row[own][feeds.source[own] == number]] = True
+        base = np.cumsum([0, *(len(r) for r in job.records)])
+        record = base[feeds.source] + feeds.row
+        at = np.flatnonzero(np.concatenate(wanted)[record])
+        at = at[np.argsort(record[at], kind="stable")]
+        self._record, self._chip = record[at], feeds.chip[at]
+        self._base = base
+        self._row = [{name: row for row, name in enumerate(r.ids)} for r in job.records]
+        self._shard = np.full(job.chips.num_rows, -1)
+        for running, shard in enumerate(job.shards()):
+            self._shard[shard.start : shard.stop] = running
+        self._known: dict[Any, Counter[int]] = {}
+
+    def shards_of(self, source: int, asset: Asset, level: int) -> Counter[int]:
+        """Return tile -> how many of the job's shards need it."""
+        found = asset.levels[level]
+        record = int(self._base[source]) + self._row[source][asset.record_id]
+        key = (record, found.transform, found.width, found.tile_width, found.tile_height)
+        if key not in self._known:
+            first, last = np.searchsorted(self._record, [record, record + 1])
+            chip = np.unique(self._chip[first:last])
+            self._known[key] = self._counted(chip[self._shard[chip] >= 0], asset.epsg, found)
+        return self._known[key]
+
+    def _counted(self, chip: NDArray[np.int64], epsg: int, level: Level) -> Counter[int]:
+        needed: set[tuple[int, int]] = set()
+        across = -(-level.width // level.tile_width)
+        code, shift = northern(epsg)
+        for own in np.unique(self._job.epsg[chip]):
+            here = chip[self._job.epsg[chip] == own]
+            box = self._job.bounds[here]
+            x, y = transformer(int(own), code).transform(box[:, [0, 2, 2, 0]], box[:, [3, 3, 1, 1]])
+            a, _, c, _, e, f = level.transform
+            cols, rows = (x - c) / a, (np.asarray(y) - shift - f) / e
+            spans = [
+                (
+                    np.floor(v.min(1) / tile + ALIGNED_PX),
+                    np.ceil(v.max(1) / tile - ALIGNED_PX),
+                    -(-size // tile),
+                )
+                for v, tile, size in (
+                    (rows, level.tile_height, level.height),
+                    (cols, level.tile_width, level.width),
+                )
+            ]
+            (top, bottom), (left, right) = (
+                np.clip([lo, hi], 0, n).astype(int).tolist() for lo, hi, n in spans
+            )
+            for shard, t, b, le, r in zip(self._shard[here].tolist(), top, bottom, left, right, strict=True):
+                needed.update((shard, row * across + col) for row in range(t, b) for col in range(le, r))
+        return Counter(tile for _, tile in needed)
 
 
 def _by_file(requests: list[Any]) -> dict[tuple[Any, int], tuple[set[int], Any]]:
@@ -204,7 +282,15 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("records", ", ".join(f"{n} {r['used']} of {r['scanned']}" for n, r in f["records"].items())),
         ("chips", f"{f['chips']:,} ({', '.join(f'{k} {v:,}' for k, v in f['splits'].items())})"),
         ("shards", f"{f['shards']:,} of up to {f['chips_per_shard']} chips, one task each"),
-        ("to read", f"at most {f['requests']:,} tiles, {_size(f['read_bytes'])} compressed{exact}"),
+        (
+            "to read",
+            f"at most {f['requests']:,} tiles, {_size(f['read_bytes'])} compressed{exact}; "
+            + (
+                "no two shards share one"
+                if f["requests_by_shard"] == f["requests"]
+                else f"{f['requests_by_shard']:,} if no two shards share one"
+            ),
+        ),
         ("to write", f"{_size(f['write_bytes'])} before compression"),
         ("peak per task", _size(f["peak_task_bytes"])),
         (

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.coverage import FULL, Outlines, Windows, cover, outlines, union_cover
 from rasteret_dask.frame import Frame
-from rasteret_dask.grid import bounds_in, transformer
+from rasteret_dask.grid import transformer
 from rasteret_dask.resolve import ResolvedSource
 from rasteret_dask.timing import TimeAxis
 
@@ -57,6 +57,12 @@ class Feeds:
         a, b, c, d = (np.asarray(v).astype(np.int32, copy=False) for v in (window, slot, order, record))
         return cls(a, b, c, d, np.asarray(share).astype(np.float32, copy=False))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Feeds]) -> Feeds:
+        """Return the entries of all parts, one behind the other."""
+        names = ("window", "slot", "order", "record", "share")
+        return cls(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
+
     def take(self, at: NDArray[np.bool_] | NDArray[np.int64]) -> Feeds:
         """Return some entries."""
         return Feeds(self.window[at], self.slot[at], self.order[at], self.record[at], self.share[at])
@@ -76,7 +82,8 @@ def covered(source: ResolvedSource, found: Outlines, frame: Frame) -> Feeds:
     window, outline, share = [], [], []
     for epsg in np.unique(frame.epsg):
         here = np.flatnonzero(frame.epsg == epsg)
-        part = cover(Windows(int(epsg), frame.bounds[here]), found, _candidates(frame.take(here), found))
+        windows = Windows(int(epsg), frame.bounds[here])
+        part = cover(windows, found, _candidates(windows, found))
         window.append(here[part.window])
         outline.append(part.outline)
         share.append(part.share)
@@ -85,34 +92,35 @@ def covered(source: ResolvedSource, found: Outlines, frame: Frame) -> Feeds:
     return _by_record(source, found, np.concatenate(window), np.concatenate(outline), np.concatenate(share))
 
 
-def _candidates(frame: Frame, found: Outlines) -> dict[int, NDArray[np.int64]]:
-    """Return for each outline the windows (all of one CRS) it may touch: by bounds there, or in degrees elsewhere."""
-    code = int(frame.epsg[0])
-    tree = shapely.STRtree(shapely.box(*frame.bounds.T))
-    degrees: shapely.STRtree | None = None
-    pairs = {}
-    for number, own in enumerate(found.epsg.tolist()):
-        if shapely.is_empty(found.shape[number]):
-            continue
-        bounds = shapely.bounds(found.shape[number])
-        if own == code:
-            hits = tree.query(shapely.box(*bounds))
-        else:  # degrees hold everywhere; the far side of the globe has no northing in a zone
-            degrees = degrees or shapely.STRtree(_degree_boxes(frame))
-            west, south, east, north = bounds_in(bounds, own, 4326)
-            across = east < west  # the antimeridian lies between
-            box = shapely.box(-180.0 if across else west, south, 180.0 if across else east, north)
-            hits = degrees.query(box)
-        pairs[number] = np.sort(hits).astype(np.int64)
-    return pairs
+def _candidates(windows: Windows, found: Outlines) -> dict[int, NDArray[np.int64]]:
+    """Return for each outline the windows it may touch: by bounds in the same CRS, in degrees elsewhere."""
+    own = found.epsg == windows.epsg
+    pairs = _touching(windows.bounds, found.bounds, own)
+    if not own.all():  # degrees hold everywhere; the far side of the globe has no northing in a zone
+        pairs |= _touching(_degrees(windows), found.degrees, ~own)
+    return dict(sorted(pairs.items()))
 
 
-def _degree_boxes(frame: Frame) -> NDArray[Any]:
-    """Return a lon/lat box around each window (all of one CRS), with room for edges that bend."""
-    x, y = frame.bounds[:, [0, 2, 2, 0]], frame.bounds[:, [3, 3, 1, 1]]
-    lon, lat = (np.asarray(v) for v in transformer(int(frame.epsg[0]), 4326).transform(x, y))
-    low, high = np.stack([lon, lat]).min(2) - SAGITTA_DEG, np.stack([lon, lat]).max(2) + SAGITTA_DEG
-    return np.asarray(shapely.box(*low, *high))
+def _touching(
+    boxes: NDArray[np.float64], outlines: NDArray[np.float64], among: NDArray[np.bool_]
+) -> dict[int, NDArray[np.int64]]:
+    """Return outline -> boxes that touch its bounds, both as xmin, ymin, xmax, ymax; NaN touches nothing."""
+    low, high = boxes[:, :2].min(0, initial=np.inf), boxes[:, 2:].max(0, initial=-np.inf)
+    near = among & (outlines[:, :2] <= high).all(axis=1) & (outlines[:, 2:] >= low).all(axis=1)
+    xmin, ymin, xmax, ymax = np.ascontiguousarray(boxes.T)
+    result = {}
+    for number in np.flatnonzero(near).tolist():
+        west, south, east, north = outlines[number]
+        touch = (xmin <= east) & (xmax >= west) & (ymin <= north) & (ymax >= south)
+        result[number] = np.flatnonzero(touch)
+    return result
+
+
+def _degrees(windows: Windows) -> NDArray[np.float64]:
+    """Return a box in degrees around each window, with room for edges that bend; shape (window, 4)."""
+    x, y = windows.bounds[:, [0, 2, 2, 0]], windows.bounds[:, [3, 3, 1, 1]]
+    corners = np.stack(transformer(windows.epsg, 4326).transform(x, y), -1)
+    return np.concatenate([corners.min(1) - SAGITTA_DEG, corners.max(1) + SAGITTA_DEG], axis=1)
 
 
 def _by_record(
@@ -232,7 +240,7 @@ def passes_in(source: ResolvedSource, feeds: Feeds) -> WindowPasses:
         start,
         np.maximum(start, over(np.maximum, until[record])),
         mean,
-        over(np.minimum, _id_rank(source)[record]),
+        over(np.minimum, source.id_rank[record]),
         np.diff(np.append(begin, len(order))),
         of_entry,
     )
@@ -258,21 +266,49 @@ def enough(
     best = np.maximum.reduceat(feeds.share[order], first)
     total = np.add.reduceat(feeds.share[order], first)
     count = np.diff(np.append(first, len(order)))
-    unsure = np.flatnonzero((best < FULL) & (count > 1) & (total > best))
+    unsure = (best < FULL) & (count > 1) & (total > best)
     share = best.copy()
-    cache: dict[tuple[int, bytes], float] = {}
-    for at in unsure:
-        rows = order[first[at] : first[at] + count[at]]
-        numbers = np.unique(found.of_record[feeds.record[rows]])
-        window = int(feeds.window[rows[0]])
-        mark = (window, numbers.tobytes())
-        if mark not in cache:
-            alone = Windows(int(frame.epsg[window]), frame.bounds[window : window + 1])
-            cache[mark] = union_cover(alone, found, 0, numbers) if len(numbers) > 1 else best[at]
-        share[at] = cache[mark]
+    for numbers, at in _together(found, feeds, order, first[unsure], count[unsure]):
+        place = np.flatnonzero(unsure)[at]
+        share[place] = _shares(frame, found, feeds.window[order[first[place]]].astype(np.int64), numbers)
     good = share >= min(min_coverage, FULL) if min_coverage > 0 else share > 0
     keep = good[np.searchsorted(unique, key)]
     return feeds.take(keep), unique[good], share[good]
+
+
+def _together(
+    found: Outlines,
+    feeds: Feeds,
+    order: NDArray[np.int64],
+    first: NDArray[np.int64],
+    count: NDArray[np.int64],
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield for slots of several outlines: these, shape (slot, outlines), and the slots; by the number of outlines.
+
+    Slot i has the entries order[first[i] : first[i] + count[i]].
+    """
+    slot = np.repeat(np.arange(len(first)), count)
+    entry = order[np.repeat(first - np.cumsum(count) + count, count) + np.arange(len(slot))]
+    pair = np.unique(slot * len(found.shape) + found.of_record[feeds.record[entry]])
+    slot, outline = np.divmod(pair, len(found.shape))
+    size = np.bincount(slot, minlength=len(first))
+    begin = np.cumsum(size) - size
+    for several in np.unique(size[size > 1]):
+        at = np.flatnonzero(size == several)
+        yield outline[begin[at][:, None] + np.arange(several)], at
+
+
+def _shares(
+    frame: Frame, found: Outlines, window: NDArray[np.int64], numbers: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the share of windows that outlines cover together, each distinct question asked once."""
+    asked, back = np.unique(np.column_stack([window, numbers]), axis=0, return_inverse=True)
+    share = np.empty(len(asked))
+    for epsg in np.unique(frame.epsg[asked[:, 0]]):
+        at = np.flatnonzero(frame.epsg[asked[:, 0]] == epsg)
+        alone = Windows(int(epsg), frame.bounds[asked[at, 0]])
+        share[at] = union_cover(alone, found, np.arange(len(at)), asked[at, 1:])
+    return share[np.reshape(back, -1)]
 
 
 def pick(source: ResolvedSource, feeds: Feeds, frame: Frame, found: Outlines, axis: TimeAxis | None) -> Feeds:
@@ -294,7 +330,7 @@ def pick(source: ResolvedSource, feeds: Feeds, frame: Frame, found: Outlines, ax
     else:
         of_entry = own.of_entry
     nearness = _nearness(frame, found, feeds, own.count[of_entry] > 1)
-    order = np.lexsort((_id_rank(source)[feeds.record], nearness, rank, own.key[of_entry]))
+    order = np.lexsort((source.id_rank[feeds.record], nearness, rank, own.key[of_entry]))
     feeds = feeds.take(order)
     return Feeds.of(feeds.window, feeds.slot, rank[order], feeds.record, feeds.share)
 
@@ -319,14 +355,6 @@ def _changes(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
     for column in columns:
         changed[1:] |= column[1:] != column[:-1]
     return changed
-
-
-def _id_rank(source: ResolvedSource) -> NDArray[np.int64]:
-    """Shape (record,). Place of each record's id in alphabetical order; equal ids of two members by member."""
-    order = np.lexsort((source.member, np.array(source.records.ids)))
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return rank
 
 
 def _nearness(frame: Frame, found: Outlines, feeds: Feeds, shared: NDArray[np.bool_]) -> NDArray[np.float64]:

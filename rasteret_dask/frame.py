@@ -10,15 +10,22 @@ import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
+from rasteret_dask.chiptable import joined
 from rasteret_dask.coverage import Outlines
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.grid import Bounds, Lattice, bounds_in, northern, snap, transformer, utm_zone, zone_epsg
 from rasteret_dask.plan import KM_PER_DEGREE, ChipSpec
 
-__all__ = ["Frame", "candidates", "lonlat"]
+__all__ = ["Frame", "candidates", "outline_wkb"]
 
 SHARED_WITH_AREA = 1e-3
 """A cell belongs to an area of interest when more than this share of it lies inside."""
+
+BLOCK_PX = 1536
+"""Side of the squares of ground that windows are ordered by, in pixels of the reference source."""
+
+STRIP = 4
+"""Blocks from the north to the south edge of a strip."""
 
 ZONE_REACH = 6.5
 """Degrees from a zone's central meridian to its farthest cell: 6 in Svalbard, and half a wide cell's length."""
@@ -28,7 +35,7 @@ Phase: TypeAlias = dict[int, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Frame:
-    """Candidate windows; all arrays have one entry per window."""
+    """Candidate windows, neighbours near each other; all arrays have one entry per window."""
 
     epsg: NDArray[np.int64]
     bounds: NDArray[np.float64]
@@ -39,7 +46,7 @@ class Frame:
     """Shape (window, 2). Split cell (row, col) the window was laid out in; None for windows laid out freely."""
     index: NDArray[np.int64] | None
     """Row of the table given to ``at=``; None otherwise."""
-    prefix: tuple[str, ...]
+    prefix: pa.StringArray
     """What each id begins with."""
 
     def __len__(self) -> int:
@@ -55,7 +62,7 @@ class Frame:
             self.col[at],
             None if self.cell is None else self.cell[at],
             None if self.index is None else self.index[at],
-            tuple(self.prefix[i] for i in at),
+            self.prefix.take(pa.array(at)),
         )
 
 
@@ -76,14 +83,28 @@ def candidates(
         For each EPSG code, a pixel corner (x, y) of the reference source's grid.
     points
         The table of ``at=``, or None.
+
+    Notes
+    -----
+    Windows come in an order of space that depends on nothing but themselves: CRS by CRS, in strips from north to
+    south, :data:`STRIP` blocks high; in a strip column by column of blocks; in a block row by row. A block's
+    neighbours are then the one before it and those one column back, so that a shard's tiles are used again soon
+    or not at all. Blocks of ``grid="tiles"`` are whole tiles.
     """
     if points is not None:
-        return _at_points(spec, points, resolution, phase)
+        return _in_space(_at_points(spec, points, resolution, phase), resolution)
     if spec.grid == "zone":
-        return _zones(spec, reference, resolution, phase)
+        return _in_space(_zones(spec, reference, resolution, phase), resolution)
     if spec.grid == "tiles":
         return _tiles(spec, reference, resolution)
-    return _geobox(spec, resolution)
+    return _in_space(_geobox(spec, resolution), resolution)
+
+
+def _in_space(frame: Frame, resolution: float) -> Frame:
+    side = BLOCK_PX * resolution
+    col = np.floor(frame.bounds[:, [0, 2]].mean(1) / side)
+    row = np.floor(-frame.bounds[:, [1, 3]].mean(1) / side)
+    return frame.take(np.lexsort((frame.col, frame.row, row, col, row // STRIP, frame.epsg)))
 
 
 def _label(spec: ChipSpec, resolution: float) -> str:
@@ -140,7 +161,7 @@ def _lay_out(
         cells[:, 1],
         lattice.split_cell_of(cells),
         None,
-        tuple(f"{head}_{row}_{col}" for row, col in cells.tolist()),
+        joined(head, cells[:, 0], cells[:, 1]),
     )
 
 
@@ -184,7 +205,11 @@ def _overlap(a: Bounds, b: Bounds) -> Bounds | None:
 def _within(frame: Frame, area: Any) -> Frame:
     if area is None or not len(frame):
         return frame
-    shapes = lonlat(frame)
+    corners = _lonlat_corners(frame)
+    west, south, east, north = shapely.bounds(area)
+    low, high = corners.min(1), corners.max(1)
+    near = (low[:, 0] <= east) & (high[:, 0] >= west) & (low[:, 1] <= north) & (high[:, 1] >= south)
+    frame, shapes = frame.take(near), shapely.polygons(corners[near])
     shapely.prepare(area)
     inside = shapely.contains_properly(area, shapes)
     edge = np.flatnonzero(~inside & shapely.intersects(area, shapes))
@@ -193,39 +218,63 @@ def _within(frame: Frame, area: Any) -> Frame:
     return frame.take(inside)
 
 
-def lonlat(frame: Frame) -> NDArray[Any]:
-    """Return each window as a lon/lat polygon, shape (window,)."""
-    result = np.empty(len(frame), dtype=object)
+def outline_wkb(frame: Frame) -> pa.BinaryArray:
+    """Return each window as a lon/lat polygon in WKB, written as it lies in memory: a million shapes are slow."""
+    corners = _lonlat_corners(frame)
+    layout = [("order", "u1"), ("kind", "<u4"), ("rings", "<u4"), ("points", "<u4"), ("xy", "<f8", (5, 2))]
+    polygons = np.empty(len(frame), dtype=layout)
+    polygons["order"], polygons["kind"], polygons["rings"], polygons["points"] = 1, 3, 1, 5
+    polygons["xy"][:, :4], polygons["xy"][:, 4] = corners, corners[:, 0]
+    offsets = np.arange(len(frame) + 1, dtype=np.int32) * np.int32(polygons.itemsize)
+    return pa.BinaryArray.from_buffers(
+        pa.binary(), len(frame), [None, pa.py_buffer(offsets), pa.py_buffer(polygons)]
+    )
+
+
+def _lonlat_corners(frame: Frame) -> NDArray[np.float64]:
+    """Shape (window, 4, 2). Corners from the north-west, clockwise, in degrees."""
+    result = np.empty((len(frame), 4, 2))
     for epsg in np.unique(frame.epsg):
         at = np.flatnonzero(frame.epsg == epsg)
         box = frame.bounds[at]
         x, y = box[:, [0, 2, 2, 0]], box[:, [3, 3, 1, 1]]
         lon, lat = transformer(int(epsg), 4326).transform(x.ravel(), y.ravel())
-        result[at] = shapely.polygons(np.stack([np.reshape(lon, x.shape), np.reshape(lat, x.shape)], -1))
+        result[at, :, 0], result[at, :, 1] = np.reshape(lon, x.shape), np.reshape(lat, x.shape)
     return result
 
 
 def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
-    """Lay chips along the reference source's own internal tiles, one CRS at a time."""
+    """Lay chips along the reference source's own internal tiles, one CRS at a time, whole tiles together."""
     frames = []
     for epsg in np.unique(reference.epsg):
         own = np.flatnonzero(reference.epsg == epsg)
         x0, y0, side = _tile_lattice(int(epsg), reference, own, spec, resolution)
         step = spec.stride * resolution
         per_tile = round(side / step)
-        xmin, _, _, ymax = _hull(reference, own)
-        _, ymin, xmax, _ = _hull(reference, own)
-        cols = np.arange(np.floor((xmin - x0) / side) * per_tile, np.ceil((xmax - x0) / side) * per_tile)
-        rows = np.arange(np.floor((y0 - ymax) / side) * per_tile, np.ceil((y0 - ymin) / side) * per_tile)
-        cells = np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2).astype(np.int64)
+        tiles = _tiles_touched(shapely.bounds(reference.shape[own]), x0, y0, side)
+        blocks = tiles // max(BLOCK_PX // round(side / resolution), 1)
+        row, col = blocks.T
+        tiles = tiles[np.lexsort((tiles[:, 1], tiles[:, 0], row, col, row // STRIP))]
+        inner = np.stack(np.meshgrid(*[np.arange(per_tile)] * 2, indexing="ij"), -1).reshape(1, -1, 2)
+        cells = (tiles[:, None] * per_tile + inner).reshape(-1, 2)
         west, north = x0 + cells[:, 1] * step, y0 - cells[:, 0] * step
         length = float(spec.size * resolution)
         bounds = _boxes(west, north, length)
         head = f"{int(epsg)}_tiles{x0:.12g}_{y0:.12g}_{spec.size}px_{resolution:g}m"
-        prefix = tuple(f"{head}_{row}_{col}" for row, col in cells.tolist())
+        prefix = joined(head, cells[:, 0], cells[:, 1])
         frames.append(Frame(np.full(len(cells), epsg), bounds, cells[:, 0], cells[:, 1], None, None, prefix))
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
     return _within(_concat(frames), area)
+
+
+def _tiles_touched(bounds: NDArray[np.float64], x0: float, y0: float, side: float) -> NDArray[np.int64]:
+    """Return the tiles (row, col), counted from (x0, y0), that any of some bounds touches; shape (tile, 2)."""
+    found = []
+    for xmin, ymin, xmax, ymax in np.unique(bounds[~np.isnan(bounds).any(axis=1)], axis=0):
+        rows = np.arange(np.floor((y0 - ymax) / side), np.ceil((y0 - ymin) / side), dtype=np.int64)
+        cols = np.arange(np.floor((xmin - x0) / side), np.ceil((xmax - x0) / side), dtype=np.int64)
+        found.append(np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2))
+    return np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), dtype=np.int64)
 
 
 def _tile_lattice(
@@ -257,11 +306,6 @@ def _tile_lattice(
     return float(x0[0]), float(y0[0]), float(side)
 
 
-def _hull(reference: Outlines, own: NDArray[np.int64]) -> tuple[float, float, float, float]:
-    box = np.array([shapely.bounds(reference.shape[i]) for i in own])
-    return float(box[:, 0].min()), float(box[:, 1].min()), float(box[:, 2].max()), float(box[:, 3].max())
-
-
 def _geobox(spec: ChipSpec, resolution: float) -> Frame:
     epsg, x0, y0, pixel, width, height = (float(v) for v in spec.grid.split(","))
     if abs(pixel - resolution) > 1e-9 * pixel:
@@ -279,7 +323,7 @@ def _geobox(spec: ChipSpec, resolution: float) -> Frame:
     bounds = _boxes(west, north, length)
     stride = "" if spec.stride == spec.size else f"s{spec.stride}"
     head = f"{code}_box{x0:.12g}_{y0 + shift:.12g}_{spec.size}px{stride}_{pixel:g}m"
-    prefix = tuple(f"{head}_{row}_{col}" for row, col in cells.tolist())
+    prefix = joined(head, cells[:, 0], cells[:, 1])
     frame = Frame(np.full(len(cells), code), bounds, cells[:, 0], cells[:, 1], None, None, prefix)
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
     return _within(frame, area)
@@ -308,9 +352,12 @@ def _at_points(spec: ChipSpec, points: pa.Table, resolution: float, phase: Phase
     index = (
         points.column("__index__").to_pylist() if "__index__" in points.column_names else range(len(points))
     )
-    prefix = tuple(
-        f"{zone:02d}_{spec.size}px_{resolution:g}m_{box[0]:.3f}_{box[3]:.3f}_{name}"
-        for zone, box, name in zip(zones.tolist(), bounds.tolist(), index, strict=True)
+    prefix = pa.array(
+        (
+            f"{zone:02d}_{spec.size}px_{resolution:g}m_{box[0]:.3f}_{box[3]:.3f}_{name}"
+            for zone, box, name in zip(zones.tolist(), bounds.tolist(), index, strict=True)
+        ),
+        pa.string(),
     )
     whole = np.round(bounds / resolution).astype(np.int64)
     frame = Frame(
@@ -329,7 +376,7 @@ def _concat(frames: list[Frame]) -> Frame:
     frames = [f for f in frames if len(f)]
     if not frames:
         nothing = np.zeros(0, dtype=np.int64)
-        return Frame(nothing, np.zeros((0, 4)), nothing, nothing, None, None, ())
+        return Frame(nothing, np.zeros((0, 4)), nothing, nothing, None, None, joined("", nothing))
     cells = [f.cell for f in frames if f.cell is not None]
     return Frame(
         np.concatenate([f.epsg for f in frames]),
@@ -338,5 +385,5 @@ def _concat(frames: list[Frame]) -> Frame:
         np.concatenate([f.col for f in frames]),
         np.concatenate(cells) if len(cells) == len(frames) else None,
         None,
-        tuple(p for f in frames for p in f.prefix),
+        pa.concat_arrays([f.prefix for f in frames]),
     )

@@ -52,23 +52,27 @@ def bad_pixels(quality: NDArray[Any], kind: str, mask: tuple[str, ...]) -> NDArr
     return np.asarray((quality.astype(np.int64) & bits) != 0)
 
 
-def to_float(raw: NDArray[Any], valid: NDArray[np.bool_], radiometry: Radiometry) -> NDArray[np.float32]:
-    """Return float32(float64(DN) x scale + offset), NaN where not valid; same shape."""
+def to_float(
+    raw: NDArray[Any], valid: NDArray[np.bool_] | None, radiometry: Radiometry
+) -> NDArray[np.float32]:
+    """Return float32(float64(DN) x scale + offset), NaN where not valid (None: all are); same shape."""
     result = raw.astype(np.float64)
     if radiometry.scale != 1.0:
         result *= radiometry.scale
     if radiometry.offset != 0.0:
         result += radiometry.offset
-    values = result.astype(np.float32)
-    values[~valid] = np.nan
-    return values
+    return _blanked(result.astype(np.float32), valid)
 
 
-def dequantize(raw: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Return AlphaEarth's sign(v) x (|v| / 127.5)^2 as float32, NaN where not valid; same shape."""
+def dequantize(raw: NDArray[Any], valid: NDArray[np.bool_] | None) -> NDArray[np.float32]:
+    """Return AlphaEarth's sign(v) x (|v| / 127.5)^2 as float32, NaN where not valid (None: all are); same shape."""
     v = raw.astype(np.float64) / 127.5
-    values = (np.sign(v) * v * v).astype(np.float32)
-    values[~valid] = np.nan
+    return _blanked((np.sign(v) * v * v).astype(np.float32), valid)
+
+
+def _blanked(values: NDArray[np.float32], valid: NDArray[np.bool_] | None) -> NDArray[np.float32]:
+    if valid is not None and not valid.all():
+        values[~valid] = np.nan
     return values
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Lock
 
 from rasterio.errors import NotGeoreferencedWarning
 
@@ -16,6 +17,31 @@ from rasteret_dask.remote import redact
 from rasteret_dask.tiffheader import BROKEN, RangeFile, from_tiff
 
 __all__ = ["Header", "read_headers"]
+
+
+class _Quiet:
+    """No warning of missing georeference, which a header's reason tells; filters are the process's, so it counts."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            self._inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
 
 
 def read_headers(hrefs: Sequence[str], workers: int = 16) -> dict[str, Header | str]:
@@ -36,9 +62,7 @@ def read_headers(hrefs: Sequence[str], workers: int = 16) -> dict[str, Header | 
     distinct = list(dict.fromkeys(hrefs))
     if not distinct:
         return {}
-    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, min(workers, len(distinct)))) as pool:
-        # said in the reason instead; set here because catch_warnings is not safe inside threads
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with _QUIET, ThreadPoolExecutor(max(1, min(workers, len(distinct)))) as pool:
         return dict(zip(distinct, pool.map(_read_header, distinct), strict=True))
 
 

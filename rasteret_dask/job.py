@@ -24,8 +24,19 @@ from rasteret_dask.harmonize import DN_PER_REFLECTANCE
 from rasteret_dask.plan import Function, digest, from_json, to_json
 from rasteret_dask.records import Records
 from rasteret_dask.resolve import Member, ResolvedSource, SourcePlan
+from rasteret_dask.splits import split_numbers
 
-__all__ = ["Hierarchy", "Job", "Output", "Shard", "freeze", "open_job", "task_bytes", "write_job"]
+__all__ = [
+    "Hierarchy",
+    "Job",
+    "Output",
+    "Shard",
+    "ShardBounds",
+    "freeze",
+    "open_job",
+    "task_bytes",
+    "write_job",
+]
 
 SHARD_BYTES = 128 * 2**20
 """Output of one task over all sources, at most (a single chip may be larger)."""
@@ -74,6 +85,25 @@ class Shard:
     def name(self) -> str:
         """``train-00003``; ``all-00003`` without splits."""
         return f"{self.split or 'all'}-{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class ShardBounds:
+    """The ground of shards: one entry per (shard, CRS), in running order."""
+
+    running: NDArray[np.int64]
+    """Shape (entry,), not falling. Place of the shard among all shards of the job's splits."""
+    hierarchy: NDArray[np.int64]
+    """Shape (entry,). Number of the shard's split, as in :class:`Shard`."""
+    number: NDArray[np.int64]
+    """Shape (entry,). The shard's number within its split, as in :class:`Shard`."""
+    epsg: NDArray[np.int64]
+    """Shape (entry,). A shard with chips of two zones has two entries."""
+    bounds: NDArray[np.float64]
+    """Shape (entry, 4): xmin, ymin, xmax, ymax of the shard's chips in that CRS."""
+
+    def __len__(self) -> int:
+        return len(self.running)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +230,34 @@ class Job:
         return Shard(h.split, hierarchy, number, start, min(start + h.per_shard, h.stop))
 
     @cached_property
+    def shard_bounds(self) -> ShardBounds:
+        """The ground of every shard of :meth:`shards`."""
+        first = np.cumsum([0, *(h.shards for h in self.hierarchies)])
+        own = [np.arange(h.chips) // h.per_shard for h in self.hierarchies]
+        chips = np.concatenate([np.arange(h.start, h.stop) for h in self.hierarchies])
+        running = np.concatenate([at + n for at, n in zip(first, own, strict=False)])
+        order = np.lexsort((self.epsg[chips], running))
+        chips, running = chips[order], running[order]
+        epsg = self.epsg[chips]
+        change = np.flatnonzero(np.diff(running, prepend=-1) | np.diff(epsg, prepend=-1))
+        low = np.minimum.reduceat(self.bounds[chips, :2], change)
+        high = np.maximum.reduceat(self.bounds[chips, 2:], change)
+        place = np.searchsorted(first, running[change], side="right") - 1
+        number = np.array([h.number for h in self.hierarchies])
+        return ShardBounds(
+            running[change],
+            number[place],
+            running[change] - first[place],
+            epsg[change],
+            np.hstack([low, high]),
+        )
+
+    @cached_property
+    def finished(self) -> set[int]:
+        """What this process has read of the job, so that it keeps nothing for it: no part of the job itself."""
+        return set()
+
+    @cached_property
     def keys(self) -> dict[str, str]:
         """For each shard's name, the sha256 of what decides its pixels."""
         return shard_keys(self)
@@ -231,13 +289,13 @@ def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
     records, members, table = used_records(chips)
     feeds = FeedTable.of(chips.table)
     tasks_records = tuple(
-        _with_passes(r, m, s, np.unique(feeds.row[feeds.source == n]))
+        _with_passes(r, m, s, feeds.rows_of(n))
         for n, (r, m, s) in enumerate(zip(records, members, chips.sources, strict=True))
     )
     size_px = tuple(round(chips.size_m / s.plan.resolution) for s in chips.sources)
     plans = tuple(s.plan for s in chips.sources)
     table, parts = _by_split(chips, table)
-    per_shard = _per_shard(plans, size_px, table, shard_bytes)
+    per_shard = _whole_tiles(chips, _per_shard(plans, size_px, feeds, shard_bytes))
     hierarchies = tuple(Hierarchy(s, n, a, b, per_shard) for s, n, a, b in parts)
     phase = digest(
         [_json(p) for p in plans],
@@ -261,11 +319,23 @@ def _with_passes(
     return Records(table)
 
 
-def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], table: pa.Table, budget: int) -> int:
-    most = _most_candidates(table, len(plans))
+def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], feeds: FeedTable, budget: int) -> int:
+    most = _most_candidates(feeds)
     cost = sum(Output.of(s, n).chip_bytes for s, n in zip(plans, size_px, strict=True))
     work = max(_working_bytes(s, n, c) for s, n, c in zip(plans, size_px, most, strict=True))
     return int(min(max(budget // max(cost, work), 1), SHARD_CHIPS))
+
+
+def _whole_tiles(chips: ChipSet, per_shard: int) -> int:
+    """Round down to the chips of whole tiles, so that each tile is read by one shard; at most half is lost."""
+    if chips.spec.grid != "tiles" or chips.spec.at is not None:
+        return per_shard
+    side = int(chips.outlines[chips.reference].tile_px.max()) // chips.spec.size
+    row, col = (chips.table.column(name).to_numpy() // side for name in ("row", "col"))
+    tile = np.stack([chips.table.column("epsg").to_numpy(), row, col], -1)
+    change = np.flatnonzero(np.diff(tile, axis=0, prepend=tile[:1] - 1).any(axis=1))
+    most = int(np.diff(np.append(change, len(tile))).max())  # tiles at an edge have fewer
+    return per_shard if per_shard < most else per_shard // most * most
 
 
 def task_bytes(job: Job, outputs: tuple[Output, ...]) -> int:
@@ -276,7 +346,7 @@ def task_bytes(job: Job, outputs: tuple[Output, ...]) -> int:
     """
     n = max((min(h.per_shard, h.chips) for h in job.hierarchies), default=1)
     largest = n * sum(o.chip_bytes for o in outputs)
-    most = _most_candidates(job.chips, len(job.sources))
+    most = _most_candidates(job.feeds)
     slot = max(
         4 * size * size * len(plan.bands) + _working_bytes(plan, size, candidates)
         for plan, size, candidates in zip(job.sources, job.size_px, most, strict=True)
@@ -284,46 +354,46 @@ def task_bytes(job: Job, outputs: tuple[Output, ...]) -> int:
     return largest + max(n * slot, 2 * largest)
 
 
-def _most_candidates(table: pa.Table, sources: int) -> list[int]:
-    feeds = FeedTable.of(table)
-    return [int(feeds.order[feeds.source == n].max(initial=0)) + 1 for n in range(sources)]
+def _most_candidates(feeds: FeedTable) -> list[int]:
+    alone = len(feeds.names) == 1
+    order = [feeds.order if alone else feeds.order[feeds.source == n] for n in range(len(feeds.names))]
+    return [int(own.max(initial=0)) + 1 for own in order]
 
 
 def _by_split(chips: ChipSet, table: pa.Table) -> tuple[pa.Table, list[tuple[str | None, int, int, int]]]:
     if chips.split is None:
         return table, [(None, 0, 0, table.num_rows)]
-    column = table.column("split").to_pylist()
-    number = {name: i for i, name in enumerate(chips.split.names)}
-    label = np.array([number.get(v, -1) for v in column])
+    label = split_numbers(table.column("split"), chips.split)
     order = np.argsort(label, kind="stable")
-    order = order[label[order] >= 0]
-    parts: list[tuple[str | None, int, int, int]] = []
-    at = 0
-    for name, i in number.items():
-        count = int(np.sum(label == i))
-        if count:
-            parts.append((name, i, at, at + count))
-        at += count
-    return table.take(pa.array(order)), parts
+    count = np.bincount(label[label >= 0], minlength=len(chips.split.names)).tolist()
+    stop = np.cumsum(count).tolist()
+    parts: list[tuple[str | None, int, int, int]] = [
+        (name, i, stop[i] - count[i], stop[i]) for i, name in enumerate(chips.split.names) if count[i]
+    ]
+    return table.take(pa.array(order[len(order) - sum(count) :])), parts
 
 
 def shard_keys(job: Job) -> dict[str, str]:
     """Return for each shard's name the sha256 of what decides its pixels."""
-    marks = []
-    for source, records, members in zip(job.sources, job.records, job.members, strict=True):
-        marks.append([_mark(records, row, source.members[members[row]]) for row in range(len(records))])
     feeds = job.feeds
-    ids = job.chips.column("chip_id").to_pylist()
+    marks = [
+        _marks(records, members, source.members)
+        for source, records, members in zip(job.sources, job.records, job.members, strict=True)
+    ]
+    base = np.cumsum([0, *(len(m) for m in marks)])
+    mark = np.concatenate(marks)
+    ids = job.chips.column("chip_id")
     result = {}
     for shard in job.shards():
         own = slice(feeds.offsets[shard.start], feeds.offsets[shard.stop])
+        chips = slice(shard.start, shard.stop)
         text = hashlib.sha256(job.phase.encode())
-        text.update("|".join(ids[shard.start : shard.stop]).encode())
-        text.update(job.bounds[shard.start : shard.stop].tobytes())
+        text.update("|".join(ids[chips].to_pylist()).encode())
+        text.update(job.bounds[chips].tobytes())
+        text.update(np.diff(feeds.offsets[shard.start : shard.stop + 1]).tobytes())
         for entries in (feeds.source, feeds.slot, feeds.order):
             text.update(entries[own].tobytes())
-        for source_number, row in zip(feeds.source[own].tolist(), feeds.row[own].tolist(), strict=True):
-            text.update(marks[source_number][row])
+        text.update(mark[base[feeds.source[own]] + feeds.row[own]].tobytes())
         result[shard.name] = text.hexdigest()
     return result
 
@@ -334,23 +404,19 @@ def _labels(job: Job) -> str:
     return hashlib.sha256(_ipc(job.chosen_chips().select(own))).hexdigest() if own else ""
 
 
-def _mark(records: Records, row: int, member: Member) -> bytes:
-    """Digest one record's assets that the member reads."""
-    text = hashlib.sha256()
-    for band in dict.fromkeys((*member.bands, member.quality)):
-        if band is not None:
-            asset = records.asset(row, band)
-            said = (
-                asset.href,
-                asset.band_index,
-                asset.size,
-                asset.etag,
-                asset.scale,
-                asset.offset,
-                asset.nodata,
-            )
-            text.update(repr(said).encode())
-    return text.digest()
+def _marks(records: Records, members: NDArray[np.int64], known: tuple[Member, ...]) -> NDArray[Any]:
+    """Digest each record's assets that its member reads; shape (record,), 32 bytes each."""
+    result = np.zeros(len(records), dtype="V32")
+    for number, member in enumerate(known):
+        rows = np.flatnonzero(members == number)
+        if not len(rows):
+            continue
+        own = records if len(rows) == len(records) else records.take(rows)
+        bands = dict.fromkeys(b for b in (*member.bands, member.quality) if b is not None)
+        said = [own.asset_field(band, name).to_pylist() for band in bands for name in _DECIDING]
+        digests = b"".join(hashlib.sha256(repr(v).encode()).digest() for v in zip(*said, strict=True))
+        result[rows] = np.frombuffer(digests, dtype="V32")
+    return result
 
 
 def _json(plan: SourcePlan) -> Any:
@@ -393,6 +459,9 @@ def _ipc(table: pa.Table) -> bytes:
         writer.write_table(table)
     return sink.getvalue()
 
+
+_DECIDING = ("href", "band_index", "size", "etag", "scale", "offset", "nodata")
+"""What of an asset decides its pixels' values."""
 
 _OPENING = Lock()
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from rasteret_dask import harmonize
 from rasteret_dask.bands import Radiometry
-from rasteret_dask.cube import NATURAL, Kernel, stack
+from rasteret_dask.cogreader import NATURAL, Kernel
+from rasteret_dask.cube import stack
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.feeds import DATA_PICKS, Feeds, covered, enough, pick, slots_of, source_outlines
 from rasteret_dask.frame import Frame

@@ -1,4 +1,4 @@
-"""The same chips as lazy xarray objects."""
+"""The same chips as xarray objects: lazy, or in this process's memory."""
 
 from __future__ import annotations
 
@@ -6,33 +6,100 @@ from dataclasses import dataclass
 from typing import Any
 
 import dask.array as da
+import dask.threaded
 import numpy as np
 import xarray as xr
-from dask._task_spec import Task, TaskRef
+from dask._task_spec import DataNode, Task, TaskRef
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from rasteret_dask import pixels
-from rasteret_dask.job import Output
-from rasteret_dask.shards import Functions, Graph, lower
+from rasteret_dask.job import Job, Output, Shard
+from rasteret_dask.shards import Functions, Graph, lower, mapped, read_shard
 from rasteret_dask.write import Layout
 
-__all__ = ["to_xarray"]
+__all__ = ["load", "to_xarray"]
 
 
-def to_xarray(layout: Layout, functions: Functions) -> xr.Dataset | xr.DataTree:
-    """Return a job's chips lazily, in the order of its shards: a Dataset, or a DataTree with a node a source."""
+def to_xarray(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
+    """Return a job's chips lazily, in the order of its shards: a Dataset, or a DataTree with a node a source.
+
+    Parameters
+    ----------
+    layout
+        The job and its layout.
+    functions
+        The user's functions that the job names.
+    on_error
+        See :func:`rasteret_dask.shards.lower`.
+    """
     job = layout.job
-    graph = lower(job, functions)
+    graph = lower(job, functions, on_error=on_error)
     nodes = {}
     for plan, output in zip(job.sources, layout.outputs, strict=True):
-        nodes[plan.name] = _dataset(layout, graph, plan.name, output)
+        of = _Blocks(graph, plan.name, f"{plan.name}-{job.digest[:12]}{graph.tail}")
+        arrays = {n: (dims, of.array(n, shape, dtype)) for n, (dims, shape, dtype) in _shapes(output).items()}
+        nodes[plan.name] = _assembled(layout, plan.name, output, arrays)
+    return _tree(nodes)
+
+
+def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
+    """Read a job's chips into memory, in the order of its shards, by Dask's threads in this process.
+
+    Each tile goes to its place in one array a source; nothing is put together afterwards.
+
+    Parameters
+    ----------
+    layout
+        The job and its layout.
+    functions
+        The user's functions that the job names.
+    on_error
+        See :func:`rasteret_dask.shards.lower`.
+    """
+    job = layout.job
+    shapes = [_shapes(output) for output in layout.outputs]
+    arrays = [
+        {
+            name: np.empty((sum(h.chips for h in job.hierarchies), *shape), dtype)
+            for name, (_, shape, dtype) in own.items()
+        }
+        for own in shapes
+    ]
+    tasks, start = {}, 0
+    for shard in job.shards():
+        stop = start + shard.stop - shard.start
+        places = [{name: array[start:stop] for name, array in own.items()} for own in arrays]
+        tasks[shard.name] = Task(shard.name, _fill, DataNode("job", job), shard, functions, places, on_error)
+        start = stop
+    dask.threaded.get(tasks, list(tasks))
+    nodes = {
+        plan.name: _assembled(layout, plan.name, output, {n: (own[n][0], made[n]) for n in made})
+        for plan, output, own, made in zip(job.sources, layout.outputs, shapes, arrays, strict=True)
+    }
+    return _tree(nodes)
+
+
+def _fill(job: Job, shard: Shard, functions: Functions, places: list[dict[str, Any]], on_error: str) -> None:
+    """Read one shard into its part of the arrays."""
+    for source, (plan, place) in enumerate(zip(job.sources, places, strict=True)):
+        own = [functions[f] for f in (*plan.maps, *(f for s, f in job.maps if s in (None, plan.name)))]
+        into = None if own else (place["pixels"], place.get("valid"))
+        dataset = read_shard(job, shard, source, on_error, into)
+        for function in own:
+            dataset = mapped(function, dataset)
+        for name, array in place.items():
+            if not np.may_share_memory(dataset[name].values, array):
+                array[...] = dataset[name].values
+
+
+def _tree(nodes: dict[str, xr.Dataset]) -> xr.Dataset | xr.DataTree:
     if len(nodes) == 1:
         return next(iter(nodes.values()))
     return xr.DataTree.from_dict({f"/{name}": node for name, node in nodes.items()})
 
 
-def _dataset(layout: Layout, graph: Graph, source: str, out: Output) -> xr.Dataset:
-    job = layout.job
+def _shapes(out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]]:
+    """Return dims, shape behind the chips, and dtype of what a shard brings of one source."""
     two = ("chip", "time")
     shapes: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
         "pixels": (
@@ -46,11 +113,15 @@ def _dataset(layout: Layout, graph: Graph, source: str, out: Output) -> xr.Datas
     }
     if out.valid:
         shapes["valid"] = (("chip", "time", "y", "x"), (out.times, out.height, out.width), np.dtype(bool))
-    of = _Blocks(graph, source, f"{source}-{job.digest[:12]}")
-    arrays = {name: (dims, of.array(name, shape, dtype)) for name, (dims, shape, dtype) in shapes.items()}
-    data = {n: arrays.pop(n) for n in ("pixels", "valid") if n in arrays}
-    coordinates: dict[str, Any] = dict(arrays)
-    parts = [pixels.chip_coordinates(job, s) for s in graph.shards]
+    return shapes
+
+
+def _assembled(layout: Layout, source: str, out: Output, arrays: dict[str, tuple[Any, Any]]) -> xr.Dataset:
+    """Make one source's Dataset of its arrays, with the coordinates that the plan knows."""
+    job = layout.job
+    data = {n: arrays[n] for n in ("pixels", "valid") if n in arrays}
+    coordinates: dict[str, Any] = {n: array for n, array in arrays.items() if n not in data}
+    parts = [pixels.chip_coordinates(job, s) for s in job.shards()]
     for name in parts[0]:
         coordinates[name] = (parts[0][name][0], np.concatenate([p[name][1] for p in parts]))
     coordinates["band"] = ("band", np.array(out.bands, dtype=object))

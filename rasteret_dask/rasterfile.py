@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from threading import Condition, Lock
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
-from numpy.typing import NDArray
 from rasterio import Env
 from rasterio import open as open_raster
 from rasterio import windows as rasterio_windows
@@ -19,10 +16,12 @@ from rasterio.io import DatasetReader
 from rasterio.session import DummySession
 
 from rasteret_dask.errors import ReadError
+from rasteret_dask.ranges import BUDGET, check
 from rasteret_dask.readplan import has_mask, tile_rect
 from rasteret_dask.records import Asset
+from rasteret_dask.sharing import Pixels
 
-__all__ = ["BUDGET", "ByteBudget", "RasterFile", "gdal_env", "public_href", "read_error"]
+__all__ = ["RasterFile", "gdal_env", "public_href", "read_error"]
 
 DRIVERS = ("GTiff", "JP2OpenJPEG")
 """The only drivers a cached header may name: never VRT, which opens other files. Only the one named is tried."""
@@ -40,39 +39,6 @@ _ENV: dict[str, Any] = {
     "GDAL_INGESTED_BYTES_AT_OPEN": 32768,
     "VSI_CACHE": "FALSE",
 }
-
-
-class ByteBudget:
-    """Bytes that all threads of a process together may be decoding; who asks for more waits.
-
-    Parameters
-    ----------
-    nbytes
-        The budget. One demand above it is let in alone, so that nothing waits for ever.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._free = nbytes
-        self._changed = Condition()
-
-    @contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
-        """Hold some of the budget for the length of a block."""
-        share = min(nbytes, self.nbytes)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= share)
-            self._free -= share
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += share
-                self._changed.notify_all()
-
-
-BUDGET = ByteBudget(128 * 2**20)
-"""The process's budget."""
 
 
 class RasterFile:
@@ -108,6 +74,7 @@ class RasterFile:
         options = {"OVERVIEW_LEVEL": self._overview} if self._overview >= 0 else {}
         self._check_header()
         path = gdal_path(asset)
+        check(asset)
         failure: ReadError | None = None
         try:
             dataset = open_raster(path, driver=self.level.driver, **options)
@@ -123,42 +90,36 @@ class RasterFile:
         self._dataset = dataset
         return True
 
-    def read(self, tile: int, assets: Sequence[Asset]) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-        """Read one tile.
+    def read(self, tile: int, asset: Asset) -> Pixels:
+        """Read one tile: all samples of a chunky file, else the band of ``asset``.
 
         Parameters
         ----------
         tile
             Its number, row by row.
-        assets
-            The bands wanted, all of this file.
-
-        Returns
-        -------
-        values, mask
-            Shape (asset, row, col), rows in the file's order; the mask is None where the file has none.
+        asset
+            The band wanted, or one of them; named in messages.
         """
         rect = tile_rect(self.level, tile)
-        (height, width), dtype = rect.shape, np.dtype(assets[0].dtype)
+        (height, width), dtype = rect.shape, np.dtype(asset.dtype)
         window = rasterio_windows.Window(rect.col0, rect.row0, width, height)
-        indexes = [asset.band_index + 1 for asset in assets]
         dataset = self._dataset
         if dataset is None:
             raise ValueError("the file is not open")
-        for asset in assets:
-            self._check_band(dataset, asset)
+        self._check_band(dataset, asset)
+        indexes = list(range(1, dataset.count + 1)) if self.chunky else [asset.band_index + 1]
         failure: ReadError | None = None
-        with BUDGET.hold(len(assets) * height * width * dtype.itemsize):
+        with BUDGET.hold(len(indexes) * height * width * dtype.itemsize):
             try:
                 values = dataset.read(indexes, window=window)
                 mask = dataset.read_masks(indexes, window=window) != 0 if self.masked else None
             except (RasterioError, OSError) as error:
                 where = f"reading tile {tile} ({width} x {height} pixels at row {rect.row0}, col {rect.col0})"
                 remedy = "Try again; if it stays so, leave the record out or index it anew."
-                failure = read_error(assets[0], where, error, "its pixels", remedy)
+                failure = read_error(asset, where, error, "its pixels", remedy)
         if failure is not None:
             raise failure
-        return values, mask
+        return Pixels(values, mask, rect)
 
     def close(self) -> None:
         """Close the file if it is open."""

@@ -1,60 +1,64 @@
-"""Reads pixels of assets onto a grid, in one batch, from cached headers."""
+"""Reads pixels of assets onto grids, in one batch, from cached headers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from itertools import count
+from math import ceil, floor
 from threading import Lock
 from types import TracebackType
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio._err import CPLE_BaseError
 from rasterio.env import set_gdal_config
-from rasterio.errors import RasterioError
 
-from rasteret_dask.errors import ReadError
-from rasteret_dask.harmonize import dequantize
-from rasteret_dask.rasterfile import RasterFile, gdal_env, read_error
+from rasteret_dask.errors import PlanError, ReadError
+from rasteret_dask.placing import Block, Out, Piece, Reading, flipped
+from rasteret_dask.ranges import workers
+from rasteret_dask.rasterfile import RasterFile
 from rasteret_dask.readplan import (
     Frame,
     Grid,
-    ReadPlan,
     Rect,
     Request,
     Window,
-    has_mask,
     is_aligned,
     plan_read,
     rect_tiles,
     sparse_tiles,
     tile_rect,
     tiles_of,
+    union,
 )
-from rasteret_dask.records import Asset, Level
-from rasteret_dask.warp import SourceBlock, valid_pixels, warp_block
+from rasteret_dask.records import Asset
+from rasteret_dask.sharing import SHARED, Flight, Keep, Key, Pixels, Wish
+from rasteret_dask.tilefile import bring, is_chunky, is_fast
 
-__all__ = ["Block", "Counts", "Grid", "Request", "Session", "Window", "is_aligned", "tiles_of"]
+__all__ = [
+    "Block",
+    "Counts",
+    "Grid",
+    "Later",
+    "Out",
+    "Request",
+    "Session",
+    "Window",
+    "is_aligned",
+    "tiles_of",
+]
 
-GDAL_CACHE_BYTES = 64 * 2**20
+GDAL_CACHE_BYTES = 16 * 2**20
 """GDAL's own cache of tiles: none is asked for twice, so it needs only those being decoded."""
 
-_FAST_COMPRESSION = frozenset({1, 5, 8, 32946, 50000})  # none, LZW, deflate twice, ZSTD: TIFF tag 259
+TIE = 1e-4
+"""Grounds that meet in less than this share of a pixel do not meet."""
 
-
-@dataclass(slots=True)
-class Block:
-    """The pixels of one request."""
-
-    values: NDArray[Any]
-    """Shape (window, y, x), the asset's dtype: kernels of integer bands are rounded to it, as GDAL does; float32
-    where the request decodes. What stands where ``valid`` is False means nothing."""
-    valid: NDArray[np.bool_]
-    """Shape (window, y, x). True where the raster covers the pixel, which is neither nodata, NaN nor masked."""
+_SESSIONS = count(1)
 
 
 @dataclass(slots=True)
@@ -62,85 +66,95 @@ class Counts:
     """What a session has done so far."""
 
     files_opened: int = 0
-    """Levels of files; an overview is a dataset of its own."""
+    """Levels of files that GDAL has opened; the fast path opens none."""
+    requests: int = 0
+    """Ranges fetched by the fast path."""
+    bytes_fetched: int = 0
+    """Bytes of those ranges."""
     tiles_read: int = 0
-    """A tile of a chunky file counts once, whatever the number of bands taken from it."""
+    """Tiles decoded; one of a chunky file counts once, whatever the number of bands taken from it."""
     tiles_reused: int = 0
-    """Tiles (per band) that were kept from an earlier call."""
+    """Tiles that this process had kept, or was bringing for another session."""
+    tiles_masked: int = 0
+    """Tiles that could not be read and are invalid instead."""
     bytes_decoded: int = 0
-    """Bytes of the pixels taken from tiles."""
+    """Bytes of the pixels decoded."""
     warped_requests: int = 0
     """Requests whose pixels are not the file's own."""
     gdal_fallback: int = 0
-    """Requests of files that take GDAL: JPEG 2000, strips, rotated, masked or unusually compressed."""
+    """Requests of files that take GDAL: JPEG 2000, strips, or unusually compressed."""
+
+
+class Later(Protocol):
+    """The ground that other tasks have still to read: parts of tiles that lie there are kept for them."""
+
+    @property
+    def number(self) -> int:
+        """Running number of the task that reads now."""
+
+    def meeting(
+        self, epsg: int, box: tuple[float, float, float, float]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the tasks whose ground meets a box: running numbers, and bounds of shape (task, 4)."""
+
+    def finish(self) -> None:
+        """Note that this task has read."""
 
 
 @dataclass(slots=True)
-class _Target:
-    """An array that tiles are pasted into; its first pixel is (row, col) of the level."""
+class _Want:
+    """What one call wants of one tile."""
 
-    values: NDArray[Any]
-    valid: NDArray[np.bool_] | None
-    """True where valid; None where the array is only to be warped and has no mask."""
-    row: int
-    col: int
-
-
-@dataclass(slots=True)
-class _Reading:
-    """One request on its way: its plan, its result, and the blocks to warp into it."""
-
-    request: Request
-    plan: ReadPlan
-    block: Block
-    nodata: float | None
-    targets: list[_Target]
-
-
-@dataclass(slots=True)
-class _Job:
-    """What is wanted of one level of one file."""
-
-    href: str
+    asset: Asset
     level: int
-    file: RasterFile
-    readings: list[_Reading] = field(default_factory=list)
-    wanted: dict[int, dict[int, list[tuple[_Target, _Reading]]]] = field(default_factory=dict)
-    """tile -> band index -> where it goes."""
-    kept: dict[int, set[int]] = field(default_factory=dict)
-    """tile -> band indexes that later calls will ask for."""
-    assets: dict[int, Asset] = field(default_factory=dict)
-    """band index -> asset."""
+    rect: Rect
+    pieces: list[tuple[Reading, Piece, int]] = field(default_factory=list)
+    """Reading, where it goes, and which sample of the tile."""
 
-    def key(self, band: int, tile: int) -> _TileKey:
-        """Name one band of one tile within a session."""
-        return self.href, self.level, band, tile
+    @property
+    def need(self) -> Rect:
+        """The part that is wanted, rows in the file's order."""
+        return union(piece.source for _, piece, _ in self.pieces)
 
+    @property
+    def readings(self) -> list[Reading]:
+        """Each reading once."""
+        return list({id(reading): reading for reading, _, _ in self.pieces}.values())
 
-_TileKey = tuple[str, int, int, int]  # href, level, band index, tile
-_Pixels = tuple[NDArray[Any], NDArray[np.bool_] | None]
+    def landed(self, call: _Call) -> None:
+        """Go on with the readings for which this was the last tile."""
+        for reading in self.readings:
+            if reading.landed():
+                call.ready(reading)
 
 
 class Session:
-    """Reads for one task: each file is opened at most once, each tile decoded at most once.
+    """Reads for one task. Threads, connections and tiles under way are the process's.
 
     Parameters
     ----------
-    threads
-        Files read and blocks warped at the same time. A file is read by one thread at a time.
+    on_error
+        ``"raise"``, or ``"mask"``: a tile that cannot be read is invalid, counted, and named in ``unreadable``.
+    later
+        What other tasks of this process are going to read.
 
     Notes
     -----
-    A tile is decoded again only when a later call wants it and no earlier call had it in ``keep``. The bytes
-    being decoded at the same time are bounded over all sessions of a process.
+    A tile is fetched and decoded once for all sessions that want it at the same time, and again later only when
+    nobody had announced to need it (``keep``, ``later``) or the process's budget for kept pixels was too small.
     """
 
-    def __init__(self, threads: int = 4) -> None:
+    def __init__(self, on_error: str = "raise", later: Later | None = None) -> None:
+        if on_error not in ("raise", "mask"):
+            raise PlanError("on_error", repr(on_error), "'raise' or 'mask'")
         self.counts = Counts()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rasteret-read")
+        self.unreadable: list[str] = []
+        self._mask = on_error == "mask"
+        self._later = later
+        self._number = -next(_SESSIONS)
         self._files: dict[tuple[str, int], RasterFile] = {}
-        self._retained: dict[_TileKey, _Pixels] = {}
         self._lock = Lock()
+        self._ground: dict[tuple[object, ...], Keep | None] = {}
 
     def __enter__(self) -> Session:
         _bound_gdal_cache()
@@ -152,16 +166,14 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Close all files and forget all tiles."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Close all files and forget what was kept for this session."""
         for file in self._files.values():
-            file.close()
+            with file.lock:
+                file.close()
         self._files.clear()
-        self._retained.clear()
-
-    def forget(self) -> None:
-        """Forget the tiles that were kept for calls that did not come."""
-        self._retained.clear()
+        SHARED.finish(self._number, *([] if self._later is None else [self._later.number]))
+        if self._later is not None:
+            self._later.finish()
 
     def read_block(self, requests: Sequence[Request], keep: Sequence[Request] = ()) -> list[Block]:
         """Read all requests in one batch.
@@ -171,8 +183,8 @@ class Session:
         requests
             What to read. Requests of one file share its tiles.
         keep
-            Requests likely to follow in this session: decoded tiles that they touch are kept for them, until
-            they are read or the session ends.
+            Requests likely to follow in this session: the pixels that they need of the tiles read now are kept
+            for them.
 
         Returns
         -------
@@ -184,86 +196,92 @@ class Session:
         ReadError
             When a file cannot be read or is not what its cached header says; never zeros instead.
         """
-        readings = [_start(request) for request in requests]
-        jobs = self._jobs(readings, keep)
-        files = {self._pool.submit(self._read_tiles, job): job for job in jobs}
-        warps: list[Future[None]] = []
+        blocks = [Block.empty(request) for request in requests]
+        self.read_into(requests, [Out(list(b.values), list(b.valid), None) for b in blocks], keep)
+        return blocks
+
+    def read_into(
+        self, requests: Sequence[Request], outs: Sequence[Out], keep: Sequence[Request] = ()
+    ) -> None:
+        """Read all requests in one batch, each straight into memory of the caller's; see :meth:`read_block`."""
+        readings = [Reading.start(request, out) for request, out in zip(requests, outs, strict=True)]
+        self._count(
+            warped_requests=sum(r.bent or r.plan.level > 0 for r in readings),
+            gdal_fallback=sum(not is_fast(r.request.asset, r.plan.level) for r in readings),
+        )
+        wants = _wants(readings)
+        keeps = _keeps(keep, wants)
+        call = _Call()
         try:
-            for done in as_completed(files):
-                done.result()
-                bent = [r for r in files[done].readings if r.plan.corner is None]
-                warps += [self._pool.submit(_finish, reading) for reading in bent]
-            for warp in warps:
+            for reading in readings:
+                if not reading.pending:
+                    call.ready(reading)
+            flights = self._depart(wants, keeps, call)
+            for flight, want in flights:
+                self._await(flight, want, call)
+            for warp in call.warps:
                 warp.result()
         finally:
-            for future in (*files, *warps):
-                future.cancel()
-            wait((*files, *warps))
-        for reading in readings:
-            if reading.request.decode is not None and reading.plan.corner is not None:
-                reading.block.values = dequantize(reading.block.values, reading.block.valid)
-        self.counts.warped_requests += sum(_resampled(r.plan) for r in readings)
-        self.counts.gdal_fallback += sum(_takes_gdal(r.request.asset, r.plan) for r in readings)
-        return [reading.block for reading in readings]
+            call.alive = False
+            wait(call.warps)
 
-    def _jobs(self, readings: Sequence[_Reading], keep: Sequence[Request]) -> list[_Job]:
-        jobs: dict[tuple[str, int], _Job] = {}
-        for reading in readings:
-            asset, level = reading.request.asset, reading.plan.level
-            key = (asset.href, level)
-            if key not in jobs:
-                jobs[key] = _Job(*key, self._files.setdefault(key, RasterFile(asset, level)))
-            job = jobs[key]
-            job.readings.append(reading)
-            job.assets[asset.band_index] = asset
-            sparse = sparse_tiles(asset, level)
-            for rect, target in zip(reading.plan.rects, reading.targets, strict=True):
-                for tile in rect_tiles(job.file.level, reading.plan.frame, rect):
-                    if tile not in sparse:
-                        places = job.wanted.setdefault(tile, {}).setdefault(asset.band_index, [])
-                        places.append((target, reading))
-        for request in keep:
-            level, tiles = tiles_of(request)
-            later = jobs.get((request.asset.href, level))
-            if later is not None:
-                later.assets.setdefault(request.asset.band_index, request.asset)
-                for tile in tiles & later.wanted.keys():
-                    later.kept.setdefault(tile, set()).add(request.asset.band_index)
-        return list(jobs.values())
-
-    def _read_tiles(self, job: _Job) -> None:
-        if not job.wanted:
-            return
-        with job.file.lock, gdal_env(job.href):
-            for tile in sorted(job.wanted):
-                kept = job.kept.get(tile, set())
-                for band, pixels in self._tile(job, tile, job.wanted[tile].keys(), kept):
-                    for target, reading in job.wanted[tile].get(band, ()):
-                        _paste(target, pixels, tile_rect(job.file.level, tile), reading)
-                    if band in kept:
-                        self._retained[job.key(band, tile)] = pixels
-
-    def _tile(
-        self, job: _Job, tile: int, wanted: Collection[int], kept: set[int]
-    ) -> Iterator[tuple[int, _Pixels]]:
-        """Yield a tile's bands: those kept earlier, then those decoded now (chunky: all at once)."""
-        missing = []
-        for band in sorted(wanted):
-            pixels = self._retained.pop(job.key(band, tile), None)
-            if pixels is None:
-                missing.append(band)
+    def _depart(
+        self, wants: dict[Key, _Want], keeps: dict[Key, Rect], call: _Call
+    ) -> list[tuple[Flight, _Want]]:
+        """Take what the process has, join what is under way, and send for the rest."""
+        flights: list[tuple[Flight, _Want]] = []
+        new: dict[tuple[str, int], list[Flight]] = {}  # nobody but us brings these
+        for key, want in wants.items():
+            wish = Wish(
+                want.need, partial(_land, want, call), self._keep(want, keeps.get(key)), lambda: call.alive
+            )
+            pixels, flight, fresh = SHARED.join(key, want.asset, wish)
+            if pixels is not None:
+                wish.paste(pixels)
+            if flight is not None:
+                flights.append((flight, want))
+            if flight is not None and fresh:
+                new.setdefault((want.asset.href, want.level), []).append(flight)
             else:
                 self._count(tiles_reused=1)
-                yield band, pixels
-        if missing and job.file.chunky:
-            more = {band for band in kept if job.key(band, tile) not in self._retained}
-            missing = sorted({*missing, *(more - set(wanted))})
-        for bands in [missing] if job.file.chunky and missing else [[band] for band in missing]:
-            self._count(files_opened=int(job.file.open()))
-            values, mask = job.file.read(tile, [job.assets[band] for band in bands])
-            self._count(tiles_read=1, bytes_decoded=values.nbytes)
-            for i, band in enumerate(bands):
-                yield band, (values[i], None if mask is None else mask[i])
+        for (href, level), own in new.items():
+            if (href, level) not in self._files:
+                self._files[href, level] = RasterFile(own[0].asset, level)
+            bring(own[0].asset, level, own, self._files[href, level], self._count)
+        return flights
+
+    def _await(self, flight: Flight, want: _Want, call: _Call) -> None:
+        try:
+            flight.done.result()
+        except ReadError as error:
+            if not self._mask:
+                raise
+            for reading, piece, _ in want.pieces:
+                reading.void(piece)
+            want.landed(call)
+            self.unreadable.append(str(error))
+            self._count(tiles_masked=1)
+
+    def _keep(self, want: _Want, soon: Rect | None) -> Keep | None:
+        """Say which part of a tile is to be kept, and for whom."""
+        known = want.asset.size is not None or want.asset.etag is not None  # else it may change unseen
+        found = self._needed_later(want, self._later) if self._later is not None and known else None
+        if soon is None:
+            return found
+        if found is None:
+            return Keep(soon, frozenset([self._number]))
+        return Keep(union([found.rect, soon]), found.needs | {self._number}, found.now)
+
+    def _needed_later(self, want: _Want, later: Later) -> Keep | None:
+        reading = want.pieces[0][0]
+        frame, grid = reading.plan.frame, reading.request.grid
+        reach = 0 if not reading.bent else ceil(3 / min(*reading.plan.scale, 1.0)) + 2
+        known = (frame, want.rect, reach)
+        if known not in self._ground:
+            self._ground[known] = None
+            if frame.epsg == grid.epsg and frame.upright:
+                self._ground[known] = _needed(later, frame, want.rect, reach)
+        return self._ground[known]
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -271,94 +289,87 @@ class Session:
                 setattr(self.counts, name, getattr(self.counts, name) + number)
 
 
-def _start(request: Request) -> _Reading:
-    """Plan a request and allocate what tiles are pasted into: its own block, or one source block a window."""
-    asset, plan = request.asset, plan_read(request)
-    nodata, dtype = _nodata(asset), np.dtype(asset.dtype)
-    first = request.windows[0]
-    shape = (len(request.windows), first.height, first.width)
-    bent = plan.corner is None and request.decode is not None
-    block = Block(np.empty(shape, np.float32 if bent else dtype), np.zeros(shape, dtype=np.bool_))
-    reading = _Reading(request, plan, block, nodata, [])
-    fill = dtype.type(0 if nodata is None else nodata)
-    gaps = bool(sparse_tiles(asset, plan.level))
-    for i, (window, rect) in enumerate(zip(request.windows, plan.rects, strict=True)):
-        if plan.corner is None:
-            values = np.full(rect.shape, fill) if gaps else np.empty(rect.shape, dtype)
-            mask = np.zeros(rect.shape, dtype=np.bool_) if has_mask(asset) else None
-            reading.targets.append(_Target(values, mask, rect.row0, rect.col0))
-            continue
-        row, col = window.row - plan.corner[0], window.col - plan.corner[1]
-        target = _Target(block.values[i], block.valid[i], row, col)
-        if gaps or rect.shape != (window.height, window.width):
-            target.values[:] = fill
-        if gaps and nodata is None and not rect.empty:
-            block.valid[i, rect.row0 - row : rect.row1 - row, rect.col0 - col : rect.col1 - col] = True
-        reading.targets.append(target)
-    return reading
+class _Call:
+    """One call of read_block under way."""
+
+    def __init__(self) -> None:
+        self.alive = True
+        self.warps: list[Future[None]] = []
+
+    def ready(self, reading: Reading) -> None:
+        """Go on with a reading whose tiles are all there."""
+        if reading.bent:
+            self.warps.append(workers().submit(reading.finish))
 
 
-def _paste(target: _Target, pixels: _Pixels, tile: Rect, reading: _Reading) -> None:
-    """Copy the part of a tile that lies in a target, turned northwards."""
-    values, mask = pixels
-    frame: Frame = reading.plan.frame
-    if frame.flipped:
-        tile = Rect(frame.height - tile.row1, frame.height - tile.row0, tile.col0, tile.col1)
-        values, mask = values[::-1], None if mask is None else mask[::-1]
-    height, width = target.values.shape
-    row0, row1 = max(tile.row0, target.row), min(tile.row1, target.row + height)
-    col0, col1 = max(tile.col0, target.col), min(tile.col1, target.col + width)
-    source = np.s_[row0 - tile.row0 : row1 - tile.row0, col0 - tile.col0 : col1 - tile.col0]
-    place = np.s_[row0 - target.row : row1 - target.row, col0 - target.col : col1 - target.col]
-    part = values[source]
-    target.values[place] = part
-    if target.valid is not None:
-        valid = valid_pixels(part, reading.nodata)
-        target.valid[place] = valid if mask is None else valid & mask[source]
-    elif part.dtype.kind in "fc" and reading.nodata is not None:
-        target.values[place][np.isnan(part)] = reading.nodata  # or NaN would spread through the kernel
+def _land(want: _Want, call: _Call, pixels: Pixels) -> None:
+    for reading, piece, sample in want.pieces:
+        reading.paste(piece, pixels, sample)
+    want.landed(call)
 
 
-def _finish(reading: _Reading) -> None:
-    """Warp a request's source blocks, window by window, into its block."""
-    request, plan = reading.request, reading.plan
-    failure: ReadError | None = None
-    try:
-        for i, (window, rect, target) in enumerate(
-            zip(request.windows, plan.rects, reading.targets, strict=True)
-        ):
-            source = SourceBlock(target.values, target.valid, rect, reading.nodata)
-            if request.decode is not None:
-                known = valid_pixels(source.values, source.nodata)
-                source = SourceBlock(dequantize(source.values, known), source.mask, rect, np.nan)
-            reading.block.values[i], reading.block.valid[i] = warp_block(source, plan, request.grid, window)
-    except (RasterioError, CPLE_BaseError) as error:
-        doing = f"warping it to EPSG:{request.grid.epsg}"
-        remedy = "Check the record's CRS and the grid's bounds."
-        failure = read_error(request.asset, doing, error, "a transformation GDAL can do", remedy)
-    if failure is not None:
-        raise failure
-    reading.targets.clear()
+def _wants(readings: Sequence[Reading]) -> dict[Key, _Want]:
+    """Return the tiles that readings want, each once."""
+    wants: dict[Key, _Want] = {}
+    for reading in readings:
+        asset, plan = reading.request.asset, reading.plan
+        level, sparse = asset.levels[plan.level], sparse_tiles(asset, plan.level)
+        sample = asset.band_index if is_chunky(level) else 0
+        for number, rect in enumerate(plan.rects):
+            for tile in rect_tiles(level, plan.frame, rect):
+                if tile in sparse:
+                    piece = reading.piece(number, tile_rect(level, tile))
+                    if piece is not None:
+                        reading.absent(piece)
+                    continue
+                key = _key(asset, plan.level, tile)
+                want = wants.get(key)
+                if want is None:
+                    want = wants[key] = _Want(asset, plan.level, tile_rect(level, tile))
+                piece = reading.piece(number, want.rect)
+                if piece is not None:
+                    want.pieces.append((reading, piece, sample))
+    for want in wants.values():
+        for reading in want.readings:
+            reading.pending += 1
+    return wants
 
 
-def _nodata(asset: Asset) -> float | None:
-    """Return the asset's nodata, or None where its dtype cannot hold it (-9999 in a uint16)."""
-    nodata, dtype = asset.nodata, np.dtype(asset.dtype)
-    if nodata is None or dtype.kind not in "iu":
-        return nodata
-    limits = np.iinfo(dtype)
-    return nodata if nodata == nodata and limits.min <= nodata <= limits.max and nodata % 1 == 0 else None
+def _keeps(requests: Sequence[Request], wants: dict[Key, _Want]) -> dict[Key, Rect]:
+    """Return which part of the wanted tiles further requests need."""
+    found: dict[Key, Rect] = {}
+    for request in requests:
+        asset, plan = request.asset, plan_read(request)
+        level = asset.levels[plan.level]
+        for rect in plan.rects:
+            for tile in rect_tiles(level, plan.frame, rect):
+                key = _key(asset, plan.level, tile)
+                if key in wants:
+                    part = flipped(rect, plan.frame).cut(wants[key].rect)
+                    found[key] = union([found[key], part]) if key in found else part
+    return found
 
 
-def _resampled(plan: ReadPlan) -> bool:
-    return plan.corner is None or plan.level > 0
+def _key(asset: Asset, level: int, tile: int) -> Key:
+    plane = 0 if is_chunky(asset.levels[level]) else asset.band_index
+    return asset.href, asset.size, asset.etag, level, plane, tile
 
 
-def _takes_gdal(asset: Asset, plan: ReadPlan) -> bool:
-    level: Level = asset.levels[plan.level]
-    tiled = level.tile_width < level.width or level.tile_height >= level.height
-    plain = level.driver == "GTiff" and level.compression in _FAST_COMPRESSION and tiled
-    return not plain or has_mask(asset) or not plan.frame.upright
+def _needed(later: Later, frame: Frame, tile: Rect, reach: int) -> Keep | None:
+    """Return the part of a tile that later tasks need, their grids being that of the file but for the phase."""
+    t, rect = frame.transform, flipped(tile, frame)
+    west, east = t.c + t.a * (rect.col0 - reach), t.c + t.a * (rect.col1 + reach)
+    north, south = t.f + t.e * (rect.row0 - reach), t.f + t.e * (rect.row1 + reach)
+    numbers, boxes = later.meeting(frame.epsg, (west, south, east, north))
+    if not len(numbers):
+        return None
+    cols = (boxes[:, [0, 2]] - t.c) / t.a
+    rows = (boxes[:, [3, 1]] - t.f) / t.e
+    part = Rect(
+        floor(rows[:, 0].min() + TIE) - reach, ceil(rows[:, 1].max() - TIE) + reach,
+        floor(cols[:, 0].min() + TIE) - reach, ceil(cols[:, 1].max() - TIE) + reach,
+    )  # fmt: skip
+    return Keep(flipped(part.cut(rect), frame), frozenset(numbers.tolist()), later.number)
 
 
 @cache

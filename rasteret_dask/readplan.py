@@ -10,9 +10,10 @@ from math import ceil, floor, hypot, inf, isfinite
 import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import Resampling
-from rasterio.errors import CRSError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.warp import transform as transform_points
 
 from rasteret_dask.errors import GridError, PlanError, ReadError
@@ -128,7 +129,31 @@ class Rect:
 
     def clip(self, height: int, width: int) -> Rect:
         """Return the part inside a raster of this size."""
-        return Rect(max(self.row0, 0), min(self.row1, height), max(self.col0, 0), min(self.col1, width))
+        return self.cut(Rect(0, height, 0, width))
+
+    def cut(self, other: Rect) -> Rect:
+        """Return the part inside another rectangle."""
+        return Rect(
+            max(self.row0, other.row0),
+            min(self.row1, other.row1),
+            max(self.col0, other.col0),
+            min(self.col1, other.col1),
+        )
+
+    def covers(self, other: Rect) -> bool:
+        """Tell whether another rectangle lies inside."""
+        return other.cut(self) == other
+
+
+def union(rects: Iterable[Rect]) -> Rect:
+    """Return the bounds of some rectangles."""
+    found = list(rects)
+    return Rect(
+        min(r.row0 for r in found),
+        max(r.row1 for r in found),
+        min(r.col0 for r in found),
+        max(r.col1 for r in found),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +288,15 @@ def has_mask(asset: Asset) -> bool:
     return any(level.kind == "mask" for level in asset.levels)
 
 
+def nodata_of(asset: Asset) -> float | None:
+    """Return the asset's nodata, or None where its dtype cannot hold it (-9999 in a uint16)."""
+    nodata, dtype = asset.nodata, np.dtype(asset.dtype)
+    if nodata is None or dtype.kind not in "iu":
+        return nodata
+    limits = np.iinfo(dtype)
+    return nodata if nodata == nodata and limits.min <= nodata <= limits.max and nodata % 1 == 0 else None
+
+
 def _default_kernel(asset: Asset, scale: tuple[float, float]) -> str:
     if asset.role in _NEAREST_ROLES:
         return "nearest"
@@ -372,8 +406,15 @@ def _span(values: NDArray[np.float64], reach: int, bent: bool) -> tuple[int, int
 def _transformed(
     source: int, target: int, xs: NDArray[np.float64], ys: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    x, y = transform_points(crs_of(source), crs_of(target), xs.tolist(), ys.tolist())
-    return np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    try:
+        x, y = transform_points(crs_of(source), crs_of(target), xs.tolist(), ys.tolist())
+    except (RasterioError, CPLE_BaseError) as error:
+        failure = GridError(
+            f"places of EPSG:{source} in EPSG:{target}", str(error), "places where both systems are defined"
+        )
+    else:
+        return np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    raise failure  # outside of the except block: what rasterio chains to its errors does not unpickle
 
 
 @lru_cache(maxsize=256)

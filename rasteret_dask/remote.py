@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -17,6 +18,8 @@ from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, U
 from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, S3Store
 
 from rasteret_dask.errors import ReadError, StoreError, TrustError
+
+T = TypeVar("T")
 
 __all__ = [
     "SCHEMES",
@@ -31,6 +34,7 @@ __all__ = [
     "is_local",
     "join",
     "listing",
+    "local_path",
     "open_href",
     "put",
     "redact",
@@ -39,10 +43,24 @@ __all__ = [
 SCHEMES = ("http", "https", "s3", "gs", "az")
 """Schemes of remote hrefs."""
 
-_FAILURES = (BaseError, OSError)  # obstore raises some as builtin OSErrors (FileNotFoundError)
-_ATTEMPTS = 3  # obstore retries whole requests but not a body that is cut short
-_CLIENT = {"connect_timeout": "10s", "timeout": "60s"}
-_RETRY = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
+
+class _CutError(Exception):
+    """A body shorter than announced."""
+
+
+_FAILURES = (BaseError, OSError, _CutError)  # obstore raises some as builtin OSErrors (FileNotFoundError)
+
+ATTEMPTS = 6
+"""Requests for one thing, at most. obstore retries refusals but not a body that is cut short, so we do both."""
+
+BACKOFF_S = 0.25
+"""Seconds before the first retry; each further one waits twice as long, times a random 0.5 to 1.5."""
+
+NO_RANGE = "no such range in the file (416)"
+
+_CLIENT = {"connect_timeout": "10s", "read_timeout": "15s", "timeout": "300s"}  # read: without a byte
+_NO_RETRY = {"max_retries": 0}
+_PERMANENT = re.compile(r"status code: 4(?!08|25|29)\d\d")  # 408, 425 and 429 pass
 _KEYS_IN_ENVIRONMENT = {
     "s3": (
         "AWS_ACCESS_KEY_ID",
@@ -74,7 +92,7 @@ class Head:
 class Fetched:
     """Some bytes of an object, with what the store says of the whole."""
 
-    data: bytes
+    data: obstore.Bytes
     head: Head
 
 
@@ -110,7 +128,7 @@ def open_href(href: str) -> tuple[Any, str]:
         When it is none of these.
     """
     if is_local(href):
-        return _store("file", "", "", ()), _local_path(href).lstrip("/")
+        return _store("file", "", "", ()), local_path(href).lstrip("/")
     url = urlsplit(href)
     if url.scheme.lower() not in SCHEMES or not url.netloc:
         raise TrustError(
@@ -135,37 +153,31 @@ def fetch(href: str, start: int = 0, length: int | None = None) -> Fetched:
     """
     store, path = open_href(href)
     options: Any = None if length is None and start == 0 else {"range": _range(start, length)}
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            answer = obstore.get(store, path, options=options)
-            meta = answer.meta
-            data = bytes(answer.bytes())
-        except GenericError as error:
-            if attempt == _ATTEMPTS:
-                raise _failure(href, error) from None
-        except _FAILURES as error:
-            raise _failure(href, error) from None
-        else:
-            due = max(0, meta["size"] - start)
-            due = due if length is None else min(due, length)
-            if len(data) >= due:
-                return Fetched(data, Head(meta["size"], meta["e_tag"]))
-        time.sleep(0.2 * attempt)
-    raise ReadError(
-        f"reading {redact(href)}", "a body shorter than announced, three times", "the whole range"
-    )
+
+    def once() -> Fetched:
+        answer = obstore.get(store, path, options=options)
+        meta, data = answer.meta, answer.bytes()
+        due = max(0, meta["size"] - start)
+        if len(data) < (due if length is None else min(due, length)):
+            raise _CutError("a body shorter than announced")
+        return Fetched(data, Head(meta["size"], meta["e_tag"]))
+
+    try:
+        return _retried(once)
+    except _FAILURES as error:
+        raise _failure(href, error) from None
 
 
 def get(href: str, start: int = 0, length: int | None = None) -> bytes:
     """Return bytes of an object: all of it, or ``length`` bytes from ``start``. See :func:`fetch`."""
-    return fetch(href, start, length).data
+    return bytes(fetch(href, start, length).data)
 
 
 def head(href: str) -> Head:
     """Return size and ETag of an object; MissingError where there is none."""
     store, path = open_href(href)
     try:
-        meta = obstore.head(store, path)
+        meta = _retried(lambda: obstore.head(store, path))
     except _FAILURES as error:
         raise _failure(href, error) from None
     return Head(meta["size"], meta["e_tag"])
@@ -180,8 +192,10 @@ def exists(href: str) -> bool:
     return True
 
 
-def put(href: str, data: bytes | bytearray | memoryview) -> str | None:
+def put(href: str, data: bytes | Sequence[Any]) -> str | None:
     """Write an object as a whole, atomically, and return its ETag; local directories are made as needed.
+
+    Pieces (buffers) are sent one after another, without being joined before.
 
     Raises
     ------
@@ -190,9 +204,7 @@ def put(href: str, data: bytes | bytearray | memoryview) -> str | None:
     """
     store, path = open_href(href)
     try:
-        answer = obstore.put(
-            store, path, data if isinstance(data, bytes) else bytes(data), use_multipart=False
-        )
+        answer = _retried(lambda: obstore.put(store, path, data, use_multipart=False))
     except _FAILURES as error:
         raise StoreError(f"writing {redact(href)}", _reason(error)) from None
     return answer["e_tag"]
@@ -202,7 +214,7 @@ def delete(href: str) -> None:
     """Remove an object; there being none is not an error."""
     store, path = open_href(href)
     try:
-        obstore.delete(store, path)
+        _retried(lambda: obstore.delete(store, path))
     except FileNotFoundError:
         return
     except _FAILURES as error:
@@ -218,21 +230,35 @@ def listing(url: str) -> dict[str, int]:
     prefix = prefix.rstrip("/")
     if is_local(url) and not os.path.isdir("/" + prefix):
         return {}
-    found: dict[str, int] = {}
+
+    def once() -> dict[str, int]:
+        found = (meta for batch in obstore.list(store, prefix=prefix or None) for meta in batch)
+        return {meta["path"][len(prefix) :].lstrip("/"): meta["size"] for meta in found}
+
     try:
-        for batch in obstore.list(store, prefix=prefix or None):
-            for meta in batch:
-                found[meta["path"][len(prefix) :].lstrip("/")] = meta["size"]
+        return dict(sorted(_retried(once).items()))
     except _FAILURES as error:
         raise _failure(url, error) from None
-    return dict(sorted(found.items()))
+
+
+def _retried(call: Callable[[], T]) -> T:
+    """Call until it works: refusals that pass, broken connections and cut bodies, a bounded number of times."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return call()
+        except (GenericError, _CutError) as error:
+            if _PERMANENT.search(str(error)):
+                raise
+        time.sleep(BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+    return call()
 
 
 def _range(start: int, length: int | None) -> tuple[int, int] | dict[str, int]:
     return {"offset": start} if length is None else (start, start + length)
 
 
-def _local_path(href: str) -> str:
+def local_path(href: str) -> str:
+    """Return the absolute path that a local href names; TrustError for GDAL's virtual file systems."""
     path = unquote(urlsplit(href).path) if href.lower().startswith("file://") else href
     path = os.path.abspath(path)
     if path.startswith("/vsi"):
@@ -248,7 +274,7 @@ def _environment() -> tuple[tuple[str, str], ...]:
 def _store(scheme: str, netloc: str, query: str, environment: tuple[tuple[str, str], ...]) -> Any:
     # the environment is part of the key, so that keys set later are seen
     names = dict(environment)
-    options: dict[str, Any] = {"client_options": dict(_CLIENT), "retry_config": dict(_RETRY)}
+    options: dict[str, Any] = {"client_options": dict(_CLIENT), "retry_config": dict(_NO_RETRY)}
     anonymous = not any(key in names for key in _KEYS_IN_ENVIRONMENT.get(scheme, ()))
     match scheme:
         case "file":
@@ -283,6 +309,8 @@ def _reason(error: BaseException) -> str:
         return "nothing there (404)"
     if isinstance(error, PermissionError | PermissionDeniedError | UnauthenticatedError):
         return "access denied (401 or 403)"
+    if "status code: 416" in str(error):
+        return NO_RANGE
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # without the seconds it took: the same failure reads the same
     return re.sub(r" in [\d.]+\S*s,? after.*?(?= - )", "", redact(lines[0]))[:300]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,14 @@ class ResolvedSource:
     axis: TimeAxis | None
     unreadable: int = 0
     """Records that ``where(readable=True)`` left out."""
+
+    @cached_property
+    def id_rank(self) -> NDArray[np.int64]:
+        """Shape (record,). Place of each record's id in alphabetical order; equal ids of two members by member."""
+        order = np.lexsort((self.member, np.array(self.records.ids)))
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order))
+        return rank
 
 
 def evaluate(node: Node, tables: Mapping[str, Table]) -> list[MemberTable]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 import time
@@ -30,7 +31,12 @@ PROCESS_BYTES = 600e6
 
 
 def run_zarr(
-    layout: Layout, url: str, functions: Functions, client: Client | str | None, progress: bool
+    layout: Layout,
+    url: str,
+    functions: Functions,
+    client: Client | str | None,
+    progress: bool,
+    on_error: str = "raise",
 ) -> None:
     """Write a job's chips to a store; a rerun does what is missing.
 
@@ -46,6 +52,8 @@ def run_zarr(
         A Dask client or a scheduler's address; None: the current client, else a cluster of this machine's size.
     progress
         Whether to show how far it is.
+    on_error
+        See :func:`rasteret_dask.shards.lower`.
 
     Raises
     ------
@@ -56,10 +64,10 @@ def run_zarr(
     """
     if client is not None and not isinstance(client, Client | str):
         raise PlanError("to_zarr(client=)", repr(client), "a Dask client, a scheduler's address, or None")
-    if is_committed(url, layout.job.digest):
+    if is_committed(url, layout.job.digest, layout.said):
         return
     done = prepare(layout, url)
-    tasks, shards = _tasks(layout, url, functions)
+    tasks, shards = _tasks(layout, url, functions, on_error)
     wanted = {key: shard for key, shard in shards.items() if shard.name not in done}
     if wanted:
         graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
@@ -68,10 +76,18 @@ def run_zarr(
     commit(url, layout.job)
 
 
-def _tasks(layout: Layout, url: str, functions: Functions) -> tuple[dict[Any, Any], dict[str, Shard]]:
-    graph = lower(layout.job, functions, JobRef(remote.join(url, JOB), layout.job.digest), write_shard)
-    place = hashlib.sha256(f"zarr {url}".encode()).hexdigest()[:8]
+def _tasks(
+    layout: Layout, url: str, functions: Functions, on_error: str
+) -> tuple[dict[Any, Any], dict[str, Shard]]:
+    place = _place(layout, url, on_error)
+    write = functools.partial(write_shard, mark=place)
+    graph = lower(layout.job, functions, JobRef(remote.join(url, JOB), layout.job.digest), write, on_error)
     return renamed(graph, layout.job, f"-{place}")
+
+
+def _place(layout: Layout, url: str, on_error: str) -> str:
+    """Digest where a task writes, and how: its name says that beside shard and content."""
+    return hashlib.sha256(f"zarr {url} {layout.said} {on_error}".encode()).hexdigest()[:8]
 
 
 def _submit(
@@ -168,21 +184,21 @@ class _Progress:
             sys.stderr.write("\n")
 
 
-def delayed_zarr(layout: Layout, url: str, functions: Functions) -> Delayed:
+def delayed_zarr(layout: Layout, url: str, functions: Functions, on_error: str = "raise") -> Delayed:
     """Return the whole job as one lazy object: ``.compute()`` on any scheduler writes and commits the store."""
     done = prepare(layout, url)
-    tasks, shards = _tasks(layout, url, functions)
+    tasks, shards = _tasks(layout, url, functions, on_error)
     wanted = [key for key, shard in shards.items() if shard.name not in done]
     roots = {k: t for k, t in tasks.items() if k not in shards} if wanted else {}
     digest = layout.job.digest
-    name = f"commit-{digest[:12]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-    task = Task(name, _commit, url, digest, *(TaskRef(k) for k in wanted))
+    name = f"commit-{digest[:12]}-{_place(layout, url, on_error)}"
+    task = Task(name, _commit, url, digest, layout.said, *(TaskRef(k) for k in wanted))
     return Delayed(
         name, HighLevelGraph.from_collections(name, {**roots, **{k: tasks[k] for k in wanted}, name: task})
     )
 
 
-def _commit(url: str, digest: str, *_reports: Any) -> str:
-    if not is_committed(url, digest):
+def _commit(url: str, digest: str, compression: str, *_reports: Any) -> str:
+    if not is_committed(url, digest, compression):
         commit(url, open_job(remote.join(url, JOB), digest))
     return url

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,11 +15,11 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.layers import ArrayBlockIdDep
 
 from rasteret_dask import pixels
-from rasteret_dask.errors import PlanError
+from rasteret_dask.errors import PlanError, UnreadableTilesWarning
 from rasteret_dask.job import Job, Output, Shard, open_job
 from rasteret_dask.plan import Function, digest
 
-__all__ = ["Functions", "Graph", "JobRef", "lower", "outputs_of", "renamed"]
+__all__ = ["Functions", "Graph", "JobRef", "lower", "mapped", "outputs_of", "read_shard", "renamed"]
 
 Functions: TypeAlias = "Mapping[Function, Callable[[xr.DataArray], xr.DataArray]]"
 
@@ -41,6 +42,8 @@ class Graph:
     shards: tuple[Shard, ...]
     sources: Mapping[str, str]
     """Source -> the last layer of its own, with keys like those of ``name``."""
+    tail: str = ""
+    """What names of arrays made from these blocks end in, where they are not read as usual."""
 
     def key(self, shard: Shard) -> tuple[str, int, int]:
         """Return the key of a shard's last task."""
@@ -61,7 +64,11 @@ class Graph:
 
 
 def lower(
-    job: Job, functions: Functions, ref: JobRef | None = None, write: Callable[..., Any] | None = None
+    job: Job,
+    functions: Functions,
+    ref: JobRef | None = None,
+    write: Callable[..., Any] | None = None,
+    on_error: str = "raise",
 ) -> Graph:
     """Turn a job into a graph.
 
@@ -74,13 +81,15 @@ def lower(
     ref
         Where the job was written; None puts its tables into one root task.
     write
-        ``write(job, shard, datasets, url)``: the last step; None ends with the joined datasets.
+        ``write(job, shard, url, datasets)``: the last step; None ends with the joined datasets.
+    on_error
+        What becomes of a tile that cannot be read: an error (``"raise"``), or invalid pixels (``"mask"``).
     """
-    build = _Builder(job, ref)
+    build = _Builder(job, ref, on_error)
     sources = {}
     for number, plan in enumerate(job.sources):
         members = [build.member(number, at) for at in range(len(plan.members))]
-        last = build.layer(f"merge-{plan.name}", _merge, (number,), members)
+        last = build.layer(f"merge-{plan.name}", _merge, (number, on_error), members)
         own = [f for s, f in job.maps if s in (None, plan.name)]
         for function in (*plan.maps, *own):
             node = build.function(function, functions)
@@ -90,13 +99,13 @@ def lower(
     if write is not None:
         assert ref is not None
         name = build.layer("write", write, (ref.url,), [name])
-    return Graph(HighLevelGraph(build.layers, build.needs), name, tuple(job.shards()), sources)
+    return Graph(HighLevelGraph(build.layers, build.needs), name, tuple(job.shards()), sources, build.tail)
 
 
 class _Builder:
     """Adds layers over (split, shard) blocks."""
 
-    def __init__(self, job: Job, ref: JobRef | None) -> None:
+    def __init__(self, job: Job, ref: JobRef | None, on_error: str) -> None:
         self.job, self.ref = job, ref
         whole = job.whole  # so that the graph of some splits is the culled graph of all
         self.blocks = (
@@ -109,6 +118,8 @@ class _Builder:
         # Of the rows too: blocks of other rows must not share names, or Dask takes one for the other.
         self.token = whole.digest[:12]
         self.root = None if ref is not None else self._add_root(f"job-{self.token}", whole)
+        self.tail = "" if on_error == "raise" else f"-{on_error}"
+        self.token += self.tail
 
     def _add_root(self, name: str, value: Any) -> str:
         self.layers[name] = MaterializedLayer({(name,): DataNode((name,), value)})
@@ -182,9 +193,48 @@ def _harmonize(job: Job | JobRef, block: tuple[int, int], source: int, cut: pixe
     return pixels.harmonized(cut, _open(job).sources[source])
 
 
-def _merge(job: Job | JobRef, block: tuple[int, int], source: int, *members: pixels.Harmonized) -> xr.Dataset:
+def _merge(
+    job: Job | JobRef, block: tuple[int, int], source: int, on_error: str, *members: pixels.Harmonized
+) -> xr.Dataset:
     opened = _open(job)
-    return pixels.merged(opened, opened.shard(*block), source, members)
+    shard = opened.shard(*block)
+    found = pixels.merged(opened, shard, source, members, on_error)
+    if isinstance(job, Job):  # where there is a store, its manifest lists them
+        _warn(shard, found)
+    return found
+
+
+def read_shard(job: Job, shard: Shard, source: int, on_error: str, into: pixels.Into | None) -> xr.Dataset:
+    """Read one source of one shard, before any function of the user's.
+
+    Parameters
+    ----------
+    job, shard, source
+        What to read.
+    on_error
+        ``"raise"`` or ``"mask"``.
+    into
+        Memory for the pixels and their validity.
+    """
+    plan = job.sources[source]
+    members = [
+        pixels.harmonized(pixels.cut(pixels.cubes(job, shard, source, at)), plan)
+        for at in range(len(plan.members))
+    ]
+    found = pixels.merged(job, shard, source, members, on_error, into)
+    _warn(shard, found)
+    return found
+
+
+def _warn(shard: Shard, found: xr.Dataset) -> None:
+    unreadable = found.attrs["unreadable"]
+    if unreadable:
+        warnings.warn(
+            f"{len(unreadable)} tiles of shard {shard.name} could not be read; their pixels are invalid:\n"
+            + "\n".join(unreadable),
+            UnreadableTilesWarning,
+            stacklevel=2,
+        )
 
 
 def _map(job: Job | JobRef, block: tuple[int, int], function: _Shipped, dataset: xr.Dataset) -> xr.Dataset:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
@@ -18,7 +20,7 @@ from rasteret_dask.grid import Lattice, transformer, utm_zone, zone_epsg
 from rasteret_dask.plan import SplitSpec
 from rasteret_dask.scan import hash_unit
 
-__all__ = ["by_geometry", "by_ground", "choose", "split_of_cells", "too_near"]
+__all__ = ["by_geometry", "by_ground", "choose", "split_numbers", "split_of_cells", "too_near"]
 
 FEW_CELLS = 20
 """Below this many split cells the achieved ratios are a matter of luck."""
@@ -39,9 +41,15 @@ def choose(unit: NDArray[np.float64], spec: SplitSpec) -> NDArray[np.int64]:
 
 def split_of_cells(zone: int, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.int64]:
     """Return the split number of split cells (row, col) of a zone: a hash of (seed, zone, row, col)."""
-    unique, back = np.unique(cells, axis=0, return_inverse=True)
-    unit = hash_unit([f"{zone}|{row}|{col}" for row, col in unique.tolist()], "ground", spec.seed)
-    return choose(unit, spec)[np.reshape(back, -1)]
+    _, first, back = np.unique(cells[:, 0] * 2**32 + cells[:, 1], return_index=True, return_inverse=True)
+    unit = hash_unit([f"{zone}|{row}|{col}" for row, col in cells[first].tolist()], "ground", spec.seed)
+    return choose(unit, spec)[back]
+
+
+def split_numbers(column: pa.ChunkedArray, spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the number of each split's name, -1 for null and any other text; shape (chip,)."""
+    place = pc.index_in(column, value_set=pa.array(spec.names, pa.string()))
+    return np.asarray(pc.fill_null(place, -1).to_numpy(), dtype=np.int64)
 
 
 def by_ground(
@@ -90,21 +98,48 @@ def _across_zones(
 ) -> NDArray[np.int64]:
     """Drop chips that reach into the neighbouring zone, onto a split cell of another split."""
     result = own.copy()
-    for chip, other in _zones_touched(zone_epsg(zone), bounds):
-        if other != zone and _splits_touched(zone_epsg(zone), bounds[chip], other, cell_m, spec) != {
-            own[chip]
-        }:
-            result[chip] = -1
+    epsg = zone_epsg(zone)
+    zones = _zones_at(epsg, bounds)
+    for chip in np.flatnonzero((zones != zone).any(axis=1)):
+        for other in set(zones[chip].tolist()) - {zone}:
+            if _splits_touched(epsg, bounds[chip], other, cell_m, spec) != {own[chip]}:
+                result[chip] = -1
     return result
 
 
 def _freely(epsg: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec) -> NDArray[np.int64]:
     if spec.boundary == "centre":
         return _split_at_centre(epsg, bounds, cell_m, spec)
-    touched: list[set[int]] = [set() for _ in bounds]
-    for chip, zone in _zones_touched(epsg, bounds):
-        touched[chip] |= _splits_touched(epsg, bounds[chip], zone, cell_m, spec)
-    return np.array([next(iter(t)) if len(t) == 1 else -1 for t in touched], dtype=np.int64)
+    zone, zones = _zone_of(epsg), _zones_at(epsg, bounds)
+    plain = (zones == zone).all(axis=1) & (bounds[:, 2:] - bounds[:, :2] <= cell_m).all(axis=1)
+    result = np.full(len(bounds), -1, dtype=np.int64)
+    if zone is not None:
+        result[plain] = _small_in_zone(zone, bounds[plain], cell_m, spec)
+    for chip in np.flatnonzero(~plain):
+        splits = [_splits_touched(epsg, bounds[chip], z, cell_m, spec) for z in set(zones[chip].tolist())]
+        touched = set[int]().union(*splits)
+        result[chip] = touched.pop() if len(touched) == 1 else -1
+    return result
+
+
+def _small_in_zone(
+    zone: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec
+) -> NDArray[np.int64]:
+    """Return the split of windows of one zone that are no larger than a cell, -1 where two to four cells differ."""
+    start = np.stack([-bounds[:, 3], bounds[:, 0]], -1)  # southwards, eastwards
+    stop = np.stack([-bounds[:, 1], bounds[:, 2]], -1)
+    first = np.floor(start / cell_m).astype(np.int64)
+    edge = (first + 1) * cell_m
+    shared = np.stack(
+        [np.minimum(stop, edge) - start, np.maximum(stop - edge, 0.0)]
+    )  # in this cell, in the next
+    low, high = np.full(len(bounds), len(spec.names)), np.full(len(bounds), -1)
+    for down, right in product((0, 1), repeat=2):
+        touched = shared[down, :, 0] * shared[right, :, 1] > SHARED_M2
+        split = split_of_cells(zone, first[touched] + (down, right), spec)
+        low[touched] = np.minimum(low[touched], split)
+        high[touched] = np.maximum(high[touched], split)
+    return np.where(low == high, low, -1)
 
 
 def _split_at_centre(
@@ -121,24 +156,15 @@ def _split_at_centre(
     return result
 
 
-def _zones_touched(epsg: int, bounds: NDArray[np.float64]) -> Iterator[tuple[int, int]]:
-    """Yield (chip, zone) for every zone that a corner or the centre of a chip lies in.
+def _zones_at(epsg: int, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Shape (chip, 5). The zones that the corners and the centre of each chip lie in.
 
     A meridian that cuts a convex window always leaves one of its corners on the far side.
     """
-    x = bounds[:, [0, 2, 0, 2]]
-    y = bounds[:, [1, 1, 3, 3]]
-    x = np.concatenate([x, bounds[:, [0, 2]].mean(1, keepdims=True)], 1)
-    y = np.concatenate([y, bounds[:, [1, 3]].mean(1, keepdims=True)], 1)
+    x = np.concatenate([bounds[:, [0, 2, 0, 2]], bounds[:, [0, 2]].mean(1, keepdims=True)], 1)
+    y = np.concatenate([bounds[:, [1, 1, 3, 3]], bounds[:, [1, 3]].mean(1, keepdims=True)], 1)
     lon, lat = transformer(epsg, 4326).transform(x.ravel(), y.ravel())
-    zones = utm_zone(lon, lat).reshape(x.shape)
-    own = _zone_of(epsg)
-    for chip in np.flatnonzero(np.any(zones != own, axis=1)) if own is not None else range(len(bounds)):
-        for zone in np.unique(zones[chip]):
-            yield int(chip), int(zone)
-    if own is not None:
-        for chip in np.flatnonzero(np.all(zones == own, axis=1)):
-            yield int(chip), own
+    return utm_zone(lon, lat).reshape(x.shape)
 
 
 def _splits_touched(
@@ -172,7 +198,7 @@ def too_near(
     bounds: NDArray[np.float64],
     split: NDArray[np.int64],
     spec: SplitSpec,
-    lonlat: NDArray[Any],
+    wkb: pa.ChunkedArray,
 ) -> NDArray[np.bool_]:
     """Tell which val and test chips lie closer to a train chip than ``buffer_m``; shape (chip,).
 
@@ -184,7 +210,7 @@ def too_near(
         Split numbers, -1 for none; number 0 is train.
     spec
         Gives ``buffer_m``.
-    lonlat
+    wkb
         Shape (chip,). Each chip's polygon in lon/lat, to compare chips of different zones.
     """
     near = np.zeros(len(bounds), dtype=bool)
@@ -193,7 +219,7 @@ def too_near(
     for code in np.unique(epsg):
         here = shapely.box(*bounds[epsg == code].T)
         train = np.flatnonzero(split == 0)
-        shapes = _into(int(code), train, epsg, bounds, lonlat)
+        shapes = _into(int(code), train, epsg, bounds, wkb)
         tree = shapely.STRtree(shapes)
         others = np.flatnonzero((epsg == code) & (split > 0))
         position = np.searchsorted(np.flatnonzero(epsg == code), others)
@@ -210,7 +236,7 @@ def _into(
     at: NDArray[np.int64],
     epsg: NDArray[np.int64],
     bounds: NDArray[np.float64],
-    lonlat: NDArray[Any],
+    wkb: pa.ChunkedArray,
 ) -> NDArray[Any]:
     shapes = np.asarray(shapely.box(*bounds[at].T), dtype=object)
     foreign = np.flatnonzero(epsg[at] != code)
@@ -219,7 +245,8 @@ def _into(
         def move(p: NDArray[np.float64]) -> NDArray[np.float64]:
             return np.stack(transformer(4326, code).transform(p[:, 0], p[:, 1]), -1)
 
-        moved = shapely.transform(lonlat[at[foreign]], move)
+        lonlat = shapely.from_wkb(wkb.take(pa.array(at[foreign])).to_numpy(zero_copy_only=False))
+        moved = shapely.transform(lonlat, move)
         shapes[foreign] = np.where(np.isfinite(shapely.bounds(moved)).all(axis=1), moved, NOWHERE)
     return shapes
 

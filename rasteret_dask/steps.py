@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chips import ChipSet, lay_chips
-from rasteret_dask.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, texts, with_columns
+from rasteret_dask.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.grid import Lattice
 from rasteret_dask.optimize import named_bands, optimize
@@ -127,7 +126,7 @@ def _split(chips: ChipSet, spec: SplitSpec) -> ChipSet:
         number = by_ground(epsg, bounds + wider, cell_m, spec, inside)
         if inside is not None:
             warn_if_few(
-                len(set(table.column("cell").to_pylist())),
+                pc.count_distinct(table.column("cell")).as_py(),
                 spec,
                 Lattice(1, cell_m, chips.size_m, chips.size_m),
             )
@@ -145,13 +144,12 @@ def _split(chips: ChipSet, spec: SplitSpec) -> ChipSet:
     if np.any(number < 0):
         dropped[reason] = int(np.sum(number < 0))
         dropped |= _lost_by_label(table.filter(pa.array(number < 0)), reason)
-    shapes = shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False))
-    near = too_near(epsg, bounds, number, spec, shapes)
+    near = too_near(epsg, bounds, number, spec, table.column("geometry"))
     if near.any():
         dropped[f"val or test chip nearer than {spec.buffer_m:g} m to train"] = int(near.sum())
         number = np.where(near, -1, number)
-    names = np.array([*spec.names, None], dtype=object)
-    table = replaced(table, "split", texts(names[number].tolist()))
+    names = pa.array(spec.names, pa.string()).take(pa.array(number, mask=number < 0))
+    table = replaced(table, "split", names)
     return replace(chips, table=table, split=spec, dropped=dropped)
 
 
@@ -168,9 +166,9 @@ def _lost_by_label(lost: pa.Table, reason: str) -> dict[str, int]:
 def _cells(table: pa.Table) -> NDArray[np.int64] | None:
     if table.column("cell").null_count:
         return None
-    parts = pc.split_pattern(table.column("cell").combine_chunks(), "/")
-    flat = np.array(parts.flatten().to_pylist()).reshape(-1, 3)
-    return np.asarray(flat[:, 1:].astype(np.int64))
+    cells = table.column("cell").combine_chunks().dictionary_encode()  # a cell has many chips
+    distinct = [[int(n) for n in name.split("/")[1:]] for name in cells.dictionary.to_pylist()]
+    return np.asarray(np.array(distinct, dtype=np.int64).reshape(-1, 2)[cells.indices.to_numpy()])
 
 
 def _by_geometry(chips: ChipSet, spec: SplitSpec) -> NDArray[np.int64]:

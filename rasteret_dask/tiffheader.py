@@ -45,7 +45,7 @@ class RangeFile(io.RawIOBase):
         self._href = href
         first = fetch(href, 0, _FIRST)
         self.head = first.head
-        self._blocks: list[tuple[int, bytes]] = [(0, first.data)]
+        self._blocks: list[tuple[int, bytes]] = [(0, bytes(first.data))]
         self._fetched = len(first.data)
         self._at = 0
 
@@ -95,7 +95,7 @@ class RangeFile(io.RawIOBase):
         wanted = min(max(size, min(self._fetched, 1024 * 1024)), self.head.size - start)
         if self._fetched + wanted > _CAP:
             raise RefusedError(f"a header of more than {_CAP >> 20} MiB")
-        block = fetch(self._href, start, wanted).data
+        block = bytes(fetch(self._href, start, wanted).data)
         self._fetched += len(block)
         self._blocks.insert(0, (start, block))
         return block[:size]
@@ -185,7 +185,8 @@ def _bits(ifd: Any) -> tuple[int, ...]:
 def _plain_bits(ifd: Any) -> bool:
     bits = _bits(ifd)
     one_bit_mask = bits == (1,) and ifd.subfiletype & 4
-    return len(set(bits)) == 1 and (bits[0] in (8, 16, 32, 64, 128) or bool(one_bit_mask))
+    whole = _dtype(ifd) != "bool" and set(bits) == {8 * np.dtype(_dtype(ifd)).itemsize}
+    return whole or bool(one_bit_mask)
 
 
 def _dtype(ifd: Any) -> str:

@@ -6,10 +6,10 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
@@ -168,83 +168,109 @@ def acquisitions(records: Records) -> Acquisitions:
 
     A datatake and tile that stands twice (reprocessed, or listed by two catalogs) keeps its newest baseline.
     """
-    whole = _frame(records)
-    replaced = _replaced(whole)
-    frame = whole[~replaced]
-    frame = frame.sort_values(["group", "start", "id"], kind="stable")
+    said = _Said.of(records)
+    replaced = _replaced(said)
+    order = np.lexsort((said.id, said.start, said.group))
+    order = order[~replaced[order]]
     label = np.full(len(records), -1, dtype=np.int64)
-    rows: list[dict[str, Any]] = []
-    group, first = None, pd.NaT
-    for at, key, start, end in zip(frame.index, frame["group"], frame["start"], frame["end"], strict=True):
-        if key != group or start - first > SAME_PASS:
-            group, first = key, start
-            rows.append({"start": start, "end": end})
+    starts: list[int] = []
+    ends: list[int] = []
+    leads: list[int] = []
+    group = -1
+    rows = (v[order].tolist() for v in (said.group, said.start, said.end))
+    for at, key, start, end in zip(order.tolist(), *rows, strict=True):
+        if key != group or start - starts[-1] > SAME_PASS.value:
+            group = key
+            starts.append(start)
+            ends.append(start)
+            leads.append(at)
         if end > start:  # granules of one pass that start seconds apart are no interval
-            rows[-1]["end"] = max(rows[-1]["end"], end)
-        label[at] = len(rows) - 1
-    order = (
-        np.argsort([r["start"].value for r in rows], kind="stable") if rows else np.array([], dtype=np.int64)
+            ends[-1] = max(ends[-1], end)
+        label[at] = len(starts) - 1
+    by_start = np.argsort(starts, kind="stable").astype(np.int64)
+    rank = np.empty(len(starts) + 1, dtype=np.int64)
+    rank[by_start], rank[-1] = np.arange(len(starts)), -1  # -1 stays -1
+    return Acquisitions(
+        rank[label],
+        np.array(starts, dtype=np.int64)[by_start].astype("datetime64[ns]"),
+        np.array(ends, dtype=np.int64)[by_start].astype("datetime64[ns]"),
+        tuple(said.platform[leads[i]] for i in by_start),
+        int(replaced.sum()),
+        said.start.astype("datetime64[ns]"),
+        said.end.astype("datetime64[ns]"),
+        np.asarray(records.table.column("eo:cloud_cover").to_numpy(), dtype=np.float64),
     )
-    rank = np.empty(len(rows), dtype=np.int64)
-    rank[order] = np.arange(len(rows))
-    label = np.where(label >= 0, rank[label], -1) if rows else label
-    members = pd.Series(label[frame.index], index=frame.index)
-    platforms = frame["platform"].groupby(members).first().reindex(range(len(rows))).fillna("").tolist()
-    start = np.array([rows[i]["start"].value for i in order], dtype="int64").astype("datetime64[ns]")
-    end = np.array([rows[i]["end"].value for i in order], dtype="int64").astype("datetime64[ns]")
-    begin, until = (whole[c].dt.tz_localize(None).to_numpy(dtype="datetime64[ns]") for c in ("start", "end"))
-    cloud = whole["cloud"].to_numpy(dtype=np.float64)
-    return Acquisitions(label, start, end, tuple(platforms), int(replaced.sum()), begin, until, cloud)
 
 
-def _frame(records: Records) -> pd.DataFrame:
-    def stamps(name: str) -> pd.Series[Any]:
-        # isoformat through Arrow: null datetimes stay NaT
-        return pd.Series(records.table.column(name).to_pandas()).astype("datetime64[ns, UTC]")
+@dataclass(frozen=True)
+class _Said:
+    """What records say of themselves; all have one entry per record. Texts are numbered in their order."""
 
-    instant, start, end = stamps("datetime"), stamps("start_datetime"), stamps("end_datetime")
-    interval = start.notna() & end.notna() & (end - start > pd.Timedelta(days=1))
-    begin = start.where(interval, instant.fillna(start))
-    if bool(begin.isna().any()):
-        bad = [records.ids[i] for i in np.flatnonzero(begin.isna().to_numpy())[:5]]
-        raise PlanError(
-            f"records {', '.join(bad)}", "no datetime", "a datetime or an interval in every record"
+    id: NDArray[np.int64]
+    group: NDArray[np.int64]
+    """Collection, platform and pass."""
+    scene: NDArray[np.int64]
+    """Platform, pass and tile; -1 where pass or tile is unknown."""
+    version: NDArray[np.int64]
+    start: NDArray[np.int64]
+    """ns since 1970 UTC."""
+    end: NDArray[np.int64]
+    """Equal to ``start`` for an instant."""
+    created: NDArray[np.int64]
+    """The smallest number where unknown."""
+    platform: list[str]
+
+    @classmethod
+    def of(cls, records: Records) -> _Said:
+        def stamps(name: str) -> NDArray[np.datetime64]:
+            return np.asarray(records.table.column(name).cast(pa.timestamp("ns", "UTC")).to_numpy())
+
+        def text(name: str) -> list[str]:
+            return ["" if v is None else str(v) for v in records.column(name)]
+
+        instant, first, last = stamps("datetime"), stamps("start_datetime"), stamps("end_datetime")
+        interval = last - first > np.timedelta64(1, "D")  # never true of a missing time
+        start = np.where(interval | np.isnat(instant), first, instant)
+        if np.isnat(start).any():
+            bad = [records.ids[i] for i in np.flatnonzero(np.isnat(start))[:5]]
+            raise PlanError(
+                f"records {', '.join(bad)}", "no datetime", "a datetime or an interval in every record"
+            )
+        platform = [p.lower() for p in text("platform")]  # catalogs spell "Sentinel-2B" and "sentinel-2b"
+        passed = [d or f"orbit {o}" for d, o in zip(text("datatake"), text("orbit"), strict=True)]
+        group = ["|".join(parts) for parts in zip(text("collection"), platform, passed, strict=True)]
+        tile = text("tile")
+        known = np.array([t != "" and p != "orbit " for t, p in zip(tile, passed, strict=True)], dtype=bool)
+        scene = _numbered(["|".join(parts) for parts in zip(platform, passed, tile, strict=True)])
+        version = [_version(b) for b in text("baseline")]
+        place = {v: i for i, v in enumerate(sorted(set(version)))}
+        return cls(
+            _numbered(records.ids),
+            _numbered(group),
+            np.where(known, scene, -1),
+            np.array([place[v] for v in version], dtype=np.int64),
+            start.astype(np.int64),
+            np.where(interval, last, start).astype(np.int64),
+            stamps("created").astype(np.int64),
+            platform,
         )
-    text = {
-        name: pd.Series(["" if v is None else str(v) for v in records.column(name)], dtype=object)
-        for name in ("collection", "platform", "datatake", "orbit", "tile", "baseline", "id")
-    }
-    text["platform"] = text["platform"].str.lower()  # catalogs spell "Sentinel-2B" and "sentinel-2b"
-    passed = text["datatake"].where(text["datatake"] != "", "orbit " + text["orbit"])
-    return pd.DataFrame(
-        {
-            "id": text["id"],
-            "group": text["collection"] + "|" + text["platform"] + "|" + passed,
-            "start": begin,
-            "end": end.where(interval, begin),
-            "tile": text["tile"],
-            "baseline": text["baseline"],
-            "platform": text["platform"],
-            "datatake": passed.where((text["datatake"] != "") | (text["orbit"] != ""), ""),
-            "created": stamps("created"),
-            "cloud": pd.Series(records.column("eo:cloud_cover"), dtype=np.float64),
-        }
-    )
 
 
-def _replaced(frame: pd.DataFrame) -> NDArray[np.bool_]:
+def _numbered(texts: list[str]) -> NDArray[np.int64]:
+    """Shape (text,). The place of each among the distinct ones, sorted."""
+    return np.unique(np.array(texts, dtype=str), return_inverse=True)[1].astype(np.int64)
+
+
+def _replaced(said: _Said) -> NDArray[np.bool_]:
     """Shape (record,). True where the same datatake and tile stands again with a newer baseline."""
-    known = (frame["tile"] != "") & (frame["datatake"] != "")
-    gone = np.zeros(len(frame), dtype=bool)
-    scene = ["platform", "datatake", "tile"]
-    twice = frame[known].sort_values([*scene, "start"], kind="stable")
+    gone = np.zeros(len(said.id), dtype=bool)
+    twice = np.lexsort((said.start, said.scene))
+    twice = twice[said.scene[twice] >= 0]
     # A relative orbit comes back after days; the starts of one scene differ by seconds between catalogs.
-    again = twice.groupby(scene, sort=False)["start"].diff() > SAME_PASS
-    newest = twice.assign(number=again.cumsum(), version=twice["baseline"].map(_version)).sort_values(
-        ["version", "created", "id"], kind="stable", na_position="first"
-    )
-    older = newest.duplicated([*scene, "number"], keep="last")
-    gone[newest.index[older.to_numpy()]] = True
+    apart = np.diff(said.start[twice], prepend=0) > SAME_PASS.value
+    scene = np.cumsum(apart | (np.diff(said.scene[twice], prepend=-1) != 0))
+    newest = np.lexsort((said.id[twice], said.created[twice], said.version[twice], scene))
+    gone[twice[newest[:-1]]] = scene[newest[:-1]] == scene[newest[1:]]
     return gone
 
 

@@ -45,8 +45,11 @@ _GDAL_TYPES = {
 
 def valid_pixels(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
     """Return True where a value is neither nodata nor NaN; the shape of ``values``."""
-    valid = np.ones(values.shape, dtype=np.bool_) if values.dtype.kind in "iub" else ~np.isnan(values)
-    if nodata is not None and nodata == nodata:
+    known = nodata is not None and nodata == nodata
+    if values.dtype.kind in "iub":
+        return np.asarray(values != values.dtype.type(nodata)) if known else np.ones(values.shape, np.bool_)
+    valid: NDArray[np.bool_] = ~np.isnan(values)
+    if known:
         valid &= values != values.dtype.type(nodata)
     return valid
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xarray as xr
 import zarr
-from numpy.typing import NDArray
-from zarr.codecs import BloscCodec
-from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from rasteret_dask import geoparquet, remote
 from rasteret_dask._version import __version__
 from rasteret_dask.chiptable import label_columns
-from rasteret_dask.errors import JobError, StoreError
+from rasteret_dask.encode import Compression, Encoding, Piece, codec_of, crc32c
+from rasteret_dask.errors import JobError, StoreError, UnreadableTilesWarning
 from rasteret_dask.job import Hierarchy, Job, Output, Shard, open_job, write_job
 
 T = TypeVar("T")
@@ -35,6 +34,8 @@ __all__ = ["Layout", "commit", "is_committed", "prepare", "write_shard"]
 JOB = "_job"
 GROUPS = "groups.json"  # the groups' own metadata, put in place by the commit
 REQUESTS = 16
+MAX_NAMED = 3
+AUTO = json.dumps("auto")
 EPOCH = "microseconds since 1970-01-01"
 NAT = np.iinfo(np.int64).min
 
@@ -47,6 +48,14 @@ class Layout:
     outputs: tuple[Output, ...]
     attrs: Mapping[str, Mapping[str, Any]]
     """Per source: attributes of its group (units, scales, offsets and rules)."""
+    compression: Compression = "auto"
+
+    @property
+    def said(self) -> str:
+        """The compression as JSON text: part of what the store holds, though not of which chips it holds."""
+        if self.compression is None or isinstance(self.compression, str):
+            return json.dumps(self.compression)
+        return json.dumps(self.compression.to_dict(), sort_keys=True)
 
     def group(self, hierarchy: Hierarchy, source: int) -> str:
         """Return the path of one source's group: ``train/optical``, or less where there is one split or source."""
@@ -67,22 +76,24 @@ class Layout:
         return {k: v.to_bytes() for k, v in store._store_dict.items()}
 
     def _root_attrs(self) -> dict[str, Any]:
-        return {"rasteret_dask": {"version": __version__, "digest": self.job.digest}}
+        said = {"version": __version__, "digest": self.job.digest, "compression": self.said}
+        return {"rasteret_dask": said}
 
     def _arrays(self, group: zarr.Group, h: Hierarchy, source: int, out: Output) -> None:
         n, per = h.chips, h.per_shard
         dims = ("chip", "time", "band", "y", "x")
         shape = (n, out.times, len(out.bands), out.height, out.width)
-        pixels = _array(group, "pixels", shape, out.dtype, dims, (1, *shape[1:]), (per, *shape[1:]), out.fill)
+        chunk, shard = (1, *shape[1:]), (per, *shape[1:])
+        pixels = self._array(group, "pixels", shape, out.dtype, dims, chunk, shard, out.fill)
         pixels.update_attributes(out.pixel_attrs)
         if out.valid:
             flat = (out.times, out.height, out.width)
             dims_valid = ("chip", "time", "y", "x")
-            _array(group, "valid", (n, *flat), "bool", dims_valid, (1, *flat), (per, *flat), False)
+            self._array(group, "valid", (n, *flat), "bool", dims_valid, (1, *flat), (per, *flat), False)
         two = (n, out.times)
-        _array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
-        _array(group, "source", two, str, ("chip", "time"), (per, out.times), None, "")
-        when = _array(group, "datetime", two, "int64", ("chip", "time"), (per, out.times), None, NAT)
+        self._array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
+        self._array(group, "source", two, str, ("chip", "time"), (per, out.times), None, "")
+        when = self._array(group, "datetime", two, "int64", ("chip", "time"), (per, out.times), None, NAT)
         when.update_attributes({"units": EPOCH, "calendar": "proleptic_gregorian", "_FillValue": NAT})
         self._known(group, h, out)
         group.update_attributes(
@@ -96,51 +107,49 @@ class Layout:
         rows = self.job.chips.slice(h.start, h.chips)
         for name in ("chip_id", "split"):
             values = np.array([v or "" for v in rows.column(name).to_pylist()], dtype=object)
-            _array(group, name, (h.chips,), str, ("chip",), (h.chips,), None, "")[:] = values
+            self._array(group, name, (h.chips,), str, ("chip",), (h.chips,), None, "")[:] = values
         epsg = self.job.epsg[h.start : h.stop].astype(np.int32)
-        _array(group, "epsg", (h.chips,), "int32", ("chip",), (h.chips,), None, 0)[:] = epsg
+        self._array(group, "epsg", (h.chips,), "int32", ("chip",), (h.chips,), None, 0)[:] = epsg
         bounds = self.job.bounds[h.start : h.stop]
-        box = _array(group, "bounds", (h.chips, 4), "float64", ("chip", "corner"), (h.chips, 4), None, 0.0)
+        box = self._array(
+            group, "bounds", (h.chips, 4), "float64", ("chip", "corner"), (h.chips, 4), None, 0.0
+        )
         box[:] = bounds
         for name, values in label_columns(rows).items():
             dtype, fill = (str, "") if values.dtype == object else (values.dtype.name, values.dtype.type(0))
-            _array(group, name, (h.chips,), dtype, ("chip",), (h.chips,), None, fill)[:] = values
+            self._array(group, name, (h.chips,), dtype, ("chip",), (h.chips,), None, fill)[:] = values
         bands = np.array(out.bands, dtype=object)
-        _array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
+        self._array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
         if out.slots is not None:
             stamps = np.array(out.slots, dtype=np.int64) // 1000
-            time = _array(group, "time", (len(stamps),), "int64", ("time",), (len(stamps),), None, 0)
+            time = self._array(group, "time", (len(stamps),), "int64", ("time",), (len(stamps),), None, 0)
             time[:] = stamps
             time.update_attributes({"units": EPOCH, "calendar": "proleptic_gregorian"})
 
+    def _array(
+        self,
+        group: zarr.Group,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        dims: tuple[str, ...],
+        chunks: tuple[int, ...],
+        shards: tuple[int, ...] | None,
+        fill: Any,
+    ) -> Any:
+        return group.create_array(
+            name,
+            shape=shape,
+            dtype=dtype,
+            chunks=chunks,
+            shards=shards,
+            dimension_names=dims,
+            fill_value=fill,
+            compressors=codec_of(self.compression, dtype),
+        )
+
 
 _COORDINATES = "chip_id split epsg bounds valid_fraction datetime source"
-
-
-def _array(
-    group: zarr.Group,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: Any,
-    dims: tuple[str, ...],
-    chunks: tuple[int, ...],
-    shards: tuple[int, ...] | None,
-    fill: Any,
-) -> Any:
-    size = 1 if dtype is str else np.dtype(dtype).itemsize
-    codec = BloscCodec(
-        typesize=max(size, 1), cname="zstd", clevel=1, shuffle="bitshuffle" if size > 1 else "noshuffle"
-    )
-    return group.create_array(
-        name,
-        shape=shape,
-        dtype=dtype,
-        chunks=chunks,
-        shards=shards,
-        dimension_names=dims,
-        fill_value=fill,
-        compressors=[codec],
-    )
 
 
 def _consolidate(store: MemoryStore) -> None:
@@ -158,7 +167,7 @@ def prepare(layout: Layout, url: str) -> set[str]:
     Raises
     ------
     StoreError
-        When the store holds something else, or another plan's leftovers.
+        When the store holds something else, another plan's leftovers, or these chips in another compression.
     """
     job = layout.job
     found = remote.listing(url)
@@ -168,8 +177,8 @@ def prepare(layout: Layout, url: str) -> set[str]:
             raise StoreError(
                 f"store {url}", f"{len(found)} objects of something else ({some})", "an empty place"
             )
-        remote.put(remote.join(url, JOB, "digest"), job.digest.encode())
-    theirs = remote.get(remote.join(url, JOB, "digest")).decode()
+        remote.put(remote.join(url, JOB, "digest"), f"{job.digest}\n{layout.said}".encode())
+    theirs, _, compression = remote.get(remote.join(url, JOB, "digest")).decode().partition("\n")
     if theirs != job.digest:
         raise StoreError(
             f"store {url}",
@@ -177,8 +186,9 @@ def prepare(layout: Layout, url: str) -> set[str]:
             f"this plan's ({job.digest[:12]}), or nothing",
             "Choose another store, or delete this one.",
         )
+    _same_compression(url, compression, layout.said)
     if f"{JOB}/ready" in found:
-        return _finished(url, found)
+        return set(_finished(url, found))
     built = layout.build()
     groups = {path: data.decode() for path, data in built.items() if _kind(path, data) == "group"}
     objects = {path: data for path, data in built.items() if path not in groups}
@@ -187,86 +197,139 @@ def prepare(layout: Layout, url: str) -> set[str]:
     _at_once(lambda path: remote.put(remote.join(url, path), objects[path]), objects)
     write_job(job, remote.join(url, JOB))
     remote.put(remote.join(url, JOB, "ready"), b"1")
-    return _finished(url, found)
+    return set(_finished(url, found))
 
 
-def is_committed(url: str, digest: str) -> bool:
-    """Tell whether the store is finished, by a job of this digest."""
-    if not remote.exists(remote.join(url, "zarr.json")):
+def is_committed(url: str, digest: str, compression: str = AUTO) -> bool:
+    """Tell whether the store is finished, by a job of this digest.
+
+    Parameters
+    ----------
+    url
+        The store.
+    digest
+        The job's digest.
+    compression
+        What :attr:`Layout.said` says.
+
+    Raises
+    ------
+    StoreError
+        When it is, in another compression.
+    """
+    try:
+        root = json.loads(remote.get(remote.join(url, "zarr.json")))
+    except remote.MissingError:
         return False
-    root = json.loads(remote.get(remote.join(url, "zarr.json")))
-    return bool(root.get("attributes", {}).get("rasteret_dask", {}).get("digest") == digest)
+    said = root.get("attributes", {}).get("rasteret_dask", {})
+    if said.get("digest") != digest:
+        return False
+    _same_compression(url, said.get("compression", ""), compression)
+    return True
 
 
-def _finished(url: str, found: Mapping[str, int]) -> set[str]:
-    """Return the shards whose objects are all there with the sizes their reports name."""
-    reports = _reports(url, [path for path in found if path.startswith(f"{JOB}/done/")])
-    return {r["shard"] for r in reports if all(found.get(o["path"]) == o["size"] for o in r["objects"])}
+def _same_compression(url: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise StoreError(
+            f"store {url}",
+            f"these chips with compression {found}",
+            f"compression {expected}",
+            "Give to_zarr the store's compression, choose another store, or delete this one.",
+        )
 
 
-def _reports(url: str, paths: Iterable[str]) -> list[dict[str, Any]]:
-    return _at_once(lambda path: json.loads(remote.get(remote.join(url, path))), paths)
+def _finished(url: str, found: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Return the reports of the shards whose objects are all there with the sizes their reports name."""
+    paths = [path for path in found if path.startswith(f"{JOB}/done/")]
+    reports = _at_once(lambda path: json.loads(remote.get(remote.join(url, path))), paths)
+    return {r["shard"]: r for r in reports if all(found.get(o["path"]) == o["size"] for o in r["objects"])}
 
 
 def _at_once(function: Callable[[str], T], paths: Iterable[str]) -> list[T]:
     """Call a function for many small objects, several at the same time: a request waits, it does not work."""
-    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="rasteret-store") as pool:
-        return list(pool.map(function, paths))
+    return list(_requests(os.getpid()).map(function, paths))
+
+
+@lru_cache(maxsize=1)
+def _requests(process: int) -> ThreadPoolExecutor:
+    """Return the threads that wait for the store; a fork has its own."""
+    return ThreadPoolExecutor(REQUESTS, thread_name_prefix="rasteret-store")
 
 
 @lru_cache(maxsize=256)
-def _metadata(url: str, path: str, digest: str) -> bytes:
-    return remote.get(remote.join(url, path, "zarr.json"))
+def _encoding(url: str, path: str, mark: str) -> Encoding:
+    """Return how an array is encoded; ``mark`` tells stores apart that were at the same place in turn."""
+    return Encoding.of(remote.get(remote.join(url, path, "zarr.json")))
 
 
-def write_shard(job: Any, block: tuple[int, int], url: str, joined: dict[str, xr.Dataset]) -> dict[str, Any]:
-    """Encode a shard's chips, put each object once, then the report; return the report."""
+def write_shard(
+    job: Any, block: tuple[int, int], url: str, joined: dict[str, xr.Dataset], mark: str = ""
+) -> dict[str, Any]:
+    """Encode a shard's chips and put each object once, then the report; return the report.
+
+    Parameters
+    ----------
+    job
+        The job, or where it was written.
+    block
+        Number of the split, and of the shard in it.
+    url
+        Where the job was written.
+    joined
+        Source -> its chips.
+    mark
+        Tells stores apart that were at the same place in turn: workers remember how arrays are encoded.
+    """
     opened = job if isinstance(job, Job) else open_job(job.url, job.digest)
-    base = url.removesuffix(f"/{JOB}")
-    shard = opened.shard(*block)
-    remote.put(remote.join(url, "tried", shard.name, uuid.uuid4().hex), b"1")
-    hierarchy = next(h for h in opened.hierarchies if h.number == shard.hierarchy)
-    layout = Layout(opened, (), {})
-    objects: list[dict[str, Any]] = []
-    report: dict[str, Any] = {"shard": shard.name, "chips": shard.stop - shard.start, "objects": objects}
-    for source, dataset in enumerate(joined.values()):
-        group = layout.group(hierarchy, source)
-        for path, data in _encoded(base, group, opened, hierarchy, shard, dataset).items():
-            remote.put(remote.join(base, path), data)
-            objects.append({"path": path, "size": len(data), "crc32c": int(google_crc32c.value(data))})
-        name = opened.sources[source].name
+    base, shard = url.removesuffix(f"/{JOB}"), opened.shard(*block)
+    requests = _requests(os.getpid())
+    tried: Future[Any] = requests.submit(
+        remote.put, remote.join(url, "tried", shard.name, uuid.uuid4().hex), b"1"
+    )
+    # an object is on its way while the next one is encoded
+    objects: list[Future[Any]] = [
+        requests.submit(_put, base, path, pieces)
+        for path, pieces in _encoded(base, opened, shard, joined, mark)
+    ]
+    wait([tried, *objects])  # nothing of this attempt is on its way when the next one begins
+    tried.result()
+    report: dict[str, Any] = {
+        "shard": shard.name,
+        "chips": shard.stop - shard.start,
+        "objects": [put.result() for put in objects],
+    }
+    for name, dataset in joined.items():
         report[f"counts/{name}"] = dataset.attrs.get("counts", {})
         report[f"clipped/{name}"] = dataset.attrs.get("clipped", {})
-    report["attempts"] = len(remote.listing(remote.join(url, "tried", shard.name)))
+        report[f"unreadable/{name}"] = dataset.attrs.get("unreadable", [])
     remote.put(remote.join(url, "done", f"{shard.name}.json"), json.dumps(report).encode())
     return report
 
 
 def _encoded(
-    base: str, group: str, job: Job, h: Hierarchy, shard: Shard, dataset: xr.Dataset
-) -> dict[str, bytes]:
-    """Return the Zarr objects of one source of one shard: path -> bytes."""
-    first, last = shard.start - h.start, shard.stop - h.start
-    result: dict[str, bytes] = {}
-    for name in ("pixels", "valid", "valid_fraction", "datetime", "source"):
-        if name not in dataset.variables:
-            continue
-        values = dataset[name].values
-        if name == "datetime":
-            values = values.astype("datetime64[us]").astype(np.int64)
-        path = f"{group}/{name}" if group else name
-        for key, data in _encode(_metadata(base, path, job.digest), first, last, values).items():
-            result[f"{path}/{key}"] = data
-    return result
+    base: str, job: Job, shard: Shard, joined: Mapping[str, xr.Dataset], mark: str
+) -> Iterator[tuple[str, list[Piece]]]:
+    """Yield the Zarr objects of a shard: path and pieces; what is fill throughout is left out."""
+    hierarchy = next(h for h in job.hierarchies if h.number == shard.hierarchy)
+    layout, number = Layout(job, (), {}), f"c/{shard.number}"
+    for source, dataset in enumerate(joined.values()):
+        group = layout.group(hierarchy, source)
+        for name in ("pixels", "valid", "valid_fraction", "datetime", "source"):
+            if name not in dataset.variables:
+                continue
+            values = dataset[name].values
+            if name == "datetime":
+                values = values.astype("datetime64[us]").astype(np.int64)
+            path = f"{group}/{name}" if group else name
+            pieces = _encoding(base, path, f"{job.digest} {mark}").encode(values)
+            if pieces:
+                yield "/".join((path, number, *["0"] * (values.ndim - 1))), pieces
 
 
-def _encode(metadata: bytes, first: int, last: int, values: NDArray[Any]) -> dict[str, bytes]:
-    store = MemoryStore({"zarr.json": default_buffer_prototype().buffer.from_bytes(metadata)})
-    array = zarr.open_array(store, mode="r+")
-    array[first:last] = values
-    if not any(k != "zarr.json" for k in store._store_dict):  # all fill: zarr leaves such chunks out
-        return {}
-    return {k: v.to_bytes() for k, v in store._store_dict.items() if k != "zarr.json"}
+def _put(base: str, path: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Put an object without joining its pieces; return what the report says of it."""
+    remote.put(remote.join(base, path), pieces)
+    return {"path": path, "size": sum(map(len, pieces)), "crc32c": crc32c(pieces)}
 
 
 def commit(url: str, job: Job) -> None:
@@ -276,53 +339,88 @@ def commit(url: str, job: Job) -> None:
     ------
     JobError
         When a shard has no report.
+
+    Warns
+    -----
+    UnreadableTilesWarning
+        When tiles could not be read and their pixels are invalid, as ``on_error="mask"`` allows.
     """
     found = remote.listing(url)
-    done = _finished(url, found)
-    missing = [s.name for s in job.shards() if s.name not in done]
+    reports = _finished(url, found)
+    missing = [s.name for s in job.shards() if s.name not in reports]
     if missing:
         raise JobError(
             f"store {url}", f"{len(missing)} shards missing: {', '.join(missing[:10])}", "all shards"
         )
-    reports = _reports(url, [f"{JOB}/done/{s.name}.json" for s in job.shards()])
-    remote.put(remote.join(url, "manifest.parquet"), _parquet(_manifest(job, reports)))
+    tries = Counter(path.split("/")[2] for path in found if path.startswith(f"{JOB}/tried/"))
+    manifest = _manifest(job, reports, tries)
+    remote.put(remote.join(url, "manifest.parquet"), _parquet(manifest))
     groups = json.loads(remote.get(remote.join(url, JOB, GROUPS)))
     for path in sorted(groups, key=lambda p: -p.count("/")):  # deepest first, "zarr.json" last
         remote.put(remote.join(url, path), groups[path].encode())
+    _warn_of_masked(url, manifest)
+
+
+def _warn_of_masked(url: str, manifest: pa.Table) -> None:
+    lists = [json.loads(text) for text in manifest["unreadable_tiles"].to_pylist()]
+    tiles = [tile for own in lists for tile in own]
+    if tiles:
+        more = f"\nand {len(tiles) - MAX_NAMED} more" if len(tiles) > MAX_NAMED else ""
+        warnings.warn(
+            f"store {url}: {len(tiles)} tiles of {sum(map(bool, lists))} of {len(lists)} shards could not be read; "
+            "their pixels are invalid. All are listed in manifest.parquet, column unreadable_tiles:\n"
+            + "\n".join(tiles[:MAX_NAMED]) + more,
+            UnreadableTilesWarning,
+            stacklevel=2,
+        )  # fmt: skip
 
 
 def _kind(path: str, data: bytes) -> str:
     return str(json.loads(data)["node_type"]) if path.endswith("zarr.json") else "chunk"
 
 
-def _manifest(job: Job, reports: list[dict[str, Any]]) -> pa.Table:
+def _manifest(job: Job, reports: Mapping[str, dict[str, Any]], tries: Mapping[str, int]) -> pa.Table:
+    """Return one row a shard; counts are sums over its sources."""
     rows = []
-    for shard, report in zip(job.shards(), reports, strict=True):
+    for shard in job.shards():
+        report = reports[shard.name]
+        counts: Counter[str] = Counter()
+        for own in _of(report, "counts").values():
+            counts.update(own)
         clipped = {
-            f"{k[8:]}/{b}": n
-            for k, v in report.items()
-            if k.startswith("clipped/")
-            for b, n in v.items()
+            f"{name}/{band}": n
+            for name, own in _of(report, "clipped").items()
+            for band, n in own.items()
             if n
         }
-        fallback = sum(v.get("gdal_fallback", 0) for k, v in report.items() if k.startswith("counts/"))
-        tiles = sum(v.get("tiles_read", 0) for k, v in report.items() if k.startswith("counts/"))
+        unreadable = [tile for own in _of(report, "unreadable").values() for tile in own]
         rows.append(
             {
                 "shard": shard.name,
                 "split": shard.split,
                 "number": shard.number,
                 "chips": report["chips"],
-                "attempts": report["attempts"],
+                "attempts": tries[shard.name],
                 "bytes": sum(o["size"] for o in report["objects"]),
                 "objects": [{k: o[k] for k in ("path", "size", "crc32c")} for o in report["objects"]],
-                "tiles_read": tiles,
-                "gdal_fallback": fallback,
+                "requests": counts["requests"],
+                "bytes_fetched": counts["bytes_fetched"],
+                "tiles_read": counts["tiles_read"],
+                "gdal_fallback": counts["gdal_fallback"],
                 "clipped": json.dumps(clipped),
+                "unreadable": len(unreadable),
+                "unreadable_tiles": json.dumps(unreadable),
                 "key": job.keys[shard.name],
             }
         )
     return pa.Table.from_pylist(rows)
+
+
+def _of(report: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return what a report says of each source: source -> value."""
+    return {
+        key.removeprefix(f"{kind}/"): value for key, value in report.items() if key.startswith(f"{kind}/")
+    }
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import RangeServer, serving
 
 import rasteret_dask as rd
 from rasteret_dask.world import World, WorldSize, make_world
@@ -101,3 +102,10 @@ def serve() -> Iterator[Callable[[Path], tuple[str, list[tuple[str, str | None]]
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RangeServer]:
+    """Return a range server of the test's own folder, which notes requests and deals faults."""
+    with serving(tmp_path) as running:
+        yield running

@@ -14,6 +14,7 @@ import shapely
 from made_records import boxes, collection, fed_by, ids, project, record
 
 import rasteret_dask as rd
+from rasteret_dask import laying
 from rasteret_dask.chiptable import FeedTable
 from rasteret_dask.scan import hash_unit
 
@@ -215,3 +216,30 @@ def test_the_feed_column_comes_apart_and_together() -> None:
     own = FeedTable.of(part)
     assert np.bincount(own.chip).tolist() == [len(f) for f in part.column("feeds").to_pylist()]
     assert own.to_arrow().to_pylist() == part.column("feeds").to_pylist()
+
+
+@pytest.mark.parametrize("time", [None, "1MS"])
+@pytest.mark.parametrize("size", [32, 48])
+def test_windows_are_looked_at_in_batches_without_a_trace(
+    monkeypatch: pytest.MonkeyPatch, time: str | None, size: int
+) -> None:
+    def planned() -> tuple[Any, dict[str, int]]:
+        rows = [
+            record(
+                f"{name}{i}", west=500_000.0 + 1700 * i, when=f"2024-04-{10 + i % 2}T10:0{i}:00", tile=str(i)
+            )
+            for name in "ab"
+            for i in range(4)
+        ]
+        own = [
+            collection(n, *(r for r in rows if r["id"][0] == n)).harmonize(["red"], time=time) for n in "ab"
+        ]
+        chips = rd.join(a=own[0], b=own[1]).chips(size, cell_km=1.28, min_coverage=0.7)
+        return chips.table, dict(chips.planned.dropped)
+
+    whole, lost = planned()
+    monkeypatch.setattr(laying, "BATCH", 13)
+    parts, lost_in_parts = planned()
+    assert len(whole) > 5 * 13
+    assert parts.equals(whole)
+    assert lost_in_parts == lost

@@ -77,7 +77,8 @@ def test_shares_are_those_of_shapely(cut: float, x: float, y: float, epsg: int, 
     shares[got.outline] = got.share
     np.testing.assert_allclose(shares, expected, atol=1e-9)
     together = shapely.union_all([outline_of(r) for r in rows]).intersection(chip).area / chip.area
-    assert union_cover(windows, found, 0, np.arange(len(rows))) == pytest.approx(together, abs=1e-9)
+    numbers = np.arange(len(rows))[None]
+    assert union_cover(windows, found, np.array([0]), numbers) == pytest.approx([together], abs=1e-9)
 
 
 def test_records_of_one_footprint_and_raster_share_an_outline() -> None:

@@ -21,7 +21,7 @@ from shapely import Polygon, box
 from shapely.geometry import mapping
 
 import rasteret_dask as rd
-from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.errors import GridError, PlanError, ReadError
 from rasteret_dask.world import World
 
 Array = NDArray[Any]
@@ -425,6 +425,17 @@ def test_empty_slots_are_invalid_throughout(s2: rd.Collection, small_world: Worl
     assert np.isnan(cube.values[1]).all()
     assert cube["source"].values.tolist()[1] == ""
     assert np.isnat(cube["datetime"].values[1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_cube_of_missing_files_is_an_error(tmp_path: Path) -> None:
+    """Not nodata, as stackstac would have it."""
+    pixels = {"red": np.ones((64, 64), np.uint16)}
+    item = scene(tmp_path, "gone", NOON, pixels, Affine(10, 0, X0, 0, -10, Y0))
+    cube = rd.build_from_stac([item], name="gone").harmonize(bands=["red"], units="raw").cube()
+    Path(item["assets"]["red"]["href"]).unlink()
+    with pytest.raises(ReadError, match=r"asset 'red' of record 'gone' .*gone_red\.tif"):
+        cube.compute()
 
 
 def test_bounds_without_records_are_told(s2: rd.Collection, small_world: World) -> None:

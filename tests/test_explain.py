@@ -11,6 +11,9 @@ from made_records import collection, record
 import rasteret_dask as rd
 from rasteret_dask import explain as module
 from rasteret_dask import pixels
+from rasteret_dask.explain import explain
+from rasteret_dask.job import freeze
+from rasteret_dask.shards import outputs_of
 from rasteret_dask.world import World, WorldSize, make_world
 
 pytestmark = [
@@ -80,11 +83,23 @@ def test_requests_of_few_shards_are_counted_and_of_many_estimated(monkeypatch: p
     assert exact["requests_counted_on_shards"] == exact["shards"] > 8
     assert "(estimated)" not in str(exact)
     assert exact["read_bytes"] == 1000 * exact["requests"]
+    tiles = 2 * 16 * 16  # of each of the three bands, as far as chips reach
+    assert exact["requests"] <= 3 * tiles < exact["requests_by_shard"]
     monkeypatch.setattr(module, "EXACT_SHARDS", 5)
     rough = chips.explain()
     assert rough["requests_counted_on_shards"] == 5
     assert "(estimated)" in str(rough)
-    assert rough["requests"] == pytest.approx(exact["requests"], rel=0.3)
+    for figure in ("requests", "requests_by_shard", "read_bytes"):
+        assert rough[figure] == pytest.approx(exact[figure], rel=0.3)
+    assert rough["requests"] < rough["requests_by_shard"]
+
+
+def test_shards_of_whole_tiles_share_none() -> None:
+    chips = collection("s2", record("a", px=(512, 512))).harmonize(["red"]).chips(32, grid="tiles")
+    said = explain(chips.planned, job := freeze(chips.planned, 40 * 32 * 32 * 4), outputs_of(job, {}))
+    assert said["chips_per_shard"] == 32
+    assert said["requests"] == said["requests_by_shard"] == 16
+    assert "no two shards share one" in str(said)
 
 
 def test_all_that_is_dropped_is_told_with_its_reason() -> None:
@@ -135,15 +150,16 @@ def tiles_read(chips: rd.Chips) -> int:
 @pytest.mark.parametrize("grid", ["zone", "tiles"])
 @pytest.mark.parametrize("time", [None, "1MS"])
 def test_requests_are_the_tiles_that_are_read(world: World, grid: str, time: str | None) -> None:
-    """One granule, so no invalid pixel is filled from another record."""
+    """One granule, so no invalid pixel is filled from another record; a process may share tiles between shards."""
     own = rd.build_from_stac(str(world.sentinel2), name="s2", date_range=world.date_range)
     tile = own.to_table().column("tile").to_pylist()[0]
     harmonized = own.where(tile=tile).harmonize(["red", "nir"], mask="clouds", time=time)
     chips = harmonized.chips(32, grid=grid, **CELLS)
-    assert chips.explain()["requests"] == tiles_read(chips) > 0
+    said = chips.explain()
+    assert 0 < said["requests"] <= tiles_read(chips) <= said["requests_by_shard"]
 
 
 def test_requests_are_at_most_what_filling_may_need(world: World) -> None:
     own = rd.build_from_stac(str(world.sentinel2), name="s2", date_range=world.date_range)
     chips = own.harmonize(["red"], time="1MS").chips(32, **CELLS)
-    assert tiles_read(chips) <= chips.explain()["requests"]
+    assert tiles_read(chips) <= chips.explain()["requests_by_shard"]

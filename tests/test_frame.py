@@ -30,6 +30,11 @@ def untimed(chips: rd.Chips) -> list[str]:
     return [c.rsplit("_", 1)[0] for c in ids(chips)]
 
 
+def cells_of(chips: rd.Chips) -> list[str]:
+    """Each cell's id once, in the order of chips."""
+    return list(dict.fromkeys(untimed(chips)))
+
+
 def check_lattice(chips: rd.Chips, size: int, pixel: float, stride: int, cell_km: float) -> None:
     """Every row's cell, bounds and id are those of the zone's lattice, moved by less than a pixel."""
     for row in rows_of(chips):
@@ -241,6 +246,55 @@ def test_points_that_are_no_degrees_are_refused() -> None:
             _ = collection("s2", record("a")).chips(32, at=at).table
     with pytest.raises(rd.GridError, match="89"):
         _ = collection("s2", record("a")).chips(32, at=[(15.0, 89.0)]).table
+
+
+# Order
+
+
+def test_the_order_depends_on_the_chips_alone() -> None:
+    rows = [
+        record(f"a{i}", west=500_000.0 + 2000 * i, when=f"2024-04-{10 + i % 3}T10:00:00", tile=str(i))
+        for i in range(5)
+    ]
+    more = [record("b", west=505_000.0, north=5_397_000.0), record("c", epsg=32632, west=700_000.0)]
+    whole = cells_of(collection("s2", *rows, *more).chips(32, **CELLS))
+    part = cells_of(collection("s2", *rows[::-1]).chips(32, **CELLS))
+    assert len(part) < len(whole)
+    assert part == [i for i in whole if i in set(part)]
+    split = collection("s2", *rows).chips(32, **CELLS).split(seed=1)
+    train = cells_of(split.select("train"))
+    assert train == [i for i in part if i in set(train)]
+
+
+@pytest.mark.parametrize(("west", "north"), [(300_000.0, 5_400_000.0), (399_960.0, 5_340_000.0)])
+def test_neighbours_follow_each_other(west: float, north: float) -> None:
+    """Of a scene of 1024-px tiles, few are met again that none of the last shards needed."""
+    own = collection("s2", record("a", west=west, north=north, px=(10_980, 10_980), tile_px=1024))
+    bounds = np.stack([own.chips(256).table.column(n).to_numpy() for n in ("xmin", "ymin", "xmax", "ymax")])
+    left, bottom = np.floor((bounds[:2].T - [west, north] + [0.5, 0.5]) / 10_240).T.astype(int)
+    right, top = np.floor((bounds[2:].T - [west, north] - [0.5, 0.5]) / 10_240).T.astype(int)
+    shards = [
+        {t for i in range(first, min(first + 38, len(left))) for t in itertools.product(
+            range(left[i], right[i] + 1), range(bottom[i], top[i] + 1)
+        )}
+        for first in range(0, len(left), 38)
+    ]  # fmt: skip
+    tiles = len(set().union(*shards))
+    fetched = [len(s - set().union(*shards[max(i - 5, 0) : i])) for i, s in enumerate(shards)]
+    assert sum(fetched) <= 1.17 * tiles
+    assert sum(len(s) for s in shards) <= 2.9 * tiles
+
+
+def test_outlines_are_what_shapely_writes() -> None:
+    chips = collection("s2", record("a"), record("b", epsg=32733, north=7_700_000.0)).chips(64, **CELLS)
+    shapes = boxes(chips)
+    wanted = [
+        shapely.Polygon(np.asarray(project(shape, epsg, 4326).exterior.coords)[[2, 3, 0, 1]])
+        for shape, epsg in zip(shapes, chips.table.column("epsg").to_pylist(), strict=True)
+    ]
+    found = chips.table.column("geometry").to_pylist()
+    assert shapely.equals_exact(shapely.from_wkb(found), wanted, 1e-12, normalize=True).all()
+    assert found == shapely.to_wkb(shapely.from_wkb(found)).tolist()
 
 
 # grid="tiles"

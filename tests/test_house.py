@@ -21,9 +21,10 @@ PACKAGE = ROOT / "rasteret_dask"
 ORDER = [
     "_version", "errors", "grid", "bands", "remote", "trust", "records", "geoparquet", "headerpage", "tiffheader",
     "gdalheader", "headers", "layers", "describe", "sources", "stac", "tables", "functions", "plan",
-    "scan", "timing", "optimize", "resolve", "harmonize", "coverage", "frame", "feeds", "chiptable", "chips", "splits",
-    "steps", "readplan", "rasterfile", "warp",
-    "reader", "cube", "job", "pixels", "shards", "write", "run", "lazy", "outputs", "explain", "audit",
+    "scan", "timing", "optimize", "resolve", "harmonize", "coverage", "chiptable", "frame", "feeds", "laying",
+    "chips", "splits", "steps", "readplan", "sharing", "ranges", "tilecodec", "rasterfile", "warp", "placing",
+    "tilefile", "reader", "plainhref", "cogreader", "cube", "job", "cuts", "picking", "pixels", "shards", "encode",
+    "write", "run", "lazy", "outputs", "explain", "audit",
     "pictures", "plot", "areas", "chipset", "collection", "build", "world", "__init__", "demo_checks", "demo", "cli",
 ]
 # fmt: on

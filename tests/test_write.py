@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import geopandas
 import google_crc32c
@@ -15,14 +18,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+import tifffile
 import xarray as xr
 import zarr
 from affine import Affine
+from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 import rasteret_dask as rd
-from rasteret_dask.errors import JobError, StoreError
+from rasteret_dask.encode import Compression, codec_of
+from rasteret_dask.errors import JobError, PlanError, StoreError, UnreadableTilesWarning
 from rasteret_dask.job import freeze
-from rasteret_dask.run import delayed_zarr, run_zarr
+from rasteret_dask.run import _place, delayed_zarr, run_zarr
+from rasteret_dask.shards import lower
 from rasteret_dask.world import World
 from rasteret_dask.write import Layout, commit, prepare
 
@@ -437,3 +444,148 @@ def test_a_file_is_no_store(plain: rd.Chips, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="a file"):
         plain.to_zarr(place)
     assert place.read_text() == "mine"
+
+
+# Bytes
+
+
+def test_a_shard_is_few_objects_each_put_once(single: Path, plain: rd.Chips) -> None:
+    """Each variable, a mark that the shard was begun, a report: nothing is listed or asked for on the way."""
+    shards = len(list(layout_of(plain).job.shards()))
+    for name in ("pixels", "valid", "valid_fraction", "datetime", "source"):
+        assert len([p for p in (single / name / "c").rglob("*") if p.is_file()]) == shards
+    assert set(tries(single).values()) == {1}
+    assert len(list((single / "_job" / "done").iterdir())) == shards
+
+
+CODECS: list[Compression] = [
+    None, ZstdCodec(level=3), GzipCodec(level=1), BloscCodec(cname="zstd", clevel=1), "auto"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("compression", CODECS)
+def test_every_compression_holds_the_same_chips(
+    plain: rd.Chips, single: Path, compression: Compression
+) -> None:
+    """One place for all of them, too: what a worker remembers of an earlier store there must not count."""
+    store = Path(tempfile.gettempdir()) / f"rasteret-dask-test-{os.getpid()}.zarr"
+    shutil.rmtree(store, ignore_errors=True)
+    try:
+        write(replace(layout_of(plain), compression=compression), store)
+        xr.testing.assert_equal(xr.open_zarr(store).load(), xr.open_zarr(single).load())
+        expected = codec_of(compression, "uint16")
+        found = zarr.open_array(store / "pixels", mode="r").compressors
+        assert [type(codec) for codec in found] == ([] if expected is None else [type(expected)])
+    finally:
+        shutil.rmtree(store)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_compression_is_refused_not_mixed(plain: rd.Chips, tmp_path: Path, finished: bool) -> None:
+    store = tmp_path / "x.zarr"
+    if finished:
+        plain.to_zarr(store, progress=False, compression=ZstdCodec(level=1))
+    else:
+        prepare(replace(plain._layout, compression=ZstdCodec(level=1)), str(store))
+    before = stamps(store)
+    for other in ("auto", None, ZstdCodec(level=2)):
+        with pytest.raises(StoreError, match=r"these chips with compression .*zstd.*expected compression"):
+            plain.to_zarr(store, progress=False, compression=other)
+    assert stamps(store) == before
+    plain.to_zarr(store, progress=False, compression=ZstdCodec(level=1))
+    assert xr.open_zarr(store).sizes["chip"] == len(plain)
+
+
+def test_the_same_shard_is_the_same_bytes(plain: rd.Chips, single: Path, tmp_path: Path) -> None:
+    """Whichever thread was first."""
+    write(layout_of(plain), tmp_path / "x.zarr")
+    for path in single.rglob("c/**/*"):
+        if path.is_file():
+            assert (tmp_path / "x.zarr" / path.relative_to(single)).read_bytes() == path.read_bytes()
+
+
+# Tiles that cannot be read
+
+
+@pytest.fixture(scope="module")
+def spoilt(small_world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[rd.Chips, Path]:
+    """Return chips of a copy of the world, and the file of which one tile is no longer what it was."""
+    folder = tmp_path_factory.mktemp("spoilt") / "s2"
+    shutil.copytree(small_world.sentinel2.parent, folder)
+    s2 = rd.build_from_stac(folder / "collection.json", name="s2")
+    path = sorted(folder.rglob("B04.tif"))[3]
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        offset, length = page.dataoffsets[1], page.databytecounts[1]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + length] = bytes(length)
+    path.write_bytes(data)
+    return s2.harmonize(bands=["red", "nir"], units="raw").chips(size=32, cell_km=0.96), path
+
+
+def test_a_masked_tile_is_counted_listed_and_told(spoilt: tuple[rd.Chips, Path], tmp_path: Path) -> None:
+    """What failed is finished by a rerun that masks; only the tile's own pixels are invalid."""
+    chips, path = spoilt
+    store, layout = tmp_path / "x.zarr", layout_of(chips)
+    with pytest.raises(JobError, match=path.parent.name):
+        run_zarr(layout, str(store), {}, None, progress=False)
+    done = {p.stem for p in (store / "_job" / "done").iterdir()}
+    with pytest.warns(UnreadableTilesWarning) as caught:
+        run_zarr(layout, str(store), {}, None, progress=False, on_error="mask")
+    manifest = pq.read_table(store / "manifest.parquet").to_pylist()
+    assert all(row["attempts"] == 1 for row in manifest if row["shard"] in done)
+    lists = {row["shard"]: json.loads(row["unreadable_tiles"]) for row in manifest}
+    assert [row["unreadable"] for row in manifest] == [len(own) for own in lists.values()]
+    hit = {shard for shard, own in lists.items() if own}
+    assert hit
+    assert not hit & done
+    assert all(path.parent.name in line for own in lists.values() for line in own)
+    (warning,) = caught
+    told = str(warning.message)
+    count = sum(len(own) for own in lists.values())
+    assert f"{count} tiles of {len(hit)} of {len(lists)} shards" in told
+    assert "manifest.parquet" in told
+    assert next(own[0] for own in lists.values() if own) in told
+
+    found = xr.open_zarr(store, mask_and_scale=False).load()
+    whole = rd.build_from_stac(path.parents[1] / "collection.json", name="s2")
+    nir = whole.harmonize(bands=["nir"], units="raw").chips(size=32, cell_km=0.96).to_xarray()
+    assert isinstance(nir, xr.Dataset)
+    np.testing.assert_array_equal(found["pixels"].values[:, :, 1:], nir["pixels"].values)
+    lost = ~found["valid"].values & nir["valid"].values
+    assert 0 < lost.sum() < lost.size // 2
+    assert (found["pixels"].values[:, :, 0][lost] == 0).all()
+    assert (found["pixels"].values[:, :, 0][found["valid"].values] != 0).all()
+
+
+def test_lazy_chips_warn_of_masked_tiles(spoilt: tuple[rd.Chips, Path]) -> None:
+    chips, path = spoilt
+    masked, strict = chips.to_xarray(on_error="mask"), chips.to_xarray()
+    assert isinstance(masked, xr.Dataset)
+    assert isinstance(strict, xr.Dataset)
+    assert masked["pixels"].data.name != strict["pixels"].data.name
+    with pytest.warns(UnreadableTilesWarning, match=path.parent.name):
+        found = masked.compute(scheduler="sync")
+    assert not found["valid"].values.all()
+    with pytest.raises(rd.ReadError, match=path.parent.name):
+        strict.compute(scheduler="sync")
+
+
+def test_tasks_that_mask_have_names_of_their_own(spoilt: tuple[rd.Chips, Path]) -> None:
+    job = spoilt[0].job
+    strict, masked = lower(job, {}), lower(job, {}, on_error="mask")
+    shared = set(strict.graph.layers) & set(masked.graph.layers)
+    assert {name.split("-")[0] for name in shared} == {"job"}
+    assert _place(spoilt[0]._layout, "x", "raise") != _place(spoilt[0]._layout, "x", "mask")
+
+
+@pytest.mark.parametrize("given", ["ignore", "", None])
+def test_on_error_is_checked_at_the_door(plain: rd.Chips, tmp_path: Path, given: Any) -> None:
+    with pytest.raises(PlanError, match="'raise' or 'mask'"):
+        plain.to_zarr(tmp_path / "x.zarr", on_error=given)
+    with pytest.raises(PlanError, match="'raise' or 'mask'"):
+        plain.to_xarray(on_error=given)
+    with pytest.raises(PlanError, match="compression="):
+        plain.to_zarr(tmp_path / "x.zarr", compression="fast")
+    assert not (tmp_path / "x.zarr").exists()

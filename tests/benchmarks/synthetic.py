@@ -14,31 +14,55 @@ from rasteret_dask.records import RECORD_SCHEMA
 SIDE_PX = 10980
 TILE_PX = 1024
 
+STEP_M = 99_960.0
+"""From one granule to the next; granules are 109.8 km wide, so they overlap."""
+
+COLUMNS = 5
+"""Granules side by side in a zone: at 45 N they reach a little into both neighbours, as the real ones do."""
+
+BANDS = ("B02", "B03", "B04", "B08")
+
 
 def sentinel2_records(
-    tiles: int, dates: int, bands: tuple[str, ...] = ("B02", "B03", "B04", "B08")
+    tiles: int, dates: int, zones: int = 2, days: int = 365, side_px: int = SIDE_PX
 ) -> pa.Table:
-    """Return ``tiles`` x ``dates`` records of full-size Sentinel-2 scenes in zones 32 and 33, overviews and all."""
+    """Return scenes of ``tiles`` Sentinel-2 granules on ``dates`` days, four bands, overviews and all.
+
+    Parameters
+    ----------
+    tiles
+        Granules over all zones, in blocks of :data:`COLUMNS` columns south of 52 N.
+    dates
+        Acquisitions of each granule, evenly over ``days`` from 2024-01-01. All granules of a zone that are seen on
+        one day are one datatake.
+    zones
+        UTM zones side by side, from 32 on.
+    side_px
+        Side of a granule in pixels of 10 m.
+    """
     rng = np.random.default_rng(1)
-    side = int(np.ceil(np.sqrt(tiles / 2)))
-    places = [(zone, i, j) for zone in (32, 33) for i in range(side) for j in range(side)][:tiles]
-    rows = []
-    for zone, i, j in places:
-        x0, y0 = 300000.0 + i * 99960.0, 5700000.0 - j * 99960.0
-        rows += [_record(zone, x0, y0, i * side + j, day, bands, rng) for day in range(dates)]
-    return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)
+    per_zone = -(-tiles // zones)
+    places = [(32 + z, i % COLUMNS, i // COLUMNS) for z in range(zones) for i in range(per_zone)][:tiles]
+    return pa.concat_tables(
+        pa.Table.from_pylist(
+            [_record(*place, n, day * days / dates, side_px, rng) for day in range(dates)],
+            schema=RECORD_SCHEMA,
+        )
+        for n, place in enumerate(places)
+    )
 
 
 def _record(
-    zone: int, x0: float, y0: float, tile: int, day: int, bands: tuple[str, ...], rng: np.random.Generator
+    zone: int, col: int, row: int, tile: int, day: float, side_px: int, rng: np.random.Generator
 ) -> dict[str, object]:
-    extent = SIDE_PX * 10.0
-    swath = float(rng.integers(0, 3)) * 8000.0  # some scenes end inside their tile
+    x0, y0 = 250_020.0 + col * STEP_M, 5_760_000.0 - row * STEP_M
+    extent = side_px * 10.0
+    swath = float(rng.integers(0, 3)) * 0.07 * extent  # some scenes end inside their tile
     x = np.array([x0, x0 + extent - swath, x0 + extent - swath, x0])
     y = np.array([y0, y0, y0 - extent, y0 - extent])
     lon, lat = transformer(32600 + zone, 4326).transform(x, y)
-    when = dt.datetime(2024, 1, 1, 10, tzinfo=dt.UTC) + dt.timedelta(days=day * 365 / 40, seconds=tile)
-    record = f"S2_{zone}_{tile}_{day}"
+    when = dt.datetime(2024, 1, 1, 10, tzinfo=dt.UTC) + dt.timedelta(days=day, seconds=15 * row + zone)
+    record = f"S2A_{zone}_{tile:04d}_{when:%Y%m%d}_0_L2A"
     box = [float(min(lon)), float(min(lat)), float(max(lon)), float(max(lat))]
     return {
         "id": record,
@@ -50,10 +74,10 @@ def _record(
         "proj:epsg": 32600 + zone,
         "eo:cloud_cover": float(rng.integers(0, 100)),
         "platform": "sentinel-2a",
-        "datatake": f"GS2A_{when:%Y%m%dT%H%M%S}_{zone}_{tile}",
+        "datatake": f"GS2A_{when:%Y%m%d}_{zone}",
         "tile": f"MGRS-{zone}{tile}",
-        "assets": [(b, _asset(record, b)) for b in bands],
-        "headers_metadata": [(b, _levels(x0, y0, rng)) for b in bands],
+        "assets": [(b, _asset(record, b)) for b in BANDS],
+        "headers_metadata": [(b, _levels(x0, y0, side_px, rng)) for b in BANDS],
     }
 
 
@@ -65,10 +89,10 @@ def _asset(record: str, band: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _levels(x0: float, y0: float, rng: np.random.Generator) -> list[dict[str, object]]:
+def _levels(x0: float, y0: float, side_px: int, rng: np.random.Generator) -> list[dict[str, object]]:
     levels = []
     for n in range(5):
-        size, pixel = -(-SIDE_PX // 2**n), 10.0 * SIDE_PX / -(-SIDE_PX // 2**n)
+        size, pixel = -(-side_px // 2**n), 10.0 * side_px / -(-side_px // 2**n)
         count = (-(-size // TILE_PX)) ** 2
         sizes = rng.integers(900_000, 1_600_000, count)
         levels.append(

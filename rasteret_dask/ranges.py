@@ -1,0 +1,307 @@
+"""Ranges of files: neighbours put together, fetched by a bounded number of threads, held against the record."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from queue import LifoQueue
+from threading import Condition
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+from dask.system import CPU_COUNT
+from numpy.typing import NDArray
+
+from rasteret_dask import remote
+from rasteret_dask.errors import ReadError
+from rasteret_dask.records import Asset
+
+T = TypeVar("T")
+
+__all__ = [
+    "BUDGET",
+    "PACE",
+    "SCRATCH",
+    "ByteBudget",
+    "Part",
+    "Span",
+    "check",
+    "coalesced",
+    "fetch",
+    "host_of",
+    "pool",
+    "subject",
+    "workers",
+]
+
+GAP_BYTES = 32 * 1024
+"""Bytes between two ranges that are rather read than asked for apart."""
+
+SPAN_BYTES = 2 * 2**20
+"""Of one request, at most, where it is for several tiles."""
+
+HOST_REQUESTS = 32
+"""Requests that a process has under way at one host."""
+
+_SCRATCH_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[T]):
+    """The bytes of one thing in a file."""
+
+    start: int
+    length: int
+    what: T
+
+    @property
+    def stop(self) -> int:
+        """The first byte after it."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Span(Generic[T]):
+    """Neighbouring parts that one request brings."""
+
+    start: int
+    length: int
+    parts: tuple[Part[T], ...]
+
+
+def coalesced(parts: Sequence[Part[T]], gap: int = GAP_BYTES, most: int = SPAN_BYTES) -> Iterator[Span[T]]:
+    """Put parts together that lie at most ``gap`` bytes apart, up to ``most`` bytes a request."""
+    run: list[Part[T]] = []
+    stop = 0
+    for part in sorted(parts, key=lambda p: (p.start, p.length)):
+        if run and (part.start - stop > gap or max(stop, part.stop) - run[0].start > most):
+            yield Span(run[0].start, stop - run[0].start, tuple(run))
+            run = []
+        stop = max(stop, part.stop) if run else part.stop
+        run.append(part)
+    if run:
+        yield Span(run[0].start, stop - run[0].start, tuple(run))
+
+
+class ByteBudget:
+    """Bytes that all threads of a process together may hold for reads under way; who asks for more waits.
+
+    Parameters
+    ----------
+    nbytes
+        The budget. One demand above it is let in alone, so that nothing waits for ever.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._free = nbytes
+        self._changed = Condition()
+
+    @contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        """Hold some of the budget for the length of a block."""
+        share = min(nbytes, self.nbytes)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= share)
+            self._free -= share
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += share
+                self._changed.notify_all()
+
+
+BUDGET = ByteBudget(96 * 2**20)
+"""The process's budget for bytes fetched and tiles being decoded."""
+
+
+@cache
+def pool(host: str) -> ThreadPoolExecutor:
+    """Return the process's threads for one host ("" for local files); see :func:`host_of`."""
+    threads = HOST_REQUESTS if host else 2 * CPU_COUNT
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"rasteret-read-{host or 'local'}")
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """Return the process's threads for work on pixels: one a core."""
+    return ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="rasteret-work")
+
+
+def host_of(href: str) -> str:
+    """Return where an href's bytes come from: scheme and host, or "" for local files."""
+    if remote.is_local(href):
+        return ""
+    parts = urlsplit(href)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+class Pace:
+    """Holds new requests back while enough bodies are there to be decoded: more would only fill memory.
+
+    Parameters
+    ----------
+    most
+        Bodies fetched and not yet done with, from which on nobody starts.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._here = 0
+        self._changed = Condition()
+
+    def wait(self) -> None:
+        """Wait for a moment to start a request."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._here < self.most)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Say that a body is there, for the length of a block."""
+        with self._changed:
+            self._here += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._here -= 1
+                self._changed.notify(2)
+
+
+PACE = Pace(3 * CPU_COUNT)
+"""The process's."""
+
+
+class _Scratch:
+    """Memory to decode into, a piece a core: who decodes waits for one."""
+
+    def __init__(self) -> None:
+        self._free: LifoQueue[NDArray[np.uint8]] = LifoQueue()
+        for _ in range(CPU_COUNT):
+            self._free.put(np.empty(0, np.uint8))
+
+    @contextmanager
+    def take(self, nbytes: int) -> Iterator[NDArray[np.uint8]]:
+        """Hold a piece of at least ``nbytes``."""
+        memory = self._free.get()
+        try:
+            if len(memory) < nbytes:
+                memory = np.empty(nbytes, np.uint8)
+            yield memory
+        finally:
+            self._free.put(memory if len(memory) <= _SCRATCH_BYTES else np.empty(0, np.uint8))
+
+
+SCRATCH = _Scratch()
+"""The process's."""
+
+
+def fetch(asset: Asset, start: int, length: int) -> Any:
+    """Return a range of an asset's file as a buffer, after a look whether it is the file that was indexed.
+
+    Parameters
+    ----------
+    asset
+        Names the file, with the size and ETag it had when its header was read.
+    start, length
+        The range, bytes.
+
+    Raises
+    ------
+    ReadError
+        When the store refuses, the file has changed, or the range is not all there.
+    """
+    doing = subject(asset, f"reading bytes {start}-{start + length - 1}")
+    if asset.size is not None and start + length > asset.size:
+        raise ReadError(doing, f"a file of {asset.size} bytes", "a range inside of it", _ANEW)
+    data, size, etag = _typed(_range, asset, doing, start, length)
+    _check(asset, size, etag, doing)
+    if len(data) < length:
+        raise ReadError(doing, f"{len(data)} bytes, then the file's end", f"{length} bytes", _ANEW)
+    return data
+
+
+def check(asset: Asset) -> None:
+    """Raise a ReadError where an asset's file is not there, or not the one that was indexed."""
+    doing = subject(asset, "opening it")
+    if asset.size is not None or asset.etag is not None:
+        _check(asset, *_typed(_head, asset, doing), doing)
+
+
+def _typed(ask: Callable[..., T], asset: Asset, doing: str, *arguments: Any) -> T:
+    failure: ReadError
+    try:
+        return ask(asset.href, *arguments)
+    except (remote.MissingError, FileNotFoundError, NotADirectoryError):
+        remedy = "Restore the file, or leave the record out."
+        failure = ReadError(doing, "nothing there (404)", "the file that was indexed", remedy)
+    except (ReadError, OSError) as error:
+        found = error.found if isinstance(error, ReadError) else error.strerror or type(error).__name__
+        remedy = "Check that this worker may read it; try again if the store was busy."
+        failure = ReadError(doing, found, "its bytes", _ANEW if found == remote.NO_RANGE else remedy)
+    raise failure  # outside of the except block: what it would be chained to may name a signature
+
+
+def _range(href: str, start: int, length: int) -> tuple[Any, int, str | None]:
+    if not remote.is_local(href):
+        found = remote.fetch(href, start, length)
+        return found.data, found.head.size, found.head.etag
+    file = os.open(remote.local_path(href), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        stat, parts = os.fstat(file), []
+        while length > 0 and (part := os.pread(file, length, start)):
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+    finally:
+        os.close(file)
+    return parts[0] if len(parts) == 1 else b"".join(parts), stat.st_size, _local_etag(stat)
+
+
+def _head(href: str) -> tuple[int, str | None]:
+    if remote.is_local(href):
+        stat = os.stat(remote.local_path(href))
+        return stat.st_size, _local_etag(stat)
+    found = remote.head(href)
+    return found.size, found.etag
+
+
+def _local_etag(stat: os.stat_result) -> str:
+    return (
+        f'"{stat.st_ino:x}-{stat.st_mtime_ns // 1000:x}-{stat.st_size:x}"'  # as obstore's LocalStore has it
+    )
+
+
+def _check(asset: Asset, size: int, etag: str | None, doing: str) -> None:
+    if (asset.size is not None and size != asset.size) or _differ(
+        etag, asset.etag, remote.is_local(asset.href)
+    ):
+        raise ReadError(
+            doing, _described(size, etag), f"{_described(asset.size, asset.etag)}, as indexed", _ANEW
+        )
+
+
+def _differ(one: str | None, other: str | None, local: bool) -> bool:
+    """Tell whether two ETags name different versions; a local one is inode-time-size, where inodes may differ."""
+    if not one or not other:
+        return False
+    return one.split("-")[1:] != other.split("-")[1:] if local else one != other
+
+
+def _described(size: int | None, etag: str | None) -> str:
+    return ", ".join([f"a file of {size} bytes"] * (size is not None) + [f"ETag {etag}"] * bool(etag))
+
+
+_ANEW = "The file has changed since it was indexed: build its record anew."
+
+
+def subject(asset: Asset, doing: str) -> str:
+    """Name an asset and what is done with it, without what must stay secret."""
+    parts = urlsplit(asset.href)
+    href = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else asset.href
+    return f"asset {asset.band!r} of record {asset.record_id!r} ({href}), {doing}"

@@ -1,0 +1,157 @@
+"""Runs one contender on one job in this process and prints what it took: ``contender.py NAME JOB.json``.
+
+With ``--profile FILE`` the timed part runs under cProfile (all threads) and its statistics go to FILE. Any other
+profiler can start this script as well: nothing else runs in its process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import hashlib
+import json
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jobs import Job
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contender that is ready to start."""
+
+    run: Callable[[], Any]
+    """The work that is timed."""
+    chips: Callable[[Any], Iterator[NDArray[Any]]]
+    """Its result as chips (time, band, y, x), in the order of ``Job.chips``; not timed."""
+
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who reads, and with which settings."""
+
+    name: str
+    module: str
+    function: str
+    """Takes the job and the settings, returns :class:`Prepared`."""
+    tried: tuple[Settings, ...] = ({},)
+    """Settings to choose from, likely ones first: the fastest on the job at hand is taken."""
+    python312: bool = False
+    """Needs Python 3.12 or newer, hence an environment of its own."""
+    slow: bool = False
+    """Takes so long that it runs less often."""
+
+
+def _listed(*contenders: Contender) -> dict[str, Contender]:
+    return {c.name: c for c in contenders}
+
+
+_THREADS: tuple[Settings, ...] = ({"threads": 16}, {"threads": 8}, {"threads": 4})
+_TILE = [1, 1, 1024, 1024]
+_CHIP: tuple[Settings, ...] = ({"chunks": [1, 1, 256, 256], "threads": 8},)
+_STACKSTAC: tuple[Settings, ...] = (
+    {"chunks": _TILE, "threads": 16},
+    {"chunks": _TILE, "threads": 8},
+    {"chunks": _TILE, "threads": 4},
+    {"chunks": [1, -1, 1024, 1024], "threads": 8},
+)
+_ODC: tuple[Settings, ...] = (
+    {"chunks": 1024, "threads": 8},
+    {"chunks": 1024, "threads": 16},
+    {"chunks": 1024, "threads": 4},
+    {"chunks": 0, "threads": 8},
+)
+
+CONTENDERS = _listed(
+    Contender("rasteret_dask", "ours", "read"),
+    Contender("rasteret_dask to Zarr", "ours", "write"),
+    Contender("bare loop", "bare", "read", _THREADS),
+    Contender("bare loop to Zarr", "bare", "write", _THREADS),
+    Contender("stackstac", "peers", "stackstac_boxes", _STACKSTAC),
+    Contender("odc-stac", "peers", "odc_boxes", _ODC),
+    Contender("lazycogs", "peers312", "lazycogs_boxes", ({"threads": 1}, {"threads": 2}), python312=True, slow=True),
+    Contender("rasteret by block", "peers312", "rasteret_blocks", python312=True, slow=True),
+    Contender("rasteret by chip", "peers312", "rasteret_chips", python312=True, slow=True),
+    Contender("stackstac, chunks of a chip", "peers", "stackstac_boxes", _CHIP, slow=True),
+    Contender("stackstac, one compute a chip", "peers", "stackstac_chips", _STACKSTAC[1:2], slow=True),
+    Contender("rasterio by chip", "peers", "rasterio_chips", slow=True),
+)  # fmt: skip
+"""All of them by name; rasterio by chip is one thread, exact where it warps: the oracle."""
+
+
+def measure(
+    contender: Contender, job: Job, settings: Settings, profile: Path | None = None
+) -> dict[str, Any]:
+    """Run a contender once.
+
+    Returns
+    -------
+    dict
+        ``wall`` and ``cpu`` in seconds (children included), ``peak_mb`` of this process when the work was done,
+        and ``digest``, sha256 of the chips.
+    """
+    function = getattr(import_module(contender.module), contender.function)
+    prepared: Prepared = function(job, **settings)
+    profiler = cProfile.Profile() if profile else None
+    wall, cpu = time.perf_counter(), _cpu_s()
+    if profiler is not None:
+        threading.setprofile(lambda *_: profiler.enable())
+        result = profiler.runcall(prepared.run)
+    else:
+        result = prepared.run()
+    wall, cpu = time.perf_counter() - wall, _cpu_s() - cpu
+    peak = _peak_mb()
+    if profiler is not None and profile is not None:
+        profiler.dump_stats(profile)
+    digest = hashlib.sha256()
+    kept = []
+    for chip in prepared.chips(result):
+        digest.update(np.ascontiguousarray(chip).data)
+        if job.pixels:
+            kept.append(chip)
+    if job.pixels:
+        np.save(job.pixels, np.stack(kept))
+    return {"wall": wall, "cpu": cpu, "peak_mb": peak, "digest": digest.hexdigest()}
+
+
+def _cpu_s() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _peak_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def main() -> None:
+    """Run the contender that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--set", action="append", default=[], help="settings of its own, each as name=JSON")
+    arguments = parser.parse_args()
+    given = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in arguments.set)}
+    contender = CONTENDERS[arguments.name]
+    settings = given or contender.tried[0]
+    print(json.dumps(measure(contender, Job.read(arguments.job), settings, arguments.profile)))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What a contender is asked to read: plain values that travel to its process as a JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+Box = tuple[float, float, float, float]
+"""xmin, ymin, xmax, ymax in the job's CRS, metres."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some boxes of some dates and bands, as square chips; standard library only, for any Python can run it."""
+
+    name: str
+    items: str
+    """JSON file: a list of STAC items, one a date, in time order."""
+    table: str
+    """Parquet file: the same items as a record table of rasteret_dask, headers included."""
+    peers: str
+    """Folder: the same items as rasteret's collection and as STAC GeoParquet; empty where there is none."""
+    bands: tuple[str, ...]
+    """In the order of the output; they are the items' asset keys, except in ``planar`` files."""
+    dtype: str
+    nodata: int
+    epsg: int
+    resolution: float
+    """Of the output, metres."""
+    origin: tuple[float, float]
+    """A pixel corner (x, y) of the output's grid."""
+    boxes: tuple[Box, ...]
+    chip_px: int
+    grid: str
+    """``"tiles"``: the files' own tiles; ``"zone"``: our lattice; ``"box"``: a grid that the files do not share."""
+    date_range: tuple[str, str]
+    slot: str
+    """A time slot's length as a pandas offset, one item each; empty: every date makes chips of its own."""
+    resampling: str = "nearest"
+    planar: bool = False
+    """All bands lie in one band-separate file: the asset ``data``."""
+    tolerance_dn: int = 0
+    """How far pixels of two contenders may lie apart."""
+    store: str = ""
+    """Zarr store to write; empty: the result stays in memory."""
+    layout: str = ""
+    """Zarr store whose shards and codec are to be copied."""
+    pixels: str = ""
+    """A ``.npy`` file to leave the pixels in, for comparisons that a digest cannot make."""
+    threads: int = 2
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Read what :meth:`write` wrote."""
+        values: dict[str, Any] = json.loads(path.read_text())
+        for key in ("bands", "origin", "date_range"):
+            values[key] = tuple(values[key])
+        return cls(**{**values, "boxes": tuple(tuple(box) for box in values["boxes"])})
+
+    def write(self, path: Path) -> Path:
+        """Write the job as JSON."""
+        path.write_text(json.dumps(asdict(self)))
+        return path
+
+    def replace(self, **values: Any) -> Job:
+        """Return the job with some fields changed."""
+        return replace(self, **values)
+
+    def load_items(self) -> list[dict[str, Any]]:
+        """Return the STAC items."""
+        return list(json.loads(Path(self.items).read_text()))
+
+    def chips(self) -> Iterator[Box]:
+        """Yield the chips' bounds in the order of every digest: box by box, from the north-west, row by row."""
+        side = self.chip_px * self.resolution
+        for west, south, east, north in self.boxes:
+            for row in range(round((north - south) / side)):
+                for col in range(round((east - west) / side)):
+                    x, y = west + col * side, north - row * side
+                    yield x, y - side, x + side, y
+
+    @property
+    def count(self) -> int:
+        """Chips of one time axis."""
+        return sum(1 for _ in self.chips())
