@@ -100,10 +100,25 @@ def candidates(
     return _in_space(_geobox(spec, resolution), resolution)
 
 
-def _in_space(frame: Frame, resolution: float) -> Frame:
+def blocks(frame: Frame, spec: ChipSpec, reference: Outlines, resolution: float) -> NDArray[np.int64]:
+    """Return the number of each window's block, in their order; with ``grid="tiles"`` each tile is a block."""
+    if spec.grid == "tiles" and spec.at is None:
+        per_tile = max(int(reference.tile_px.max()) // spec.size, 1)
+        place = np.stack([frame.epsg, frame.row // per_tile, frame.col // per_tile], -1)
+    else:
+        place = np.stack([frame.epsg, *_block(frame, resolution)], -1)
+    return np.cumsum(np.diff(place, axis=0, prepend=place[:1]).any(axis=1))
+
+
+def _block(frame: Frame, resolution: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     side = BLOCK_PX * resolution
     col = np.floor(frame.bounds[:, [0, 2]].mean(1) / side)
     row = np.floor(-frame.bounds[:, [1, 3]].mean(1) / side)
+    return row, col
+
+
+def _in_space(frame: Frame, resolution: float) -> Frame:
+    row, col = _block(frame, resolution)
     return frame.take(np.lexsort((frame.col, frame.row, row, col, row // STRIP, frame.epsg)))
 
 

@@ -20,6 +20,7 @@ from rasteret_dask._version import __version__
 from rasteret_dask.chips import ChipSet, used_records
 from rasteret_dask.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
 from rasteret_dask.errors import StoreError
+from rasteret_dask.frame import BLOCK_PX
 from rasteret_dask.harmonize import DN_PER_REFLECTANCE
 from rasteret_dask.plan import Function, digest, from_json, to_json
 from rasteret_dask.records import Records
@@ -31,7 +32,6 @@ __all__ = [
     "Job",
     "Output",
     "Shard",
-    "ShardBounds",
     "freeze",
     "open_job",
     "task_bytes",
@@ -85,25 +85,6 @@ class Shard:
     def name(self) -> str:
         """``train-00003``; ``all-00003`` without splits."""
         return f"{self.split or 'all'}-{self.number:05d}"
-
-
-@dataclass(frozen=True)
-class ShardBounds:
-    """The ground of shards: one entry per (shard, CRS), in running order."""
-
-    running: NDArray[np.int64]
-    """Shape (entry,), not falling. Place of the shard among all shards of the job's splits."""
-    hierarchy: NDArray[np.int64]
-    """Shape (entry,). Number of the shard's split, as in :class:`Shard`."""
-    number: NDArray[np.int64]
-    """Shape (entry,). The shard's number within its split, as in :class:`Shard`."""
-    epsg: NDArray[np.int64]
-    """Shape (entry,). A shard with chips of two zones has two entries."""
-    bounds: NDArray[np.float64]
-    """Shape (entry, 4): xmin, ymin, xmax, ymax of the shard's chips in that CRS."""
-
-    def __len__(self) -> int:
-        return len(self.running)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,27 +211,14 @@ class Job:
         return Shard(h.split, hierarchy, number, start, min(start + h.per_shard, h.stop))
 
     @cached_property
-    def shard_bounds(self) -> ShardBounds:
-        """The ground of every shard of :meth:`shards`."""
-        first = np.cumsum([0, *(h.shards for h in self.hierarchies)])
-        own = [np.arange(h.chips) // h.per_shard for h in self.hierarchies]
-        chips = np.concatenate([np.arange(h.start, h.stop) for h in self.hierarchies])
-        running = np.concatenate([at + n for at, n in zip(first, own, strict=False)])
-        order = np.lexsort((self.epsg[chips], running))
-        chips, running = chips[order], running[order]
-        epsg = self.epsg[chips]
-        change = np.flatnonzero(np.diff(running, prepend=-1) | np.diff(epsg, prepend=-1))
-        low = np.minimum.reduceat(self.bounds[chips, :2], change)
-        high = np.maximum.reduceat(self.bounds[chips, 2:], change)
-        place = np.searchsorted(first, running[change], side="right") - 1
-        number = np.array([h.number for h in self.hierarchies])
-        return ShardBounds(
-            running[change],
-            number[place],
-            running[change] - first[place],
-            epsg[change],
-            np.hstack([low, high]),
-        )
+    def running(self) -> NDArray[np.int64]:
+        """Shape (chip,). Place of each chip's shard among :meth:`shards`, -1 where its split is not selected."""
+        place = np.full(self.chips.num_rows, -1, dtype=np.int64)
+        first = 0
+        for h in self.hierarchies:
+            place[h.start : h.stop] = first + np.arange(h.chips) // h.per_shard
+            first += h.shards
+        return place
 
     @cached_property
     def finished(self) -> set[int]:
@@ -295,7 +263,7 @@ def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
     size_px = tuple(round(chips.size_m / s.plan.resolution) for s in chips.sources)
     plans = tuple(s.plan for s in chips.sources)
     table, parts = _by_split(chips, table)
-    per_shard = _whole_tiles(chips, _per_shard(plans, size_px, feeds, shard_bytes))
+    per_shard = _whole_blocks(chips, _per_shard(plans, size_px, feeds, shard_bytes))
     hierarchies = tuple(Hierarchy(s, n, a, b, per_shard) for s, n, a, b in parts)
     phase = digest(
         [_json(p) for p in plans],
@@ -326,13 +294,17 @@ def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], feeds: F
     return int(min(max(budget // max(cost, work), 1), SHARD_CHIPS))
 
 
-def _whole_tiles(chips: ChipSet, per_shard: int) -> int:
-    """Round down to the chips of whole tiles, so that each tile is read by one shard; at most half is lost."""
-    if chips.spec.grid != "tiles" or chips.spec.at is not None:
+def _whole_blocks(chips: ChipSet, per_shard: int) -> int:
+    """Round down to the chips of whole tiles, which one shard then reads, or of whole blocks; at most half is lost."""
+    if chips.spec.at is not None:
         return per_shard
+    if chips.spec.grid != "tiles":
+        block = (BLOCK_PX // chips.spec.stride) ** 2
+        return per_shard // block * block if per_shard >= block > 0 else per_shard
     side = int(chips.outlines[chips.reference].tile_px.max()) // chips.spec.size
     row, col = (chips.table.column(name).to_numpy() // side for name in ("row", "col"))
-    tile = np.stack([chips.table.column("epsg").to_numpy(), row, col], -1)
+    when = chips.table.column("datetime").cast(pa.int64()).fill_null(0).to_numpy()
+    tile = np.stack([chips.table.column("epsg").to_numpy(), row, col, when], -1)
     change = np.flatnonzero(np.diff(tile, axis=0, prepend=tile[:1] - 1).any(axis=1))
     most = int(np.diff(np.append(change, len(tile))).max())  # tiles at an edge have fewer
     return per_shard if per_shard < most else per_shard // most * most
@@ -342,7 +314,7 @@ def task_bytes(job: Job, outputs: tuple[Output, ...]) -> int:
     """Return the bytes a task holds at most, beside what its process holds anyway.
 
     Its output, and with it either one slot as it stands in the files (16-bit numbers and two masks a pixel) and
-    what its pick needs, or the chunks of the output and the shard they become.
+    what its pick needs, or the chunks that the output becomes.
     """
     n = max((min(h.per_shard, h.chips) for h in job.hierarchies), default=1)
     largest = n * sum(o.chip_bytes for o in outputs)
@@ -351,7 +323,7 @@ def task_bytes(job: Job, outputs: tuple[Output, ...]) -> int:
         4 * size * size * len(plan.bands) + _working_bytes(plan, size, candidates)
         for plan, size, candidates in zip(job.sources, job.size_px, most, strict=True)
     )
-    return largest + max(n * slot, 2 * largest)
+    return largest + max(n * slot, largest)
 
 
 def _most_candidates(feeds: FeedTable) -> list[int]:

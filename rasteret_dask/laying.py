@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.coverage import Outlines
 from rasteret_dask.feeds import Feeds, WindowPasses, covered, enough, passes_in, pick, slots_of
-from rasteret_dask.frame import Frame
+from rasteret_dask.frame import Frame, blocks
 from rasteret_dask.plan import ChipSpec
 from rasteret_dask.resolve import ResolvedSource
 
@@ -22,7 +23,7 @@ BATCH = 65_536
 
 @dataclass(frozen=True)
 class Laid:
-    """Chips to be, in the order of their windows and then by time; all arrays have one entry per chip."""
+    """Chips to be, block by block; in a block by time, then window. All arrays have one entry per chip."""
 
     window: NDArray[np.int64]
     slots: NDArray[np.int64]
@@ -58,8 +59,9 @@ def lay(
     """
     make = _with_slots if sources[reference].axis is not None else _by_acquisition
     laid, chips = [], 0
-    for first in range(0, max(len(frame), 1), BATCH):
-        some = frame.take(np.arange(first, min(first + BATCH, len(frame))))
+    block = blocks(frame, spec, found[reference], sources[reference].plan.resolution)
+    for first, last in _batches(block):
+        some = frame.take(np.arange(first, last))
         touched = [covered(s, o, some) for s, o in zip(sources, found, strict=True)]
         part = make(spec, sources, reference, found, some, touched)
         feeds = tuple(replace(f, window=f.window + np.int32(chips)) for f in part.feeds)
@@ -78,6 +80,22 @@ def lay(
         feeds,
         lost,
     )
+
+
+def _batches(block: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield where batches of whole blocks begin and end; one that is empty where there are no windows."""
+    ends = np.append(np.flatnonzero(np.diff(block)) + 1, len(block))
+    first = 0
+    while first < len(block):
+        last = int(
+            ends[
+                max(np.searchsorted(ends, first + BATCH, side="right") - 1, np.searchsorted(ends, first + 1))
+            ]
+        )
+        yield first, last
+        first = last
+    if not len(block):
+        yield 0, 0
 
 
 def _with_slots(
@@ -162,7 +180,10 @@ def _by_acquisition(
         alone = replace(f, window=place[f.window], slot=np.zeros_like(f.slot))
         kept.append(pick(source, alone, frame.take(window[alive]), outline, None))
     window, start, acquisition = window[alive], own.start[alive], own.acquisition[alive]
-    order = np.lexsort((own.first_id[alive], start, window))
+    block = blocks(frame, spec, found[reference], sources[reference].plan.resolution)[window]
+    order = np.lexsort(
+        (own.first_id[alive], window, start, block)
+    )  # an acquisition's tiles serve a whole block
     place = np.empty(len(order), dtype=np.int32)
     place[order] = np.arange(len(order))
     feeds = [replace(f, window=place[f.window]) for f in kept]

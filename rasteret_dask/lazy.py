@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import rioxarray  # noqa: F401  (registers the .rio accessor)
 import xarray as xr
 from numpy.typing import NDArray
@@ -158,7 +159,7 @@ def _feeds(source: ResolvedSource, grid: Grid, shape: tuple[int, int], min_cover
     y0 = grid.y0 + shift
     box = [grid.x0, y0 - shape[0] * grid.yres, grid.x0 + shape[1] * grid.xres, y0]
     zero = np.zeros(1, dtype=np.int64)
-    frame = Frame(np.array([epsg]), np.array([box]), zero, zero, None, None, ("",))
+    frame = Frame(np.array([epsg]), np.array([box]), zero, zero, None, None, pa.array([""]))
     found = source_outlines(source)
     feeds = covered(source, found, frame)
     if source.axis is not None:

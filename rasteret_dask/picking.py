@@ -23,7 +23,7 @@ __all__ = ["Chips", "Into", "Picking"]
 Into: TypeAlias = tuple[NDArray[Any], NDArray[np.bool_] | None]
 """Memory for a shard's pixels (chip, time, band, y, x), and for their validity (chip, time, y, x)."""
 
-NEAR = 256
+NEAR = 16
 """Shards before and behind, in running order, for which a shard looks after parts of its tiles."""
 
 BATCH_BYTES = 64 * 2**20
@@ -126,46 +126,42 @@ class _Slot:
     """Whether reflectance is stored as integers."""
 
 
-@dataclass(frozen=True)
 class Neighbours:
-    """The shards near one in running order, which this process may read too, and their ground."""
+    """The chips of the shards near one in running order, which this process may read too.
 
-    job: Job
-    place: int
-    """Place of the shard among all of the job."""
-    source: int
+    Parameters
+    ----------
+    job, shard, source
+        What is read now.
+    """
 
-    @classmethod
-    def of(cls, job: Job, shard: Shard, source: int) -> Neighbours:
-        """Find a shard's place."""
-        found = job.shard_bounds
-        own = (found.hierarchy == shard.hierarchy) & (found.number == shard.number)
-        near = cls(job, int(found.running[own][0]), source)
-        if near.number in job.finished:  # it is all done anew
-            job.finished.clear()
-        return near
-
-    @property
-    def number(self) -> int:
-        """Tells this source of this shard from others."""
-        return self.place * len(self.job.sources) + self.source
+    def __init__(self, job: Job, shard: Shard, source: int) -> None:
+        sources, place = len(job.sources), int(job.running[shard.start])
+        self.number, self.finished = place * sources + source, job.finished
+        if self.number in self.finished:  # it is all done anew
+            self.finished.clear()
+        near = np.flatnonzero(
+            (np.abs(job.running - place) <= NEAR) & (job.running >= 0) & (job.running != place)
+        )
+        self._number = job.running[near] * sources + source
+        self._epsg, self._bounds = job.epsg[near], job.bounds[near]
 
     def meeting(
         self, epsg: int, box: tuple[float, float, float, float]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the numbers and bounds (shard, 4) of unfinished shards nearby whose ground meets a box."""
-        found = self.job.shard_bounds
-        near = slice(*np.searchsorted(found.running, [self.place - NEAR, self.place + NEAR + 1]))
-        bounds, running = found.bounds[near], found.running[near]
-        meets = (bounds[:, :2] < box[2:]).all(axis=1) & (bounds[:, 2:] > box[:2]).all(axis=1)
-        meets &= (found.epsg[near] == epsg) & (running != self.place)
-        numbers = running[meets] * len(self.job.sources) + self.source
-        todo = [number not in self.job.finished for number in numbers.tolist()]
-        return numbers[todo], bounds[meets][todo]
+        """Return the chips of unfinished shards that meet a box: their shards' numbers, and bounds (chip, 4)."""
+        bounds = self._bounds
+        meets = np.flatnonzero(
+            (bounds[:, :2] < box[2:]).all(axis=1)
+            & (bounds[:, 2:] > box[:2]).all(axis=1)
+            & (self._epsg == epsg)
+        )
+        todo = [at for at in meets.tolist() if int(self._number[at]) not in self.finished]
+        return self._number[todo], bounds[todo]
 
     def finish(self) -> None:
         """Note that this shard is read."""
-        self.job.finished.add(self.number)
+        self.finished.add(self.number)
 
 
 class Picking:
@@ -208,7 +204,7 @@ class Picking:
             blank[feed.chip, feed.slot] = False
         for chip, slot in np.argwhere(blank).tolist():
             chips.values[chip, slot] = plan.fill
-        with Session(on_error, Neighbours.of(self.job, self.shard, self.source)) as session:
+        with Session(on_error, Neighbours(self.job, self.shard, self.source)) as session:
             for slots in self._batches(feed, direct):
                 self._slots(session, feed.take(np.isin(feed.slot, slots)), slots, direct, chips)
             chips.counts, chips.unreadable = session.counts, session.unreadable

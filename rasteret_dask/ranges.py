@@ -254,43 +254,28 @@ def _range(href: str, start: int, length: int) -> tuple[Any, int, str | None]:
         return found.data, found.head.size, found.head.etag
     file = os.open(remote.local_path(href), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
-        stat, parts = os.fstat(file), []
+        stat, parts = os.fstat(file), []  # no ETag: a local one is inode and time, which a copy does not keep
         while length > 0 and (part := os.pread(file, length, start)):
             parts.append(part)
             start, length = start + len(part), length - len(part)
     finally:
         os.close(file)
-    return parts[0] if len(parts) == 1 else b"".join(parts), stat.st_size, _local_etag(stat)
+    return parts[0] if len(parts) == 1 else b"".join(parts), stat.st_size, None
 
 
 def _head(href: str) -> tuple[int, str | None]:
     if remote.is_local(href):
         stat = os.stat(remote.local_path(href))
-        return stat.st_size, _local_etag(stat)
+        return stat.st_size, None
     found = remote.head(href)
     return found.size, found.etag
 
 
-def _local_etag(stat: os.stat_result) -> str:
-    return (
-        f'"{stat.st_ino:x}-{stat.st_mtime_ns // 1000:x}-{stat.st_size:x}"'  # as obstore's LocalStore has it
-    )
-
-
 def _check(asset: Asset, size: int, etag: str | None, doing: str) -> None:
-    if (asset.size is not None and size != asset.size) or _differ(
-        etag, asset.etag, remote.is_local(asset.href)
-    ):
+    if (asset.size is not None and size != asset.size) or (etag and asset.etag and etag != asset.etag):
         raise ReadError(
-            doing, _described(size, etag), f"{_described(asset.size, asset.etag)}, as indexed", _ANEW
+            doing, _described(size, etag), f"{_described(asset.size, etag and asset.etag)}, as indexed", _ANEW
         )
-
-
-def _differ(one: str | None, other: str | None, local: bool) -> bool:
-    """Tell whether two ETags name different versions; a local one is inode-time-size, where inodes may differ."""
-    if not one or not other:
-        return False
-    return one.split("-")[1:] != other.split("-")[1:] if local else one != other
 
 
 def _described(size: int | None, etag: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -90,12 +91,16 @@ class Later(Protocol):
 
     @property
     def number(self) -> int:
-        """Running number of the task that reads now."""
+        """Number of the task that reads now: tasks of near numbers run one after another."""
+
+    @property
+    def finished(self) -> AbstractSet[int]:
+        """Numbers of those that have read."""
 
     def meeting(
         self, epsg: int, box: tuple[float, float, float, float]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the tasks whose ground meets a box: running numbers, and bounds of shape (task, 4)."""
+        """Return what they read that meets a box: their numbers, and bounds of shape (number, 4)."""
 
     def finish(self) -> None:
         """Note that this task has read."""
@@ -270,7 +275,7 @@ class Session:
             return found
         if found is None:
             return Keep(soon, frozenset([self._number]))
-        return Keep(union([found.rect, soon]), found.needs | {self._number}, found.now)
+        return Keep(union([found.rect, soon]), found.needs | {self._number}, found.done, found.now)
 
     def _needed_later(self, want: _Want, later: Later) -> Keep | None:
         reading = want.pieces[0][0]
@@ -369,7 +374,7 @@ def _needed(later: Later, frame: Frame, tile: Rect, reach: int) -> Keep | None:
         floor(rows[:, 0].min() + TIE) - reach, ceil(rows[:, 1].max() - TIE) + reach,
         floor(cols[:, 0].min() + TIE) - reach, ceil(cols[:, 1].max() - TIE) + reach,
     )  # fmt: skip
-    return Keep(flipped(part.cut(rect), frame), frozenset(numbers.tolist()), later.number)
+    return Keep(flipped(part.cut(rect), frame), frozenset(numbers.tolist()), later.finished, later.number)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Lock
@@ -16,7 +17,7 @@ from rasteret_dask.records import Asset
 
 __all__ = ["SHARED", "Flight", "Keep", "Key", "Pixels", "Sharing", "Wish"]
 
-KEPT_BYTES = 128 * 2**20
+KEPT_BYTES = 320 * 2**20
 """Decoded pixels that a process keeps for later reads."""
 
 Key: TypeAlias = tuple[str, int | None, str | None, int, int, int]
@@ -55,6 +56,8 @@ class Keep:
     rect: Rect
     needs: frozenset[int]
     """Who will read it: running numbers of tasks, or a session's own negative number."""
+    done: AbstractSet[int] = frozenset()
+    """Who has read by the time the tile comes."""
     now: int = 0
     """Running number of the task that reads now: those near it come first."""
 
@@ -122,7 +125,7 @@ class Sharing:
             kept = self._kept.get(key)
             if kept is not None and kept.pixels.rect.covers(wish.need):
                 if wish.keep is not None and kept.pixels.rect.covers(wish.keep.rect):
-                    kept.needs |= wish.keep.needs
+                    kept.needs |= wish.keep.needs - wish.keep.done
                 return kept.pixels, None, False
             flight = self._flying.get(key)
             if flight is not None:
@@ -178,7 +181,10 @@ class Sharing:
             del self._flying[flight.key]
 
     def _put(self, key: Key, pixels: Pixels, keeps: list[Keep]) -> None:
-        needs, rects = set[int]().union(*(keep.needs for keep in keeps)), [keep.rect for keep in keeps]
+        needs = set[int]().union(*(keep.needs - keep.done for keep in keeps))
+        rects = [keep.rect for keep in keeps]
+        if not needs:
+            return
         before = self._kept.get(key)
         if before is not None:
             needs |= before.needs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -33,21 +34,13 @@ def small_shards(chips: rd.Chips, count: int) -> Job:
 
 
 @pytest.mark.parametrize("splits", [("train", "val", "test"), ("val",), ("test", "train")])
-def test_bounds_of_shards_hold_their_chips(splits: tuple[str, ...]) -> None:
+def test_chips_know_the_place_of_their_shard(splits: tuple[str, ...]) -> None:
     job = small_shards(over_the_border(), 7).select(splits)
-    wanted = []
-    for running, shard in enumerate(job.shards()):
-        own = slice(shard.start, shard.stop)
-        for epsg in np.unique(job.epsg[own]):
-            box = job.bounds[own][job.epsg[own] == epsg]
-            low, high = box[:, :2].min(0).tolist(), box[:, 2:].max(0).tolist()
-            wanted.append([running, shard.hierarchy, shard.number, int(epsg), *low, *high])
-    found = job.shard_bounds
-    columns = (found.running, found.hierarchy, found.number, found.epsg)
-    assert [
-        [*n, *b] for *n, b in zip(*(c.tolist() for c in columns), found.bounds.tolist(), strict=True)
-    ] == wanted
-    assert set(found.epsg.tolist()) == {32632, 32633}
+    wanted = np.full(job.chips.num_rows, -1)
+    for place, shard in enumerate(job.shards()):
+        wanted[shard.start : shard.stop] = place
+    np.testing.assert_array_equal(job.running, wanted)
+    assert set(job.epsg[job.running >= 0].tolist()) == {32632, 32633}
 
 
 @pytest.mark.parametrize(
@@ -68,12 +61,16 @@ def test_shards_hold_whole_tiles(budget: int, per_shard: int, dates: int) -> Non
     assert (len(needed) == len(tiles)) == (per_shard >= 16)
 
 
-def test_without_a_time_axis_a_tile_s_acquisitions_stay_together() -> None:
+def test_without_a_time_axis_a_tile_s_acquisitions_follow_each_other() -> None:
     rows = [record(f"a{i}", px=(512, 384), when=f"2024-04-{i + 4:02d}T10:00:00") for i in range(3)]
     chips = collection("s2", *rows).harmonize(["red"]).chips(32, grid="tiles")
     job = freeze(chips.planned, shard_bytes=100 * 32 * 32 * 4)
-    assert job.hierarchies[0].per_shard == 96  # two tiles of 4 x 4 chips, three times each
-    cells = [c.rsplit("_", 1)[0] for c in chips.table.column("chip_id").to_pylist()]
-    assert all(len(set(cells[i : i + 3])) == 1 for i in range(0, len(cells), 3))
-    when = chips.table.column("datetime").to_pylist()
-    assert all(when[i : i + 3] == sorted(when[:3]) for i in range(0, len(when), 3))
+    assert job.hierarchies[0].per_shard == 96  # six tiles of 4 x 4 chips
+    tile = [
+        [r // 4, c // 4]
+        for r, c in zip(*(chips.table.column(n).to_pylist() for n in ("row", "col")), strict=True)
+    ]
+    runs = [(*t, when) for t, when in zip(tile, chips.table.column("datetime").to_pylist(), strict=True)]
+    assert [len(list(group)) for _, group in itertools.groupby(runs)] == [16] * 36
+    assert [t for t, _ in itertools.groupby(runs, key=lambda run: run[:2])] == [run[:2] for run in runs[::48]]
+    assert all(runs[i][2] < runs[i + 16][2] for i in range(0, len(runs), 48))

@@ -582,16 +582,13 @@ def test_a_file_that_changed_is_an_error(tmp_path: Path, way: str) -> None:
     path = write(tmp_path / "a.tif", coordinates())
     (asset,) = assets_of(path)
     grid = own_grid(asset)
-    write(path, coordinates(101, 90))
+    write(path, coordinates(120, 90))
     with pytest.raises(ReadError, match="changed since it was indexed"):
         read(Request(asset, grid, (Window(0, 0, 5, 5),)))
-    write(path, coordinates(dtype="int16"))
-    with pytest.raises(ReadError, match="changed since it was indexed"):
-        read(Request(asset, grid, (Window(0, 0, 5, 5),)))
-    unknown = replace(asset, size=None, etag=None)
+    write(path, coordinates(dtype="int16"))  # of the same size
     if way == "gdal":
         with pytest.raises(ReadError, match="dtype int16; expected uint16"):
-            read(Request(unknown, grid, (Window(0, 0, 5, 5),)))
+            read(Request(asset, grid, (Window(0, 0, 5, 5),)))
     path.unlink()
     with pytest.raises(ReadError, match="nothing there"):
         read(Request(asset, grid, (Window(0, 0, 5, 5),)))

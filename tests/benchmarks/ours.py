@@ -24,12 +24,12 @@ MARGIN_M = 20.0
 
 
 def read(job: Job) -> Prepared:
-    """Prepare ``to_xarray`` on Dask's threads."""
+    """Prepare ``load``, on Dask's threads."""
     records = collection(job)
 
     def run() -> xr.Dataset:
         with dask.config.set(scheduler="threads", num_workers=job.threads):
-            made = chips(job, records).to_xarray().compute()
+            made = chips(job, records).load()
         assert isinstance(made, xr.Dataset)
         return made
 
