@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,155 +12,17 @@ from rasteret_dask import harmonize
 from rasteret_dask.bands import Radiometry
 from rasteret_dask.cube import GroupCube
 from rasteret_dask.cuts import Cut, Feed, Harmonized
+from rasteret_dask.filling import Chips, Into, Place, Seen, Slot, Wanted, copied, put
 from rasteret_dask.job import Job, Shard
-from rasteret_dask.reader import Block, Counts, Out, Request, Session, Window
+from rasteret_dask.neighbours import Neighbours
+from rasteret_dask.reader import Block, Out, Request, Session, Window
 from rasteret_dask.records import Asset
 from rasteret_dask.resolve import Member
 
-__all__ = ["Chips", "Into", "Picking"]
-
-Into: TypeAlias = tuple[NDArray[Any], NDArray[np.bool_] | None]
-"""Memory for a shard's pixels (chip, time, band, y, x), and for their validity (chip, time, y, x)."""
-
-NEAR = 16
-"""Shards before and behind, in running order, for which a shard looks after parts of its tiles."""
+__all__ = ["Picking"]
 
 BATCH_BYTES = 64 * 2**20
 """Validity of the bands of the slots that are read in one batch, bytes."""
-
-
-@dataclass
-class Chips:
-    """What a source's shard is made of while slots are read."""
-
-    values: NDArray[Any]
-    """Shape (chip, time, band, y, x)."""
-    valid: NDArray[np.bool_]
-    """Shape (chip, time, y, x). True where every band has a value."""
-    datetime: NDArray[np.datetime64]
-    """Shape (chip, time). Start of the picked acquisition; NaT where empty or composed of several."""
-    source: NDArray[Any]
-    """Shape (chip, time). Name of the picked member, "" where empty; several are joined by +."""
-    clipped: NDArray[np.int64]
-    """Shape (band,). Pixels outside the range of an integer dtype."""
-    counts: Counts = field(default_factory=Counts)
-    unreadable: list[str] = field(default_factory=list)
-    """One line a tile that could not be read and is masked instead."""
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """One request, and what its windows stand for."""
-
-    request: Request
-    member: Member
-    bands: list[int]
-    """Output bands it becomes; none for a quality band."""
-    entries: list[int]
-    """Per window, the feed entry."""
-
-    @property
-    def asset(self) -> Asset:
-        return self.request.asset
-
-
-@dataclass(frozen=True)
-class _Window:
-    """One band of one record over one chip, as it stands in the file."""
-
-    wanted: _Wanted
-    values: NDArray[Any]
-    """Shape (y, x)."""
-    valid: NDArray[np.bool_]
-    """Shape (y, x)."""
-
-
-@dataclass
-class _Place:
-    """One chip in one slot."""
-
-    values: NDArray[Any]
-    """Shape (band, y, x)."""
-    valid: NDArray[np.bool_]
-    """Shape (band, y, x); where ``common``, (y, x): valid in all bands, True at first."""
-    common: bool
-    bands: set[int] = field(default_factory=set)
-    """Those that have their pixels."""
-
-    def written(self, bands: Sequence[int]) -> None:
-        """Note that the first of some bands has its pixels; the others are the same."""
-        for band in bands[1:]:
-            self.values[band] = self.values[bands[0]]
-            if not self.common:
-                self.valid[band] = self.valid[bands[0]]
-        self.bands.update(bands)
-
-    def put(self, band: int, values: NDArray[Any], valid: NDArray[np.bool_], fill: float) -> None:
-        """Write a band that was read apart."""
-        self.values[band] = np.where(valid, values, self.values.dtype.type(fill))
-        if self.common:
-            self.valid &= valid
-        else:
-            self.valid[band] = valid
-        self.bands.add(band)
-
-    def complete(self, fill: float) -> None:
-        """Make the bands invalid that the record does not have."""
-        for band in set(range(len(self.values))) - self.bands:
-            self.values[band] = fill
-            if self.common:
-                self.valid[...] = False
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """The chips of one slot while acquisitions are read into it."""
-
-    values: NDArray[Any]
-    """Shape (chip, band, y, x). Holds ``fill`` where not valid."""
-    valid: NDArray[np.bool_]
-    """Shape (chip, band, y, x)."""
-    fill: float
-    dn: bool
-    """Whether reflectance is stored as integers."""
-
-
-class Neighbours:
-    """The chips of the shards near one in running order, which this process may read too.
-
-    Parameters
-    ----------
-    job, shard, source
-        What is read now.
-    """
-
-    def __init__(self, job: Job, shard: Shard, source: int) -> None:
-        sources, place = len(job.sources), int(job.running[shard.start])
-        self.number, self.finished = place * sources + source, job.finished
-        if self.number in self.finished:  # it is all done anew
-            self.finished.clear()
-        near = np.flatnonzero(
-            (np.abs(job.running - place) <= NEAR) & (job.running >= 0) & (job.running != place)
-        )
-        self._number = job.running[near] * sources + source
-        self._epsg, self._bounds = job.epsg[near], job.bounds[near]
-
-    def meeting(
-        self, epsg: int, box: tuple[float, float, float, float]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the chips of unfinished shards that meet a box: their shards' numbers, and bounds (chip, 4)."""
-        bounds = self._bounds
-        meets = np.flatnonzero(
-            (bounds[:, :2] < box[2:]).all(axis=1)
-            & (bounds[:, 2:] > box[:2]).all(axis=1)
-            & (self._epsg == epsg)
-        )
-        todo = [at for at in meets.tolist() if int(self._number[at]) not in self.finished]
-        return self._number[todo], bounds[todo]
-
-    def finish(self) -> None:
-        """Note that this shard is read."""
-        self.finished.add(self.number)
 
 
 class Picking:
@@ -178,7 +39,7 @@ class Picking:
         self.members = {m.cut.number: m for m in members}
         self.size = job.size_px[source]
         self.member_of, self.pass_of = job.members[source], job.passes[source]
-        self._seen: dict[tuple[int, int], _Window] = {}
+        self._seen: dict[tuple[int, int], Seen] = {}
         """(record, chip) -> the band that ``clearest`` has read of it already."""
 
     def read(self, on_error: str = "raise", into: Into | None = None) -> Chips:
@@ -251,7 +112,7 @@ class Picking:
         for at, slot in enumerate(slots):
             own = feed.take(feed.slot == slot)
             if slot in valid:
-                target = _Slot(chips.values[:, slot], valid[slot], plan.fill, dn)
+                target = Slot(chips.values[:, slot], valid[slot], plan.fill, dn)
                 if self._composed:
                     chips.clipped += self._composite(session, own, target)
                 else:
@@ -294,9 +155,9 @@ class Picking:
             first.chip.tolist(), first.slot.tolist(), np.searchsorted(slots, first.slot).tolist(), strict=True
         ):
             if ranked[chip, at]:
-                places.append(_Place(chips.values[chip, slot], valid[slot][chip], False))
+                places.append(Place(chips.values[chip, slot], valid[slot][chip], False))
             else:
-                places.append(_Place(chips.values[chip, slot], chips.valid[chip, slot], True))
+                places.append(Place(chips.values[chip, slot], chips.valid[chip, slot], True))
                 chips.valid[chip, slot] = True
         outs, apart = [], []
         for one in wanted:
@@ -314,7 +175,7 @@ class Picking:
         for place, windows in zip(places, looks, strict=True):
             self._look(place, windows)
 
-    def _out(self, wanted: _Wanted, places: Sequence[_Place]) -> Out:
+    def _out(self, wanted: Wanted, places: Sequence[Place]) -> Out:
         band = wanted.bands[0]
         return Out(
             [place.values[band] for place in places],
@@ -324,19 +185,19 @@ class Picking:
             [place.common for place in places],
         )
 
-    def _looks(self, feed: Feed, apart: Sequence[tuple[_Wanted, Block]]) -> list[list[_Window]]:
+    def _looks(self, feed: Feed, apart: Sequence[tuple[Wanted, Block]]) -> list[list[Seen]]:
         """Return what has been read of each entry beside its bands: quality, now or by ``clearest``."""
-        looks: list[list[_Window]] = [[] for _ in feed.chip]
+        looks: list[list[Seen]] = [[] for _ in feed.chip]
         for one, block in apart:
             for at, entry in enumerate(one.entries):
-                looks[entry].append(_Window(one, block.values[at], block.valid[at]))
+                looks[entry].append(Seen(one, block.values[at], block.valid[at]))
         for entry, (row, chip) in enumerate(zip(feed.row.tolist(), feed.chip.tolist(), strict=True)):
             seen = self._seen.get((row, chip))
             if seen is not None:
                 looks[entry].append(seen)
         return looks
 
-    def _look(self, place: _Place, windows: Sequence[_Window]) -> None:
+    def _look(self, place: Place, windows: Sequence[Seen]) -> None:
         """Finish one chip in one slot: bands read apart, unit length, masked pixels."""
         plan = self.plan
         for window in windows:
@@ -352,13 +213,13 @@ class Picking:
                 place.valid &= clear
                 np.copyto(place.values, place.values.dtype.type(plan.fill), where=~clear)
 
-    def _is_quality(self, wanted: _Wanted) -> bool:
+    def _is_quality(self, wanted: Wanted) -> bool:
         return not wanted.bands or (bool(self.plan.mask) and wanted.asset.band == wanted.member.quality)
 
     def _rule(self, asset: Asset) -> Radiometry:
         return Radiometry(asset.scale, asset.offset, asset.rule)
 
-    def _acquisition(self, session: Session, feed: Feed, target: _Slot, done: int = 0) -> NDArray[np.int64]:
+    def _acquisition(self, session: Session, feed: Feed, target: Slot, done: int = 0) -> NDArray[np.int64]:
         """Read the nearest record of each chip's acquisition, then fill its invalid pixels from the others.
 
         Those of the first ``done`` ranks are read already. Returns how many pixels of each band were clipped.
@@ -372,25 +233,25 @@ class Picking:
                 here = here.take(np.flatnonzero(~target.valid[here.chip].all(axis=(1, 2, 3))))
             for entry, windows in self._windows(session, here, keep=feed.take(rank > level)):
                 values, valid = self._in_units(windows)
-                clipped += _put(values, valid, int(here.chip[entry]), target)
+                clipped += put(values, valid, int(here.chip[entry]), target)
         return clipped
 
     def _windows(
         self, session: Session, feed: Feed, keep: Feed | None = None, quality_only: bool = False
-    ) -> Iterator[tuple[int, list[_Window]]]:
+    ) -> Iterator[tuple[int, list[Seen]]]:
         """Yield each entry's number and what has been read of its record, all in one batch."""
         wanted = self._wanted(feed, quality_only)
         kept = [] if keep is None else self._wanted(keep, quality_only)
         blocks = session.read_block([w.request for w in wanted], [w.request for w in kept])
-        found: list[list[_Window]] = [[] for _ in feed.chip]
+        found: list[list[Seen]] = [[] for _ in feed.chip]
         for one, block in zip(wanted, blocks, strict=True):
             for at, entry in enumerate(one.entries):
-                found[entry].append(_Window(one, block.values[at], block.valid[at]))
+                found[entry].append(Seen(one, block.values[at], block.valid[at]))
         for entry, windows in enumerate(found):
             seen = self._seen.get((int(feed.row[entry]), int(feed.chip[entry])))
             yield entry, windows if seen is None else [*windows, seen]
 
-    def _in_units(self, windows: Sequence[_Window]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def _in_units(self, windows: Sequence[Seen]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return values in the source's units and validity, shape (band, y, x), of one record over one chip."""
         plan = self.plan
         shape = (len(plan.bands), self.size, self.size)
@@ -412,7 +273,7 @@ class Picking:
             valid &= ~cloudy
         return values, valid
 
-    def _scaled(self, asset: Asset, window: _Window) -> NDArray[Any]:
+    def _scaled(self, asset: Asset, window: Seen) -> NDArray[Any]:
         if self.plan.units == "reflectance":
             return harmonize.to_float(window.values, window.valid, self._rule(asset))
         return window.values
@@ -421,7 +282,7 @@ class Picking:
         """Return every read that some entries may ask for."""
         return [wanted.request for wanted in self._wanted(feed)]
 
-    def _wanted(self, feed: Feed, quality_only: bool = False) -> list[_Wanted]:
+    def _wanted(self, feed: Feed, quality_only: bool = False) -> list[Wanted]:
         """Return one request per (record, cube, band) that has not been seen yet."""
         by_cube: dict[tuple[int, int], list[int]] = {}
         for entry, (row, chip) in enumerate(zip(feed.row.tolist(), feed.chip.tolist(), strict=True)):
@@ -439,7 +300,7 @@ class Picking:
                 if new:
                     windows = tuple(places[e][1] for e in new)
                     request = self._request(asset, cube, windows, band == lazy.member.quality)
-                    wanted.append(_Wanted(request, lazy.member, at, new))
+                    wanted.append(Wanted(request, lazy.member, at, new))
         return wanted
 
     def _has_seen(self, row: int, chip: int, band: str) -> bool:
@@ -469,7 +330,7 @@ class Picking:
         """Keep of each chip the candidate with the most valid pixels, the earlier in order where equal."""
         shape = (self.shard.stop - self.shard.start, int(feed.order.max()) + 1)
         seen = np.zeros((*shape, self.size, self.size), dtype=bool)
-        read: dict[tuple[int, int], _Window] = {}
+        read: dict[tuple[int, int], Seen] = {}
         for entry, windows in self._windows(session, feed, quality_only=True):
             chip, order, row = (int(column[entry]) for column in (feed.chip, feed.order, feed.row))
             for window in windows:
@@ -480,10 +341,10 @@ class Picking:
         best = scores.argmax(axis=1)
         chosen = feed.take(feed.order == best[feed.chip])
         left = set(zip(chosen.row.tolist(), chosen.chip.tolist(), strict=True))
-        self._seen = {key: _copied(window) for key, window in read.items() if key in left}
+        self._seen = {key: copied(window) for key, window in read.items() if key in left}
         return chosen
 
-    def _composite(self, session: Session, feed: Feed, target: _Slot) -> NDArray[np.int64]:
+    def _composite(self, session: Session, feed: Feed, target: Slot) -> NDArray[np.int64]:
         """Compose all candidates of the slot; a mean is summed up, a median holds them all.
 
         Candidates are taken by the start of their acquisition, so that a tile is read for all chips at once.
@@ -493,7 +354,7 @@ class Picking:
         shape, mean = target.values.shape, self.plan.pick == "mean"
         dtype = harmonize.composite_dtype(self.plan.dtype)
         stack = [
-            _Slot(np.full(shape, np.nan, dtype), np.zeros(shape, dtype=bool), np.nan, False)
+            Slot(np.full(shape, np.nan, dtype), np.zeros(shape, dtype=bool), np.nan, False)
             for _ in range(1 if mean else len(found))
         ]
         total = np.zeros(shape if mean else 0, dtype=np.float64)
@@ -512,7 +373,7 @@ class Picking:
                 made = harmonize.composite(np.stack([s.values[chip] for s in stack]), "median")
             if self.plan.units == "embedding":
                 made = harmonize.unit_length(made, axis=0)
-            clipped += _put(made, np.isfinite(made), chip, target)
+            clipped += put(made, np.isfinite(made), chip, target)
         return clipped
 
     def _name_composites(self, feed: Feed, slot: int, chips: Chips) -> None:
@@ -530,31 +391,12 @@ class Picking:
         return [self.plan.members[int(self.member_of[r])].name for r in rows]
 
 
-def _clear(window: _Window, mask: tuple[str, ...]) -> NDArray[np.bool_]:
+def _clear(window: Seen, mask: tuple[str, ...]) -> NDArray[np.bool_]:
     """Return where a record is valid and not masked, as far as one of its bands tells; shape (y, x)."""
     member = window.wanted.member
     if not mask or window.wanted.asset.band != member.quality or member.quality_kind is None:
         return window.valid
     return window.valid & ~harmonize.bad_pixels(window.values, member.quality_kind, mask)
-
-
-def _copied(window: _Window) -> _Window:
-    """Return a window that does not hold its whole block in memory."""
-    return _Window(window.wanted, window.values.copy(), window.valid.copy())
-
-
-def _put(values: NDArray[Any], valid: NDArray[np.bool_], chip: int, target: _Slot) -> NDArray[np.int64]:
-    """Store what is valid in a chip's pixels that are not; return how many of each band were clipped."""
-    take = valid & ~target.valid[chip]
-    clipped = np.zeros(len(values), dtype=np.int64)
-    if target.dn:
-        values = np.where(take, values, np.nan)
-        values, clipped = harmonize.to_dtype(values, target.values.dtype.name, target.fill)
-    elif target.values.dtype.kind in "iu" and values.dtype.kind == "f":
-        values = np.rint(np.where(take, values, 0))
-    np.copyto(target.values[chip], values, where=take, casting="unsafe")
-    np.logical_or(target.valid[chip], take, out=target.valid[chip])
-    return clipped
 
 
 def _first_of(chip: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chiptable import label_columns
 from rasteret_dask.cuts import Cut, Feed, Harmonized, MemberCubes, cubes, cut, harmonized
+from rasteret_dask.filling import Chips, Into
 from rasteret_dask.job import Job, Shard
-from rasteret_dask.picking import Chips, Into, Picking
+from rasteret_dask.picking import Picking
 from rasteret_dask.reader import Request
 
 __all__ = [
