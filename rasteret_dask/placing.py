@@ -20,7 +20,7 @@ from rasteret_dask.readplan import Frame, ReadPlan, Rect, Request, has_mask, nod
 from rasteret_dask.sharing import Pixels
 from rasteret_dask.warp import SourceBlock, valid_pixels, warp_block
 
-__all__ = ["Block", "Out", "Piece", "Reading"]
+__all__ = ["Block", "Out", "Reading", "flipped"]
 
 
 @dataclass(slots=True)
@@ -75,15 +75,9 @@ class _Target:
     common: bool = False
     """Whether others narrow ``valid`` too."""
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The part of a tile that lies in a target."""
-
-    target: _Target
-    source: Rect
-    """Rows in the file's order."""
-    at: tuple[slice, slice]
+    def at(self, rect: Rect) -> tuple[slice, slice]:
+        """Return where a rectangle of the level lies in the array."""
+        return np.s_[rect.row0 - self.row : rect.row1 - self.row, rect.col0 - self.col : rect.col1 - self.col]
 
 
 @dataclass(slots=True)
@@ -94,14 +88,15 @@ class Reading:
     plan: ReadPlan
     out: Out
     nodata: float | None
-    targets: list[_Target]
+    blocks: list[_Target] = field(default_factory=list)
+    """Per window, the source pixels that are to be warped; none where pixels are copied."""
     pending: int = 0
     _lock: Lock = field(default_factory=Lock)
 
     @classmethod
     def start(cls, request: Request, out: Out) -> Reading:
         """Plan a request and prepare what tiles are pasted into."""
-        reading = cls(request, plan_read(request), out, nodata_of(request.asset), [])
+        reading = cls(request, plan_read(request), out, nodata_of(request.asset))
         reading._prepare()
         return reading
 
@@ -110,21 +105,13 @@ class Reading:
         """Whether pixels are resampled, not copied."""
         return self.plan.corner is None
 
-    def piece(self, number: int, tile: Rect) -> Piece | None:
-        """Return the part of a tile that the window of this number wants; None where there is none."""
-        frame, target = self.plan.frame, self.targets[number]
-        rect = flipped(tile, frame)
-        height, width = target.values.shape
-        row0, row1 = max(rect.row0, target.row), min(rect.row1, target.row + height)
-        col0, col1 = max(rect.col0, target.col), min(rect.col1, target.col + width)
-        if row0 >= row1 or col0 >= col1:
-            return None
-        at = np.s_[row0 - target.row : row1 - target.row, col0 - target.col : col1 - target.col]
-        return Piece(target, flipped(Rect(row0, row1, col0, col1), frame), at)
+    def need(self, number: int, tile: Rect) -> Rect:
+        """Return the part of a tile that the window of this number wants, rows in the file's order."""
+        return flipped(self.plan.rects[number], self.plan.frame).cut(tile)
 
-    def paste(self, piece: Piece, pixels: Pixels, sample: int) -> None:
-        """Copy a piece to its place, turned northwards, with its validity."""
-        own, rect = piece.source, pixels.rect
+    def paste(self, number: int, tile: Rect, pixels: Pixels, sample: int) -> None:
+        """Copy a window's part of a tile to its place, turned northwards, with its validity."""
+        own, rect = self.need(number, tile), pixels.rect
         rows = slice(own.row0 - rect.row0, own.row1 - rect.row0)
         cols = slice(own.col0 - rect.col0, own.col1 - rect.col0)
         values, mask = pixels.values[sample, rows, cols], pixels.mask
@@ -132,29 +119,24 @@ class Reading:
             mask = mask[rows, cols] if mask.ndim == 2 else mask[sample, rows, cols]
         if self.plan.frame.flipped:
             values, mask = values[::-1], None if mask is None else mask[::-1]
-        if self.bent:
-            self._gather(piece, values, mask)
-        else:
-            self._put(piece, values, mask)
+        self._put(number, own, values, mask)
 
-    def absent(self, piece: Piece) -> None:
-        """Fill a piece whose tile is not in the file: nodata, or zeros where the file has none."""
-        dtype = np.dtype(self.request.asset.dtype)
-        values = np.full(piece.source.shape, 0 if self.nodata is None else self.nodata, dtype)
-        if self.bent:
-            self._gather(piece, values, None)
-        else:
-            self._put(piece, values, None)
+    def absent(self, number: int, tile: Rect) -> None:
+        """Fill a window's part of a tile that is not in the file: nodata, or zeros where the file has none."""
+        own = self.need(number, tile)
+        absent = 0 if self.nodata is None else self.nodata
+        self._put(number, own, np.full(own.shape, absent, self.request.asset.dtype), None)
 
-    def void(self, piece: Piece) -> None:
-        """Make a piece invalid whose tile cannot be read."""
-        target = piece.target
+    def void(self, number: int, tile: Rect) -> None:
+        """Make a window's part of a tile invalid that cannot be read."""
+        own, target = self.need(number, tile), self._target(number)
+        at = target.at(flipped(own, self.plan.frame))
         with self._lock:
             if target.valid is None and self.nodata is None and target.values.dtype.kind not in "fc":
                 target.valid = np.ones(target.values.shape, np.bool_)
         if target.valid is not None:
-            _mark(target.valid[piece.at], np.zeros(piece.source.shape, np.bool_), target.common)
-        target.values[piece.at] = self._empty(target.values.dtype)
+            _mark(target.valid[at], np.zeros(own.shape, np.bool_), target.common)
+        target.values[at] = self._empty(target.values.dtype)
 
     def landed(self) -> bool:
         """Note that a tile has come, or will not; return whether it was the last."""
@@ -174,7 +156,7 @@ class Reading:
         failure: ReadError | None = None
         try:
             for i, (window, rect, target) in enumerate(
-                zip(request.windows, plan.rects, self.targets, strict=True)
+                zip(request.windows, plan.rects, self.blocks, strict=True)
             ):
                 source = SourceBlock(target.values, target.valid, rect, self.nodata)
                 if request.decode is not None:
@@ -192,24 +174,28 @@ class Reading:
             failure = read_error(request.asset, doing, error, "a transformation GDAL can do", remedy)
         if failure is not None:
             raise failure
-        self.targets.clear()
+        self.blocks.clear()
 
     def _prepare(self) -> None:
-        """Make one target a window: its own place in the output, or a block of source pixels to warp."""
+        """Make a block of source pixels a window to be warped; else note what of it lies outside of the raster."""
         asset, plan, out = self.request.asset, self.plan, self.out
         for i, (window, rect) in enumerate(zip(self.request.windows, plan.rects, strict=True)):
-            if plan.corner is None:
+            if self.bent:
                 mask = np.zeros(rect.shape, dtype=np.bool_) if has_mask(asset) else None
-                values = np.empty(rect.shape, asset.dtype)
-                self.targets.append(_Target(values, mask, rect.row0, rect.col0))
-                continue
-            row, col = window.row - plan.corner[0], window.col - plan.corner[1]
-            self.targets.append(_Target(out.values[i], out.valid[i], row, col, out.shares(i)))
-            if rect.shape != (window.height, window.width):
+                self.blocks.append(_Target(np.empty(rect.shape, asset.dtype), mask, rect.row0, rect.col0))
+            elif rect.shape != (window.height, window.width):
                 inside = np.zeros((window.height, window.width), dtype=np.bool_)
-                inside[rect.row0 - row : rect.row1 - row, rect.col0 - col : rect.col1 - col] = not rect.empty
+                inside[self._target(i).at(rect)] = not rect.empty
                 out.values[i][...] = self._empty(out.values[i].dtype)
                 _mark(out.valid[i], inside, out.shares(i))
+
+    def _target(self, number: int) -> _Target:
+        if self.plan.corner is None:
+            return self.blocks[number]
+        window, out, (row, col) = self.request.windows[number], self.out, self.plan.corner
+        return _Target(
+            out.values[number], out.valid[number], window.row - row, window.col - col, out.shares(number)
+        )
 
     def _empty(self, dtype: np.dtype[Any]) -> Any:
         """Return what a pixel holds that is not there to read."""
@@ -219,30 +205,23 @@ class Reading:
             return dtype.type(self.nodata)
         return dtype.type(np.nan if dtype.kind in "fc" else 0)
 
-    def _gather(self, piece: Piece, values: NDArray[Any], mask: NDArray[np.bool_] | None) -> None:
-        """Put stored numbers into a block that is going to be warped."""
-        target = piece.target
-        place = target.values[piece.at]
-        place[...] = values
+    def _put(self, number: int, own: Rect, values: NDArray[Any], mask: NDArray[np.bool_] | None) -> None:
+        """Put stored numbers to their place in the output, or into a block that is going to be warped."""
+        target = self._target(number)
+        at = target.at(flipped(own, self.plan.frame))
+        known = mask
+        if not self.bent or target.valid is not None:
+            known = _known(values, self.nodata, mask)
         if target.valid is not None:
-            known = valid_pixels(values, self.nodata)
-            target.valid[piece.at] = known if mask is None else known & mask
-        elif values.dtype.kind in "fc" and self.nodata is not None:
-            place[np.isnan(values)] = self.nodata  # or NaN would spread through the kernel
-
-    def _put(self, piece: Piece, values: NDArray[Any], mask: NDArray[np.bool_] | None) -> None:
-        """Put stored numbers to their place in the output."""
-        known = None
-        if self.nodata is not None or values.dtype.kind not in "iub":
-            known = valid_pixels(values, self.nodata)
-        if mask is not None:
-            known = mask if known is None else known & mask
-        assert piece.target.valid is not None
-        _mark(piece.target.valid[piece.at], known, piece.target.common)
-        plain = self.out.rule is None and self.request.decode is None and values.dtype.kind in "iub"
-        if plain and mask is None and self.nodata == self.out.fill:
-            known = None  # what is invalid holds the fill already
-        self._store(piece.target.values[piece.at], values, known)
+            _mark(target.valid[at], known, target.common)
+        if not self.bent:
+            plain = self.out.rule is None and self.request.decode is None and values.dtype.kind in "iub"
+            holds = plain and mask is None and self.nodata == self.out.fill  # what is invalid holds the fill
+            self._store(target.values[at], values, None if holds else known)
+            return
+        target.values[at] = values
+        if target.valid is None and values.dtype.kind in "fc" and self.nodata is not None:
+            target.values[at][np.isnan(values)] = self.nodata  # or NaN would spread through the kernel
 
     def _store(self, place: NDArray[Any], values: NDArray[Any], valid: NDArray[np.bool_] | None) -> None:
         """Write values in the output's terms; ``valid`` None: none of them has to become the fill."""
@@ -258,6 +237,16 @@ class Reading:
 
 _COMMON = Lock()
 """Held while shared validity is narrowed: bands of one chip come on several threads."""
+
+
+def _known(
+    values: NDArray[Any], nodata: float | None, mask: NDArray[np.bool_] | None
+) -> NDArray[np.bool_] | None:
+    """Return where stored numbers are valid; None: everywhere."""
+    if nodata is None and values.dtype.kind in "iub":
+        return mask
+    known = valid_pixels(values, nodata)
+    return known if mask is None else known & mask
 
 
 def _mark(valid: NDArray[np.bool_], known: NDArray[np.bool_] | None, common: bool) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rasterio.env import set_gdal_config
 
 from rasteret_dask.errors import PlanError, ReadError
-from rasteret_dask.placing import Block, Out, Piece, Reading, flipped
+from rasteret_dask.placing import Block, Out, Reading, flipped
 from rasteret_dask.ranges import workers
 from rasteret_dask.rasterfile import RasterFile
 from rasteret_dask.readplan import (
@@ -113,22 +113,24 @@ class _Want:
     asset: Asset
     level: int
     rect: Rect
-    pieces: list[tuple[Reading, Piece, int]] = field(default_factory=list)
-    """Reading, where it goes, and which sample of the tile."""
+    readings: list[tuple[Reading, int, list[int]]] = field(default_factory=list)
+    """Reading, which sample of the tile, and the numbers of its windows."""
 
-    @property
     def need(self) -> Rect:
-        """The part that is wanted, rows in the file's order."""
-        return union(piece.source for _, piece, _ in self.pieces)
+        """Return the part that is wanted, rows in the file's order."""
+        return union(reading.need(n, self.rect) for reading, _, numbers in self.readings for n in numbers)
 
-    @property
-    def readings(self) -> list[Reading]:
-        """Each reading once."""
-        return list({id(reading): reading for reading, _, _ in self.pieces}.values())
+    def add(self, reading: Reading, sample: int, number: int) -> None:
+        """Want the tile for one more window."""
+        if self.readings and self.readings[-1][0] is reading:
+            self.readings[-1][2].append(number)
+        else:
+            self.readings.append((reading, sample, [number]))
+            reading.pending += 1
 
     def landed(self, call: _Call) -> None:
         """Go on with the readings for which this was the last tile."""
-        for reading in self.readings:
+        for reading, _, _ in self.readings:
             if reading.landed():
                 call.ready(reading)
 
@@ -238,7 +240,7 @@ class Session:
         new: dict[tuple[str, int], list[Flight]] = {}  # nobody but us brings these
         for key, want in wants.items():
             wish = Wish(
-                want.need, partial(_land, want, call), self._keep(want, keeps.get(key)), lambda: call.alive
+                want.need(), partial(_land, want, call), self._keep(want, keeps.get(key)), lambda: call.alive
             )
             pixels, flight, fresh = SHARED.join(key, want.asset, wish)
             if pixels is not None:
@@ -261,8 +263,9 @@ class Session:
         except ReadError as error:
             if not self._mask:
                 raise
-            for reading, piece, _ in want.pieces:
-                reading.void(piece)
+            for reading, _, numbers in want.readings:
+                for number in numbers:
+                    reading.void(number, want.rect)
             want.landed(call)
             self.unreadable.append(str(error))
             self._count(tiles_masked=1)
@@ -278,7 +281,7 @@ class Session:
         return Keep(union([found.rect, soon]), found.needs | {self._number}, found.done, found.now)
 
     def _needed_later(self, want: _Want, later: Later) -> Keep | None:
-        reading = want.pieces[0][0]
+        reading = want.readings[0][0]
         frame, grid = reading.plan.frame, reading.request.grid
         reach = 0 if not reading.bent else ceil(3 / min(*reading.plan.scale, 1.0)) + 2
         known = (frame, want.rect, reach)
@@ -308,8 +311,9 @@ class _Call:
 
 
 def _land(want: _Want, call: _Call, pixels: Pixels) -> None:
-    for reading, piece, sample in want.pieces:
-        reading.paste(piece, pixels, sample)
+    for reading, sample, numbers in want.readings:
+        for number in numbers:
+            reading.paste(number, want.rect, pixels, sample)
     want.landed(call)
 
 
@@ -323,20 +327,13 @@ def _wants(readings: Sequence[Reading]) -> dict[Key, _Want]:
         for number, rect in enumerate(plan.rects):
             for tile in rect_tiles(level, plan.frame, rect):
                 if tile in sparse:
-                    piece = reading.piece(number, tile_rect(level, tile))
-                    if piece is not None:
-                        reading.absent(piece)
+                    reading.absent(number, tile_rect(level, tile))
                     continue
                 key = _key(asset, plan.level, tile)
                 want = wants.get(key)
                 if want is None:
                     want = wants[key] = _Want(asset, plan.level, tile_rect(level, tile))
-                piece = reading.piece(number, want.rect)
-                if piece is not None:
-                    want.pieces.append((reading, piece, sample))
-    for want in wants.values():
-        for reading in want.readings:
-            reading.pending += 1
+                want.add(reading, sample, number)
     return wants
 
 
