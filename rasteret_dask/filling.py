@@ -65,6 +65,8 @@ class Seen:
     """Shape (y, x)."""
     valid: NDArray[np.bool_]
     """Shape (y, x)."""
+    lost: bool = False
+    """Whether a part of it could not be read."""
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Slot:
 
 def copied(window: Seen) -> Seen:
     """Return a window that does not hold its whole block in memory."""
-    return Seen(window.wanted, window.values.copy(), window.valid.copy())
+    return Seen(window.wanted, window.values.copy(), window.valid.copy(), window.lost)
 
 
 def put(values: NDArray[Any], valid: NDArray[np.bool_], chip: int, target: Slot) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from itertools import count
 from threading import Lock
 from typing import Any
 
@@ -219,6 +220,11 @@ class Job:
             place[h.start : h.stop] = first + np.arange(h.chips) // h.per_shard
             first += h.shards
         return place
+
+    @cached_property
+    def first_number(self) -> int:
+        """What the numbers of this job's shards begin with in this process, so that no two jobs share any."""
+        return next(_JOBS) << 40
 
     @cached_property
     def finished(self) -> set[int]:
@@ -435,6 +441,7 @@ def _ipc(table: pa.Table) -> bytes:
 _DECIDING = ("href", "band_index", "size", "etag", "scale", "offset", "nodata")
 """What of an asset decides its pixels' values."""
 
+_JOBS = count()
 _OPENING = Lock()
 
 

@@ -24,13 +24,14 @@ class Neighbours:
 
     def __init__(self, job: Job, shard: Shard, source: int) -> None:
         sources, place = len(job.sources), int(job.running[shard.start])
-        self.number, self.finished = place * sources + source, job.finished
+        first = job.first_number + source
+        self.number, self.finished = first + place * sources, job.finished
         if self.number in self.finished:  # it is all done anew
             self.finished.clear()
         near = np.flatnonzero(
             (np.abs(job.running - place) <= NEAR) & (job.running >= 0) & (job.running != place)
         )
-        self._number = job.running[near] * sources + source
+        self._number = first + job.running[near] * sources
         self._epsg, self._bounds = job.epsg[near], job.bounds[near]
 
     def meeting(

@@ -164,7 +164,7 @@ class Picking:
             if self._is_quality(one):
                 block = Block.empty(one.request)
                 apart.append((one, block))
-                outs.append(Out(list(block.values), list(block.valid), None))
+                outs.append(block.out())
             else:
                 outs.append(self._out(one, [places[entry] for entry in one.entries]))
         session.read_into([one.request for one in wanted], outs, self.requests(rest))
@@ -190,7 +190,7 @@ class Picking:
         looks: list[list[Seen]] = [[] for _ in feed.chip]
         for one, block in apart:
             for at, entry in enumerate(one.entries):
-                looks[entry].append(Seen(one, block.values[at], block.valid[at]))
+                looks[entry].append(Seen(one, block.values[at], block.valid[at], at in block.lost))
         for entry, (row, chip) in enumerate(zip(feed.row.tolist(), feed.chip.tolist(), strict=True)):
             seen = self._seen.get((row, chip))
             if seen is not None:
@@ -209,7 +209,7 @@ class Picking:
             place.valid[...] = np.isfinite(place.values[0])
         for window in windows:
             if plan.mask and window.wanted.asset.band == window.wanted.member.quality:
-                clear = _clear(window, plan.mask) | ~window.valid
+                clear = ~_masked(window, plan.mask)
                 place.valid &= clear
                 np.copyto(place.values, place.values.dtype.type(plan.fill), where=~clear)
 
@@ -246,7 +246,7 @@ class Picking:
         found: list[list[Seen]] = [[] for _ in feed.chip]
         for one, block in zip(wanted, blocks, strict=True):
             for at, entry in enumerate(one.entries):
-                found[entry].append(Seen(one, block.values[at], block.valid[at]))
+                found[entry].append(Seen(one, block.values[at], block.valid[at], at in block.lost))
         for entry, windows in enumerate(found):
             seen = self._seen.get((int(feed.row[entry]), int(feed.chip[entry])))
             yield entry, windows if seen is None else [*windows, seen]
@@ -261,7 +261,7 @@ class Picking:
         for window in windows:
             asset = window.wanted.asset
             if asset.band == window.wanted.member.quality:
-                cloudy |= ~_clear(window, plan.mask) & window.valid
+                cloudy |= _masked(window, plan.mask)
             for band in window.wanted.bands:
                 values[band] = self._scaled(asset, window)
                 valid[band] = window.valid
@@ -389,6 +389,13 @@ class Picking:
 
     def _names(self, rows: NDArray[np.int64]) -> list[str]:
         return [self.plan.members[int(self.member_of[r])].name for r in rows]
+
+
+def _masked(window: Seen, mask: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Return where a quality band masks its record; everywhere where a part of it could not be read."""
+    if window.lost:
+        return np.ones_like(window.valid)
+    return window.valid & ~_clear(window, mask)
 
 
 def _clear(window: Seen, mask: tuple[str, ...]) -> NDArray[np.bool_]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
@@ -33,6 +34,13 @@ class Block:
     valid: NDArray[np.bool_]
     """Shape (window, y, x). True where the raster covers the pixel, which is neither nodata, NaN nor masked."""
 
+    lost: set[int] = field(default_factory=set)
+    """Numbers of windows of which a part could not be read; only where such tiles are masked."""
+
+    def out(self) -> Out:
+        """Return the block as the place where its pixels go."""
+        return Out(list(self.values), list(self.valid), None, lost=self.lost)
+
     @classmethod
     def empty(cls, request: Request) -> Block:
         """Make a block for a request."""
@@ -57,6 +65,17 @@ class Out:
     common: Sequence[bool] = ()
     """Per window: whether several requests share its ``valid``, which is True at first and stays so where all of
     them are valid. By default none does."""
+
+    lost: set[int] | None = None
+    """Takes the numbers of windows of which a part could not be read."""
+    first: int = 0
+    """Number of the first window, where this is a part of an Out."""
+
+    def part(self, some: slice) -> Out:
+        """Return some windows."""
+        common = self.common[some] if self.common else ()
+        first = self.first + some.start
+        return Out(self.values[some], self.valid[some], self.fill, self.rule, common, self.lost, first)
 
     def shares(self, window: int) -> bool:
         """Tell whether a window's validity is shared."""
@@ -94,11 +113,30 @@ class Reading:
     _lock: Lock = field(default_factory=Lock)
 
     @classmethod
-    def start(cls, request: Request, out: Out) -> Reading:
-        """Plan a request and prepare what tiles are pasted into."""
-        reading = cls(request, plan_read(request), out, nodata_of(request.asset))
-        reading._prepare()
-        return reading
+    def planned(cls, request: Request, out: Out) -> Reading:
+        """Plan a request."""
+        return cls(request, plan_read(request), out, nodata_of(request.asset))
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source pixels that are to be warped."""
+        if not self.bent:
+            return 0
+        size = np.dtype(self.request.asset.dtype).itemsize + int(has_mask(self.request.asset))
+        return sum(height * width for height, width in (rect.shape for rect in self.plan.rects)) * size
+
+    def split(self, nbytes: int) -> Iterator[Reading]:
+        """Yield the reading in parts of some windows, whose source pixels fit; one window is the least."""
+        windows = len(self.request.windows)
+        most = max(1, windows * nbytes // max(self.source_bytes, 1))
+        if most >= windows:
+            yield self
+            return
+        for at in range(0, windows, most):
+            some = slice(at, at + most)
+            request = replace(self.request, windows=self.request.windows[some])
+            plan = replace(self.plan, rects=self.plan.rects[some])
+            yield Reading(request, plan, self.out.part(some), self.nodata)
 
     @property
     def bent(self) -> bool:
@@ -129,6 +167,8 @@ class Reading:
 
     def void(self, number: int, tile: Rect) -> None:
         """Make a window's part of a tile invalid that cannot be read."""
+        if self.out.lost is not None:
+            self.out.lost.add(self.out.first + number)
         own, target = self.need(number, tile), self._target(number)
         at = target.at(flipped(own, self.plan.frame))
         with self._lock:
@@ -173,10 +213,13 @@ class Reading:
             remedy = "Check the record's CRS and the grid's bounds."
             failure = read_error(request.asset, doing, error, "a transformation GDAL can do", remedy)
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # a frame that holds its own error is a cycle, and this one leads to the output
         self.blocks.clear()
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Make a block of source pixels a window to be warped; else note what of it lies outside of the raster."""
         asset, plan, out = self.request.asset, self.plan, self.out
         for i, (window, rect) in enumerate(zip(self.request.windows, plan.rects, strict=True)):
@@ -237,6 +280,14 @@ class Reading:
 
 _COMMON = Lock()
 """Held while shared validity is narrowed: bands of one chip come on several threads."""
+
+
+def _renew() -> None:
+    global _COMMON
+    _COMMON = Lock()
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 def _known(

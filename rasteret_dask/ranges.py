@@ -18,7 +18,7 @@ from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from rasteret_dask import remote
-from rasteret_dask.errors import ReadError
+from rasteret_dask.errors import ReadError, TrustError
 from rasteret_dask.records import Asset
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ __all__ = [
     "coalesced",
     "fetch",
     "host_of",
+    "named",
     "pool",
     "subject",
     "workers",
@@ -136,9 +137,12 @@ def workers() -> ThreadPoolExecutor:
 
 def host_of(href: str) -> str:
     """Return where an href's bytes come from: scheme and host, or "" for local files."""
+    try:
+        parts = urlsplit(href)
+    except ValueError:
+        return ""  # its own request says what is wrong with it
     if remote.is_local(href):
         return ""
-    parts = urlsplit(href)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
@@ -156,10 +160,16 @@ class Pace:
         self._here = 0
         self._changed = Condition()
 
-    def wait(self) -> None:
-        """Wait for a moment to start a request."""
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for a moment to start a request; whoever has had one lets two others look for theirs."""
         with self._changed:
             self._changed.wait_for(lambda: self._here < self.most)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._changed.notify(2)
 
     @contextmanager
     def here(self) -> Iterator[None]:
@@ -171,7 +181,6 @@ class Pace:
         finally:
             with self._changed:
                 self._here -= 1
-                self._changed.notify(2)
 
 
 PACE = Pace(3 * CPU_COUNT)
@@ -200,6 +209,18 @@ class _Scratch:
 
 SCRATCH = _Scratch()
 """The process's."""
+
+
+def _renew() -> None:
+    """Start anew in a forked child: threads and whoever held a lock stayed in its parent."""
+    pool.cache_clear()
+    workers.cache_clear()
+    ByteBudget.__init__(BUDGET, BUDGET.nbytes)
+    Pace.__init__(PACE, PACE.most)
+    _Scratch.__init__(SCRATCH)
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 def fetch(asset: Asset, start: int, length: int) -> Any:
@@ -241,11 +262,19 @@ def _typed(ask: Callable[..., T], asset: Asset, doing: str, *arguments: Any) -> 
     except (remote.MissingError, FileNotFoundError, NotADirectoryError):
         remedy = "Restore the file, or leave the record out."
         failure = ReadError(doing, "nothing there (404)", "the file that was indexed", remedy)
-    except (ReadError, OSError) as error:
-        found = error.found if isinstance(error, ReadError) else error.strerror or type(error).__name__
+    except (ReadError, TrustError, OSError, ValueError) as error:
+        found = error.found if isinstance(error, ReadError | TrustError) else _said(error)
         remedy = "Check that this worker may read it; try again if the store was busy."
         failure = ReadError(doing, found, "its bytes", _ANEW if found == remote.NO_RANGE else remedy)
-    raise failure  # outside of the except block: what it would be chained to may name a signature
+    try:
+        raise failure  # outside of the except block: what it would be chained to may name a signature
+    finally:
+        del failure  # a frame that holds its own error is a cycle, and this one leads to the output
+
+
+def _said(error: OSError | ValueError) -> str:
+    """Return what went wrong, without the path."""
+    return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
 
 
 def _range(href: str, start: int, length: int) -> tuple[Any, int, str | None]:
@@ -287,6 +316,9 @@ _ANEW = "The file has changed since it was indexed: build its record anew."
 
 def subject(asset: Asset, doing: str) -> str:
     """Name an asset and what is done with it, without what must stay secret."""
-    parts = urlsplit(asset.href)
-    href = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else asset.href
-    return f"asset {asset.band!r} of record {asset.record_id!r} ({href}), {doing}"
+    return f"{named(asset)}, {doing}"
+
+
+def named(asset: Asset) -> str:
+    """Name an asset, its record and its file, without what must stay secret."""
+    return f"asset {asset.band!r} of record {asset.record_id!r} ({remote.public(asset.href)})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from threading import Lock
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from rasterio import Env
@@ -16,12 +16,13 @@ from rasterio.io import DatasetReader
 from rasterio.session import DummySession
 
 from rasteret_dask.errors import ReadError
-from rasteret_dask.ranges import BUDGET, check
+from rasteret_dask.ranges import BUDGET, check, subject
 from rasteret_dask.readplan import has_mask, tile_rect
 from rasteret_dask.records import Asset
+from rasteret_dask.remote import public
 from rasteret_dask.sharing import Pixels
 
-__all__ = ["RasterFile", "gdal_env", "public_href", "read_error"]
+__all__ = ["RasterFile", "gdal_env", "read_error"]
 
 DRIVERS = ("GTiff", "JP2OpenJPEG")
 """The only drivers a cached header may name: never VRT, which opens other files. Only the one named is tried."""
@@ -82,7 +83,10 @@ class RasterFile:
             remedy = "Check that it exists and that this worker may read it."
             failure = read_error(asset, "opening it", error, f"a {self.level.driver} file", remedy)
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # a frame that holds its own error is a cycle
         if (dataset.width, dataset.height) != (self.level.width, self.level.height):
             found = f"{dataset.width} x {dataset.height} pixels"
             dataset.close()
@@ -118,7 +122,10 @@ class RasterFile:
                 remedy = "Try again; if it stays so, leave the record out or index it anew."
                 failure = read_error(asset, where, error, "its pixels", remedy)
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # a frame that holds its own error is a cycle
         return Pixels(values, mask, rect)
 
     def close(self) -> None:
@@ -137,7 +144,7 @@ class RasterFile:
         level = self.level
         if level.driver not in DRIVERS:
             raise ReadError(
-                _subject(self._asset, "opening it"),
+                subject(self._asset, "opening it"),
                 f"driver {level.driver!r}",
                 f"one of {', '.join(DRIVERS)}",
             )
@@ -145,7 +152,7 @@ class RasterFile:
         nbytes *= level.samples if self.chunky else 1
         if nbytes > MAX_TILE_BYTES:
             raise ReadError(
-                _subject(self._asset, "opening it"),
+                subject(self._asset, "opening it"),
                 f"tiles of {level.tile_width} x {level.tile_height} pixels, {nbytes / 2**20:.0f} MiB each",
                 f"tiles of at most {MAX_TILE_BYTES // 2**20} MiB",
                 "Convert the file to a cloud-optimized GeoTIFF.",
@@ -179,17 +186,11 @@ def gdal_path(asset: Asset) -> str:
     path = unquote(parts.path) if parts.scheme == "file" else href
     if "://" in path or path.startswith("/vsi") or path.lstrip().startswith("<"):
         raise ReadError(
-            _subject(asset, "opening it"),
+            subject(asset, "opening it"),
             f"scheme {parts.scheme!r}" if parts.scheme else "a virtual path",
             "a local path, file://, http(s)://, s3://, gs:// or az://",
         )
     return os.path.abspath(path)
-
-
-def public_href(href: str) -> str:
-    """Return a href without user, password, query and fragment, fit for messages."""
-    parts = urlsplit(href)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def read_error(asset: Asset, doing: str, error: Exception, expected: str, remedy: str) -> ReadError:
@@ -199,23 +200,19 @@ def read_error(asset: Asset, doing: str, error: Exception, expected: str, remedy
     be pickled but not unpickled, so an error that carries it along never reaches the client.
     """
     said = _redacted(str(error.__cause__ or error), asset.href)  # rasterio's own: "see previous exception"
-    failure = ReadError(_subject(asset, doing), said, expected, remedy)
+    failure = ReadError(subject(asset, doing), said, expected, remedy)
     failure.__cause__ = RasterioIOError(said)
     return failure
 
 
-def _subject(asset: Asset, doing: str) -> str:
-    return f"asset {asset.band!r} of record {asset.record_id!r} ({public_href(asset.href)}), {doing}"
-
-
 def _changed(asset: Asset, found: str, expected: str) -> ReadError:
     remedy = "The file has changed since it was indexed: build its record anew."
-    return ReadError(_subject(asset, "opening it"), found, expected, remedy)
+    return ReadError(subject(asset, "opening it"), found, expected, remedy)
 
 
 def _redacted(text: str, href: str) -> str:
     parts = urlsplit(href)
-    text = text.replace(href, public_href(href))
+    text = text.replace(href, public(href))
     user = parts.netloc.rpartition("@")[0]
     for secret in (f"{user}@" if user else "", f"?{parts.query}" if parts.query else "", parts.query):
         text = text.replace(secret, "") if secret else text

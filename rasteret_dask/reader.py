@@ -12,7 +12,7 @@ from itertools import count
 from math import ceil, floor
 from threading import Lock
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,12 @@ from rasterio.env import set_gdal_config
 
 from rasteret_dask.errors import PlanError, ReadError
 from rasteret_dask.placing import Block, Out, Reading, flipped
-from rasteret_dask.ranges import workers
+from rasteret_dask.ranges import named, subject, workers
 from rasteret_dask.rasterfile import RasterFile
 from rasteret_dask.readplan import (
     Frame,
     Grid,
+    ReadPlan,
     Rect,
     Request,
     Window,
@@ -52,6 +53,9 @@ __all__ = [
     "is_aligned",
     "tiles_of",
 ]
+
+SOURCE_BYTES = 32 * 2**20
+"""Source pixels that one call holds to be warped, unless one window alone has more."""
 
 GDAL_CACHE_BYTES = 16 * 2**20
 """GDAL's own cache of tiles: none is asked for twice, so it needs only those being decoded."""
@@ -159,18 +163,21 @@ class Session:
         self._mask = on_error == "mask"
         self._later = later
         self._number = -next(_SESSIONS)
-        self._files: dict[tuple[str, int], RasterFile] = {}
+        self._files: dict[tuple[Any, ...], RasterFile] = {}
         self._lock = Lock()
         self._ground: dict[tuple[object, ...], Keep | None] = {}
 
     def __enter__(self) -> Session:
         _bound_gdal_cache()
+        self._reading = SHARED.session()
+        self._reading.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        self._reading.__exit__(None, None, None)
 
     def close(self) -> None:
         """Close all files and forget what was kept for this session."""
@@ -204,28 +211,37 @@ class Session:
             When a file cannot be read or is not what its cached header says; never zeros instead.
         """
         blocks = [Block.empty(request) for request in requests]
-        self.read_into(requests, [Out(list(b.values), list(b.valid), None) for b in blocks], keep)
+        self.read_into(requests, [block.out() for block in blocks], keep)
         return blocks
 
     def read_into(
         self, requests: Sequence[Request], outs: Sequence[Out], keep: Sequence[Request] = ()
     ) -> None:
         """Read all requests in one batch, each straight into memory of the caller's; see :meth:`read_block`."""
-        readings = [Reading.start(request, out) for request, out in zip(requests, outs, strict=True)]
+        readings = [Reading.planned(request, out) for request, out in zip(requests, outs, strict=True)]
         self._count(
             warped_requests=sum(r.bent or r.plan.level > 0 for r in readings),
             gdal_fallback=sum(not is_fast(r.request.asset, r.plan.level) for r in readings),
         )
+        groups = _groups(readings)
+        for at, group in enumerate(groups):
+            rest = [reading for later in groups[at + 1 :] for reading in later]
+            self._read(group, rest, keep)
+
+    def _read(self, readings: Sequence[Reading], rest: Sequence[Reading], keep: Sequence[Request]) -> None:
+        """Read some of a batch; what the rest of it and ``keep`` need of the same tiles is kept."""
+        for reading in readings:
+            reading.prepare()
         wants = _wants(readings)
-        keeps = _keeps(keep, wants)
+        planned = [(r.request, r.plan) for r in rest] + [(request, plan_read(request)) for request in keep]
+        keeps = _keeps(planned, wants)
         call = _Call()
         try:
             for reading in readings:
                 if not reading.pending:
                     call.ready(reading)
-            flights = self._depart(wants, keeps, call)
-            for flight, want in flights:
-                self._await(flight, want, call)
+            for flight, wish, want in self._depart(wants, keeps, call):
+                self._await(flight, wish, want, call)
             for warp in call.warps:
                 warp.result()
         finally:
@@ -234,41 +250,51 @@ class Session:
 
     def _depart(
         self, wants: dict[Key, _Want], keeps: dict[Key, Rect], call: _Call
-    ) -> list[tuple[Flight, _Want]]:
+    ) -> list[tuple[Flight, Wish, _Want]]:
         """Take what the process has, join what is under way, and send for the rest."""
-        flights: list[tuple[Flight, _Want]] = []
-        new: dict[tuple[str, int], list[Flight]] = {}  # nobody but us brings these
-        for key, want in wants.items():
-            wish = Wish(
-                want.need(), partial(_land, want, call), self._keep(want, keeps.get(key)), lambda: call.alive
-            )
-            pixels, flight, fresh = SHARED.join(key, want.asset, wish)
-            if pixels is not None:
-                wish.paste(pixels)
-            if flight is not None:
-                flights.append((flight, want))
-            if flight is not None and fresh:
-                new.setdefault((want.asset.href, want.level), []).append(flight)
-            else:
-                self._count(tiles_reused=1)
-        for (href, level), own in new.items():
-            if (href, level) not in self._files:
-                self._files[href, level] = RasterFile(own[0].asset, level)
-            bring(own[0].asset, level, own, self._files[href, level], self._count)
-        return flights
-
-    def _await(self, flight: Flight, want: _Want, call: _Call) -> None:
+        waiting: list[tuple[Flight, Wish, _Want]] = []
+        new: dict[tuple[Any, ...], list[Flight]] = {}  # nobody but us brings these
         try:
-            flight.done.result()
-        except ReadError as error:
-            if not self._mask:
-                raise
-            for reading, _, numbers in want.readings:
-                for number in numbers:
-                    reading.void(number, want.rect)
-            want.landed(call)
-            self.unreadable.append(str(error))
-            self._count(tiles_masked=1)
+            for key, want in wants.items():
+                keep = self._keep(want, keeps.get(key))
+                wish = Wish(want.need(), partial(_land, want, call), keep, lambda: call.alive)
+                pixels, flight, fresh = SHARED.join(key, want.asset, wish)
+                if flight is not None:
+                    waiting.append((flight, wish, want))
+                    if fresh:
+                        new.setdefault(key[:4], []).append(flight)  # one version of one file, one level of it
+                if pixels is not None:
+                    wish.paste(pixels)
+                if not fresh:
+                    self._count(tiles_reused=1)
+            for (*_, level), own in new.items():
+                file = self._files.setdefault(own[0].key[:4], RasterFile(own[0].asset, level))
+                bring(own[0].asset, level, own, file, self._count)
+        except BaseException as error:  # an interrupt, say: who has joined these must not wait for ever
+            for flight in (flight for own in new.values() for flight in own):
+                SHARED.fail(flight, error)
+            raise
+        return waiting
+
+    def _await(self, flight: Flight, wish: Wish, want: _Want, call: _Call) -> None:
+        error = wish.done.exception()  # not raised: its traceback would tie this call's memory to the flight
+        if error is None:
+            return
+        if not isinstance(error, ReadError):
+            raise error
+        if not self._mask:
+            said = error.subject.replace(named(flight.asset), named(want.asset))
+            raise ReadError(said, error.found, error.expected, error.remedy)
+        for reading, _, numbers in want.readings:
+            for number in numbers:
+                reading.void(number, want.rect)
+        want.landed(call)
+        for who in dict.fromkeys(named(reading.request.asset) for reading, _, _ in want.readings):
+            own = error.subject.replace(named(flight.asset), who)
+            line = str(ReadError(own, error.found, error.expected, error.remedy))
+            if line not in self.unreadable:
+                self.unreadable.append(line)
+        self._count(tiles_masked=1)
 
     def _keep(self, want: _Want, soon: Rect | None) -> Keep | None:
         """Say which part of a tile is to be kept, and for whom."""
@@ -324,6 +350,9 @@ def _wants(readings: Sequence[Reading]) -> dict[Key, _Want]:
         asset, plan = reading.request.asset, reading.plan
         level, sparse = asset.levels[plan.level], sparse_tiles(asset, plan.level)
         sample = asset.band_index if is_chunky(level) else 0
+        if asset.band_index >= max(level.samples, 1):
+            raise ReadError(subject(asset, "planning its read"), f"band {asset.band_index + 1}, counted from 1",
+                            f"one of the file's {level.samples}", "Build its record anew.")  # fmt: skip
         for number, rect in enumerate(plan.rects):
             for tile in rect_tiles(level, plan.frame, rect):
                 if tile in sparse:
@@ -337,11 +366,25 @@ def _wants(readings: Sequence[Reading]) -> dict[Key, _Want]:
     return wants
 
 
-def _keeps(requests: Sequence[Request], wants: dict[Key, _Want]) -> dict[Key, Rect]:
+def _groups(readings: Sequence[Reading]) -> list[list[Reading]]:
+    """Put readings into groups whose source pixels fit SOURCE_BYTES; those that are copied need none."""
+    groups: list[list[Reading]] = [[]]
+    held = 0
+    for reading in (part for whole in readings for part in whole.split(SOURCE_BYTES)):
+        cost = reading.source_bytes
+        if held and held + cost > SOURCE_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(reading)
+        held += cost
+    return groups
+
+
+def _keeps(requests: Sequence[tuple[Request, ReadPlan]], wants: dict[Key, _Want]) -> dict[Key, Rect]:
     """Return which part of the wanted tiles further requests need."""
     found: dict[Key, Rect] = {}
-    for request in requests:
-        asset, plan = request.asset, plan_read(request)
+    for request, plan in requests:
+        asset = request.asset
         level = asset.levels[plan.level]
         for rect in plan.rects:
             for tile in rect_tiles(level, plan.frame, rect):

@@ -292,7 +292,13 @@ def nodata_of(asset: Asset) -> float | None:
     """Return the asset's nodata, or None where its dtype cannot hold it (-9999 in a uint16)."""
     nodata, dtype = asset.nodata, np.dtype(asset.dtype)
     if nodata is None or dtype.kind not in "iu":
-        return nodata
+        beyond = (
+            nodata is not None
+            and dtype.kind == "f"
+            and isfinite(nodata)
+            and abs(nodata) > np.finfo(dtype).max
+        )
+        return None if beyond else nodata
     limits = np.iinfo(dtype)
     return nodata if nodata == nodata and limits.min <= nodata <= limits.max and nodata % 1 == 0 else None
 

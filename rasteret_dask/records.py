@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import BandError, ReadError, SchemaError
+from rasteret_dask.remote import redact
 
 __all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "Asset", "Level", "Records", "conform"]
 
@@ -320,7 +321,7 @@ class Records:
         levels = _map_item(self.table.column("headers_metadata").chunk(0), row, band)
         if item["error"] is not None or not levels:
             raise ReadError(
-                f"asset {band!r} of record {record!r} ({item['href']})",
+                f"asset {band!r} of record {record!r} ({redact(item['href'])})",
                 item["error"] or "no cached header",
                 "a header read while the table was built",
                 "Leave such records out with where(readable=True).",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import obstore
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
@@ -36,6 +36,7 @@ __all__ = [
     "listing",
     "local_path",
     "open_href",
+    "public",
     "put",
     "redact",
 ]
@@ -48,7 +49,12 @@ class _CutError(Exception):
     """A body shorter than announced."""
 
 
-_FAILURES = (BaseError, OSError, _CutError)  # obstore raises some as builtin OSErrors (FileNotFoundError)
+_FAILURES = (
+    BaseError,
+    OSError,
+    ValueError,
+    _CutError,
+)  # obstore raises some as builtin OSErrors (FileNotFoundError)
 
 ATTEMPTS = 6
 """Requests for one thing, at most. obstore retries refusals but not a body that is cut short, so we do both."""
@@ -98,13 +104,22 @@ class Fetched:
 
 def is_local(href: str) -> bool:
     """Return whether an href is a path of this machine (or ``file://``)."""
-    scheme = urlsplit(href).scheme.lower()
+    scheme = href.partition("://")[0].lower() if "://" in href else ""
     return scheme in ("", "file") or len(scheme) == 1  # one letter: a Windows drive
 
 
 def redact(text: str) -> str:
     """Return text without query strings and user information, which may hold signatures and passwords."""
     return re.sub(r"(?<=://)[^/\s@]+@", "", re.sub(r"\?[^\s\"')]*", "?...", text))
+
+
+def public(href: str) -> str:
+    """Return an href without user, password, query and fragment, fit for messages."""
+    try:
+        parts = urlsplit(href)
+    except ValueError:
+        return redact(href)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def join(base: str, *parts: str) -> str:
@@ -127,9 +142,12 @@ def open_href(href: str) -> tuple[Any, str]:
     TrustError
         When it is none of these.
     """
+    try:
+        url = urlsplit(href)
+    except ValueError as error:
+        raise ReadError(f"opening {redact(href)}", str(error), "a URL or a path") from None
     if is_local(href):
         return _store("file", "", "", ()), local_path(href).lstrip("/")
-    url = urlsplit(href)
     if url.scheme.lower() not in SCHEMES or not url.netloc:
         raise TrustError(
             f"opening {redact(href)}",
@@ -138,7 +156,10 @@ def open_href(href: str) -> tuple[Any, str]:
         )
     # obstore percent-encodes paths itself
     path = unquote(url.path) if url.scheme.startswith("http") else url.path
-    return _store(url.scheme.lower(), url.netloc, url.query, _environment()), path.lstrip("/")
+    try:
+        return _store(url.scheme.lower(), url.netloc, url.query, _environment()), path.lstrip("/")
+    except _FAILURES as error:
+        raise _failure(href, error) from None
 
 
 def fetch(href: str, start: int = 0, length: int | None = None) -> Fetched:
@@ -149,7 +170,7 @@ def fetch(href: str, start: int = 0, length: int | None = None) -> Fetched:
     MissingError
         When there is no such object.
     ReadError
-        When the store refuses, times out, or cuts the body short three times; never with a query string.
+        When the store refuses, times out, or cuts the body short, ATTEMPTS times; never with a query string.
     """
     store, path = open_href(href)
     options: Any = None if length is None and start == 0 else {"range": _range(start, length)}

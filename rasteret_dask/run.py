@@ -112,7 +112,7 @@ def _submit(
         lines = [f"{name}: {error}" for name, error in sorted(failed.items())[:MAX_LISTED]]
         more = f"\nand {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
         raise JobError(
-            f"store {url}",
+            f"store {remote.redact(url)}",
             f"{len(failed)} of {total} shards failed:\n" + "\n".join(lines) + more + "\n",
             "every shard written",
             "The others are written and the store is not committed: mend the cause and call to_zarr again.",

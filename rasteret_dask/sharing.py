@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Lock, Timer
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +21,9 @@ __all__ = ["SHARED", "Flight", "Keep", "Key", "Pixels", "Sharing", "Wish"]
 
 KEPT_BYTES = 320 * 2**20
 """Decoded pixels that a process keeps for later reads."""
+
+IDLE_S = 60.0
+"""Seconds after the last session until nothing is kept any more."""
 
 Key: TypeAlias = tuple[str, int | None, str | None, int, int, int]
 """A tile: href, size and ETag of its file, level, plane (0 where bands lie together), number."""
@@ -72,6 +77,8 @@ class Wish:
     keep: Keep | None
     alive: Callable[[], bool]
     """False once the reader has given up."""
+    done: Future[None] = field(default_factory=Future)
+    """Ends when the pixels are in their places, or with the error why they are not."""
 
 
 @dataclass(slots=True)
@@ -82,7 +89,8 @@ class Flight:
     asset: Asset
     """An asset that wants it, for messages."""
     wishes: list[Wish]
-    done: Future[None] = field(default_factory=Future)
+    over: bool = False
+    """Whether it has landed, failed or been given up."""
 
     @property
     def tile(self) -> int:
@@ -115,6 +123,7 @@ class Sharing:
         self._flying: dict[Key, Flight] = {}
         self._kept: dict[Key, _Kept] = {}
         self._held = 0
+        self._sessions = 0
 
     def join(self, key: Key, asset: Asset, wish: Wish) -> tuple[Pixels | None, Flight | None, bool]:
         """Find a tile: kept pixels that cover the wish, or the flight that will bring it and whether that is new.
@@ -137,35 +146,32 @@ class Sharing:
     def land(self, flight: Flight, pixels: Pixels) -> None:
         """Hand a decoded tile to all who wish for it; keep what later reads need."""
         with self._lock:
-            self._forget(flight)
-            keeps = [wish.keep for wish in flight.wishes if wish.keep is not None]
+            keeps = [wish.keep for wish in flight.wishes if wish.keep is not None and wish.alive()]
             if keeps:
                 self._put(flight.key, pixels, keeps)
-            if flight.done.done():  # given up meanwhile
-                return
-        try:
-            for wish in flight.wishes:
+            wishes = self._end(flight)
+        for wish in wishes:
+            try:
                 if wish.alive():
                     wish.paste(pixels)
-        except BaseException as error:
-            flight.done.set_exception(error)
-        else:
-            flight.done.set_result(None)
+            except BaseException as error:  # its own: the others have theirs
+                wish.done.set_exception(error)
+            else:
+                wish.done.set_result(None)
 
     def fail(self, flight: Flight, error: BaseException) -> None:
         """Tell all who wish for a tile that it does not come, unless it has come."""
         with self._lock:
-            self._forget(flight)
-            if not flight.done.done():
-                flight.done.set_exception(error)
+            wishes = self._end(flight)
+        for wish in wishes:
+            wish.done.set_exception(error)
 
     def abandoned(self, flight: Flight) -> bool:
         """Give a tile up that nobody waits for any more; return whether that is so."""
         with self._lock:
             if any(wish.alive() for wish in flight.wishes):
                 return False
-            self._forget(flight)
-            flight.done.cancel()
+            self._end(flight)
             return True
 
     def finish(self, *numbers: int) -> None:
@@ -176,9 +182,35 @@ class Sharing:
                 if not kept.needs:
                     self._drop(key)
 
-    def _forget(self, flight: Flight) -> None:
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Note that somebody reads; once nobody does for a while, nothing is kept any more."""
+        with self._lock:
+            self._sessions += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sessions -= 1
+                idle = not self._sessions and bool(self._kept)
+            if idle:
+                timer = Timer(IDLE_S, self._clear)
+                timer.daemon = True
+                timer.start()
+
+    def _clear(self) -> None:
+        with self._lock:
+            if not self._sessions:
+                self._kept.clear()
+                self._held = 0
+
+    def _end(self, flight: Flight) -> list[Wish]:
+        """Take a flight off the list; return who waits for it, none where it was over before."""
         if self._flying.get(flight.key) is flight:
             del self._flying[flight.key]
+        wishes = [] if flight.over else flight.wishes
+        flight.over = True
+        return wishes
 
     def _put(self, key: Key, pixels: Pixels, keeps: list[Keep]) -> None:
         needs = set[int]().union(*(keep.needs - keep.done for keep in keeps))
@@ -201,3 +233,5 @@ class Sharing:
 
 SHARED = Sharing(KEPT_BYTES)
 """The process's tiles."""
+
+os.register_at_fork(after_in_child=lambda: Sharing.__init__(SHARED, KEPT_BYTES))

@@ -55,13 +55,14 @@ def bring(asset: Asset, level: int, flights: Sequence[Flight], file: RasterFile,
     if not is_fast(asset, level):
         threads.submit(_surely, flights, partial(_read_gdal, flights, file, count))
         return
-    try:
-        trips = list(_trips(asset, level, flights))
-    except ReadError as error:
-        for flight in flights:
+    known = []
+    for flight in flights:
+        try:
+            _part(flight, flight.asset.levels[level])
+            known.append(flight)
+        except ReadError as error:
             SHARED.fail(flight, error)
-        return
-    for trip in trips:
+    for trip in _trips(asset, level, known):
         threads.submit(_surely, trip.flights, partial(trip.read, count))
 
 
@@ -77,8 +78,7 @@ class _Trip:
     def read(self, count: Count) -> None:
         """Fetch, decode and land; what cannot be read fails."""
         spans = [span for span in (self.span, *self.masks) if span.length]
-        with BUDGET.hold(sum(span.length for span in spans)):
-            PACE.wait()
+        with BUDGET.hold(sum(span.length for span in spans)), PACE.turn():
             bodies: dict[int, memoryview] = {}
             try:
                 for span in spans:
@@ -93,7 +93,7 @@ class _Trip:
                 return
             with PACE.here():
                 for part in self.span.parts:
-                    if not part.what.done.done():
+                    if not part.what.over:
                         self._land(part, bodies, count)
 
     def _land(self, part: Part[Flight], bodies: dict[int, memoryview], count: Count) -> None:
@@ -177,7 +177,7 @@ def _read_gdal(flights: Sequence[Flight], file: RasterFile, count: Count) -> Non
                 SHARED.fail(flight, error)
             return
         for flight in sorted(flights, key=lambda f: f.tile):
-            if flight.done.done():
+            if flight.over or SHARED.abandoned(flight):
                 continue
             try:
                 pixels = file.read(flight.tile, flight.asset)

@@ -173,9 +173,23 @@ def _interpolate(
     if values.dtype.kind in "iu":
         np.floor(found + 0.5, out=found)
     result = found.astype(values.dtype)
+    if block.mask is None and block.nodata is not None and block.nodata == block.nodata:
+        _avoid(result, valid, values.dtype.type(block.nodata))
     if not whole:
         result[~valid] = block.fill
     return result, valid
+
+
+def _avoid(values: NDArray[Any], valid: NDArray[np.bool_], nodata: Any) -> None:
+    """Move valid values that happen to be nodata to the number beside it, as GDAL does."""
+    hit = valid & (values == nodata)
+    if hit.any():
+        kind = values.dtype
+        if kind.kind in "iu":
+            lowest = np.iinfo(kind).min
+            values[hit] = nodata + 1 if nodata == lowest else nodata - 1
+        else:
+            values[hit] = np.nextafter(nodata, kind.type(-np.inf))
 
 
 def _first_of_two(sources: NDArray[np.float64], start: int) -> tuple[NDArray[np.int64], NDArray[Any]]:

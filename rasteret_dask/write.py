@@ -175,13 +175,15 @@ def prepare(layout: Layout, url: str) -> set[str]:
         if found:
             some = ", ".join(sorted(found)[:3])
             raise StoreError(
-                f"store {url}", f"{len(found)} objects of something else ({some})", "an empty place"
+                f"store {remote.redact(url)}",
+                f"{len(found)} objects of something else ({some})",
+                "an empty place",
             )
         remote.put(remote.join(url, JOB, "digest"), f"{job.digest}\n{layout.said}".encode())
     theirs, _, compression = remote.get(remote.join(url, JOB, "digest")).decode().partition("\n")
     if theirs != job.digest:
         raise StoreError(
-            f"store {url}",
+            f"store {remote.redact(url)}",
             f"chips of another plan ({theirs[:12]})",
             f"this plan's ({job.digest[:12]}), or nothing",
             "Choose another store, or delete this one.",
@@ -231,7 +233,7 @@ def is_committed(url: str, digest: str, compression: str = AUTO) -> bool:
 def _same_compression(url: str, found: str, expected: str) -> None:
     if found != expected:
         raise StoreError(
-            f"store {url}",
+            f"store {remote.redact(url)}",
             f"these chips with compression {found}",
             f"compression {expected}",
             "Give to_zarr the store's compression, choose another store, or delete this one.",
@@ -350,7 +352,9 @@ def commit(url: str, job: Job) -> None:
     missing = [s.name for s in job.shards() if s.name not in reports]
     if missing:
         raise JobError(
-            f"store {url}", f"{len(missing)} shards missing: {', '.join(missing[:10])}", "all shards"
+            f"store {remote.redact(url)}",
+            f"{len(missing)} shards missing: {', '.join(missing[:10])}",
+            "all shards",
         )
     tries = Counter(path.split("/")[2] for path in found if path.startswith(f"{JOB}/tried/"))
     manifest = _manifest(job, reports, tries)

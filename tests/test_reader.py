@@ -25,9 +25,10 @@ from rasterio.vrt import WarpedVRT
 from rasteret_dask.errors import GridError, PlanError, ReadError
 from rasteret_dask.headers import read_headers
 from rasteret_dask.ranges import ByteBudget
-from rasteret_dask.rasterfile import gdal_path, public_href
+from rasteret_dask.rasterfile import gdal_path
 from rasteret_dask.reader import Block, Grid, Request, Session, Window, is_aligned, tiles_of
 from rasteret_dask.records import Asset, Level
+from rasteret_dask.remote import public
 
 EDGE_CASES = Path(__file__).parents[1].parent / "shared" / "data" / "edge_cases"
 ODD_FILES = [*sorted(EDGE_CASES.glob("*.tif")), *sorted(EDGE_CASES.glob("*.jp2"))]
@@ -640,7 +641,7 @@ def test_secrets_stay_out_of_errors(tmp_path: Path) -> None:
     with pytest.raises(ReadError) as caught:
         read(Request(replace(asset, href=href), own_grid(asset), WINDOWS))
     assert "hidden" not in f"{caught.value} {caught.value.__cause__}"
-    assert public_href(href) == "http://127.0.0.1:9/a.tif"
+    assert public(href) == "http://127.0.0.1:9/a.tif"
 
 
 class Ranges(BaseHTTPRequestHandler):
