@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from queue import LifoQueue
-from threading import Condition
+from threading import Event, Lock, local
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
@@ -25,8 +25,6 @@ T = TypeVar("T")
 
 __all__ = [
     "BUDGET",
-    "PACE",
-    "SCRATCH",
     "ByteBudget",
     "Part",
     "Span",
@@ -36,6 +34,7 @@ __all__ = [
     "host_of",
     "named",
     "pool",
+    "scratch",
     "subject",
     "workers",
 ]
@@ -50,6 +49,7 @@ HOST_REQUESTS = 32
 """Requests that a process has under way at one host."""
 
 _SCRATCH_BYTES = 8 * 2**20
+"""Memory to decode into that a thread keeps, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def coalesced(parts: Sequence[Part[T]], gap: int = GAP_BYTES, most: int = SPAN_B
 
 
 class ByteBudget:
-    """Bytes that all threads of a process together may hold for reads under way; who asks for more waits.
+    """Bytes that all threads of a process together may hold for reads under way; who asks for more waits in line.
 
     Parameters
     ----------
@@ -101,25 +101,41 @@ class ByteBudget:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._free = nbytes
-        self._changed = Condition()
+        self._lock = Lock()
+        self._line: deque[tuple[int, Event]] = deque()
+
+    def take(self, nbytes: int) -> None:
+        """Take a part of the budget, to be given back by whoever is done with the bytes."""
+        share = min(nbytes, self.nbytes)
+        with self._lock:
+            if not self._line and self._free >= share:
+                self._free -= share
+                return
+            turn = Event()
+            self._line.append((share, turn))
+        turn.wait()
+
+    def give(self, nbytes: int) -> None:
+        """Give it back."""
+        with self._lock:
+            self._free += min(nbytes, self.nbytes)
+            while self._line and self._free >= self._line[0][0]:
+                share, turn = self._line.popleft()
+                self._free -= share
+                turn.set()
 
     @contextmanager
     def hold(self, nbytes: int) -> Iterator[None]:
-        """Hold some of the budget for the length of a block."""
-        share = min(nbytes, self.nbytes)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= share)
-            self._free -= share
+        """Hold a part of the budget for the length of a block."""
+        self.take(nbytes)
         try:
             yield
         finally:
-            with self._changed:
-                self._free += share
-                self._changed.notify_all()
+            self.give(nbytes)
 
 
-BUDGET = ByteBudget(96 * 2**20)
-"""The process's budget for bytes fetched and tiles being decoded."""
+BUDGET = ByteBudget(max(48, 24 * CPU_COUNT) * 2**20)
+"""The process's budget for bytes asked for and not yet decoded: a core decodes some 200 tiles of 1.4 MB a second."""
 
 
 @cache
@@ -146,69 +162,17 @@ def host_of(href: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
-class Pace:
-    """Holds new requests back while enough bodies are there to be decoded: more would only fill memory.
-
-    Parameters
-    ----------
-    most
-        Bodies fetched and not yet done with, from which on nobody starts.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._here = 0
-        self._changed = Condition()
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for a moment to start a request; whoever has had one lets two others look for theirs."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._here < self.most)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._changed.notify(2)
-
-    @contextmanager
-    def here(self) -> Iterator[None]:
-        """Say that a body is there, for the length of a block."""
-        with self._changed:
-            self._here += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._here -= 1
+_OWN = local()
 
 
-PACE = Pace(3 * CPU_COUNT)
-"""The process's."""
-
-
-class _Scratch:
-    """Memory to decode into, a piece a core: who decodes waits for one."""
-
-    def __init__(self) -> None:
-        self._free: LifoQueue[NDArray[np.uint8]] = LifoQueue()
-        for _ in range(CPU_COUNT):
-            self._free.put(np.empty(0, np.uint8))
-
-    @contextmanager
-    def take(self, nbytes: int) -> Iterator[NDArray[np.uint8]]:
-        """Hold a piece of at least ``nbytes``."""
-        memory = self._free.get()
-        try:
-            if len(memory) < nbytes:
-                memory = np.empty(nbytes, np.uint8)
-            yield memory
-        finally:
-            self._free.put(memory if len(memory) <= _SCRATCH_BYTES else np.empty(0, np.uint8))
-
-
-SCRATCH = _Scratch()
-"""The process's."""
+def scratch(nbytes: int) -> NDArray[np.uint8]:
+    """Return this thread's memory to decode into, at least ``nbytes`` long; what it held is gone."""
+    memory: NDArray[np.uint8] | None = getattr(_OWN, "memory", None)
+    if memory is None or len(memory) < nbytes:
+        memory = np.empty(nbytes, np.uint8)
+        if nbytes <= _SCRATCH_BYTES:
+            _OWN.memory = memory
+    return memory
 
 
 def _renew() -> None:
@@ -216,8 +180,6 @@ def _renew() -> None:
     pool.cache_clear()
     workers.cache_clear()
     ByteBudget.__init__(BUDGET, BUDGET.nbytes)
-    Pace.__init__(PACE, PACE.most)
-    _Scratch.__init__(SCRATCH)
 
 
 os.register_at_fork(after_in_child=_renew)

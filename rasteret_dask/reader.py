@@ -240,7 +240,9 @@ class Session:
             for reading in readings:
                 if not reading.pending:
                     call.ready(reading)
-            for flight, wish, want in self._depart(wants, keeps, call):
+            with SHARED.departure:
+                waiting = self._depart(wants, keeps, call)
+            for flight, wish, want in waiting:
                 self._await(flight, wish, want, call)
             for warp in call.warps:
                 warp.result()

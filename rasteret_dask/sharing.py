@@ -124,6 +124,9 @@ class Sharing:
         self._kept: dict[Key, _Kept] = {}
         self._held = 0
         self._sessions = 0
+        self.departure = Lock()
+        """Held while a reader sends for its tiles: who comes first has all of its own first, and can go on while
+        others wait for theirs; in turn they would all end, and begin anew, at the same time."""
 
     def join(self, key: Key, asset: Asset, wish: Wish) -> tuple[Pixels | None, Flight | None, bool]:
         """Find a tile: kept pixels that cover the wish, or the flight that will bring it and whether that is new.

@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 
 from rasteret_dask import tilecodec
 from rasteret_dask.errors import ReadError
-from rasteret_dask.ranges import BUDGET, PACE, SCRATCH, Part, Span, coalesced, fetch, host_of, pool, subject
+from rasteret_dask.ranges import (
+    BUDGET,
+    Part,
+    Span,
+    coalesced,
+    fetch,
+    host_of,
+    pool,
+    scratch,
+    subject,
+    workers,
+)
 from rasteret_dask.rasterfile import RasterFile, gdal_env
 from rasteret_dask.readplan import has_mask, nodata_of, tile_rect
 from rasteret_dask.records import Asset, Level
@@ -63,7 +74,7 @@ def bring(asset: Asset, level: int, flights: Sequence[Flight], file: RasterFile,
         except ReadError as error:
             SHARED.fail(flight, error)
     for trip in _trips(asset, level, known):
-        threads.submit(_surely, trip.flights, partial(trip.read, count))
+        threads.submit(_surely, trip.flights, partial(trip.fetch, count))
 
 
 class _Trip:
@@ -75,42 +86,56 @@ class _Trip:
         parts = [] if mask is None else [_part(flight, mask) for flight in self.flights]
         self.masks = list(coalesced([part for part in parts if part.length]))
 
-    def read(self, count: Count) -> None:
-        """Fetch, decode and land; what cannot be read fails."""
+    def fetch(self, count: Count) -> None:
+        """Fetch the bytes and hand them to a worker; where they do not come, all tiles fail."""
         spans = [span for span in (self.span, *self.masks) if span.length]
-        with BUDGET.hold(sum(span.length for span in spans)), PACE.turn():
+        held = sum(span.length for span in spans)
+        BUDGET.take(held)
+        try:
             bodies: dict[int, memoryview] = {}
-            try:
-                for span in spans:
-                    count(requests=1, bytes_fetched=span.length)
-                    data = memoryview(fetch(self.flights[0].asset, span.start, span.length))
-                    for part in span.parts:
-                        bodies[part.start] = data[part.start - span.start : part.stop - span.start]
-            except ReadError as error:
-                for part in self.span.parts:
-                    why = ReadError(_doing(part, "reading"), error.found, error.expected, error.remedy)
-                    SHARED.fail(part.what, why)
-                return
-            with PACE.here():
-                for part in self.span.parts:
-                    if not part.what.over:
-                        self._land(part, bodies, count)
+            for span in spans:
+                count(requests=1, bytes_fetched=span.length)
+                data = memoryview(fetch(self.flights[0].asset, span.start, span.length))
+                for part in span.parts:
+                    bodies[part.start] = data[part.start - span.start : part.stop - span.start]
+            workers().submit(self._decode, bodies, held, count)
+        except ReadError as error:
+            BUDGET.give(held)
+            for part in self.span.parts:
+                why = ReadError(_doing(part, "reading"), error.found, error.expected, error.remedy)
+                SHARED.fail(part.what, why)
+        except BaseException:
+            BUDGET.give(held)
+            raise
+
+    def _decode(self, bodies: dict[int, memoryview], held: int, count: Count) -> None:
+        """Decode and land all tiles."""
+        try:
+            for part in self.span.parts:
+                if not part.what.over and not SHARED.abandoned(part.what):
+                    self._land(part, bodies, count)
+        except BaseException as error:
+            for flight in self.flights:
+                SHARED.fail(flight, error)
+        finally:
+            bodies.clear()
+            BUDGET.give(held)
 
     def _land(self, part: Part[Flight], bodies: dict[int, memoryview], count: Count) -> None:
         flight, rect = part.what, tile_rect(self.level, part.what.tile)
         height, width = rect.shape
-        with SCRATCH.take(tilecodec.tile_bytes(self.level)) as memory:
-            try:
-                values = _decode(self.level, part, bodies, memory)[:, :height, :width]
-                mask = None
-                if self.mask is not None:
-                    mask = _decode(self.mask, _part(flight, self.mask), bodies, None)[0, :height, :width] != 0
-            except tilecodec.BrokenTileError as error:
-                remedy = "The file is damaged: replace it, or leave the record out."
-                SHARED.fail(flight, ReadError(_doing(part, "decoding"), str(error), "a whole tile", remedy))
-                return
-            count(tiles_read=1, bytes_decoded=values.nbytes)
-            SHARED.land(flight, Pixels(values, mask, rect))
+        try:
+            memory = scratch(tilecodec.tile_bytes(self.level))
+            values = _decode(self.level, part, bodies, memory)[:, :height, :width]
+            mask = None
+            if self.mask is not None:
+                mask = _decode(self.mask, _part(flight, self.mask), bodies, None)[0, :height, :width] != 0
+        except tilecodec.BrokenTileError as error:
+            remedy = "The file is damaged: replace it, or leave the record out."
+            SHARED.fail(flight, ReadError(_doing(part, "decoding"), str(error), "a whole tile", remedy))
+            return
+        count(tiles_read=1, bytes_decoded=values.nbytes)
+        SHARED.land(flight, Pixels(values, mask, rect))
 
 
 def _decode(

@@ -333,7 +333,8 @@ def test_any_warped_window_is_gdals_over_the_whole_file(
     raster = replace(raster, dtype=dtype, bands=bands, options=options)
     path = raster.write(tmp_path / "a.tif")
     assets = indexed(path)
-    assume(not is_aligned(assets[0], grid))  # of a south-up file GDAL's average reaches over the edge
+    assume(not is_aligned(assets[0], grid))
+    assume(not (raster.south_up and kernel == "average"))  # there GDAL calls pixels beyond the edge valid
     requests = [Request(a, grid, wanted, kernel) for a in assets]
     level = tiles_of(requests[0])[0]
     scale = assets[0].levels[level].transform[0] / grid.xres
