@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import uuid
 import warnings
 from collections import Counter
@@ -296,6 +297,7 @@ def write_shard(
     wait([tried, *objects])  # nothing of this attempt is on its way when the next one begins
     tried.result()
     report: dict[str, Any] = {
+        "process": f"{platform.node()}:{os.getpid()}",
         "shard": shard.name,
         "chips": shard.stop - shard.start,
         "objects": [put.result() for put in objects],
@@ -405,6 +407,7 @@ def _manifest(job: Job, reports: Mapping[str, dict[str, Any]], tries: Mapping[st
                 "number": shard.number,
                 "chips": report["chips"],
                 "attempts": tries[shard.name],
+                "process": report["process"],
                 "bytes": sum(o["size"] for o in report["objects"]),
                 "objects": [{k: o[k] for k in ("path", "size", "crc32c")} for o in report["objects"]],
                 "requests": counts["requests"],
