@@ -17,7 +17,7 @@ from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from zarr.dtype import parse_dtype
 
 from rasteret_dask.errors import PlanError
-from rasteret_dask.ranges import workers
+from rasteret_dask.limits import workers
 
 __all__ = ["Compression", "Encoding", "Piece", "checked", "codec_of", "crc32c"]
 

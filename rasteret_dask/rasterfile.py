@@ -16,7 +16,8 @@ from rasterio.io import DatasetReader
 from rasterio.session import DummySession
 
 from rasteret_dask.errors import ReadError
-from rasteret_dask.ranges import BUDGET, check, subject
+from rasteret_dask.limits import BUDGET
+from rasteret_dask.ranges import check, subject
 from rasteret_dask.readplan import has_mask, tile_rect
 from rasteret_dask.records import Asset
 from rasteret_dask.remote import public

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from rasterio.env import set_gdal_config
 
 from rasteret_dask.errors import PlanError, ReadError
+from rasteret_dask.limits import workers
 from rasteret_dask.placing import Block, Out, Reading, flipped
-from rasteret_dask.ranges import named, subject, workers
+from rasteret_dask.ranges import named, subject
 from rasteret_dask.rasterfile import RasterFile
 from rasteret_dask.readplan import (
     Frame,

@@ -11,18 +11,8 @@ from numpy.typing import NDArray
 
 from rasteret_dask import tilecodec
 from rasteret_dask.errors import ReadError
-from rasteret_dask.ranges import (
-    BUDGET,
-    Part,
-    Span,
-    coalesced,
-    fetch,
-    host_of,
-    pool,
-    scratch,
-    subject,
-    workers,
-)
+from rasteret_dask.limits import BUDGET, host_of, pool, scratch, workers
+from rasteret_dask.ranges import Part, Span, coalesced, fetch, subject
 from rasteret_dask.rasterfile import RasterFile, gdal_env
 from rasteret_dask.readplan import has_mask, nodata_of, tile_rect
 from rasteret_dask.records import Asset, Level

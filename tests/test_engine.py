@@ -35,7 +35,8 @@ from rasteret_dask.bands import Radiometry
 from rasteret_dask.errors import ReadError
 from rasteret_dask.harmonize import to_float
 from rasteret_dask.headers import Header, read_headers
-from rasteret_dask.ranges import GAP_BYTES, HOST_REQUESTS, SPAN_BYTES, Part, coalesced
+from rasteret_dask.limits import HOST_REQUESTS
+from rasteret_dask.ranges import GAP_BYTES, SPAN_BYTES, Part, coalesced
 from rasteret_dask.reader import Block, Grid, Out, Request, Session, Window, is_aligned, tiles_of
 from rasteret_dask.readplan import Rect
 from rasteret_dask.records import Asset, Level

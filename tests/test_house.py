@@ -22,7 +22,7 @@ ORDER = [
     "_version", "errors", "grid", "bands", "remote", "trust", "records", "geoparquet", "headerpage", "tiffheader",
     "gdalheader", "headers", "layers", "describe", "sources", "stac", "tables", "functions", "plan",
     "scan", "timing", "optimize", "resolve", "harmonize", "coverage", "chiptable", "frame", "feeds", "laying",
-    "chips", "splits", "steps", "readplan", "sharing", "ranges", "tilecodec", "rasterfile", "warp", "placing",
+    "chips", "splits", "steps", "readplan", "sharing", "limits", "ranges", "tilecodec", "rasterfile", "warp", "placing",
     "tilefile", "reader", "plainhref", "cogreader", "cube", "job", "cuts", "filling", "neighbours", "picking",
     "pixels", "shards", "encode", "write", "run", "lazy", "outputs", "explain", "audit",
     "pictures", "plot", "areas", "chipset", "collection", "build", "world", "__init__", "demo_checks", "demo", "cli",

@@ -24,7 +24,7 @@ from rasterio.vrt import WarpedVRT
 
 from rasteret_dask.errors import GridError, PlanError, ReadError
 from rasteret_dask.headers import read_headers
-from rasteret_dask.ranges import ByteBudget
+from rasteret_dask.limits import ByteBudget
 from rasteret_dask.rasterfile import gdal_path
 from rasteret_dask.reader import Block, Grid, Request, Session, Window, is_aligned, tiles_of
 from rasteret_dask.records import Asset, Level

@@ -84,6 +84,35 @@ def test_to_xarray_is_the_same_on_every_scheduler(
         assert_same(optical.compute(scheduler="processes"), wanted["optical"])
 
 
+def test_load_is_the_same_in_memory(joined: rd.Chips, wanted: dict[str, xr.Dataset]) -> None:
+    """Shards write into one array a source, whatever the number of threads."""
+    train = joined.select("train")
+    for threads in (1, 3):
+        with dask.config.set(num_workers=threads):
+            found = train.load()
+        assert isinstance(found, xr.DataTree)
+        assert set(found.children) == set(wanted)
+        for name, dataset in wanted.items():
+            loaded = found[name].to_dataset()
+            assert isinstance(loaded["pixels"].data, np.ndarray)
+            assert_same(loaded, dataset)
+
+
+def test_load_applies_functions(joined: rd.Chips) -> None:
+    """What a user's function returns has another shape: it is copied into place."""
+    ratio = joined.select("train").map(first_two_bands, source="optical")
+    found, lazy = ratio.load(), ratio.to_xarray()
+    for name in ("optical", "embeddings"):
+        xr.testing.assert_identical(
+            found[name].to_dataset(), lazy[name].to_dataset().compute(scheduler="threads")
+        )
+    assert found["optical"].sizes["band"] == 2
+
+
+def first_two_bands(chips: xr.DataArray) -> xr.DataArray:
+    return chips.isel(band=slice(2))
+
+
 @pytest.mark.parametrize("scheduler", ["threads", "sync"])
 def test_a_lazy_job_writes_and_commits_on_any_scheduler(
     joined: rd.Chips, wanted: dict[str, xr.Dataset], tmp_path: Path, scheduler: str

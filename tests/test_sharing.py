@@ -32,7 +32,7 @@ from test_real_data import table_of
 import rasteret_dask as rd
 from rasteret_dask import remote
 from rasteret_dask.errors import RasteretDaskError, ReadError
-from rasteret_dask.ranges import BUDGET
+from rasteret_dask.limits import BUDGET
 from rasteret_dask.reader import Block, Out, Request, Session, Window
 from rasteret_dask.readplan import Rect
 from rasteret_dask.records import Asset
