@@ -168,7 +168,9 @@ class Raster:
             ds.write(pixels)
             if mask is not None:
                 ds.write_mask(mask)
-        if self.overviews:
+        if (
+            self.overviews and options.get("endianness") != "big"
+        ):  # GDAL 3.10 once looped for ever over such a file
             with rasterio.open(path, "r+") as ds:
                 ds.build_overviews(self.overviews, Resampling.average)
         return path

@@ -48,7 +48,7 @@ def write(job: Job) -> Prepared:
         chips(job, records).to_zarr(job.store, client=client, progress=False)
         return job.store
 
-    return Prepared(run, lambda store: _ordered(job, xr.open_zarr(store)))
+    return Prepared(run, lambda store: _ordered(job, xr.open_zarr(store, chunks=None)))
 
 
 def collection(job: Job) -> rd.Collection:
