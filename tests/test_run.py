@@ -35,9 +35,16 @@ from rasteret_dask.grid import transformer
 from rasteret_dask.job import task_bytes
 from rasteret_dask.run import run_zarr
 from rasteret_dask.shards import lower
+from rasteret_dask.sharing import SHARED
 from rasteret_dask.world import World
 
 MB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> None:
+    """Forget the tiles that earlier tests have kept: here they are counted."""
+    SHARED._clear()
 
 
 @pytest.fixture(scope="module")
