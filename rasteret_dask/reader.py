@@ -186,9 +186,10 @@ class Session:
             with file.lock:
                 file.close()
         self._files.clear()
-        SHARED.finish(self._number, *([] if self._later is None else [self._later.number]))
         if self._later is not None:
-            self._later.finish()
+            self._later.finish()  # first: a tile that lands meanwhile is not kept for it again
+            SHARED.finish(self._later.number)
+        SHARED.finish(self._number)
 
     def read_block(self, requests: Sequence[Request], keep: Sequence[Request] = ()) -> list[Block]:
         """Read all requests in one batch.

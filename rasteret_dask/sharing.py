@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
@@ -124,6 +125,8 @@ class Sharing:
         self._kept: dict[Key, _Kept] = {}
         self._held = 0
         self._sessions = 0
+        self._left = 0.0
+        self._timer: Timer | None = None
         self.departure = Lock()
         """Held while a reader sends for its tiles: who comes first has all of its own first, and can go on while
         others wait for theirs; in turn they would all end, and begin anew, at the same time."""
@@ -195,17 +198,33 @@ class Sharing:
         finally:
             with self._lock:
                 self._sessions -= 1
-                idle = not self._sessions and bool(self._kept)
-            if idle:
-                timer = Timer(IDLE_S, self._clear)
-                timer.daemon = True
-                timer.start()
+                self._left = time.monotonic()
+                if not self._sessions and self._kept and self._timer is None:
+                    self._look_in(IDLE_S)
 
-    def _clear(self) -> None:
+    def _look_in(self, seconds: float) -> None:
+        """Start the one thread that looks whether anybody still reads; hold the lock."""
+        self._timer = Timer(seconds, self._look)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _look(self) -> None:
         with self._lock:
-            if not self._sessions:
-                self._kept.clear()
-                self._held = 0
+            self._timer = None
+            left = self._left + IDLE_S - time.monotonic()
+            if not self._sessions and left > 0:
+                self._look_in(left)
+            elif not self._sessions:
+                self._empty()
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        with self._lock:
+            self._empty()
+
+    def _empty(self) -> None:
+        self._kept.clear()
+        self._held = 0
 
     def _end(self, flight: Flight) -> list[Wish]:
         """Take a flight off the list; return who waits for it, none where it was over before."""

@@ -44,7 +44,7 @@ MB = 2**20
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> None:
     """Forget the tiles that earlier tests have kept: here they are counted."""
-    SHARED._clear()
+    SHARED.clear()
 
 
 @pytest.fixture(scope="module")
