@@ -17,11 +17,11 @@ from rasteret_dask.bands import Radiometry
 from rasteret_dask.errors import ReadError
 from rasteret_dask.harmonize import dequantize, to_float
 from rasteret_dask.rasterfile import read_error
-from rasteret_dask.readplan import Frame, ReadPlan, Rect, Request, has_mask, nodata_of, plan_read
+from rasteret_dask.readplan import ReadPlan, Rect, Request, flipped, has_mask, nodata_of, plan_read
 from rasteret_dask.sharing import Pixels
 from rasteret_dask.warp import SourceBlock, valid_pixels, warp_block
 
-__all__ = ["Block", "Out", "Reading", "flipped"]
+__all__ = ["Block", "Out", "Reading"]
 
 
 @dataclass(slots=True)
@@ -307,10 +307,3 @@ def _mark(valid: NDArray[np.bool_], known: NDArray[np.bool_] | None, common: boo
     elif known is not None and not known.all():
         with _COMMON:
             np.logical_and(valid, known, out=valid)
-
-
-def flipped(rect: Rect, frame: Frame) -> Rect:
-    """Turn a rectangle between rows from the north and rows in the file's order."""
-    if not frame.flipped:
-        return rect
-    return Rect(frame.height - rect.row1, frame.height - rect.row0, rect.col0, rect.col1)

@@ -20,7 +20,7 @@ from rasterio.env import set_gdal_config
 
 from rasteret_dask.errors import PlanError, ReadError
 from rasteret_dask.limits import workers
-from rasteret_dask.placing import Block, Out, Reading, flipped
+from rasteret_dask.placing import Block, Out, Reading
 from rasteret_dask.ranges import named, subject
 from rasteret_dask.rasterfile import RasterFile
 from rasteret_dask.readplan import (
@@ -30,6 +30,7 @@ from rasteret_dask.readplan import (
     Rect,
     Request,
     Window,
+    flipped,
     is_aligned,
     plan_read,
     rect_tiles,

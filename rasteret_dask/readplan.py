@@ -145,6 +145,13 @@ class Rect:
         return other.cut(self) == other
 
 
+def flipped(rect: Rect, frame: Frame) -> Rect:
+    """Turn a rectangle between rows from the north and rows in the file's order."""
+    if not frame.flipped:
+        return rect
+    return Rect(frame.height - rect.row1, frame.height - rect.row0, rect.col0, rect.col1)
+
+
 def union(rects: Iterable[Rect]) -> Rect:
     """Return the bounds of some rectangles."""
     found = list(rects)

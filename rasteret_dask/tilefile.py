@@ -56,14 +56,13 @@ def bring(asset: Asset, level: int, flights: Sequence[Flight], file: RasterFile,
     if not is_fast(asset, level):
         threads.submit(_surely, flights, partial(_read_gdal, flights, file, count))
         return
-    known = []
+    parts = []
     for flight in flights:
         try:
-            _part(flight, flight.asset.levels[level])
-            known.append(flight)
+            parts.append(_part(flight, flight.asset.levels[level]))
         except ReadError as error:
             SHARED.fail(flight, error)
-    for trip in _trips(asset, level, known):
+    for trip in _trips(asset, level, parts):
         threads.submit(_surely, trip.flights, partial(trip.fetch, count))
 
 
@@ -142,9 +141,8 @@ def _doing(part: Part[Flight], verb: str) -> str:
     return subject(part.what.asset, f"{verb} tile {part.what.tile}, bytes {part.start}-{part.stop - 1}")
 
 
-def _trips(asset: Asset, index: int, flights: Sequence[Flight]) -> Iterator[_Trip]:
+def _trips(asset: Asset, index: int, parts: Sequence[Part[Flight]]) -> Iterator[_Trip]:
     level, mask = asset.levels[index], _mask_of(asset, index) if has_mask(asset) else None
-    parts = [_part(flight, flight.asset.levels[index]) for flight in flights]
     for span in coalesced([part for part in parts if part.length]):
         yield _Trip(span, level, mask)
     for part in parts:
