@@ -223,6 +223,9 @@ class Sharing:
             self._empty()
 
     def _empty(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._kept.clear()
         self._held = 0
 

@@ -439,6 +439,7 @@ def test_pixels_of_a_coarser_grid_are_read_within_bounds(tmp_path: Path) -> None
 def test_nothing_is_kept_when_nobody_reads_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Someone looks at the first chip and goes: what was kept for the shards nearby goes too."""
     monkeypatch.setattr("rasteret_dask.sharing.IDLE_S", 0.2)
+    SHARED.clear()  # and with it the look that an earlier reader asked for
     chips = jobs(tmp_path, months=1, side=1024, tile=512, size=16)
     assert len(list(chips.job.shards())) > 1
     lazy = chips.to_xarray()
