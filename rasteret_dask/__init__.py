@@ -7,7 +7,7 @@ and ``chips`` add steps to its plan; ``split`` and ``select`` choose chips; ``ex
 
 from rasteret_dask._version import __version__
 from rasteret_dask.audit import Audit
-from rasteret_dask.build import as_collection, build_from_stac, build_from_table, load
+from rasteret_dask.build import build_from_stac
 from rasteret_dask.chipset import Chips
 from rasteret_dask.chiptable import CHIP_SCHEMA
 from rasteret_dask.cogreader import CogReader
@@ -27,6 +27,7 @@ from rasteret_dask.errors import (
     UnreadableTilesWarning,
 )
 from rasteret_dask.explain import Explanation
+from rasteret_dask.openers import as_collection, build_from_table, load
 from rasteret_dask.records import RECORD_SCHEMA
 
 __all__ = [

@@ -394,6 +394,8 @@ class Collection:
     def __repr__(self) -> str:
         return f"<Collection {self.name}>\n" + "\n".join(outline(self.plan))
 
+    # rasteret's ways of reading
+
 
 def merge(*collections: Collection) -> Collection:
     """Return the union of collections as one source; the ``source`` coordinate tells where a pixel came from.

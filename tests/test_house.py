@@ -25,7 +25,8 @@ ORDER = [
     "chips", "splits", "steps", "readplan", "sharing", "limits", "ranges", "tilecodec", "rasterfile", "warp", "placing",
     "tilefile", "reader", "plainhref", "cogreader", "cube", "job", "cuts", "filling", "neighbours", "picking",
     "pixels", "shards", "encode", "write", "run", "lazy", "outputs", "explain", "audit",
-    "pictures", "plot", "areas", "chipset", "collection", "build", "world", "__init__", "demo_checks", "demo", "cli",
+    "pictures", "plot", "areas", "chipset", "collection", "openers", "build", "world", "__init__",
+    "demo_checks", "demo", "cli",
 ]
 # fmt: on
 
