@@ -294,10 +294,15 @@ def _known(
     values: NDArray[Any], nodata: float | None, mask: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_] | None:
     """Return where stored numbers are valid; None: everywhere."""
-    if nodata is None and values.dtype.kind in "iub":
+    if values.dtype.kind in "iub" and not _reaches(values, nodata):
         return mask
     known = valid_pixels(values, nodata)
     return known if mask is None else known & mask
+
+
+def _reaches(values: NDArray[Any], number: float | None) -> bool:
+    """Tell whether a number lies between the least and the greatest value: a fraction of the price of comparing all."""
+    return number is not None and values.size > 0 and bool(values.min() <= number <= values.max())
 
 
 def _mark(valid: NDArray[np.bool_], known: NDArray[np.bool_] | None, common: bool) -> None:
