@@ -1,17 +1,21 @@
 """Distributed dataflow on Dask for multi-collection satellite training data.
 
-The main path: :func:`build_from_stac` makes a :class:`Collection`; ``merge``, ``subset``, ``harmonize``, ``join``
+The main path: :func:`build` makes a :class:`Collection`; ``merge``, ``subset``, ``harmonize``, ``join``
 and ``chips`` add steps to its plan; ``split`` and ``select`` choose chips; ``explain`` tells what would be done;
-``to_zarr``, ``to_xarray`` and ``cube`` do it.
+``to_zarr``, ``stream``, ``to_xarray`` and ``cube`` do it. :func:`open_chips` opens what was written.
 """
 
 from rasteret_dask._version import __version__
 from rasteret_dask.audit import Audit
-from rasteret_dask.build import build_from_stac
+from rasteret_dask.batches import as_xarray
+from rasteret_dask.build import build, build_from_stac, refresh
+from rasteret_dask.catalog import datasets
+from rasteret_dask.catalogwrite import register
 from rasteret_dask.chipset import Chips
 from rasteret_dask.chiptable import CHIP_SCHEMA
 from rasteret_dask.cogreader import CogReader
 from rasteret_dask.collection import Collection, join, merge
+from rasteret_dask.compacting import compact
 from rasteret_dask.errors import (
     BandError,
     GridError,
@@ -29,6 +33,10 @@ from rasteret_dask.errors import (
 from rasteret_dask.explain import Explanation
 from rasteret_dask.openers import as_collection, build_from_table, load
 from rasteret_dask.records import RECORD_SCHEMA
+from rasteret_dask.stats import Stats
+from rasteret_dask.storeset import StoredChips, open_chips
+from rasteret_dask.stream import Stream
+from rasteret_dask.streamfrom import stream_from
 
 __all__ = [
     "Audit",
@@ -46,15 +54,26 @@ __all__ = [
     "ReadError",
     "SchemaError",
     "SourceError",
+    "Stats",
     "StoreError",
+    "StoredChips",
+    "Stream",
     "TrustError",
     "UnreadableAssetsError",
     "UnreadableTilesWarning",
     "__version__",
     "as_collection",
+    "as_xarray",
+    "build",
     "build_from_stac",
     "build_from_table",
+    "compact",
+    "datasets",
     "join",
     "load",
     "merge",
+    "open_chips",
+    "refresh",
+    "register",
+    "stream_from",
 ]

@@ -13,7 +13,7 @@ import shapely.geometry
 from rasteret_dask.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import PlanError
 
-__all__ = ["as_area", "as_points", "bbox_of"]
+__all__ = ["as_area", "as_labels", "as_points", "bbox_of"]
 
 
 def bbox_of(bbox: Sequence[float]) -> tuple[float, float, float, float]:
@@ -89,6 +89,17 @@ def _lonlat(frame: Any) -> Any:
     return frame.to_crs(4326)
 
 
+def as_labels(value: Any) -> pa.Table:
+    """Return a table of shapes with the user's columns: ``geometry`` is WKB in lon/lat.
+
+    Raises
+    ------
+    PlanError
+        When there is no geometry, or no row.
+    """
+    return _table_of(value, "chips(labels=)")[0]
+
+
 def as_points(value: Any) -> pa.Table:
     """Return a table of windows to come: ``geometry`` (WKB, lon/lat), ``__index__``, and the user's columns.
 
@@ -97,6 +108,24 @@ def as_points(value: Any) -> pa.Table:
     PlanError
         When there is no geometry, or no row.
     """
+    table, index = _table_of(value, "chips(at=)")
+    taken = [n for n in table.column_names if n in CHIP_SCHEMA.names and n != "geometry"]
+    if taken:
+        raise PlanError(
+            "chips(at=)",
+            f"columns {', '.join(taken)}, which every chip table has",
+            "labels of other names",
+            "Give them other names: gdf.rename(columns=...).",
+        )
+    if len(set(index)) != len(index):
+        raise PlanError(
+            "chips(at=)", "an index value that stands twice", "a unique index", "Call reset_index()."
+        )
+    return table.append_column("__index__", pa.array(index))
+
+
+def _table_of(value: Any, subject: str) -> tuple[pa.Table, list[str]]:
+    """Return shapes with their columns, and what each row is called."""
     if hasattr(value, "to_crs") and hasattr(value, "geometry"):
         frame = _lonlat(value)
         wkb = pa.array(shapely.to_wkb(np.asarray(frame.geometry.to_numpy())), pa.binary())
@@ -112,29 +141,15 @@ def as_points(value: Any) -> pa.Table:
     elif isinstance(value, pa.Table) and "geometry" in value.column_names:
         table = value.replace_schema_metadata(None)
         index = [str(i) for i in range(value.num_rows)]
-    elif isinstance(value, Sequence) and value:
+    elif isinstance(value, Sequence) and value and not isinstance(value, str):
         shapes = [shapely.Point(v) if _is_pair(v) else _shapes(v)[0] for v in value]
         table = pa.table({"geometry": pa.array(shapely.to_wkb(shapes), pa.binary())})
         index = [str(i) for i in range(len(shapes))]
     else:
-        raise PlanError(
-            "chips(at=)", type(value).__name__, "a GeoDataFrame, a table with WKB geometry, or points"
-        )
+        raise PlanError(subject, type(value).__name__, "a GeoDataFrame, a table with WKB geometry, or points")
     if not table.num_rows:
-        raise PlanError("chips(at=)", "no row", "at least one point")
-    taken = [n for n in table.column_names if n in CHIP_SCHEMA.names and n != "geometry"]
-    if taken:
-        raise PlanError(
-            "chips(at=)",
-            f"columns {', '.join(taken)}, which every chip table has",
-            "labels of other names",
-            "Give them other names: gdf.rename(columns=...).",
-        )
-    if len(set(index)) != len(index):
-        raise PlanError(
-            "chips(at=)", "an index value that stands twice", "a unique index", "Call reset_index()."
-        )
-    return table.append_column("__index__", pa.array(index))
+        raise PlanError(subject, "no row", "at least one")
+    return table, index
 
 
 def _is_pair(value: Any) -> bool:

@@ -1,24 +1,124 @@
-"""STAC items, wherever they are, become collections."""
+"""Scenes of a catalog's datasets, of STAC APIs and of STAC items become collections."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from pystac_client import Client
-from pystac_client.exceptions import APIError
+import pyarrow.dataset as pads
 
 from rasteret_dask.areas import bbox_of
+from rasteret_dask.catalog import find, known_dataset
 from rasteret_dask.collection import Collection
-from rasteret_dask.errors import SourceError
+from rasteret_dask.errors import PlanError, SourceError
+from rasteret_dask.ingest import Known, Report, ingest
 from rasteret_dask.openers import as_collection
+from rasteret_dask.order import Order, check_names, order_of_json
 from rasteret_dask.plan import Predicate, Source
-from rasteret_dask.sources import read_items
+from rasteret_dask.progress import Progress
+from rasteret_dask.remote import is_local
+from rasteret_dask.search import fits
+from rasteret_dask.sources import Item, read_items
 from rasteret_dask.stac import items_to_table
+from rasteret_dask.tablecache import SAID, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
 from rasteret_dask.timing import half_open
 
-__all__ = ["build_from_stac"]
+__all__ = ["build", "build_from_stac", "refresh"]
+
+_TO_USER = 4  # frames from a warning to who called build
+
+
+def build(
+    dataset: str,
+    *,
+    name: str | None = None,
+    bbox: Sequence[float] | None = None,
+    date_range: Sequence[str | None] | str | None = None,
+    bands: Sequence[str] | None = None,
+    query: Mapping[str, Any] | None = None,
+    filter: str | Mapping[str, Any] | None = None,  # noqa: A002  # STAC's own word
+    max_items: int | None = None,
+    stac_api: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    headers: bool = True,
+    on_error: str = "skip",
+    progress: bool = True,
+) -> Collection:
+    """Build a collection from a dataset of the catalog, or open it where the same was built before.
+
+    Items are searched for page by page, the headers of their files are read while further pages arrive, and rows
+    go to a table on disk, which the collection reads lazily. The same call again opens that table: what decides
+    its content (the entry, place, dates, query, ...) is what it is known by.
+
+    Parameters
+    ----------
+    dataset
+        As ``earthsearch/sentinel-2-l2a``; :func:`datasets` lists them.
+    name
+        What the collection is called; None: the dataset's last part.
+    bbox
+        (west, south, east, north) in degrees; west of its east it crosses the antimeridian.
+    date_range
+        (start, end) as ISO 8601, the last day (month, year) included; either may be None. ``"2024-01-01/.."`` too.
+    bands
+        Keep only these, by code, common name or asset key; None: all the dataset has.
+    query
+        Conditions on properties: ``{"eo:cloud_cover": {"lt": 20}}``. Where the API cannot, they are applied here.
+    filter
+        CQL2, as text or JSON, where the API can.
+    max_items
+        Records, at most: the first that the API gives.
+    stac_api
+        Root of another API that has the collection.
+    cache_dir
+        A local folder for built tables; None: RASTERET_DASK_CACHE, else the user's cache folder.
+    force
+        Build again; nothing of an older table stays.
+    headers
+        False leaves headers unread: planning works from the items' ``proj:`` fields, as far as they go.
+    on_error
+        ``"skip"`` leaves broken items out, with a warning that names them; ``"raise"`` stops at the first.
+    progress
+        Whether to show how far it is, on stderr.
+
+    Raises
+    ------
+    SourceError
+        When the dataset is not known, the API cannot be asked, or nothing is found.
+    BandError
+        When there is no such band.
+    PlanError
+        When bbox, dates or another argument make no sense.
+    """
+    entry = find(dataset)
+    check_names(entry.dataset, bands)
+    order = Order(
+        name=_named(name, entry.id.rsplit("/", 1)[-1]),
+        entry=entry.id,
+        dataset=entry.dataset,
+        stac_api=stac_api or entry.stac_api,
+        collection=entry.stac_collection or entry.id.rsplit("/", 1)[-1],
+        catalog=None if stac_api else entry.catalog,
+        index=None if stac_api else entry.index,
+        columns=entry.columns,
+        corners=_corners(bbox),
+        span=half_open(date_range),
+        bands=_texts(bands),
+        query=_condition("query", query),
+        filter=_condition("filter", filter),
+        max_items=_count(max_items),
+        headers=headers,
+        skip_broken=_skips(on_error),
+    )
+    if order.catalog is not None and is_local(order.catalog):
+        return _from_catalog(order)  # files of this machine change: they are read again, not remembered
+    return _built(order, cache_dir, force, progress)
 
 
 def build_from_stac(
@@ -28,10 +128,19 @@ def build_from_stac(
     stac_api: str | None = None,
     collection: str | None = None,
     dataset: str | None = None,
+    data_source: str | None = None,
     bands: Sequence[str] | None = None,
     bbox: Sequence[float] | None = None,
     date_range: Sequence[str | None] | str | None = None,
+    query: Mapping[str, Any] | None = None,
+    filter: str | Mapping[str, Any] | None = None,  # noqa: A002  # STAC's own word
+    max_items: int | None = None,
     headers: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+    workspace_dir: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    on_error: str = "skip",
+    progress: bool = True,
 ) -> Collection:
     """Build a collection from STAC items; COG headers are read once, concurrently, and kept in the rows.
 
@@ -43,47 +152,232 @@ def build_from_stac(
     name
         What the collection is called.
     stac_api, collection
-        Root of a STAC API, and the collection to search there; needs ``bbox`` and ``date_range``.
-    dataset
-        Name of a known dataset (see ``bands.DATASETS``) where the items' collection does not say it.
+        Root of a STAC API, and the collection to search there; needs a ``bbox``, ``date_range`` or ``max_items``.
+        The table is kept, as that of :func:`build` is.
+    dataset, data_source
+        A known dataset where the items' collection does not say it: its name, or an id of the catalog.
     bands
         Keep only these; None: all raster bands.
     bbox, date_range
         Keep only items that touch them; the last day is included.
+    query, filter, max_items, cache_dir, force, on_error, progress
+        Of a search: see :func:`build`.
     headers
         False leaves headers unread: planning works from the items' own ``proj:`` fields, as far as they go.
+    workspace_dir
+        Another name of ``cache_dir``.
 
     Raises
     ------
     SourceError, TrustError, BandError, SchemaError
         When items are broken, name places they must not, or lack a band.
     """
-    span = half_open(date_range)
-    box = None if bbox is None else bbox_of(bbox)
-    if stac_api is not None:
-        items = read_items(_search(stac_api, collection, box, span), remote=True)
-    elif source is None:
-        raise SourceError(f"collection {name!r}", "neither a source nor a stac_api", "one of them")
-    else:
-        items = read_items(source)
-    within = None if span == (None, None) else span
-    table = items_to_table(
-        items, name=name, bands=bands, dataset=dataset, headers=headers, bbox=box, date_range=within
+    order = Order(
+        name=_named(name, ""),
+        dataset=known_dataset(dataset or data_source) if dataset or data_source else None,
+        stac_api=stac_api,
+        collection=collection or "",
+        corners=_corners(bbox),
+        span=half_open(date_range),
+        bands=_texts(bands),
+        query=_condition("query", query),
+        filter=_condition("filter", filter),
+        max_items=_count(max_items),
+        headers=headers,
+        skip_broken=_skips(on_error),
     )
-    made = as_collection(table, name=name)
-    where: tuple[Predicate, ...] = () if within is None else (("datetime", "overlaps", within),)
+    if stac_api is None and source is None:
+        raise SourceError(f"collection {name!r}", "neither a source nor a stac_api", "one of them")
+    if stac_api is None:
+        return _from_items(order, read_items(source))
+    if collection is None:
+        raise SourceError(
+            f"search of {order.where}", "no collection", "the id of one of the API's collections"
+        )
+    return _built(order, cache_dir or workspace_dir, force, progress)
+
+
+def refresh(collection: Collection, *, stac_api: str | None = None, progress: bool = True) -> Collection:
+    """Search again for what a built collection was made of, and add what is new.
+
+    Headers are read of new items, of items that were replaced by newer ones, and of files that could not be read
+    before; all other rows stay as they are, also those whose items are gone.
+
+    Parameters
+    ----------
+    collection
+        As :func:`build` returned it. It stays as it is, too.
+    stac_api
+        Root of the API, where another one is to be asked, or where its URL held a key (keys are not kept).
+    progress
+        Whether to show how far it is, on stderr.
+
+    Raises
+    ------
+    PlanError
+        When the collection was not built from a search, or steps were added to it.
+    SourceError
+        When the API cannot be asked.
+    """
+    if not isinstance(collection, Collection):
+        raise PlanError("refresh", f"a {type(collection).__name__}", "a collection that build() made")
+    plan = collection.plan
+    held = collection._tables.get(plan.token) if isinstance(plan, Source) else None
+    files = held.files if isinstance(held, pads.FileSystemDataset) else []
+    at = shelf_of(files[0]) if len(files) == 1 else None
+    if at is None or not isinstance(plan, Source):
+        raise PlanError(
+            f"refresh of {collection.name!r}",
+            "a collection that is not just as build() made it",
+            "a collection that build() made",
+            "Refresh that one, then take the further steps again.",
+        )
+    place, folder, said = at
+    folder = place.newest() or folder  # somebody may have refreshed it meanwhile
+    order = order_of_json(said, plan.name)
+    if stac_api is not None:
+        order = replace(order, stac_api=stac_api)
+    folder = _fill(order, place, folder, False, progress, Known.of(folder / TABLE))
+    return _opened(folder, replace(order, name=plan.name))
+
+
+def _built(order: Order, cache_dir: str | os.PathLike[str] | None, force: bool, progress: bool) -> Collection:
+    order.check()
+    place = shelf(cache_root(cache_dir), order.entry or order.collection, key_of(order.decides()))
+    folder = place.newest()
+    if folder is None or force:
+        folder = _fill(order, place, folder, force, progress, None)
+    else:
+        _remind(folder, order)
+    return _opened(folder, order)
+
+
+def _fill(
+    order: Order, place: Shelf, before: Path | None, replaces: bool, progress: bool, known: Known | None
+) -> Path:
+    """Return the folder of a new table; of the old one, where a refresh finds nothing new."""
+    with place.filling() as folder:
+        with Progress("items", progress) as shown:
+            report = ingest(order.batches(), order.recipe(), folder / TABLE, shown, known)
+        if known is not None and before is not None and not report.added:
+            return before
+        (folder / SAID).write_text(json.dumps(_said(order, report), indent=1))
+        made = place.commit(folder, after=before, replace=replaces, keep=0 if replaces else 1)
+    for note in report.notes(order.name):
+        warnings.warn(note, UserWarning, stacklevel=_TO_USER - 1 if known is not None else _TO_USER)
+    return made
+
+
+def _said(order: Order, report: Report) -> dict[str, Any]:
+    counts = {
+        "rows": report.rows,
+        "broken": len(report.broken),
+        "files": report.files,
+        "failed": report.failed,
+    }
+    return {**order.as_json(), "made": counts}
+
+
+def _remind(folder: Path, order: Order) -> None:
+    made = json.loads((folder / SAID).read_text()).get("made", {})
+    if made.get("failed"):
+        warnings.warn(
+            f"{order.name}: the headers of {made['failed']} of {made['files']} files could not be read when this "
+            "table was built. rd.refresh(collection) tries them again",
+            UserWarning,
+            stacklevel=_TO_USER,
+        )
+
+
+def _opened(folder: Path, order: Order) -> Collection:
+    return _ranged(as_collection(pads.dataset(folder / TABLE, format="parquet"), name=order.name), order)
+
+
+def _from_catalog(order: Order) -> Collection:
+    if order.filter is not None:
+        raise SourceError(
+            f"catalog of {order.entry!r}", "a filter in CQL2", "query=, or no filter",
+            "Static catalogs cannot filter: choose records after the build, by subset(...) or where(...).",
+        )  # fmt: skip
+    return _from_items(order, read_items(order.catalog))
+
+
+def _from_items(order: Order, items: Sequence[Item]) -> Collection:
+    if order.query is not None:
+        items = [i for i in items if fits(i.data, order.query, f"items of {order.name!r}")]
+    table = items_to_table(
+        items,
+        name=order.name,
+        bands=order.bands,
+        dataset=order.dataset,
+        headers=order.headers,
+        bbox=order.corners,
+        date_range=None if order.span == (None, None) else order.span,
+        most=order.max_items,
+    )
+    return _ranged(as_collection(table, name=order.name), order)
+
+
+def _ranged(made: Collection, order: Order) -> Collection:
+    """Return a collection that knows its range: regular slots of time span it."""
+    where: tuple[Predicate, ...] = ()
+    if order.span != (None, None):
+        where = (("datetime", "overlaps", order.span),)
     assert isinstance(made.plan, Source)
     return Collection(replace(made.plan, where=where), made._tables)
 
 
-def _search(
-    stac_api: str, collection: str | None, bbox: tuple[float, ...] | None, span: tuple[str | None, str | None]
-) -> list[dict[str, Any]]:
-    if collection is None or bbox is None or span == (None, None):
-        raise SourceError(f"search of {stac_api}", "no collection, bbox or date_range", "all three of them")
-    window = "/".join(part or ".." for part in span)
+def _named(name: str | None, otherwise: str) -> str:
+    if name is None:
+        return otherwise
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise PlanError("name", repr(name), "a text that is not empty")
+    return name
+
+
+def _corners(bbox: Sequence[float] | None) -> tuple[float, float, float, float] | None:
+    if bbox is None:
+        return None
     try:
-        search = Client.open(stac_api).search(collections=[collection], bbox=list(bbox), datetime=window)
-        return list(search.items_as_dicts())
-    except APIError as error:
-        raise SourceError(f"search of {stac_api}", str(error), "an answer of a STAC API") from error
+        west, south, east, north = (float(v) for v in bbox)
+    except (TypeError, ValueError):
+        return bbox_of(bbox)  # which says what is wrong
+    turned = 360.0 if west > east and abs(west) <= 180 and abs(east) <= 180 else 0.0
+    bbox_of((west, south, east + turned, north))
+    return west, south, east, north
+
+
+def _texts(bands: Sequence[str] | None) -> tuple[str, ...] | None:
+    if bands is None:
+        return None
+    found = (bands,) if isinstance(bands, str) else tuple(bands)
+    if not found:
+        raise PlanError("bands", "an empty list", "at least one band, or None for all")
+    return found
+
+
+def _condition(what: str, value: Any) -> str | None:
+    """Return a query or filter as text that says the same for the same."""
+    if value is None or value == {} or value == "":
+        return None
+    if what == "filter" and isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        wanted = {"query": '{"eo:cloud_cover": {"lt": 20}}', "filter": "CQL2 as text or as JSON"}[what]
+        raise PlanError(what, repr(value)[:100], wanted)
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PlanError(what, str(error), "values of JSON: numbers, text, lists") from error
+
+
+def _count(value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise PlanError("max_items", repr(value), "a whole number from 1")
+    return value
+
+
+def _skips(on_error: str) -> bool:
+    if on_error not in ("skip", "raise"):
+        raise PlanError("on_error", repr(on_error), "'skip' or 'raise'")
+    return on_error == "skip"

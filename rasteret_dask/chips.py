@@ -15,7 +15,8 @@ from rasteret_dask.coverage import Outlines
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.feeds import Feeds, source_outlines
 from rasteret_dask.frame import Frame, Phase, candidates, outline_wkb
-from rasteret_dask.grid import Lattice, zone_epsg
+from rasteret_dask.grid import Lattice, digits, zone_epsg
+from rasteret_dask.labels import Labels
 from rasteret_dask.laying import Laid, lay
 from rasteret_dask.plan import (
     Chips,
@@ -25,6 +26,7 @@ from rasteret_dask.plan import (
     Join,
     Map,
     Node,
+    Rule,
     SplitSpec,
     is_filtered,
     near_area,
@@ -34,7 +36,7 @@ from rasteret_dask.resolve import ResolvedSource, evaluate, resolve_source
 from rasteret_dask.scan import Table, as_table
 from rasteret_dask.timing import TimeAxis
 
-__all__ = ["ChipSet", "lay_chips", "used_records", "used_rows"]
+__all__ = ["ChipSet", "lay_chips", "phases", "used_records", "used_rows"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class ChipSet:
     """How many chips, windows or records were left out, by reason."""
     outlines: tuple[Outlines, ...] = ()
     """For each source, the covered ground of its records."""
+    screens: tuple[Rule, ...] = ()
+    """What pixels must fulfil for their chip to be kept."""
+    labels: Labels | None = None
+    """Polygons that become masks of the reference source."""
 
     @property
     def size_m(self) -> float:
@@ -92,10 +98,14 @@ def lay_chips(node: Chips, tables: Mapping[str, Table]) -> ChipSet:
     resolution = sources[reference].plan.resolution
     _check_sizes(node.spec, sources, reference)
     found = [source_outlines(s) for s in sources]
-    phase = _phases(sources[reference], found[reference])
+    phase = phases(sources[reference], found[reference])
     points = None if node.spec.at is None else as_table(tables[node.spec.at])
     frame = candidates(node.spec, found[reference], resolution, phase, points)
-    return _fill(node.spec, sources, reference, found, frame, points, tuple(reversed(maps)))
+    laid = _fill(node.spec, sources, reference, found, frame, points, tuple(reversed(maps)))
+    if node.spec.labels is None or node.spec.rasterize is None:
+        return laid
+    polygons = as_table(tables[node.spec.labels])
+    return replace(laid, labels=Labels.of(polygons, node.spec.rasterize, reference))
 
 
 def _below_join(node: Node) -> Node:
@@ -167,7 +177,7 @@ def _fits(length: float, resolutions: list[float]) -> bool:
     return all(abs(length / r - round(length / r)) < 1e-6 for r in resolutions)
 
 
-def _phases(source: ResolvedSource, found: Outlines) -> Phase:
+def phases(source: ResolvedSource, found: Outlines) -> Phase:
     """Return a pixel corner in each CRS: the first member's that has records there, that of most of them."""
     resolution = source.plan.resolution
     outline = found.of_record
@@ -178,7 +188,9 @@ def _phases(source: ResolvedSource, found: Outlines) -> Phase:
         epsg, member = int(found.epsg[number]), int(source.member[row])
         if settled.setdefault(epsg, member) != member:
             continue
-        corner = tuple(np.round(np.mod(found.transform[number][[2, 5]], resolution), 6) % resolution)
+        corner = tuple(
+            np.round(np.mod(found.transform[number][[2, 5]], resolution), digits(resolution)) % resolution
+        )
         votes = counted.setdefault(epsg, {})
         votes[corner] = votes.get(corner, 0) + 1
     return {e: max(sorted(v), key=lambda c, v=v: v[c]) for e, v in counted.items()}  # type: ignore[misc]

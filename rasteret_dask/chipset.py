@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyarrow as pa
@@ -16,35 +15,30 @@ from distributed import Client
 
 from rasteret_dask import audit, explain, geoparquet
 from rasteret_dask.chips import ChipSet, used_rows
+from rasteret_dask.chipsteps import ChipSteps
 from rasteret_dask.encode import Compression, checked
-from rasteret_dask.errors import PlanError, SchemaError, StoreError
-from rasteret_dask.job import Job, freeze
-from rasteret_dask.lazy import radiometry_of
+from rasteret_dask.epochs import Order
+from rasteret_dask.errors import PlanError, StoreError
+from rasteret_dask.freezing import freeze
+from rasteret_dask.job import Job
+from rasteret_dask.layout import Layout
+from rasteret_dask.mapping import outputs_of
+from rasteret_dask.measuring import kept_sizes, measured
 from rasteret_dask.outputs import load, to_xarray
-from rasteret_dask.plan import (
-    Function,
-    Keep,
-    Map,
-    Node,
-    Predicate,
-    Sample,
-    Select,
-    Split,
-    SplitSpec,
-    WithTable,
-    outline,
-    predicates,
-)
+from rasteret_dask.plan import Screen, Select
+from rasteret_dask.radiometry import radiometry_of
+from rasteret_dask.readings import Reading, planned
 from rasteret_dask.run import delayed_zarr, run_zarr
-from rasteret_dask.scan import Table, token_of
-from rasteret_dask.shards import lower, outputs_of
+from rasteret_dask.shards import lower
+from rasteret_dask.stats import Stats
 from rasteret_dask.steps import apply_step, plan_chips
-from rasteret_dask.write import Layout
+from rasteret_dask.stream import Normalize, Stream, batches
+from rasteret_dask.streamfrom import save_plan
 
 __all__ = ["Chips"]
 
 
-class Chips:
+class Chips(ChipSteps):
     """An immutable, lazy set of chips, made by :meth:`Collection.chips`.
 
     Parameters
@@ -59,101 +53,17 @@ class Chips:
         The chips that the plan's last step is applied to, so that what is planned already is not planned again.
     """
 
-    def __init__(
-        self,
-        plan: Node,
-        tables: Mapping[str, Table],
-        functions: Mapping[Function, Callable[..., Any]] | None = None,
-        parent: Chips | None = None,
-    ) -> None:
-        self.plan = plan
-        self._tables = dict(tables)
-        self._functions = dict(functions or {})
-        self._parent = parent
-
-    # Steps
-
-    def split(
-        self,
-        train: float = 0.7,
-        val: float = 0.15,
-        test: float = 0.15,
-        *,
-        seed: int = 0,
-        by: str = "ground",
-        buffer_m: float = 0.0,
-        boundary: str = "drop",
-    ) -> Chips:
-        """Give each chip a split, so that the same ground always lands in the same one.
-
-        Parameters
-        ----------
-        train, val, test
-            Shares that sum to 1.
-        seed
-            Another seed deals the ground out anew.
-        by
-            ``"ground"`` (a hash of the split cell), ``"geometry"`` (md5 of the records' footprints, as published
-            guides do; leaks, and ignores the seed), or a column of the chip table.
-        buffer_m
-            Drop val and test chips nearer than this to train.
-        boundary
-            What happens to windows that touch two splits: ``"drop"``, or ``"centre"`` decides by their centre.
-        """
-        ratios = (("train", train), ("val", val), ("test", test))
-        return self._with(Split(self.plan, SplitSpec(ratios, seed, by, buffer_m, boundary)))
-
-    def select(self, *splits: str) -> Chips:
-        """Keep the chips of these splits."""
-        if not splits:
-            raise PlanError("select", "no split", "at least one, such as select('train')")
-        return self._with(Select(self.plan, splits))
-
-    def filter(self, *given: Predicate | Any, **columns: Any) -> Chips:
-        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
-        return self._with(Keep(self.plan, predicates(given, columns)))
-
-    def sample(self, n: int, seed: int = 0, by: str | None = None) -> Chips:
-        """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
-        return self._with(Sample(self.plan, n, seed, by))
-
-    def map(
-        self,
-        function: Callable[[xr.DataArray], xr.DataArray],
-        *,
-        source: str | None = None,
-        version: str | None = None,
-    ) -> Chips:
-        """Apply a function to the chips of each group: a DataArray (chip, time, band, y, x); see Collection.map."""
-        known = Function.of(function, version)
-        return self._with(Map(self.plan, known, source), functions={known: function})
-
-    def with_table(self, table: pa.Table | str | os.PathLike[str]) -> Chips:
-        """Keep the chips of a table, with its further columns: ``.table`` or the path of what :meth:`save` wrote.
-
-        The columns that the plan decides (bounds, split, ...) must be the plan's own; to split by a column of
-        yours, give it another name and use ``split(by=...)``.
-
-        Raises
-        ------
-        SchemaError
-            When it is no table, names chips of another plan, or changes what the plan decides.
-        """
-        if isinstance(table, str | os.PathLike):
-            table = geoparquet.read(table)
-        if not isinstance(table, pa.Table):
-            raise SchemaError(
-                "with_table", f"a {type(table).__name__}", "an Arrow table, or a GeoParquet file's path"
-            )
-        token = token_of(table)
-        return self._with(WithTable(self.plan, token), tables={token: table})
+    @cached_property
+    def _sizes(self) -> dict[str, tuple[int, ...]]:
+        """Kept chips of each shard, by ``on_error``, once a stream has looked."""
+        return {}
 
     # What it is
 
     @cached_property
     def planned(self) -> ChipSet:
         """The planned chips: the chip table and what it was made from."""
-        if self._parent is None:
+        if self._parent is None or (isinstance(self.plan, Screen) and self.plan.spec.max_cloud is not None):
             return plan_chips(self.plan, self._tables)
         return apply_step(self._parent.planned, self.plan, self._tables)
 
@@ -301,17 +211,110 @@ class Chips:
         run_zarr(layout, url, self._functions, client, progress, _checked(on_error))
         return None
 
-    def _with(
+    def stream(
         self,
-        plan: Node,
-        tables: Mapping[str, Table] | None = None,
-        functions: Mapping[Function, Callable[..., Any]] | None = None,
-    ) -> Chips:
-        more = {**self._functions, **(functions or {})}
-        return Chips(plan, {**self._tables, **(tables or {})}, more, parent=self)
+        batch_size: int,
+        shuffle: int | None = None,
+        epochs: int = 1,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        pad: bool = False,
+        client: Client | str | None = None,
+        prefetch: int = 2,
+        normalize: Normalize | bool | None = None,
+        *,
+        buffer: int = 4,
+        on_error: str = "raise",
+    ) -> Stream:
+        """Return the chips as batches for a training loop: an iterator of dictionaries of arrays.
 
-    def __repr__(self) -> str:
-        return "<Chips>\n" + "\n".join(outline(self.plan))
+        Shards are read on a Dask cluster, or by threads where there is none, just far enough ahead to keep readers
+        busy: who takes no batches stops the reading. A lost worker's shards are read again; no chip comes twice.
+
+        Parameters
+        ----------
+        batch_size
+            Chips of a batch; an epoch's last one may be short.
+        shuffle
+            A seed: the same order on any number of workers, another one each epoch. None: the order of
+            :meth:`to_xarray`.
+        epochs
+            How often the chips come.
+        drop_last
+            Leave out short batches.
+        rank, world_size
+            Which of how many disjoint parts. Every rank has the same number of batches: the last
+            ``len(chips) % world_size`` chips of an epoch's order are left out.
+        pad
+            Leave out nothing: repeat chips until all batches are full; ``padded`` marks them.
+        client
+            A Dask client or a scheduler's address; None: the current client, else threads of this process.
+        prefetch
+            Batches made ahead. A stream from a cluster holds these and two more; threads hold, beside them, the
+            shards that are read and mixed.
+        normalize
+            What :meth:`stats` returned, True (:meth:`stats` is called first), or a function of a batch.
+        buffer
+            Shards that ``shuffle`` mixes at any time.
+        on_error
+            As in :meth:`to_xarray`.
+
+        Raises
+        ------
+        PlanError
+            When an argument cannot be, or some rank would have no batch.
+        """
+        reading = self._reading(_checked(on_error), client)
+        given = self.stats(client=client, on_error=on_error) if normalize is True else normalize or None
+        order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
+        return batches(reading, order, epochs, client, prefetch, given)
+
+    def stats(
+        self, sample: int | None = None, client: Client | str | None = None, on_error: str = "raise"
+    ) -> Stats:
+        """Measure the pixels of these chips in one pass: per source and band counts, moments, percentiles, classes.
+
+        Parameters
+        ----------
+        sample
+            Measure so many chips, chosen as by :meth:`sample`; None: all.
+        client
+            A Dask client or a scheduler's address; None: the current client, else threads of this process.
+        on_error
+            As in :meth:`to_xarray`.
+        """
+        chips = self if sample is None else self.sample(sample)
+        return measured(
+            planned(chips.job, chips._layout.outputs, self._functions, _checked(on_error)), client
+        )
+
+    def _reading(self, on_error: str, client: Client | str | None = None) -> Reading:
+        """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""
+        make = partial(planned, self.job, self._layout.outputs, self._functions, on_error)
+        if not self.job.screens:
+            return make()
+        if on_error not in self._sizes:
+            self._sizes[on_error] = kept_sizes(make(), client)
+        return make(sizes=self._sizes[on_error])
+
+    def save_plan(self, path: str | os.PathLike[str], client: Client | str | None = None) -> None:
+        """Write the plan, JSON and Arrow tables, to a new folder, from which :func:`stream_from` reads it elsewhere.
+
+        Parameters
+        ----------
+        path
+            A folder of its own: a local path or a URL.
+        client
+            Who looks at all pixels once, where :meth:`keep` drops some; as in :meth:`stream`.
+
+        Raises
+        ------
+        StoreError
+            When something else lies there.
+        """
+        sizes = self._reading("raise", client).sizes if self.job.screens else None
+        save_plan(self.job, path, sizes)
 
 
 def _checked(on_error: str) -> str:

@@ -157,7 +157,7 @@ def with_columns(table: pa.Table, more: pa.Table) -> pa.Table:
 
 
 RESERVED = frozenset(
-    {"pixels", "valid", "valid_fraction", "datetime", "source", "time", "band", "y", "x", "bounds"}
+    {"pixels", "valid", "valid_fraction", "datetime", "source", "time", "band", "y", "x", "bounds", "mask"}
 )
 """Names of an output's own variables; a user's column of such a name stays in the chip table only."""
 

@@ -17,8 +17,11 @@ from rasterio.enums import Resampling
 from rasterio.errors import RasterioIOError
 
 from rasteret_dask.errors import GridError, RasteretDaskError, ReadError
+from rasteret_dask.pixelgrid import Grid, Window
+from rasteret_dask.placing import Block
 from rasteret_dask.plainhref import HEADERS, assets_at
-from rasteret_dask.reader import Block, Grid, Request, Session, Window, tiles_of
+from rasteret_dask.reader import Session
+from rasteret_dask.readplan import Request, tiles_of
 from rasteret_dask.records import Asset
 from rasteret_dask.remote import is_local
 

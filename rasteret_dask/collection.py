@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 import xarray as xr
 
-from rasteret_dask import geoparquet
-from rasteret_dask.areas import as_area, as_points, bbox_of
+from rasteret_dask.areas import as_area, as_labels, as_points, bbox_of
 from rasteret_dask.chipset import Chips
-from rasteret_dask.errors import PlanError, SchemaError
-from rasteret_dask.lazy import harmonized_cube, native_grid
+from rasteret_dask.cubegrid import native_grid
+from rasteret_dask.errors import PlanError
+from rasteret_dask.labels import Labels
+from rasteret_dask.lazy import harmonized_cube
 from rasteret_dask.optimize import optimize
+from rasteret_dask.pixelreads import PixelReads
 from rasteret_dask.plan import (
     Chips as ChipsNode,
 )
@@ -32,24 +31,23 @@ from rasteret_dask.plan import (
     Node,
     Predicate,
     Sample,
-    Source,
     is_number,
-    leaves,
     outline,
     predicates,
 )
 from rasteret_dask.records import Records
 from rasteret_dask.resolve import evaluate, resolve_source
 from rasteret_dask.scan import Table, token_of
+from rasteret_dask.tableexits import TableExits
 from rasteret_dask.timing import half_open
 
 __all__ = ["Collection", "join", "merge"]
 
 
-class Collection:
+class Collection(TableExits, PixelReads):
     """An immutable, lazy set of records, plus what has been asked of them.
 
-    Collections are made by :func:`build_from_stac`, :func:`build_from_table`, :func:`as_collection` and
+    Collections are made by :func:`build`, :func:`build_from_stac`, :func:`build_from_table`, :func:`as_collection` and
     :func:`load`; every verb returns a new one, and nothing is read before an exit is called.
 
     Parameters
@@ -81,6 +79,8 @@ class Collection:
         date_range: Sequence[str | None] | str | None = None,
         cloud_cover_lt: float | None = None,
         geometries: Any = None,
+        split: str | Sequence[str] | None = None,
+        split_column: str = "split",
         **columns: Any,
     ) -> Collection:
         """Keep the records that fulfil all conditions.
@@ -95,6 +95,8 @@ class Collection:
             Percent; records without a figure are left out.
         geometries
             Anything with a footprint in lon/lat: shapely, GeoJSON, WKB, a GeoDataFrame, or a sequence of them.
+        split, split_column
+            Records whose column of that name holds ``split``, or one of several.
         **columns
             Equality on any column or STAC property; a list or tuple means any of its values.
         """
@@ -109,6 +111,8 @@ class Collection:
             where.append(("eo:cloud_cover", "<", float(cloud_cover_lt)))
         if geometries is not None:
             where.append(("geometry", "intersects", as_area(geometries)))
+        if split is not None:
+            where += predicates((), {split_column: split})
         where += predicates((), columns)
         return self._with(Filter(self.plan, tuple(where)))
 
@@ -126,7 +130,7 @@ class Collection:
 
     def select_split(self, split: str, *, split_column: str = "split") -> Collection:
         """Keep the records whose column ``split_column`` holds ``split``."""
-        return self.where((split_column, "==", split))
+        return self.subset(split=split, split_column=split_column)
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> Collection:
         """Keep ``n`` records by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
@@ -166,7 +170,8 @@ class Collection:
             Length of a slot as a pandas offset (``"1MS"``, ``"10D"``); None: a chip is one acquisition.
         pick
             Which acquisition fills a slot: ``"closest"`` to its middle (default), ``"first"``, ``"last"``,
-            ``"least_cloudy"``, ``"clearest"``, or a composite: ``"median"``, ``"mean"``.
+            ``"least_cloudy"``, ``"clearest"``; ``"newest"``: the last, filled by the ones before where it is invalid;
+            or a composite: ``"median"``, ``"mean"``.
         dtype
             ``"uint16"`` or ``"int16"`` stores reflectance x 1e4; None: float32.
         """
@@ -238,6 +243,8 @@ class Collection:
         min_coverage: float = 1.0,
         min_slots: int = 1,
         reference: str | None = None,
+        labels: Any = None,
+        rasterize: str | None = None,
     ) -> Chips:
         """Lay chips over the ground that every source covers.
 
@@ -259,6 +266,11 @@ class Collection:
             Slots that must have records, in every source.
         reference
             Of a join: the source whose pixels stay native; None: the first.
+        labels, rasterize
+            Polygons (as for ``at``), and the column of theirs that becomes ``mask`` (chip, y, x) on the reference
+            source's pixels: the value of the last polygon that holds a pixel's centre, else 0 (NaN for a column of
+            floats). Text is numbered from 1 in alphabetical order; ``mask.attrs["classes"]`` has the names. Without
+            ``labels``, the polygons are those of ``at``.
         """
         tables = dict(self._tables)
         token = None
@@ -266,6 +278,9 @@ class Collection:
             points = as_points(at)
             token = token_of(points)
             tables[token] = points
+        polygons = _polygons(labels, at, rasterize)
+        if polygons is not None:
+            tables[token_of(polygons)] = polygons
         spec = ChipSpec(
             size=size,
             stride=size if stride is None else stride,
@@ -276,6 +291,8 @@ class Collection:
             reference=reference,
             aoi=None if aoi is None else as_area(aoi),
             at=token,
+            labels=None if polygons is None else token_of(polygons),
+            rasterize=rasterize,
         )
         return Chips(ChipsNode(self.plan, spec), tables, self._functions)
 
@@ -346,55 +363,11 @@ class Collection:
             nodes[f"/epsg_{code}"] = cube.to_dataset(name="pixels")
         return xr.DataTree.from_dict(nodes, name=self.name)
 
-    def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the records as an Arrow table: RECORD_SCHEMA and the user's further columns."""
-        tables = [m.table for m in evaluate(optimize(self.plan), self._tables)]
-        whole = tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="default")
-        unknown = [c for c in columns or () if c not in whole.column_names]
-        if unknown:
-            known = f"among {', '.join(whole.column_names)}"
-            raise SchemaError(f"records of {self.name!r}", f"no column {', '.join(unknown)}", known)
-        return whole if columns is None else whole.select(list(columns))
-
-    @property
-    def dataset(self) -> pads.Dataset:
-        """The records as a pyarrow Dataset."""
-        if isinstance(self.plan, Source) and not self.plan.where:
-            table = self._tables[self.plan.token]
-            return table if isinstance(table, pads.Dataset) else pads.dataset(table)
-        return pads.dataset(self.to_table())
-
-    def export(self, path: str | os.PathLike[str]) -> None:
-        """Write the records as one GeoParquet file; :func:`load` reads it back."""
-        geoparquet.write(self.to_table(), path)
-
-    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
-        return self.to_table().__arrow_c_stream__(requested_schema)
-
-    def __len__(self) -> int:
-        return int(self.to_table(["id"]).num_rows)
-
-    @cached_property
-    def name(self) -> str:
-        """What the collection is called: its source's name, or its members' joined by ``+``."""
-        return "+".join(dict.fromkeys(source.name for source in leaves(self.plan)))
-
-    @property
-    def bands(self) -> tuple[str, ...]:
-        """Every band that some record has."""
-        return tuple(
-            dict.fromkeys(
-                b for m in evaluate(optimize(self.plan), self._tables) for b in Records(m.table).bands
-            )
-        )
-
     def _with(self, plan: Node) -> Collection:
         return Collection(plan, self._tables, self._functions)
 
     def __repr__(self) -> str:
         return f"<Collection {self.name}>\n" + "\n".join(outline(self.plan))
-
-    # rasteret's ways of reading
 
 
 def merge(*collections: Collection) -> Collection:
@@ -452,6 +425,26 @@ def _together(
         tables |= c._tables
         functions |= c._functions
     return tables, functions
+
+
+def _polygons(labels: Any, at: Any, column: str | None) -> pa.Table | None:
+    """Return the polygons that become masks, with the column that says of what class they are."""
+    if column is None:
+        if labels is not None:
+            raise PlanError(
+                "chips(labels=)", "no column", "the column that becomes a mask", "Add rasterize='<column>'."
+            )
+        return None
+    if labels is None and at is None:
+        raise PlanError(
+            f"chips(rasterize={column!r})",
+            "no polygons",
+            "polygons with that column",
+            "Give labels=GeoDataFrame.",
+        )
+    table = as_labels(at if labels is None else labels)
+    Labels.of(table, column)  # so that a mistake is told here
+    return table.select(["geometry", column]).combine_chunks()
 
 
 def _geobox(grid: Any) -> str:

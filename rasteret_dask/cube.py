@@ -15,7 +15,7 @@ from stackstac.prepare import prepare_items
 from rasteret_dask.cogreader import NATURAL, AssetHref, CogReader, Kernel, grid_of
 from rasteret_dask.errors import GridError
 from rasteret_dask.grid import northern
-from rasteret_dask.reader import Grid, Window
+from rasteret_dask.pixelgrid import Grid, Window
 from rasteret_dask.records import Asset, Level, Records
 
 __all__ = ["GroupCube", "compact_groups", "group_cube", "stack"]

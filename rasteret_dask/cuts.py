@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.cube import GroupCube, compact_groups, group_cube
 from rasteret_dask.job import Job, Shard
-from rasteret_dask.reader import Window
+from rasteret_dask.pixelgrid import Window
 from rasteret_dask.resolve import Member, SourcePlan
 
 __all__ = ["Cut", "Feed", "Harmonized", "MemberCubes", "cubes", "cut", "harmonized"]

@@ -18,7 +18,6 @@ from rasteret_dask.layers import Layer
 __all__ = ["Described", "describe"]
 
 _QUALITY = ("scl", "qa_pixel", "qa_radsat", "qa_aerosol", "fmask")
-_LANDSAT_BYTES = ("qa_aerosol",)
 _SYNTHETIC_TILE = 512
 
 
@@ -128,7 +127,7 @@ def _fields(
     if header is not None and layer.dataset is None:
         scale = header.scale_of(layer.band_index) if scale is None else scale
         offset = header.offset_of(layer.band_index) if offset is None else offset
-    rule = radiometry(layer.dataset, role, properties, scale, offset)
+    rule = radiometry(layer.dataset, layer.known, properties, scale, offset)
     return {
         "href": layer.href,
         "band_index": layer.band_index,
@@ -138,8 +137,8 @@ def _fields(
         "scale": rule.scale,
         "offset": rule.offset,
         "rule": rule.rule,
-        "nodata": _nodata(layer, header, role),
-        "dtype": header.dtype if header else layer.dtype or _usual_dtype(layer, role),
+        "nodata": _nodata(layer, header),
+        "dtype": header.dtype if header else layer.dtype or _usual_dtype(layer),
         "role": role,
         "size": header.size if header else None,
         "etag": header.etag if header else None,
@@ -153,22 +152,17 @@ def _role(layer: Layer) -> Role:
     return "quality" if layer.band.casefold() in _QUALITY else "data"
 
 
-def _nodata(layer: Layer, header: Header | None, role: Role) -> float | None:
+def _nodata(layer: Layer, header: Header | None) -> float | None:
     if header is not None and header.nodata is not None:
         return header.nodata
     if layer.nodata is not None:
         return layer.nodata
-    return layer.dataset.nodata if layer.dataset and role in ("reflectance", "embedding") else None
+    return layer.known.nodata if layer.known else None
 
 
-def _usual_dtype(layer: Layer, role: Role) -> str | None:
+def _usual_dtype(layer: Layer) -> str | None:
     """Return the type in which a known dataset stores a band, where the item is silent."""
-    if layer.dataset is None:
-        return None
-    if role == "embedding":
-        return "int8"
-    one_byte = role == "quality" and (layer.dataset.quality == "scl" or layer.band in _LANDSAT_BYTES)
-    return "uint8" if one_byte else "uint16"
+    return layer.known.dtype if layer.known else None
 
 
 def _synthetic(layer: Layer) -> tuple[dict[str, Any], ...]:
@@ -184,7 +178,7 @@ def _synthetic(layer: Layer) -> tuple[dict[str, Any], ...]:
             "height": height,
             "tile_width": min(_SYNTHETIC_TILE, width),
             "tile_height": min(_SYNTHETIC_TILE, height),
-            "dtype": layer.dtype or _usual_dtype(layer, _role(layer)),
+            "dtype": layer.dtype or _usual_dtype(layer),
             "byteorder": "<",
             "compression": 0,
             "predictor": 1,

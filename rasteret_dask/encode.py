@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,7 +27,7 @@ Piece: TypeAlias = "bytes | NDArray[np.uint8]"
 Compression: TypeAlias = "BloscCodec | ZstdCodec | GzipCodec | str | None"
 """A codec of ``zarr.codecs``, None for none, or ``"auto"``: what was measured to serve each dtype best."""
 
-_ABSENT = 2**64 - 1  # offset and length of an inner chunk that is not there: all of it is fill
+ABSENT = 2**64 - 1  # offset and length of an inner chunk that is not there: all of it is fill
 
 
 def checked(compression: Any) -> Compression:
@@ -73,12 +73,12 @@ class Encoding:
     dtype: np.dtype[Any] | None
     """Little-endian; None for text of variable length."""
     fill: Any
-    compress: Callable[[Any], bytes] | None
-    """Not a method: what the codec does to a contiguous array, or None where there is no codec."""
+    codec: Any
+    """What zarr-python itself would call, a codec of numcodecs; None where there is none."""
 
     @classmethod
     def of(cls, metadata: bytes) -> Encoding:
-        """Read an array's ``zarr.json``, as :class:`rasteret_dask.write.Layout` made it."""
+        """Read an array's ``zarr.json``, as :class:`rasteret_dask.layout.Layout` made it."""
         said = json.loads(metadata)
         chunk = tuple(said["chunk_grid"]["configuration"]["chunk_shape"])
         codecs = said["codecs"]
@@ -88,13 +88,13 @@ class Encoding:
             assert inner["chunk_shape"] == [1, *chunk[1:]], inner["chunk_shape"]
             assert inner["index_location"] == "end"
             codecs = inner["codecs"]
-        compress = _compressor(codecs[1]) if len(codecs) > 1 else None
+        codec = _codec(codecs[1]) if len(codecs) > 1 else None
         if said["data_type"] == "string":
-            return cls(chunk, sharded, None, said["fill_value"], compress)
+            return cls(chunk, sharded, None, said["fill_value"], codec)
         known = parse_dtype(said["data_type"], zarr_format=3)
         dtype = known.to_native_dtype().newbyteorder("<")
         fill = known.from_json_scalar(said["fill_value"], zarr_format=3)
-        return cls(chunk, sharded, dtype, np.asarray(fill, dtype), compress)
+        return cls(chunk, sharded, dtype, np.asarray(fill, dtype), codec)
 
     def encode(self, values: NDArray[Any]) -> list[Piece]:
         """Return the object of one chunk or shard, in pieces that follow each other.
@@ -125,9 +125,23 @@ class Encoding:
         return self._shard(values) if self.sharded else self._chunk(values)
 
     def _shard(self, values: NDArray[Any]) -> list[Piece]:
-        """Encode each inner chunk on one of the process's threads; the index with its checksum comes last."""
-        pieces = list(workers().map(self._inner, values))
-        index = np.full((self.chunk[0], 2), _ABSENT, dtype="<u8")
+        """Encode each inner chunk on one of the process's threads."""
+        return self.shard_of(list(workers().map(self._inner, values)))
+
+    def shard_of(self, pieces: Sequence[Piece | None]) -> list[Piece]:
+        """Return the shard of some inner chunks' bytes; the index with its checksum comes last.
+
+        Parameters
+        ----------
+        pieces
+            In the chips' order; None: all fill, not stored.
+
+        Returns
+        -------
+        list of Piece
+            Nothing where no chip is stored.
+        """
+        index = np.full((self.chunk[0], 2), ABSENT, dtype="<u8")
         at = 0
         for entry, piece in zip(index, pieces, strict=False):
             if piece is not None:
@@ -153,8 +167,8 @@ class Encoding:
         return [] if self._is_fill(whole) else [self._compressed(whole)]
 
     def _compressed(self, values: NDArray[Any]) -> Piece:
-        if self.compress is not None:
-            return self.compress(values)
+        if self.codec is not None:
+            return bytes(self.codec.encode(values))
         stored = values.reshape(-1).view(np.uint8)
         stored.flags.writeable = False
         return stored
@@ -176,25 +190,17 @@ def crc32c(pieces: Sequence[Piece]) -> int:
     return int(value)
 
 
-def _compressor(codec: dict[str, Any]) -> Callable[[Any], bytes]:
-    """Return the encoder that zarr-python itself would call."""
+def _codec(codec: dict[str, Any]) -> Any:
     said = codec["configuration"]
     match codec["name"]:
         case "blosc":
             shuffle = ("noshuffle", "shuffle", "bitshuffle").index(said["shuffle"])
-            return _encode(
-                numcodecs.Blosc(said["cname"], said["clevel"], shuffle, said["blocksize"], said["typesize"])
+            return numcodecs.Blosc(
+                said["cname"], said["clevel"], shuffle, said["blocksize"], said["typesize"]
             )
         case "zstd":
-            return _encode(numcodecs.Zstd(said["level"], said["checksum"]))
+            return numcodecs.Zstd(said["level"], said["checksum"])
         case "gzip":
-            return _encode(numcodecs.GZip(said["level"]))
+            return numcodecs.GZip(said["level"])
         case name:
             raise AssertionError(name)
-
-
-def _encode(codec: Any) -> Callable[[Any], bytes]:
-    def encode(data: Any) -> bytes:
-        return bytes(codec.encode(data))
-
-    return encode

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from rasteret_dask import pixels
 from rasteret_dask.chips import ChipSet, used_rows
 from rasteret_dask.chiptable import FeedTable, bounds_of
+from rasteret_dask.freezing import task_bytes
 from rasteret_dask.grid import Lattice, northern, transformer
-from rasteret_dask.job import Job, Output, Shard, task_bytes
-from rasteret_dask.lazy import radiometry_of
-from rasteret_dask.reader import tiles_of
+from rasteret_dask.job import Job, Output, Shard
+from rasteret_dask.radiometry import radiometry_of
+from rasteret_dask.readplan import tiles_of
 from rasteret_dask.records import Asset, Level
 
 __all__ = ["Explanation", "explain"]
@@ -78,6 +79,7 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
         },
         "chips": sum(h.chips for h in job.hierarchies),
         "splits": splits,
+        "keep": [rule.said for rule in job.screens],
         "shards": len(shards),
         "chips_per_shard": per_shard,
         "tasks": len(shards),
@@ -162,12 +164,8 @@ def _reading(job: Job) -> dict[str, Any]:
     once, nbytes, by_shard, pixels_read, pixels_used, unknown = 0.0, 0.0, 0, 0, 0, False
     sharing = None if whole else _Sharing(job, chosen)
     for shard in chosen:
-        for number, plan in enumerate(job.sources):
-            members = [
-                pixels.harmonized(pixels.cut(pixels.cubes(job, shard, number, m)), plan)
-                for m in range(len(plan.members))
-            ]
-            requests, used = pixels.requests_of(job, shard, number, members)
+        for number in range(len(job.sources)):
+            requests, used = pixels.requests_of(job, shard, number)
             for (file, level), (wanted, asset) in _by_file(requests).items():
                 known, met = asset.levels[level].tile_byte_counts, seen.setdefault((file, level), set())
                 needed = sharing.shards_of(number, asset, level) if sharing else Counter[int]()
@@ -281,6 +279,7 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("records", ", ".join(f"{n} {r['used']} of {r['scanned']}" for n, r in f["records"].items())),
         ("chips", f"{f['chips']:,} ({', '.join(f'{k} {v:,}' for k, v in f['splits'].items())})"),
+        *([("keep", f"{'; '.join(f['keep'])}: told by pixels, while they are read")] if f["keep"] else []),
         ("shards", f"{f['shards']:,} of up to {f['chips_per_shard']} chips, one task each"),
         (
             "to read",

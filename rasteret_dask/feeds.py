@@ -314,8 +314,9 @@ def _shares(
 def pick(source: ResolvedSource, feeds: Feeds, frame: Frame, found: Outlines, axis: TimeAxis | None) -> Feeds:
     """Order the acquisitions of each slot by the pick, and the records of each acquisition by nearness.
 
-    Picks that planning can decide keep the best acquisition only. The result is sorted by (window, slot, order,
-    distance of the raster's centre, id).
+    Picks that planning can decide keep the best acquisition only. ``newest`` keeps all of them as one: older ones
+    fill what newer ones leave invalid, as the records of one acquisition fill each other. The result is sorted by
+    (window, slot, acquisition, distance of the raster's centre, id).
     """
     own = passes_in(source, feeds)
     best = np.lexsort(_preference(source, own, int(feeds.slot.max(initial=0)) + 1, axis))
@@ -324,7 +325,7 @@ def pick(source: ResolvedSource, feeds: Feeds, frame: Frame, found: Outlines, ax
     start = np.maximum.accumulate(np.where(change, np.arange(len(best)), 0))
     place[best] = np.arange(len(best)) - start
     rank = place[own.of_entry]
-    if source.plan.pick not in DATA_PICKS:
+    if source.plan.pick not in (*DATA_PICKS, "newest"):
         keep = np.flatnonzero(rank == 0)
         feeds, rank, of_entry = feeds.take(keep), rank[keep], own.of_entry[keep]
     else:
@@ -332,7 +333,8 @@ def pick(source: ResolvedSource, feeds: Feeds, frame: Frame, found: Outlines, ax
     nearness = _nearness(frame, found, feeds, own.count[of_entry] > 1)
     order = np.lexsort((source.id_rank[feeds.record], nearness, rank, own.key[of_entry]))
     feeds = feeds.take(order)
-    return Feeds.of(feeds.window, feeds.slot, rank[order], feeds.record, feeds.share)
+    candidate = np.zeros_like(rank) if source.plan.pick == "newest" else rank[order]
+    return Feeds.of(feeds.window, feeds.slot, candidate, feeds.record, feeds.share)
 
 
 def _preference(
@@ -345,7 +347,8 @@ def _preference(
     if axis is not None:
         middle = axis.start.astype(np.int64) // 2 + axis.end.astype(np.int64) // 2
         distance = np.abs(centre - middle[own.key % slots])
-    score = {"first": begin, "last": -begin, "least_cloudy": own.cloud}.get(source.plan.pick, distance)
+    scores = {"first": begin, "last": -begin, "newest": -begin, "least_cloudy": own.cloud}
+    score = scores.get(source.plan.pick, distance)
     return own.first_id, distance, score, own.key
 
 

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask import harmonize
-from rasteret_dask.reader import Counts, Request
+from rasteret_dask.reader import Counts
+from rasteret_dask.readplan import Request
 from rasteret_dask.records import Asset
 from rasteret_dask.resolve import Member
 
-__all__ = ["Chips", "Into", "Place", "Seen", "Slot", "Wanted", "copied", "put"]
+__all__ = ["Chips", "Into", "Place", "Seen", "Slot", "Wanted", "clear", "copied", "masked", "put"]
 
 Into: TypeAlias = tuple[NDArray[Any], NDArray[np.bool_] | None]
 """Memory for a shard's pixels (chip, time, band, y, x), and for their validity (chip, time, y, x)."""
@@ -122,6 +123,21 @@ class Slot:
 def copied(window: Seen) -> Seen:
     """Return a window that does not hold its whole block in memory."""
     return Seen(window.wanted, window.values.copy(), window.valid.copy(), window.lost)
+
+
+def masked(window: Seen, mask: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Return where a quality band masks its record; everywhere where a part of it could not be read."""
+    if window.lost:
+        return np.ones_like(window.valid)
+    return window.valid & ~clear(window, mask)
+
+
+def clear(window: Seen, mask: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Return where a record is valid and not masked, as far as one of its bands tells; shape (y, x)."""
+    member = window.wanted.member
+    if not mask or window.wanted.asset.band != member.quality or member.quality_kind is None:
+        return window.valid
+    return window.valid & ~harmonize.bad_pixels(window.values, member.quality_kind, mask)
 
 
 def put(values: NDArray[Any], valid: NDArray[np.bool_], chip: int, target: Slot) -> NDArray[np.int64]:

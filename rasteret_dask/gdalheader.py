@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import rasterio
 from rasterio.enums import MaskFlags
-from rasterio.errors import CRSError, RasterioError, RasterioIOError
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.session import DummySession
 
+from rasteret_dask.access import for_gdal
+from rasteret_dask.errors import ReadError
 from rasteret_dask.headerpage import Header, Page, RefusedError, checked, reading_order
 from rasteret_dask.remote import is_local, redact
 
 __all__ = ["from_gdal"]
 
 
+class _Quiet:
+    """No warning of missing georeference, which a header's reason tells; filters are the process's, so it counts."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            self._inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
+
+
 def from_gdal(href: str, driver: str, because: str) -> Header | str:
     """Read what GDAL knows of a file that the TIFF path does not serve; tile tables stay empty."""
-    path = href
-    if href.startswith("az://"):
-        path = "/vsiaz/" + href.removeprefix("az://")
+    try:
+        path, access = for_gdal(href)
+    except ReadError as error:
+        return f"{because}; {error.found}"
     options: dict[str, Any] = {
+        **access,
         # sidecar files (.aux.xml) count beside local files; far away each would be a request
         "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE" if is_local(href) else "EMPTY_DIR",
         "GDAL_HTTP_CONNECTTIMEOUT": "10",
@@ -28,7 +60,7 @@ def from_gdal(href: str, driver: str, because: str) -> Header | str:
         "GDAL_HTTP_MAX_RETRY": "2",
     }
     try:
-        with rasterio.Env(**options), rasterio.open(path, driver=driver) as source:
+        with _QUIET, rasterio.Env(DummySession(), **options), rasterio.open(path, driver=driver) as source:
             return _gdal_header(path, source, because)
     except (RasterioError, RasterioIOError, CRSError, OSError, ValueError) as error:
         return f"{because}; GDAL: {redact(str(error))[:200]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import floor, log10
 from typing import TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ __all__ = [
     "Bounds",
     "Lattice",
     "bounds_in",
+    "digits",
     "northern",
     "snap",
     "transformer",
@@ -33,6 +35,11 @@ FALSE_NORTHING_M = 10_000_000.0
 
 _EDGE = 1e-6
 """Pixels. Two edges nearer than this are the same edge."""
+
+
+def digits(resolution: float) -> int:
+    """Return the decimals to which places are told apart: a millionth of a unit, or of a pixel where that is less."""
+    return 6 + max(0, -floor(log10(resolution)))
 
 
 @dataclass(frozen=True, slots=True)

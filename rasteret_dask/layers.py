@@ -242,7 +242,7 @@ def _matches(layer: Layer, name: str | None, dataset: Dataset) -> Iterator[tuple
         band = _by_code(text, dataset)
         if band is not None:
             # SR_B4 is near infrared on Landsat 4 to 7: the common name tells
-            renumbered = told is not None and dataset.quality == "qa_pixel"
+            renumbered = told is not None and dataset.renumbered
             yield (rank, told if renumbered and told else band, layer.band_index)
             return
     if told is not None:

@@ -15,6 +15,7 @@ from rasteret_dask.plan import (
     Node,
     Predicate,
     Sample,
+    Screen,
     Select,
     Source,
     children,
@@ -82,18 +83,20 @@ def named_bands(node: Node) -> Node:
     return _bands(node, None)
 
 
-def _bands(node: Node, wanted: tuple[str, ...] | None, quality: bool = False) -> Node:
+def _bands(node: Node, wanted: tuple[str, ...] | None, quality: bool = False, clouds: bool = False) -> Node:
     """Carry the bands that harmonize asks for down to the sources; None: all are needed."""
     if isinstance(node, Source):
         if node.bands is not None or wanted is None:
             return node
-        return dataclasses.replace(node, bands=(*wanted, "@quality") if quality else wanted)
+        return dataclasses.replace(node, bands=(*wanted, "@quality") if quality or clouds else wanted)
     if isinstance(node, Harmonize):
         quality = quality or bool(node.spec.mask) or node.spec.pick == "clearest"
         wanted = node.spec.bands if wanted is None else wanted
+    if isinstance(node, Screen):
+        clouds = clouds or node.spec.max_cloud is not None
     if isinstance(node, Join):  # each source names its own bands
         wanted, quality = None, False
-    return with_children(node, tuple(_bands(child, wanted, quality) for child in children(node)))
+    return with_children(node, tuple(_bands(child, wanted, quality, clouds) for child in children(node)))
 
 
 def _area(node: Node) -> Node:

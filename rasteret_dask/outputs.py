@@ -14,14 +14,19 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from rasteret_dask import pixels
 from rasteret_dask.job import Job, Output, Shard
-from rasteret_dask.shards import Functions, Graph, lower, mapped, read_shard
-from rasteret_dask.write import Layout
+from rasteret_dask.labels import MASK
+from rasteret_dask.layout import Layout
+from rasteret_dask.mapping import Functions
+from rasteret_dask.screening import KEPT
+from rasteret_dask.shards import Graph, lower, read_chips
 
 __all__ = ["load", "to_xarray"]
 
 
 def to_xarray(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
     """Return a job's chips lazily, in the order of its shards: a Dataset, or a DataTree with a node a source.
+
+    Chips that a rule drops stay in their places, all fill, and a coordinate ``kept`` (chip,) tells which.
 
     Parameters
     ----------
@@ -37,7 +42,9 @@ def to_xarray(layout: Layout, functions: Functions, on_error: str = "raise") -> 
     nodes = {}
     for plan, output in zip(job.sources, layout.outputs, strict=True):
         of = _Blocks(graph, plan.name, f"{plan.name}-{job.digest[:12]}{graph.tail}")
-        arrays = {n: (dims, of.array(n, shape, dtype)) for n, (dims, shape, dtype) in _shapes(output).items()}
+        arrays = {
+            n: (dims, of.array(n, shape, dtype)) for n, (dims, shape, dtype) in _shapes(job, output).items()
+        }
         nodes[plan.name] = _assembled(layout, plan.name, output, arrays)
     return _tree(nodes)
 
@@ -45,7 +52,8 @@ def to_xarray(layout: Layout, functions: Functions, on_error: str = "raise") -> 
 def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
     """Read a job's chips into memory, in the order of its shards, by Dask's threads in this process.
 
-    Each tile goes to its place in one array a source; nothing is put together afterwards.
+    Each tile goes to its place in one array a source; nothing is put together afterwards. Chips that a rule drops
+    are left out: then what is kept is copied.
 
     Parameters
     ----------
@@ -57,7 +65,7 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
         See :func:`rasteret_dask.shards.lower`.
     """
     job = layout.job
-    shapes = [_shapes(output) for output in layout.outputs]
+    shapes = [_shapes(job, output) for output in layout.outputs]
     arrays = [
         {
             name: np.empty((sum(h.chips for h in job.hierarchies), *shape), dtype)
@@ -72,8 +80,11 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
         tasks[shard.name] = Task(shard.name, _fill, DataNode("job", job), shard, functions, places, on_error)
         start = stop
     dask.threaded.get(tasks, list(tasks))
+    kept = arrays[0].get(KEPT)
+    if kept is not None:
+        arrays = [{n: array[kept] for n, array in own.items() if n != KEPT} for own in arrays]
     nodes = {
-        plan.name: _assembled(layout, plan.name, output, {n: (own[n][0], made[n]) for n in made})
+        plan.name: _assembled(layout, plan.name, output, {n: (own[n][0], made[n]) for n in made}, kept)
         for plan, output, own, made in zip(job.sources, layout.outputs, shapes, arrays, strict=True)
     }
     return _tree(nodes)
@@ -81,12 +92,9 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
 
 def _fill(job: Job, shard: Shard, functions: Functions, places: list[dict[str, Any]], on_error: str) -> None:
     """Read one shard into its part of the arrays."""
-    for source, (plan, place) in enumerate(zip(job.sources, places, strict=True)):
-        own = [functions[f] for f in (*plan.maps, *(f for s, f in job.maps if s in (None, plan.name)))]
-        into = None if own else (place["pixels"], place.get("valid"))
-        dataset = read_shard(job, shard, source, on_error, into)
-        for function in own:
-            dataset = mapped(function, dataset)
+    into = [(place["pixels"], place.get("valid")) for place in places]
+    read = read_chips(job, shard, functions, on_error, into)
+    for dataset, place in zip(read.values(), places, strict=True):
         for name, array in place.items():
             if not np.may_share_memory(dataset[name].values, array):
                 array[...] = dataset[name].values
@@ -98,7 +106,7 @@ def _tree(nodes: dict[str, xr.Dataset]) -> xr.Dataset | xr.DataTree:
     return xr.DataTree.from_dict({f"/{name}": node for name, node in nodes.items()})
 
 
-def _shapes(out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]]:
+def _shapes(job: Job, out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]]:
     """Return dims, shape behind the chips, and dtype of what a shard brings of one source."""
     two = ("chip", "time")
     shapes: dict[str, tuple[tuple[str, ...], tuple[int, ...], Any]] = {
@@ -111,24 +119,33 @@ def _shapes(out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], An
         "datetime": (two, (out.times,), np.dtype("datetime64[us]")),
         "source": (two, (out.times,), np.dtype(object)),
     }
+    if job.screens:
+        shapes[KEPT] = (("chip",), (), np.dtype(bool))
     if out.valid:
         shapes["valid"] = (("chip", "time", "y", "x"), (out.times, out.height, out.width), np.dtype(bool))
+    if out.mask:
+        shapes[MASK] = (("chip", "y", "x"), (out.height, out.width), np.dtype(out.mask))
     return shapes
 
 
-def _assembled(layout: Layout, source: str, out: Output, arrays: dict[str, tuple[Any, Any]]) -> xr.Dataset:
-    """Make one source's Dataset of its arrays, with the coordinates that the plan knows."""
+def _assembled(
+    layout: Layout, source: str, out: Output, arrays: dict[str, tuple[Any, Any]], kept: Any = None
+) -> xr.Dataset:
+    """Make one source's Dataset of its arrays, with what the plan knows of the chips, or of the ``kept`` ones."""
     job = layout.job
-    data = {n: arrays[n] for n in ("pixels", "valid") if n in arrays}
+    data = {n: arrays[n] for n in ("pixels", "valid", MASK) if n in arrays}
     coordinates: dict[str, Any] = {n: array for n, array in arrays.items() if n not in data}
     parts = [pixels.chip_coordinates(job, s) for s in job.shards()]
     for name in parts[0]:
-        coordinates[name] = (parts[0][name][0], np.concatenate([p[name][1] for p in parts]))
+        values = np.concatenate([p[name][1] for p in parts])
+        coordinates[name] = (parts[0][name][0], values if kept is None else values[kept])
     coordinates["band"] = ("band", np.array(out.bands, dtype=object))
     if out.slots is not None:
         coordinates["time"] = ("time", np.array(out.slots, dtype="datetime64[ns]"))
     dataset = xr.Dataset(data, coordinates, dict(layout.attrs.get(source, {})))
     dataset["pixels"].attrs = out.pixel_attrs
+    if out.mask and job.labels is not None:
+        dataset[MASK].attrs = job.labels.attrs
     return dataset
 
 

@@ -12,10 +12,14 @@ from rasteret_dask import harmonize
 from rasteret_dask.bands import Radiometry
 from rasteret_dask.cube import GroupCube
 from rasteret_dask.cuts import Cut, Feed, Harmonized
-from rasteret_dask.filling import Chips, Into, Place, Seen, Slot, Wanted, copied, put
+from rasteret_dask.filling import Chips, Into, Place, Seen, Slot, Wanted, clear, copied, masked, put
 from rasteret_dask.job import Job, Shard
+from rasteret_dask.keeping import Later
 from rasteret_dask.neighbours import Neighbours
-from rasteret_dask.reader import Block, Out, Request, Session, Window
+from rasteret_dask.pixelgrid import Window
+from rasteret_dask.placing import Block, Out
+from rasteret_dask.reader import Session
+from rasteret_dask.readplan import Request
 from rasteret_dask.records import Asset
 from rasteret_dask.resolve import Member
 
@@ -42,8 +46,8 @@ class Picking:
         self._seen: dict[tuple[int, int], Seen] = {}
         """(record, chip) -> the band that ``clearest`` has read of it already."""
 
-    def read(self, on_error: str = "raise", into: Into | None = None) -> Chips:
-        """Read every slot; ``into``: memory for the pixels, and for their validity or None."""
+    def read(self, on_error: str = "raise", into: Into | None = None, later: Later | None = None) -> Chips:
+        """Read every slot ``into`` memory, or new one; ``later`` are to be read of the same tiles, or shards near."""
         plan, size, n = self.plan, self.size, self.shard.stop - self.shard.start
         values, valid = into or (None, None)
         if values is None:
@@ -65,7 +69,7 @@ class Picking:
             blank[feed.chip, feed.slot] = False
         for chip, slot in np.argwhere(blank).tolist():
             chips.values[chip, slot] = plan.fill
-        with Session(on_error, Neighbours(self.job, self.shard, self.source)) as session:
+        with Session(on_error, later or Neighbours(self.job, self.shard, self.source)) as session:
             for slots in self._batches(feed, direct):
                 self._slots(session, feed.take(np.isin(feed.slot, slots)), slots, direct, chips)
             chips.counts, chips.unreadable = session.counts, session.unreadable
@@ -167,7 +171,8 @@ class Picking:
                 outs.append(block.out())
             else:
                 outs.append(self._out(one, [places[entry] for entry in one.entries]))
-        session.read_into([one.request for one in wanted], outs, self.requests(rest))
+        soon = rest.take(np.isin(rest.row, first.row))  # other records share no tile with these
+        session.read_into([one.request for one in wanted], outs, self.requests(soon))
         for one in wanted:
             for entry in () if self._is_quality(one) else one.entries:
                 places[entry].written(one.bands)
@@ -209,9 +214,9 @@ class Picking:
             place.valid[...] = np.isfinite(place.values[0])
         for window in windows:
             if plan.mask and window.wanted.asset.band == window.wanted.member.quality:
-                clear = ~_masked(window, plan.mask)
-                place.valid &= clear
-                np.copyto(place.values, place.values.dtype.type(plan.fill), where=~clear)
+                hidden = masked(window, plan.mask)
+                place.valid &= ~hidden
+                np.copyto(place.values, place.values.dtype.type(plan.fill), where=hidden)
 
     def _is_quality(self, wanted: Wanted) -> bool:
         return not wanted.bands or (bool(self.plan.mask) and wanted.asset.band == wanted.member.quality)
@@ -241,7 +246,7 @@ class Picking:
     ) -> Iterator[tuple[int, list[Seen]]]:
         """Yield each entry's number and what has been read of its record, all in one batch."""
         wanted = self._wanted(feed, quality_only)
-        kept = [] if keep is None else self._wanted(keep, quality_only)
+        kept = [] if keep is None else self._wanted(keep.take(np.isin(keep.row, feed.row)), quality_only)
         blocks = session.read_block([w.request for w in wanted], [w.request for w in kept])
         found: list[list[Seen]] = [[] for _ in feed.chip]
         for one, block in zip(wanted, blocks, strict=True):
@@ -261,7 +266,7 @@ class Picking:
         for window in windows:
             asset = window.wanted.asset
             if asset.band == window.wanted.member.quality:
-                cloudy |= _masked(window, plan.mask)
+                cloudy |= masked(window, plan.mask)
             for band in window.wanted.bands:
                 values[band] = self._scaled(asset, window)
                 valid[band] = window.valid
@@ -334,7 +339,7 @@ class Picking:
         for entry, windows in self._windows(session, feed, quality_only=True):
             chip, order, row = (int(column[entry]) for column in (feed.chip, feed.order, feed.row))
             for window in windows:
-                seen[chip, order] |= _clear(window, self.plan.mask)
+                seen[chip, order] |= clear(window, self.plan.mask)
                 read[row, chip] = window
         scores = np.full(shape, -1, dtype=np.int64)
         scores[feed.chip, feed.order] = seen.sum(axis=(2, 3))[feed.chip, feed.order]
@@ -389,21 +394,6 @@ class Picking:
 
     def _names(self, rows: NDArray[np.int64]) -> list[str]:
         return [self.plan.members[int(self.member_of[r])].name for r in rows]
-
-
-def _masked(window: Seen, mask: tuple[str, ...]) -> NDArray[np.bool_]:
-    """Return where a quality band masks its record; everywhere where a part of it could not be read."""
-    if window.lost:
-        return np.ones_like(window.valid)
-    return window.valid & ~_clear(window, mask)
-
-
-def _clear(window: Seen, mask: tuple[str, ...]) -> NDArray[np.bool_]:
-    """Return where a record is valid and not masked, as far as one of its bands tells; shape (y, x)."""
-    member = window.wanted.member
-    if not mask or window.wanted.asset.band != member.quality or member.quality_kind is None:
-        return window.valid
-    return window.valid & ~harmonize.bad_pixels(window.values, member.quality_kind, mask)
 
 
 def _first_of(chip: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,8 +13,9 @@ from rasteret_dask.chiptable import label_columns
 from rasteret_dask.cuts import Cut, Feed, Harmonized, MemberCubes, cubes, cut, harmonized
 from rasteret_dask.filling import Chips, Into
 from rasteret_dask.job import Job, Shard
+from rasteret_dask.labels import MASK
 from rasteret_dask.picking import Picking
-from rasteret_dask.reader import Request
+from rasteret_dask.readplan import Request
 
 __all__ = [
     "Chips",
@@ -25,10 +26,18 @@ __all__ = [
     "chip_coordinates",
     "cubes",
     "cut",
+    "dataset_of",
     "harmonized",
+    "members_of",
     "merged",
     "requests_of",
 ]
+
+
+def members_of(job: Job, shard: Shard, source: int) -> list[Harmonized]:
+    """Return the lazy windows of each member of one source that a shard's chips need."""
+    plan = job.sources[source]
+    return [harmonized(cut(cubes(job, shard, source, at)), plan) for at in range(len(plan.members))]
 
 
 def merged(
@@ -48,15 +57,20 @@ def merged(
         ``datetime`` and ``source`` (chip, time); counts of what was read in its attributes.
     """
     chips = Picking(job, shard, source, members).read(on_error, into)
-    return _dataset(job, shard, source, chips)
+    return dataset_of(job, shard, source, chips)
 
 
-def _dataset(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
+def dataset_of(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
+    """Return the chips of one source as :func:`merged` does, with the coordinates that the plan knows."""
     plan = job.sources[source]
     dims = ("chip", "time", "band", "y", "x")
     variables: dict[str, Any] = {"pixels": (dims, chips.values)}
     if not plan.dtype.startswith("float"):
         variables["valid"] = (("chip", "time", "y", "x"), chips.valid)
+    if job.labels is not None and job.labels.source == source:
+        own = slice(shard.start, shard.stop)
+        masks = job.labels.burned(job.bounds[own], job.epsg[own], job.size_px[source])
+        variables[MASK] = (("chip", "y", "x"), masks)
     coordinates: dict[str, Any] = {
         **chip_coordinates(job, shard),
         "band": ("band", list(plan.bands)),
@@ -96,9 +110,8 @@ def chip_coordinates(job: Job, shard: Shard) -> dict[str, Any]:
     }
 
 
-def requests_of(
-    job: Job, shard: Shard, source: int, members: Sequence[Harmonized]
-) -> tuple[list[Request], int]:
+def requests_of(job: Job, shard: Shard, source: int) -> tuple[list[Request], int]:
     """Return every read that one source of a shard may ask for, and how many pixels its windows hold."""
-    requests = Picking(job, shard, source, members).requests(Feed.of(job, shard, source))
+    picking = Picking(job, shard, source, members_of(job, shard, source))
+    requests = picking.requests(Feed.of(job, shard, source))
     return requests, sum(len(r.windows) * r.windows[0].height * r.windows[0].width for r in requests)

@@ -16,8 +16,10 @@ from rasterio.errors import RasterioError
 from rasteret_dask.bands import Radiometry
 from rasteret_dask.errors import ReadError
 from rasteret_dask.harmonize import dequantize, to_float
+from rasteret_dask.levels import flipped, has_mask, nodata_of
+from rasteret_dask.pixelgrid import Rect
 from rasteret_dask.rasterfile import read_error
-from rasteret_dask.readplan import ReadPlan, Rect, Request, flipped, has_mask, nodata_of, plan_read
+from rasteret_dask.readplan import ReadPlan, Request, plan_read
 from rasteret_dask.sharing import Pixels
 from rasteret_dask.warp import SourceBlock, valid_pixels, warp_block
 

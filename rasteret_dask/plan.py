@@ -15,6 +15,7 @@ import shapely
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.functions import Function, plain
+from rasteret_dask.rules import Rule
 
 __all__ = [
     "ChipSpec",
@@ -29,7 +30,9 @@ __all__ = [
     "Merge",
     "Node",
     "Predicate",
+    "Rule",
     "Sample",
+    "Screen",
     "Select",
     "Source",
     "Split",
@@ -56,7 +59,7 @@ OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in", "intersects", "ov
 MAX_CELL_KM = 100
 """A split cell larger than a sixth of a zone's width would hold too few chips of one zone."""
 UNITS = ("auto", "raw", "reflectance", "embedding")
-PICKS = ("closest", "first", "last", "least_cloudy", "clearest", "median", "mean")
+PICKS = ("closest", "first", "last", "least_cloudy", "newest", "clearest", "median", "mean")
 KM_PER_DEGREE = 100.0
 """Of latitude, rounded down from 110.6 (WGS 84, at the equator) to leave room for a grid's turn against north."""
 DTYPES = (None, "float32", "uint16", "int16")
@@ -116,6 +119,10 @@ class ChipSpec:
     """WKB of an area in lon/lat, as hex; None: wherever there are records."""
     at: str | None = None
     """Token of a table of points or polygons that get one window each."""
+    labels: str | None = None
+    """Token of a table of polygons that become masks; None: no masks."""
+    rasterize: str | None = None
+    """The column of that table whose values masks hold."""
 
     def __post_init__(self) -> None:
         for name in ("size", "stride"):
@@ -258,6 +265,14 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True)
+class Screen:
+    """Only the chips whose pixels fulfil a rule: the task that reads them tells."""
+
+    child: Node
+    spec: Rule
+
+
+@dataclass(frozen=True, slots=True)
 class WithTable:
     """Only the chips that stand in a user's table, with that table's further columns."""
 
@@ -266,14 +281,15 @@ class WithTable:
 
 
 Node: TypeAlias = (
-    "Source | Filter | Sample | Merge | Harmonize | Map | Join | Chips | Split | Keep | Select | WithTable"
+    "Source | Filter | Sample | Merge | Harmonize | Map | Join | Chips | Split | Keep | Select | Screen"
+    " | WithTable"
 )
 
 _NODES = {
     c.__name__: c
     for c in (
-        Source, Filter, Sample, Merge, Harmonize, Map, Join, Chips, Split, Keep, Select, WithTable,
-        HarmonizeSpec, ChipSpec, SplitSpec, Function,
+        Source, Filter, Sample, Merge, Harmonize, Map, Join, Chips, Split, Keep, Select, Screen,
+        WithTable, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule,
     )
 }  # fmt: skip
 

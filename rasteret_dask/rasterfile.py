@@ -15,12 +15,13 @@ from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.session import DummySession
 
+from rasteret_dask.access import for_gdal
 from rasteret_dask.errors import ReadError
+from rasteret_dask.levels import has_mask, tile_rect
 from rasteret_dask.limits import BUDGET
 from rasteret_dask.ranges import check, subject
-from rasteret_dask.readplan import has_mask, tile_rect
 from rasteret_dask.records import Asset
-from rasteret_dask.remote import public
+from rasteret_dask.remote import SCHEMES, public, redact
 from rasteret_dask.sharing import Pixels
 
 __all__ = ["RasterFile", "gdal_env", "read_error"]
@@ -30,7 +31,6 @@ DRIVERS = ("GTiff", "JP2OpenJPEG")
 
 MAX_TILE_BYTES = 256 * 2**20
 
-_REMOTE = {"s3": "/vsis3/", "gs": "/vsigs/", "az": "/vsiaz/"}
 _ENV: dict[str, Any] = {
     "GDAL_HTTP_CONNECTTIMEOUT": 10,
     "GDAL_HTTP_MAX_RETRY": 5,
@@ -166,8 +166,11 @@ def gdal_env(href: str) -> Env:
     Credentials come from the process's environment, as GDAL finds them there. Remote folders are not listed;
     local ones are not either, but sidecars (``.aux.xml``) are still looked for.
     """
-    remote = urlsplit(href).scheme not in ("", "file")
-    return Env(session=DummySession(), GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR" if remote else "TRUE", **_ENV)
+    remote = urlsplit(href).scheme in SCHEMES
+    settings = {**_ENV, **(for_gdal(href)[1] if remote else {})}
+    return Env(
+        session=DummySession(), GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR" if remote else "TRUE", **settings
+    )
 
 
 def gdal_path(asset: Asset) -> str:
@@ -180,10 +183,8 @@ def gdal_path(asset: Asset) -> str:
     """
     href = asset.href
     parts = urlsplit(href)
-    if parts.scheme in ("http", "https"):
-        return f"/vsicurl/{href}"
-    if parts.scheme in _REMOTE:
-        return f"{_REMOTE[parts.scheme]}{parts.netloc}{parts.path}"
+    if parts.scheme in SCHEMES:
+        return for_gdal(href)[0]
     path = unquote(parts.path) if parts.scheme == "file" else href
     if "://" in path or path.startswith("/vsi") or path.lstrip().startswith("<"):
         raise ReadError(
@@ -217,4 +218,4 @@ def _redacted(text: str, href: str) -> str:
     user = parts.netloc.rpartition("@")[0]
     for secret in (f"{user}@" if user else "", f"?{parts.query}" if parts.query else "", parts.query):
         text = text.replace(secret, "") if secret else text
-    return text
+    return redact(text)

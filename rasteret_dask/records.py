@@ -1,4 +1,4 @@
-"""The record table: one Arrow row per scene, its schema, and typed access to the assets it describes."""
+"""Typed access to a record table: one Arrow row per scene, and the assets it describes."""
 
 from __future__ import annotations
 
@@ -13,79 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rasteret_dask.errors import BandError, ReadError, SchemaError
+from rasteret_dask.errors import BandError, ReadError
 from rasteret_dask.remote import redact
+from rasteret_dask.schema import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
 
 __all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "Asset", "Level", "Records", "conform"]
 
-ASSET_TYPE = pa.struct(
-    [
-        pa.field("href", pa.string()),
-        pa.field("band_index", pa.int32()),  # position in the file, from 0
-        pa.field("asset", pa.string()),  # the provider's key
-        pa.field("dataset", pa.string()),  # name in bands.DATASETS, or null
-        pa.field("common_name", pa.string()),
-        pa.field("scale", pa.float64()),
-        pa.field("offset", pa.float64()),
-        pa.field("rule", pa.string()),  # where scale and offset come from
-        pa.field("nodata", pa.float64()),
-        pa.field("dtype", pa.string()),  # NumPy name
-        pa.field("role", pa.string()),  # bands.Role
-        pa.field("size", pa.int64()),  # bytes of the file when its header was read
-        pa.field("etag", pa.string()),
-        pa.field("error", pa.string()),  # why the header could not be read, or null
-    ]
-)
-
-LEVEL_TYPE = pa.struct(
-    [
-        pa.field("kind", pa.string()),  # "image", "overview", "mask", "overview_mask"
-        pa.field("driver", pa.string()),  # GDAL's short name: "GTiff", "JP2OpenJPEG"
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("tile_width", pa.int32()),
-        pa.field("tile_height", pa.int32()),
-        pa.field("dtype", pa.string()),
-        pa.field("byteorder", pa.string()),  # "<" or ">"
-        pa.field("compression", pa.int32()),  # TIFF tag 259
-        pa.field("predictor", pa.int32()),  # TIFF tag 317
-        pa.field("planar", pa.int32()),  # TIFF tag 284: 1 chunky, 2 a plane a band
-        pa.field("samples", pa.int32()),
-        pa.field("transform", pa.list_(pa.float64(), 6)),  # a, b, c, d, e, f of this level: pixel -> CRS
-        pa.field("tile_offsets", pa.list_(pa.int64())),  # of this band's tiles, row by row; empty: unknown
-        pa.field("tile_byte_counts", pa.list_(pa.int64())),
-    ]
-)
-
-RECORD_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("collection", pa.string()),
-        pa.field("datetime", pa.timestamp("us", tz="UTC")),
-        pa.field("start_datetime", pa.timestamp("us", tz="UTC")),
-        pa.field("end_datetime", pa.timestamp("us", tz="UTC")),
-        pa.field("geometry", pa.binary()),  # WKB, lon/lat
-        pa.field("bbox", pa.struct([(n, pa.float64()) for n in ("xmin", "ymin", "xmax", "ymax")])),
-        pa.field("scene_bbox", pa.list_(pa.float64())),
-        pa.field("proj:epsg", pa.int32()),
-        pa.field("eo:cloud_cover", pa.float64()),
-        pa.field("platform", pa.string()),
-        pa.field("datatake", pa.string()),  # without its processing baseline
-        pa.field("orbit", pa.int32()),  # sat:relative_orbit, or the WRS path
-        pa.field("tile", pa.string()),  # grid:code and its like
-        pa.field("baseline", pa.string()),
-        pa.field("created", pa.timestamp("us", tz="UTC")),
-        pa.field("assets", pa.map_(pa.string(), ASSET_TYPE)),
-        pa.field("headers_metadata", pa.map_(pa.string(), pa.list_(LEVEL_TYPE))),
-        pa.field("properties", pa.string()),  # JSON of STAC properties without a column
-    ]
-)
-"""What every record table has, whatever its source. Users' further columns come behind these."""
-
 KNOWN_ASSETS = 1024
 """Assets that a record table keeps as Python values: neighbouring shards ask for the same ones."""
-
-_REQUIRED = ("id", "datetime", "geometry", "assets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,64 +77,6 @@ class Asset:
         """Pixel size (x, y), both positive, in units of the CRS."""
         a, b, _, d, e, _ = self.image.transform
         return float(np.hypot(a, d)), float(np.hypot(b, e))
-
-
-def conform(table: pa.Table, name: str) -> pa.Table:
-    """Bring any table with ``id, datetime, geometry, assets`` to RECORD_SCHEMA; further columns stay behind it.
-
-    Parameters
-    ----------
-    table
-        An Arrow table. Columns of RECORD_SCHEMA are cast to its types; missing optional ones become null.
-    name
-        What the table is called in messages.
-
-    Raises
-    ------
-    SchemaError
-        When a required column is missing, has another type, an id is null, or an id stands twice.
-    """
-    missing = [c for c in _REQUIRED if c not in table.column_names]
-    if missing:
-        raise SchemaError(
-            f"records of {name!r}",
-            f"no column {', '.join(missing)} (columns: {', '.join(table.column_names)})",
-            f"at least {', '.join(_REQUIRED)}",
-            "Rename your columns, or build the table with build_from_table(column_map=...).",
-        )
-    columns: list[pa.ChunkedArray] = []
-    for field in RECORD_SCHEMA:
-        if field.name not in table.column_names:
-            columns.append(pa.chunked_array([pa.nulls(table.num_rows, field.type)]))
-            continue
-        try:
-            columns.append(table.column(field.name).cast(field.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-            raise SchemaError(
-                f"column {field.name!r} of the records of {name!r}",
-                f"type {table.schema.field(field.name).type} ({error})",
-                f"type {field.type}",
-                "Cast the column, or build the table with build_from_table.",
-            ) from error
-    extra = [c for c in table.column_names if c not in RECORD_SCHEMA.names]
-    result = pa.Table.from_arrays(
-        [*columns, *(table.column(c) for c in extra)],
-        schema=pa.schema([*RECORD_SCHEMA, *(table.schema.field(c) for c in extra)]),
-    )
-    ids = result.column("id")
-    if ids.null_count:
-        raise SchemaError(f"records of {name!r}", f"{ids.null_count} rows without id", "an id in every row")
-    counts = pc.value_counts(ids)
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
-        first = twice[0].as_py()
-        raise SchemaError(
-            f"records of {name!r}",
-            f"id {first['values']!r} {first['counts']} times ({len(twice)} ids stand more than once)",
-            "unique ids within one collection",
-            "Drop the repeated rows, or merge two collections with rd.merge, which keeps them apart.",
-        )
-    return result
 
 
 class Records:

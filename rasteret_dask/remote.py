@@ -17,6 +17,8 @@ import obstore
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, S3Store
 
+from rasteret_dask.access import Token, environment, has_keys, remedy, rule_of, token
+from rasteret_dask.catalogfile import Store
 from rasteret_dask.errors import ReadError, StoreError, TrustError
 
 T = TypeVar("T")
@@ -67,17 +69,7 @@ NO_RANGE = "no such range in the file (416)"
 _CLIENT = {"connect_timeout": "10s", "read_timeout": "15s", "timeout": "300s"}  # read: without a byte
 _NO_RETRY = {"max_retries": 0}
 _PERMANENT = re.compile(r"status code: 4(?!08|25|29)\d\d")  # 408, 425 and 429 pass
-_KEYS_IN_ENVIRONMENT = {
-    "s3": (
-        "AWS_ACCESS_KEY_ID",
-        "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-        "AWS_SKIP_SIGNATURE",  # "false" makes obstore ask the instance's metadata service
-    ),
-    "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY"),
-}
-_REQUESTER_PAYS = ("usgs-landsat", "sentinel-s2-l1c", "sentinel-s2-l2a")
+_REGION = "us-west-2"  # where the public Sentinel-2, Landsat and AEF buckets are
 
 
 class MissingError(ReadError):
@@ -135,19 +127,22 @@ def open_href(href: str) -> tuple[Any, str]:
     ----------
     href
         A local path, or a URL of scheme file, http, https, s3, gs or az. Credentials and endpoints come from
-        the environment (``AWS_*``, ``GOOGLE_*``, ``AZURE_*``); without keys there, requests are not signed.
+        the environment (``AWS_*``, ``GOOGLE_*``, ``AZURE_*``); without keys there, requests are not signed. What
+        the catalog says of the store holds (see :mod:`rasteret_dask.access`).
 
     Raises
     ------
     TrustError
         When it is none of these.
+    ReadError
+        When it must be signed and cannot be.
     """
     try:
         url = urlsplit(href)
     except ValueError as error:
         raise ReadError(f"opening {redact(href)}", str(error), "a URL or a path") from None
     if is_local(href):
-        return _store("file", "", "", ()), local_path(href).lstrip("/")
+        return _store("file", "", "", (), None), local_path(href).lstrip("/")
     if url.scheme.lower() not in SCHEMES or not url.netloc:
         raise TrustError(
             f"opening {redact(href)}",
@@ -155,9 +150,14 @@ def open_href(href: str) -> tuple[Any, str]:
             f"a local path or one of {', '.join(s + '://' for s in SCHEMES)}",
         )
     # obstore percent-encodes paths itself
-    path = unquote(url.path) if url.scheme.startswith("http") else url.path
+    path = (unquote(url.path) if url.scheme.startswith("http") else url.path).lstrip("/")
+    rule = rule_of(href)
     try:
-        return _store(url.scheme.lower(), url.netloc, url.query, _environment()), path.lstrip("/")
+        if rule is not None and rule.access == "planetary-computer":
+            container, _, path = path.partition("/")
+            token(_account(url.netloc), container)  # asked for here, where its failure can be told
+            return _signed_store(url.scheme.lower(), url.netloc, container), path
+        return _store(url.scheme.lower(), url.netloc, url.query, environment(), rule), path
     except _FAILURES as error:
         raise _failure(href, error) from None
 
@@ -287,16 +287,30 @@ def local_path(href: str) -> str:
     return PurePath(path).as_posix()
 
 
-def _environment() -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "AZURE_", "GOOGLE_"))))
+def _account(netloc: str) -> str:
+    return netloc.rpartition("@")[2].partition(".")[0]
 
 
 @lru_cache(maxsize=64)
-def _store(scheme: str, netloc: str, query: str, environment: tuple[tuple[str, str], ...]) -> Any:
+def _signed_store(scheme: str, netloc: str, container: str) -> Any:
+    """Return the one store of a container: it asks for a token when it needs one, and keeps its connections."""
+    options: dict[str, Any] = {
+        "account_name": _account(netloc),
+        "endpoint": f"{scheme}://{netloc}",
+        "client_options": {**_CLIENT, "allow_http": scheme == "http"},
+        "retry_config": dict(_NO_RETRY),
+    }
+    return AzureStore(container, credential_provider=Token(_account(netloc), container), **options)
+
+
+@lru_cache(maxsize=64)
+def _store(
+    scheme: str, netloc: str, query: str, variables: tuple[tuple[str, str], ...], rule: Store | None
+) -> Any:
     # the environment is part of the key, so that keys set later are seen
-    names = dict(environment)
+    names = dict(variables)
     options: dict[str, Any] = {"client_options": dict(_CLIENT), "retry_config": dict(_NO_RETRY)}
-    anonymous = not any(key in names for key in _KEYS_IN_ENVIRONMENT.get(scheme, ()))
+    anonymous = not has_keys(scheme, names)
     match scheme:
         case "file":
             return LocalStore("/")
@@ -307,11 +321,15 @@ def _store(scheme: str, netloc: str, query: str, environment: tuple[tuple[str, s
         case "s3":
             if names.get("AWS_ENDPOINT_URL", names.get("AWS_ENDPOINT", "")).startswith("http://"):
                 options["client_options"]["allow_http"] = True
-            if "AWS_REGION" not in names and "AWS_DEFAULT_REGION" not in names:
-                options["region"] = "us-west-2"  # where the public Sentinel-2, Landsat and AEF buckets are
-            if anonymous:
+            if rule is not None and rule.region:
+                options["region"] = rule.region
+            elif "AWS_REGION" not in names and "AWS_DEFAULT_REGION" not in names:
+                options["region"] = _REGION
+            if anonymous or (rule is not None and rule.access == "anonymous"):
                 options["skip_signature"] = True
-            elif netloc in _REQUESTER_PAYS or names.get("AWS_REQUEST_PAYER", "").lower() == "requester":
+            elif (rule is not None and rule.access == "requester-pays") or (
+                names.get("AWS_REQUEST_PAYER", "").lower() == "requester"
+            ):
                 options["request_payer"] = True
             return S3Store(netloc, **options)
         case "gs":
@@ -322,7 +340,8 @@ def _store(scheme: str, netloc: str, query: str, environment: tuple[tuple[str, s
 
 def _failure(href: str, error: BaseException) -> ReadError:
     kind = MissingError if isinstance(error, FileNotFoundError | NotADirectoryError) else ReadError
-    return kind(f"reading {redact(href)}", _reason(error))
+    denied = isinstance(error, PermissionError | PermissionDeniedError | UnauthenticatedError)
+    return kind(f"reading {redact(href)}", _reason(error), "", remedy(href) if denied else "")
 
 
 def _reason(error: BaseException) -> str:

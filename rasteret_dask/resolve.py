@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rasteret_dask.bands import DATASETS
 from rasteret_dask.errors import BandError, PlanError, UnreadableAssetsError
+from rasteret_dask.grid import digits
 from rasteret_dask.plan import (
     Filter,
     Function,
@@ -32,7 +32,16 @@ from rasteret_dask.records import RECORD_SCHEMA, Records
 from rasteret_dask.scan import Table, filter_table, keep_readable, sample_rows, scan
 from rasteret_dask.timing import Acquisitions, TimeAxis, acquisitions, intervals, narrowest, regular
 
-__all__ = ["Member", "MemberTable", "ResolvedSource", "SourcePlan", "evaluate", "resolve_source"]
+__all__ = [
+    "Member",
+    "MemberTable",
+    "ResolvedSource",
+    "SourcePlan",
+    "all_readable",
+    "evaluate",
+    "quality_band",
+    "resolve_source",
+]
 
 MAX_LISTED = 20
 
@@ -186,7 +195,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     members = [m for m in members if m.table.num_rows]
     bands = spec.bands or _default_bands(name, tables)
     resolved = tuple(_member(m, r, bands, spec) for m, r in zip(members, tables, strict=True))
-    _all_readable(tables, resolved)
+    all_readable(tables, resolved)
     units, dtype, fill = _values(name, spec, tables, resolved)
     records = Records(pa.concat_tables([_plain(r.table) for r in tables]))
     passes = acquisitions(records)
@@ -266,7 +275,7 @@ def _member(member: MemberTable, records: Records, bands: tuple[str, ...], spec:
         ) from error
     if not (spec.mask or spec.pick == "clearest"):
         return Member(member.name, codes, None, None)
-    quality, kind = _quality(records)
+    quality, kind = quality_band(records)
     if quality is None and spec.mask:
         raise PlanError(
             f"harmonize(mask=) for {member.name!r}",
@@ -277,18 +286,16 @@ def _member(member: MemberTable, records: Records, bands: tuple[str, ...], spec:
     return Member(member.name, codes, quality, kind)
 
 
-def _quality(records: Records) -> tuple[str | None, str | None]:
+def quality_band(records: Records) -> tuple[str | None, str | None]:
+    """Return the name of a member's quality band, and its kind: ``"scl"`` or ``"qa_pixel"``; None where it has none."""
     for band in records.bands:
-        for dataset in pc.unique(records.asset_field(band, "dataset")).to_pylist():
-            kind = DATASETS[dataset].quality if dataset in DATASETS else None
-            if kind is not None and band.lower() == kind:
-                return band, kind
         if band.lower() in ("scl", "qa_pixel"):
             return band, band.lower()
     return None, None
 
 
-def _all_readable(tables: list[Records], members: tuple[Member, ...]) -> None:
+def all_readable(tables: list[Records], members: tuple[Member, ...]) -> None:
+    """Raise UnreadableAssetsError where the header of an asset that members read is not known."""
     bad: list[str] = []
     for records, member in zip(tables, members, strict=True):
         for band in dict.fromkeys((*member.bands, member.quality)):
@@ -388,9 +395,12 @@ def _native_resolution(records: Records, member: Member) -> float:
     finest = np.inf
     for band in dict.fromkeys(member.bands):
         transform = records.level_field(band, "transform")
-        pixel = np.abs(np.stack(transform.to_numpy())[:, 0])
-        values, counts = np.unique(np.round(pixel, 6), return_counts=True)
-        finest = min(finest, float(values[np.argmax(counts)]))
+        pixel = np.sort(np.abs(np.stack(transform.to_numpy())[:, 0]))
+        near = np.round(pixel, digits(pixel[0]))
+        _, first, counts = np.unique(near, return_index=True, return_counts=True)
+        value = float(pixel[first[np.argmax(counts)]])
+        short = round(value, 6)  # 10.0 for 9.999999999999998, but 1/3600 of a degree stays what it is
+        finest = min(finest, short if abs(short - value) <= 1e-9 * value else value)
     return finest
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +18,15 @@ from distributed.system import MEMORY_LIMIT
 
 from rasteret_dask import remote
 from rasteret_dask.errors import JobError, PlanError, RasteretDaskError
-from rasteret_dask.job import SHARD_BYTES, Shard, open_job
-from rasteret_dask.shards import Functions, JobRef, lower, renamed
-from rasteret_dask.write import JOB, Layout, commit, is_committed, prepare, write_shard
+from rasteret_dask.freezing import SHARD_BYTES
+from rasteret_dask.job import Shard
+from rasteret_dask.jobfile import JobRef, open_job
+from rasteret_dask.layout import JOB, Layout
+from rasteret_dask.manifest import losses
+from rasteret_dask.mapping import Functions
+from rasteret_dask.progress import Progress
+from rasteret_dask.shards import lower, renamed
+from rasteret_dask.write import commit, is_committed, prepare, write_shard
 
 __all__ = ["delayed_zarr", "run_zarr"]
 
@@ -73,7 +78,9 @@ def run_zarr(
         graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
         with _client(client) as running:
             _submit(running, graph, wanted, progress, len(shards), url)
-    commit(url, layout.job)
+    lost = losses(commit(url, layout.job))
+    if progress and lost:
+        sys.stderr.write(f"{lost}\n")
 
 
 def _tasks(
@@ -95,16 +102,16 @@ def _submit(
 ) -> None:
     futures: list[Future[Any]] = client.get(graph, sorted(wanted), sync=False, retries=1)
     failed: dict[str, BaseException] = {}
-    shown = _Progress(total, total - len(wanted), progress)
     try:
-        for future in as_completed(futures, loop=client.loop):
-            if future.status == "error":
-                failed[wanted[future.key].name] = future.exception()
-            elif future.status != "finished":
-                failed[wanted[future.key].name] = RuntimeError(f"task {future.status}")
-            shown.step(len(failed))
+        with Progress("shards", progress, total) as shown:
+            shown.step(total - len(wanted))
+            for future in as_completed(futures, loop=client.loop):
+                if future.status == "error":
+                    failed[wanted[future.key].name] = future.exception()
+                elif future.status != "finished":
+                    failed[wanted[future.key].name] = RuntimeError(f"task {future.status}")
+                shown.step(1, f", {len(failed)} failed" if failed else "")
     finally:
-        shown.end()
         # A traceback that is looked at keeps futures alive, and the cluster then repeats their errors for ever.
         for future in futures:
             future.release()
@@ -154,34 +161,6 @@ def _local_cluster() -> LocalCluster:
         dashboard_address=":0",
         silence_logs=40,
     )
-
-
-class _Progress:
-    """One line that says how many shards are written."""
-
-    def __init__(self, total: int, done: int, shown: bool) -> None:
-        self.total, self.done, self.shown = total, done, shown
-        self.start = time.monotonic()
-        self._line("")
-
-    def step(self, failed: int) -> None:
-        self.done += 1
-        self._line(f", {failed} failed" if failed else "")
-
-    def _line(self, tail: str) -> None:
-        if not self.shown:
-            return
-        width = 30
-        full = width * self.done // max(self.total, 1)
-        text = f"[{'#' * full}{'.' * (width - full)}] {self.done}/{self.total} shards"
-        text += f", {time.monotonic() - self.start:.0f} s{tail}"
-        sys.stderr.write(("\r" if sys.stderr.isatty() else "") + text + ("" if sys.stderr.isatty() else "\n"))
-        sys.stderr.flush()
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self.shown and sys.stderr.isatty():
-            sys.stderr.write("\n")
 
 
 def delayed_zarr(layout: Layout, url: str, functions: Functions, on_error: str = "raise") -> Delayed:

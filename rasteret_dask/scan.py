@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,17 +17,21 @@ import pyarrow.dataset as pads
 import shapely
 from numpy.typing import NDArray
 
+from rasteret_dask import rowgroups
 from rasteret_dask.errors import PlanError
 from rasteret_dask.plan import Predicate, Source
 from rasteret_dask.records import RECORD_SCHEMA, Records
+from rasteret_dask.remotefs import version_of
 
 __all__ = [
     "Table",
     "as_table",
     "expression",
+    "filter_batches",
     "filter_table",
     "hash_unit",
     "keep_readable",
+    "pushed_filter",
     "sample_rows",
     "scan",
     "token_of",
@@ -45,8 +49,17 @@ _COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def scan(source: Source, tables: Mapping[str, Table]) -> pa.Table:
+def scan(source: Source, tables: Mapping[str, Table], columns: Sequence[str] | None = None) -> pa.Table:
     """Read the records of one source that fulfil its predicates, with the assets its bands name.
+
+    Parameters
+    ----------
+    source
+        A source of the plan.
+    tables
+        The tables that sources name.
+    columns
+        Read only these; None: all.
 
     Raises
     ------
@@ -54,7 +67,7 @@ def scan(source: Source, tables: Mapping[str, Table]) -> pa.Table:
         When a predicate names a column that is neither in the table nor among any record's properties.
     """
     data = tables[source.token]
-    table = filter_table(data, source.where, source.name)
+    table = filter_table(data, source.where, source.name, columns)
     return table if source.bands is None else _only_bands(table, source.bands)
 
 
@@ -63,20 +76,53 @@ def as_table(data: Table) -> pa.Table:
     return data if isinstance(data, pa.Table) else data.to_table()
 
 
-def filter_table(data: Table, where: Sequence[Predicate], name: str) -> pa.Table:
-    """Return the rows of a table or dataset that fulfil all predicates."""
+def filter_table(
+    data: Table, where: Sequence[Predicate], name: str, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Return the rows of a table or dataset that fulfil all predicates but ``readable``, and some columns."""
+    if isinstance(data, pa.Table) and not [p for p in where if p[0] != "readable"]:
+        return data if columns is None else data.select(list(columns))
+    schema = data.schema if columns is None else pa.schema([data.schema.field(c) for c in columns])
+    return pa.Table.from_batches(filter_batches(data, where, name, columns), schema)
+
+
+def filter_batches(
+    data: Table, where: Sequence[Predicate], name: str, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of :func:`filter_table`, some at a time."""
     schema = data.schema
-    pushed = [e for p in where if (e := expression(p, schema)) is not None]
+    pushed = pushed_filter(where, schema)
     late = [p for p in where if expression(p, schema) is None and p[0] != "readable"]
-    if pushed:
-        dataset = data if isinstance(data, pads.Dataset) else pads.dataset(data)
-        table = dataset.to_table(filter=functools.reduce(operator.and_, pushed))
-    else:
-        table = as_table(data)
-    for predicate in late:
-        if table.num_rows:
-            table = table.filter(pa.array(_late(predicate, table, name)))
-    return table
+    if not late:
+        yield from rowgroups.batches(data, pushed, columns)
+        return
+    needed = [c for c in ("geometry", "properties") if c in schema.names]
+    met = {p: p[1] == "intersects" for p in late}
+
+    def keep(table: pa.Table) -> NDArray[np.bool_]:
+        rows = np.ones(table.num_rows, dtype=bool)
+        for predicate in late:
+            hit, known = _late(predicate, table)
+            rows &= hit
+            met[predicate] |= known
+        return rows
+
+    yield from rowgroups.batches(data, pushed, columns, keep, needed)
+    unknown = [p[0] for p, known in met.items() if not known]
+    if unknown and rowgroups.count(data, pushed):
+        raise PlanError(
+            f"filter on column {unknown[0]!r} of {name!r}",
+            "no such column and no record with such a property",
+            f"one of {', '.join(schema.names)}, or a STAC property",
+        )
+
+
+def pushed_filter(where: Sequence[Predicate], schema: pa.Schema) -> pc.Expression | None:
+    """Return what the scan itself can filter by: all it can decide, and boxes of geometries; None: nothing."""
+    found = [expression(p, schema) for p in where]
+    found += [_near(p) for p in where if p[:2] == ("geometry", "intersects") and "bbox" in schema.names]
+    given = [e for e in found if e is not None]
+    return functools.reduce(operator.and_, given) if given else None
 
 
 def expression(predicate: Predicate, schema: pa.Schema) -> pc.Expression | None:
@@ -85,10 +131,7 @@ def expression(predicate: Predicate, schema: pa.Schema) -> pc.Expression | None:
     if op == "overlaps":
         return _overlaps(predicate)
     if op in ("intersects", "near") and column == "bbox":
-        xmin, ymin, xmax, ymax = tuple(value)  # type: ignore[arg-type]
-        box = {n: pc.field("bbox", n) for n in ("xmin", "ymin", "xmax", "ymax")}
-        inside = (box["xmin"] <= xmax) & (box["xmax"] >= xmin) & (box["ymin"] <= ymax) & (box["ymax"] >= ymin)
-        return inside if op == "intersects" else inside | box["xmin"].is_null()
+        return _in_box(tuple(value), unknown=op == "near")  # type: ignore[arg-type]
     if op == "intersects" or column not in schema.names:
         return None
     kind = schema.field(column).type
@@ -120,6 +163,35 @@ def _misfit(predicate: Predicate, found: str, expected: str) -> PlanError:
     return PlanError(f"where({column!r}, {op!r}, {value!r})"[:200], found, expected)
 
 
+def _in_box(box: tuple[float, ...], *, unknown: bool) -> pc.Expression:
+    """Return whether a record's box touches (west, south, east, north); degrees may pass 180 either way.
+
+    A record's box across the antimeridian has its west east of its east: then it is positive, its east negative,
+    which statistics of row groups can rule out, as they cannot a comparison of two columns.
+    """
+    west, south, east, north = box
+    own = {n: pc.field("bbox", n) for n in ("xmin", "ymin", "xmax", "ymax")}
+    across = (own["xmin"] > 0) & (own["xmax"] < 0)
+    lon = pc.scalar(False)
+    for turn in (0.0, *([360.0] if west < -180 else []), *([-360.0] if east > 180 else [])):
+        starts, ends = own["xmin"] <= east + turn, own["xmax"] >= west + turn
+        lon = lon | (starts & ends) | (across & (starts | ends))
+    inside = lon & (own["ymin"] <= north) & (own["ymax"] >= south)
+    return inside | own["xmin"].is_null() if unknown else inside
+
+
+def _near(predicate: Predicate) -> pc.Expression:
+    return _in_box(tuple(float(v) for v in shapely.bounds(_area(predicate))), unknown=True)
+
+
+def _area(predicate: Predicate) -> Any:
+    try:
+        return shapely.from_wkb(bytes.fromhex(str(predicate[2])))
+    except (ValueError, shapely.errors.ShapelyError) as error:
+        wanted = "WKB in hex; subset(geometries=...) takes all other forms"
+        raise _misfit(predicate, str(error), wanted) from error
+
+
 def _overlaps(predicate: Predicate) -> pc.Expression:
     kind = pa.timestamp("us", "UTC")
     try:
@@ -132,21 +204,24 @@ def _overlaps(predicate: Predicate) -> pc.Expression:
     result = pc.scalar(True)
     if start is not None:
         result = result & ((ends > start) | (instant & (ends >= start)))
+        result = result & _either("end_datetime", lambda time: time >= start)
     if end is not None:
-        result = result & (begins < end)
+        result = result & (begins < end) & _either("start_datetime", lambda time: time < end)
     return result
 
 
-def _late(predicate: Predicate, table: pa.Table, name: str) -> NDArray[np.bool_]:
+def _either(column: str, holds: Callable[[pc.Expression], pc.Expression]) -> pc.Expression:
+    """Return whether a time holds, or ``datetime`` where it is unknown: unlike coalesce, statistics can tell."""
+    known = pc.field(column).is_valid()
+    return (known & holds(pc.field(column))) | (~known & holds(pc.field("datetime")))
+
+
+def _late(predicate: Predicate, table: pa.Table) -> tuple[NDArray[np.bool_], bool]:
+    """Return which rows fulfil a predicate, and whether any of them has what it names."""
     column, op, value = predicate
     if op == "intersects":
-        try:
-            area = shapely.from_wkb(bytes.fromhex(str(value)))
-        except (ValueError, shapely.errors.ShapelyError) as error:
-            wanted = "WKB in hex; subset(geometries=...) takes all other forms"
-            raise _misfit(predicate, str(error), wanted) from error
         shapes = shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False))
-        return np.asarray(shapely.intersects(shapes, area), dtype=bool)
+        return np.asarray(shapely.intersects(shapes, _area(predicate)), dtype=bool), True
     found = False
     keep = np.zeros(table.num_rows, dtype=bool)
     properties = table.column("properties").to_pylist() if "properties" in table.column_names else []
@@ -161,13 +236,7 @@ def _late(predicate: Predicate, table: pa.Table, name: str) -> NDArray[np.bool_]
             raise _misfit(
                 predicate, f"a property such as {values[column]!r}", "a value of its type"
             ) from error
-    if not found:
-        raise PlanError(
-            f"filter on column {column!r} of {name!r}",
-            "no such column and no record with such a property",
-            f"one of {', '.join(table.column_names)}, or a STAC property",
-        )
-    return keep
+    return keep, found
 
 
 def _compare(found: Any, op: str, value: Any) -> bool:
@@ -194,6 +263,8 @@ def _only_bands(table: pa.Table, wanted: tuple[str, ...]) -> pa.Table:
     if len(keep) == len(records.bands) or not met.issuperset(wanted):  # an unknown name: the error lists all
         return table
     for name in ("assets", "headers_metadata"):
+        if name not in table.column_names:
+            continue
         at = table.schema.get_field_index(name)
         kept = _filter_map(records.table.column(name), keep, RECORD_SCHEMA.field(name).type)
         table = table.set_column(at, RECORD_SCHEMA.field(name), kept)
@@ -270,8 +341,8 @@ def token_of(data: Table) -> str:
             return token_of(data.to_table())
         parts = [str(data.schema)]
         for path in files:
-            info = data.filesystem.get_file_info(path)
-            parts.append(f"{path}|{info.size}|{info.mtime_ns}")
+            size = data.filesystem.get_file_info(path).size
+            parts.append(f"{path}|{size}|{version_of(data.filesystem, path)}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     sink = hashlib.sha256(str(data.schema).encode())
     for batch in data.to_batches():

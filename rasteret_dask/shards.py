@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import xarray as xr
 from dask._task_spec import DataNode, Task
 from dask.blockwise import blockwise, optimize_blockwise
@@ -15,21 +14,14 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.layers import ArrayBlockIdDep
 
 from rasteret_dask import pixels
-from rasteret_dask.errors import PlanError, UnreadableTilesWarning
-from rasteret_dask.job import Job, Output, Shard, open_job
+from rasteret_dask.errors import UnreadableTilesWarning
+from rasteret_dask.job import Job, Shard
+from rasteret_dask.jobfile import JobRef, opened
+from rasteret_dask.mapping import Functions, mapped
 from rasteret_dask.plan import Function, digest
+from rasteret_dask.screening import screened
 
-__all__ = ["Functions", "Graph", "JobRef", "lower", "mapped", "outputs_of", "read_shard", "renamed"]
-
-Functions: TypeAlias = "Mapping[Function, Callable[[xr.DataArray], xr.DataArray]]"
-
-
-@dataclass(frozen=True, slots=True)
-class JobRef:
-    """Where a written job lies: all that a task carries of it."""
-
-    url: str
-    digest: str
+__all__ = ["Graph", "lower", "read_chips", "renamed"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ def lower(
     job
         The job.
     functions
-        The user's functions that its maps name.
+        The user's functions that its maps and rules name.
     ref
         Where the job was written; None puts its tables into one root task.
     write
@@ -90,12 +82,15 @@ def lower(
     for number, plan in enumerate(job.sources):
         members = [build.member(number, at) for at in range(len(plan.members))]
         last = build.layer(f"merge-{plan.name}", _merge, (number, on_error), members)
-        own = [f for s, f in job.maps if s in (None, plan.name)]
-        for function in (*plan.maps, *own):
+        for function in job.functions(number):
             node = build.function(function, functions)
             last = build.layer(f"map-{function.name}-{plan.name}", _map, (), [last], [node])
         sources[plan.name] = last
     name = build.layer("join", _join, (tuple(sources),), list(sources.values()))
+    if job.screens:
+        roots = [build.function(r.function, functions) for r in job.screens if r.function is not None]
+        name = build.layer("keep", _keep, (on_error,), [name], roots)
+        sources = {source: build.layer(f"screened-{source}", _one, (source,), [name]) for source in sources}
     if write is not None:
         assert ref is not None
         name = build.layer("write", write, (ref.url,), [name])
@@ -176,13 +171,9 @@ class _Shipped:
     call: Callable[[xr.DataArray], xr.DataArray]
 
 
-def _open(job: Job | JobRef) -> Job:
-    return job if isinstance(job, Job) else open_job(job.url, job.digest)
-
-
 def _cube(job: Job | JobRef, block: tuple[int, int], source: int, member: int) -> pixels.MemberCubes:
-    opened = _open(job)
-    return pixels.cubes(opened, opened.shard(*block), source, member)
+    own = opened(job)
+    return pixels.cubes(own, own.shard(*block), source, member)
 
 
 def _cut(cubes: pixels.MemberCubes) -> pixels.Cut:
@@ -190,40 +181,71 @@ def _cut(cubes: pixels.MemberCubes) -> pixels.Cut:
 
 
 def _harmonize(job: Job | JobRef, block: tuple[int, int], source: int, cut: pixels.Cut) -> pixels.Harmonized:
-    return pixels.harmonized(cut, _open(job).sources[source])
+    return pixels.harmonized(cut, opened(job).sources[source])
 
 
 def _merge(
     job: Job | JobRef, block: tuple[int, int], source: int, on_error: str, *members: pixels.Harmonized
 ) -> xr.Dataset:
-    opened = _open(job)
-    shard = opened.shard(*block)
-    found = pixels.merged(opened, shard, source, members, on_error)
+    own = opened(job)
+    shard = own.shard(*block)
+    found = pixels.merged(own, shard, source, members, on_error)
     if isinstance(job, Job):  # where there is a store, its manifest lists them
         _warn(shard, found)
     return found
 
 
-def read_shard(job: Job, shard: Shard, source: int, on_error: str, into: pixels.Into | None) -> xr.Dataset:
-    """Read one source of one shard, before any function of the user's.
+def _read_source(
+    job: Job, shard: Shard, source: int, functions: Functions, on_error: str, into: pixels.Into | None
+) -> xr.Dataset:
+    """Read one source of one shard at once: what its layers do one after another.
 
     Parameters
     ----------
     job, shard, source
         What to read.
+    functions
+        The user's functions that the job names.
     on_error
         ``"raise"`` or ``"mask"``.
     into
-        Memory for the pixels and their validity.
+        Memory for the pixels and their validity, taken where no function is to be called on them; None: new.
     """
-    plan = job.sources[source]
-    members = [
-        pixels.harmonized(pixels.cut(pixels.cubes(job, shard, source, at)), plan)
-        for at in range(len(plan.members))
-    ]
-    found = pixels.merged(job, shard, source, members, on_error, into)
+    own = job.functions(source)
+    members = pixels.members_of(job, shard, source)
+    found = pixels.merged(job, shard, source, members, on_error, None if own else into)
     _warn(shard, found)
+    for function in own:
+        found = mapped(functions[function], found)
     return found
+
+
+def read_chips(
+    job: Job,
+    shard: Shard,
+    functions: Functions,
+    on_error: str,
+    into: Sequence[pixels.Into] | None = None,
+) -> dict[str, xr.Dataset]:
+    """Read all sources of one shard at once, and see which chips are kept: what its task does.
+
+    Parameters
+    ----------
+    job, shard, functions, on_error
+        What to read, with what, and what becomes of tiles that cannot be read: ``"raise"`` or ``"mask"``.
+    into
+        Memory, a source each.
+
+    Returns
+    -------
+    dict
+        Source -> its Dataset; see :func:`rasteret_dask.screening.screened`.
+    """
+    joined = {
+        plan.name: _read_source(job, shard, number, functions, on_error, into[number] if into else None)
+        for number, plan in enumerate(job.sources)
+    }
+    return screened(job, shard, joined, functions, on_error)
 
 
 def _warn(shard: Shard, found: xr.Dataset) -> None:
@@ -247,88 +269,23 @@ def _join(
     return dict(zip(names, datasets, strict=True))
 
 
-def mapped(function: Callable[[xr.DataArray], xr.DataArray], dataset: xr.Dataset) -> xr.Dataset:
-    """Put a user's function over a source's pixels; what no longer fits the result is dropped.
-
-    Raises
-    ------
-    PlanError
-        When the result is not a DataArray of the same chips with dims (chip, time, band, y, x).
-    """
-    before = dataset["pixels"]
-    name = getattr(function, "__qualname__", repr(function))
-    try:
-        after = function(before)
-    except Exception as error:  # the user's own: it goes on unchanged, but says where it came from
-        error.add_note(f"raised by map({name}) on {before.sizes['chip']} chips")
-        raise
-    if not isinstance(after, xr.DataArray) or set(after.dims) != set(before.dims):
-        found = f"dims {after.dims}" if isinstance(after, xr.DataArray) else type(after).__name__
-        raise PlanError(
-            f"map({name})", found, f"a DataArray with dims {before.dims}", "Keep all five dimensions."
-        )
-    after = after.transpose(*before.dims)
-    if after.sizes["chip"] != before.sizes["chip"]:
-        raise PlanError(
-            f"map({name})",
-            f"{after.sizes['chip']} chips",
-            f"the same {before.sizes['chip']} chips",
-            "Use filter.",
-        )
-    kept = {k: v for k, v in dataset.variables.items() if k != "pixels" and _fits(v, after)}
-    coordinates = {k: v for k, v in kept.items() if k in dataset.coords}
-    if "band" in after.coords:
-        coordinates["band"] = after["band"].variable
-    variables = {k: v for k, v in kept.items() if k not in dataset.coords}
-    return xr.Dataset({"pixels": after.variable, **variables}, coordinates, dataset.attrs)
+def _keep(job: Job | JobRef, block: tuple[int, int], on_error: str, *rest: Any) -> dict[str, xr.Dataset]:
+    own = opened(job)
+    *shipped, joined = rest
+    named = (r.function for r in own.screens if r.function is not None)
+    functions = {function: one.call for function, one in zip(named, shipped, strict=True)}
+    return screened(own, own.shard(*block), joined, functions, on_error)
 
 
-def _fits(variable: Any, after: xr.DataArray) -> bool:
-    return all(after.sizes.get(d, n) == n for d, n in variable.sizes.items())
+def _one(
+    job: Job | JobRef, block: tuple[int, int], source: str, joined: Mapping[str, xr.Dataset]
+) -> xr.Dataset:
+    return joined[source]
 
 
-def outputs_of(job: Job, functions: Functions) -> tuple[Output, ...]:
-    """Return what each source becomes; a user's functions are tried on one chip of zeros."""
-    result = []
-    for number, plan in enumerate(job.sources):
-        output = Output.of(plan, job.size_px[number])
-        own = [*plan.maps, *(f for s, f in job.maps if s in (None, plan.name))]
-        if own:
-            dataset = _blank(job, number)
-            for function in own:
-                dataset = mapped(functions[function], dataset)
-            output = _described(dataset, output)
-        result.append(output)
-    return tuple(result)
-
-
-def _blank(job: Job, source: int) -> xr.Dataset:
-    plan, size = job.sources[source], job.size_px[source]
-    shard = Shard(None, 0, 0, 0, 1)
-    chips = pixels.Chips(
-        np.zeros((1, plan.times, len(plan.bands), size, size), dtype=plan.dtype),
-        np.ones((1, plan.times, size, size), dtype=bool),
-        np.full((1, plan.times), np.datetime64("2000-01-01", "us")),
-        np.full((1, plan.times), plan.members[0].name, dtype=object),
-        np.zeros(len(plan.bands), dtype=np.int64),
-    )
-    return pixels._dataset(job, shard, source, chips)
-
-
-def _described(dataset: xr.Dataset, before: Output) -> Output:
-    array = dataset["pixels"]
-    _, times, bands, height, width = array.shape
-    names = array["band"].values.tolist() if "band" in array.coords else [str(i) for i in range(bands)]
-    fill = float("nan") if array.dtype.kind == "f" else before.fill if np.isfinite(before.fill) else 0.0
-    slots = before.slots if before.slots is not None and len(before.slots) == times else None
-    same = (times, height, width) == (before.times, before.height, before.width)
-    return Output(
-        tuple(str(n) for n in names), array.dtype.name, fill, times, slots, height, width,
-        before.valid and same, None, tuple(pair for pair in before.attrs if pair[0] != "units"),
-    )  # fmt: skip
-
-
-def renamed(graph: Graph, job: Job, tail: str) -> tuple[dict[Hashable, Any], dict[str, Shard]]:
+def renamed(
+    graph: Graph, job: Job, tail: str, verb: str = "write"
+) -> tuple[dict[Hashable, Any], dict[str, Shard]]:
     """Return the fused tasks under keys that say shard and content, and the shard of each key.
 
     Parameters
@@ -339,6 +296,8 @@ def renamed(graph: Graph, job: Job, tail: str) -> tuple[dict[Hashable, Any], dic
         The job.
     tail
         What the last step adds to a shard's identity (exit and store).
+    verb
+        What the keys begin with.
     """
     content = job.keys
     tasks = graph.fused()
@@ -350,7 +309,7 @@ def renamed(graph: Graph, job: Job, tail: str) -> tuple[dict[Hashable, Any], dic
         if shard is None:
             result[key] = task
             continue
-        name = f"write-{shard.name}-{content[shard.name][:16]}{tail}"
+        name = f"{verb}-{shard.name}-{content[shard.name][:16]}{tail}"
         result[name] = _abridged(task).substitute({}, key=name)
         shards[name] = shard
     return result, shards

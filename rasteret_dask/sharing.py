@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.readplan import Rect, union
+from rasteret_dask.pixelgrid import Rect, union
 from rasteret_dask.records import Asset
 
 __all__ = ["SHARED", "Flight", "Keep", "Key", "Pixels", "Sharing", "Wish"]

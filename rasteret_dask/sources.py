@@ -21,7 +21,7 @@ from rasteret_dask.errors import ReadError, SchemaError, SourceError
 from rasteret_dask.remote import MissingError, get, is_local, redact
 from rasteret_dask.trust import checked, resolve
 
-__all__ = ["Item", "read_items", "read_table"]
+__all__ = ["Item", "read_items", "read_table", "remote_item"]
 
 _WORKERS = 16
 _TOP_LEVEL = ("type", "stac_version", "stac_extensions", "id", "collection", "geometry", "bbox", "links")
@@ -65,6 +65,14 @@ def read_items(source: Any, *, remote: bool = False) -> list[Item]:
     if isinstance(source, str | os.PathLike):
         return _from_place(os.fspath(source))
     return [i if not remote else Item(i.data, i.base, False) for i in _from_memory(source)]
+
+
+def remote_item(data: Any) -> Item:
+    """Return an item that a remote service sent: it may name remote places only."""
+    if not isinstance(data, Mapping):
+        return Item({}, None, False)  # whose missing id is told where rows are made
+    base = _self_href(data)
+    return Item(data, None if base is None or is_local(base) else base, False)
 
 
 def read_table(place: str) -> pa.Table:
@@ -157,7 +165,8 @@ def _from_json(document: Any, place: str | None, *, local: bool, name: str) -> I
 
 
 def _self_href(feature: Mapping[str, Any]) -> str | None:
-    for link in feature.get("links") or ():
+    links = feature.get("links")
+    for link in links if isinstance(links, list | tuple) else ():
         if isinstance(link, Mapping) and link.get("rel") == "self" and isinstance(link.get("href"), str):
             href = link["href"]
             return href if not is_local(href) or os.path.isabs(href) else None

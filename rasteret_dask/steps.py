@@ -22,12 +22,14 @@ from rasteret_dask.plan import (
     Map,
     Node,
     Sample,
+    Screen,
     Select,
     Split,
     SplitSpec,
     WithTable,
     children,
 )
+from rasteret_dask.rulesteps import with_rule
 from rasteret_dask.scan import Table, as_table, filter_table, sample_rows
 from rasteret_dask.splits import by_geometry, by_ground, column_splits, too_near, warn_if_few
 
@@ -93,7 +95,13 @@ def apply_step(chips: ChipSet, step: Node, tables: Mapping[str, Table]) -> ChipS
             names = [s.plan.name for s in chips.sources]
             if (source is None and len(names) > 1) or (source is not None and source not in names):
                 raise PlanError("map(source=)", repr(source), f"one of {', '.join(names)}")
+            if chips.screens:
+                raise PlanError(
+                    "map", "a keep before it", "maps before keeps", "Chips are kept as they leave."
+                )
             return replace(chips, maps=(*chips.maps, (source, function)))
+        case Screen(_, rule):
+            return with_rule(chips, rule)
     raise PlanError("plan", f"a {type(step).__name__} step after chips", "a step on chips")
 
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from rasteret_dask import tilecodec
 from rasteret_dask.errors import ReadError
+from rasteret_dask.levels import has_mask, nodata_of, tile_rect
 from rasteret_dask.limits import BUDGET, host_of, pool, scratch, workers
 from rasteret_dask.ranges import Part, Span, coalesced, fetch, subject
 from rasteret_dask.rasterfile import RasterFile, gdal_env
-from rasteret_dask.readplan import has_mask, nodata_of, tile_rect
 from rasteret_dask.records import Asset, Level
 from rasteret_dask.sharing import SHARED, Flight, Pixels
 
-__all__ = ["Count", "bring", "is_chunky", "is_fast"]
+__all__ = ["Count", "bring", "is_fast"]
 
 Count = Callable[..., None]
 """Takes what has been done as keyword arguments, each a field of the reader's counts."""
@@ -29,11 +29,6 @@ def is_fast(asset: Asset, level: int) -> bool:
     own = asset.levels[level]
     served = tilecodec.decodes(own) and own.dtype == asset.dtype
     return served and (not has_mask(asset) or _mask_of(asset, level) is not None)
-
-
-def is_chunky(level: Level) -> bool:
-    """Tell whether a tile holds all bands."""
-    return level.planar == 1 and level.samples > 1
 
 
 def bring(asset: Asset, level: int, flights: Sequence[Flight], file: RasterFile, count: Count) -> None:

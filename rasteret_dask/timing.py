@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.facts import version_of
 from rasteret_dask.records import Records
 
 __all__ = ["Acquisitions", "TimeAxis", "acquisitions", "half_open", "intervals", "narrowest", "regular"]
@@ -242,7 +242,7 @@ class _Said:
         tile = text("tile")
         known = np.array([t != "" and p != "orbit " for t, p in zip(tile, passed, strict=True)], dtype=bool)
         scene = _numbered(["|".join(parts) for parts in zip(platform, passed, tile, strict=True)])
-        version = [_version(b) for b in text("baseline")]
+        version = [version_of(b) for b in text("baseline")]
         place = {v: i for i, v in enumerate(sorted(set(version)))}
         return cls(
             _numbered(records.ids),
@@ -272,8 +272,3 @@ def _replaced(said: _Said) -> NDArray[np.bool_]:
     newest = np.lexsort((said.id[twice], said.created[twice], said.version[twice], scene))
     gone[twice[newest[:-1]]] = scene[newest[:-1]] == scene[newest[1:]]
     return gone
-
-
-def _version(text: str) -> tuple[tuple[int, str], ...]:
-    """Return a baseline as what sorts by its numbers: 9.1 before 05.10 before 10.0."""
-    return tuple((int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text))

@@ -17,7 +17,9 @@ from rasterio.io import DatasetReader, MemoryFile
 from rasterio.session import DummySession
 from rasterio.vrt import WarpedVRT
 
-from rasteret_dask.readplan import Frame, Grid, ReadPlan, Rect, Window, crs_of
+from rasteret_dask.levels import Frame
+from rasteret_dask.pixelgrid import Grid, Rect, Window, crs_of
+from rasteret_dask.readplan import ReadPlan
 
 __all__ = ["TOLERANCE", "SourceBlock", "valid_pixels", "warp_block"]
 

@@ -448,7 +448,7 @@ def test_headers_are_asked_for_once(
     ]
     for chunks in (20, (-1, -1, 50, 50)):
         stacked(items, assets=["red", "nir"], chunksize=chunks).compute(scheduler="threads", num_workers=4)
-    headers = Counter(path for path, ranges in seen if ranges == "bytes=0-65535")
+    headers = Counter(path for path, asked in seen if asked is not None and asked.startswith("bytes=0-"))
     assert headers == {f"/{path.name}": 1 for own in scenes for path in own.values()}
 
 

@@ -25,7 +25,7 @@ from rasteret_dask.errors import GridError, PlanError, ReadError
 from rasteret_dask.world import World
 
 Array = NDArray[Any]
-PICKS = ("closest", "first", "last", "least_cloudy", "clearest", "median", "mean")
+PICKS = ("closest", "first", "last", "newest", "least_cloudy", "clearest", "median", "mean")
 
 
 def dataset(chips: rd.Chips, source: str | None = None) -> xr.Dataset:

@@ -35,10 +35,13 @@ from rasteret_dask.bands import Radiometry
 from rasteret_dask.errors import ReadError
 from rasteret_dask.harmonize import to_float
 from rasteret_dask.headers import Header, read_headers
+from rasteret_dask.levels import is_aligned
 from rasteret_dask.limits import HOST_REQUESTS
+from rasteret_dask.pixelgrid import Grid, Rect, Window
+from rasteret_dask.placing import Block, Out
 from rasteret_dask.ranges import GAP_BYTES, SPAN_BYTES, Part, coalesced
-from rasteret_dask.reader import Block, Grid, Out, Request, Session, Window, is_aligned, tiles_of
-from rasteret_dask.readplan import Rect
+from rasteret_dask.reader import Session
+from rasteret_dask.readplan import Request, tiles_of
 from rasteret_dask.records import Asset, Level
 from rasteret_dask.run import run_zarr
 from rasteret_dask.sharing import Keep, Pixels, Sharing, Wish

@@ -12,8 +12,8 @@ import rasteret_dask as rd
 from rasteret_dask import explain as module
 from rasteret_dask import pixels
 from rasteret_dask.explain import explain
-from rasteret_dask.job import freeze
-from rasteret_dask.shards import outputs_of
+from rasteret_dask.freezing import freeze
+from rasteret_dask.mapping import outputs_of
 from rasteret_dask.world import World, WorldSize, make_world
 
 pytestmark = [
@@ -138,11 +138,8 @@ def tiles_read(chips: rd.Chips) -> int:
     """Read every shard of a plan and add up what its sessions took from files."""
     total = 0
     for shard in chips.job.shards():
-        for number, source in enumerate(chips.job.sources):
-            members = [
-                pixels.harmonized(pixels.cut(pixels.cubes(chips.job, shard, number, m)), source)
-                for m in range(len(source.members))
-            ]
+        for number in range(len(chips.job.sources)):
+            members = pixels.members_of(chips.job, shard, number)
             total += pixels.merged(chips.job, shard, number, members).attrs["counts"]["tiles_read"]
     return total
 

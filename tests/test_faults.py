@@ -26,7 +26,10 @@ import rasteret_dask as rd
 from rasteret_dask import rasterfile, remote
 from rasteret_dask.errors import JobError, PlanError, ReadError, UnreadableTilesWarning
 from rasteret_dask.harmonize import dequantize
-from rasteret_dask.reader import Block, Grid, Request, Session, Window
+from rasteret_dask.pixelgrid import Grid, Window
+from rasteret_dask.placing import Block
+from rasteret_dask.reader import Session
+from rasteret_dask.readplan import Request
 from rasteret_dask.records import Asset
 
 HEIGHT, WIDTH = 64, 96  # 4 x 3 tiles of 16 x 32

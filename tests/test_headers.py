@@ -4,6 +4,7 @@ import math
 import struct
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
+from servers import Fault, RangeServer
 
 from rasteret_dask import remote
 from rasteret_dask.errors import ReadError, TrustError
-from rasteret_dask.headers import Header, read_headers
+from rasteret_dask.headers import Header, HeaderReader, read_headers
 from rasteret_dask.records import LEVEL_TYPE
 
 Serve = Callable[[Path], tuple[str, list[tuple[str, str | None]]]]
@@ -148,6 +150,109 @@ def test_one_request_a_file_and_each_file_once(data: Path, serve: Serve) -> None
     assert len(found) == 2
     assert all(isinstance(h, Header) for h in found.values())
     assert sorted(path for path, _ in seen) == ["/gdal_byte_ZSTD_tiled.tif", "/gdal_int8.tif"]
+
+
+def sparse(path: Path, width: int, count: int, tile: int, **profile: Any) -> Path:
+    """Write a file of one colour: tile tables as long as a real one's, hardly any pixels."""
+    options = {"driver": "GTiff", "tiled": True, "blockxsize": tile, "blockysize": tile, "SPARSE_OK": "TRUE"}
+    options |= {"crs": "EPSG:32633", "transform": Affine(10, 0, 399960, 0, -10, 5700000)} | profile
+    with rasterio.open(path, "w", width=width, height=width, count=count, **options) as to:
+        to.write(
+            np.ones((tile, tile), str(options["dtype"])), 1, window=rasterio.windows.Window(0, 0, tile, tile)
+        )
+    return path
+
+
+def test_one_request_a_file_for_files_as_published(tmp_path: Path, server: RangeServer) -> None:
+    # 10 m of Sentinel-2, a WorldCover tile, and a Landsat band
+    sparse(tmp_path / "s2.tif", 10980, 1, 1024, dtype="uint16", compress="deflate", predictor=2)
+    sparse(tmp_path / "map.tif", 36000, 1, 1024, dtype="uint8", compress="deflate", BIGTIFF="YES")
+    sparse(tmp_path / "l8.tif", 7801, 1, 256, dtype="uint16", compress="deflate")
+    found = read_headers([server.url(name) for name in ("s2.tif", "map.tif", "l8.tif")])
+    assert all(isinstance(header, Header) for header in found.values())
+    assert len(server.log) == 3
+
+
+def test_large_tile_tables_take_one_request_each_once_the_first_are_known(
+    tmp_path: Path, server: RangeServer
+) -> None:
+    # 64 bands band by band: 66 kB of tile tables, as AlphaEarth's files have
+    first = sparse(
+        tmp_path / "0.tif", 8192, 64, 1024, dtype="int8", compress="zstd", interleave="band", BIGTIFF="YES"
+    )
+    hrefs = [server.url(f"{n}.tif") for n in range(20)]
+    for n in range(1, 20):
+        (tmp_path / f"{n}.tif").write_bytes(first.read_bytes())
+    with HeaderReader(workers=4) as reader:
+        assert isinstance(reader.submit(hrefs[0]).result(), Header)
+        opened = len(server.log)
+        assert opened == 2
+        found = reader.read(hrefs)
+    assert len(server.log) - opened == 19
+    tables = {one.levels_of(63)[0]["tile_offsets"] for one in found.values() if isinstance(one, Header)}
+    assert tables == {header(first).levels_of(63)[0]["tile_offsets"]}
+
+
+def test_a_directory_far_away_does_not_make_others_first_requests_large(
+    tmp_path: Path, server: RangeServer
+) -> None:
+    late = write(tmp_path / "late.tif", np.random.default_rng(0).integers(0, 9999, (1, 512, 512), "uint16"))
+    with rasterio.open(late, "r+") as to:
+        to.update_tags(note="x" * 500)
+    write(tmp_path / "plain.tif", np.random.default_rng(0).integers(0, 9999, (1, 512, 512), "uint16"))
+    with HeaderReader(workers=1) as reader:
+        reader.read([server.url("late.tif"), server.url("plain.tif")])
+    (asked,) = server.asked("plain.tif")
+    assert asked.nbytes == 32 * 1024
+
+
+def test_a_reader_reads_each_file_once_and_remembers_within_bounds(
+    tmp_path: Path, server: RangeServer
+) -> None:
+    for n in range(6):
+        write(tmp_path / f"{n}.tif", np.ones((1, 128, 128), "uint8"))  # 4 tiles each
+    with HeaderReader(workers=2, keep_tiles=12) as reader:
+        for _ in range(2):  # two of them fit: an image of 4 tiles counts as 5
+            reader.read([server.url("0.tif"), server.url("1.tif")])
+        assert len(server.log) == 2
+        assert reader.submit(server.url("0.tif")) is reader.submit(server.url("0.tif"))
+        reader.read([server.url(f"{n}.tif") for n in range(2, 6)])
+        reader.read([server.url("5.tif")])
+        assert len(server.log) == 6
+        reader.read([server.url("0.tif")])
+        assert len(server.log) == 7
+
+
+def test_a_failure_is_not_remembered(tmp_path: Path, server: RangeServer) -> None:
+    with HeaderReader() as reader:
+        assert "404" in str(reader.submit(server.url("a.tif")).result())
+        write(tmp_path / "a.tif", np.ones((1, 16, 16), "uint8"))
+        assert isinstance(reader.submit(server.url("a.tif")).result(), Header)
+
+
+def test_a_reader_left_by_an_error_drops_what_has_not_begun(tmp_path: Path, server: RangeServer) -> None:
+    write(tmp_path / "a.tif", np.ones((1, 16, 16), "uint8"))
+    server.fault("*", Fault(delay_s=0.2))
+    waiting: list[Future[Header | str]] = []
+
+    def stopped() -> None:
+        with HeaderReader(workers=1) as reader:
+            waiting.extend(reader.submit(server.url(f"a.tif?copy={n}")) for n in range(50))
+            waiting[0].result()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert len(server.log) <= 3
+    assert sum(future.cancelled() for future in waiting) >= 47
+
+
+def test_requests_are_in_flight_together(tmp_path: Path, server: RangeServer) -> None:
+    write(tmp_path / "a.tif", np.ones((1, 16, 16), "uint8"))
+    server.fault("*", Fault(delay_s=0.1))
+    found = read_headers([server.url(f"a.tif?copy={n}") for n in range(64)], workers=16)
+    assert all(isinstance(header, Header) for header in found.values())
+    assert server.most == 16
 
 
 def test_a_header_at_the_end_of_the_file_is_found(tmp_path: Path, serve: Serve) -> None:

@@ -19,14 +19,20 @@ PACKAGE = ROOT / "rasteret_dask"
 # Reading order = dependency order: a module imports only from those before it.
 # fmt: off
 ORDER = [
-    "_version", "errors", "grid", "bands", "remote", "trust", "records", "geoparquet", "headerpage", "tiffheader",
-    "gdalheader", "headers", "layers", "describe", "sources", "stac", "tables", "functions", "plan",
-    "scan", "timing", "optimize", "resolve", "harmonize", "coverage", "chiptable", "frame", "feeds", "laying",
-    "chips", "splits", "steps", "readplan", "sharing", "limits", "ranges", "tilecodec", "rasterfile", "warp", "placing",
-    "tilefile", "reader", "plainhref", "cogreader", "cube", "job", "cuts", "filling", "neighbours", "picking",
-    "pixels", "shards", "encode", "write", "run", "lazy", "outputs", "explain", "audit",
-    "pictures", "plot", "areas", "chipset", "collection", "openers", "build", "world", "__init__",
-    "demo_checks", "demo", "cli",
+    "_version", "errors", "progress", "footprint", "grid", "bands", "catalogfile", "catalog", "catalogwrite",
+    "access", "remote", "remotefs", "trust", "schema", "anytable", "search", "records", "rasteretio", "tablecache",
+    "geoparquet", "export", "headerpage", "tiffheader", "gdalheader", "headers", "layers", "describe", "facts",
+    "sources", "fileindex", "stac", "tables", "functions", "rules", "plan", "rowgroups", "scan", "timing", "ingest",
+    "order", "optimize", "resolve", "radiometry", "recordtable", "harmonize", "coverage", "chiptable", "labels",
+    "frame", "feeds", "laying", "chips", "splits", "rulesteps", "steps", "pixelgrid", "levels", "readplan",
+    "sharing", "limits", "ranges", "tilecodec", "rasterfile", "warp", "placing", "tilefile", "wants", "keeping",
+    "reader", "plainhref", "cogreader", "cube", "job", "jobfile", "freezing", "cuts", "filling", "neighbours",
+    "picking", "pixels", "clouds", "mapping", "screening", "shards", "encode", "decode", "layout", "manifest",
+    "write", "run", "cubegrid", "recordlayers", "lazy", "outputs", "epochs", "batches", "storemap", "storeread",
+    "stored", "sketch", "stats", "readings", "shardsource", "clustersource", "stream", "measuring", "compacting",
+    "storeset", "streamfrom", "explain", "audit", "pictures", "plot", "areas", "windows", "rows", "reading",
+    "points", "cells", "torchset", "torchdata", "chipsteps", "chipset", "tableexits", "pixelreads", "collection",
+    "openers", "build", "world", "__init__", "demo_checks", "demo", "cli",
 ]
 # fmt: on
 

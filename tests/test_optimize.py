@@ -231,11 +231,11 @@ def test_filters_of_a_parquet_dataset_are_its_scan(tmp_path: Path) -> None:
         r["id"] for r in S2.to_table().to_pylist() if r["eo:cloud_cover"] < 30 and r["datetime"].month == 4
     ]
     table = scan(source, lazy._tables)
-    assert table.column("id").to_pylist() == expected
+    assert sorted(table.column("id").to_pylist()) == sorted(expected)  # a file's rows lie along the ground
     assert 0 < table.num_rows < len(S2)
     where = expression(("eo:cloud_cover", "<", 30.0), rd.RECORD_SCHEMA)
     assert lazy.dataset.count_rows(filter=where) < len(S2)
-    assert chosen.to_table().column("id").to_pylist() == expected
+    assert sorted(chosen.to_table().column("id").to_pylist()) == sorted(expected)
 
 
 def test_filters_stay_above_a_sample() -> None:

@@ -24,9 +24,13 @@ from rasterio.vrt import WarpedVRT
 
 from rasteret_dask.errors import GridError, PlanError, ReadError
 from rasteret_dask.headers import read_headers
+from rasteret_dask.levels import is_aligned
 from rasteret_dask.limits import ByteBudget
+from rasteret_dask.pixelgrid import Grid, Window
+from rasteret_dask.placing import Block
 from rasteret_dask.rasterfile import gdal_path
-from rasteret_dask.reader import Block, Grid, Request, Session, Window, is_aligned, tiles_of
+from rasteret_dask.reader import Session
+from rasteret_dask.readplan import Request, tiles_of
 from rasteret_dask.records import Asset, Level
 from rasteret_dask.remote import public
 

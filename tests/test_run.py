@@ -31,8 +31,8 @@ from test_write import layout_of, stamps, tries
 import rasteret_dask as rd
 from rasteret_dask import reader, tilefile
 from rasteret_dask.errors import JobError
+from rasteret_dask.freezing import task_bytes
 from rasteret_dask.grid import transformer
-from rasteret_dask.job import task_bytes
 from rasteret_dask.run import run_zarr
 from rasteret_dask.shards import lower
 from rasteret_dask.sharing import SHARED

@@ -33,8 +33,10 @@ import rasteret_dask as rd
 from rasteret_dask import remote
 from rasteret_dask.errors import RasteretDaskError, ReadError
 from rasteret_dask.limits import BUDGET
-from rasteret_dask.reader import Block, Out, Request, Session, Window
-from rasteret_dask.readplan import Rect
+from rasteret_dask.pixelgrid import Rect, Window
+from rasteret_dask.placing import Block, Out
+from rasteret_dask.reader import Session
+from rasteret_dask.readplan import Request
 from rasteret_dask.records import Asset
 from rasteret_dask.sharing import SHARED, Flight, Keep, Key, Pixels, Sharing, Wish
 from rasteret_dask.world import WorldSize, make_world
@@ -157,7 +159,9 @@ def said(script: str, *arguments: object) -> str:
         from test_engine import indexed
         from test_reader import own_grid
         from rasteret_dask.errors import RasteretDaskError
-        from rasteret_dask.reader import Request, Session, Window
+        from rasteret_dask.pixelgrid import Window
+        from rasteret_dask.reader import Session
+        from rasteret_dask.readplan import Request
         asset = indexed(sys.argv[1])[0]
         def request(asset):
             return Request(asset, own_grid(asset), (Window(0, 0, 8, 8),))

@@ -395,7 +395,12 @@ def rasteret_like(data: Path) -> pa.Table:
                 },
                 "earthsearch:boa_offset_applied": True,
                 "proj:epsg": 32633,
-                "B04_metadata": {"image_width": 512},
+                "B04_metadata": {
+                    "image_width": 512,
+                    "tile_offsets": [1],
+                    "tile_byte_counts": [2],
+                    "transform": [10.0, 0.0, -10.0, 0.0],
+                },
                 "mine": 1,
             }
         )

@@ -16,7 +16,8 @@ from rasterio.enums import Resampling
 from rasterio.features import geometry_mask
 from rasterio.warp import reproject, transform_geom
 
-from rasteret_dask.bands import dataset_of, radiometry
+from rasteret_dask.bands import radiometry
+from rasteret_dask.catalog import dataset_of
 from rasteret_dask.errors import GridError, StoreError
 from rasteret_dask.world import World, WorldSize, make_world
 from rasteret_dask.world.ground import make_ground
@@ -53,7 +54,8 @@ def read(path: Path, item: dict[str, Any], key: str) -> Pixels:
 def reflectance(path: Path, item: dict[str, Any], key: str) -> Pixels:
     dataset = dataset_of(item["collection"])
     raster = item["assets"][key]["raster:bands"][0]
-    rule = radiometry(dataset, "reflectance", item["properties"], raster["scale"], raster["offset"])
+    band = next(b for b in dataset.bands if b.asset == key) if dataset else None
+    rule = radiometry(dataset, band, item["properties"], raster["scale"], raster["offset"])
     dn = read(path, item, key)
     return np.where(dn == 0, np.nan, dn * rule.scale + rule.offset)
 

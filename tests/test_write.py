@@ -27,11 +27,12 @@ from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 import rasteret_dask as rd
 from rasteret_dask.encode import Compression, codec_of
 from rasteret_dask.errors import JobError, PlanError, StoreError, UnreadableTilesWarning
-from rasteret_dask.job import freeze
+from rasteret_dask.freezing import freeze
+from rasteret_dask.layout import Layout
 from rasteret_dask.run import _place, delayed_zarr, run_zarr
 from rasteret_dask.shards import lower
 from rasteret_dask.world import World
-from rasteret_dask.write import Layout, commit, prepare
+from rasteret_dask.write import commit, prepare
 
 SHARD_BYTES = 100_000
 

@@ -29,7 +29,8 @@ from synthetic import BANDS, sentinel2_records
 
 import rasteret_dask as rd
 from rasteret_dask.grid import transformer
-from rasteret_dask.shards import JobRef, lower, renamed
+from rasteret_dask.jobfile import JobRef
+from rasteret_dask.shards import lower, renamed
 from rasteret_dask.write import write_shard
 
 CORNER = 250_020.0, 5_760_000.0

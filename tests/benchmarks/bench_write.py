@@ -38,8 +38,9 @@ import rasteret_dask as rd
 from rasteret_dask import remote
 from rasteret_dask.encode import codec_of
 from rasteret_dask.job import Hierarchy
+from rasteret_dask.layout import JOB, Layout
 from rasteret_dask.world import World, WorldSize, make_world
-from rasteret_dask.write import JOB, Layout, commit, prepare, write_shard
+from rasteret_dask.write import commit, prepare, write_shard
 
 BANDS = ("B02", "B03", "B04", "B08")
 SIZE_PX = 256

@@ -1,0 +1,248 @@
+"""A store rewritten with its kept chips only: bytes of chips are copied, not decoded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from dask._task_spec import Task
+from distributed import Client
+from numpy.typing import NDArray
+
+from rasteret_dask import decode, geoparquet, remote
+from rasteret_dask.encode import ABSENT, Encoding, Piece, crc32c
+from rasteret_dask.errors import PlanError, StoreError
+from rasteret_dask.measuring import computed
+from rasteret_dask.plan import digest
+from rasteret_dask.screening import KEPT
+from rasteret_dask.storemap import (
+    CHIPS,
+    JOB,
+    StoredArray,
+    StoredGroup,
+    StoreMap,
+    check_sizes,
+    digest_of,
+    group_path,
+    open_map,
+)
+from rasteret_dask.storeread import StoreObject, read_rows
+
+__all__ = ["compact"]
+
+
+def compact(
+    store: str | os.PathLike[str], target: str | os.PathLike[str], client: Client | str | None = None
+) -> None:
+    """Write the kept chips of a store to another place, as a store of its own.
+
+    Chips keep their order; shards are filled up. A split of which nothing is kept is left out.
+
+    Parameters
+    ----------
+    store
+        A finished store.
+    target
+        An empty place: a local path or a URL.
+    client
+        A Dask client or a scheduler's address; None: the current client, else threads of this process.
+
+    Raises
+    ------
+    StoreError
+        When the store is not finished or was changed, or the target is not empty.
+    PlanError
+        When no chip is kept.
+    """
+    url, place = _absolute(store), _absolute(target)
+    source = digest_of(url)
+    opened = open_map(url, source)
+    check_sizes(opened)
+    if found := remote.listing(place):
+        raise StoreError(
+            f"store {remote.redact(place)}", f"{len(found)} objects ({next(iter(found))}, ...)",
+            "an empty place", "Choose another one.",
+        )  # fmt: skip
+    if not opened.kept.any():
+        raise PlanError(f"compact({remote.redact(url)})", "no kept chip", "at least one")
+    own = digest("compact", source)
+    remote.put(remote.join(place, JOB, "digest"), f"{own}\n{_said(opened)['compression']}".encode())
+    shards = _shards(opened)
+    tasks: dict[Hashable, Any] = {s.name: Task(s.name, _copied, url, source, place, s) for s in shards}
+    objects = computed(tasks, [s.name for s in shards], client)
+    _finish(opened, place, own, shards, objects)
+
+
+@dataclass(frozen=True)
+class _NewShard:
+    """Consecutive kept chips of one split."""
+
+    name: str
+    split: str | None
+    splits: int
+    """How many splits there are in the new store."""
+    number: int
+    rows: NDArray[np.int64]
+    """Rows among all chips of the old store."""
+
+
+def _shards(old: StoreMap) -> list[_NewShard]:
+    per = old.first[0].arrays["pixels"].encoding.chunk[0]
+    kept = {split: _rows(old, split) for split in old.groups}
+    kept = {split: rows for split, rows in kept.items() if len(rows)}
+    return [
+        _NewShard(f"{split or 'all'}-{at // per:05d}", split, len(kept), at // per, rows[at : at + per])
+        for split, rows in kept.items()
+        for at in range(0, len(rows), per)
+    ]
+
+
+def _rows(old: StoreMap, split: str | None) -> NDArray[np.int64]:
+    """Return the rows of a split's kept chips."""
+    spans = [np.arange(s.start, s.start + s.chips) for s in old.shards if s.split == split]
+    rows = np.concatenate(spans)
+    return rows[old.kept[rows]]
+
+
+def _copied(url: str, source: str, place: str, shard: _NewShard) -> list[dict[str, Any]]:
+    """Write one new shard; return its objects as the manifest names them."""
+    old = open_map(url, source)
+    written = []
+    for group in old.groups[shard.split]:
+        at = group_path(shard.split, shard.splits, group.source, len(old.sources))
+        for name, array in group.arrays.items():
+            if array.known:
+                continue
+            pieces = _pieces(old, group, name, array, shard.rows)
+            if pieces:
+                path = replace(array, path=f"{at}/{name}" if at else name).object(shard.number)
+                remote.put(remote.join(place, path), pieces)
+                written.append({"path": path, "size": sum(map(len, pieces)), "crc32c": crc32c(pieces)})
+    return written
+
+
+def _pieces(
+    old: StoreMap, group: StoredGroup, name: str, array: StoredArray, rows: NDArray[np.int64]
+) -> list[Piece]:
+    if array.encoding.sharded:
+        return array.encoding.shard_of(_stored(old, array, rows))
+    values = read_rows(old, rows, {group.source: [name]})[group.source, name]
+    return array.encoding.encode(values.view(np.int64) if values.dtype.kind == "M" else values)
+
+
+def _stored(old: StoreMap, array: StoredArray, rows: NDArray[np.int64]) -> list[Piece | None]:
+    """Return the bytes of some chips as they are stored, None where they are not."""
+    per = array.encoding.chunk[0]
+    shard_of = np.searchsorted(old.starts, rows, side="right") - 1
+    found: list[Piece | None] = []
+    for number in np.unique(shard_of).tolist():
+        shard = old.shards[number]
+        chips = rows[shard_of == number] - shard.start
+        item = StoreObject.of(old, shard, array)
+        if item is None:
+            found += [None] * len(chips)
+            continue
+        data = np.frombuffer(memoryview(item.get(0, item.size)), np.uint8)
+        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.subject)
+        for start, length in index[chips].tolist():
+            found.append(None if start == ABSENT else data[start : start + length])
+    return found
+
+
+def _finish(
+    old: StoreMap, place: str, own: str, shards: Sequence[_NewShard], objects: Sequence[list[dict[str, Any]]]
+) -> None:
+    """Write what is known of all chips, then the groups' metadata; the root comes last."""
+    rows = np.concatenate([s.rows for s in shards])
+    table = old.whole_chips().take(pa.array(rows))
+    remote.put(remote.join(place, CHIPS), geoparquet.to_bytes(table))
+    sink = pa.BufferOutputStream()
+    pq.write_table(_manifest(old, shards, objects), sink, compression="zstd")
+    remote.put(remote.join(place, "manifest.parquet"), bytes(sink.getvalue()))
+    nodes = old.root["consolidated_metadata"]["metadata"]
+    attrs: dict[str, Any] = {}
+    documents: dict[str, Any] = {}
+    for split in dict.fromkeys(s.split for s in shards):
+        inside = np.concatenate([s.rows for s in shards if s.split == split])
+        first = next(s.start for s in old.shards if s.split == split)
+        if shards[0].splits > 1 and split:
+            documents[split] = nodes[split]
+        for group in old.groups[split]:
+            at = group_path(split, shards[0].splits, group.source, len(old.sources))
+            if at:
+                documents[at] = {**nodes[group.path], "attributes": _uncovered(group.attrs)}
+            else:
+                attrs = _uncovered(group.attrs)
+            for name, array in group.arrays.items():
+                if name != KEPT:
+                    path = f"{at}/{name}" if at else name
+                    documents[path] = _array(old, array, inside - first, remote.join(place, path))
+    for path, document in documents.items():
+        remote.put(remote.join(place, path, "zarr.json"), json.dumps(document).encode())
+    said = {**_said(old), "digest": own, "compacted_from": old.digest}
+    root = {
+        **old.root,
+        "attributes": {**attrs, "rasteret_dask": said},
+        "consolidated_metadata": {**old.root["consolidated_metadata"], "metadata": documents},
+    }
+    remote.put(remote.join(place, "zarr.json"), json.dumps(root).encode())
+
+
+def _uncovered(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's attributes without what speaks of dropped chips, or of the store."""
+    names = " ".join(n for n in attrs["coordinates"].split() if n != KEPT)
+    return {**{k: v for k, v in attrs.items() if k != "rasteret_dask"}, "coordinates": names}
+
+
+def _array(old: StoreMap, array: StoredArray, chips: NDArray[np.int64], url: str) -> dict[str, Any]:
+    """Return an array's document for the kept chips of a split; write the array if the plan knew it."""
+    document: dict[str, Any] = json.loads(json.dumps(array.node))
+    of_chips = array.dims[0] == "chip"
+    if of_chips:
+        document["shape"][0] = len(chips)
+    if array.known:
+        values = old.values(array)
+        if of_chips:
+            values = values[chips]
+            document["chunk_grid"]["configuration"]["chunk_shape"][0] = len(chips)
+        pieces = Encoding.of(json.dumps(document).encode()).encode(values)
+        if pieces:
+            remote.put(remote.join(url, *["c", *["0"] * len(array.shape)]), pieces)
+    return document
+
+
+def _manifest(
+    old: StoreMap, shards: Sequence[_NewShard], objects: Sequence[list[dict[str, Any]]]
+) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "shard": shard.name,
+                "split": shard.split,
+                "number": shard.number,
+                "chips": len(shard.rows),
+                "kept": len(shard.rows),
+                "dropped_chips": "{}",
+                "bytes": sum(o["size"] for o in own),
+                "objects": own,
+                "key": digest(old.digest, shard.rows.tolist()),
+            }
+            for shard, own in zip(shards, objects, strict=True)
+        ]
+    )
+
+
+def _said(old: StoreMap) -> dict[str, Any]:
+    found: dict[str, Any] = old.root["attributes"]["rasteret_dask"]
+    return found
+
+
+def _absolute(place: str | os.PathLike[str]) -> str:
+    text = os.fspath(place)
+    return text if "://" in text else os.path.abspath(text)

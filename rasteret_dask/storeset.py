@@ -1,0 +1,292 @@
+"""Chips of a finished store: choose, read, look them up by id."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pyarrow as pa
+import xarray as xr
+from dask._task_spec import Task
+from dask.highlevelgraph import HighLevelGraph
+from distributed import Client
+from numpy.typing import NDArray
+
+from rasteret_dask import remote, stored
+from rasteret_dask.batches import Arrays
+from rasteret_dask.chiptable import bounds_of, label_columns
+from rasteret_dask.epochs import Order
+from rasteret_dask.errors import PlanError, StoreError
+from rasteret_dask.labels import MASK
+from rasteret_dask.measuring import measured
+from rasteret_dask.plan import Keep, Node, Predicate, Sample, Select, outline, predicates
+from rasteret_dask.readings import stored_chips
+from rasteret_dask.stats import Stats
+from rasteret_dask.stored import Stored
+from rasteret_dask.storemap import JOB, StoredGroup, check_sizes, digest_of, open_map
+from rasteret_dask.storeread import read_rows
+from rasteret_dask.stream import Normalize, Stream, batches
+
+__all__ = ["StoredChips", "open_chips"]
+
+_PIXELS = ("pixels", "valid", MASK)
+_PER_CHIP = (*_PIXELS, "valid_fraction", "datetime", "source")
+
+
+def open_chips(store: str | os.PathLike[str], split: str | None = None) -> StoredChips:
+    """Open the chips of a store that :meth:`Chips.to_zarr` wrote.
+
+    Parameters
+    ----------
+    store
+        A local path or a URL.
+    split
+        Only the chips of this split: ``open_chips(store).select(split)``.
+
+    Raises
+    ------
+    StoreError
+        When there is no store, it is not finished, something else lies there, or objects do not have the sizes that
+        its manifest names (plain HTTP servers do not list: there, and while reading, each object is compared when
+        it is read).
+    PlanError
+        When it has no such split.
+    """
+    place = os.fspath(store)
+    url = place if "://" in place else os.path.abspath(place)
+    if remote.is_local(url) and os.path.isfile(remote.local_path(url)):
+        raise StoreError(f"store {url}", "a file", "a folder that to_zarr wrote", "Give the store's folder.")
+    digest = digest_of(url)
+    check_sizes(open_map(url, digest))
+    chips = StoredChips(Stored.of(url, digest))
+    return chips if split is None else chips.select(split)
+
+
+class StoredChips:
+    """An immutable set of chips in a finished store, made by :func:`open_chips`.
+
+    Only chips that were kept are seen. It pickles small, and a process that gets one opens the store when it reads.
+
+    Parameters
+    ----------
+    stored
+        The store, and the steps so far.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        self.stored = stored
+
+    def __reduce__(self) -> tuple[type[StoredChips], tuple[Stored]]:
+        return StoredChips, (self.stored,)  # not the table
+
+    # Steps
+
+    def select(self, *splits: str) -> StoredChips:
+        """Keep the chips of these splits."""
+        if not splits:
+            raise PlanError("select", "no split", "at least one, such as select('train')")
+        return self._with(Select(self.stored.plan, splits))
+
+    def filter(self, *given: Predicate | Any, **columns: Any) -> StoredChips:
+        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
+        return self._with(Keep(self.stored.plan, predicates(given, columns)))
+
+    def sample(self, n: int, seed: int = 0, by: str | None = None) -> StoredChips:
+        """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
+        return self._with(Sample(self.stored.plan, n, seed, by))
+
+    def _with(self, plan: Node) -> StoredChips:
+        chosen = StoredChips(Stored(self.stored.url, plan))
+        len(chosen)  # so that a mistake is told where it is made
+        return chosen
+
+    # What it is
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The chip table: one row per chip, CHIP_SCHEMA and the user's further columns."""
+        return self.stored.map.whole_chips().take(pa.array(self.stored.rows))
+
+    @property
+    def digest(self) -> str:
+        """What these chips are known by: the store's digest and the steps."""
+        return self.stored.digest
+
+    def __len__(self) -> int:
+        return len(self.stored.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the ids."""
+        return iter(self.stored.place)
+
+    def __contains__(self, chip: object) -> bool:
+        return chip in self.stored.place
+
+    # Reading
+
+    def __getitem__(self, chip: str) -> dict[str, Any]:
+        """Read one chip by its id: the arrays of :meth:`take`, without the chip axis.
+
+        Raises
+        ------
+        PlanError
+            When there is no such chip here.
+        """
+        if not isinstance(chip, str):
+            raise PlanError("chips[...]", repr(chip), "a chip's id", "Ids stand in column chip_id of .table.")
+        return {name: values[0] for name, values in self.take([chip]).items()}
+
+    def take(self, ids: Sequence[str]) -> Arrays:
+        """Read some chips, in the order asked for, by concurrent single gets.
+
+        A chip costs one request an array of pixels, a shard one for its index and one for its times; these are kept.
+
+        Parameters
+        ----------
+        ids
+            Chip ids; one may stand more than once.
+
+        Returns
+        -------
+        dict
+            Chips along axis 0: ``"<source>"`` pixels (chip, time, band, y, x), ``"<source>/valid"`` (chip, time, y,
+            x), ``"<source>/datetime"`` (chip, time), ``"chip_id"``, ``"split"``, ``"epsg"``, ``"bbox"`` (chip, 4)
+            and ``"labels/<column>"``.
+
+        Raises
+        ------
+        PlanError
+            When there is no such chip here.
+        StoreError
+            When an object is missing, damaged, or of another size than the manifest says.
+        """
+        if isinstance(ids, str):
+            raise PlanError("take", repr(ids), "a list of chip ids", "For one chip: chips[id].")
+        return stored.take(self.stored, self.stored.rows_of(list(ids)))
+
+    def to_xarray(self) -> xr.Dataset | xr.DataTree:
+        """Return the chips lazily, a Dask chunk a shard: a Dataset, or a DataTree with a node a source.
+
+        Values are as stored, like those of :meth:`Chips.to_xarray`: attributes hold scale and fill.
+        """
+        return self._assembled(lazy=True)
+
+    def load(self) -> xr.Dataset | xr.DataTree:
+        """Read the chips into memory: what ``to_xarray().load()`` gives, without putting it together from shards."""
+        return self._assembled(lazy=False)
+
+    def stats(self, sample: int | None = None, client: Client | str | None = None) -> Stats:
+        """Measure the pixels of these chips in one pass, or say what was measured before.
+
+        What is found stays with the store, below ``_job/stats/``, where it can be written to.
+
+        Parameters
+        ----------
+        sample
+            Measure so many chips, chosen as by :meth:`sample`; None: all.
+        client
+            A Dask client or a scheduler's address; None: the current client, else threads of this process.
+        """
+        chips = self if sample is None else self.sample(sample)
+        place = remote.join(self.stored.url, JOB, "stats", f"{chips.digest}.json")
+        try:
+            return Stats.load(place)
+        except remote.MissingError:
+            found = measured(stored_chips(chips.stored, chips.stored.bands), client)
+        with suppress(StoreError):  # a store that cannot be written to is measured each time
+            found.save(place)
+        return found
+
+    @property
+    def dropped(self) -> pa.Table:
+        """The chips of the store that ``keep`` left out: chip_id, split and reason."""
+        shards = self.stored.map.shards
+        rows = [(chip, s.split, reason) for s in shards for chip, reason in s.dropped.items()]
+        names = ("chip_id", "split", "reason")
+        return pa.table({n: pa.array([row[i] for row in rows], pa.string()) for i, n in enumerate(names)})
+
+    def stream(
+        self,
+        batch_size: int,
+        shuffle: int | None = None,
+        epochs: int = 1,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        pad: bool = False,
+        client: Client | str | None = None,
+        prefetch: int = 2,
+        normalize: Normalize | bool | None = None,
+        *,
+        buffer: int = 4,
+    ) -> Stream:
+        """Return the chips as batches for a training loop: the parameters are those of :meth:`Chips.stream`."""
+        given = self.stats(client=client) if normalize is True else normalize or None
+        reading = stored_chips(self.stored, self.stored.bands)
+        order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
+        return batches(reading, order, epochs, client, prefetch, given)
+
+    def _assembled(self, lazy: bool) -> xr.Dataset | xr.DataTree:
+        opened = self.stored.map
+        names = {g.source: [n for n in _PER_CHIP if n in g.arrays] for g in opened.first}
+        read = {} if lazy else read_rows(opened, self.stored.rows, names)
+        nodes = {}
+        for group in opened.first:
+            arrays = {
+                name: self._lazy(group, name) if lazy else read[group.source, name]
+                for name in names[group.source]
+            }
+            nodes[group.source] = self._dataset(group, arrays)
+        if len(nodes) == 1:
+            return next(iter(nodes.values()))
+        return xr.DataTree.from_dict({f"/{name}": node for name, node in nodes.items()})
+
+    def _dataset(self, group: StoredGroup, arrays: dict[str, Any]) -> xr.Dataset:
+        table = self.stored.table
+        own = {name: (group.arrays[name].dims, values) for name, values in arrays.items()}
+        data = {name: own[name] for name in _PIXELS if name in own}
+        coordinates: dict[str, Any] = {name: v for name, v in own.items() if name not in data}
+        for name in ("chip_id", "split"):
+            texts = [v or "" for v in table.column(name).to_pylist()]
+            coordinates[name] = ("chip", np.array(texts, dtype=object))
+        coordinates["epsg"] = ("chip", table.column("epsg").to_numpy().astype(np.int32))
+        coordinates["bounds"] = (("chip", "corner"), bounds_of(table))
+        coordinates |= {name: ("chip", values) for name, values in label_columns(table).items()}
+        coordinates["band"] = ("band", np.array(self.stored.bands[group.source], dtype=object))
+        if "time" in group.arrays:
+            stamps = self.stored.map.values(group.arrays["time"]).view("datetime64[us]")
+            coordinates["time"] = ("time", stamps.astype("datetime64[ns]"))
+        attrs = {k: v for k, v in group.attrs.items() if k not in ("coordinates", "rasteret_dask")}
+        dataset = xr.Dataset(data, coordinates, attrs)
+        for name in ("pixels", MASK):
+            if name in data:
+                dataset[name].attrs = dict(group.arrays[name].attrs)
+        return dataset
+
+    def _lazy(self, group: StoredGroup, variable: str) -> da.Array:
+        array = group.arrays[variable]
+        name = f"{variable}-{group.source}-{self.digest[:12]}"
+        numbers = [n for n, size in enumerate(self.stored.sizes) if size]
+        zeros = (0,) * (len(array.shape) - 1)
+        tasks: dict[Any, Task] = {
+            (name, i, *zeros): Task((name, i, *zeros), _block, self.stored, number, group.source, variable)
+            for i, number in enumerate(numbers)
+        }
+        chunks = (tuple(self.stored.sizes[n] for n in numbers), *((n,) for n in array.shape[1:]))
+        dtype = "datetime64[us]" if variable == "datetime" else array.encoding.dtype or object
+        return da.Array(HighLevelGraph.from_collections(name, tasks), name, chunks, dtype=dtype)
+
+    def __repr__(self) -> str:
+        steps = list(outline(self.stored.plan))[:-1]
+        head = f"<StoredChips {remote.redact(self.stored.url)}: {len(self)} chips>"
+        return "\n".join([head, *(f"  {line.strip()}" for line in steps)])
+
+
+def _block(chips: Stored, number: int, source: str, variable: str) -> NDArray[Any]:
+    rows = chips.rows[chips.offsets[number] : chips.offsets[number + 1]]
+    return read_rows(chips.map, rows, {source: [variable]})[source, variable]

@@ -1,0 +1,171 @@
+"""Streams for processes that did not make the plan: training workers, from a saved plan or a store."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from distributed import Client
+
+from rasteret_dask import remote
+from rasteret_dask.epochs import Order
+from rasteret_dask.errors import PlanError, StoreError
+from rasteret_dask.functions import Function
+from rasteret_dask.job import Job
+from rasteret_dask.jobfile import open_job, write_job
+from rasteret_dask.mapping import Functions, outputs_of
+from rasteret_dask.readings import Reading, planned, stored_chips
+from rasteret_dask.storeset import open_chips
+from rasteret_dask.stream import Normalize, Stream, batches
+
+__all__ = ["save_plan", "stream_from"]
+
+_LAST = "job.json"  # write_job's last object
+
+
+_SIZES = "sizes.json"  # kept chips of each shard, where rules on pixels drop some
+
+
+def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | None = None) -> None:
+    """Write a job, JSON and Arrow tables, to a new folder.
+
+    Parameters
+    ----------
+    job
+        The job.
+    place
+        A folder of its own: a local path or a URL.
+    sizes
+        Kept chips of each shard, where the job has rules on pixels.
+
+    Raises
+    ------
+    StoreError
+        When something else lies there.
+    """
+    url = _url(place)
+    found = set() if _is_file(url) else set(remote.listing(url))
+    said = _said(url) if _LAST in found else {}
+    if said.get("digest") == job.digest:
+        return
+    if found or _is_file(url):
+        raise StoreError(
+            f"save_plan {remote.redact(url)}", "another plan" if said else "something else", "an empty place",
+            "Choose another place, or delete what lies there.",
+        )  # fmt: skip
+    if sizes is not None:
+        remote.put(remote.join(url, _SIZES), json.dumps(sizes).encode())
+    write_job(job, url)
+
+
+def stream_from(
+    address: str | Client | None,
+    plan: str | os.PathLike[str],
+    batch_size: int,
+    shuffle: int | None = None,
+    epochs: int = 1,
+    drop_last: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    pad: bool = False,
+    prefetch: int = 2,
+    normalize: Normalize | None = None,
+    *,
+    buffer: int = 4,
+    functions: Iterable[Callable[..., Any]] = (),
+) -> Stream:
+    """Return one rank's batches in a process that has only an address and a path.
+
+    All ranks give the same arguments but ``rank``. A training process may be a Dask worker itself: start such workers
+    with the resource ``train=1`` (``dask worker --resources train=1``) and submit to them with
+    ``resources={"train": 1}``; then shards are read on the other workers only.
+
+    Parameters
+    ----------
+    address
+        The Dask scheduler's address, or a client; None: the current client, else threads of this process.
+    plan
+        Where :meth:`Chips.save_plan` wrote the plan, or :meth:`Chips.to_zarr` a store.
+    batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch, normalize, buffer
+        As in :meth:`Chips.stream`.
+    functions
+        The functions that the plan calls (those given to ``map`` and ``keep``): a saved plan holds their names and
+        digests, never code, and nothing is imported or unpickled because a file says so.
+
+    Raises
+    ------
+    StoreError
+        When neither a plan nor a finished store lies there.
+    PlanError
+        When the plan calls a function that is not among ``functions``, or one that says something else by now.
+    JobError
+        When no scheduler answers; later, when no worker may read.
+    """
+    url = _url(plan)
+    if _exists(url, _LAST):
+        reading = _planned(url, tuple(functions))
+    elif _exists(url, "zarr.json"):
+        chips = open_chips(url).stored
+        reading = stored_chips(chips, chips.bands)
+    else:
+        raise StoreError(
+            f"stream_from {remote.redact(url)}", "neither a saved plan nor a finished store", "one of them",
+            "chips.save_plan(path) writes the one, chips.to_zarr(path) the other.",
+        )  # fmt: skip
+    order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
+    return batches(reading, order, epochs, address, prefetch, normalize)
+
+
+def _planned(url: str, functions: tuple[Callable[..., Any], ...]) -> Reading:
+    job = open_job(url, str(_said(url)["digest"]))
+    known = _matched(job, functions)
+    sizes = tuple(json.loads(remote.get(remote.join(url, _SIZES)))) if job.screens else None
+    return planned(job, outputs_of(job, known), known, sizes=sizes)
+
+
+def _matched(job: Job, functions: tuple[Callable[..., Any], ...]) -> Functions:
+    """Return the functions that a job names."""
+    given = {(f.__module__, f.__qualname__): f for f in functions}
+    wanted = {f: None for source in range(len(job.sources)) for f in job.functions(source)}
+    wanted |= {rule.function: None for rule in job.screens if rule.function is not None}
+    found = {}
+    for function in wanted:
+        call = given.get((function.module, function.name))
+        if call is None:
+            raise PlanError(
+                "stream_from(functions=)", f"no {function.module}.{function.name}",
+                "every function that the plan calls",
+                f"Give it: stream_from(..., functions=[{function.name}]).",
+            )  # fmt: skip
+        if not function.source.startswith("version ") and Function.of(call) != function:
+            raise PlanError(
+                "stream_from(functions=)", f"a {function.module}.{function.name} that says something else",
+                "the one that the plan was made with", "Save the plan again, or use the same version of your code.",
+            )  # fmt: skip
+        found[function] = call
+    return found
+
+
+def _url(place: str | os.PathLike[str]) -> str:
+    text = os.fspath(place)
+    return text if "://" in text else os.path.abspath(text)
+
+
+def _is_file(url: str) -> bool:
+    return remote.is_local(url) and os.path.isfile(remote.local_path(url))
+
+
+def _exists(url: str, name: str) -> bool:
+    return remote.exists(remote.join(url, name))
+
+
+def _said(url: str) -> dict[str, Any]:
+    try:
+        said = json.loads(remote.get(remote.join(url, _LAST)))
+        return {"digest": str(said["digest"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"plan {remote.redact(url)}", f"a {_LAST} that is none", "what save_plan wrote"
+        ) from error

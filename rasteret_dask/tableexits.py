@@ -1,0 +1,129 @@
+"""A collection's records leave as tables: Arrow, GeoPandas, files."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+from rasteret_dask import recordtable
+from rasteret_dask.errors import PlanError
+from rasteret_dask.export import export as write_export
+from rasteret_dask.plan import Node, leaves
+from rasteret_dask.rasteretio import to_rasteret
+from rasteret_dask.records import RECORD_SCHEMA, Records
+from rasteret_dask.scan import Table
+
+__all__ = ["TableExits"]
+
+
+class TableExits:
+    """The part of a Collection that gives its records away."""
+
+    plan: Node
+    _tables: Mapping[str, Table]
+
+    def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the records as an Arrow table: RECORD_SCHEMA and the user's further columns, or some of them."""
+        return recordtable.table(self.plan, self._tables, columns)
+
+    def to_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield the records as Arrow batches, without holding all of them."""
+        return recordtable.batches(self.plan, self._tables, columns)
+
+    def head(self, n: int = 5, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the first ``n`` records."""
+        return recordtable.head(self.plan, self._tables, n, columns)
+
+    def to_geopandas(self, columns: Sequence[str] | None = None) -> Any:
+        """Return the records as a GeoDataFrame in EPSG:4326 (needs geopandas).
+
+        Parameters
+        ----------
+        columns
+            ``geometry`` comes with them. None: all but ``headers_metadata``, whose tile tables would become
+            Python objects, and without which :func:`build_from_table` reads the headers again.
+        """
+        import geopandas
+        import shapely
+
+        names = [n for n in self.schema.names if n != "headers_metadata"] if columns is None else columns
+        found = self.to_table(list(dict.fromkeys([*names, "geometry"])))
+        shapes = shapely.from_wkb(found.column("geometry").to_numpy(zero_copy_only=False))
+        frame = found.drop_columns(["geometry"]).to_pandas()
+        frame.insert(list(found.column_names).index("geometry"), "geometry", shapes)
+        return geopandas.GeoDataFrame(frame, geometry="geometry", crs="EPSG:4326")
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of :meth:`to_table`."""
+        return recordtable.schema(self.plan, self._tables)
+
+    @property
+    def dataset(self) -> pads.Dataset:
+        """The records as a pyarrow Dataset; lazy where they lie in files and a scan can decide what was asked."""
+        return recordtable.dataset(self.plan, self._tables)
+
+    def describe(self) -> recordtable.Summary:
+        """Return what the collection holds: how many records, when, where, which bands."""
+        further = [n for n in self.schema.names if n not in RECORD_SCHEMA.names]
+        return recordtable.summary(self.plan, self._tables, self.name, further)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        partition_by: Sequence[str] | None = None,
+        *,
+        format: str = "geoparquet",  # noqa: A002
+    ) -> None:
+        """Write the records as GeoParquet, neighbours near each other; :func:`load` reads it back.
+
+        Parameters
+        ----------
+        path
+            A local path, or a URL of an object store (s3, gs, az). It appears whole or not at all, and nothing of
+            an older export stays.
+        partition_by
+            ``("year", "month")``, say: a directory with a file for each. None: one file.
+        format
+            ``"geoparquet"``: RECORD_SCHEMA, which holds all that reading needs. ``"rasteret"``: its layout.
+        """
+        if format not in ("geoparquet", "rasteret"):
+            raise PlanError("export(format=)", repr(format), "'geoparquet' or 'rasteret'")
+        tables: Iterator[pa.Table] = (pa.Table.from_batches([b]) for b in self.to_batches())
+        tables = itertools.chain([self.schema.empty_table()], tables)
+        if format == "rasteret":
+            tables = to_rasteret(tables, self.bands)
+        write_export(tables, path, partition_by=partition_by, metadata=self._metadata(format))
+
+    def _metadata(self, layout: str) -> dict[bytes, bytes]:
+        source = recordtable.data_source(self.to_table(["collection"]))
+        said = {"name": self.name, "data_source": source}
+        if layout == "rasteret":
+            said["rasteret_collection_version"] = "1"
+        return {key.encode(): value.encode() for key, value in said.items()}
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        return recordtable.stream(self.plan, self._tables).__arrow_c_stream__(requested_schema)
+
+    def __arrow_c_schema__(self) -> Any:
+        return recordtable.stream_schema(self.plan, self._tables).__arrow_c_schema__()
+
+    def __len__(self) -> int:
+        return recordtable.count(self.plan, self._tables)
+
+    @cached_property
+    def name(self) -> str:
+        """What the collection is called: its source's name, or its members' joined by ``+``."""
+        return "+".join(dict.fromkeys(source.name for source in leaves(self.plan)))
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Every band that some record has."""
+        assets = self.to_table(["assets"])
+        return Records(assets).bands if len(assets) else ()

@@ -1,0 +1,363 @@
+"""Streams and stores of chips as torch Datasets of plain tensors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import operator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from multiprocessing.context import BaseContext
+from typing import Any, TypeAlias
+
+import cloudpickle
+import dask.config
+import numpy as np
+import torch
+import torch.distributed
+from dask.system import CPU_COUNT
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from rasteret_dask import stored
+from rasteret_dask.batches import Arrays
+from rasteret_dask.epochs import Epoch, Order
+from rasteret_dask.errors import PlanError
+from rasteret_dask.storeset import StoredChips
+from rasteret_dask.stream import Stream
+
+__all__ = ["ChipDataset", "ChipStore", "as_tensors", "forkserver"]
+
+Sample: TypeAlias = "dict[str, Any]"
+Transforms: TypeAlias = Callable[[Sample], Sample]
+
+_WIDER = {"uint16": "int32", "uint32": "int64", "datetime64[us]": "int64"}
+"""NumPy's dtypes that torch cannot compute with -> the narrowest that holds all values."""
+
+
+def as_tensors(arrays: Mapping[str, Any], image: str | None = None) -> Sample:
+    """Return chips as torch tensors, which share the arrays' memory where they have the same dtype.
+
+    Parameters
+    ----------
+    arrays
+        A batch of a stream, or one chip of it. uint16 becomes int32 (as TorchGeo does), uint32 int64, and times
+        int64 microseconds since 1970 (the smallest int64 where there is none); text becomes lists.
+    image
+        The source whose pixels TorchGeo's transforms and trainers are to find: ``<source>`` is called ``image``,
+        without its time axis where that has one entry, and ``<source>/<name>`` just ``<name>``; ``mask`` is int64, as
+        ``cross_entropy`` asks. None: names and shapes stay.
+
+    Raises
+    ------
+    PlanError
+        When there is no such source.
+    """
+    if image is None:
+        return {name: _tensor(values) for name, values in arrays.items()}
+    if image not in arrays:
+        sources = [name for name, values in arrays.items() if np.ndim(values) >= 4 and "/" not in name]
+        raise PlanError("image=", repr(image), f"one of {', '.join(sources)}")
+    sample = {}
+    for name, values in arrays.items():
+        group, _, variable = name.partition("/")
+        if group != image:
+            sample[name] = _tensor(values)
+            continue
+        tensor = _tensor(values)
+        behind = 4 if not variable else 3  # axes from time on; a chip axis may stand before them
+        if variable in ("", "valid") and tensor.shape[-behind] == 1:
+            tensor = tensor.squeeze(-behind)
+        sample[variable or "image"] = (
+            tensor.long() if variable == "mask" and not tensor.is_floating_point() else tensor
+        )
+    return sample
+
+
+def _tensor(values: Any) -> Any:
+    array = np.asarray(values)
+    if array.dtype.kind in "OU":
+        return array.tolist()
+    array = np.ascontiguousarray(array)
+    array = array.astype(_WIDER.get(array.dtype.name, array.dtype), copy=False)
+    return torch.from_numpy(array.reshape(np.shape(values)))
+
+
+@dataclass(frozen=True)
+class _Run(Order):
+    """A run of neighbouring batches of a rank's epoch: those of one DataLoader worker."""
+
+    worker: int = 0
+    workers: int = 1
+
+    @cached_property
+    def rank_order(self) -> Order:
+        """The order of all of the rank's batches."""
+        said = asdict(self)
+        return Order(**{name: said[name] for name in Order.__dataclass_fields__})
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        return _run(self.rank_order.batches, self.worker, self.workers)
+
+    @cached_property
+    def batches(self) -> int:
+        start, stop = self._ends
+        return stop - start
+
+    def epoch(self, number: int, first: int = 0, until: int | None = None) -> Epoch:
+        start, stop = self._ends
+        return self.rank_order.epoch(number, start + first, stop if until is None else start + until)
+
+
+def _run(batches: int, worker: int, workers: int) -> tuple[int, int]:
+    return batches * worker // workers, batches * (worker + 1) // workers
+
+
+class ChipDataset(IterableDataset[Sample]):
+    """A stream as a torch IterableDataset of whole batches: give it to ``DataLoader(dataset, batch_size=None)``.
+
+    Each pass over it yields the stream's ``epochs``, and the next pass those that follow. Where ``torch.distributed``
+    is initialized and the stream is not divided, ranks divide it. DataLoader workers divide each epoch's batches into
+    runs: together they yield the same batches, whatever ``num_workers`` is; only their order differs. They must be
+    started by ``multiprocessing_context=forkserver()`` (the fastest) or ``"spawn"``; they open stores and read for
+    themselves, from the Dask cluster whose address the stream was given, else on threads.
+
+    ``state_dict`` and ``load_state_dict`` work as torchdata's ``StatefulDataLoader`` asks, with workers too; without
+    workers, any DataLoader will do.
+
+    Parameters
+    ----------
+    stream
+        What ``chips.stream(...)`` or ``rd.stream_from(...)`` returned, before its first batch.
+    image
+        As in :func:`as_tensors`.
+    transforms
+        Gets and returns each batch, a dictionary of tensors.
+
+    Raises
+    ------
+    PlanError
+        When the stream has begun; in a worker, when it is a fork, or the stream holds what no other process can have.
+    """
+
+    def __init__(
+        self, stream: Stream, *, image: str | None = None, transforms: Transforms | None = None
+    ) -> None:
+        if not isinstance(stream, Stream):
+            raise PlanError(
+                "ChipDataset",
+                f"a {type(stream).__name__}",
+                "a stream",
+                "Give it chips.stream(batch_size=...).",
+            )
+        if image is not None and image not in stream.bands:
+            raise PlanError("ChipDataset(image=)", repr(image), f"one of {', '.join(stream.bands)}")
+        state = stream.state_dict()
+        if state["epoch"] or state["batch"]:
+            raise PlanError(
+                "ChipDataset", f"a stream at epoch {state['epoch']}, batch {state['batch']}", "one that has not begun",
+                "Load the state of the dataset itself: dataset.load_state_dict(...).",
+            )  # fmt: skip
+        alone = stream.order.world_size == 1
+        if alone and torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            stream = stream.with_order(replace(stream.order, rank=rank, world_size=ranks))
+        self.image, self.transforms = image, transforms
+        self._stream = stream
+        self._process = os.getpid()
+        self._epoch = 0
+        self._resumed: Mapping[str, Any] | None = None
+        self._running: tuple[Stream, int] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches of a pass, over all workers."""
+        return len(self._stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next pass with this epoch; workers that stay alive between passes count by themselves."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Sample]:
+        refuse_fork(self._process)
+        state, self._resumed, self._running = self._resumed, None, None
+        if state is None or state["stream"] is None:
+            first, stop = self._epoch, self._epoch + self._stream.epochs
+            stream = self._part(stop)
+            if stream is not None:
+                stream.load_state_dict({**stream.state_dict(), "epoch": first, "batch": 0})
+        else:
+            stream, stop = self._at(state), state["stop"]
+        self._epoch = stop
+        if stream is None:
+            return iter(())
+        self._running = stream, stop
+        return map(self._sample, stream)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this process's pass stands, as JSON values."""
+        if self._resumed is not None:
+            return dict(self._resumed)
+        if self._running is None:
+            return {"stop": self._epoch, "stream": None}
+        stream, stop = self._running
+        state = stream.state_dict()
+        return {"stop": stop, "stream": None if state["epoch"] >= stop else state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at the next batch, or with the next pass where this one was at its end.
+
+        Raises
+        ------
+        PlanError
+            When it is none, or one of other chips, of a stream with other arguments, or of another worker.
+        """
+        if not isinstance(state, Mapping) or not {"stop", "stream"} <= state.keys():
+            raise PlanError(
+                "load_state_dict", f"{state!r:.100}", "what state_dict() of a ChipDataset returned"
+            )
+        if state["stream"] is not None:
+            self._at(state)  # so that a mistake is told here
+        self._resumed, self._running, self._epoch = dict(state), None, state["stop"]
+
+    def _at(self, state: Mapping[str, Any]) -> Stream:
+        """Return a stream that goes on where a state says."""
+        stream = self._part(state["stop"])
+        if stream is None or isinstance(stream.order, _Run) != ("workers" in state["stream"]):
+            raise PlanError(
+                "load_state_dict of a ChipDataset", "a state of another number of DataLoader workers",
+                "one that was made in this worker",
+                "Use torchdata's StatefulDataLoader with the same num_workers; in the main process, num_workers=0.",
+            )  # fmt: skip
+        stream.load_state_dict(state["stream"])
+        return stream
+
+    def _part(self, stop: int) -> Stream | None:
+        """Return this worker's part of all epochs before ``stop``, or None where there is nothing for it."""
+        order, worker = self._stream.order, get_worker_info()
+        if worker is None:
+            return self._stream.with_order(order, stop)
+        if dask.config.get("num_workers", None) is None:
+            dask.config.set(num_workers=max(1, CPU_COUNT // worker.num_workers))
+        start, end = _run(order.batches, worker.id, worker.num_workers)
+        if start == end:
+            return None
+        part = _Run(**asdict(order), worker=worker.id, workers=worker.num_workers)
+        return self._stream.with_order(part, stop)
+
+    def _sample(self, batch: Arrays) -> Sample:
+        sample = as_tensors(batch, self.image)
+        return sample if self.transforms is None else self.transforms(sample)
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            stream = cloudpickle.dumps(self._stream)
+        except TypeError as error:
+            raise PlanError(
+                "ChipDataset in DataLoader workers", f"a stream that other processes cannot have ({error})",
+                "a stream made with an address",
+                "Give stream(client=) the scheduler's address (client.scheduler.address), not a client.",
+            ) from error  # fmt: skip
+        return {**self.__dict__, "_stream": stream, "_running": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._process, self._stream = os.getpid(), cloudpickle.loads(state["_stream"])
+
+
+class ChipStore(Dataset[Sample]):
+    """Chips of a finished store as a map-style torch Dataset: one sample a chip, in the order of the chip table.
+
+    A DataLoader's batch is read at once, by concurrent gets of its chips alone. For a whole epoch in random order,
+    :class:`ChipDataset` reads whole shards and is much faster; this is for samplers of your own.
+
+    Parameters
+    ----------
+    chips
+        What ``rd.open_chips(store)`` returned. Workers (started as for :class:`ChipDataset`) open it
+        when they read.
+    image
+        As in :func:`as_tensors`.
+    normalize
+        What ``chips.stats()`` returned, or a function of arrays with a chip axis.
+    transforms
+        Gets and returns each sample.
+    """
+
+    def __init__(
+        self,
+        chips: StoredChips,
+        *,
+        image: str | None = None,
+        normalize: Any = None,
+        transforms: Transforms | None = None,
+    ) -> None:
+        if not isinstance(chips, StoredChips):
+            raise PlanError(
+                "ChipStore", f"a {type(chips).__name__}", "chips of a store: rd.open_chips(store)",
+                "Chips that are not in a store have no random access: use ChipDataset.",
+            )  # fmt: skip
+        if image is not None and image not in chips.stored.bands:
+            raise PlanError("ChipStore(image=)", repr(image), f"one of {', '.join(chips.stored.bands)}")
+        self.chips, self.image, self.transforms = chips, image, transforms
+        self.normalize = None if normalize is None else getattr(normalize, "normalize", normalize)
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.chips)
+
+    def __getitem__(self, number: int) -> Sample:
+        """Return one chip's tensors, without a chip axis; text stays text.
+
+        Raises
+        ------
+        IndexError
+            When there is no such chip: so a loop over the dataset ends.
+        """
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Sample]:
+        """Return several chips, read in one batch: what a DataLoader asks for."""
+        refuse_fork(self._process)
+        rows = self._rows(numbers)
+        arrays = stored.take(self.chips.stored, rows)
+        arrays = arrays if self.normalize is None else self.normalize(arrays)
+        return [self._sample({k: v[at] for k, v in arrays.items()}) for at in range(len(rows))]
+
+    def _rows(self, numbers: Sequence[int]) -> NDArray[np.int64]:
+        rows = np.array([operator.index(n) for n in numbers], dtype=np.int64)
+        bad = rows[(rows < -len(self)) | (rows >= len(self))]
+        if len(bad):
+            raise IndexError(f"chip {bad[0]}: the store has {len(self)}")
+        return np.where(rows < 0, rows + len(self), rows)
+
+    def _sample(self, chip: Mapping[str, Any]) -> Sample:
+        sample = as_tensors(chip, self.image)
+        return sample if self.transforms is None else self.transforms(sample)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._process = os.getpid()
+
+
+def forkserver() -> BaseContext:
+    """Return a context for ``DataLoader(multiprocessing_context=...)`` whose workers start with all modules imported.
+
+    A spawned worker imports torch and this package for seconds; here one clean process does so once for all workers.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "rasteret_dask.torchdata"])  # the first is Python's default
+    return context
+
+
+def refuse_fork(process: int) -> None:
+    """Raise PlanError in a fork of the process that made a dataset.
+
+    A fork has its parent's locks but not its threads: object stores would wait for them for ever.
+    """
+    if os.getpid() != process:
+        raise PlanError(
+            "reading in a DataLoader worker", "a fork of the main process", "a process of its own",
+            'Give DataLoader multiprocessing_context=rasteret_dask.torchdata.forkserver(), or "spawn".',
+        )  # fmt: skip
