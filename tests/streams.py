@@ -1,0 +1,140 @@
+"""Shards whose pixels say which chip they are, and which note each time that they are read."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from dask._task_spec import Task
+from numpy.typing import NDArray
+from test_write import layout_of
+
+import rasteret_dask as rd
+from rasteret_dask.batches import Arrays, take
+from rasteret_dask.epochs import Order
+from rasteret_dask.errors import ReadError
+from rasteret_dask.readings import Reading, planned
+from rasteret_dask.stream import Stream, batches
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Made-up shards of chips."""
+
+    log: Path
+    """A folder: a file is put there each time a shard is read."""
+    sizes: tuple[int, ...] = (6,) * 12
+    pixels: int = 4
+    """Side of a chip."""
+    delay_s: float = 0.0
+    broken: tuple[int, ...] = ()
+    """Shards that cannot be read while there is no file ``mended``."""
+
+    def read(self, shard: int) -> Arrays:
+        """Return one shard."""
+        self.log.mkdir(exist_ok=True)
+        (self.log / f"{shard}-{uuid4().hex}").touch()
+        time.sleep(self.delay_s)
+        if shard in self.broken and not (self.log / "mended").exists():
+            raise ReadError(f"shard {shard}", "nothing")
+        n = self.sizes[shard]
+        number = (1000 * shard + np.arange(n)).astype(np.float32)
+        shape = (n, 1, 2, self.pixels, self.pixels)
+        return {
+            "s2": np.broadcast_to(number[:, None, None, None, None], shape).copy(),
+            "s2/valid": np.ones((n, 1, self.pixels, self.pixels), dtype=bool),
+            "s2/datetime": np.full((n, 1), np.datetime64("2024-05-01", "us")),
+            "chip_id": np.array([f"{shard}/{row}" for row in range(n)], dtype=object),
+            "bbox": np.zeros((n, 4)),
+            "epsg": np.full(n, 32633, dtype=np.int32),
+            "split": np.array(["train"] * n, dtype=object),
+        }
+
+    @property
+    def reading(self) -> Reading:
+        """Return what streams take."""
+        tasks = [
+            (f"read-{n}-{self.log.name}", Task(f"read-{n}-{self.log.name}", self.read, n))
+            for n in self.places
+        ]
+        return Reading(
+            self.sizes, f"made {self.sizes}", {"s2": ("red", "nir")}, self.read, lambda: ({}, tasks), take
+        )
+
+    @property
+    def places(self) -> range:
+        """The shards."""
+        return range(len(self.sizes))
+
+    @property
+    def reads(self) -> Counter[int]:
+        """How often each shard was read so far."""
+        return Counter(int(p.name.partition("-")[0]) for p in self.log.glob("*-*"))
+
+    def stream(self, batch_size: int, shuffle: int | None = None, **more: Any) -> Stream:
+        """Return a stream of them."""
+        own = {k: more.pop(k) for k in ("epochs", "client", "prefetch", "normalize") if k in more}
+        return batches(self.reading, Order(self.sizes, batch_size, shuffle, **more), **own)
+
+    def ids(self) -> list[str]:
+        """Return all chips."""
+        return [f"{shard}/{row}" for shard in self.places for row in range(self.sizes[shard])]
+
+
+def ids_of(batch: Arrays) -> list[str]:
+    """Return a batch's chips, once its pixels say the same."""
+    found: list[str] = batch["chip_id"].tolist()
+    said = batch["s2"][:, 0, 0, 0, 0]
+    assert [f"{int(n) // 1000}/{int(n) % 1000}" for n in said] == found
+    return found
+
+
+def flat(found: Any) -> list[str]:
+    """Return the chips of batches."""
+    return [chip for batch in found for chip in ids_of(batch)]
+
+
+def assert_same(found: Arrays, wanted: Arrays) -> None:
+    """Compare two batches bit for bit."""
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert found[name].dtype == values.dtype
+        np.testing.assert_array_equal(found[name], values)
+
+
+def rows_of(arrays: Arrays, ids: list[str]) -> NDArray[np.int64]:
+    """Return where chips lie."""
+    place = {chip: row for row, chip in enumerate(arrays["chip_id"].tolist())}
+    return np.array([place[chip] for chip in ids], dtype=np.int64)
+
+
+def train_chips(s2: rd.Collection, aef: rd.Collection) -> rd.Chips:
+    """Return real chips of two sources of different dtype, in one shard."""
+    sources = {
+        "optical": s2.harmonize(bands=["red", "nir"], time="1MS", mask="clouds", dtype="uint16"),
+        "embeddings": aef.harmonize(bands=["A00", "A63"], units="embedding"),
+    }
+    chips = rd.join(**sources).chips(size=32, cell_km=0.96).split(train=0.6, val=0.2, test=0.2, seed=42)
+    return chips.select("train")
+
+
+def in_small_shards(chips: rd.Chips) -> Reading:
+    """Return the same chips in several shards."""
+    layout = layout_of(chips, 150_000)
+    found = planned(layout.job, layout.outputs, {})
+    assert len(found.sizes) > 8
+    return found
+
+
+def until(what: Callable[[], Any], seconds: float = 20) -> None:
+    """Wait for something that comes by itself."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)

@@ -1,0 +1,309 @@
+"""Labels: polygons become masks, as rasterio burns them; columns and label rasters travel with their chips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import rasterio
+import shapely
+import xarray as xr
+from numpy.typing import NDArray
+from rasterio.features import rasterize
+from rasterio.transform import from_bounds, from_origin
+
+import rasteret_dask as rd
+from rasteret_dask.jobfile import open_job, write_job
+from rasteret_dask.labels import Labels
+from rasteret_dask.storeset import open_chips
+from rasteret_dask.world import World
+
+CROPS = ("beet", "maize", "wheat")
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def optical(s2: rd.Collection) -> rd.Collection:
+    return s2.harmonize(bands=["red", "nir"], time="1MS", mask="clouds")
+
+
+@pytest.fixture(scope="module")
+def fields(optical: rd.Collection) -> gpd.GeoDataFrame:
+    """Return 60 fields that overlap each other, some far larger than a chip, one with a hole and many vertices."""
+    ground = optical.chips(SIZE, cell_km=0.64).to_geopandas().to_crs(32633).total_bounds
+    rng = np.random.default_rng(5)
+    x, y = rng.uniform(ground[0], ground[2], 60), rng.uniform(ground[1], ground[3], 60)
+    radius = np.append(rng.uniform(15, 400, 59), 900)
+    shapes = [
+        shapely.Point(*at).buffer(r, quad_segs=q)
+        for at, r, q in zip(zip(x, y, strict=True), radius, [1, 2, 8, 300] * 15, strict=True)
+    ]
+    shapes[-1] = shapely.difference(shapes[-1], shapely.Point(x[-1], y[-1]).buffer(300))
+    shapes[7] = shapely.MultiPolygon([shapes[7], shapely.box(*(ground[:2] + 100), *(ground[:2] + 420))])
+    return gpd.GeoDataFrame(
+        {
+            "crop": rng.choice(CROPS, 60),
+            "number": rng.integers(1, 9, 60),
+            "yield": rng.uniform(1, 9, 60).astype(np.float32),
+            "organic": rng.random(60) < 0.5,
+        },
+        geometry=shapes,
+        crs=32633,
+    )
+
+
+def oracle(
+    chips: pa.Table, fields: gpd.GeoDataFrame, values: Any, dtype: str, fill: float = 0
+) -> NDArray[Any]:
+    """Return what rasterio burns into each chip, by way of the CRS that fields travel in."""
+    masks = []
+    travelled = fields.to_crs(4326)
+    for row in chips.select(["epsg", "xmin", "ymin", "xmax", "ymax"]).to_pylist():
+        shapes = travelled.to_crs(row["epsg"]).geometry
+        grid = from_bounds(row["xmin"], row["ymin"], row["xmax"], row["ymax"], SIZE, SIZE)
+        pairs = zip(shapes, np.asarray(values).tolist(), strict=True)
+        masks.append(
+            rasterize(
+                pairs, (SIZE, SIZE), fill=fill, transform=grid, dtype=dtype, all_touched=False
+            )
+        )  # fmt: skip
+    return np.stack(masks)
+
+
+def numbered(fields: gpd.GeoDataFrame) -> NDArray[np.int64]:
+    return np.array([1 + CROPS.index(c) for c in fields["crop"]])
+
+
+@pytest.fixture(scope="module")
+def chips(optical: rd.Collection, fields: gpd.GeoDataFrame) -> rd.Chips:
+    return optical.chips(SIZE, cell_km=0.64, labels=fields, rasterize="crop").split(0.5, 0.25, 0.25, seed=1)
+
+
+@pytest.fixture(scope="module")
+def store(chips: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = str(tmp_path_factory.mktemp("labels") / "chips.zarr")
+    chips.select("train").to_zarr(place, progress=False)
+    return place
+
+
+def masks_of(parts: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+    return {i: m for p in parts for i, m in zip(p["chip_id"], p["s2/mask"], strict=True)}
+
+
+def test_every_exit_gives_the_masks_that_rasterio_burns(
+    chips: rd.Chips, store: str, fields: gpd.GeoDataFrame
+) -> None:
+    train = chips.select("train")
+    wanted = oracle(train.table, fields, numbered(fields), "uint8")
+    assert {0, 1, 2, 3} == set(np.unique(wanted))
+    loaded, lazy = train.load(), train.to_xarray()
+    assert isinstance(loaded, xr.Dataset)
+    for found in (loaded, lazy, xr.open_zarr(store), open_chips(store).load(), open_chips(store).to_xarray()):
+        assert isinstance(found, xr.Dataset)
+        assert found["mask"].dims == ("chip", "y", "x")
+        assert found["mask"].dtype == np.uint8
+        assert found["mask"].attrs == {"long_name": "crop", "classes": ["", *CROPS]}
+        np.testing.assert_array_equal(found["mask"].values, wanted)
+    ids = train.table.column("chip_id").to_pylist()
+    streamed = masks_of(list(train.stream(7, shuffle=3)))
+    from_store = masks_of(list(open_chips(store).stream(7, shuffle=3)))
+    for found_by_id in (streamed, from_store, masks_of([open_chips(store).take(ids[::-1])])):
+        np.testing.assert_array_equal(np.stack([found_by_id[i] for i in ids]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("column", "dtype", "fill"),
+    [("number", "uint8", 0), ("yield", "float32", np.nan), ("organic", "uint8", 0)],
+)
+def test_numbers_stay_what_they_are(
+    optical: rd.Collection, fields: gpd.GeoDataFrame, column: str, dtype: str, fill: float
+) -> None:
+    chips = optical.chips(SIZE, cell_km=0.64, labels=fields, rasterize=column).sample(20)
+    found = chips.load()["mask"]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found.values, oracle(chips.table, fields, fields[column], dtype, fill))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1, 255], "uint8"),
+        ([-1, 255], "int16"),
+        ([1, 65535], "uint16"),
+        ([-1, 65535], "int32"),
+        ([2**32 - 1], "uint32"),
+    ],
+)
+def test_whole_numbers_take_the_smallest_dtype(values: list[int], dtype: str) -> None:
+    frame = gpd.GeoDataFrame({"v": values}, geometry=[shapely.box(15, 50, 16, 51)] * len(values), crs=4326)
+    table = pa.table({"geometry": shapely.to_wkb(frame.geometry.to_numpy()), "v": values})
+    labels = Labels.of(table, "v")
+    box = np.array([[500000.0, 5550000.0, 500040.0, 5550040.0]])
+    burned = labels.burned(box, np.array([32633]), 4)
+    assert burned.dtype == dtype
+    assert (burned == values[-1]).all()  # the last row wins
+
+
+def test_polygons_at_the_antimeridian_and_beyond_a_zone_are_burned() -> None:
+    across = {"split": (179.0, 181.0), "west of it": (-181.0, -179.0), "the world": (-180.0, 180.0)}
+    chips = {32601: (-179.995, -0.01), 32660: (179.99, -0.01)}
+    for west, east in across.values():
+        table = pa.table({"geometry": shapely.to_wkb([shapely.box(west, -1, east, 1)]), "v": ["x"]})
+        for epsg, (lon, lat) in chips.items():
+            zone = gpd.GeoSeries([shapely.Point(lon, lat)], crs=4326).to_crs(epsg).iloc[0]
+            box = np.array([[zone.x, zone.y, zone.x + 80, zone.y + 80]])
+            assert Labels.of(table, "v").burned(box, np.array([epsg]), 8).all(), (west, east, epsg)
+    far = pa.table({"geometry": shapely.to_wkb([shapely.box(-60, -1, -50, 1)]), "v": ["x"]})
+    assert not Labels.of(far, "v").burned(box, np.array([32660]), 8).any()
+
+
+def test_only_the_reference_has_masks(
+    optical: rd.Collection, aef: rd.Collection, fields: gpd.GeoDataFrame
+) -> None:
+    joined = rd.join(optical=optical, embeddings=aef)
+    chips = joined.chips(SIZE, cell_km=0.64, labels=fields, rasterize="crop").sample(9)
+    tree = chips.load()
+    assert "mask" not in tree["embeddings"]
+    wanted = oracle(chips.table, fields, numbered(fields), "uint8")
+    np.testing.assert_array_equal(tree["optical"]["mask"].values, wanted)
+    swapped = joined.chips(
+        SIZE, cell_km=0.64, reference="embeddings", labels=fields, rasterize="crop"
+    ).sample(9)
+    batch = next(swapped.stream(9))
+    assert "optical/mask" not in batch
+    assert batch["embeddings/mask"].shape == (9, SIZE, SIZE)
+
+
+def test_windows_at_polygons_carry_their_columns_and_all_polygons(
+    optical: rd.Collection, fields: gpd.GeoDataFrame
+) -> None:
+    small = fields.iloc[:20].assign(name=[f"field {n}" for n in range(20)])
+    chips = optical.chips(SIZE, at=small, rasterize="crop", min_coverage=0.0)
+    wanted = oracle(chips.table, small, numbered(small), "uint8")
+    batches = list(chips.stream(6))
+    found = masks_of(batches)
+    np.testing.assert_array_equal(
+        np.stack([found[i] for i in chips.table.column("chip_id").to_pylist()]), wanted
+    )
+    of = {f"field {n}": row for n, row in enumerate(small.to_dict("records"))}
+    for batch in batches:
+        for at, name in enumerate(batch["labels/name"]):
+            for column in ("crop", "number", "yield", "organic"):
+                assert batch[f"labels/{column}"][at] == of[name][column]
+
+
+def test_label_rasters_join_without_mixing_classes(
+    s2: rd.Collection, small_world: World, tmp_path: Path
+) -> None:
+    """A raster of classes at 30 m, off the chips' grid, is a source like any other: its nearest pixels stay classes."""
+    chips10 = s2.harmonize(bands=["red"], time="1MS").chips(SIZE, cell_km=0.64)
+    box = chips10.to_geopandas().to_crs(32633).total_bounds
+    west, north = np.floor(box[0] / 30) * 30 - 300 + 15, np.ceil(box[3] / 30) * 30 + 300 + 15
+    classes = np.random.default_rng(0).choice([1, 7, 40, 200], (180, 220)).astype(np.uint8)
+    path = str(tmp_path / "classes.tif")
+    profile = {"driver": "GTiff", "tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate"}
+    with rasterio.open(
+        path, "w", width=220, height=180, count=1, dtype="uint8", crs="EPSG:32633", nodata=0,
+        transform=from_origin(west, north, 30, 30), **profile,
+    ) as file:  # fmt: skip
+        file.write(classes, 1)
+    ground = gpd.GeoSeries([shapely.box(west, north - 180 * 30, west + 220 * 30, north)], crs=32633).to_crs(
+        4326
+    )
+    year = [pd.Timestamp("2024-01-01", tz="UTC"), pd.Timestamp("2025-01-01", tz="UTC")]
+    table = pa.table(
+        {
+            "id": ["classes-2024"], "datetime": pa.array(year[:1]), "start_datetime": pa.array(year[:1]),
+            "end_datetime": pa.array(year[1:]), "geometry": shapely.to_wkb(ground.to_numpy()), "href": [path],
+        }
+    )  # fmt: skip
+    labels = rd.build_from_table(table, name="labels", href_column="href", band_index_map={"class": 0})
+    joined = rd.join(
+        optical=s2.harmonize(bands=["red"], time="1MS"),
+        labels=labels.harmonize(resolution=10, resampling="nearest", units="raw"),
+    )
+    chips = joined.chips(SIZE, cell_km=0.64).sample(12)
+    batch = next(chips.stream(12))
+    assert set(np.unique(batch["labels"])) == {1, 7, 40, 200}
+    for at, (xmin, _, _, ymax) in enumerate(batch["bbox"]):
+        cols = ((xmin + 10 * np.arange(SIZE) + 5 - west) // 30).astype(int)
+        rows = ((north - (ymax - 10 * np.arange(SIZE) - 5)) // 30).astype(int)
+        np.testing.assert_array_equal(batch["labels"][at, 0, 0], classes[np.ix_(rows, cols)])
+
+
+def test_masks_belong_to_the_plan(
+    optical: rd.Collection, chips: rd.Chips, fields: gpd.GeoDataFrame, store: str, tmp_path: Path
+) -> None:
+    train = chips.select("train")
+
+    def other(**how: Any) -> rd.Chips:
+        asked = {"labels": fields, "rasterize": "crop"} | how
+        return optical.chips(SIZE, cell_km=0.64, **asked).split(0.5, 0.25, 0.25, seed=1).select("train")
+
+    assert other().job.digest == train.job.digest
+    assert other(labels=fields.to_crs(4326).reset_index(drop=True)).job.digest == train.job.digest
+    changed = [other(labels=fields.iloc[::-1]), other(rasterize="number"), other(labels=None, rasterize=None)]
+    assert len({train.job.digest, *(c.job.digest for c in changed)}) == 4
+    with pytest.raises(rd.StoreError, match="another plan"):
+        changed[0].to_zarr(store, progress=False)
+    write_job(train.job, str(tmp_path / "job"))
+    again = open_job(str(tmp_path / "job"), train.job.digest)
+    assert again.labels is not None
+    assert train.job.labels is not None
+    assert again.labels.table.equals(train.job.labels.table)
+    assert again.labels.said == train.job.labels.said
+
+
+def test_dropped_chips_have_no_mask(chips: rd.Chips, tmp_path: Path) -> None:
+    kept = chips.select("train").keep(min_valid=0.6)
+    place = str(tmp_path / "kept.zarr")
+    kept.to_zarr(place, progress=False)
+    whole = xr.open_zarr(place)
+    dropped = ~whole["kept"].values
+    assert 0 < dropped.sum() < len(dropped)
+    assert not whole["mask"].values[dropped].any()
+    np.testing.assert_array_equal(open_chips(place).load()["mask"].values, whole["mask"].values[~dropped])
+    assert whole["mask"].values[~dropped].any()
+
+
+def halved(chips: xr.DataArray) -> xr.DataArray:
+    return chips[..., ::2, ::2]
+
+
+def doubled(chips: xr.DataArray) -> xr.DataArray:
+    return chips * 2
+
+
+def test_functions_that_change_the_grid_leave_no_mask(chips: rd.Chips, tmp_path: Path) -> None:
+    few = chips.sample(6)
+    assert "mask" in few.map(doubled).load()
+    smaller = few.map(halved)
+    assert "mask" not in smaller.load()
+    smaller.select("train", "val", "test").to_zarr(str(tmp_path / "halved.zarr"), progress=False)
+    assert "s2/mask" not in next(smaller.stream(2))
+
+
+def test_mistakes_are_told_where_they_are_made(optical: rd.Collection, fields: gpd.GeoDataFrame) -> None:
+    def refused(message: str, **how: Any) -> None:
+        with pytest.raises(rd.PlanError, match=message):
+            optical.chips(SIZE, cell_km=0.64, **how)
+
+    refused(r"no such column; expected one of crop, number, yield, organic", labels=fields, rasterize="kind")
+    refused(r"Add rasterize='<column>'", labels=fields)
+    refused(r"Give labels=GeoDataFrame", rasterize="crop")
+    refused(r"Point in row 0 \(60 such rows\)", labels=fields.set_geometry(fields.centroid), rasterize="crop")
+    refused(r"Point in row 0", at=fields.set_geometry(fields.centroid), rasterize="crop")
+    gone = fields.assign(crop=[None, *fields["crop"][1:]])
+    refused(r"no value in row 0 \(1 such rows\).*dropna", labels=gone, rasterize="crop")
+    refused(r"class 0 in 1 rows", labels=fields.assign(number=range(60)), rasterize="number")
+    refused(
+        r"values of type timestamp", labels=fields.assign(when=pd.Timestamp("2024-01-01")), rasterize="when"
+    )
+    refused(r"no CRS", labels=fields.set_crs(None, allow_override=True), rasterize="crop")
+    refused(r"found str; expected a GeoDataFrame", labels="fields.gpkg", rasterize="crop")

@@ -1,0 +1,275 @@
+"""Opened stores: exactly the planned chips, by shard, by chip, and in processes that did not open them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from small_stores import assert_same, small, written
+from zarr.codecs import GzipCodec, ZstdCodec
+
+import rasteret_dask as rd
+from rasteret_dask import outputs, stored
+from rasteret_dask.encode import Compression
+from rasteret_dask.errors import PlanError, StoreError
+from rasteret_dask.readings import planned
+from rasteret_dask.storemap import open_map
+from rasteret_dask.storeset import StoredChips, open_chips
+
+
+@pytest.fixture(scope="module")
+def joined(s2: rd.Collection, l8: rd.Collection, aef: rd.Collection) -> rd.Chips:
+    optical = rd.merge(s2, l8).harmonize(
+        bands=["red", "nir"], resolution=10, time="1MS", mask="clouds", pick="median", dtype="uint16"
+    )
+    chips = rd.join(optical=optical, embeddings=aef.harmonize(bands=["A00", "A01"], units="embedding"))
+    return chips.chips(size=32, cell_km=0.96).split(train=0.6, val=0.2, test=0.2, seed=42)
+
+
+@pytest.fixture(scope="module")
+def single(s2: rd.Collection) -> rd.Chips:
+    optical = s2.harmonize(bands=["red", "nir"], units="reflectance", resolution=10)
+    return optical.chips(size=32, cell_km=0.96).sample(41)
+
+
+@pytest.fixture(scope="module")
+def stores(
+    single: rd.Chips, joined: rd.Chips, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[rd.Chips, Path]]:
+    folder = tmp_path_factory.mktemp("stores")
+    made = {"single": single, "joined": joined, "train": joined.select("train")}
+    for name, chips in made.items():
+        written(chips, folder / name)
+    return {name: (chips, folder / name) for name, chips in made.items()}
+
+
+@pytest.fixture
+def copy(stores: dict[str, tuple[rd.Chips, Path]], tmp_path: Path) -> Path:
+    """Return a store of one's own to break."""
+    store = tmp_path / "copy"
+    shutil.copytree(stores["single"][1], store)
+    return store
+
+
+# The law: what comes back is what was planned
+
+
+@pytest.mark.parametrize("name", ["single", "joined", "train"])
+def test_a_store_holds_exactly_what_load_gives(name: str, stores: dict[str, tuple[rd.Chips, Path]]) -> None:
+    chips, store = stores[name]
+    opened = open_chips(store)
+    wanted = outputs.load(small(chips), {})
+    assert_same(opened.load(), wanted)
+    assert_same(opened.to_xarray().compute(), wanted)
+    assert len(opened) == len(chips)
+    assert opened.table.column("chip_id").to_pylist() == list(opened)
+
+
+@pytest.mark.parametrize("name", ["single", "joined", "train"])
+def test_shards_and_chips_are_those_of_the_plan(name: str, stores: dict[str, tuple[rd.Chips, Path]]) -> None:
+    chips, store = stores[name]
+    layout, opened = small(chips), open_chips(store)
+    plan = planned(layout.job, layout.outputs, {})
+    assert opened.stored.sizes == plan.sizes
+    assert opened.stored.bands == plan.bands
+    first = 0
+    for number, size in enumerate(plan.sizes[:5]):
+        wanted, found = plan.read(number), stored.read_shard(opened.stored, number)
+        ids = list(opened)[first : first + size]
+        singly = opened.take(ids[::-1])
+        assert wanted.keys() == found.keys() == singly.keys()
+        for key, values in wanted.items():
+            np.testing.assert_array_equal(found[key], values)
+            np.testing.assert_array_equal(singly[key][::-1], values)
+            assert found[key].dtype == values.dtype
+            assert found[key].flags.c_contiguous
+        first += size
+
+
+def test_plain_zarr_reads_the_same_chips(stores: dict[str, tuple[rd.Chips, Path]]) -> None:
+    opened = open_chips(stores["single"][1])
+    array: Any = zarr.open_group(str(stores["single"][1]), mode="r")["pixels"]
+    ids = list(opened)
+    rows = [40, 3, 17, 3, 29]
+    found = opened.take([ids[row] for row in rows])["s2"]
+    for mine, row in zip(found, rows, strict=True):
+        np.testing.assert_array_equal(mine, array[row])
+    one = opened[ids[17]]
+    np.testing.assert_array_equal(one["s2"], array[17])
+    assert one["chip_id"] == ids[17]
+
+
+@pytest.mark.parametrize(
+    "codec", [None, ZstdCodec(level=3), GzipCodec(level=1)], ids=["none", "zstd", "gzip"]
+)
+def test_every_compression_comes_back(codec: Compression, single: rd.Chips, tmp_path: Path) -> None:
+    opened = open_chips(written(single, tmp_path / "store", compression=codec))
+    assert_same(opened.load(), outputs.load(small(single), {}))
+    singly = opened.take(list(opened)[::9])
+    np.testing.assert_array_equal(singly["s2"], opened.take(list(opened))["s2"][::9])
+
+
+def test_the_lazy_chips_have_a_chunk_a_shard(stores: dict[str, tuple[rd.Chips, Path]]) -> None:
+    opened = open_chips(stores["single"][1])
+    lazy = opened.to_xarray()
+    assert isinstance(lazy, xr.Dataset)
+    assert lazy.chunks["chip"] == opened.stored.sizes
+    assert len(dict(lazy["pixels"].data.dask)) == len(opened.stored.sizes)
+
+
+# Choosing
+
+
+def test_steps_choose_what_the_same_steps_on_the_plan_do(
+    stores: dict[str, tuple[rd.Chips, Path]], joined: rd.Chips
+) -> None:
+    opened = open_chips(stores["joined"][1])
+    for mine, theirs in (
+        (opened.select("val"), joined.select("val")),
+        (open_chips(stores["joined"][1], split="val"), joined.select("val")),
+        (opened.filter(("coverage", ">", 0.5)).select("test", "val"), joined.select("test", "val")),
+        (opened.sample(20, seed=3), joined.sample(20, seed=3)),
+        (opened.select("train").sample(7), joined.select("train").sample(7)),
+    ):
+        assert sorted(mine) == sorted(theirs.table.column("chip_id").to_pylist())
+    some = opened.select("val").sample(5)
+    whole = opened.take(list(some))
+    for key, values in stored.take(some.stored, np.arange(5)).items():
+        np.testing.assert_array_equal(values, whole[key])
+    loaded = some.load()
+    assert isinstance(loaded, xr.DataTree)
+    assert loaded["optical"].to_dataset()["chip_id"].values.tolist() == list(some)
+
+
+def test_mistakes_are_told_with_what_to_do(stores: dict[str, tuple[rd.Chips, Path]]) -> None:
+    opened = open_chips(stores["joined"][1])
+    some = next(iter(opened.select("val")))
+    with pytest.raises(PlanError, match=r"chip 'nowhere', which it never had.*column chip_id"):
+        opened["nowhere"]
+    with pytest.raises(PlanError, match=r"which was not selected"):
+        opened.select("train")[some]
+    with pytest.raises(PlanError, match=r"chips\[...\].*found 3; expected a chip's id"):
+        opened[3]  # type: ignore[index]
+    with pytest.raises(PlanError, match=r"expected a list of chip ids"):
+        opened.take(some)
+    with pytest.raises(PlanError, match=r"found split 'dev'; expected one of"):
+        opened.select("dev")
+    with pytest.raises(PlanError, match=r"at least one"):
+        opened.select()
+    with pytest.raises(PlanError, match=r"'cloud'.*no such column"):
+        opened.filter(cloud=3)
+    with pytest.raises(PlanError, match=r"no chip left"):
+        opened.filter(("coverage", ">", 2))
+
+
+# Requests
+
+
+def test_a_chip_costs_one_request_once_its_shard_is_known(
+    stores: dict[str, tuple[rd.Chips, Path]],
+    serve: Callable[[Path], tuple[str, list[tuple[str, str | None]]]],
+) -> None:
+    url, seen = serve(stores["single"][1])
+    opened = open_chips(url)
+    ids = list(opened)
+    seen.clear()
+    opened.take([ids[0], ids[13]])
+    assert sorted(path.split("/c/")[0] for path, _ in seen) == sorted(["/pixels"] * 4 + ["/datetime"] * 2)
+    seen.clear()
+    opened.take([ids[1], ids[14], ids[2]])
+    assert [path.split("/c/")[0] for path, _ in seen] == ["/pixels"] * 3
+    assert all(asked for _, asked in seen)
+    seen.clear()
+    assert_same(opened.load(), open_chips(stores["single"][1]).load())
+    assert sum("/pixels/" in path for path, _ in seen) == len(opened.stored.sizes)
+
+
+# Other processes
+
+
+def _ask(chips: StoredChips, chip: str) -> tuple[int, float]:
+    return len(chips), float(chips[chip]["s2"].sum())
+
+
+def test_it_pickles_small_and_opens_in_a_spawned_worker(stores: dict[str, tuple[rd.Chips, Path]]) -> None:
+    opened = open_chips(stores["single"][1]).sample(30)
+    opened.load()
+    assert len(pickle.dumps(opened)) < 1000
+    chip = list(opened)[11]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_ask, (opened, chip)) == _ask(opened, chip)
+
+
+# Stores that are not what they say
+
+
+def test_what_is_no_finished_store_is_told_apart(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"no zarr.json.*Check the path"):
+        open_chips(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match=r"found a file"):
+        open_chips(copy / "zarr.json")
+    zarr.create_group(tmp_path / "other")
+    with pytest.raises(StoreError, match=r"Zarr store of something else"):
+        open_chips(tmp_path / "other")
+    (copy / "zarr.json").unlink()
+    with pytest.raises(StoreError, match=r"an unfinished store.*Call to_zarr with the same plan again"):
+        open_chips(copy)
+    (copy / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match=r"no JSON"):
+        open_chips(copy)
+
+
+def test_objects_of_another_size_are_seen_at_the_door(copy: Path) -> None:
+    shard = copy / "pixels/c/1/0/0/0/0"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-7])
+    with pytest.raises(StoreError, match=r"1 objects missing or of another size: pixels/c/1/0/0/0/0 \("):
+        open_chips(copy)
+    shard.unlink()
+    with pytest.raises(StoreError, match=r"no bytes, not \d+"):
+        open_chips(copy)
+    (copy / "manifest.parquet").unlink()
+    open_map.cache_clear()
+    with pytest.raises(StoreError, match=r"no manifest.parquet"):
+        open_chips(copy)
+
+
+def test_what_changes_after_opening_is_seen_when_it_is_read(copy: Path) -> None:
+    opened = open_chips(copy)
+    ids = list(opened)
+    shard = copy / "pixels/c/1/0/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[50] ^= 255
+    shard.write_bytes(data)
+    with pytest.raises(StoreError, match=r"pixels/c/1.*other bytes.*that the manifest names"):
+        stored.read_shard(opened.stored, 1)
+    data[-1] ^= 255
+    shard.write_bytes(data)
+    with pytest.raises(StoreError, match=r"does not match its checksum"):
+        opened[ids[13]]
+    shard.write_bytes(data[:-1])
+    with pytest.raises(StoreError, match=r"bytes; expected the \d+ bytes"):
+        opened[ids[13]]
+    shard.unlink()
+    with pytest.raises(StoreError, match=r"nothing; expected"):
+        opened[ids[13]]
+    assert opened[ids[2]]["chip_id"] == ids[2]
+
+
+def test_another_plan_at_the_same_place_is_refused(copy: Path) -> None:
+    opened = pickle.loads(pickle.dumps(open_chips(copy)))
+    root = json.loads((copy / "zarr.json").read_text())
+    root["attributes"]["rasteret_dask"]["digest"] = "0" * 32
+    (copy / "zarr.json").write_text(json.dumps(root))
+    open_map.cache_clear()  # as in a worker that has not opened it yet
+    with pytest.raises(StoreError, match=r"another store .*written anew meanwhile"):
+        len(opened)

@@ -1,0 +1,273 @@
+"""torch Datasets: the stream's own batches, whoever loads them; forks are refused; states resume."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rasteret_dask as rd
+from rasteret_dask.storeset import StoredChips, open_chips
+
+torch = pytest.importorskip("torch", reason="needs the extra torch")
+
+from torch.utils.data import DataLoader  # noqa: E402
+
+from rasteret_dask.torchdata import ChipDataset, ChipStore, as_tensors, forkserver  # noqa: E402
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def chips(s2: rd.Collection, aef: rd.Collection) -> rd.Chips:
+    optical = s2.harmonize(bands=["red", "nir"], time="1MS", mask="clouds", dtype="uint16")
+    return rd.join(optical=optical, embeddings=aef).chips(SIZE, cell_km=0.64).sample(60)
+
+
+@pytest.fixture(scope="module")
+def store(chips: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> StoredChips:
+    place = str(tmp_path_factory.mktemp("torch") / "chips.zarr")
+    chips.to_zarr(place, progress=False)
+    return open_chips(place)
+
+
+def ids(batches: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [tuple(batch["chip_id"]) for batch in batches]
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Hold a batch of tensors against one of arrays."""
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        if isinstance(found[name], list):
+            assert found[name] == values.tolist()
+            continue
+        assert found[name].is_contiguous()
+        whole = values.astype(np.int64) if values.dtype.kind in "uM" else values
+        np.testing.assert_array_equal(found[name].numpy(), whole, name)
+
+
+def test_tensors_are_the_arrays_themselves() -> None:
+    arrays: dict[str, Any] = {
+        "optical": np.zeros((2, 1, 3, 4, 4), dtype=np.float32),
+        "embeddings": np.zeros((2, 1, 64, 4, 4), dtype=np.int8),
+        "optical/valid": np.ones((2, 1, 4, 4), dtype=bool),
+        "optical/mask": np.array([0, 200], dtype=np.uint8).repeat(16).reshape(2, 4, 4),
+        "count": np.array([65535, 1], dtype=np.uint16),
+        "optical/datetime": np.array([["2024-04-01T00:00:00.000001"], ["NaT"]], dtype="datetime64[us]"),
+        "chip_id": np.array(["a", "b"], dtype=object),
+    }
+    found = as_tensors(arrays)
+    for name in ("optical", "embeddings", "optical/valid", "optical/mask"):
+        assert found[name].data_ptr() == arrays[name].ctypes.data
+    assert found["count"].dtype == torch.int32
+    assert found["count"].tolist() == [65535, 1]
+    assert found["optical/datetime"].tolist() == [[1711929600000001], [np.iinfo(np.int64).min]]
+    assert found["chip_id"] == ["a", "b"]
+    sample = as_tensors(arrays, image="optical")
+    assert sample["image"].shape == (2, 3, 4, 4)
+    assert sample["image"].data_ptr() == arrays["optical"].ctypes.data
+    assert sample["valid"].shape == (2, 4, 4)
+    assert sample["mask"].dtype == torch.int64
+    assert sample["embeddings"].shape == (2, 1, 64, 4, 4)
+    one = as_tensors({name: values[0] for name, values in arrays.items()}, image="optical")
+    assert one["image"].shape == (3, 4, 4)
+    assert one["mask"].shape == (4, 4)
+    assert one["chip_id"] == "a"
+    with pytest.raises(rd.PlanError, match="one of optical, embeddings"):
+        as_tensors(arrays, image="radar")
+
+
+@pytest.mark.parametrize("of", ["chips", "store"])
+def test_a_pass_is_the_stream(of: str, request: pytest.FixtureRequest) -> None:
+    source = request.getfixturevalue(of)
+    dataset = ChipDataset(source.stream(7, shuffle=3))
+    wanted = list(source.stream(7, shuffle=3, epochs=2))
+    assert len(dataset) == len(wanted) / 2
+    for found, batch in zip([*dataset, *dataset], wanted, strict=True):  # the next pass is the next epoch
+        same(found, batch)
+    dataset.set_epoch(1)
+    assert ids(dataset) == ids(wanted[len(dataset) :])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["spawn", forkserver()])
+def test_workers_share_the_very_same_batches(chips: rd.Chips, store: StoredChips, start: Any) -> None:
+    source = store if start == "spawn" else chips
+    stream = source.stream(7, shuffle=3, epochs=2)
+    loader = DataLoader(
+        ChipDataset(stream), batch_size=None, num_workers=2, multiprocessing_context=start,
+    )  # fmt: skip
+    found = {key: batch for batch in loader for key in [(tuple(batch["chip_id"]))]}
+    wanted = {tuple(batch["chip_id"]): batch for batch in source.stream(7, shuffle=3, epochs=2)}
+    assert len(wanted) == len(stream) == len(loader)
+    assert found.keys() == wanted.keys()
+    for key, batch in found.items():
+        same(batch, wanted[key])
+
+
+def test_more_workers_than_batches_is_no_mistake(store: StoredChips) -> None:
+    loader = DataLoader(
+        ChipDataset(store.stream(60)), batch_size=None, num_workers=2, multiprocessing_context=forkserver()
+    )
+    assert ids(loader) == [tuple(store.table.column("chip_id").to_pylist())]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forks_are_refused(store: StoredChips) -> None:
+    for dataset, size in ((ChipDataset(store.stream(7)), None), (ChipStore(store), 2)):
+        loader = DataLoader(dataset, batch_size=size, num_workers=1, multiprocessing_context="fork")
+        with pytest.raises(RuntimeError, match=r'forkserver\(\), or "spawn"'):
+            next(iter(loader))
+
+
+def test_a_state_goes_on_at_the_next_batch(store: StoredChips) -> None:
+    def dataset() -> ChipDataset:
+        return ChipDataset(store.stream(7, shuffle=3))
+
+    first = dataset()
+    both = [ids(first), ids(first)]
+    second, third = dataset(), dataset()
+    loader = iter(DataLoader(second, batch_size=None))
+    begun = ids([next(loader) for _ in range(4)])
+    state = pickle.loads(pickle.dumps(second.state_dict()))
+    third.load_state_dict(state)
+    assert third.state_dict() == state
+    assert [begun + ids(third), ids(third)] == both
+    fourth = dataset()
+    fourth.load_state_dict(first.state_dict())  # at its end: the next pass
+    assert ids(fourth) == ids(store.stream(7, shuffle=3, epochs=3))[-len(first) :]
+    with pytest.raises(rd.PlanError, match="batch_size=7"):
+        ChipDataset(store.stream(8, shuffle=3)).load_state_dict(state)
+    with pytest.raises(rd.PlanError, match="state_dict"):
+        dataset().load_state_dict({"epoch": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata calls it
+def test_workers_resume_with_torchdata(store: StoredChips) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
+
+    def loader() -> Any:
+        return stateful.StatefulDataLoader(
+            ChipDataset(store.stream(7, shuffle=3)),
+            batch_size=None,
+            num_workers=2,
+            multiprocessing_context="spawn",
+        )
+
+    first = loader()
+    batches = iter(first)
+    for _ in range(3):
+        next(batches)
+    state = first.state_dict()
+    rest = ids(batches)
+    second = loader()
+    second.load_state_dict(state)
+    assert ids(second) == rest
+    assert len(rest) == len(store.stream(7)) - 3
+    third = ChipDataset(store.stream(7, shuffle=3))
+    third.load_state_dict({**third.state_dict(), "stream": store.stream(7, shuffle=3).state_dict()})
+    with pytest.raises(RuntimeError, match="StatefulDataLoader with the same num_workers"):
+        list(DataLoader(third, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+
+
+def test_ranks_divide_an_undivided_stream(store: StoredChips) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    try:
+        found = ids(ChipDataset(store.stream(7, shuffle=3)))
+        given = ids(ChipDataset(store.stream(7, shuffle=3, rank=0, world_size=2)))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found == ids(store.stream(7, shuffle=3, rank=1, world_size=3))
+    assert given == ids(store.stream(7, shuffle=3, rank=0, world_size=2))
+
+
+def first_band(sample: dict[str, Any]) -> dict[str, Any]:
+    return {"image": sample["image"][..., :1, :, :].float(), "chip_id": sample["chip_id"]}
+
+
+def test_a_store_answers_by_number(store: StoredChips) -> None:
+    dataset = ChipStore(store)
+    chip = store.table.column("chip_id").to_pylist()
+    assert len(dataset) == 60
+    wanted = store.take([chip[4], chip[59], chip[4]])
+    for at, number in enumerate((4, -1, 4)):
+        one = dataset[number]
+        assert one["chip_id"] == chip[number]
+        for name, values in wanted.items():
+            if values.dtype != object:
+                np.testing.assert_array_equal(one[name].numpy(), values[at].astype(one[name].numpy().dtype))
+    for number in (60, -61):
+        with pytest.raises(IndexError, match="the store has 60"):
+            dataset[number]
+    assert len(pickle.dumps(dataset)) < 2000
+    loader = DataLoader(ChipStore(store, image="optical", transforms=first_band), batch_size=16, shuffle=True)
+    batches = list(loader)
+    assert sorted(i for b in batches for i in b["chip_id"]) == sorted(chip)
+    assert batches[0]["image"].shape == (16, 3, 1, SIZE, SIZE)
+
+
+@pytest.mark.slow
+def test_a_store_opens_in_workers(store: StoredChips) -> None:
+    loader = DataLoader(
+        ChipStore(store, image="optical", transforms=first_band), batch_size=16, num_workers=2,
+        multiprocessing_context="spawn",
+    )  # fmt: skip
+    assert [i for b in loader for i in b["chip_id"]] == store.table.column("chip_id").to_pylist()
+
+
+def test_a_network_learns_from_it(s2: rd.Collection) -> None:
+    import geopandas as gpd
+
+    optical = s2.harmonize(bands=["red", "nir"], time="3MS", pick="median", mask="clouds")
+    ground = optical.chips(SIZE, cell_km=0.64).to_geopandas().to_crs(32633)
+    fields = gpd.GeoDataFrame(
+        {"crop": ["a", "b"] * 40}, geometry=ground.geometry.iloc[:80].buffer(-40), crs=32633
+    )
+    chips = optical.chips(SIZE, cell_km=0.64, labels=fields, rasterize="crop")
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(2, 3, 3, padding=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    losses = []
+    for batch in ChipDataset(chips.stream(32, shuffle=0, epochs=4, drop_last=True), image="s2"):
+        loss = torch.nn.functional.cross_entropy(model(batch["image"].nan_to_num()), batch["mask"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_mistakes_are_told_where_they_are_made(chips: rd.Chips, store: StoredChips) -> None:
+    with pytest.raises(rd.PlanError, match=r"chips\.stream\(batch_size=\.\.\.\)"):
+        ChipDataset(chips)  # type: ignore[arg-type]
+    with pytest.raises(rd.PlanError, match="use ChipDataset"):
+        ChipStore(chips)  # type: ignore[arg-type]
+    for make in (
+        lambda: ChipStore(store, image="radar"),
+        lambda: ChipDataset(store.stream(7), image="radar"),
+    ):
+        with pytest.raises(rd.PlanError, match="one of optical, embeddings"):
+            make()
+    begun = store.stream(7)
+    next(begun)
+    with pytest.raises(rd.PlanError, match=r"dataset\.load_state_dict"):
+        ChipDataset(begun)
+    begun.close()
+
+
+def test_a_client_stays_where_it_is(store: StoredChips) -> None:
+    from distributed import Client
+
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+        dataset = ChipDataset(store.stream(30, client=client))
+        assert len(list(dataset)) == 2
+        loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+        with pytest.raises(rd.PlanError, match=r"client\.scheduler\.address"):
+            next(iter(loader))
