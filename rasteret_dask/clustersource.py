@@ -38,6 +38,9 @@ AGAIN_S = 30.0
 LOOK_S = 2.0
 """Seconds between looks at which workers there are."""
 
+TRANSFER_S = 60.0
+"""Seconds for the parts of one batch to travel; then they are asked for again."""
+
 TRIES = 5
 """How often shards that a cluster has forgotten are asked for again."""
 
@@ -109,9 +112,9 @@ class OnCluster:
         """Return parts, or None where they are not there in time; what the cluster has forgotten is asked for again."""
         futures = [part.future for part in handles]
         try:
-            if not self._there(futures, timeout):
+            found = self._gathered(futures, timeout) if self._there(futures, timeout) else None
+            if found is None:
                 return None
-            found: list[Arrays] = self.client.gather(futures, direct=self.direct)
         except (CancelledError, CommClosedError):
             self._lost += 1
             self._ask_again()
@@ -135,6 +138,21 @@ class OnCluster:
             self._look()
             return False
         return True
+
+    def _gathered(self, futures: Sequence[Any], timeout: float) -> list[Arrays] | None:
+        """Return the futures' results; None where they do not come, as whoever has them is gone."""
+        generation, end = self._generation, time.monotonic() + TRANSFER_S
+        loop: Any = self.client.loop
+        coming: Any = asyncio.run_coroutine_threadsafe(
+            self.client.gather(futures, direct=self.direct, asynchronous=True), loop.asyncio_loop
+        )
+        while time.monotonic() < end and self._generation == generation:
+            try:
+                return list(coming.result(timeout))
+            except TimeoutError:
+                self._look()
+        coming.cancel()
+        return None
 
     def _error(self, found: str, expected: str, remedy: str = "") -> JobError:
         resume = "Load this stream's state_dict() into a new stream: it goes on at the next batch."
