@@ -11,7 +11,7 @@ import shapely
 
 from rasteret_dask.errors import SchemaError
 
-__all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "REQUIRED", "conform", "plain"]
+__all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "REQUIRED", "check_columns", "conform", "plain"]
 
 ASSET_TYPE = pa.struct(
     [
@@ -82,6 +82,18 @@ REQUIRED = ("id", "datetime", "geometry", "assets")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
+def check_columns(table: pa.Table, name: str, remedy: str) -> None:
+    """Raise a SchemaError, with a remedy, where a table lacks what any table of scenes must have."""
+    missing = [c for c in REQUIRED if c not in table.column_names]
+    if missing:
+        raise SchemaError(
+            f"records of {name!r}",
+            f"no column {', '.join(missing)} (columns: {', '.join(table.column_names)})",
+            f"at least {', '.join(REQUIRED)}",
+            remedy,
+        )
+
+
 def conform(table: pa.Table, name: str) -> pa.Table:
     """Bring any table with ``id, datetime, geometry, assets`` to RECORD_SCHEMA; further columns stay behind it.
 
@@ -102,14 +114,9 @@ def conform(table: pa.Table, name: str) -> pa.Table:
     SchemaError
         When a required column is missing, has another type, an id is null, or an id stands twice.
     """
-    missing = [c for c in REQUIRED if c not in table.column_names]
-    if missing:
-        raise SchemaError(
-            f"records of {name!r}",
-            f"no column {', '.join(missing)} (columns: {', '.join(table.column_names)})",
-            f"at least {', '.join(REQUIRED)}",
-            "Rename your columns, or build the table with build_from_table(column_map=...).",
-        )
+    check_columns(
+        table, name, "Rename your columns, or build the table with build_from_table(column_map=...)."
+    )
     columns: dict[str, pa.ChunkedArray] = {}
     for field in RECORD_SCHEMA:
         if field.name not in table.column_names:

@@ -25,7 +25,7 @@ from rasteret_dask.layers import Layer, layers_of
 from rasteret_dask.rasteretio import header_columns, level_of
 from rasteret_dask.records import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
 from rasteret_dask.remote import redact
-from rasteret_dask.schema import REQUIRED, plain
+from rasteret_dask.schema import check_columns, plain
 from rasteret_dask.sources import read_table
 from rasteret_dask.stac import facts_of, known_dataset
 from rasteret_dask.trust import checked, resolve
@@ -165,14 +165,11 @@ def _renamed(
     table = table.rename_columns([names.get(c, c) for c in table.column_names])
     if href_column is not None:
         table = _with_assets(table, names.get(href_column, href_column), band_index_map, name)
-    missing = [c for c in REQUIRED if c not in table.column_names]
-    if missing:
-        raise SchemaError(
-            f"records of {name!r}",
-            f"no column {', '.join(missing)} (columns: {', '.join(table.column_names)})",
-            f"at least {', '.join(REQUIRED)}",
-            "Say what yours are called: column_map={'my_name': 'name'}; for one file a row, href_column='my_url'.",
-        )
+    check_columns(
+        table,
+        name,
+        "Say what yours are called: column_map={'my_name': 'name'}; for one file a row, href_column='my_url'.",
+    )
     return table
 
 
