@@ -54,7 +54,8 @@ def build(
 
     Items are searched for page by page, the headers of their files are read while further pages arrive, and rows
     go to a table on disk, which the collection reads lazily. The same call again opens that table: what decides
-    its content (the entry, place, dates, query, ...) is what it is known by.
+    its content (the entry, place, dates, query, ...) is what it is known by. Static catalogs on this machine are read
+    anew each time, into memory: their files may have changed.
 
     Parameters
     ----------
