@@ -6,14 +6,11 @@ and ``chips`` add steps to its plan; ``split`` and ``select`` choose chips; ``ex
 """
 
 from rasteret_dask._version import __version__
-from rasteret_dask.audit import Audit
-from rasteret_dask.batches import as_xarray
 from rasteret_dask.build import build, build_from_stac, refresh
-from rasteret_dask.catalog import datasets
-from rasteret_dask.catalogwrite import register
+from rasteret_dask.catalogs.catalog import datasets
+from rasteret_dask.catalogs.catalogwrite import register
+from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.chipset import Chips
-from rasteret_dask.chiptable import CHIP_SCHEMA
-from rasteret_dask.cogreader import CogReader
 from rasteret_dask.collection import Collection, join, merge
 from rasteret_dask.compacting import compact
 from rasteret_dask.errors import (
@@ -30,13 +27,16 @@ from rasteret_dask.errors import (
     UnreadableAssetsError,
     UnreadableTilesWarning,
 )
-from rasteret_dask.explain import Explanation
 from rasteret_dask.openers import as_collection, build_from_table, load
-from rasteret_dask.records import RECORD_SCHEMA
-from rasteret_dask.stats import Stats
+from rasteret_dask.reader.cogreader import CogReader
+from rasteret_dask.show.audit import Audit
+from rasteret_dask.show.explain import Explanation
+from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.storeset import StoredChips, open_chips
-from rasteret_dask.stream import Stream
 from rasteret_dask.streamfrom import stream_from
+from rasteret_dask.streams.stream import Stream
+from rasteret_dask.table.records import RECORD_SCHEMA
+from rasteret_dask.tasks.batches import as_xarray
 
 __all__ = [
     "Audit",

@@ -12,21 +12,21 @@ from typing import Any
 
 import pyarrow.dataset as pads
 
-from rasteret_dask.areas import bbox_of
-from rasteret_dask.catalog import find, known_dataset
+from rasteret_dask.catalogs.catalog import find, known_dataset
 from rasteret_dask.collection import Collection
 from rasteret_dask.errors import PlanError, SourceError
-from rasteret_dask.ingest import Known, Report, ingest
+from rasteret_dask.geometries.areas import bbox_of
+from rasteret_dask.ingest.order import Order, check_names, order_of_json
+from rasteret_dask.ingest.pages import Known, Report, ingest
+from rasteret_dask.ingest.search import fits
+from rasteret_dask.ingest.sources import Item, read_items
+from rasteret_dask.ingest.stac import items_to_table
+from rasteret_dask.ingest.tablecache import SAID, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
+from rasteret_dask.net.remote import is_local
 from rasteret_dask.openers import as_collection
-from rasteret_dask.order import Order, check_names, order_of_json
-from rasteret_dask.plan import Predicate, Source
+from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.progress import Progress
-from rasteret_dask.remote import is_local
-from rasteret_dask.search import fits
-from rasteret_dask.sources import Item, read_items
-from rasteret_dask.stac import items_to_table
-from rasteret_dask.tablecache import SAID, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
-from rasteret_dask.timing import half_open
+from rasteret_dask.table.timing import half_open
 
 __all__ = ["build", "build_from_stac", "refresh"]
 

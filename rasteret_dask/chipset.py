@@ -13,27 +13,28 @@ from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 from distributed import Client
 
-from rasteret_dask import audit, explain, geoparquet
-from rasteret_dask.chips import ChipSet, used_rows
+from rasteret_dask.chipping.chips import ChipSet, used_rows
+from rasteret_dask.chipping.steps import apply_step, plan_chips
 from rasteret_dask.chipsteps import ChipSteps
-from rasteret_dask.encode import Compression, checked
-from rasteret_dask.epochs import Order
 from rasteret_dask.errors import PlanError, StoreError
-from rasteret_dask.freezing import freeze
-from rasteret_dask.job import Job
-from rasteret_dask.layout import Layout
-from rasteret_dask.mapping import outputs_of
-from rasteret_dask.measuring import kept_sizes, measured
-from rasteret_dask.outputs import load, to_xarray
-from rasteret_dask.plan import Screen, Select
-from rasteret_dask.radiometry import radiometry_of
-from rasteret_dask.readings import Reading, planned
-from rasteret_dask.run import delayed_zarr, run_zarr
-from rasteret_dask.shards import lower
-from rasteret_dask.stats import Stats
-from rasteret_dask.steps import apply_step, plan_chips
-from rasteret_dask.stream import Normalize, Stream, batches
+from rasteret_dask.planning.plan import Screen, Select
+from rasteret_dask.planning.radiometry import radiometry_of
+from rasteret_dask.show import audit, explain
+from rasteret_dask.statistics.measuring import kept_sizes, measured
+from rasteret_dask.statistics.stats import Stats
+from rasteret_dask.store.encode import Compression, checked
+from rasteret_dask.store.layout import Layout
+from rasteret_dask.store.outputs import load, to_xarray
+from rasteret_dask.store.run import delayed_zarr, run_zarr
 from rasteret_dask.streamfrom import save_plan
+from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.readings import Reading, planned
+from rasteret_dask.streams.stream import Normalize, Stream, batches
+from rasteret_dask.table import geoparquet
+from rasteret_dask.tasks.freezing import freeze
+from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.mapping import outputs_of
+from rasteret_dask.tasks.shards import lower
 
 __all__ = ["Chips"]
 
@@ -106,7 +107,7 @@ class Chips(ChipSteps):
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the map of chips, coloured by split."""
-        from rasteret_dask.plot import plot_chips
+        from rasteret_dask.show.plot import plot_chips
 
         return plot_chips(self.table, ax=ax)
 

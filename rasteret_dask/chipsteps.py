@@ -9,9 +9,8 @@ from typing import Any, Self
 import pyarrow as pa
 import xarray as xr
 
-from rasteret_dask import geoparquet
 from rasteret_dask.errors import PlanError, SchemaError
-from rasteret_dask.plan import (
+from rasteret_dask.planning.plan import (
     Function,
     Keep,
     Map,
@@ -27,7 +26,8 @@ from rasteret_dask.plan import (
     outline,
     predicates,
 )
-from rasteret_dask.scan import Table, token_of
+from rasteret_dask.planning.scan import Table, token_of
+from rasteret_dask.table import geoparquet
 
 __all__ = ["ChipSteps"]
 

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(folder: Path, fresh: bool, small: bool) -> int:
     os.environ.setdefault("MPLBACKEND", "Agg")  # the picture goes to a file, with or without a screen
-    from rasteret_dask.demo import SMALL, run_demo
+    from rasteret_dask.demo.run import SMALL, run_demo
 
     checks = run_demo(folder, SMALL if small else None, fresh=fresh)
     failed = [check.what for check in checks if not check.ok]

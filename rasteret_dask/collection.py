@@ -8,18 +8,18 @@ from typing import Any
 import pyarrow as pa
 import xarray as xr
 
-from rasteret_dask.areas import as_area, as_labels, as_points, bbox_of
+from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.chipset import Chips
-from rasteret_dask.cubegrid import native_grid
+from rasteret_dask.cubes.cubegrid import native_grid
+from rasteret_dask.cubes.lazy import harmonized_cube
 from rasteret_dask.errors import PlanError
-from rasteret_dask.labels import Labels
-from rasteret_dask.lazy import harmonized_cube
-from rasteret_dask.optimize import optimize
+from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_of
 from rasteret_dask.pixelreads import PixelReads
-from rasteret_dask.plan import (
+from rasteret_dask.planning.optimize import optimize
+from rasteret_dask.planning.plan import (
     Chips as ChipsNode,
 )
-from rasteret_dask.plan import (
+from rasteret_dask.planning.plan import (
     ChipSpec,
     Filter,
     Function,
@@ -35,11 +35,11 @@ from rasteret_dask.plan import (
     outline,
     predicates,
 )
-from rasteret_dask.records import Records
-from rasteret_dask.resolve import evaluate, resolve_source
-from rasteret_dask.scan import Table, token_of
+from rasteret_dask.planning.resolve import evaluate, resolve_source
+from rasteret_dask.planning.scan import Table, token_of
+from rasteret_dask.table.records import Records
+from rasteret_dask.table.timing import half_open
 from rasteret_dask.tableexits import TableExits
-from rasteret_dask.timing import half_open
 
 __all__ = ["Collection", "join", "merge"]
 

@@ -15,13 +15,13 @@ from dask._task_spec import Task
 from distributed import Client
 from numpy.typing import NDArray
 
-from rasteret_dask import decode, geoparquet, remote
-from rasteret_dask.encode import ABSENT, Encoding, Piece, crc32c
 from rasteret_dask.errors import PlanError, StoreError
-from rasteret_dask.measuring import computed
-from rasteret_dask.plan import digest
-from rasteret_dask.screening import KEPT
-from rasteret_dask.storemap import (
+from rasteret_dask.net import remote
+from rasteret_dask.planning.plan import digest
+from rasteret_dask.statistics.measuring import computed
+from rasteret_dask.store import decode
+from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32c
+from rasteret_dask.store.storemap import (
     CHIPS,
     JOB,
     StoredArray,
@@ -32,7 +32,9 @@ from rasteret_dask.storemap import (
     group_path,
     open_map,
 )
-from rasteret_dask.storeread import StoreObject, read_rows
+from rasteret_dask.store.storeread import StoreObject, read_rows
+from rasteret_dask.table import geoparquet
+from rasteret_dask.tasks.screening import KEPT
 
 __all__ = ["compact"]
 

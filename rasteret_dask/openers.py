@@ -9,20 +9,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from rasteret_dask.anytable import as_arrow
 from rasteret_dask.collection import Collection
 from rasteret_dask.errors import ReadError, SchemaError, SourceError
-from rasteret_dask.plan import Source
-from rasteret_dask.rasteretio import header_columns
-from rasteret_dask.records import RECORD_SCHEMA, conform
-from rasteret_dask.remote import is_local, local_path, redact
-from rasteret_dask.remotefs import filesystem
-from rasteret_dask.rowgroups import hrefs
-from rasteret_dask.scan import Table, token_of
-from rasteret_dask.schema import REQUIRED
-from rasteret_dask.sources import read_items, read_table
-from rasteret_dask.stac import items_to_table
-from rasteret_dask.tables import check_hrefs, table_to_records
+from rasteret_dask.ingest.sources import read_items, read_table
+from rasteret_dask.ingest.stac import items_to_table
+from rasteret_dask.ingest.tables import check_hrefs, table_to_records
+from rasteret_dask.net.remote import is_local, local_path, redact
+from rasteret_dask.net.remotefs import filesystem
+from rasteret_dask.planning.plan import Source
+from rasteret_dask.planning.scan import Table, token_of
+from rasteret_dask.table.anytable import as_arrow
+from rasteret_dask.table.rasteretio import header_columns
+from rasteret_dask.table.records import RECORD_SCHEMA, conform
+from rasteret_dask.table.rowgroups import hrefs
+from rasteret_dask.table.schema import REQUIRED
 
 __all__ = ["as_collection", "build_from_table", "load"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow as pa
 import xarray as xr
 
-from rasteret_dask import reading
-from rasteret_dask.cells import Area, cells_of
-from rasteret_dask.plan import Node
-from rasteret_dask.points import sample_points
-from rasteret_dask.scan import Table
+from rasteret_dask.geometries import reading
+from rasteret_dask.geometries.cells import Area, cells_of
+from rasteret_dask.geometries.points import sample_points
+from rasteret_dask.planning.plan import Node
+from rasteret_dask.planning.scan import Table
 
 __all__ = ["PixelReads"]
 
@@ -250,7 +250,7 @@ class PixelReads:
         PlanError, GridError, BandError
             When it cannot be carried out; nothing is read before the first sample.
         """
-        from rasteret_dask.torchset import CellDataset
+        from rasteret_dask.geometries.torchset import CellDataset
 
         chosen = self.subset(**filters) if filters else self
         chosen = chosen if split is None else chosen.select_split(split)

@@ -17,20 +17,21 @@ from dask.highlevelgraph import HighLevelGraph
 from distributed import Client
 from numpy.typing import NDArray
 
-from rasteret_dask import remote, stored
-from rasteret_dask.batches import Arrays
-from rasteret_dask.chiptable import bounds_of, label_columns
-from rasteret_dask.epochs import Order
+from rasteret_dask.chipping.chiptable import bounds_of, label_columns
+from rasteret_dask.chipping.labels import MASK
 from rasteret_dask.errors import PlanError, StoreError
-from rasteret_dask.labels import MASK
-from rasteret_dask.measuring import measured
-from rasteret_dask.plan import Keep, Node, Predicate, Sample, Select, outline, predicates
-from rasteret_dask.readings import stored_chips
-from rasteret_dask.stats import Stats
-from rasteret_dask.stored import Stored
-from rasteret_dask.storemap import JOB, StoredGroup, check_sizes, digest_of, open_map
-from rasteret_dask.storeread import read_rows
-from rasteret_dask.stream import Normalize, Stream, batches
+from rasteret_dask.net import remote
+from rasteret_dask.planning.plan import Keep, Node, Predicate, Sample, Select, outline, predicates
+from rasteret_dask.statistics.measuring import measured
+from rasteret_dask.statistics.stats import Stats
+from rasteret_dask.store import stored
+from rasteret_dask.store.stored import Stored
+from rasteret_dask.store.storemap import JOB, StoredGroup, check_sizes, digest_of, open_map
+from rasteret_dask.store.storeread import read_rows
+from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.readings import stored_chips
+from rasteret_dask.streams.stream import Normalize, Stream, batches
+from rasteret_dask.tasks.batches import Arrays
 
 __all__ = ["StoredChips", "open_chips"]
 

@@ -9,16 +9,16 @@ from typing import Any
 
 from distributed import Client
 
-from rasteret_dask import remote
-from rasteret_dask.epochs import Order
 from rasteret_dask.errors import PlanError, StoreError
-from rasteret_dask.functions import Function
-from rasteret_dask.job import Job
-from rasteret_dask.jobfile import open_job, write_job
-from rasteret_dask.mapping import Functions, outputs_of
-from rasteret_dask.readings import Reading, planned, stored_chips
+from rasteret_dask.net import remote
+from rasteret_dask.planning.functions import Function
 from rasteret_dask.storeset import open_chips
-from rasteret_dask.stream import Normalize, Stream, batches
+from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.readings import Reading, planned, stored_chips
+from rasteret_dask.streams.stream import Normalize, Stream, batches
+from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.jobfile import open_job, write_job
+from rasteret_dask.tasks.mapping import Functions, outputs_of
 
 __all__ = ["save_plan", "stream_from"]
 

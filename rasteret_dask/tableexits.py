@@ -11,13 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from rasteret_dask import recordtable
 from rasteret_dask.errors import PlanError
-from rasteret_dask.export import export as write_export
-from rasteret_dask.plan import Node, leaves
-from rasteret_dask.rasteretio import to_rasteret
-from rasteret_dask.records import RECORD_SCHEMA, Records
-from rasteret_dask.scan import Table
+from rasteret_dask.planning import recordtable
+from rasteret_dask.planning.plan import Node, leaves
+from rasteret_dask.planning.scan import Table
+from rasteret_dask.table.export import export as write_export
+from rasteret_dask.table.rasteretio import to_rasteret
+from rasteret_dask.table.records import RECORD_SCHEMA, Records
 
 __all__ = ["TableExits"]
 

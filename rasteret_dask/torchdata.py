@@ -20,12 +20,12 @@ from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from rasteret_dask import stored
-from rasteret_dask.batches import Arrays
-from rasteret_dask.epochs import Epoch, Order
 from rasteret_dask.errors import PlanError
+from rasteret_dask.store import stored
 from rasteret_dask.storeset import StoredChips
-from rasteret_dask.stream import Stream
+from rasteret_dask.streams.epochs import Epoch, Order
+from rasteret_dask.streams.stream import Stream
+from rasteret_dask.tasks.batches import Arrays
 
 __all__ = ["ChipDataset", "ChipStore", "as_tensors", "forkserver"]
 

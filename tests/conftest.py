@@ -15,7 +15,7 @@ import pytest
 from servers import RangeServer, serving
 
 import rasteret_dask as rd
-from rasteret_dask.world import World, WorldSize, make_world
+from rasteret_dask.demo.world import World, WorldSize, make_world
 
 DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

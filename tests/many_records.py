@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import shapely
 
-from rasteret_dask.records import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA
+from rasteret_dask.table.records import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA
 
 BANDS = (("B02", "blue"), ("B03", "green"), ("B04", "red"), ("B08", "nir"), ("SCL", None))
 SIDES = (10980, 5490, 2745, 1373, 687)

@@ -8,10 +8,10 @@ from pathlib import Path
 import xarray as xr
 
 import rasteret_dask as rd
-from rasteret_dask.encode import Compression
-from rasteret_dask.freezing import freeze
-from rasteret_dask.layout import Layout
-from rasteret_dask.run import delayed_zarr
+from rasteret_dask.store.encode import Compression
+from rasteret_dask.store.layout import Layout
+from rasteret_dask.store.run import delayed_zarr
+from rasteret_dask.tasks.freezing import freeze
 
 SHARD_BYTES = 100_000
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from test_write import layout_of
 
 import rasteret_dask as rd
-from rasteret_dask.batches import Arrays, take
-from rasteret_dask.epochs import Order
 from rasteret_dask.errors import ReadError
-from rasteret_dask.readings import Reading, planned
-from rasteret_dask.stream import Stream, batches
+from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.readings import Reading, planned
+from rasteret_dask.streams.stream import Stream, batches
+from rasteret_dask.tasks.batches import Arrays, take
 
 
 @dataclass(frozen=True)

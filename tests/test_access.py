@@ -22,9 +22,10 @@ import pytest
 import rasterio
 from rasterio.transform import Affine
 
-from rasteret_dask import access, remote
+from rasteret_dask.catalogs import access
 from rasteret_dask.errors import ReadError
-from rasteret_dask.headers import Header, read_headers
+from rasteret_dask.headers.reader import Header, read_headers
+from rasteret_dask.net import remote
 
 
 class Azure:

@@ -11,7 +11,7 @@ import pytest
 import shapely
 
 import rasteret_dask as rd
-from rasteret_dask.areas import as_area, as_points, bbox_of
+from rasteret_dask.geometries.areas import as_area, as_points, bbox_of
 
 BOX = (14.0, 48.0, 15.0, 49.0)
 SHAPE = shapely.box(*BOX)

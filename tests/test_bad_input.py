@@ -125,7 +125,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("pixels were read")
 
-    monkeypatch.setattr("rasteret_dask.rasterfile.RasterFile.open", never)
+    monkeypatch.setattr("rasteret_dask.reader.rasterfile.RasterFile.open", never)
 
 
 def chips_of(world: World, size: int = 32, **options: Any) -> rd.Chips:

@@ -27,13 +27,15 @@ from shapely.geometry import mapping
 from stac_api import ApiFault, Dict, StacServer, changed, generated, serving_stac
 
 import rasteret_dask as rd
-from rasteret_dask import ingest, remote, search
 from rasteret_dask.build import build, build_from_stac, refresh
+from rasteret_dask.demo.world import World
 from rasteret_dask.errors import BandError, PlanError, SourceError
-from rasteret_dask.sources import remote_item
-from rasteret_dask.stac import items_to_table
-from rasteret_dask.tablecache import SAID
-from rasteret_dask.world import World
+from rasteret_dask.ingest import pages as ingest
+from rasteret_dask.ingest import search
+from rasteret_dask.ingest.sources import remote_item
+from rasteret_dask.ingest.stac import items_to_table
+from rasteret_dask.ingest.tablecache import SAID
+from rasteret_dask.net import remote
 
 ID = "earthsearch/sentinel-2-l2a"
 S2 = "sentinel-2-l2a"

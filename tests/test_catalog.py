@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 
-from rasteret_dask import catalog
-from rasteret_dask.bands import Band, Dataset, radiometry
-from rasteret_dask.catalogfile import Entry, catalog_of, parse_toml
-from rasteret_dask.catalogwrite import register
+from rasteret_dask.catalogs import catalog
+from rasteret_dask.catalogs.bands import Band, Dataset, radiometry
+from rasteret_dask.catalogs.catalogfile import Entry, catalog_of, parse_toml
+from rasteret_dask.catalogs.catalogwrite import register
 from rasteret_dask.errors import RasteretDaskError, SourceError, StoreError
-from rasteret_dask.layers import layers_of
-from rasteret_dask.sources import read_items
-from rasteret_dask.stac import items_to_table
+from rasteret_dask.ingest.sources import read_items
+from rasteret_dask.ingest.stac import items_to_table
+from rasteret_dask.table.layers import layers_of
 
 IDS = {
     "earthsearch/sentinel-2-l2a", "earthsearch/sentinel-2-c1-l2a", "earthsearch/landsat-c2-l2", "earthsearch/naip",

@@ -27,9 +27,9 @@ from stackstac.raster_spec import RasterSpec
 
 import rasteret_dask as rd
 from rasteret_dask.errors import GridError, ReadError, TrustError
-from rasteret_dask.headers import Header
-from rasteret_dask.plainhref import HeaderCache, assets_at
-from rasteret_dask.records import Asset
+from rasteret_dask.headers.reader import Header
+from rasteret_dask.reader.plainhref import HeaderCache, assets_at
+from rasteret_dask.table.records import Asset
 
 Array = NDArray[Any]
 X0, Y0 = 500_040.0, 5_000_010.0

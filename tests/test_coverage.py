@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from made_records import boxes, collection, fed_by, project, record, table
 
 import rasteret_dask as rd
-from rasteret_dask.coverage import Windows, cover, outlines, union_cover
-from rasteret_dask.records import Records
+from rasteret_dask.chipping.coverage import Windows, cover, outlines, union_cover
+from rasteret_dask.table.records import Records
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
 

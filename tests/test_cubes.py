@@ -21,8 +21,8 @@ from shapely import Polygon, box
 from shapely.geometry import mapping
 
 import rasteret_dask as rd
+from rasteret_dask.demo.world import World
 from rasteret_dask.errors import GridError, PlanError, ReadError
-from rasteret_dask.world import World
 
 Array = NDArray[Any]
 PICKS = ("closest", "first", "last", "newest", "least_cloudy", "clearest", "median", "mean")

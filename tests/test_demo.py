@@ -11,11 +11,11 @@ import pytest
 import xarray as xr
 import zarr
 
-from rasteret_dask.audit import Audit
-from rasteret_dask.demo import SMALL, demo_chips, run_demo
-from rasteret_dask.demo_checks import Check, check_objects, check_pixels, check_splits, check_store
+from rasteret_dask.demo.checks import Check, check_objects, check_pixels, check_splits, check_store
+from rasteret_dask.demo.run import SMALL, demo_chips, run_demo
+from rasteret_dask.demo.world import World, make_world
 from rasteret_dask.errors import StoreError
-from rasteret_dask.world import World, make_world
+from rasteret_dask.show.audit import Audit
 
 # stackstac multiplies transforms the way affine 3.1 discourages
 pytestmark = pytest.mark.filterwarnings("ignore:Use `@` matmul:PendingDeprecationWarning")

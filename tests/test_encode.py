@@ -20,8 +20,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from rasteret_dask.encode import Encoding, Piece, checked, codec_of, crc32c
 from rasteret_dask.errors import PlanError
+from rasteret_dask.store.encode import Encoding, Piece, checked, codec_of, crc32c
 
 CODECS = {
     "auto": "auto",

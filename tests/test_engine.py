@@ -31,20 +31,20 @@ from test_real_data import table_of
 from test_write import layout_of
 
 import rasteret_dask as rd
-from rasteret_dask.bands import Radiometry
+from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.errors import ReadError
-from rasteret_dask.harmonize import to_float
-from rasteret_dask.headers import Header, read_headers
-from rasteret_dask.levels import is_aligned
-from rasteret_dask.limits import HOST_REQUESTS
-from rasteret_dask.pixelgrid import Grid, Rect, Window
-from rasteret_dask.placing import Block, Out
-from rasteret_dask.ranges import GAP_BYTES, SPAN_BYTES, Part, coalesced
-from rasteret_dask.reader import Session
-from rasteret_dask.readplan import Request, tiles_of
-from rasteret_dask.records import Asset, Level
-from rasteret_dask.run import run_zarr
-from rasteret_dask.sharing import Keep, Pixels, Sharing, Wish
+from rasteret_dask.headers.reader import Header, read_headers
+from rasteret_dask.net.limits import HOST_REQUESTS
+from rasteret_dask.reader.engine import Session
+from rasteret_dask.reader.harmonize import to_float
+from rasteret_dask.reader.levels import is_aligned
+from rasteret_dask.reader.pixelgrid import Grid, Rect, Window
+from rasteret_dask.reader.placing import Block, Out
+from rasteret_dask.reader.ranges import GAP_BYTES, SPAN_BYTES, Part, coalesced
+from rasteret_dask.reader.readplan import Request, tiles_of
+from rasteret_dask.reader.sharing import Keep, Pixels, Sharing, Wish
+from rasteret_dask.store.run import run_zarr
+from rasteret_dask.table.records import Asset, Level
 
 Array = NDArray[Any]
 ONE_FILE = HealthCheck.function_scoped_fixture  # every example overwrites the test's one file

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from rasteret_dask.epochs import Order
 from rasteret_dask.errors import PlanError
+from rasteret_dask.streams.epochs import Order
 
 Chip = tuple[int, int]
 

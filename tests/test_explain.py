@@ -9,12 +9,12 @@ import pytest
 from made_records import collection, record
 
 import rasteret_dask as rd
-from rasteret_dask import explain as module
-from rasteret_dask import pixels
-from rasteret_dask.explain import explain
-from rasteret_dask.freezing import freeze
-from rasteret_dask.mapping import outputs_of
-from rasteret_dask.world import World, WorldSize, make_world
+from rasteret_dask.demo.world import World, WorldSize, make_world
+from rasteret_dask.show import explain as module
+from rasteret_dask.show.explain import explain
+from rasteret_dask.tasks import pixels
+from rasteret_dask.tasks.freezing import freeze
+from rasteret_dask.tasks.mapping import outputs_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning"),

@@ -23,14 +23,15 @@ from test_reader import X0, Y0, assert_same, own_grid, read, write
 from test_real_data import table_of
 
 import rasteret_dask as rd
-from rasteret_dask import rasterfile, remote
 from rasteret_dask.errors import JobError, PlanError, ReadError, UnreadableTilesWarning
-from rasteret_dask.harmonize import dequantize
-from rasteret_dask.pixelgrid import Grid, Window
-from rasteret_dask.placing import Block
-from rasteret_dask.reader import Session
-from rasteret_dask.readplan import Request
-from rasteret_dask.records import Asset
+from rasteret_dask.net import remote
+from rasteret_dask.reader import rasterfile
+from rasteret_dask.reader.engine import Session
+from rasteret_dask.reader.harmonize import dequantize
+from rasteret_dask.reader.pixelgrid import Grid, Window
+from rasteret_dask.reader.placing import Block
+from rasteret_dask.reader.readplan import Request
+from rasteret_dask.table.records import Asset
 
 HEIGHT, WIDTH = 64, 96  # 4 x 3 tiles of 16 x 32
 WHOLE = (Window(0, 0, HEIGHT, WIDTH),)

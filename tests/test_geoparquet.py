@@ -14,7 +14,7 @@ import shapely
 from many_records import pages
 
 from rasteret_dask.errors import SchemaError
-from rasteret_dask.geoparquet import _hilbert, read, write, write_ordered
+from rasteret_dask.table.geoparquet import _hilbert, read, write, write_ordered
 
 BOX = pa.struct([(c, pa.float64()) for c in ("xmin", "ymin", "xmax", "ymax")])
 

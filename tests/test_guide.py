@@ -12,7 +12,7 @@ import pytest
 import shapely
 
 import rasteret_dask as rasteret
-from rasteret_dask.world import World
+from rasteret_dask.demo.world import World
 
 DATES = ("2024-04-01", "2024-06-30")
 SIZE = 64

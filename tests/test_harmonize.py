@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rasteret_dask import harmonize
-from rasteret_dask.bands import Radiometry
+from rasteret_dask.catalogs.bands import Radiometry
+from rasteret_dask.reader import harmonize
 
 SCL_CLASS_IS_CLOUD = {3: True, 8: True, 9: True, 10: True} | dict.fromkeys((0, 1, 2, 4, 5, 6, 7, 11), False)
 

@@ -15,10 +15,10 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
 from servers import Fault, RangeServer
 
-from rasteret_dask import remote
 from rasteret_dask.errors import ReadError, TrustError
-from rasteret_dask.headers import Header, HeaderReader, read_headers
-from rasteret_dask.records import LEVEL_TYPE
+from rasteret_dask.headers.reader import Header, HeaderReader, read_headers
+from rasteret_dask.net import remote
+from rasteret_dask.table.records import LEVEL_TYPE
 
 Serve = Callable[[Path], tuple[str, list[tuple[str, str | None]]]]
 

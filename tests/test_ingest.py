@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stac_api import Dict, changed, generated
 
-from rasteret_dask import ingest as module
 from rasteret_dask.errors import SourceError
-from rasteret_dask.ingest import Batch, Known, Recipe, ahead, ingest
+from rasteret_dask.ingest import pages as module
+from rasteret_dask.ingest.pages import Batch, Known, Recipe, ahead, ingest
+from rasteret_dask.ingest.sources import remote_item
+from rasteret_dask.ingest.stac import Rules, completed
 from rasteret_dask.progress import Progress
-from rasteret_dask.sources import remote_item
-from rasteret_dask.stac import Rules, completed
 
 ITEMS = generated(40)
 

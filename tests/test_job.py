@@ -10,8 +10,8 @@ import pytest
 from made_records import collection, record
 
 import rasteret_dask as rd
-from rasteret_dask.freezing import freeze
-from rasteret_dask.job import Job
+from rasteret_dask.tasks.freezing import freeze
+from rasteret_dask.tasks.job import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
 

@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from small_stores import assert_same, nodes, small, written
 
 import rasteret_dask as rd
-from rasteret_dask import outputs
+from rasteret_dask.chipping.steps import plan_chips
 from rasteret_dask.compacting import compact
-from rasteret_dask.decode import index_nbytes, index_of
-from rasteret_dask.encode import ABSENT
 from rasteret_dask.errors import PlanError, StoreError
-from rasteret_dask.jobfile import plan_json
-from rasteret_dask.optimize import optimize
-from rasteret_dask.plan import from_json, to_json
-from rasteret_dask.steps import plan_chips
+from rasteret_dask.planning.optimize import optimize
+from rasteret_dask.planning.plan import from_json, to_json
+from rasteret_dask.store import outputs
+from rasteret_dask.store.decode import index_nbytes, index_of
+from rasteret_dask.store.encode import ABSENT
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streamfrom import stream_from
+from rasteret_dask.tasks.jobfile import plan_json
 
 LIMIT = 0.97
 

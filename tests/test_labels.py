@@ -19,10 +19,10 @@ from rasterio.features import rasterize
 from rasterio.transform import from_bounds, from_origin
 
 import rasteret_dask as rd
-from rasteret_dask.jobfile import open_job, write_job
-from rasteret_dask.labels import Labels
+from rasteret_dask.chipping.labels import Labels
+from rasteret_dask.demo.world import World
 from rasteret_dask.storeset import open_chips
-from rasteret_dask.world import World
+from rasteret_dask.tasks.jobfile import open_job, write_job
 
 CROPS = ("beet", "maize", "wheat")
 SIZE = 32

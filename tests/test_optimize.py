@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from made_records import collection, project, record
 
 import rasteret_dask as rd
-from rasteret_dask import plan as p
-from rasteret_dask.chips import ChipSet
-from rasteret_dask.optimize import optimize
-from rasteret_dask.records import Records
-from rasteret_dask.resolve import evaluate
-from rasteret_dask.scan import expression, scan
-from rasteret_dask.steps import plan_chips
+from rasteret_dask.chipping.chips import ChipSet
+from rasteret_dask.chipping.steps import plan_chips
+from rasteret_dask.planning import plan as p
+from rasteret_dask.planning.optimize import optimize
+from rasteret_dask.planning.resolve import evaluate
+from rasteret_dask.planning.scan import expression, scan
+from rasteret_dask.table.records import Records
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rasteret_dask as rd
-from rasteret_dask import plan as p
+from rasteret_dask.planning import plan as p
 
 SCALARS = st.one_of(st.text(max_size=4), st.integers(-9, 9), st.floats(-1e6, 1e6), st.booleans(), st.none())
 TRIPLES = st.tuples(
@@ -114,7 +114,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import rasteret_dask as rd
 from made_records import collection, record
-from rasteret_dask.plan import digest
+from rasteret_dask.planning.plan import digest
 c = collection("s2", record("a"), record("b"))
 chips = (c.where(platform={{"x", "y", "sentinel-2a", "q", "landsat-8"}}).subset(cloud_cover_lt=20)
          .harmonize(["red"], time="1MS").chips(16, cell_km=1.28).split(seed=3).select("train"))

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
-from rasteret_dask.plot import SPLIT_COLOURS, contact_sheet, plot_chips, plot_demo
+from rasteret_dask.show.plot import SPLIT_COLOURS, contact_sheet, plot_chips, plot_demo
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import xarray as xr
 from rasterio.windows import from_bounds
 
 import rasteret_dask as rd
-from rasteret_dask.rasteretio import header_columns
+from rasteret_dask.table.rasteretio import header_columns
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import python312

@@ -23,16 +23,16 @@ from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 
 from rasteret_dask.errors import GridError, PlanError, ReadError
-from rasteret_dask.headers import read_headers
-from rasteret_dask.levels import is_aligned
-from rasteret_dask.limits import ByteBudget
-from rasteret_dask.pixelgrid import Grid, Window
-from rasteret_dask.placing import Block
-from rasteret_dask.rasterfile import gdal_path
-from rasteret_dask.reader import Session
-from rasteret_dask.readplan import Request, tiles_of
-from rasteret_dask.records import Asset, Level
-from rasteret_dask.remote import public
+from rasteret_dask.headers.reader import read_headers
+from rasteret_dask.net.limits import ByteBudget
+from rasteret_dask.net.remote import public
+from rasteret_dask.reader.engine import Session
+from rasteret_dask.reader.levels import is_aligned
+from rasteret_dask.reader.pixelgrid import Grid, Window
+from rasteret_dask.reader.placing import Block
+from rasteret_dask.reader.rasterfile import gdal_path
+from rasteret_dask.reader.readplan import Request, tiles_of
+from rasteret_dask.table.records import Asset, Level
 
 EDGE_CASES = Path(__file__).parents[1].parent / "shared" / "data" / "edge_cases"
 ODD_FILES = [*sorted(EDGE_CASES.glob("*.tif")), *sorted(EDGE_CASES.glob("*.jp2"))]
@@ -78,8 +78,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Read everything twice: by ranges, and through GDAL as if no header knew its tiles."""
     way = str(request.param)
     if way == "gdal":
-        monkeypatch.setattr("rasteret_dask.tilefile.is_fast", lambda asset, level: False)
-        monkeypatch.setattr("rasteret_dask.reader.is_fast", lambda asset, level: False)
+        monkeypatch.setattr("rasteret_dask.reader.tilefile.is_fast", lambda asset, level: False)
+        monkeypatch.setattr("rasteret_dask.reader.engine.is_fast", lambda asset, level: False)
     return way
 
 

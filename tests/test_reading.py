@@ -21,7 +21,7 @@ from rasterio.features import geometry_mask
 from servers import RangeServer
 
 import rasteret_dask as rd
-from rasteret_dask.world import World
+from rasteret_dask.demo.world import World
 
 Array = NDArray[Any]
 UTC = pa.timestamp("us", "UTC")

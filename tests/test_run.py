@@ -29,14 +29,15 @@ from test_cubes import NOON, X0, Y0, merged, scene
 from test_write import layout_of, stamps, tries
 
 import rasteret_dask as rd
-from rasteret_dask import reader, tilefile
+from rasteret_dask.demo.world import World
 from rasteret_dask.errors import JobError
-from rasteret_dask.freezing import task_bytes
 from rasteret_dask.grid import transformer
-from rasteret_dask.run import run_zarr
-from rasteret_dask.shards import lower
-from rasteret_dask.sharing import SHARED
-from rasteret_dask.world import World
+from rasteret_dask.reader import engine as reader
+from rasteret_dask.reader import tilefile
+from rasteret_dask.reader.sharing import SHARED
+from rasteret_dask.store.run import run_zarr
+from rasteret_dask.tasks.freezing import task_bytes
+from rasteret_dask.tasks.shards import lower
 
 MB = 2**20
 
@@ -241,7 +242,7 @@ CLIENT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import rasteret_dask as rd
-from rasteret_dask.run import run_zarr
+from rasteret_dask.store.run import run_zarr
 from test_write import layout_of
 dates = ("2024-04-01", "2024-06-30")
 s2 = rd.build_from_stac(sys.argv[2], name="s2", date_range=dates)

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from made_records import record, table
 
 import rasteret_dask as rd
-from rasteret_dask.plan import Predicate, Source
-from rasteret_dask.records import Records
-from rasteret_dask.scan import (
+from rasteret_dask.planning.plan import Predicate, Source
+from rasteret_dask.planning.scan import (
     filter_table,
     hash_unit,
     keep_readable,
@@ -27,6 +26,7 @@ from rasteret_dask.scan import (
     scan,
     token_of,
 )
+from rasteret_dask.table.records import Records
 
 OPERATORS = {
     "==": operator.eq,

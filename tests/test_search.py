@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stac_api import ApiFault, Dict, StacServer, changed, generated, serving_stac
 
-from rasteret_dask import search as module
 from rasteret_dask.errors import SourceError, TrustError
 from rasteret_dask.footprint import area_of
-from rasteret_dask.search import Search, boxes_of, fits, pages
+from rasteret_dask.ingest import search as module
+from rasteret_dask.ingest.search import Search, boxes_of, fits, pages
 
 Serve = Callable[[Path], tuple[str, list[tuple[str, str | None]]]]
 S2 = "sentinel-2-l2a"

@@ -20,13 +20,13 @@ from dask.core import flatten
 from dask.utils import key_split
 
 import rasteret_dask as rd
+from rasteret_dask.demo.world import World
 from rasteret_dask.errors import PlanError
-from rasteret_dask.freezing import freeze
-from rasteret_dask.job import Job
-from rasteret_dask.jobfile import JobRef, write_job
-from rasteret_dask.shards import lower, renamed
-from rasteret_dask.world import World
-from rasteret_dask.write import write_shard
+from rasteret_dask.store.write import write_shard
+from rasteret_dask.tasks.freezing import freeze
+from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.jobfile import JobRef, write_job
+from rasteret_dask.tasks.shards import lower, renamed
 
 SHARD_BYTES = 2_000_000
 TASK_BYTES = 2048
@@ -227,7 +227,7 @@ def test_functions_change_keys_and_versions_do_too(chips: rd.Chips) -> None:
 SCRIPT = """
 import json, sys
 import rasteret_dask as rd
-from rasteret_dask.freezing import freeze
+from rasteret_dask.tasks.freezing import freeze
 dates = ("2024-04-01", "2024-06-30")
 s2, l8 = (rd.build_from_stac(path, name=name, date_range=dates) for name, path in zip(("s2", "l8"), sys.argv[1:]))
 source = rd.merge(s2, l8).harmonize(bands=["red", "nir"], resolution=10, time="1MS", units="reflectance")
@@ -329,7 +329,7 @@ def test_closures_need_a_version(optical: rd.Collection) -> None:
 
 
 def test_a_written_job_opens_as_it_was(chips: rd.Chips, tmp_path: Path) -> None:
-    from rasteret_dask.jobfile import open_job
+    from rasteret_dask.tasks.jobfile import open_job
 
     job = small_job(chips.select("val"))
     write_job(job, str(tmp_path))
@@ -341,7 +341,7 @@ def test_a_written_job_opens_as_it_was(chips: rd.Chips, tmp_path: Path) -> None:
 
 def test_another_job_at_the_same_place_is_not_taken_for_it(chips: rd.Chips, tmp_path: Path) -> None:
     """Same steps, other rows: what a worker has cached of the first must not serve the second."""
-    from rasteret_dask.jobfile import open_job
+    from rasteret_dask.tasks.jobfile import open_job
 
     jobs = [small_job(chips.select(name)) for name in ("val", "test")]
     assert jobs[0].phase == jobs[1].phase

@@ -30,16 +30,16 @@ from test_reader import own_grid, read, write
 from test_real_data import table_of
 
 import rasteret_dask as rd
-from rasteret_dask import remote
+from rasteret_dask.demo.world import WorldSize, make_world
 from rasteret_dask.errors import RasteretDaskError, ReadError
-from rasteret_dask.limits import BUDGET
-from rasteret_dask.pixelgrid import Rect, Window
-from rasteret_dask.placing import Block, Out
-from rasteret_dask.reader import Session
-from rasteret_dask.readplan import Request
-from rasteret_dask.records import Asset
-from rasteret_dask.sharing import SHARED, Flight, Keep, Key, Pixels, Sharing, Wish
-from rasteret_dask.world import WorldSize, make_world
+from rasteret_dask.net import remote
+from rasteret_dask.net.limits import BUDGET
+from rasteret_dask.reader.engine import Session
+from rasteret_dask.reader.pixelgrid import Rect, Window
+from rasteret_dask.reader.placing import Block, Out
+from rasteret_dask.reader.readplan import Request
+from rasteret_dask.reader.sharing import SHARED, Flight, Keep, Key, Pixels, Sharing, Wish
+from rasteret_dask.table.records import Asset
 
 HEIGHT, WIDTH = 64, 96  # 4 x 3 tiles of 16 x 32
 PIXELS = noise(HEIGHT, WIDTH)
@@ -159,9 +159,9 @@ def said(script: str, *arguments: object) -> str:
         from test_engine import indexed
         from test_reader import own_grid
         from rasteret_dask.errors import RasteretDaskError
-        from rasteret_dask.pixelgrid import Window
-        from rasteret_dask.reader import Session
-        from rasteret_dask.readplan import Request
+        from rasteret_dask.reader.pixelgrid import Window
+        from rasteret_dask.reader.engine import Session
+        from rasteret_dask.reader.readplan import Request
         asset = indexed(sys.argv[1])[0]
         def request(asset):
             return Request(asset, own_grid(asset), (Window(0, 0, 8, 8),))
@@ -196,7 +196,7 @@ def test_a_call_that_is_interrupted_while_it_sends_for_tiles_leaves_nobody_waiti
     """As by a notebook's stop button: the cell is run again in the same process."""
     found = said(
         """
-        import rasteret_dask.reader as reader
+        import rasteret_dask.reader.engine as reader
         def interrupted(*_):
             raise KeyboardInterrupt
         bring, reader.bring = reader.bring, interrupted
@@ -216,7 +216,7 @@ def test_failures_among_slow_tiles_leave_nobody_waiting(tmp_path: Path) -> None:
     """While tiles wait to be decoded, requests are held back; those that then fail wake the others too."""
     found = said(
         """
-        import rasteret_dask.tilecodec as codec
+        import rasteret_dask.reader.tilecodec as codec
         decode = codec.decode
         def slowly(*arguments):
             time.sleep(0.02)
@@ -442,7 +442,7 @@ def test_pixels_of_a_coarser_grid_are_read_within_bounds(tmp_path: Path) -> None
 
 def test_nothing_is_kept_when_nobody_reads_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Someone looks at the first chip and goes: what was kept for the shards nearby goes too."""
-    monkeypatch.setattr("rasteret_dask.sharing.IDLE_S", 0.2)
+    monkeypatch.setattr("rasteret_dask.reader.sharing.IDLE_S", 0.2)
     SHARED.clear()  # and with it the look that an earlier reader asked for
     chips = jobs(tmp_path, months=1, side=1024, tile=512, size=16)
     assert len(list(chips.job.shards())) > 1

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from made_records import boxes, collection, ids, project, record
 
 import rasteret_dask as rd
-from rasteret_dask.plan import SplitSpec
-from rasteret_dask.splits import by_ground, choose, split_of_cells
+from rasteret_dask.chipping.splits import by_ground, choose, split_of_cells
+from rasteret_dask.planning.plan import SplitSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
 

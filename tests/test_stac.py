@@ -18,11 +18,11 @@ from rasterio.transform import Affine
 from rasterio.warp import transform_bounds
 
 from rasteret_dask.errors import BandError, SchemaError, SourceError, TrustError
-from rasteret_dask.records import RECORD_SCHEMA, Records
-from rasteret_dask.sources import read_items
-from rasteret_dask.stac import items_to_table
-from rasteret_dask.tables import table_to_records
-from rasteret_dask.trust import checked, resolve
+from rasteret_dask.ingest.sources import read_items
+from rasteret_dask.ingest.stac import items_to_table
+from rasteret_dask.ingest.tables import table_to_records
+from rasteret_dask.net.trust import checked, resolve
+from rasteret_dask.table.records import RECORD_SCHEMA, Records
 
 Serve = Callable[[Path], tuple[str, list[tuple[str, str | None]]]]
 LOCAL = ["red", "green", "blue", "nir", "SCL"]

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from small_stores import nodes, small, written
 
 import rasteret_dask as rd
-from rasteret_dask.batches import arrays_of
 from rasteret_dask.errors import PlanError, SchemaError
-from rasteret_dask.measuring import measured
-from rasteret_dask.readings import planned
-from rasteret_dask.sketch import SourceStats
-from rasteret_dask.stats import Stats, measure, merged
+from rasteret_dask.statistics.measuring import measured
+from rasteret_dask.statistics.sketch import SourceStats
+from rasteret_dask.statistics.stats import Stats, measure, merged
 from rasteret_dask.storeset import open_chips
+from rasteret_dask.streams.readings import planned
+from rasteret_dask.tasks.batches import arrays_of
 
 PERCENT = (0, 0.1, 1, 2, 25, 50, 75, 98, 99.9, 100)
 OFF = 2.0**-8

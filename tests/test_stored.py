@@ -18,12 +18,12 @@ from small_stores import assert_same, small, written
 from zarr.codecs import GzipCodec, ZstdCodec
 
 import rasteret_dask as rd
-from rasteret_dask import outputs, stored
-from rasteret_dask.encode import Compression
 from rasteret_dask.errors import PlanError, StoreError
-from rasteret_dask.readings import planned
-from rasteret_dask.storemap import open_map
+from rasteret_dask.store import outputs, stored
+from rasteret_dask.store.encode import Compression
+from rasteret_dask.store.storemap import open_map
 from rasteret_dask.storeset import StoredChips, open_chips
+from rasteret_dask.streams.readings import planned
 
 
 @pytest.fixture(scope="module")

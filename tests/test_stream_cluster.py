@@ -17,11 +17,11 @@ from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker
 from streams import Shards, assert_same, flat, ids_of, in_small_shards, train_chips, until
 
 import rasteret_dask as rd
-from rasteret_dask.batches import Arrays
-from rasteret_dask.epochs import Order
 from rasteret_dask.errors import JobError, PlanError, StoreError
-from rasteret_dask.stream import batches
 from rasteret_dask.streamfrom import save_plan, stream_from
+from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.stream import batches
+from rasteret_dask.tasks.batches import Arrays
 
 HERE = str(Path(__file__).parent)
 

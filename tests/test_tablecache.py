@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rasteret_dask.errors import PlanError, SourceError
-from rasteret_dask.tablecache import SAID, TABLE, VARIABLE, Shelf, cache_root, key_of, shelf, shelf_of
+from rasteret_dask.ingest.tablecache import SAID, TABLE, VARIABLE, Shelf, cache_root, key_of, shelf, shelf_of
 
 
 def fill(folder: Path, text: str) -> None:

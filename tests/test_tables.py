@@ -23,9 +23,9 @@ from many_records import pages
 from servers import Fault
 
 import rasteret_dask as rd
-from rasteret_dask.geoparquet import ROWS_PER_GROUP, write_ordered
-from rasteret_dask.optimize import optimize
-from rasteret_dask.scan import pushed_filter
+from rasteret_dask.planning.optimize import optimize
+from rasteret_dask.planning.scan import pushed_filter
+from rasteret_dask.table.geoparquet import ROWS_PER_GROUP, write_ordered
 
 ROWS = [
     record(f"r{i}", west=500_000.0 + 3000 * (i % 4), when=f"2024-{1 + i % 5:02d}-10T10:00:00", datatake=f"d{i}",
@@ -400,7 +400,8 @@ def test_boxes_across_the_antimeridian(box: tuple[float, ...], expected: list[st
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """A process that stages and writes three times as many records needs no more memory, but for their keys."""
     code = (
-        "import sys, resource; from many_records import pages; from rasteret_dask.geoparquet import write_ordered\n"
+        "import sys, resource; from many_records import pages\n"
+        "from rasteret_dask.table.geoparquet import write_ordered\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "write_ordered(pages(int(sys.argv[1])), sys.argv[2])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

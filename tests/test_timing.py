@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from made_records import collection, ids, record, table
 
 import rasteret_dask as rd
-from rasteret_dask.records import Records
-from rasteret_dask.timing import Acquisitions, acquisitions, half_open, intervals, narrowest, regular
+from rasteret_dask.table.records import Records
+from rasteret_dask.table.timing import Acquisitions, acquisitions, half_open, intervals, narrowest, regular
 
 ONE: dict[str, Any] = {"datatake": "GS2A_1", "tile": "MGRS-33TWM", "baseline": "05.09"}
 

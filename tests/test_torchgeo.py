@@ -23,8 +23,8 @@ from servers import RangeServer
 from test_reading import X0, Y0, collection, ground, scene
 
 import rasteret_dask as rd
-from rasteret_dask.sharing import SHARED
-from rasteret_dask.world import World
+from rasteret_dask.demo.world import World
+from rasteret_dask.reader.sharing import SHARED
 
 pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 import torch

@@ -16,13 +16,13 @@ from rasterio.enums import Resampling
 from rasterio.features import geometry_mask
 from rasterio.warp import reproject, transform_geom
 
-from rasteret_dask.bands import radiometry
-from rasteret_dask.catalog import dataset_of
+from rasteret_dask.catalogs.bands import radiometry
+from rasteret_dask.catalogs.catalog import dataset_of
+from rasteret_dask.demo.world import World, WorldSize, make_world
+from rasteret_dask.demo.world.ground import make_ground
+from rasteret_dask.demo.world.layout import Grid, make_layout
+from rasteret_dask.demo.world.spectra import Cover
 from rasteret_dask.errors import GridError, StoreError
-from rasteret_dask.world import World, WorldSize, make_world
-from rasteret_dask.world.ground import make_ground
-from rasteret_dask.world.layout import Grid, make_layout
-from rasteret_dask.world.spectra import Cover
 
 SMALL = WorldSize(granule_width_px=300, granule_height_px=360, granule_step_px=198, tile_px=128)
 SEED = 5

@@ -25,14 +25,14 @@ from affine import Affine
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 import rasteret_dask as rd
-from rasteret_dask.encode import Compression, codec_of
+from rasteret_dask.demo.world import World
 from rasteret_dask.errors import JobError, PlanError, StoreError, UnreadableTilesWarning
-from rasteret_dask.freezing import freeze
-from rasteret_dask.layout import Layout
-from rasteret_dask.run import _place, delayed_zarr, run_zarr
-from rasteret_dask.shards import lower
-from rasteret_dask.world import World
-from rasteret_dask.write import commit, prepare
+from rasteret_dask.store.encode import Compression, codec_of
+from rasteret_dask.store.layout import Layout
+from rasteret_dask.store.run import _place, delayed_zarr, run_zarr
+from rasteret_dask.store.write import commit, prepare
+from rasteret_dask.tasks.freezing import freeze
+from rasteret_dask.tasks.shards import lower
 
 SHARD_BYTES = 100_000
 

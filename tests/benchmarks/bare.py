@@ -25,7 +25,7 @@ from jobs import Job
 from numpy.typing import NDArray
 from obstore.store import HTTPStore
 
-from rasteret_dask.records import Level, Records
+from rasteret_dask.table.records import Level, Records
 
 
 @dataclass(frozen=True)

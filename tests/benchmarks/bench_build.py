@@ -30,7 +30,7 @@ from rasterio.transform import Affine
 from stac_api import generated, serving_stac
 
 from rasteret_dask.build import build
-from rasteret_dask.headers import Header, read_headers
+from rasteret_dask.headers.reader import Header, read_headers
 
 ASSETS = ("blue", "green", "red", "nir", "scl")
 BOX = (0.0, 40.0, 40.0, 60.0)
@@ -140,7 +140,7 @@ def main() -> None:
             header = read_headers([str(path)])[str(path)]
             assert isinstance(header, Header), header
             MadeReader.header = header
-            vars(sys.modules["rasteret_dask.ingest"])["HeaderReader"] = MadeReader
+            vars(sys.modules["rasteret_dask.ingest.pages"])["HeaderReader"] = MadeReader
         before, start, cpu = peak_mb(), time.monotonic(), time.process_time()
         made = build(
             "earthsearch/sentinel-2-l2a", name="s2", bbox=BOX, stac_api=url, headers=chosen.headers != "none",

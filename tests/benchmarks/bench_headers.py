@@ -15,7 +15,7 @@ from nginx import Nginx
 from rasterio.transform import Affine
 from rasterio.windows import Window
 
-from rasteret_dask.headers import WORKERS, Header, HeaderReader
+from rasteret_dask.headers.reader import WORKERS, Header, HeaderReader
 
 KINDS: dict[str, dict[str, Any]] = {
     "Sentinel-2, 10 m": {

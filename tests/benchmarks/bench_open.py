@@ -17,12 +17,12 @@ import numpy as np
 from zarr.codecs import ZstdCodec
 
 import rasteret_dask as rd
-from rasteret_dask import stored, storeread
-from rasteret_dask.encode import Compression
-from rasteret_dask.freezing import freeze
-from rasteret_dask.run import delayed_zarr
+from rasteret_dask.demo.world import WorldSize, make_world
+from rasteret_dask.store import stored, storeread
+from rasteret_dask.store.encode import Compression
+from rasteret_dask.store.run import delayed_zarr
 from rasteret_dask.storeset import StoredChips, open_chips
-from rasteret_dask.world import WorldSize, make_world
+from rasteret_dask.tasks.freezing import freeze
 
 TAKE = 32
 ROUNDS = 9

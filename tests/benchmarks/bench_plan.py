@@ -29,9 +29,9 @@ from synthetic import BANDS, sentinel2_records
 
 import rasteret_dask as rd
 from rasteret_dask.grid import transformer
-from rasteret_dask.jobfile import JobRef
-from rasteret_dask.shards import lower, renamed
-from rasteret_dask.write import write_shard
+from rasteret_dask.store.write import write_shard
+from rasteret_dask.tasks.jobfile import JobRef
+from rasteret_dask.tasks.shards import lower, renamed
 
 CORNER = 250_020.0, 5_760_000.0
 """North-west corner of the first granule, EPSG:32632."""

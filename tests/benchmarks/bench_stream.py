@@ -22,15 +22,15 @@ from unittest.mock import patch
 from distributed import Client, LocalCluster
 
 import rasteret_dask as rd
-from rasteret_dask.clustersource import OnCluster
-from rasteret_dask.demo import DemoSize, demo_chips
-from rasteret_dask.stream import Stream
-from rasteret_dask.world import make_world
+from rasteret_dask.demo.run import DemoSize, demo_chips
+from rasteret_dask.demo.world import make_world
+from rasteret_dask.streams.clustersource import OnCluster
+from rasteret_dask.streams.stream import Stream
 
 
 def forget() -> None:
     """Keep no tiles of an earlier run, in this process."""
-    from rasteret_dask.sharing import SHARED  # here: a worker has its own
+    from rasteret_dask.reader.sharing import SHARED  # here: a worker has its own
 
     SHARED.clear()
 

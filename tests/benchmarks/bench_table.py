@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 import rasteret_dask as rd
-from rasteret_dask.geoparquet import write_ordered
+from rasteret_dask.table.geoparquet import write_ordered
 
 sys.path.append(str(Path(__file__).parents[1]))
 from many_records import pages

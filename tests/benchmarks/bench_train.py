@@ -37,9 +37,9 @@ from torch.utils.data import DataLoader
 from zarr.codecs import ZstdCodec
 
 import rasteret_dask as rd
+from rasteret_dask.demo.world import WorldSize, make_world
 from rasteret_dask.storeset import StoredChips, open_chips
 from rasteret_dask.torchdata import ChipDataset, forkserver
-from rasteret_dask.world import WorldSize, make_world
 
 BATCH = 32
 EPOCHS = 4  # of the fast ways, so that what a start costs does not count

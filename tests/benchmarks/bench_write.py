@@ -35,12 +35,12 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 import rasteret_dask as rd
-from rasteret_dask import remote
-from rasteret_dask.encode import codec_of
-from rasteret_dask.job import Hierarchy
-from rasteret_dask.layout import JOB, Layout
-from rasteret_dask.world import World, WorldSize, make_world
-from rasteret_dask.write import commit, prepare, write_shard
+from rasteret_dask.demo.world import World, WorldSize, make_world
+from rasteret_dask.net import remote
+from rasteret_dask.store.encode import codec_of
+from rasteret_dask.store.layout import JOB, Layout
+from rasteret_dask.store.write import commit, prepare, write_shard
+from rasteret_dask.tasks.job import Hierarchy
 
 BANDS = ("B02", "B03", "B04", "B08")
 SIZE_PX = 256

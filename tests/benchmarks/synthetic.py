@@ -9,7 +9,7 @@ import pyarrow as pa
 import shapely
 
 from rasteret_dask.grid import transformer
-from rasteret_dask.records import RECORD_SCHEMA
+from rasteret_dask.table.records import RECORD_SCHEMA
 
 SIDE_PX = 10980
 TILE_PX = 1024

@@ -1,0 +1,1 @@
+"""Datasets by name: what a catalog says of them, and how a request to their stores is let in."""

@@ -1,0 +1,1 @@
+"""Where the chips lie, which records feed them, and which split each belongs to."""

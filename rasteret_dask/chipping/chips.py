@@ -1,0 +1,308 @@
+"""An optimized plan and its records become the planned chips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, joined, replaced, with_columns
+from rasteret_dask.chipping.coverage import Outlines
+from rasteret_dask.chipping.feeds import Feeds, source_outlines
+from rasteret_dask.chipping.frame import Frame, Phase, candidates, outline_wkb
+from rasteret_dask.chipping.labels import Labels
+from rasteret_dask.chipping.laying import Laid, lay
+from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.grid import Lattice, digits, zone_epsg
+from rasteret_dask.planning.plan import (
+    Chips,
+    ChipSpec,
+    Filter,
+    Function,
+    Join,
+    Map,
+    Node,
+    Rule,
+    SplitSpec,
+    is_filtered,
+    near_area,
+)
+from rasteret_dask.planning.resolve import ResolvedSource, evaluate, resolve_source
+from rasteret_dask.planning.scan import Table, as_table
+from rasteret_dask.table.records import Records
+from rasteret_dask.table.timing import TimeAxis
+
+__all__ = ["ChipSet", "lay_chips", "phases", "used_records", "used_rows"]
+
+
+@dataclass(frozen=True)
+class ChipSet:
+    """A planned set of chips."""
+
+    table: pa.Table
+    """CHIP_SCHEMA and the user's further columns, in the order of shards."""
+    sources: tuple[ResolvedSource, ...]
+    reference: int
+    spec: ChipSpec
+    split: SplitSpec | None
+    resolution: float
+    """Pixel size of the reference source."""
+    maps: tuple[tuple[str | None, Function], ...] = ()
+    """Functions over chips after the join, with the source each applies to."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """How many chips, windows or records were left out, by reason."""
+    outlines: tuple[Outlines, ...] = ()
+    """For each source, the covered ground of its records."""
+    screens: tuple[Rule, ...] = ()
+    """What pixels must fulfil for their chip to be kept."""
+    labels: Labels | None = None
+    """Polygons that become masks of the reference source."""
+
+    @property
+    def size_m(self) -> float:
+        """Side of a chip on the ground, metres."""
+        return self.spec.size * self.resolution
+
+
+def lay_chips(node: Chips, tables: Mapping[str, Table]) -> ChipSet:
+    """Carry out a ``chips`` step: resolve its sources, lay windows, keep those that every source covers.
+
+    Raises
+    ------
+    PlanError, GridError, BandError, UnreadableAssetsError
+        Whatever cannot be carried out, before any pixel is read.
+    """
+    near = near_area(node.spec)
+    settled = near is None or is_filtered(node.child, near)
+    child: Node = _below_join(node.child if settled or near is None else Filter(node.child, (near,)))
+    maps: list[tuple[str | None, Function]] = []
+    while isinstance(child, Map) and isinstance(child.child, Join):
+        maps.append((child.source, child.function))
+        child = child.child
+    if isinstance(child, Join):
+        sources = [
+            resolve_source(n, evaluate(c, tables)) for n, c in zip(child.names, child.children, strict=True)
+        ]
+    else:
+        members = evaluate(child, tables)
+        sources = [resolve_source(members[0].name if len(members) == 1 else "merged", members)]
+    names = [s.plan.name for s in sources]
+    if node.spec.reference is not None and node.spec.reference not in names:
+        raise PlanError("chips(reference=)", repr(node.spec.reference), f"one of {', '.join(names)}")
+    reference = names.index(node.spec.reference) if node.spec.reference else 0
+    sources = _shared_time(sources)
+    resolution = sources[reference].plan.resolution
+    _check_sizes(node.spec, sources, reference)
+    found = [source_outlines(s) for s in sources]
+    phase = phases(sources[reference], found[reference])
+    points = None if node.spec.at is None else as_table(tables[node.spec.at])
+    frame = candidates(node.spec, found[reference], resolution, phase, points)
+    laid = _fill(node.spec, sources, reference, found, frame, points, tuple(reversed(maps)))
+    if node.spec.labels is None or node.spec.rasterize is None:
+        return laid
+    polygons = as_table(tables[node.spec.labels])
+    return replace(laid, labels=Labels.of(polygons, node.spec.rasterize, reference))
+
+
+def _below_join(node: Node) -> Node:
+    """Return an equal plan whose filters of a join stand in each of its sources."""
+    match node:
+        case Filter(child, where) if isinstance(below := _below_join(child), Join):
+            return replace(below, children=tuple(Filter(c, where) for c in below.children))
+        case Filter(child, where) if isinstance(below := _below_join(child), Map):
+            return replace(below, child=_below_join(Filter(below.child, where)))
+        case Map(child):
+            return replace(node, child=_below_join(child))
+    return node
+
+
+def _shared_time(sources: list[ResolvedSource]) -> list[ResolvedSource]:
+    """Give sources of intervals their own slots where another source has a time axis."""
+    axes = [s.axis for s in sources if s.axis is not None]
+    if not axes:
+        return sources
+    start, end = min(a.span[0] for a in axes), max(a.span[1] for a in axes)
+    result = []
+    for source in sources:
+        if source.axis is None:
+            if not bool(source.passes.is_interval.all()):
+                raise PlanError(
+                    f"source {source.plan.name!r}", "records of instants and no time=",
+                    "a time axis of its own, since another joined source has one",
+                    "Add harmonize(time=...) to it.",
+                )  # fmt: skip
+            pairs = sorted(set(zip(source.passes.start.tolist(), source.passes.end.tolist(), strict=True)))
+            stamps = np.array(pairs, dtype=np.int64).reshape(-1, 2).astype("datetime64[ns]")
+            keep = (stamps[:, 0] < end) & (stamps[:, 1] > start)
+            if not keep.any():
+                raise PlanError(f"source {source.plan.name!r}", f"intervals {stamps.min()} to {stamps.max()}",
+                                f"one that overlaps {start} to {end}")  # fmt: skip
+            axis = TimeAxis(stamps[keep, 0], stamps[keep, 1], (start, end))
+            slots = tuple(int(t) for t in axis.start.astype(np.int64))
+            source = replace(source, axis=axis, plan=replace(source.plan, slots=slots))
+        result.append(source)
+    return result
+
+
+def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) -> None:
+    resolution = sources[reference].plan.resolution
+    length = spec.size * resolution
+    if spec.grid == "zone" and spec.at is None:
+        Lattice(1, spec.cell_km * 1000.0, length, spec.stride * resolution)
+    others = [s.plan.resolution for s in sources]
+    for source in sources:
+        pixels = length / source.plan.resolution
+        if abs(pixels - round(pixels)) < 1e-6 and round(pixels) > 0:
+            continue
+        fits = [n for n in range(8, 4 * spec.size + 64, 8) if _fits(n * resolution, others)]
+        below = [n for n in fits if n < spec.size][-1:]
+        above = [n for n in fits if n > spec.size][:1]
+        cell = spec.cell_km * 1000.0
+        fills = [n for n in fits if abs(cell / (n * resolution) - round(cell / (n * resolution))) < 1e-9]
+        best = [n for n in fills if n < spec.size][-1:] + [n for n in fills if n > spec.size][:1]
+        raise GridError(
+            f"chips(size={spec.size}) with source {source.plan.name!r}",
+            f"{length:g} m = {pixels:.4g} pixels of {source.plan.resolution:g} m",
+            "a whole number of every source's pixels",
+            f"Nearest sizes that fit: {', '.join(map(str, below + above)) or 'none'}"
+            + (f"; filling a split cell: {', '.join(map(str, best))}." if best else "."),
+        )
+
+
+def _fits(length: float, resolutions: list[float]) -> bool:
+    return all(abs(length / r - round(length / r)) < 1e-6 for r in resolutions)
+
+
+def phases(source: ResolvedSource, found: Outlines) -> Phase:
+    """Return a pixel corner in each CRS: the first member's that has records there, that of most of them."""
+    resolution = source.plan.resolution
+    outline = found.of_record
+    counted: dict[int, dict[tuple[float, float], int]] = {}
+    settled: dict[int, int] = {}
+    for row in range(len(outline)):
+        number = int(outline[row])
+        epsg, member = int(found.epsg[number]), int(source.member[row])
+        if settled.setdefault(epsg, member) != member:
+            continue
+        corner = tuple(
+            np.round(np.mod(found.transform[number][[2, 5]], resolution), digits(resolution)) % resolution
+        )
+        votes = counted.setdefault(epsg, {})
+        votes[corner] = votes.get(corner, 0) + 1
+    return {e: max(sorted(v), key=lambda c, v=v: v[c]) for e, v in counted.items()}  # type: ignore[misc]
+
+
+def _fill(
+    spec: ChipSpec,
+    sources: list[ResolvedSource],
+    reference: int,
+    found: list[Outlines],
+    frame: Frame,
+    points: pa.Table | None,
+    maps: tuple[tuple[str | None, Function], ...],
+) -> ChipSet:
+    """Find what feeds each candidate window and keep the windows that every source covers."""
+    dropped = {f"record replaced by a newer baseline ({s.plan.name})": s.passes.replaced for s in sources}
+    dropped |= {f"record with an unreadable asset ({s.plan.name})": s.unreadable for s in sources}
+    dropped = {k: v for k, v in dropped.items() if v}
+    laid = lay(spec, sources, reference, found, frame)
+    dropped |= {why: count for why, count in laid.lost.items() if count}
+    if not len(laid.window):
+        reasons = "; ".join(f"{count:,}: {why}" for why, count in dropped.items())
+        raise PlanError(
+            "chips", f"no chip of {len(frame):,} candidate windows ({reasons or 'no record is there'})",
+            "at least one chip", "Lower min_coverage, change the area, or check that the sources overlap in time.",
+        )  # fmt: skip
+    table = _table(sources, sources[reference].passes.platform, frame, laid)
+    if points is not None:
+        table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
+    resolution = sources[reference].plan.resolution
+    return ChipSet(table, tuple(sources), reference, spec, None, resolution, maps, dropped, tuple(found))
+
+
+def _table(sources: list[ResolvedSource], platforms: tuple[str, ...], frame: Frame, laid: Laid) -> pa.Table:
+    frame = frame.take(laid.window)
+    n = len(frame)
+    names = _acquisition_names(laid, platforms)
+    columns = {
+        "chip_id": joined(frame.prefix, names),
+        "epsg": pa.array(frame.epsg.astype(np.int32)),
+        "row": pa.array(frame.row),
+        "col": pa.array(frame.col),
+        "cell": pa.nulls(n, pa.string())
+        if frame.cell is None
+        else joined(frame.epsg - zone_epsg(0), frame.cell[:, 0], frame.cell[:, 1], by="/"),
+        **{name: pa.array(frame.bounds[:, i]) for i, name in enumerate(("xmin", "ymin", "xmax", "ymax"))},
+        "datetime": pa.array(laid.start.astype("datetime64[us]")).cast(pa.timestamp("us", tz="UTC")),
+        "acquisition": names,
+        "slots": pa.array(laid.slots.astype(np.int32)),
+        "coverage": pa.array(laid.share.astype(np.float32)),
+        "split": pa.nulls(n, pa.string()),
+        "geometry": outline_wkb(frame),
+        "feeds": _feed_column(sources, laid.feeds, n),
+    }
+    return pa.table(columns, schema=CHIP_SCHEMA)
+
+
+def _acquisition_names(laid: Laid, platforms: tuple[str, ...]) -> pa.StringArray:
+    """Return platform and start of each chip's acquisition; a second one of that name in a window gets a number."""
+    if (laid.acquisition < 0).all():
+        return pa.nulls(len(laid.window), pa.string())
+    called, platform = np.unique([p or "unknown" for p in platforms], return_inverse=True)
+    seconds, second = np.unique(laid.start.astype("datetime64[s]"), return_inverse=True)
+    pair, name = np.unique(platform[laid.acquisition] * len(seconds) + second, return_inverse=True)
+    stamps = pd.DatetimeIndex(seconds[pair % len(seconds)])
+    texts = [f"{called[p]}-{t:%Y%m%dT%H%M%S}" for p, t in zip(pair // len(seconds), stamps, strict=True)]
+    order = np.lexsort((name, laid.window))  # stable: chips of one window and name stay in their order
+    again = np.append(False, (np.diff(laid.window[order]) == 0) & (np.diff(name[order]) == 0))
+    names = pa.array(texts).take(pa.array(name))
+    if not again.any():
+        return names
+    place = np.arange(len(order))
+    count = np.empty_like(place)
+    count[order] = place - np.maximum.accumulate(np.where(again, 0, place)) + 1
+    return joined(names, pa.array(count, mask=count == 1), by="-")
+
+
+def _feed_column(sources: list[ResolvedSource], feeds: tuple[Feeds, ...], chips: int) -> pa.ListArray:
+    source = np.repeat(np.arange(len(feeds), dtype=np.int8), [len(f.window) for f in feeds])
+    window, slot, place, row, share = (
+        np.concatenate([getattr(f, n) for f in feeds]) for n in ("window", "slot", "order", "record", "share")
+    )
+    if len(feeds) > 1:
+        order = np.argsort(window, kind="stable")  # within a chip: by source, slot, order, nearness
+        source, window, slot, place, row, share = (
+            v[order] for v in (source, window, slot, place, row, share)
+        )
+    offsets = np.append(0, np.cumsum(np.bincount(window, minlength=chips)))
+    names = tuple(s.plan.name for s in sources)
+    ids = tuple(tuple(s.records.ids) for s in sources)
+    return FeedTable(offsets, source, slot, place, row, share, names, ids).to_arrow()
+
+
+def used_rows(chips: ChipSet) -> list[tuple[ResolvedSource, NDArray[np.int64]]]:
+    """Return each source with the rows of its records that feed a chip."""
+    feeds = FeedTable.of(chips.table)
+    return [(s, feeds.rows_of(n)) for n, s in enumerate(chips.sources)]
+
+
+def used_records(chips: ChipSet) -> tuple[list[Records], list[NDArray[np.int64]], pa.Table]:
+    """Return each source's records that feed a chip, their members, and the chip table with rows counted in those."""
+    feeds = FeedTable.of(chips.table)
+    used = [feeds.rows_of(n) for n in range(len(chips.sources))]
+    if all(len(u) == len(s.records) for u, s in zip(used, chips.sources, strict=True)):
+        return [s.records for s in chips.sources], [s.member for s in chips.sources], chips.table
+    row = np.empty_like(feeds.row)
+    for number, rows in enumerate(used):
+        place = np.zeros(len(chips.sources[number].records), dtype=row.dtype)
+        place[rows] = np.arange(len(rows))
+        own = feeds.source == number
+        row[own] = place[feeds.row[own]]
+    kept = [s.records.take(u) for s, u in zip(chips.sources, used, strict=True)]
+    members = [s.member[u] for s, u in zip(chips.sources, used, strict=True)]
+    column = replace(feeds, row=row, ids=tuple(tuple(r.ids) for r in kept)).to_arrow()
+    return kept, members, replaced(chips.table, "feeds", column)

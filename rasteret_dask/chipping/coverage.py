@@ -1,0 +1,225 @@
+"""How much of each window of the ground each record covers, compared in the raster's own CRS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pyproj
+import shapely
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import GridError
+from rasteret_dask.grid import bounds_in, northern, transformer
+from rasteret_dask.table.records import Records
+
+__all__ = ["Cover", "Outlines", "Windows", "cover", "outlines", "union_cover"]
+
+FULL = 1.0 - 1e-9
+"""A window covered to this share counts as covered whole (rounding of areas)."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Candidate chips: rectangles of one CRS."""
+
+    epsg: int
+    bounds: NDArray[np.float64]
+    """Shape (window, 4): xmin, ymin, xmax, ymax."""
+
+    def in_crs(self, epsg: int, at: NDArray[np.int64]) -> NDArray[Any]:
+        """Return some windows as polygons of another CRS; edges stay straight between projected corners."""
+        box = self.bounds[at]
+        if epsg == self.epsg:
+            return np.asarray(shapely.box(box[:, 0], box[:, 1], box[:, 2], box[:, 3]))
+        x = box[:, [0, 2, 2, 0]]
+        y = box[:, [3, 3, 1, 1]]
+        px, py = transformer(self.epsg, epsg).transform(x.ravel(), y.ravel())
+        corners = np.stack([np.reshape(px, x.shape), np.reshape(py, x.shape)], -1)
+        return np.asarray(shapely.polygons(corners))
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """The covered ground of records; records with equal footprint and raster share one outline."""
+
+    of_record: NDArray[np.int64]
+    """Shape (record,). Number of each record's outline."""
+    epsg: NDArray[np.int64]
+    """Shape (outline,). CRS the shape is in: the raster's own; UTM south (327zz) translated to 326zz."""
+    shape: NDArray[Any]
+    """Shape (outline,). Footprint cut with the raster's rectangle, one pixel larger."""
+    raster: NDArray[np.float64]
+    """Shape (outline, 4). The raster's own rectangle in that CRS: xmin, ymin, xmax, ymax."""
+    centre: NDArray[np.float64]
+    """Shape (outline, 2). Centre (x, y) of the raster's rectangle in that CRS."""
+    tile_px: NDArray[np.int64]
+    """Shape (outline, 2). Width and height of the raster's internal tiles, pixels."""
+    transform: NDArray[np.float64]
+    """Shape (outline, 6). a, b, c, d, e, f of the raster in that CRS."""
+
+    @cached_property
+    def bounds(self) -> NDArray[np.float64]:
+        """Shape (outline, 4): xmin, ymin, xmax, ymax of the shape; NaN where it is empty."""
+        return np.asarray(shapely.bounds(self.shape), dtype=np.float64).reshape(-1, 4)
+
+    @cached_property
+    def degrees(self) -> NDArray[np.float64]:
+        """Shape (outline, 4): west, south, east, north of the shape; all longitudes where it crosses 180 degrees."""
+        result = np.full(self.bounds.shape, np.nan)
+        for number in np.flatnonzero(~np.isnan(self.bounds[:, 0])):
+            result[number] = bounds_in(self.bounds[number], int(self.epsg[number]), 4326)
+        across = result[:, 2] < result[:, 0]
+        result[across, 0], result[across, 2] = -180.0, 180.0
+        return result
+
+
+@dataclass(frozen=True)
+class Cover:
+    """Which outline covers which window, and how much of it."""
+
+    window: NDArray[np.int64]
+    outline: NDArray[np.int64]
+    share: NDArray[np.float64]
+    """Covered share of the window's area, above 0 to 1. The three arrays have one entry per pair."""
+
+
+def outlines(records: Records, band_of_record: NDArray[Any]) -> Outlines:
+    """Make the outline of every record from its footprint and the cached header of one of its bands.
+
+    Parameters
+    ----------
+    records
+        The records.
+    band_of_record
+        Shape (record,). Name of the band whose raster counts, for each record.
+    """
+    n = len(records)
+    transform = np.empty((n, 6))
+    size = np.empty((n, 2), dtype=np.int64)
+    tile = np.empty((n, 2), dtype=np.int64)
+    for band in np.unique(band_of_record):
+        at = np.flatnonzero(band_of_record == band)
+        rows = records if len(at) == n else records.take(at)
+        transform[at] = np.stack(rows.level_field(str(band), "transform").to_numpy())
+        for column, (into, names) in enumerate((("width", size), ("height", size))):
+            names[at, column] = rows.level_field(str(band), into).to_numpy()
+        for column, name in enumerate(("tile_width", "tile_height")):
+            tile[at, column] = rows.level_field(str(band), name).to_numpy()
+    if np.any(transform[:, [1, 3]] != 0):
+        bad = int(np.flatnonzero(np.any(transform[:, [1, 3]] != 0, axis=1))[0])
+        raise GridError(
+            f"record {records.ids[bad]!r}", "a rotated raster", "rows and columns along the CRS axes"
+        )
+    wkb = records.table.column("geometry").to_numpy(zero_copy_only=False)
+    keys: dict[tuple[Any, ...], int] = {}
+    of_record = np.empty(n, dtype=np.int64)
+    first: list[int] = []
+    for row in range(n):
+        raster = transform[row].tobytes() + size[row].tobytes() + tile[row].tobytes()
+        key = (wkb[row], int(records.epsg[row]), raster)
+        if key not in keys:
+            keys[key] = len(first)
+            first.append(row)
+        of_record[row] = keys[key]
+    made = [_outline(wkb[i], int(records.epsg[i]), transform[i], size[i]) for i in first]
+    shapes = np.array([m[1] for m in made], dtype=object)
+    moved = transform[first].copy()
+    moved[:, 5] += [northern(int(records.epsg[i]))[1] for i in first]
+    raster = np.array([m[2] for m in made]).reshape(-1, 4)
+    centre = (raster[:, :2] + raster[:, 2:]) / 2
+    epsg = np.array([m[0] for m in made], dtype=np.int64)
+    return Outlines(of_record, epsg, shapes, raster, centre, tile[first], moved)
+
+
+def _outline(
+    wkb: bytes | None, epsg: int, transform: NDArray[np.float64], size: NDArray[np.int64]
+) -> tuple[int, Any, tuple[float, float, float, float]]:
+    a, _, c, _, e, f = transform
+    x = sorted((c, c + a * size[0]))
+    y = sorted((f, f + e * size[1]))
+    north, shift = northern(epsg)
+    pixel = max(abs(a), abs(e))
+    ground = shapely.box(x[0], y[0], x[1], y[1])
+    if wkb:
+        footprint = shapely.make_valid(_projected(shapely.from_wkb(wkb), epsg))
+        ground = shapely.intersection(ground, footprint)
+    ground = shapely.buffer(ground, pixel, join_style="mitre", cap_style="square")
+    if shift:
+        ground = shapely.transform(ground, lambda p: p + np.array([0.0, shift]))
+    return north, ground, (x[0], y[0] + shift, x[1], y[1] + shift)
+
+
+def _projected(shape: Any, epsg: int) -> Any:
+    return shapely.transform(shape, partial(_moved, transformer(4326, epsg)))
+
+
+def cover(windows: Windows, found: Outlines, pairs: dict[int, NDArray[np.int64]]) -> Cover:
+    """Measure the covered share of candidate pairs.
+
+    Parameters
+    ----------
+    windows
+        The windows.
+    found
+        The outlines.
+    pairs
+        For each outline, the numbers of the windows it may touch.
+    """
+    outline = np.repeat(np.array([*pairs], dtype=np.int64), [len(at) for at in pairs.values()])
+    window = np.concatenate([*pairs.values(), np.zeros(0, dtype=np.int64)])
+    share = np.zeros(len(outline))
+    for epsg in np.unique(found.epsg[outline]):
+        here = np.flatnonzero(found.epsg[outline] == epsg)
+        some, place = np.unique(window[here], return_inverse=True)
+        shape, box = found.shape[outline[here]], windows.in_crs(int(epsg), some)[place]
+        shapely.prepare(found.shape[np.unique(outline[here])])
+        whole = shapely.covers(shape, box)
+        share[here[whole]] = 1.0
+        partly = np.flatnonzero(~whole)
+        cut = shapely.intersection(shape[partly], box[partly])
+        covered = np.minimum(shapely.area(cut) / shapely.area(box[partly]), 1.0)
+        covered *= _shares_pixels(shapely.bounds(box[partly]), found.raster[outline[here[partly]]])
+        share[here[partly]] = covered
+    keep = share > 1e-12
+    return Cover(window[keep], outline[keep], share[keep])
+
+
+def _shares_pixels(boxes: NDArray[np.float64], raster: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Tell which boxes overlap their rasters; within the pixel of tolerance around it there is nothing to read."""
+    shared = np.minimum(boxes[:, 2:], raster[:, 2:]) - np.maximum(boxes[:, :2], raster[:, :2])
+    return np.asarray((shared > 1e-6).all(axis=1))
+
+
+def union_cover(
+    windows: Windows, found: Outlines, window: NDArray[np.int64], numbers: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the share of windows that several outlines cover together.
+
+    Parameters
+    ----------
+    windows, found
+        The windows and the outlines.
+    window
+        Shape (n,). Numbers of windows.
+    numbers
+        Shape (n, outlines). The outlines that count for each; areas are measured in the CRS of the first.
+    """
+    result = np.zeros(len(window))
+    crs = found.epsg[numbers]
+    for epsg in np.unique(crs[:, 0]):
+        here = np.flatnonzero(crs[:, 0] == epsg)
+        shapes = found.shape[numbers[here]]
+        for other in np.unique(numbers[here][crs[here] != epsg]):
+            move = partial(_moved, transformer(int(found.epsg[other]), int(epsg)))
+            shapes[numbers[here] == other] = shapely.transform(found.shape[other], move)
+        box = windows.in_crs(int(epsg), window[here])
+        parts = shapely.union_all(shapely.intersection(shapes, box[:, None]), axis=1)
+        result[here] = np.minimum(shapely.area(parts) / shapely.area(box), 1.0)
+    return result
+
+
+def _moved(to: pyproj.Transformer, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.stack(to.transform(points[:, 0], points[:, 1]), -1)

@@ -1,0 +1,404 @@
+"""The candidate windows of a plan: lattice cells, the cells of a source's tiles or a GeoBox, or windows at points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import shapely
+from numpy.typing import NDArray
+
+from rasteret_dask.chipping.chiptable import joined
+from rasteret_dask.chipping.coverage import Outlines
+from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.grid import Bounds, Lattice, bounds_in, northern, snap, transformer, utm_zone, zone_epsg
+from rasteret_dask.planning.plan import KM_PER_DEGREE, ChipSpec
+
+__all__ = ["Frame", "candidates", "outline_wkb"]
+
+SHARED_WITH_AREA = 1e-3
+"""A cell belongs to an area of interest when more than this share of it lies inside."""
+
+BLOCK_PX = 1536
+"""Side of the squares of ground that windows are ordered by, in pixels of the reference source."""
+
+STRIP = 4
+"""Blocks from the north to the south edge of a strip."""
+
+ZONE_REACH = 6.5
+"""Degrees from a zone's central meridian to its farthest cell: 6 in Svalbard, and half a wide cell's length."""
+
+Phase: TypeAlias = dict[int, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Candidate windows, neighbours near each other; all arrays have one entry per window."""
+
+    epsg: NDArray[np.int64]
+    bounds: NDArray[np.float64]
+    """Shape (window, 4): xmin, ymin, xmax, ymax, on pixel edges of the reference source."""
+    row: NDArray[np.int64]
+    col: NDArray[np.int64]
+    cell: NDArray[np.int64] | None
+    """Shape (window, 2). Split cell (row, col) the window was laid out in; None for windows laid out freely."""
+    index: NDArray[np.int64] | None
+    """Row of the table given to ``at=``; None otherwise."""
+    prefix: pa.StringArray
+    """What each id begins with."""
+
+    def __len__(self) -> int:
+        return len(self.epsg)
+
+    def take(self, at: NDArray[Any]) -> Frame:
+        """Return some windows."""
+        at = np.flatnonzero(at) if at.dtype == bool else at
+        return Frame(
+            self.epsg[at],
+            self.bounds[at],
+            self.row[at],
+            self.col[at],
+            None if self.cell is None else self.cell[at],
+            None if self.index is None else self.index[at],
+            self.prefix.take(pa.array(at)),
+        )
+
+
+def candidates(
+    spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase, points: pa.Table | None
+) -> Frame:
+    """Lay out the windows that the reference source may cover.
+
+    Parameters
+    ----------
+    spec
+        Size, stride, grid, area.
+    reference
+        Outlines of the reference source's records.
+    resolution
+        Its pixel size, metres.
+    phase
+        For each EPSG code, a pixel corner (x, y) of the reference source's grid.
+    points
+        The table of ``at=``, or None.
+
+    Notes
+    -----
+    Windows come in an order of space that depends on nothing but themselves: CRS by CRS, in strips from north to
+    south, :data:`STRIP` blocks high; in a strip column by column of blocks; in a block row by row. A block's
+    neighbours are then the one before it and those one column back, so that a shard's tiles are used again soon
+    or not at all. Blocks of ``grid="tiles"`` are whole tiles.
+    """
+    if points is not None:
+        return _in_space(_at_points(spec, points, resolution, phase), resolution)
+    if spec.grid == "zone":
+        return _in_space(_zones(spec, reference, resolution, phase), resolution)
+    if spec.grid == "tiles":
+        return _tiles(spec, reference, resolution)
+    return _in_space(_geobox(spec, resolution), resolution)
+
+
+def blocks(frame: Frame, spec: ChipSpec, reference: Outlines, resolution: float) -> NDArray[np.int64]:
+    """Return the number of each window's block, in their order; with ``grid="tiles"`` each tile is a block."""
+    if spec.grid == "tiles" and spec.at is None:
+        per_tile = max(int(reference.tile_px.max()) // spec.size, 1)
+        place = np.stack([frame.epsg, frame.row // per_tile, frame.col // per_tile], -1)
+    else:
+        place = np.stack([frame.epsg, *_block(frame, resolution)], -1)
+    return np.cumsum(np.diff(place, axis=0, prepend=place[:1]).any(axis=1))
+
+
+def _block(frame: Frame, resolution: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    side = BLOCK_PX * resolution
+    col = np.floor(frame.bounds[:, [0, 2]].mean(1) / side)
+    row = np.floor(-frame.bounds[:, [1, 3]].mean(1) / side)
+    return row, col
+
+
+def _in_space(frame: Frame, resolution: float) -> Frame:
+    row, col = _block(frame, resolution)
+    return frame.take(np.lexsort((frame.col, frame.row, row, col, row // STRIP, frame.epsg)))
+
+
+def _label(spec: ChipSpec, resolution: float) -> str:
+    stride = "" if spec.stride == spec.size else f"s{spec.stride}"
+    return f"{spec.cell_km:g}km_{spec.size}px{stride}_{resolution:g}m"
+
+
+def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase) -> Frame:
+    per_zone: dict[int, list[NDArray[np.int64]]] = {}
+    area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
+    limit = None if area is None else _around(shapely.bounds(area), 4 * spec.cell_km / KM_PER_DEGREE)
+    for shape, own in zip(reference.shape, reference.epsg.tolist(), strict=True):
+        if shapely.is_empty(shape):
+            continue
+        ground: Bounds | None = _unwrapped(bounds_in(shapely.bounds(shape), own, 4326))
+        if limit is not None and ground is not None:
+            ground = _shared_degrees(ground, limit)
+        if ground is None:
+            continue
+        for zone in _zones_of(ground):
+            box = _zone_box(ground, zone)
+            if own == zone_epsg(zone) and box is not None:
+                box = _overlap(shapely.bounds(shape), box)
+            if box is not None:
+                cells = _lattice(zone, spec, resolution).split_cells(box)
+                per_zone.setdefault(zone, []).append(cells)
+    frames = []
+    for zone in sorted(per_zone):
+        lattice = _lattice(zone, spec, resolution)
+        split_cells = np.unique(np.concatenate(per_zone[zone]), axis=0)
+        cells = lattice.chip_cells(split_cells)
+        frames.append(_lay_out(zone, lattice, cells, spec, resolution, phase))
+    return _within(_concat(frames), area)
+
+
+def _lattice(zone: int, spec: ChipSpec, resolution: float) -> Lattice:
+    return Lattice(zone, spec.cell_km * 1000.0, spec.size * resolution, spec.stride * resolution)
+
+
+def _lay_out(
+    zone: int, lattice: Lattice, cells: NDArray[np.int64], spec: ChipSpec, resolution: float, phase: Phase
+) -> Frame:
+    bounds = lattice.bounds(cells)
+    epsg = zone_epsg(zone)
+    lon, lat = transformer(epsg, 4326).transform(bounds[:, [0, 2]].mean(1), bounds[:, [1, 3]].mean(1))
+    mine = utm_zone(lon, lat) == zone
+    cells, bounds = cells[mine], bounds[mine]
+    bounds = snap(bounds, phase.get(epsg, (0.0, 0.0)), resolution)
+    head = f"{zone:02d}_{_label(spec, resolution)}"
+    return Frame(
+        np.full(len(cells), epsg),
+        bounds,
+        cells[:, 0],
+        cells[:, 1],
+        lattice.split_cell_of(cells),
+        None,
+        joined(head, cells[:, 0], cells[:, 1]),
+    )
+
+
+def _unwrapped(lonlat: Bounds) -> Bounds:
+    """Return degrees whose east is not west of the west: beyond 180 where the antimeridian lies between."""
+    west, south, east, north = lonlat
+    return (west, south, east + 360.0, north) if east < west else lonlat
+
+
+def _around(lonlat: Bounds, degrees: float) -> Bounds:
+    west, south, east, north = lonlat
+    return west - degrees, south - degrees, east + degrees, north + degrees
+
+
+def _shared_degrees(a: Bounds, b: Bounds) -> Bounds | None:
+    """Return what two boxes share, in the degrees of the first, whichever turn of the globe they are in."""
+    turns = (_overlap(a, (b[0] + turn, b[1], b[2] + turn, b[3])) for turn in (0.0, -360.0, 360.0))
+    return next((box for box in turns if box is not None), None)
+
+
+def _zones_of(ground: Bounds) -> list[int]:
+    """Return the zones of a box in degrees; a zone is at least 3 degrees wide."""
+    west, south, east, north = ground
+    lon = np.linspace(west, east, int(east - west) + 9)
+    lat = np.linspace(south, north, int(north - south) + 9)
+    return [int(z) for z in np.unique(utm_zone(*np.meshgrid(lon, lat)))]
+
+
+def _zone_box(ground: Bounds, zone: int) -> Bounds | None:
+    """Return a box in degrees as bounds of a zone's CRS, as far as cells of the zone may lie there."""
+    middle = 6.0 * zone - 183.0
+    near = _shared_degrees((middle - ZONE_REACH, -81.0, middle + ZONE_REACH, 85.0), ground)
+    return None if near is None else bounds_in(near, 4326, zone_epsg(zone))
+
+
+def _overlap(a: Bounds, b: Bounds) -> Bounds | None:
+    box = (max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return box if box[0] < box[2] and box[1] < box[3] else None
+
+
+def _within(frame: Frame, area: Any) -> Frame:
+    if area is None or not len(frame):
+        return frame
+    corners = _lonlat_corners(frame)
+    west, south, east, north = shapely.bounds(area)
+    low, high = corners.min(1), corners.max(1)
+    near = (low[:, 0] <= east) & (high[:, 0] >= west) & (low[:, 1] <= north) & (high[:, 1] >= south)
+    frame, shapes = frame.take(near), shapely.polygons(corners[near])
+    shapely.prepare(area)
+    inside = shapely.contains_properly(area, shapes)
+    edge = np.flatnonzero(~inside & shapely.intersects(area, shapes))
+    share = shapely.area(shapely.intersection(area, shapes[edge])) / shapely.area(shapes[edge])
+    inside[edge[share > SHARED_WITH_AREA]] = True
+    return frame.take(inside)
+
+
+def outline_wkb(frame: Frame) -> pa.BinaryArray:
+    """Return each window as a lon/lat polygon in WKB, written as it lies in memory: a million shapes are slow."""
+    corners = _lonlat_corners(frame)
+    layout = [("order", "u1"), ("kind", "<u4"), ("rings", "<u4"), ("points", "<u4"), ("xy", "<f8", (5, 2))]
+    polygons = np.empty(len(frame), dtype=layout)
+    polygons["order"], polygons["kind"], polygons["rings"], polygons["points"] = 1, 3, 1, 5
+    polygons["xy"][:, :4], polygons["xy"][:, 4] = corners, corners[:, 0]
+    offsets = np.arange(len(frame) + 1, dtype=np.int32) * np.int32(polygons.itemsize)
+    return pa.BinaryArray.from_buffers(
+        pa.binary(), len(frame), [None, pa.py_buffer(offsets), pa.py_buffer(polygons)]
+    )
+
+
+def _lonlat_corners(frame: Frame) -> NDArray[np.float64]:
+    """Shape (window, 4, 2). Corners from the north-west, clockwise, in degrees."""
+    result = np.empty((len(frame), 4, 2))
+    for epsg in np.unique(frame.epsg):
+        at = np.flatnonzero(frame.epsg == epsg)
+        box = frame.bounds[at]
+        x, y = box[:, [0, 2, 2, 0]], box[:, [3, 3, 1, 1]]
+        lon, lat = transformer(int(epsg), 4326).transform(x.ravel(), y.ravel())
+        result[at, :, 0], result[at, :, 1] = np.reshape(lon, x.shape), np.reshape(lat, x.shape)
+    return result
+
+
+def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
+    """Lay chips along the reference source's own internal tiles, one CRS at a time, whole tiles together."""
+    frames = []
+    for epsg in np.unique(reference.epsg):
+        own = np.flatnonzero(reference.epsg == epsg)
+        x0, y0, side = _tile_lattice(int(epsg), reference, own, spec, resolution)
+        step = spec.stride * resolution
+        per_tile = round(side / step)
+        tiles = _tiles_touched(shapely.bounds(reference.shape[own]), x0, y0, side)
+        blocks = tiles // max(BLOCK_PX // round(side / resolution), 1)
+        row, col = blocks.T
+        tiles = tiles[np.lexsort((tiles[:, 1], tiles[:, 0], row, col, row // STRIP))]
+        inner = np.stack(np.meshgrid(*[np.arange(per_tile)] * 2, indexing="ij"), -1).reshape(1, -1, 2)
+        cells = (tiles[:, None] * per_tile + inner).reshape(-1, 2)
+        west, north = x0 + cells[:, 1] * step, y0 - cells[:, 0] * step
+        length = float(spec.size * resolution)
+        bounds = _boxes(west, north, length)
+        head = f"{int(epsg)}_tiles{x0:.12g}_{y0:.12g}_{spec.size}px_{resolution:g}m"
+        prefix = joined(head, cells[:, 0], cells[:, 1])
+        frames.append(Frame(np.full(len(cells), epsg), bounds, cells[:, 0], cells[:, 1], None, None, prefix))
+    area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
+    return _within(_concat(frames), area)
+
+
+def _tiles_touched(bounds: NDArray[np.float64], x0: float, y0: float, side: float) -> NDArray[np.int64]:
+    """Return the tiles (row, col), counted from (x0, y0), that any of some bounds touches; shape (tile, 2)."""
+    found = []
+    for xmin, ymin, xmax, ymax in np.unique(bounds[~np.isnan(bounds).any(axis=1)], axis=0):
+        rows = np.arange(np.floor((y0 - ymax) / side), np.ceil((y0 - ymin) / side), dtype=np.int64)
+        cols = np.arange(np.floor((xmin - x0) / side), np.ceil((xmax - x0) / side), dtype=np.int64)
+        found.append(np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2))
+    return np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), dtype=np.int64)
+
+
+def _tile_lattice(
+    epsg: int, reference: Outlines, own: NDArray[np.int64], spec: ChipSpec, resolution: float
+) -> tuple[float, float, float]:
+    pixels = {int(v) for v in np.unique(reference.tile_px[own])}
+    if len(pixels) != 1:
+        raise GridError(
+            "chips(grid='tiles')", f"tiles of {sorted(pixels)} px in EPSG:{epsg}", "square tiles of one size"
+        )
+    tile = pixels.pop()
+    if tile % spec.size or spec.stride != spec.size:
+        raise GridError(
+            "chips(grid='tiles')", f"size {spec.size}, stride {spec.stride}, tiles of {tile} px",
+            "a size that divides the tile, and no stride",
+        )  # fmt: skip
+    native = np.abs(reference.transform[own][:, 0])
+    if not np.allclose(native, resolution, rtol=1e-9):
+        raise GridError("chips(grid='tiles')", f"pixels of {native.min():g} to {native.max():g} m",
+                        f"the source's own {resolution:g} m pixels")  # fmt: skip
+    side = tile * resolution
+    x0 = np.mod(reference.transform[own][:, 2], side)
+    y0 = np.mod(reference.transform[own][:, 5], side)
+    if np.ptp(x0) > 1e-6 or np.ptp(y0) > 1e-6:
+        raise GridError(
+            "chips(grid='tiles')", f"{len(np.unique(np.round(np.stack([x0, y0]), 6), axis=1).T)} tile lattices "
+            f"in EPSG:{epsg}", "records of one CRS that share one tile lattice", "Use grid='zone'.",
+        )  # fmt: skip
+    return float(x0[0]), float(y0[0]), float(side)
+
+
+def _geobox(spec: ChipSpec, resolution: float) -> Frame:
+    epsg, x0, y0, pixel, width, height = (float(v) for v in spec.grid.split(","))
+    if abs(pixel - resolution) > 1e-9 * pixel:
+        raise GridError(
+            "chips(grid=GeoBox)", f"pixels of {pixel:g}", f"the reference source's {resolution:g}",
+            "Harmonize to the GeoBox's resolution, or give a GeoBox of the source's.",
+        )  # fmt: skip
+    code, shift = northern(int(epsg))
+    rows = np.arange((int(height) - spec.size) // spec.stride + 1)
+    cols = np.arange((int(width) - spec.size) // spec.stride + 1)
+    cells = np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2).astype(np.int64)
+    west = x0 + cells[:, 1] * spec.stride * pixel
+    north = y0 + shift - cells[:, 0] * spec.stride * pixel
+    length = spec.size * pixel
+    bounds = _boxes(west, north, length)
+    stride = "" if spec.stride == spec.size else f"s{spec.stride}"
+    head = f"{code}_box{x0:.12g}_{y0 + shift:.12g}_{spec.size}px{stride}_{pixel:g}m"
+    prefix = joined(head, cells[:, 0], cells[:, 1])
+    frame = Frame(np.full(len(cells), code), bounds, cells[:, 0], cells[:, 1], None, None, prefix)
+    area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
+    return _within(frame, area)
+
+
+def _at_points(spec: ChipSpec, points: pa.Table, resolution: float, phase: Phase) -> Frame:
+    shapes = shapely.from_wkb(points.column("geometry").to_numpy(zero_copy_only=False))
+    if np.any(shapely.is_missing(shapes) | shapely.is_empty(shapes)):
+        bad = int(np.flatnonzero(shapely.is_missing(shapes) | shapely.is_empty(shapes))[0])
+        raise PlanError(f"chips(at=), row {bad}", "no geometry", "a point or polygon in every row")
+    inside = shapely.point_on_surface(shapes)
+    lon, lat = shapely.get_x(inside), shapely.get_y(inside)
+    if np.any(np.abs(lon) > 360) or np.any(np.abs(lat) > 90):
+        raise PlanError("chips(at=)", "coordinates beyond degrees", "geometries in lon/lat (EPSG:4326)")
+    zones = utm_zone(lon, lat)
+    length = spec.size * resolution
+    bounds = np.empty((len(points), 4))
+    for zone in np.unique(zones):
+        at = np.flatnonzero(zones == zone)
+        epsg = zone_epsg(int(zone))
+        x, y = transformer(4326, epsg).transform(lon[at], lat[at])
+        px, py = phase.get(epsg, (0.0, 0.0))
+        west = px + np.round((np.asarray(x) - length / 2 - px) / resolution) * resolution
+        north = py + np.round((np.asarray(y) + length / 2 - py) / resolution) * resolution
+        bounds[at] = _boxes(west, north, length)
+    index = (
+        points.column("__index__").to_pylist() if "__index__" in points.column_names else range(len(points))
+    )
+    prefix = pa.array(
+        (
+            f"{zone:02d}_{spec.size}px_{resolution:g}m_{box[0]:.3f}_{box[3]:.3f}_{name}"
+            for zone, box, name in zip(zones.tolist(), bounds.tolist(), index, strict=True)
+        ),
+        pa.string(),
+    )
+    whole = np.round(bounds / resolution).astype(np.int64)
+    frame = Frame(
+        np.asarray(zones + 32600), bounds, -whole[:, 3], whole[:, 0], None,
+        np.arange(len(points), dtype=np.int64), prefix,
+    )  # fmt: skip
+    return _within(frame, None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi)))
+
+
+def _boxes(west: NDArray[Any], north: NDArray[Any], length: float) -> NDArray[np.float64]:
+    box = np.stack([west, north - length, west + length, north], -1)
+    return np.asarray(np.round(box.astype(np.float64), 9), dtype=np.float64)
+
+
+def _concat(frames: list[Frame]) -> Frame:
+    frames = [f for f in frames if len(f)]
+    if not frames:
+        nothing = np.zeros(0, dtype=np.int64)
+        return Frame(nothing, np.zeros((0, 4)), nothing, nothing, None, None, joined("", nothing))
+    cells = [f.cell for f in frames if f.cell is not None]
+    return Frame(
+        np.concatenate([f.epsg for f in frames]),
+        np.concatenate([f.bounds for f in frames]),
+        np.concatenate([f.row for f in frames]),
+        np.concatenate([f.col for f in frames]),
+        np.concatenate(cells) if len(cells) == len(frames) else None,
+        None,
+        pa.concat_arrays([f.prefix for f in frames]),
+    )

@@ -1,0 +1,74 @@
+"""A keep step on planned chips: which sources a rule speaks of, and what it needs of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from rasteret_dask.chipping.chips import ChipSet
+from rasteret_dask.errors import PlanError
+from rasteret_dask.planning.plan import Rule
+from rasteret_dask.planning.resolve import Member, ResolvedSource, all_readable, quality_band
+from rasteret_dask.table.records import Records
+
+__all__ = ["with_rule"]
+
+_DECIDED_BY_PIXELS = ("clearest", "mean", "median")
+
+
+def with_rule(chips: ChipSet, rule: Rule) -> ChipSet:
+    """Add a rule that the pixels of chips must fulfil.
+
+    Raises
+    ------
+    PlanError
+        When it names no source, or ``max_cloud`` speaks of one without a quality band, or whose slots are picked or
+        composed by pixels.
+    UnreadableAssetsError
+        When the header of a quality band is not known.
+    """
+    names = [s.plan.name for s in chips.sources]
+    known = f"one of {', '.join(names)}"
+    if rule.source is not None and rule.source not in names:
+        raise PlanError("keep(source=)", repr(rule.source), known)
+    if rule.function is not None and rule.source is None and len(names) > 1:
+        raise PlanError("keep(source=)", "a function for several joined sources", known)
+    sources = chips.sources
+    if rule.max_cloud is not None:
+        sources = tuple(
+            _with_quality(s, rule.source is not None) if rule.source in (None, s.plan.name) else s
+            for s in sources
+        )
+        if not any(m.quality for s in sources if rule.source in (None, s.plan.name) for m in s.plan.members):
+            raise PlanError(
+                "keep(max_cloud=)", f"no quality band in {', '.join(names)}", "a band SCL or qa_pixel",
+                "Build the collection with its quality band, or filter records by eo:cloud_cover.",
+            )  # fmt: skip
+    return replace(chips, sources=sources, screens=(*chips.screens, rule))
+
+
+def _with_quality(source: ResolvedSource, named: bool) -> ResolvedSource:
+    """Return a source whose members know their quality band; unchanged where one has none and it is not named."""
+    plan = source.plan
+    members, tables = [], []
+    for number, member in enumerate(plan.members):
+        records = Records(source.records.table.take(pa.array(np.flatnonzero(source.member == number))))
+        quality, kind = quality_band(records)
+        if quality is None and named:
+            raise PlanError(
+                f"keep(max_cloud=) of source {plan.name!r}", f"no quality band in {member.name!r}",
+                "a band SCL or qa_pixel", "Build the collection with its quality band.",
+            )  # fmt: skip
+        if quality is None:
+            return source
+        members.append(replace(member, quality=quality, quality_kind=kind))
+        tables.append(records)
+    if plan.slots is not None and plan.pick in _DECIDED_BY_PIXELS:
+        raise PlanError(
+            f"keep(max_cloud=) of source {plan.name!r}", f"pick={plan.pick!r}, which looks at pixels",
+            "a pick that the plan decides", "Mask them instead: harmonize(mask='clouds') and keep(min_valid=).",
+        )  # fmt: skip
+    all_readable(tables, tuple(Member(m.name, (), m.quality, m.quality_kind) for m in members))
+    return replace(source, plan=replace(plan, members=tuple(members)))

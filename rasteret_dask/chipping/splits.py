@@ -1,0 +1,300 @@
+"""The same ground always lands in the same split; what touches two splits belongs to none."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Sequence
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import shapely
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.grid import Lattice, transformer, utm_zone, zone_epsg
+from rasteret_dask.planning.plan import SplitSpec
+from rasteret_dask.planning.scan import hash_unit
+
+__all__ = ["by_geometry", "by_ground", "choose", "split_numbers", "split_of_cells", "too_near"]
+
+FEW_CELLS = 20
+"""Below this many split cells the achieved ratios are a matter of luck."""
+
+NOWHERE = shapely.Polygon()
+"""Stands for what a zone's CRS cannot say: ground on the far side of the globe, near to nothing."""
+
+SHARED_M2 = 1e-3
+"""Windows and cells that share less ground than this only touch."""
+
+
+def choose(unit: NDArray[np.float64], spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the number of the split that each value of [0, 1) falls in, by cumulative ratios."""
+    edges = np.cumsum([float(share) for _, share in spec.ratios])
+    edges[-1] = np.inf
+    return np.asarray(np.searchsorted(edges, unit, side="right"), dtype=np.int64)
+
+
+def split_of_cells(zone: int, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the split number of split cells (row, col) of a zone: a hash of (seed, zone, row, col)."""
+    _, first, back = np.unique(cells[:, 0] * 2**32 + cells[:, 1], return_index=True, return_inverse=True)
+    unit = hash_unit([f"{zone}|{row}|{col}" for row, col in cells[first].tolist()], "ground", spec.seed)
+    return choose(unit, spec)[back]
+
+
+def split_numbers(column: pa.ChunkedArray, spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the number of each split's name, -1 for null and any other text; shape (chip,)."""
+    place = pc.index_in(column, value_set=pa.array(spec.names, pa.string()))
+    return np.asarray(pc.fill_null(place, -1).to_numpy(), dtype=np.int64)
+
+
+def by_ground(
+    epsg: NDArray[np.int64],
+    bounds: NDArray[np.float64],
+    cell_m: float,
+    spec: SplitSpec,
+    inside: NDArray[np.int64] | None,
+) -> NDArray[np.int64]:
+    """Return the split number of chips, -1 for those whose ground lies in two splits.
+
+    Parameters
+    ----------
+    epsg
+        Shape (chip,). CRS of each chip's bounds.
+    bounds
+        Shape (chip, 4): xmin, ymin, xmax, ymax.
+    cell_m
+        Side of a split cell, metres.
+    spec
+        The ratios, the seed and what to do at a boundary.
+    inside
+        Shape (chip, 2). The split cell each chip was laid out in, or None for windows that were laid out freely
+        (their split is that of every split cell they touch). Chips of the neighbouring zone may stick out of their
+        cells by a pixel: give bounds that are so much wider.
+    """
+    result = np.full(len(bounds), -1, dtype=np.int64)
+    for code in np.unique(epsg):
+        at = np.flatnonzero(epsg == code)
+        zone = _zone_of(int(code))
+        if inside is not None and zone is not None:
+            result[at] = split_of_cells(zone, inside[at], spec)
+            if spec.boundary == "drop":
+                result[at] = _across_zones(zone, bounds[at], result[at], cell_m, spec)
+            continue
+        result[at] = _freely(int(code), bounds[at], cell_m, spec)
+    return result
+
+
+def _zone_of(epsg: int) -> int | None:
+    return epsg - 32600 if 32601 <= epsg <= 32660 else None
+
+
+def _across_zones(
+    zone: int, bounds: NDArray[np.float64], own: NDArray[np.int64], cell_m: float, spec: SplitSpec
+) -> NDArray[np.int64]:
+    """Drop chips that reach into the neighbouring zone, onto a split cell of another split."""
+    result = own.copy()
+    epsg = zone_epsg(zone)
+    zones = _zones_at(epsg, bounds)
+    for chip in np.flatnonzero((zones != zone).any(axis=1)):
+        for other in set(zones[chip].tolist()) - {zone}:
+            if _splits_touched(epsg, bounds[chip], other, cell_m, spec) != {own[chip]}:
+                result[chip] = -1
+    return result
+
+
+def _freely(epsg: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec) -> NDArray[np.int64]:
+    if spec.boundary == "centre":
+        return _split_at_centre(epsg, bounds, cell_m, spec)
+    zone, zones = _zone_of(epsg), _zones_at(epsg, bounds)
+    plain = (zones == zone).all(axis=1) & (bounds[:, 2:] - bounds[:, :2] <= cell_m).all(axis=1)
+    result = np.full(len(bounds), -1, dtype=np.int64)
+    if zone is not None:
+        result[plain] = _small_in_zone(zone, bounds[plain], cell_m, spec)
+    for chip in np.flatnonzero(~plain):
+        splits = [_splits_touched(epsg, bounds[chip], z, cell_m, spec) for z in set(zones[chip].tolist())]
+        touched = set[int]().union(*splits)
+        result[chip] = touched.pop() if len(touched) == 1 else -1
+    return result
+
+
+def _small_in_zone(
+    zone: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec
+) -> NDArray[np.int64]:
+    """Return the split of windows of one zone that are no larger than a cell, -1 where two to four cells differ."""
+    start = np.stack([-bounds[:, 3], bounds[:, 0]], -1)  # southwards, eastwards
+    stop = np.stack([-bounds[:, 1], bounds[:, 2]], -1)
+    first = np.floor(start / cell_m).astype(np.int64)
+    edge = (first + 1) * cell_m
+    shared = np.stack(
+        [np.minimum(stop, edge) - start, np.maximum(stop - edge, 0.0)]
+    )  # in this cell, in the next
+    low, high = np.full(len(bounds), len(spec.names)), np.full(len(bounds), -1)
+    for down, right in product((0, 1), repeat=2):
+        touched = shared[down, :, 0] * shared[right, :, 1] > SHARED_M2
+        split = split_of_cells(zone, first[touched] + (down, right), spec)
+        low[touched] = np.minimum(low[touched], split)
+        high[touched] = np.maximum(high[touched], split)
+    return np.where(low == high, low, -1)
+
+
+def _split_at_centre(
+    epsg: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec
+) -> NDArray[np.int64]:
+    lon, lat = transformer(epsg, 4326).transform(bounds[:, [0, 2]].mean(1), bounds[:, [1, 3]].mean(1))
+    zones = utm_zone(lon, lat)
+    result = np.full(len(bounds), -1, dtype=np.int64)
+    for zone in np.unique(zones):
+        at = np.flatnonzero(zones == zone)
+        x, y = transformer(4326, zone_epsg(int(zone))).transform(lon[at], lat[at])
+        cells = np.stack([np.floor(-np.asarray(y) / cell_m), np.floor(np.asarray(x) / cell_m)], -1)
+        result[at] = split_of_cells(int(zone), cells.astype(np.int64), spec)
+    return result
+
+
+def _zones_at(epsg: int, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Shape (chip, 5). The zones that the corners and the centre of each chip lie in.
+
+    A meridian that cuts a convex window always leaves one of its corners on the far side.
+    """
+    x = np.concatenate([bounds[:, [0, 2, 0, 2]], bounds[:, [0, 2]].mean(1, keepdims=True)], 1)
+    y = np.concatenate([bounds[:, [1, 1, 3, 3]], bounds[:, [1, 3]].mean(1, keepdims=True)], 1)
+    lon, lat = transformer(epsg, 4326).transform(x.ravel(), y.ravel())
+    return utm_zone(lon, lat).reshape(x.shape)
+
+
+def _splits_touched(
+    epsg: int, bounds: NDArray[np.float64], zone: int, cell_m: float, spec: SplitSpec
+) -> set[int]:
+    """Return the splits of all cells of a zone's lattice that share ground with one window."""
+    box = shapely.box(*bounds)
+    if zone_epsg(zone) != epsg:
+        dense = shapely.segmentize(box, float(bounds[2] - bounds[0]) / 8)
+        move = transformer(epsg, zone_epsg(zone)).transform
+        box = shapely.transform(dense, lambda p: np.stack(move(p[:, 0], p[:, 1]), -1))
+    lattice = Lattice(zone, cell_m, cell_m, cell_m)
+    xmin, ymin, xmax, ymax = shapely.bounds(box)
+    cells = lattice.split_cells((xmin, ymin, xmax, ymax))
+    shared = shapely.area(shapely.intersection(box, shapely.box(*lattice.split_bounds(cells).T)))
+    return set(split_of_cells(zone, cells[shared > SHARED_M2], spec).tolist())
+
+
+def by_geometry(geometries: Sequence[bytes], spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the split number of records by md5(WKB) / 2**128 against the cumulative ratios.
+
+    The seed is not used. Footprints of different sensors over the same ground get different splits, so this leaks
+    between sensors and dates; it exists because published guides split so.
+    """
+    unit = np.array([int.from_bytes(hashlib.md5(g or b"").digest(), "big") / 2**128 for g in geometries])
+    return choose(unit, spec)
+
+
+def too_near(
+    epsg: NDArray[np.int64],
+    bounds: NDArray[np.float64],
+    split: NDArray[np.int64],
+    spec: SplitSpec,
+    wkb: pa.ChunkedArray,
+) -> NDArray[np.bool_]:
+    """Tell which val and test chips lie closer to a train chip than ``buffer_m``; shape (chip,).
+
+    Parameters
+    ----------
+    epsg, bounds
+        CRS and xmin, ymin, xmax, ymax of each chip.
+    split
+        Split numbers, -1 for none; number 0 is train.
+    spec
+        Gives ``buffer_m``.
+    wkb
+        Shape (chip,). Each chip's polygon in lon/lat, to compare chips of different zones.
+    """
+    near = np.zeros(len(bounds), dtype=bool)
+    if spec.buffer_m <= 0:
+        return near
+    for code in np.unique(epsg):
+        here = shapely.box(*bounds[epsg == code].T)
+        train = np.flatnonzero(split == 0)
+        shapes = _into(int(code), train, epsg, bounds, wkb)
+        tree = shapely.STRtree(shapes)
+        others = np.flatnonzero((epsg == code) & (split > 0))
+        position = np.searchsorted(np.flatnonzero(epsg == code), others)
+        hits = tree.query(here[position], predicate="dwithin", distance=spec.buffer_m * (1 - 1e-12))
+        touched = np.unique(hits[0])
+        distance = shapely.distance(here[position[hits[0]]], shapes[hits[1]])
+        closer = np.unique(hits[0][distance < spec.buffer_m])
+        near[others[np.intersect1d(touched, closer)]] = True
+    return near
+
+
+def _into(
+    code: int,
+    at: NDArray[np.int64],
+    epsg: NDArray[np.int64],
+    bounds: NDArray[np.float64],
+    wkb: pa.ChunkedArray,
+) -> NDArray[Any]:
+    shapes = np.asarray(shapely.box(*bounds[at].T), dtype=object)
+    foreign = np.flatnonzero(epsg[at] != code)
+    if len(foreign):
+
+        def move(p: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.stack(transformer(4326, code).transform(p[:, 0], p[:, 1]), -1)
+
+        lonlat = shapely.from_wkb(wkb.take(pa.array(at[foreign])).to_numpy(zero_copy_only=False))
+        moved = shapely.transform(lonlat, move)
+        shapes[foreign] = np.where(np.isfinite(shapely.bounds(moved)).all(axis=1), moved, NOWHERE)
+    return shapes
+
+
+def warn_if_few(cells: int, spec: SplitSpec, lattice: Lattice) -> None:
+    """Warn when there are so few split cells that the ratios are a matter of luck; propose a smaller cell."""
+    if cells >= FEW_CELLS:
+        return
+    shares = [share for _, share in spec.ratios if share > 0]
+    # Inclusion and exclusion over the sets of splits that no cell falls in.
+    empty = sum(
+        (-1) ** (n + 1) * (1.0 - sum(missed)) ** cells
+        for n in range(1, len(shares) + 1)
+        for missed in combinations(shares, n)
+    )
+    smaller = [
+        k
+        for k in (7.68, 5.12, 3.84, 2.56, 1.92, 1.28, 0.96, 0.64)
+        if lattice.chip_m / 1000 <= k < lattice.cell_m / 1000
+    ]
+    whole = [k for k in smaller if abs(k * 1000 / lattice.chip_m - round(k * 1000 / lattice.chip_m)) < 1e-9]
+    smaller = whole or smaller  # without a strip that no chip reaches
+    wanted = lattice.cell_m / 1000 * math.sqrt(max(cells, 1) / FEW_CELLS)
+    proposed = next((k for k in smaller if k <= wanted), smaller[-1] if smaller else None)
+    advice = (
+        f"chips(cell_km={proposed:g}) gives more of them"
+        if proposed
+        else "use smaller chips or a larger area"
+    )
+    warnings.warn(
+        f"only {cells} split cells of {lattice.cell_m / 1000:g} km: the chance that some split stays empty is "
+        f"{min(max(empty, 0.0), 1.0):.0%}, and ratios will be rough; {advice}.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def column_splits(values: Sequence[Any], spec: SplitSpec, column: str) -> NDArray[np.int64]:
+    """Return split numbers from a column whose values are the splits' names; null or other values give -1.
+
+    Raises
+    ------
+    PlanError
+        When no value is the name of a split.
+    """
+    number = {name: i for i, name in enumerate(spec.names)}
+    result = np.array([number.get(str(v), -1) if v is not None else -1 for v in values], dtype=np.int64)
+    if len(result) and not np.any(result >= 0):
+        found = ", ".join(sorted({str(v) for v in values})[:10])
+        raise PlanError(f"split(by={column!r})", f"values {found}", f"among {', '.join(spec.names)}")
+    return result

@@ -1,0 +1,223 @@
+"""Steps on planned chips: split, filter, select, sample, a user's table, a user's function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from rasteret_dask.chipping.chips import ChipSet, lay_chips
+from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
+from rasteret_dask.chipping.rulesteps import with_rule
+from rasteret_dask.chipping.splits import by_geometry, by_ground, column_splits, too_near, warn_if_few
+from rasteret_dask.errors import PlanError, SchemaError
+from rasteret_dask.grid import Lattice
+from rasteret_dask.planning.optimize import named_bands, optimize
+from rasteret_dask.planning.plan import (
+    Chips,
+    Join,
+    Keep,
+    Map,
+    Node,
+    Sample,
+    Screen,
+    Select,
+    Split,
+    SplitSpec,
+    WithTable,
+    children,
+)
+from rasteret_dask.planning.scan import Table, as_table, filter_table, sample_rows
+
+__all__ = ["apply_step", "plan_chips"]
+
+_GIVEN = ("epsg", "row", "col", "cell", "xmin", "ymin", "xmax", "ymax", "datetime", "acquisition", "split")
+"""Columns that the plan decides: a user's table may not say otherwise."""
+
+FEW_LABELS = 20
+"""Losses are reported per value of a user's column that has at most this many."""
+
+
+def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = True) -> ChipSet:
+    """Turn a plan that has a ``chips`` step into its chip table.
+
+    Parameters
+    ----------
+    plan
+        The plan.
+    tables
+        The tables that its tokens name.
+    optimized
+        False carries the plan out as it is written (but for the bands each source needs, which decide what is
+        ``readable``); the result is the same.
+
+    Raises
+    ------
+    PlanError, GridError, BandError, UnreadableAssetsError
+        Whatever cannot be carried out, before any pixel is read.
+    """
+    node = optimize(plan) if optimized else named_bands(plan)
+    steps: list[Node] = []
+    while not isinstance(node, Chips):
+        if isinstance(node, Join) or not children(node):
+            raise PlanError("plan", "no chips step", "chips(size) before this", "Call .chips(size) first.")
+        steps.append(node)
+        node = children(node)[0]
+    result = lay_chips(node, tables)
+    for step in reversed(steps):
+        result = apply_step(result, step, tables)
+    return result
+
+
+def apply_step(chips: ChipSet, step: Node, tables: Mapping[str, Table]) -> ChipSet:
+    """Carry out the last step of a plan on the chips that the steps before it made."""
+    match step:
+        case Split(_, spec):
+            return _split(chips, spec)
+        case Keep(_, where):
+            for column, *_rest in where:
+                if column not in chips.table.column_names:
+                    known = ", ".join(chips.table.column_names)
+                    raise PlanError(f"filter on chip column {column!r}", "no such column", f"one of {known}")
+            return _kept(chips, filter_table(chips.table, where, "chips"), "filter")
+        case Select(_, splits):
+            return _select(chips, splits)
+        case Sample(_, n, seed, by):
+            rows = sample_rows(chips.table, "chip_id", n, seed, by)
+            return _kept(chips, chips.table.take(pa.array(rows)), "sample")
+        case WithTable(_, token):
+            return _with_table(chips, as_table(tables[token]))
+        case Map(_, function, source):
+            names = [s.plan.name for s in chips.sources]
+            if (source is None and len(names) > 1) or (source is not None and source not in names):
+                raise PlanError("map(source=)", repr(source), f"one of {', '.join(names)}")
+            if chips.screens:
+                raise PlanError(
+                    "map", "a keep before it", "maps before keeps", "Chips are kept as they leave."
+                )
+            return replace(chips, maps=(*chips.maps, (source, function)))
+        case Screen(_, rule):
+            return with_rule(chips, rule)
+    raise PlanError("plan", f"a {type(step).__name__} step after chips", "a step on chips")
+
+
+def _kept(chips: ChipSet, table: pa.Table, step: str) -> ChipSet:
+    if not table.num_rows:
+        raise PlanError(step, f"no chip left of {chips.table.num_rows}", "at least one", "Loosen the step.")
+    return replace(chips, table=table)
+
+
+def _select(chips: ChipSet, splits: tuple[str, ...]) -> ChipSet:
+    known = chips.split.names if chips.split else ()
+    unknown = [s for s in splits if s not in known]
+    if unknown or not known:
+        found = f"split {', '.join(map(repr, unknown or splits))}"
+        raise PlanError("select", found, f"one of {', '.join(known)}" if known else "a split step before it")
+    table = chips.table.filter(pc.is_in(chips.table.column("split"), value_set=pa.array(list(splits))))
+    return _kept(chips, table, f"select({', '.join(splits)})")
+
+
+def _split(chips: ChipSet, spec: SplitSpec) -> ChipSet:
+    table = chips.table
+    epsg = table.column("epsg").to_numpy().astype(np.int64)
+    bounds = bounds_of(table)
+    cell_m = chips.spec.cell_km * 1000.0
+    dropped = dict(chips.dropped)
+    if spec.by == "ground":
+        inside = _cells(table)
+        # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
+        wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
+        number = by_ground(epsg, bounds + wider, cell_m, spec, inside)
+        if inside is not None:
+            warn_if_few(
+                pc.count_distinct(table.column("cell")).as_py(),
+                spec,
+                Lattice(1, cell_m, chips.size_m, chips.size_m),
+            )
+        reason = "chip on the ground of two splits"
+    elif spec.by == "geometry":
+        number = _by_geometry(chips, spec)
+        reason = "chip fed by records of two splits"
+    else:
+        if spec.by not in table.column_names:
+            raise PlanError(
+                "split(by=)", repr(spec.by), f"'ground', 'geometry' or one of {', '.join(table.column_names)}"
+            )
+        number = column_splits(table.column(spec.by).to_pylist(), spec, spec.by)
+        reason = f"column {spec.by} names no split"
+    if np.any(number < 0):
+        dropped[reason] = int(np.sum(number < 0))
+        dropped |= _lost_by_label(table.filter(pa.array(number < 0)), reason)
+    near = too_near(epsg, bounds, number, spec, table.column("geometry"))
+    if near.any():
+        dropped[f"val or test chip nearer than {spec.buffer_m:g} m to train"] = int(near.sum())
+        number = np.where(near, -1, number)
+    names = pa.array(spec.names, pa.string()).take(pa.array(number, mask=number < 0))
+    table = replaced(table, "split", names)
+    return replace(chips, table=table, split=spec, dropped=dropped)
+
+
+def _lost_by_label(lost: pa.Table, reason: str) -> dict[str, int]:
+    """Count lost chips per value of the user's own columns."""
+    result = {}
+    for name in lost.column_names:
+        if name not in CHIP_SCHEMA.names and len(counts := pc.value_counts(lost.column(name))) <= FEW_LABELS:
+            for entry in counts.to_pylist():
+                result[f"{reason}, {name} = {entry['values']}"] = int(entry["counts"])
+    return result
+
+
+def _cells(table: pa.Table) -> NDArray[np.int64] | None:
+    if table.column("cell").null_count:
+        return None
+    cells = table.column("cell").combine_chunks().dictionary_encode()  # a cell has many chips
+    distinct = [[int(n) for n in name.split("/")[1:]] for name in cells.dictionary.to_pylist()]
+    return np.asarray(np.array(distinct, dtype=np.int64).reshape(-1, 2)[cells.indices.to_numpy()])
+
+
+def _by_geometry(chips: ChipSet, spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the split of the records that feed each chip, -1 where they differ."""
+    feeds = FeedTable.of(chips.table)
+    label = np.empty(len(feeds.row), dtype=np.int64)
+    for number, resolved in enumerate(chips.sources):
+        own = feeds.source == number
+        wkb = resolved.records.table.column("geometry").to_pylist()
+        label[own] = by_geometry(wkb, spec)[feeds.row[own]]
+    low = np.minimum.reduceat(label, feeds.offsets[:-1])
+    high = np.maximum.reduceat(label, feeds.offsets[:-1])
+    return np.where(low == high, low, -1)
+
+
+def _with_table(chips: ChipSet, more: pa.Table) -> ChipSet:
+    if "chip_id" not in more.column_names:
+        raise SchemaError("with_table", f"columns {', '.join(more.column_names)}", "a column chip_id")
+    wanted = more.column("chip_id").to_pylist()
+    place = {c: i for i, c in enumerate(wanted)}
+    if len(place) != len(wanted):
+        raise SchemaError("with_table", "a chip_id that stands twice", "each chip_id once")
+    known = chips.table.column("chip_id").to_pylist()
+    unknown = set(place) - set(known)
+    if unknown:
+        raise SchemaError(
+            "with_table", f"{len(unknown)} chip_ids this plan does not have ({sorted(unknown)[:3]})",
+            "chips of the same plan", "Use the plan the table was saved from.",
+        )  # fmt: skip
+    rows = np.array([i for i, c in enumerate(known) if c in place], dtype=np.int64)
+    at = pa.array([place[known[i]] for i in rows], pa.int64())
+    own, theirs = chips.table.take(pa.array(rows)), more.take(at)
+    changed = [
+        n
+        for n in _GIVEN
+        if n in theirs.column_names and own.column(n).to_pylist() != theirs.column(n).to_pylist()
+    ]
+    if changed:
+        raise SchemaError(
+            "with_table", f"other values in column {', '.join(changed)} than the plan's",
+            "the plan's own values", "Put yours in a column of another name, such as split(by='my_split').",
+        )  # fmt: skip
+    table = with_columns(own, theirs)
+    return _kept(chips, table, "with_table")

@@ -1,0 +1,1 @@
+"""Records as lazy xarray cubes, built by stackstac."""

@@ -1,0 +1,1 @@
+"""Pixels of the places that one names: geometries, points, lattice cells."""

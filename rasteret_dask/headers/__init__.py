@@ -1,0 +1,1 @@
+"""What the header of a GeoTIFF says, read once and kept in its record."""

@@ -1,0 +1,119 @@
+"""The header of a file that is no plain tiled TIFF, as GDAL tells it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from threading import Lock
+from typing import Any
+
+import rasterio
+from rasterio.enums import MaskFlags
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.session import DummySession
+
+from rasteret_dask.catalogs.access import for_gdal
+from rasteret_dask.errors import ReadError
+from rasteret_dask.headers.page import Header, Page, RefusedError, checked, reading_order
+from rasteret_dask.net.remote import is_local, redact
+
+__all__ = ["from_gdal"]
+
+
+class _Quiet:
+    """No warning of missing georeference, which a header's reason tells; filters are the process's, so it counts."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            self._inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
+
+
+def from_gdal(href: str, driver: str, because: str) -> Header | str:
+    """Read what GDAL knows of a file that the TIFF path does not serve; tile tables stay empty."""
+    try:
+        path, access = for_gdal(href)
+    except ReadError as error:
+        return f"{because}; {error.found}"
+    options: dict[str, Any] = {
+        **access,
+        # sidecar files (.aux.xml) count beside local files; far away each would be a request
+        "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE" if is_local(href) else "EMPTY_DIR",
+        "GDAL_HTTP_CONNECTTIMEOUT": "10",
+        "GDAL_HTTP_TIMEOUT": "60",
+        "GDAL_HTTP_MAX_RETRY": "2",
+    }
+    try:
+        with _QUIET, rasterio.Env(DummySession(), **options), rasterio.open(path, driver=driver) as source:
+            return _gdal_header(path, source, because)
+    except (RasterioError, RasterioIOError, CRSError, OSError, ValueError) as error:
+        return f"{because}; GDAL: {redact(str(error))[:200]}"
+    except RefusedError as error:
+        return f"refused: {error}"
+
+
+def _gdal_header(path: str, source: Any, because: str) -> Header | str:
+    epsg = source.crs.to_epsg() if source.crs else None
+    if epsg is None:
+        return f"no EPSG code ({'another CRS' if source.crs else 'no CRS'}); {because}"
+    if source.gcps[0] or source.transform.is_identity:
+        return f"no geotransform{' but ground control points' if source.gcps[0] else ''}; {because}"
+    masks = MaskFlags.per_dataset in source.mask_flag_enums[0]
+    pages = [_gdal_page(source, source, "image")]
+    for n in range(len(source.overviews(1))):
+        with rasterio.open(path, driver=source.driver, overview_level=n) as overview:
+            pages.append(_gdal_page(source, overview, "overview"))
+    if masks:
+        pages.append(replace(pages[0], kind="mask", dtype="uint8", samples=1))
+    return Header(
+        pages=tuple(sorted(pages, key=reading_order)),
+        epsg=int(epsg),
+        nodata=None if source.nodata is None else float(source.nodata),
+        dtype=source.dtypes[0],
+        samples=source.count,
+        size=None,
+        etag=None,
+        scales=tuple(source.scales) if any(s != 1 for s in source.scales) else (),
+        offsets=tuple(source.offsets) if any(o != 0 for o in source.offsets) else (),
+    )
+
+
+def _gdal_page(source: Any, level: Any, kind: str) -> Page:
+    tile_height, tile_width = level.block_shapes[0]
+    a, b, c, d, e, f = tuple(source.transform)[:6]
+    sx, sy = source.width / level.width, source.height / level.height
+    return checked(
+        Page(
+            kind=kind,
+            driver=source.driver,
+            width=level.width,
+            height=level.height,
+            tile_width=tile_width,
+            tile_height=tile_height,
+            dtype=source.dtypes[0],
+            byteorder="<",
+            compression=0,  # unknown: GDAL decodes
+            predictor=1,
+            planar=2 if source.interleaving and source.interleaving.name == "band" else 1,
+            samples=source.count,
+            transform=(a * sx, b * sy, c, d * sx, e * sy, f),
+            tile_offsets=(),
+            tile_byte_counts=(),
+        )
+    )

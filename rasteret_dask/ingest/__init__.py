@@ -1,0 +1,1 @@
+"""STAC items, from an API, a catalog or a table, become records."""

@@ -1,0 +1,191 @@
+"""Layers and file headers become the columns ``assets`` and ``headers_metadata`` of a record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import shapely
+from pyproj import Transformer
+
+from rasteret_dask.catalogs.bands import Role, radiometry
+from rasteret_dask.headers.reader import Header
+from rasteret_dask.table.layers import Layer
+
+__all__ = ["Described", "describe"]
+
+_QUALITY = ("scl", "qa_pixel", "qa_radsat", "qa_aerosol", "fmask")
+_SYNTHETIC_TILE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a record says of its files."""
+
+    assets: tuple[tuple[str, dict[str, Any]], ...]
+    """(band, fields of ``records.ASSET_TYPE``)."""
+    levels: tuple[tuple[str, tuple[dict[str, Any], ...]], ...]
+    """(band, dicts of ``records.LEVEL_TYPE``, the image first); none for unreadable bands."""
+    epsg: int | None
+
+    @property
+    def footprint(self) -> bytes | None:
+        """WKB in lon/lat of the first image's outline, None where no header is known."""
+        images = [levels[0] for _, levels in self.levels if levels]
+        if not images or self.epsg is None:
+            return None
+        a, b, c, d, e, f = images[0]["transform"]
+        w, h = images[0]["width"], images[0]["height"]
+        corners = [(0, 0), (w, 0), (w, h), (0, h)]
+        ring = shapely.Polygon([(a * x + b * y + c, d * x + e * y + f) for x, y in corners])
+        ring = shapely.segmentize(ring, max(abs(a) * w, abs(e) * h) / 16)  # straight here, curved in lon/lat
+        to_lonlat = Transformer.from_crs(self.epsg, 4326, always_xy=True)
+        return bytes(
+            shapely.to_wkb(
+                shapely.transform(ring, lambda xy: np.column_stack(to_lonlat.transform(xy[:, 0], xy[:, 1])))
+            )
+        )
+
+
+def describe(
+    layers: Sequence[Layer],
+    properties: Mapping[str, Any],
+    headers: Mapping[str, Header | str] | None,
+) -> Described:
+    """Describe the bands of one record.
+
+    Parameters
+    ----------
+    layers
+        The bands; their hrefs are absolute.
+    properties
+        The STAC properties, for radiometric rules.
+    headers
+        {href: header or why it is unreadable}; None makes levels from the item's own ``proj:transform`` and
+        ``proj:shape``, without tile tables.
+
+    Notes
+    -----
+    The file is right about size, transform, dtype and nodata. A file in another CRS than the item says is
+    recorded as unreadable.
+    """
+    if headers is not None:
+        layers = list(_expanded(layers, headers))
+    epsg = _epsg(layers, headers)
+    assets, levels = [], []
+    for layer in layers:
+        header = None if headers is None else headers.get(layer.href, "no header was read")
+        error = _error(layer, header, epsg) if headers is not None else None
+        file = header if isinstance(header, Header) and error is None else None
+        own = file.levels_of(layer.band_index) if file else () if headers is not None else _synthetic(layer)
+        if headers is None and not own:
+            error = "no header was read, and the item has no proj:transform and proj:shape"
+        assets.append((layer.band, _fields(layer, file, properties, error)))
+        levels.append((layer.band, own))
+    return Described(tuple(assets), tuple(levels), epsg)
+
+
+def _expanded(layers: Sequence[Layer], headers: Mapping[str, Header | str]) -> Iterator[Layer]:
+    """Yield a layer per band of a file whose item lists no bands, named ``<key>_1`` and so on."""
+    for layer in layers:
+        header = headers.get(layer.href)
+        if layer.declared or layer.known or not isinstance(header, Header) or header.samples == 1:
+            yield layer
+            continue
+        for n in range(header.samples):
+            yield replace(layer, band=f"{layer.band}_{n + 1}", band_index=n, samples=header.samples)
+
+
+def _epsg(layers: Sequence[Layer], headers: Mapping[str, Header | str] | None) -> int | None:
+    said = Counter(layer.epsg for layer in layers if layer.epsg is not None)
+    if said:
+        return said.most_common(1)[0][0]
+    found = [headers.get(layer.href) for layer in layers] if headers else []
+    told = Counter(header.epsg for header in found if isinstance(header, Header))
+    return told.most_common(1)[0][0] if told else None
+
+
+def _error(layer: Layer, header: Header | str | None, epsg: int | None) -> str | None:
+    if not isinstance(header, Header):
+        return header
+    if layer.band_index >= header.samples:
+        return f"band {layer.band_index + 1} asked for, the file has {header.samples}"
+    for other, who in ((layer.epsg, "the item"), (epsg, "the record")):
+        if other is not None and header.epsg != other:
+            return f"the file is in EPSG:{header.epsg}, {who} says EPSG:{other}"
+    return None
+
+
+def _fields(
+    layer: Layer, header: Header | None, properties: Mapping[str, Any], error: str | None
+) -> dict[str, Any]:
+    role = _role(layer)
+    scale, offset = layer.scale, layer.offset
+    if header is not None and layer.dataset is None:
+        scale = header.scale_of(layer.band_index) if scale is None else scale
+        offset = header.offset_of(layer.band_index) if offset is None else offset
+    rule = radiometry(layer.dataset, layer.known, properties, scale, offset)
+    return {
+        "href": layer.href,
+        "band_index": layer.band_index,
+        "asset": layer.asset,
+        "dataset": layer.dataset.name if layer.dataset else None,
+        "common_name": layer.common_name,
+        "scale": rule.scale,
+        "offset": rule.offset,
+        "rule": rule.rule,
+        "nodata": _nodata(layer, header),
+        "dtype": header.dtype if header else layer.dtype or _usual_dtype(layer),
+        "role": role,
+        "size": header.size if header else None,
+        "etag": header.etag if header else None,
+        "error": error,
+    }
+
+
+def _role(layer: Layer) -> Role:
+    if layer.known is not None:
+        return layer.known.role
+    return "quality" if layer.band.casefold() in _QUALITY else "data"
+
+
+def _nodata(layer: Layer, header: Header | None) -> float | None:
+    if header is not None and header.nodata is not None:
+        return header.nodata
+    if layer.nodata is not None:
+        return layer.nodata
+    return layer.known.nodata if layer.known else None
+
+
+def _usual_dtype(layer: Layer) -> str | None:
+    """Return the type in which a known dataset stores a band, where the item is silent."""
+    return layer.known.dtype if layer.known else None
+
+
+def _synthetic(layer: Layer) -> tuple[dict[str, Any], ...]:
+    """Return the image level that the item's own words describe, none where they do not."""
+    if layer.transform is None or layer.shape is None:
+        return ()
+    height, width = layer.shape
+    return (
+        {
+            "kind": "image",
+            "driver": "JP2OpenJPEG" if layer.href.lower().endswith((".jp2", ".j2k")) else "GTiff",
+            "width": width,
+            "height": height,
+            "tile_width": min(_SYNTHETIC_TILE, width),
+            "tile_height": min(_SYNTHETIC_TILE, height),
+            "dtype": layer.dtype or _usual_dtype(layer),
+            "byteorder": "<",
+            "compression": 0,
+            "predictor": 1,
+            "planar": 1,
+            "samples": layer.samples,
+            "transform": layer.transform,
+            "tile_offsets": (),
+            "tile_byte_counts": (),
+        },
+    )

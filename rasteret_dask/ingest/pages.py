@@ -1,0 +1,368 @@
+"""Pages of items become one table on disk, while they arrive."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import RasteretDaskError, SourceError
+from rasteret_dask.headers.reader import Header, HeaderReader
+from rasteret_dask.ingest.sources import Item
+from rasteret_dask.ingest.stac import Draft, Rules, completed, draft_of, meets, version_of
+from rasteret_dask.net.remote import public, redact
+from rasteret_dask.progress import Progress
+from rasteret_dask.table import geoparquet
+from rasteret_dask.table.layers import Layer, check_bands
+from rasteret_dask.table.records import RECORD_SCHEMA, Records
+from rasteret_dask.table.timing import acquisitions
+
+__all__ = ["Batch", "Known", "Recipe", "Report", "ahead", "ingest"]
+
+T = TypeVar("T")
+
+AHEAD = 2
+"""Pages whose headers are on their way while the one before becomes rows."""
+ROWS = 250
+"""Items that become rows together, however large the pages are."""
+BANDS = 1250
+"""Bands of items that become rows together: files of 64 bands have 64 tile tables each."""
+GIVE_UP_AFTER = 200
+"""Headers that all failed: then the others will, too."""
+
+_LISTED = 5
+_UPDATED = re.compile(r'"updated": "([^"]*)"')  # in the JSON of a row's properties
+_KEYS = (
+    "id", "collection", "datetime", "start_datetime", "end_datetime", "platform", "datatake", "orbit", "tile",
+    "baseline", "created", "eo:cloud_cover",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Items as they arrive."""
+
+    items: Sequence[Item]
+    total: int | None = None
+    """Items of all batches, as far as anybody says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How items become a table."""
+
+    name: str
+    """What the table is called in messages."""
+    rules: Rules
+    headers: bool = True
+    max_items: int | None = None
+    """Rows, at most."""
+    skip_broken: bool = True
+    """Leave broken items out, and say which; else the first one ends it."""
+    overlapping: bool = False
+    """The same items are expected in several batches, so nobody needs to be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A table whose rows need not be made again."""
+
+    path: Path
+    age: Mapping[str, tuple[Any, ...]]
+    """{id: its :func:`age_of`} of rows that are whole."""
+
+    @classmethod
+    def of(cls, path: Path) -> Known:
+        """Return what a table holds; rows with an unreadable asset are not known, so that they are tried again."""
+        file = pq.ParquetFile(path)
+        found: dict[str, tuple[Any, ...]] = {}
+        for batch in file.iter_batches(ROWS, columns=["id", "baseline", "created", "properties", "assets"]):
+            failed = _failed(batch.column("assets"))
+            rows = batch.select(["id", "baseline", "created", "properties"]).to_pylist()
+            found |= {row["id"]: age_of(row) for row, bad in zip(rows, failed, strict=True) if not bad}
+        return cls(path, found)
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row is there already, in this version or a newer one."""
+        known = self.age.get(row["id"])
+        return known is not None and age_of(row) <= known
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield the rows."""
+        for batch in pq.ParquetFile(self.path).iter_batches(ROWS):
+            yield pa.Table.from_batches([batch]).replace_schema_metadata(None).cast(RECORD_SCHEMA)
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of the items."""
+
+    rows: int = 0
+    """In the table."""
+    added: int = 0
+    """Made from the items; with a known table, the new and the replaced ones."""
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    """(id, reason) of items left out."""
+    twice: int = 0
+    """Items left out as another of the same id is as new or newer."""
+    replaced: int = 0
+    """Items left out as the same scene stands again with a newer baseline."""
+    files: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """{href: reason} of files without a readable header; only the first of them."""
+    failed: int = 0
+    """Files without a readable header."""
+
+    def notes(self, name: str) -> list[str]:
+        """Return what a user should be told, a sentence or two each."""
+        said = []
+        if self.broken:
+            listed = "; ".join(f"{n!r} ({why})" for n, why in self.broken[:_LISTED])
+            more = f"; and {len(self.broken) - _LISTED} more" if len(self.broken) > _LISTED else ""
+            said.append(f"{name}: {len(self.broken)} broken items are left out: {listed}{more}")
+        if self.twice:
+            said.append(
+                f"{name}: {self.twice} items repeat the id of another and are left out; of each id the one with "
+                "the newest baseline and creation time is kept"
+            )
+        if self.replaced:
+            said.append(
+                f"{name}: {self.replaced} items are left out, as their scene stands again, reprocessed; of each "
+                "datatake and tile the newest baseline is kept"
+            )
+        if self.failed:
+            listed = "; ".join(f"{href}: {why}" for href, why in list(self.unreadable.items())[:_LISTED])
+            said.append(
+                f"{name}: the headers of {self.failed} of {self.files} files could not be read ({listed}). Their "
+                "bands cannot be used; where(readable=True) leaves such records out, refresh() tries them again"
+            )
+        return said
+
+
+def ingest(
+    batches: Iterable[Batch], recipe: Recipe, path: Path, progress: Progress, known: Known | None = None
+) -> Report:
+    """Write the table of all items, whole or not at all, in the order of the ground.
+
+    Parameters
+    ----------
+    batches
+        Items as they arrive; closed when enough of them are there.
+    recipe
+        How they become rows.
+    path
+        The file.
+    progress
+        Counts items.
+    known
+        A table whose rows go into this one; headers of its items are read only where an item is newer.
+
+    Raises
+    ------
+    SourceError
+        When nothing is left, every item is broken, or no header can be read.
+    BandError
+        When no item has a band that was asked for.
+    """
+    report = Report()
+
+    def tables() -> Iterator[pa.Table]:
+        if known is not None:
+            yield from known.tables()
+        yield from _tables(batches, recipe, report, progress, known)
+
+    def choose(staged: pa.Table) -> NDArray[np.int64]:
+        return _choose(staged.select(list(_KEYS)), recipe, report, known is not None)
+
+    report.rows = geoparquet.write_ordered(tables(), path, choose=choose)
+    return report
+
+
+def ahead(source: Iterable[T], count: int = AHEAD) -> Generator[T]:
+    """Yield what a source yields, taken from it on a thread of its own, so many in advance."""
+    walk, end = iter(source), object()
+    pool = ThreadPoolExecutor(1, "pages")
+    try:
+        coming: deque[Future[Any]] = deque(pool.submit(next, walk, end) for _ in range(count))
+        while (one := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, walk, end))
+            yield one
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for a page to come
+
+
+def age_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what grows when an item is replaced: its baseline, creation, and last update."""
+    created = row["created"]
+    updated = _UPDATED.search(row["properties"] or "")
+    return (
+        version_of(row["baseline"] or ""),
+        "" if created is None else created.isoformat(),
+        updated[1] if updated else "",
+    )
+
+
+def _tables(
+    batches: Iterable[Batch], recipe: Recipe, report: Report, progress: Progress, known: Known | None
+) -> Iterator[pa.Table]:
+    """Yield the items' rows, a page after its headers are there."""
+    coming: deque[tuple[list[Draft], dict[str, Future[Header | str]] | None]] = deque()
+    with HeaderReader() as reader:
+        for drafts in _drafts(batches, recipe, report, progress, known):
+            hrefs = dict.fromkeys(layer.href for draft in drafts for layer in draft.layers)
+            coming.append((drafts, {h: reader.submit(h) for h in hrefs} if recipe.headers else None))
+            if len(coming) > AHEAD:
+                yield _table(*coming.popleft(), recipe, report)
+        while coming:
+            yield _table(*coming.popleft(), recipe, report)
+    if recipe.headers and report.files and report.failed == report.files:
+        raise _no_headers(recipe, report)
+    if not report.added and known is None:
+        raise _nothing(recipe, report)
+
+
+def _drafts(
+    batches: Iterable[Batch], recipe: Recipe, report: Report, progress: Progress, known: Known | None
+) -> Iterator[list[Draft]]:
+    """Yield at most ROWS drafts at a time."""
+    drafts: list[Draft] = []
+    offered: dict[str, Layer] = {}
+    count = 0
+    with closing(ahead(batches)) as arriving:
+        for batch in arriving:
+            progress.total = batch.total if recipe.max_items is None else recipe.max_items
+            for item in batch.items:
+                try:
+                    draft = draft_of(item, recipe.rules)
+                except SourceError as error:
+                    _left_out(item.id, error, recipe, report)
+                    continue
+                if draft is None:
+                    continue
+                offered |= draft.offered
+                if known is not None and known.holds(draft.row):
+                    continue
+                drafts.append(draft)
+                count += 1
+                if count == recipe.max_items:
+                    break
+                if len(drafts) >= ROWS or sum(len(one.layers) for one in drafts) >= BANDS:
+                    if not any(one.layers for one in drafts):
+                        check_bands(
+                            [offered], recipe.rules.bands
+                        )  # before the headers of all others are read
+                    yield drafts
+                    drafts = []
+            progress.step(len(batch.items), f", {report.failed} headers failed" if report.failed else "")
+            if count == recipe.max_items:
+                break
+    if offered:
+        check_bands([offered], recipe.rules.bands)
+    if drafts:
+        yield drafts
+
+
+def _table(
+    drafts: list[Draft], coming: Mapping[str, Future[Header | str]] | None, recipe: Recipe, report: Report
+) -> pa.Table:
+    found = None if coming is None else {href: future.result() for href, future in coming.items()}
+    for href, header in (found or {}).items():
+        report.files += 1
+        if isinstance(header, str):
+            report.failed += 1
+            if len(report.unreadable) < _LISTED:
+                report.unreadable[public(href)] = header
+    if report.failed == report.files >= GIVE_UP_AFTER:
+        raise _no_headers(recipe, report)
+    rows = []
+    for draft in drafts:
+        try:
+            row = completed(draft, found)
+            if row["geometry"] is None:
+                raise SourceError(
+                    f"item {row['id']!r}",
+                    "neither geometry nor bbox, and no header that tells",
+                    "a footprint",
+                )
+        except SourceError as error:
+            _left_out(draft.row["id"], error, recipe, report)
+            continue
+        if draft.row["geometry"] is not None or meets(row, recipe.rules):
+            rows.append(row)
+    report.added += len(rows)
+    return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)
+
+
+def _left_out(name: str, error: RasteretDaskError, recipe: Recipe, report: Report) -> None:
+    if not recipe.skip_broken:
+        raise error
+    report.broken.append((name, redact(error.found)[:200]))
+
+
+def _choose(keys: pa.Table, recipe: Recipe, report: Report, known: bool) -> NDArray[np.int64]:
+    """Return the rows to keep: of each id, then of each datatake and tile, the newest."""
+    baseline = [version_of(text or "") for text in keys.column("baseline").to_pylist()]
+    place = {version: n for n, version in enumerate(sorted(set(baseline)))}
+    frame = pd.DataFrame(
+        {
+            "id": keys.column("id").to_pylist(),
+            "version": [place[version] for version in baseline],
+            "created": keys.column("created").cast(pa.int64()).fill_null(-(2**62)).to_numpy(),
+        }
+    )
+    # the later of equals wins: a refresh brings what changed in other ways
+    newest = frame.sort_values(["version", "created"], kind="stable").drop_duplicates("id", keep="last")
+    rows = np.sort(newest.index.to_numpy())
+    if not known and not recipe.overlapping:
+        report.twice = len(frame) - len(rows)
+    gone = acquisitions(Records(keys.take(pa.array(rows)))).of_record < 0
+    report.replaced = int(gone.sum())
+    return np.asarray(rows[~gone], dtype=np.int64)
+
+
+def _failed(assets: pa.Array) -> NDArray[np.bool_]:
+    """Shape (record,). True where an asset has an error."""
+    first, last = assets.offsets[0].as_py(), assets.offsets[-1].as_py()
+    items = assets.items.slice(first, last - first)
+    bad = np.asarray(pc.is_valid(pc.struct_field(items, "error")))
+    counted = np.concatenate([[0], np.cumsum(bad)])
+    offsets = np.asarray(assets.offsets) - first
+    return np.asarray(counted[offsets[1:]] > counted[offsets[:-1]])
+
+
+def _nothing(recipe: Recipe, report: Report) -> SourceError:
+    if report.broken:
+        name, why = report.broken[0]
+        return SourceError(
+            f"items of {recipe.name!r}",
+            f"all {len(report.broken)} of them broken ({name!r}: {why})",
+            "STAC items",
+        )
+    return SourceError(
+        f"items of {recipe.name!r}",
+        "none in the box and range asked for",
+        "at least one item",
+        "Widen bbox and date_range, or loosen query and filter.",
+    )
+
+
+def _no_headers(recipe: Recipe, report: Report) -> SourceError:
+    href, why = next(iter(report.unreadable.items()))
+    return SourceError(
+        f"headers of {recipe.name!r}",
+        f"none of {report.files} files readable ({href}: {why})",
+        "files that can be read",
+        "Are the network and credentials there? headers=False builds the table without them.",
+    )

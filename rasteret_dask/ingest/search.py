@@ -1,0 +1,383 @@
+"""A STAC API's pages of items, one after the other."""
+
+from __future__ import annotations
+
+import json
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlsplit
+
+from pystac import STACError
+from pystac_client import Client
+from pystac_client.errors import ClientTypeError
+from pystac_client.exceptions import APIError
+from pystac_client.stac_api_io import StacApiIO
+from urllib3.util import Retry
+
+from rasteret_dask.errors import RasteretDaskError, SourceError
+from rasteret_dask.net.remote import public, redact
+from rasteret_dask.net.trust import checked
+
+__all__ = ["Box", "Page", "Search", "boxes_of", "fits", "pages"]
+
+Box = tuple[float, float, float, float]
+
+ATTEMPTS = 6
+"""Requests for one page, at most."""
+BACKOFF_S = 0.5
+"""Before the second attempt; each further one waits twice as long, and as much again at random."""
+RETRY_AFTER_MOST_S = 120
+"""However long a server asks us to wait."""
+TIMEOUT_S = (10.0, 60.0)
+"""To connect; between two bytes."""
+PAGE = 250
+"""Items a page: what public APIs give readily."""
+
+_OTHER_JSON = (ValueError, KeyError, TypeError, AttributeError)  # what pystac makes of JSON that is no STAC
+_PASSING = (408, 425, 429, 500, 502, 503, 504)
+_SAME_PAGES = 3
+_TESTS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "eq": operator.eq,
+    "neq": operator.ne,
+    "lt": operator.lt,
+    "lte": operator.le,
+    "gt": operator.gt,
+    "gte": operator.ge,
+    "in": lambda value, wanted: value in wanted,
+    "startsWith": lambda value, wanted: str(value).startswith(wanted),
+    "endsWith": lambda value, wanted: str(value).endswith(wanted),
+    "contains": lambda value, wanted: wanted in value,
+}
+"""Operators of the API's query extension (v1.0.0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a STAC API is asked for."""
+
+    api: str
+    """Root of the API."""
+    collection: str
+    boxes: tuple[Box, ...] = ()
+    """(west, south, east, north) in degrees, none across the antimeridian; none at all: everywhere."""
+    span: tuple[str | None, str | None] = (None, None)
+    """Half-open range of time, ISO 8601 UTC."""
+    query: str | None = None
+    """JSON of the query extension: ``{"eo:cloud_cover": {"lt": 20}}``."""
+    filter: str | None = None
+    """CQL2, as text or as JSON."""
+
+    @property
+    def subject(self) -> str:
+        """What messages call it."""
+        return f"search of {self.collection!r} at {public(self.api)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some items, as an API sent them."""
+
+    items: tuple[Any, ...]
+    matched: int | None
+    """Items of the whole search, as far as the API says."""
+
+
+def boxes_of(box: Box) -> tuple[Box, ...]:
+    """Return a box as one, or as two where it crosses the antimeridian, with longitudes from -180 to 180.
+
+    West of its east, or beyond 180, it crosses; a width of 360 is the whole circle.
+    """
+    west, south, east, north = box
+    if east - west >= 360:
+        return ((-180.0, south, 180.0, north),)
+    # exactly as given where nothing has to move: a search is known by its box to the last digit
+    low = west if -180 <= west <= 180 else (west + 180) % 360 - 180
+    high = east if -180 <= east <= 180 else (east + 180) % 360 - 180
+    if low < high:
+        return ((low, south, high, north),)
+    halves = ((low, south, 180.0, north), (-180.0, south, high, north))
+    return tuple(half for half in halves if half[0] < half[2])
+
+
+def pages(search: Search, most: int | None = None) -> Iterator[Page]:
+    """Yield the pages of a search, each when it is asked for.
+
+    Parameters
+    ----------
+    search
+        What is asked for. A query that the API does not know how to answer is answered here, on its items.
+    most
+        Items that are needed, so that pages are not larger.
+
+    Notes
+    -----
+    Items stand on two pages where they move while the pages are read, and where they lie in both halves of a box
+    across the antimeridian. The end of the range is sent as it is, and APIs include it: look at the items' times.
+
+    Raises
+    ------
+    SourceError
+        When the API does not answer, answers nonsense, links its pages in a circle, does not have the collection,
+        or cannot filter.
+    """
+    client, io = _open(search)
+    if search.query is not None:
+        _tests(search.query, search.subject)  # an operator that nobody knows is told before anything is asked
+    sent = json.loads(search.query) if search.query and client.conforms_to("QUERY") else None
+    _check_filter(client, search)
+    limit = PAGE if most is None else max(1, min(PAGE, most))
+    empty = True
+    for box in search.boxes or (None,):
+        io.begin()
+        found = client.search(
+            # text of CQL2 goes into a GET: POST takes JSON only
+            method="GET" if search.filter is not None and _json(search.filter) is None else "POST",
+            collections=[search.collection],
+            bbox=None if box is None else list(box),
+            datetime=_window(search.span),
+            query=sent,
+            filter=None if search.filter is None else _json(search.filter) or search.filter,
+            filter_lang=None if search.filter is None else _language(search.filter),
+            limit=limit,
+        )
+        for page in _guarded(search, found):
+            empty = False
+            items = tuple(page["features"])
+            if sent is None:
+                items = tuple(i for i in items if fits(i, search.query, search.subject))
+            yield Page(items, _matched(page))
+    if empty:
+        _check_collection(client, search)
+
+
+def _open(search: Search) -> tuple[Client, _Io]:
+    if urlsplit(search.api).scheme not in ("http", "https"):
+        raise SourceError(
+            search.subject,
+            f"{public(search.api)!r}",
+            "the http(s) root of a STAC API",
+            "Static catalogs and files are read by build_from_stac(path or URL, ...).",
+        )
+    io = _Io(search)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing conformance classes, which is told below
+            client = Client.open(search.api, stac_io=io, timeout=TIMEOUT_S)
+    except APIError as error:
+        raise _failure(search, error) from None
+    except RasteretDaskError:
+        raise
+    except (ClientTypeError, STACError, *_OTHER_JSON) as error:
+        raise SourceError(
+            search.subject, f"an answer that is no STAC: {redact(str(error))[:200]}", "a STAC API"
+        ) from None
+    if not client.conforms_to("ITEM_SEARCH"):
+        raise SourceError(
+            search.subject,
+            "a catalog that says nothing of item search",
+            "the root of a STAC API",
+            "If it is a static catalog, read it by build_from_stac(its URL, name=...).",
+        )
+    return client, io
+
+
+class _Io(StacApiIO):
+    """Requests with patience, that never asks for the same page twice."""
+
+    def __init__(self, search: Search) -> None:
+        patience = Retry(
+            total=ATTEMPTS - 1,
+            status_forcelist=_PASSING,
+            allowed_methods=None,  # searching by POST changes nothing
+            backoff_factor=BACKOFF_S,
+            backoff_jitter=BACKOFF_S,
+            raise_on_status=False,
+            retry_after_max=RETRY_AFTER_MOST_S,
+        )
+        super().__init__(timeout=TIMEOUT_S, max_retries=patience)
+        self.search = search
+        self._asked: set[str] = set()
+
+    def begin(self) -> None:
+        """Begin another search: its first page may be like another's."""
+        self._asked.clear()
+
+    def request(
+        self,
+        href: str,
+        method: str | None = None,
+        headers: dict[str, str] | None = None,
+        parameters: dict[str, Any] | None = None,
+    ) -> str:
+        """Return the text of an answer; pages link to where they like, so their links are looked at."""
+        subject = f"{self.search.subject}, a link of its pages"
+        checked(href, local=False, subject=subject)
+        key = json.dumps([href, method, parameters], sort_keys=True, default=str)
+        if key in self._asked:
+            raise SourceError(
+                self.search.subject,
+                f"pages that link in a circle (after {len(self._asked)} of them)",
+                "a next page that was not read before",
+                "Report it to who runs the API, or narrow the search.",
+            )
+        self._asked.add(key)
+        text: str = super().request(href, method, headers, parameters)
+        return text
+
+    def read_json(self, source: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return an answer that is a JSON object."""
+        text = self.read_text(source, *args, **kwargs)
+        try:
+            answer = json.loads(text)
+        except ValueError as error:
+            raise SourceError(self.search.subject, f"no JSON: {error}", "an answer of a STAC API") from None
+        if not isinstance(answer, dict) or not isinstance(answer.get("features", []), list):
+            raise SourceError(
+                self.search.subject, f"a JSON {type(answer).__name__}", "a page: an object with features"
+            )
+        return answer
+
+
+def _guarded(search: Search, found: Any) -> Iterator[dict[str, Any]]:
+    """Yield the pages of a search, as long as they bring something new."""
+    seen: set[int] = set()
+    stale = 0
+    walk = found.pages_as_dicts()
+    while True:
+        try:
+            page = next(walk, None)
+        except APIError as error:
+            raise _failure(search, error) from None
+        except RasteretDaskError:
+            raise
+        except _OTHER_JSON as error:
+            raise SourceError(
+                search.subject, f"a page whose links cannot be read ({error!r})"[:200], "a STAC API"
+            ) from None
+        if page is None:
+            return
+        names = {hash(str(i.get("id")) if isinstance(i, Mapping) else repr(i)) for i in page["features"]}
+        stale = 0 if names - seen else stale + 1
+        seen |= names
+        if stale >= _SAME_PAGES:
+            raise SourceError(
+                search.subject,
+                f"{stale} pages with only items that came before, and a link to a further one",
+                "pages that come to an end",
+                "Report it to who runs the API, or narrow the search.",
+            )
+        yield page
+
+
+def _failure(search: Search, error: APIError) -> SourceError:
+    status = getattr(error, "status_code", None)
+    text = " ".join(redact(str(error)).split())[:300] or type(error).__name__
+    if status in _PASSING:
+        remedy = "It was asked several times: try again later, or ask for less at a time."
+    elif status is None:
+        remedy = "Is the network there, and the address right?"
+    elif status in (401, 403):
+        remedy = "It wants credentials."
+    else:
+        remedy = "Look at bbox, dates, query and filter."
+    told = f"HTTP {status}: {text}" if status is not None else f"no answer: {text}"
+    return SourceError(search.subject, told, "an answer of a STAC API", remedy)
+
+
+def _check_filter(client: Client, search: Search) -> None:
+    # an API without the class answers with no items at all, or with all of them, and does not say so
+    if search.filter is not None and not client.conforms_to("FILTER"):
+        raise SourceError(
+            search.subject,
+            "an API that does not say it can filter by CQL2",
+            "the conformance class item-search#filter",
+            "Use query=, or choose records after the build: collection.subset(...) or .where(...).",
+        )
+
+
+def _check_collection(client: Client, search: Search) -> None:
+    """Raise SourceError where nothing was found because there is no such collection."""
+    try:
+        names = [c.id for c in client.get_collections()]
+    except (APIError, SourceError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError):
+        return  # it has no list of them, so nothing can be said
+    if not names or search.collection in names:
+        return
+    near = get_close_matches(search.collection, names, n=3)
+    raise SourceError(
+        search.subject,
+        "no such collection",
+        f"one of {', '.join(names[:20])}" + (", ..." if len(names) > 20 else ""),
+        f"Did you mean {', '.join(near)}?" if near else "",
+    )
+
+
+def fits(item: Any, query: str | None, subject: str) -> bool:
+    """Return whether an item fulfils a query, as an API would say; without a property it does not.
+
+    Raises
+    ------
+    SourceError
+        When values of other types are compared.
+    """
+    properties = item.get("properties") if isinstance(item, Mapping) else None
+    if query is None or not isinstance(properties, Mapping):
+        return True  # broken: who makes rows of them says so
+    tests = _tests(query, subject)
+    try:
+        return all(
+            properties.get(name) is not None and bool(_TESTS[op](properties[name], wanted))
+            for name, op, wanted in tests
+        )
+    except TypeError as error:
+        raise SourceError(
+            f"{subject}, query {query}", str(error), "values of the properties' types"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _tests(query: str, subject: str) -> tuple[tuple[str, str, Any], ...]:
+    """Return (property, operator, value) of a query."""
+    found = []
+    for name, tests in json.loads(query).items():
+        unknown = [op for op in tests if op not in _TESTS] if isinstance(tests, Mapping) else ["no operator"]
+        if unknown:
+            raise SourceError(
+                f"{subject}, query of {name!r}",
+                ", ".join(map(str, unknown)),
+                f"one of {', '.join(_TESTS)}",
+                'Write it as {"eo:cloud_cover": {"lt": 20}}.',
+            )
+        found += [(name, op, wanted) for op, wanted in tests.items()]
+    return tuple(found)
+
+
+def _matched(page: Mapping[str, Any]) -> int | None:
+    context = page.get("context")
+    told = context.get("matched") if isinstance(context, Mapping) else None
+    told = page.get("numberMatched", told)
+    return told if isinstance(told, int) and told >= 0 else None
+
+
+def _window(span: tuple[str | None, str | None]) -> str | None:
+    if span == (None, None):
+        return None
+    return "/".join(".." if part is None else part.replace("+00:00", "Z") for part in span)
+
+
+def _json(text: str) -> Any:
+    """Return the object that a text is the JSON of, None where it is none."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _language(text: str) -> str:
+    return "cql2-text" if _json(text) is None else "cql2-json"

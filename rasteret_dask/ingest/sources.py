@@ -1,0 +1,263 @@
+"""STAC items, from wherever they are: memory, JSON files, static catalogs, STAC GeoParquet."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pystac
+import shapely
+from shapely.geometry import mapping
+
+from rasteret_dask.errors import ReadError, SchemaError, SourceError
+from rasteret_dask.net.remote import MissingError, get, is_local, redact
+from rasteret_dask.net.trust import checked, resolve
+
+__all__ = ["Item", "read_items", "read_table", "remote_item"]
+
+_WORKERS = 16
+_TOP_LEVEL = ("type", "stac_version", "stac_extensions", "id", "collection", "geometry", "bbox", "links")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A STAC item as plain JSON values, with where it came from."""
+
+    data: Mapping[str, Any]
+    """The item."""
+    base: str | None
+    """URL or path that its relative hrefs start from, or None."""
+    local: bool
+    """True where it came from memory or a local file; only then it may name local paths."""
+
+    @property
+    def id(self) -> str:
+        """The item's id, or "?" where it has none."""
+        return str(self.data.get("id") or "?")
+
+
+def read_items(source: Any, *, remote: bool = False) -> list[Item]:
+    """Read STAC items from any place.
+
+    Parameters
+    ----------
+    source
+        A ``pystac`` Item, ItemCollection or Catalog; a dict of an Item or FeatureCollection; an iterable of
+        those; the path or URL of a JSON file with an Item, a FeatureCollection, a list of items, or a static
+        Catalog or Collection (its child and item links are followed); a path, URL or Arrow table of STAC
+        GeoParquet.
+    remote
+        True for items in memory that a remote service sent: they may not name local paths.
+
+    Raises
+    ------
+    SourceError
+        When nothing of that kind is there.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _from_place(os.fspath(source))
+    return [i if not remote else Item(i.data, i.base, False) for i in _from_memory(source)]
+
+
+def remote_item(data: Any) -> Item:
+    """Return an item that a remote service sent: it may name remote places only."""
+    if not isinstance(data, Mapping):
+        return Item({}, None, False)  # whose missing id is told where rows are made
+    base = _self_href(data)
+    return Item(data, None if base is None or is_local(base) else base, False)
+
+
+def read_table(place: str) -> pa.Table:
+    """Read a Parquet table from a path (file or directory) or URL.
+
+    Raises
+    ------
+    SourceError
+        When it is not there or not Parquet.
+    """
+    try:
+        if is_local(place):
+            return pq.read_table(resolve(place, None))
+        return pq.read_table(pa.BufferReader(get(place)))
+    except ReadError as error:
+        raise SourceError(f"table {redact(place)}", error.found, "a Parquet file") from error
+    except FileNotFoundError as error:
+        raise SourceError(f"table {redact(place)}", "nothing there", "a Parquet file") from error
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"table {redact(place)}", redact(str(error)), "a Parquet file") from None
+
+
+def _from_memory(source: Any) -> Iterator[Item]:
+    match source:
+        case Item():
+            yield source
+        case pa.Table():
+            yield from _from_table(source, None, local=True)
+        case pystac.Item():
+            place = source.get_self_href()
+            yield Item(source.to_dict(transform_hrefs=False), place, place is None or is_local(place))
+        case pystac.Catalog():
+            for item in source.get_items(recursive=True):
+                yield from _from_memory(item)
+        case Mapping():
+            if source.get("type") in ("Catalog", "Collection"):
+                raise SourceError(
+                    f"catalog {source.get('id')!r}", "a dict", "a path or URL, to follow its links from"
+                )
+            yield from _from_json(source, None, local=True, name=str(source.get("id", "a dict")))
+        case str() | os.PathLike():
+            yield from _from_place(os.fspath(source))
+        case Iterable():
+            for one in source:
+                yield from _from_memory(one)
+        case _:
+            raise SourceError("STAC items", f"a {type(source).__name__}", "items, a path, a URL or a table")
+
+
+def _from_place(place: str) -> list[Item]:
+    if is_local(place):
+        place = os.path.abspath(resolve(place, None))
+    bare = place.partition("?")[0] if not is_local(place) else place
+    if bare.endswith((".parquet", ".geoparquet", ".pq")) or (is_local(place) and os.path.isdir(place)):
+        return list(_from_table(read_table(place), place, local=is_local(place)))
+    document = _json(place)
+    if isinstance(document, Mapping) and document.get("type") in ("Catalog", "Collection"):
+        return _from_catalog(place, document)
+    if isinstance(document, Mapping) and "links" in document and not {"features", "assets"} & set(document):
+        return _from_catalog(place, document)  # catalogs before STAC 1.0 say no type
+    return list(_from_json(document, place, local=is_local(place), name=redact(place)))
+
+
+def _json(place: str) -> Any:
+    try:
+        return json.loads(get(place))
+    except MissingError as error:
+        raise SourceError(
+            f"STAC source {redact(place)}", "nothing there", "a JSON or Parquet file"
+        ) from error
+    except ReadError as error:
+        raise SourceError(f"STAC source {redact(place)}", error.found, "a readable JSON file") from error
+    except ValueError as error:
+        raise SourceError(f"STAC source {redact(place)}", f"no JSON: {error}", "STAC JSON") from error
+
+
+def _from_json(document: Any, place: str | None, *, local: bool, name: str) -> Iterator[Item]:
+    features = document
+    if isinstance(document, Mapping):
+        features = document.get("features", [document])
+    if not isinstance(features, list | tuple):
+        raise SourceError(f"STAC source {name}", f"a {type(features).__name__}", "an Item or a list of Items")
+    whole = isinstance(document, Mapping) and "features" not in document
+    for n, feature in enumerate(features):
+        if not isinstance(feature, Mapping):
+            raise SourceError(f"STAC source {name}", f"a {type(feature).__name__} at {n}", "an Item")
+        # an item's own file is where it is read from; items in a collection say where theirs is
+        base = place if whole and place else _self_href(feature) or place
+        yield Item(feature, base, local)
+
+
+def _self_href(feature: Mapping[str, Any]) -> str | None:
+    links = feature.get("links")
+    for link in links if isinstance(links, list | tuple) else ():
+        if isinstance(link, Mapping) and link.get("rel") == "self" and isinstance(link.get("href"), str):
+            href = link["href"]
+            return href if not is_local(href) or os.path.isabs(href) else None
+    return None
+
+
+def _from_catalog(place: str, document: Mapping[str, Any]) -> list[Item]:
+    """Follow child and item links level by level; each document once."""
+    items: list[Item] = []
+    missing: list[str] = []
+    seen = {place}
+    level = [(place, document)]
+    while level:
+        links = [link for at, one in level for link in _links(at, one) if link[1] not in seen]
+        links = list(dict.fromkeys(links))
+        seen.update(href for _, href in links)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            documents = list(pool.map(_linked, (href for _, href in links)))
+        level = []
+        for (rel, href), found in zip(links, documents, strict=True):
+            if found is None:
+                missing.append(href)
+            elif rel == "item":
+                items += _from_json(found, href, local=is_local(href), name=redact(href))
+            else:
+                level.append((href, found))
+    if not items:
+        what = f"{len(missing)} links to files that are not there" if missing else "no item links below it"
+        raise SourceError(
+            f"catalog {redact(place)}",
+            what,
+            "a static catalog with items",
+            "For an API, use build_from_stac.",
+        )
+    if missing:
+        warnings.warn(
+            f"catalog {redact(place)}: {len(missing)} of its links lead to files that are not there and are "
+            f"left out (first: {redact(missing[0])})",
+            UserWarning,
+            stacklevel=4,
+        )
+    return items
+
+
+def _links(place: str, document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for link in document.get("links") or ():
+        if link.get("rel") in ("item", "child"):
+            href = resolve(str(link.get("href")), place)
+            yield link["rel"], checked(href, local=is_local(place), subject=f"a link of {redact(place)}")
+
+
+def _linked(href: str) -> Any:
+    try:
+        return _json(href)
+    except SourceError as error:
+        if isinstance(error.__cause__, MissingError):
+            return None
+        raise
+
+
+def _from_table(table: pa.Table, place: str | None, *, local: bool) -> Iterator[Item]:
+    """Return the items of a STAC GeoParquet table: a row each, properties as columns."""
+    missing = [c for c in ("id", "assets") if c not in table.column_names]
+    if missing:
+        raise SchemaError(
+            f"STAC GeoParquet {redact(place or 'table')}",
+            f"no column {', '.join(missing)}",
+            "id and assets",
+            "Other tables are read by build_from_table.",
+        )
+    for row in table.to_pylist():
+        data = {key: _plain(row[key]) for key in _TOP_LEVEL if row.get(key) is not None}
+        if isinstance(row.get("geometry"), bytes):
+            data["geometry"] = mapping(shapely.from_wkb(row["geometry"]))
+        if isinstance(row.get("bbox"), Mapping):
+            data["bbox"] = [row["bbox"][k] for k in ("xmin", "ymin", "xmax", "ymax")]
+        assets = row["assets"]
+        data["assets"] = _plain(dict(assets) if isinstance(assets, list) else assets)
+        rest = {k: v for k, v in row.items() if k not in (*_TOP_LEVEL, "assets") and v is not None}
+        data["properties"] = _plain(rest)
+        yield Item(data, _self_href(data) or place, local)
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON values: no nulls inside structs (Arrow adds them), times as text."""
+    match value:
+        case Mapping():
+            return {k: _plain(v) for k, v in value.items() if v is not None}
+        case list() | tuple():
+            return [_plain(v) for v in value]
+        case dt.datetime() | dt.date():
+            return value.isoformat()
+        case _:
+            return value

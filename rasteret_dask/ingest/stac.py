@@ -1,0 +1,305 @@
+"""STAC items become records."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import shapely
+from shapely.errors import ShapelyError
+
+from rasteret_dask.catalogs.access import rule_of
+from rasteret_dask.catalogs.bands import Dataset
+from rasteret_dask.catalogs.catalog import dataset_of, known_dataset
+from rasteret_dask.errors import SourceError
+from rasteret_dask.footprint import area_of, corners_of, outline_of
+from rasteret_dask.headers.reader import Header, read_headers
+from rasteret_dask.ingest.describe import describe
+from rasteret_dask.ingest.sources import Item, read_items
+from rasteret_dask.net.remote import redact
+from rasteret_dask.net.trust import checked, resolve
+from rasteret_dask.table.facts import Range, facts_of, instant, range_of, version_of
+from rasteret_dask.table.layers import Layer, check_bands, layers_of, restrict
+from rasteret_dask.table.records import RECORD_SCHEMA, conform
+
+__all__ = [
+    "Draft",
+    "Item",
+    "Rules",
+    "completed",
+    "draft_of",
+    "facts_of",
+    "instant",
+    "items_to_table",
+    "known_dataset",
+    "meets",
+    "range_of",
+    "read_items",
+    "version_of",
+]
+
+_LANDSATLOOK = "https://landsatlook.usgs.gov/data/"  # asks for a login; the same files lie in a public bucket
+_IN_COLUMNS = (
+    "datetime", "start_datetime", "end_datetime", "eo:cloud_cover", "platform", "eo:platform", "proj:epsg",
+    "proj:code", "created", "eo:bands",
+)  # fmt: skip
+
+_BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError)  # what malformed JSON leads to
+
+
+def items_to_table(
+    items: Sequence[Item],
+    *,
+    name: str,
+    bands: Sequence[str] | None = None,
+    dataset: str | Dataset | None = None,
+    headers: bool = True,
+    workers: int = 16,
+    bbox: tuple[float, float, float, float] | None = None,
+    date_range: Any = None,
+    most: int | None = None,
+) -> pa.Table:
+    """Turn STAC items into a record table.
+
+    Parameters
+    ----------
+    items
+        As :func:`read_items` returns them.
+    name
+        What the table is called in messages.
+    bands
+        Keep only these, by code, common name or asset key.
+    dataset
+        A known dataset or its name, where the items' collection does not say it.
+    headers
+        Read the files' headers. Without, levels come from the items' ``proj:`` fields, and have no tile tables.
+    workers
+        Requests in flight.
+    bbox
+        (xmin, ymin, xmax, ymax) in lon/lat; items whose geometry does not meet it are left out.
+    date_range
+        (start, end) or "start/end", UTC; items whose time does not meet it are left out. A date without time
+        counts as the whole day (month, year); an end with a time of day is exclusive.
+    most
+        Keep the first so many rows.
+
+    Returns
+    -------
+    pyarrow.Table
+        Of RECORD_SCHEMA, in the order of the items. An asset whose header cannot be read keeps the reason in
+        its ``error``.
+
+    Raises
+    ------
+    SourceError
+        When an item is broken, or none is left.
+    TrustError
+        When an item names a place that its origin must not name.
+    BandError
+        When no item has a band that was asked for.
+    """
+    rules = Rules(
+        None if bands is None else tuple(bands),
+        None if dataset is None else known_dataset(dataset),
+        () if bbox is None else (bbox,),
+        range_of(date_range),
+    )
+    drafts = [d for item in items if (d := draft_of(item, rules)) is not None]
+    if not drafts:
+        raise SourceError(
+            f"items of {name!r}", f"none of {len(items)} in the box and range asked for", "at least one item"
+        )
+    drafts = _newest(drafts, name)[:most]
+    check_bands([d.offered for d in drafts], bands)
+    found = None
+    if headers:
+        found = read_headers([layer.href for d in drafts for layer in d.layers], workers)
+    rows = [completed(d, found) for d in drafts]
+    return conform(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), name)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Which items become rows, and how."""
+
+    bands: tuple[str, ...] | None = None
+    """Kept by code, common name or asset key; None: all."""
+    dataset: Dataset | None = None
+    """What the items belong to; None: what their collection says."""
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    """Items that meet none of them are left out; none at all: everywhere."""
+    within: Range = (None, None)
+    """Half-open; items whose time does not meet it are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A row without what its files' headers tell."""
+
+    row: dict[str, Any]
+    layers: tuple[Layer, ...]
+    """The bands to keep, with absolute hrefs."""
+    offered: Mapping[str, Layer]
+    """All bands the item has."""
+    properties: Mapping[str, Any]
+    """Of the item."""
+
+
+def draft_of(item: Item, rules: Rules) -> Draft | None:
+    """Return an item's row as far as the item settles it, None where the rules leave it out.
+
+    Raises
+    ------
+    SourceError
+        When the item is broken.
+    TrustError
+        When it names a place that its origin must not name.
+    """
+    row = _row(item)
+    if not meets(row, rules):
+        return None
+    try:
+        offered = layers_of(item.data, rules.dataset or dataset_of(row["collection"]))
+    except _BROKEN as error:
+        raise SourceError(
+            f"item {item.id!r}", f"assets that cannot be read ({error})", "a STAC item"
+        ) from error
+    return Draft(row, tuple(_placed(item, restrict(offered, rules.bands))), offered, item.data["properties"])
+
+
+def completed(draft: Draft, found: Mapping[str, Header | str] | None) -> dict[str, Any]:
+    """Return a draft's row with what its files' headers tell.
+
+    Parameters
+    ----------
+    draft
+        The row.
+    found
+        {href: header or why it is unreadable}; None: no header was read.
+
+    Raises
+    ------
+    SourceError
+        When the item's properties do not settle how its values are meant.
+    """
+    row = dict(draft.row)
+    try:
+        described = describe(draft.layers, draft.properties, found)
+    except _BROKEN as error:
+        raise SourceError(f"item {row['id']!r}", str(error), "properties that fit its collection") from error
+    row["assets"], row["headers_metadata"] = list(described.assets), list(described.levels)
+    row["proj:epsg"] = described.epsg or row["proj:epsg"]
+    row["geometry"] = row["geometry"] or described.footprint
+    _fill_bbox(row)
+    return row
+
+
+def _row(item: Item) -> dict[str, Any]:
+    """Return one row without what headers tell."""
+    data = item.data
+    if not isinstance(data.get("id"), str) or not data["id"]:
+        raise SourceError(
+            f"an item of {redact(item.base or 'memory')}", f"id {data.get('id')!r}", "a text id"
+        )
+    properties = data.get("properties")
+    if not isinstance(properties, Mapping):
+        raise SourceError(f"item {item.id!r}", "no properties", "a STAC item")
+    if not isinstance(data.get("assets"), Mapping) or not data["assets"]:
+        raise SourceError(f"item {item.id!r}", "no assets", "at least one asset")
+    try:
+        row = {key: instant(properties.get(key)) for key in ("datetime", "start_datetime", "end_datetime")}
+        facts = facts_of(properties)
+        corners = corners_of(data.get("bbox"))
+        geometry = outline_of(data.get("geometry"), data.get("bbox"), facts["proj:epsg"])
+    except (*_BROKEN, ShapelyError) as error:
+        raise SourceError(f"item {item.id!r}", str(error), "valid times, numbers and geometry") from error
+    row["datetime"] = row["datetime"] or row["start_datetime"]
+    if row["datetime"] is None:
+        raise SourceError(f"item {item.id!r}", "neither datetime nor start_datetime", "one of them")
+    collection = data.get("collection")
+    return {
+        **row,
+        **facts,
+        "id": data["id"],
+        "collection": collection if isinstance(collection, str) else None,
+        "geometry": geometry,
+        "scene_bbox": list(corners) if corners is not None and corners[0] <= corners[2] else None,
+        "properties": json.dumps(
+            {k: v for k, v in properties.items() if k not in _IN_COLUMNS}, default=str, sort_keys=True
+        ),
+    }
+
+
+def _fill_bbox(row: dict[str, Any]) -> None:
+    # across the antimeridian a box is the whole circle, so that no filter overlooks it
+    box = row["scene_bbox"]
+    if box is None and row["geometry"] is not None:
+        box = [float(v) for v in shapely.from_wkb(row["geometry"]).bounds]
+    row["scene_bbox"] = box
+    row["bbox"] = None if box is None else dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+
+
+def meets(row: Mapping[str, Any], rules: Rules) -> bool:
+    """Return whether a row lies in the boxes and the range of the rules, as far as it is known where it lies."""
+    start, end = rules.within
+    first = row["start_datetime"] or row["datetime"]
+    last = row["end_datetime"] or row["datetime"]
+    if start is not None and (last < start or first < last == start):  # an interval's end is not part of it
+        return False
+    if end is not None and first >= end:
+        return False
+    if not rules.boxes or row["geometry"] is None:
+        return True
+    return bool(shapely.from_wkb(row["geometry"]).intersects(area_of(rules.boxes)))
+
+
+def _newest(drafts: Iterable[Draft], name: str) -> list[Draft]:
+    """Keep one draft an id, of the newest baseline, then creation."""
+
+    def age(draft: Draft) -> tuple[Any, dt.datetime]:
+        made = draft.row["created"] or dt.datetime.min.replace(tzinfo=dt.UTC)
+        return version_of(draft.row["baseline"] or ""), made
+
+    kept: dict[str, Draft] = {}
+    twice = 0
+    for draft in drafts:
+        before = kept.get(draft.row["id"])
+        twice += before is not None
+        if before is None or age(draft) > age(before):
+            kept[draft.row["id"]] = draft
+    if twice:
+        warnings.warn(
+            f"{name}: {twice} items repeat the id of another and are left out; of each id the one with the "
+            "newest baseline and creation time is kept. Build them as two collections to keep both.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return list(kept.values())
+
+
+def _placed(item: Item, layers: Mapping[str, Layer]) -> list[Layer]:
+    """Return the layers with absolute hrefs that their origin may name."""
+    placed = []
+    for layer in layers.values():
+        href = resolve(layer.href, item.base)
+        subject = f"item {item.id!r}, asset {layer.asset!r}"
+        # what is written counts too: joined to a base, VRT text or /vsi would look like a plain path
+        checked(
+            layer.href if layer.href.lstrip().startswith("<") else href, local=item.local, subject=subject
+        )
+        if href.startswith(_LANDSATLOOK):
+            href = "s3://usgs-landsat/" + href.removeprefix(_LANDSATLOOK)
+        placed.append(replace(layer, href=_unsigned(href)))
+    return placed
+
+
+def _unsigned(href: str) -> str:
+    """Return an href without the token it arrived with, where reading asks for a new one: tokens expire."""
+    bare = href.partition("?")[0]
+    rule = rule_of(bare) if bare != href else None
+    return bare if rule is not None and rule.access == "planetary-computer" else href

@@ -1,0 +1,362 @@
+"""Any Arrow or Parquet table of scenes becomes records; further columns stay."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import shapely
+from shapely.errors import ShapelyError
+
+from rasteret_dask.catalogs.bands import Dataset
+from rasteret_dask.errors import RasteretDaskError, SchemaError
+from rasteret_dask.headers.reader import read_headers
+from rasteret_dask.ingest.describe import Described, describe
+from rasteret_dask.ingest.sources import read_table
+from rasteret_dask.ingest.stac import facts_of, known_dataset
+from rasteret_dask.net.remote import redact
+from rasteret_dask.net.trust import checked, resolve
+from rasteret_dask.table.anytable import as_arrow
+from rasteret_dask.table.layers import Layer, layers_of
+from rasteret_dask.table.rasteretio import header_columns, level_of
+from rasteret_dask.table.records import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
+from rasteret_dask.table.schema import check_columns, plain
+
+__all__ = ["check_hrefs", "table_to_records"]
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_DERIVED = ("eo:cloud_cover", "platform", "datatake", "orbit", "tile", "baseline", "created")
+
+
+def table_to_records(
+    table_or_path: Any,
+    *,
+    name: str,
+    dataset: str | None = None,
+    column_map: Mapping[str, str] | None = None,
+    href_column: str | None = None,
+    band_index_map: Mapping[str, int] | None = None,
+    headers: bool = True,
+    workers: int = 16,
+) -> pa.Table:
+    """Turn a table of scenes into a record table.
+
+    Parameters
+    ----------
+    table_or_path
+        What :func:`anytable.as_arrow` takes, or the path or URL of a Parquet file, with ``id``, ``datetime``,
+        ``geometry`` (WKB or WKT, lon/lat) and ``assets``: a map or struct of {band: {href, band_index, ...}}.
+        Tables that rasteret wrote are of that kind.
+    name
+        What the table is called in messages.
+    dataset
+        Name of a known dataset, where the ``collection`` column does not say it.
+    column_map
+        {name in the table: name in RECORD_SCHEMA}.
+    href_column, band_index_map
+        For tables of one file a row: the column with its URL, and {band: position in the file, from 0}. They stand
+        in for ``assets``.
+    headers
+        Read the headers of assets that have none in the table. Without, rasteret's header columns serve, which
+        tell of the full resolution only: no overviews, no masks.
+    workers
+        Requests in flight.
+
+    Returns
+    -------
+    pyarrow.Table
+        Of RECORD_SCHEMA, with the table's further columns behind it. A table that has all its headers passes
+        as it is. rasteret's ``<band>_metadata`` columns are left out.
+
+    Raises
+    ------
+    SchemaError
+        When a required column is missing or has another type.
+    TrustError
+        When a table from a URL names local paths.
+    """
+    place = os.fspath(table_or_path) if isinstance(table_or_path, str | os.PathLike) else None
+    found_table = read_table(place) if place is not None else as_arrow(table_or_path, name)
+    table = found_table if isinstance(found_table, pa.Table) else found_table.to_table()
+    table = _renamed(table, column_map, href_column, band_index_map, name)
+    if _is_complete(table) or (not headers and "headers_metadata" in table.column_names):
+        check_hrefs(table.column("assets"), place)
+        return conform(table, name)
+    kind = table.schema.field("assets").type
+    if not (pa.types.is_map(kind) or pa.types.is_struct(kind)):
+        wanted = "a map or struct of {band: {href, band_index}}"
+        raise SchemaError(f"column 'assets' of {name!r}", f"type {kind}", wanted)
+    theirs = header_columns(table.schema)
+    told = None if headers or not theirs else table.select(theirs).to_pylist()
+    table = _with_plain_types(table.drop_columns(list(theirs)), name)
+    rows = _rows(table)
+    layers = [_layers(row, dataset, place) for row in rows]
+    found = read_headers([x.href for own in layers for x in own], workers) if headers else None
+    described = [describe(own, row, found) for own, row in zip(layers, rows, strict=True)]
+    if told is not None:
+        described = [_served(d, own) for d, own in zip(described, told, strict=True)]
+        warnings.warn(
+            f"{name}: rasteret's header columns tell of the full resolution only, so overviews and masks are not "
+            "used. build_from_table(...) and load(...) read the files' headers once and know all of them.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return conform(_filled(table, rows, described), name)
+
+
+def check_hrefs(assets: pa.ChunkedArray, place: str | None) -> None:
+    """Refuse assets of a table from a URL that name places which it must not name.
+
+    Raises
+    ------
+    TrustError
+        When one names a local path, say; see :func:`trust.checked`.
+    """
+    if _is_here(place):
+        return
+    for chunk in assets.chunks:
+        hrefs = pc.struct_field(chunk.flatten() if not pa.types.is_map(chunk.type) else chunk.items, "href")
+        hosts = pc.replace_substring_regex(hrefs, r"^(\w+://[^/]*).*", r"\1")  # few, of very many hrefs
+        for host in hosts.unique().drop_null().to_pylist():
+            checked(host, local=False, subject=f"table {redact(place or '')}")
+
+
+def _served(described: Described, row: Mapping[str, Any]) -> Described:
+    """Return what rasteret's header columns tell, in place of headers that were not read."""
+    assets, levels = [], []
+    for (band, asset), (_, own) in zip(described.assets, described.levels, strict=True):
+        level = level_of(row, [band, str(asset["asset"])])
+        if level is not None:
+            header = next(
+                h for n in (band, str(asset["asset"])) if (h := row.get(f"{n}_metadata")) is not None
+            )
+            nodata = header.get("nodata")
+            asset = {**asset, "dtype": level["dtype"], "error": None}
+            asset["nodata"] = asset["nodata"] if nodata is None else nodata
+            own = (level,)
+        assets.append((band, asset))
+        levels.append((band, own))
+    return replace(described, assets=tuple(assets), levels=tuple(levels))
+
+
+def _renamed(
+    table: pa.Table,
+    column_map: Mapping[str, str] | None,
+    href_column: str | None,
+    band_index_map: Mapping[str, int] | None,
+    name: str,
+) -> pa.Table:
+    names = dict(column_map or {})
+    unknown = [c for c in names if c not in table.column_names]
+    if unknown:
+        raise SchemaError(
+            f"column_map of {name!r}",
+            f"no column {', '.join(unknown)} (columns: {', '.join(table.column_names)})",
+            "{name in the table: name in the records}",
+        )
+    table = table.rename_columns([names.get(c, c) for c in table.column_names])
+    if href_column is not None:
+        table = _with_assets(table, names.get(href_column, href_column), band_index_map, name)
+    check_columns(
+        table,
+        name,
+        "Say what yours are called: column_map={'my_name': 'name'}; for one file a row, href_column='my_url'.",
+    )
+    return table
+
+
+def _with_assets(
+    table: pa.Table, column: str, band_index_map: Mapping[str, int] | None, name: str
+) -> pa.Table:
+    """Return the table with ``assets`` made of a column of URLs."""
+    if column not in table.column_names or not band_index_map:
+        raise SchemaError(
+            f"build_from_table of {name!r}",
+            f"href_column={column!r}, band_index_map={band_index_map!r}",
+            f"a column among {', '.join(table.column_names)} and {{band: position in the file}}",
+        )
+    kind = pa.map_(pa.string(), pa.struct([("href", pa.string()), ("band_index", pa.int64())]))
+    assets = [
+        [(band, {"href": href, "band_index": at}) for band, at in band_index_map.items()] if href else None
+        for href in table.column(column).to_pylist()
+    ]
+    return table.append_column("assets", pa.array(assets, kind))
+
+
+def _is_complete(table: pa.Table) -> bool:
+    """Return whether every asset has its levels, or the reason why it has none."""
+    if "headers_metadata" not in table.column_names:
+        return False
+    assets, levels = table.schema.field("assets").type, table.schema.field("headers_metadata").type
+    if not pa.types.is_map(assets) or not pa.types.is_map(levels) or assets.item_type != ASSET_TYPE:
+        return False
+    if levels.item_type != pa.list_(LEVEL_TYPE):
+        return False
+    own, headers = table.column("assets").combine_chunks(), table.column("headers_metadata").combine_chunks()
+    if table.num_rows == 0:
+        return True
+    lacking = pc.equal(pc.fill_null(pc.list_value_length(headers.items), 0), 0)
+    silent = pc.is_null(pc.struct_field(own.items, "error"))
+    same = len(lacking) == len(silent)
+    return same and not pc.any(pc.and_(lacking, silent)).as_py()
+
+
+def _with_plain_types(table: pa.Table, name: str) -> pa.Table:
+    """Return the table with ids as text, geometry as WKB and aware times."""
+    table = table.drop_columns([c for c in ("headers_metadata",) if c in table.column_names])
+    for field in list(table.schema):
+        column = plain(table.column(field.name))
+        if field.name == "id" and pa.types.is_integer(column.type):
+            column = column.cast(pa.string())
+        if field.name == "geometry" and _is_text(column.type):
+            column = _wkb(column, name)
+        if field.name == "datetime" and pa.types.is_integer(column.type):
+            table, column = _with_years(table, column), _new_year(column)
+        if field.name in ("datetime", "start_datetime", "end_datetime", "created"):
+            column = _times(column, field.name, name)
+        table = table.set_column(table.schema.get_field_index(field.name), field.name, column)
+    return table
+
+
+def _with_years(table: pa.Table, years: pa.ChunkedArray) -> pa.Table:
+    """Return a table of annual scenes with their intervals, unless it tells its own."""
+    for column, first in (("start_datetime", years), ("end_datetime", pc.add(years, 1))):
+        if column not in table.column_names:
+            table = table.append_column(column, _new_year(first))
+    return table
+
+
+def _new_year(years: pa.ChunkedArray) -> pa.ChunkedArray:
+    text = pc.binary_join_element_wise(years.cast(pa.string()), "01-01", "-")
+    return pc.strptime(text, format="%Y-%m-%d", unit="us")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _wkb(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    try:
+        shapes = shapely.from_wkt(column.to_pylist())
+    except ShapelyError as error:
+        raise SchemaError(f"column 'geometry' of {name!r}", str(error), "WKB, or WKT") from error
+    return pa.chunked_array([pa.array(list(shapely.to_wkb(shapes)), pa.binary())])
+
+
+def _times(column: pa.ChunkedArray, field: str, name: str) -> pa.ChunkedArray:
+    kind = pa.timestamp("us", tz="UTC")
+    try:
+        if _is_text(column.type):
+            texts = [None if t is None else dt.datetime.fromisoformat(t) for t in column.to_pylist()]
+            aware = [t if t is None or t.tzinfo else t.replace(tzinfo=dt.UTC) for t in texts]
+            return pa.chunked_array([pa.array(aware, kind)])
+        if pa.types.is_timestamp(column.type):  # finer than microseconds is cut, not refused
+            return column.cast(pa.timestamp("us", tz=column.type.tz), safe=False).cast(kind)
+        return column.cast(pa.timestamp("us")).cast(kind)
+    except (ValueError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise SchemaError(f"column {field!r} of {name!r}", str(error), "times") from error
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Return the columns that describe a scene, without its geometry, as STAC properties."""
+    rows = list(table.drop_columns(["geometry"]).to_pylist())
+    if "properties" not in table.column_names or not _is_text(table.schema.field("properties").type):
+        return rows
+    return [{**_json(row["properties"]), **row} for row in rows]
+
+
+def _json(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError:
+        return {}  # a column of that name with something else in it
+    return found if isinstance(found, dict) else {}
+
+
+def _layers(row: Mapping[str, Any], dataset: str | None, place: str | None) -> list[Layer]:
+    """Return all bands of a row, named by the dataset where it knows them, else as the table does."""
+    assets = row["assets"]
+    cells = dict(assets) if isinstance(assets, list) else dict(assets or {})
+    cells = {band: cell for band, cell in cells.items() if cell is not None and cell.get("href")}
+    known = known_dataset(dataset, row.get("collection"))
+    layers = []
+    for band, cell in cells.items():
+        subject = f"record {row['id']!r}, asset {band!r}"
+        href = checked(resolve(cell["href"], place), local=_is_here(place), subject=subject)
+        layer = _layer(row, band, cell, known)
+        layers.append(replace(layer, href=href, band_index=int(cell.get("band_index") or 0)))
+    return layers
+
+
+def _layer(row: Mapping[str, Any], band: str, cell: Mapping[str, Any], known: Dataset | None) -> Layer:
+    # a table's band is one band of its file, whatever the file is called
+    asset = {**cell, "type": "image/tiff", "bands": [{"name": band}]}
+    item = {"assets": {band: asset}, "properties": row}
+    layer = next(iter(layers_of(item, known).values()), None) or layers_of(item, None)[band]
+    return replace(layer, asset=cell.get("asset") or band)
+
+
+def _is_here(place: str | None) -> bool:
+    return place is None or "://" not in place or place.startswith("file://")
+
+
+def _filled(table: pa.Table, rows: list[dict[str, Any]], described: list[Described]) -> pa.Table:
+    """Return the table with every column of RECORD_SCHEMA that rows and headers settle."""
+    columns: dict[str, list[Any]] = {
+        "assets": [list(d.assets) for d in described],
+        "headers_metadata": [list(d.levels) for d in described],
+        "proj:epsg": [d.epsg or _epsg(row) for d, row in zip(described, rows, strict=True)],
+    }
+    outlines = table.column("geometry").to_pylist()
+    outlines = [g or d.footprint for g, d in zip(outlines, described, strict=True)]
+    columns["geometry"] = outlines
+    bounds = [None if g is None else list(map(float, shapely.from_wkb(g).bounds)) for g in outlines]
+    boxes = [
+        row.get("scene_bbox") or _corners(row.get("bbox")) or b for row, b in zip(rows, bounds, strict=True)
+    ]
+    columns["scene_bbox"] = boxes
+    columns["bbox"] = [None if b is None else dict(zip(_CORNERS, b, strict=True)) for b in boxes]
+    facts = [_facts(row) for row in rows]
+    for field in _DERIVED:
+        columns[field] = [
+            fact.get(field) if row.get(field) is None or field == "platform" else row[field]
+            for row, fact in zip(rows, facts, strict=True)
+        ]
+    for field, values in columns.items():
+        column = pa.array(values, RECORD_SCHEMA.field(field).type)
+        at = table.schema.get_field_index(field)
+        table = table.append_column(field, column) if at < 0 else table.set_column(at, field, column)
+    return table
+
+
+def _epsg(row: Mapping[str, Any]) -> int | None:
+    """Return the code that a row says: as STAC does, or as rasteret's ``crs`` column."""
+    if row.get("proj:epsg") is not None:
+        return int(row["proj:epsg"])
+    code = re.fullmatch(r"(?i)EPSG:(\d+)", str(row.get("proj:code") or row.get("crs") or ""))
+    return None if code is None else int(code[1])
+
+
+def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return facts_of(row)
+    except (ValueError, TypeError, RasteretDaskError) as error:
+        raise SchemaError(
+            f"record {row.get('id')!r}", str(error), "STAC properties in their own types"
+        ) from error
+
+
+def _corners(bbox: Any) -> list[float] | None:
+    if isinstance(bbox, Mapping) and all(bbox.get(c) is not None for c in _CORNERS):
+        return [float(bbox[c]) for c in _CORNERS]
+    if isinstance(bbox, list) and len(bbox) == 4:
+        return [float(v) for v in bbox]
+    return None

@@ -1,0 +1,1 @@
+"""Bytes from wherever they lie: which hrefs are trusted, how they are fetched, and how much of it at a time."""

@@ -1,0 +1,122 @@
+"""What a process does at the same time: threads a host, workers a core, and bytes under way."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from threading import Event, Lock, local
+from urllib.parse import urlsplit
+
+import numpy as np
+from dask.system import CPU_COUNT
+from numpy.typing import NDArray
+
+from rasteret_dask.net import remote
+
+__all__ = ["BUDGET", "ByteBudget", "host_of", "pool", "scratch", "workers"]
+
+HOST_REQUESTS = 32
+"""Requests that a process has under way at one host."""
+
+_SCRATCH_BYTES = 8 * 2**20
+"""Memory to decode into that a thread keeps, at most."""
+
+
+class ByteBudget:
+    """Bytes that all threads of a process together may hold for reads under way; who asks for more waits in line.
+
+    Parameters
+    ----------
+    nbytes
+        The budget. One demand above it is let in alone, so that nothing waits for ever.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._free = nbytes
+        self._lock = Lock()
+        self._line: deque[tuple[int, Event]] = deque()
+
+    def take(self, nbytes: int) -> None:
+        """Take a part of the budget, to be given back by whoever is done with the bytes."""
+        share = min(nbytes, self.nbytes)
+        with self._lock:
+            if not self._line and self._free >= share:
+                self._free -= share
+                return
+            turn = Event()
+            self._line.append((share, turn))
+        turn.wait()
+
+    def give(self, nbytes: int) -> None:
+        """Give it back."""
+        with self._lock:
+            self._free += min(nbytes, self.nbytes)
+            while self._line and self._free >= self._line[0][0]:
+                share, turn = self._line.popleft()
+                self._free -= share
+                turn.set()
+
+    @contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        """Hold a part of the budget for the length of a block."""
+        self.take(nbytes)
+        try:
+            yield
+        finally:
+            self.give(nbytes)
+
+
+BUDGET = ByteBudget(max(48, 24 * CPU_COUNT) * 2**20)
+"""The process's budget for bytes asked for and not yet decoded: a core decodes some 200 tiles of 1.4 MB a second."""
+
+
+@cache
+def pool(host: str) -> ThreadPoolExecutor:
+    """Return the process's threads for one host ("" for local files); see :func:`host_of`."""
+    threads = HOST_REQUESTS if host else 2 * CPU_COUNT
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"rasteret-read-{host or 'local'}")
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """Return the process's threads for work on pixels: one a core."""
+    return ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="rasteret-work")
+
+
+def host_of(href: str) -> str:
+    """Return where an href's bytes come from: scheme and host, or "" for local files."""
+    try:
+        parts = urlsplit(href)
+    except ValueError:
+        return ""  # its own request says what is wrong with it
+    if remote.is_local(href):
+        return ""
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+_OWN = local()
+
+
+def scratch(nbytes: int) -> NDArray[np.uint8]:
+    """Return this thread's memory to decode into, at least ``nbytes`` long; what it held is gone."""
+    memory: NDArray[np.uint8] | None = getattr(_OWN, "memory", None)
+    if memory is None or len(memory) < nbytes:
+        memory = np.empty(nbytes, np.uint8)
+        if nbytes <= _SCRATCH_BYTES:
+            _OWN.memory = memory
+    return memory
+
+
+def _renew() -> None:
+    """Start anew in a forked child: threads and whoever held a lock stayed in its parent."""
+    pool.cache_clear()
+    workers.cache_clear()
+    ByteBudget.__init__(BUDGET, BUDGET.nbytes)
+
+
+os.register_at_fork(after_in_child=_renew)

@@ -1,0 +1,419 @@
+"""What the user asked for, as small frozen values that can be compared, hashed and written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+import shapely
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.planning.functions import Function, plain
+from rasteret_dask.planning.rules import Rule
+
+__all__ = [
+    "ChipSpec",
+    "Chips",
+    "Filter",
+    "Function",
+    "Harmonize",
+    "HarmonizeSpec",
+    "Join",
+    "Keep",
+    "Map",
+    "Merge",
+    "Node",
+    "Predicate",
+    "Rule",
+    "Sample",
+    "Screen",
+    "Select",
+    "Source",
+    "Split",
+    "SplitSpec",
+    "WithTable",
+    "children",
+    "digest",
+    "from_json",
+    "is_filtered",
+    "is_number",
+    "leaves",
+    "near_area",
+    "outline",
+    "predicates",
+    "to_json",
+    "with_children",
+]
+
+Scalar: TypeAlias = "str | int | float | bool | None"
+Predicate: TypeAlias = "tuple[str, str, Scalar | tuple[Scalar, ...]]"
+"""(column, operator, value): ``("eo:cloud_cover", "<", 20)``; datetimes as ISO 8601 text."""
+
+OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in", "intersects", "overlaps")
+MAX_CELL_KM = 100
+"""A split cell larger than a sixth of a zone's width would hold too few chips of one zone."""
+UNITS = ("auto", "raw", "reflectance", "embedding")
+PICKS = ("closest", "first", "last", "least_cloudy", "newest", "clearest", "median", "mean")
+KM_PER_DEGREE = 100.0
+"""Of latitude, rounded down from 110.6 (WGS 84, at the equator) to leave room for a grid's turn against north."""
+DTYPES = (None, "float32", "uint16", "int16")
+RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode")
+MASKS = ("clouds", "snow", "water")
+
+
+@dataclass(frozen=True, slots=True)
+class HarmonizeSpec:
+    """How a source's records become like each other. None: not said; an outer step may say it."""
+
+    bands: tuple[str, ...] | None = None
+    units: str | None = None
+    resolution: float | None = None
+    """Metres (or the CRS's unit) a pixel."""
+    resampling: str | None = None
+    mask: tuple[str, ...] | None = None
+    time: str | None = None
+    """A pandas offset (``"1MS"``): the length of a slot."""
+    pick: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("units", self.units, (None, *UNITS))
+        _one_of("pick", self.pick, (None, *PICKS))
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("resampling", self.resampling, RESAMPLINGS)
+        for mask in self.mask or ():
+            _one_of("mask", mask, MASKS)
+        if self.resolution is not None and not (is_number(self.resolution) and self.resolution > 0):
+            raise PlanError("harmonize(resolution=)", repr(self.resolution), "a positive pixel size")
+        if self.bands is not None and (not self.bands or len(set(self.bands)) != len(self.bands)):
+            raise PlanError("harmonize(bands=)", repr(self.bands), "at least one band, none twice")
+
+    def under(self, outer: HarmonizeSpec) -> HarmonizeSpec:
+        """Return this with whatever ``outer`` says put over it."""
+        said = {f.name: getattr(outer, f.name) for f in dataclasses.fields(outer)}
+        return dataclasses.replace(self, **{k: v for k, v in said.items() if v is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class ChipSpec:
+    """Which windows of the ground become chips."""
+
+    size: int
+    """Pixels of the reference source."""
+    stride: int
+    """Pixels from one chip to the next."""
+    grid: str = "zone"
+    """``"zone"``, ``"tiles"``, or a GeoBox as ``"epsg,x0,y0,resolution,width,height"``."""
+    cell_km: float = 15.36
+    min_coverage: float = 1.0
+    min_slots: int = 1
+    reference: str | None = None
+    """Name of the source whose pixels stay native; None: the first."""
+    aoi: str | None = None
+    """WKB of an area in lon/lat, as hex; None: wherever there are records."""
+    at: str | None = None
+    """Token of a table of points or polygons that get one window each."""
+    labels: str | None = None
+    """Token of a table of polygons that become masks; None: no masks."""
+    rasterize: str | None = None
+    """The column of that table whose values masks hold."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "stride"):
+            pixels = getattr(self, name)
+            if not (_is_whole(pixels) and pixels > 0):
+                raise PlanError(f"chips({name}=)", repr(pixels), "a positive whole number of pixels")
+        if not (is_number(self.min_coverage) and 0 <= self.min_coverage <= 1):
+            raise PlanError("chips(min_coverage=)", repr(self.min_coverage), "a share from 0 to 1")
+        if not (is_number(self.cell_km) and 0 < self.cell_km <= MAX_CELL_KM):
+            raise PlanError("chips(cell_km=)", repr(self.cell_km), f"above 0 and at most {MAX_CELL_KM} km")
+        if not (_is_whole(self.min_slots) and self.min_slots >= 0):
+            raise PlanError("chips(min_slots=)", repr(self.min_slots), "0 or more slots")
+        if self.grid not in ("zone", "tiles") and self.grid.count(",") != 5:
+            raise PlanError("chips(grid=)", repr(self.grid), "'zone', 'tiles' or a GeoBox with a CRS")
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSpec:
+    """How the ground is shared out."""
+
+    ratios: tuple[tuple[str, float], ...]
+    """(split, share), in order; shares sum to 1."""
+    seed: int = 0
+    by: str = "ground"
+    """``"ground"``, ``"geometry"`` or the name of a column of the chip table."""
+    buffer_m: float = 0.0
+    boundary: str = "drop"
+
+    def __post_init__(self) -> None:
+        shown = ", ".join(f"{name}={share!r}" for name, share in self.ratios)
+        wanted = "shares of 0 or more that sum to 1"
+        if not all(is_number(share) and share >= 0 for _, share in self.ratios):
+            raise PlanError("split ratios", shown, wanted)
+        total = sum(share for _, share in self.ratios)
+        if abs(total - 1) > 1e-9:
+            raise PlanError("split ratios", f"{shown} (sum {total:g})", wanted)
+        _one_of("boundary", self.boundary, ("drop", "centre"))
+        if not (is_number(self.buffer_m) and self.buffer_m >= 0):
+            raise PlanError("split(buffer_m=)", repr(self.buffer_m), "0 or more metres")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The splits, in order."""
+        return tuple(name for name, _ in self.ratios)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Records of one table."""
+
+    name: str
+    token: str
+    """Identity of the table; the table itself is held beside the plan."""
+    where: tuple[Predicate, ...] = ()
+    bands: tuple[str, ...] | None = None
+    """Bands (any of their names) whose assets are needed; None: all. ``"@quality"`` is the mask's band."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Only the records that fulfil all predicates."""
+
+    child: Node
+    where: tuple[Predicate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The n records or chips with the smallest seeded hash of their id, per stratum of ``by``."""
+
+    child: Node
+    n: int
+    seed: int
+    by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """The union of several collections: one source with several members."""
+
+    children: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Harmonize:
+    """The same bands, units, grid and time axis for all records below."""
+
+    child: Node
+    spec: HarmonizeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """A user's function over the chips of a group."""
+
+    child: Node
+    function: Function
+    source: str | None = None
+    """The joined source it applies to; None below a join."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Several sources over the same ground, each a variable of its own."""
+
+    names: tuple[str, ...]
+    children: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chips:
+    """Cells of the ground that every source covers."""
+
+    child: Node
+    spec: ChipSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A split for each chip."""
+
+    child: Node
+    spec: SplitSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Only the chips that fulfil all predicates on columns of the chip table."""
+
+    child: Node
+    where: tuple[Predicate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Only the chips of these splits."""
+
+    child: Node
+    splits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """Only the chips whose pixels fulfil a rule: the task that reads them tells."""
+
+    child: Node
+    spec: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class WithTable:
+    """Only the chips that stand in a user's table, with that table's further columns."""
+
+    child: Node
+    token: str
+
+
+Node: TypeAlias = (
+    "Source | Filter | Sample | Merge | Harmonize | Map | Join | Chips | Split | Keep | Select | Screen"
+    " | WithTable"
+)
+
+_NODES = {
+    c.__name__: c
+    for c in (
+        Source, Filter, Sample, Merge, Harmonize, Map, Join, Chips, Split, Keep, Select, Screen,
+        WithTable, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule,
+    )
+}  # fmt: skip
+
+
+def children(node: Node) -> tuple[Node, ...]:
+    """Return the nodes directly below."""
+    if isinstance(node, Merge | Join):
+        return node.children
+    return () if isinstance(node, Source) else (node.child,)
+
+
+def with_children(node: Node, below: tuple[Node, ...]) -> Node:
+    """Return ``node`` over other children."""
+    if isinstance(node, Merge | Join):
+        return dataclasses.replace(node, children=below)
+    return node if isinstance(node, Source) else dataclasses.replace(node, child=below[0])
+
+
+def leaves(node: Node) -> Iterator[Source]:
+    """Yield the sources, left to right."""
+    if isinstance(node, Source):
+        yield node
+    for child in children(node):
+        yield from leaves(child)
+
+
+def is_filtered(node: Node, predicate: Predicate) -> bool:
+    """Tell whether every record below has to fulfil a predicate already."""
+    if isinstance(node, Source | Filter) and predicate in node.where:
+        return True
+    return bool(children(node)) and all(is_filtered(child, predicate) for child in children(node))
+
+
+def near_area(spec: ChipSpec) -> Predicate | None:
+    """Return what records must fulfil to matter for the chips of an area of interest; None: all may matter.
+
+    Records beyond it take no part in the plan: not in the range of a time axis, not in a grid's phase. A chip
+    that reaches into the area is at most a split cell long. Where degrees say little (near the poles and the
+    antimeridian), or chips may be of any length (grids other than the zone's), no record is left out.
+    """
+    if spec.aoi is None or spec.at is not None or spec.grid != "zone":
+        return None
+    west, south, east, north = shapely.from_wkb(bytes.fromhex(spec.aoi)).bounds
+    lat = 0.05 + spec.cell_km / KM_PER_DEGREE
+    lon = 4 * lat  # 1 / cos(75.5 degrees)
+    if max(abs(north), abs(south)) + lat > 75 or west - lon < -180 or east + lon > 180:
+        return None
+    return ("bbox", "near", (west - lon, south - lat, east + lon, north + lat))
+
+
+def to_json(value: Any) -> Any:
+    """Return a node or spec as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Return what :func:`to_json` made; lists become tuples."""
+    if isinstance(value, dict):
+        fields = {k: from_json(v) for k, v in value.items() if k != "type"}
+        return _NODES[value["type"]](**fields)
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    return value
+
+
+def outline(node: Node, depth: int = 0) -> Iterator[str]:
+    """Yield one line per step, the last step first."""
+    fields = to_json(node)
+    spec = fields.pop("spec", {})
+    said = {k: v for k, v in (fields | spec).items() if k not in ("type", "child", "children", "token") and v}
+    shown = ", ".join(f"{k}={v if len(str(v)) <= 60 else str(v)[:57] + '...'}" for k, v in said.items())
+    yield f"{'  ' * depth}{type(node).__name__.lower()}({shown[:160]})"
+    for child in children(node):
+        yield from outline(child, depth + 1)
+
+
+def predicates(given: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predicate, ...]:
+    """Check what the user gave to ``where`` or ``filter``: triples (or the three parts of one) and equalities.
+
+    Raises
+    ------
+    PlanError
+        When one is not (column, operator, value).
+    """
+    if len(given) == 3 and all(isinstance(part, str) for part in given[:2]):
+        given = (given,)
+    for triple in given:
+        if not (isinstance(triple, tuple) and len(triple) == 3 and triple[1] in OPERATORS):
+            raise PlanError(
+                "filter",
+                repr(triple),
+                f"a triple (column, operator, value), operator one of {', '.join(OPERATORS)}",
+                'Write it as ("eo:cloud_cover", "<", 20).',
+            )
+    triples = [(column, op, plain(value)) for column, op, value in given]
+    return (*triples, *(_equal(column, value) for column, value in equal.items()))
+
+
+def _equal(column: str, value: Any) -> Predicate:
+    wanted = plain(value)
+    return (column, "in" if isinstance(wanted, tuple) else "==", wanted)
+
+
+def digest(*values: Any) -> str:
+    """Return 32 hex digits of the sha256 of values' JSON: the same in every process."""
+    text = json.dumps([to_json(v) for v in values], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number of any library; True and False are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        shown = ", ".join(repr(a) for a in allowed if a is not None)
+        raise PlanError(f"{name}=", repr(value), f"one of {shown}")

@@ -1,0 +1,65 @@
+"""What pixels must fulfil for their chip to be kept, as frozen values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.planning.functions import Function
+
+__all__ = ["Rule"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A chip is kept where all hold that are said."""
+
+    min_valid: float | None = None
+    """Smallest share of valid pixels, over all slots."""
+    max_cloud: float | None = None
+    """Largest share of clouds and their shadows among the pixels that a quality band knows, over all slots."""
+    function: Function | None = None
+    """Tells of pixels (chip, time, band, y, x) which chips to keep."""
+    source: str | None = None
+    """The joined source they speak of; None: each that they can be told of."""
+
+    def __post_init__(self) -> None:
+        if self.min_valid is None and self.max_cloud is None and self.function is None:
+            raise PlanError("keep", "nothing to go by", "a function, min_valid= or max_cloud=")
+        for name in ("min_valid", "max_cloud"):
+            share = getattr(self, name)
+            good = not isinstance(share, bool) and isinstance(share, int | float) and math.isfinite(share)
+            if share is not None and not (good and 0 <= share <= 1):
+                raise PlanError(f"keep({name}=)", repr(share), "a share from 0 to 1")
+
+    @property
+    def said(self) -> str:
+        """The rule in words."""
+        function = None if self.function is None else self.function.name
+        parts = {"min_valid": self.min_valid, "max_cloud": self.max_cloud, "function": function}
+        text = ", ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
+        return f"{text} of {self.source}" if self.source else text
+
+    @classmethod
+    def of(
+        cls,
+        function: Callable[..., Any] | None,
+        min_valid: float | None,
+        max_cloud: float | None,
+        source: str | None,
+        version: str | None,
+    ) -> Rule:
+        """Describe what a user gave to ``keep``.
+
+        Raises
+        ------
+        PlanError
+            When that is nothing, no share, or a function that cannot be told by its text.
+        """
+        if function is not None and not callable(function):
+            raise PlanError("keep(predicate)", repr(function), "a function of a DataArray")
+        known = None if function is None else Function.of(function, version)
+        return cls(min_valid, max_cloud, known, source)

@@ -1,0 +1,350 @@
+"""A source's predicates and bands, applied to its table: filters go to the Parquet scan where they can."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import shapely
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.net.remotefs import version_of
+from rasteret_dask.planning.plan import Predicate, Source
+from rasteret_dask.table import rowgroups
+from rasteret_dask.table.records import RECORD_SCHEMA, Records
+
+__all__ = [
+    "Table",
+    "as_table",
+    "expression",
+    "filter_batches",
+    "filter_table",
+    "hash_unit",
+    "keep_readable",
+    "pushed_filter",
+    "sample_rows",
+    "scan",
+    "token_of",
+]
+
+Table: TypeAlias = "pa.Table | pads.Dataset"
+
+_COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+def scan(source: Source, tables: Mapping[str, Table], columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the records of one source that fulfil its predicates, with the assets its bands name.
+
+    Parameters
+    ----------
+    source
+        A source of the plan.
+    tables
+        The tables that sources name.
+    columns
+        Read only these; None: all.
+
+    Raises
+    ------
+    PlanError
+        When a predicate names a column that is neither in the table nor among any record's properties.
+    """
+    data = tables[source.token]
+    table = filter_table(data, source.where, source.name, columns)
+    return table if source.bands is None else _only_bands(table, source.bands)
+
+
+def as_table(data: Table) -> pa.Table:
+    """Return a table or dataset as a table."""
+    return data if isinstance(data, pa.Table) else data.to_table()
+
+
+def filter_table(
+    data: Table, where: Sequence[Predicate], name: str, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Return the rows of a table or dataset that fulfil all predicates but ``readable``, and some columns."""
+    if isinstance(data, pa.Table) and not [p for p in where if p[0] != "readable"]:
+        return data if columns is None else data.select(list(columns))
+    schema = data.schema if columns is None else pa.schema([data.schema.field(c) for c in columns])
+    return pa.Table.from_batches(filter_batches(data, where, name, columns), schema)
+
+
+def filter_batches(
+    data: Table, where: Sequence[Predicate], name: str, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of :func:`filter_table`, some at a time."""
+    schema = data.schema
+    pushed = pushed_filter(where, schema)
+    late = [p for p in where if expression(p, schema) is None and p[0] != "readable"]
+    if not late:
+        yield from rowgroups.batches(data, pushed, columns)
+        return
+    needed = [c for c in ("geometry", "properties") if c in schema.names]
+    met = {p: p[1] == "intersects" for p in late}
+
+    def keep(table: pa.Table) -> NDArray[np.bool_]:
+        rows = np.ones(table.num_rows, dtype=bool)
+        for predicate in late:
+            hit, known = _late(predicate, table)
+            rows &= hit
+            met[predicate] |= known
+        return rows
+
+    yield from rowgroups.batches(data, pushed, columns, keep, needed)
+    unknown = [p[0] for p, known in met.items() if not known]
+    if unknown and rowgroups.count(data, pushed):
+        raise PlanError(
+            f"filter on column {unknown[0]!r} of {name!r}",
+            "no such column and no record with such a property",
+            f"one of {', '.join(schema.names)}, or a STAC property",
+        )
+
+
+def pushed_filter(where: Sequence[Predicate], schema: pa.Schema) -> pc.Expression | None:
+    """Return what the scan itself can filter by: all it can decide, and boxes of geometries; None: nothing."""
+    found = [expression(p, schema) for p in where]
+    found += [_near(p) for p in where if p[:2] == ("geometry", "intersects") and "bbox" in schema.names]
+    given = [e for e in found if e is not None]
+    return functools.reduce(operator.and_, given) if given else None
+
+
+def expression(predicate: Predicate, schema: pa.Schema) -> pc.Expression | None:
+    """Return a predicate as a filter of the scan, or None when only Python can decide it."""
+    column, op, value = predicate
+    if op == "overlaps":
+        return _overlaps(predicate)
+    if op in ("intersects", "near") and column == "bbox":
+        return _in_box(tuple(value), unknown=op == "near")  # type: ignore[arg-type]
+    if op == "intersects" or column not in schema.names:
+        return None
+    kind = schema.field(column).type
+    if op in ("in", "not in"):
+        try:
+            inside = pc.field(column).isin(pa.array([_typed(v, kind) for v in value], kind))  # type: ignore[union-attr]
+        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError) as error:
+            raise _misfit(predicate, f"a column of type {kind}", "values of it") from error
+        return inside if op == "in" else ~inside
+    if value is None:
+        return pc.field(column).is_null() if op == "==" else ~pc.field(column).is_null()
+    try:
+        scalar = pa.scalar(_typed(value, kind), kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as error:
+        raise _misfit(predicate, f"a column of type {kind}", "a value of it") from error
+    return _COMPARE[op](pc.field(column), scalar)
+
+
+def _typed(value: Any, kind: pa.DataType) -> Any:
+    """Return ISO 8601 text as the time that a column of times is compared with."""
+    if value is None or not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+        return value
+    stamp = pd.Timestamp(str(value))
+    return stamp.date() if pa.types.is_date(kind) else stamp
+
+
+def _misfit(predicate: Predicate, found: str, expected: str) -> PlanError:
+    column, op, value = predicate
+    return PlanError(f"where({column!r}, {op!r}, {value!r})"[:200], found, expected)
+
+
+def _in_box(box: tuple[float, ...], *, unknown: bool) -> pc.Expression:
+    """Return whether a record's box touches (west, south, east, north); degrees may pass 180 either way.
+
+    A record's box across the antimeridian has its west east of its east: then it is positive, its east negative,
+    which statistics of row groups can rule out, as they cannot a comparison of two columns.
+    """
+    west, south, east, north = box
+    own = {n: pc.field("bbox", n) for n in ("xmin", "ymin", "xmax", "ymax")}
+    across = (own["xmin"] > 0) & (own["xmax"] < 0)
+    lon = pc.scalar(False)
+    for turn in (0.0, *([360.0] if west < -180 else []), *([-360.0] if east > 180 else [])):
+        starts, ends = own["xmin"] <= east + turn, own["xmax"] >= west + turn
+        lon = lon | (starts & ends) | (across & (starts | ends))
+    inside = lon & (own["ymin"] <= north) & (own["ymax"] >= south)
+    return inside | own["xmin"].is_null() if unknown else inside
+
+
+def _near(predicate: Predicate) -> pc.Expression:
+    return _in_box(tuple(float(v) for v in shapely.bounds(_area(predicate))), unknown=True)
+
+
+def _area(predicate: Predicate) -> Any:
+    try:
+        return shapely.from_wkb(bytes.fromhex(str(predicate[2])))
+    except (ValueError, shapely.errors.ShapelyError) as error:
+        wanted = "WKB in hex; subset(geometries=...) takes all other forms"
+        raise _misfit(predicate, str(error), wanted) from error
+
+
+def _overlaps(predicate: Predicate) -> pc.Expression:
+    kind = pa.timestamp("us", "UTC")
+    try:
+        start, end = (None if v is None else pa.scalar(pd.Timestamp(v), kind) for v in predicate[2])  # type: ignore[union-attr]
+    except (TypeError, ValueError, pa.ArrowInvalid) as error:
+        raise _misfit(predicate, str(error), "(start, end) in ISO 8601, either may be None") from error
+    begins = pc.coalesce(pc.field("start_datetime"), pc.field("datetime"))
+    ends = pc.coalesce(pc.field("end_datetime"), pc.field("datetime"))
+    instant = ends <= begins
+    result = pc.scalar(True)
+    if start is not None:
+        result = result & ((ends > start) | (instant & (ends >= start)))
+        result = result & _either("end_datetime", lambda time: time >= start)
+    if end is not None:
+        result = result & (begins < end) & _either("start_datetime", lambda time: time < end)
+    return result
+
+
+def _either(column: str, holds: Callable[[pc.Expression], pc.Expression]) -> pc.Expression:
+    """Return whether a time holds, or ``datetime`` where it is unknown: unlike coalesce, statistics can tell."""
+    known = pc.field(column).is_valid()
+    return (known & holds(pc.field(column))) | (~known & holds(pc.field("datetime")))
+
+
+def _late(predicate: Predicate, table: pa.Table) -> tuple[NDArray[np.bool_], bool]:
+    """Return which rows fulfil a predicate, and whether any of them has what it names."""
+    column, op, value = predicate
+    if op == "intersects":
+        shapes = shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False))
+        return np.asarray(shapely.intersects(shapes, _area(predicate)), dtype=bool), True
+    found = False
+    keep = np.zeros(table.num_rows, dtype=bool)
+    properties = table.column("properties").to_pylist() if "properties" in table.column_names else []
+    for i, text in enumerate(properties):
+        values = json.loads(text) if text else {}
+        if column not in values:
+            continue
+        found = True
+        try:
+            keep[i] = _compare(values[column], op, value)
+        except TypeError as error:
+            raise _misfit(
+                predicate, f"a property such as {values[column]!r}", "a value of its type"
+            ) from error
+    return keep, found
+
+
+def _compare(found: Any, op: str, value: Any) -> bool:
+    if op in ("in", "not in"):
+        return bool((found in value) == (op == "in"))
+    if value is None:
+        return bool((found is None) == (op == "=="))
+    return found is not None and bool(_COMPARE[op](found, value))
+
+
+def _only_bands(table: pa.Table, wanted: tuple[str, ...]) -> pa.Table:
+    """Drop the assets and headers of bands that no wanted name can mean."""
+    records = Records(table)
+    keep: list[str] = []
+    met = {"@quality"}
+    for band in records.bands:
+        names = {band}
+        for field in ("common_name", "asset"):
+            names.update(v for v in pc.unique(records.asset_field(band, field)).to_pylist() if v)
+        roles = pc.unique(records.asset_field(band, "role")).to_pylist()
+        if names & set(wanted) or ("@quality" in wanted and "quality" in roles):
+            keep.append(band)
+            met |= names
+    if len(keep) == len(records.bands) or not met.issuperset(wanted):  # an unknown name: the error lists all
+        return table
+    for name in ("assets", "headers_metadata"):
+        if name not in table.column_names:
+            continue
+        at = table.schema.get_field_index(name)
+        kept = _filter_map(records.table.column(name), keep, RECORD_SCHEMA.field(name).type)
+        table = table.set_column(at, RECORD_SCHEMA.field(name), kept)
+    return table
+
+
+def _filter_map(column: pa.ChunkedArray, keys: list[str], kind: pa.MapType) -> pa.Array:
+    chunk = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    offsets = np.asarray(chunk.offsets)
+    first, last = int(offsets[0]), int(offsets[-1])
+    stored = chunk.keys  # of the whole buffer, also where the column is a slice of it
+    keep = np.array(pc.is_in(stored, value_set=pa.array(keys, pa.string())).to_numpy(zero_copy_only=False))
+    keep[:first] = keep[last:] = False
+    counted = np.concatenate([[0], np.cumsum(keep)])
+    chosen = pa.array(np.flatnonzero(keep))
+    return pa.MapArray.from_arrays(
+        pa.array(counted[offsets].astype(np.int32)),
+        stored.take(chosen),
+        chunk.items.take(chosen),
+        type=kind,
+    )
+
+
+def keep_readable(table: pa.Table, where: Sequence[Predicate]) -> pa.Table:
+    """Return the rows that a predicate on ``readable`` keeps; all where there is none."""
+    for column, _, value in where:
+        if column == "readable":
+            table = table.filter(pa.array(_readable(table) == bool(value)))
+    return table
+
+
+def _readable(table: pa.Table) -> NDArray[np.bool_]:
+    """Shape (record,). True where no asset left in the table has an error."""
+    chunk = table.column("assets").combine_chunks()
+    if isinstance(chunk, pa.ChunkedArray):
+        chunk = chunk.chunk(0)
+    failed = pc.is_valid(pc.struct_field(chunk.items, "error")).to_numpy(zero_copy_only=False)
+    counted = np.concatenate([[0], np.cumsum(failed)])
+    offsets = np.asarray(chunk.offsets)
+    return np.asarray(counted[offsets[1:]] == counted[offsets[:-1]])
+
+
+def hash_unit(values: Sequence[Any], *salt: Any) -> NDArray[np.float64]:
+    """Return a number in [0, 1) for each value: sha256 of salt and value, the same everywhere and always."""
+    prefix = "|".join(str(s) for s in salt).encode()
+    digests = b"".join(hashlib.sha256(prefix + b"|" + str(v).encode()).digest()[:8] for v in values)
+    return np.frombuffer(digests, dtype=">u8").astype(np.float64) / 2.0**64
+
+
+def sample_rows(table: pa.Table, id_column: str, n: int, seed: int, by: str | None) -> NDArray[np.int64]:
+    """Return the rows of the ``n`` smallest seeded hashes of the id, per stratum of ``by``, in row order.
+
+    A larger ``n`` of the same seed contains the smaller one's rows.
+    """
+    if n < 0:
+        raise PlanError("sample(n=)", repr(n), "0 or more")
+    if by is not None and by not in table.column_names:
+        raise PlanError("sample(by=)", repr(by), f"one of {', '.join(table.column_names)}")
+    rank = hash_unit(table.column(id_column).to_pylist(), "sample", seed)
+    strata = np.zeros(table.num_rows, dtype=np.int64)
+    if by is not None:
+        values = [str(v) for v in table.column(by).to_pylist()]
+        strata = np.unique(values, return_inverse=True)[1].astype(np.int64)
+    order = np.lexsort((rank, strata))
+    place = np.arange(len(order)) - np.searchsorted(strata[order], strata[order])
+    return np.sort(order[place < n])
+
+
+def token_of(data: Table) -> str:
+    """Return what a table is known by: a digest of its content, or of its files' names, sizes and times."""
+    if isinstance(data, pads.Dataset):
+        files = getattr(data, "files", [])
+        if not files:
+            return token_of(data.to_table())
+        parts = [str(data.schema)]
+        for path in files:
+            size = data.filesystem.get_file_info(path).size
+            parts.append(f"{path}|{size}|{version_of(data.filesystem, path)}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    sink = hashlib.sha256(str(data.schema).encode())
+    for batch in data.to_batches():
+        sink.update(batch.serialize())
+    return sink.hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""Pixels of many windows of many files, in one batch: the engine of tasks and of cubes."""

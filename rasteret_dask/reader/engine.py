@@ -1,0 +1,261 @@
+"""Reads pixels of assets onto grids, in one batch, from cached headers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import cache, partial
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+from rasterio.env import set_gdal_config
+
+from rasteret_dask.errors import PlanError, ReadError
+from rasteret_dask.net.limits import workers
+from rasteret_dask.reader.keeping import Keeping, Later, needed_soon
+from rasteret_dask.reader.pixelgrid import Rect
+from rasteret_dask.reader.placing import Block, Out, Reading
+from rasteret_dask.reader.ranges import named
+from rasteret_dask.reader.rasterfile import RasterFile
+from rasteret_dask.reader.readplan import Request, plan_read
+from rasteret_dask.reader.sharing import SHARED, Flight, Key, Pixels, Wish
+from rasteret_dask.reader.tilefile import bring, is_fast
+from rasteret_dask.reader.wants import Want, wanted
+
+__all__ = ["Counts", "Session"]
+
+SOURCE_BYTES = 32 * 2**20
+"""Source pixels that one call holds to be warped, unless one window alone has more."""
+
+GDAL_CACHE_BYTES = 16 * 2**20
+"""GDAL's own cache of tiles: none is asked for twice, so it needs only those being decoded."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a session has done so far."""
+
+    files_opened: int = 0
+    """Levels of files that GDAL has opened; the fast path opens none."""
+    requests: int = 0
+    """Ranges fetched by the fast path."""
+    bytes_fetched: int = 0
+    """Bytes of those ranges."""
+    tiles_read: int = 0
+    """Tiles decoded; one of a chunky file counts once, whatever the number of bands taken from it."""
+    tiles_reused: int = 0
+    """Tiles that this process had kept, or was bringing for another session."""
+    tiles_masked: int = 0
+    """Tiles that could not be read and are invalid instead."""
+    bytes_decoded: int = 0
+    """Bytes of the pixels decoded."""
+    warped_requests: int = 0
+    """Requests whose pixels are not the file's own."""
+    gdal_fallback: int = 0
+    """Requests of files that take GDAL: JPEG 2000, strips, or unusually compressed."""
+
+
+class Session:
+    """Reads for one task. Threads, connections and tiles under way are the process's.
+
+    Parameters
+    ----------
+    on_error
+        ``"raise"``, or ``"mask"``: a tile that cannot be read is invalid, counted, and named in ``unreadable``.
+    later
+        What other tasks of this process are going to read.
+
+    Notes
+    -----
+    A tile is fetched and decoded once for all sessions that want it at the same time, and again later only when
+    nobody had announced to need it (``keep``, ``later``) or the process's budget for kept pixels was too small.
+    """
+
+    def __init__(self, on_error: str = "raise", later: Later | None = None) -> None:
+        if on_error not in ("raise", "mask"):
+            raise PlanError("on_error", repr(on_error), "'raise' or 'mask'")
+        self.counts = Counts()
+        self.unreadable: list[str] = []
+        self._mask = on_error == "mask"
+        self._keeping = Keeping(later)
+        self._files: dict[tuple[Any, ...], RasterFile] = {}
+        self._lock = Lock()
+
+    def __enter__(self) -> Session:
+        _bound_gdal_cache()
+        self._reading = SHARED.session()
+        self._reading.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        self._reading.__exit__(None, None, None)
+
+    def close(self) -> None:
+        """Close all files and forget what was kept for this session."""
+        for file in self._files.values():
+            with file.lock:
+                file.close()
+        self._files.clear()
+        self._keeping.finish()
+
+    def read_block(self, requests: Sequence[Request], keep: Sequence[Request] = ()) -> list[Block]:
+        """Read all requests in one batch.
+
+        Parameters
+        ----------
+        requests
+            What to read. Requests of one file share its tiles.
+        keep
+            Requests likely to follow in this session: the pixels that they need of the tiles read now are kept
+            for them.
+
+        Returns
+        -------
+        list of Block
+            One per request, in their order. Pixels do not depend on how windows and requests are grouped.
+
+        Raises
+        ------
+        ReadError
+            When a file cannot be read or is not what its cached header says; never zeros instead.
+        """
+        blocks = [Block.empty(request) for request in requests]
+        self.read_into(requests, [block.out() for block in blocks], keep)
+        return blocks
+
+    def read_into(
+        self, requests: Sequence[Request], outs: Sequence[Out], keep: Sequence[Request] = ()
+    ) -> None:
+        """Read all requests in one batch, each straight into memory of the caller's; see :meth:`read_block`."""
+        readings = [Reading.planned(request, out) for request, out in zip(requests, outs, strict=True)]
+        self._count(
+            warped_requests=sum(r.bent or r.plan.level > 0 for r in readings),
+            gdal_fallback=sum(not is_fast(r.request.asset, r.plan.level) for r in readings),
+        )
+        groups = _groups(readings)
+        for at, group in enumerate(groups):
+            rest = [reading for later in groups[at + 1 :] for reading in later]
+            self._read(group, rest, keep)
+
+    def _read(self, readings: Sequence[Reading], rest: Sequence[Reading], keep: Sequence[Request]) -> None:
+        """Read some of a batch; what the rest of it and ``keep`` need of the same tiles is kept."""
+        for reading in readings:
+            reading.prepare()
+        wants = wanted(readings)
+        planned = [(r.request, r.plan) for r in rest] + [(request, plan_read(request)) for request in keep]
+        soon = needed_soon(planned, wants)
+        call = _Call()
+        try:
+            for reading in readings:
+                if not reading.pending:
+                    call.ready(reading)
+            with SHARED.departure:
+                waiting = self._depart(wants, soon, call)
+            for flight, wish, want in waiting:
+                self._await(flight, wish, want, call)
+            for warp in call.warps:
+                warp.result()
+        finally:
+            call.alive = False
+            wait(call.warps)
+
+    def _depart(
+        self, wants: dict[Key, Want], soon: dict[Key, Rect], call: _Call
+    ) -> list[tuple[Flight, Wish, Want]]:
+        """Take what the process has, join what is under way, and send for the rest."""
+        waiting: list[tuple[Flight, Wish, Want]] = []
+        new: dict[tuple[Any, ...], list[Flight]] = {}  # nobody but us brings these
+        try:
+            for key, want in wants.items():
+                keep = self._keeping.keep(want, soon.get(key))
+                wish = Wish(want.need(), partial(_land, want, call), keep, lambda: call.alive)
+                pixels, flight, fresh = SHARED.join(key, want.asset, wish)
+                if flight is not None:
+                    waiting.append((flight, wish, want))
+                    if fresh:
+                        new.setdefault(key[:4], []).append(flight)  # one version of one file, one level of it
+                if pixels is not None:
+                    wish.paste(pixels)
+                if not fresh:
+                    self._count(tiles_reused=1)
+            for (*_, level), own in new.items():
+                file = self._files.setdefault(own[0].key[:4], RasterFile(own[0].asset, level))
+                bring(own[0].asset, level, own, file, self._count)
+        except BaseException as error:  # an interrupt, say: who has joined these must not wait for ever
+            for flight in (flight for own in new.values() for flight in own):
+                SHARED.fail(flight, error)
+            raise
+        return waiting
+
+    def _await(self, flight: Flight, wish: Wish, want: Want, call: _Call) -> None:
+        error = wish.done.exception()  # not raised: its traceback would tie this call's memory to the flight
+        if error is None:
+            return
+        if not isinstance(error, ReadError):
+            raise error
+        if not self._mask:
+            said = error.subject.replace(named(flight.asset), named(want.asset))
+            raise ReadError(said, error.found, error.expected, error.remedy)
+        want.void()
+        call.landed(want)
+        for who in dict.fromkeys(named(reading.request.asset) for reading, _, _ in want.readings):
+            own = error.subject.replace(named(flight.asset), who)
+            line = str(ReadError(own, error.found, error.expected, error.remedy))
+            if line not in self.unreadable:
+                self.unreadable.append(line)
+        self._count(tiles_masked=1)
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            for name, number in more.items():
+                setattr(self.counts, name, getattr(self.counts, name) + number)
+
+
+class _Call:
+    """One call of read_block under way."""
+
+    def __init__(self) -> None:
+        self.alive = True
+        self.warps: list[Future[None]] = []
+
+    def ready(self, reading: Reading) -> None:
+        """Go on with a reading whose tiles are all there."""
+        if reading.bent:
+            self.warps.append(workers().submit(reading.finish))
+
+    def landed(self, want: Want) -> None:
+        """Go on with the readings for which this was the last tile."""
+        for reading in want.landed():
+            self.ready(reading)
+
+
+def _land(want: Want, call: _Call, pixels: Pixels) -> None:
+    want.paste(pixels)
+    call.landed(want)
+
+
+def _groups(readings: Sequence[Reading]) -> list[list[Reading]]:
+    """Put readings into groups whose source pixels fit SOURCE_BYTES; those that are copied need none."""
+    groups: list[list[Reading]] = [[]]
+    held = 0
+    for reading in (part for whole in readings for part in whole.split(SOURCE_BYTES)):
+        cost = reading.source_bytes
+        if held and held + cost > SOURCE_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(reading)
+        held += cost
+    return groups
+
+
+@cache
+def _bound_gdal_cache() -> None:
+    """Bound GDAL's block cache, by default 5 % of all memory, once per process unless GDAL_CACHEMAX is set."""
+    if "GDAL_CACHEMAX" not in os.environ:
+        set_gdal_config("GDAL_CACHEMAX", GDAL_CACHE_BYTES)

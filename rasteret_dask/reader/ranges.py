@@ -1,0 +1,168 @@
+"""Ranges of files: neighbours put together, fetched, and held against the record."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from rasteret_dask.errors import ReadError, TrustError
+from rasteret_dask.net import remote
+from rasteret_dask.table.records import Asset
+
+T = TypeVar("T")
+
+__all__ = [
+    "Part",
+    "Span",
+    "check",
+    "coalesced",
+    "fetch",
+    "named",
+    "subject",
+]
+
+GAP_BYTES = 32 * 1024
+"""Bytes between two ranges that are rather read than asked for apart."""
+
+SPAN_BYTES = 2 * 2**20
+"""Of one request, at most, where it is for several tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[T]):
+    """The bytes of one thing in a file."""
+
+    start: int
+    length: int
+    what: T
+
+    @property
+    def stop(self) -> int:
+        """The first byte after it."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Span(Generic[T]):
+    """Neighbouring parts that one request brings."""
+
+    start: int
+    length: int
+    parts: tuple[Part[T], ...]
+
+
+def coalesced(parts: Sequence[Part[T]], gap: int = GAP_BYTES, most: int = SPAN_BYTES) -> Iterator[Span[T]]:
+    """Put parts together that lie at most ``gap`` bytes apart, up to ``most`` bytes a request."""
+    run: list[Part[T]] = []
+    stop = 0
+    for part in sorted(parts, key=lambda p: (p.start, p.length)):
+        if run and (part.start - stop > gap or max(stop, part.stop) - run[0].start > most):
+            yield Span(run[0].start, stop - run[0].start, tuple(run))
+            run = []
+        stop = max(stop, part.stop) if run else part.stop
+        run.append(part)
+    if run:
+        yield Span(run[0].start, stop - run[0].start, tuple(run))
+
+
+def fetch(asset: Asset, start: int, length: int) -> Any:
+    """Return a range of an asset's file as a buffer, after a look whether it is the file that was indexed.
+
+    Parameters
+    ----------
+    asset
+        Names the file, with the size and ETag it had when its header was read.
+    start, length
+        The range, bytes.
+
+    Raises
+    ------
+    ReadError
+        When the store refuses, the file has changed, or the range is not all there.
+    """
+    doing = subject(asset, f"reading bytes {start}-{start + length - 1}")
+    if asset.size is not None and start + length > asset.size:
+        raise ReadError(doing, f"a file of {asset.size} bytes", "a range inside of it", _ANEW)
+    data, size, etag = _typed(_range, asset, doing, start, length)
+    _check(asset, size, etag, doing)
+    if len(data) < length:
+        raise ReadError(doing, f"{len(data)} bytes, then the file's end", f"{length} bytes", _ANEW)
+    return data
+
+
+def check(asset: Asset) -> None:
+    """Raise a ReadError where an asset's file is not there, or not the one that was indexed."""
+    doing = subject(asset, "opening it")
+    if asset.size is not None or asset.etag is not None:
+        _check(asset, *_typed(_head, asset, doing), doing)
+
+
+def _typed(ask: Callable[..., T], asset: Asset, doing: str, *arguments: Any) -> T:
+    failure: ReadError
+    try:
+        return ask(asset.href, *arguments)
+    except (remote.MissingError, FileNotFoundError, NotADirectoryError):
+        remedy = "Restore the file, or leave the record out."
+        failure = ReadError(doing, "nothing there (404)", "the file that was indexed", remedy)
+    except (ReadError, TrustError, OSError, ValueError) as error:
+        found = error.found if isinstance(error, ReadError | TrustError) else _said(error)
+        remedy = "Check that this worker may read it; try again if the store was busy."
+        failure = ReadError(doing, found, "its bytes", _ANEW if found == remote.NO_RANGE else remedy)
+    try:
+        raise failure  # outside of the except block: what it would be chained to may name a signature
+    finally:
+        del failure  # a frame that holds its own error is a cycle, and this one leads to the output
+
+
+def _said(error: OSError | ValueError) -> str:
+    """Return what went wrong, without the path."""
+    return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+
+
+def _range(href: str, start: int, length: int) -> tuple[Any, int, str | None]:
+    if not remote.is_local(href):
+        found = remote.fetch(href, start, length)
+        return found.data, found.head.size, found.head.etag
+    file = os.open(remote.local_path(href), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        stat, parts = os.fstat(file), []  # no ETag: a local one is inode and time, which a copy does not keep
+        while length > 0 and (part := os.pread(file, length, start)):
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+    finally:
+        os.close(file)
+    return parts[0] if len(parts) == 1 else b"".join(parts), stat.st_size, None
+
+
+def _head(href: str) -> tuple[int, str | None]:
+    if remote.is_local(href):
+        stat = os.stat(remote.local_path(href))
+        return stat.st_size, None
+    found = remote.head(href)
+    return found.size, found.etag
+
+
+def _check(asset: Asset, size: int, etag: str | None, doing: str) -> None:
+    if (asset.size is not None and size != asset.size) or (etag and asset.etag and etag != asset.etag):
+        raise ReadError(
+            doing, _described(size, etag), f"{_described(asset.size, etag and asset.etag)}, as indexed", _ANEW
+        )
+
+
+def _described(size: int | None, etag: str | None) -> str:
+    return ", ".join([f"a file of {size} bytes"] * (size is not None) + [f"ETag {etag}"] * bool(etag))
+
+
+_ANEW = "The file has changed since it was indexed: build its record anew."
+
+
+def subject(asset: Asset, doing: str) -> str:
+    """Name an asset and what is done with it, without what must stay secret."""
+    return f"{named(asset)}, {doing}"
+
+
+def named(asset: Asset) -> str:
+    """Name an asset, its record and its file, without what must stay secret."""
+    return f"asset {asset.band!r} of record {asset.record_id!r} ({remote.public(asset.href)})"

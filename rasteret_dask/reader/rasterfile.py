@@ -1,0 +1,221 @@
+"""Opens one level of one file through rasterio and reads its tiles, or says plainly why it cannot."""
+
+from __future__ import annotations
+
+import os
+from threading import Lock
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from rasterio import Env
+from rasterio import open as open_raster
+from rasterio import windows as rasterio_windows
+from rasterio.errors import RasterioError, RasterioIOError
+from rasterio.io import DatasetReader
+from rasterio.session import DummySession
+
+from rasteret_dask.catalogs.access import for_gdal
+from rasteret_dask.errors import ReadError
+from rasteret_dask.net.limits import BUDGET
+from rasteret_dask.net.remote import SCHEMES, public, redact
+from rasteret_dask.reader.levels import has_mask, tile_rect
+from rasteret_dask.reader.ranges import check, subject
+from rasteret_dask.reader.sharing import Pixels
+from rasteret_dask.table.records import Asset
+
+__all__ = ["RasterFile", "gdal_env", "read_error"]
+
+DRIVERS = ("GTiff", "JP2OpenJPEG")
+"""The only drivers a cached header may name: never VRT, which opens other files. Only the one named is tried."""
+
+MAX_TILE_BYTES = 256 * 2**20
+
+_ENV: dict[str, Any] = {
+    "GDAL_HTTP_CONNECTTIMEOUT": 10,
+    "GDAL_HTTP_MAX_RETRY": 5,
+    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+    "GDAL_HTTP_MULTIPLEX": "YES",
+    "GDAL_HTTP_RETRY_DELAY": 0.5,
+    "GDAL_HTTP_TIMEOUT": 60,
+    "GDAL_INGESTED_BYTES_AT_OPEN": 32768,
+    "VSI_CACHE": "FALSE",
+}
+
+
+class RasterFile:
+    """One level of one file, opened once; hold ``lock`` while using it, and be inside :func:`gdal_env`.
+
+    Parameters
+    ----------
+    asset
+        Any band of the file.
+    level
+        Index into ``asset.levels``.
+
+    Raises
+    ------
+    ReadError
+        On :meth:`open`, when the file cannot be opened or is not the one whose header was cached.
+    """
+
+    def __init__(self, asset: Asset, level: int) -> None:
+        self.lock = Lock()
+        self.level = asset.levels[level]
+        self.masked = has_mask(asset)
+        self.chunky = self.level.planar == 1 and self.level.samples > 1
+        self._asset = asset
+        self._overview = level - 1
+        self._dataset: DatasetReader | None = None
+
+    def open(self) -> bool:
+        """Open the file unless it is open; return whether it had to be."""
+        if self._dataset is not None:
+            return False
+        asset = self._asset
+        options = {"OVERVIEW_LEVEL": self._overview} if self._overview >= 0 else {}
+        self._check_header()
+        path = gdal_path(asset)
+        check(asset)
+        failure: ReadError | None = None
+        try:
+            dataset = open_raster(path, driver=self.level.driver, **options)
+        except (RasterioError, OSError) as error:
+            remedy = "Check that it exists and that this worker may read it."
+            failure = read_error(asset, "opening it", error, f"a {self.level.driver} file", remedy)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # a frame that holds its own error is a cycle
+        if (dataset.width, dataset.height) != (self.level.width, self.level.height):
+            found = f"{dataset.width} x {dataset.height} pixels"
+            dataset.close()
+            raise _changed(asset, found, f"{self.level.width} x {self.level.height}, as in its cached header")
+        self._dataset = dataset
+        return True
+
+    def read(self, tile: int, asset: Asset) -> Pixels:
+        """Read one tile: all samples of a chunky file, else the band of ``asset``.
+
+        Parameters
+        ----------
+        tile
+            Its number, row by row.
+        asset
+            The band wanted, or one of them; named in messages.
+        """
+        rect = tile_rect(self.level, tile)
+        (height, width), dtype = rect.shape, np.dtype(asset.dtype)
+        window = rasterio_windows.Window(rect.col0, rect.row0, width, height)
+        dataset = self._dataset
+        if dataset is None:
+            raise ValueError("the file is not open")
+        self._check_band(dataset, asset)
+        indexes = list(range(1, dataset.count + 1)) if self.chunky else [asset.band_index + 1]
+        failure: ReadError | None = None
+        with BUDGET.hold(len(indexes) * height * width * dtype.itemsize):
+            try:
+                values = dataset.read(indexes, window=window)
+                mask = dataset.read_masks(indexes, window=window) != 0 if self.masked else None
+            except (RasterioError, OSError) as error:
+                where = f"reading tile {tile} ({width} x {height} pixels at row {rect.row0}, col {rect.col0})"
+                remedy = "Try again; if it stays so, leave the record out or index it anew."
+                failure = read_error(asset, where, error, "its pixels", remedy)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # a frame that holds its own error is a cycle
+        return Pixels(values, mask, rect)
+
+    def close(self) -> None:
+        """Close the file if it is open."""
+        if self._dataset is not None:
+            self._dataset.close()
+            self._dataset = None
+
+    def _check_band(self, dataset: DatasetReader, asset: Asset) -> None:
+        if asset.band_index >= dataset.count:
+            raise _changed(asset, f"{dataset.count} bands", f"band {asset.band_index + 1}, counted from 1")
+        if np.dtype(dataset.dtypes[asset.band_index]) != np.dtype(asset.dtype):
+            raise _changed(asset, f"dtype {dataset.dtypes[asset.band_index]}", asset.dtype)
+
+    def _check_header(self) -> None:
+        level = self.level
+        if level.driver not in DRIVERS:
+            raise ReadError(
+                subject(self._asset, "opening it"),
+                f"driver {level.driver!r}",
+                f"one of {', '.join(DRIVERS)}",
+            )
+        nbytes = level.tile_width * level.tile_height * np.dtype(self._asset.dtype).itemsize
+        nbytes *= level.samples if self.chunky else 1
+        if nbytes > MAX_TILE_BYTES:
+            raise ReadError(
+                subject(self._asset, "opening it"),
+                f"tiles of {level.tile_width} x {level.tile_height} pixels, {nbytes / 2**20:.0f} MiB each",
+                f"tiles of at most {MAX_TILE_BYTES // 2**20} MiB",
+                "Convert the file to a cloud-optimized GeoTIFF.",
+            )
+
+
+def gdal_env(href: str) -> Env:
+    """Return the GDAL settings for reading a href; they hold for the thread that enters them.
+
+    Credentials come from the process's environment, as GDAL finds them there. Remote folders are not listed;
+    local ones are not either, but sidecars (``.aux.xml``) are still looked for.
+    """
+    remote = urlsplit(href).scheme in SCHEMES
+    settings = {**_ENV, **(for_gdal(href)[1] if remote else {})}
+    return Env(
+        session=DummySession(), GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR" if remote else "TRUE", **settings
+    )
+
+
+def gdal_path(asset: Asset) -> str:
+    """Return what GDAL calls an asset's href.
+
+    Raises
+    ------
+    ReadError
+        For schemes other than file, http, https, s3, gs and az, and for GDAL's own virtual paths.
+    """
+    href = asset.href
+    parts = urlsplit(href)
+    if parts.scheme in SCHEMES:
+        return for_gdal(href)[0]
+    path = unquote(parts.path) if parts.scheme == "file" else href
+    if "://" in path or path.startswith("/vsi") or path.lstrip().startswith("<"):
+        raise ReadError(
+            subject(asset, "opening it"),
+            f"scheme {parts.scheme!r}" if parts.scheme else "a virtual path",
+            "a local path, file://, http(s)://, s3://, gs:// or az://",
+        )
+    return os.path.abspath(path)
+
+
+def read_error(asset: Asset, doing: str, error: Exception, expected: str, remedy: str) -> ReadError:
+    """Return the error for a failed read of an asset, without what must stay secret.
+
+    Raise it outside of the ``except`` block: what rasterio chains to its own errors (``CPLE_AppDefinedError``) can
+    be pickled but not unpickled, so an error that carries it along never reaches the client.
+    """
+    said = _redacted(str(error.__cause__ or error), asset.href)  # rasterio's own: "see previous exception"
+    failure = ReadError(subject(asset, doing), said, expected, remedy)
+    failure.__cause__ = RasterioIOError(said)
+    return failure
+
+
+def _changed(asset: Asset, found: str, expected: str) -> ReadError:
+    remedy = "The file has changed since it was indexed: build its record anew."
+    return ReadError(subject(asset, "opening it"), found, expected, remedy)
+
+
+def _redacted(text: str, href: str) -> str:
+    parts = urlsplit(href)
+    text = text.replace(href, public(href))
+    user = parts.netloc.rpartition("@")[0]
+    for secret in (f"{user}@" if user else "", f"?{parts.query}" if parts.query else "", parts.query):
+        text = text.replace(secret, "") if secret else text
+    return redact(text)

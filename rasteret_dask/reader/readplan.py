@@ -1,0 +1,166 @@
+"""Which level, kernel and source pixels a window of a grid needs, from the cached header alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, floor
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.enums import Resampling
+
+from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.reader.levels import Frame, rect_tiles, sparse_tiles
+from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, transformed
+from rasteret_dask.table.records import Asset, Level
+
+__all__ = ["ReadPlan", "Request", "plan_read", "tiles_of"]
+
+_NEAREST_ROLES = frozenset({"quality", "class", "embedding"})
+_KERNELS = frozenset(r.name for r in Resampling if r is not Resampling.gauss)
+_RADIUS = {"nearest": 1, "bilinear": 1, "cubic": 2, "cubic_spline": 2, "lanczos": 3}
+"""Source pixels a kernel reaches, GDAL's ``GWKGetFilterRadius``; the others use a pixel's own footprint."""
+
+_OVERVIEW_SLACK = 1.01
+"""GDAL's own slack (``vrtwarped.cpp``): 10980 / 1373 is 7.997, 5490 / 687 is 7.991."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Pixels wanted of one asset: windows of one shape on one grid."""
+
+    asset: Asset
+    grid: Grid
+    windows: tuple[Window, ...]
+    resampling: str | None = None
+    """GDAL's name of a kernel. None: nearest for quality, class and embedding bands, else average where the
+    grid is coarser than the image, else bilinear. Without effect where the grids are aligned."""
+    decode: str | None = None
+    """``"embedding"``: values are dequantized to float32 before any kernel, NaN where invalid. Overviews hold
+    averages of quantized numbers, so the image itself is read."""
+
+    def __post_init__(self) -> None:
+        subject = f"request for asset {self.asset.band!r} of record {self.asset.record_id!r}"
+        shapes = {(w.height, w.width) for w in self.windows}
+        if len(shapes) != 1:
+            raise GridError(
+                subject, f"windows of shapes {sorted(shapes)}", "at least one window, of one shape"
+            )
+        if self.resampling is not None and self.resampling not in _KERNELS:
+            raise PlanError(
+                subject, f"resampling {self.resampling!r}", f"one of {', '.join(sorted(_KERNELS))}"
+            )
+        if self.decode not in (None, "embedding"):
+            raise PlanError(subject, f"decode {self.decode!r}", "'embedding' or None")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """How one request is read."""
+
+    level: int
+    """Index into ``asset.levels``."""
+    frame: Frame
+    kernel: str
+    scale: tuple[float, float]
+    """Grid pixels per pixel of the level, (x, y): GDAL's XSCALE and YSCALE."""
+    corner: tuple[int, int] | None
+    """Grid (row, col) of the level's north-west pixel where pixels are copied; None where they are warped."""
+    rects: tuple[Rect, ...]
+    """Per window, the level's pixels it needs, clipped to the raster."""
+
+
+def tiles_of(request: Request) -> tuple[int, set[int]]:
+    """Return the level and the numbers of its tiles that a request reads, from the cached header alone.
+
+    Parameters
+    ----------
+    request
+        What would be read.
+
+    Returns
+    -------
+    tuple of int and set of int
+        Index into ``asset.levels``, and tile numbers, row by row, as in ``tile_byte_counts`` of that level.
+        Tiles the header knows to be sparse cost no request and are not among them.
+    """
+    plan = plan_read(request)
+    level = request.asset.levels[plan.level]
+    sparse = sparse_tiles(request.asset, plan.level)
+    return plan.level, {t for r in plan.rects for t in rect_tiles(level, plan.frame, r)} - sparse
+
+
+def plan_read(request: Request) -> ReadPlan:
+    """Choose level and kernel, and find the source pixels of every window.
+
+    Overviews are chosen as ``gdalwarp -ovr AUTO`` does: the coarsest whose reduction is at most the grid's
+    (with GDAL's 1 %), unless the kernel is nearest. Nearest always takes the image itself: an overview's class
+    is whatever its maker's kernel made of it. (A plain ``WarpedVRT`` never takes an overview; ours equals one
+    over the file opened at the overview that was chosen.)
+    """
+    asset, grid = request.asset, request.grid
+    image = Frame.of(asset, 0, grid.epsg)
+    scale = image.scale(grid)
+    kernel = request.resampling or _default_kernel(asset, scale)
+    level = 0
+    if kernel != "nearest" and request.decode is None and image.corner(grid) is None:
+        level = _overview(asset.levels, 1.0 / max(scale))
+    frame = image if level == 0 else Frame.of(asset, level, grid.epsg)
+    scale = scale if level == 0 else frame.scale(grid)
+    corner = frame.corner(grid)
+    if corner is None:
+        rects = _source_rects(frame, request, kernel, scale)
+    else:
+        row, col = corner
+        rects = [
+            Rect(w.row - row, w.row - row + w.height, w.col - col, w.col - col + w.width)
+            for w in request.windows
+        ]
+    clipped = tuple(r.clip(frame.height, frame.width) for r in rects)
+    return ReadPlan(level, frame, kernel, scale, corner, clipped)
+
+
+def _default_kernel(asset: Asset, scale: tuple[float, float]) -> str:
+    if asset.role in _NEAREST_ROLES:
+        return "nearest"
+    return "average" if min(scale) < 0.99 else "bilinear"
+
+
+def _overview(levels: tuple[Level, ...], reduction: float) -> int:
+    best, best_factor = 0, 1.0
+    for i, level in enumerate(levels):
+        factor = levels[0].width / level.width
+        if level.kind == "overview" and best_factor < factor <= reduction * _OVERVIEW_SLACK:
+            best, best_factor = i, factor
+    return best
+
+
+def _source_rects(frame: Frame, request: Request, kernel: str, scale: tuple[float, float]) -> list[Rect]:
+    """Bounds of each window's pixels in the source, with the kernel's reach round them."""
+    grid, windows = request.grid, request.windows
+    steps = np.linspace(0.0, 1.0, 9)
+    down, across = (g.ravel() for g in np.meshgrid(steps, steps, indexing="ij"))
+    rows = np.array([w.row + w.height * down for w in windows])
+    cols = np.array([w.col + w.width * across for w in windows])
+    xs, ys = grid.x0 + cols * grid.xres, grid.y0 - rows * grid.yres
+    bent = frame.epsg != grid.epsg
+    if bent:
+        flat_x, flat_y = transformed(grid.epsg, frame.epsg, xs.ravel(), ys.ravel())
+        xs, ys = flat_x.reshape(xs.shape), flat_y.reshape(ys.shape)
+    inverse = ~frame.transform
+    source_cols = inverse.a * xs + inverse.b * ys + inverse.c
+    source_rows = inverse.d * xs + inverse.e * ys + inverse.f
+    reach = [ceil(_RADIUS.get(kernel, 1) / min(s, 1.0)) + 2 for s in scale]
+    return [
+        Rect(*_span(r, reach[1], bent), *_span(c, reach[0], bent))
+        for r, c in zip(source_rows, source_cols, strict=True)
+    ]
+
+
+def _span(values: NDArray[np.float64], reach: int, bent: bool) -> tuple[int, int]:
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return 0, 0
+    low, high = float(values.min()), float(values.max())
+    slack = reach + (0.002 * (high - low) if bent else 0.0)  # what nine points a side miss
+    return floor(low - slack), ceil(high + slack)

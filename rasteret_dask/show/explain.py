@@ -1,0 +1,332 @@
+"""What a job will do, before anything is read: records, chips, tasks, requests, bytes, memory, and why."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from rasteret_dask.chipping.chips import ChipSet, used_rows
+from rasteret_dask.chipping.chiptable import FeedTable, bounds_of
+from rasteret_dask.grid import Lattice, northern, transformer
+from rasteret_dask.planning.radiometry import radiometry_of
+from rasteret_dask.reader.readplan import tiles_of
+from rasteret_dask.table.records import Asset, Level
+from rasteret_dask.tasks import pixels
+from rasteret_dask.tasks.freezing import task_bytes
+from rasteret_dask.tasks.job import Job, Output, Shard
+
+__all__ = ["Explanation", "explain"]
+
+ALIGNED_PX = 1e-4
+"""Pixel edges nearer than this are the same edge."""
+
+UTM_SOUTH = 32700
+"""EPSG codes above are UTM zones of the southern hemisphere, which are only translated."""
+
+EXACT_SHARDS = 48
+"""Tiles of this many shards are counted one by one; beyond, they are extrapolated from as many, evenly taken."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A report that prints as text, shows as HTML in a notebook, and gives its numbers as a dict."""
+
+    facts: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain values."""
+        return json.loads(json.dumps(self.facts))  # type: ignore[no-any-return]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.facts[name]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<18}{value}" for name, value in _lines(self.facts))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left;vertical-align:top'>{html.escape(n)}</th>"
+            f"<td style='text-align:left;white-space:pre-wrap'>{html.escape(v)}</td></tr>"
+            for n, v in _lines(self.facts)
+        )
+        return f"<table>{rows}</table>"
+
+
+def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanation:
+    """Report on a planned and frozen job."""
+    shards = list(job.shards())
+    reading = _reading(job)
+    out = sum(o.chip_bytes for o in outputs)
+    per_shard = max((h.per_shard for h in job.hierarchies), default=1)
+    counted = pc.value_counts(chips.table.column("split")).to_pylist()
+    splits = {entry["values"] or "none": int(entry["counts"]) for entry in counted}
+    used = [len(r) for r in job.records]
+    facts = {
+        "records": {
+            s.plan.name: {"scanned": len(s.records), "used": n}
+            for s, n in zip(chips.sources, used, strict=True)
+        },
+        "chips": sum(h.chips for h in job.hierarchies),
+        "splits": splits,
+        "keep": [rule.said for rule in job.screens],
+        "shards": len(shards),
+        "chips_per_shard": per_shard,
+        "tasks": len(shards),
+        "requests": reading["requests"],
+        "requests_by_shard": reading["by_shard"],
+        "read_bytes": reading["bytes"],
+        "requests_counted_on_shards": reading["shards"],
+        "write_bytes": out * sum(h.chips for h in job.hierarchies),
+        "peak_task_bytes": task_bytes(job, outputs),
+        "chip_shape": {
+            s.name: [o.times, len(o.bands), o.height, o.width]
+            for s, o in zip(job.sources, outputs, strict=True)
+        },
+        "dtype": {s.name: o.dtype for s, o in zip(job.sources, outputs, strict=True)},
+        "bands": {s.name: list(o.bands) for s, o in zip(job.sources, outputs, strict=True)},
+        "times": _times(chips),
+        "tile_fit": reading["fit"],
+        "pixels": _native_share(chips),
+        "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
+        "unused_strip_m": _strip(chips),
+        "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used_rows(chips)},
+        "mask": {s.plan.name: list(s.plan.mask) for s in chips.sources},
+        "pick": {s.plan.name: s.plan.pick for s in chips.sources},
+        "dropped": dict(chips.dropped),
+    }
+    return Explanation(facts)
+
+
+def _strip(chips: ChipSet) -> float:
+    if chips.spec.grid != "zone" or chips.spec.at is not None:
+        return 0.0
+    stride = chips.spec.stride * chips.resolution
+    return Lattice(1, chips.spec.cell_km * 1000.0, chips.size_m, stride).unused_m
+
+
+def _native_share(chips: ChipSet) -> dict[str, dict[str, int]]:
+    """Return per source how many used records keep native pixels, are only translated, or are resampled."""
+    result: dict[str, dict[str, int]] = {}
+    feeds = FeedTable.of(chips.table)
+    epsg = chips.table.column("epsg").to_numpy()[feeds.chip]
+    corner = bounds_of(chips.table)[feeds.chip][:, [0, 3]]
+    for number, (resolved, found) in enumerate(zip(chips.sources, chips.outlines, strict=True)):
+        own = feeds.source == number
+        record = feeds.row[own]
+        transform = found.transform[found.of_record[record]]
+        size = resolved.plan.resolution
+        shift = (corner[own] - transform[:, [2, 5]]) / size
+        same = np.abs(shift - np.round(shift)).max(1, initial=0.0) < ALIGNED_PX
+        same &= epsg[own] == found.epsg[found.of_record[record]]
+        same &= np.abs(np.abs(transform[:, 0]) - size) < 1e-9 * size
+        resampled = np.unique(record[~same])
+        moved = resolved.records.epsg > UTM_SOUTH
+        native = np.setdiff1d(np.unique(record), resampled)
+        result[resolved.plan.name] = {
+            "native": int(np.sum(~moved[native])),
+            "translated": int(np.sum(moved[native])),
+            "resampled": len(resampled),
+        }
+    return result
+
+
+def _times(chips: ChipSet) -> dict[str, list[str]]:
+    """Return the start of each slot, per source with a time axis."""
+    return {
+        s.plan.name: [pd.Timestamp(t).isoformat() for t in s.plan.slots]
+        for s in chips.sources
+        if s.plan.slots is not None
+    }
+
+
+def _reading(job: Job) -> dict[str, Any]:
+    """Count the tiles that shards need and their compressed bytes, from the cached tile tables.
+
+    A tile that n of the job's shards need counts as 1 / n in each of them, so that a sample of shards tells how many
+    distinct tiles there are.
+    """
+    shards = list(job.shards())
+    step = max(len(shards) / EXACT_SHARDS, 1.0)
+    chosen = [shards[int(i * step)] for i in range(min(len(shards), EXACT_SHARDS))]
+    whole = len(chosen) == len(shards)
+    seen: dict[tuple[Any, int], set[int]] = {}
+    once, nbytes, by_shard, pixels_read, pixels_used, unknown = 0.0, 0.0, 0, 0, 0, False
+    sharing = None if whole else _Sharing(job, chosen)
+    for shard in chosen:
+        for number in range(len(job.sources)):
+            requests, used = pixels.requests_of(job, shard, number)
+            for (file, level), (wanted, asset) in _by_file(requests).items():
+                known, met = asset.levels[level].tile_byte_counts, seen.setdefault((file, level), set())
+                needed = sharing.shards_of(number, asset, level) if sharing else Counter[int]()
+                weight = {t: 1.0 / max(needed[t], 1) for t in wanted if not whole or t not in met}
+                met |= wanted
+                once += sum(weight.values())
+                unknown |= not known
+                nbytes += sum(w * known[t] for t, w in weight.items()) if known else 0
+                by_shard += len(wanted)
+                pixels_read += len(wanted) * asset.levels[level].tile_width * asset.levels[level].tile_height
+            pixels_used += used
+    scale = len(shards) / max(len(chosen), 1)
+    return {
+        "requests": round(once * scale),
+        "by_shard": round(by_shard * scale),
+        "bytes": None if unknown else round(nbytes * scale),
+        "shards": len(chosen),
+        "fit": round(pixels_used / pixels_read, 4) if pixels_read else None,
+    }
+
+
+class _Sharing:
+    """Tells how many shards need a tile: those with a chip on its ground that its record feeds."""
+
+    def __init__(self, job: Job, chosen: Sequence[Shard]) -> None:
+        self._job = job
+        feeds = job.feeds
+        wanted = [np.zeros(len(r), dtype=bool) for r in job.records]
+        for shard in chosen:
+            own = slice(feeds.offsets[shard.start], feeds.offsets[shard.stop])
+            for number, flags in enumerate(wanted):
+                flags[feeds.row[own][feeds.source[own] == number]] = True
+        base = np.cumsum([0, *(len(r) for r in job.records)])
+        record = base[feeds.source] + feeds.row
+        at = np.flatnonzero(np.concatenate(wanted)[record])
+        at = at[np.argsort(record[at], kind="stable")]
+        self._record, self._chip = record[at], feeds.chip[at]
+        self._base = base
+        self._row = [{name: row for row, name in enumerate(r.ids)} for r in job.records]
+        self._shard = np.full(job.chips.num_rows, -1)
+        for running, shard in enumerate(job.shards()):
+            self._shard[shard.start : shard.stop] = running
+        self._known: dict[Any, Counter[int]] = {}
+
+    def shards_of(self, source: int, asset: Asset, level: int) -> Counter[int]:
+        """Return tile -> how many of the job's shards need it."""
+        found = asset.levels[level]
+        record = int(self._base[source]) + self._row[source][asset.record_id]
+        key = (record, found.transform, found.width, found.tile_width, found.tile_height)
+        if key not in self._known:
+            first, last = np.searchsorted(self._record, [record, record + 1])
+            chip = np.unique(self._chip[first:last])
+            self._known[key] = self._counted(chip[self._shard[chip] >= 0], asset.epsg, found)
+        return self._known[key]
+
+    def _counted(self, chip: NDArray[np.int64], epsg: int, level: Level) -> Counter[int]:
+        needed: set[tuple[int, int]] = set()
+        across = -(-level.width // level.tile_width)
+        code, shift = northern(epsg)
+        for own in np.unique(self._job.epsg[chip]):
+            here = chip[self._job.epsg[chip] == own]
+            box = self._job.bounds[here]
+            x, y = transformer(int(own), code).transform(box[:, [0, 2, 2, 0]], box[:, [3, 3, 1, 1]])
+            a, _, c, _, e, f = level.transform
+            cols, rows = (x - c) / a, (np.asarray(y) - shift - f) / e
+            spans = [
+                (
+                    np.floor(v.min(1) / tile + ALIGNED_PX),
+                    np.ceil(v.max(1) / tile - ALIGNED_PX),
+                    -(-size // tile),
+                )
+                for v, tile, size in (
+                    (rows, level.tile_height, level.height),
+                    (cols, level.tile_width, level.width),
+                )
+            ]
+            (top, bottom), (left, right) = (
+                np.clip([lo, hi], 0, n).astype(int).tolist() for lo, hi, n in spans
+            )
+            for shard, t, b, le, r in zip(self._shard[here].tolist(), top, bottom, left, right, strict=True):
+                needed.update((shard, row * across + col) for row in range(t, b) for col in range(le, r))
+        return Counter(tile for _, tile in needed)
+
+
+def _by_file(requests: list[Any]) -> dict[tuple[Any, int], tuple[set[int], Any]]:
+    """Group the tiles of requests by file, plane and level; a chunky file's bands share their tiles."""
+    result: dict[tuple[Any, int], tuple[set[int], Any]] = {}
+    for request in requests:
+        level, tiles = tiles_of(request)
+        asset = request.asset
+        plane = asset.band_index if asset.image.planar == 2 else 0
+        key = ((asset.href, plane), level)
+        if key in result:
+            result[key][0].update(tiles)
+        else:
+            result[key] = (set(tiles), asset)
+    return result
+
+
+def _size(nbytes: float | None) -> str:
+    if nbytes is None:
+        return "unknown (no tile tables)"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
+    exact = "" if f["requests_counted_on_shards"] >= f["shards"] else " (estimated)"
+    rows = [
+        ("records", ", ".join(f"{n} {r['used']} of {r['scanned']}" for n, r in f["records"].items())),
+        ("chips", f"{f['chips']:,} ({', '.join(f'{k} {v:,}' for k, v in f['splits'].items())})"),
+        *([("keep", f"{'; '.join(f['keep'])}: told by pixels, while they are read")] if f["keep"] else []),
+        ("shards", f"{f['shards']:,} of up to {f['chips_per_shard']} chips, one task each"),
+        (
+            "to read",
+            f"at most {f['requests']:,} tiles, {_size(f['read_bytes'])} compressed{exact}; "
+            + (
+                "no two shards share one"
+                if f["requests_by_shard"] == f["requests"]
+                else f"{f['requests_by_shard']:,} if no two shards share one"
+            ),
+        ),
+        ("to write", f"{_size(f['write_bytes'])} before compression"),
+        ("peak per task", _size(f["peak_task_bytes"])),
+        (
+            "tile fit",
+            f"{f['tile_fit']:.0%} of the pixels in those tiles are used" if f["tile_fit"] else "unknown",
+        ),
+    ]
+    for name, shape in f["chip_shape"].items():
+        text = f"{shape} (time, band, y, x) {f['dtype'][name]}, {', '.join(f['bands'][name][:8])}"
+        rows.append((name, text + (" ..." if len(f["bands"][name]) > 8 else "")))
+        share = f["pixels"][name]
+        kinds = ", ".join(f"{share[kind]} {kind}" for kind in ("native", "translated", "resampled"))
+        mask = ", ".join(f["mask"][name]) or "none"
+        rows.append(
+            ("", f"records: {kinds} at {f['resolution'][name]:g} m; pick {f['pick'][name]}, mask {mask}")
+        )
+        if name in f["times"]:
+            rows.append(
+                ("", f"{len(f['times'][name])} slots from {f['times'][name][0]} to {f['times'][name][-1]}")
+            )
+        rows += [("", line) for line in _radiometry_lines(f["radiometry"][name])]
+    if f["unused_strip_m"]:
+        rows.append(("unused strip", f"{f['unused_strip_m']:g} m of each split cell"))
+    rows += [("dropped", f"{count:,}: {why}") for why, count in f["dropped"].items()]
+    return rows
+
+
+def _radiometry_lines(rules: list[dict[str, Any]]) -> list[str]:
+    """Return one line per distinct rule, bands together."""
+    merged: dict[tuple[Any, ...], tuple[list[str], int]] = {}
+    for rule in rules:
+        key = (rule["member"], rule["scale"], rule["offset"], rule["rule"])
+        bands, count = merged.setdefault(key, ([], rule["records"]))
+        bands.append(rule["band"])
+    lines = []
+    for (member, scale, offset, text), (bands, count) in merged.items():
+        formula = "as stored" if scale is None else f"DN x {scale:g} {offset:+g}"
+        shown = ", ".join(bands[:6]) + (" ..." if len(bands) > 6 else "")
+        lines.append(f"{member} {shown}: {formula} ({text}; {np.int64(count)} records)")
+    return lines

@@ -1,0 +1,1 @@
+"""Numbers that describe the pixels of chips, in one pass over shards."""

@@ -1,0 +1,127 @@
+"""One pass over all chips: their statistics, or how many of each shard are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import dask.threaded
+import numpy as np
+from dask._task_spec import Task, TaskRef
+from distributed import Client, get_client
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.statistics.stats import Stats, measure, merged
+from rasteret_dask.streams.readings import Reading
+from rasteret_dask.streams.stream import connected
+from rasteret_dask.tasks.batches import Arrays
+
+__all__ = ["computed", "kept_sizes", "measured"]
+
+FAN = 16
+"""Parts that one task puts together."""
+
+_Part = Callable[[Any, NDArray[np.int64] | None], Arrays]
+
+
+def measured(reading: Reading, client: Client | str | None = None) -> Stats:
+    """Measure all chips of what can be read: a task a shard, and a tree of tasks that put the parts together.
+
+    Parameters
+    ----------
+    reading
+        The chips.
+    client
+        A Dask client or a scheduler's address; None: the current client, else threads of this process.
+
+    Raises
+    ------
+    PlanError
+        When no chip is kept, or ``client`` is none of these.
+    JobError
+        When no scheduler answers.
+    ReadError
+        When chips could not be read.
+    """
+    graph, level = _on_shards(reading, "stats", _measure, dict(reading.bands))
+    if not level:
+        raise _none()
+    depth = 0
+    while len(level) > 1 or not depth:
+        depth += 1
+        above = []
+        for at in range(0, len(level), FAN):
+            name = f"stats-{depth}-{at}-{reading.digest[:16]}"
+            graph[name] = Task(name, _merge, *(TaskRef(key) for key in level[at : at + FAN]))
+            above.append(name)
+        level = above
+    (found,) = computed(graph, level, client)
+    if not found.chips:
+        raise _none()
+    return found  # type: ignore[no-any-return]
+
+
+def _none() -> PlanError:
+    return PlanError("stats", "no chip", "at least one", "Loosen keep, filter or select.")
+
+
+def kept_sizes(reading: Reading, client: Client | str | None = None) -> tuple[int, ...]:
+    """Return how many chips each shard has once its pixels are looked at.
+
+    Parameters
+    ----------
+    reading
+        Chips whose ``part`` leaves out those that are dropped.
+    client
+        As in :func:`measured`.
+    """
+    return tuple(computed(*_on_shards(reading, "size", _size), client))
+
+
+def _on_shards(
+    reading: Reading, verb: str, function: Callable[..., Any], *constants: Any
+) -> tuple[dict[Hashable, Any], list[str]]:
+    """Return a graph with one task a shard, ``function(result, part, *constants)``, and these tasks' keys."""
+    roots, tasks = reading.tasks()
+    graph = dict(roots)
+    names = [f"{verb}-{key}" for key, _ in tasks]
+    for name, (key, task) in zip(names, tasks, strict=True):
+        asks = Task(name, function, TaskRef(key), reading.part, *constants)
+        graph[name] = Task.fuse(task, asks, key=name)
+    return graph, names
+
+
+def computed(
+    graph: Mapping[Hashable, Any], keys: Sequence[str], client: Client | str | None
+) -> Sequence[Any]:
+    """Return the results of some keys: by a cluster, or by threads of this process where there is none."""
+    if client is not None and not isinstance(client, Client | str):
+        raise PlanError("client=", repr(client), "a Dask client, a scheduler's address, or None")
+    if isinstance(client, str):
+        with connected(client) as own:
+            return _by(own, graph, keys)
+    if client is None:
+        try:
+            client = get_client()
+        except ValueError:  # there is none
+            found: Sequence[Any] = dask.threaded.get(graph, list(keys))
+            return found
+    return _by(client, graph, keys)
+
+
+def _by(client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str]) -> Sequence[Any]:
+    found: Sequence[Any] = client.get(dict(graph), list(keys))
+    return found
+
+
+def _measure(result: Any, part: _Part, bands: Mapping[str, tuple[str, ...]]) -> Stats:
+    return measure(part(result, None), bands)
+
+
+def _merge(*parts: Stats) -> Stats:
+    return merged(parts)
+
+
+def _size(result: Any, part: _Part) -> int:
+    return len(part(result, None)["chip_id"])

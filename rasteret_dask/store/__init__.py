@@ -1,0 +1,1 @@
+"""Shards of chips as a Zarr store, written and read."""

@@ -1,0 +1,132 @@
+"""Zarr objects become arrays again: a shard as a whole, one of its chips, or a small chunk."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.vlen import VLenUTF8
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import StoreError
+from rasteret_dask.store.encode import Encoding
+
+__all__ = ["array_of", "chip_into", "chunk_of", "index_nbytes", "index_of"]
+
+_ENTRY = 16  # bytes of an inner chunk's offset and length
+_CHECKSUM = 4
+
+_BROKEN = (RuntimeError, ValueError, OSError, EOFError)  # what codecs raise for bytes that are not theirs
+
+
+def array_of(encoding: Encoding, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return new memory for values of an encoding, shape (n, ...); text becomes objects."""
+    return np.empty(shape, dtype=object if encoding.dtype is None else np.dtype(encoding.dtype.str))
+
+
+def index_nbytes(chips: int) -> int:
+    """Return the length of the index of a shard of so many chips, checksum included: its object's last bytes."""
+    return _ENTRY * chips + _CHECKSUM
+
+
+def index_of(chips: int, tail: Any, subject: str) -> NDArray[np.uint64]:
+    """Return the index that ends a shard: shape (chip, 2), offset and length of each chip's bytes.
+
+    Both are 2**64 - 1 where a chip is not stored: all of it is fill.
+
+    Parameters
+    ----------
+    chips
+        Chips of a full shard.
+    tail
+        The object's last :func:`index_nbytes` bytes.
+    subject
+        What is read, for errors.
+
+    Raises
+    ------
+    StoreError
+        When the index does not match its own checksum.
+    """
+    said = bytes(tail)
+    entries, checksum = said[:-_CHECKSUM], said[-_CHECKSUM:]
+    if len(said) != index_nbytes(chips) or struct.pack("<I", google_crc32c.value(entries)) != checksum:
+        raise StoreError(
+            subject, "a shard whose index does not match its checksum", "what the manifest says",
+            "The store was changed or damaged after it was written: write it again.",
+        )  # fmt: skip
+    return np.frombuffer(entries, dtype="<u8").reshape(-1, 2)
+
+
+def chip_into(encoding: Encoding, data: Any, out: NDArray[Any], subject: str) -> None:
+    """Decode one chip into its place.
+
+    Parameters
+    ----------
+    encoding
+        The array's encoding.
+    data
+        The chip's bytes, or None where it is not stored.
+    out
+        Shape ``encoding.chunk[1:]``, contiguous.
+    subject
+        What is read, for errors.
+
+    Raises
+    ------
+    StoreError
+        When the bytes are not of such a chip.
+    """
+    if data is None:
+        out[...] = encoding.fill
+        return
+    flat = out.reshape(-1).view(np.uint8)
+    try:
+        if encoding.codec is None:
+            flat[...] = np.frombuffer(data, np.uint8)
+        else:
+            encoding.codec.decode(np.frombuffer(data, np.uint8), out=flat)
+    except _BROKEN as error:
+        raise _damaged(subject, error) from error
+
+
+def chunk_of(encoding: Encoding, data: Any, subject: str) -> NDArray[Any]:
+    """Decode a chunk that is no shard.
+
+    Parameters
+    ----------
+    encoding
+        The array's encoding.
+    data
+        Its bytes, or None where it is not stored.
+    subject
+        What is read, for errors.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape ``encoding.chunk``, read-only; text as objects.
+    """
+    if data is None:
+        values = array_of(encoding, encoding.chunk)
+        values[...] = encoding.fill
+    else:
+        try:
+            raw = np.frombuffer(data, np.uint8)
+            raw = raw if encoding.codec is None else encoding.codec.decode(raw)
+            text = encoding.dtype is None
+            values = VLenUTF8().decode(raw) if text else np.frombuffer(raw, encoding.dtype)
+            values = values.reshape(encoding.chunk)
+        except _BROKEN as error:
+            raise _damaged(subject, error) from error
+    values.flags.writeable = False
+    return values
+
+
+def _damaged(subject: str, error: Exception) -> StoreError:
+    return StoreError(
+        subject, f"bytes that do not decode ({error})", "what the manifest says",
+        "The store was changed or damaged after it was written: write it again.",
+    )  # fmt: skip

@@ -1,0 +1,161 @@
+"""Where everything of a job goes inside its store, as metadata documents of sharded Zarr."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import MemoryStore
+
+from rasteret_dask._version import __version__
+from rasteret_dask.chipping.chiptable import label_columns
+from rasteret_dask.chipping.labels import MASK
+from rasteret_dask.store.encode import Compression, codec_of
+from rasteret_dask.tasks.job import Hierarchy, Job, Output
+from rasteret_dask.tasks.screening import KEPT
+
+__all__ = ["JOB", "Layout"]
+
+JOB = "_job"
+"""Folder of the job itself and of what its tasks report."""
+
+_EPOCH = "microseconds since 1970-01-01"
+_NAT = np.iinfo(np.int64).min
+_COORDINATES = "chip_id split epsg bounds valid_fraction datetime source"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything of a job goes inside its store."""
+
+    job: Job
+    outputs: tuple[Output, ...]
+    attrs: Mapping[str, Mapping[str, Any]]
+    """Per source: attributes of its group (units, scales, offsets and rules)."""
+    compression: Compression = "auto"
+
+    @property
+    def said(self) -> str:
+        """The compression as JSON text: part of what the store holds, though not of which chips it holds."""
+        if self.compression is None or isinstance(self.compression, str):
+            return json.dumps(self.compression)
+        return json.dumps(self.compression.to_dict(), sort_keys=True)
+
+    def group(self, hierarchy: Hierarchy, source: int) -> str:
+        """Return the path of one source's group: ``train/optical``, or less where there is one split or source."""
+        split = hierarchy.split if len(self.job.hierarchies) > 1 and hierarchy.split else ""
+        name = self.job.sources[source].name if len(self.job.sources) > 1 else ""
+        return "/".join(part for part in (split, name) if part)
+
+    def build(self) -> dict[str, bytes]:
+        """Return every metadata document and every plan-known coordinate chunk: path -> bytes."""
+        store = MemoryStore()
+        root = zarr.create_group(store, attributes=self._root_attrs())
+        for hierarchy in self.job.hierarchies:
+            for source, output in enumerate(self.outputs):
+                path = self.group(hierarchy, source)
+                group = root if not path else root.require_group(path)
+                self._arrays(group, hierarchy, source, output)
+        _consolidate(store)
+        return {k: v.to_bytes() for k, v in store._store_dict.items()}
+
+    def _root_attrs(self) -> dict[str, Any]:
+        said = {
+            "version": __version__,
+            "digest": self.job.digest,
+            "compression": self.said,
+            "sources": [plan.name for plan in self.job.sources],
+        }
+        return {"rasteret_dask": said}
+
+    def _arrays(self, group: zarr.Group, h: Hierarchy, source: int, out: Output) -> None:
+        n, per = h.chips, h.per_shard
+        dims = ("chip", "time", "band", "y", "x")
+        shape = (n, out.times, len(out.bands), out.height, out.width)
+        chunk, shard = (1, *shape[1:]), (per, *shape[1:])
+        pixels = self._array(group, "pixels", shape, out.dtype, dims, chunk, shard, out.fill)
+        pixels.update_attributes(out.pixel_attrs)
+        if out.valid:
+            flat = (out.times, out.height, out.width)
+            dims_valid = ("chip", "time", "y", "x")
+            self._array(group, "valid", (n, *flat), "bool", dims_valid, (1, *flat), (per, *flat), False)
+        if out.mask:
+            assert self.job.labels is not None
+            side, fill = (out.height, out.width), self.job.labels.fill
+            mask = self._array(
+                group, MASK, (n, *side), out.mask, ("chip", "y", "x"), (1, *side), (per, *side), fill
+            )
+            mask.update_attributes(self.job.labels.attrs)
+        two = (n, out.times)
+        self._array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
+        self._array(group, "source", two, str, ("chip", "time"), (per, out.times), None, "")
+        when = self._array(group, "datetime", two, "int64", ("chip", "time"), (per, out.times), None, _NAT)
+        when.update_attributes({"units": _EPOCH, "calendar": "proleptic_gregorian", "_FillValue": _NAT})
+        self._known(group, h, out)
+        kept: tuple[str, ...] = ()
+        if self.job.screens:  # what it says is known when all shards are written
+            self._array(group, KEPT, (n,), "bool", ("chip",), (n,), None, False)
+            kept = (KEPT,)
+        group.update_attributes(
+            {
+                "coordinates": " ".join((_COORDINATES, *kept, *label_columns(self.job.chips))),
+                **self.attrs.get(self.job.sources[source].name, {}),
+            }
+        )
+
+    def _known(self, group: zarr.Group, h: Hierarchy, out: Output) -> None:
+        rows = self.job.chips.slice(h.start, h.chips)
+        for name in ("chip_id", "split"):
+            values = np.array([v or "" for v in rows.column(name).to_pylist()], dtype=object)
+            self._array(group, name, (h.chips,), str, ("chip",), (h.chips,), None, "")[:] = values
+        epsg = self.job.epsg[h.start : h.stop].astype(np.int32)
+        self._array(group, "epsg", (h.chips,), "int32", ("chip",), (h.chips,), None, 0)[:] = epsg
+        bounds = self.job.bounds[h.start : h.stop]
+        box = self._array(
+            group, "bounds", (h.chips, 4), "float64", ("chip", "corner"), (h.chips, 4), None, 0.0
+        )
+        box[:] = bounds
+        for name, values in label_columns(rows).items():
+            dtype, fill = (str, "") if values.dtype == object else (values.dtype.name, values.dtype.type(0))
+            self._array(group, name, (h.chips,), dtype, ("chip",), (h.chips,), None, fill)[:] = values
+        bands = np.array(out.bands, dtype=object)
+        self._array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
+        if out.slots is not None:
+            stamps = np.array(out.slots, dtype=np.int64) // 1000
+            time = self._array(group, "time", (len(stamps),), "int64", ("time",), (len(stamps),), None, 0)
+            time[:] = stamps
+            time.update_attributes({"units": _EPOCH, "calendar": "proleptic_gregorian"})
+
+    def _array(
+        self,
+        group: zarr.Group,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        dims: tuple[str, ...],
+        chunks: tuple[int, ...],
+        shards: tuple[int, ...] | None,
+        fill: Any,
+    ) -> Any:
+        return group.create_array(
+            name,
+            shape=shape,
+            dtype=dtype,
+            chunks=chunks,
+            shards=shards,
+            dimension_names=dims,
+            fill_value=fill,
+            compressors=codec_of(self.compression, dtype),
+        )
+
+
+def _consolidate(store: MemoryStore) -> None:
+    with warnings.catch_warnings():
+        # zarr-python warns that other implementations may not read consolidated metadata; they read the rest.
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(store)

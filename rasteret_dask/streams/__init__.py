@@ -1,0 +1,1 @@
+"""Batches for a training loop, in an order that can be resumed."""

@@ -1,0 +1,79 @@
+"""Who reads shards for a stream: the protocol, and threads of this process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYetError
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import dask.config
+import numpy as np
+from dask.system import CPU_COUNT
+from numpy.typing import NDArray
+
+from rasteret_dask.streams.readings import Reading
+from rasteret_dask.tasks.batches import Arrays, Part
+
+__all__ = ["OnThreads", "ShardSource"]
+
+
+class ShardSource(Protocol):
+    """Reads shards for one stream; all calls come from one thread."""
+
+    ahead: int
+    """Shards that should be under way beyond those that are wanted now, to keep all readers busy."""
+
+    def submit(self, shard: int, rows: Sequence[NDArray[np.int64]]) -> list[Any]:
+        """Begin to read a shard; return a handle for each part of it. Parts nobody holds or collects cost nothing."""
+
+    def collect(self, handles: Sequence[Any], timeout: float) -> list[Part] | None:
+        """Return these parts and let go of them, or None where they are not all there in time (seconds)."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class OnThreads:
+    """Reads on threads of this process, as many as Dask's ``num_workers`` says."""
+
+    def __init__(self, reading: Reading) -> None:
+        threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
+        self.ahead = threads
+        self._reading = reading
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rasteret-stream")
+
+    def submit(self, shard: int, rows: Sequence[NDArray[np.int64]]) -> list[Any]:
+        """Begin to read a shard, once for all parts."""
+        read = self._pool.submit(self._read, shard)
+        return [_Rows(read, own) for own in rows]
+
+    def _read(self, shard: int) -> Arrays:
+        if not threading.main_thread().is_alive():  # the process ends: it need not wait for what is queued
+            raise CancelledError
+        return self._reading.read(shard)
+
+    def collect(self, handles: Sequence[Any], timeout: float) -> list[Part] | None:
+        """Return parts, or None where a shard is not read in time."""
+        end = time.monotonic() + timeout
+        try:
+            for handle in handles:
+                handle.read.result(max(0.0, end - time.monotonic()))
+        except NotYetError:
+            return None
+        return [(handle.read.result(), handle.rows) for handle in handles]
+
+    def close(self) -> None:
+        """Read nothing more; what is being read ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A part of a shard that a thread reads; the shard is in memory for as long as one of its parts is held."""
+
+    read: Future[Arrays]
+    rows: NDArray[np.int64]

@@ -1,0 +1,354 @@
+"""Batches for a training loop: read ahead, bounded, in an order that can be resumed anywhere."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from itertools import tee
+from typing import Any, Protocol, TypeAlias
+
+from distributed import Client, get_client
+
+from rasteret_dask.errors import JobError, PlanError
+from rasteret_dask.planning.plan import digest
+from rasteret_dask.streams.clustersource import OnCluster
+from rasteret_dask.streams.epochs import Batch, Epoch, Order
+from rasteret_dask.streams.readings import Reading
+from rasteret_dask.streams.shardsource import OnThreads, ShardSource
+from rasteret_dask.tasks.batches import Arrays, Part, assembled
+
+__all__ = ["Normalize", "Stream", "batches"]
+
+VERSION = 1
+POLL_S = 0.5
+
+
+class Normalizer(Protocol):
+    """Such as the statistics of chips."""
+
+    def normalize(self, arrays: Arrays) -> Arrays:
+        """Return a batch with other pixels."""
+
+
+Normalize: TypeAlias = Normalizer | Callable[[Arrays], Arrays]
+"""What is done to each batch before it is handed over, on the thread that makes it."""
+
+
+def batches(
+    reading: Reading,
+    order: Order,
+    epochs: int = 1,
+    client: Client | str | None = None,
+    prefetch: int = 2,
+    normalize: Normalize | None = None,
+) -> Stream:
+    """Return a stream of what can be read.
+
+    Parameters
+    ----------
+    reading
+        The chips.
+    order
+        Which of them comes when; its sizes are those of the reading.
+    epochs, client, prefetch, normalize
+        As in :meth:`Chips.stream`.
+    """
+    if client is not None and not isinstance(client, Client | str):
+        raise PlanError("stream(client=)", repr(client), "a Dask client, a scheduler's address, or None")
+    for name, value in (("epochs", epochs), ("prefetch", prefetch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PlanError(f"stream({name}=)", repr(value), "a whole number from 1 on")
+    function = None if normalize is None else getattr(normalize, "normalize", normalize)
+    if not callable(function) and function is not None:
+        raise PlanError(
+            "stream(normalize=)", repr(normalize), "what stats() returned, or a function of a batch"
+        )
+
+    return Stream(reading, order, epochs, client, prefetch, function)
+
+
+def connected(address: str) -> Client:
+    """Return a client of a scheduler.
+
+    Raises
+    ------
+    JobError
+        When none answers.
+    """
+    try:
+        return Client(address, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise JobError(f"scheduler {address}", str(error), "a Dask scheduler that answers") from error
+
+
+class Stream(Iterator[Arrays]):
+    """Batches of chips, made by ``chips.stream(...)`` or :func:`rasteret_dask.stream_from`.
+
+    Each batch is a dictionary of new, contiguous arrays with the chips along axis 0: see
+    :data:`rasteret_dask.tasks.batches.Arrays`. ``len()`` is the number of batches of all epochs, the same on every
+    rank. Reading begins with the first ``next()`` and ends with the last batch, with :meth:`close`, at the end of a
+    ``with`` block, or when nobody holds the stream any more.
+
+    Raises
+    ------
+    JobError
+        When the cluster is lost, or has no worker that may read. The batches before are delivered, and
+        :meth:`state_dict` says where to go on.
+    ReadError
+        When chips could not be read.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        order: Order,
+        epochs: int,
+        client: Client | str | None,
+        prefetch: int,
+        normalize: Callable[[Arrays], Arrays] | None,
+    ) -> None:
+        self.order = order
+        self.epochs = epochs
+        self._reading, self._client = reading, client
+        self._prefetch, self._normalize = prefetch, normalize
+        self._token = digest(reading.digest, list(reading.sizes))
+        self._position = 0
+        self._shelf: _Shelf | None = None
+        self._finalizer: Any = None
+
+    @property
+    def bands(self) -> Mapping[str, tuple[str, ...]]:
+        """Source -> names of its bands."""
+        return self._reading.bands
+
+    def __len__(self) -> int:
+        return self.order.batches * self.epochs
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Arrays:
+        if self._position >= len(self):
+            self.close()
+            raise StopIteration
+        if self._shelf is None:
+            self._start()
+        assert self._shelf is not None
+        batch = self._shelf.take()
+        self._position += 1
+        return batch
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next batch belongs to, from 0 on; :attr:`epochs` at the end."""
+        return self._position // self.order.batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream stands, as JSON values: a stream that loads it yields the very next batch."""
+        epoch, batch = divmod(self._position, self.order.batches)
+        return {"version": VERSION, "chips": self._token, **self.order.said(), "epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another stream of these chips and arguments stood.
+
+        Parameters
+        ----------
+        state
+            What :meth:`state_dict` returned, here or in another process. ``epochs``, ``prefetch``, ``client`` and
+            ``normalize`` may differ.
+
+        Raises
+        ------
+        PlanError
+            When it is none, or one of other chips or of other arguments.
+        """
+        mine = self.state_dict()
+        if not isinstance(state, Mapping) or not mine.keys() <= state.keys():
+            raise PlanError("load_state_dict", f"{state!r:.100}", "what state_dict() of a stream returned")
+        if state["version"] != VERSION:
+            raise PlanError("load_state_dict", f"version {state['version']!r}", f"version {VERSION}")
+        if state["chips"] != self._token:
+            raise PlanError(
+                "load_state_dict", f"a state of other chips ({state['chips']!s:.12})", f"of these ({self._token:.12})",
+                "Make the stream from the plan, the split and the store that the state was made with.",
+            )  # fmt: skip
+        for name, value in self.order.said().items():
+            if state[name] != value:
+                shown = "shuffle" if name == "seed" else name
+                raise PlanError(
+                    "load_state_dict", f"a state with {shown}={state[name]!r}", f"{shown}={value!r}",
+                    "Give the stream the arguments that the state was made with.",
+                )  # fmt: skip
+        self._position_from(state["epoch"], state["batch"])
+
+    def _position_from(self, epoch: Any, batch: Any) -> None:
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (epoch, batch))
+        position = epoch * self.order.batches + batch if whole else -1
+        if not whole or batch >= self.order.batches or position > len(self):
+            raise PlanError(
+                "load_state_dict", f"epoch {epoch!r}, batch {batch!r}",
+                f"a place in {self.epochs} epochs of {self.order.batches} batches",
+                "Give the stream at least as many epochs as the one that the state was made with.",
+            )  # fmt: skip
+        self.close()
+        self._position = position
+
+    def with_order(self, order: Order, epochs: int | None = None) -> Stream:
+        """Return a new stream of these chips in another order, such as another rank's.
+
+        Parameters
+        ----------
+        order
+            Its sizes are those of this stream's order.
+        epochs
+            How often the chips come; None: as often as here.
+        """
+        times = self.epochs if epochs is None else epochs
+        return Stream(self._reading, order, times, self._client, self._prefetch, self._normalize)
+
+    def close(self) -> None:
+        """Stop reading and let go of everything; ``next()`` begins to read again where the stream stands."""
+        if self._shelf is not None:
+            self._finalizer()
+            self._shelf = None
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _source(self) -> ShardSource:
+        reading, client, ranks = self._reading, self._client, self.order.world_size
+        if isinstance(client, Client):
+            return OnCluster(reading, client, ranks)
+        if isinstance(client, str):
+            return OnCluster(reading, connected(client), ranks, owned=True)
+        try:
+            return OnCluster(reading, get_client(), ranks)
+        except ValueError:  # there is none
+            return OnThreads(reading)
+
+    def _start(self) -> None:
+        source = self._source()
+        self._shelf = shelf = _Shelf(self._prefetch)
+        self._finalizer = weakref.finalize(self, shelf.stop)  # the thread below holds no stream
+        plan = self.order.epochs(*divmod(self._position, self.order.batches), self.epochs)
+        threading.Thread(
+            target=_fill,
+            args=(plan, self.order.pad, source, shelf, self._normalize),
+            name="rasteret-batches",
+            daemon=True,
+        ).start()
+
+    def __repr__(self) -> str:
+        o = self.order
+        part = f", rank {o.rank} of {o.world_size}" if o.world_size > 1 else ""
+        order = "in order" if o.seed is None else f"shuffled by seed {o.seed}"
+        return (
+            f"<Stream of {o.chips} chips, {order}, {self.epochs} x {o.batches} batches of {o.batch_size}{part}; "
+            f"next: epoch {self.epoch}, batch {self._position % o.batches}>"
+        )
+
+
+def _fill(
+    plan: Iterator[Epoch],
+    pad: bool,
+    source: ShardSource,
+    shelf: _Shelf,
+    normalize: Callable[[Arrays], Arrays] | None,
+) -> None:
+    """Read shards just far enough ahead, and put batches on the shelf while there is room."""
+    try:
+        handles: dict[tuple[int, int], list[Any]] = {}
+        sent = wanted = 0
+        now, ahead = tee(
+            plan
+        )  # shards of an epoch are read while the last batches of the one before are made
+        visits = ((epoch.number, at, visit) for epoch in ahead for at, visit in enumerate(epoch.visits))
+        for epoch in now:
+            for batch in epoch.batches:
+                while sent < wanted + batch.visits + source.ahead and (found := next(visits, None)):
+                    number, at, visit = found
+                    if visit.rows:
+                        handles[number, at] = source.submit(visit.shard, visit.rows)
+                    sent += 1
+                if not shelf.room():
+                    return
+                parts = []
+                for at, part, _ in batch.parts:
+                    held = handles[epoch.number, at]
+                    parts.append(held[part])
+                    held[part] = None  # what is collected is let go of
+                while (found_parts := source.collect(parts, POLL_S)) is None:
+                    if shelf.stopped:
+                        return
+                del parts
+                made = _made(batch, found_parts, pad)
+                del found_parts
+                shelf.put(made if normalize is None else normalize(made))
+                del made
+            wanted += len(epoch.visits)
+            for at in range(len(epoch.visits)):
+                handles.pop((epoch.number, at), None)
+    except BaseException as error:  # the consumer's thread raises it
+        shelf.fail(error)
+    finally:
+        source.close()
+
+
+def _made(batch: Batch, parts: list[Part], pad: bool) -> Arrays:
+    places = [places for _, _, places in batch.parts]
+    made = assembled(list(zip(places, parts, strict=True)), batch.size)
+    return {**made, "padded": batch.padded} if pad else made
+
+
+class _Shelf:
+    """Batches that are ready, between the thread that makes them and the one that takes them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.stopped = False
+        self._ready: deque[Arrays] = deque()
+        self._error: BaseException | None = None
+        self._changed = threading.Condition(
+            threading.RLock()
+        )  # a finalizer may run while its thread holds it
+
+    def room(self) -> bool:
+        """Wait until one more batch may be made; False where none is wanted any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.stopped or len(self._ready) < self.size)
+            return not self.stopped
+
+    def put(self, batch: Arrays) -> None:
+        """Hand a batch over."""
+        with self._changed:
+            self._ready.append(batch)
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Say that no more batches come, and why."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    def take(self) -> Arrays:
+        """Wait for the next batch, or raise what went wrong once all before it are taken."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._error is not None)
+            if not self._ready:
+                assert self._error is not None
+                raise self._error
+            batch = self._ready.popleft()
+            self._changed.notify_all()
+            return batch
+
+    def stop(self) -> None:
+        """Want no more batches."""
+        with self._changed:
+            self.stopped = True
+            self._ready.clear()
+            self._changed.notify_all()

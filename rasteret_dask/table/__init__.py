@@ -1,0 +1,1 @@
+"""Records: one Arrow row per scene, and the files that such tables come from and go to."""

@@ -1,0 +1,255 @@
+"""Typed access to a record table: one Arrow row per scene, and the assets it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import BandError, ReadError
+from rasteret_dask.net.remote import redact
+from rasteret_dask.table.schema import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
+
+__all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "Asset", "Level", "Records", "conform"]
+
+KNOWN_ASSETS = 1024
+"""Assets that a record table keeps as Python values: neighbouring shards ask for the same ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One resolution of a file: the image itself, an overview, or a mask of either."""
+
+    kind: str
+    driver: str
+    width: int
+    height: int
+    tile_width: int
+    tile_height: int
+    dtype: str
+    byteorder: str
+    compression: int
+    predictor: int
+    planar: int
+    samples: int
+    transform: tuple[float, float, float, float, float, float]
+    """(a, b, c, d, e, f): x = a col + b row + c, y = d col + e row + f."""
+    tile_offsets: tuple[int, ...]
+    """Byte offset of each tile of this band, row by row; empty where unknown; 0 with count 0 is a sparse tile."""
+    tile_byte_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """One band of one record: all that is needed to read it without asking for its header."""
+
+    record_id: str
+    band: str
+    href: str
+    band_index: int
+    """Position in the file, from 0."""
+    epsg: int
+    scale: float
+    offset: float
+    rule: str
+    nodata: float | None
+    dtype: str
+    role: str
+    size: int | None
+    etag: str | None
+    levels: tuple[Level, ...]
+    """The image first, then its overviews from fine to coarse, then masks."""
+
+    @property
+    def image(self) -> Level:
+        """The full-resolution level."""
+        return self.levels[0]
+
+    @property
+    def resolution(self) -> tuple[float, float]:
+        """Pixel size (x, y), both positive, in units of the CRS."""
+        a, b, _, d, e, _ = self.image.transform
+        return float(np.hypot(a, d)), float(np.hypot(b, e))
+
+
+class Records:
+    """A record table with typed, cached access to its columns; rows are counted from 0.
+
+    Parameters
+    ----------
+    table
+        A table that :func:`conform` has brought to RECORD_SCHEMA.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.combine_chunks()
+        self._known: dict[tuple[int, str], Asset] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Records, (self.table,)  # not what was cached on the way
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def column(self, name: str) -> list[Any]:
+        """Return one column as Python values."""
+        return list(self.table.column(name).to_pylist())
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The record ids, in row order."""
+        return self.column("id")
+
+    @cached_property
+    def starts(self) -> list[str]:
+        """When each record starts, ISO 8601 in UTC: its datetime, or the beginning of its interval."""
+        start = pc.coalesce(self.table.column("start_datetime"), self.table.column("datetime"))
+        return [t.isoformat() for t in start.to_pylist()]
+
+    @cached_property
+    def epsg(self) -> NDArray[np.int32]:
+        """Shape (record,). EPSG code of each record, 0 where unknown."""
+        return np.asarray(pc.fill_null(self.table.column("proj:epsg"), 0).to_numpy(), dtype=np.int32)
+
+    @cached_property
+    def bands(self) -> tuple[str, ...]:
+        """Every band that at least one record has, in the order first met."""
+        seen: dict[str, None] = {}
+        for chunk in self.table.column("assets").chunks:
+            first, last = (chunk.offsets[i].as_py() for i in (0, -1))  # keys are those of the whole buffer
+            for key in chunk.keys.slice(first, last - first).unique().to_pylist():
+                seen[key] = None
+        return tuple(seen)
+
+    def asset_field(self, band: str, field: str) -> pa.ChunkedArray:
+        """Return one field of ``assets[band]`` for all records; null where a record lacks the band."""
+        return pc.struct_field(pc.map_lookup(self.table.column("assets"), pa.scalar(band), "first"), field)
+
+    def level_field(self, band: str, field: str) -> pa.ChunkedArray:
+        """Return one field of the full-resolution level of ``band`` for all records; null where unknown."""
+        levels = pc.map_lookup(self.table.column("headers_metadata"), pa.scalar(band), "first")
+        return _first_element(levels, field)
+
+    def band_names(self, wanted: str) -> dict[str, str]:
+        """Return {dataset or "": band} for what a name means: a band itself, a common name, or an asset key."""
+        found: dict[str, str] = {}
+        if wanted in self.bands:
+            found[""] = wanted
+            return found
+        for field in ("common_name", "asset"):
+            hits = [b for b in self.bands if wanted in pc.unique(self.asset_field(b, field)).to_pylist()]
+            if len(hits) == 1:
+                found[""] = hits[0]
+                return found
+            if len(hits) > 1:
+                raise BandError(
+                    f"band {wanted!r}",
+                    f"{len(hits)} bands of that name: {', '.join(hits)}",
+                    "one band",
+                    "Ask for one of them by its own code.",
+                )
+        near = get_close_matches(wanted, [*self.bands, *self.common_names], n=3)
+        raise BandError(
+            f"band {wanted!r}",
+            f"no such band (bands: {', '.join(self.bands)}; common names: {', '.join(self.common_names)})",
+            "a band code, a common name or an asset key",
+            f"Did you mean {', '.join(near)}?" if near else "",
+        )
+
+    @cached_property
+    def common_names(self) -> tuple[str, ...]:
+        """The common names among the bands."""
+        names: dict[str, None] = {}
+        for band in self.bands:
+            for value in pc.unique(self.asset_field(band, "common_name")).to_pylist():
+                if value is not None:
+                    names[value] = None
+        return tuple(names)
+
+    def asset(self, row: int, band: str) -> Asset:
+        """Return one band of one record.
+
+        Raises
+        ------
+        BandError
+            When the record has no such band.
+        ReadError
+            When its header could not be read while the table was built.
+        """
+        if (row, band) not in self._known:
+            if len(self._known) >= KNOWN_ASSETS:
+                self._known.clear()
+            self._known[row, band] = self._asset(row, band)
+        return self._known[row, band]
+
+    def _asset(self, row: int, band: str) -> Asset:
+        record = self.ids[row]
+        assets = self.table.column("assets").chunk(0)
+        item = _map_item(assets, row, band)
+        if item is None:
+            raise BandError(f"band {band!r} of record {record!r}", "no such asset", "an asset of that band")
+        levels = _map_item(self.table.column("headers_metadata").chunk(0), row, band)
+        if item["error"] is not None or not levels:
+            raise ReadError(
+                f"asset {band!r} of record {record!r} ({redact(item['href'])})",
+                item["error"] or "no cached header",
+                "a header read while the table was built",
+                "Leave such records out with where(readable=True).",
+            )
+        return Asset(
+            record_id=record,
+            band=band,
+            href=item["href"],
+            band_index=item["band_index"] or 0,
+            epsg=int(self.epsg[row]),
+            scale=1.0 if item["scale"] is None else item["scale"],
+            offset=0.0 if item["offset"] is None else item["offset"],
+            rule=item["rule"] or "identity",
+            nodata=item["nodata"],
+            dtype=item["dtype"],
+            role=item["role"] or "data",
+            size=item["size"],
+            etag=item["etag"],
+            levels=tuple(_level(x) for x in levels),
+        )
+
+    def take(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> Records:
+        """Return these rows, in this order."""
+        return Records(self.table.take(pa.array(np.asarray(rows, dtype=np.int64))))
+
+
+def _level(values: dict[str, Any]) -> Level:
+    values = dict(values)
+    for name in ("transform", "tile_offsets", "tile_byte_counts"):
+        values[name] = tuple(values[name] or ())
+    return Level(**values)
+
+
+def _map_item(column: pa.MapArray, row: int, key: str) -> Any:
+    start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
+    for i in range(start, stop):
+        if column.keys[i].as_py() == key:
+            return column.items[i].as_py()
+    return None
+
+
+def _first_element(levels: pa.ChunkedArray, field: str) -> pa.ChunkedArray:
+    chunks = []
+    for chunk in levels.chunks:
+        length = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False)
+        at = np.cumsum(length) - length
+        index = pa.array(at, mask=length == 0)
+        chunks.append(pc.struct_field(chunk.flatten(), field).take(index))
+    return pa.chunked_array(chunks, type=LEVEL_TYPE.field(field).type)
+
+
+def concat(tables: Iterable[pa.Table]) -> pa.Table:
+    """Concatenate record tables of any sensors: their schema is the same, so nothing is promoted."""
+    return pa.concat_tables(list(tables))

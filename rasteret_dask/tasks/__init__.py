@@ -1,0 +1,1 @@
+"""A frozen job of chips becomes Dask tasks, one a shard, and those become pixels."""

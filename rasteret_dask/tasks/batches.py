@@ -1,0 +1,158 @@
+"""Chips in memory as plain arrays: what a shard, a part of it and a batch are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+__all__ = ["Arrays", "Part", "arrays_of", "as_xarray", "assembled", "concat", "take"]
+
+Arrays: TypeAlias = dict[str, NDArray[Any]]
+"""Chips along axis 0 of every array.
+
+=====================  ==============================  ==========================================================
+``<source>``           (chip, time, band, y, x)        pixels
+``<source>/valid``     (chip, time, y, x) bool         where they are valid: integers as the source says, floats
+                                                       where no band is NaN
+``<source>/datetime``  (chip, time) datetime64[us]     when they were taken, UTC; NaT where empty or composed
+``<source>/<mask>``    (chip, y, x)                    further variables, such as rasterized labels
+``chip_id``            (chip,) str
+``bbox``               (chip, 4) float64               xmin, ymin, xmax, ymax in ``epsg``
+``epsg``               (chip,) int32
+``split``              (chip,) str                     "" where there is none
+``labels/<column>``    (chip,)                         the user's own columns
+``padded``             (chip,) bool                    batches of ``pad=True`` only: True where a chip is repeated
+=====================  ==============================  ==========================================================
+"""
+
+Part: TypeAlias = tuple[Arrays, NDArray[np.int64] | None]
+"""Some chips of arrays: their rows, or None for all."""
+
+SMALL = 4096
+"""Bytes of a chip's values below which they are copied many at a time."""
+
+_OWN = ("chip_id", "split", "epsg", "bounds", "kept", "datetime", "valid_fraction", "source", "time", "band")
+"""Coordinates that are no labels."""
+
+
+def arrays_of(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None = None) -> Arrays:
+    """Return chips of a shard's Datasets as arrays; those that follow each other are views.
+
+    Parameters
+    ----------
+    sources
+        Source -> its Dataset in memory, as :func:`rasteret_dask.tasks.pixels.merged` makes them.
+    rows
+        Shape (n,). Which chips, in which order; None: all.
+    """
+    result: Arrays = {}
+    for name, dataset in sources.items():
+        pixels = _rows(dataset["pixels"].values, rows)
+        result[name] = pixels
+        if "valid" in dataset.variables:
+            result[f"{name}/valid"] = _rows(dataset["valid"].values, rows)
+        elif pixels.dtype.kind == "f":
+            result[f"{name}/valid"] = ~np.isnan(pixels).any(axis=2)
+        else:  # a user's function left other pixels than their validity was for
+            result[f"{name}/valid"] = np.ones((*pixels.shape[:2], *pixels.shape[3:]), dtype=bool)
+        if "datetime" in dataset.variables:
+            when = _rows(dataset["datetime"].values, rows)
+            result[f"{name}/datetime"] = when.astype("datetime64[us]", copy=False)
+        for more in dataset.data_vars:
+            if more not in ("pixels", "valid") and dataset[more].dims[:1] == ("chip",):
+                result[f"{name}/{more}"] = _rows(dataset[more].values, rows)
+    first = next(iter(sources.values()))
+    result["chip_id"] = _rows(first["chip_id"].values, rows)
+    result["bbox"] = _rows(first["bounds"].values, rows)
+    result["epsg"] = _rows(first["epsg"].values, rows)
+    result["split"] = _rows(first["split"].values, rows)
+    for column, values in first.coords.items():
+        if values.dims == ("chip",) and column not in _OWN:
+            result[f"labels/{column}"] = _rows(values.values, rows)
+    return result
+
+
+def take(arrays: Arrays, rows: NDArray[np.int64] | None) -> Arrays:
+    """Return some chips, in the order of ``rows`` (None: all); those that follow each other are views."""
+    return {name: _rows(values, rows) for name, values in arrays.items()}
+
+
+def concat(parts: Sequence[Arrays]) -> Arrays:
+    """Return the chips of all parts, one part behind the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def assembled(parts: Sequence[tuple[NDArray[np.int64], Part]], size: int) -> Arrays:
+    """Return the chips of parts, each at its places, in new contiguous arrays; pixels are copied once.
+
+    Parameters
+    ----------
+    parts
+        (places, part): together the places are 0 to ``size`` - 1.
+    size
+        Number of chips.
+    """
+    result = {}
+    for name, first in parts[0][1][0].items():
+        result[name] = out = np.empty((size, *first.shape[1:]), dtype=first.dtype)
+        for places, (arrays, rows) in parts:
+            values = arrays[name]
+            if rows is None:
+                out[places] = values
+            elif values[:1].nbytes < SMALL:
+                out[places] = values[rows]
+            else:  # one by one, as NumPy would first put them together elsewhere
+                for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+                    out[place] = values[row]
+    return result
+
+
+def as_xarray(batch: Arrays, bands: Mapping[str, Sequence[str]] | None = None) -> dict[str, xr.Dataset]:
+    """Return a batch as Datasets, source -> Dataset, with the names that ``to_xarray`` has.
+
+    Parameters
+    ----------
+    batch
+        Chips as arrays.
+    bands
+        Source -> names of its bands, as :attr:`Stream.bands` says; None leaves ``band`` without a coordinate.
+    """
+    result = {}
+    for name, pixels in batch.items():
+        if pixels.ndim != 5:
+            continue
+        variables: dict[str, Any] = {"pixels": (("chip", "time", "band", "y", "x"), pixels)}
+        coordinates: dict[str, Any] = {
+            "chip_id": ("chip", batch["chip_id"]),
+            "split": ("chip", batch["split"]),
+            "epsg": ("chip", batch["epsg"]),
+            "bounds": (("chip", "corner"), batch["bbox"]),
+        }
+        for key, values in batch.items():
+            group, _, variable = key.partition("/")
+            if group == "labels":
+                coordinates[variable] = ("chip", values)
+            elif group == name and variable:
+                dims = {2: ("chip", "time"), 3: ("chip", "y", "x"), 4: ("chip", "time", "y", "x")}[
+                    values.ndim
+                ]
+                (coordinates if variable == "datetime" else variables)[variable] = (dims, values)
+        if "padded" in batch:
+            coordinates["padded"] = ("chip", batch["padded"])
+        if bands is not None and name in bands:
+            coordinates["band"] = ("band", np.array(bands[name], dtype=object))
+        result[name] = xr.Dataset(variables, coordinates)
+    return result
+
+
+def _rows(values: NDArray[Any], rows: NDArray[np.int64] | None) -> NDArray[Any]:
+    """Return rows; those that follow each other without a copy, which costs as much as sending them."""
+    if rows is None:
+        return values
+    if len(rows) and bool((np.diff(rows) == 1).all()):
+        return values[rows[0] : rows[-1] + 1]
+    return values[rows]

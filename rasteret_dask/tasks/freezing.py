@@ -1,0 +1,142 @@
+"""Planned chips become a job: how many go into a shard, and what a task of them holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rasteret_dask._version import __version__
+from rasteret_dask.chipping.chips import ChipSet, used_records
+from rasteret_dask.chipping.chiptable import FeedTable
+from rasteret_dask.chipping.frame import BLOCK_PX
+from rasteret_dask.chipping.splits import split_numbers
+from rasteret_dask.planning.plan import digest, to_json
+from rasteret_dask.planning.resolve import ResolvedSource, SourcePlan
+from rasteret_dask.table.records import Records
+from rasteret_dask.tasks.job import Hierarchy, Job, Output
+from rasteret_dask.tasks.jobfile import plan_json
+
+__all__ = ["SHARD_BYTES", "freeze", "task_bytes"]
+
+SHARD_BYTES = 128 * 2**20
+"""Output of one task over all sources, at most (a single chip may be larger)."""
+
+SHARD_CHIPS = 256
+"""Chips of one task, at most."""
+
+
+def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
+    """Settle shards and keep only what tasks need.
+
+    Parameters
+    ----------
+    chips
+        The planned chips.
+    shard_bytes
+        Output of one task over all sources, at most; a single chip may be larger.
+    """
+    records, members, table = used_records(chips)
+    feeds = FeedTable.of(chips.table)
+    tasks_records = tuple(
+        _with_passes(r, m, s, feeds.rows_of(n))
+        for n, (r, m, s) in enumerate(zip(records, members, chips.sources, strict=True))
+    )
+    size_px = tuple(round(chips.size_m / s.plan.resolution) for s in chips.sources)
+    plans = tuple(s.plan for s in chips.sources)
+    table, parts = _by_split(chips, table)
+    per_shard = _whole_blocks(chips, _per_shard(plans, size_px, feeds, shard_bytes))
+    hierarchies = tuple(Hierarchy(s, n, a, b, per_shard) for s, n, a, b in parts)
+    phase = digest(
+        [plan_json(p) for p in plans],
+        list(size_px),
+        per_shard,
+        [[s, to_json(f)] for s, f in chips.maps],
+        __version__,
+        *chips.screens,
+        *([chips.spec.labels, chips.spec.rasterize, chips.reference] if chips.labels else []),
+    )
+    return Job(
+        plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.screens, chips.labels
+    )  # fmt: skip
+
+
+def _with_passes(
+    records: Records, member: NDArray[np.int64], source: ResolvedSource, used: NDArray[np.int64]
+) -> Records:
+    """Add each record's member, its acquisition, and when that starts."""
+    number = source.passes.of_record[used]
+    start = source.passes.start[number].astype("datetime64[us]").astype(np.int64)
+    table = records.table
+    for name, values in (("__member__", member), ("__pass__", number), ("__start__", start)):
+        table = table.append_column(name, pa.array(values))
+    return Records(table)
+
+
+def _by_split(chips: ChipSet, table: pa.Table) -> tuple[pa.Table, list[tuple[str | None, int, int, int]]]:
+    if chips.split is None:
+        return table, [(None, 0, 0, table.num_rows)]
+    label = split_numbers(table.column("split"), chips.split)
+    order = np.argsort(label, kind="stable")
+    count = np.bincount(label[label >= 0], minlength=len(chips.split.names)).tolist()
+    stop = np.cumsum(count).tolist()
+    parts: list[tuple[str | None, int, int, int]] = [
+        (name, i, stop[i] - count[i], stop[i]) for i, name in enumerate(chips.split.names) if count[i]
+    ]
+    return table.take(pa.array(order[len(order) - sum(count) :])), parts
+
+
+def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], feeds: FeedTable, budget: int) -> int:
+    most = _most_candidates(feeds)
+    cost = sum(Output.of(s, n).chip_bytes for s, n in zip(plans, size_px, strict=True))
+    work = max(_working_bytes(s, n, c) for s, n, c in zip(plans, size_px, most, strict=True))
+    return int(min(max(budget // max(cost, work), 1), SHARD_CHIPS))
+
+
+def _whole_blocks(chips: ChipSet, per_shard: int) -> int:
+    """Round down to the chips of whole tiles, which one shard then reads, or of whole blocks; at most half is lost."""
+    if chips.spec.at is not None:
+        return per_shard
+    if chips.spec.grid != "tiles":
+        block = (BLOCK_PX // chips.spec.stride) ** 2
+        return per_shard // block * block if per_shard >= block > 0 else per_shard
+    side = int(chips.outlines[chips.reference].tile_px.max()) // chips.spec.size
+    row, col = (chips.table.column(name).to_numpy() // side for name in ("row", "col"))
+    when = chips.table.column("datetime").cast(pa.int64()).fill_null(0).to_numpy()
+    tile = np.stack([chips.table.column("epsg").to_numpy(), row, col, when], -1)
+    change = np.flatnonzero(np.diff(tile, axis=0, prepend=tile[:1] - 1).any(axis=1))
+    most = int(np.diff(np.append(change, len(tile))).max())  # tiles at an edge have fewer
+    return per_shard if per_shard < most else per_shard // most * most
+
+
+def task_bytes(job: Job, outputs: tuple[Output, ...]) -> int:
+    """Return the bytes a task holds at most, beside what its process holds anyway.
+
+    Its output, and with it either one slot as it stands in the files (16-bit numbers and two masks a pixel) and
+    what its pick needs, or the chunks that the output becomes.
+    """
+    n = max((min(h.per_shard, h.chips) for h in job.hierarchies), default=1)
+    largest = n * sum(o.chip_bytes for o in outputs)
+    most = _most_candidates(job.feeds)
+    slot = max(
+        4 * size * size * len(plan.bands) + _working_bytes(plan, size, candidates)
+        for plan, size, candidates in zip(job.sources, job.size_px, most, strict=True)
+    )
+    return largest + max(n * slot, largest)
+
+
+def _working_bytes(source: SourcePlan, size: int, candidates: int) -> int:
+    """Bytes that one slot of one chip needs beside its output, while its candidates are held or summed up."""
+    bands = len(source.bands)
+    held = {
+        "median": 4 * candidates * bands,
+        "mean": (8 + 4 + 4) * bands,  # a float64 sum, an int32 count, the candidate
+        "clearest": 4 * candidates,  # of the quality band alone
+    }
+    return held.get(source.pick, 0) * size * size
+
+
+def _most_candidates(feeds: FeedTable) -> list[int]:
+    alone = len(feeds.names) == 1
+    order = [feeds.order if alone else feeds.order[feeds.source == n] for n in range(len(feeds.names))]
+    return [int(own.max(initial=0)) + 1 for own in order]

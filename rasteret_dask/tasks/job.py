@@ -1,0 +1,297 @@
+"""A frozen plan with its tables: the values that tasks share."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
+from rasteret_dask.chipping.labels import Labels
+from rasteret_dask.planning.plan import Function, Rule, digest
+from rasteret_dask.planning.resolve import Member, SourcePlan
+from rasteret_dask.reader.harmonize import DN_PER_REFLECTANCE
+from rasteret_dask.table.records import Records
+
+__all__ = ["Hierarchy", "Job", "Output", "Shard", "ipc_bytes", "shard_keys"]
+
+_DECIDING = ("href", "band_index", "size", "etag", "scale", "offset", "nodata")
+"""What of an asset decides its pixels' values."""
+
+_JOBS = count()
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """The chips of one split: one Zarr hierarchy."""
+
+    split: str | None
+    number: int
+    """Place among the splits of the plan; 0 where there is no split."""
+    start: int
+    """First row in the job's chip table."""
+    stop: int
+    per_shard: int
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-(self.stop - self.start) // self.per_shard)
+
+    @property
+    def chips(self) -> int:
+        """Number of chips."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Consecutive chips of one split, read and written by one task."""
+
+    split: str | None
+    hierarchy: int
+    """Number of the split."""
+    number: int
+    """Counts within the split, before any select."""
+    start: int
+    """First row in the job's chip table."""
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """``train-00003``; ``all-00003`` without splits."""
+        return f"{self.split or 'all'}-{self.number:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one source looks like when it leaves a task."""
+
+    bands: tuple[str, ...]
+    dtype: str
+    fill: float
+    times: int
+    slots: tuple[int, ...] | None
+    height: int
+    width: int
+    valid: bool
+    """Whether there is a ``valid`` variable (chip, time, y, x)."""
+    scale: float | None
+    """Physical value of one DN, where reflectance is stored as integers."""
+    attrs: tuple[tuple[str, str], ...] = ()
+    mask: str | None = None
+    """Dtype of the variable ``mask`` (chip, y, x); None where there is none."""
+
+    @classmethod
+    def of(cls, plan: SourcePlan, size: int) -> Output:
+        """Describe a source's output before any map."""
+        whole = not plan.dtype.startswith("float")
+        scale = 1.0 / DN_PER_REFLECTANCE if whole and plan.units != "raw" else None
+        attrs = (("units", plan.units), ("long_name", plan.name))
+        return cls(plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs)
+
+    @property
+    def pixel_attrs(self) -> dict[str, Any]:
+        """Attributes of the pixels, from which plain xarray decodes them."""
+        attrs: dict[str, Any] = dict(self.attrs)
+        if self.scale is not None:
+            attrs |= {"scale_factor": self.scale, "add_offset": 0.0, "_FillValue": int(self.fill)}
+        elif not np.isnan(self.fill):
+            attrs["nodata"] = int(self.fill)
+        return attrs
+
+    @property
+    def chip_bytes(self) -> int:
+        """Bytes of one chip."""
+        pixels = self.times * self.height * self.width
+        mask = self.height * self.width * np.dtype(self.mask).itemsize if self.mask else 0
+        return pixels * (len(self.bands) * np.dtype(self.dtype).itemsize + int(self.valid)) + mask
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that tasks need, except the pixels."""
+
+    sources: tuple[SourcePlan, ...]
+    size_px: tuple[int, ...]
+    """Side of a chip in pixels, per source."""
+    hierarchies: tuple[Hierarchy, ...]
+    records: tuple[Records, ...]
+    """Per source: only the records that feed chips."""
+    chips: pa.Table
+    maps: tuple[tuple[str | None, Function], ...]
+    phase: str
+    """Digest of what decides the values, without the rows."""
+    others: tuple[Hierarchy, ...] = ()
+    """The splits of the plan that were not selected; their chips are in the table too."""
+    screens: tuple[Rule, ...] = ()
+    """What pixels must fulfil for their chip to be kept."""
+    labels: Labels | None = None
+    """Polygons that one source's pixels carry as a mask."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {f.name: getattr(self, f.name) for f in fields(self)}  # not what was cached on the way
+        return state | {"records": tuple(Records(r.table) for r in self.records)}
+
+    def functions(self, source: int) -> tuple[Function, ...]:
+        """Return the user's functions over one source's pixels, in the order in which they are called."""
+        plan = self.sources[source]
+        return (*plan.maps, *(function for name, function in self.maps if name in (None, plan.name)))
+
+    @property
+    def whole(self) -> Job:
+        """The job before any select: tasks look their shard up in it."""
+        if not self.others:
+            return self
+        every = sorted((*self.hierarchies, *self.others), key=lambda h: h.number)
+        return replace(self, hierarchies=tuple(every), others=())
+
+    def select(self, splits: Collection[str | None]) -> Job:
+        """Return the job of these splits only."""
+        own = tuple(h for h in self.hierarchies if h.split in splits)
+        left = tuple(h for h in self.hierarchies if h.split not in splits)
+        return replace(self, hierarchies=own, others=(*self.others, *left))
+
+    @cached_property
+    def members(self) -> tuple[NDArray[np.int64], ...]:
+        """Per source, shape (record,): the member each record belongs to."""
+        return tuple(
+            np.asarray(r.table.column("__member__").to_numpy(), dtype=np.int64) for r in self.records
+        )
+
+    @cached_property
+    def passes(self) -> tuple[NDArray[np.int64], ...]:
+        """Per source, shape (record,): the acquisition each record belongs to, numbered by its start."""
+        return tuple(np.asarray(r.table.column("__pass__").to_numpy(), dtype=np.int64) for r in self.records)
+
+    @cached_property
+    def starts(self) -> tuple[NDArray[np.datetime64], ...]:
+        """Per source, shape (record,), us: when the record's acquisition starts, UTC."""
+        return tuple(
+            np.asarray(r.table.column("__start__").to_numpy(), dtype="datetime64[us]") for r in self.records
+        )
+
+    @cached_property
+    def feeds(self) -> FeedTable:
+        """The feed entries of all chips, flat."""
+        return FeedTable.of(self.chips)
+
+    @cached_property
+    def bounds(self) -> NDArray[np.float64]:
+        """Shape (chip, 4): xmin, ymin, xmax, ymax."""
+        return bounds_of(self.chips)
+
+    @cached_property
+    def epsg(self) -> NDArray[np.int64]:
+        """Shape (chip,)."""
+        return np.asarray(self.chips.column("epsg").to_numpy(), dtype=np.int64)
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield all shards, split by split."""
+        for h in self.hierarchies:
+            for number in range(h.shards):
+                yield self.shard(h.number, number)
+
+    def shard(self, hierarchy: int, number: int) -> Shard:
+        """Return one shard."""
+        h = next(h for h in (*self.hierarchies, *self.others) if h.number == hierarchy)
+        start = h.start + number * h.per_shard
+        return Shard(h.split, hierarchy, number, start, min(start + h.per_shard, h.stop))
+
+    @cached_property
+    def running(self) -> NDArray[np.int64]:
+        """Shape (chip,). Place of each chip's shard among :meth:`shards`, -1 where its split is not selected."""
+        place = np.full(self.chips.num_rows, -1, dtype=np.int64)
+        first = 0
+        for h in self.hierarchies:
+            place[h.start : h.stop] = first + np.arange(h.chips) // h.per_shard
+            first += h.shards
+        return place
+
+    @cached_property
+    def first_number(self) -> int:
+        """What the numbers of this job's shards begin with in this process, so that no two jobs share any."""
+        return next(_JOBS) << 40
+
+    @cached_property
+    def finished(self) -> set[int]:
+        """What this process has read of the job, so that it keeps nothing for it: no part of the job itself."""
+        return set()
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """For each shard's name, the sha256 of what decides its pixels."""
+        return shard_keys(self)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all shards: two jobs of one digest write the same store."""
+        return digest(self.phase, sorted(self.keys.items()), _labels(self))
+
+    def chosen_chips(self) -> pa.Table:
+        """Return the rows of the chip table that the job's splits hold, in their order."""
+        parts = [self.chips.slice(h.start, h.chips) for h in self.hierarchies]
+        return pa.concat_tables(parts)
+
+
+def shard_keys(job: Job) -> dict[str, str]:
+    """Return for each shard's name the sha256 of what decides its pixels."""
+    feeds = job.feeds
+    marks = [
+        _marks(records, members, source.members)
+        for source, records, members in zip(job.sources, job.records, job.members, strict=True)
+    ]
+    base = np.cumsum([0, *(len(m) for m in marks)])
+    mark = np.concatenate(marks)
+    ids = job.chips.column("chip_id")
+    result = {}
+    for shard in job.shards():
+        own = slice(feeds.offsets[shard.start], feeds.offsets[shard.stop])
+        chips = slice(shard.start, shard.stop)
+        text = hashlib.sha256(job.phase.encode())
+        text.update("|".join(ids[chips].to_pylist()).encode())
+        text.update(job.bounds[chips].tobytes())
+        text.update(np.diff(feeds.offsets[shard.start : shard.stop + 1]).tobytes())
+        for entries in (feeds.source, feeds.slot, feeds.order):
+            text.update(entries[own].tobytes())
+        text.update(mark[base[feeds.source[own]] + feeds.row[own]].tobytes())
+        result[shard.name] = text.hexdigest()
+    return result
+
+
+def _labels(job: Job) -> str:
+    """Digest the user's own columns: chips with other labels are another store."""
+    own = [n for n in job.chips.column_names if n not in CHIP_SCHEMA.names]
+    return hashlib.sha256(ipc_bytes(job.chosen_chips().select(own))).hexdigest() if own else ""
+
+
+def _marks(records: Records, members: NDArray[np.int64], known: tuple[Member, ...]) -> NDArray[Any]:
+    """Digest each record's assets that its member reads; shape (record,), 32 bytes each."""
+    result = np.zeros(len(records), dtype="V32")
+    for number, member in enumerate(known):
+        rows = np.flatnonzero(members == number)
+        if not len(rows):
+            continue
+        own = records if len(rows) == len(records) else records.take(rows)
+        bands = dict.fromkeys(b for b in (*member.bands, member.quality) if b is not None)
+        said = [own.asset_field(band, name).to_pylist() for band in bands for name in _DECIDING]
+        digests = b"".join(hashlib.sha256(repr(v).encode()).digest() for v in zip(*said, strict=True))
+        result[rows] = np.frombuffer(digests, dtype="V32")
+    return result
+
+
+def ipc_bytes(table: pa.Table) -> bytes:
+    """Return a table as an Arrow IPC file, compressed by zstd."""
+    sink = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    return sink.getvalue()

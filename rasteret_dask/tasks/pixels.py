@@ -1,0 +1,117 @@
+"""The pixels of one source in one shard: its cubes, cut, harmonized and merged into a Dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from rasteret_dask.chipping.chiptable import label_columns
+from rasteret_dask.chipping.labels import MASK
+from rasteret_dask.reader.readplan import Request
+from rasteret_dask.tasks.cuts import Cut, Feed, Harmonized, MemberCubes, cubes, cut, harmonized
+from rasteret_dask.tasks.filling import Chips, Into
+from rasteret_dask.tasks.job import Job, Shard
+from rasteret_dask.tasks.picking import Picking
+
+__all__ = [
+    "Chips",
+    "Cut",
+    "Harmonized",
+    "Into",
+    "MemberCubes",
+    "chip_coordinates",
+    "cubes",
+    "cut",
+    "dataset_of",
+    "harmonized",
+    "members_of",
+    "merged",
+    "requests_of",
+]
+
+
+def members_of(job: Job, shard: Shard, source: int) -> list[Harmonized]:
+    """Return the lazy windows of each member of one source that a shard's chips need."""
+    plan = job.sources[source]
+    return [harmonized(cut(cubes(job, shard, source, at)), plan) for at in range(len(plan.members))]
+
+
+def merged(
+    job: Job,
+    shard: Shard,
+    source: int,
+    members: Sequence[Harmonized],
+    on_error: str = "raise",
+    into: Into | None = None,
+) -> xr.Dataset:
+    """Read the shard's chips of one source and pick across its members, into given memory or new one.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``pixels`` (chip, time, band, y, x); ``valid`` (chip, time, y, x) for integer pixels; ``valid_fraction``,
+        ``datetime`` and ``source`` (chip, time); counts of what was read in its attributes.
+    """
+    chips = Picking(job, shard, source, members).read(on_error, into)
+    return dataset_of(job, shard, source, chips)
+
+
+def dataset_of(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
+    """Return the chips of one source as :func:`merged` does, with the coordinates that the plan knows."""
+    plan = job.sources[source]
+    dims = ("chip", "time", "band", "y", "x")
+    variables: dict[str, Any] = {"pixels": (dims, chips.values)}
+    if not plan.dtype.startswith("float"):
+        variables["valid"] = (("chip", "time", "y", "x"), chips.valid)
+    if job.labels is not None and job.labels.source == source:
+        own = slice(shard.start, shard.stop)
+        masks = job.labels.burned(job.bounds[own], job.epsg[own], job.size_px[source])
+        variables[MASK] = (("chip", "y", "x"), masks)
+    coordinates: dict[str, Any] = {
+        **chip_coordinates(job, shard),
+        "band": ("band", list(plan.bands)),
+        "valid_fraction": (
+            ("chip", "time"),
+            _fractions(chips.valid),
+        ),
+        "datetime": (("chip", "time"), chips.datetime),
+        "source": (("chip", "time"), chips.source.astype(object)),
+    }
+    if plan.slots is not None:
+        coordinates["time"] = ("time", np.array(plan.slots, dtype="datetime64[ns]"))
+    counts = {k: int(getattr(chips.counts, k)) for k in chips.counts.__slots__}
+    attrs: dict[str, Any] = {
+        "counts": counts,
+        "clipped": dict(zip(plan.bands, chips.clipped.tolist(), strict=True)),
+    }
+    attrs["unreadable"] = chips.unreadable
+    return xr.Dataset(variables, coordinates, attrs)
+
+
+def _fractions(valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return the share of valid pixels, shape (chip, time); counting each in turn is far faster than over axes."""
+    counted = np.array([[np.count_nonzero(one) for one in chip] for chip in valid], dtype=np.float64)
+    return np.asarray(counted / (valid.shape[2] * valid.shape[3]), dtype=np.float32)
+
+
+def chip_coordinates(job: Job, shard: Shard) -> dict[str, Any]:
+    """Return the coordinates along ``chip`` that the plan knows, the user's own columns among them."""
+    table = job.chips.slice(shard.start, shard.stop - shard.start)
+    return {
+        "chip_id": ("chip", np.array(table.column("chip_id").to_pylist(), dtype=object)),
+        "split": ("chip", np.array([s or "" for s in table.column("split").to_pylist()], dtype=object)),
+        "epsg": ("chip", job.epsg[shard.start : shard.stop].astype(np.int32)),
+        "bounds": (("chip", "corner"), job.bounds[shard.start : shard.stop]),
+        **{name: ("chip", values) for name, values in label_columns(table).items()},
+    }
+
+
+def requests_of(job: Job, shard: Shard, source: int) -> tuple[list[Request], int]:
+    """Return every read that one source of a shard may ask for, and how many pixels its windows hold."""
+    picking = Picking(job, shard, source, members_of(job, shard, source))
+    requests = picking.requests(Feed.of(job, shard, source))
+    return requests, sum(len(r.windows) * r.windows[0].height * r.windows[0].width for r in requests)

@@ -1,0 +1,120 @@
+"""Which chips of a shard are kept, as rules on their pixels say, and what becomes of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from rasteret_dask.chipping.labels import MASK
+from rasteret_dask.planning.rules import Rule
+from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
+from rasteret_dask.tasks.job import Job, Shard
+from rasteret_dask.tasks.mapping import Functions, kept_by
+
+__all__ = ["KEPT", "screened"]
+
+KEPT = "kept"
+"""Name of the coordinate (chip,) that tells which chips are kept."""
+
+
+def screened(
+    job: Job, shard: Shard, joined: Mapping[str, xr.Dataset], functions: Functions, on_error: str = "raise"
+) -> dict[str, xr.Dataset]:
+    """Apply a job's rules to one shard.
+
+    Parameters
+    ----------
+    job, shard
+        What was read.
+    joined
+        Source -> its chips in memory; the pixels of chips that are not kept are overwritten.
+    functions
+        The user's functions that the rules name.
+    on_error
+        See :func:`rasteret_dask.tasks.shards.lower`.
+
+    Returns
+    -------
+    dict
+        The Datasets with a coordinate ``kept`` (chip,), and ``dropped`` (chip id -> reason) in their attributes. A
+        chip that is not kept stays in its place, all fill and invalid.
+    """
+    if not job.screens:
+        return dict(joined)
+    reasons: dict[int, str] = {}
+    for rule in job.screens:
+        for name, dataset in joined.items():
+            if rule.source in (None, name):
+                found = _failing(job, shard, rule, name, dataset, functions, on_error)
+                reasons = {**found, **reasons}  # the first reason stays
+    places = sorted(reasons)
+    kept = np.ones(shard.stop - shard.start, dtype=bool)
+    kept[places] = False
+    result = {}
+    for number, (name, dataset) in enumerate(joined.items()):
+        made = _blanked(dataset, places, job.sources[number].fill).assign_coords({KEPT: ("chip", kept)})
+        ids = dataset["chip_id"].values
+        made.attrs["dropped"] = {str(ids[place]): reasons[place] for place in places}
+        result[name] = made
+    return result
+
+
+def _failing(
+    job: Job,
+    shard: Shard,
+    rule: Rule,
+    name: str,
+    dataset: xr.Dataset,
+    functions: Functions,
+    on_error: str,
+) -> dict[int, str]:
+    """Return the chips of one source that a rule drops: place in the shard -> reason."""
+    of = f" of {name}" if len(job.sources) > 1 else ""
+    number = [s.name for s in job.sources].index(name)
+    found: dict[int, str] = {}
+    if rule.function is not None:
+        kept = kept_by(functions[rule.function], dataset["pixels"])
+        found |= {int(at): f"keep({rule.function.name}){of}" for at in np.flatnonzero(~kept)}
+    if rule.max_cloud is not None and has_clouds(job.sources[number]):
+        cloud, unreadable = cloud_fractions(job, shard, number, on_error)
+        dataset.attrs["unreadable"] = [*dataset.attrs["unreadable"], *unreadable]
+        found |= {
+            int(at): f"cloud{of} {cloud[at]:.3f}, above {rule.max_cloud:g}"
+            for at in np.flatnonzero(cloud > rule.max_cloud)
+        }
+    if rule.min_valid is not None:
+        valid = _valid_share(dataset)
+        found |= {
+            int(at): f"valid{of} {valid[at]:.3f}, below {rule.min_valid:g}"
+            for at in np.flatnonzero(valid < rule.min_valid)
+        }
+    return found
+
+
+def _valid_share(dataset: xr.Dataset) -> NDArray[np.float64]:
+    """Return the share of valid pixels of each chip, over all slots: where integers say so, or no band is NaN."""
+    pixels = dataset["pixels"].values
+    if "valid" in dataset.variables:
+        return np.array([np.count_nonzero(v) / v.size for v in dataset["valid"].values])
+    if pixels.dtype.kind != "f":
+        return np.ones(len(pixels))
+    return np.array([1 - np.mean(np.isnan(chip).any(axis=1)) for chip in pixels])
+
+
+def _blanked(dataset: xr.Dataset, places: list[int], fill: float) -> xr.Dataset:
+    """Return a Dataset whose chips at some places are all fill and invalid."""
+    if places and not dataset["pixels"].values.flags.writeable:  # a user's function made a view
+        dataset = dataset.copy(deep=True)
+    floats = dataset["pixels"].dtype.kind == "f"
+    fills = {
+        "pixels": np.nan if floats else fill if np.isfinite(fill) else 0,
+        "valid": False,
+        "valid_fraction": 0,
+        MASK: np.nan if MASK in dataset and dataset[MASK].dtype.kind == "f" else 0,
+    }
+    for name in fills.keys() & dataset.variables.keys():
+        dataset[name].values[places] = fills[name]
+    return dataset
