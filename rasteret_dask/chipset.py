@@ -28,7 +28,8 @@ from rasteret_dask.store.outputs import load, to_xarray
 from rasteret_dask.store.run import delayed_zarr, run_zarr
 from rasteret_dask.streamfrom import save_plan
 from rasteret_dask.streams.epochs import Order
-from rasteret_dask.streams.readings import Reading, planned
+from rasteret_dask.streams.planned import planned
+from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.stream import Normalize, Stream, batches
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.freezing import freeze

@@ -6,19 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask.array as da
-import numpy as np
 import pyarrow as pa
-import xarray as xr
-from dask._task_spec import Task
-from dask.highlevelgraph import HighLevelGraph
-from distributed import Client
-from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import bounds_of, label_columns
-from rasteret_dask.chipping.labels import MASK
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import Keep, Node, Predicate, Sample, Select, outline, predicates
@@ -26,17 +17,17 @@ from rasteret_dask.statistics.measuring import measured
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
 from rasteret_dask.store.stored import Stored
-from rasteret_dask.store.storemap import JOB, StoredGroup, check_sizes, digest_of, open_map
-from rasteret_dask.store.storeread import read_rows
+from rasteret_dask.store.storemap import JOB, check_sizes, digest_of, open_map
 from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.readings import stored_chips
 from rasteret_dask.streams.stream import Normalize, Stream, batches
 from rasteret_dask.tasks.batches import Arrays
 
-__all__ = ["StoredChips", "open_chips"]
+if TYPE_CHECKING:
+    import xarray as xr
+    from distributed import Client
 
-_PIXELS = ("pixels", "valid", MASK)
-_PER_CHIP = (*_PIXELS, "valid_fraction", "datetime", "source")
+__all__ = ["StoredChips", "open_chips"]
 
 
 def open_chips(store: str | os.PathLike[str], split: str | None = None) -> StoredChips:
@@ -175,11 +166,16 @@ class StoredChips:
 
         Values are as stored, like those of :meth:`Chips.to_xarray`: attributes hold scale and fill.
         """
-        return self._assembled(lazy=True)
+        return self._as_xarray(lazy=True)
 
     def load(self) -> xr.Dataset | xr.DataTree:
         """Read the chips into memory: what ``to_xarray().load()`` gives, without putting it together from shards."""
-        return self._assembled(lazy=False)
+        return self._as_xarray(lazy=False)
+
+    def _as_xarray(self, lazy: bool) -> xr.Dataset | xr.DataTree:
+        from rasteret_dask.store.datasets import to_xarray  # xarray: training workers start without it
+
+        return to_xarray(self.stored, lazy)
 
     def stats(self, sample: int | None = None, client: Client | str | None = None) -> Stats:
         """Measure the pixels of these chips in one pass, or say what was measured before.
@@ -232,62 +228,7 @@ class StoredChips:
         order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
         return batches(reading, order, epochs, client, prefetch, given)
 
-    def _assembled(self, lazy: bool) -> xr.Dataset | xr.DataTree:
-        opened = self.stored.map
-        names = {g.source: [n for n in _PER_CHIP if n in g.arrays] for g in opened.first}
-        read = {} if lazy else read_rows(opened, self.stored.rows, names)
-        nodes = {}
-        for group in opened.first:
-            arrays = {
-                name: self._lazy(group, name) if lazy else read[group.source, name]
-                for name in names[group.source]
-            }
-            nodes[group.source] = self._dataset(group, arrays)
-        if len(nodes) == 1:
-            return next(iter(nodes.values()))
-        return xr.DataTree.from_dict({f"/{name}": node for name, node in nodes.items()})
-
-    def _dataset(self, group: StoredGroup, arrays: dict[str, Any]) -> xr.Dataset:
-        table = self.stored.table
-        own = {name: (group.arrays[name].dims, values) for name, values in arrays.items()}
-        data = {name: own[name] for name in _PIXELS if name in own}
-        coordinates: dict[str, Any] = {name: v for name, v in own.items() if name not in data}
-        for name in ("chip_id", "split"):
-            texts = [v or "" for v in table.column(name).to_pylist()]
-            coordinates[name] = ("chip", np.array(texts, dtype=object))
-        coordinates["epsg"] = ("chip", table.column("epsg").to_numpy().astype(np.int32))
-        coordinates["bounds"] = (("chip", "corner"), bounds_of(table))
-        coordinates |= {name: ("chip", values) for name, values in label_columns(table).items()}
-        coordinates["band"] = ("band", np.array(self.stored.bands[group.source], dtype=object))
-        if "time" in group.arrays:
-            stamps = self.stored.map.values(group.arrays["time"]).view("datetime64[us]")
-            coordinates["time"] = ("time", stamps.astype("datetime64[ns]"))
-        attrs = {k: v for k, v in group.attrs.items() if k not in ("coordinates", "rasteret_dask")}
-        dataset = xr.Dataset(data, coordinates, attrs)
-        for name in ("pixels", MASK):
-            if name in data:
-                dataset[name].attrs = dict(group.arrays[name].attrs)
-        return dataset
-
-    def _lazy(self, group: StoredGroup, variable: str) -> da.Array:
-        array = group.arrays[variable]
-        name = f"{variable}-{group.source}-{self.digest[:12]}"
-        numbers = [n for n, size in enumerate(self.stored.sizes) if size]
-        zeros = (0,) * (len(array.shape) - 1)
-        tasks: dict[Any, Task] = {
-            (name, i, *zeros): Task((name, i, *zeros), _block, self.stored, number, group.source, variable)
-            for i, number in enumerate(numbers)
-        }
-        chunks = (tuple(self.stored.sizes[n] for n in numbers), *((n,) for n in array.shape[1:]))
-        dtype = "datetime64[us]" if variable == "datetime" else array.encoding.dtype or object
-        return da.Array(HighLevelGraph.from_collections(name, tasks), name, chunks, dtype=dtype)
-
     def __repr__(self) -> str:
         steps = list(outline(self.stored.plan))[:-1]
         head = f"<StoredChips {remote.redact(self.stored.url)}: {len(self)} chips>"
         return "\n".join([head, *(f"  {line.strip()}" for line in steps)])
-
-
-def _block(chips: Stored, number: int, source: str, variable: str) -> NDArray[Any]:
-    rows = chips.rows[chips.offsets[number] : chips.offsets[number + 1]]
-    return read_rows(chips.map, rows, {source: [variable]})[source, variable]

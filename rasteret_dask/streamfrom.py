@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
-
-from distributed import Client
+from typing import TYPE_CHECKING, Any
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.planning.functions import Function
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streams.epochs import Order
-from rasteret_dask.streams.readings import Reading, planned, stored_chips
+from rasteret_dask.streams.planned import planned
+from rasteret_dask.streams.readings import Reading, stored_chips
 from rasteret_dask.streams.stream import Normalize, Stream, batches
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import open_job, write_job
 from rasteret_dask.tasks.mapping import Functions, outputs_of
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["save_plan", "stream_from"]
 
@@ -85,7 +87,8 @@ def stream_from(
     Parameters
     ----------
     address
-        The Dask scheduler's address, or a client; None: the current client, else threads of this process.
+        The Dask scheduler's address, or a client; None: the current client (in a task: its worker's), else threads of
+        this process. A ``tls://`` address takes its certificates from Dask's configuration: see Notes.
     plan
         Where :meth:`Chips.save_plan` wrote the plan, or :meth:`Chips.to_zarr` a store.
     batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch, normalize, buffer
@@ -101,7 +104,21 @@ def stream_from(
     PlanError
         When the plan calls a function that is not among ``functions``, or one that says something else by now.
     JobError
-        When no scheduler answers; later, when no worker may read.
+        At the first batch, when no scheduler answers, it wants other certificates than this process has, or no worker
+        may read.
+
+    Notes
+    -----
+    **Certificates.** A cluster with TLS wants a certificate of every process that connects, to the scheduler as to
+    the workers. A process outside has its own in Dask's configuration (``distributed.comm.tls``: ``ca-file``,
+    ``client.cert``, ``client.key``), as a YAML file or in the environment::
+
+        DASK_DISTRIBUTED__COMM__TLS__CA_FILE=ca.pem
+        DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT=cert.pem
+        DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY=key.pem
+
+    or gives a client: ``stream_from(Client(address, security=Security(...)), plan, ...)``. A task on a Dask worker
+    gives None: its worker's client has the worker's certificates, those of ``Security.temporary()`` too.
     """
     url = _url(plan)
     if _exists(url, _LAST):

@@ -18,9 +18,10 @@ from test_write import layout_of
 import rasteret_dask as rd
 from rasteret_dask.errors import ReadError
 from rasteret_dask.streams.epochs import Order
-from rasteret_dask.streams.readings import Reading, planned
+from rasteret_dask.streams.planned import planned
+from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.stream import Stream, batches
-from rasteret_dask.tasks.batches import Arrays, take
+from rasteret_dask.tasks.batches import Arrays, InMemory, take
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ class Shards:
             for n in self.places
         ]
         return Reading(
-            self.sizes, f"made {self.sizes}", {"s2": ("red", "nir")}, self.read, lambda: ({}, tasks), take
+            self.sizes,
+            f"made {self.sizes}",
+            {"s2": ("red", "nir")},
+            lambda shard: InMemory(self.read(shard)),
+            lambda: ({}, tasks),
+            take,
         )
 
     @property

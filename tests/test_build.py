@@ -27,7 +27,7 @@ from shapely.geometry import mapping
 from stac_api import ApiFault, Dict, StacServer, changed, generated, serving_stac
 
 import rasteret_dask as rd
-from rasteret_dask.build import build, build_from_stac, refresh
+from rasteret_dask.building import build, build_from_stac, refresh
 from rasteret_dask.demo.world import World
 from rasteret_dask.errors import BandError, PlanError, SourceError
 from rasteret_dask.ingest import pages as ingest
@@ -535,7 +535,7 @@ def test_a_killed_build_never_looks_finished(
 
     api.fault(ApiFault(change=wait))
     code = (
-        "import sys; from rasteret_dask.build import build; "
+        "import sys; from rasteret_dask.building import build; "
         f"build({ID!r}, bbox={BOX!r}, date_range={DATES!r}, stac_api={api.url!r}, headers=False, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])

@@ -16,7 +16,7 @@ from made_records import boxes, collection, fed_by, ids, project, record
 import rasteret_dask as rd
 from rasteret_dask.chipping import laying
 from rasteret_dask.chipping.chiptable import FeedTable
-from rasteret_dask.planning.scan import hash_unit
+from rasteret_dask.planning.sampling import hash_unit
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,23 +22,23 @@ PACKAGE = ROOT / "rasteret_dask"
 ORDER = {
     "": "_version errors progress footprint grid",
     "catalogs": "bands catalogfile catalog catalogwrite access",
-    "net": "remote remotefs trust limits",
+    "net": "clusters remote remotefs trust limits",
     "headers": "page tiff gdal reader",
     "table": "schema anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
-    "planning": "functions rules plan scan optimize resolve radiometry recordtable",
+    "planning": "functions rules plan sampling scan optimize resolve radiometry recordtable",
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",
     "reader": "harmonize pixelgrid levels readplan sharing ranges tilecodec rasterfile warp placing tilefile wants "
               "keeping engine plainhref cogreader",
     "cubes": "cube cubegrid recordlayers lazy",
     "tasks": "job jobfile freezing cuts filling neighbours picking pixels clouds mapping screening shards batches",
-    "store": "encode decode layout manifest write run outputs storemap storeread stored",
-    "streams": "epochs readings shardsource clustersource stream",
+    "store": "encode decode layout manifest write run outputs storemap storeread stored holding datasets",
+    "streams": "epochs readings planned datasets shardsource clustersource stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "explain audit pictures plot",
     "the face": "compacting storeset streamfrom torchdata chipsteps chipset tableexits pixelreads collection "
-                "openers build __init__",
+                "openers building __init__",
     "demo": "world checks run",
     "the end": "cli",
 }
@@ -136,6 +137,24 @@ def test_public_names_are_sorted_and_there() -> None:
     names = list(package.__all__)
     assert names == sorted(set(names))
     assert not [name for name in names if not hasattr(package, name)]
+    assert dir(package) == names
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
+def test_a_training_worker_imports_little() -> None:
+    """What its start must not wait for: half a second and more each."""
+    heavy = ["distributed", "xarray", "pandas", "rasterio", "stackstac", "geopandas", "matplotlib", "dask.array"]
+    code = (
+        "import sys, rasteret_dask\n"
+        "assert len(sys.modules) < 300, len(sys.modules)\n"
+        "from rasteret_dask import open_chips\n"
+        "from rasteret_dask.storeset import StoredChips\n"
+        "import rasteret_dask.store.holding, rasteret_dask.streams.stream\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_version_is_the_project_s() -> None:

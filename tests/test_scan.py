@@ -18,14 +18,8 @@ from made_records import record, table
 
 import rasteret_dask as rd
 from rasteret_dask.planning.plan import Predicate, Source
-from rasteret_dask.planning.scan import (
-    filter_table,
-    hash_unit,
-    keep_readable,
-    sample_rows,
-    scan,
-    token_of,
-)
+from rasteret_dask.planning.sampling import hash_unit, sample_rows
+from rasteret_dask.planning.scan import filter_table, keep_readable, scan, token_of
 from rasteret_dask.table.records import Records
 
 OPERATORS = {

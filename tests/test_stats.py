@@ -21,7 +21,7 @@ from rasteret_dask.statistics.measuring import measured
 from rasteret_dask.statistics.sketch import SourceStats
 from rasteret_dask.statistics.stats import Stats, measure, merged
 from rasteret_dask.storeset import open_chips
-from rasteret_dask.streams.readings import planned
+from rasteret_dask.streams.planned import planned
 from rasteret_dask.tasks.batches import arrays_of
 
 PERCENT = (0, 0.1, 1, 2, 25, 50, 75, 98, 99.9, 100)

@@ -21,9 +21,11 @@ import rasteret_dask as rd
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.store import outputs, stored
 from rasteret_dask.store.encode import Compression
+from rasteret_dask.store.holding import hold
 from rasteret_dask.store.storemap import open_map
 from rasteret_dask.storeset import StoredChips, open_chips
-from rasteret_dask.streams.readings import planned
+from rasteret_dask.streams.planned import planned
+from rasteret_dask.tasks.batches import assembled, take
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +85,21 @@ def test_shards_and_chips_are_those_of_the_plan(name: str, stores: dict[str, tup
     assert opened.stored.bands == plan.bands
     first = 0
     for number, size in enumerate(plan.sizes[:5]):
-        wanted, found = plan.read(number), stored.read_shard(opened.stored, number)
-        ids = list(opened)[first : first + size]
-        singly = opened.take(ids[::-1])
-        assert wanted.keys() == found.keys() == singly.keys()
-        for key, values in wanted.items():
-            np.testing.assert_array_equal(found[key], values)
-            np.testing.assert_array_equal(singly[key][::-1], values)
-            assert found[key].dtype == values.dtype
-            assert found[key].flags.c_contiguous
+        ids, forth = list(opened)[first : first + size], np.arange(size)
+        wanted = assembled([(forth, (plan.read(number), None))], size)
+        held, half = hold(opened.stored, number), size // 2
+        ways = {
+            "shard": stored.read_shard(opened.stored, number),
+            "singly": take(opened.take(ids[::-1]), forth[::-1]),
+            "held": assembled([(forth, (held, None))], size),
+            "in two parts": assembled([(at, (held, at)) for at in (forth[half:][::-1], forth[:half])], size),
+        }
+        for way, found in ways.items():
+            assert found.keys() == wanted.keys(), way
+            for key, values in wanted.items():
+                np.testing.assert_array_equal(found[key], values)
+                assert found[key].dtype == values.dtype
+                assert way == "singly" or found[key].flags.c_contiguous
         first += size
 
 

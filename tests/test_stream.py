@@ -19,10 +19,11 @@ from streams import Shards, assert_same, flat, ids_of, in_small_shards, rows_of,
 
 import rasteret_dask as rd
 from rasteret_dask.errors import PlanError, ReadError
+from rasteret_dask.streams.datasets import as_xarray
 from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.stream import Stream, batches
-from rasteret_dask.tasks.batches import Arrays, arrays_of, as_xarray, concat, take
+from rasteret_dask.tasks.batches import Arrays, arrays_of, concat, take
 
 
 @pytest.fixture

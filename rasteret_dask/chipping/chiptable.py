@@ -15,6 +15,7 @@ __all__ = [
     "CHIP_SCHEMA",
     "FEED_TYPE",
     "FeedTable",
+    "MASK",
     "bounds_of",
     "joined",
     "label_columns",
@@ -22,6 +23,9 @@ __all__ = [
     "texts",
     "with_columns",
 ]
+
+MASK = "mask"
+"""Name of the variable (chip, y, x) of rasterized labels."""
 
 FEED_TYPE = pa.struct(
     [

@@ -19,10 +19,7 @@ from rasterio.transform import from_bounds
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import transformer
 
-__all__ = ["MASK", "Labels"]
-
-MASK = "mask"
-"""Name of the variable (chip, y, x)."""
+__all__ = ["Labels"]
 
 BACKGROUND = 0
 """What whole numbers and classes are where no polygon lies; NaN among floats."""

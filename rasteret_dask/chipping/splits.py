@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import Lattice, transformer, utm_zone, zone_epsg
 from rasteret_dask.planning.plan import SplitSpec
-from rasteret_dask.planning.scan import hash_unit
+from rasteret_dask.planning.sampling import hash_unit
 
 __all__ = ["by_geometry", "by_ground", "choose", "split_numbers", "split_of_cells", "too_near"]
 

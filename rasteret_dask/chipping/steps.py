@@ -31,7 +31,8 @@ from rasteret_dask.planning.plan import (
     WithTable,
     children,
 )
-from rasteret_dask.planning.scan import Table, as_table, filter_table, sample_rows
+from rasteret_dask.planning.sampling import sample_rows
+from rasteret_dask.planning.scan import Table, as_table, filter_table
 
 __all__ = ["apply_step", "plan_chips"]
 

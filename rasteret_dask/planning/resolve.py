@@ -28,7 +28,8 @@ from rasteret_dask.planning.plan import (
     Sample,
     Source,
 )
-from rasteret_dask.planning.scan import Table, filter_table, keep_readable, sample_rows, scan
+from rasteret_dask.planning.sampling import sample_rows
+from rasteret_dask.planning.scan import Table, filter_table, keep_readable, scan
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import Acquisitions, TimeAxis, acquisitions, intervals, narrowest, regular
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask.threaded
 import numpy as np
 from dask._task_spec import Task, TaskRef
-from distributed import Client, get_client
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.net import clusters
 from rasteret_dask.statistics.stats import Stats, measure, merged
 from rasteret_dask.streams.readings import Reading
-from rasteret_dask.streams.stream import connected
 from rasteret_dask.tasks.batches import Arrays
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["computed", "kept_sizes", "measured"]
 
@@ -96,22 +98,10 @@ def computed(
     graph: Mapping[Hashable, Any], keys: Sequence[str], client: Client | str | None
 ) -> Sequence[Any]:
     """Return the results of some keys: by a cluster, or by threads of this process where there is none."""
-    if client is not None and not isinstance(client, Client | str):
-        raise PlanError("client=", repr(client), "a Dask client, a scheduler's address, or None")
-    if isinstance(client, str):
-        with connected(client) as own:
-            return _by(own, graph, keys)
-    if client is None:
-        try:
-            client = get_client()
-        except ValueError:  # there is none
-            found: Sequence[Any] = dask.threaded.get(graph, list(keys))
-            return found
-    return _by(client, graph, keys)
-
-
-def _by(client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str]) -> Sequence[Any]:
-    found: Sequence[Any] = client.get(dict(graph), list(keys))
+    clusters.check(client, "client=")
+    with clusters.using(client) as cluster:
+        get = dask.threaded.get if cluster is None else cluster.get
+        found: Sequence[Any] = get(dict(graph), list(keys))
     return found
 
 

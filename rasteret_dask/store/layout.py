@@ -13,8 +13,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from rasteret_dask._version import __version__
-from rasteret_dask.chipping.chiptable import label_columns
-from rasteret_dask.chipping.labels import MASK
+from rasteret_dask.chipping.chiptable import MASK, label_columns
 from rasteret_dask.store.encode import Compression, codec_of
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.screening import KEPT

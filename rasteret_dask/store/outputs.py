@@ -12,7 +12,7 @@ import xarray as xr
 from dask._task_spec import DataNode, Task, TaskRef
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-from rasteret_dask.chipping.labels import MASK
+from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.job import Job, Output, Shard

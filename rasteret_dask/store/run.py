@@ -13,11 +13,11 @@ from dask._task_spec import Task, TaskRef
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 from dask.system import CPU_COUNT
-from distributed import Client, Future, LocalCluster, as_completed, get_client
+from distributed import Client, Future, LocalCluster, as_completed
 from distributed.system import MEMORY_LIMIT
 
-from rasteret_dask.errors import JobError, PlanError, RasteretDaskError
-from rasteret_dask.net import remote
+from rasteret_dask.errors import JobError, RasteretDaskError
+from rasteret_dask.net import clusters, remote
 from rasteret_dask.progress import Progress
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
@@ -67,8 +67,7 @@ def run_zarr(
     JobError
         When shards failed; the others are written, and a rerun does only those.
     """
-    if client is not None and not isinstance(client, Client | str):
-        raise PlanError("to_zarr(client=)", repr(client), "a Dask client, a scheduler's address, or None")
+    clusters.check(client, "to_zarr(client=)")
     if is_committed(url, layout.job.digest, layout.said):
         return
     done = prepare(layout, url)
@@ -76,7 +75,7 @@ def run_zarr(
     wanted = {key: shard for key, shard in shards.items() if shard.name not in done}
     if wanted:
         graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
-        with _client(client) as running:
+        with clusters.using(client) as found, _or_local(found) as running:
             _submit(running, graph, wanted, progress, len(shards), url)
     lost = losses(commit(url, layout.job))
     if progress and lost:
@@ -127,25 +126,13 @@ def _submit(
 
 
 @contextmanager
-def _client(client: Client | str | None) -> Iterator[Client]:
-    if isinstance(client, Client):
+def _or_local(client: Client | None) -> Iterator[Client]:
+    """Use a client; where there is none, one of a cluster of this machine's size."""
+    if client is not None:
         yield client
         return
-    if isinstance(client, str):
-        try:
-            own = Client(client, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise JobError(f"scheduler {client}", str(error), "a Dask scheduler that answers") from error
-        with own:
-            yield own
-        return
-    try:
-        current = get_client()
-    except ValueError:
-        with _local_cluster() as cluster, Client(cluster, set_as_default=False) as own:
-            yield own
-        return
-    yield current
+    with _local_cluster() as cluster, Client(cluster, set_as_default=False) as own:
+        yield own
 
 
 def _local_cluster() -> LocalCluster:

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import bounds_of, label_columns
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import Keep, Node, Sample, Select, Source, digest
-from rasteret_dask.planning.scan import filter_table, sample_rows
+from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, open_map
 from rasteret_dask.store.storeread import read_rows
 from rasteret_dask.tasks.batches import Arrays
 
-__all__ = ["Stored", "read_shard", "take"]
+__all__ = ["Stored", "facts", "no_nan", "read_shard", "sampled", "take"]
 
 OWN = ("valid_fraction", "source")
 """Variables that shards' tasks write and samples do not carry."""
@@ -146,6 +147,8 @@ def _carried_out(node: Node, table: pa.Table) -> pa.Table:
                     f"filter on chip column {unknown[0]!r}", "no such column",
                     f"one of {', '.join(n for n in below.column_names if n != _ROW)}",
                 )  # fmt: skip
+            from rasteret_dask.planning.scan import filter_table  # pandas: training workers start without it
+
             found = filter_table(below, where, "chips")
         case Select(child, splits):
             below = _carried_out(child, table)
@@ -156,7 +159,7 @@ def _carried_out(node: Node, table: pa.Table) -> pa.Table:
                     "select", f"split {', '.join(map(repr, unknown))}",
                     f"one of {', '.join(known)}" if known else "a store with splits",
                 )  # fmt: skip
-            found = filter_table(below, (("split", "in", splits),), "chips")
+            found = below.filter(pc.is_in(below.column("split"), value_set=pa.array(splits)))
         case Sample(child, n, seed, by):
             below = _carried_out(child, table)
             found = below.take(pa.array(sample_rows(below, "chip_id", n, seed, by)))
@@ -195,28 +198,37 @@ def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:
     StoreError
         When an object is missing, damaged, or of another size than the manifest says.
     """
-    opened, table = store.map, store.table.take(pa.array(rows))
-    names = {g.source: _sampled(g.arrays) for g in opened.first}
+    opened = store.map
+    names = {g.source: sampled(g.arrays) for g in opened.first}
     read = read_rows(opened, store.rows[rows], names)
     arrays: Arrays = {}
     for source, variables in names.items():
         pixels = arrays[source] = read[source, "pixels"]
-        arrays[f"{source}/valid"] = (
-            read[source, "valid"] if "valid" in variables else ~np.isnan(pixels).any(axis=2)
-        )
+        arrays[f"{source}/valid"] = read[source, "valid"] if "valid" in variables else no_nan(pixels)
         for name in variables:
             if name not in ("pixels", "valid"):
                 arrays[f"{source}/{name}"] = read[source, name]
-    arrays["chip_id"] = _texts(table, "chip_id")
-    arrays["split"] = _texts(table, "split")
-    arrays["epsg"] = table.column("epsg").to_numpy().astype(np.int32)
-    arrays["bbox"] = bounds_of(table)
-    for name, values in label_columns(table).items():
-        arrays[f"labels/{name}"] = values
-    return arrays
+    return {**arrays, **facts(store.table.take(pa.array(rows)))}
 
 
-def _sampled(arrays: Mapping[str, StoredArray]) -> list[str]:
+def no_nan(pixels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return where pixels (..., time, band, y, x) of an array without ``valid`` are valid: shape (..., time, y, x)."""
+    valid: NDArray[np.bool_] = ~np.isnan(pixels).any(axis=-3)
+    return valid
+
+
+def facts(table: pa.Table) -> Arrays:
+    """Return what the chip table knows of each chip, as arrays of a batch."""
+    found: Arrays = {
+        "chip_id": _texts(table, "chip_id"),
+        "split": _texts(table, "split"),
+        "epsg": table.column("epsg").to_numpy().astype(np.int32),
+        "bbox": bounds_of(table),
+    }
+    return found | {f"labels/{name}": values for name, values in label_columns(table).items()}
+
+
+def sampled(arrays: Mapping[str, StoredArray]) -> list[str]:
     """Return the variables of a group that a sample carries: those of its own, a value or more a chip."""
     return [name for name, array in arrays.items() if name not in OWN and not array.known]
 

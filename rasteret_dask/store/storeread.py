@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import google_crc32c
@@ -19,7 +20,7 @@ from rasteret_dask.store import decode
 from rasteret_dask.store.encode import ABSENT, Encoding
 from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap
 
-__all__ = ["StoreObject", "read_rows"]
+__all__ = ["Packed", "StoreObject", "fetch", "read_rows"]
 
 
 def read_rows(
@@ -47,23 +48,90 @@ def read_rows(
         for g in store.first
         for name in names.get(g.source, ())
     }
-    parts: list[_Part] = []
-    for number in np.unique(shard_of).tolist():
-        shard, at = store.shards[number], np.flatnonzero(shard_of == number)
-        for group in store.groups_of(shard):
-            for name in names.get(group.source, ()):
-                target = out[group.source, name]
-                parts.append(_Part.make(store, shard, group.arrays[name], rows[at] - shard.start, at, target))
     threads = pool(host_of(store.url))
-    first = [threads.submit(part.begin) for part in parts]
+    under_way: list[tuple[_Part, Future[Any], NDArray[Any], NDArray[np.int64]]] = []
+    for number in np.unique(shard_of).tolist():
+        at = np.flatnonzero(shard_of == number)
+        shard = store.shards[number]
+        for (source, name), part in _parts(store, shard, rows[at] - shard.start, names).items():
+            target = out[source, name]
+            under_way.append((part, threads.submit(_begin_into, part, target, at), target, at))
     rest: list[Future[None]] = []
-    for part, begun in zip(parts, first, strict=True):
+    for part, begun, target, at in under_way:
         index = begun.result()
         if index is not None:
-            rest += [threads.submit(part.single, index, n) for n in range(len(part.chips))]
+            rest += [
+                threads.submit(_single_into, part, start, length, target, place)
+                for (start, length), place in zip(index.tolist(), at.tolist(), strict=True)
+            ]
     for one in rest:
         one.result()
     return {key: v.view("datetime64[us]") if key[1] == "datetime" else v for key, v in out.items()}
+
+
+def fetch(
+    store: StoreMap, shard: StoredShard, chips: NDArray[np.int64], names: Mapping[str, Collection[str]]
+) -> dict[tuple[str, str], Packed]:
+    """Read variables of some chips of one shard, and leave them as they are stored.
+
+    Parameters
+    ----------
+    store, shard
+        Where they lie.
+    chips
+        Places in the shard.
+    names
+        As in :func:`read_rows`.
+
+    Returns
+    -------
+    dict
+        (source, variable) -> the chips.
+    """
+    threads = pool(host_of(store.url))
+    parts = _parts(store, shard, chips, names)
+    begun = {key: threads.submit(part.begin) for key, part in parts.items()}
+    found: dict[tuple[str, str], Packed] = {}
+    rest: dict[tuple[str, str], list[Future[Any]]] = {}
+    for key, future in begun.items():
+        first = future.result()
+        if isinstance(first, Packed):
+            found[key] = first
+        else:
+            rest[key] = [threads.submit(parts[key].single, *entry) for entry in first.tolist()]
+    for key, singles in rest.items():
+        found[key] = parts[key].packed([one.result() for one in singles])
+    return found
+
+
+def _parts(
+    store: StoreMap, shard: StoredShard, chips: NDArray[np.int64], names: Mapping[str, Collection[str]]
+) -> dict[tuple[str, str], _Part]:
+    return {
+        (group.source, name): _Part.make(store, shard, group.arrays[name], chips)
+        for group in store.groups_of(shard)
+        for name in names.get(group.source, ())
+    }
+
+
+def _begin_into(part: _Part, out: NDArray[Any], places: NDArray[np.int64]) -> NDArray[np.uint64] | None:
+    """Read and decode what one get brings, on the process's threads for such work; else return the index."""
+    with BUDGET.hold(part.nbytes):
+        found = part.begin()
+        if not isinstance(found, Packed):
+            return found
+        if part.nbytes:
+            for _ in workers().map(found.into, range(len(places)), repeat(out), places.tolist()):
+                pass
+        elif found.values is not None:
+            out[places] = found.values
+        else:
+            out[places] = part.encoding.fill
+    return None
+
+
+def _single_into(part: _Part, start: int, length: int, out: NDArray[Any], place: int) -> None:
+    part.packed([part.single(start, length)]).into(0, out, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +190,29 @@ def _small(item: StoreObject) -> bytes:
     return bytes(item.get(0, item.size))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Some chips of one array, as they are stored."""
+
+    encoding: Encoding
+    subject: str
+    """What was read, for errors."""
+    pieces: Sequence[Any]
+    """Bytes of each, None where all of it is fill; empty where ``values`` has them."""
+    values: NDArray[Any] | None = None
+    """The chips of an array whose chunks are not made of single ones."""
+
+    def into(self, number: int, out: NDArray[Any], place: int) -> None:
+        """Decode one chip to its place in an array."""
+        if self.values is not None:
+            out[place] = self.values[number]
+        else:
+            decode.chip_into(self.encoding, self.pieces[number], out[place], self.subject)
+
+
+@dataclass(frozen=True, slots=True)
 class _Part:
-    """Some chips of one array in one shard, and their places in memory."""
+    """Some chips of one array in one shard."""
 
     item: StoreObject | None
     """Where they lie; None: all of the shard is fill, and there is no object."""
@@ -133,50 +221,38 @@ class _Part:
     """Places in the shard."""
     of: int
     """Chips of the shard."""
-    at: NDArray[np.int64]
-    """Places in ``out``, one a chip."""
-    out: NDArray[Any]
 
     @classmethod
-    def make(
-        cls, store: StoreMap, shard: StoredShard, array: StoredArray, chips: NDArray[np.int64],
-        at: NDArray[np.int64], out: NDArray[Any],
-    ) -> _Part:  # fmt: skip
+    def make(cls, store: StoreMap, shard: StoredShard, array: StoredArray, chips: NDArray[np.int64]) -> _Part:
         """Find the object of some chips."""
-        return cls(StoreObject.of(store, shard, array), array.encoding, chips, shard.chips, at, out)
+        return cls(StoreObject.of(store, shard, array), array.encoding, chips, shard.chips)
 
-    def begin(self) -> NDArray[np.uint64] | None:
-        """Read what one get brings: all of it, or the index that single chips need, which is returned."""
-        if self.item is None:
-            self.out[self.at] = self.encoding.fill
-        elif not self.encoding.sharded:
-            self.out[self.at] = decode.chunk_of(self.encoding, _small(self.item), self.item.subject)[
-                self.chips
-            ]
-        elif 2 * len(self.chips) < self.of:
-            return _index(self.item, self.encoding.chunk[0])
-        else:
-            self._whole(self.item)
-        return None
+    @property
+    def nbytes(self) -> int:
+        """Bytes that :meth:`begin` brings and keeps."""
+        single = self.item is None or not self.encoding.sharded or 2 * len(self.chips) < self.of
+        return 0 if single or self.item is None else self.item.size
 
-    def single(self, index: NDArray[np.uint64], number: int) -> None:
-        """Read one chip by a get of its own."""
+    def begin(self) -> Packed | NDArray[np.uint64]:
+        """Read what one get brings: all of it, or the index that single chips need."""
+        item = self.item
+        if item is None:
+            return self.packed([None] * len(self.chips))
+        if not self.encoding.sharded:
+            values = decode.chunk_of(self.encoding, _small(item), item.subject)
+            return Packed(self.encoding, item.subject, (), values[self.chips])
+        per = self.encoding.chunk[0]
+        if not self.nbytes:
+            return _index(item, per)[self.chips]
+        data = memoryview(item.get(0, item.size))
+        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.subject)[self.chips]
+        return self.packed([None if s == ABSENT else data[s : s + n] for s, n in index.tolist()])
+
+    def single(self, start: int, length: int) -> Any:
+        """Read the bytes of one chip by a get of its own; None where it is not stored."""
         assert self.item is not None
-        start, length = index[self.chips[number]].tolist()
-        self._put(number, None if start == ABSENT else self.item.get(start, length), self.item)
+        return None if start == ABSENT else self.item.get(start, length)
 
-    def _whole(self, item: StoreObject) -> None:
-        """Read the whole shard by one get, and decode its chips on the process's threads for such work."""
-        with BUDGET.hold(item.size):
-            data = memoryview(item.get(0, item.size))
-            per = self.encoding.chunk[0]
-            index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.subject)[self.chips]
-
-            def one(number: int, start: int, length: int) -> None:
-                self._put(number, None if start == ABSENT else data[start : start + length], item)
-
-            for _ in workers().map(one, range(len(index)), *index.T.tolist()):
-                pass
-
-    def _put(self, number: int, data: Any, item: StoreObject) -> None:
-        decode.chip_into(self.encoding, data, self.out[self.at[number]], item.subject)
+    def packed(self, pieces: Sequence[Any]) -> Packed:
+        """Return chips of it whose bytes are known."""
+        return Packed(self.encoding, "" if self.item is None else self.item.subject, pieces)

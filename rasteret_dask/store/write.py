@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xarray as xr
 
-from rasteret_dask.chipping.labels import MASK
+from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.errors import JobError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.store.encode import Encoding, Piece, crc32c

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import JobError, PlanError
 from rasteret_dask.streams.readings import Reading
-from rasteret_dask.tasks.batches import Arrays, Part
+from rasteret_dask.tasks.batches import Arrays, InMemory, Part
 
 __all__ = ["OnCluster"]
 
@@ -128,7 +128,7 @@ class OnCluster:
         for part in handles:
             del self._open[id(part)]
             part.future.release()
-        return [(arrays, None) for arrays in found]
+        return [(InMemory(arrays), None) for arrays in found]
 
     def _there(self, futures: Sequence[Any], timeout: float) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""What a stream reads: planned chips or those of a store, as shards of arrays, here or in Dask tasks."""
+"""What a stream reads: shards of chips, here or in Dask tasks, such as those of a store."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import xarray as xr
 from dask._task_spec import Task
 from numpy.typing import NDArray
 
 from rasteret_dask.store import stored
-from rasteret_dask.tasks.batches import Arrays, arrays_of, take
-from rasteret_dask.tasks.job import Job, Output
-from rasteret_dask.tasks.mapping import Functions
-from rasteret_dask.tasks.screening import KEPT
-from rasteret_dask.tasks.shards import lower, read_chips, renamed
+from rasteret_dask.store.holding import hold
+from rasteret_dask.tasks.batches import Arrays, Held, take
 
-__all__ = ["Reading", "planned", "stored_chips"]
+__all__ = ["Reading", "stored_chips"]
 
 
 @dataclass(frozen=True)
@@ -32,62 +28,12 @@ class Reading:
     """Tells these chips from others; goes into states."""
     bands: Mapping[str, tuple[str, ...]]
     """Source -> names of its bands."""
-    read: Callable[[int], Arrays]
-    """Reads a shard in this process."""
+    read: Callable[[int], Held]
+    """Reads a shard in this process, to make batches of it."""
     tasks: Callable[[], tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]]
     """Returns root tasks, and each shard's key and task, of whose result ``part`` makes arrays."""
     part: Callable[[Any, NDArray[np.int64] | None], Arrays]
     """Takes rows (None: all) of a task's result, on the worker that has it."""
-
-
-def planned(
-    job: Job,
-    outputs: Sequence[Output],
-    functions: Functions,
-    on_error: str = "raise",
-    sizes: tuple[int, ...] | None = None,
-) -> Reading:
-    """Return the kept chips of a job, in the order of its shards.
-
-    Parameters
-    ----------
-    job
-        The job.
-    outputs
-        What each source becomes.
-    functions
-        The user's functions that the job names.
-    on_error
-        See :func:`rasteret_dask.tasks.shards.lower`.
-    sizes
-        Kept chips of each shard; None: all, as in a job without rules on pixels.
-    """
-    shards = tuple(job.shards())
-
-    def tasks() -> tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]:
-        tail = "" if on_error == "raise" else f"-{on_error}"
-        graph, named = renamed(lower(job, functions, on_error=on_error), job, tail, "read")
-        key_of = {shard.name: key for key, shard in named.items()}
-        roots = {key: task for key, task in graph.items() if key not in named}
-        return roots, [(key_of[s.name], graph[key_of[s.name]]) for s in shards]
-
-    return Reading(
-        sizes or tuple(s.stop - s.start for s in shards),
-        job.digest,
-        {plan.name: out.bands for plan, out in zip(job.sources, outputs, strict=True)},
-        lambda number: _kept(read_chips(job, shards[number], functions, on_error), None),
-        tasks,
-        _kept,
-    )
-
-
-def _kept(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None) -> Arrays:
-    """Take rows (None: all) of the chips that are kept."""
-    first = next(iter(sources.values()))
-    if KEPT not in first.coords:
-        return arrays_of(sources, rows)
-    places = np.flatnonzero(first[KEPT].values)
-    return arrays_of(sources, places if rows is None else places[rows])
 
 
 def stored_chips(chips: stored.Stored, bands: Mapping[str, tuple[str, ...]]) -> Reading:
@@ -105,4 +51,4 @@ def stored_chips(chips: stored.Stored, bands: Mapping[str, tuple[str, ...]]) -> 
         keys = [f"read-stored-{number:05d}-{chips.digest[:16]}" for number in range(len(chips.sizes))]
         return {}, [(key, Task(key, stored.read_shard, chips, n)) for n, key in enumerate(keys)]
 
-    return Reading(chips.sizes, chips.digest, bands, partial(stored.read_shard, chips), tasks, take)
+    return Reading(chips.sizes, chips.digest, bands, partial(hold, chips), tasks, take)

@@ -16,7 +16,7 @@ from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from rasteret_dask.streams.readings import Reading
-from rasteret_dask.tasks.batches import Arrays, Part
+from rasteret_dask.tasks.batches import Held, Part
 
 __all__ = ["OnThreads", "ShardSource"]
 
@@ -51,7 +51,7 @@ class OnThreads:
         read = self._pool.submit(self._read, shard)
         return [_Rows(read, own) for own in rows]
 
-    def _read(self, shard: int) -> Arrays:
+    def _read(self, shard: int) -> Held:
         if not threading.main_thread().is_alive():  # the process ends: it need not wait for what is queued
             raise CancelledError
         return self._reading.read(shard)
@@ -73,7 +73,7 @@ class OnThreads:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A part of a shard that a thread reads; the shard is in memory for as long as one of its parts is held."""
+    """A part of a shard that a thread reads; the shard is held for as long as one of its parts is."""
 
-    read: Future[Arrays]
+    read: Future[Held]
     rows: NDArray[np.int64]

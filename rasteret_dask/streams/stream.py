@@ -7,17 +7,18 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import tee
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from distributed import Client, get_client
-
-from rasteret_dask.errors import JobError, PlanError
+from rasteret_dask.errors import PlanError
+from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
-from rasteret_dask.streams.clustersource import OnCluster
 from rasteret_dask.streams.epochs import Batch, Epoch, Order
 from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.shardsource import OnThreads, ShardSource
 from rasteret_dask.tasks.batches import Arrays, Part, assembled
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["Normalize", "Stream", "batches"]
 
@@ -55,8 +56,7 @@ def batches(
     epochs, client, prefetch, normalize
         As in :meth:`Chips.stream`.
     """
-    if client is not None and not isinstance(client, Client | str):
-        raise PlanError("stream(client=)", repr(client), "a Dask client, a scheduler's address, or None")
+    clusters.check(client, "stream(client=)")
     for name, value in (("epochs", epochs), ("prefetch", prefetch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PlanError(f"stream({name}=)", repr(value), "a whole number from 1 on")
@@ -67,20 +67,6 @@ def batches(
         )
 
     return Stream(reading, order, epochs, client, prefetch, function)
-
-
-def connected(address: str) -> Client:
-    """Return a client of a scheduler.
-
-    Raises
-    ------
-    JobError
-        When none answers.
-    """
-    try:
-        return Client(address, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise JobError(f"scheduler {address}", str(error), "a Dask scheduler that answers") from error
 
 
 class Stream(Iterator[Arrays]):
@@ -221,15 +207,12 @@ class Stream(Iterator[Arrays]):
         self.close()
 
     def _source(self) -> ShardSource:
-        reading, client, ranks = self._reading, self._client, self.order.world_size
-        if isinstance(client, Client):
-            return OnCluster(reading, client, ranks)
-        if isinstance(client, str):
-            return OnCluster(reading, connected(client), ranks, owned=True)
-        try:
-            return OnCluster(reading, get_client(), ranks)
-        except ValueError:  # there is none
-            return OnThreads(reading)
+        client, own = clusters.meant(self._client)
+        if client is None:
+            return OnThreads(self._reading)
+        from rasteret_dask.streams.clustersource import OnCluster  # it imports distributed
+
+        return OnCluster(self._reading, client, self.order.world_size, own)
 
     def _start(self) -> None:
         source = self._source()

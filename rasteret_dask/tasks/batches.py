@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
 
-__all__ = ["Arrays", "Part", "arrays_of", "as_xarray", "assembled", "concat", "take"]
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["Arrays", "Held", "InMemory", "Part", "arrays_of", "assembled", "concat", "take"]
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 """Chips along axis 0 of every array.
@@ -29,8 +33,21 @@ Arrays: TypeAlias = dict[str, NDArray[Any]]
 =====================  ==============================  ==========================================================
 """
 
-Part: TypeAlias = tuple[Arrays, NDArray[np.int64] | None]
-"""Some chips of arrays: their rows, or None for all."""
+
+class Held(Protocol):
+    """Chips of a shard that were read, as they are held until their batches are made."""
+
+    def empty(self, size: int) -> Arrays:
+        """Return memory for a batch of so many such chips."""
+
+    def put(
+        self, rows: NDArray[np.int64] | None, out: Arrays, places: NDArray[np.int64]
+    ) -> Sequence[Future[None]]:
+        """Begin to put some chips (rows; None: all) at their places in a batch; return what has to be waited for."""
+
+
+Part: TypeAlias = tuple[Held, NDArray[np.int64] | None]
+"""Some chips of those held: their rows, or None for all."""
 
 SMALL = 4096
 """Bytes of a chip's values below which they are copied many at a time."""
@@ -87,7 +104,7 @@ def concat(parts: Sequence[Arrays]) -> Arrays:
 
 
 def assembled(parts: Sequence[tuple[NDArray[np.int64], Part]], size: int) -> Arrays:
-    """Return the chips of parts, each at its places, in new contiguous arrays; pixels are copied once.
+    """Return the chips of parts, each at its places, in new contiguous arrays.
 
     Parameters
     ----------
@@ -96,57 +113,36 @@ def assembled(parts: Sequence[tuple[NDArray[np.int64], Part]], size: int) -> Arr
     size
         Number of chips.
     """
-    result = {}
-    for name, first in parts[0][1][0].items():
-        result[name] = out = np.empty((size, *first.shape[1:]), dtype=first.dtype)
-        for places, (arrays, rows) in parts:
-            values = arrays[name]
+    result = parts[0][1][0].empty(size)
+    under_way = [one for places, (held, rows) in parts for one in held.put(rows, result, places)]
+    for one in under_way:
+        one.result()
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """Chips held as arrays; pixels are copied once."""
+
+    arrays: Arrays
+
+    def empty(self, size: int) -> Arrays:
+        """Return memory for a batch of so many such chips."""
+        return {name: np.empty((size, *v.shape[1:]), dtype=v.dtype) for name, v in self.arrays.items()}
+
+    def put(
+        self, rows: NDArray[np.int64] | None, out: Arrays, places: NDArray[np.int64]
+    ) -> Sequence[Future[None]]:
+        """Copy some chips (rows; None: all) to their places in a batch."""
+        for name, values in self.arrays.items():
             if rows is None:
-                out[places] = values
+                out[name][places] = values
             elif values[:1].nbytes < SMALL:
-                out[places] = values[rows]
+                out[name][places] = values[rows]
             else:  # one by one, as NumPy would first put them together elsewhere
                 for place, row in zip(places.tolist(), rows.tolist(), strict=True):
-                    out[place] = values[row]
-    return result
-
-
-def as_xarray(batch: Arrays, bands: Mapping[str, Sequence[str]] | None = None) -> dict[str, xr.Dataset]:
-    """Return a batch as Datasets, source -> Dataset, with the names that ``to_xarray`` has.
-
-    Parameters
-    ----------
-    batch
-        Chips as arrays.
-    bands
-        Source -> names of its bands, as :attr:`Stream.bands` says; None leaves ``band`` without a coordinate.
-    """
-    result = {}
-    for name, pixels in batch.items():
-        if pixels.ndim != 5:
-            continue
-        variables: dict[str, Any] = {"pixels": (("chip", "time", "band", "y", "x"), pixels)}
-        coordinates: dict[str, Any] = {
-            "chip_id": ("chip", batch["chip_id"]),
-            "split": ("chip", batch["split"]),
-            "epsg": ("chip", batch["epsg"]),
-            "bounds": (("chip", "corner"), batch["bbox"]),
-        }
-        for key, values in batch.items():
-            group, _, variable = key.partition("/")
-            if group == "labels":
-                coordinates[variable] = ("chip", values)
-            elif group == name and variable:
-                dims = {2: ("chip", "time"), 3: ("chip", "y", "x"), 4: ("chip", "time", "y", "x")}[
-                    values.ndim
-                ]
-                (coordinates if variable == "datetime" else variables)[variable] = (dims, values)
-        if "padded" in batch:
-            coordinates["padded"] = ("chip", batch["padded"])
-        if bands is not None and name in bands:
-            coordinates["band"] = ("band", np.array(bands[name], dtype=object))
-        result[name] = xr.Dataset(variables, coordinates)
-    return result
+                    out[name][place] = values[row]
+        return ()
 
 
 def _rows(values: NDArray[Any], rows: NDArray[np.int64] | None) -> NDArray[Any]:

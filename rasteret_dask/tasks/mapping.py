@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.labels import MASK
+from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import Function
 from rasteret_dask.tasks import pixels

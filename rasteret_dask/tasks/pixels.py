@@ -9,8 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import label_columns
-from rasteret_dask.chipping.labels import MASK
+from rasteret_dask.chipping.chiptable import MASK, label_columns
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.tasks.cuts import Cut, Feed, Harmonized, MemberCubes, cubes, cut, harmonized
 from rasteret_dask.tasks.filling import Chips, Into

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.labels import MASK
+from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.planning.rules import Rule
 from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
 from rasteret_dask.tasks.job import Job, Shard

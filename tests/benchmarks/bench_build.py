@@ -29,7 +29,7 @@ from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from stac_api import generated, serving_stac
 
-from rasteret_dask.build import build
+from rasteret_dask.building import build
 from rasteret_dask.headers.reader import Header, read_headers
 
 ASSETS = ("blue", "green", "red", "nir", "scl")

@@ -9,8 +9,6 @@ in turn. What is printed are medians of chips/s, and ratios to ours round by rou
   ``xbatcher, shuffled``: chips in random order, 32 put together, on a sample.
 - ``xbatcher, lazy cube``: chip-sized patches of a lazy cube (``Collection.cube``), on a sample; ``stream, no store``
   is our stream of planned chips, and ``take 32`` the time of 32 random chips in shards.
-
-``--starts N`` starts a DataLoader with two workers N times and prints how long the first batch took.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -33,13 +30,12 @@ import numpy as np
 import xarray as xr
 import xbatcher
 from dask.system import CPU_COUNT
-from torch.utils.data import DataLoader
 from zarr.codecs import ZstdCodec
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import WorldSize, make_world
-from rasteret_dask.storeset import StoredChips, open_chips
-from rasteret_dask.torchdata import ChipDataset, forkserver
+from rasteret_dask.storeset import open_chips
+from rasteret_dask.torchdata import ChipDataset
 
 BATCH = 32
 EPOCHS = 4  # of the fast ways, so that what a start costs does not count
@@ -112,8 +108,6 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=128, help="pixels of a chip's side")
-    parser.add_argument("--starts", type=int, default=0)
-    parser.add_argument("--context", default="forkserver", choices=["forkserver", "spawn"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench-train")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -129,9 +123,6 @@ def main() -> None:
     opened = open_chips(store)
     sizes = opened.stored.sizes
     print(f"{len(opened)} chips of {given.size} px in {len(sizes)} shards of {max(sizes)}, {CPU_COUNT} cores")
-    if given.starts:
-        starts(opened, given.starts, forkserver() if given.context == "forkserver" else given.context)
-        return
     cube = s2.harmonize(**how).cube()
     seeds = itertools.count()
     ways: dict[str, Callable[[], int]] = {
@@ -156,7 +147,7 @@ def main() -> None:
     print(f"a random take(32) takes as long as {random_take(opened):.2f} shards")
 
 
-def random_take(opened: StoredChips) -> float:
+def random_take(opened: rd.StoredChips) -> float:
     """Return the time of 32 random chips over that of a whole shard."""
     ids, rng = opened.table.column("chip_id").to_pylist(), np.random.default_rng(0)
     per = max(opened.stored.sizes)
@@ -168,25 +159,6 @@ def random_take(opened: StoredChips) -> float:
         opened.take(ids[:per] if at % 2 else ids[per : 2 * per])
         ratios.append((second - first) / (time.perf_counter() - second))
     return statistics.median(ratios)
-
-
-def starts(opened: StoredChips, times: int, context: Any) -> None:
-    """Start two workers again and again; each start must bring its batches."""
-    wanted = len(opened.stream(BATCH))
-    waits = []
-    for seed in range(times):
-        dataset = ChipDataset(opened.stream(BATCH, shuffle=seed))
-        begun = time.perf_counter()
-        loader = iter(DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=context))
-        next(loader)
-        waits.append(time.perf_counter() - begun)
-        # to the end: workers of torch's own whose loader is abandoned abort now and then while they exit
-        assert 1 + sum(1 for _ in loader) == wanted
-        print(f"start {seed + 1}: first batch after {waits[-1]:.2f} s", flush=True)
-    print(
-        f"{times} starts of 2 workers on {os.cpu_count()} cores: first batch after {statistics.median(waits):.2f} s "
-        f"(median), {max(waits):.2f} s (longest)"
-    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ Progress = Callable[[float, str], None]
 
 _VERSION = 1  # raise it whenever the same seed and size make other files
 _MARKER = "world.json"
-_MAKER = "rasteret_dask.demo.world"
+_MAKER = "rasteret_dask.world"
 _CREDIT = "Made up by rasteret_dask; no real place was measured."
 _COLLECTIONS = (sentinel2.COLLECTION, landsat.COLLECTION, embeddings.COLLECTION)
 

@@ -1,0 +1,82 @@
+"""Chips of a finished store as xarray, lazy or in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask._task_spec import Task
+from dask.highlevelgraph import HighLevelGraph
+from numpy.typing import NDArray
+
+from rasteret_dask.chipping.chiptable import MASK
+from rasteret_dask.store.stored import Stored, facts
+from rasteret_dask.store.storemap import StoredGroup
+from rasteret_dask.store.storeread import read_rows
+
+__all__ = ["to_xarray"]
+
+_PIXELS = ("pixels", "valid", MASK)
+_PER_CHIP = (*_PIXELS, "valid_fraction", "datetime", "source")
+
+
+def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:
+    """Return chips as they are stored: a Dataset, or a DataTree with a node a source.
+
+    Parameters
+    ----------
+    chips
+        The chips.
+    lazy
+        Whether to leave reading to Dask, a chunk a shard.
+    """
+    opened = chips.map
+    names = {g.source: [n for n in _PER_CHIP if n in g.arrays] for g in opened.first}
+    read = {} if lazy else read_rows(opened, chips.rows, names)
+    nodes = {}
+    for group in opened.first:
+        own = {n: _lazy(chips, group, n) if lazy else read[group.source, n] for n in names[group.source]}
+        nodes[group.source] = _dataset(chips, group, own)
+    if len(nodes) == 1:
+        return next(iter(nodes.values()))
+    return xr.DataTree.from_dict({f"/{name}": node for name, node in nodes.items()})
+
+
+def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Dataset:
+    own = {name: (group.arrays[name].dims, values) for name, values in arrays.items()}
+    data = {name: own[name] for name in _PIXELS if name in own}
+    coordinates: dict[str, Any] = {name: v for name, v in own.items() if name not in data}
+    known = facts(chips.table)
+    coordinates["bounds"] = (("chip", "corner"), known.pop("bbox"))
+    coordinates |= {name.removeprefix("labels/"): ("chip", values) for name, values in known.items()}
+    coordinates["band"] = ("band", np.array(chips.bands[group.source], dtype=object))
+    if "time" in group.arrays:
+        stamps = chips.map.values(group.arrays["time"]).view("datetime64[us]")
+        coordinates["time"] = ("time", stamps.astype("datetime64[ns]"))
+    attrs = {k: v for k, v in group.attrs.items() if k not in ("coordinates", "rasteret_dask")}
+    dataset = xr.Dataset(data, coordinates, attrs)
+    for name in ("pixels", MASK):
+        if name in data:
+            dataset[name].attrs = dict(group.arrays[name].attrs)
+    return dataset
+
+
+def _lazy(chips: Stored, group: StoredGroup, variable: str) -> da.Array:
+    array = group.arrays[variable]
+    name = f"{variable}-{group.source}-{chips.digest[:12]}"
+    numbers = [n for n, size in enumerate(chips.sizes) if size]
+    zeros = (0,) * (len(array.shape) - 1)
+    tasks: dict[Any, Task] = {
+        (name, i, *zeros): Task((name, i, *zeros), _block, chips, number, group.source, variable)
+        for i, number in enumerate(numbers)
+    }
+    chunks = (tuple(chips.sizes[n] for n in numbers), *((n,) for n in array.shape[1:]))
+    dtype = "datetime64[us]" if variable == "datetime" else array.encoding.dtype or object
+    return da.Array(HighLevelGraph.from_collections(name, tasks), name, chunks, dtype=dtype)
+
+
+def _block(chips: Stored, number: int, source: str, variable: str) -> NDArray[Any]:
+    rows = chips.rows[chips.offsets[number] : chips.offsets[number + 1]]
+    return read_rows(chips.map, rows, {source: [variable]})[source, variable]

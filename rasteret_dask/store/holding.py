@@ -1,0 +1,100 @@
+"""Shards of a store held as they are stored: a batch's chips are decoded to their places in it, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from dask.system import CPU_COUNT
+from numpy.typing import NDArray
+
+from rasteret_dask.net.limits import workers
+from rasteret_dask.store import decode
+from rasteret_dask.store.stored import Stored, facts, no_nan, sampled
+from rasteret_dask.store.storeread import Packed, fetch
+from rasteret_dask.tasks.batches import Arrays
+
+__all__ = ["HeldShard", "hold"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldShard:
+    """Chosen chips of one shard, compressed."""
+
+    packed: dict[str, Packed]
+    """Name in a batch -> its chips."""
+    shapes: dict[str, tuple[int, ...]]
+    """Name in a batch -> shape of a chip."""
+    facts: Arrays
+    """What the chip table says of them."""
+
+    def empty(self, size: int) -> Arrays:
+        """Return memory for a batch of so many such chips."""
+        out: Arrays = {}
+        for name, packed in self.packed.items():
+            out[name] = decode.array_of(packed.encoding, (size, *self.shapes[name]))
+            if name.endswith("/datetime"):
+                out[name] = out[name].view("datetime64[us]")
+        for name in self._pixels_only:
+            time, _, y, x = self.shapes[name]
+            out[f"{name}/valid"] = np.empty((size, time, y, x), dtype=bool)
+        for name, values in self.facts.items():
+            out[name] = np.empty((size, *values.shape[1:]), dtype=values.dtype)
+        return out
+
+    def put(
+        self, rows: NDArray[np.int64] | None, out: Arrays, places: NDArray[np.int64]
+    ) -> Sequence[Future[None]]:
+        """Begin to decode some chips (rows; None: all) to their places in a batch, on the process's threads."""
+        own = np.arange(len(places)) if rows is None else rows
+        for name, values in self.facts.items():
+            out[name][places] = values[own]
+        parts = min(CPU_COUNT, len(own))
+        return [
+            workers().submit(self._decode, some.tolist(), out, at.tolist())
+            for some, at in zip(np.array_split(own, parts), np.array_split(places, parts), strict=True)
+        ]
+
+    @property
+    def _pixels_only(self) -> list[str]:
+        return [name for name in self.packed if "/" not in name and f"{name}/valid" not in self.packed]
+
+    def _decode(self, rows: Sequence[int], out: Arrays, places: Sequence[int]) -> None:
+        for name, packed in self.packed.items():
+            target = out[name].view(np.int64) if name.endswith("/datetime") else out[name]
+            for row, place in zip(rows, places, strict=True):
+                packed.into(row, target, place)
+        for name in self._pixels_only:
+            for place in places:
+                out[f"{name}/valid"][place] = no_nan(out[name][place])
+
+
+def hold(store: Stored, number: int) -> HeldShard:
+    """Fetch the chosen chips of one shard.
+
+    Parameters
+    ----------
+    store
+        The chips.
+    number
+        Place of the shard among ``store.shards``.
+
+    Raises
+    ------
+    StoreError
+        When an object is missing, damaged, or of another size than the manifest says.
+    """
+    opened, shard = store.map, store.shards[number]
+    groups = opened.groups_of(shard)
+    own = slice(store.offsets[number], store.offsets[number + 1])
+    found = fetch(opened, shard, store.rows[own] - shard.start, {g.source: sampled(g.arrays) for g in groups})
+    arrays = {g.source: g.arrays for g in groups}
+    names = {key: key[0] if key[1] == "pixels" else "/".join(key) for key in found}
+    return HeldShard(
+        {names[key]: packed for key, packed in found.items()},
+        {names[key]: arrays[key[0]][key[1]].shape[1:] for key in found},
+        facts(store.table.take(pa.array(np.arange(own.start, own.stop)))),
+    )

@@ -1,0 +1,69 @@
+"""Planned chips as a stream reads them: a job's shards, here or in Dask tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from rasteret_dask.streams.readings import Reading
+from rasteret_dask.tasks.batches import Arrays, InMemory, arrays_of
+from rasteret_dask.tasks.job import Job, Output
+from rasteret_dask.tasks.mapping import Functions
+from rasteret_dask.tasks.screening import KEPT
+from rasteret_dask.tasks.shards import lower, read_chips, renamed
+
+__all__ = ["planned"]
+
+
+def planned(
+    job: Job,
+    outputs: Sequence[Output],
+    functions: Functions,
+    on_error: str = "raise",
+    sizes: tuple[int, ...] | None = None,
+) -> Reading:
+    """Return the kept chips of a job, in the order of its shards.
+
+    Parameters
+    ----------
+    job
+        The job.
+    outputs
+        What each source becomes.
+    functions
+        The user's functions that the job names.
+    on_error
+        See :func:`rasteret_dask.tasks.shards.lower`.
+    sizes
+        Kept chips of each shard; None: all, as in a job without rules on pixels.
+    """
+    shards = tuple(job.shards())
+
+    def tasks() -> tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]:
+        tail = "" if on_error == "raise" else f"-{on_error}"
+        graph, named = renamed(lower(job, functions, on_error=on_error), job, tail, "read")
+        key_of = {shard.name: key for key, shard in named.items()}
+        roots = {key: task for key, task in graph.items() if key not in named}
+        return roots, [(key_of[s.name], graph[key_of[s.name]]) for s in shards]
+
+    return Reading(
+        sizes or tuple(s.stop - s.start for s in shards),
+        job.digest,
+        {plan.name: out.bands for plan, out in zip(job.sources, outputs, strict=True)},
+        lambda number: InMemory(_kept(read_chips(job, shards[number], functions, on_error), None)),
+        tasks,
+        _kept,
+    )
+
+
+def _kept(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None) -> Arrays:
+    """Take rows (None: all) of the chips that are kept."""
+    first = next(iter(sources.values()))
+    if KEPT not in first.coords:
+        return arrays_of(sources, rows)
+    places = np.flatnonzero(first[KEPT].values)
+    return arrays_of(sources, places if rows is None else places[rows])
