@@ -16,11 +16,11 @@ from distributed import Client
 from rasteret_dask.chipping.chips import ChipSet, used_rows
 from rasteret_dask.chipping.steps import apply_step, plan_chips
 from rasteret_dask.chipsteps import ChipSteps
-from rasteret_dask.errors import PlanError, StoreError
+from rasteret_dask.errors import StoreError
 from rasteret_dask.planning.plan import Screen, Select
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.show import audit, explain
-from rasteret_dask.statistics.measuring import kept_sizes, measured
+from rasteret_dask.statistics.measuring import kept_sizes, measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store.encode import Compression, checked
 from rasteret_dask.store.layout import Layout
@@ -35,7 +35,7 @@ from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.mapping import outputs_of
-from rasteret_dask.tasks.shards import lower
+from rasteret_dask.tasks.shards import error_policy, lower
 
 __all__ = ["Chips"]
 
@@ -152,7 +152,7 @@ class Chips(ChipSteps):
             What becomes of a tile that cannot be read: ``"raise"`` a ReadError, or ``"mask"``: its pixels are
             invalid, and each shard that has such tiles warns of them when it is computed.
         """
-        return to_xarray(self._layout, self._functions, _checked(on_error))
+        return to_xarray(self._layout, self._functions, error_policy(on_error))
 
     def load(self, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
         """Read the chips into memory: what ``to_xarray().load()`` gives, without putting it together from shards.
@@ -164,7 +164,7 @@ class Chips(ChipSteps):
         on_error
             As in :meth:`to_xarray`.
         """
-        return load(self._layout, self._functions, _checked(on_error))
+        return load(self._layout, self._functions, error_policy(on_error))
 
     def to_zarr(
         self,
@@ -209,8 +209,8 @@ class Chips(ChipSteps):
             raise StoreError(f"store {url}", "a file", "a folder, or nothing yet", "Choose another place.")
         layout = replace(self._layout, compression=checked(compression))
         if not compute:
-            return delayed_zarr(layout, url, self._functions, _checked(on_error))
-        run_zarr(layout, url, self._functions, client, progress, _checked(on_error))
+            return delayed_zarr(layout, url, self._functions, error_policy(on_error))
+        run_zarr(layout, url, self._functions, client, progress, error_policy(on_error))
         return None
 
     def stream(
@@ -256,7 +256,10 @@ class Chips(ChipSteps):
             Batches made ahead. A stream from a cluster holds these and two more; threads hold, beside them, the
             shards that are read and mixed.
         normalize
-            What :meth:`stats` returned, True (:meth:`stats` is called first), or a function of a batch.
+            What :meth:`stats` of the train split returned, for this split as for the others: only then do they see the
+            same numbers. It must have measured these sources, bands, dtypes and units. True: statistics of these
+            very chips, measured once a process; ranks are better given what one of them measured
+            (``Stats.save``, ``Stats.load``). Or a function of a batch, such as ``partial(stats.normalize, fill=0)``.
         buffer
             Shards that ``shuffle`` mixes at any time.
         on_error
@@ -267,10 +270,11 @@ class Chips(ChipSteps):
         PlanError
             When an argument cannot be, or some rank would have no batch.
         """
-        reading = self._reading(_checked(on_error), client)
-        given = self.stats(client=client, on_error=on_error) if normalize is True else normalize or None
+        reading = self._reading(error_policy(on_error), client)
+        if normalize is True:
+            normalize = recalled(reading.digest, on_error) or self.stats(client=client, on_error=on_error)
         order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
-        return batches(reading, order, epochs, client, prefetch, given)
+        return batches(reading, order, epochs, client, prefetch, normalize or None)
 
     def stats(
         self, sample: int | None = None, client: Client | str | None = None, on_error: str = "raise"
@@ -287,9 +291,10 @@ class Chips(ChipSteps):
             As in :meth:`to_xarray`.
         """
         chips = self if sample is None else self.sample(sample)
-        return measured(
-            planned(chips.job, chips._layout.outputs, self._functions, _checked(on_error)), client
-        )
+        reading = planned(chips.job, chips._layout.outputs, self._functions, error_policy(on_error))
+        found = measured(reading, client)
+        remember(found, reading.digest, on_error)
+        return found
 
     def _reading(self, on_error: str, client: Client | str | None = None) -> Reading:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""
@@ -317,9 +322,3 @@ class Chips(ChipSteps):
         """
         sizes = self._reading("raise", client).sizes if self.job.screens else None
         save_plan(self.job, path, sizes)
-
-
-def _checked(on_error: str) -> str:
-    if on_error not in ("raise", "mask"):
-        raise PlanError("on_error=", repr(on_error), "'raise' or 'mask'")
-    return on_error

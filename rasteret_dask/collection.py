@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import xarray as xr
 
-from rasteret_dask.chipping.labels import Labels
+from rasteret_dask.chipping.labels import Labels, dense
 from rasteret_dask.chipset import Chips
 from rasteret_dask.cubes.cubegrid import native_grid
 from rasteret_dask.cubes.lazy import harmonized_cube
@@ -255,7 +255,10 @@ class Collection(TableExits, PixelReads):
         aoi
             An area in lon/lat: bbox, shapely, GeoJSON, WKB, or a GeoDataFrame.
         at
-            Points or polygons (a GeoDataFrame, or an Arrow table with WKB): one window each, its columns travel.
+            Points or polygons (a GeoDataFrame, or an Arrow table with WKB): one window each. Its columns travel as
+            ``labels/<column>``: text, numbers, booleans, dates and times (datetime64[us], UTC), categoricals as their
+            values. With a null in any row integers and booleans become float64 with NaN, text ``""``, times NaT. A
+            warning names columns that stay in ``table`` only (lists, bytes, names such as ``time``).
         grid
             ``"zone"`` (the fixed lattice of each UTM zone), ``"tiles"`` (the source's own tiles), or a GeoBox.
         cell_km
@@ -269,8 +272,8 @@ class Collection(TableExits, PixelReads):
         labels, rasterize
             Polygons (as for ``at``), and the column of theirs that becomes ``mask`` (chip, y, x) on the reference
             source's pixels: the value of the last polygon that holds a pixel's centre, else 0 (NaN for a column of
-            floats). Text is numbered from 1 in alphabetical order; ``mask.attrs["classes"]`` has the names. Without
-            ``labels``, the polygons are those of ``at``.
+            floats). Text is numbered from 1 in alphabetical order; ``mask.attrs["classes"]`` has the names. Edges are
+            straight in the CRS that the polygons are given in. Without ``labels``, the polygons are those of ``at``.
         """
         tables = dict(self._tables)
         token = None
@@ -442,7 +445,7 @@ def _polygons(labels: Any, at: Any, column: str | None) -> pa.Table | None:
             "polygons with that column",
             "Give labels=GeoDataFrame.",
         )
-    table = as_labels(at if labels is None else labels)
+    table = as_labels(dense(at if labels is None else labels))
     Labels.of(table, column)  # so that a mistake is told here
     return table.select(["geometry", column]).combine_chunks()
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rasteret_dask.errors import PlanError, StoreError
+from rasteret_dask.errors import PlanError, SchemaError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import Keep, Node, Predicate, Sample, Select, outline, predicates
-from rasteret_dask.statistics.measuring import measured
+from rasteret_dask.statistics.measuring import measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
 from rasteret_dask.store.stored import Stored
@@ -102,7 +102,7 @@ class StoredChips:
     @cached_property
     def table(self) -> pa.Table:
         """The chip table: one row per chip, CHIP_SCHEMA and the user's further columns."""
-        return self.stored.map.whole_chips().take(pa.array(self.stored.rows))
+        return self.stored.map.chips.whole().take(pa.array(self.stored.rows))
 
     @property
     def digest(self) -> str:
@@ -193,8 +193,9 @@ class StoredChips:
         place = remote.join(self.stored.url, JOB, "stats", f"{chips.digest}.json")
         try:
             return Stats.load(place)
-        except remote.MissingError:
-            found = measured(stored_chips(chips.stored, chips.stored.bands), client)
+        except (remote.MissingError, SchemaError):  # none, damaged, or of a version that measured otherwise
+            found = measured(stored_chips(chips.stored), client)
+        remember(found, self.stored.url, chips.digest)
         with suppress(StoreError):  # a store that cannot be written to is measured each time
             found.save(place)
         return found
@@ -223,10 +224,11 @@ class StoredChips:
         buffer: int = 4,
     ) -> Stream:
         """Return the chips as batches for a training loop: the parameters are those of :meth:`Chips.stream`."""
-        given = self.stats(client=client) if normalize is True else normalize or None
-        reading = stored_chips(self.stored, self.stored.bands)
+        reading = stored_chips(self.stored)
+        if normalize is True:
+            normalize = recalled(self.stored.url, self.digest) or self.stats(client=client)
         order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
-        return batches(reading, order, epochs, client, prefetch, given)
+        return batches(reading, order, epochs, client, prefetch, normalize or None)
 
     def __repr__(self) -> str:
         steps = list(outline(self.stored.plan))[:-1]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.planning.functions import Function
+from rasteret_dask.store.stored import Stored
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.planned import planned
@@ -18,6 +19,7 @@ from rasteret_dask.streams.stream import Normalize, Stream, batches
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import open_job, write_job
 from rasteret_dask.tasks.mapping import Functions, outputs_of
+from rasteret_dask.tasks.shards import error_policy
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -77,6 +79,8 @@ def stream_from(
     *,
     buffer: int = 4,
     functions: Iterable[Callable[..., Any]] = (),
+    split: str | None = None,
+    on_error: str = "raise",
 ) -> Stream:
     """Return one rank's batches in a process that has only an address and a path.
 
@@ -96,13 +100,19 @@ def stream_from(
     functions
         The functions that the plan calls (those given to ``map`` and ``keep``): a saved plan holds their names and
         digests, never code, and nothing is imported or unpickled because a file says so.
+    split
+        Of a store: only the chips of this split; a store of several must be asked for one. A saved plan has the chips
+        that were selected when it was saved.
+    on_error
+        Of a saved plan: as in :meth:`Chips.stream`.
 
     Raises
     ------
     StoreError
         When neither a plan nor a finished store lies there.
     PlanError
-        When the plan calls a function that is not among ``functions``, or one that says something else by now.
+        When the plan calls a function that is not among ``functions``, or one that says something else by now; when
+        the store has several splits and none is named, or not this one.
     JobError
         At the first batch, when no scheduler answers, it wants other certificates than this process has, or no worker
         may read.
@@ -122,10 +132,14 @@ def stream_from(
     """
     url = _url(plan)
     if _exists(url, _LAST):
-        reading = _planned(url, tuple(functions))
+        if split is not None:
+            raise PlanError(
+                "stream_from(split=)", f"{split!r} of a saved plan", "None",
+                "Save the plan of one split: chips.select('train').save_plan(path).",
+            )  # fmt: skip
+        reading = _planned(url, tuple(functions), error_policy(on_error))
     elif _exists(url, "zarr.json"):
-        chips = open_chips(url).stored
-        reading = stored_chips(chips, chips.bands)
+        reading = stored_chips(_of_one_split(url, split))
     else:
         raise StoreError(
             f"stream_from {remote.redact(url)}", "neither a saved plan nor a finished store", "one of them",
@@ -135,11 +149,22 @@ def stream_from(
     return batches(reading, order, epochs, address, prefetch, normalize)
 
 
-def _planned(url: str, functions: tuple[Callable[..., Any], ...]) -> Reading:
+def _of_one_split(url: str, split: str | None) -> Stored:
+    chips = open_chips(url, split=split).stored
+    splits = [name for name in chips.map.groups if name]
+    if split is None and len(splits) > 1:
+        raise PlanError(
+            "stream_from(split=)", f"a store of {', '.join(splits)}", "the split to train on",
+            f"Say split={splits[0]!r}. For all of them together: open_chips(path).stream(...).",
+        )  # fmt: skip
+    return chips
+
+
+def _planned(url: str, functions: tuple[Callable[..., Any], ...], on_error: str) -> Reading:
     job = open_job(url, str(_said(url)["digest"]))
     known = _matched(job, functions)
     sizes = tuple(json.loads(remote.get(remote.join(url, _SIZES)))) if job.screens else None
-    return planned(job, outputs_of(job, known), known, sizes=sizes)
+    return planned(job, outputs_of(job, known), known, on_error, sizes)
 
 
 def _matched(job: Job, functions: tuple[Callable[..., Any], ...]) -> Functions:

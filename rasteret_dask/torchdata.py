@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import cloudpickle
 import dask.config
 import numpy as np
-import torch
 import torch.distributed
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
@@ -24,64 +23,14 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.store import stored
 from rasteret_dask.storeset import StoredChips
 from rasteret_dask.streams.epochs import Epoch, Order
-from rasteret_dask.streams.stream import Stream
+from rasteret_dask.streams.stream import Stream, normalizer
 from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.training.passes import Passes
+from rasteret_dask.training.tensors import Sample, as_tensors, check_image
 
 __all__ = ["ChipDataset", "ChipStore", "as_tensors", "forkserver"]
 
-Sample: TypeAlias = "dict[str, Any]"
 Transforms: TypeAlias = Callable[[Sample], Sample]
-
-_WIDER = {"uint16": "int32", "uint32": "int64", "datetime64[us]": "int64"}
-"""NumPy's dtypes that torch cannot compute with -> the narrowest that holds all values."""
-
-
-def as_tensors(arrays: Mapping[str, Any], image: str | None = None) -> Sample:
-    """Return chips as torch tensors, which share the arrays' memory where they have the same dtype.
-
-    Parameters
-    ----------
-    arrays
-        A batch of a stream, or one chip of it. uint16 becomes int32 (as TorchGeo does), uint32 int64, and times
-        int64 microseconds since 1970 (the smallest int64 where there is none); text becomes lists.
-    image
-        The source whose pixels TorchGeo's transforms and trainers are to find: ``<source>`` is called ``image``,
-        without its time axis where that has one entry, and ``<source>/<name>`` just ``<name>``; ``mask`` is int64, as
-        ``cross_entropy`` asks. None: names and shapes stay.
-
-    Raises
-    ------
-    PlanError
-        When there is no such source.
-    """
-    if image is None:
-        return {name: _tensor(values) for name, values in arrays.items()}
-    if image not in arrays:
-        sources = [name for name, values in arrays.items() if np.ndim(values) >= 4 and "/" not in name]
-        raise PlanError("image=", repr(image), f"one of {', '.join(sources)}")
-    sample = {}
-    for name, values in arrays.items():
-        group, _, variable = name.partition("/")
-        if group != image:
-            sample[name] = _tensor(values)
-            continue
-        tensor = _tensor(values)
-        behind = 4 if not variable else 3  # axes from time on; a chip axis may stand before them
-        if variable in ("", "valid") and tensor.shape[-behind] == 1:
-            tensor = tensor.squeeze(-behind)
-        sample[variable or "image"] = (
-            tensor.long() if variable == "mask" and not tensor.is_floating_point() else tensor
-        )
-    return sample
-
-
-def _tensor(values: Any) -> Any:
-    array = np.asarray(values)
-    if array.dtype.kind in "OU":
-        return array.tolist()
-    array = np.ascontiguousarray(array)
-    array = array.astype(_WIDER.get(array.dtype.name, array.dtype), copy=False)
-    return torch.from_numpy(array.reshape(np.shape(values)))
 
 
 @dataclass(frozen=True)
@@ -118,11 +67,12 @@ def _run(batches: int, worker: int, workers: int) -> tuple[int, int]:
 class ChipDataset(IterableDataset[Sample]):
     """A stream as a torch IterableDataset of whole batches: give it to ``DataLoader(dataset, batch_size=None)``.
 
-    Each pass over it yields the stream's ``epochs``, and the next pass those that follow. Where ``torch.distributed``
-    is initialized and the stream is not divided, ranks divide it. DataLoader workers divide each epoch's batches into
-    runs: together they yield the same batches, whatever ``num_workers`` is; only their order differs. They must be
-    started by ``multiprocessing_context=forkserver()`` (the fastest) or ``"spawn"``; they open stores and read for
-    themselves, from the Dask cluster whose address the stream was given, else on threads.
+    Each pass over it yields the stream's ``epochs``, and the next pass those that follow, with workers too; a pass
+    counts once it has yielded a batch. Where ``torch.distributed`` is initialized and the stream is not divided,
+    ranks divide it. DataLoader workers divide each epoch's batches into runs: together they yield the same batches,
+    whatever ``num_workers`` is; only their order differs. They must be started by
+    ``multiprocessing_context=forkserver()`` (the fastest) or ``"spawn"``; they open stores and read for themselves,
+    from the Dask cluster whose address the stream was given, else on threads.
 
     ``state_dict`` and ``load_state_dict`` work as torchdata's ``StatefulDataLoader`` asks, with workers too; without
     workers, any DataLoader will do.
@@ -152,8 +102,8 @@ class ChipDataset(IterableDataset[Sample]):
                 "a stream",
                 "Give it chips.stream(batch_size=...).",
             )
-        if image is not None and image not in stream.bands:
-            raise PlanError("ChipDataset(image=)", repr(image), f"one of {', '.join(stream.bands)}")
+        if image is not None:
+            check_image(image, stream.bands)
         state = stream.state_dict()
         if state["epoch"] or state["batch"]:
             raise PlanError(
@@ -167,59 +117,90 @@ class ChipDataset(IterableDataset[Sample]):
         self.image, self.transforms = image, transforms
         self._stream = stream
         self._process = os.getpid()
-        self._epoch = 0
+        self._passes = Passes()
         self._resumed: Mapping[str, Any] | None = None
-        self._running: tuple[Stream, int] | None = None
+        self._running: tuple[Stream | None, int] | None = None
 
     def __len__(self) -> int:
         """Return the number of batches of a pass, over all workers."""
         return len(self._stream)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next pass with this epoch; workers that stay alive between passes count by themselves."""
-        self._epoch = epoch
+        """Let the next pass be the one of this number, as trainers that count passes call it.
+
+        Passes count from 0 on: with ``stream(epochs=k)`` this one begins with epoch ``k * epoch``. Workers that stay
+        alive between passes hear of it too. A loaded state stays where it stands in that very pass.
+
+        Raises
+        ------
+        PlanError
+            When it is not a whole number from 0 on.
+        """
+        if not _whole(epoch):
+            raise PlanError("set_epoch", repr(epoch), "a whole number from 0 on")
+        first = operator.index(epoch) * self._stream.epochs
+        if self._resumed is None or self._resumed["stop"] != first + self._stream.epochs:
+            self._resumed = None
+            self._passes.jump(first)
 
     def __iter__(self) -> Iterator[Sample]:
         refuse_fork(self._process)
+        # In a worker at once, as its DataLoader waits for that before it goes on; else with the first batch, as
+        # torchdata's loader makes an iterator that it does not use.
+        return self._batches(None if get_worker_info() is None else self._begun())
+
+    def _batches(self, begun: tuple[Stream | None, int] | None) -> Iterator[Sample]:
+        stream, _ = running = begun or self._begun()
+        if stream is not None:
+            yield from map(self._sample, stream)
+        if self._running is running:
+            self._running = None
+
+    def _begun(self) -> tuple[Stream | None, int]:
+        """Begin a pass, or go on with one: what there is to yield here, and the epoch that the pass ends before."""
         state, self._resumed, self._running = self._resumed, None, None
-        if state is None or state["stream"] is None:
-            first, stop = self._epoch, self._epoch + self._stream.epochs
+        if state is not None:
+            stop = state["stop"]
+            stream = None if state["stream"] is None else self._at(state)
+        else:
+            first = self._passes.begin(self._stream.epochs)
+            stop = first + self._stream.epochs
             stream = self._part(stop)
             if stream is not None:
                 stream.load_state_dict({**stream.state_dict(), "epoch": first, "batch": 0})
-        else:
-            stream, stop = self._at(state), state["stop"]
-        self._epoch = stop
-        if stream is None:
-            return iter(())
         self._running = stream, stop
-        return map(self._sample, stream)
+        return self._running
 
     def state_dict(self) -> dict[str, Any]:
         """Return where this process's pass stands, as JSON values."""
         if self._resumed is not None:
             return dict(self._resumed)
         if self._running is None:
-            return {"stop": self._epoch, "stream": None}
+            return {"stop": self._passes.next, "stream": None}
         stream, stop = self._running
-        state = stream.state_dict()
-        return {"stop": stop, "stream": None if state["epoch"] >= stop else state}
+        return {"stop": stop, "stream": None if stream is None else stream.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on at the next batch, or with the next pass where this one was at its end.
+        """Go on at the next batch, or with the next pass where this one was over.
+
+        A loop that had all batches of a pass, but did not ask for one more, finds no further one first: the pass ends.
 
         Raises
         ------
         PlanError
             When it is none, or one of other chips, of a stream with other arguments, or of another worker.
         """
-        if not isinstance(state, Mapping) or not {"stop", "stream"} <= state.keys():
+        given = state if isinstance(state, Mapping) else {}
+        if given.keys() != {"stop", "stream"} or not _whole(given["stop"]):
             raise PlanError(
                 "load_state_dict", f"{state!r:.100}", "what state_dict() of a ChipDataset returned"
             )
         if state["stream"] is not None:
             self._at(state)  # so that a mistake is told here
-        self._resumed, self._running, self._epoch = dict(state), None, state["stop"]
+        # a worker that had done its part waits for the others: the rest of this pass has nothing for it
+        inside = state["stream"] is not None or get_worker_info() is not None
+        self._resumed, self._running = dict(state) if inside else None, None
+        self._passes.jump(state["stop"])
 
     def _at(self, state: Mapping[str, Any]) -> Stream:
         """Return a stream that goes on where a state says."""
@@ -280,7 +261,8 @@ class ChipStore(Dataset[Sample]):
     image
         As in :func:`as_tensors`.
     normalize
-        What ``chips.stats()`` returned, or a function of arrays with a chip axis.
+        What ``stats()`` of the chips that one trains on returned, a function of arrays with a chip axis, or True:
+        ``chips.stats()``.
     transforms
         Gets and returns each sample.
     """
@@ -298,10 +280,11 @@ class ChipStore(Dataset[Sample]):
                 "ChipStore", f"a {type(chips).__name__}", "chips of a store: rd.open_chips(store)",
                 "Chips that are not in a store have no random access: use ChipDataset.",
             )  # fmt: skip
-        if image is not None and image not in chips.stored.bands:
-            raise PlanError("ChipStore(image=)", repr(image), f"one of {', '.join(chips.stored.bands)}")
+        if image is not None:
+            check_image(image, chips.stored.bands)
         self.chips, self.image, self.transforms = chips, image, transforms
-        self.normalize = None if normalize is None else getattr(normalize, "normalize", normalize)
+        measured = chips.stats() if normalize is True else normalize or None
+        self.normalize = normalizer(measured, chips.stored.map.kinds)
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -339,6 +322,10 @@ class ChipStore(Dataset[Sample]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._process = os.getpid()
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool) and bool(number >= 0)
 
 
 def forkserver() -> BaseContext:

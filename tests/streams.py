@@ -21,7 +21,7 @@ from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.stream import Stream, batches
-from rasteret_dask.tasks.batches import Arrays, InMemory, take
+from rasteret_dask.tasks.batches import Arrays, InMemory, Kind, take
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Shards:
     delay_s: float = 0.0
     broken: tuple[int, ...] = ()
     """Shards that cannot be read while there is no file ``mended``."""
+    error: type[Exception] = ReadError
+    """What reading them ends with."""
 
     def read(self, shard: int) -> Arrays:
         """Return one shard."""
@@ -43,7 +45,7 @@ class Shards:
         (self.log / f"{shard}-{uuid4().hex}").touch()
         time.sleep(self.delay_s)
         if shard in self.broken and not (self.log / "mended").exists():
-            raise ReadError(f"shard {shard}", "nothing")
+            raise self.error(f"shard {shard}", "nothing")
         n = self.sizes[shard]
         number = (1000 * shard + np.arange(n)).astype(np.float32)
         shape = (n, 1, 2, self.pixels, self.pixels)
@@ -67,7 +69,7 @@ class Shards:
         return Reading(
             self.sizes,
             f"made {self.sizes}",
-            {"s2": ("red", "nir")},
+            {"s2": Kind(("red", "nir"), "float32")},
             lambda shard: InMemory(self.read(shard)),
             lambda: ({}, tasks),
             take,

@@ -260,6 +260,12 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
     "points of one index": (
         lambda w: chips_of(w, at=frame(4326, 7, 7)), rd.PlanError, ("twice", "reset_index"),
     ),
+    "source with a taken name": (
+        lambda w: rd.join(bbox=w.s2), rd.PlanError, ("called 'bbox'", "chip_id"),
+    ),
+    "source that is a path": (
+        lambda w: rd.join(**{"a/b": w.s2}), rd.PlanError, ("called 'a/b'", "without /"),
+    ),
     "no points": (lambda w: chips_of(w, at=[]), rd.PlanError, ("chips(at=)",)),
     "points without geometry": (
         lambda w: chips_of(w, at=pa.table({"x": [1]})), rd.PlanError, ("chips(at=)", "geometry"),

@@ -26,19 +26,20 @@ ORDER = {
     "headers": "page tiff gdal reader",
     "table": "schema anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
-    "planning": "functions rules plan sampling scan optimize resolve radiometry recordtable",
+    "planning": "functions rules names plan sampling scan optimize resolve radiometry recordtable",
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",
     "reader": "harmonize pixelgrid levels readplan sharing ranges tilecodec rasterfile warp placing tilefile wants "
               "keeping engine plainhref cogreader",
     "cubes": "cube cubegrid recordlayers lazy",
     "tasks": "job jobfile freezing cuts filling neighbours picking pixels clouds mapping screening shards batches",
-    "store": "encode decode layout manifest write run outputs storemap storeread stored holding datasets",
-    "streams": "epochs readings planned datasets shardsource clustersource stream",
+    "store": "encode decode layout manifest write run outputs storetables storemap storeread stored holding datasets",
+    "streams": "epochs readings planned datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "explain audit pictures plot",
-    "the face": "compacting storeset streamfrom torchdata chipsteps chipset tableexits pixelreads collection "
-                "openers building __init__",
+    "training": "tensors passes",
+    "the face": "compacting storeset streamfrom torchdata chipsteps chipset tableexits pixelreads "
+                "collection openers building __init__",
     "demo": "world checks run",
     "the end": "cli",
 }
@@ -144,7 +145,16 @@ def test_public_names_are_sorted_and_there() -> None:
 
 def test_a_training_worker_imports_little() -> None:
     """What its start must not wait for: half a second and more each."""
-    heavy = ["distributed", "xarray", "pandas", "rasterio", "stackstac", "geopandas", "matplotlib", "dask.array"]
+    heavy = [
+        "distributed",
+        "xarray",
+        "pandas",
+        "rasterio",
+        "stackstac",
+        "geopandas",
+        "matplotlib",
+        "dask.array",
+    ]
     code = (
         "import sys, rasteret_dask\n"
         "assert len(sys.modules) < 300, len(sys.modules)\n"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,26 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import rasterio
 import shapely
 import xarray as xr
 from numpy.typing import NDArray
+from pyproj import Transformer
 from rasterio.features import rasterize
 from rasterio.transform import from_bounds, from_origin
+from small_stores import small, written
 
 import rasteret_dask as rd
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.demo.world import World
 from rasteret_dask.storeset import open_chips
+from rasteret_dask.streams.datasets import as_xarray
+from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.planned import planned
+from rasteret_dask.streams.stream import batches
+from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.tasks.jobfile import open_job, write_job
 
 CROPS = ("beet", "maize", "wheat")
@@ -163,6 +173,106 @@ def test_polygons_at_the_antimeridian_and_beyond_a_zone_are_burned() -> None:
     assert not Labels.of(far, "v").burned(box, np.array([32660]), 8).any()
 
 
+def labels_of(*shapes: Any) -> Labels:
+    return Labels.of(pa.table({"geometry": shapely.to_wkb(shapes), "v": [1] * len(shapes)}), "v")
+
+
+def centres(box: Sequence[float], size: int, epsg: int) -> NDArray[np.float64]:
+    """Return lon/lat of a chip's pixel centres, shape (y, x, 2)."""
+    xmin, ymin, xmax, ymax = box
+    step = (np.arange(size) + 0.5) / size
+    x, y = np.meshgrid(xmin + step * (xmax - xmin), ymax - step * (ymax - ymin))
+    return np.stack(Transformer.from_crs(epsg, 4326, always_xy=True).transform(x, y), -1)
+
+
+def square(lon: float, lat: float, epsg: int, metres: float) -> list[float]:
+    x, y = Transformer.from_crs(4326, epsg, always_xy=True).transform(lon, lat)
+    return [x - metres / 2, y - metres / 2, x + metres / 2, y + metres / 2]
+
+
+WORLD = shapely.box(-180, -90, 180, 90)
+
+
+@pytest.mark.parametrize(
+    ("shape", "lon", "lat"),
+    [
+        (shapely.box(11, 50, 13, 51), 12.0, 50.0),  # an edge along a parallel bends by 480 m in UTM
+        (shapely.box(8, 50, 16, 54), 12.0, 54.0),
+        (shapely.Polygon([(11, 49), (13, 51), (11, 51)]), 12.2, 50.2),
+        (WORLD, 12.0, 50.0),
+        (WORLD, 12.0, -70.0),
+        (shapely.box(-180, -90, 180, 60), 12.0, 60.0),
+    ],
+)
+@pytest.mark.parametrize("epsg", [32632, 32633, 3857])
+def test_edges_of_lonlat_polygons_stay_in_lonlat(
+    shape: shapely.Geometry, lon: float, lat: float, epsg: int
+) -> None:
+    size, box = 64, square(lon, lat, epsg, 2560)
+    burned = labels_of(shape).burned(np.array([box]), np.array([epsg]), size)[0]
+    ground = centres(box, size, epsg)
+    inside = shapely.contains_xy(shape, ground[..., 0], ground[..., 1])
+    differ = ground[burned.astype(bool) != inside]
+    assert shapely.distance(shapely.boundary(shape), shapely.points(differ)).max(initial=0) < 1e-6
+    assert inside.any()
+
+
+def test_edges_of_projected_polygons_stay_where_they_are(optical: rd.Collection) -> None:
+    """A rectangle of 200 km in UTM is one in UTM still, though labels travel in lon/lat."""
+    box = (
+        optical.chips(SIZE, cell_km=0.64)
+        .table.select(["xmin", "ymin", "xmax", "ymax"])
+        .to_pylist()[0]
+        .values()
+    )
+    xmin, ymin, xmax, _ = box
+    edge = ymin + 10 * SIZE / 2
+    wide = gpd.GeoDataFrame(
+        {"v": [1]}, geometry=[shapely.box(xmin - 1e5, edge, xmax + 1e5, edge + 2e5)], crs=32633
+    )
+    chips = optical.chips(SIZE, cell_km=0.64, labels=wide, rasterize="v").sample(30)
+    loaded = chips.load()
+    assert isinstance(loaded, xr.Dataset)
+    for row, mask in zip(chips.table.to_pylist(), loaded["mask"].values, strict=True):
+        assert row["epsg"] == 32633
+        y = row["ymax"] - 10 * (np.arange(SIZE) + 0.5)
+        assert (mask == (y > edge)[:, None]).all()
+
+
+def test_chips_of_several_zones_in_one_call() -> None:
+    """The same ground in three CRSs, chips interleaved: each is burned in its own."""
+    shape = shapely.Point(12.0, 50.0).buffer(0.004, quad_segs=3)
+    codes = np.array([32632, 32633, 3035, 32633, 32632])
+    size, boxes = 48, np.array([square(12.001, 50.001, int(c), 960) for c in codes])
+    burned = labels_of(shape).burned(boxes, codes, size)
+    for mask, box, code in zip(burned, boxes, codes.tolist(), strict=True):
+        ground = centres(box, size, code)
+        inside = shapely.contains_xy(shape, ground[..., 0], ground[..., 1])
+        assert np.count_nonzero(mask != inside) <= 2
+        assert 0 < inside.mean() < 1
+
+
+def test_polygons_of_many_vertices_are_burned_as_they_are_even_where_invalid() -> None:
+    rng = np.random.default_rng(0)
+    box = (500000.0, 5500000.0, 500320.0, 5500320.0)
+    invalid = 0
+    for kind in ["star", "twice round", "large", "on a grid"] * 20:
+        n = int(rng.integers(257, 600))
+        at = np.array([500160, 5500160]) + rng.uniform(-400, 400, 2)
+        turn, far = np.sort(rng.uniform(0, 2 * np.pi, n)), rng.uniform(20, 800)
+        reach = np.full(n, far) if kind == "large" else far * (1 + 0.3 * rng.normal(size=n)).clip(0.2, 2)
+        turn = turn * 2 if kind == "twice round" else turn
+        points = at + np.stack([np.cos(turn), np.sin(turn)], -1) * reach[:, None]
+        points = np.round(points / 10) * 10 if kind == "on a grid" else points
+        shape = gpd.GeoSeries([shapely.Polygon(points)], crs=32633).to_crs(4326)
+        invalid += not shape.is_valid.all()
+        burned = labels_of(*shape).burned(np.array([box]), np.array([32633]), SIZE)[0]
+        grid = from_bounds(*box, SIZE, SIZE)
+        wanted = rasterize(shape.to_crs(32633), (SIZE, SIZE), transform=grid, dtype="uint8")
+        np.testing.assert_array_equal(burned, wanted, err_msg=kind)
+    assert invalid > 20
+
+
 def test_only_the_reference_has_masks(
     optical: rd.Collection, aef: rd.Collection, fields: gpd.GeoDataFrame
 ) -> None:
@@ -198,6 +308,164 @@ def test_windows_at_polygons_carry_their_columns_and_all_polygons(
                 assert batch[f"labels/{column}"][at] == of[name][column]
 
 
+# Columns
+
+
+def with_every_type(chips: rd.Chips) -> tuple[rd.Chips, dict[str, NDArray[Any]]]:
+    """Return chips with a column of each type, nulls in some shards only, and what they are to be by chip id."""
+    ids = chips.table.column("chip_id").to_pylist()
+    n = len(ids)
+    late = np.arange(n) >= 2 * n // 3  # nulls lie in the last chips only
+    number = np.arange(n)
+    when = np.datetime64("1969-12-30T23:59:59.000001", "us") + number * np.timedelta64(3_600_000_001, "us")
+    text = np.array([f"t{i % 3}" for i in range(n)], dtype=object)
+    day = when.astype("datetime64[D]")
+    masked: dict[str, tuple[pa.Array, Any]] = {
+        "int": (pa.array(number), number),
+        "uint8": (pa.array((number % 200).astype(np.uint8)), (number % 200).astype(np.uint8)),
+        "flag": (pa.array(number % 2 == 0), number % 2 == 0),
+        "float16": (pa.array(number.astype(np.float16)), number.astype(np.float16)),
+        "float32": (pa.array(number / 7, pa.float32()), (number / 7).astype(np.float32)),
+        "decimal": (pa.array([Decimal(i) / 4 for i in range(n)], pa.decimal128(12, 2)), number / 4),
+        "text": (pa.array(text), text),
+        "large text": (pa.array(text, pa.large_string()), text),
+        "category": (pa.array(text).dictionary_encode(), text),
+        "class": (pa.array(number % 5).dictionary_encode(), number % 5),
+        "utc": (pa.array(when, pa.timestamp("us", "UTC")), when),
+        "ns": (pa.array(when.astype("datetime64[ns]") + 999, pa.timestamp("ns", "Europe/Vienna")), when),
+        "s": (pa.array(day.astype("datetime64[s]"), pa.timestamp("s")), day.astype("datetime64[us]")),
+        "day": (pa.array(day, pa.date32()), day.astype("datetime64[us]")),
+    }
+    columns, wanted = {}, {}
+    for name, (column, values) in masked.items():
+        columns[name], wanted[name] = column, values
+        nulls = pc.if_else(pa.array(late), pa.scalar(None, column.type), column)
+        blank: Any = {"O": "", "M": np.datetime64("NaT", "us")}.get(values.dtype.kind, np.nan)
+        narrow = values.dtype.kind in "OMf"
+        columns[f"{name}, nulls"] = nulls
+        wanted[f"{name}, nulls"] = np.where(
+            late, blank, values if narrow else values.astype(np.float64)
+        ).astype(values.dtype if narrow else np.float64)
+    columns["in the dictionary"] = pa.DictionaryArray.from_arrays(
+        pa.array(late.astype(int)), pa.array([3, None])
+    )
+    wanted["in the dictionary"] = np.where(late, np.nan, 3.0)
+    return chips.with_table(pa.table({"chip_id": ids, **columns})), {
+        "chip_id": np.array(ids, object),
+        **wanted,
+    }
+
+
+def test_label_columns_are_equal_from_every_exit(s2: rd.Collection, tmp_path: Path) -> None:
+    """Each batch of each exit has the dtype that the whole table settles, wherever its nulls lie."""
+    plain = s2.harmonize(bands=["red"], time="1MS")
+    whole = plain.chips(SIZE, cell_km=0.64).sample(75).split(0.6, 0.2, 0.2, seed=1)
+    whole, wanted = with_every_type(whole)
+    place_of = {chip: row for row, chip in enumerate(wanted["chip_id"])}
+    late = set(wanted["chip_id"][2 * len(whole) // 3 :])
+
+    def check(found: Mapping[str, Any] | xr.Dataset, *, exactly: bool = True) -> None:
+        rows = [place_of[i] for i in np.asarray(found["chip_id"]).tolist()]
+        for name in wanted.keys() - {"chip_id"}:
+            values, own = np.asarray(found[name]), wanted[name][rows]
+            if not exactly and own.dtype.kind in "OM":  # as zarr and xarray decode text and CF times
+                values = values.astype(own.dtype)
+            assert values.dtype == own.dtype, name
+            np.testing.assert_array_equal(values, own, err_msg=name)
+
+    def check_batches(batches_: Iterable[Arrays]) -> None:
+        for batch in batches_:
+            check(
+                {"chip_id": batch["chip_id"], **{n: batch[f"labels/{n}"] for n in wanted if n != "chip_id"}}
+            )
+            check(as_xarray(batch)["s2"])
+
+    for name, chips in {"all": whole, "train": whole.select("train")}.items():
+        layout = small(chips, 60_000)
+        reading = planned(layout.job, layout.outputs, {})
+        ids = chips.table.column("chip_id").to_pylist()
+        firsts = np.cumsum([0, *reading.sizes])
+        nulls = [len(late & set(ids[a:b])) for a, b in pairwise(firsts)]
+        assert 0 in nulls[:-1]  # shards without a null
+        assert any(nulls)
+        for shuffle in (None, 1):
+            check_batches(batches(reading, Order(reading.sizes, 16, shuffle)))
+        store = written(chips, tmp_path / name, 60_000)
+        opened = open_chips(store)
+        for shuffle in (None, 1):
+            check_batches(opened.stream(16, shuffle=shuffle))
+        check_batches([opened.take(ids[::-5])])
+        for found in (chips.to_xarray(), chips.load(), opened.to_xarray(), opened.load()):
+            assert isinstance(found, xr.Dataset)
+            check(found)
+        groups = ["train", "val", "test"] if name == "all" else [None]
+        for group in groups:
+            check(xr.open_zarr(store, group=group), exactly=False)
+        few = opened.sample(20, seed=3)
+        check_batches(chips.sample(20, seed=3).stream(7))
+        check_batches(few.stream(7))
+
+
+def test_pandas_columns_arrive(optical: rd.Collection, fields: gpd.GeoDataFrame) -> None:
+    few = fields.iloc[:12]
+    own = few.assign(
+        kind=pd.Categorical(few["crop"]),
+        sown=pd.date_range("2024-03-01", periods=12, tz="Europe/Vienna"),
+        checked=pd.array([True, None] * 6, dtype="boolean"),
+        farm=pd.array([None, *range(11)], dtype="Int16"),
+    )
+    chips = optical.chips(SIZE, at=own, min_coverage=0.0)
+    utc = own["sown"].dt.tz_convert(None).to_numpy("datetime64[us]")
+    seen = 0
+    for batch in chips.stream(5):
+        for name in ("checked", "farm"):
+            assert batch[f"labels/{name}"].dtype == np.float64
+        rows = utc.searchsorted(batch["labels/sown"])
+        np.testing.assert_array_equal(utc[rows], batch["labels/sown"])
+        assert batch["labels/kind"].tolist() == few["crop"].iloc[rows].to_list()
+        np.testing.assert_array_equal(batch["labels/farm"], np.array([np.nan, *range(11)])[rows])
+        np.testing.assert_array_equal(batch["labels/checked"], np.array([1.0, np.nan] * 6)[rows])
+        seen += len(rows)
+    assert seen == len(chips) >= 6
+
+
+def test_columns_that_cannot_be_labels_are_named_once(optical: rd.Collection, tmp_path: Path) -> None:
+    chips = optical.chips(SIZE, cell_km=0.64).sample(9)
+    ids = chips.table.column("chip_id")
+    taken = {
+        name: np.arange(9) for name in ("time", "x", "corner", "kept", "padded", "mask", "source", "_job")
+    }
+    more = pa.table(
+        {
+            "chip_id": ids,
+            "number": np.arange(9),
+            **taken,
+            "li": [[1]] * 9,
+            "raw": [b"a"] * 9,
+            "a/b": np.arange(9),
+        }
+    )
+    more = chips.with_table(more)
+
+    def exits() -> list[Arrays]:
+        stored = open_chips(written(more, tmp_path / "chips", 60_000))
+        return [next(c.stream(4)) for c in (more, stored, more.keep(min_valid=0.0))]
+
+    with pytest.warns(UserWarning, match="no labels of batches") as told:
+        found = exits()
+    assert len(told) == 1
+    text = str(told[0].message)
+    for name in taken:
+        assert f"{name} (its name is taken)" in text
+    assert "li (of type list<item: int64>)" in text
+    assert "raw (of type binary)" in text
+    assert "a/b (no name of an array)" in text
+    for batch in found:
+        assert [name for name in batch if name.startswith("labels/")] == ["labels/number"]
+        assert batch.keys() == found[0].keys()
+    assert {*taken, "li", "raw", "a/b"} <= set(more.table.column_names)
+
+
 def test_label_rasters_join_without_mixing_classes(
     s2: rd.Collection, small_world: World, tmp_path: Path
 ) -> None:
@@ -226,15 +494,15 @@ def test_label_rasters_join_without_mixing_classes(
     labels = rd.build_from_table(table, name="labels", href_column="href", band_index_map={"class": 0})
     joined = rd.join(
         optical=s2.harmonize(bands=["red"], time="1MS"),
-        labels=labels.harmonize(resolution=10, resampling="nearest", units="raw"),
+        classes=labels.harmonize(resolution=10, resampling="nearest", units="raw"),
     )
     chips = joined.chips(SIZE, cell_km=0.64).sample(12)
     batch = next(chips.stream(12))
-    assert set(np.unique(batch["labels"])) == {1, 7, 40, 200}
+    assert set(np.unique(batch["classes"])) == {1, 7, 40, 200}
     for at, (xmin, _, _, ymax) in enumerate(batch["bbox"]):
         cols = ((xmin + 10 * np.arange(SIZE) + 5 - west) // 30).astype(int)
         rows = ((north - (ymax - 10 * np.arange(SIZE) - 5)) // 30).astype(int)
-        np.testing.assert_array_equal(batch["labels"][at, 0, 0], classes[np.ix_(rows, cols)])
+        np.testing.assert_array_equal(batch["classes"][at, 0, 0], classes[np.ix_(rows, cols)])
 
 
 def test_masks_belong_to_the_plan(

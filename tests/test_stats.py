@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import shutil
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from dask.callbacks import Callback
 from distributed import Client, LocalCluster
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from small_stores import nodes, small, written
+from streams import assert_same
+from test_sketch import agree, same
 
 import rasteret_dask as rd
-from rasteret_dask.errors import PlanError, SchemaError
+from rasteret_dask.errors import PlanError, ReadError, SchemaError
 from rasteret_dask.statistics.measuring import measured
-from rasteret_dask.statistics.sketch import SourceStats
-from rasteret_dask.statistics.stats import Stats, measure, merged
+from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.storeset import open_chips
+from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.planned import planned
+from rasteret_dask.streams.stream import batches
 from rasteret_dask.tasks.batches import arrays_of
-
-PERCENT = (0, 0.1, 1, 2, 25, 50, 75, 98, 99.9, 100)
-OFF = 2.0**-8
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +48,9 @@ def store(joined: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def valid_values(dataset: Any, band: int) -> NDArray[Any]:
     pixels = dataset["pixels"].values[:, :, band]
-    return np.asarray(pixels[np.isfinite(pixels) if pixels.dtype.kind == "f" else dataset["valid"].values])
-
-
-def agree(own: SourceStats, band: int, values: NDArray[Any], total: int) -> None:
-    """Compare one band with NumPy."""
-    assert own.count[band] == values.size
-    assert own.valid_fraction[band] == pytest.approx(values.size / total)
-    assert (own.min[band], own.max[band]) == (values.min(), values.max())
-    assert own.mean[band] == pytest.approx(values.mean(dtype=np.float64), rel=1e-12)
-    assert own.std[band] == pytest.approx(values.std(dtype=np.float64), rel=1e-9)
-    for q in PERCENT:
-        wanted = float(np.percentile(values, q, method="inverted_cdf"))
-        assert own.percentile(q)[band] == pytest.approx(wanted, rel=0 if own.exact else OFF, abs=1e-12)
+    whole = dataset["pixels"].values
+    good = np.isfinite(whole).all(axis=2) if whole.dtype.kind == "f" else dataset["valid"].values
+    return np.asarray(pixels[good])
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -85,64 +77,6 @@ def test_the_size_of_shards_does_not_matter(joined: rd.Chips) -> None:
     many = measured(planned(layout.job, layout.outputs, {}))
     assert len(list(layout.job.shards())) > 16  # so that the tree has two levels
     same(one, many)
-
-
-def same(one: Stats, other: Stats) -> None:
-    assert one.chips == other.chips
-    for name, own in one.sources.items():
-        theirs = other[name]
-        assert (own.bands, own.dtype, own.total) == (theirs.bands, theirs.dtype, theirs.total)
-        for field in ("count", "min", "max"):
-            np.testing.assert_array_equal(getattr(own, field), getattr(theirs, field))
-        for field in ("mean", "std"):
-            np.testing.assert_allclose(getattr(own, field), getattr(theirs, field), rtol=1e-12)
-        for (numbers, counts), (others, theirs_) in zip(own.buckets, theirs.buckets, strict=True):
-            np.testing.assert_array_equal(numbers, others)
-            np.testing.assert_array_equal(counts, theirs_)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(["float32", "float64", "uint8", "int8", "uint16", "int16", "int32"]),
-    st.integers(0, 2**32 - 1),
-    st.lists(st.integers(0, 12), max_size=3),
-)
-def test_parts_add_up_to_the_whole(dtype: str, seed: int, cuts: list[int]) -> None:
-    rng = np.random.default_rng(seed)
-    if np.dtype(dtype).kind == "f":
-        pixels = (rng.normal(size=(12, 2, 3, 4, 5)) * 10.0 ** rng.integers(-6, 6)).astype(dtype)
-        pixels[rng.random(pixels.shape) < 0.2] = np.nan
-    else:
-        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
-        pixels = rng.integers(low, high, (12, 2, 3, 4, 5), dtype=dtype, endpoint=True)
-    valid = rng.random((12, 2, 4, 5)) < 0.7
-    arrays = {"a": pixels, "a/valid": valid, "chip_id": np.arange(12).astype(str).astype(object)}
-    bands = {"a": ("x", "y", "z")}
-    whole = measure(arrays, bands)
-    edges = [0, *sorted(cuts), 12]
-    parts = [measure({k: v[a:b] for k, v in arrays.items()}, bands) for a, b in itertools.pairwise(edges)]
-    same(whole, merged(parts))
-    same(whole, merged(parts[::-1]))
-    for band in range(3):
-        layer = pixels[:, :, band]
-        agree(
-            whole["a"],
-            band,
-            layer[np.isfinite(layer)] if layer.dtype.kind == "f" else layer[valid],
-            layer.size,
-        )
-
-
-def test_bands_without_a_valid_pixel_say_so() -> None:
-    arrays = {
-        "a": np.full((2, 1, 1, 3, 3), np.nan, np.float32),
-        "a/valid": np.zeros((2, 1, 3, 3), bool),
-        "chip_id": np.array(["p", "q"], dtype=object),
-    }
-    own = measure(arrays, {"a": ("x",)})["a"]
-    assert own.count.tolist() == [0]
-    assert own.valid_fraction.tolist() == [0]
-    assert np.isnan([own.mean, own.std, own.min, own.max, own.percentile(50)]).all()
 
 
 # Where they come from, and stay
@@ -181,9 +115,43 @@ def test_they_are_saved_whole(joined: rd.Chips, tmp_path: Path) -> None:
     same(found, again)
     assert repr(again) == repr(found)
     assert "embeddings" in repr(found)
-    (tmp_path / "stats.json").write_text('{"chips": 3}')
-    with pytest.raises(SchemaError, match=r"stats.json.*what Stats.save wrote"):
-        Stats.load(tmp_path / "stats.json")
+    with pytest.raises(ReadError, match=r"none\.json.*nothing"):
+        Stats.load(tmp_path / "none.json")
+
+
+def old(text: str) -> bytes:
+    """Return statistics as they were written before there were versions of them."""
+    said = json.loads(text)
+    del said["version"]
+    for own in said["sources"].values():
+        del own["units"], own["by_value"]
+    return json.dumps(said).encode()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda text: text.encode()[: len(text) // 2],
+        lambda text: b"",
+        lambda text: b"\xff\xfe not text",
+        lambda text: b'{"chips": 3}',
+        lambda text: b"[1, 2]",
+        lambda text: text.replace('"sources": {', '"sources": [], "were": {').encode(),
+        lambda text: text.replace("eJ", "eK").encode(),
+        lambda text: text.replace('"by_value": [', '"by_value": [true, ').encode(),
+        old,
+    ],
+)
+def test_damaged_ones_are_measured_anew(store: str, tmp_path: Path, damaged: Callable[[str], bytes]) -> None:
+    chips = open_chips(store).sample(3)
+    wanted = chips.stats()
+    place = Path(store) / "_job" / "stats" / f"{chips.digest}.json"
+    text = place.read_text()
+    place.write_bytes(damaged(text))
+    with pytest.raises(SchemaError, match=rf"{chips.digest}.json.*what Stats.save.*Measure again"):
+        Stats.load(place)
+    same(chips.stats(), wanted)
+    assert place.read_text() == text
 
 
 def test_normalized_bands_have_mean_0_and_spread_1(joined: rd.Chips) -> None:
@@ -203,6 +171,127 @@ def test_normalized_bands_have_mean_0_and_spread_1(joined: rd.Chips) -> None:
     assert (filled["optical"][~np.isfinite(made["optical"])] == 0).all()
 
 
+def test_masks_are_counted(s2: rd.Collection, tmp_path: Path) -> None:
+    bare = s2.harmonize(bands=["red"], time="1MS").chips(32, cell_km=0.96)
+    fields = bare.to_geopandas()[["geometry"]].iloc[::3]
+    fields["crop"] = ["rye", "oats", "flax"] * (len(fields) // 3) + ["rye"] * (len(fields) % 3)
+    chips = s2.harmonize(bands=["red"], time="1MS").chips(32, cell_km=0.96, labels=fields, rasterize="crop")
+    chips = chips.sample(20)
+    layout = small(chips)
+    mask = nodes(chips.load())[""]["mask"].values
+    numbers, pixels = np.unique(mask, return_counts=True)
+    assert len(numbers) == 4
+    place = written(chips, tmp_path / "store")
+    for found in (measured(planned(layout.job, layout.outputs, {})), open_chips(place).stats()):
+        assert found["s2/mask"].bands == ("mask",)
+        assert found["s2/mask"].total == mask.size
+        assert found["s2/mask"].classes == {"mask": dict(zip(numbers.tolist(), pixels.tolist(), strict=True))}
+    batch = next(open_chips(place).stream(20, normalize=True))
+    np.testing.assert_array_equal(np.sort(batch["s2/mask"].ravel()), np.sort(mask.ravel()))
+
+
+# Where they belong
+
+
+def as_read(chips: rd.Chips) -> list[Callable[..., Any]]:
+    """Return the streams of some chips, planned and stored."""
+    layout = small(chips)
+    reading = planned(layout.job, layout.outputs, {})
+    return [chips.stream, lambda n, **more: batches(reading, Order(reading.sizes, n), **more)]
+
+
+def test_statistics_of_other_bands_are_refused(s2: rd.Collection, tmp_path: Path) -> None:
+    def chips(*bands: str) -> rd.Chips:
+        return s2.harmonize(bands=list(bands), time="1MS").chips(32, cell_km=0.96).sample(6)
+
+    stats = chips("red", "nir").stats()
+    for others in (chips("nir", "red"), chips("red"), chips("red", "green")):
+        for stream in as_read(others):
+            for given in (stats, stats.normalize, partial(stats.normalize, fill=0)):
+                with pytest.raises(PlanError, match=r"bands .* expected the bands red, nir .*train split"):
+                    stream(4, normalize=given)
+    others = chips("nir", "red")
+    others.save_plan(tmp_path / "plan")
+    with pytest.raises(PlanError, match=r"found bands nir, red"):
+        rd.stream_from(None, tmp_path / "plan", 4, normalize=stats)
+    place = written(others, tmp_path / "store")
+    with pytest.raises(PlanError, match=r"found bands nir, red"):
+        open_chips(place).stream(4, normalize=stats)
+    for stream in as_read(chips("red", "nir")):
+        assert np.nanstd(next(stream(6, normalize=stats))["s2"]) == pytest.approx(1, abs=1e-5)
+
+
+def doubled(pixels: Any) -> Any:
+    return pixels * 2
+
+
+def test_statistics_of_other_units_are_refused(s2: rd.Collection, tmp_path: Path) -> None:
+    def chips(**how: Any) -> rd.Chips:
+        return s2.harmonize(bands=["red"], time="1MS", **how).chips(32, cell_km=0.96).sample(6)
+
+    raw, dn = chips(units="raw"), chips(units="reflectance", dtype="uint16")
+    reflectance = chips(units="reflectance")
+    dn_store = open_chips(written(dn, tmp_path / "dn"))
+    for wrong, chosen, said in (
+        (raw, dn, "'reflectance'.*'raw'"),
+        (dn, raw, "'raw'.*'reflectance'"),
+        (reflectance, dn, "uint16 pixels.*float32 pixels"),
+        (dn, reflectance, "float32 pixels.*uint16 pixels"),
+    ):
+        stored = open_chips(written(wrong, tmp_path / f"{len(list(tmp_path.iterdir()))}"))
+        for stats in (wrong.stats(), stored.stats(), Stats.from_json(wrong.stats().to_json())):
+            with pytest.raises(PlanError, match=said):
+                chosen.stream(4, normalize=stats)
+            if chosen is dn:
+                with pytest.raises(PlanError, match=said):
+                    dn_store.stream(4, normalize=stats)
+    unknown = dn.map(doubled)  # what a function's results are measured in, nobody knows
+    assert unknown.stats()["s2"].units == ""
+    assert len(unknown.stream(4, normalize=dn.stats())) == 2
+
+
+def test_ranks_of_a_process_measure_once(s2: rd.Collection, tmp_path: Path) -> None:
+    chips = s2.harmonize(bands=["red"], time="1MS").chips(32, cell_km=0.96).sample(12).map(noted, version="1")
+    seen.clear()
+    first = next(chips.stream(12, normalize=True))
+    measured_and_read = seen.total()
+    assert measured_and_read == 2 * len(chips)
+    again = [chips.stream(6, normalize=True, rank=rank, world_size=2) for rank in (0, 1)]
+    assert seen.total() == measured_and_read
+    both = [next(stream)["s2"] for stream in again]
+    np.testing.assert_array_equal(np.concatenate(both), first["s2"])
+    before = seen.total()
+    chips.stats()  # who asks for it has it measured
+    assert seen.total() == before + len(chips)
+    place = Path(written(chips, tmp_path / "store"))
+    opened = open_chips(place)
+    wanted = next(opened.stream(12, normalize=True))
+    shutil.rmtree(place / "_job" / "stats")
+    assert_same(next(open_chips(place).stream(12, normalize=True)), wanted)
+    assert not (place / "_job" / "stats").exists()
+
+
+seen: Counter[str] = Counter()
+"""How many chips :func:`noted` has seen."""
+
+
+def noted(pixels: Any) -> Any:
+    if pixels.notnull().any():  # pixels that were read, not the zeros that say what comes out
+        seen["chips"] += pixels.sizes["chip"] if float(pixels.max()) else 0
+    return pixels
+
+
+def test_no_two_measurements_share_a_task(joined: rd.Chips) -> None:
+    layout = small(joined.select("test"))
+    names: dict[str, set[str]] = {}
+    for how in ("raise", "mask"):
+        own = names.setdefault(how, set())
+        with Callback(pretask=lambda key, *_, own=own: own.add(key)):
+            measured(planned(layout.job, layout.outputs, {}, on_error=how))
+    assert len(names["raise"]) == len(names["mask"]) > 3
+    assert names["raise"].isdisjoint(names["mask"])
+
+
 def test_mistakes_are_told(joined: rd.Chips, store: str) -> None:
     stats = open_chips(store).stats(sample=3)
     with pytest.raises(PlanError, match=r"source 'radar'.*one of optical, classes, embeddings"):
@@ -210,7 +299,7 @@ def test_mistakes_are_told(joined: rd.Chips, store: str) -> None:
     with pytest.raises(PlanError, match=r"percentile.*found 120; expected 0 to 100"):
         stats["optical"].percentile(120)
     arrays = {"optical": np.zeros((1, 1, 3, 2, 2), np.float32)}
-    with pytest.raises(PlanError, match=r"found 3 bands; expected the 2"):
+    with pytest.raises(PlanError, match=r"found 3 bands; expected the 2 bands"):
         stats.normalize(arrays)
     with pytest.raises(PlanError, match=r"client=.*found 3"):
         joined.stats(client=3)  # type: ignore[arg-type]

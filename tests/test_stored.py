@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xarray as xr
 import zarr
+from distributed import Client, LocalCluster
+from numpy.typing import NDArray
 from small_stores import assert_same, small, written
 from zarr.codecs import GzipCodec, ZstdCodec
 
@@ -22,7 +26,7 @@ from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.store import outputs, stored
 from rasteret_dask.store.encode import Compression
 from rasteret_dask.store.holding import hold
-from rasteret_dask.store.storemap import open_map
+from rasteret_dask.store.storemap import _opened
 from rasteret_dask.storeset import StoredChips, open_chips
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.tasks.batches import assembled, take
@@ -179,6 +183,81 @@ def test_mistakes_are_told_with_what_to_do(stores: dict[str, tuple[rd.Chips, Pat
         opened.filter(("coverage", ">", 2))
 
 
+# What is read, and how often
+
+BATCH_COLUMNS = ["chip_id", "epsg", "xmin", "ymin", "xmax", "ymax", "split"]
+
+
+def test_only_columns_that_are_used_are_read(
+    copy: Path, serve: Callable[[Path], tuple[str, list[tuple[str, str | None]]]]
+) -> None:
+    """A chip table of 8 MB, most of it outlines and records: batches leave them alone, a filter reads its column."""
+    table = pq.read_table(copy / "chips.parquet")
+    outlines = pa.array([np.random.default_rng(n).bytes(200_000) for n in range(table.num_rows)], pa.binary())
+    table = table.set_column(table.schema.get_field_index("geometry"), "geometry", outlines)
+    pq.write_table(table.append_column("crop", pa.array(range(table.num_rows))), copy / "chips.parquet")
+    size = (copy / "chips.parquet").stat().st_size
+    url, seen = serve(copy)
+    opened = open_chips(url)
+
+    def nbytes() -> int:
+        ranges = [asked for path, asked in seen if path == "/chips.parquet"]
+        ends = [(asked or f"bytes=0-{size - 1}").removeprefix("bytes=").split("-") for asked in ranges]
+        seen.clear()
+        return sum(int(end) - int(start) + 1 for start, end in ends)
+
+    seen.clear()
+    found = opened.take(list(opened)[:3])
+    assert found["labels/crop"].tolist() == [0, 1, 2]
+    assert opened.stored.table.column_names == [*BATCH_COLUMNS, "crop"]
+    assert 0 < nbytes() < 0.6 * size
+    some = opened.filter(("coverage", ">", 0.5), ("datetime", ">", "2024-04-01"))
+    assert 0 < len(some) <= len(opened)
+    assert 0 < nbytes() < 0.6 * size
+    assert len(some.filter(("crop", "<", 5))) == 5
+    assert not nbytes()
+    assert opened.table.column_names == [*table.column_names, "crop"]
+
+
+def _count_samples() -> None:
+    """Have this process count how often it carries a sample out."""
+    plain = vars(stored)["sample_rows"]
+    _samples.clear()
+
+    def counted(*args: Any) -> NDArray[np.int64]:
+        _samples.append(1)
+        rows: NDArray[np.int64] = plain(*args)
+        return rows
+
+    vars(stored)["sample_rows"] = counted
+
+
+def _samples_counted() -> int:
+    return len(_samples)
+
+
+_samples: list[int] = []
+
+
+def test_a_worker_carries_steps_out_once(stores: dict[str, tuple[rd.Chips, Path]]) -> None:
+    """Whatever the number of shards, threads and streams."""
+    opened = open_chips(stores["joined"][1], split="train").sample(40).sample(30)
+    assert np.count_nonzero(opened.stored.sizes) > 5
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=3, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        client.run(_count_samples)
+        ids = [i for batch in opened.stream(8, client=client) for i in batch["chip_id"]]
+        assert opened.stats(client=client).chips == 30
+        lazy = opened.to_xarray()
+        found = {name: node.to_dataset().compute(scheduler=client) for name, node in lazy.children.items()}
+        counted = client.run(_samples_counted)
+    assert list(counted.values()) == [2]
+    assert ids == list(opened)
+    assert_same(xr.DataTree.from_dict({f"/{n}": d for n, d in found.items()}), opened.load())
+
+
 # Requests
 
 
@@ -246,7 +325,7 @@ def test_objects_of_another_size_are_seen_at_the_door(copy: Path) -> None:
     with pytest.raises(StoreError, match=r"no bytes, not \d+"):
         open_chips(copy)
     (copy / "manifest.parquet").unlink()
-    open_map.cache_clear()
+    _opened.cache_clear()
     with pytest.raises(StoreError, match=r"no manifest.parquet"):
         open_chips(copy)
 
@@ -278,6 +357,43 @@ def test_another_plan_at_the_same_place_is_refused(copy: Path) -> None:
     root = json.loads((copy / "zarr.json").read_text())
     root["attributes"]["rasteret_dask"]["digest"] = "0" * 32
     (copy / "zarr.json").write_text(json.dumps(root))
-    open_map.cache_clear()  # as in a worker that has not opened it yet
+    _opened.cache_clear()  # as in a worker that has not opened it yet
     with pytest.raises(StoreError, match=r"another store .*written anew meanwhile"):
         len(opened)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_an_uncompressed_store_written_anew_is_noticed(s2: rd.Collection, tmp_path: Path, warm: bool) -> None:
+    """Its objects have the same sizes and indexes as those before, and single chips have no checksums."""
+
+    def store_of(band: str) -> str:
+        chips = s2.harmonize(bands=[band], time="1MS", dtype="uint16").chips(size=32, cell_km=0.96).sample(60)
+        return written(chips, tmp_path / band, 150_000, None)
+
+    red, nir = store_of("red"), store_of("nir")
+    opened = open_chips(red)
+    ids = list(opened)[:3]
+    wanted = opened.take(list(opened))["s2"][:3]
+    if warm:
+        opened.take(ids)
+    shutil.copytree(red, tmp_path / "kept")
+    shutil.rmtree(red)
+    shutil.copytree(nir, red)
+    with pytest.raises(StoreError, match="another store"):
+        opened.take(ids)
+    shutil.rmtree(red)
+    shutil.copytree(tmp_path / "kept", red)  # the same again, with other times
+    for _ in range(2):
+        np.testing.assert_array_equal(opened.take(ids)["s2"], wanted)
+
+
+def test_a_process_with_a_path_trains_on_one_split(stores: dict[str, tuple[rd.Chips, Path]]) -> None:
+    _, store = stores["joined"]
+    with pytest.raises(PlanError, match=r"a store of train, val, test.*split='train'"):
+        rd.stream_from(None, store, 8)
+    with pytest.raises(PlanError, match="trian"):
+        rd.stream_from(None, store, 8, split="trian")
+    found = [batch["split"] for batch in rd.stream_from(None, store, 8, split="val")]
+    assert set(np.concatenate(found)) == {"val"}
+    assert sum(map(len, found)) == len(open_chips(store, split="val"))
+    assert len(rd.stream_from(None, stores["train"][1], 8)) == len(open_chips(stores["train"][1]).stream(8))

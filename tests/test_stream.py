@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import dask.config
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ import xarray as xr
 from streams import Shards, assert_same, flat, ids_of, in_small_shards, rows_of, train_chips, until
 
 import rasteret_dask as rd
-from rasteret_dask.errors import PlanError, ReadError
+from rasteret_dask.errors import JobError, PlanError, ReadError
+from rasteret_dask.streams.ahead import Shelf
 from rasteret_dask.streams.datasets import as_xarray
 from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.readings import Reading
@@ -296,6 +299,74 @@ def test_an_exhausted_stream_stays_so_and_leaves_nothing(shards: Shards) -> None
     until(lambda: not readers())
 
 
+def test_who_is_interrupted_loses_nothing(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may come when the batch has been taken and is not yet handed over, or when reading begins."""
+    stream, take_one, begin = shards.stream(5, shuffle=1), Shelf.take, threading.Thread.start
+    wanted = [ids_of(batch) for batch in shards.stream(5, shuffle=1)]
+
+    def stopped(thread: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", begin)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    until(lambda: not readers())
+
+    def late(shelf: Shelf, number: int) -> Arrays:
+        batch = take_one(shelf, number)
+        if number % 3 == 0 and number not in seen:
+            seen.add(number)
+            raise KeyboardInterrupt
+        return batch
+
+    seen: set[int] = set()
+    monkeypatch.setattr(Shelf, "take", late)
+    found: list[list[str]] = []
+    while len(found) < len(stream):
+        try:
+            found.append(ids_of(next(stream)))
+        except KeyboardInterrupt:
+            assert stream.state_dict()["batch"] == len(found)
+    assert found == wanted
+    assert len(seen) == 5
+
+
+def test_threads_take_turns(shards: Shards) -> None:
+    stream = shards.stream(2, shuffle=1)
+    found: list[list[str]] = []
+    takers = [threading.Thread(target=lambda: found.extend(ids_of(b) for b in stream)) for _ in range(3)]
+    for taker in takers:
+        taker.start()
+    for taker in takers:
+        taker.join(60)
+    assert sorted(chip for batch in found for chip in batch) == sorted(shards.ids())
+
+
+def test_close_by_another_thread_ends_the_wait(shards: Shards) -> None:
+    slow = threading.Event()
+
+    def held(batch: Arrays) -> Arrays:
+        slow.wait(60)
+        return batch
+
+    stream = shards.stream(6, normalize=held)
+    closing = threading.Timer(0.2, stream.close)
+    closing.start()
+    with pytest.raises(JobError, match="another thread"):
+        next(stream)
+    slow.set()
+    assert flat(stream) == shards.ids()
+
+
+def test_a_begun_stream_goes_on_in_another_process(shards: Shards) -> None:
+    stream = shards.stream(5, shuffle=1)
+    first = flat(next(stream) for _ in range(4))
+    again = cloudpickle.loads(cloudpickle.dumps(stream))
+    assert first + flat(again) == flat(shards.stream(5, shuffle=1))
+    stream.close()
+
+
 def test_a_process_ends_with_a_stream_half_read(tmp_path: Path) -> None:
     """Shards that are queued do not hold it up: here each takes a second."""
     code = (
@@ -309,12 +380,13 @@ def test_a_process_ends_with_a_stream_half_read(tmp_path: Path) -> None:
     assert len(list((tmp_path / "log").iterdir())) < 40
 
 
-def test_a_shard_that_cannot_be_read(tmp_path: Path) -> None:
-    shards = Shards(tmp_path / "log", broken=(3,))
+@pytest.mark.parametrize("error", [ReadError, TimeoutError])  # the second must not pass for "not yet"
+def test_a_shard_that_cannot_be_read(tmp_path: Path, error: type[Exception]) -> None:
+    shards = Shards(tmp_path / "log", broken=(3,), error=error)
     stream = shards.stream(6)
     found = flat(next(stream) for _ in range(3))
     for _ in range(2):
-        with pytest.raises(ReadError, match="shard 3"):
+        with pytest.raises(error, match="shard 3"):
             next(stream)
     until(lambda: not readers())
     (shards.log / "mended").touch()
@@ -330,6 +402,27 @@ def test_normalize(shards: Shards) -> None:
     for given in (Stats(), Stats().normalize):
         batch = next(shards.stream(6, normalize=given))
         np.testing.assert_array_equal(batch["s2"][:, 0, 0, 0, 0], np.arange(6) / 2)
+
+
+def test_normalize_that_fails_once(shards: Shards) -> None:
+    failed: list[int] = []
+
+    def flaky(batch: Arrays) -> Arrays:
+        if len(failed) < 2 and batch["chip_id"][0] == "2/0":
+            failed.append(1)
+            raise ValueError("no luck")
+        return batch
+
+    stream = shards.stream(6, normalize=flaky)
+    found = [next(stream) for _ in range(2)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no luck") as caught:
+            next(stream)
+        assert len(traceback.extract_tb(caught.tb)) < 12  # not the same error, grown
+    assert flat([*found, *stream]) == shards.ids()
+    assert len(failed) == 2
+    with pytest.raises(PlanError, match=r"returned a NoneType.*return it"):
+        next(shards.stream(6, normalize=lambda batch: None))
 
 
 @pytest.mark.parametrize(

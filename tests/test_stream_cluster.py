@@ -197,7 +197,12 @@ def test_workers_that_cannot_be_reached_are_read_through_the_scheduler(shards: S
     """Workers inside the scheduler's own process, which no other process can reach."""
     scheduler = {
         "cls": Scheduler,
-        "options": {"protocol": ("tcp://", "inproc://"), "port": (0, 0), "dashboard": False},
+        "options": {
+            "protocol": ("tcp://", "inproc://"),
+            "port": (0, 0),
+            "dashboard": False,
+            "dashboard_address": ":0",
+        },
     }
     workers = {0: {"cls": Worker, "options": {"protocol": "inproc://", "nthreads": 2, "dashboard": False}}}
     with SpecCluster(workers=workers, scheduler=scheduler) as inside:
@@ -347,7 +352,7 @@ def mixed() -> Iterator[SpecCluster]:
 
     for own in workers.values():
         own["cls"] = Nanny  # type: ignore[assignment]
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "port": 0}}
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": ":0", "port": 0}}
     with SpecCluster(workers=workers, scheduler=scheduler) as running:
         yield running
 
@@ -393,3 +398,38 @@ def test_readers_that_are_replaced(tmp_path: Path, mixed: SpecCluster) -> None:
         found += flat(stream)
         wanted = flat(shards.__class__(tmp_path / "other", shards.sizes).stream(6, shuffle=1, client=client))
         assert found == wanted
+
+
+def test_a_client_that_is_closed(shards: Shards, cluster: LocalCluster) -> None:
+    with Client(cluster, set_as_default=False) as gone:
+        begun = shards.stream(5, client=gone)
+        next(begun)
+    for stream in (begun, shards.stream(5, client=gone)):
+        with pytest.raises(JobError, match=r"clos(ed|ing)"):
+            list(stream)
+
+
+def test_a_cluster_that_has_ended(shards: Shards) -> None:
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as own, Client(own) as gone:
+        begun = shards.stream(5, client=gone)
+        next(begun)
+    for stream in (begun, shards.stream(5, client=gone)):
+        with pytest.raises(JobError, match=r"clos(ed|ing)"):
+            list(stream)
+
+
+def _consumed(shards: Shards, rank: int) -> list[list[str]]:
+    return [ids_of(batch) for batch in shards.stream(4, shuffle=9, rank=rank, world_size=2)]
+
+
+def test_tasks_that_stream_on_workers_that_read(shards: Shards) -> None:
+    """Every thread of the cluster holds a consumer; each leaves its place to the reads that it waits for."""
+    wanted = [_consumed(shards, rank) for rank in (0, 1)]
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
+        ) as cluster,
+        Client(cluster, set_as_default=False) as own,
+    ):
+        futures = [own.submit(_consumed, shards, rank) for rank in (0, 1)]
+        assert own.gather(futures) == wanted

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -149,13 +151,14 @@ class Deadly(Shards):
         return super().read(shard)  # type: ignore[return-value]
 
 
-def test_a_shard_that_cannot_be_read_on_the_cluster(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [ReadError, TimeoutError])
+def test_a_shard_that_cannot_be_read_on_the_cluster(tmp_path: Path, error: type[Exception]) -> None:
     """What is mended is read again: no error is remembered once the stream has let go of it."""
-    shards = Shards(tmp_path / tmp_path.name, broken=(3,))
+    shards = Shards(tmp_path / tmp_path.name, broken=(3,), error=error)
     with own_cluster() as (cluster, client):
         stream = shards.stream(6, client=client)
         found = flat(next(stream) for _ in range(3))
-        with pytest.raises(ReadError, match="shard 3"):
+        with pytest.raises(error, match="shard 3"):
             next(stream)
         assert shards.reads[3] == 2  # a task is tried twice
         until(lambda: not cluster.scheduler.tasks)  # type: ignore[union-attr]
@@ -182,3 +185,24 @@ def test_a_batch_larger_than_the_split(tmp_path: Path) -> None:
     (batch,) = shards.stream(100, pad=True)
     assert batch["padded"].sum() == 88
     assert ids_of(batch)[:12] == shards.ids()
+
+
+def test_a_cluster_without_workers_is_waited_for_and_that_is_said(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rasteret_dask.streams.clustersource.AGAIN_S", 0.5)
+    monkeypatch.setattr("rasteret_dask.streams.clustersource.LOOK_S", 0.1)
+    port = free_port()
+    with ExitStack() as stack:
+        stack.enter_context(process(*scheduler(port)))
+        stream = shards.stream(6, client=f"tcp://127.0.0.1:{port}")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            taking = threading.Thread(target=lambda: found.append(ids_of(next(stream))))
+            found: list[list[str]] = []
+            taking.start()
+            until(lambda: any("no workers for" in str(w.message) for w in said))
+            stack.enter_context(process(*worker(port, tmp_path)))
+            taking.join(60)
+        stream.close()
+    assert found == [shards.ids()[:6]]

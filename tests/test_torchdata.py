@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from rasteret_dask.storeset import StoredChips, open_chips
 torch = pytest.importorskip("torch", reason="needs the extra torch")
 
 from torch.utils.data import DataLoader  # noqa: E402
+from torch.utils.data._utils import worker as torch_worker  # noqa: E402
 
-from rasteret_dask.torchdata import ChipDataset, ChipStore, as_tensors, forkserver  # noqa: E402
+from rasteret_dask.torchdata import ChipDataset, ChipStore, _Run, as_tensors, forkserver  # noqa: E402
 
 SIZE = 32
 
@@ -81,6 +83,56 @@ def test_tensors_are_the_arrays_themselves() -> None:
         as_tensors(arrays, image="radar")
 
 
+def test_what_torch_cannot_take_is_copied_once() -> None:
+    pixels = np.arange(48, dtype=np.uint16).reshape(2, 1, 4, 6)[..., ::2]
+    constant = np.broadcast_to(np.float32(3), (2, 5))
+    found = as_tensors({"pixels": pixels, "constant": constant, "number": np.uint32(7)})
+    assert found["pixels"].is_contiguous()
+    np.testing.assert_array_equal(found["pixels"].numpy(), pixels)
+    assert found["constant"].tolist() == constant.tolist()
+    found["constant"] += 1  # memory of its own
+    assert found["number"].shape == ()
+    assert found["number"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_joined_mask_is_one_of_classes(times: int) -> None:
+    classes = np.arange(2 * times * 16, dtype=np.uint8).reshape(2, times, 1, 4, 4)
+    arrays: dict[str, Any] = {
+        "optical": np.zeros((2, 1, 3, 4, 4), dtype=np.float32),
+        "mask": classes,
+        "mask/valid": np.ones((2, times, 4, 4), dtype=bool),
+    }
+    found = as_tensors(arrays, image="optical")
+    assert found["mask"].dtype == torch.int64
+    np.testing.assert_array_equal(found["mask"].numpy(), classes[:, 0, 0] if times == 1 else classes[:, :, 0])
+    assert found["mask/valid"].shape == (2, times, 4, 4)
+    one = as_tensors({name: values[0] for name, values in arrays.items()}, image="optical")
+    assert torch.equal(one["mask"], found["mask"][0])
+    several = as_tensors({**arrays, "mask": classes.repeat(2, axis=2)}, image="optical")["mask"]
+    assert several.shape == ((2, 2, 4, 4) if times == 1 else (2, 3, 2, 4, 4))
+    share = as_tensors({**arrays, "mask": classes.astype(np.float32)}, image="optical")["mask"]
+    assert share.dtype == torch.float32
+    as_image = as_tensors(arrays, image="mask")
+    assert as_image["image"].dtype == torch.uint8
+    assert as_image["valid"].shape[:-2] == ((2,) if times == 1 else (2, 3))
+
+
+@pytest.mark.parametrize("other", ["image", "mask", "valid"])
+def test_two_entries_never_get_one_name(other: str) -> None:
+    arrays = {
+        "optical": np.zeros((2, 1, 3, 4, 4), dtype=np.float32),
+        "optical/valid": np.ones((2, 1, 4, 4), dtype=bool),
+        "optical/mask": np.zeros((2, 4, 4), dtype=np.uint8),
+        other: np.zeros((2, 1, 1, 4, 4), dtype=np.uint8),
+    }
+    for given in (arrays, dict(reversed(arrays.items()))):
+        with pytest.raises(rd.PlanError, match=f"two entries named '{other}'"):
+            as_tensors(given, image="optical")
+        assert as_tensors(given).keys() == arrays.keys()
+    assert len(as_tensors(arrays, image=other)) == len(arrays)
+
+
 @pytest.mark.parametrize("of", ["chips", "store"])
 def test_a_pass_is_the_stream(of: str, request: pytest.FixtureRequest) -> None:
     source = request.getfixturevalue(of)
@@ -91,6 +143,29 @@ def test_a_pass_is_the_stream(of: str, request: pytest.FixtureRequest) -> None:
         same(found, batch)
     dataset.set_epoch(1)
     assert ids(dataset) == ids(wanted[len(dataset) :])
+
+
+def test_trainers_count_passes(store: StoredChips) -> None:
+    epochs = [ids(store.stream(7, shuffle=3, epochs=n + 1))[-9:] for n in range(6)]
+    dataset = ChipDataset(store.stream(7, shuffle=3, epochs=2))
+    dataset.set_epoch(2)
+    assert ids(dataset) == epochs[4] + epochs[5]
+    dataset.set_epoch(0)
+    loader = DataLoader(dataset, batch_size=None)
+    iter(loader)  # nothing is taken of it: it is no pass
+    assert ids(loader) == epochs[0] + epochs[1]
+    begun = iter(dataset)
+    taken = ids([next(begun)])
+    state = dataset.state_dict()
+    dataset.set_epoch(0)
+    assert ids(dataset) == epochs[0] + epochs[1]
+    for number, wanted in ((1, epochs[2] + epochs[3]), (0, epochs[0] + epochs[1])):
+        dataset.load_state_dict(state)
+        dataset.set_epoch(number)  # the state's own pass goes on, another one begins
+        assert (taken if number else []) + ids(dataset) == wanted
+    for wrong in (-1, 1.0, True, None):
+        with pytest.raises(rd.PlanError, match="set_epoch"):
+            dataset.set_epoch(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -107,6 +182,73 @@ def test_workers_share_the_very_same_batches(chips: rd.Chips, store: StoredChips
     assert found.keys() == wanted.keys()
     for key, batch in found.items():
         same(batch, wanted[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("start", ["spawn", forkserver()])
+def test_each_pass_of_workers_is_the_next_epoch(store: StoredChips, start: Any, persistent: bool) -> None:
+    dataset = ChipDataset(store.stream(7, shuffle=3))
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=2, multiprocessing_context=start, persistent_workers=persistent
+    )
+
+    def epoch(number: int) -> list[tuple[str, ...]]:
+        return sorted(ids(store.stream(7, shuffle=3, epochs=number + 1))[-len(dataset) :])
+
+    assert epoch(0) != epoch(1)
+    assert [sorted(ids(loader)), sorted(ids(loader))] == [epoch(0), epoch(1)]
+    if start == "spawn":  # what follows is known of both, and a start takes seconds
+        return
+    batches = iter(loader)
+    begun = ids([next(batches)])
+    dataset.set_epoch(5)  # for the next pass, not for this one
+    assert sorted(begun + ids(batches)) == epoch(2)
+    assert sorted(ids(loader)) == epoch(5)
+    # others go on where they stopped: the main process, and another number of workers
+    assert sorted(ids(dataset)) == epoch(6)
+    other = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=start)
+    assert sorted(ids(other)) == epoch(7)
+
+
+@pytest.mark.slow
+def test_workers_start_without_a_deadlock(store: StoredChips) -> None:
+    """A few times here, fifty times in benchmarks/bench_starts.py."""
+    wanted = store.table.column("chip_id").to_pylist()
+    for _ in range(3):
+        loader = DataLoader(
+            ChipDataset(store.stream(7)), batch_size=None, num_workers=2, multiprocessing_context="spawn",
+            timeout=100,
+        )  # fmt: skip
+        assert sorted(chip for batch in ids(loader) for chip in batch) == sorted(wanted)
+
+
+def passing(dataset: ChipDataset, worker: int | None, passes: int, out: Any) -> None:
+    """Begin passes as a DataLoader's worker does, or as a process of its own; say their first epochs."""
+    if worker is not None:
+        torch_worker._worker_info = torch_worker.WorkerInfo(id=worker, num_workers=2, seed=0, dataset=dataset)
+    out.put([dataset._passes.begin(1) for _ in range(passes)])
+
+
+def test_workers_of_a_pass_agree_however_late_one_starts(store: StoredChips) -> None:
+    context = forkserver()
+    dataset, out = ChipDataset(store.stream(7)), context.SimpleQueue()
+
+    def starts(worker: int | None, passes: int = 1) -> list[int]:
+        process = context.Process(target=passing, args=(dataset, worker, passes, out))  # type: ignore[attr-defined]
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        found: list[int] = out.get()
+        return found
+
+    # each process has ended before the next one gets its dataset
+    assert [starts(0), starts(1), starts(0), starts(1)] == [[0], [0], [1], [1]]
+    assert [starts(None), starts(None, 2)] == [[2], [2, 3]]  # ranks, say: none hears of the others
+    assert pickle.loads(pickle.dumps(dataset))._passes.begin(1) == 2
+    assert [starts(0, 3), starts(1, 3)] == [[2, 3, 4], [2, 3, 4]]
+    dataset.set_epoch(1)
+    assert [starts(0), starts(1), dataset._passes.begin(1)] == [[1], [1], 2]
 
 
 def test_more_workers_than_batches_is_no_mistake(store: StoredChips) -> None:
@@ -140,10 +282,48 @@ def test_a_state_goes_on_at_the_next_batch(store: StoredChips) -> None:
     fourth = dataset()
     fourth.load_state_dict(first.state_dict())  # at its end: the next pass
     assert ids(fourth) == ids(store.stream(7, shuffle=3, epochs=3))[-len(first) :]
+    loader = iter(DataLoader(second, batch_size=None))
+    batches = ids([next(loader) for _ in range(9)])  # all, but nobody asked for more
+    fifth = dataset()
+    fifth.load_state_dict(second.state_dict())
+    assert [batches, ids(fifth), ids(fifth)] == [both[1], [], ids(store.stream(7, shuffle=3, epochs=3))[-9:]]
     with pytest.raises(rd.PlanError, match="batch_size=7"):
         ChipDataset(store.stream(8, shuffle=3)).load_state_dict(state)
+    for wrong in ({"epoch": 1}, {"stop": None, "stream": None}, None):
+        with pytest.raises(rd.PlanError, match="state_dict"):
+            dataset().load_state_dict(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata calls it
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("taken", [8, 9, 10])
+def test_torchdata_resumes_at_the_end_of_a_pass(store: StoredChips, workers: int, taken: int) -> None:
+    """One worker is done and the other is not; all batches are there; the loop has ended."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
+    context = forkserver() if workers else None
+
+    def loader() -> Any:
+        dataset = ChipDataset(store.stream(7, shuffle=3))
+        return stateful.StatefulDataLoader(
+            dataset, batch_size=None, num_workers=workers, multiprocessing_context=context
+        )
+
+    first, second = loader(), loader()
+    batches = iter(first)
+    begun = ids(batch for _, batch in zip(range(taken), batches, strict=False))
+    second.load_state_dict(first.state_dict())
+    epochs = ids(store.stream(7, shuffle=3, epochs=2))
+    passes = [begun] if taken == 10 else [begun + ids(second)]
+    passes += [ids(second)]
+    assert [sorted(found) for found in passes] == [sorted(epochs[:9]), sorted(epochs[9:])]
+
+
+def test_a_worker_s_state_is_none_of_a_stream(store: StoredChips) -> None:
+    stream = store.stream(7, shuffle=3)
+    part = stream.with_order(_Run(**asdict(stream.order), worker=1, workers=2))
     with pytest.raises(rd.PlanError, match="state_dict"):
-        dataset().load_state_dict({"epoch": 1})
+        stream.load_state_dict(part.state_dict())
+    assert next(stream)["chip_id"].tolist() == list(ids(store.stream(7, shuffle=3))[0])
 
 
 @pytest.mark.slow
@@ -156,7 +336,7 @@ def test_workers_resume_with_torchdata(store: StoredChips) -> None:
             ChipDataset(store.stream(7, shuffle=3)),
             batch_size=None,
             num_workers=2,
-            multiprocessing_context="spawn",
+            multiprocessing_context=forkserver(),
         )
 
     first = loader()
@@ -169,10 +349,11 @@ def test_workers_resume_with_torchdata(store: StoredChips) -> None:
     second.load_state_dict(state)
     assert ids(second) == rest
     assert len(rest) == len(store.stream(7)) - 3
+    assert sorted(ids(second)) == sorted(ids(store.stream(7, shuffle=3, epochs=2))[9:])  # the next pass
     third = ChipDataset(store.stream(7, shuffle=3))
     third.load_state_dict({**third.state_dict(), "stream": store.stream(7, shuffle=3).state_dict()})
     with pytest.raises(RuntimeError, match="StatefulDataLoader with the same num_workers"):
-        list(DataLoader(third, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+        list(DataLoader(third, batch_size=None, num_workers=1, multiprocessing_context=forkserver()))
 
 
 def test_ranks_divide_an_undivided_stream(store: StoredChips) -> None:
@@ -207,6 +388,11 @@ def test_a_store_answers_by_number(store: StoredChips) -> None:
         with pytest.raises(IndexError, match="the store has 60"):
             dataset[number]
     assert len(pickle.dumps(dataset)) < 2000
+    stats = store.stats()
+    wanted = stats.normalize(wanted)
+    for normalize in (True, stats, stats.normalize):
+        found = ChipStore(store, normalize=normalize)[4]["optical"]
+        np.testing.assert_array_equal(found.numpy(), wanted["optical"][0])
     loader = DataLoader(ChipStore(store, image="optical", transforms=first_band), batch_size=16, shuffle=True)
     batches = list(loader)
     assert sorted(i for b in batches for i in b["chip_id"]) == sorted(chip)
@@ -255,6 +441,14 @@ def test_mistakes_are_told_where_they_are_made(chips: rd.Chips, store: StoredChi
     ):
         with pytest.raises(rd.PlanError, match="one of optical, embeddings"):
             make()
+    with pytest.raises(rd.PlanError, match="what stats"):
+        ChipStore(store, normalize="std")
+    stats = store.stats()
+    own = stats["optical"]
+    others = replace(stats, sources={**stats.sources, "optical": replace(own, bands=own.bands[::-1])})
+    for normalize in (others, others.normalize):
+        with pytest.raises(rd.PlanError, match="nir, red"):
+            ChipStore(store, normalize=normalize)
     begun = store.stream(7)
     next(begun)
     with pytest.raises(rd.PlanError, match=r"dataset\.load_state_dict"):

@@ -18,6 +18,7 @@ from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.chipping.laying import Laid, lay
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.grid import Lattice, digits, zone_epsg
+from rasteret_dask.planning.names import check_names
 from rasteret_dask.planning.plan import (
     Chips,
     ChipSpec,
@@ -91,6 +92,7 @@ def lay_chips(node: Chips, tables: Mapping[str, Table]) -> ChipSet:
         members = evaluate(child, tables)
         sources = [resolve_source(members[0].name if len(members) == 1 else "merged", members)]
     names = [s.plan.name for s in sources]
+    check_names(names, "chips")
     if node.spec.reference is not None and node.spec.reference not in names:
         raise PlanError("chips(reference=)", repr(node.spec.reference), f"one of {', '.join(names)}")
     reference = names.index(node.spec.reference) if node.spec.reference else 0

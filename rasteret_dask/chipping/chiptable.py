@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,10 @@ __all__ = [
     "FeedTable",
     "MASK",
     "bounds_of",
+    "is_label",
     "joined",
     "label_columns",
+    "label_fields",
     "replaced",
     "texts",
     "with_columns",
@@ -153,33 +156,104 @@ def _ids(
 
 
 def with_columns(table: pa.Table, more: pa.Table) -> pa.Table:
-    """Return a chip table with the further columns of another table of as many rows."""
+    """Return a chip table with the further columns of another table of as many rows, their dictionaries decoded.
+
+    Their fields say whether there is a null in any row, which settles dtypes once: shards, splits, samples and stores
+    of these chips keep the schema, wherever their own nulls lie.
+
+    Warns
+    -----
+    UserWarning
+        When columns stay in the chip table only: see :func:`label_columns`.
+    """
+    left_out = []
     for name in more.column_names:
-        if name not in table.column_names and name not in ("geometry", "__index__"):
-            table = table.append_column(more.schema.field(name), more.column(name))
+        if name in table.column_names or name in ("geometry", "__index__"):
+            continue
+        column = _plain(more.column(name))
+        field = pa.field(name, column.type, nullable=bool(column.null_count))
+        table = table.append_column(field, column)
+        if why := _unfit(field):
+            left_out.append(f"{name} ({why})")
+    if left_out:
+        warnings.warn(
+            f"columns that stay in the chip table and are no labels of batches, arrays and stores: "
+            f"{', '.join(left_out)}. Rename or convert those that you train with.",
+            UserWarning,
+            stacklevel=2,
+        )
     return table
 
 
 RESERVED = frozenset(
-    {"pixels", "valid", "valid_fraction", "datetime", "source", "time", "band", "y", "x", "bounds", "mask"}
+    {
+        *("chip", "time", "band", "y", "x", "corner"),  # dimensions
+        *("pixels", "valid", MASK, "valid_fraction", "datetime", "source", "bounds", "kept", "padded"),
+        *("_job", "chips.parquet", "manifest.parquet", "zarr.json"),  # what else lies beside a store's arrays
+    }
 )
-"""Names of an output's own variables; a user's column of such a name stays in the chip table only."""
+"""Names that are taken beside those of CHIP_SCHEMA; a user's column of such a name stays in the chip table only."""
+
+
+def is_label(name: str) -> bool:
+    """Return whether a coordinate (chip,) of this name is a column of the user's."""
+    return name not in RESERVED and name not in CHIP_SCHEMA.names
+
+
+def label_fields(schema: pa.Schema) -> list[pa.Field]:
+    """Return the fields of a chip table that :func:`label_columns` returns."""
+    return [field for field in schema if field.name not in CHIP_SCHEMA.names and not _unfit(field)]
 
 
 def label_columns(table: pa.Table) -> dict[str, NDArray[Any]]:
-    """Return the user's columns that can be coordinates: text (null: ""), numbers (null: NaN) and booleans."""
-    result: dict[str, NDArray[Any]] = {}
-    for field in table.schema:
-        if field.name in CHIP_SCHEMA.names or field.name in RESERVED:
-            continue
-        column = table.column(field.name)
-        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-            result[field.name] = np.array([v or "" for v in column.to_pylist()], dtype=object)
-        elif pa.types.is_boolean(field.type) and not column.null_count:
-            result[field.name] = column.to_numpy().astype(bool)
-        elif pa.types.is_integer(field.type) or pa.types.is_floating(field.type):
-            result[field.name] = column.to_numpy()
-    return result
+    """Return the user's columns as arrays, shape (chip,), of dtypes that the schema alone settles.
+
+    =======================================  =====================================================================
+    text                                     object, null: ``""``
+    integers, booleans without a null        their own dtype
+    the same with nulls in any row           float64, null: NaN
+    floats                                   their own dtype, null: NaN
+    decimals                                 float64, null: NaN
+    dates and times                          datetime64[us], UTC where a time zone is given, null: NaT
+    =======================================  =====================================================================
+
+    Others (lists, structs, bytes, durations, ...) and those whose names are taken stay in the chip table only.
+    """
+    return {field.name: _array(field, table.column(field.name)) for field in label_fields(table.schema)}
+
+
+def _unfit(field: pa.Field) -> str:
+    """Say why a column cannot be a label; empty where it can."""
+    name, kind = field.name, field.type
+    if not is_label(name):
+        return "its name is taken"
+    if not name.strip(".") or "/" in name or "\\" in name:
+        return "no name of an array"
+    of = pa.types
+    known = (of.is_boolean, of.is_integer, of.is_floating, of.is_decimal, of.is_date, of.is_timestamp)
+    return "" if _is_text(kind) or any(is_kind(kind) for is_kind in known) else f"of type {kind}"
+
+
+def _array(field: pa.Field, values: pa.ChunkedArray) -> NDArray[Any]:
+    kind = field.type
+    if _is_text(kind):
+        return np.array([v or "" for v in values.to_pylist()], dtype=object)
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):  # of UTC; NumPy rounds nanoseconds down
+        return np.asarray(values.to_numpy().astype("datetime64[us]"))
+    if pa.types.is_decimal(kind) or (field.nullable and not pa.types.is_floating(kind)):
+        values = values.cast(pa.float64(), safe=False)
+    return np.asarray(values.to_numpy())
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column (such as pandas' categorical) with its dictionary decoded, where Parquet would refuse nulls."""
+    if not pa.types.is_dictionary(column.type):
+        return column
+    return pa.chunked_array([c.dictionary_decode() for c in column.chunks], column.type.value_type)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def bounds_of(table: pa.Table) -> NDArray[np.float64]:

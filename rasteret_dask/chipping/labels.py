@@ -13,26 +13,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
+from pyproj import CRS
 from rasterio.features import rasterize
 from rasterio.transform import from_bounds
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import transformer
 
-__all__ = ["Labels"]
+__all__ = ["Labels", "dense"]
 
 BACKGROUND = 0
 """What whole numbers and classes are where no polygon lies; NaN among floats."""
 
-ZONE_REACH = 20.0
-"""Degrees from a UTM zone's central meridian within which polygons are projected; a chip is at most 7 away."""
+REACH_DEG = 17.0
+"""Degrees of longitude beyond a CRS's own ground within which polygons are projected: 20 from a UTM zone's meridian."""
+
+POLE_DEG = 88.0
+"""Latitude up to which polygons are projected, or the CRS's own: many CRSs have no finite place for a pole."""
+
+EDGE_DEG = 0.01
+EDGE_M = 1000.0
+"""Edges longer than these get vertices before they are projected: straight lines of two CRSs between vertices so near
+part by some 12 mm (a parallel's sag in UTM is its angle squared, / 8 * Earth's radius * sin * cos of the latitude)."""
 
 MANY_VERTICES = 256
 """Polygons of more are cut to a chip's surroundings before they are burned."""
 
 _WHOLE = ("uint8", "int16", "uint16", "int32", "uint32")
 _BURNING = Lock()
-"""rasterio changes the process's warning filters while it burns: two threads would undo each other's change."""
+"""rasterio 1.4 changes the process's warning filters while it burns (``catch_warnings`` around its raster in memory):
+two threads would undo each other's change."""
 
 _POLYGONAL = (3, 6)  # type ids of Polygon and MultiPolygon
 
@@ -41,8 +51,8 @@ _POLYGONAL = (3, 6)  # type ids of Polygon and MultiPolygon
 class Labels:
     """Polygons, and what their pixels get.
 
-    A pixel has the value of the last row whose polygon holds its centre (``all_touched=False``); edges are straight
-    between vertices in the chip's CRS.
+    A pixel has the value of the last row whose polygon holds its centre (``all_touched=False``; of a ring that crosses
+    itself, what lies inside an odd number of times). Edges are straight in lon/lat; see :func:`dense` for others.
     """
 
     table: pa.Table
@@ -133,12 +143,35 @@ class Labels:
         masks = np.full((len(bounds), size, size), self.fill, dtype=self.dtype)
         for code in np.unique(epsg).tolist():
             own = np.flatnonzero(epsg == code)
-            values, shapes, tree = _projected(self, code)
-            place, found = tree.query(shapely.box(*bounds[own].T))
+            found = _projected(self, code)
+            place, near = found.tree.query(shapely.box(*bounds[own].T))
             for at in np.unique(place).tolist():
-                near = np.sort(found[place == at])  # in the order of rows: the last one wins
-                _burn(masks[own[at]], bounds[own[at]], shapes[near], values[near])
+                rising = np.sort(near[place == at])  # in the order of rows: the last one wins
+                _burn(masks[own[at]], bounds[own[at]], found, rising)
         return masks
+
+
+def dense(frame: Any) -> Any:
+    """Give a GeoDataFrame's long edges vertices, so that they stay where they are when its CRS becomes lon/lat.
+
+    Anything else, and what is in lon/lat already, is returned as it is.
+    """
+    crs = getattr(frame, "crs", None)
+    if crs is None or not crs.is_projected or not hasattr(frame, "set_geometry"):
+        return frame
+    step = EDGE_M / crs.axis_info[0].unit_conversion_factor
+    return frame.set_geometry(_divided(np.asarray(frame.geometry.to_numpy()), step), crs=crs)
+
+
+def _divided(shapes: NDArray[Any], step: float) -> NDArray[Any]:
+    """Return shapes without edges longer than a step; by rings where GEOS would make an invalid polygon another one."""
+    crossing = ~shapely.is_valid(shapes) & np.isin(shapely.get_type_id(shapes), _POLYGONAL)
+    result = np.array(shapes)
+    result[~crossing] = shapely.segmentize(shapes[~crossing], step)
+    for at in np.flatnonzero(crossing):
+        rings = [shapely.segmentize(shapely.get_rings(p), step) for p in shapely.get_parts(shapes[at])]
+        result[at] = shapely.multipolygons([shapely.Polygon(r[0], r[1:]) for r in rings if len(r)])
+    return result
 
 
 def _check_polygons(subject: str, table: pa.Table) -> None:
@@ -191,48 +224,81 @@ def _smallest(subject: str, numbers: NDArray[Any]) -> str:
     raise PlanError(subject, f"values from {low} to {high}", "values that 32 bits hold")
 
 
+@dataclass(frozen=True, slots=True)
+class _Projected:
+    """Polygons in a chip's CRS, in the order of burning."""
+
+    values: NDArray[Any]
+    shapes: NDArray[Any]
+    cuttable: NDArray[np.bool_]
+    """Which have many vertices and are valid: a cut of others is an error, or another shape."""
+    tree: shapely.STRtree
+    """Of their boxes."""
+
+
 @lru_cache(maxsize=8)
-def _projected(labels: Labels, epsg: int) -> tuple[NDArray[Any], NDArray[Any], shapely.STRtree]:
-    """Return values and polygons in a chip's CRS, and a tree of their boxes: once a process and CRS.
-
-    Far from a UTM zone its coordinates mean nothing, so there polygons are cut off; those on the other side of the
-    antimeridian are near all the same.
-    """
+def _projected(labels: Labels, epsg: int) -> _Projected:
+    """Return the polygons near a CRS's ground: once a process and CRS."""
     shapes, values = _shapes(labels.table), labels.table.column("value").to_numpy()
-    rows = np.arange(len(shapes))
-    if 32601 <= epsg <= 32660:
-        rows, shapes = _near_zone(shapes, 6.0 * (epsg - 32600) - 183.0)
+    row, near = _cut_to(shapes, _surroundings(epsg))
     move = transformer(4326, epsg).transform
-    moved = shapely.transform(shapes, lambda xy: np.stack(move(xy[:, 0], xy[:, 1]), -1))
+    moved = shapely.transform(_divided(near, EDGE_DEG), lambda xy: np.stack(move(xy[:, 0], xy[:, 1]), -1))
     there = np.isfinite(shapely.bounds(moved)).all(axis=1)
-    return values[rows[there]], moved[there], shapely.STRtree(moved[there])
+    moved = moved[there]
+    cuttable = shapely.get_num_coordinates(moved) > MANY_VERTICES
+    cuttable[cuttable] = shapely.is_valid(moved[cuttable])
+    return _Projected(values[row[there]], moved, cuttable, shapely.STRtree(moved))
 
 
-def _near_zone(shapes: NDArray[Any], middle: float) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def _surroundings(epsg: int) -> tuple[float, float, float, float]:
+    """Return west, south, east, north of the ground on which a CRS's coordinates mean something, degrees."""
+    area = CRS.from_epsg(epsg).area_of_use
+    west, south, east, north = area.bounds if area is not None else (-180.0, -90.0, 180.0, 90.0)
+    east += 360.0 * (east < west)
+    reach = min(REACH_DEG, (360.0 - (east - west)) / 2)
+    return west - reach, min(south, -POLE_DEG), east + reach, max(north, POLE_DEG)
+
+
+def _cut_to(
+    shapes: NDArray[Any], ground: tuple[float, float, float, float]
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Return rows, rising, and their polygons on some ground, from wherever round the Earth they are written."""
     bounds = shapely.bounds(shapes)
     rows, found = [], []
     for turn in (-360.0, 0.0, 360.0):
-        west, east = middle - ZONE_REACH + turn, middle + ZONE_REACH + turn
+        west, south, east, north = np.add(ground, (turn, 0.0, turn, 0.0))
         near = np.flatnonzero((bounds[:, 0] <= east) & (bounds[:, 2] >= west))
         some = shapes[near]
-        over = (bounds[near, 0] < west) | (bounds[near, 2] > east)
-        band = shapely.box(west, -90.0, east, 90.0)
-        some[over] = shapely.intersection(shapely.make_valid(some[over]), band)
+        beyond = (bounds[near, :2] < (west, south)).any(axis=1) | (bounds[near, 2:] > (east, north)).any(
+            axis=1
+        )
+        for at in np.flatnonzero(beyond):
+            some[at] = shapely.intersection(_valid(some[at]), shapely.box(west, south, east, north))
         rows.append(near)
-        found.append(some)
+        found.append(shapely.transform(some, lambda xy, turn=turn: xy - (turn, 0.0)) if turn else some)
     row, shape = np.concatenate(rows), np.concatenate(found)
     order = np.argsort(row, kind="stable")
     return row[order], shape[order]
 
 
+def _valid(shape: Any) -> Any:
+    """Return the same area as a valid shape, by the even-odd rule that GDAL burns by."""
+    if shape.is_valid:
+        return shape
+    parts = shapely.get_parts(shapely.get_parts([shapely.make_valid(shape)]))
+    return shapely.multipolygons(parts[shapely.get_type_id(parts) == _POLYGONAL[0]])
+
+
 def _burn(
-    mask: NDArray[Any], bounds: NDArray[np.float64], shapes: NDArray[Any], values: NDArray[Any]
+    mask: NDArray[Any], bounds: NDArray[np.float64], found: _Projected, near: NDArray[np.int64]
 ) -> None:
+    """Burn some of the polygons into one chip, shape (y, x)."""
     xmin, ymin, xmax, ymax = bounds.tolist()
     room = (xmax - xmin) / 2
     pairs = []
-    for shape, value in zip(shapes, values.tolist(), strict=True):
-        if shapely.get_num_coordinates(shape) > MANY_VERTICES:
+    for at in near.tolist():
+        shape, value = found.shapes[at], found.values[at].item()
+        if found.cuttable[at]:
             shape = shapely.clip_by_rect(shape, xmin - room, ymin - room, xmax + room, ymax + room)
         parts = shapely.get_parts(shape)  # a cut may leave lines, which GDAL would burn too
         pairs += [(p, value) for p in parts if p.geom_type == "Polygon" and not p.is_empty]

@@ -41,11 +41,15 @@ def meant(client: Client | str | None) -> tuple[Client | None, bool]:
     Raises
     ------
     JobError
-        When no scheduler answers, or it wants certificates that this process does not have.
+        When no scheduler answers, it wants certificates that this process does not have, or the client is closed.
     """
     if client is None:
         return _current(), False
     if not isinstance(client, str):
+        if client.status in ("closing", "closed"):
+            raise JobError(
+                "client", f"one that is {client.status}", "one that is connected", "Make a new Client."
+            )
         return client, False
     from distributed import Client
 

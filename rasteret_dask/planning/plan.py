@@ -15,6 +15,7 @@ import shapely
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.functions import Function, plain
+from rasteret_dask.planning.names import check_names
 from rasteret_dask.planning.rules import Rule
 
 __all__ = [
@@ -230,6 +231,9 @@ class Join:
 
     names: tuple[str, ...]
     children: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        check_names(self.names, "join")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,37 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import clusters
+from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.stats import Stats, measure, merged
 from rasteret_dask.streams.readings import Reading
-from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.tasks.batches import Arrays, Kind
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["computed", "kept_sizes", "measured"]
+__all__ = ["computed", "kept_sizes", "measured", "recalled", "remember"]
 
 FAN = 16
 """Parts that one task puts together."""
+
+REMEMBERED = 8
+"""Statistics that a process keeps: those of 64 bands of floats take a few MB."""
+
+_known: dict[tuple[str, ...], Stats] = {}
+
+
+def remember(found: Stats, *key: str) -> None:
+    """Keep what was measured, for :func:`recalled` in this process."""
+    _known.pop(key, None)
+    _known[key] = found  # the latest last
+    for old in list(_known)[:-REMEMBERED]:
+        _known.pop(old, None)
+
+
+def recalled(*key: str) -> Stats | None:
+    """Return what this process measured last of the chips that the key names by all that decides them, or None."""
+    return _known.get(key)
+
 
 _Part = Callable[[Any, NDArray[np.int64] | None], Arrays]
 
@@ -46,18 +66,16 @@ def measured(reading: Reading, client: Client | str | None = None) -> Stats:
     ReadError
         When chips could not be read.
     """
-    graph, level = _on_shards(reading, "stats", _measure, dict(reading.bands))
+    graph, level = _on_shards(reading, "stats", _measure, dict(reading.kinds))
     if not level:
         raise _none()
-    depth = 0
-    while len(level) > 1 or not depth:
-        depth += 1
-        above = []
-        for at in range(0, len(level), FAN):
-            name = f"stats-{depth}-{at}-{reading.digest[:16]}"
-            graph[name] = Task(name, _merge, *(TaskRef(key) for key in level[at : at + FAN]))
-            above.append(name)
-        level = above
+    while True:
+        groups = [level[at : at + FAN] for at in range(0, len(level), FAN)]
+        level = [f"stats-{digest(group)}" for group in groups]  # the shards' keys tell how they are read
+        for name, group in zip(level, groups, strict=True):
+            graph[name] = Task(name, _merge, *(TaskRef(key) for key in group))
+        if len(level) == 1:
+            break
     (found,) = computed(graph, level, client)
     if not found.chips:
         raise _none()
@@ -105,8 +123,8 @@ def computed(
     return found
 
 
-def _measure(result: Any, part: _Part, bands: Mapping[str, tuple[str, ...]]) -> Stats:
-    return measure(part(result, None), bands)
+def _measure(result: Any, part: _Part, kinds: Mapping[str, Kind]) -> Stats:
+    return measure(part(result, None), kinds)
 
 
 def _merge(*parts: Stats) -> Stats:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,28 +12,46 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
 
-__all__ = ["SourceStats", "added", "measured"]
+__all__ = ["SourceStats", "added", "measured", "valid_pixels"]
 
 _BUCKETS = 2**16
-_LOWEST = {"int8": -128, "uint8": 0, "int16": -32768, "uint16": 0}
-"""The types whose values are counted one by one, and the smallest of each."""
+"""Buckets of floats, and the most distinct values of a band of integers that are counted one by one."""
+
+_UNSIGNED = {"bool": np.uint8, "int8": np.uint8, "uint8": np.uint8, "int16": np.uint16, "uint16": np.uint16}
+"""The types that have no more values than buckets, and what their bits are counted as."""
 
 MAX_CLASSES = 256
 """An integer band of at most so many distinct values has them counted as classes."""
+
+_Moments: TypeAlias = tuple[int, float, float, float, float]
+"""Count, mean, sum of squared distances from it, smallest and largest."""
+
+_Counts: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Values or numbers of buckets, rising, and how many pixels each has."""
+
+_Band: TypeAlias = tuple[_Moments, _Counts, bool]
+"""What is known of a band; last, whether its counts are of values."""
+
+_NONE: _Moments = (0, np.nan, 0.0, np.nan, np.nan)
+_EMPTY: _Counts = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class SourceStats:
     """The valid pixels of one source, in the numbers that are stored. Arrays have shape (band,).
 
-    Floats are valid where they are finite, each band by itself; integers where the source says so.
-    Values are counted in 65,536 buckets a band: integers of 8 and 16 bits one by one, everything else by sign,
-    exponent and the first 7 bits of the mantissa of a float32, so that counts of shards add up whatever their order.
+    Which pixels are valid :func:`valid_pixels` says. Values of integers are counted one by one, while a band has at
+    most 65,536 distinct ones; all others in as many buckets, by sign, exponent and the first 7 bits of the mantissa of
+    a float32: either way counts of shards add up, whatever their order. All arithmetic is that of float64, in which
+    integers beyond 2**53 are rounded.
     """
 
     bands: tuple[str, ...]
     dtype: str
     """NumPy name of the pixels' type."""
+    units: str
+    """Such as ``"reflectance"``; "" where nobody knows, as after a user's function."""
     total: int
     """Pixels of one band, valid or not."""
     count: NDArray[np.int64]
@@ -43,18 +62,28 @@ class SourceStats:
     min: NDArray[np.float64]
     max: NDArray[np.float64]
     buckets: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...] = field(repr=False)
-    """Per band: numbers of the buckets that are not empty, rising by value, and how many pixels each holds."""
+    """Per band: values, or numbers of the buckets that are not empty, rising, and how many pixels each has."""
+    by_value: tuple[bool, ...]
+    """Per band: whether values are counted one by one."""
 
     @property
     def exact(self) -> bool:
-        """Whether percentiles are exact; else they are at most 0.4 % (2**-8) of their value off."""
-        return self.dtype in _LOWEST
+        """Whether percentiles of all bands are exact; else they are at most 0.4 % (2**-8) of their value off.
+
+        That holds from 1.2e-38 to 3.4e38, the range of a float32; what is smaller counts as 0, what is larger as that.
+        """
+        return all(self.by_value)
 
     @property
     def std(self) -> NDArray[np.float64]:
         """Standard deviation of the valid pixels (``ddof=0``); NaN where there is none."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(np.sqrt(self.square / self.count))
+
+    @property
+    def constant(self) -> NDArray[np.bool_]:
+        """Where a band never varies, but for the rounding of float64."""
+        return np.asarray((self.min == self.max) | (self.std <= np.finfo(np.float64).eps * np.abs(self.mean)))
 
     @property
     def valid_fraction(self) -> NDArray[np.float64]:
@@ -64,12 +93,10 @@ class SourceStats:
     @property
     def classes(self) -> dict[str, dict[int, int]]:
         """Band -> value -> pixels, for integer bands of at most 256 distinct values."""
-        if not self.exact:
-            return {}
         return {
-            band: dict(zip((numbers + _LOWEST[self.dtype]).tolist(), counts.tolist(), strict=True))
-            for band, (numbers, counts) in zip(self.bands, self.buckets, strict=True)
-            if len(numbers) <= MAX_CLASSES
+            band: dict(zip(values.tolist(), counts.tolist(), strict=True))
+            for band, known, (values, counts) in zip(self.bands, self.by_value, self.buckets, strict=True)
+            if known and len(values) <= MAX_CLASSES
         }
 
     def percentile(self, q: float) -> NDArray[np.float64]:
@@ -84,18 +111,44 @@ class SourceStats:
         """
         if not 0 <= q <= 100:
             raise PlanError("percentile(q=)", repr(q), "0 to 100")
-        found = [self._quantile(*own, q / 100) for own in self.buckets]
+        found = [
+            _quantile(own, known, q / 100) for own, known in zip(self.buckets, self.by_value, strict=True)
+        ]
         return np.asarray(np.clip(np.array(found), self.min, self.max))
 
-    def _quantile(self, numbers: NDArray[np.int64], counts: NDArray[np.int64], share: float) -> float:
-        if not len(numbers):
-            return np.nan
-        upto = np.cumsum(counts)
-        at = numbers[np.searchsorted(upto, max(share * int(upto[-1]), 1.0))]
-        return float(at + _LOWEST[self.dtype]) if self.exact else _middle(int(at))
+
+def _quantile(own: _Counts, by_value: bool, share: float) -> float:
+    numbers, counts = own
+    if not len(numbers):
+        return np.nan
+    upto = np.cumsum(counts)
+    at = numbers[np.searchsorted(upto, max(share * int(upto[-1]), 1.0))]
+    return float(at) if by_value else _middle(int(at))
 
 
-def measured(pixels: NDArray[Any], valid: NDArray[np.bool_], bands: tuple[str, ...]) -> SourceStats:
+def valid_pixels(pixels: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which pixels are valid, in all bands or none: here and nowhere else in this package's statistics.
+
+    Parameters
+    ----------
+    pixels
+        Shape (..., time, band, y, x).
+    valid
+        Shape (..., time, y, x): what the source says, as ``<source>/valid``.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (..., time, y, x). True where the source says so and, in floats, no band is NaN or infinite.
+    """
+    if pixels.dtype.kind != "f":
+        return valid
+    return np.asarray(valid & np.isfinite(pixels).all(axis=-3))
+
+
+def measured(
+    pixels: NDArray[Any], valid: NDArray[np.bool_], bands: tuple[str, ...], units: str = ""
+) -> SourceStats:
     """Measure pixels chip by chip, so that temporaries stay in the processor's cache.
 
     Parameters
@@ -103,37 +156,101 @@ def measured(pixels: NDArray[Any], valid: NDArray[np.bool_], bands: tuple[str, .
     pixels
         Shape (chip, time, band, y, x).
     valid
-        Shape (chip, time, y, x): where integers are valid. Floats are where they are finite, each band by itself.
+        Shape (chip, time, y, x): as in :func:`valid_pixels`.
     bands
         Names of the bands.
+    units
+        What they are measured in; "" where nobody knows.
     """
-    found = []
-    lowest = _LOWEST.get(pixels.dtype.name)
+    seen = [valid_pixels(*one) for one in zip(pixels, valid, strict=True)]
+    found: list[_Band] = []
     for band in range(len(bands)):
-        counts = np.zeros(_BUCKETS, dtype=np.int64)
-        moments = (0, 0.0, 0.0, np.inf, -np.inf)
-        for chip, seen in zip(pixels, valid, strict=True):
-            layer = chip[:, band]
-            values = layer[np.isfinite(layer)] if layer.dtype.kind == "f" else layer[seen]
-            if not len(values):
-                continue
-            counts += np.bincount(_bucket(values, lowest), minlength=_BUCKETS)
-            if lowest is None:
-                moments = _add(moments, _moments(values.astype(np.float64)))
-        counts = counts[_BY_VALUE] if lowest is None else counts
-        numbers = np.flatnonzero(counts)
-        if lowest is not None and len(numbers):
-            moments = _moments((numbers + lowest).astype(np.float64), counts[numbers])
-        found.append((moments, (numbers, counts[numbers])))
-    count, mean, square, low, high = zip(*(m for m, _ in found), strict=True)
-    total = int(pixels[:, :, 0].size)
+        chips = (chip[:, band][ok] for chip, ok in zip(pixels, seen, strict=True) if ok.any())
+        narrow = pixels.dtype.name in _UNSIGNED
+        found.append(_narrow(chips, pixels.dtype) if narrow else _wide(chips, pixels.dtype.kind in "iu"))
+    return _put_together(bands, pixels.dtype.name, units, int(pixels[:, :, 0].size), found)
+
+
+def _put_together(
+    bands: tuple[str, ...], dtype: str, units: str, total: int, found: Sequence[_Band]
+) -> SourceStats:
+    moments, counts, by_value = zip(*found, strict=True)
+    count, mean, square, low, high = (np.array(column) for column in zip(*moments, strict=True))
     return SourceStats(
-        bands, pixels.dtype.name, total, np.array(count, dtype=np.int64), _known(mean, count), np.array(square),
-        _known(low, count), _known(high, count), tuple(b for _, b in found),
-    )  # fmt: skip
+        bands, dtype, units, total, count.astype(np.int64), mean, square, low, high, counts, by_value
+    )
 
 
-_Moments: TypeAlias = tuple[int, float, float, float, float]
+def _narrow(chips: Iterable[NDArray[Any]], dtype: np.dtype[Any]) -> _Band:
+    """Count values of a type that has no more than there are buckets."""
+    bits = _UNSIGNED[dtype.name]
+    dense = np.zeros(_BUCKETS, dtype=np.int64)
+    for values in chips:
+        dense += np.bincount(values.view(bits), minlength=_BUCKETS)
+    places, pixels = _sparse(dense)
+    values = places.astype(bits).view(dtype).astype(np.int64)
+    rising = np.argsort(values)  # the bits of negative values follow those of positive ones
+    counts = values[rising], pixels[rising]
+    return _moments_of(counts), counts, True
+
+
+def _wide(chips: Iterable[NDArray[Any]], integers: bool) -> _Band:
+    """Count values of any other type: integers one by one while they are few enough, all else in buckets."""
+    counts, left = _EMPTY, iter(chips)
+    if integers:
+        for values in left:
+            more = _counted(values)
+            both = None if more is None else _both(counts, more)
+            if both is None or len(both[0]) > _BUCKETS:
+                left = chain([values], left)
+                break
+            counts = both
+        else:
+            return _moments_of(counts), counts, True
+    moments, dense = _moments_of(counts), _dense(counts)
+    for values in left:
+        moments = _add(moments, _moments(values.astype(np.float64)))
+        dense += np.bincount(_bucket(values), minlength=_BUCKETS)
+    return moments, _sparse(dense[_BY_VALUE]), False
+
+
+def _counted(values: NDArray[Any]) -> _Counts | None:
+    """Count integers one by one; None where there are too many distinct ones, or one is beyond int64."""
+    low, high = int(values.min()), int(values.max())
+    if high > np.iinfo(np.int64).max:
+        return None
+    if high - low < _BUCKETS:
+        places, counts = _sparse(np.bincount((values - values.dtype.type(low)).astype(np.int64)))
+        return places + low, counts
+    distinct, counts = np.unique(values, return_counts=True)
+    return None if len(distinct) > _BUCKETS else (distinct.astype(np.int64), counts.astype(np.int64))
+
+
+def _sparse(dense: NDArray[np.int64]) -> _Counts:
+    places = np.flatnonzero(dense)
+    return places, dense[places]
+
+
+def _both(a: _Counts, b: _Counts) -> _Counts:
+    """Add counts of two parts."""
+    if not len(a[0]) or not len(b[0]):
+        return a if len(a[0]) else b
+    numbers, place = np.unique(np.concatenate([a[0], b[0]]), return_inverse=True)
+    counts = np.zeros(len(numbers), dtype=np.int64)
+    np.add.at(counts, place, np.concatenate([a[1], b[1]]))
+    return numbers, counts
+
+
+def _dense(counts: _Counts) -> NDArray[np.int64]:
+    """Return counts of values as those of all buckets, not yet by value."""
+    dense = np.zeros(_BUCKETS, dtype=np.int64)
+    np.add.at(dense, _bucket(counts[0]), counts[1])
+    return dense
+
+
+def _moments_of(counts: _Counts) -> _Moments:
+    """Return the moments of values that were counted."""
+    return _moments(counts[0].astype(np.float64), counts[1]) if len(counts[0]) else _NONE
 
 
 def _moments(values: NDArray[np.float64], counts: NDArray[np.int64] | None = None) -> _Moments:
@@ -158,32 +275,30 @@ def _add(a: _Moments, b: _Moments) -> _Moments:
 
 def added(a: SourceStats, b: SourceStats) -> SourceStats:
     """Return what two parts of a source's chips are together."""
-    rows = [
-        _add((int(n), m, s, lo, hi), (int(n2), m2, s2, lo2, hi2))
-        for n, m, s, lo, hi, n2, m2, s2, lo2, hi2 in zip(
-            a.count, a.mean, a.square, a.min, a.max, b.count, b.mean, b.square, b.min, b.max, strict=True
-        )
-    ]
-    count, mean, square, low, high = (np.array(column) for column in zip(*rows, strict=True))
-    buckets = []
-    for one, two in zip(a.buckets, b.buckets, strict=True):
-        numbers, place = np.unique(np.concatenate([one[0], two[0]]), return_inverse=True)
-        counts = np.zeros(len(numbers), dtype=np.int64)
-        np.add.at(counts, place, np.concatenate([one[1], two[1]]))
-        buckets.append((numbers, counts))
-    return SourceStats(
-        a.bands, a.dtype, a.total + b.total, count.astype(np.int64), mean, square, low, high, tuple(buckets)
-    )
+    found = [_added(one, two) for one, two in zip(_bands(a), _bands(b), strict=True)]
+    return _put_together(a.bands, a.dtype, a.units, a.total + b.total, found)
 
 
-def _known(values: Sequence[float], count: Sequence[int]) -> NDArray[np.float64]:
-    return np.asarray(np.where(np.array(count) > 0, np.array(values, dtype=np.float64), np.nan))
+def _bands(own: SourceStats) -> list[_Band]:
+    columns = (own.count, own.mean, own.square, own.min, own.max)
+    moments = zip(*(column.tolist() for column in columns), strict=True)
+    return list(zip(moments, own.buckets, own.by_value, strict=True))
 
 
-def _bucket(values: NDArray[Any], lowest: int | None) -> NDArray[np.int64]:
-    """Return each value's bucket: the value itself, or the upper half of its float32's bits (not yet by value)."""
-    if lowest is not None:
-        return values.astype(np.int64) - lowest
+def _added(a: _Band, b: _Band) -> _Band:
+    moments = _add(a[0], b[0])
+    if a[2] and b[2]:
+        counts = _both(a[1], b[1])
+        few = len(counts[0]) <= _BUCKETS
+        return moments, counts if few else _sparse(_dense(counts)[_BY_VALUE]), few
+    one, two = (_sparse(_dense(own)[_BY_VALUE]) if by_value else own for _, own, by_value in (a, b))
+    return moments, _both(one, two), False
+
+
+def _bucket(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Return each value's bucket: the upper half of its float32's bits (not yet by value)."""
+    if values.dtype == np.float64:
+        values = np.clip(values, -_LARGEST, _LARGEST)
     return (values.astype(np.float32, copy=False).view(np.uint32) >> 16).astype(np.int64)
 
 
@@ -197,7 +312,9 @@ _BY_VALUE = _by_value()
 
 
 def _middle(number: int) -> float:
-    """Return the middle of a bucket of float32s, in float64."""
+    """Return the middle of a bucket of float32s, in float64; 0 for the smallest ones, whose exponent is 0."""
     upper = np.uint32(_BY_VALUE[number]) << np.uint32(16)
+    if not upper & np.uint32(0x7F800000):
+        return 0.0
     ends = np.array([upper, upper | np.uint32(0xFFFF)], dtype=np.uint32).view(np.float32)
     return float(ends.astype(np.float64).mean())

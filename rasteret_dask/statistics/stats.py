@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.net import remote
-from rasteret_dask.statistics.sketch import SourceStats, added, measured
-from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.statistics.sketch import SourceStats, added, measured, valid_pixels
+from rasteret_dask.tasks.batches import Arrays, Kind
 
 __all__ = ["Stats", "measure", "merged"]
+
+VERSION = 2
+"""Of the JSON text; what the numbers of version 1 mean depends on their dtype."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +52,45 @@ class Stats:
         Parameters
         ----------
         arrays
-            Chips as arrays, a batch say; what is not pixels stays as it is.
+            Chips as arrays, a batch say, of the sources, bands and units that were measured. What is not pixels stays
+            as it is, but ``<source>/valid`` is False where floats are infinite, as it is where they are NaN.
         fill
-            What invalid pixels become: NaN, or 0 for the band's mean.
+            What invalid pixels become, in all bands: NaN, or 0 for the bands' mean.
 
         Raises
         ------
         PlanError
-            When there are pixels of a source that was not measured, or with other bands.
+            When there are pixels of a source that was not measured, of another dtype, or with other bands.
         """
         result = dict(arrays)
         for name, values in arrays.items():
-            if values.ndim != 5:
-                continue
-            own = self[name]
-            if values.shape[2] != len(own.bands):
-                raise PlanError(
-                    f"normalizing source {name!r}",
-                    f"{values.shape[2]} bands",
-                    f"the {len(own.bands)} that were measured",
-                )
-            spread = np.where(own.std > 0, own.std, 1.0).astype(np.float32)[:, None, None]
-            scaled = np.subtract(values, own.mean.astype(np.float32)[:, None, None], dtype=np.float32)
-            scaled /= spread
-            if values.dtype.kind != "f":
-                scaled[np.broadcast_to(~arrays[f"{name}/valid"][:, :, None], scaled.shape)] = fill
-            elif not np.isnan(fill):
-                scaled[np.isnan(scaled)] = fill
-            result[name] = scaled
+            if values.ndim == 5:
+                own = self[name]
+                _same(name, f"{values.shape[2]} bands", f"{len(own.bands)} bands")
+                _same(name, f"{values.dtype.name} pixels", f"{own.dtype} pixels")
+                valid = result[f"{name}/valid"] = _valid(name, arrays)
+                result[name] = _scaled(values, valid, own, fill)
         return result
+
+    def check(self, kinds: Mapping[str, Kind]) -> None:
+        """Raise an error unless chips can be normalized by these statistics; nothing is read.
+
+        Parameters
+        ----------
+        kinds
+            Source -> what its pixels are. Units "" are unknown, and fit any.
+
+        Raises
+        ------
+        PlanError
+            When a source was not measured, with other bands or another order of them, or in another dtype or units.
+        """
+        for name, kind in kinds.items():
+            own = self[name]
+            _same(name, f"bands {', '.join(kind.bands)}", f"bands {', '.join(own.bands)}")
+            _same(name, f"{kind.dtype} pixels", f"{own.dtype} pixels")
+            if kind.units and own.units:
+                _same(name, f"units {kind.units!r}", f"units {own.units!r}")
 
     @property
     def table(self) -> pa.Table:
@@ -113,38 +126,56 @@ class Stats:
 
         Raises
         ------
+        ReadError
+            When nothing lies there, or it cannot be read.
         SchemaError
-            When it is something else.
+            When it is something else, is damaged, or was written by a version that measured otherwise.
         """
-        return cls.from_json(remote.get(_place(path)).decode(), os.fspath(path))
+        return cls.from_json(remote.get(_place(path)), os.fspath(path))
 
     def to_json(self) -> str:
         """Return them as JSON text."""
-        return json.dumps({"chips": self.chips, "sources": {k: _said(v) for k, v in self.sources.items()}})
+        sources = {name: _said(own) for name, own in self.sources.items()}
+        return json.dumps({"version": VERSION, "chips": self.chips, "sources": sources})
 
     @classmethod
-    def from_json(cls, text: str, subject: str = "statistics") -> Stats:
-        """Return what :meth:`to_json` made."""
+    def from_json(cls, text: str | bytes, subject: str = "statistics") -> Stats:
+        """Return what :meth:`to_json` made.
+
+        Raises
+        ------
+        SchemaError
+            As :meth:`load` does.
+        """
         try:
             said = json.loads(text)
-            return cls({k: _of(v) for k, v in said["sources"].items()}, int(said["chips"]))
-        except (ValueError, KeyError, TypeError, zlib.error) as error:
-            raise SchemaError(f"reading {subject}", f"{error}", "what Stats.save wrote") from error
+            if said["version"] != VERSION:
+                raise ValueError(f"version {said['version']!r}")
+            return cls({name: _of(own) for name, own in said["sources"].items()}, int(said["chips"]))
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+            raise SchemaError(
+                f"reading {subject}", f"{type(error).__name__}: {error}", "what Stats.save of this version wrote",
+                "Measure again, with stats().",
+            ) from error  # fmt: skip
 
 
-def measure(arrays: Arrays, bands: Mapping[str, Sequence[str]]) -> Stats:
-    """Measure some chips.
+def measure(arrays: Arrays, kinds: Mapping[str, Kind]) -> Stats:
+    """Measure some chips: the pixels of each source, and as ``"<source>/<mask>"`` its masks, NaN aside.
 
     Parameters
     ----------
     arrays
         The chips.
-    bands
-        Source -> names of its bands.
+    kinds
+        Source -> what its pixels are.
     """
-    sources = {
-        name: measured(arrays[name], arrays[f"{name}/valid"], tuple(own)) for name, own in bands.items()
-    }
+    sources = {}
+    for name, kind in kinds.items():
+        sources[name] = measured(arrays[name], arrays[f"{name}/valid"], kind.bands, kind.units)
+        for mask, values in arrays.items():
+            if values.ndim == 3 and mask.startswith(f"{name}/"):
+                everywhere = np.ones((len(values), 1, *values.shape[1:]), dtype=bool)
+                sources[mask] = measured(values[:, None, None], everywhere, (mask.partition("/")[2],))
     return Stats(sources, len(arrays["chip_id"]))
 
 
@@ -157,6 +188,48 @@ def _both(a: Stats, b: Stats) -> Stats:
     return Stats({k: added(v, b.sources[k]) for k, v in a.sources.items()}, a.chips + b.chips)
 
 
+def _same(name: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise PlanError(
+            f"normalizing source {name!r}", found, f"the {wanted} that were measured",
+            "Give the statistics of these chips' train split, measured by stats().",
+        )  # fmt: skip
+
+
+def _valid(name: str, arrays: Arrays) -> NDArray[np.bool_]:
+    values, said = arrays[name], arrays.get(f"{name}/valid")
+    if said is None:
+        if values.dtype.kind != "f":
+            raise PlanError(
+                f"normalizing source {name!r}", f"no {name}/valid", "where its integers are valid"
+            )
+        said = np.ones((*values.shape[:2], *values.shape[3:]), dtype=bool)
+    result = np.empty_like(said)
+    for chip, seen, out in zip(values, said, result, strict=True):
+        out[...] = valid_pixels(chip, seen)
+    return result
+
+
+def _scaled(
+    values: NDArray[Any], valid: NDArray[np.bool_], own: SourceStats, fill: float
+) -> NDArray[np.float32]:
+    """Return normalized pixels, made chip by chip, so that temporaries stay in the processor's cache."""
+    wide = np.result_type(values.dtype, np.float32)  # float64 but for types that float32 holds exactly
+    mean = own.mean.astype(wide)[:, None, None]
+    spread = np.where(own.constant, np.inf, own.std).astype(wide)[:, None, None]
+    result = np.empty(values.shape, dtype=np.float32)
+    for chip, seen, out in zip(values, valid, result, strict=True):
+        with np.errstate(
+            invalid="ignore"
+        ):  # an infinite pixel of a band that never varies: it is filled below
+            apart = np.subtract(chip, mean, dtype=wide)
+            apart /= spread
+        out[...] = apart
+        if not seen.all():
+            np.copyto(out, np.float32(fill), where=~seen[:, None])
+    return result
+
+
 def _place(path: str | os.PathLike[str]) -> str:
     place = os.fspath(path)
     return place if "://" in place else os.path.abspath(place)
@@ -167,21 +240,29 @@ _ARRAYS = ("mean", "square", "min", "max")
 
 def _said(own: SourceStats) -> dict[str, Any]:
     packed = [[_packed(numbers), _packed(counts)] for numbers, counts in own.buckets]
-    numbers = {
-        k: [None if np.isnan(v) else v for v in getattr(own, k).tolist()] for k in _ARRAYS
+    numbers = {k: [None if np.isnan(v) else v for v in getattr(own, k).tolist()] for k in _ARRAYS}
+    head = {
+        "bands": list(own.bands), "dtype": own.dtype, "units": own.units, "total": own.total,
+        "count": own.count.tolist(), "by_value": list(own.by_value),
     }  # fmt: skip
-    head = {"bands": list(own.bands), "dtype": own.dtype, "total": own.total, "count": own.count.tolist()}
     return {**head, **numbers, "buckets": packed}
 
 
 def _of(said: Mapping[str, Any]) -> SourceStats:
     arrays = {k: np.array([np.nan if v is None else v for v in said[k]], dtype=np.float64) for k in _ARRAYS}
+    buckets = tuple((_unpacked(a), _unpacked(b)) for a, b in said["buckets"])
+    if len({len(said[k]) for k in (*_ARRAYS, "bands", "count", "buckets", "by_value")}) != 1:
+        raise ValueError("columns of several lengths")
+    if [int(counts.sum()) for _, counts in buckets] != said["count"]:
+        raise ValueError("buckets that do not add up to the count")
     return SourceStats(
         bands=tuple(said["bands"]),
         dtype=str(said["dtype"]),
+        units=str(said["units"]),
         total=int(said["total"]),
         count=np.array(said["count"], dtype=np.int64),
-        buckets=tuple((_unpacked(a), _unpacked(b)) for a, b in said["buckets"]),
+        buckets=buckets,
+        by_value=tuple(bool(known) for known in said["by_value"]),
         **arrays,
     )
 

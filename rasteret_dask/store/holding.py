@@ -7,13 +7,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from rasteret_dask.net.limits import workers
 from rasteret_dask.store import decode
-from rasteret_dask.store.stored import Stored, facts, no_nan, sampled
+from rasteret_dask.store.stored import Stored, facts, finite, sampled
 from rasteret_dask.store.storeread import Packed, fetch
 from rasteret_dask.tasks.batches import Arrays
 
@@ -69,7 +68,7 @@ class HeldShard:
                 packed.into(row, target, place)
         for name in self._pixels_only:
             for place in places:
-                out[f"{name}/valid"][place] = no_nan(out[name][place])
+                out[f"{name}/valid"][place] = finite(out[name][place])
 
 
 def hold(store: Stored, number: int) -> HeldShard:
@@ -96,5 +95,5 @@ def hold(store: Stored, number: int) -> HeldShard:
     return HeldShard(
         {names[key]: packed for key, packed in found.items()},
         {names[key]: arrays[key[0]][key[1]].shape[1:] for key in found},
-        facts(store.table.take(pa.array(np.arange(own.start, own.stop)))),
+        facts(store.rows_of_table(own)),
     )

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
 from rasteret_dask._version import __version__
-from rasteret_dask.chipping.chiptable import MASK, label_columns
+from rasteret_dask.chipping.chiptable import MASK, label_columns, label_fields
 from rasteret_dask.store.encode import Compression, codec_of
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.screening import KEPT
@@ -23,7 +24,7 @@ __all__ = ["JOB", "Layout"]
 JOB = "_job"
 """Folder of the job itself and of what its tasks report."""
 
-_EPOCH = "microseconds since 1970-01-01"
+_TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 _NAT = np.iinfo(np.int64).min
 _COORDINATES = "chip_id split epsg bounds valid_fraction datetime source"
 
@@ -94,15 +95,16 @@ class Layout:
         self._array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
         self._array(group, "source", two, str, ("chip", "time"), (per, out.times), None, "")
         when = self._array(group, "datetime", two, "int64", ("chip", "time"), (per, out.times), None, _NAT)
-        when.update_attributes({"units": _EPOCH, "calendar": "proleptic_gregorian", "_FillValue": _NAT})
+        when.update_attributes(_TIMES | {"_FillValue": _NAT})
         self._known(group, h, out)
         kept: tuple[str, ...] = ()
         if self.job.screens:  # what it says is known when all shards are written
             self._array(group, KEPT, (n,), "bool", ("chip",), (n,), None, False)
             kept = (KEPT,)
+        own = [field.name for field in label_fields(self.job.chips.schema)]
         group.update_attributes(
             {
-                "coordinates": " ".join((_COORDINATES, *kept, *label_columns(self.job.chips))),
+                "coordinates": " ".join((_COORDINATES, *kept, *own)),
                 **self.attrs.get(self.job.sources[source].name, {}),
             }
         )
@@ -120,15 +122,24 @@ class Layout:
         )
         box[:] = bounds
         for name, values in label_columns(rows).items():
-            dtype, fill = (str, "") if values.dtype == object else (values.dtype.name, values.dtype.type(0))
-            self._array(group, name, (h.chips,), dtype, ("chip",), (h.chips,), None, fill)[:] = values
+            self._label(group, name, values)
         bands = np.array(out.bands, dtype=object)
         self._array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
         if out.slots is not None:
             stamps = np.array(out.slots, dtype=np.int64) // 1000
             time = self._array(group, "time", (len(stamps),), "int64", ("time",), (len(stamps),), None, 0)
             time[:] = stamps
-            time.update_attributes({"units": _EPOCH, "calendar": "proleptic_gregorian"})
+            time.update_attributes(_TIMES)
+
+    def _label(self, group: zarr.Group, name: str, values: NDArray[Any]) -> None:
+        n = len(values)
+        if values.dtype.kind == "M":
+            when = self._array(group, name, (n,), "int64", ("chip",), (n,), None, _NAT)
+            when[:] = values.view(np.int64)
+            when.update_attributes(_TIMES | {"_FillValue": _NAT})
+            return
+        dtype, fill = (str, "") if values.dtype == object else (values.dtype.name, values.dtype.type(0))
+        self._array(group, name, (n,), dtype, ("chip",), (n,), None, fill)[:] = values
 
     def _array(
         self,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import bounds_of, label_columns
@@ -21,15 +21,16 @@ from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, ope
 from rasteret_dask.store.storeread import read_rows
 from rasteret_dask.tasks.batches import Arrays
 
-__all__ = ["Stored", "facts", "no_nan", "read_shard", "sampled", "take"]
+__all__ = ["Stored", "facts", "finite", "read_shard", "sampled", "take"]
 
 OWN = ("valid_fraction", "source")
 """Variables that shards' tasks write and samples do not carry."""
 
 _ROW = "__row__"
+_CHOOSING = Lock()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """Chips of a finished store: which store, and which steps choose its chips. Pickles small; opens when used."""
 
@@ -42,12 +43,6 @@ class Stored:
         """Return all kept chips of a store."""
         return cls(url, Source("store", digest))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # not what was read on the way
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
     @property
     def map(self) -> StoreMap:
         """What the store holds."""
@@ -57,56 +52,49 @@ class Stored:
             node = node.child
         return open_map(self.url, node.token)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """What the chips are known by: the store's digest and the steps."""
-        return digest(self.plan)
+        return _digest(self.plan)
 
-    @cached_property
-    def bands(self) -> dict[str, tuple[str, ...]]:
+    @property
+    def bands(self) -> Mapping[str, tuple[str, ...]]:
         """Source -> names of its bands."""
-        opened = self.map
-        return {g.source: tuple(opened.values(g.arrays["band"]).tolist()) for g in opened.first}
+        return self.map.bands
 
-    @cached_property
+    @property
     def rows(self) -> NDArray[np.int64]:
         """Shape (chip,). Row of each chip among all of the store, rising."""
-        return np.asarray(self._chosen.column(_ROW).to_numpy())
+        return chosen(self.map, self.plan).rows
 
-    @cached_property
-    def table(self) -> pa.Table:
-        """The chip table, without ``feeds``: kept and chosen chips only."""
-        return self._chosen.drop_columns([_ROW])
-
-    @cached_property
-    def _chosen(self) -> pa.Table:
-        opened = self.map
-        rows = np.flatnonzero(opened.kept)
-        table = opened.chips if opened.kept.all() else opened.chips.take(pa.array(rows))
-        return _carried_out(self.plan, table.append_column(_ROW, pa.array(rows)))
-
-    @cached_property
+    @property
     def shards(self) -> tuple[StoredShard, ...]:
         """The shards of the splits that chips were chosen of; those whose chips were all dropped too."""
-        opened = self.map
-        chosen = {opened.shards[n].split for n in np.unique(self._shard_of(self.rows)).tolist()}
-        return tuple(s for s in opened.shards if s.split in chosen)
+        return chosen(self.map, self.plan).shards
 
-    @cached_property
+    @property
     def offsets(self) -> NDArray[np.int64]:
         """Shape (shard + 1,). Chips of shard i are rows offsets[i] to offsets[i + 1] of ``table``."""
-        ends = [self.rows.searchsorted(s.start + s.chips) for s in self.shards]
-        return np.array([0, *ends], dtype=np.int64)
+        return chosen(self.map, self.plan).offsets
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Chosen chips of each shard, in the order of the chip table."""
-        return tuple(np.diff(self.offsets).tolist())
+        return chosen(self.map, self.plan).sizes
 
-    @cached_property
+    @property
+    def table(self) -> pa.Table:
+        """What batches have of the chip table: kept and chosen chips only."""
+        return self.rows_of_table(slice(None))
+
+    def rows_of_table(self, rows: NDArray[np.int64] | slice) -> pa.Table:
+        """Return some rows of ``table``, in the order asked for."""
+        return self.map.chips.table.take(pa.array(self.rows[rows]))
+
+    @property
     def place(self) -> Mapping[str, int]:
         """Id of each chip -> its row in ``table``."""
-        return {chip: row for row, chip in enumerate(self.table.column("chip_id").to_pylist())}
+        return _Places(self.map, self.rows)
 
     def rows_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """Return the rows of ``table`` that some ids name, in their order.
@@ -116,58 +104,124 @@ class Stored:
         PlanError
             When the store has no such chip, it was dropped, or it was not chosen.
         """
-        unknown = [i for i in ids if i not in self.place]
+        place = self.place
+        found = [place.get(i) for i in ids]
+        unknown = [i for i, row in zip(ids, found, strict=True) if row is None]
         if unknown:
             raise PlanError(
                 f"chips of store {remote.redact(self.url)}", self._why_not(unknown[0], len(unknown)),
                 f"ids of its {len(self.rows)} chips", "They stand in column chip_id of .table.",
             )  # fmt: skip
-        return np.array([self.place[i] for i in ids], dtype=np.int64)
+        return np.array(found, dtype=np.int64)
 
     def _why_not(self, chip: str, others: int) -> str:
         more = f" (and {others - 1} more)" if others > 1 else ""
         for shard in self.map.shards:
             if chip in shard.dropped:
                 return f"chip {chip!r}{more}, which keep() dropped: {shard.dropped[chip]}"
-        known = chip in set(self.map.chips.column("chip_id").to_pylist())
+        known = self.map.chips.row_of(chip) is not None
         return f"chip {chip!r}{more}, " + ("which was not selected" if known else "which it never had")
 
-    def _shard_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.searchsorted(self.map.starts, rows, side="right") - 1
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Places(Mapping[str, int]):
+    """Id of each chip -> its place among the chosen ones."""
+
+    store: StoreMap
+    rows: NDArray[np.int64]
+
+    def __getitem__(self, chip: str) -> int:
+        row = self.store.chips.row_of(chip) if isinstance(chip, str) else None
+        place = len(self.rows) if row is None else int(self.rows.searchsorted(row))
+        if place == len(self.rows) or self.rows[place] != row:
+            raise KeyError(chip)
+        return place
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.store.chips.table.column("chip_id").take(pa.array(self.rows)).to_pylist())
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
-def _carried_out(node: Node, table: pa.Table) -> pa.Table:
-    """Return the rows that a plan's steps choose."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """The chips that a plan's steps choose, among all of a store."""
+
+    rows: NDArray[np.int64]
+    """As in :class:`Stored`, like the others."""
+    shards: tuple[StoredShard, ...]
+    offsets: NDArray[np.int64]
+    sizes: tuple[int, ...]
+
+
+def chosen(store: StoreMap, plan: Node) -> Chosen:
+    """Carry out a plan's steps, each once per process whatever the number of threads and tasks.
+
+    Raises
+    ------
+    PlanError
+        When a step names a split or a column that the store has not, or leaves no chip.
+    """
+    with _CHOOSING:
+        return _chosen(store, plan)
+
+
+@lru_cache(maxsize=8)
+def _chosen(store: StoreMap, plan: Node) -> Chosen:
+    rows = _carried_out(store, plan)
+    ends = rows.searchsorted(np.append(store.starts, store.planned))
+    splits = {shard.split for shard, size in zip(store.shards, np.diff(ends), strict=True) if size}
+    own = [n for n, shard in enumerate(store.shards) if shard.split in splits]
+    offsets = np.array([0, *(ends[n + 1] for n in own)], dtype=np.int64)
+    return Chosen(rows, tuple(store.shards[n] for n in own), offsets, tuple(np.diff(offsets).tolist()))
+
+
+@lru_cache(maxsize=64)
+def _digest(plan: Node) -> str:
+    return digest(plan)
+
+
+def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
+    """Return the rows, among all of the store, that the last step of a plan leaves of what the others do."""
+    if not isinstance(node, Keep | Select | Sample):
+        return np.flatnonzero(store.kept)
+    below = _chosen(store, node.child)
     match node:
-        case Keep(child, where):
-            below = _carried_out(child, table)
-            unknown = [column for column, *_ in where if column not in below.column_names]
-            if unknown:
-                raise PlanError(
-                    f"filter on chip column {unknown[0]!r}", "no such column",
-                    f"one of {', '.join(n for n in below.column_names if n != _ROW)}",
-                )  # fmt: skip
+        case Keep(_, where):
             from rasteret_dask.planning.scan import filter_table  # pandas: training workers start without it
 
-            found = filter_table(below, where, "chips")
-        case Select(child, splits):
-            below = _carried_out(child, table)
-            known = [s for s in below.column("split").unique().to_pylist() if s]
+            table = _columns(store, "filter", [column for column, *_ in where], below.rows)
+            found = filter_table(table, where, "chips").column(_ROW).to_numpy()
+        case Select(_, splits):
+            known = list(dict.fromkeys(s.split for s in below.shards if s.split))
             unknown = [s for s in splits if s not in known]
             if unknown:
                 raise PlanError(
                     "select", f"split {', '.join(map(repr, unknown))}",
                     f"one of {', '.join(known)}" if known else "a store with splits",
                 )  # fmt: skip
-            found = below.filter(pc.is_in(below.column("split"), value_set=pa.array(splits)))
-        case Sample(child, n, seed, by):
-            below = _carried_out(child, table)
-            found = below.take(pa.array(sample_rows(below, "chip_id", n, seed, by)))
-        case _:
-            return table
-    if not found.num_rows:
-        raise PlanError(type(node).__name__.lower(), f"no chip left of {below.num_rows}", "at least one")
-    return found
+            inside = np.repeat([s.split in splits for s in below.shards], below.sizes)
+            found = below.rows[inside]
+        case Sample(_, n, seed, by):
+            table = _columns(store, "sample(by=)", ["chip_id", *([] if by is None else [by])], below.rows)
+            found = below.rows[sample_rows(table, "chip_id", n, seed, by)]
+    if not len(found):
+        raise PlanError(type(node).__name__.lower(), f"no chip left of {len(below.rows)}", "at least one")
+    return np.asarray(found)
+
+
+def _columns(store: StoreMap, subject: str, names: Sequence[str], rows: NDArray[np.int64]) -> pa.Table:
+    """Return columns that a step asks for, and which rows of the store they are of."""
+    unknown = [name for name in names if name not in store.chips.names]
+    if unknown:
+        raise PlanError(
+            f"{subject} on chip column {unknown[0]!r}",
+            "no such column",
+            f"one of {', '.join(store.chips.names)}",
+        )
+    table = store.chips.columns(list(dict.fromkeys(names)))
+    return table.take(pa.array(rows)).append_column(_ROW, pa.array(rows))
 
 
 def read_shard(store: Stored, number: int) -> Arrays:
@@ -204,16 +258,16 @@ def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:
     arrays: Arrays = {}
     for source, variables in names.items():
         pixels = arrays[source] = read[source, "pixels"]
-        arrays[f"{source}/valid"] = read[source, "valid"] if "valid" in variables else no_nan(pixels)
+        arrays[f"{source}/valid"] = read[source, "valid"] if "valid" in variables else finite(pixels)
         for name in variables:
             if name not in ("pixels", "valid"):
                 arrays[f"{source}/{name}"] = read[source, name]
-    return {**arrays, **facts(store.table.take(pa.array(rows)))}
+    return {**arrays, **facts(store.rows_of_table(rows))}
 
 
-def no_nan(pixels: NDArray[Any]) -> NDArray[np.bool_]:
+def finite(pixels: NDArray[Any]) -> NDArray[np.bool_]:
     """Return where pixels (..., time, band, y, x) of an array without ``valid`` are valid: shape (..., time, y, x)."""
-    valid: NDArray[np.bool_] = ~np.isnan(pixels).any(axis=-3)
+    valid: NDArray[np.bool_] = np.isfinite(pixels).all(axis=-3)
     return valid
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import StoreError
@@ -19,6 +18,8 @@ from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store.decode import chunk_of
 from rasteret_dask.store.encode import Encoding
+from rasteret_dask.store.storetables import MANIFEST, ChipColumns, open_table
+from rasteret_dask.tasks.batches import Kind
 
 __all__ = [
     "StoreMap",
@@ -32,7 +33,13 @@ __all__ = [
 ]
 
 JOB = "_job"
-CHIPS = "chips.parquet"
+COMPACT = "compact"
+"""Third line of ``_job/digest`` where :func:`rasteret_dask.compact` writes, not ``to_zarr``."""
+
+_OF_SHARDS = ("shard", "split", "number", "chips", "dropped_chips", "objects")
+
+_OPENING = Lock()
+_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -84,15 +91,22 @@ class StoredShard:
     start: int
     """Row of its first chip in ``chips.parquet``."""
     chips: int
-    sizes: Mapping[str, tuple[int, int]]
-    """Path -> bytes and CRC-32C of each object; what is not here is fill throughout."""
     dropped: Mapping[str, str]
     """Id of each chip that ``keep`` left out -> the reason."""
+    row: int
+    """Counts all shards."""
+    objects: pa.ListArray = field(repr=False)
+    """The manifest's column, of all shards: no object's path is a Python value before it is read."""
+
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Path -> bytes and CRC-32C of each object; what is not here is fill throughout."""
+        return {o["path"]: (o["size"], o["crc32c"]) for o in self.objects[self.row].as_py()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoreMap:
-    """A finished store, without its pixels."""
+    """A finished store, without its pixels: one a process, so that it is known by being this one."""
 
     url: str
     digest: str
@@ -100,31 +114,44 @@ class StoreMap:
     groups: Mapping[str | None, tuple[StoredGroup, ...]]
     """Split -> a group a source."""
     shards: tuple[StoredShard, ...]
-    manifest: pa.Table
     root: Mapping[str, Any] = field(repr=False)
     """The root's metadata document."""
 
     @cached_property
-    def chips(self) -> pa.Table:
-        """The chip table as it was planned, dropped chips included, without ``feeds``: most of its bytes.
+    def chips(self) -> ChipColumns:
+        """The chip table, dropped chips included."""
+        return ChipColumns(self.url, self.planned)
 
-        Raises
-        ------
-        StoreError
-            When it is not the table of these shards.
-        """
-        table = _parquet(self.url, CHIPS, leave_out="feeds")
-        expected = sum(s.chips for s in self.shards)
-        if table.num_rows != expected:
-            raise StoreError(
-                f"store {remote.redact(self.url)}", f"{table.num_rows} rows in chips.parquet",
-                f"{expected}, as the manifest says", "The store was changed: write it again.",
-            )  # fmt: skip
-        return table
+    @property
+    def planned(self) -> int:
+        """How many chips were planned: those that are kept, and those that were dropped."""
+        return sum(s.chips for s in self.shards)
 
-    def whole_chips(self) -> pa.Table:
-        """Read the chip table with all of its columns."""
-        return _parquet(self.url, CHIPS)
+    def objects(self) -> Iterator[tuple[str, int]]:
+        """Yield path and bytes of each object of all shards."""
+        flat = pa.array([]) if not self.shards else self.shards[0].objects.flatten()
+        if len(flat):
+            yield from zip(flat.field("path").to_pylist(), flat.field("size").to_pylist(), strict=True)
+
+    def manifest(self) -> pa.Table:
+        """Read the manifest with all of its columns: a row a shard."""
+        with open_table(self.url, MANIFEST) as file:
+            return file.read()
+
+    @cached_property
+    def kinds(self) -> Mapping[str, Kind]:
+        """Source -> what its pixels are."""
+        return {g.source: self._kind(g) for g in self.first}
+
+    def _kind(self, group: StoredGroup) -> Kind:
+        pixels = group.arrays["pixels"]
+        bands = tuple(self.values(group.arrays["band"]).tolist())
+        return Kind(bands, str(pixels.encoding.dtype), str(pixels.attrs.get("units", "")))
+
+    @property
+    def bands(self) -> dict[str, tuple[str, ...]]:
+        """Source -> names of its bands."""
+        return {name: kind.bands for name, kind in self.kinds.items()}
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -134,10 +161,10 @@ class StoreMap:
     @cached_property
     def kept(self) -> NDArray[np.bool_]:
         """Shape (chip,). False for the chips that ``keep`` left out."""
-        kept = np.ones(self.chips.num_rows, dtype=bool)
+        kept = np.ones(self.planned, dtype=bool)
         for shard in self.shards:
             if shard.dropped:
-                ids = self.chips.column("chip_id").slice(shard.start, shard.chips).to_pylist()
+                ids = self.chips.table.column("chip_id").slice(shard.start, shard.chips).to_pylist()
                 kept[shard.start : shard.start + shard.chips] = [i not in shard.dropped for i in ids]
         return kept
 
@@ -171,9 +198,8 @@ def digest_of(url: str) -> str:
     return digest(_said(url)[1])
 
 
-@lru_cache(maxsize=8)
 def open_map(url: str, token: str) -> StoreMap:
-    """Open a finished store, once per process.
+    """Open a finished store, once per process whatever the number of threads.
 
     Parameters
     ----------
@@ -187,14 +213,20 @@ def open_map(url: str, token: str) -> StoreMap:
     StoreError
         When it is not there, not finished, or another store by now.
     """
+    with _OPENING:
+        return _opened(url, token)
+
+
+@lru_cache(maxsize=8)
+def _opened(url: str, token: str) -> StoreMap:
     root, said = _said(url)
     if (found := digest(said)) != token:
         raise StoreError(
             f"store {remote.redact(url)}", f"another store ({found[:12]})",
             f"the one that was opened ({token[:12]})", "It was written anew meanwhile: open it again with open_chips.",
         )  # fmt: skip
-    manifest = _parquet(url, "manifest.parquet")
-    shards = _shards(manifest)
+    with open_table(url, MANIFEST) as file:
+        shards = _shards(file.read([n for n in file.schema_arrow.names if n in _OF_SHARDS]))
     splits = list(dict.fromkeys(s.split for s in shards))
     sources = tuple(said["sources"])
     nodes = root["consolidated_metadata"]["metadata"]
@@ -204,7 +236,7 @@ def open_map(url: str, token: str) -> StoreMap:
         )
         for split in splits
     }
-    return StoreMap(url, token, sources, groups, shards, manifest, root)
+    return StoreMap(url, token, sources, groups, shards, root)
 
 
 def check_sizes(store: StoreMap) -> None:
@@ -222,8 +254,7 @@ def check_sizes(store: StoreMap) -> None:
     found = remote.listing(store.url)
     wrong = [
         f"{path} ({found.get(path, 'no')} bytes, not {size})"
-        for shard in store.shards
-        for path, (size, _) in shard.sizes.items()
+        for path, size in store.objects()
         if found.get(path) != size
     ]
     if wrong:
@@ -241,7 +272,13 @@ def _said(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         root = json.loads(remote.get(remote.join(url, "zarr.json")))
     except remote.MissingError as error:
-        if remote.exists(remote.join(url, JOB, "digest")):
+        writer = _writer(url)
+        if writer == COMPACT:
+            raise StoreError(
+                subject, "an unfinished store", "one that compact has committed",
+                "Call compact with the same store and this target again: it does what is missing.",
+            ) from error  # fmt: skip
+        if writer is not None:
             raise StoreError(
                 subject, "an unfinished store", "one that to_zarr has committed",
                 "Call to_zarr with the same plan again: it does what is missing.",
@@ -256,6 +293,15 @@ def _said(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
             "Open it with xarray, or write it again.",
         )  # fmt: skip
     return root, said
+
+
+def _writer(url: str) -> str | None:
+    """Return who writes a store: "compact", "" for to_zarr, None for nobody."""
+    try:
+        lines = remote.get(remote.join(url, JOB, "digest")).decode().split("\n")
+    except remote.MissingError:
+        return None
+    return lines[2] if len(lines) > 2 else ""
 
 
 def group_path(split: str | None, splits: int, source: str, sources: int) -> str:
@@ -276,26 +322,17 @@ def _group(root: Mapping[str, Any], nodes: Mapping[str, Any], source: str, path:
 
 
 def _shards(manifest: pa.Table) -> tuple[StoredShard, ...]:
-    shards = []
-    start = 0
-    for row in manifest.to_pylist():
-        sizes = {o["path"]: (o["size"], o["crc32c"]) for o in row["objects"]}
-        dropped = json.loads(row.get("dropped_chips", "{}"))
-        shards.append(
-            StoredShard(row["shard"], row["split"], row["number"], start, row["chips"], sizes, dropped)
+    objects = manifest.column("objects").combine_chunks()
+    facts = manifest.drop_columns(["objects"]).to_pylist()
+    starts = np.cumsum([0, *(row["chips"] for row in facts)]).tolist()
+    return tuple(
+        StoredShard(
+            row["shard"], row["split"], row["number"], starts[at], row["chips"], _dropped(row), at, objects
         )
-        start += row["chips"]
-    return tuple(shards)
+        for at, row in enumerate(facts)
+    )  # fmt: skip
 
 
-def _parquet(url: str, name: str, leave_out: str | None = None) -> pa.Table:
-    try:
-        file = pq.ParquetFile(io.BytesIO(remote.get(remote.join(url, name))))
-        return file.read([c for c in file.schema_arrow.names if c != leave_out])
-    except remote.MissingError as error:
-        raise StoreError(
-            f"store {remote.redact(url)}", f"no {name}", "a store as to_zarr wrote it",
-            "It was changed or copied in part: copy it whole, or write it again.",
-        ) from error  # fmt: skip
-    except pa.ArrowInvalid as error:
-        raise StoreError(f"store {remote.redact(url)}", f"a damaged {name}", "Parquet") from error
+def _dropped(row: Mapping[str, Any]) -> Mapping[str, str]:
+    text = row.get("dropped_chips", "{}")
+    return _NOTHING if text == "{}" else json.loads(text)

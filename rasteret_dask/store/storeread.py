@@ -18,7 +18,7 @@ from rasteret_dask.net import remote
 from rasteret_dask.net.limits import BUDGET, host_of, pool, workers
 from rasteret_dask.store import decode
 from rasteret_dask.store.encode import ABSENT, Encoding
-from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap
+from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, digest_of
 
 __all__ = ["Packed", "StoreObject", "fetch", "read_rows"]
 
@@ -61,8 +61,8 @@ def read_rows(
         index = begun.result()
         if index is not None:
             rest += [
-                threads.submit(_single_into, part, start, length, target, place)
-                for (start, length), place in zip(index.tolist(), at.tolist(), strict=True)
+                threads.submit(_single_into, part, index, number, target, place)
+                for number, place in enumerate(at.tolist())
             ]
     for one in rest:
         one.result()
@@ -98,7 +98,7 @@ def fetch(
         if isinstance(first, Packed):
             found[key] = first
         else:
-            rest[key] = [threads.submit(parts[key].single, *entry) for entry in first.tolist()]
+            rest[key] = [threads.submit(parts[key].single, first, number) for number in range(len(chips))]
     for key, singles in rest.items():
         found[key] = parts[key].packed([one.result() for one in singles])
     return found
@@ -114,7 +114,7 @@ def _parts(
     }
 
 
-def _begin_into(part: _Part, out: NDArray[Any], places: NDArray[np.int64]) -> NDArray[np.uint64] | None:
+def _begin_into(part: _Part, out: NDArray[Any], places: NDArray[np.int64]) -> _Index | None:
     """Read and decode what one get brings, on the process's threads for such work; else return the index."""
     with BUDGET.hold(part.nbytes):
         found = part.begin()
@@ -130,8 +130,8 @@ def _begin_into(part: _Part, out: NDArray[Any], places: NDArray[np.int64]) -> ND
     return None
 
 
-def _single_into(part: _Part, start: int, length: int, out: NDArray[Any], place: int) -> None:
-    part.packed([part.single(start, length)]).into(0, out, place)
+def _single_into(part: _Part, index: _Index, number: int, out: NDArray[Any], place: int) -> None:
+    part.packed([part.single(index, number)]).into(0, out, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,10 @@ class StoreObject:
 
     def get(self, start: int, length: int) -> Any:
         """Return bytes of it, held against the manifest: its size, and all of it by its checksum."""
+        return self.fetch(start, length).data
+
+    def fetch(self, start: int, length: int) -> remote.Fetched:
+        """Return the same, with what the store says of the object."""
         try:
             found = remote.fetch(remote.join(self.url, self.path), start, length)
         except remote.MissingError as error:
@@ -170,7 +174,12 @@ class StoreObject:
             and google_crc32c.extend(0, np.frombuffer(memoryview(found.data), np.uint8)) != self.checksum
         ):
             raise self._changed(f"{self.size} other bytes")
-        return found.data
+        return found
+
+    def check_store(self) -> None:
+        """Raise StoreError where the store is another one by now, which sizes and an index alone may not tell."""
+        if digest_of(self.url) != self.digest:
+            raise self._changed("an object of another store")
 
     def _changed(self, found: str) -> StoreError:
         return StoreError(
@@ -179,10 +188,28 @@ class StoreObject:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """Where chips of a shard lie."""
+
+    entries: NDArray[np.uint64]
+    """Shape (chip, 2): offset and length; ABSENT where a chip is not stored."""
+    etag: str | None
+    """The version of the object that they are true of."""
+
+
 @lru_cache(maxsize=4096)
-def _index(item: StoreObject, chips: int) -> NDArray[np.uint64]:
+def _index(item: StoreObject, chips: int, compressed: bool) -> _Index:
+    """Read a shard's index, once per process.
+
+    Of a store written anew in the same place, the sizes of compressed objects tell; of one without compression they
+    are the same, and so is the index.
+    """
     tail = decode.index_nbytes(chips)
-    return decode.index_of(chips, item.get(item.size - tail, tail), item.subject)
+    found = item.fetch(item.size - tail, tail)
+    if not compressed:
+        item.check_store()
+    return _Index(decode.index_of(chips, found.data, item.subject), found.head.etag)
 
 
 @lru_cache(maxsize=4096)
@@ -233,7 +260,7 @@ class _Part:
         single = self.item is None or not self.encoding.sharded or 2 * len(self.chips) < self.of
         return 0 if single or self.item is None else self.item.size
 
-    def begin(self) -> Packed | NDArray[np.uint64]:
+    def begin(self) -> Packed | _Index:
         """Read what one get brings: all of it, or the index that single chips need."""
         item = self.item
         if item is None:
@@ -243,15 +270,23 @@ class _Part:
             return Packed(self.encoding, item.subject, (), values[self.chips])
         per = self.encoding.chunk[0]
         if not self.nbytes:
-            return _index(item, per)[self.chips]
+            whole = _index(item, per, self.encoding.codec is not None)
+            return _Index(whole.entries[self.chips], whole.etag)
         data = memoryview(item.get(0, item.size))
         index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.subject)[self.chips]
         return self.packed([None if s == ABSENT else data[s : s + n] for s, n in index.tolist()])
 
-    def single(self, start: int, length: int) -> Any:
+    def single(self, index: _Index, number: int) -> Any:
         """Read the bytes of one chip by a get of its own; None where it is not stored."""
         assert self.item is not None
-        return None if start == ABSENT else self.item.get(start, length)
+        start, length = index.entries[number].tolist()
+        if start == ABSENT:
+            return None
+        found = self.item.fetch(start, length)
+        if found.head.etag != index.etag:  # copied anew, or something else
+            _index.cache_clear()
+            self.item.check_store()
+        return found.data
 
     def packed(self, pieces: Sequence[Any]) -> Packed:
         """Return chips of it whose bytes are known."""

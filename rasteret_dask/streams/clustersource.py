@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import warnings
 from collections.abc import Hashable, Iterable, Sequence
@@ -14,10 +15,11 @@ from uuid import uuid4
 
 import numpy as np
 from dask._task_spec import Task, TaskRef
-from distributed import Client, wait
+from distributed import Client, get_worker, secede, wait
 from distributed import Future as DaskFuture
 from distributed.comm.core import CommClosedError, connect
 from distributed.scheduler import KilledWorker
+from distributed.threadpoolexecutor import thread_state
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import JobError, PlanError
@@ -92,7 +94,9 @@ class OnCluster:
         self._open: dict[int, _Part] = {}
         self._restricted, self._generation, self._threads, self._lost = frozenset[str](), 0, 1, 0
         self._looked = self._bare = 0.0  # when workers were looked at; since when none of them may read
+        self._empty = 0.0  # since when there are none at all; infinite once that was said
         self._settle()
+        _leave_pool(self._restricted)
         self.ahead = -(-self._threads // share) + 1
         self.direct = self._reachable()
         self._hold_roots()
@@ -115,6 +119,10 @@ class OnCluster:
             found = self._gathered(futures, timeout) if self._there(futures, timeout) else None
             if found is None:
                 return None
+        except RuntimeError as error:  # its event loop is closed
+            if self.client.status not in ("closing", "closed"):
+                raise
+            raise self._gone() from error
         except (CancelledError, CommClosedError):
             self._lost += 1
             self._ask_again()
@@ -141,7 +149,8 @@ class OnCluster:
 
     def _gathered(self, futures: Sequence[Any], timeout: float) -> list[Arrays] | None:
         """Return the futures' results; None where they do not come, as whoever has them is gone."""
-        generation, end = self._generation, time.monotonic() + TRANSFER_S
+        generation, now = self._generation, time.monotonic()
+        end, doubt = now + TRANSFER_S, now + 2 * CONNECT_S
         loop: Any = self.client.loop
         coming: Any = asyncio.run_coroutine_threadsafe(
             self.client.gather(futures, direct=self.direct, asynchronous=True), loop.asyncio_loop
@@ -150,9 +159,21 @@ class OnCluster:
             try:
                 return list(coming.result(timeout))
             except TimeoutError:
+                if coming.done():  # it is what reading ended with
+                    raise
                 self._look()
+            if self.direct and time.monotonic() > doubt:
+                doubt = math.inf
+                self.direct = self._reachable(start=False)
+                if not self.direct:
+                    break
         coming.cancel()
         return None
+
+    def _gone(self) -> JobError:
+        return self._error(
+            f"a scheduler that is gone (the client is {self.client.status})", "a scheduler that answers"
+        )
 
     def _error(self, found: str, expected: str, remedy: str = "") -> JobError:
         resume = "Load this stream's state_dict() into a new stream: it goes on at the next batch."
@@ -221,10 +242,7 @@ class OnCluster:
             except CommClosedError:  # it has not noticed yet, or again
                 pass
             if time.monotonic() > end or self.client.status in ("closing", "closed"):
-                raise self._error(
-                    f"a scheduler that is gone (the client is {self.client.status})",
-                    "a scheduler that answers",
-                )
+                raise self._gone()
             time.sleep(0.2)
 
     def _send_open(self) -> None:
@@ -253,6 +271,7 @@ class OnCluster:
         self._looked = time.monotonic()
         workers = self.client.scheduler_info(n_workers=-1)["workers"]
         readers = {a for a, own in workers.items() if TRAIN not in own.get("resources", {})}
+        self._say_empty(bool(workers))
         if workers and not readers:
             self._bare = self._bare or self._looked
             if not self._open or self._looked - self._bare > AGAIN_S:
@@ -268,17 +287,41 @@ class OnCluster:
         self._threads = max(1, sum(int(workers[a]["nthreads"]) for a in readers))
         return set(workers)
 
-    def _reachable(self) -> bool:
-        """Tell whether workers can be reached from here."""
+    def _say_empty(self, workers: bool) -> None:
+        """Warn once of a cluster that stays without workers: they may be on their way."""
+        if workers:
+            self._empty = 0.0
+        elif not self._empty:
+            self._empty = self._looked
+        elif self._looked - self._empty > AGAIN_S:
+            self._empty = math.inf
+            warnings.warn(
+                f"stream from {self._address}: no workers for {AGAIN_S:.0f} s; it goes on once there are some.",
+                stacklevel=2,
+            )
+
+    def _reachable(self, start: bool = True) -> bool:
+        """Tell whether workers can be reached from here; later on, one that does not answer may just be dying."""
         workers: list[str] = list(self.client.scheduler_info(n_workers=-1)["workers"])
         lost = self.client.sync(_unreachable, self.client, workers)
-        if lost:
+        if lost and (start or len(lost) == len(workers)):
             warnings.warn(
                 f"{len(lost)} of {len(workers)} workers cannot be reached from here ({lost[0]}): chips come through "
                 "the scheduler, which every byte passes twice. Consume where the workers are: rd.stream_from.",
                 stacklevel=2,
             )
-        return not lost
+            return False
+        return True
+
+
+def _leave_pool(readers: frozenset[str]) -> None:
+    """Where a Dask task streams on a worker that reads too, let its thread go: reads would wait for it for ever."""
+    try:
+        own = get_worker().address
+    except ValueError:  # no task
+        return
+    if (not readers or own in readers) and getattr(thread_state, "proceed", False):
+        secede()
 
 
 async def _unreachable(client: Client, addresses: Iterable[str]) -> list[str]:

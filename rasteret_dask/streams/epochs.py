@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -131,7 +131,7 @@ class Order:
 
     def said(self) -> dict[str, Any]:
         """Return what two streams must have in common to yield the same batches, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name != "sizes"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sizes"}
 
     def epochs(self, first: int, batch: int, stop: int) -> Iterator[Epoch]:
         """Yield this rank's epochs before ``stop``, from one batch of the first of them on."""
@@ -222,17 +222,25 @@ class Epoch:
         batch_size
             Chips of a batch.
         """
+        number_of, place_in = np.divmod(np.arange(len(row)), batch_size)
+        order = np.lexsort((visit, number_of))  # by batch, then visit, and else as they come
+        number_of, visit, row, place_in = number_of[order], visit[order], row[order], place_in[order]
+        begins = np.ones(len(row), dtype=bool)
+        begins[1:] = (np.diff(number_of) != 0) | (np.diff(visit) != 0)
+        first = np.flatnonzero(begins)
         rows: list[list[NDArray[np.int64]]] = [[] for _ in shards]
+        parts: list[list[tuple[int, int, NDArray[np.int64]]]] = [[] for _ in range(0, len(row), batch_size)]
+        ends = np.append(first, len(row))[1:]
+        for start, end, batch, at in zip(
+            first.tolist(), ends.tolist(), number_of[first].tolist(), visit[first].tolist(), strict=True
+        ):
+            parts[batch].append((at, len(rows[at]), place_in[start:end]))
+            rows[at].append(row[start:end])
         batches, needed = [], 0
-        for start in range(0, len(row), batch_size):
-            own = slice(start, start + batch_size)
-            parts = []
-            for at in np.unique(visit[own]).tolist():
-                places = np.flatnonzero(visit[own] == at)
-                parts.append((at, len(rows[at]), places))
-                rows[at].append(row[own][places])
-            needed = max(needed, parts[-1][0] + 1)
-            batches.append(Batch(tuple(parts), needed, len(row[own]), padded[own]))
+        for start, one in zip(range(0, len(row), batch_size), parts, strict=True):
+            needed = max(needed, one[-1][0] + 1)
+            marks = padded[start : start + batch_size]
+            batches.append(Batch(tuple(one), needed, len(marks), marks))
         return cls(
             number,
             tuple(Visit(s, tuple(r)) for s, r in zip(shards, rows, strict=True)),

@@ -9,8 +9,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from rasteret_dask.errors import ReadError
 from rasteret_dask.streams.readings import Reading
-from rasteret_dask.tasks.batches import Arrays, InMemory, arrays_of
+from rasteret_dask.tasks.batches import Arrays, InMemory, Kind, arrays_of
 from rasteret_dask.tasks.job import Job, Output
 from rasteret_dask.tasks.mapping import Functions
 from rasteret_dask.tasks.screening import KEPT
@@ -43,6 +44,12 @@ def planned(
     """
     shards = tuple(job.shards())
 
+    def read(number: int) -> InMemory:
+        found = _kept(read_chips(job, shards[number], functions, on_error), None)
+        if sizes is not None and len(found["chip_id"]) != sizes[number]:
+            raise _other(shards[number].name, len(found["chip_id"]), str(sizes[number]))
+        return InMemory(found)
+
     def tasks() -> tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]:
         tail = "" if on_error == "raise" else f"-{on_error}"
         graph, named = renamed(lower(job, functions, on_error=on_error), job, tail, "read")
@@ -53,8 +60,11 @@ def planned(
     return Reading(
         sizes or tuple(s.stop - s.start for s in shards),
         job.digest,
-        {plan.name: out.bands for plan, out in zip(job.sources, outputs, strict=True)},
-        lambda number: InMemory(_kept(read_chips(job, shards[number], functions, on_error), None)),
+        {
+            plan.name: Kind(out.bands, out.dtype, dict(out.attrs).get("units", ""))
+            for plan, out in zip(job.sources, outputs, strict=True)
+        },
+        read,
         tasks,
         _kept,
     )
@@ -66,4 +76,13 @@ def _kept(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None) -> 
     if KEPT not in first.coords:
         return arrays_of(sources, rows)
     places = np.flatnonzero(first[KEPT].values)
+    if rows is not None and len(rows) and rows.max() >= len(places):
+        raise _other(f"of {first['chip_id'].values[0]}", len(places), f"at least {rows.max() + 1}")
     return arrays_of(sources, places if rows is None else places[rows])
+
+
+def _other(shard: str, found: int, counted: str) -> ReadError:
+    return ReadError(
+        f"shard {shard}", f"{found} chips that keep() keeps", f"{counted}, as when they were counted",
+        "Its rules must say the same each time: a function is random, or files changed or could not be read.",
+    )  # fmt: skip

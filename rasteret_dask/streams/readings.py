@@ -11,9 +11,10 @@ import numpy as np
 from dask._task_spec import Task
 from numpy.typing import NDArray
 
+from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import stored
 from rasteret_dask.store.holding import hold
-from rasteret_dask.tasks.batches import Arrays, Held, take
+from rasteret_dask.tasks.batches import Arrays, Held, Kind, take
 
 __all__ = ["Reading", "stored_chips"]
 
@@ -26,8 +27,8 @@ class Reading:
     """Chips of each shard, in the order of the chip table."""
     digest: str
     """Tells these chips from others; goes into states."""
-    bands: Mapping[str, tuple[str, ...]]
-    """Source -> names of its bands."""
+    kinds: Mapping[str, Kind]
+    """Source -> what its pixels are."""
     read: Callable[[int], Held]
     """Reads a shard in this process, to make batches of it."""
     tasks: Callable[[], tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]]
@@ -35,20 +36,24 @@ class Reading:
     part: Callable[[Any, NDArray[np.int64] | None], Arrays]
     """Takes rows (None: all) of a task's result, on the worker that has it."""
 
+    @property
+    def bands(self) -> dict[str, tuple[str, ...]]:
+        """Source -> names of its bands."""
+        return {name: kind.bands for name, kind in self.kinds.items()}
 
-def stored_chips(chips: stored.Stored, bands: Mapping[str, tuple[str, ...]]) -> Reading:
+
+def stored_chips(chips: stored.Stored) -> Reading:
     """Return the chosen and kept chips of a store, in the order of its shards.
 
     Parameters
     ----------
     chips
         The chips.
-    bands
-        Source -> names of its bands.
     """
 
     def tasks() -> tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]:
-        keys = [f"read-stored-{number:05d}-{chips.digest[:16]}" for number in range(len(chips.sizes))]
+        tail = digest(chips.url, chips.digest)[:16]
+        keys = [f"read-stored-{number:05d}-{tail}" for number in range(len(chips.sizes))]
         return {}, [(key, Task(key, stored.read_shard, chips, n)) for n, key in enumerate(keys)]
 
-    return Reading(chips.sizes, chips.digest, bands, partial(hold, chips), tasks, take)
+    return Reading(chips.sizes, chips.digest, chips.map.kinds, partial(hold, chips), tasks, take)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYetError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,11 +56,8 @@ class OnThreads:
 
     def collect(self, handles: Sequence[Any], timeout: float) -> list[Part] | None:
         """Return parts, or None where a shard is not read in time."""
-        end = time.monotonic() + timeout
-        try:
-            for handle in handles:
-                handle.read.result(max(0.0, end - time.monotonic()))
-        except NotYetError:
+        # not by result(timeout): a TimeoutError may be what reading ended with
+        if wait({handle.read for handle in handles}, timeout).not_done:
             return None
         return [(handle.read.result(), handle.rows) for handle in handles]
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import tee
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
-from rasteret_dask.streams.epochs import Batch, Epoch, Order
+from rasteret_dask.streams.ahead import Shelf, fill
+from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.shardsource import OnThreads, ShardSource
-from rasteret_dask.tasks.batches import Arrays, Part, assembled
+from rasteret_dask.tasks.batches import Arrays, Kind
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Normalize", "Stream", "batches"]
+__all__ = ["Normalize", "Stream", "batches", "normalizer"]
 
 VERSION = 1
-POLL_S = 0.5
 
 
 class Normalizer(Protocol):
@@ -60,13 +58,34 @@ def batches(
     for name, value in (("epochs", epochs), ("prefetch", prefetch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PlanError(f"stream({name}=)", repr(value), "a whole number from 1 on")
-    function = None if normalize is None else getattr(normalize, "normalize", normalize)
-    if not callable(function) and function is not None:
-        raise PlanError(
-            "stream(normalize=)", repr(normalize), "what stats() returned, or a function of a batch"
-        )
-
+    function = normalizer(normalize, reading.kinds)
     return Stream(reading, order, epochs, client, prefetch, function)
+
+
+def normalizer(normalize: Normalize | None, kinds: Mapping[str, Kind]) -> Callable[[Arrays], Arrays] | None:
+    """Return what is done to each batch, once statistics were seen to be of these sources.
+
+    Parameters
+    ----------
+    normalize
+        What :meth:`Chips.stats` returned, a method of it or a ``partial`` of one, another function, or None.
+    kinds
+        Source -> what its pixels are.
+
+    Raises
+    ------
+    PlanError
+        When it is none of these, or statistics of other bands, dtypes or units.
+    """
+    if normalize is None:
+        return None
+    function = getattr(normalize, "normalize", normalize)
+    if not callable(function):
+        raise PlanError("normalize=", repr(normalize), "what stats() returned, or a function of a batch")
+    method = getattr(function, "func", function)
+    if callable(check := getattr(getattr(method, "__self__", None), "check", None)):
+        check(kinds)
+    return function
 
 
 class Stream(Iterator[Arrays]):
@@ -101,8 +120,9 @@ class Stream(Iterator[Arrays]):
         self._prefetch, self._normalize = prefetch, normalize
         self._token = digest(reading.digest, list(reading.sizes))
         self._position = 0
-        self._shelf: _Shelf | None = None
+        self._shelf: Shelf | None = None
         self._finalizer: Any = None
+        self._taking = threading.Lock()
 
     @property
     def bands(self) -> Mapping[str, tuple[str, ...]]:
@@ -116,15 +136,19 @@ class Stream(Iterator[Arrays]):
         return self
 
     def __next__(self) -> Arrays:
-        if self._position >= len(self):
-            self.close()
-            raise StopIteration
-        if self._shelf is None:
-            self._start()
-        assert self._shelf is not None
-        batch = self._shelf.take()
-        self._position += 1
-        return batch
+        with self._taking:  # threads may take turns
+            if self._position >= len(self):
+                self.close()
+                raise StopIteration
+            shelf = self._shelf or self._start()
+            try:
+                batch = shelf.take(self._position)
+            except BaseException:
+                if shelf.failed:  # the next call reads on from here
+                    self.close()
+                raise
+            self._position += 1
+            return batch
 
     @property
     def epoch(self) -> int:
@@ -151,7 +175,7 @@ class Stream(Iterator[Arrays]):
             When it is none, or one of other chips or of other arguments.
         """
         mine = self.state_dict()
-        if not isinstance(state, Mapping) or not mine.keys() <= state.keys():
+        if not isinstance(state, Mapping) or mine.keys() != state.keys():
             raise PlanError("load_state_dict", f"{state!r:.100}", "what state_dict() of a stream returned")
         if state["version"] != VERSION:
             raise PlanError("load_state_dict", f"version {state['version']!r}", f"version {VERSION}")
@@ -196,9 +220,17 @@ class Stream(Iterator[Arrays]):
 
     def close(self) -> None:
         """Stop reading and let go of everything; ``next()`` begins to read again where the stream stands."""
-        if self._shelf is not None:
+        shelf, self._shelf = self._shelf, None
+        if shelf is not None:
             self._finalizer()
-            self._shelf = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process begins with: where it stands, not what is on its way."""
+        return {**self.__dict__, "_shelf": None, "_finalizer": None, "_taking": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._taking = threading.Lock()
 
     def __enter__(self) -> Stream:
         return self
@@ -214,17 +246,26 @@ class Stream(Iterator[Arrays]):
 
         return OnCluster(self._reading, client, self.order.world_size, own)
 
-    def _start(self) -> None:
+    def _start(self) -> Shelf:
+        """Begin to read where the stream stands."""
         source = self._source()
-        self._shelf = shelf = _Shelf(self._prefetch)
-        self._finalizer = weakref.finalize(self, shelf.stop)  # the thread below holds no stream
+        shelf = Shelf(self._prefetch, self._position)
         plan = self.order.epochs(*divmod(self._position, self.order.batches), self.epochs)
-        threading.Thread(
-            target=_fill,
+        made = threading.Thread(
+            target=fill,
             args=(plan, self.order.pad, source, shelf, self._normalize),
             name="rasteret-batches",
             daemon=True,
-        ).start()
+        )
+        try:
+            made.start()
+        except BaseException:
+            shelf.stop()
+            source.close()
+            raise
+        self._finalizer = weakref.finalize(self, shelf.stop)  # the thread holds no stream
+        self._shelf = shelf
+        return shelf
 
     def __repr__(self) -> str:
         o = self.order
@@ -234,104 +275,3 @@ class Stream(Iterator[Arrays]):
             f"<Stream of {o.chips} chips, {order}, {self.epochs} x {o.batches} batches of {o.batch_size}{part}; "
             f"next: epoch {self.epoch}, batch {self._position % o.batches}>"
         )
-
-
-def _fill(
-    plan: Iterator[Epoch],
-    pad: bool,
-    source: ShardSource,
-    shelf: _Shelf,
-    normalize: Callable[[Arrays], Arrays] | None,
-) -> None:
-    """Read shards just far enough ahead, and put batches on the shelf while there is room."""
-    try:
-        handles: dict[tuple[int, int], list[Any]] = {}
-        sent = wanted = 0
-        now, ahead = tee(
-            plan
-        )  # shards of an epoch are read while the last batches of the one before are made
-        visits = ((epoch.number, at, visit) for epoch in ahead for at, visit in enumerate(epoch.visits))
-        for epoch in now:
-            for batch in epoch.batches:
-                while sent < wanted + batch.visits + source.ahead and (found := next(visits, None)):
-                    number, at, visit = found
-                    if visit.rows:
-                        handles[number, at] = source.submit(visit.shard, visit.rows)
-                    sent += 1
-                if not shelf.room():
-                    return
-                parts = []
-                for at, part, _ in batch.parts:
-                    held = handles[epoch.number, at]
-                    parts.append(held[part])
-                    held[part] = None  # what is collected is let go of
-                while (found_parts := source.collect(parts, POLL_S)) is None:
-                    if shelf.stopped:
-                        return
-                del parts
-                made = _made(batch, found_parts, pad)
-                del found_parts
-                shelf.put(made if normalize is None else normalize(made))
-                del made
-            wanted += len(epoch.visits)
-            for at in range(len(epoch.visits)):
-                handles.pop((epoch.number, at), None)
-    except BaseException as error:  # the consumer's thread raises it
-        shelf.fail(error)
-    finally:
-        source.close()
-
-
-def _made(batch: Batch, parts: list[Part], pad: bool) -> Arrays:
-    places = [places for _, _, places in batch.parts]
-    made = assembled(list(zip(places, parts, strict=True)), batch.size)
-    return {**made, "padded": batch.padded} if pad else made
-
-
-class _Shelf:
-    """Batches that are ready, between the thread that makes them and the one that takes them."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.stopped = False
-        self._ready: deque[Arrays] = deque()
-        self._error: BaseException | None = None
-        self._changed = threading.Condition(
-            threading.RLock()
-        )  # a finalizer may run while its thread holds it
-
-    def room(self) -> bool:
-        """Wait until one more batch may be made; False where none is wanted any more."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.stopped or len(self._ready) < self.size)
-            return not self.stopped
-
-    def put(self, batch: Arrays) -> None:
-        """Hand a batch over."""
-        with self._changed:
-            self._ready.append(batch)
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Say that no more batches come, and why."""
-        with self._changed:
-            self._error = error
-            self._changed.notify_all()
-
-    def take(self) -> Arrays:
-        """Wait for the next batch, or raise what went wrong once all before it are taken."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._error is not None)
-            if not self._ready:
-                assert self._error is not None
-                raise self._error
-            batch = self._ready.popleft()
-            self._changed.notify_all()
-            return batch
-
-    def stop(self) -> None:
-        """Want no more batches."""
-        with self._changed:
-            self.stopped = True
-            self._ready.clear()
-            self._changed.notify_all()

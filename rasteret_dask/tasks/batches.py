@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.chiptable import is_label
+
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["Arrays", "Held", "InMemory", "Part", "arrays_of", "assembled", "concat", "take"]
+__all__ = ["Arrays", "Held", "InMemory", "Kind", "Part", "arrays_of", "assembled", "concat", "take"]
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 """Chips along axis 0 of every array.
@@ -21,17 +23,31 @@ Arrays: TypeAlias = dict[str, NDArray[Any]]
 =====================  ==============================  ==========================================================
 ``<source>``           (chip, time, band, y, x)        pixels
 ``<source>/valid``     (chip, time, y, x) bool         where they are valid: integers as the source says, floats
-                                                       where no band is NaN
+                                                       where all bands are finite
 ``<source>/datetime``  (chip, time) datetime64[us]     when they were taken, UTC; NaT where empty or composed
 ``<source>/<mask>``    (chip, y, x)                    further variables, such as rasterized labels
 ``chip_id``            (chip,) str
 ``bbox``               (chip, 4) float64               xmin, ymin, xmax, ymax in ``epsg``
 ``epsg``               (chip,) int32
 ``split``              (chip,) str                     "" where there is none
-``labels/<column>``    (chip,)                         the user's own columns
+``labels/<column>``    (chip,)                         the user's own columns: text as str, null ""; numbers and bool;
+                                                       float64 with NaN where integers or booleans have a null in any
+                                                       row of the chip table; dates and times as datetime64[us] UTC
 ``padded``             (chip,) bool                    batches of ``pad=True`` only: True where a chip is repeated
 =====================  ==============================  ==========================================================
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the pixels of a source are."""
+
+    bands: tuple[str, ...]
+    """Names, in order."""
+    dtype: str
+    """NumPy's name."""
+    units: str = ""
+    """What they are measured in; "" where nobody knows, as after a user's function."""
 
 
 class Held(Protocol):
@@ -52,9 +68,6 @@ Part: TypeAlias = tuple[Held, NDArray[np.int64] | None]
 SMALL = 4096
 """Bytes of a chip's values below which they are copied many at a time."""
 
-_OWN = ("chip_id", "split", "epsg", "bounds", "kept", "datetime", "valid_fraction", "source", "time", "band")
-"""Coordinates that are no labels."""
-
 
 def arrays_of(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None = None) -> Arrays:
     """Return chips of a shard's Datasets as arrays; those that follow each other are views.
@@ -73,7 +86,7 @@ def arrays_of(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None 
         if "valid" in dataset.variables:
             result[f"{name}/valid"] = _rows(dataset["valid"].values, rows)
         elif pixels.dtype.kind == "f":
-            result[f"{name}/valid"] = ~np.isnan(pixels).any(axis=2)
+            result[f"{name}/valid"] = np.isfinite(pixels).all(axis=2)
         else:  # a user's function left other pixels than their validity was for
             result[f"{name}/valid"] = np.ones((*pixels.shape[:2], *pixels.shape[3:]), dtype=bool)
         if "datetime" in dataset.variables:
@@ -88,7 +101,7 @@ def arrays_of(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None 
     result["epsg"] = _rows(first["epsg"].values, rows)
     result["split"] = _rows(first["split"].values, rows)
     for column, values in first.coords.items():
-        if values.dims == ("chip",) and column not in _OWN:
+        if values.dims == ("chip",) and is_label(str(column)):
             result[f"labels/{column}"] = _rows(values.values, rows)
     return result
 

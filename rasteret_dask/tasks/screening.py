@@ -101,7 +101,7 @@ def _valid_share(dataset: xr.Dataset) -> NDArray[np.float64]:
         return np.array([np.count_nonzero(v) / v.size for v in dataset["valid"].values])
     if pixels.dtype.kind != "f":
         return np.ones(len(pixels))
-    return np.array([1 - np.mean(np.isnan(chip).any(axis=1)) for chip in pixels])
+    return np.array([np.mean(np.isfinite(chip).all(axis=1)) for chip in pixels])
 
 
 def _blanked(dataset: xr.Dataset, places: list[int], fill: float) -> xr.Dataset:

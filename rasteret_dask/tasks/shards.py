@@ -13,7 +13,7 @@ from dask.blockwise import blockwise, optimize_blockwise
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.layers import ArrayBlockIdDep
 
-from rasteret_dask.errors import UnreadableTilesWarning
+from rasteret_dask.errors import PlanError, UnreadableTilesWarning
 from rasteret_dask.planning.plan import Function, digest
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.job import Job, Shard
@@ -21,7 +21,14 @@ from rasteret_dask.tasks.jobfile import JobRef, opened
 from rasteret_dask.tasks.mapping import Functions, mapped
 from rasteret_dask.tasks.screening import screened
 
-__all__ = ["Graph", "lower", "read_chips", "renamed"]
+__all__ = ["Graph", "error_policy", "lower", "read_chips", "renamed"]
+
+
+def error_policy(on_error: str) -> str:
+    """Return ``on_error``, or raise PlanError where it is none."""
+    if on_error not in ("raise", "mask"):
+        raise PlanError("on_error=", repr(on_error), "'raise' or 'mask'")
+    return on_error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What training loops of torch ask for beside batches."""
