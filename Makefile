@@ -11,10 +11,10 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
 INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest bench clean distclean
+.PHONY: help demo test lint types pytest bench bench-training clean distclean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo-installed  ## Make a small world, write its train chips, check them (output: ./demo)
 	@$(BIN)/rasteret-dask demo $(ARGS)
@@ -33,6 +33,11 @@ pytest: $(VENV)/.test-installed  ## The tests alone, e.g. make pytest ARGS="-k g
 
 bench: $(VENV)/.bench-installed  ## The benchmark against the peers, e.g. make bench ARGS="--jobs J1 --runs 5 --write"
 	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+
+bench-training: $(VENV)/.bench-installed $(VENV)/.torch-installed  ## Streams against bare loops, xbatcher and to_zarr
+	@$(BIN)/python tests/benchmarks/bench_train.py --rounds 5
+	@$(BIN)/python tests/benchmarks/bench_starts.py
+	@$(BIN)/python tests/benchmarks/bench_stream.py --rounds 5
 
 clean:  ## Remove what builds, tests and the demo leave behind
 	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis dask-worker-space

@@ -157,8 +157,12 @@ class StoredChips:
         StoreError
             When an object is missing, damaged, or of another size than the manifest says.
         """
-        if isinstance(ids, str):
-            raise PlanError("take", repr(ids), "a list of chip ids", "For one chip: chips[id].")
+        wrong = [ids] if isinstance(ids, str) else [i for i in ids if not isinstance(i, str)]
+        if wrong:
+            raise PlanError(
+                "take", repr(wrong[0]), "a list of chip ids",
+                "For one chip: chips[id]; of a table's column: column.to_pylist().",
+            )  # fmt: skip
         return stored.take(self.stored, self.stored.rows_of(list(ids)))
 
     def to_xarray(self) -> xr.Dataset | xr.DataTree:

@@ -121,6 +121,8 @@ def test_every_exit_gives_the_masks_that_rasterio_burns(
         assert found["mask"].attrs == {"long_name": "crop", "classes": ["", *CROPS]}
         np.testing.assert_array_equal(found["mask"].values, wanted)
     ids = train.table.column("chip_id").to_pylist()
+    for given in (train.stream(7), open_chips(store).stream(7)):
+        assert given.classes == {"s2": ("", *CROPS)}
     streamed = masks_of(list(train.stream(7, shuffle=3)))
     from_store = masks_of(list(open_chips(store).stream(7, shuffle=3)))
     for found_by_id in (streamed, from_store, masks_of([open_chips(store).take(ids[::-1])])):

@@ -397,3 +397,16 @@ def test_a_process_with_a_path_trains_on_one_split(stores: dict[str, tuple[rd.Ch
     assert set(np.concatenate(found)) == {"val"}
     assert sum(map(len, found)) == len(open_chips(store, split="val"))
     assert len(rd.stream_from(None, stores["train"][1], 8)) == len(open_chips(stores["train"][1]).stream(8))
+
+
+def test_what_is_no_list_of_ids_and_no_batch_is_refused(stores: dict[str, tuple[rd.Chips, Path]]) -> None:
+    opened = open_chips(stores["single"][1])
+    ids = list(opened)
+    with pytest.raises(PlanError, match="to_pylist"):
+        opened.take(opened.table.column("chip_id")[:2])  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"chips.take\(\[id\]\)"):
+        rd.as_xarray(opened[ids[0]])
+    with pytest.raises(PlanError, match="1 names; expected 2"):
+        rd.as_xarray(opened.take(ids[:2]), {"s2": ("red",)})
+    with pytest.raises(PlanError, match="filter: found no chip left"):
+        opened.filter(chip_id="zz")

@@ -27,6 +27,7 @@ OWN = ("valid_fraction", "source")
 """Variables that shards' tasks write and samples do not carry."""
 
 _ROW = "__row__"
+_NAMES = {Keep: "filter", Select: "select", Sample: "sample"}
 _CHOOSING = Lock()
 
 
@@ -207,7 +208,7 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
             table = _columns(store, "sample(by=)", ["chip_id", *([] if by is None else [by])], below.rows)
             found = below.rows[sample_rows(table, "chip_id", n, seed, by)]
     if not len(found):
-        raise PlanError(type(node).__name__.lower(), f"no chip left of {len(below.rows)}", "at least one")
+        raise PlanError(_NAMES[type(node)], f"no chip left of {len(below.rows)}", "at least one", "Loosen it.")
     return np.asarray(found)
 
 

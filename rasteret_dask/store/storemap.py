@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import digest
@@ -146,7 +147,8 @@ class StoreMap:
     def _kind(self, group: StoredGroup) -> Kind:
         pixels = group.arrays["pixels"]
         bands = tuple(self.values(group.arrays["band"]).tolist())
-        return Kind(bands, str(pixels.encoding.dtype), str(pixels.attrs.get("units", "")))
+        classes = tuple(group.arrays[MASK].attrs.get("classes", ())) if MASK in group.arrays else ()
+        return Kind(bands, str(pixels.encoding.dtype), str(pixels.attrs.get("units", "")), classes)
 
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:

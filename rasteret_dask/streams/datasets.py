@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from rasteret_dask.errors import PlanError
 from rasteret_dask.tasks.batches import Arrays
 
 __all__ = ["as_xarray"]
@@ -22,7 +23,16 @@ def as_xarray(batch: Arrays, bands: Mapping[str, Sequence[str]] | None = None) -
         Chips as arrays.
     bands
         Source -> names of its bands, as :attr:`Stream.bands` says; None leaves ``band`` without a coordinate.
+
+    Raises
+    ------
+    PlanError
+        When it is no batch, or has another number of bands.
     """
+    if np.ndim(batch.get("chip_id")) != 1:
+        raise PlanError(
+            "as_xarray", "no batch", "arrays with a chip axis", "A batch of one chip: chips.take([id])."
+        )
     result = {}
     for name, pixels in batch.items():
         if pixels.ndim != 5:
@@ -46,6 +56,10 @@ def as_xarray(batch: Arrays, bands: Mapping[str, Sequence[str]] | None = None) -
         if "padded" in batch:
             coordinates["padded"] = ("chip", batch["padded"])
         if bands is not None and name in bands:
+            if len(bands[name]) != pixels.shape[2]:
+                raise PlanError(
+                    f"as_xarray(bands=) of source {name!r}", f"{len(bands[name])} names", f"{pixels.shape[2]}"
+                )
             coordinates["band"] = ("band", np.array(bands[name], dtype=object))
         result[name] = xr.Dataset(variables, coordinates)
     return result

@@ -43,6 +43,11 @@ def planned(
         Kept chips of each shard; None: all, as in a job without rules on pixels.
     """
     shards = tuple(job.shards())
+    classes = {} if job.labels is None else {job.labels.source: tuple(job.labels.attrs.get("classes", ()))}
+    kinds = {
+        plan.name: Kind(out.bands, out.dtype, dict(out.attrs).get("units", ""), classes.get(number, ()))
+        for number, (plan, out) in enumerate(zip(job.sources, outputs, strict=True))
+    }
 
     def read(number: int) -> InMemory:
         found = _kept(read_chips(job, shards[number], functions, on_error), None)
@@ -60,10 +65,7 @@ def planned(
     return Reading(
         sizes or tuple(s.stop - s.start for s in shards),
         job.digest,
-        {
-            plan.name: Kind(out.bands, out.dtype, dict(out.attrs).get("units", ""))
-            for plan, out in zip(job.sources, outputs, strict=True)
-        },
+        kinds,
         read,
         tasks,
         _kept,

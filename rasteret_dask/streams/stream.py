@@ -129,6 +129,11 @@ class Stream(Iterator[Arrays]):
         """Source -> names of its bands."""
         return self._reading.bands
 
+    @property
+    def classes(self) -> Mapping[str, tuple[str, ...]]:
+        """Source with a mask of names -> the name of each of its values, from 0 (no polygon, "") on."""
+        return {name: kind.classes for name, kind in self._reading.kinds.items() if kind.classes}
+
     def __len__(self) -> int:
         return self.order.batches * self.epochs
 

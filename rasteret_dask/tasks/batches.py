@@ -48,6 +48,8 @@ class Kind:
     """NumPy's name."""
     units: str = ""
     """What they are measured in; "" where nobody knows, as after a user's function."""
+    classes: tuple[str, ...] = ()
+    """Names of the values of ``<source>/mask``, from 0 on; () where there is no mask, or it holds numbers."""
 
 
 class Held(Protocol):

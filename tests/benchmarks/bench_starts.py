@@ -1,4 +1,4 @@
-"""How long a DataLoader with two workers takes to its first batch: ``bench_starts.py STORE [--starts N]``.
+"""How long a DataLoader with two workers takes to its first batch: ``bench_starts.py [STORE] [--starts N]``.
 
 Each start must bring every batch. A worker imports torch and what this script imports before it reads, so nothing
 else is imported here; ``--context forkserver`` has one process import them once for all workers.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 from torch.utils.data import DataLoader
 
@@ -24,7 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("store")
+    store = Path(tempfile.gettempdir()) / "bench-train" / "chips-128.zarr"
+    parser.add_argument("store", nargs="?", default=store, help="one that bench_train.py wrote")
     parser.add_argument("--starts", type=int, default=50)
     parser.add_argument("--context", default="spawn", choices=["forkserver", "spawn"])
     given = parser.parse_args()
