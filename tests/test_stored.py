@@ -403,7 +403,7 @@ def test_what_is_no_list_of_ids_and_no_batch_is_refused(stores: dict[str, tuple[
     opened = open_chips(stores["single"][1])
     ids = list(opened)
     with pytest.raises(PlanError, match="to_pylist"):
-        opened.take(opened.table.column("chip_id")[:2])  # type: ignore[arg-type]
+        opened.take(opened.table.column("chip_id")[:2])
     with pytest.raises(PlanError, match=r"chips.take\(\[id\]\)"):
         rd.as_xarray(opened[ids[0]])
     with pytest.raises(PlanError, match="1 names; expected 2"):

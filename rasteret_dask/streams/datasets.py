@@ -29,7 +29,7 @@ def as_xarray(batch: Arrays, bands: Mapping[str, Sequence[str]] | None = None) -
     PlanError
         When it is no batch, or has another number of bands.
     """
-    if np.ndim(batch.get("chip_id")) != 1:
+    if np.ndim(batch.get("chip_id", "")) != 1:
         raise PlanError(
             "as_xarray", "no batch", "arrays with a chip axis", "A batch of one chip: chips.take([id])."
         )
