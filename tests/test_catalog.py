@@ -121,7 +121,7 @@ def test_the_constant_is_the_package_s_file() -> None:
 def test_every_process_sees_the_same(own: Path) -> None:
     register("me/s2", stac_api="http://127.0.0.1:1", collection="s2", like="sentinel-2-l2a")
     code = (
-        "import json, sys; from rasteret_dask import catalog;"
+        "import json, sys; from rasteret_dask.catalogs import catalog;"
         "print(json.dumps(catalog.datasets().to_pylist())); print(repr(catalog.DATASETS))"
     )
     ran = [

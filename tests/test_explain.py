@@ -72,7 +72,7 @@ def test_it_is_text_html_and_json() -> None:
 
 
 def test_names_are_escaped_in_html() -> None:
-    said = collection("<b>s2</b>", record("a")).chips(32, **CELLS).explain()
+    said = collection("<b>s2<b>", record("a")).chips(32, **CELLS).explain()
     assert "<b>" not in said._repr_html_()
 
 

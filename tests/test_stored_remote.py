@@ -207,8 +207,10 @@ def test_streams_are_those_from_disk_and_states_pass_from_one_to_the_other(
 def test_a_cluster_streams_from_a_bucket(in_bucket: str, disk: StoredChips) -> None:
     """Its workers open the store themselves, with the keys of their environment."""
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, dashboard_address=":0") as cluster:
-        there = stream_from(cluster.scheduler_address, in_bucket, 9, shuffle=2, rank=1, world_size=2)
-        here = disk.stream(9, shuffle=2, rank=1, world_size=2)
+        there = stream_from(
+            cluster.scheduler_address, in_bucket, 9, shuffle=2, rank=1, world_size=2, split="train"
+        )
+        here = disk.select("train").stream(9, shuffle=2, rank=1, world_size=2)
         for one, other in zip(there, here, strict=True):
             same(one, other)
         with Client(cluster, set_as_default=False) as client:

@@ -9,9 +9,12 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker
 from streams import Shards, assert_same, flat, ids_of, in_small_shards, train_chips, until
@@ -410,12 +413,39 @@ def test_a_client_that_is_closed(shards: Shards, cluster: LocalCluster) -> None:
 
 
 def test_a_cluster_that_has_ended(shards: Shards) -> None:
-    with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as own, Client(own) as gone:
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as own,
+        Client(own, set_as_default=False) as gone,
+    ):
         begun = shards.stream(5, client=gone)
         next(begun)
     for stream in (begun, shards.stream(5, client=gone)):
         with pytest.raises(JobError, match=r"clos(ed|ing)"):
             list(stream)
+
+
+def test_the_process_s_own_scheduler_is_left_alone(shards: Shards, cluster: LocalCluster) -> None:
+    """Nothing that a stream does in the background makes its client the scheduler of all computations."""
+    seen = set()
+
+    def look(batch: Arrays) -> Arrays:
+        seen.add(dask.config.get("scheduler", None))
+        return batch
+
+    slow = replace(shards, delay_s=0.05)
+    with Client(cluster, set_as_default=False) as own, ThreadPoolExecutor(1) as other:
+        stream = slow.stream(3, client=own, normalize=look)
+        taken = other.submit(flat, stream)
+        while not taken.done():
+            seen.add(dask.config.get("scheduler", None))
+            time.sleep(0.005)
+        assert taken.result() == shards.ids()
+    assert seen == {None}
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as last, Client(last) as default:
+        begun = slow.stream(5, client=default)
+        next(begun)
+    assert dask.config.get("scheduler", None) is None
+    begun.close()
 
 
 def _consumed(shards: Shards, rank: int) -> list[list[str]]:

@@ -208,7 +208,9 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
             table = _columns(store, "sample(by=)", ["chip_id", *([] if by is None else [by])], below.rows)
             found = below.rows[sample_rows(table, "chip_id", n, seed, by)]
     if not len(found):
-        raise PlanError(_NAMES[type(node)], f"no chip left of {len(below.rows)}", "at least one", "Loosen it.")
+        raise PlanError(
+            _NAMES[type(node)], f"no chip left of {len(below.rows)}", "at least one", "Loosen it."
+        )
     return np.asarray(found)
 
 
