@@ -119,7 +119,7 @@ class OnCluster:
             found = self._gathered(futures, timeout) if self._there(futures, timeout) else None
             if found is None:
                 return None
-        except (RuntimeError, AttributeError) as error:  # a client that closes meanwhile loses part after part
+        except (RuntimeError, AttributeError) as error:  # it loses part after part
             if self.client.status not in ("closing", "closed"):
                 raise
             raise self._gone() from error
