@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,11 @@ def assert_same(found: Arrays, wanted: Arrays) -> None:
     for name, values in wanted.items():
         assert found[name].dtype == values.dtype
         np.testing.assert_array_equal(found[name], values)
+
+
+def concat(parts: Sequence[Arrays]) -> Arrays:
+    """Return the chips of all parts, one part behind the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def rows_of(arrays: Arrays, ids: list[str]) -> NDArray[np.int64]:

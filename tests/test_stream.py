@@ -17,7 +17,7 @@ import dask.config
 import numpy as np
 import pytest
 import xarray as xr
-from streams import Shards, assert_same, flat, ids_of, in_small_shards, rows_of, train_chips, until
+from streams import Shards, assert_same, concat, flat, ids_of, in_small_shards, rows_of, train_chips, until
 
 import rasteret_dask as rd
 from rasteret_dask.errors import JobError, PlanError, ReadError
@@ -26,7 +26,7 @@ from rasteret_dask.streams.datasets import as_xarray
 from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.stream import Stream, batches
-from rasteret_dask.tasks.batches import Arrays, arrays_of, concat, take
+from rasteret_dask.tasks.batches import Arrays, arrays_of, take
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from rasteret_dask.chipping.chiptable import is_label
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["Arrays", "Held", "InMemory", "Kind", "Part", "arrays_of", "assembled", "concat", "take"]
+__all__ = ["Arrays", "Held", "InMemory", "Kind", "Part", "arrays_of", "assembled", "take"]
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 """Chips along axis 0 of every array.
@@ -111,11 +111,6 @@ def arrays_of(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None 
 def take(arrays: Arrays, rows: NDArray[np.int64] | None) -> Arrays:
     """Return some chips, in the order of ``rows`` (None: all); those that follow each other are views."""
     return {name: _rows(values, rows) for name, values in arrays.items()}
-
-
-def concat(parts: Sequence[Arrays]) -> Arrays:
-    """Return the chips of all parts, one part behind the other."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def assembled(parts: Sequence[tuple[NDArray[np.int64], Part]], size: int) -> Arrays:
