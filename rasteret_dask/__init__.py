@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         BandError,
         GridError,
         JobError,
+        MissingExtraError,
         PlanError,
         RasteretDaskError,
         ReadError,
@@ -53,6 +54,7 @@ __all__ = [
     "Explanation",
     "GridError",
     "JobError",
+    "MissingExtraError",
     "PlanError",
     "RECORD_SCHEMA",
     "RasteretDaskError",
@@ -93,8 +95,8 @@ _MODULES = {
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",
-    "errors": "BandError GridError JobError PlanError RasteretDaskError ReadError SchemaError SourceError StoreError "
-    "TrustError UnreadableAssetsError UnreadableTilesWarning",
+    "errors": "BandError GridError JobError MissingExtraError PlanError RasteretDaskError ReadError SchemaError "
+    "SourceError StoreError TrustError UnreadableAssetsError UnreadableTilesWarning",
     "openers": "as_collection build_from_table load",
     "reader.cogreader": "CogReader",
     "show.audit": "Audit",

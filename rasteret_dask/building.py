@@ -23,6 +23,7 @@ from rasteret_dask.ingest.sources import Item, read_items
 from rasteret_dask.ingest.stac import items_to_table
 from rasteret_dask.ingest.tablecache import SAID, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
 from rasteret_dask.net.remote import is_local
+from rasteret_dask.net.trust import resolve
 from rasteret_dask.openers import as_collection
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.progress import Progress
@@ -300,7 +301,23 @@ def _from_catalog(order: Order) -> Collection:
             f"catalog of {order.entry!r}", "a filter in CQL2", "query=, or no filter",
             "Static catalogs cannot filter: choose records after the build, by subset(...) or where(...).",
         )  # fmt: skip
-    return _from_items(order, read_items(order.catalog))
+    assert order.catalog is not None
+    place = resolve(order.catalog, None)
+    if not os.path.exists(place):
+        raise SourceError(
+            f"dataset {order.entry!r}", f"nothing at {place}", "a STAC catalog", _how_to_have(order)
+        )
+    return _from_items(order, read_items(place))
+
+
+def _how_to_have(order: Order) -> str:
+    """Return what to do about a catalog of this machine that is not there."""
+    if str(order.entry).startswith("demo/"):
+        return (
+            "Make the demo's world in this folder: run `rasteret-dask demo` (a minute; with --small seconds), or in "
+            'Python `from rasteret_dask.demo.world import make_world; make_world("demo/world")`.'
+        )
+    return f"Go to the folder that {order.catalog} is relative to, or register the dataset with a full path."
 
 
 def _from_items(order: Order, items: Sequence[Item]) -> Collection:

@@ -17,6 +17,7 @@ from rasteret_dask.chipping.chips import ChipSet, used_rows
 from rasteret_dask.chipping.steps import apply_step, plan_chips
 from rasteret_dask.chipsteps import ChipSteps
 from rasteret_dask.errors import StoreError
+from rasteret_dask.extras import needs
 from rasteret_dask.planning.plan import Screen, Select
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.show import audit, explain
@@ -84,7 +85,8 @@ class Chips(ChipSteps):
 
     def to_geopandas(self) -> Any:
         """Return the chip table as a GeoDataFrame in lon/lat, without ``feeds``."""
-        import geopandas
+        with needs("geo", "a GeoDataFrame of chips"):
+            import geopandas
         import shapely
 
         plain = self.table.drop_columns(["feeds", "geometry"]).to_pandas()

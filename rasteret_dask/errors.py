@@ -6,6 +6,7 @@ __all__ = [
     "BandError",
     "GridError",
     "JobError",
+    "MissingExtraError",
     "PlanError",
     "RasteretDaskError",
     "ReadError",
@@ -93,6 +94,10 @@ class StoreError(RasteretDaskError):
 
 class JobError(RasteretDaskError):
     """Some shards failed; the others are written, the store is not committed, and a rerun does only those."""
+
+
+class MissingExtraError(RasteretDaskError, ImportError):
+    """A package that only some exits need is not installed; the remedy is the command that installs it."""
 
 
 class UnreadableTilesWarning(UserWarning):

@@ -245,7 +245,7 @@ class PixelReads:
 
         Raises
         ------
-        ImportError
+        MissingExtraError
             When torch is not installed.
         PlanError, GridError, BandError
             When it cannot be carried out; nothing is read before the first sample.

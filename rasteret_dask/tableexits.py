@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.extras import needs
 from rasteret_dask.planning import recordtable
 from rasteret_dask.planning.plan import Node, leaves
 from rasteret_dask.planning.scan import Table
@@ -49,7 +50,8 @@ class TableExits:
             ``geometry`` comes with them. None: all but ``headers_metadata``, whose tile tables would become
             Python objects, and without which :func:`build_from_table` reads the headers again.
         """
-        import geopandas
+        with needs("geo", "a GeoDataFrame of records"):
+            import geopandas
         import shapely
 
         names = [n for n in self.schema.names if n != "headers_metadata"] if columns is None else columns

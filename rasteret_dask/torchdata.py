@@ -14,12 +14,11 @@ from typing import Any, TypeAlias
 import cloudpickle
 import dask.config
 import numpy as np
-import torch.distributed
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.extras import needs
 from rasteret_dask.store import stored
 from rasteret_dask.storeset import StoredChips
 from rasteret_dask.streams.epochs import Epoch, Order
@@ -27,6 +26,10 @@ from rasteret_dask.streams.stream import Stream, normalizer
 from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.training.passes import Passes
 from rasteret_dask.training.tensors import Sample, as_tensors, check_image
+
+with needs("torch", "torch Datasets of chips"):
+    import torch.distributed
+    from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 __all__ = ["ChipDataset", "ChipStore", "as_tensors", "forkserver"]
 

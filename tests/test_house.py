@@ -20,7 +20,7 @@ PACKAGE = ROOT / "rasteret_dask"
 # Reading order = dependency order, of packages as of the modules in them: each imports only from those before it.
 # fmt: off
 ORDER = {
-    "": "_version errors progress footprint grid",
+    "": "_version errors extras progress footprint grid",
     "catalogs": "bands catalogfile catalog catalogwrite access",
     "net": "clusters remote remotefs trust limits",
     "headers": "page tiff gdal reader",
@@ -41,7 +41,7 @@ ORDER = {
     "the face": "compacting storeset streamfrom torchdata chipsteps chipset tableexits pixelreads "
                 "collection openers building __init__",
     "demo": "world checks run",
-    "the end": "cli",
+    "the end": "cli __main__",
 }
 # fmt: on
 ROOT_ROOMS = ("", "the face", "the end")

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 from rasteret_dask.catalogs.catalog import store_of
 from rasteret_dask.catalogs.catalogfile import Store
 from rasteret_dask.errors import ReadError
+from rasteret_dask.extras import how_to_install
 
 if TYPE_CHECKING:
     from obstore.store import AzureSASToken
@@ -109,7 +110,7 @@ def _package(subject: str) -> Any:
             subject,
             "no package planetary-computer",
             "it, to read what Planetary Computer stores",
-            "Install it here and on every worker: pip install 'rasteret-dask[pc]'.",
+            f"Install it here and on every worker: {how_to_install('pc')}.",
         ) from None
 
 

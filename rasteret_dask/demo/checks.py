@@ -20,8 +20,8 @@ from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
-from rasteret_dask.show.audit import Audit
 from rasteret_dask.demo.world import World
+from rasteret_dask.show.audit import Audit
 
 __all__ = ["Check", "check_objects", "check_pixels", "check_splits", "check_store"]
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import xarray as xr
 
 import rasteret_dask as rd
-from rasteret_dask.show import plot
 from rasteret_dask.demo.checks import Check, check_objects, check_pixels, check_splits, check_store
-from rasteret_dask.errors import StoreError
 from rasteret_dask.demo.world import World, WorldSize, make_world
+from rasteret_dask.errors import StoreError
+from rasteret_dask.extras import how_to_install
+from rasteret_dask.show import plot
 from rasteret_dask.store.write import is_committed
 
 __all__ = ["SMALL", "DemoSize", "demo_chips", "run_demo"]
@@ -176,7 +177,7 @@ def _write(train: rd.Chips, store: Path, say: Say) -> bool:
 def _draw(chips: rd.Chips, tree: xr.DataTree, path: Path, written: bool, say: Say) -> None:
     say("\nPicture")
     if find_spec("matplotlib") is None:
-        say("  none: it needs matplotlib (pip install 'rasteret-dask[demo]')")
+        say(f"  none: it needs matplotlib ({how_to_install('plot')})")
         return
     if not written and path.exists():
         say(f"  {path}: there already")

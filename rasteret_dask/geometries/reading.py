@@ -21,6 +21,7 @@ from rasteret_dask.chipping.chips import phases
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import source_outlines
 from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.extras import needs
 from rasteret_dask.geometries.rows import Rows, laid, run, settled, squares, window_job
 from rasteret_dask.geometries.windows import (
     Geometries,
@@ -332,7 +333,8 @@ def _steps(rows: Rows) -> tuple[NDArray[np.datetime64], NDArray[np.int64]]:
 
 def as_frame(what: Read) -> Any:
     """Return a GeoDataFrame in lon/lat with a row for each row and band."""
-    import geopandas
+    with needs("geo", "a GeoDataFrame of pixels"):
+        import geopandas
 
     values = read(what)
     plan, index = what.rows.source.plan, values.index

@@ -10,12 +10,15 @@ import numpy as np
 import pandas as pd
 import pyproj
 import shapely
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.extras import needs
 from rasteret_dask.geometries.cells import Cells
+
+with needs("torch", "a torch Dataset of cells"):
+    import torch
+    from torch.utils.data import Dataset
 
 __all__ = ["CellDataset", "Sample"]
 
@@ -172,7 +175,8 @@ class CellDataset(Dataset[Sample]):
     @property
     def index(self) -> Any:
         """A GeoDataFrame with a row a cell and an IntervalIndex of time, as in TorchGeo >= 0.7."""
-        import geopandas
+        with needs("geo", "the index of a torch Dataset of cells"):
+            import geopandas
 
         first, last = (pd.Timestamp(t) for t in self.cells.span)
         n = len(self)

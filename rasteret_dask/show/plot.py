@@ -11,6 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.extras import needs
 from rasteret_dask.show.pictures import Picture, by_source, pictures_of
 
 __all__ = ["contact_sheet", "plot_chips", "plot_demo"]
@@ -40,7 +41,9 @@ def plot_chips(table: pa.Table, ax: Any = None) -> Any:
     Raises
     ------
     PlanError
-        When the table has no chips, or matplotlib is not installed.
+        When the table has no chips.
+    MissingExtraError
+        When matplotlib is not installed.
     """
     if not table.num_rows:
         raise PlanError("plot", "no chips", "at least one chip")
@@ -92,7 +95,9 @@ def contact_sheet(chips: xr.Dataset | xr.DataTree, n: int = 5, *, figure: Any = 
     Raises
     ------
     PlanError
-        When there is no chip to draw, or matplotlib is not installed.
+        When there is no chip to draw.
+    MissingExtraError
+        When matplotlib is not installed.
     """
     plt = _pyplot()
     sources = by_source(chips)
@@ -149,12 +154,8 @@ def plot_demo(table: pa.Table, chips: xr.Dataset | xr.DataTree, n: int = 5) -> A
 
 
 def _pyplot() -> Any:
-    try:
+    with needs("plot", "drawing a picture"):
         import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise PlanError(
-            "drawing a picture", "no matplotlib", "the extra 'plot'", "pip install 'rasteret-dask[plot]'"
-        ) from error
     return plt
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
-import torch
-from torch.utils.data import get_worker_info
+from rasteret_dask.extras import needs
+
+with needs("torch", "passes of a DataLoader"):
+    import torch
+    from torch.utils.data import get_worker_info
 
 __all__ = ["Passes"]
 

@@ -6,9 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.extras import needs
+
+with needs("torch", "chips as tensors"):
+    import torch
 
 __all__ = ["Sample", "as_tensors", "check_image"]
 

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rasteret_dask.errors import StoreError
 from rasteret_dask.demo.world import embeddings, landsat, sentinel2
 from rasteret_dask.demo.world.files import write_collection, write_json
 from rasteret_dask.demo.world.ground import make_ground
 from rasteret_dask.demo.world.layout import EPSG, Layout, WorldSize, lonlat_bbox, make_layout
+from rasteret_dask.errors import StoreError
 
 __all__ = ["Progress", "World", "WorldSize", "make_world"]
 

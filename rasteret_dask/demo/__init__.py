@@ -1,0 +1,1 @@
+"""A made-up world, the main job on it, and the checks of its result."""
