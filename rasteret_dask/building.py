@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.dataset as pads
 
@@ -20,7 +20,7 @@ from rasteret_dask.ingest.order import Order, check_names, order_of_json
 from rasteret_dask.ingest.pages import Known, Report, ingest
 from rasteret_dask.ingest.search import fits
 from rasteret_dask.ingest.sources import Item, read_items
-from rasteret_dask.ingest.stac import items_to_table
+from rasteret_dask.ingest.stac import LeftOut, items_to_table
 from rasteret_dask.ingest.tablecache import SAID, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.net.trust import resolve
@@ -48,7 +48,7 @@ def build(
     cache_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
     headers: bool = True,
-    on_error: str = "skip",
+    on_error: Literal["skip", "raise"] = "skip",
     progress: bool = True,
 ) -> Collection:
     """Build a collection from a dataset of the catalog, or open it where the same was built before.
@@ -85,7 +85,8 @@ def build(
     headers
         False leaves headers unread: planning works from the items' ``proj:`` fields, as far as they go.
     on_error
-        ``"skip"`` leaves broken items out, with a warning that names them; ``"raise"`` stops at the first.
+        ``"skip"`` leaves broken items out, with one warning that counts and names them; ``"raise"`` stops at the
+        first. A file without a readable header breaks no item: its bands keep the reason, and cannot be used.
     progress
         Whether to show how far it is, on stderr.
 
@@ -119,7 +120,8 @@ def build(
         skip_broken=_skips(on_error),
     )
     if order.catalog is not None and is_local(order.catalog):
-        return _from_catalog(order)  # files of this machine change: they are read again, not remembered
+        # files of this machine change: they are read again, not remembered
+        return _from_items(order, _catalog_items(order))
     return _built(order, cache_dir, force, progress)
 
 
@@ -141,7 +143,7 @@ def build_from_stac(
     cache_dir: str | os.PathLike[str] | None = None,
     workspace_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
-    on_error: str = "skip",
+    on_error: Literal["skip", "raise"] | None = None,
     progress: bool = True,
 ) -> Collection:
     """Build a collection from STAC items; COG headers are read once, concurrently, and kept in the rows.
@@ -162,8 +164,11 @@ def build_from_stac(
         Keep only these; None: all raster bands.
     bbox, date_range
         Keep only items that touch them; the last day is included.
-    query, filter, max_items, cache_dir, force, on_error, progress
+    query, filter, max_items, cache_dir, force, progress
         Of a search: see :func:`build`.
+    on_error
+        ``"skip"`` leaves broken items out, with one warning that counts and names them; ``"raise"`` stops at the
+        first. None: ``"skip"`` for a search, whose items are others', and ``"raise"`` for a ``source``.
     headers
         False leaves headers unread: planning works from the items' own ``proj:`` fields, as far as they go.
     workspace_dir
@@ -186,12 +191,12 @@ def build_from_stac(
         filter=_condition("filter", filter),
         max_items=_count(max_items),
         headers=headers,
-        skip_broken=_skips(on_error),
+        skip_broken=_skips(("raise" if stac_api is None else "skip") if on_error is None else on_error),
     )
     if stac_api is None and source is None:
         raise SourceError(f"collection {name!r}", "neither a source nor a stac_api", "one of them")
     if stac_api is None:
-        return _from_items(order, read_items(source))
+        return _from_items(order, read_items(source, keep_broken=order.skip_broken))
     if collection is None:
         raise SourceError(
             f"search of {order.where}", "no collection", "the id of one of the API's collections"
@@ -273,7 +278,7 @@ def _fill(
 def _said(order: Order, report: Report) -> dict[str, Any]:
     counts = {
         "rows": report.rows,
-        "broken": len(report.broken),
+        "broken": len(report.broken.items),
         "files": report.files,
         "failed": report.failed,
     }
@@ -295,7 +300,7 @@ def _opened(folder: Path, order: Order) -> Collection:
     return _ranged(as_collection(pads.dataset(folder / TABLE, format="parquet"), name=order.name), order)
 
 
-def _from_catalog(order: Order) -> Collection:
+def _catalog_items(order: Order) -> list[Item]:
     if order.filter is not None:
         raise SourceError(
             f"catalog of {order.entry!r}", "a filter in CQL2", "query=, or no filter",
@@ -307,7 +312,7 @@ def _from_catalog(order: Order) -> Collection:
         raise SourceError(
             f"dataset {order.entry!r}", f"nothing at {place}", "a STAC catalog", _how_to_have(order)
         )
-    return _from_items(order, read_items(place))
+    return read_items(place, keep_broken=order.skip_broken)
 
 
 def _how_to_have(order: Order) -> str:
@@ -321,6 +326,7 @@ def _how_to_have(order: Order) -> str:
 
 
 def _from_items(order: Order, items: Sequence[Item]) -> Collection:
+    broken = LeftOut(order.skip_broken)
     if order.query is not None:
         items = [i for i in items if fits(i.data, order.query, f"items of {order.name!r}")]
     table = items_to_table(
@@ -332,7 +338,10 @@ def _from_items(order: Order, items: Sequence[Item]) -> Collection:
         bbox=order.corners,
         date_range=None if order.span == (None, None) else order.span,
         most=order.max_items,
+        broken=broken,
     )
+    if broken.items:
+        warnings.warn(broken.note(order.name), UserWarning, stacklevel=_TO_USER - 1)
     return _ranged(as_collection(table, name=order.name), order)
 
 

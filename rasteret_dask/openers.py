@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 
 from rasteret_dask.collection import Collection
-from rasteret_dask.errors import ReadError, SchemaError, SourceError
+from rasteret_dask.errors import PlanError, ReadError, SchemaError, SourceError
 from rasteret_dask.ingest.sources import read_items, read_table
-from rasteret_dask.ingest.stac import items_to_table
+from rasteret_dask.ingest.stac import LeftOut, items_to_table
 from rasteret_dask.ingest.tables import check_hrefs, table_to_records
 from rasteret_dask.net.remote import is_local, local_path, redact
 from rasteret_dask.net.remotefs import filesystem
@@ -37,6 +38,7 @@ def build_from_table(
     href_column: str | None = None,
     band_index_map: Mapping[str, int] | None = None,
     headers: bool = True,
+    on_error: Literal["skip", "raise"] = "raise",
 ) -> Collection:
     """Build a collection from any Arrow or Parquet table with ``id, datetime, geometry, assets``.
 
@@ -56,18 +58,30 @@ def build_from_table(
         For tables of one file a row: the column with its URL, and {band: position in the file, from 0}.
     headers
         Read the headers of assets that have none in the table.
+    on_error
+        ``"raise"`` stops at the first broken row; ``"skip"`` leaves broken rows out, with one warning that counts
+        and names them. A file without a readable header breaks no row: its bands keep the reason, and cannot be used.
 
     Raises
     ------
     SchemaError
         When a required column is missing or has another type.
+    SourceError
+        When a row is broken and ``on_error="raise"``, or none is left.
     TrustError
         When a table from a URL names local paths.
+    PlanError
+        When ``on_error`` is none of these.
     """
+    if on_error not in ("skip", "raise"):
+        raise PlanError("on_error", repr(on_error), "'skip' or 'raise'")
+    broken = LeftOut(on_error == "skip")
     records = table_to_records(
         table, name=name, dataset=dataset, column_map=column_map,
-        href_column=href_column, band_index_map=band_index_map, headers=headers,
+        href_column=href_column, band_index_map=band_index_map, headers=headers, broken=broken,
     )  # fmt: skip
+    if broken.items:
+        warnings.warn(broken.note(name), UserWarning, stacklevel=2)
     return as_collection(records, name=name, data_source=data_source)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 __all__ = ["Band", "Dataset", "Radiometry", "Role", "radiometry"]
@@ -60,6 +61,36 @@ class Radiometry:
     offset: float
     rule: str
     """Where the two numbers come from, in words; shown by ``explain()`` and kept in the output's attributes."""
+
+    def objection(self, band: Band | None, spectral: bool) -> str | None:
+        """Return why these cannot be the scale and offset of a band, None where they can.
+
+        Parameters
+        ----------
+        band
+            The known band: its own scale may differ by a factor of 1000 (percent for fractions), its offset by 100.
+        spectral
+            True where the item gives the band a common name: light is not counted downwards, nor by the million.
+        """
+        numbers = f"scale {self.scale:g} and offset {self.offset:g}"
+        if not (isfinite(self.offset) and _SMALLEST <= abs(self.scale) <= 1 / _SMALLEST):
+            return f"{numbers}, which give no values"
+        if band is not None:
+            most = _FARTHEST_OFFSET * max(1.0, abs(band.offset))
+            if (
+                not 1 / _FARTHEST_SCALE <= self.scale / band.scale <= _FARTHEST_SCALE
+                or abs(self.offset) > most
+            ):
+                return f"{numbers}, where {band.code} has {band.scale:g} and {band.offset:g}"
+        elif spectral and not (0 < self.scale <= _LARGEST_SPECTRAL and abs(self.offset) <= _LARGEST_SPECTRAL):
+            return f"{numbers}, of a spectral band"
+        return None
+
+
+_SMALLEST = 1e-30  # columns of gas reach 1e16 molecules a square centimetre, or 1e-15 of something
+_FARTHEST_SCALE = 1000.0
+_FARTHEST_OFFSET = 100.0
+_LARGEST_SPECTRAL = 10_000.0
 
 
 def radiometry(

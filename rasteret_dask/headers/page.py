@@ -23,7 +23,7 @@ class UnsupportedError(Exception):
 
 
 class RefusedError(Exception):
-    """The file asks for more memory than a header may."""
+    """The file asks for more memory than a header may, or for pixels that are not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,11 @@ class Header:
 
 
 def checked(page: Page) -> Page:
-    """Return the page; RefusedError where its sizes ask for more memory than a file may."""
+    """Return the page; RefusedError where its sizes ask for more memory than a file may, or its pixels are not read."""
+    try:
+        itemsize = np.dtype(page.dtype).itemsize
+    except TypeError:  # GDAL's CInt16 and CInt32 have no type in NumPy
+        raise RefusedError(f"pixels of {page.dtype}, a type that is not read") from None
     if min(page.width, page.height, page.tile_width, page.tile_height, page.samples) < 1:
         raise RefusedError(f"size {page.width} x {page.height}, tile {page.tile_width} x {page.tile_height}")
     if (
@@ -117,7 +121,6 @@ def checked(page: Page) -> Page:
     ):
         raise RefusedError(f"{page.width} x {page.height} pixels, {page.samples} bands")
     chunky = page.samples if page.planar == 1 else 1
-    itemsize = np.dtype(page.dtype).itemsize
     nbytes = page.tile_width * page.tile_height * itemsize * chunky
     strip = page.driver == "GTiff" and not page.tile_offsets and page.tile_width == page.width
     if not strip and nbytes > _MAX_TILE:

@@ -11,6 +11,7 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 from rasteret_dask.errors import ReadError, TrustError
+from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.gdal import from_gdal
 from rasteret_dask.headers.page import Header, RefusedError, UnsupportedError
 from rasteret_dask.headers.tiff import BROKEN, FIRST, RangeFile, from_tiff
@@ -162,7 +163,11 @@ def _parsed(href: str, file: RangeFile) -> Header | str:
 
 
 def _objection(header: Header) -> str | None:
-    _, b, _, d, _, _ = header.pages[0].transform
+    image = header.pages[0]
+    _, b, _, d, _, _ = image.transform
+    reason = misplaced(header.epsg, image.transform, image.width, image.height)
+    if reason is not None:
+        return f"refused: {reason}"
     if b or d:
         return f"rotated: transform {header.pages[0].transform}; only north-up and south-up grids are served"
     return None

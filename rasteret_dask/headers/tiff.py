@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import struct
+import threading
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +41,38 @@ _MAGIC = {
 """First four bytes -> the one GDAL driver that may open the file, whatever its name says."""
 # what tifffile raises on broken or hostile bytes
 BROKEN = (tifffile.TiffFileError, struct.error, ValueError, LookupError, TypeError, ArithmeticError, OSError)
+
+
+class _Parsing(logging.Filter):
+    """Keeps what tifffile logs of our files from the user: a broken header is hundreds of lines, and ours tells it.
+
+    What it logs of other files, on other threads, passes as the user configured it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.local()
+        self._log = logging.getLogger(__name__)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Take the lines that this thread makes tifffile log."""
+        logging.getLogger("tifffile").addFilter(self)  # once, however often: logging may be configured anew
+        self._thread.inside = True
+        try:
+            yield
+        finally:
+            self._thread.inside = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a line is none of ours; ours goes to this module's log."""
+        if not getattr(self._thread, "inside", False):
+            return True
+        self._log.debug("tifffile: %s", record.getMessage())
+        return False
+
+
+_PARSING = _Parsing()
 
 
 class RangeFile(io.RawIOBase):
@@ -108,7 +143,7 @@ class RangeFile(io.RawIOBase):
 
 def from_tiff(file: RangeFile) -> Header:
     """Parse all levels; UnsupportedError or one of BROKEN where tifffile does not make sense of them."""
-    with tifffile.TiffFile(io.BufferedReader(file)) as tiff:
+    with _PARSING.here(), tifffile.TiffFile(io.BufferedReader(file)) as tiff:
         ifds = list(_ifds(tiff))
         first = ifds[0]
         epsg = _epsg(first)

@@ -11,7 +11,8 @@ import numpy as np
 import shapely
 from pyproj import Transformer
 
-from rasteret_dask.catalogs.bands import Role, radiometry
+from rasteret_dask.catalogs.bands import Radiometry, Role, radiometry
+from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.reader import Header
 from rasteret_dask.table.layers import Layer
 
@@ -33,7 +34,7 @@ class Described:
 
     @property
     def footprint(self) -> bytes | None:
-        """WKB in lon/lat of the first image's outline, None where no header is known."""
+        """WKB in lon/lat of the first image's outline, None where no header is known or it lies beyond the Earth."""
         images = [levels[0] for _, levels in self.levels if levels]
         if not images or self.epsg is None:
             return None
@@ -43,11 +44,9 @@ class Described:
         ring = shapely.Polygon([(a * x + b * y + c, d * x + e * y + f) for x, y in corners])
         ring = shapely.segmentize(ring, max(abs(a) * w, abs(e) * h) / 16)  # straight here, curved in lon/lat
         to_lonlat = Transformer.from_crs(self.epsg, 4326, always_xy=True)
-        return bytes(
-            shapely.to_wkb(
-                shapely.transform(ring, lambda xy: np.column_stack(to_lonlat.transform(xy[:, 0], xy[:, 1])))
-            )
-        )
+        lonlat = np.column_stack(to_lonlat.transform(*shapely.get_coordinates(ring).T))
+        lonlat = lonlat[np.isfinite(lonlat).all(axis=1)]  # corners of a whole hemisphere lie beside the Earth
+        return bytes(shapely.to_wkb(shapely.Polygon(lonlat))) if len(lonlat) >= 4 else None
 
 
 def describe(
@@ -70,7 +69,7 @@ def describe(
     Notes
     -----
     The file is right about size, transform, dtype and nodata. A file in another CRS than the item says is
-    recorded as unreadable.
+    recorded as unreadable, and so is a band whose scale and offset cannot be meant.
     """
     if headers is not None:
         layers = list(_expanded(layers, headers))
@@ -80,11 +79,13 @@ def describe(
         header = None if headers is None else headers.get(layer.href, "no header was read")
         error = _error(layer, header, epsg) if headers is not None else None
         file = header if isinstance(header, Header) and error is None else None
-        own = file.levels_of(layer.band_index) if file else () if headers is not None else _synthetic(layer)
-        if headers is None and not own:
-            error = "no header was read, and the item has no proj:transform and proj:shape"
-        assets.append((layer.band, _fields(layer, file, properties, error)))
-        levels.append((layer.band, own))
+        own = file.levels_of(layer.band_index) if file else ()
+        if headers is None:
+            error = _unplaced(layer, epsg)
+            own = () if error else _synthetic(layer)
+        fields = _fields(layer, file, properties, error)
+        assets.append((layer.band, fields))
+        levels.append((layer.band, own if fields["error"] is None else ()))
     return Described(tuple(assets), tuple(levels), epsg)
 
 
@@ -128,6 +129,9 @@ def _fields(
         scale = header.scale_of(layer.band_index) if scale is None else scale
         offset = header.offset_of(layer.band_index) if offset is None else offset
     rule = radiometry(layer.dataset, layer.known, properties, scale, offset)
+    absurd = rule.objection(layer.known, layer.common_name is not None)
+    if absurd is not None:
+        error, rule = error or f"refused: {absurd}", Radiometry(1.0, 0.0, "none: refused")
     return {
         "href": layer.href,
         "band_index": layer.band_index,
@@ -165,10 +169,19 @@ def _usual_dtype(layer: Layer) -> str | None:
     return layer.known.dtype if layer.known else None
 
 
-def _synthetic(layer: Layer) -> tuple[dict[str, Any], ...]:
-    """Return the image level that the item's own words describe, none where they do not."""
+def _unplaced(layer: Layer, epsg: int | None) -> str | None:
+    """Return why the item's own words place no raster, None where they do."""
     if layer.transform is None or layer.shape is None:
-        return ()
+        return "no header was read, and the item has no proj:transform and proj:shape"
+    height, width = layer.shape
+    reason = None if epsg is None else misplaced(epsg, layer.transform, width, height)
+    return None if reason is None else f"refused: {reason}"
+
+
+def _synthetic(layer: Layer) -> tuple[dict[str, Any], ...]:
+    """Return the image level that the item's own words describe."""
+    assert layer.transform is not None
+    assert layer.shape is not None
     height, width = layer.shape
     return (
         {

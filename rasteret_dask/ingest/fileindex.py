@@ -16,7 +16,7 @@ import shapely
 from shapely.geometry import mapping
 
 from rasteret_dask.errors import ReadError, SchemaError, SourceError
-from rasteret_dask.ingest.sources import Item
+from rasteret_dask.ingest.sources import BROKEN, Item, reason_of, short
 from rasteret_dask.net.remote import MissingError, is_local, local_path, redact
 from rasteret_dask.net.remotefs import filesystem
 
@@ -82,7 +82,7 @@ def index_items(
         ):
             rows = batch.to_pylist()
             if rows:
-                yield [_item(row, columns, collection, asset, place) for row in rows]
+                yield [_item_or_error(row, columns, collection, asset, place) for row in rows]
     except (FileNotFoundError, MissingError) as error:
         raise SourceError(subject, "nothing there", "a Parquet file") from error
     except ReadError as error:
@@ -120,6 +120,16 @@ def _filter(
         if end is not None:
             parts.append(year <= end.year)
     return functools.reduce(operator.and_, parts) if parts else None
+
+
+def _item_or_error(
+    row: Mapping[str, Any], columns: Mapping[str, str], collection: str, asset: str, place: str
+) -> Item:
+    try:
+        return _item(row, columns, collection, asset, place)
+    except BROKEN as error:
+        subject = f"index {redact(place)}, row of {short(str(row[columns['href']]))!r}"
+        return Item.broken(SourceError(subject, reason_of(error), "a file, its outline and its time"))
 
 
 def _item(

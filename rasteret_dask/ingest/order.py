@@ -113,7 +113,7 @@ class Order:
             ):
                 yield Batch([i for i in items if fits(i.data, self.query, self.name)])
         elif self.catalog is not None:
-            found = read_items(self.catalog)
+            found = read_items(self.catalog, keep_broken=True)
             yield Batch([i for i in found if fits(i.data, self.query, self.name)], len(found))
         elif self.stac_api is not None:
             search = Search(self.stac_api, self.collection, self.boxes, self.span, self.query, self.filter)

@@ -18,11 +18,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rasteret_dask.errors import RasteretDaskError, SourceError
+from rasteret_dask.errors import SourceError
 from rasteret_dask.headers.reader import Header, HeaderReader
 from rasteret_dask.ingest.sources import Item
-from rasteret_dask.ingest.stac import Draft, Rules, completed, draft_of, meets, version_of
-from rasteret_dask.net.remote import public, redact
+from rasteret_dask.ingest.stac import (
+    Draft,
+    LeftOut,
+    Rules,
+    completed,
+    draft_of,
+    meets,
+    rows_to_table,
+    version_of,
+)
+from rasteret_dask.net.remote import public
 from rasteret_dask.progress import Progress
 from rasteret_dask.table import geoparquet
 from rasteret_dask.table.layers import Layer, check_bands
@@ -113,8 +122,8 @@ class Report:
     """In the table."""
     added: int = 0
     """Made from the items; with a known table, the new and the replaced ones."""
-    broken: list[tuple[str, str]] = field(default_factory=list)
-    """(id, reason) of items left out."""
+    broken: LeftOut = field(default_factory=lambda: LeftOut(True))
+    """Items left out."""
     twice: int = 0
     """Items left out as another of the same id is as new or newer."""
     replaced: int = 0
@@ -128,10 +137,8 @@ class Report:
     def notes(self, name: str) -> list[str]:
         """Return what a user should be told, a sentence or two each."""
         said = []
-        if self.broken:
-            listed = "; ".join(f"{n!r} ({why})" for n, why in self.broken[:_LISTED])
-            more = f"; and {len(self.broken) - _LISTED} more" if len(self.broken) > _LISTED else ""
-            said.append(f"{name}: {len(self.broken)} broken items are left out: {listed}{more}")
+        if self.broken.items:
+            said.append(self.broken.note(name))
         if self.twice:
             said.append(
                 f"{name}: {self.twice} items repeat the id of another and are left out; of each id the one with "
@@ -176,7 +183,7 @@ def ingest(
     BandError
         When no item has a band that was asked for.
     """
-    report = Report()
+    report = Report(broken=LeftOut(recipe.skip_broken))
 
     def tables() -> Iterator[pa.Table]:
         if known is not None:
@@ -244,11 +251,9 @@ def _drafts(
         for batch in arriving:
             progress.total = batch.total if recipe.max_items is None else recipe.max_items
             for item in batch.items:
-                try:
+                draft = None
+                with report.broken.of(item.id):
                     draft = draft_of(item, recipe.rules)
-                except SourceError as error:
-                    _left_out(item.id, error, recipe, report)
-                    continue
                 if draft is None:
                     continue
                 offered |= draft.offered
@@ -288,7 +293,7 @@ def _table(
         raise _no_headers(recipe, report)
     rows = []
     for draft in drafts:
-        try:
+        with report.broken.of(draft.row["id"]):
             row = completed(draft, found)
             if row["geometry"] is None:
                 raise SourceError(
@@ -296,19 +301,11 @@ def _table(
                     "neither geometry nor bbox, and no header that tells",
                     "a footprint",
                 )
-        except SourceError as error:
-            _left_out(draft.row["id"], error, recipe, report)
-            continue
-        if draft.row["geometry"] is not None or meets(row, recipe.rules):
-            rows.append(row)
-    report.added += len(rows)
-    return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)
-
-
-def _left_out(name: str, error: RasteretDaskError, recipe: Recipe, report: Report) -> None:
-    if not recipe.skip_broken:
-        raise error
-    report.broken.append((name, redact(error.found)[:200]))
+            if draft.row["geometry"] is not None or meets(row, recipe.rules):
+                rows.append(row)
+    table, _ = rows_to_table(rows, report.broken)
+    report.added += table.num_rows
+    return table
 
 
 def _choose(keys: pa.Table, recipe: Recipe, report: Report, known: bool) -> NDArray[np.int64]:
@@ -343,13 +340,8 @@ def _failed(assets: pa.Array) -> NDArray[np.bool_]:
 
 
 def _nothing(recipe: Recipe, report: Report) -> SourceError:
-    if report.broken:
-        name, why = report.broken[0]
-        return SourceError(
-            f"items of {recipe.name!r}",
-            f"all {len(report.broken)} of them broken ({name!r}: {why})",
-            "STAC items",
-        )
+    if report.broken.items:
+        return report.broken.all_of(recipe.name)
     return SourceError(
         f"items of {recipe.name!r}",
         "none in the box and range asked for",

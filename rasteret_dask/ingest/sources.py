@@ -8,20 +8,42 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pystac
 import shapely
+from pyproj.exceptions import CRSError, ProjError
+from shapely.errors import ShapelyError
 from shapely.geometry import mapping
 
 from rasteret_dask.errors import ReadError, SchemaError, SourceError
 from rasteret_dask.net.remote import MissingError, get, is_local, redact
 from rasteret_dask.net.trust import checked, resolve
 
-__all__ = ["Item", "read_items", "read_table", "remote_item"]
+__all__ = [
+    "BROKEN",
+    "MAX_HREF",
+    "Item",
+    "check_href",
+    "read_items",
+    "read_table",
+    "reason_of",
+    "remote_item",
+    "short",
+]
+
+BROKEN = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, ShapelyError, CRSError,
+    ProjError, pa.ArrowException,
+)  # fmt: skip
+"""What malformed JSON leads to, on its way to a row."""
+
+MAX_HREF = 16_384
+"""Characters of an href. Servers refuse far shorter ones; from 65,535 on the HTTP client breaks (http::Uri)."""
 
 _WORKERS = 16
 _TOP_LEVEL = ("type", "stac_version", "stac_extensions", "id", "collection", "geometry", "bbox", "links")
@@ -37,14 +59,61 @@ class Item:
     """URL or path that its relative hrefs start from, or None."""
     local: bool
     """True where it came from memory or a local file; only then it may name local paths."""
+    error: SourceError | None = None
+    """Why there is no item, raised where its row would be made."""
 
     @property
     def id(self) -> str:
-        """The item's id, or "?" where it has none."""
-        return str(self.data.get("id") or "?")
+        """The item's id, as messages show it, or "?" where it has none."""
+        return short(str(self.data.get("id") or "?"))
+
+    @classmethod
+    def broken(cls, error: SourceError) -> Item:
+        """Return what stands for an item that cannot be read."""
+        return cls({"id": error.subject}, None, False, error)
 
 
-def read_items(source: Any, *, remote: bool = False) -> list[Item]:
+def short(text: str) -> str:
+    """Return text as messages show it."""
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error of a library says, as messages show it."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, LookupError):
+        text = f"{type(error).__name__}: {text}"
+    return redact(text)[:200].encode("ascii", "backslashreplace").decode()
+
+
+def check_href(href: str, subject: str) -> None:
+    """Refuse an href that is no path or URL at all.
+
+    Parameters
+    ----------
+    href
+        As an item or a table gives it.
+    subject
+        Who names it, for the message: ``item 'a', asset 'red'``.
+
+    Raises
+    ------
+    SourceError
+        When it is too long, or no URL can be written so.
+    """
+    expected = f"a path or URL of at most {MAX_HREF:,} characters"
+    if len(href) > MAX_HREF:
+        raise SourceError(subject, f"an href of {len(href):,} characters", expected)
+    try:
+        href.encode()
+        urlsplit(href).port  # noqa: B018  # which says whether there is a host and a port in it
+    except ValueError as error:
+        raise SourceError(
+            subject, f"href {redact(ascii(href))[:120]} ({reason_of(error)})", expected
+        ) from None
+
+
+def read_items(source: Any, *, remote: bool = False, keep_broken: bool = False) -> list[Item]:
     """Read STAC items from any place.
 
     Parameters
@@ -56,6 +125,8 @@ def read_items(source: Any, *, remote: bool = False) -> list[Item]:
         GeoParquet.
     remote
         True for items in memory that a remote service sent: they may not name local paths.
+    keep_broken
+        Keep a place for each item of a list that cannot be read, with its ``error``; else the first is raised.
 
     Raises
     ------
@@ -63,8 +134,13 @@ def read_items(source: Any, *, remote: bool = False) -> list[Item]:
         When nothing of that kind is there.
     """
     if isinstance(source, str | os.PathLike):
-        return _from_place(os.fspath(source))
-    return [i if not remote else Item(i.data, i.base, False) for i in _from_memory(source)]
+        items = _from_place(os.fspath(source))
+    else:
+        items = [replace(i, local=False) if remote else i for i in _from_memory(source)]
+    error = next((i.error for i in items if i.error is not None), None)
+    if error is not None and not keep_broken:
+        raise error
+    return items
 
 
 def remote_item(data: Any) -> Item:
@@ -105,7 +181,14 @@ def _from_memory(source: Any) -> Iterator[Item]:
             place = source.get_self_href()
             yield Item(source.to_dict(transform_hrefs=False), place, place is None or is_local(place))
         case pystac.Catalog():
-            for item in source.get_items(recursive=True):
+            try:
+                items = list(source.get_items(recursive=True))
+            except (pystac.STACError, OSError, *BROKEN) as error:
+                raise SourceError(
+                    f"catalog {short(str(source.id))!r}", f"links that pystac cannot follow ({reason_of(error)})",
+                    "a catalog whose items can be read", "A path or URL of the catalog is followed link by link.",
+                ) from error  # fmt: skip
+            for item in items:
                 yield from _from_memory(item)
         case Mapping():
             if source.get("type") in ("Catalog", "Collection"):
@@ -117,7 +200,10 @@ def _from_memory(source: Any) -> Iterator[Item]:
             yield from _from_place(os.fspath(source))
         case Iterable():
             for one in source:
-                yield from _from_memory(one)
+                try:
+                    yield from list(_from_memory(one))
+                except SourceError as error:
+                    yield Item.broken(error)
         case _:
             raise SourceError("STAC items", f"a {type(source).__name__}", "items, a path, a URL or a table")
 
@@ -145,8 +231,10 @@ def _json(place: str) -> Any:
         ) from error
     except ReadError as error:
         raise SourceError(f"STAC source {redact(place)}", error.found, "a readable JSON file") from error
-    except ValueError as error:
-        raise SourceError(f"STAC source {redact(place)}", f"no JSON: {error}", "STAC JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(
+            f"STAC source {redact(place)}", f"no JSON: {reason_of(error)}", "STAC JSON"
+        ) from error
 
 
 def _from_json(document: Any, place: str | None, *, local: bool, name: str) -> Iterator[Item]:
@@ -154,11 +242,16 @@ def _from_json(document: Any, place: str | None, *, local: bool, name: str) -> I
     if isinstance(document, Mapping):
         features = document.get("features", [document])
     if not isinstance(features, list | tuple):
-        raise SourceError(f"STAC source {name}", f"a {type(features).__name__}", "an Item or a list of Items")
+        subject, kind = f"STAC source {name}", type(features).__name__
+        yield Item.broken(SourceError(subject, f"a {kind}", "an Item or a list of Items"))
+        return
     whole = isinstance(document, Mapping) and "features" not in document
     for n, feature in enumerate(features):
         if not isinstance(feature, Mapping):
-            raise SourceError(f"STAC source {name}", f"a {type(feature).__name__} at {n}", "an Item")
+            yield Item.broken(
+                SourceError(f"STAC source {name}", f"a {type(feature).__name__} at {n}", "an Item")
+            )
+            continue
         # an item's own file is where it is read from; items in a collection say where theirs is
         base = place if whole and place else _self_href(feature) or place
         yield Item(feature, base, local)
@@ -189,10 +282,15 @@ def _from_catalog(place: str, document: Mapping[str, Any]) -> list[Item]:
         for (rel, href), found in zip(links, documents, strict=True):
             if found is None:
                 missing.append(href)
+            elif isinstance(found, SourceError):
+                items.append(Item.broken(found))
             elif rel == "item":
                 items += _from_json(found, href, local=is_local(href), name=redact(href))
-            else:
+            elif isinstance(found, Mapping):
                 level.append((href, found))
+            else:
+                subject, kind = f"STAC source {redact(href)}", type(found).__name__
+                items.append(Item.broken(SourceError(subject, f"a {kind}", "a Catalog or Collection")))
     if not items:
         what = f"{len(missing)} links to files that are not there" if missing else "no item links below it"
         raise SourceError(
@@ -212,19 +310,20 @@ def _from_catalog(place: str, document: Mapping[str, Any]) -> list[Item]:
 
 
 def _links(place: str, document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for link in document.get("links") or ():
-        if link.get("rel") in ("item", "child"):
+    links, subject = document.get("links"), f"a link of {redact(place)}"
+    for link in links if isinstance(links, list) else ():
+        if isinstance(link, Mapping) and link.get("rel") in ("item", "child"):
+            check_href(str(link.get("href")), subject)
             href = resolve(str(link.get("href")), place)
-            yield link["rel"], checked(href, local=is_local(place), subject=f"a link of {redact(place)}")
+            yield link["rel"], checked(href, local=is_local(place), subject=subject)
 
 
 def _linked(href: str) -> Any:
+    """Return a document, the error that says why there is none, or None where nothing is there."""
     try:
         return _json(href)
     except SourceError as error:
-        if isinstance(error.__cause__, MissingError):
-            return None
-        raise
+        return None if isinstance(error.__cause__, MissingError) else error
 
 
 def _from_table(table: pa.Table, place: str | None, *, local: bool) -> Iterator[Item]:
@@ -238,16 +337,26 @@ def _from_table(table: pa.Table, place: str | None, *, local: bool) -> Iterator[
             "Other tables are read by build_from_table.",
         )
     for row in table.to_pylist():
-        data = {key: _plain(row[key]) for key in _TOP_LEVEL if row.get(key) is not None}
-        if isinstance(row.get("geometry"), bytes):
-            data["geometry"] = mapping(shapely.from_wkb(row["geometry"]))
-        if isinstance(row.get("bbox"), Mapping):
-            data["bbox"] = [row["bbox"][k] for k in ("xmin", "ymin", "xmax", "ymax")]
-        assets = row["assets"]
-        data["assets"] = _plain(dict(assets) if isinstance(assets, list) else assets)
-        rest = {k: v for k, v in row.items() if k not in (*_TOP_LEVEL, "assets") and v is not None}
-        data["properties"] = _plain(rest)
-        yield Item(data, _self_href(data) or place, local)
+        try:
+            data = _item_of_row(row)
+        except BROKEN as error:
+            subject = f"item {short(str(row['id']))!r}"
+            yield Item.broken(SourceError(subject, reason_of(error), "a row of STAC GeoParquet"))
+        else:
+            yield Item(data, _self_href(data) or place, local)
+
+
+def _item_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    data = {key: _plain(row[key]) for key in _TOP_LEVEL if row.get(key) is not None}
+    if isinstance(row.get("geometry"), bytes):
+        data["geometry"] = mapping(shapely.from_wkb(row["geometry"]))
+    if isinstance(row.get("bbox"), Mapping):
+        data["bbox"] = [row["bbox"][k] for k in ("xmin", "ymin", "xmax", "ymax")]
+    assets = row["assets"]
+    data["assets"] = _plain(dict(assets) if isinstance(assets, list) else assets)
+    rest = {k: v for k, v in row.items() if k not in (*_TOP_LEVEL, "assets") and v is not None}
+    data["properties"] = _plain(rest)
+    return data
 
 
 def _plain(value: Any) -> Any:

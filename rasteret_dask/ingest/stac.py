@@ -5,22 +5,22 @@ from __future__ import annotations
 import datetime as dt
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import shapely
-from shapely.errors import ShapelyError
 
 from rasteret_dask.catalogs.access import rule_of
 from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.catalog import dataset_of, known_dataset
-from rasteret_dask.errors import SourceError
+from rasteret_dask.errors import SchemaError, SourceError
 from rasteret_dask.footprint import area_of, corners_of, outline_of
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.ingest.describe import describe
-from rasteret_dask.ingest.sources import Item, read_items
+from rasteret_dask.ingest.sources import BROKEN, Item, check_href, read_items, reason_of, short
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
 from rasteret_dask.table.facts import Range, facts_of, instant, range_of, version_of
@@ -28,8 +28,10 @@ from rasteret_dask.table.layers import Layer, check_bands, layers_of, restrict
 from rasteret_dask.table.records import RECORD_SCHEMA, conform
 
 __all__ = [
+    "BROKEN",
     "Draft",
     "Item",
+    "LeftOut",
     "Rules",
     "completed",
     "draft_of",
@@ -40,6 +42,7 @@ __all__ = [
     "meets",
     "range_of",
     "read_items",
+    "rows_to_table",
     "version_of",
 ]
 
@@ -49,7 +52,7 @@ _IN_COLUMNS = (
     "proj:code", "created", "eo:bands",
 )  # fmt: skip
 
-_BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError)  # what malformed JSON leads to
+_LISTED = 5
 
 
 def items_to_table(
@@ -63,6 +66,7 @@ def items_to_table(
     bbox: tuple[float, float, float, float] | None = None,
     date_range: Any = None,
     most: int | None = None,
+    broken: LeftOut | None = None,
 ) -> pa.Table:
     """Turn STAC items into a record table.
 
@@ -87,6 +91,8 @@ def items_to_table(
         counts as the whole day (month, year); an end with a time of day is exclusive.
     most
         Keep the first so many rows.
+    broken
+        Takes the broken items, where they are to be left out; None: the first one is an error.
 
     Returns
     -------
@@ -97,9 +103,9 @@ def items_to_table(
     Raises
     ------
     SourceError
-        When an item is broken, or none is left.
+        When an item is broken (see ``broken``), or none is left.
     TrustError
-        When an item names a place that its origin must not name.
+        When an item names a place that its origin must not name (see ``broken``).
     BandError
         When no item has a band that was asked for.
     """
@@ -109,18 +115,92 @@ def items_to_table(
         () if bbox is None else (bbox,),
         range_of(date_range),
     )
-    drafts = [d for item in items if (d := draft_of(item, rules)) is not None]
+    broken = LeftOut(False) if broken is None else broken
+    drafts = []
+    for item in items:
+        with broken.of(item.id):
+            draft = draft_of(item, rules)
+            drafts += [] if draft is None else [draft]
     if not drafts:
-        raise SourceError(
-            f"items of {name!r}", f"none of {len(items)} in the box and range asked for", "at least one item"
-        )
+        raise _none_left(name, len(items), broken)
     drafts = _newest(drafts, name)[:most]
     check_bands([d.offered for d in drafts], bands)
     found = None
     if headers:
         found = read_headers([layer.href for d in drafts for layer in d.layers], workers)
-    rows = [completed(d, found) for d in drafts]
-    return conform(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), name)
+    rows = []
+    for draft in drafts:
+        with broken.of(draft.row["id"]):
+            rows.append(completed(draft, found))
+    table, _ = rows_to_table(rows, broken)
+    if not table.num_rows:
+        raise _none_left(name, len(items), broken)
+    return conform(table, name)
+
+
+def _none_left(name: str, count: int, broken: LeftOut) -> SourceError:
+    if broken.items:
+        return broken.all_of(name)
+    return SourceError(
+        f"items of {name!r}", f"none of {count} in the box and range asked for", "at least one item"
+    )
+
+
+def rows_to_table(
+    rows: Sequence[Mapping[str, Any]], broken: LeftOut, schema: pa.Schema = RECORD_SCHEMA
+) -> tuple[pa.Table, list[int]]:
+    """Return rows as a table, and their numbers; one that no column can hold (a number too large, say) is broken."""
+    try:
+        return pa.Table.from_pylist(list(rows), schema=schema), list(range(len(rows)))
+    except BROKEN:
+        tables, kept = [schema.empty_table()], []
+    for number, row in enumerate(rows):
+        with broken.of(str(row["id"])):
+            try:
+                tables.append(pa.Table.from_pylist([row], schema=schema))
+            except BROKEN as error:
+                raise SourceError(
+                    f"record {short(str(row['id']))!r}",
+                    f"what no column holds ({reason_of(error)})",
+                    "numbers and text of a scene",
+                ) from error
+            kept.append(number)
+    return pa.concat_tables(tables), kept
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Items (or rows of a table) that are broken: left out and named, or an error."""
+
+    skip: bool
+    items: list[tuple[str, str]] = field(default_factory=list)
+    """(id, reason) of each."""
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Note what is wrong with one item; raise it where none is to be left out."""
+        try:
+            yield
+        except (SourceError, SchemaError) as error:
+            if not self.skip:
+                raise
+            self.items.append((short(name), redact(error.found)[:200]))
+
+    def note(self, name: str) -> str:
+        """Return how many there are and the first of them, as a sentence."""
+        listed = "; ".join(f"{n!r} ({why})" for n, why in self.items[:_LISTED])
+        more = f"; and {len(self.items) - _LISTED} more" if len(self.items) > _LISTED else ""
+        return f"{name}: {len(self.items)} broken items are left out: {listed}{more}"
+
+    def all_of(self, name: str) -> SourceError:
+        """Return the error that says that no others are left."""
+        listed = "; ".join(f"{n!r}: {why}" for n, why in self.items[:_LISTED])
+        return SourceError(
+            f"items of {name!r}",
+            f"all {len(self.items)} of them broken ({listed})",
+            "STAC items",
+            "on_error='raise' stops at the first, and tells more of it.",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +241,20 @@ def draft_of(item: Item, rules: Rules) -> Draft | None:
         When it names a place that its origin must not name.
     """
     row = _row(item)
-    if not meets(row, rules):
-        return None
     try:
+        if not meets(row, rules):
+            return None
         offered = layers_of(item.data, rules.dataset or dataset_of(row["collection"]))
-    except _BROKEN as error:
+        layers = restrict(offered, rules.bands)
+        for layer in layers.values():
+            check_href(layer.href, f"item {item.id!r}, asset {short(layer.asset)!r}")
+        return Draft(row, tuple(_placed(item, layers)), offered, item.data["properties"])
+    except SourceError:
+        raise
+    except BROKEN as error:
         raise SourceError(
-            f"item {item.id!r}", f"assets that cannot be read ({error})", "a STAC item"
+            f"item {item.id!r}", f"assets that cannot be read ({reason_of(error)})", "a STAC item"
         ) from error
-    return Draft(row, tuple(_placed(item, restrict(offered, rules.bands))), offered, item.data["properties"])
 
 
 def completed(draft: Draft, found: Mapping[str, Header | str] | None) -> dict[str, Any]:
@@ -190,17 +275,21 @@ def completed(draft: Draft, found: Mapping[str, Header | str] | None) -> dict[st
     row = dict(draft.row)
     try:
         described = describe(draft.layers, draft.properties, found)
-    except _BROKEN as error:
-        raise SourceError(f"item {row['id']!r}", str(error), "properties that fit its collection") from error
-    row["assets"], row["headers_metadata"] = list(described.assets), list(described.levels)
-    row["proj:epsg"] = described.epsg or row["proj:epsg"]
-    row["geometry"] = row["geometry"] or described.footprint
-    _fill_bbox(row)
+        row["assets"], row["headers_metadata"] = list(described.assets), list(described.levels)
+        row["proj:epsg"] = described.epsg or row["proj:epsg"]
+        row["geometry"] = row["geometry"] or described.footprint
+        _fill_bbox(row)
+    except BROKEN as error:
+        raise SourceError(
+            f"item {short(row['id'])!r}", reason_of(error), "properties that fit its collection"
+        ) from error
     return row
 
 
 def _row(item: Item) -> dict[str, Any]:
     """Return one row without what headers tell."""
+    if item.error is not None:
+        raise item.error
     data = item.data
     if not isinstance(data.get("id"), str) or not data["id"]:
         raise SourceError(
@@ -211,17 +300,21 @@ def _row(item: Item) -> dict[str, Any]:
         raise SourceError(f"item {item.id!r}", "no properties", "a STAC item")
     if not isinstance(data.get("assets"), Mapping) or not data["assets"]:
         raise SourceError(f"item {item.id!r}", "no assets", "at least one asset")
+    collection = data.get("collection")
     try:
         row = {key: instant(properties.get(key)) for key in ("datetime", "start_datetime", "end_datetime")}
         facts = facts_of(properties)
         corners = corners_of(data.get("bbox"))
         geometry = outline_of(data.get("geometry"), data.get("bbox"), facts["proj:epsg"])
-    except (*_BROKEN, ShapelyError) as error:
-        raise SourceError(f"item {item.id!r}", str(error), "valid times, numbers and geometry") from error
+        rest = {k: v for k, v in properties.items() if k not in _IN_COLUMNS}
+        text = json.dumps(rest, default=str, sort_keys=True)
+    except BROKEN as error:
+        raise SourceError(
+            f"item {item.id!r}", reason_of(error), "valid times, numbers and geometry"
+        ) from error
     row["datetime"] = row["datetime"] or row["start_datetime"]
     if row["datetime"] is None:
         raise SourceError(f"item {item.id!r}", "neither datetime nor start_datetime", "one of them")
-    collection = data.get("collection")
     return {
         **row,
         **facts,
@@ -229,9 +322,7 @@ def _row(item: Item) -> dict[str, Any]:
         "collection": collection if isinstance(collection, str) else None,
         "geometry": geometry,
         "scene_bbox": list(corners) if corners is not None and corners[0] <= corners[2] else None,
-        "properties": json.dumps(
-            {k: v for k, v in properties.items() if k not in _IN_COLUMNS}, default=str, sort_keys=True
-        ),
+        "properties": text,
     }
 
 

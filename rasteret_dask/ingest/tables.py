@@ -7,7 +7,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +18,12 @@ import shapely
 from shapely.errors import ShapelyError
 
 from rasteret_dask.catalogs.bands import Dataset
-from rasteret_dask.errors import RasteretDaskError, SchemaError
+from rasteret_dask.errors import RasteretDaskError, SchemaError, SourceError
+from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.reader import read_headers
 from rasteret_dask.ingest.describe import Described, describe
-from rasteret_dask.ingest.sources import read_table
-from rasteret_dask.ingest.stac import facts_of, known_dataset
+from rasteret_dask.ingest.sources import BROKEN, check_href, read_table, reason_of, short
+from rasteret_dask.ingest.stac import LeftOut, facts_of, known_dataset, rows_to_table
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
 from rasteret_dask.table.anytable import as_arrow
@@ -46,6 +48,7 @@ def table_to_records(
     band_index_map: Mapping[str, int] | None = None,
     headers: bool = True,
     workers: int = 16,
+    broken: LeftOut | None = None,
 ) -> pa.Table:
     """Turn a table of scenes into a record table.
 
@@ -69,6 +72,8 @@ def table_to_records(
         tell of the full resolution only: no overviews, no masks.
     workers
         Requests in flight.
+    broken
+        Takes the broken rows, where they are to be left out; None: the first one is an error.
 
     Returns
     -------
@@ -80,9 +85,12 @@ def table_to_records(
     ------
     SchemaError
         When a required column is missing or has another type.
+    SourceError
+        When a row is broken (see ``broken``), or none is left.
     TrustError
-        When a table from a URL names local paths.
+        When a table from a URL names local paths (see ``broken``).
     """
+    broken = LeftOut(False) if broken is None else broken
     place = os.fspath(table_or_path) if isinstance(table_or_path, str | os.PathLike) else None
     found_table = read_table(place) if place is not None else as_arrow(table_or_path, name)
     table = found_table if isinstance(found_table, pa.Table) else found_table.to_table()
@@ -97,19 +105,42 @@ def table_to_records(
     theirs = header_columns(table.schema)
     told = None if headers or not theirs else table.select(theirs).to_pylist()
     table = _with_plain_types(table.drop_columns(list(theirs)), name)
-    rows = _rows(table)
-    layers = [_layers(row, dataset, place) for row in rows]
-    found = read_headers([x.href for own in layers for x in own], workers) if headers else None
-    described = [describe(own, row, found) for own, row in zip(layers, rows, strict=True)]
+    rows, outlines = _rows(table), table.column("geometry").to_pylist()
+    layers: dict[int, list[Layer]] = {}
+    for n, row in enumerate(rows):
+        with broken.of(str(row["id"])), _told_of(row):
+            layers[n] = _layers(row, dataset, place)
+    found = read_headers([x.href for own in layers.values() for x in own], workers) if headers else None
+    cells: dict[int, dict[str, Any]] = {}
+    for n, own in layers.items():
+        with broken.of(str(rows[n]["id"])), _told_of(rows[n]):
+            described = describe(own, rows[n], found)
+            described = described if told is None else _served(described, told[n])
+            cells[n] = _cells(rows[n], outlines[n], described)
     if told is not None:
-        described = [_served(d, own) for d, own in zip(described, told, strict=True)]
         warnings.warn(
             f"{name}: rasteret's header columns tell of the full resolution only, so overviews and masks are not "
             "used. build_from_table(...) and load(...) read the files' headers once and know all of them.",
             UserWarning,
             stacklevel=4,
         )
-    return conform(_filled(table, rows, described), name)
+    filled = _filled(table, cells, broken)
+    if broken.items and not filled.num_rows:
+        raise broken.all_of(name)
+    return conform(filled, name)
+
+
+@contextmanager
+def _told_of(row: Mapping[str, Any]) -> Iterator[None]:
+    """Say of which record it is that something does not become a row."""
+    try:
+        yield
+    except RasteretDaskError:
+        raise
+    except BROKEN as error:
+        raise SourceError(
+            f"record {short(str(row['id']))!r}", reason_of(error), "assets, times and numbers of a scene"
+        ) from error
 
 
 def check_hrefs(assets: pa.ChunkedArray, place: str | None) -> None:
@@ -139,9 +170,14 @@ def _served(described: Described, row: Mapping[str, Any]) -> Described:
                 h for n in (band, str(asset["asset"])) if (h := row.get(f"{n}_metadata")) is not None
             )
             nodata = header.get("nodata")
-            asset = {**asset, "dtype": level["dtype"], "error": None}
+            reason = misplaced(
+                described.epsg or _epsg(row) or 0, level["transform"], level["width"], level["height"]
+            )
+            refused = asset["error"] if str(asset["error"]).startswith("refused") else None
+            refused = refused or (reason and f"refused: {reason}")
+            asset = {**asset, "dtype": level["dtype"], "error": refused}
             asset["nodata"] = asset["nodata"] if nodata is None else nodata
-            own = (level,)
+            own = () if refused else (level,)
         assets.append((band, asset))
         levels.append((band, own))
     return replace(described, assets=tuple(assets), levels=tuple(levels))
@@ -289,7 +325,8 @@ def _layers(row: Mapping[str, Any], dataset: str | None, place: str | None) -> l
     known = known_dataset(dataset, row.get("collection"))
     layers = []
     for band, cell in cells.items():
-        subject = f"record {row['id']!r}, asset {band!r}"
+        subject = f"record {short(str(row['id']))!r}, asset {short(band)!r}"
+        check_href(cell["href"], subject)
         href = checked(resolve(cell["href"], place), local=_is_here(place), subject=subject)
         layer = _layer(row, band, cell, known)
         layers.append(replace(layer, href=href, band_index=int(cell.get("band_index") or 0)))
@@ -308,32 +345,41 @@ def _is_here(place: str | None) -> bool:
     return place is None or "://" not in place or place.startswith("file://")
 
 
-def _filled(table: pa.Table, rows: list[dict[str, Any]], described: list[Described]) -> pa.Table:
-    """Return the table with every column of RECORD_SCHEMA that rows and headers settle."""
-    columns: dict[str, list[Any]] = {
-        "assets": [list(d.assets) for d in described],
-        "headers_metadata": [list(d.levels) for d in described],
-        "proj:epsg": [d.epsg or _epsg(row) for d, row in zip(described, rows, strict=True)],
+def _cells(row: Mapping[str, Any], outline: bytes | None, described: Described) -> dict[str, Any]:
+    """Return a row's id, and the columns that it and its files' headers settle."""
+    outline = outline or described.footprint
+    bounds = None if outline is None else list(map(float, shapely.from_wkb(outline).bounds))
+    box = row.get("scene_bbox") or _corners(row.get("bbox")) or bounds
+    facts = _facts(row)
+    return {
+        "id": str(row["id"]),
+        "assets": list(described.assets),
+        "headers_metadata": list(described.levels),
+        "proj:epsg": described.epsg or _epsg(row),
+        "geometry": outline,
+        "scene_bbox": box,
+        "bbox": None if box is None else dict(zip(_CORNERS, box, strict=True)),
+        **{
+            field: facts.get(field) if row.get(field) is None or field == "platform" else row[field]
+            for field in _DERIVED
+        },
     }
-    outlines = table.column("geometry").to_pylist()
-    outlines = [g or d.footprint for g, d in zip(outlines, described, strict=True)]
-    columns["geometry"] = outlines
-    bounds = [None if g is None else list(map(float, shapely.from_wkb(g).bounds)) for g in outlines]
-    boxes = [
-        row.get("scene_bbox") or _corners(row.get("bbox")) or b for row, b in zip(rows, bounds, strict=True)
-    ]
-    columns["scene_bbox"] = boxes
-    columns["bbox"] = [None if b is None else dict(zip(_CORNERS, b, strict=True)) for b in boxes]
-    facts = [_facts(row) for row in rows]
-    for field in _DERIVED:
-        columns[field] = [
-            fact.get(field) if row.get(field) is None or field == "platform" else row[field]
-            for row, fact in zip(rows, facts, strict=True)
-        ]
-    for field, values in columns.items():
-        column = pa.array(values, RECORD_SCHEMA.field(field).type)
-        at = table.schema.get_field_index(field)
-        table = table.append_column(field, column) if at < 0 else table.set_column(at, field, column)
+
+
+_SETTLED = ("assets", "headers_metadata", "proj:epsg", "geometry", "scene_bbox", "bbox", *_DERIVED)
+"""Columns of RECORD_SCHEMA that a row and the headers of its files settle."""
+
+
+def _filled(table: pa.Table, cells: Mapping[int, Mapping[str, Any]], broken: LeftOut) -> pa.Table:
+    """Return the rows of a table that have cells, with these as columns."""
+    schema = pa.schema([RECORD_SCHEMA.field(name) for name in ("id", *_SETTLED)])
+    numbers = list(cells)
+    made, kept = rows_to_table(list(cells.values()), broken, schema)
+    if len(kept) < table.num_rows:
+        table = table.take(pa.array([numbers[n] for n in kept], pa.int64()))
+    for name in _SETTLED:
+        at, column = table.schema.get_field_index(name), made.column(name)
+        table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
     return table
 
 

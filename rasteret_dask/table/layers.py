@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -147,9 +148,12 @@ def _is_raster(asset: Mapping[str, Any]) -> bool:
     href, media = asset.get("href"), str(asset.get("type") or "").partition(";")[0].strip().lower()
     if not isinstance(href, str) or not href:
         return False
-    path = href if is_local(href) else urlsplit(href).path
     if media:
         return media in _MEDIA_TYPES
+    try:
+        path = href if is_local(href) else urlsplit(href).path
+    except ValueError:  # no URL: told where hrefs are looked at
+        path = href
     return os.path.splitext(path)[1].lower() in _SUFFIXES
 
 
@@ -280,6 +284,8 @@ def _first(*places: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 def _number(value: Any) -> float | None:
     try:
         return None if value is None or isinstance(value, bool) else float(value)
+    except OverflowError:
+        return inf if value > 0 else -inf  # told where it is used
     except (TypeError, ValueError):
         return None
 
