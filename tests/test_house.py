@@ -21,7 +21,7 @@ PACKAGE = ROOT / "rasteret_dask"
 # fmt: off
 ORDER = {
     "": "_version errors progress footprint grid",
-    "catalogs": "bands catalogfile catalog catalogwrite access",
+    "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "clusters remote remotefs trust limits",
     "headers": "page tiff gdal reader",
     "table": "schema anytable records rasteretio geoparquet export layers facts rowgroups timing",
