@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from urllib.parse import unquote, urlsplit
 
-from rasteret_dask.catalogs.signing import expired, rule_of, signed
+from rasteret_dask.catalogs.signing import ANEW, expired, rule_of, signed
 
 __all__ = ["environment", "for_gdal", "has_keys", "remedy", "rule_of"]
 
@@ -66,10 +66,7 @@ def remedy(href: str) -> str:
     """Return what may help where a store has refused an href; "" where nothing is known of it."""
     ended = expired(href)
     if ended is not None:
-        return (
-            f"Its signature expired at {ended:%Y-%m-%d %H:%M:%S} UTC: sign the items anew and build again, or name a "
-            "signer: rd.sign('https://host', 'module:name')."
-        )
+        return f"Its signature expired at {ended:%Y-%m-%d %H:%M:%S} UTC. {ANEW}"
     rule = rule_of(href)
     if rule is None or rule.access == "anonymous":
         return ""

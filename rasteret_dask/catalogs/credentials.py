@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 from urllib.parse import quote, unquote, unquote_plus
 
-__all__ = ["Secret", "bare", "is_credential", "parts_of", "split", "without_credentials"]
+__all__ = ["Secret", "bare", "cleaned", "is_credential", "parts_of", "split", "without_credentials"]
 
 Secret = tuple[str, str]
 """What an href has beside its bare form: (user information, the whole query string)."""
@@ -118,8 +120,32 @@ def bare(href: str) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """Return text with every URL in it bare."""
-    return _URL.sub(lambda found: bare(found[0]), text) if "://" in text else text
+    """Return text, plain or JSON, with every URL in it bare."""
+    if "://" not in text:
+        return text
+    if text[:1] in "{[":
+        try:
+            values = json.loads(text)
+        except ValueError:
+            values = text
+        clean = cleaned(values)
+        if clean == values:
+            return text
+        if not isinstance(clean, str):
+            return json.dumps(clean)
+    return _URL.sub(lambda found: bare(found[0]), text)
+
+
+def cleaned(value: Any) -> Any:
+    """Return a value of JSON with every URL in its texts bare."""
+    match value:
+        case str():
+            return without_credentials(value)
+        case dict():
+            return {key: cleaned(one) for key, one in value.items()}
+        case list() | tuple():
+            return type(value)(cleaned(one) for one in value)
+    return value
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s\"'<>\\{}|^`]+")

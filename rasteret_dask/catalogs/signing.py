@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Lock, RLock
@@ -24,8 +24,8 @@ from rasteret_dask.catalogs.pctokens import account_of, forget, token
 from rasteret_dask.errors import PlanError, ReadError
 
 __all__ = [
-    "Carried", "Signer", "adopt", "carried", "expired", "host_of", "keep_apart", "lacking", "renew", "rule_of", "sign",
-    "signed", "signed_hosts",
+    "ANEW", "Carried", "Signer", "adopt", "carried", "check_expired", "check_signatures", "expired", "host_of",
+    "is_ready_made", "keep_apart", "lacking", "lacking_hosts", "renew", "rule_of", "sign", "signed", "signed_hosts",
 ]  # fmt: skip
 
 Signer: TypeAlias = Callable[[str], str]
@@ -36,6 +36,8 @@ Carried: TypeAlias = "tuple[Mapping[str, Secret], tuple[tuple[str, str], ...]]"
 
 _FRESH = timedelta(seconds=60)  # a signature that ends sooner is asked for anew
 _KEPT = 65536  # signed URLs a signer's answers are kept of
+
+ANEW = "Sign the items anew and build again, or name a signer: rd.sign('https://host', 'module:name')."
 
 _GRANTS: dict[str, dict[str, Secret]] = {}
 """{host: {bare href: the credentials that it arrived with}}."""
@@ -249,6 +251,55 @@ def lacking(hrefs: Iterable[str], hosts: Iterable[str]) -> tuple[str, ...]:
         if wanted
         else ()
     )
+
+
+def check_signatures(hrefs: Iterable[str], hosts: Sequence[str]) -> None:
+    """Raise PlanError where this process cannot sign hrefs that arrived signed.
+
+    Parameters
+    ----------
+    hrefs, hosts
+        As of :func:`lacking`.
+    """
+    if not hosts:
+        return
+    every = list(hrefs)
+    missing = lacking(every, hosts)
+    if missing:
+        raise PlanError(
+            f"reading from {', '.join(missing)}",
+            "hrefs that arrived signed, and no signature in this process (what is stored holds none)",
+            "a signer, or the signatures",
+            f"Name a signer before reading: rd.sign('https://{missing[0]}', 'module:name'), or in the catalog that "
+            "RASTERET_DASK_CATALOG names. Or build from signed items in this process. See docs/credentials.md.",
+        )
+    check_expired(every)
+
+
+def check_expired(hrefs: Iterable[str]) -> None:
+    """Raise PlanError where a signature that an href arrived with has expired."""
+    for href in hrefs:
+        ended = expired(href)
+        if ended is not None:
+            raise PlanError(
+                f"reading from {host_of(href)}", f"a signature that expired at {ended:%Y-%m-%d %H:%M:%S} UTC",
+                "one that holds", ANEW,
+            )  # fmt: skip
+
+
+def lacking_hosts(hosts: Iterable[str]) -> tuple[str, ...]:
+    """Return the hosts for which this process has neither a signer nor any signature."""
+
+    def named(host: str) -> bool:
+        rule = store_of(f"https://{host}") or store_of(f"http://{host}")
+        return rule is not None and rule.signer is not None
+
+    return tuple(host for host in hosts if not (_GRANTS.get(host) or _PLACES.get(host) or named(host)))
+
+
+def is_ready_made(host: str) -> bool:
+    """Return whether a host's hrefs are read by signatures that they arrived with, and by nothing that lasts."""
+    return any(_place_of(host, href, rule_of(href)) is None for href in list(_GRANTS.get(host, {}))[:1])
 
 
 def expired(href: str) -> datetime | None:
