@@ -11,6 +11,7 @@ __all__ = [
     "RasteretDaskError",
     "ReadError",
     "SchemaError",
+    "SignedHrefsWarning",
     "SourceError",
     "StoreError",
     "TrustError",
@@ -98,6 +99,10 @@ class JobError(RasteretDaskError):
 
 class MissingExtraError(RasteretDaskError, ImportError):
     """A package that only some exits need is not installed; the remedy is the command that installs it."""
+
+
+class SignedHrefsWarning(UserWarning):
+    """Hrefs arrived with signatures or passwords, which this process keeps in its memory and never writes."""
 
 
 class UnreadableTilesWarning(UserWarning):

@@ -162,6 +162,7 @@ def _of_one_split(url: str, split: str | None) -> Stored:
 
 def _planned(url: str, functions: tuple[Callable[..., Any], ...], on_error: str) -> Reading:
     job = open_job(url, str(_said(url)["digest"]))
+    job.check_signatures()
     known = _matched(job, functions)
     sizes = tuple(json.loads(remote.get(remote.join(url, _SIZES)))) if job.screens else None
     return planned(job, outputs_of(job, known), known, on_error, sizes)

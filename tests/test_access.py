@@ -22,7 +22,7 @@ import pytest
 import rasterio
 from rasterio.transform import Affine
 
-from rasteret_dask.catalogs import access
+from rasteret_dask.catalogs import access, pctokens
 from rasteret_dask.errors import ReadError
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.net import remote
@@ -123,12 +123,12 @@ def azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Azure]:
     monkeypatch.setenv("PC_SDK_SAS_URL", f"http://{running.host}/token")
     monkeypatch.setenv("PC_SDK_SUBSCRIPTION_KEY", "")
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
-    monkeypatch.setattr(access, "_RETRIES", 0)
+    monkeypatch.setattr(pctokens, "_RETRIES", 0)
     forgotten = (
         Settings.get.cache_clear,
         sas.TOKEN_CACHE.clear,
-        access._TOKENS.clear,
-        access._get_token.cache_clear,
+        pctokens._TOKENS.clear,
+        pctokens._sas.cache_clear,
     )
     for forget in forgotten:
         forget()
@@ -223,7 +223,7 @@ def test_a_token_service_that_fails_is_named(azure: Azure, status: int) -> None:
 def test_a_token_service_that_never_answers_is_given_up(
     azure: Azure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "_WAIT_S", 0.2)
+    monkeypatch.setattr(pctokens, "_WAIT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("PC_SDK_SAS_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/token")
         with pytest.raises(ReadError, match=r"nothing for 0.2 s"):
@@ -240,7 +240,7 @@ def test_threads_at_once_ask_for_one_token(azure: Azure) -> None:
 
 def test_without_the_package_the_extra_is_named(azure: Azure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "planetary_computer", None)
-    access._get_token.cache_clear()
+    pctokens._sas.cache_clear()
     with pytest.raises(ReadError, match=r"rasteret-dask\[pc\]"):
         remote.get(azure.url("a.tif"))
     found = read_headers([azure.url("a.tif")])[azure.url("a.tif")]

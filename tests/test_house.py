@@ -21,10 +21,10 @@ PACKAGE = ROOT / "rasteret_dask"
 # fmt: off
 ORDER = {
     "": "_version errors extras progress footprint grid",
-    "catalogs": "bands catalogfile catalog catalogwrite access",
-    "net": "clusters remote remotefs trust limits",
+    "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
+    "net": "clusters signatureplugin signatures remote remotefs trust limits",
     "headers": "page tiff gdal reader",
-    "table": "schema anytable records rasteretio geoparquet export layers facts rowgroups timing",
+    "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan sampling scan optimize resolve radiometry recordtable",
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",

@@ -1,30 +1,17 @@
-"""How a request is let in: signed by Planetary Computer, paid for by the requester, or anonymous; told by the host.
+"""How a request is let in: signed, paid for by the requester, or anonymous; told by the host.
 
-Hrefs of tables stay as their catalogs publish them. What lets one read them is found when they are read, in the
-process that reads: the catalog's ``store`` tables say which host wants what, keys come from the environment, and
-Planetary Computer's tokens from its own package; they are kept until a minute before they expire.
+Stored hrefs hold no credentials. Those are resolved at read time, in the process that reads: the catalog's ``store``
+tables say which host wants what, keys come from the environment, signatures from :mod:`rasteret_dask.catalogs.signing`.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
-from datetime import UTC, datetime
-from functools import cache
-from queue import Empty, SimpleQueue
-from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from rasteret_dask.catalogs.catalog import store_of
-from rasteret_dask.catalogs.catalogfile import Store
-from rasteret_dask.errors import ReadError
-from rasteret_dask.extras import how_to_install
+from rasteret_dask.catalogs.signing import ANEW, expired, rule_of, signed
 
-if TYPE_CHECKING:
-    from obstore.store import AzureSASToken
-
-__all__ = ["Token", "environment", "for_gdal", "has_keys", "remedy", "rule_of", "token"]
+__all__ = ["environment", "for_gdal", "has_keys", "remedy", "rule_of"]
 
 _KEYS = {
     "s3": (
@@ -37,101 +24,6 @@ _KEYS = {
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY"),
 }
 _VSI = {"s3": "/vsis3/", "gs": "/vsigs/", "az": "/vsiaz/"}
-_RETRIES = 3
-_WAIT_S = 60
-_FRESH_S = 60  # the package renews its own tokens at the same age
-_TOKENS: dict[tuple[str, str], tuple[str, datetime]] = {}
-_LOCK = Lock()
-
-
-class Token:
-    """Planetary Computer's token for one container, as obstore asks for it: a new one when the old one expires."""
-
-    def __init__(self, account: str, container: str) -> None:
-        self._account, self._container = account, container
-
-    def __call__(self) -> AzureSASToken:
-        """Return ``sas_token`` and ``expires_at``."""
-        text, expiry = token(self._account, self._container)
-        return {"sas_token": text, "expires_at": expiry}
-
-
-def token(account: str, container: str) -> tuple[str, datetime]:
-    """Return a token that lets one read a container, and when it expires.
-
-    Raises
-    ------
-    ReadError
-        When the planetary-computer package is missing, or the service gives none.
-    """
-    known = _TOKENS.get((account, container))
-    if known is None or _left_s(known[1]) < _FRESH_S:
-        with _LOCK:  # one thread asks, the others find the answer
-            known = _TOKENS.get((account, container))
-            if known is None or _left_s(known[1]) < _FRESH_S:
-                known = _TOKENS[account, container] = _asked(account, container)
-    return known
-
-
-def _asked(account: str, container: str) -> tuple[str, datetime]:
-    subject = f"signing for {account}/{container}"
-    get_token = _package(subject)
-    answer: SimpleQueue[Any] = SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answer.put(get_token(account, container, retry_total=_RETRIES))
-        except (OSError, ValueError) as error:  # of requests and pydantic
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            answer.put(f"status {status}" if status else type(error).__name__)
-
-    Thread(
-        target=ask, daemon=True
-    ).start()  # the package waits without end for a service that does not answer
-    try:
-        found = answer.get(timeout=_WAIT_S)
-    except Empty:
-        found = f"nothing for {_WAIT_S} s"
-    if isinstance(found, str):
-        raise ReadError(
-            subject,
-            f"no token: {found}",
-            "an answer of Planetary Computer's token service",
-            "Check the network, PC_SDK_SAS_URL and PC_SDK_SUBSCRIPTION_KEY.",
-        )
-    return found.token, found.expiry
-
-
-def _package(subject: str) -> Any:
-    try:
-        return _get_token()
-    except ImportError:
-        raise ReadError(
-            subject,
-            "no package planetary-computer",
-            "it, to read what Planetary Computer stores",
-            f"Install it here and on every worker: {how_to_install('pc')}.",
-        ) from None
-
-
-@cache
-def _get_token() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pydantic, about planetary-computer's own code
-        from planetary_computer import sas
-    return sas.get_token
-
-
-def _left_s(expiry: datetime) -> float:
-    return (expiry - datetime.now(UTC)).total_seconds()
-
-
-def rule_of(href: str) -> Store | None:
-    """Return how the store of an absolute URL lets one in; None where no catalog says, or the href is signed."""
-    url = urlsplit(href)
-    if url.scheme.lower() not in ("s3", "http", "https") or url.query:
-        return None
-    return store_of(f"{url.scheme}://{url.netloc.rpartition('@')[2]}")
 
 
 def environment() -> tuple[tuple[str, str], ...]:
@@ -153,10 +45,7 @@ def for_gdal(href: str) -> tuple[str, dict[str, str]]:
     url, rule = urlsplit(href), rule_of(href)
     scheme = url.scheme.lower()
     if scheme in ("http", "https"):
-        if rule is None or rule.access != "planetary-computer":
-            return f"/vsicurl/{href}", {}
-        container = unquote(url.path).lstrip("/").partition("/")[0]
-        return f"/vsicurl/{href}?{token(url.netloc.partition('.')[0], container)[0]}", {}
+        return f"/vsicurl/{signed(href)}", {}
     if scheme not in _VSI:
         return unquote(url.path) if scheme == "file" else href, {}
     options = {}
@@ -175,6 +64,9 @@ def for_gdal(href: str) -> tuple[str, dict[str, str]]:
 
 def remedy(href: str) -> str:
     """Return what may help where a store has refused an href; "" where nothing is known of it."""
+    ended = expired(href)
+    if ended is not None:
+        return f"Its signature expired at {ended:%Y-%m-%d %H:%M:%S} UTC. {ANEW}"
     rule = rule_of(href)
     if rule is None or rule.access == "anonymous":
         return ""

@@ -32,7 +32,7 @@ _ENTRY = {
     "assets": dict, "access": str, "licence": str, "licence_url": str, "resolution_m": float, "time_start": str,
     "time_end": str, "bbox": list,
 }  # fmt: skip
-_STORE = {"access": str, "region": str}
+_STORE = {"access": str, "region": str, "signer": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class Store:
     """``s3://bucket`` or ``https://host``; ``*`` is any text."""
     access: Access = "anonymous"
     region: str | None = None
+    signer: str | None = None
+    """``module:name`` of a function that takes an href and returns the URL to request; of https only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +262,9 @@ def _store(place: str, said: Mapping[str, Any], source: str) -> Store:
         raise SourceError(
             f"access of {where}", fields["access"], "requester-pays for s3, planetary-computer for https"
         )
+    signer = fields.get("signer")
+    if signer is not None and (scheme == "s3" or not re.fullmatch(r"[\w.]+:[\w.]+", signer)):
+        raise SourceError(f"signer of {where}", repr(signer), "'module:name', for http and https")
     return Store(place, **fields)
 
 

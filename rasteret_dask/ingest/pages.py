@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from rasteret_dask.catalogs.signing import signed_hosts
 from rasteret_dask.errors import SourceError
 from rasteret_dask.headers.reader import Header, HeaderReader
 from rasteret_dask.ingest.sources import Item
@@ -34,6 +35,7 @@ from rasteret_dask.ingest.stac import (
 from rasteret_dask.net.remote import public
 from rasteret_dask.progress import Progress
 from rasteret_dask.table import geoparquet
+from rasteret_dask.table.barehrefs import hosts_of, hrefs_of, marks
 from rasteret_dask.table.layers import Layer, check_bands
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import acquisitions
@@ -184,16 +186,21 @@ def ingest(
         When no item has a band that was asked for.
     """
     report = Report(broken=LeftOut(recipe.skip_broken))
+    signed: set[str] = set() if known is None else set(hosts_of(pq.read_schema(known.path)) or ())
 
     def tables() -> Iterator[pa.Table]:
         if known is not None:
             yield from known.tables()
-        yield from _tables(batches, recipe, report, progress, known)
+        for table in _tables(batches, recipe, report, progress, known):
+            signed.update(signed_hosts(hrefs_of(table)))
+            metadata.update(marks(tuple(signed)))
+            yield table
 
     def choose(staged: pa.Table) -> NDArray[np.int64]:
         return _choose(staged.select(list(_KEYS)), recipe, report, known is not None)
 
-    report.rows = geoparquet.write_ordered(tables(), path, choose=choose)
+    metadata = marks(tuple(signed))  # of the file, which is written when all tables are there
+    report.rows = geoparquet.write_ordered(tables(), path, choose=choose, metadata=metadata)
     return report
 
 

@@ -18,6 +18,7 @@ import shapely
 from shapely.errors import ShapelyError
 
 from rasteret_dask.catalogs.bands import Dataset
+from rasteret_dask.catalogs.signing import keep_apart
 from rasteret_dask.errors import RasteretDaskError, SchemaError, SourceError
 from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.reader import read_headers
@@ -329,7 +330,7 @@ def _layers(row: Mapping[str, Any], dataset: str | None, place: str | None) -> l
         check_href(cell["href"], subject)
         href = checked(resolve(cell["href"], place), local=_is_here(place), subject=subject)
         layer = _layer(row, band, cell, known)
-        layers.append(replace(layer, href=href, band_index=int(cell.get("band_index") or 0)))
+        layers.append(replace(layer, href=keep_apart(href), band_index=int(cell.get("band_index") or 0)))
     return layers
 
 

@@ -17,8 +17,10 @@ import obstore
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, S3Store
 
-from rasteret_dask.catalogs.access import Token, environment, has_keys, remedy, rule_of, token
+from rasteret_dask.catalogs.access import environment, has_keys, remedy, rule_of
 from rasteret_dask.catalogs.catalogfile import Store
+from rasteret_dask.catalogs.pctokens import Token, token
+from rasteret_dask.catalogs.signing import signed
 from rasteret_dask.errors import ReadError, StoreError, TrustError
 
 T = TypeVar("T")
@@ -157,7 +159,8 @@ def open_href(href: str) -> tuple[Any, str]:
             container, _, path = path.partition("/")
             token(_account(url.netloc), container)  # asked for here, where its failure can be told
             return _signed_store(url.scheme.lower(), url.netloc, container), path
-        return _store(url.scheme.lower(), url.netloc, url.query, environment(), rule), path
+        full = urlsplit(signed(href))
+        return _store(url.scheme.lower(), full.netloc, full.query, environment(), rule), path
     except _FAILURES as error:
         raise _failure(href, error) from None
 
