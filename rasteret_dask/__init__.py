@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         UnreadableAssetsError,
         UnreadableTilesWarning,
     )
+    from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_table, load
     from rasteret_dask.reader.cogreader import CogReader
     from rasteret_dask.show.audit import Audit
@@ -81,6 +82,7 @@ __all__ = [
     "refresh",
     "register",
     "stream_from",
+    "trust",
 ]
 
 # Imported when first used: a training worker that streams from a store starts in half the time without xarray, Dask's
@@ -95,6 +97,7 @@ _MODULES = {
     "compacting": "compact",
     "errors": "BandError GridError JobError PlanError RasteretDaskError ReadError SchemaError SourceError StoreError "
     "TrustError UnreadableAssetsError UnreadableTilesWarning",
+    "net.trust": "trust",
     "openers": "as_collection build_from_table load",
     "reader.cogreader": "CogReader",
     "show.audit": "Audit",
