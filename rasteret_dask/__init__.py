@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         UnreadableAssetsError,
         UnreadableTilesWarning,
     )
+    from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_table, load
     from rasteret_dask.reader.cogreader import CogReader
     from rasteret_dask.show.audit import Audit
@@ -87,6 +88,7 @@ __all__ = [
     "register",
     "sign",
     "stream_from",
+    "trust",
 ]
 
 # Imported when first used: a training worker that streams from a store starts in half the time without xarray, Dask's
@@ -101,8 +103,8 @@ _MODULES = {
     "collection": "Collection join merge",
     "compacting": "compact",
     "errors": "BandError GridError JobError MissingExtraError PlanError RasteretDaskError ReadError SchemaError "
-    "SignedHrefsWarning "
-    "SourceError StoreError TrustError UnreadableAssetsError UnreadableTilesWarning",
+    "SignedHrefsWarning SourceError StoreError TrustError UnreadableAssetsError UnreadableTilesWarning",
+    "net.trust": "trust",
     "openers": "as_collection build_from_table load",
     "reader.cogreader": "CogReader",
     "show.audit": "Audit",

@@ -24,8 +24,7 @@ from test_real_data import table_of
 
 import rasteret_dask as rd
 from rasteret_dask.errors import JobError, PlanError, ReadError, UnreadableTilesWarning
-from rasteret_dask.net import remote
-from rasteret_dask.reader import rasterfile
+from rasteret_dask.net import remote, web
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.harmonize import dequantize
 from rasteret_dask.reader.pixelgrid import Grid, Window
@@ -201,9 +200,8 @@ def test_what_will_not_pass_is_asked_for_once(server: RangeServer, asset: Asset,
 
 
 @pytest.fixture
-def strips(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> Asset:
+def strips(server: RangeServer) -> Asset:
     """Return a served file that GDAL reads for us."""
-    monkeypatch.setitem(rasterfile._ENV, "GDAL_HTTP_RETRY_DELAY", 0.01)
     file(server.folder, tiled=False, blockxsize=WIDTH, blockysize=16)
     found = indexed(server.url("a.tif?signature=secret"))[0]
     server.forget()
@@ -227,7 +225,7 @@ def test_what_lasts_is_an_error_of_gdals_that_names_all(
         assert "secret" not in said
     assert "'B1' of record 'rec'" in str(error)
     assert error.remedy
-    assert 1 <= max(server.attempts().values()) <= 1 + rasterfile._ENV["GDAL_HTTP_MAX_RETRY"]
+    assert 1 <= max(server.attempts().values()) <= remote.ATTEMPTS
     (block,), _ = masked(request(strips))
     assert not block.valid.any()
 
@@ -249,7 +247,7 @@ def test_a_host_that_does_not_answer(tmp_path: Path) -> None:
 def test_a_body_that_stalls_is_given_up_and_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(remote._CLIENT, "read_timeout", "200ms")
+    monkeypatch.setattr(web, "READ_S", 0.2)
     file(tmp_path)
     with serving(tmp_path) as server:
         (asset,) = indexed(server.url("a.tif"))

@@ -30,7 +30,7 @@ from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.levels import is_aligned
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.reader.placing import Block
-from rasteret_dask.reader.rasterfile import gdal_path
+from rasteret_dask.reader.rasterfile import RasterFile
 from rasteret_dask.reader.readplan import Request, tiles_of
 from rasteret_dask.table.records import Asset, Level
 
@@ -607,28 +607,12 @@ def test_one_bad_file_fails_the_batch_and_the_session_closes(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("href", "path"),
-    [
-        ("s3://bucket/key.tif", "/vsis3/bucket/key.tif"),
-        ("gs://bucket/key.tif", "/vsigs/bucket/key.tif"),
-        ("az://box/key.tif", "/vsiaz/box/key.tif"),
-        ("https://host/key.tif?sig=1", "/vsicurl/https://host/key.tif?sig=1"),
-        ("file:///tmp/a%20b.tif", "/tmp/a b.tif"),
-        ("/tmp/a.tif", "/tmp/a.tif"),
-    ],
-)
-def test_hrefs_become_gdal_paths(tmp_path: Path, href: str, path: str) -> None:
-    (asset,) = assets_of(write(tmp_path / "a.tif", coordinates()))
-    assert gdal_path(replace(asset, href=href)) == path
-
-
-@pytest.mark.parametrize(
     "href", ["/vsicurl/http://host/a.tif", "vrt:///tmp/a.tif", "ftp://host/a.tif", "<VRTDataset/>", "a://b"]
 )
 def test_other_hrefs_are_refused(tmp_path: Path, href: str) -> None:
     (asset,) = assets_of(write(tmp_path / "a.tif", coordinates()))
     with pytest.raises(ReadError, match="expected a local path"):
-        gdal_path(replace(asset, href=href))
+        RasterFile(replace(asset, href=href), 0).open()
 
 
 def test_a_vrt_is_not_opened(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from threading import Lock
 from typing import Any
@@ -12,10 +13,10 @@ from rasterio.enums import MaskFlags
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.session import DummySession
 
-from rasteret_dask.catalogs.access import for_gdal
-from rasteret_dask.errors import ReadError
+from rasteret_dask.errors import ReadError, TrustError
 from rasteret_dask.headers.page import Header, Page, RefusedError, checked, reading_order
-from rasteret_dask.net.remote import is_local, redact
+from rasteret_dask.net.gdalfiles import GdalFile
+from rasteret_dask.net.remote import is_local, local_path, redact
 
 __all__ = ["from_gdal"]
 
@@ -47,28 +48,37 @@ _QUIET = _Quiet()
 
 def from_gdal(href: str, driver: str, because: str) -> Header | str:
     """Read what GDAL knows of a file that the TIFF path does not serve; tile tables stay empty."""
-    try:
-        path, access = for_gdal(href)
-    except ReadError as error:
-        return f"{because}; {error.found}"
-    options: dict[str, Any] = {
-        **access,
+    file = None if is_local(href) else GdalFile(href)
+    options = {
         # sidecar files (.aux.xml) count beside local files; far away each would be a request
-        "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE" if is_local(href) else "EMPTY_DIR",
-        "GDAL_HTTP_CONNECTTIMEOUT": "10",
-        "GDAL_HTTP_TIMEOUT": "60",
-        "GDAL_HTTP_MAX_RETRY": "2",
+        "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE" if file is None else "EMPTY_DIR",
+        "GDAL_NUM_THREADS": "1",  # only threads of ours can call back for bytes
     }
+
+    def opened(**overview: int) -> Any:
+        if file is None:
+            return rasterio.open(local_path(href), driver=driver, **overview)
+        return file.open(driver, **overview)
+
+    def read() -> Header | str:
+        with opened() as source:
+            return _gdal_header(source, opened, because)
+
     try:
-        with _QUIET, rasterio.Env(DummySession(), **options), rasterio.open(path, driver=driver) as source:
-            return _gdal_header(path, source, because)
+        with _QUIET, rasterio.Env(DummySession(), **options):
+            return read() if file is None else file.call(read)
     except (RasterioError, RasterioIOError, CRSError, OSError, ValueError) as error:
+        if file is not None and isinstance(file.failure, ReadError | TrustError):
+            return f"{because}; {file.failure.found}"
         return f"{because}; GDAL: {redact(str(error))[:200]}"
     except RefusedError as error:
         return f"refused: {error}"
+    finally:
+        if file is not None:
+            file.close()
 
 
-def _gdal_header(path: str, source: Any, because: str) -> Header | str:
+def _gdal_header(source: Any, opened: Callable[..., Any], because: str) -> Header | str:
     epsg = source.crs.to_epsg() if source.crs else None
     if epsg is None:
         return f"no EPSG code ({'another CRS' if source.crs else 'no CRS'}); {because}"
@@ -77,7 +87,7 @@ def _gdal_header(path: str, source: Any, because: str) -> Header | str:
     masks = MaskFlags.per_dataset in source.mask_flag_enums[0]
     pages = [_gdal_page(source, source, "image")]
     for n in range(len(source.overviews(1))):
-        with rasterio.open(path, driver=source.driver, overview_level=n) as overview:
+        with opened(overview_level=n) as overview:
             pages.append(_gdal_page(source, overview, "overview"))
     if masks:
         pages.append(replace(pages[0], kind="mask", dtype="uint8", samples=1))

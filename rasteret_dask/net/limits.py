@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from threading import Event, Lock, local
-from urllib.parse import urlsplit
 
 import numpy as np
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
-from rasteret_dask.net import remote
+from rasteret_dask.net.hrefs import host_of
 
 __all__ = ["BUDGET", "ByteBudget", "host_of", "pool", "scratch", "workers"]
 
@@ -77,7 +76,7 @@ BUDGET = ByteBudget(max(48, 24 * CPU_COUNT) * 2**20)
 
 @cache
 def pool(host: str) -> ThreadPoolExecutor:
-    """Return the process's threads for one host ("" for local files); see :func:`host_of`."""
+    """Return the process's threads for one host ("" for local files); see :func:`rasteret_dask.net.hrefs.host_of`."""
     threads = HOST_REQUESTS if host else 2 * CPU_COUNT
     return ThreadPoolExecutor(threads, thread_name_prefix=f"rasteret-read-{host or 'local'}")
 
@@ -86,17 +85,6 @@ def pool(host: str) -> ThreadPoolExecutor:
 def workers() -> ThreadPoolExecutor:
     """Return the process's threads for work on pixels: one a core."""
     return ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="rasteret-work")
-
-
-def host_of(href: str) -> str:
-    """Return where an href's bytes come from: scheme and host, or "" for local files."""
-    try:
-        parts = urlsplit(href)
-    except ValueError:
-        return ""  # its own request says what is wrong with it
-    if remote.is_local(href):
-        return ""
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 _OWN = local()

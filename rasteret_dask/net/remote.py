@@ -1,4 +1,4 @@
-"""Bytes at a URL, by obstore, synchronously: local paths, http(s), s3, gs and az alike."""
+"""Bytes at a URL, synchronously: http and https by urllib3; local paths, s3, gs and az by obstore."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import PurePath
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, S3Store
+from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
-from rasteret_dask.catalogs.access import environment, has_keys, remedy, rule_of
+from rasteret_dask.catalogs.access import environment, has_keys, remedy
 from rasteret_dask.catalogs.catalogfile import Store
-from rasteret_dask.catalogs.pctokens import Token, token
-from rasteret_dask.catalogs.signing import signed
-from rasteret_dask.errors import ReadError, StoreError, TrustError
+from rasteret_dask.catalogs.signing import renew, rule_of, signed
+from rasteret_dask.errors import ReadError, StoreError
+from rasteret_dask.net import gate, web
+from rasteret_dask.net.gate import ROUNDS, ThrottledError
+from rasteret_dask.net.hrefs import SCHEMES, host_of, is_local, join, local_path, public, redact
+from rasteret_dask.net.trust import check_host
+from rasteret_dask.net.web import Answer, BrokenError, RefusedError
 
 T = TypeVar("T")
 
@@ -43,25 +46,15 @@ __all__ = [
     "public",
     "put",
     "redact",
+    "request",
 ]
 
-SCHEMES = ("http", "https", "s3", "gs", "az")
-"""Schemes of remote hrefs."""
-
-
-class _CutError(Exception):
-    """A body shorter than announced."""
-
-
-_FAILURES = (
-    BaseError,
-    OSError,
-    ValueError,
-    _CutError,
-)  # obstore raises some as builtin OSErrors (FileNotFoundError)
+_FAILURES = (  # obstore raises some as builtin OSErrors (FileNotFoundError)
+    BaseError, OSError, ValueError, BrokenError, RefusedError, ThrottledError,
+)  # fmt: skip
 
 ATTEMPTS = 6
-"""Requests for one thing, at most. obstore retries refusals but not a body that is cut short, so we do both."""
+"""Requests for one thing, at most, whatever goes wrong with it."""
 
 BACKOFF_S = 0.25
 """Seconds before the first retry; each further one waits twice as long, times a random 0.5 to 1.5."""
@@ -70,7 +63,8 @@ NO_RANGE = "no such range in the file (416)"
 
 _CLIENT = {"connect_timeout": "10s", "read_timeout": "15s", "timeout": "300s"}  # read: without a byte
 _NO_RETRY = {"max_retries": 0}
-_PERMANENT = re.compile(r"status code: (?:4(?!08|25|29)\d\d|501)")  # 408, 425, 429 pass; 501: no PUT
+_STATUS = re.compile(r"status code: (\d+)")
+_LASTING = re.compile(r"4(?!08|25|29)\d\d|501")  # 408, 425, 429 pass; 501: no PUT
 _REGION = "us-west-2"  # where the public Sentinel-2, Landsat and AEF buckets are
 
 
@@ -92,102 +86,71 @@ class Head:
 class Fetched:
     """Some bytes of an object, with what the store says of the whole."""
 
-    data: obstore.Bytes
+    data: memoryview
     head: Head
 
 
-def is_local(href: str) -> bool:
-    """Return whether an href is a path of this machine (or ``file://``)."""
-    scheme = href.partition("://")[0].lower() if "://" in href else ""
-    return scheme in ("", "file") or len(scheme) == 1  # one letter: a Windows drive
-
-
-def redact(text: str) -> str:
-    """Return text without query strings and user information, which may hold signatures and passwords."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "", re.sub(r"\?[^\s\"')]*", "?...", text))
-
-
-def public(href: str) -> str:
-    """Return an href without user, password, query and fragment, fit for messages."""
-    try:
-        parts = urlsplit(href)
-    except ValueError:
-        return redact(href)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def join(base: str, *parts: str) -> str:
-    """Return the URL of something below a base URL or local directory."""
-    bare, mark, query = base.partition("?") if not is_local(base) else (base, "", "")
-    return "/".join([bare.rstrip("/"), *(p.strip("/") for p in parts)]) + mark + query
-
-
 def open_href(href: str) -> tuple[Any, str]:
-    """Return the store that holds an href, and the href's path in it.
+    """Return the obstore store that holds an href, and the href's path in it.
 
     Parameters
     ----------
     href
-        A local path, or a URL of scheme file, http, https, s3, gs or az. Credentials and endpoints come from
-        the environment (``AWS_*``, ``GOOGLE_*``, ``AZURE_*``); without keys there, requests are not signed. What
-        the catalog says of the store holds (see :mod:`rasteret_dask.catalogs.access`).
+        A local path, or a URL of scheme file, s3, gs or az. Credentials and endpoints come from the environment
+        (``AWS_*``, ``GOOGLE_*``, ``AZURE_*``); without keys there, requests are not signed. What the catalog says of
+        the store holds (see :mod:`rasteret_dask.catalogs.access`).
 
     Raises
     ------
     TrustError
-        When it is none of these.
+        When it is none of these, or its bucket is not on the user's list (:func:`rasteret_dask.trust`).
     ReadError
-        When it must be signed and cannot be.
+        When it is a URL of http or https, which is no store.
     """
-    try:
-        url = urlsplit(href)
-    except ValueError as error:
-        raise ReadError(f"opening {redact(href)}", str(error), "a URL or a path") from None
     if is_local(href):
-        return _store("file", "", "", (), None), local_path(href).lstrip("/")
-    if url.scheme.lower() not in SCHEMES or not url.netloc:
-        raise TrustError(
-            f"opening {redact(href)}",
-            f"scheme {url.scheme!r}",
-            f"a local path or one of {', '.join(s + '://' for s in SCHEMES)}",
-        )
-    # obstore percent-encodes paths itself
-    path = (unquote(url.path) if url.scheme.startswith("http") else url.path).lstrip("/")
-    rule = rule_of(href)
+        return _store("file", "", (), None), local_path(href).lstrip("/")
+    check_host(href, f"opening {redact(href)[:300]}")
+    if _is_web(href):
+        raise ReadError(
+            f"opening {public(href)}", "a web server", "a store: a local path, s3://, gs:// or az://",
+            "Web servers are only read from; they neither list nor take files.",
+        )  # fmt: skip
+    url = urlsplit(href)
     try:
-        if rule is not None and rule.access == "planetary-computer":
-            container, _, path = path.partition("/")
-            token(_account(url.netloc), container)  # asked for here, where its failure can be told
-            return _signed_store(url.scheme.lower(), url.netloc, container), path
-        full = urlsplit(signed(href))
-        return _store(url.scheme.lower(), full.netloc, full.query, environment(), rule), path
+        return _store(url.scheme.lower(), url.netloc, environment(), rule_of(href)), url.path.lstrip("/")
     except _FAILURES as error:
         raise _failure(href, error) from None
 
 
 def fetch(href: str, start: int = 0, length: int | None = None) -> Fetched:
-    """Return bytes of an object; fewer than ``length`` only where the object ends.
+    """Return bytes of an object, and its size and ETag as the same answer tells them.
+
+    Parameters
+    ----------
+    href
+        A local path, or a URL of scheme file, http, https, s3, gs or az.
+    start
+        First byte.
+    length
+        Bytes; None for all that follow. Fewer come where the object ends.
 
     Raises
     ------
     MissingError
         When there is no such object.
+    TrustError
+        When its host, or one that it redirects to, is not to be opened.
     ReadError
         When the store refuses, times out, or cuts the body short, ATTEMPTS times; never with a query string.
     """
-    store, path = open_href(href)
-    options: Any = None if length is None and start == 0 else {"range": _range(start, length)}
-
-    def once() -> Fetched:
-        answer = obstore.get(store, path, options=options)
-        meta, data = answer.meta, answer.bytes()
-        due = max(0, meta["size"] - start)
-        if len(data) < (due if length is None else min(due, length)):
-            raise _CutError("a body shorter than announced")
-        return Fetched(data, Head(meta["size"], meta["e_tag"]))
-
+    if length == 0:
+        return Fetched(memoryview(b""), head(href))
     try:
-        return _retried(once)
+        if _is_web(href):
+            return _retried(href, lambda url: _ranged(url, start, length))
+        store, path = open_href(href)
+        options: Any = None if length is None and start == 0 else {"range": _range(start, length)}
+        return _retried(href, lambda _: _gotten(store, path, options, start, length))
     except _FAILURES as error:
         raise _failure(href, error) from None
 
@@ -199,9 +162,11 @@ def get(href: str, start: int = 0, length: int | None = None) -> bytes:
 
 def head(href: str) -> Head:
     """Return size and ETag of an object; MissingError where there is none."""
-    store, path = open_href(href)
     try:
-        meta = _retried(lambda: obstore.head(store, path))
+        if _is_web(href):
+            return _retried(href, _web_head)
+        store, path = open_href(href)
+        meta = _retried(href, lambda _: obstore.head(store, path))
     except _FAILURES as error:
         raise _failure(href, error) from None
     return Head(meta["size"], meta["e_tag"])
@@ -216,6 +181,19 @@ def exists(href: str) -> bool:
     return True
 
 
+def request(
+    url: str, method: str, headers: Mapping[str, str], body: bytes | None, read_s: float | None = None
+) -> Answer:
+    """Ask a web service, with patience; see :func:`rasteret_dask.net.web.ask`.
+
+    Raises
+    ------
+    TrustError, RefusedError, ThrottledError, BrokenError
+        As ``ask`` does, when patience has ended.
+    """
+    return _retried(url, lambda full: web.ask(full, method, headers, body, read_s))
+
+
 def put(href: str, data: bytes | Sequence[Any]) -> str | None:
     """Write an object as a whole, atomically, and return its ETag; local directories are made as needed.
 
@@ -224,11 +202,11 @@ def put(href: str, data: bytes | Sequence[Any]) -> str | None:
     Raises
     ------
     StoreError
-        When the store refuses.
+        When the store refuses, or is a web server.
     """
-    store, path = open_href(href)
+    store, path = _writable(href, "writing")
     try:
-        answer = _retried(lambda: obstore.put(store, path, data, use_multipart=False))
+        answer = _retried(href, lambda _: obstore.put(store, path, data, use_multipart=False))
     except _FAILURES as error:
         raise StoreError(f"writing {redact(href)}", _reason(error)) from None
     return answer["e_tag"]
@@ -236,9 +214,9 @@ def put(href: str, data: bytes | Sequence[Any]) -> str | None:
 
 def delete(href: str) -> None:
     """Remove an object; there being none is not an error."""
-    store, path = open_href(href)
+    store, path = _writable(href, "deleting")
     try:
-        _retried(lambda: obstore.delete(store, path))
+        _retried(href, lambda _: obstore.delete(store, path))
     except FileNotFoundError:
         return
     except _FAILURES as error:
@@ -248,68 +226,136 @@ def delete(href: str) -> None:
 def listing(url: str) -> dict[str, int]:
     """Return {path relative to ``url``: size in bytes} of every object below a base URL, sorted by path.
 
-    Plain HTTP servers do not list: a ReadError says so.
+    Web servers do not list: a ReadError says so.
     """
     store, prefix = open_href(url)
     prefix = prefix.rstrip("/")
     if is_local(url) and not os.path.isdir("/" + prefix):
         return {}
 
-    def once() -> dict[str, int]:
+    def once(_: str) -> dict[str, int]:
         found = (meta for batch in obstore.list(store, prefix=prefix or None) for meta in batch)
         return {meta["path"][len(prefix) :].lstrip("/"): meta["size"] for meta in found}
 
     try:
-        return dict(sorted(_retried(once).items()))
+        return dict(sorted(_retried(url, once).items()))
     except _FAILURES as error:
         raise _failure(url, error) from None
 
 
-def _retried(call: Callable[[], T]) -> T:
-    """Call until it works: refusals that pass, broken connections and cut bodies, a bounded number of times."""
-    for attempt in range(1, ATTEMPTS):
+def _is_web(href: str) -> bool:
+    return href[:8].lower().startswith(("http://", "https://"))
+
+
+def _writable(href: str, doing: str) -> tuple[Any, str]:
+    try:
+        return open_href(href)
+    except ReadError as error:
+        raise StoreError(f"{doing} {redact(href)}", error.found, error.expected, error.remedy) from None
+
+
+def _ranged(url: str, start: int, length: int | None) -> Fetched:
+    """Return a range by http, after a look whether it is the one that was asked for."""
+    if start == 0 and length is None:
+        answer = web.ask(url)
+        size = len(answer.body)
+    else:
+        last = "" if length is None else start + length - 1
+        answer = web.ask(url, headers={"Range": f"bytes={start}-{last}"})
+        told = answer.headers.get("Content-Range", "")
+        parts = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", told.strip())
+        if parts is None:
+            raise RefusedError(
+                answer.status, f"a range without its place in the file (Content-Range {told[:80]!r})"
+            )
+        first, size = int(parts[1]), int(parts[3])
+        due = min(size, size if length is None else start + length) - start
+        if first != start or len(answer.body) > due:
+            raise RefusedError(
+                answer.status, f"another range than bytes {start}-{last} (Content-Range {told[:80]!r})"
+            )
+        if len(answer.body) < due:
+            raise BrokenError("a body shorter than announced")
+    return Fetched(memoryview(answer.body), Head(size, answer.headers.get("ETag")))
+
+
+def _web_head(url: str) -> Head:
+    answer = web.ask(url, "HEAD")
+    size = answer.headers.get("Content-Length", "")
+    if not size.isdecimal():
+        raise RefusedError(answer.status, "an answer to HEAD that does not tell the size")
+    return Head(int(size), answer.headers.get("ETag"))
+
+
+def _gotten(store: Any, path: str, options: Any, start: int, length: int | None) -> Fetched:
+    answer = obstore.get(store, path, options=options)
+    meta, data = answer.meta, memoryview(answer.bytes())
+    due = max(0, meta["size"] - start)
+    if len(data) < (due if length is None else min(due, length)):
+        raise BrokenError("a body shorter than announced")
+    return Fetched(data, Head(meta["size"], meta["e_tag"]))
+
+
+def _retried(href: str, call: Callable[[str], T]) -> T:
+    """Call with the URL to request until it works, a bounded number of times, in the host's turns.
+
+    Refusals that pass, broken connections and cut bodies are tried again after a pause of this thread's; a host that
+    refuses everybody is waited for at its gate; after 401 and 403 an href whose access is signed is signed anew, once.
+    """
+    host = host_of(href)
+    refusals: list[ThrottledError] = []
+    renewed = False
+    attempt = 1
+    while True:
+        url = signed(href)
         try:
-            return call()
-        except (GenericError, _CutError) as error:
-            if _PERMANENT.search(str(error)):
+            if not host:
+                return call(url)
+            with gate.at(host).turn(BACKOFF_S, refusals):
+                return _told(call, url)
+        except RefusedError as error:
+            if error.status in (401, 403) and not renewed and renew(href, url):
+                renewed = True
+                continue
+            if attempt >= ATTEMPTS or error.status < 400 or _LASTING.fullmatch(str(error.status)):
+                raise
+        except ThrottledError as error:
+            if attempt >= ATTEMPTS or gate.at(host).rounds >= ROUNDS:
+                raise
+            refusals.append(ThrottledError(*error.args))  # without the frames that it went through
+            if error.sure or error.wait_s is not None:
+                attempt += 1
+                continue  # the gate makes it wait
+        except BrokenError as error:
+            if attempt >= ATTEMPTS or error.final:
+                raise
+        except GenericError:
+            if attempt >= ATTEMPTS:
                 raise
         time.sleep(BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-    return call()
+        attempt += 1
+
+
+def _told(call: Callable[[str], T], url: str) -> T:
+    """Call; what obstore tells of a status in words is told apart as the web's is."""
+    try:
+        return call(url)
+    except GenericError as error:
+        status = _STATUS.search(str(error))
+        if status is None:
+            raise
+        code = int(status[1])
+        if code in (429, 503):
+            raise ThrottledError(_reason(error), None, code == 429 or "SlowDown" in str(error)) from None
+        raise RefusedError(code, _reason(error)) from None
 
 
 def _range(start: int, length: int | None) -> tuple[int, int] | dict[str, int]:
     return {"offset": start} if length is None else (start, start + length)
 
 
-def local_path(href: str) -> str:
-    """Return the absolute path that a local href names; TrustError for GDAL's virtual file systems."""
-    path = unquote(urlsplit(href).path) if href.lower().startswith("file://") else href
-    path = os.path.abspath(path)
-    if path.startswith("/vsi"):
-        raise TrustError(f"opening {redact(href)}", "a path of GDAL's virtual file systems", "a plain path")
-    return PurePath(path).as_posix()
-
-
-def _account(netloc: str) -> str:
-    return netloc.rpartition("@")[2].partition(".")[0]
-
-
 @lru_cache(maxsize=64)
-def _signed_store(scheme: str, netloc: str, container: str) -> Any:
-    """Return the one store of a container: it asks for a token when it needs one, and keeps its connections."""
-    options: dict[str, Any] = {
-        "account_name": _account(netloc),
-        "endpoint": f"{scheme}://{netloc}",
-        "client_options": {**_CLIENT, "allow_http": scheme == "http"},
-        "retry_config": dict(_NO_RETRY),
-    }
-    return AzureStore(container, credential_provider=Token(_account(netloc), container), **options)
-
-
-@lru_cache(maxsize=64)
-def _store(
-    scheme: str, netloc: str, query: str, variables: tuple[tuple[str, str], ...], rule: Store | None
-) -> Any:
+def _store(scheme: str, netloc: str, variables: tuple[tuple[str, str], ...], rule: Store | None) -> Any:
     # the environment is part of the key, so that keys set later are seen
     names = dict(variables)
     options: dict[str, Any] = {"client_options": dict(_CLIENT), "retry_config": dict(_NO_RETRY)}
@@ -317,10 +363,6 @@ def _store(
     match scheme:
         case "file":
             return LocalStore("/")
-        case "http" | "https":
-            options["client_options"]["allow_http"] = scheme == "http"
-            # the query (a signature) is kept by the store and sent with every path below it
-            return HTTPStore.from_url(f"{scheme}://{netloc}/" + (f"?{query}" if query else ""), **options)
         case "s3":
             if names.get("AWS_ENDPOINT_URL", names.get("AWS_ENDPOINT", "")).startswith("http://"):
                 options["client_options"]["allow_http"] = True
@@ -342,18 +384,30 @@ def _store(
 
 
 def _failure(href: str, error: BaseException) -> ReadError:
-    kind = MissingError if isinstance(error, FileNotFoundError | NotADirectoryError) else ReadError
-    denied = isinstance(error, PermissionError | PermissionDeniedError | UnauthenticatedError)
-    return kind(f"reading {redact(href)}", _reason(error), "", remedy(href) if denied else "")
+    gone = isinstance(error, FileNotFoundError | NotADirectoryError) or _status(error) == 404
+    return (MissingError if gone else ReadError)(
+        f"reading {redact(href)[:300]}", _reason(error), "", remedy(href) if _is_denied(error) else ""
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    return error.status if isinstance(error, RefusedError) else None
+
+
+def _is_denied(error: BaseException) -> bool:
+    refused = isinstance(error, PermissionError | PermissionDeniedError | UnauthenticatedError)
+    return refused or _status(error) in (401, 403)
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or _status(error) == 404:
         return "nothing there (404)"
-    if isinstance(error, PermissionError | PermissionDeniedError | UnauthenticatedError):
+    if _is_denied(error):
         return "access denied (401 or 403)"
-    if "status code: 416" in str(error):
+    if "status code: 416" in str(error) or _status(error) == 416:
         return NO_RANGE
+    if isinstance(error, RefusedError | ThrottledError | BrokenError):
+        return redact(error.text)[:300]
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # without the seconds it took: the same failure reads the same
     return re.sub(r" in [\d.]+\S*s,? after.*?(?= - )", "", redact(lines[0]))[:300]

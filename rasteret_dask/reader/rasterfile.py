@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from threading import Lock
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 from rasterio import Env
@@ -15,14 +15,16 @@ from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.session import DummySession
 
-from rasteret_dask.catalogs.access import for_gdal
-from rasteret_dask.errors import ReadError
+from rasteret_dask.errors import ReadError, TrustError
+from rasteret_dask.net.gdalfiles import GdalFile
 from rasteret_dask.net.limits import BUDGET
-from rasteret_dask.net.remote import SCHEMES, public, redact
+from rasteret_dask.net.remote import SCHEMES, is_local, local_path, public, redact
 from rasteret_dask.reader.levels import has_mask, tile_rect
 from rasteret_dask.reader.ranges import check, subject
 from rasteret_dask.reader.sharing import Pixels
 from rasteret_dask.table.records import Asset
+
+T = TypeVar("T")
 
 __all__ = ["RasterFile", "gdal_env", "read_error"]
 
@@ -30,17 +32,6 @@ DRIVERS = ("GTiff", "JP2OpenJPEG")
 """The only drivers a cached header may name: never VRT, which opens other files. Only the one named is tried."""
 
 MAX_TILE_BYTES = 256 * 2**20
-
-_ENV: dict[str, Any] = {
-    "GDAL_HTTP_CONNECTTIMEOUT": 10,
-    "GDAL_HTTP_MAX_RETRY": 5,
-    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
-    "GDAL_HTTP_MULTIPLEX": "YES",
-    "GDAL_HTTP_RETRY_DELAY": 0.5,
-    "GDAL_HTTP_TIMEOUT": 60,
-    "GDAL_INGESTED_BYTES_AT_OPEN": 32768,
-    "VSI_CACHE": "FALSE",
-}
 
 
 class RasterFile:
@@ -67,6 +58,7 @@ class RasterFile:
         self._asset = asset
         self._overview = level - 1
         self._dataset: DatasetReader | None = None
+        self._remote: GdalFile | None = None
 
     def open(self) -> bool:
         """Open the file unless it is open; return whether it had to be."""
@@ -75,14 +67,19 @@ class RasterFile:
         asset = self._asset
         options = {"OVERVIEW_LEVEL": self._overview} if self._overview >= 0 else {}
         self._check_header()
-        path = gdal_path(asset)
+        path = _checked_path(asset)
         check(asset)
         failure: ReadError | None = None
         try:
-            dataset = open_raster(path, driver=self.level.driver, **options)
+            if path is None:
+                self._remote = GdalFile(asset.href)
+                dataset = self._remote.open(self.level.driver, **options)
+            else:
+                dataset = open_raster(path, driver=self.level.driver, **options)
         except (RasterioError, OSError) as error:
             remedy = "Check that it exists and that this worker may read it."
-            failure = read_error(asset, "opening it", error, f"a {self.level.driver} file", remedy)
+            failure = self._failure("opening it", error, f"a {self.level.driver} file", remedy)
+            self.close()
         if failure is not None:
             try:
                 raise failure
@@ -90,7 +87,8 @@ class RasterFile:
                 del failure  # a frame that holds its own error is a cycle
         if (dataset.width, dataset.height) != (self.level.width, self.level.height):
             found = f"{dataset.width} x {dataset.height} pixels"
-            dataset.close()
+            self._dataset = dataset
+            self.close()
             raise _changed(asset, found, f"{self.level.width} x {self.level.height}, as in its cached header")
         self._dataset = dataset
         return True
@@ -116,12 +114,15 @@ class RasterFile:
         failure: ReadError | None = None
         with BUDGET.hold(len(indexes) * height * width * dtype.itemsize):
             try:
-                values = dataset.read(indexes, window=window)
-                mask = dataset.read_masks(indexes, window=window) != 0 if self.masked else None
+                values = self._call(lambda: dataset.read(indexes, window=window))
+                masks = (
+                    self._call(lambda: dataset.read_masks(indexes, window=window)) if self.masked else None
+                )
+                mask = None if masks is None else masks != 0
             except (RasterioError, OSError) as error:
                 where = f"reading tile {tile} ({width} x {height} pixels at row {rect.row0}, col {rect.col0})"
                 remedy = "Try again; if it stays so, leave the record out or index it anew."
-                failure = read_error(asset, where, error, "its pixels", remedy)
+                failure = self._failure(where, error, "its pixels", remedy, asset)
         if failure is not None:
             try:
                 raise failure
@@ -132,8 +133,28 @@ class RasterFile:
     def close(self) -> None:
         """Close the file if it is open."""
         if self._dataset is not None:
-            self._dataset.close()
+            self._call(self._dataset.close)
             self._dataset = None
+        if self._remote is not None:
+            self._remote.close()
+            self._remote = None
+
+    def _call(self, function: Callable[[], T]) -> T:
+        return function() if self._remote is None else self._remote.call(function)
+
+    def _failure(
+        self, doing: str, error: Exception, expected: str, remedy: str, asset: Asset | None = None
+    ) -> ReadError:
+        """Return the error for what GDAL said, or for what kept it from its bytes."""
+        behind = None if self._remote is None else self._remote.failure
+        if isinstance(behind, ReadError | TrustError):
+            return ReadError(
+                subject(asset or self._asset, doing),
+                behind.found,
+                behind.expected or expected,
+                behind.remedy or remedy,
+            )
+        return read_error(asset or self._asset, doing, error, expected, remedy)
 
     def _check_band(self, dataset: DatasetReader, asset: Asset) -> None:
         if asset.band_index >= dataset.count:
@@ -163,18 +184,16 @@ class RasterFile:
 def gdal_env(href: str) -> Env:
     """Return the GDAL settings for reading a href; they hold for the thread that enters them.
 
-    Credentials come from the process's environment, as GDAL finds them there. Remote folders are not listed;
-    local ones are not either, but sidecars (``.aux.xml``) are still looked for.
+    Remote files have no sidecars; local folders are not listed, but sidecars (``.aux.xml``) are still looked for. GDAL
+    has no threads of its own: ours read many files at once, and only ours can call back for bytes.
     """
-    remote = urlsplit(href).scheme in SCHEMES
-    settings = {**_ENV, **(for_gdal(href)[1] if remote else {})}
-    return Env(
-        session=DummySession(), GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR" if remote else "TRUE", **settings
-    )
+    remote = not is_local(href)
+    folders = "EMPTY_DIR" if remote else "TRUE"
+    return Env(session=DummySession(), GDAL_DISABLE_READDIR_ON_OPEN=folders, GDAL_NUM_THREADS="1")
 
 
-def gdal_path(asset: Asset) -> str:
-    """Return what GDAL calls an asset's href.
+def _checked_path(asset: Asset) -> str | None:
+    """Return the path of a local file, None for a remote one.
 
     Raises
     ------
@@ -182,17 +201,18 @@ def gdal_path(asset: Asset) -> str:
         For schemes other than file, http, https, s3, gs and az, and for GDAL's own virtual paths.
     """
     href = asset.href
-    parts = urlsplit(href)
-    if parts.scheme in SCHEMES:
-        return for_gdal(href)[0]
-    path = unquote(parts.path) if parts.scheme == "file" else href
-    if "://" in path or path.startswith("/vsi") or path.lstrip().startswith("<"):
-        raise ReadError(
-            subject(asset, "opening it"),
-            f"scheme {parts.scheme!r}" if parts.scheme else "a virtual path",
-            "a local path, file://, http(s)://, s3://, gs:// or az://",
-        )
-    return os.path.abspath(path)
+    scheme = urlsplit(href).scheme.lower()
+    if scheme in SCHEMES:
+        return None
+    if scheme == "file" or (
+        "://" not in href and not href.startswith("/vsi") and not href.lstrip().startswith("<")
+    ):
+        return local_path(href)
+    raise ReadError(
+        subject(asset, "opening it"),
+        f"scheme {scheme!r}" if scheme else "a virtual path",
+        "a local path, file://, http(s)://, s3://, gs:// or az://",
+    )
 
 
 def read_error(asset: Asset, doing: str, error: Exception, expected: str, remedy: str) -> ReadError:
