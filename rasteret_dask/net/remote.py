@@ -20,6 +20,7 @@ from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, S3Store
 from rasteret_dask.catalogs.access import Token, environment, has_keys, remedy, rule_of, token
 from rasteret_dask.catalogs.catalogfile import Store
 from rasteret_dask.errors import ReadError, StoreError, TrustError
+from rasteret_dask.net.refusals import is_refusal, refusal
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ __all__ = [
     "join",
     "listing",
     "local_path",
+    "modified",
     "open_href",
     "public",
     "put",
@@ -221,13 +223,16 @@ def put(href: str, data: bytes | Sequence[Any]) -> str | None:
     Raises
     ------
     StoreError
-        When the store refuses.
+        When the store refuses; an UnwritableStoreError, at once, where trying again cannot help.
     """
     store, path = open_href(href)
     try:
         answer = _retried(lambda: obstore.put(store, path, data, use_multipart=False))
     except _FAILURES as error:
-        raise StoreError(f"writing {redact(href)}", _reason(error)) from None
+        folder = os.path.dirname("/" + path) if is_local(href) else None
+        nbytes = len(data) if isinstance(data, bytes) else sum(map(len, data))
+        lasting = refusal(f"writing {redact(href)}", error, folder, nbytes)
+        raise lasting or StoreError(f"writing {redact(href)}", _reason(error)) from None
     return answer["e_tag"]
 
 
@@ -247,14 +252,23 @@ def listing(url: str) -> dict[str, int]:
 
     Plain HTTP servers do not list: a ReadError says so.
     """
+    return {path: meta["size"] for path, meta in _listed(url).items()}
+
+
+def modified(url: str) -> dict[str, float]:
+    """Return {path relative to ``url``: when it was written, in seconds since 1970 by the store's own clock}."""
+    return {path: meta["last_modified"].timestamp() for path, meta in _listed(url).items()}
+
+
+def _listed(url: str) -> dict[str, Any]:
     store, prefix = open_href(url)
     prefix = prefix.rstrip("/")
     if is_local(url) and not os.path.isdir("/" + prefix):
         return {}
 
-    def once() -> dict[str, int]:
-        found = (meta for batch in obstore.list(store, prefix=prefix or None) for meta in batch)
-        return {meta["path"][len(prefix) :].lstrip("/"): meta["size"] for meta in found}
+    def once() -> dict[str, Any]:
+        objects = (meta for batch in obstore.list(store, prefix=prefix or None) for meta in batch)
+        return {meta["path"][len(prefix) :].lstrip("/"): meta for meta in objects}
 
     try:
         return dict(sorted(_retried(once).items()))
@@ -268,7 +282,7 @@ def _retried(call: Callable[[], T]) -> T:
         try:
             return call()
         except (GenericError, _CutError) as error:
-            if _PERMANENT.search(str(error)):
+            if _PERMANENT.search(str(error)) or is_refusal(error):
                 raise
         time.sleep(BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
     return call()
