@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "BandError",
+    "ConcurrentWriteWarning",
     "GridError",
     "JobError",
     "MissingExtraError",
@@ -17,6 +18,7 @@ __all__ = [
     "TrustError",
     "UnreadableAssetsError",
     "UnreadableTilesWarning",
+    "UnwritableStoreError",
 ]
 
 
@@ -93,6 +95,10 @@ class StoreError(RasteretDaskError):
     """The output store holds something else, or cannot be written."""
 
 
+class UnwritableStoreError(StoreError):
+    """A store takes no more bytes: the disk or a quota is full, or the place must not be written."""
+
+
 class JobError(RasteretDaskError):
     """Some shards failed; the others are written, the store is not committed, and a rerun does only those."""
 
@@ -107,3 +113,7 @@ class SignedHrefsWarning(UserWarning):
 
 class UnreadableTilesWarning(UserWarning):
     """Tiles could not be read; as ``on_error="mask"`` asks, their pixels are invalid."""
+
+
+class ConcurrentWriteWarning(UserWarning):
+    """Another client writes the same store at this moment: the store will be right, but work is done twice."""

@@ -23,6 +23,7 @@ from rasteret_dask.errors import ReadError, StoreError
 from rasteret_dask.net import gate, web
 from rasteret_dask.net.gate import ROUNDS, ThrottledError
 from rasteret_dask.net.hrefs import SCHEMES, host_of, is_local, join, local_path, public, redact
+from rasteret_dask.net.refusals import is_refusal, refusal
 from rasteret_dask.net.trust import check_host
 from rasteret_dask.net.web import Answer, BrokenError, RefusedError
 
@@ -42,6 +43,7 @@ __all__ = [
     "join",
     "listing",
     "local_path",
+    "modified",
     "open_href",
     "public",
     "put",
@@ -202,13 +204,16 @@ def put(href: str, data: bytes | Sequence[Any]) -> str | None:
     Raises
     ------
     StoreError
-        When the store refuses, or is a web server.
+        When the store refuses, or is a web server; an UnwritableStoreError, at once, where trying again cannot help.
     """
     store, path = _writable(href, "writing")
     try:
         answer = _retried(href, lambda _: obstore.put(store, path, data, use_multipart=False))
     except _FAILURES as error:
-        raise StoreError(f"writing {redact(href)}", _reason(error)) from None
+        folder = os.path.dirname("/" + path) if is_local(href) else None
+        nbytes = len(data) if isinstance(data, bytes) else sum(map(len, data))
+        lasting = refusal(f"writing {redact(href)}", error, folder, nbytes)
+        raise lasting or StoreError(f"writing {redact(href)}", _reason(error)) from None
     return answer["e_tag"]
 
 
@@ -228,14 +233,23 @@ def listing(url: str) -> dict[str, int]:
 
     Web servers do not list: a ReadError says so.
     """
+    return {path: meta["size"] for path, meta in _listed(url).items()}
+
+
+def modified(url: str) -> dict[str, float]:
+    """Return {path relative to ``url``: when it was written, in seconds since 1970 by the store's own clock}."""
+    return {path: meta["last_modified"].timestamp() for path, meta in _listed(url).items()}
+
+
+def _listed(url: str) -> dict[str, Any]:
     store, prefix = open_href(url)
     prefix = prefix.rstrip("/")
     if is_local(url) and not os.path.isdir("/" + prefix):
         return {}
 
-    def once(_: str) -> dict[str, int]:
-        found = (meta for batch in obstore.list(store, prefix=prefix or None) for meta in batch)
-        return {meta["path"][len(prefix) :].lstrip("/"): meta["size"] for meta in found}
+    def once(_: str) -> dict[str, Any]:
+        objects = (meta for batch in obstore.list(store, prefix=prefix or None) for meta in batch)
+        return {meta["path"][len(prefix) :].lstrip("/"): meta for meta in objects}
 
     try:
         return dict(sorted(_retried(url, once).items()))
@@ -329,8 +343,8 @@ def _retried(href: str, call: Callable[[str], T]) -> T:
         except BrokenError as error:
             if attempt >= ATTEMPTS or error.final:
                 raise
-        except GenericError:
-            if attempt >= ATTEMPTS:
+        except GenericError as error:
+            if attempt >= ATTEMPTS or is_refusal(error):
                 raise
         time.sleep(BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
         attempt += 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +15,15 @@ from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, as_completed
+from distributed.scheduler import KilledWorker
 from distributed.system import MEMORY_LIMIT
 
-from rasteret_dask.errors import JobError, RasteretDaskError
+from rasteret_dask.errors import JobError, RasteretDaskError, UnwritableStoreError
 from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.progress import Progress
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
+from rasteret_dask.store.presence import forget_clients, present
 from rasteret_dask.store.write import commit, is_committed, prepare, write_shard
 from rasteret_dask.tasks.freezing import SHARD_BYTES
 from rasteret_dask.tasks.job import Shard
@@ -31,6 +34,8 @@ from rasteret_dask.tasks.shards import lower, renamed
 __all__ = ["delayed_zarr", "run_zarr"]
 
 MAX_LISTED = 10
+AGAIN = "-again"
+"""What the name of a shard's second task ends in."""
 PROCESS_BYTES = 600e6
 """A worker's memory beside its shards: each thread takes three times a shard on top."""
 
@@ -69,16 +74,20 @@ def run_zarr(
     """
     clusters.check(client, "to_zarr(client=)")
     if is_committed(url, layout.job.digest, layout.said):
+        if progress:
+            sys.stderr.write(f"store {remote.redact(url)} is finished: nothing to do\n")
         return
     done = prepare(layout, url)
     tasks, shards = _tasks(layout, url, functions, on_error)
     wanted = {key: shard for key, shard in shards.items() if shard.name not in done}
-    if wanted:
-        graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
-        with clusters.using(client) as found, _or_local(found) as running:
-            signatures.send(running, layout.job.hrefs(), layout.job.signed)
-            _submit(running, graph, wanted, progress, len(shards), url)
-    lost = losses(commit(url, layout.job))
+    with present(url):
+        if wanted:
+            graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
+            with clusters.using(client) as found, _or_local(found) as running:
+                signatures.send(running, layout.job.hrefs(), layout.job.signed)
+                _submit(running, graph, wanted, progress, len(shards), url)
+        lost = losses(commit(url, layout.job))
+        forget_clients(url)
     if progress and lost:
         sys.stderr.write(f"{lost}\n")
 
@@ -88,8 +97,20 @@ def _tasks(
 ) -> tuple[dict[Any, Any], dict[str, Shard]]:
     place = _place(layout, url, on_error)
     write = functools.partial(write_shard, mark=place)
-    graph = lower(layout.job, functions, JobRef(remote.join(url, JOB), layout.job.digest), write, on_error)
-    return renamed(graph, layout.job, f"-{place}")
+    ref = JobRef(remote.join(url, JOB), layout.job.digest)
+    graph = lower(layout.job, functions, ref, write, on_error)
+    return renamed(graph, layout.job, f"-{place}", look=functools.partial(_report, ref))
+
+
+def _report(ref: JobRef, shard: str) -> dict[str, Any] | None:
+    """Return the report of a shard that is written; None, at the price of one small request, where it is not."""
+    base = ref.url.removesuffix(f"/{JOB}")
+    try:
+        report: dict[str, Any] = json.loads(remote.get(remote.join(ref.url, "done", f"{shard}.json")))
+        sizes = [remote.head(remote.join(base, o["path"])).size for o in report["objects"]]
+    except remote.MissingError:
+        return None
+    return report if sizes == [o["size"] for o in report["objects"]] else None
 
 
 def _place(layout: Layout, url: str, on_error: str) -> str:
@@ -100,20 +121,45 @@ def _place(layout: Layout, url: str, on_error: str) -> str:
 def _submit(
     client: Client, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, total: int, url: str
 ) -> None:
-    futures: list[Future[Any]] = client.get(graph, sorted(wanted), sync=False, retries=1)
+    """Wait for the tasks of all shards; what is written needs no future any more, as its report is in the store."""
+    scheduler = str(getattr(client.scheduler, "address", "that is gone"))
+    roots = {key: task for key, task in graph.items() if key not in wanted}
+    shards = dict(wanted)
+    futures: dict[str, Future[Any]] = {}
     failed: dict[str, BaseException] = {}
+    done = total - len(wanted)
+
+    def send(tasks: dict[Any, Any], keys: Sequence[str]) -> list[Future[Any]]:
+        sent: list[Future[Any]] = client.get(tasks, list(keys), sync=False)
+        futures.update((future.key, future) for future in sent)
+        return sent
+
     try:
+        waiting = as_completed(send(graph, sorted(wanted)), loop=client.loop)
         with Progress("shards", progress, total) as shown:
-            shown.step(total - len(wanted))
-            for future in as_completed(futures, loop=client.loop):
+            shown.step(done)
+            for future in waiting:
+                shard = shards[future.key]
+                if future.status == "cancelled":
+                    raise _abandoned(url, scheduler, client, done, total)
                 if future.status == "error":
-                    failed[wanted[future.key].name] = future.exception()
-                elif future.status != "finished":
-                    failed[wanted[future.key].name] = RuntimeError(f"task {future.status}")
-                shown.step(1, f", {len(failed)} failed" if failed else "")
+                    error = future.exception()
+                    if isinstance(error, UnwritableStoreError):  # the others would end so too
+                        raise _unwritable(url, error, done, total)
+                    if _may_pass(error) and not future.key.endswith(AGAIN):
+                        # not by Dask's retries, which cannot tell errors apart; the new key runs behind the others
+                        key = f"{future.key}{AGAIN}"
+                        shards[key] = shard
+                        waiting.update(send({**roots, key: graph[future.key].substitute({}, key=key)}, [key]))
+                    else:
+                        failed[shard.name] = error
+                else:  # finished; or lost since, with a worker that held the result
+                    done += 1
+                futures.pop(future.key).release()
+                shown.step(done + len(failed) - shown.done, f", {len(failed)} failed" if failed else "")
     finally:
         # A traceback that is looked at keeps futures alive, and the cluster then repeats their errors for ever.
-        for future in futures:
+        for future in futures.values():
             future.release()
     if failed:
         lines = [f"{name}: {error}" for name, error in sorted(failed.items())[:MAX_LISTED]]
@@ -124,6 +170,33 @@ def _submit(
             "every shard written",
             "The others are written and the store is not committed: mend the cause and call to_zarr again.",
         ) from next((e for e in failed.values() if isinstance(e, RasteretDaskError)), None)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Tell whether a shard is to be tried once more; that a shard kills its workers, Dask has tried several times."""
+    return not isinstance(error, KilledWorker)
+
+
+def _unwritable(url: str, error: UnwritableStoreError, done: int, total: int) -> JobError:
+    stopped = JobError(
+        f"store {remote.redact(url)}",
+        f"that it takes no more after {done} of {total} shards:\n{error}\n",
+        "a place with room for all shards, which may be written",
+        "Nothing more was tried. What is written stays: mend the cause and call to_zarr again.",
+    )
+    stopped.__cause__ = error
+    return stopped
+
+
+def _abandoned(url: str, scheduler: str, client: Client, done: int, total: int) -> JobError:
+    """Return the error of a job whose tasks nobody knows any more."""
+    return JobError(
+        f"store {remote.redact(url)}",
+        f"the scheduler {scheduler} lost, or its tasks cancelled, when {done} of {total} shards were written (the "
+        f"client is {client.status})",
+        "a scheduler that stays until the end",
+        "What is written stays: once there is a scheduler, call to_zarr again. It does the rest.",
+    )
 
 
 @contextmanager

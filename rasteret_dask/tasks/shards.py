@@ -291,7 +291,11 @@ def _one(
 
 
 def renamed(
-    graph: Graph, job: Job, tail: str, verb: str = "write"
+    graph: Graph,
+    job: Job,
+    tail: str,
+    verb: str = "write",
+    look: Callable[[str], Any] | None = None,
 ) -> tuple[dict[Hashable, Any], dict[str, Shard]]:
     """Return the fused tasks under keys that say shard and content, and the shard of each key.
 
@@ -305,6 +309,9 @@ def renamed(
         What the last step adds to a shard's identity (exit and store).
     verb
         What the keys begin with.
+    look
+        Called in the task with the shard's name, before anything is read: the shard's result where that is there
+        already, else None. Dask runs a finished task again when the worker that holds its result is lost.
     """
     content = job.keys
     tasks = graph.fused()
@@ -317,9 +324,17 @@ def renamed(
             result[key] = task
             continue
         name = f"{verb}-{shard.name}-{content[shard.name][:16]}{tail}"
-        result[name] = _abridged(task).substitute({}, key=name)
+        short = _abridged(task)
+        if look is not None:
+            short = Task(name, _unless_there, look, shard.name, short.func, *short.args)
+        result[name] = short.substitute({}, key=name)
         shards[name] = shard
     return result, shards
+
+
+def _unless_there(look: Callable[[str], Any], shard: str, work: Callable[..., Any], *args: Any) -> Any:
+    there = look(shard)
+    return work(*args) if there is None else there
 
 
 def _abridged(task: Task) -> Task:

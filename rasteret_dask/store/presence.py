@@ -1,0 +1,114 @@
+"""Who else writes a store at this moment: each client leaves a small trace there, and renews it while it runs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+from rasteret_dask.errors import ConcurrentWriteWarning, StoreError
+from rasteret_dask.net import remote
+
+__all__ = ["forget_clients", "present"]
+
+CLIENTS = "_job/clients"
+"""Folder of the traces."""
+
+RENEWED_S = 30.0
+"""Seconds between two puts of one client's trace."""
+
+FRESH_S = 100.0
+"""A trace that was renewed so long ago or less is a client's that runs: three puts may be late."""
+
+
+@contextmanager
+def present(url: str) -> Iterator[None]:
+    """Leave a trace of this client in a store for the length of a block; warn of others' that are fresh.
+
+    How old a trace is, the store's own clock tells: this client's is put first, and the times of both are compared
+    as the store lists them. A trace of this machine whose process is gone is removed, and so is one that nobody has
+    renewed for long: clients that were killed are not warned of for ever.
+
+    Parameters
+    ----------
+    url
+        The store.
+
+    Warns
+    -----
+    ConcurrentWriteWarning
+        When another client writes the store.
+    """
+    path = remote.join(url, CLIENTS, f"{uuid.uuid4().hex}.json")
+    process = psutil.Process()
+    trace = {"host": platform.node(), "pid": process.pid, "since": process.create_time()}
+    data = json.dumps(trace).encode()
+    remote.put(path, data)
+    _warn_of_others(url, path.rpartition("/")[2])
+    ended = threading.Event()
+    renewing = threading.Thread(
+        target=_renew, args=(path, data, ended), name="rasteret-presence", daemon=True
+    )
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join()
+        with suppress(StoreError):  # whoever may not delete leaves it to age
+            remote.delete(path)
+
+
+def forget_clients(url: str) -> None:
+    """Remove all traces from a store: it is finished."""
+    for name in remote.listing(remote.join(url, CLIENTS)):
+        with suppress(StoreError):
+            remote.delete(remote.join(url, CLIENTS, name))
+
+
+def _renew(path: str, data: bytes, ended: threading.Event) -> None:
+    while not ended.wait(RENEWED_S):
+        with suppress(StoreError):  # a shard's put will tell, if it lasts
+            remote.put(path, data)
+
+
+def _warn_of_others(url: str, name: str) -> None:
+    times = remote.modified(remote.join(url, CLIENTS))
+    now = times.pop(name, None)
+    if now is None:  # another client has finished the store meanwhile
+        return
+    for other, written in times.items():
+        path = remote.join(url, CLIENTS, other)
+        try:
+            trace = json.loads(remote.get(path))
+        except remote.MissingError:  # it has ended meanwhile
+            continue
+        age = max(0.0, now - written)
+        if age > FRESH_S or _is_gone(trace):
+            with suppress(StoreError):
+                remote.delete(path)
+            continue
+        warnings.warn(
+            f"store {remote.redact(url)}: process {trace['pid']} at {trace['host']} writes it too (seen {age:.0f} s "
+            "ago). The store will be right, but shards that both have under way are done twice: stop one of them. "
+            f"If that one was killed, this is said for at most {FRESH_S:.0f} s.",
+            ConcurrentWriteWarning,
+            stacklevel=4,
+        )
+
+
+def _is_gone(trace: dict[str, Any]) -> bool:
+    """Tell whether a trace is of a process of this machine that has ended; its number may be another's by now."""
+    if trace["host"] != platform.node():
+        return False
+    try:
+        return bool(abs(psutil.Process(trace["pid"]).create_time() - trace["since"]) > 1)
+    except psutil.NoSuchProcess:
+        return True
