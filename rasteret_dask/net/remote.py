@@ -66,7 +66,7 @@ NO_RANGE = "no such range in the file (416)"
 _CLIENT = {"connect_timeout": "10s", "read_timeout": "15s", "timeout": "300s"}  # read: without a byte
 _NO_RETRY = {"max_retries": 0}
 _STATUS = re.compile(r"status code: (\d+)")
-_LASTING = re.compile(r"4(?!08|25|29)\d\d|501")  # 408, 425, 429 pass; 501: no PUT
+_LASTING = re.compile(r"4(?!08|25|29)\d\d|501|507")  # 408, 425, 429 pass; 501: no PUT; 507: no room
 _REGION = "us-west-2"  # where the public Sentinel-2, Landsat and AEF buckets are
 
 
