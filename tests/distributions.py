@@ -39,7 +39,9 @@ class Distributions:
 
 def tracked_files() -> list[str]:
     """Return the paths of all tracked files that are there; skip where this is no git checkout."""
-    done = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip("not a git checkout, so nothing is tracked")
     return [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
