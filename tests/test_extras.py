@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import rasteret_dask as rd
+from rasteret_dask.demo.world import World
 from rasteret_dask.extras import EXTRAS, how_to_install, needs
 
 
@@ -33,17 +34,20 @@ def test_another_missing_module_is_another_fault() -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        lambda s2: s2.to_geopandas(),
-        lambda s2: s2.harmonize(resolution=10).chips(64, cell_km=0.64).to_geopandas(),
-        lambda s2: s2.get_gdf([s2.bounds], ["B04"]),
+        lambda s2, bbox: s2.to_geopandas(),
+        lambda s2, bbox: s2.harmonize(resolution=10).chips(64, cell_km=0.64).to_geopandas(),
+        lambda s2, bbox: s2.get_gdf(bbox, ["B04"]),
     ],
     ids=["records", "chips", "pixels"],
 )
 def test_geodataframes_need_the_extra_geo(
-    use: Callable[[rd.Collection], Any], s2: rd.Collection, monkeypatch: pytest.MonkeyPatch
+    use: Callable[[rd.Collection, Any], Any],
+    s2: rd.Collection,
+    small_world: World,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "geopandas", None)
     with pytest.raises(
         rd.MissingExtraError, match=r"GeoDataFrame .* the extra 'geo'.* pip install 'geopandas>="
     ):
-        use(s2)
+        use(s2, small_world.bbox)
