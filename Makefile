@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
 INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest bench bench-training clean distclean
+.PHONY: help demo test test-slow lint types pytest bench bench-training clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,10 @@ help:  ## Show this list
 demo: $(VENV)/.demo-installed  ## Make a small world, write its train chips, check them (output: ./demo)
 	@$(BIN)/rasteret-dask demo $(ARGS)
 
-test: lint types pytest  ## Lint, type-check and run the tests
+test: lint types pytest  ## Lint, type-check and run the tests, but for the slow ones
+
+test-slow: $(VENV)/.test-installed  ## The slow tests: wheels on each Python, lowest and newest versions, notebooks
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 lint: $(VENV)/.test-installed  ## ruff check and ruff format --check
 	@$(BIN)/ruff check .
@@ -29,7 +32,7 @@ types: $(VENV)/.test-installed  ## mypy, strict
 	@$(BIN)/mypy
 
 pytest: $(VENV)/.test-installed  ## The tests alone, e.g. make pytest ARGS="-k grid"
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
 bench: $(VENV)/.bench-installed  ## The benchmark against the peers, e.g. make bench ARGS="--jobs J1 --runs 5 --write"
 	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)

@@ -240,7 +240,7 @@ def test_threads_at_once_ask_for_one_token(azure: Azure) -> None:
 def test_without_the_package_the_extra_is_named(azure: Azure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "planetary_computer", None)
     pctokens._sas.cache_clear()
-    with pytest.raises(ReadError, match=r"rasteret-dask\[pc\]"):
+    with pytest.raises(ReadError, match=r"pip install 'planetary-computer>=1.0'"):
         remote.get(azure.url("a.tif"))
     found = read_headers([azure.url("a.tif")])[azure.url("a.tif")]
     assert isinstance(found, str)

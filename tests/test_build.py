@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -116,6 +117,37 @@ def test_a_dataset_by_its_name(make: Callable[..., rd.Collection], api: StacServ
     assert asked["collections"] == [S2]
     assert asked["bbox"] == list(BOX)
     assert asked["datetime"] == "2024-01-01T00:00:00Z/2024-01-07T00:00:00Z"
+
+
+@pytest.mark.parametrize("name", ["sentinel-2-l2a", "landsat-c2-l2", "aef-v1-annual"])
+def test_a_demo_without_its_world_says_how_to_make_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/test_install.py does what it says."""
+    monkeypatch.chdir(tmp_path)
+    place = re.escape(str(tmp_path / "demo" / "world" / name / "collection.json"))
+    with pytest.raises(SourceError, match=rf"dataset 'demo/{name}': found nothing at {place}") as caught:
+        build(f"demo/{name}")
+    assert "`rasteret-dask demo`" in caught.value.remedy
+    assert (
+        '`from rasteret_dask.demo.world import make_world; make_world("demo/world")`' in caught.value.remedy
+    )
+
+
+def test_a_catalog_that_is_elsewhere_is_found_by_its_full_path(
+    small_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's file may name a catalog relative to the working directory; the remedy is to register a full path."""
+    monkeypatch.chdir(tmp_path)
+    settings = tmp_path / "catalog.toml"
+    monkeypatch.setenv("RASTERET_DASK_CATALOG", str(settings))
+    settings.write_text('[entry."me/s2"]\ndataset = "sentinel-2-l2a"\ncatalog = "world/collection.json"\n')
+    with pytest.raises(
+        SourceError, match=r"nothing at .*world/collection.json.* register .* with a full path"
+    ):
+        build("me/s2")
+    rd.register("me/s2", like="sentinel-2-l2a", catalog=small_world.sentinel2)
+    assert build("me/s2").to_table(["id"]).num_rows == 8
 
 
 def test_streamed_and_in_memory_make_the_same_rows(make: Callable[..., rd.Collection]) -> None:

@@ -23,6 +23,15 @@ def test_version_ends_well() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"rasteret-dask {__version__}\n", "")
 
 
+def test_python_m_is_the_same_command() -> None:
+    command = [sys.executable, "-m", "rasteret_dask"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"rasteret-dask {__version__}\n", "")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: rasteret-dask ")
+
+
 @pytest.mark.slow
 def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     first = run("demo", "--small", "--folder", tmp_path / "demo")

@@ -409,7 +409,7 @@ def test_a_cube_goes_to_zarr_as_it_is(
 
 def test_merged_cube_is_in_time_order_with_its_sources(s2: rd.Collection, l8: rd.Collection) -> None:
     cube = rd.merge(s2, l8).harmonize(bands=["red", "nir"], resolution=10).cube()
-    assert (np.diff(cube["time"].values) > np.timedelta64(0)).all()
+    assert (np.diff(cube["time"].values) > np.timedelta64(0, "ns")).all()
     assert set(cube["source"].values) == {"s2", "l8"}
     assert cube.sizes["time"] == 7  # four datatakes and three Landsat scenes
     rules = json.loads(cube.attrs["radiometry"])

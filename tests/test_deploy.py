@@ -366,6 +366,15 @@ def test_image_copies_what_exists_and_is_not_root() -> None:
     assert "ARG BASE=python:3.11-slim-bookworm" in lines
 
 
+def test_image_installs_into_an_environment_of_its_own() -> None:
+    """A distribution's own Python refuses pip (PEP 668) and has no command ``python``, which the Job runs."""
+    text = (DEPLOY / "Dockerfile").read_text()
+    made, path = text.index("python3 -m venv /opt/venv"), text.index("ENV PATH=/opt/venv/bin:${PATH}")
+    assert made < path < text.index("pip install")
+    assert "break-system-packages" not in text
+    assert "PATH=" not in text[path + len("ENV PATH=") :]
+
+
 @pytest.mark.parametrize("name", ["dask-worker", "dask-scheduler"])
 def test_old_command_still_starts(name: str) -> None:
     shim = DEPLOY / "bin" / name

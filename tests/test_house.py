@@ -222,7 +222,8 @@ def test_every_direct_dependency_is_pinned() -> None:
     assert "torch" not in pins()
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_all_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().rstrip().endswith("make test")
+    assert script.read_text().endswith("\nmake test\nmake test-slow\n")
+    assert "set -euo pipefail" in script.read_text(), "it must stop at what fails"

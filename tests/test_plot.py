@@ -14,7 +14,7 @@ from matplotlib import colors
 from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 
-from rasteret_dask.errors import PlanError
+from rasteret_dask.errors import MissingExtraError, PlanError
 from rasteret_dask.show.plot import SPLIT_COLOURS, contact_sheet, plot_chips, plot_demo
 
 
@@ -180,5 +180,5 @@ def test_nothing_to_draw(tree: xr.DataTree) -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(PlanError, match=r"pip install 'rasteret-dask\[plot\]'"):
+    with pytest.raises(MissingExtraError, match=r"the extra 'plot'.* pip install 'matplotlib>="):
         plot_chips(chip_table(["train"]))

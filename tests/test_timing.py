@@ -197,8 +197,8 @@ def test_an_offset_that_goes_nowhere_is_refused(offset: str) -> None:
 )
 def test_every_instant_of_the_range_is_in_one_slot(start: int, length: int, offset: str, at: int) -> None:
     day = stamp("2023-01-01")
-    axis = regular(offset, day + pd.Timedelta(days=start), day + pd.Timedelta(days=start + length))
-    moment = np.datetime64((day + pd.Timedelta(days=start + at % length, hours=3)).tz_localize(None), "ns")
+    axis = regular(offset, day + pd.Timedelta(start, "D"), day + pd.Timedelta(start + length, "D"))
+    moment = np.datetime64((day + pd.Timedelta(24 * (start + at % length) + 3, "h")).tz_localize(None), "ns")
     assert ((axis.start <= moment) & (moment < axis.end)).sum() == 1
 
 
@@ -332,4 +332,4 @@ def test_acquisitions_of_one_second_are_counted() -> None:
 def test_slots_begin_where_they_are_named(offset: str) -> None:
     day = pd.Timestamp("2024-04-01", tz="UTC")
     with pytest.raises(rd.PlanError, match="MS"):
-        regular(offset, day, day + pd.Timedelta(days=91))
+        regular(offset, day, day + pd.Timedelta(91, "D"))

@@ -306,7 +306,7 @@ def test_a_query_may_leave_out_what_it_does_not_ask(cells: Any) -> None:
     assert torch.equal(whole["image"][:, row : row + 64, col : col + 64], cell["image"])
     with pytest.raises(IndexError, match="no record between"):
         cells[x.start : x.start + 100, y.start : y.start + 100, pd.Timestamp("2030") : pd.Timestamp("2031")]
-    first = cells[left : left + 640, top - 640 : top, t.start : t.start + pd.Timedelta(days=1)]
+    first = cells[left : left + 640, top - 640 : top, t.start : t.start + pd.Timedelta(1, "D")]
     assert not torch.equal(first["image"], cell["image"])
     assert "32633" in repr(cells.crs)
     assert repr(cells) == f"<CellDataset s2: {len(cells)} cells of 64 px at 10, 2 bands>"

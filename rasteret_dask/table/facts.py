@@ -87,7 +87,8 @@ def _edge(value: Any, after: int) -> dt.datetime | None:
         value = value.isoformat()
     if isinstance(value, str) and (parts := re.fullmatch(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?", value.strip())):
         whole = np.datetime64(parts[0])  # of unit year, month or day, as it is written
-        return instant((whole + np.timedelta64(after)).astype("datetime64[us]").item())
+        unit, _ = np.datetime_data(whole.dtype)
+        return instant((whole + np.asarray(after, f"timedelta64[{unit}]")).astype("datetime64[us]").item())
     return instant(value)
 
 

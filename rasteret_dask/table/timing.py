@@ -17,7 +17,7 @@ from rasteret_dask.table.records import Records
 
 __all__ = ["Acquisitions", "TimeAxis", "acquisitions", "half_open", "intervals", "narrowest", "regular"]
 
-SAME_PASS = pd.Timedelta(minutes=10)
+SAME_PASS = pd.Timedelta(10, "min")
 """Records of one datatake whose starts lie further apart than this are different acquisitions."""
 
 

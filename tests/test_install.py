@@ -1,0 +1,128 @@
+"""The installed package does what README.md says: on every Python, with the lowest, tested and newest versions."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from distributions import ROOT, Distributions, Environment, build, checkout
+
+pytestmark = pytest.mark.slow
+
+CONSTRAINTS = ("--constraint", ROOT / "constraints.txt")
+README = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+IMPORTS = """
+import importlib, json, pkgutil, sys, warnings
+warnings.simplefilter("error")
+import rasteret_dask as rd
+
+outcome = {"rasteret_dask": rd.__file__}
+for module in pkgutil.walk_packages(rd.__path__, "rasteret_dask."):
+    try:
+        outcome[module.name] = importlib.import_module(module.name).__file__
+    except rd.MissingExtraError as error:
+        outcome[module.name] = str(error)
+print(json.dumps(outcome))
+"""
+
+NEED_TORCH = {
+    "rasteret_dask.geometries.torchset",
+    "rasteret_dask.torchdata",
+    "rasteret_dask.training.passes",
+    "rasteret_dask.training.tensors",
+}
+"""Modules that are about torch from their first line; others import an extra where they use it."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """Return wheel and sdist of a clean checkout."""
+    folder = tmp_path_factory.mktemp("package")
+    return build(checkout(folder / "tree"), folder / "dist")
+
+
+def done(ran: subprocess.CompletedProcess[str]) -> str:
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+    return ran.stdout
+
+
+def check(environment: Environment) -> None:
+    """Import every module, run the demo in an empty folder, then README.md's blocks there."""
+    modules = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        for path in (ROOT / "rasteret_dask").rglob("*.py")
+    }
+    outcome = json.loads(done(environment.run("python", "-c", IMPORTS)))
+    assert outcome.keys() == modules
+    missing = {name: text for name, text in outcome.items() if not text.startswith(str(environment.prefix))}
+    assert missing.keys() == NEED_TORCH
+    for text in missing.values():
+        assert "expected the extra 'torch'. Install it: pip install 'torch>=" in text
+
+    said = done(environment.run("rasteret-dask", "demo", "--small"))
+    assert "10 checks, none failed" in said
+    assert said.count("demo/demo.png") == 1
+    (environment.folder / "readme.py").write_text("\n".join(README))
+    done(environment.run("python", "-W", "error::DeprecationWarning", "readme.py"))
+    assert (environment.folder / "train.zarr").is_dir()
+
+
+def test_readme_has_blocks_to_run() -> None:
+    assert [block.split("\n", 1)[0] for block in README] == [
+        "import rasteret_dask as rd",
+        "import xarray as xr",
+        "for batch in train.stream(batch_size=32, shuffle=7):  # from the cluster, or threads: a dict of arrays",
+    ]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_wheel_with_the_tested_versions(built: Distributions, python: str, tmp_path: Path) -> None:
+    environment = Environment.made(python, tmp_path)
+    environment.install(*CONSTRAINTS, f"{built.wheel}[demo,geo]")
+    check(environment)
+
+
+def test_the_wheel_with_the_newest_versions(built: Distributions, tmp_path: Path) -> None:
+    environment = Environment.made("3.13", tmp_path)
+    environment.install(f"{built.wheel}[demo,geo]")
+    check(environment)
+
+
+def test_the_wheel_with_the_lowest_versions(built: Distributions, tmp_path: Path) -> None:
+    environment = Environment.made("3.11", tmp_path)
+    lowest = ("--resolution", "lowest-direct", "--extra", "demo", "--extra", "geo")
+    environment.install(*lowest, "-r", ROOT / "pyproject.toml")
+    environment.install("--no-deps", built.wheel)
+    check(environment)
+
+
+def test_a_missing_extra_is_installed_by_what_its_error_says(built: Distributions, tmp_path: Path) -> None:
+    """The wheel alone: no matplotlib, no geopandas, and no world of the demo either."""
+    environment = Environment.made("3.12", tmp_path)
+    environment.install(*CONSTRAINTS, built.wheel)
+    build_s2 = "import rasteret_dask as rd; s2 = rd.build('demo/sentinel-2-l2a'); "
+
+    refused = environment.run("python", "-c", build_s2)
+    assert refused.returncode == 1
+    (call,) = re.findall(r"in Python `(.+?)`", refused.stderr)
+    (command,) = re.findall(r"run `(.+?)`", refused.stderr)
+    program, *arguments = command.split()
+    assert "none: it needs matplotlib (pip install 'matplotlib>=" in done(
+        environment.run(program, *arguments, "--small")
+    )
+    done(environment.run("python", "-c", build_s2))
+    (environment.folder / "demo").rename(environment.folder / "small")
+    done(environment.run("python", "-c", call))
+    done(environment.run("python", "-c", build_s2))
+
+    for use in ("s2.to_geopandas()", "s2.harmonize(resolution=10).chips(size=64).plot()"):
+        refused = environment.run("python", "-c", build_s2 + use)
+        assert refused.returncode == 1
+        assert "MissingExtraError" in refused.stderr
+        (requirement,) = re.findall(r"Install it: pip install '(.+?)'\.$", refused.stderr, re.MULTILINE)
+        environment.install(*CONSTRAINTS, requirement)
+        done(environment.run("python", "-W", "error", "-c", build_s2 + use))
