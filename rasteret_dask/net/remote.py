@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import random
 import re
@@ -319,6 +320,10 @@ def _store(
             return LocalStore("/")
         case "http" | "https":
             options["client_options"]["allow_http"] = scheme == "http"
+            user, _, netloc = netloc.rpartition("@")
+            if user:
+                sent = base64.b64encode(unquote(user).encode()).decode()
+                options["client_options"]["default_headers"] = {"Authorization": f"Basic {sent}"}
             # the query (a signature) is kept by the store and sent with every path below it
             return HTTPStore.from_url(f"{scheme}://{netloc}/" + (f"?{query}" if query else ""), **options)
         case "s3":
