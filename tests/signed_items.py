@@ -42,7 +42,7 @@ class Guarded(RangeServer):
 
 
 class _Guard(_Handler):
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802
         owner = cast(Guarded, cast(_Server, self.server).owner)
         if owner.lets_in(urlsplit(self.path).query, self.headers.get("Authorization")):
             super().do_GET()

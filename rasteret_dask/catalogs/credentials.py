@@ -47,9 +47,9 @@ _WITH_SAS = (
 """The other parameters of an Azure shared access signature, which go with its ``sig``."""
 
 _MAYBE = ("key", "code", "k")
-"""Parameters that are a credential unless their value reads as the name of a file, a path, or is short."""
+"""Parameters that are a credential where their value reads as one; as a name, a path or a version it does not."""
 
-_KEY_CHARS = 16  # a shorter value names a product, a band or a version
+_KEY = re.compile(r"AIza[\w-]+|[A-Za-z0-9+=~-]{16,}")  # Google's keys, and other long texts in one piece
 
 _MOST_DEEP = 3  # URLs in URLs
 
@@ -66,8 +66,7 @@ def is_credential(name: str, value: str = "") -> bool:
     plain = re.sub(r"[-_.\s\[\]]", "", lower)
     if plain in _NAMES or plain.endswith(_ENDINGS) or lower.startswith(_PREFIXES):
         return True
-    text = unquote(value)
-    return plain in _MAYBE and len(text) >= _KEY_CHARS and "/" not in text and "." not in text
+    return plain in _MAYBE and bool(_KEY.fullmatch(unquote(value)))
 
 
 def parts_of(href: str) -> tuple[str, str, str, str, str, str] | None:
@@ -166,7 +165,7 @@ def _kept(query: str, deep: int) -> str:
     """Return the part of a query that identifies the file."""
     if not query:
         return query
-    pairs = [pair.partition("=") for pair in re.split("[&;]", query)]
+    pairs = [pair.partition("=") for pair in re.split("&|;(?=[^&;=]+=)", query)]
     guilty = [is_credential(name, value) for name, _, value in pairs]
     gone: tuple[str, ...] = _WITH_SIGNATURE if any(guilty) else ()
     if any(secret and _plain(name) == "sig" for (name, _, _), secret in zip(pairs, guilty, strict=True)):

@@ -26,6 +26,7 @@ from rasteret_dask.errors import PlanError, ReadError
 __all__ = [
     "ANEW", "Carried", "Signer", "adopt", "carried", "check_expired", "check_signatures", "expired", "host_of",
     "is_ready_made", "keep_apart", "lacking", "lacking_hosts", "renew", "rule_of", "sign", "signed", "signed_hosts",
+    "signs_for",
 ]  # fmt: skip
 
 Signer: TypeAlias = Callable[[str], str]
@@ -214,25 +215,29 @@ def sign(place: str, signer: Signer | str | None) -> None:
 def keep_apart(href: str) -> str:
     """Return an href without its credentials, which this process keeps for :func:`signed`.
 
-    They are not kept where a signer or a catalog's rule gives others when the href is read: those do not expire.
+    Planetary Computer's are not kept: whoever reads asks for a token, and tokens end within the hour.
     """
     plain, secret = split(href)
     if secret is None:
         return plain
     host, rule = host_of(plain), rule_of(plain)
-    asked = rule is not None and rule.access == "planetary-computer"
-    if host and not asked and _place_of(host, plain, rule) is None:
+    if host and (rule is None or rule.access != "planetary-computer"):
         with _LOCK:
             _GRANTS.setdefault(host, {})[plain] = _SHARED.setdefault(secret, secret)
     return plain
 
 
+def signs_for(host: str) -> bool:
+    """Return whether this process has a signature or a signer for any href of a host."""
+    if _GRANTS.get(host) or _PLACES.get(host):
+        return True
+    rule = store_of(f"https://{host}") or store_of(f"http://{host}")
+    return rule is not None and rule.signer is not None
+
+
 def signed_hosts(hrefs: Iterable[str]) -> tuple[str, ...]:
-    """Return the hosts of those hrefs whose credentials this process keeps, sorted."""
-    grants = {h: kept for h, kept in _GRANTS.items() if kept}
-    if not grants:
-        return ()
-    return tuple(sorted({host for href in hrefs if href in grants.get(host := host_of(href), {})}))
+    """Return the hosts of those hrefs that arrived signed or have a signer here, sorted."""
+    return tuple(sorted({host for href in hrefs if _has(host := host_of(href), href)}))
 
 
 def lacking(hrefs: Iterable[str], hosts: Iterable[str]) -> tuple[str, ...]:
@@ -289,12 +294,7 @@ def check_expired(hrefs: Iterable[str]) -> None:
 
 def lacking_hosts(hosts: Iterable[str]) -> tuple[str, ...]:
     """Return the hosts for which this process has neither a signer nor any signature."""
-
-    def named(host: str) -> bool:
-        rule = store_of(f"https://{host}") or store_of(f"http://{host}")
-        return rule is not None and rule.signer is not None
-
-    return tuple(host for host in hosts if not (_GRANTS.get(host) or _PLACES.get(host) or named(host)))
+    return tuple(host for host in hosts if not signs_for(host))
 
 
 def is_ready_made(host: str) -> bool:

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.signing import signed_hosts
 from rasteret_dask.errors import SourceError
 from rasteret_dask.headers.reader import Header, HeaderReader
 from rasteret_dask.ingest.sources import Item
@@ -35,7 +34,7 @@ from rasteret_dask.ingest.stac import (
 from rasteret_dask.net.remote import public
 from rasteret_dask.progress import Progress
 from rasteret_dask.table import geoparquet
-from rasteret_dask.table.barehrefs import hosts_of, hrefs_of, marks
+from rasteret_dask.table.barehrefs import hosts_of, marks, signed_in
 from rasteret_dask.table.layers import Layer, check_bands
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import acquisitions
@@ -192,7 +191,7 @@ def ingest(
         if known is not None:
             yield from known.tables()
         for table in _tables(batches, recipe, report, progress, known):
-            signed.update(signed_hosts(hrefs_of(table)))
+            signed.update(signed_in(table))
             metadata.update(marks(tuple(signed)))
             yield table
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rasteret_dask.catalogs.credentials import bare, cleaned, without_credentials
-from rasteret_dask.catalogs.signing import host_of, keep_apart, signed_hosts
+from rasteret_dask.catalogs.signing import host_of, keep_apart, signed_hosts, signs_for
 from rasteret_dask.table.schema import RECORD_SCHEMA
 
-__all__ = ["holds_credentials", "hosts_of", "hrefs_of", "marked", "marks", "stripped"]
+__all__ = ["holds_credentials", "hosts_of", "hrefs_of", "marked", "marks", "signed_in", "stripped"]
 
 _KEY = b"signed_hosts"
 _SUSPECT = r"://[^\s]*[?@#]"  # few hrefs have one of these, so few are looked at in Python
@@ -63,7 +63,7 @@ def stripped(table: pa.Table) -> pa.Table:
         if column is not table.column(name):
             table = table.set_column(at, table.schema.field(at), column)
     hosts = {host for href in hrefs if (host := host_of(href))}
-    return marked(table, [*hosts, *signed_hosts(hrefs_of(table))])
+    return marked(table, [*hosts, *signed_in(table)])
 
 
 def holds_credentials(assets: pa.ChunkedArray) -> bool:
@@ -73,6 +73,16 @@ def holds_credentials(assets: pa.ChunkedArray) -> bool:
         for chunk in assets.chunks
         for href in _suspects(pc.struct_field(chunk.items, "href"))
     )
+
+
+def signed_in(table: pa.Table) -> tuple[str, ...]:
+    """Return the hosts of a record table for which this process has signatures or signers."""
+    places: set[str] = set()
+    for chunk in table.column("assets").chunks:
+        hrefs = pc.struct_field(chunk.items, "href")
+        hosts = pc.replace_substring_regex(hrefs, r"(?s)^(\w+://[^/?#]*).*", r"\1")  # few, of very many hrefs
+        places.update(hosts.unique().drop_null().to_pylist())
+    return signed_hosts(hrefs_of(table)) if any(signs_for(host_of(place)) for place in places) else ()
 
 
 def hrefs_of(table: pa.Table) -> Iterator[str]:
