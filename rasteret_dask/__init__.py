@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rasteret_dask.compacting import compact
     from rasteret_dask.errors import (
         BandError,
+        FormatError,
         GridError,
         JobError,
         PlanError,
@@ -51,6 +52,7 @@ __all__ = [
     "CogReader",
     "Collection",
     "Explanation",
+    "FormatError",
     "GridError",
     "JobError",
     "PlanError",
@@ -93,8 +95,8 @@ _MODULES = {
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",
-    "errors": "BandError GridError JobError PlanError RasteretDaskError ReadError SchemaError SourceError StoreError "
-    "TrustError UnreadableAssetsError UnreadableTilesWarning",
+    "errors": "BandError FormatError GridError JobError PlanError RasteretDaskError ReadError SchemaError SourceError "
+    "StoreError TrustError UnreadableAssetsError UnreadableTilesWarning",
     "openers": "as_collection build_from_table load",
     "reader.cogreader": "CogReader",
     "show.audit": "Audit",

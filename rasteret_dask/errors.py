@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "BandError",
+    "FormatError",
     "GridError",
     "JobError",
     "PlanError",
@@ -89,6 +90,10 @@ class ReadError(RasteretDaskError):
 
 class StoreError(RasteretDaskError):
     """The output store holds something else, or cannot be written."""
+
+
+class FormatError(RasteretDaskError, ValueError):
+    """A store, plan, table or state was written in a format that this version of the package does not read."""
 
 
 class JobError(RasteretDaskError):

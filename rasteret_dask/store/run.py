@@ -77,7 +77,7 @@ def run_zarr(
         graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
         with clusters.using(client) as found, _or_local(found) as running:
             _submit(running, graph, wanted, progress, len(shards), url)
-    lost = losses(commit(url, layout.job))
+    lost = losses(commit(url, layout.job, layout))
     if progress and lost:
         sys.stderr.write(f"{lost}\n")
 
