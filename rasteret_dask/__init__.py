@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
+    from rasteret_dask.store.verifying import Verification, verify
     from rasteret_dask.storeset import StoredChips, open_chips
     from rasteret_dask.streamfrom import stream_from
     from rasteret_dask.streams.datasets import as_xarray
@@ -68,6 +69,7 @@ __all__ = [
     "TrustError",
     "UnreadableAssetsError",
     "UnreadableTilesWarning",
+    "Verification",
     "__version__",
     "as_collection",
     "as_xarray",
@@ -83,6 +85,7 @@ __all__ = [
     "refresh",
     "register",
     "stream_from",
+    "verify",
 ]
 
 # Imported when first used: a training worker that streams from a store starts in half the time without xarray, Dask's
@@ -102,6 +105,7 @@ _MODULES = {
     "show.audit": "Audit",
     "show.explain": "Explanation",
     "statistics.stats": "Stats",
+    "store.verifying": "Verification verify",
     "storeset": "StoredChips open_chips",
     "streamfrom": "stream_from",
     "streams.datasets": "as_xarray",

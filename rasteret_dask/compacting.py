@@ -125,8 +125,10 @@ class _Kept:
 
     def objects(self) -> dict[str, bytes]:
         """Make the arrays' metadata, the chunks that the plan knew, and the chip table."""
-        old, objects, documents = self.old, {}, {}
-        nodes, attrs = old.root["consolidated_metadata"]["metadata"], {}
+        old, nodes = self.old, self.old.root["consolidated_metadata"]["metadata"]
+        objects: dict[str, bytes] = {}
+        documents: dict[str, Any] = {}
+        attrs: dict[str, Any] = {}
         for split, rows in self._rows.items():
             inside = rows - next(s.start for s in old.shards if s.split == split)
             if len(self._rows) > 1 and split:

@@ -20,7 +20,9 @@ from rasteret_dask.net import remote
 
 __all__ = [
     "BLOCK",
+    "Fault",
     "Sums",
+    "Whole",
     "changed",
     "checked_file",
     "closed",
@@ -94,6 +96,15 @@ class Sums:
     def is_of(self, data: Any) -> bool:
         """Tell whether bytes are the whole object."""
         return len(memoryview(data)) == self.size and self.match(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What an object must be that is always read as a whole: its size, and one checksum."""
+
+    size: int
+    """Bytes."""
+    crc32c: int
 
 
 def checked_file(url: str, sums: Sums) -> pa.NativeFile:
@@ -204,18 +215,26 @@ def _footer_nbytes(parquet: Any) -> int:
     return int.from_bytes(parquet[-8:-4], "little") + 8
 
 
-def fault_of(url: str, sums: Sums) -> Fault:
+def fault_of(url: str, wanted: Sums | Whole) -> Fault:
     """Read an object, some blocks at a time, and say what is wrong with it: None, "missing" or "damaged"."""
+    crc, at = 0, 0
     try:
-        first = 0
-        while first * BLOCK < max(sums.size, 1):
-            found = remote.fetch(url, first * BLOCK, READ_BLOCKS * BLOCK) if sums.size else remote.fetch(url)
-            if found.head.size != sums.size or not sums.match(found.data, first):
+        while at < max(wanted.size, 1):
+            found = remote.fetch(url, at, READ_BLOCKS * BLOCK) if wanted.size else remote.fetch(url)
+            if found.head.size != wanted.size:
                 return "damaged"
-            first += READ_BLOCKS
+            if isinstance(wanted, Whole):
+                crc = (
+                    google_crc32c.extend(crc, np.frombuffer(memoryview(found.data), np.uint8))
+                    if found.data
+                    else 0
+                )
+            elif not wanted.match(found.data, at // BLOCK):
+                return "damaged"
+            at += READ_BLOCKS * BLOCK
     except remote.MissingError:
         return "missing"
-    return None
+    return "damaged" if isinstance(wanted, Whole) and crc != wanted.crc32c else None
 
 
 def sealed(document: Mapping[str, Any]) -> bytes:

@@ -170,7 +170,7 @@ def _told(url: str, name: str) -> Iterator[None]:
 def _source(place: str, sums: Sums) -> Any:
     if sums.size > WHOLE:
         return checked_file(place, sums)
-    data = remote.fetch(place).data
-    if not sums.is_of(data):
-        raise changed(f"reading {remote.redact(place)}", f"{len(memoryview(data))} other bytes", sums.size)
-    return pa.BufferReader(data)
+    found = remote.fetch(place, 0, WHOLE)
+    if not sums.is_of(found.data):
+        raise changed(f"reading {remote.redact(place)}", f"{found.head.size} other bytes", sums.size)
+    return pa.BufferReader(found.data)
