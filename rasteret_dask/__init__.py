@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rasteret_dask.compacting import compact
     from rasteret_dask.errors import (
         BandError,
+        ConcurrentWriteWarning,
+        FormatError,
         GridError,
         JobError,
         MissingExtraError,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
+    from rasteret_dask.store.verifying import Verification, verify
     from rasteret_dask.storeset import StoredChips, open_chips
     from rasteret_dask.streamfrom import stream_from
     from rasteret_dask.streams.datasets import as_xarray
@@ -54,7 +57,9 @@ __all__ = [
     "Chips",
     "CogReader",
     "Collection",
+    "ConcurrentWriteWarning",
     "Explanation",
+    "FormatError",
     "GridError",
     "JobError",
     "MissingExtraError",
@@ -72,6 +77,7 @@ __all__ = [
     "TrustError",
     "UnreadableAssetsError",
     "UnreadableTilesWarning",
+    "Verification",
     "__version__",
     "as_collection",
     "as_xarray",
@@ -89,6 +95,7 @@ __all__ = [
     "sign",
     "stream_from",
     "trust",
+    "verify",
 ]
 
 # Imported when first used: a training worker that streams from a store starts in half the time without xarray, Dask's
@@ -102,14 +109,16 @@ _MODULES = {
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",
-    "errors": "BandError GridError JobError MissingExtraError PlanError RasteretDaskError ReadError SchemaError "
-    "SignedHrefsWarning SourceError StoreError TrustError UnreadableAssetsError UnreadableTilesWarning",
+    "errors": "BandError ConcurrentWriteWarning FormatError GridError JobError MissingExtraError PlanError "
+    "RasteretDaskError ReadError SchemaError SignedHrefsWarning SourceError StoreError TrustError "
+    "UnreadableAssetsError UnreadableTilesWarning UnwritableStoreError",
     "net.trust": "trust",
     "openers": "as_collection build_from_table load",
     "reader.cogreader": "CogReader",
     "show.audit": "Audit",
     "show.explain": "Explanation",
     "statistics.stats": "Stats",
+    "store.verifying": "Verification verify",
     "storeset": "StoredChips open_chips",
     "streamfrom": "stream_from",
     "streams.datasets": "as_xarray",

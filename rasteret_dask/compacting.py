@@ -5,39 +5,35 @@ from __future__ import annotations
 import json
 import os
 import platform
-import uuid
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from dask._task_spec import Task
 from distributed import Client
 from numpy.typing import NDArray
 
-from rasteret_dask.errors import PlanError, StoreError
+from rasteret_dask.errors import JobError, PlanError, StoreError
+from rasteret_dask.formats import STORE
 from rasteret_dask.net import remote
-from rasteret_dask.net.limits import host_of, pool
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.measuring import computed
-from rasteret_dask.store import decode
+from rasteret_dask.store import decode, ledger
 from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32c
 from rasteret_dask.store.storemap import (
-    COMPACT,
-    JOB,
     StoredArray,
     StoredGroup,
     StoreMap,
     check_sizes,
-    digest_of,
     group_path,
     open_map,
+    open_store,
 )
 from rasteret_dask.store.storeread import StoreObject, read_rows
-from rasteret_dask.store.storetables import CHIPS, MANIFEST
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.screening import KEPT
 
@@ -74,52 +70,115 @@ def compact(
         When no chip is kept.
     """
     url, place = _absolute(store), _absolute(target)
-    source = digest_of(url)
-    opened = open_map(url, source)
+    opened = open_store(url)
     check_sizes(opened)
     if not opened.kept.any():
         raise PlanError(f"compact({remote.redact(url)})", "no kept chip", "at least one")
-    own = digest("compact", source)
-    found = _begun(opened, place, own)
-    if "zarr.json" in found:
+    chips = _Kept(opened, _shards(opened))
+    if _is_finished(place, chips.owner):
         return
-    shards = _shards(opened)
-    reports = _finished(place, found, shards)
-    missing = {f"compact-{digest(own, place)[:16]}-{s.name}": s for s in shards if s.name not in reports}
-    tasks: dict[Hashable, Any] = {k: Task(k, _copied, url, source, place, s) for k, s in missing.items()}
-    reports |= {r["shard"]: r for r in computed(tasks, list(missing), client)}
-    tries = Counter(path.split("/")[2] for path in remote.listing(place) if path.startswith(f"{JOB}/tried/"))
-    _finish(opened, place, own, shards, _manifest(opened, shards, reports, tries))
-
-
-def _begun(old: StoreMap, place: str, own: str) -> Mapping[str, int]:
-    """Take a place for the new store, or know it for its own; return what lies there.
-
-    The digest is written first: whatever stops later, the next call knows the place.
-    """
-    found = remote.listing(place)
-    said = f"{own}\n{_said(old)['compression']}\n{COMPACT}".encode()
-    if not found:
-        remote.put(remote.join(place, JOB, "digest"), said)
-    elif f"{JOB}/digest" not in found or remote.get(remote.join(place, JOB, "digest")) != said:
-        raise StoreError(
-            f"store {remote.redact(place)}", f"{len(found)} objects ({next(iter(found))}, ...) of something else",
-            "an empty place, or one where compact of the same store was begun", "Choose another one.",
-        )  # fmt: skip
-    return found
-
-
-def _finished(place: str, found: Mapping[str, int], shards: Sequence[_NewShard]) -> dict[str, dict[str, Any]]:
-    """Return the reports of new shards, of these chips, whose objects are all there in their sizes: shard -> report."""
-    keys = {f"{JOB}/done/{s.name}.json": s.key for s in shards}
-    texts = pool(host_of(place)).map(lambda path: remote.get(remote.join(place, path)), keys.keys() & found)
-    reports = [json.loads(text) for text in texts]
-    return {
-        r["shard"]: r
-        for r in reports
-        if r["key"] == keys[f"{JOB}/done/{r['shard']}.json"]
-        and all(found.get(o["path"]) == o["size"] for o in r["objects"])
+    reports = ledger.reports(place, ledger.begin(place, chips), chips.keys)
+    missing = [shard for shard in chips.shards if shard.name not in reports]
+    names = {f"compact-{digest(chips.owner.digest, place)[:16]}-{s.name}": s for s in missing}
+    tasks: dict[Hashable, Any] = {
+        k: Task(k, _copied, url, opened.digest, place, shard) for k, shard in names.items()
     }
+    computed(tasks, list(names), client)
+    found = ledger.restored(place, chips)
+    reports = ledger.reports(place, found, chips.keys)
+    lost = [shard.name for shard in chips.shards if shard.name not in reports]
+    if lost:
+        raise JobError(
+            f"store {remote.redact(place)}",
+            f"{len(lost)} shards missing: {', '.join(lost[:10])}",
+            "all shards",
+            "They were deleted or damaged meanwhile: call compact again, which does these.",
+        )
+    ledger.commit(place, found, _manifest(opened, chips.shards, reports, ledger.tries(found)), reports, {})
+
+
+def _is_finished(place: str, owner: ledger.Owner) -> bool:
+    try:
+        note = ledger.root_of(place).note
+    except (remote.MissingError, StoreError):  # unfinished, damaged, or something else: begin() tells
+        return False
+    ledger.check_owner(place, note, owner)
+    return True
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The kept chips of a store, as the ledger asks for what is to be written."""
+
+    old: StoreMap
+    shards: Sequence[_NewShard]
+
+    @property
+    def owner(self) -> ledger.Owner:
+        """Who writes them."""
+        return ledger.Owner(digest("compact", self.old.digest), self.old.note["compression"], ledger.COMPACT)
+
+    @cached_property
+    def keys(self) -> Mapping[str, str]:
+        """For each shard's name, the key of its valid report: what it is made of."""
+        return {shard.name: shard.key for shard in self.shards}
+
+    def objects(self) -> dict[str, bytes]:
+        """Make the arrays' metadata, the chunks that the plan knew, and the chip table."""
+        old, nodes = self.old, self.old.root["consolidated_metadata"]["metadata"]
+        objects: dict[str, bytes] = {}
+        documents: dict[str, Any] = {}
+        attrs: dict[str, Any] = {}
+        for split, rows in self._rows.items():
+            inside = rows - next(s.start for s in old.shards if s.split == split)
+            if len(self._rows) > 1 and split:
+                documents[split] = nodes[split]
+            for group in old.groups[split]:
+                at = self._path(split, group)
+                if at:
+                    documents[at] = {**nodes[group.path], "attributes": _uncovered(group.attrs)}
+                else:
+                    attrs = _uncovered(group.attrs)
+                for name, array in group.arrays.items():
+                    if name != KEPT:
+                        path = f"{at}/{name}" if at else name
+                        documents[path], chunks = _array(old, array, inside)
+                        objects |= {f"{path}/{chunk}": data for chunk, data in chunks.items()}
+        note = {k: v for k, v in old.note.items() if k != "checksum"}
+        owner = {"writer": ledger.COMPACT, "digest": self.owner.digest, "compacted_from": old.digest}
+        root = {
+            **old.root,
+            "attributes": {**attrs, "rasteret_dask": {**note, **STORE.note, **owner}},
+            "consolidated_metadata": {**old.root["consolidated_metadata"], "metadata": documents},
+        }
+        texts = {f"{path}/zarr.json": json.dumps(node) for path, node in documents.items()} | {
+            "zarr.json": json.dumps(root)
+        }
+        groups = {p: text for p, text in texts.items() if json.loads(text)["node_type"] == "group"}
+        objects |= {path: text.encode() for path, text in texts.items() if path not in groups}
+        objects[ledger.GROUPS] = json.dumps(groups).encode()
+        table = old.chips.whole().take(pa.array(np.concatenate([s.rows for s in self.shards])))
+        return {**objects, ledger.CHIPS: geoparquet.to_bytes(table)}
+
+    def places(self) -> dict[str, str]:
+        """Return the path of every object that shards may have -> the shard's name."""
+        return {
+            replace(array, path=f"{at}/{name}" if at else name).object(shard.number): shard.name
+            for shard in self.shards
+            for group in self.old.groups[shard.split]
+            for at in [self._path(shard.split, group)]
+            for name, array in group.arrays.items()
+            if not array.known
+        }
+
+    @cached_property
+    def _rows(self) -> dict[str | None, NDArray[np.int64]]:
+        """Split -> rows of its kept chips among all of the old store."""
+        splits = dict.fromkeys(s.split for s in self.shards)
+        return {split: np.concatenate([s.rows for s in self.shards if s.split == split]) for split in splits}
+
+    def _path(self, split: str | None, group: StoredGroup) -> str:
+        return group_path(split, len(self._rows), group.source, len(self.old.sources))
 
 
 @dataclass(frozen=True)
@@ -169,10 +228,10 @@ def _rows(old: StoreMap, split: str | None) -> NDArray[np.int64]:
     return rows[old.kept[rows]]
 
 
-def _copied(url: str, source: str, place: str, shard: _NewShard) -> dict[str, Any]:
-    """Write one new shard, then its report; return the report."""
+def _copied(url: str, source: str, place: str, shard: _NewShard) -> None:
+    """Write one new shard, then its report."""
     old = open_map(url, source)
-    remote.put(remote.join(place, JOB, "tried", shard.name, uuid.uuid4().hex), b"1")
+    mark = ledger.tried(place, shard.name, shard.key)
     written = []
     for group in old.groups[shard.split]:
         at = group_path(shard.split, shard.splits, group.source, len(old.sources))
@@ -184,10 +243,8 @@ def _copied(url: str, source: str, place: str, shard: _NewShard) -> dict[str, An
                 path = replace(array, path=f"{at}/{name}" if at else name).object(shard.number)
                 remote.put(remote.join(place, path), pieces)
                 written.append({"path": path, "size": sum(map(len, pieces)), "crc32c": crc32c(pieces)})
-    process = f"{platform.node()}:{os.getpid()}"
-    report = {"shard": shard.name, "key": shard.key, "process": process, "objects": written}
-    remote.put(remote.join(place, JOB, "done", f"{shard.name}.json"), json.dumps(report).encode())
-    return report
+    report = {"process": f"{platform.node()}:{os.getpid()}", "objects": written}
+    ledger.done(place, shard.name, shard.key, mark, report)
 
 
 def _pieces(
@@ -199,60 +256,23 @@ def _pieces(
     return array.encoding.encode(values.view(np.int64) if values.dtype.kind == "M" else values)
 
 
-def _stored(old: StoreMap, array: StoredArray, rows: NDArray[np.int64]) -> list[Piece | None]:
-    """Return the bytes of some chips as they are stored, None where they are not."""
+def _stored(old: StoreMap, array: StoredArray, rows: NDArray[np.int64]) -> list[list[Piece]]:
+    """Return the bytes of some chips as they are stored, their checksums with them; nothing where they are not."""
     per = array.encoding.chunk[0]
     shard_of = np.searchsorted(old.starts, rows, side="right") - 1
-    found: list[Piece | None] = []
+    found: list[list[Piece]] = []
     for number in np.unique(shard_of).tolist():
         shard = old.shards[number]
         chips = rows[shard_of == number] - shard.start
         item = StoreObject.of(old, shard, array)
         if item is None:
-            found += [None] * len(chips)
+            found += [[] for _ in chips]
             continue
         data = np.frombuffer(memoryview(item.get(0, item.size)), np.uint8)
-        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.subject)
+        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.size, item.subject)
         for start, length in index[chips].tolist():
-            found.append(None if start == ABSENT else data[start : start + length])
+            found.append([] if start == ABSENT else [data[start : start + length]])
     return found
-
-
-def _finish(old: StoreMap, place: str, own: str, shards: Sequence[_NewShard], manifest: pa.Table) -> None:
-    """Write what is known of all chips, then the groups' metadata; the root comes last."""
-    rows = np.concatenate([s.rows for s in shards])
-    table = old.chips.whole().take(pa.array(rows))
-    remote.put(remote.join(place, CHIPS), geoparquet.to_bytes(table))
-    sink = pa.BufferOutputStream()
-    pq.write_table(manifest, sink, compression="zstd")
-    remote.put(remote.join(place, MANIFEST), bytes(sink.getvalue()))
-    nodes = old.root["consolidated_metadata"]["metadata"]
-    attrs: dict[str, Any] = {}
-    documents: dict[str, Any] = {}
-    for split in dict.fromkeys(s.split for s in shards):
-        inside = np.concatenate([s.rows for s in shards if s.split == split])
-        first = next(s.start for s in old.shards if s.split == split)
-        if shards[0].splits > 1 and split:
-            documents[split] = nodes[split]
-        for group in old.groups[split]:
-            at = group_path(split, shards[0].splits, group.source, len(old.sources))
-            if at:
-                documents[at] = {**nodes[group.path], "attributes": _uncovered(group.attrs)}
-            else:
-                attrs = _uncovered(group.attrs)
-            for name, array in group.arrays.items():
-                if name != KEPT:
-                    path = f"{at}/{name}" if at else name
-                    documents[path] = _array(old, array, inside - first, remote.join(place, path))
-    for path, document in documents.items():
-        remote.put(remote.join(place, path, "zarr.json"), json.dumps(document).encode())
-    said = {**_said(old), "digest": own, "compacted_from": old.digest}
-    root = {
-        **old.root,
-        "attributes": {**attrs, "rasteret_dask": said},
-        "consolidated_metadata": {**old.root["consolidated_metadata"], "metadata": documents},
-    }
-    remote.put(remote.join(place, "zarr.json"), json.dumps(root).encode())
 
 
 def _uncovered(attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,12 +281,15 @@ def _uncovered(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in attrs.items() if k != "rasteret_dask"}, "coordinates": names}
 
 
-def _array(old: StoreMap, array: StoredArray, chips: NDArray[np.int64], url: str) -> dict[str, Any]:
-    """Return an array's document for the kept chips of a split; write the array if the plan knew it."""
+def _array(
+    old: StoreMap, array: StoredArray, chips: NDArray[np.int64]
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return an array's document for the kept chips of a split, and its chunk where the plan knew it."""
     document: dict[str, Any] = json.loads(json.dumps(array.node))
     of_chips = array.dims[0] == "chip"
     if of_chips:
         document["shape"][0] = len(chips)
+    chunks = {}
     if array.known:
         values = old.values(array)
         if of_chips:
@@ -274,22 +297,22 @@ def _array(old: StoreMap, array: StoredArray, chips: NDArray[np.int64], url: str
             document["chunk_grid"]["configuration"]["chunk_shape"][0] = len(chips)
         pieces = Encoding.of(json.dumps(document).encode()).encode(values)
         if pieces:
-            remote.put(remote.join(url, *["c", *["0"] * len(array.shape)]), pieces)
-    return document
+            chunks["/".join(("c", *["0"] * len(array.shape)))] = b"".join(map(bytes, pieces))
+    return document, chunks
 
 
 def _manifest(
     old: StoreMap,
     shards: Sequence[_NewShard],
-    reports: Mapping[str, dict[str, Any]],
-    tries: Mapping[str, int],
+    reports: Mapping[str, ledger.Report],
+    tries: Mapping[str, Sequence[str]],
 ) -> pa.Table:
     """Return one row a shard, with the columns of the old manifest."""
     before = old.manifest().select([*_COUNTS, "clipped", "unreadable_tiles"]).to_pylist()
     told: set[int] = set()
     rows = []
     for shard in shards:
-        report, parts = reports[shard.name], _old_shards(old, shard.rows)
+        report, parts = reports[shard.name].values, _old_shards(old, shard.rows)
         clipped: Counter[str] = Counter()
         counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
         for number in set(parts) - told:
@@ -306,7 +329,7 @@ def _manifest(
                 "chips": len(shard.rows),
                 "kept": len(shard.rows),
                 "dropped_chips": "{}",
-                "attempts": tries[shard.name],
+                "attempts": max(1, len(tries.get(shard.name, ()))),
                 "process": report["process"],
                 "bytes": sum(o["size"] for o in report["objects"]),
                 "objects": report["objects"],
@@ -318,11 +341,6 @@ def _manifest(
             }
         )
     return pa.Table.from_pylist(rows)
-
-
-def _said(old: StoreMap) -> dict[str, Any]:
-    found: dict[str, Any] = old.root["attributes"]["rasteret_dask"]
-    return found
 
 
 def _absolute(place: str | os.PathLike[str]) -> str:

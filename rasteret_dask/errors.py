@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BandError",
     "ConcurrentWriteWarning",
+    "FormatError",
     "GridError",
     "JobError",
     "MissingExtraError",
@@ -97,6 +98,10 @@ class StoreError(RasteretDaskError):
 
 class UnwritableStoreError(StoreError):
     """A store takes no more bytes: the disk or a quota is full, or the place must not be written."""
+
+
+class FormatError(RasteretDaskError, ValueError):
+    """A store, plan, table or state was written in a format that this version of the package does not read."""
 
 
 class JobError(RasteretDaskError):

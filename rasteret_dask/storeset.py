@@ -16,8 +16,9 @@ from rasteret_dask.planning.plan import Keep, Node, Predicate, Sample, Select, o
 from rasteret_dask.statistics.measuring import measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
+from rasteret_dask.store.ledger import JOB
 from rasteret_dask.store.stored import Stored
-from rasteret_dask.store.storemap import JOB, check_sizes, digest_of, open_map
+from rasteret_dask.store.storemap import check_sizes, open_store
 from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.readings import stored_chips
 from rasteret_dask.streams.stream import Normalize, Stream, batches
@@ -53,9 +54,9 @@ def open_chips(store: str | os.PathLike[str], split: str | None = None) -> Store
     url = place if "://" in place else os.path.abspath(place)
     if remote.is_local(url) and os.path.isfile(remote.local_path(url)):
         raise StoreError(f"store {url}", "a file", "a folder that to_zarr wrote", "Give the store's folder.")
-    digest = digest_of(url)
-    check_sizes(open_map(url, digest))
-    chips = StoredChips(Stored.of(url, digest))
+    opened = open_store(url)
+    check_sizes(opened)
+    chips = StoredChips(Stored.of(url, opened.digest))
     return chips if split is None else chips.select(split)
 
 

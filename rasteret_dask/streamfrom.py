@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.net.sums import document_of, sealed
 from rasteret_dask.planning.functions import Function
 from rasteret_dask.store.stored import Stored
 from rasteret_dask.storeset import open_chips
@@ -17,7 +17,7 @@ from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.readings import Reading, stored_chips
 from rasteret_dask.streams.stream import Normalize, Stream, batches
 from rasteret_dask.tasks.job import Job
-from rasteret_dask.tasks.jobfile import open_job, write_job
+from rasteret_dask.tasks.jobfile import JOB_FILE, open_job, read_note, write_job
 from rasteret_dask.tasks.mapping import Functions, outputs_of
 from rasteret_dask.tasks.shards import error_policy
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from distributed import Client
 
 __all__ = ["save_plan", "stream_from"]
-
-_LAST = "job.json"  # write_job's last object
-
 
 _SIZES = "sizes.json"  # kept chips of each shard, where rules on pixels drop some
 
@@ -51,16 +48,16 @@ def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | 
     """
     url = _url(place)
     found = set() if _is_file(url) else set(remote.listing(url))
-    said = _said(url) if _LAST in found else {}
-    if said.get("digest") == job.digest:
+    note = read_note(url) if JOB_FILE in found else {}
+    if note.get("digest") == job.digest:
         return
     if found or _is_file(url):
         raise StoreError(
-            f"save_plan {remote.redact(url)}", "another plan" if said else "something else", "an empty place",
+            f"save_plan {remote.redact(url)}", "another plan" if note else "something else", "an empty place",
             "Choose another place, or delete what lies there.",
         )  # fmt: skip
     if sizes is not None:
-        remote.put(remote.join(url, _SIZES), json.dumps(sizes).encode())
+        remote.put(remote.join(url, _SIZES), sealed({"digest": job.digest, "sizes": list(sizes)}))
     write_job(job, url)
 
 
@@ -131,7 +128,7 @@ def stream_from(
     gives None: its worker's client has the worker's certificates, those of ``Security.temporary()`` too.
     """
     url = _url(plan)
-    if _exists(url, _LAST):
+    if _exists(url, JOB_FILE):
         if split is not None:
             raise PlanError(
                 "stream_from(split=)", f"{split!r} of a saved plan", "None",
@@ -161,11 +158,21 @@ def _of_one_split(url: str, split: str | None) -> Stored:
 
 
 def _planned(url: str, functions: tuple[Callable[..., Any], ...], on_error: str) -> Reading:
-    job = open_job(url, str(_said(url)["digest"]))
+    job = open_job(url, str(read_note(url)["digest"]))
     job.check_signatures()
     known = _matched(job, functions)
-    sizes = tuple(json.loads(remote.get(remote.join(url, _SIZES)))) if job.screens else None
-    return planned(job, outputs_of(job, known), known, on_error, sizes)
+    return planned(job, outputs_of(job, known), known, on_error, _sizes(url, job) if job.screens else None)
+
+
+def _sizes(url: str, job: Job) -> tuple[int, ...]:
+    """Return how many chips of each shard are kept."""
+    text = document_of(remote.get(remote.join(url, _SIZES)))
+    if text is None or text["digest"] != job.digest:
+        raise StoreError(
+            f"plan {remote.redact(url)}", f"a {_SIZES} that does not match its checksum", "what save_plan wrote",
+            "Save the plan again.",
+        )  # fmt: skip
+    return tuple(text["sizes"])
 
 
 def _matched(job: Job, functions: tuple[Callable[..., Any], ...]) -> Functions:
@@ -202,13 +209,3 @@ def _is_file(url: str) -> bool:
 
 def _exists(url: str, name: str) -> bool:
     return remote.exists(remote.join(url, name))
-
-
-def _said(url: str) -> dict[str, Any]:
-    try:
-        said = json.loads(remote.get(remote.join(url, _LAST)))
-        return {"digest": str(said["digest"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"plan {remote.redact(url)}", f"a {_LAST} that is none", "what save_plan wrote"
-        ) from error

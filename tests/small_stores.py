@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import xarray as xr
 
 import rasteret_dask as rd
+from rasteret_dask.net.sums import Sums, closed, root_checksum
 from rasteret_dask.store.encode import Compression
 from rasteret_dask.store.layout import Layout
+from rasteret_dask.store.ledger import OBJECTS
 from rasteret_dask.store.run import delayed_zarr
 from rasteret_dask.tasks.freezing import freeze
 
@@ -29,6 +36,31 @@ def written(
     layout = small(chips, nbytes, compression)
     delayed_zarr(layout, str(store), chips._functions).compute(scheduler="threads")
     return str(store)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Return path -> bytes of all that two runs of a job have in common: not who tried what, and how often."""
+    found = {p.relative_to(store).as_posix(): p for p in store.rglob("*") if p.is_file()}
+    own = ("_job/tried/", "_job/done/", "manifest.parquet")
+    return {path: file.read_bytes() for path, file in sorted(found.items()) if not path.startswith(own)}
+
+
+def rewrite_root(store: Path, change: Callable[[Any], None]) -> None:
+    """Change the root's document as somebody would who knows its checksum."""
+    document = json.loads((store / "zarr.json").read_bytes())
+    change(document)
+    document["attributes"]["rasteret_dask"]["checksum"] = root_checksum(document)
+    (store / "zarr.json").write_text(json.dumps(document))
+
+
+def vouch(store: Path, *paths: str) -> None:
+    """Have the manifest vouch for some objects as they are now."""
+    manifest = pq.read_table(store / "manifest.parquet")
+    metadata = manifest.schema.metadata
+    sums = json.loads(metadata[OBJECTS]) | {path: Sums.of((store / path).read_bytes()).text for path in paths}
+    sink = io.BytesIO()
+    pq.write_table(manifest.replace_schema_metadata(metadata | {OBJECTS: json.dumps(sums).encode()}), sink)
+    (store / "manifest.parquet").write_bytes(closed(sink.getvalue()))
 
 
 def nodes(found: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:

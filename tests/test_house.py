@@ -20,9 +20,9 @@ PACKAGE = ROOT / "rasteret_dask"
 # Reading order = dependency order, of packages as of the modules in them: each imports only from those before it.
 # fmt: off
 ORDER = {
-    "": "_version errors extras progress footprint grid",
+    "": "_version errors extras formats progress footprint grid",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "clusters signatureplugin signatures hrefs trust gate web refusals remote remotefs gdalfiles limits",
+    "net": "clusters signatureplugin signatures hrefs trust gate web refusals remote remotefs gdalfiles sums limits",
     "headers": "page tiff gdal reader",
     "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
@@ -32,8 +32,8 @@ ORDER = {
               "keeping engine plainhref cogreader",
     "cubes": "cube cubegrid recordlayers lazy",
     "tasks": "job jobfile freezing cuts filling neighbours picking pixels clouds mapping screening shards batches",
-    "store": "encode decode layout manifest write presence run outputs storetables storemap storeread stored "
-             "holding datasets",
+    "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
+             "holding datasets verifying",
     "streams": "epochs readings planned datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import pickle
 import shutil
@@ -18,7 +17,7 @@ import xarray as xr
 import zarr
 from distributed import Client, LocalCluster
 from numpy.typing import NDArray
-from small_stores import assert_same, small, written
+from small_stores import assert_same, rewrite_root, small, vouch, written
 from zarr.codecs import GzipCodec, ZstdCodec
 
 import rasteret_dask as rd
@@ -196,6 +195,7 @@ def test_only_columns_that_are_used_are_read(
     outlines = pa.array([np.random.default_rng(n).bytes(200_000) for n in range(table.num_rows)], pa.binary())
     table = table.set_column(table.schema.get_field_index("geometry"), "geometry", outlines)
     pq.write_table(table.append_column("crop", pa.array(range(table.num_rows))), copy / "chips.parquet")
+    vouch(copy, "chips.parquet")
     size = (copy / "chips.parquet").stat().st_size
     url, seen = serve(copy)
     opened = open_chips(url)
@@ -354,9 +354,7 @@ def test_what_changes_after_opening_is_seen_when_it_is_read(copy: Path) -> None:
 
 def test_another_plan_at_the_same_place_is_refused(copy: Path) -> None:
     opened = pickle.loads(pickle.dumps(open_chips(copy)))
-    root = json.loads((copy / "zarr.json").read_text())
-    root["attributes"]["rasteret_dask"]["digest"] = "0" * 32
-    (copy / "zarr.json").write_text(json.dumps(root))
+    rewrite_root(copy, lambda root: root["attributes"]["rasteret_dask"].update(digest="0" * 32))
     _opened.cache_clear()  # as in a worker that has not opened it yet
     with pytest.raises(StoreError, match=r"another store .*written anew meanwhile"):
         len(opened)

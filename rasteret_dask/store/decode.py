@@ -11,13 +11,12 @@ from numcodecs.vlen import VLenUTF8
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import StoreError
-from rasteret_dask.store.encode import Encoding
+from rasteret_dask.net.sums import CHECKSUM
+from rasteret_dask.store.encode import ABSENT, Encoding
 
 __all__ = ["array_of", "chip_into", "chunk_of", "index_nbytes", "index_of"]
 
 _ENTRY = 16  # bytes of an inner chunk's offset and length
-_CHECKSUM = 4
-
 _BROKEN = (RuntimeError, ValueError, OSError, EOFError)  # what codecs raise for bytes that are not theirs
 
 
@@ -28,10 +27,10 @@ def array_of(encoding: Encoding, shape: tuple[int, ...]) -> NDArray[Any]:
 
 def index_nbytes(chips: int) -> int:
     """Return the length of the index of a shard of so many chips, checksum included: its object's last bytes."""
-    return _ENTRY * chips + _CHECKSUM
+    return _ENTRY * chips + CHECKSUM
 
 
-def index_of(chips: int, tail: Any, subject: str) -> NDArray[np.uint64]:
+def index_of(chips: int, tail: Any, size: int, subject: str) -> NDArray[np.uint64]:
     """Return the index that ends a shard: shape (chip, 2), offset and length of each chip's bytes.
 
     Both are 2**64 - 1 where a chip is not stored: all of it is fill.
@@ -42,22 +41,28 @@ def index_of(chips: int, tail: Any, subject: str) -> NDArray[np.uint64]:
         Chips of a full shard.
     tail
         The object's last :func:`index_nbytes` bytes.
+    size
+        Bytes of the whole object.
     subject
         What is read, for errors.
 
     Raises
     ------
     StoreError
-        When the index does not match its own checksum.
+        When the index does not match its own checksum, or the object.
     """
-    said = bytes(tail)
-    entries, checksum = said[:-_CHECKSUM], said[-_CHECKSUM:]
-    if len(said) != index_nbytes(chips) or struct.pack("<I", google_crc32c.value(entries)) != checksum:
+    data = bytes(tail)
+    entries, checksum = data[:-CHECKSUM], data[-CHECKSUM:]
+    if len(data) != index_nbytes(chips) or struct.pack("<I", google_crc32c.value(entries)) != checksum:
         raise StoreError(
             subject, "a shard whose index does not match its checksum", "what the manifest says",
             "The store was changed or damaged after it was written: write it again.",
         )  # fmt: skip
-    return np.frombuffer(entries, dtype="<u8").reshape(-1, 2)
+    index = np.frombuffer(entries, dtype="<u8").reshape(-1, 2)
+    stored = index[index[:, 0] != ABSENT]
+    if len(stored) and (stored.max() > size or (stored.sum(axis=1) > size - len(data)).any()):
+        raise StoreError(subject, "a shard whose index points beyond it", "what the manifest says")
+    return index
 
 
 def chip_into(encoding: Encoding, data: Any, out: NDArray[Any], subject: str) -> None:
@@ -68,7 +73,7 @@ def chip_into(encoding: Encoding, data: Any, out: NDArray[Any], subject: str) ->
     encoding
         The array's encoding.
     data
-        The chip's bytes, or None where it is not stored.
+        The chip's bytes, their checksum last, or None where it is not stored.
     out
         Shape ``encoding.chunk[1:]``, contiguous.
     subject
@@ -83,11 +88,12 @@ def chip_into(encoding: Encoding, data: Any, out: NDArray[Any], subject: str) ->
         out[...] = encoding.fill
         return
     flat = out.reshape(-1).view(np.uint8)
+    stored = _checked(data, subject)
     try:
         if encoding.codec is None:
-            flat[...] = np.frombuffer(data, np.uint8)
+            flat[...] = stored
         else:
-            encoding.codec.decode(np.frombuffer(data, np.uint8), out=flat)
+            encoding.codec.decode(stored, out=flat)
     except _BROKEN as error:
         raise _damaged(subject, error) from error
 
@@ -100,7 +106,7 @@ def chunk_of(encoding: Encoding, data: Any, subject: str) -> NDArray[Any]:
     encoding
         The array's encoding.
     data
-        Its bytes, or None where it is not stored.
+        Its bytes, their checksum last, or None where it is not stored.
     subject
         What is read, for errors.
 
@@ -113,8 +119,8 @@ def chunk_of(encoding: Encoding, data: Any, subject: str) -> NDArray[Any]:
         values = array_of(encoding, encoding.chunk)
         values[...] = encoding.fill
     else:
+        raw = _checked(data, subject)
         try:
-            raw = np.frombuffer(data, np.uint8)
             raw = raw if encoding.codec is None else encoding.codec.decode(raw)
             text = encoding.dtype is None
             values = VLenUTF8().decode(raw) if text else np.frombuffer(raw, encoding.dtype)
@@ -125,8 +131,17 @@ def chunk_of(encoding: Encoding, data: Any, subject: str) -> NDArray[Any]:
     return values
 
 
-def _damaged(subject: str, error: Exception) -> StoreError:
+def _checked(data: Any, subject: str) -> NDArray[np.uint8]:
+    """Return the bytes of a chunk without their checksum; StoreError where they do not match it."""
+    stored = np.frombuffer(data, np.uint8)
+    body, checksum = stored[:-CHECKSUM], stored[-CHECKSUM:].tobytes()
+    if struct.pack("<I", google_crc32c.value(body)) != checksum:
+        raise _damaged(subject, "they do not match their checksum")
+    return body
+
+
+def _damaged(subject: str, reason: Exception | str) -> StoreError:
     return StoreError(
-        subject, f"bytes that do not decode ({error})", "what the manifest says",
+        subject, f"bytes that do not decode ({reason})", "what the manifest says",
         "The store was changed or damaged after it was written: write it again.",
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +14,35 @@ import numcodecs
 import numpy as np
 from numcodecs.vlen import VLenUTF8
 from numpy.typing import DTypeLike, NDArray
-from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.dtype import parse_dtype
 
-from rasteret_dask.errors import PlanError
+from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net.limits import workers
 
-__all__ = ["Compression", "Encoding", "Piece", "checked", "codec_of", "crc32c"]
+__all__ = [
+    "MALFORMED",
+    "Compression",
+    "Encoding",
+    "Piece",
+    "checked",
+    "codec_of",
+    "compressors",
+    "crc32c",
+    "shape_of",
+]
 
 Piece: TypeAlias = "bytes | NDArray[np.uint8]"
 """Bytes of an object; an array (one axis, read-only) is pixels that are stored as they lie."""
 
 Compression: TypeAlias = "BloscCodec | ZstdCodec | GzipCodec | str | None"
 """A codec of ``zarr.codecs``, None for none, or ``"auto"``: what was measured to serve each dtype best."""
+
+MAX_NBYTES = 2**31 - 1
+"""Bytes of one chip of an array, or of one chunk that is no shard: what Blosc takes at most."""
+
+MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
+"""What a document raises where it is JSON, but not what was written."""
 
 ABSENT = 2**64 - 1  # offset and length of an inner chunk that is not there: all of it is fill
 
@@ -62,6 +79,12 @@ def codec_of(compression: Compression, dtype: DTypeLike) -> BloscCodec | ZstdCod
     )
 
 
+def compressors(compression: Compression, dtype: DTypeLike) -> tuple[Any, ...]:
+    """Return the codecs behind an array's first one: its compression, if any, then a checksum of each chunk."""
+    codec = codec_of(compression, dtype)
+    return (Crc32cCodec(),) if codec is None else (codec, Crc32cCodec())
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How the chunks of one array become bytes, as its metadata says."""
@@ -77,23 +100,56 @@ class Encoding:
     """What zarr-python itself would call, a codec of numcodecs; None where there is none."""
 
     @classmethod
-    def of(cls, metadata: bytes) -> Encoding:
-        """Read an array's ``zarr.json``, as :class:`rasteret_dask.store.layout.Layout` made it."""
-        said = json.loads(metadata)
-        chunk = tuple(said["chunk_grid"]["configuration"]["chunk_shape"])
-        codecs = said["codecs"]
+    def of(cls, metadata: bytes, subject: str = "an array's zarr.json") -> Encoding:
+        """Read an array's ``zarr.json``, as :class:`rasteret_dask.store.layout.Layout` made it.
+
+        Parameters
+        ----------
+        metadata
+            The document.
+        subject
+            What is read, for errors.
+
+        Raises
+        ------
+        StoreError
+            When it is another document, or a chip would not fit :data:`MAX_NBYTES`.
+        """
+        try:
+            return cls._of(json.loads(metadata))
+        except (*MALFORMED, RecursionError, OverflowError) as error:
+            raise StoreError(
+                subject, f"metadata that to_zarr does not write ({error!r:.200})",
+                "the array as to_zarr wrote it",
+                "It was changed or damaged: copy the store again, or write it again.",
+            ) from error  # fmt: skip
+
+    @classmethod
+    def _of(cls, node: dict[str, Any]) -> Encoding:
+        chunk = shape_of(node["chunk_grid"]["configuration"]["chunk_shape"])
+        codecs = node["codecs"]
         sharded = codecs[0]["name"] == "sharding_indexed"
         if sharded:
             inner = codecs[0]["configuration"]
+            assert len(codecs) == 1, codecs
             assert inner["chunk_shape"] == [1, *chunk[1:]], inner["chunk_shape"]
             assert inner["index_location"] == "end"
             codecs = inner["codecs"]
-        codec = _codec(codecs[1]) if len(codecs) > 1 else None
-        if said["data_type"] == "string":
-            return cls(chunk, sharded, None, said["fill_value"], codec)
-        known = parse_dtype(said["data_type"], zarr_format=3)
+        first, *between, last = codecs
+        text = node["data_type"] == "string"
+        assert first["name"] == ("vlen-utf8" if text else "bytes"), first
+        assert last["name"] == "crc32c", last
+        assert len(between) <= 1, between
+        codec = _codec(between[0]) if between else None
+        if text:
+            _check_nbytes(chunk, 8)
+            fill = node["fill_value"]
+            assert isinstance(fill, str), fill
+            return cls(chunk, sharded, None, fill, codec)
+        known = parse_dtype(node["data_type"], zarr_format=3)
         dtype = known.to_native_dtype().newbyteorder("<")
-        fill = known.from_json_scalar(said["fill_value"], zarr_format=3)
+        _check_nbytes(chunk[1:] if sharded else chunk, dtype.itemsize)
+        fill = known.from_json_scalar(node["fill_value"], zarr_format=3)
         return cls(chunk, sharded, dtype, np.asarray(fill, dtype), codec)
 
     def encode(self, values: NDArray[Any]) -> list[Piece]:
@@ -128,13 +184,13 @@ class Encoding:
         """Encode each inner chunk on one of the process's threads."""
         return self.shard_of(list(workers().map(self._inner, values)))
 
-    def shard_of(self, pieces: Sequence[Piece | None]) -> list[Piece]:
+    def shard_of(self, chips: Sequence[Sequence[Piece]]) -> list[Piece]:
         """Return the shard of some inner chunks' bytes; the index with its checksum comes last.
 
         Parameters
         ----------
-        pieces
-            In the chips' order; None: all fill, not stored.
+        chips
+            The pieces of each, its checksum among them, in the chips' order; none: all fill, not stored.
 
         Returns
         -------
@@ -143,35 +199,40 @@ class Encoding:
         """
         index = np.full((self.chunk[0], 2), ABSENT, dtype="<u8")
         at = 0
-        for entry, piece in zip(index, pieces, strict=False):
-            if piece is not None:
-                entry[:] = at, len(piece)
-                at += len(piece)
+        for entry, pieces in zip(index, chips, strict=False):
+            if pieces:
+                nbytes = sum(map(len, pieces))
+                entry[:] = at, nbytes
+                at += nbytes
         if not at:
             return []
         tail = index.tobytes()
-        return [*(p for p in pieces if p is not None), tail + struct.pack("<I", google_crc32c.value(tail))]
+        stored = [piece for pieces in chips for piece in pieces]
+        return [*stored, tail + struct.pack("<I", google_crc32c.value(tail))]
 
-    def _inner(self, values: NDArray[Any]) -> Piece | None:
+    def _inner(self, values: NDArray[Any]) -> list[Piece]:
         values = np.ascontiguousarray(values, dtype=self.dtype)
-        return None if self._is_fill(values) else self._compressed(values)
+        return [] if self._is_fill(values) else self._stored(values)
 
     def _chunk(self, values: NDArray[Any]) -> list[Piece]:
         if self.dtype is None:
             texts = np.full(self.chunk, self.fill, dtype=object)
             texts[: len(values)] = values
             text = np.frombuffer(VLenUTF8().encode(texts), np.uint8)
-            return [self._compressed(text)] if (texts != self.fill).any() else []
+            return self._stored(text) if (texts != self.fill).any() else []
         whole = np.full(self.chunk, self.fill, dtype=self.dtype)
         whole[: len(values)] = values
-        return [] if self._is_fill(whole) else [self._compressed(whole)]
+        return [] if self._is_fill(whole) else self._stored(whole)
 
-    def _compressed(self, values: NDArray[Any]) -> Piece:
+    def _stored(self, values: NDArray[Any]) -> list[Piece]:
+        """Return the bytes of a chunk, and behind them their checksum."""
+        data: Piece
         if self.codec is not None:
-            return bytes(self.codec.encode(values))
-        stored = values.reshape(-1).view(np.uint8)
-        stored.flags.writeable = False
-        return stored
+            data = bytes(self.codec.encode(values))
+        else:
+            data = values.reshape(-1).view(np.uint8)
+            data.flags.writeable = False
+        return [data, struct.pack("<I", google_crc32c.value(data))]
 
     def _is_fill(self, values: NDArray[Any]) -> bool:
         """Tell whether all is fill, bit for bit, so that NaN is NaN and -0.0 is not 0.0."""
@@ -190,17 +251,32 @@ def crc32c(pieces: Sequence[Piece]) -> int:
     return int(value)
 
 
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Return a shape of a document, or raise TypeError where it is none."""
+    if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+        raise TypeError(f"shape {value!r:.100}")
+    if any(n < 0 for n in value):
+        raise ValueError(f"shape {value!r:.100}")
+    return tuple(value)
+
+
+def _check_nbytes(shape: tuple[int, ...], itemsize: int) -> None:
+    nbytes = math.prod(shape) * itemsize
+    if nbytes > MAX_NBYTES:
+        raise ValueError(f"{nbytes} bytes of shape {shape}, more than the {MAX_NBYTES} that can be one chunk")
+
+
 def _codec(codec: dict[str, Any]) -> Any:
-    said = codec["configuration"]
+    configuration = codec["configuration"]
     match codec["name"]:
         case "blosc":
-            shuffle = ("noshuffle", "shuffle", "bitshuffle").index(said["shuffle"])
-            return numcodecs.Blosc(
-                said["cname"], said["clevel"], shuffle, said["blocksize"], said["typesize"]
-            )
+            shuffle = ("noshuffle", "shuffle", "bitshuffle").index(configuration["shuffle"])
+            names = ("cname", "clevel", "blocksize", "typesize")
+            cname, clevel, blocksize, typesize = (configuration[name] for name in names)
+            return numcodecs.Blosc(cname, clevel, shuffle, blocksize, typesize)
         case "zstd":
-            return numcodecs.Zstd(said["level"], said["checksum"])
+            return numcodecs.Zstd(configuration["level"], configuration["checksum"])
         case "gzip":
-            return numcodecs.GZip(said["level"])
+            return numcodecs.GZip(configuration["level"])
         case name:
             raise AssertionError(name)

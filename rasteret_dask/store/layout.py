@@ -13,16 +13,17 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
-from rasteret_dask._version import __version__
 from rasteret_dask.chipping.chiptable import MASK, label_columns, label_fields
-from rasteret_dask.store.encode import Compression, codec_of
+from rasteret_dask.formats import MEANING, STORE
+from rasteret_dask.store.encode import Compression, compressors
+from rasteret_dask.store.ledger import JOB, TO_ZARR
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.screening import KEPT
 
-__all__ = ["JOB", "Layout"]
+__all__ = ["JOB", "OF_SHARDS", "Layout"]
 
-JOB = "_job"
-"""Folder of the job itself and of what its tasks report."""
+OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, "datetime": 2, "source": 2}
+"""Arrays that shards' tasks write, and how many dimensions they have."""
 
 _TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 _NAT = np.iinfo(np.int64).min
@@ -52,6 +53,23 @@ class Layout:
         name = self.job.sources[source].name if len(self.job.sources) > 1 else ""
         return "/".join(part for part in (split, name) if part)
 
+    def places(self) -> dict[str, str]:
+        """Return the path of every object that shards' tasks may put -> the shard's name.
+
+        What is known when all shards are written (which chips are kept) counts to the first shard of its split.
+        """
+        result = {}
+        for hierarchy in self.job.hierarchies:
+            for source in range(len(self.job.sources)):
+                group = self.group(hierarchy, source)
+                inside = f"{group}/" if group else ""
+                for number in range(hierarchy.shards):
+                    shard = self.job.shard(hierarchy.number, number).name
+                    for name, dims in OF_SHARDS.items():
+                        result["/".join((f"{inside}{name}/c/{number}", *["0"] * (dims - 1)))] = shard
+                result[f"{inside}{KEPT}/c/0"] = self.job.shard(hierarchy.number, 0).name
+        return result
+
     def build(self) -> dict[str, bytes]:
         """Return every metadata document and every plan-known coordinate chunk: path -> bytes."""
         store = MemoryStore()
@@ -65,13 +83,15 @@ class Layout:
         return {k: v.to_bytes() for k, v in store._store_dict.items()}
 
     def _root_attrs(self) -> dict[str, Any]:
-        said = {
-            "version": __version__,
+        note = {
+            **STORE.note,
+            "meaning": MEANING,
+            "writer": TO_ZARR,
             "digest": self.job.digest,
             "compression": self.said,
             "sources": [plan.name for plan in self.job.sources],
         }
-        return {"rasteret_dask": said}
+        return {"rasteret_dask": note}
 
     def _arrays(self, group: zarr.Group, h: Hierarchy, source: int, out: Output) -> None:
         n, per = h.chips, h.per_shard
@@ -160,7 +180,7 @@ class Layout:
             shards=shards,
             dimension_names=dims,
             fill_value=fill,
-            compressors=codec_of(self.compression, dtype),
+            compressors=compressors(self.compression, dtype),
         )
 
 

@@ -19,7 +19,7 @@ MAX_NAMED = 3
 """Tiles that the warning names."""
 
 
-def manifest_of(job: Job, reports: Mapping[str, dict[str, Any]], tries: Mapping[str, int]) -> pa.Table:
+def manifest_of(job: Job, reports: Mapping[str, Mapping[str, Any]], tries: Mapping[str, int]) -> pa.Table:
     """Return one row a shard; counts are sums over its sources.
 
     Parameters
@@ -52,7 +52,7 @@ def manifest_of(job: Job, reports: Mapping[str, dict[str, Any]], tries: Mapping[
                 "chips": report["chips"],
                 "kept": report["chips"] - len(report["dropped"]),
                 "dropped_chips": json.dumps(report["dropped"]),
-                "attempts": tries[shard.name],
+                "attempts": max(1, tries.get(shard.name, 0)),
                 "process": report["process"],
                 "bytes": sum(o["size"] for o in report["objects"]),
                 "objects": [{k: o[k] for k in ("path", "size", "crc32c")} for o in report["objects"]],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from distributed.system import MEMORY_LIMIT
 from rasteret_dask.errors import JobError, RasteretDaskError, UnwritableStoreError
 from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.progress import Progress
+from rasteret_dask.store import ledger
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
 from rasteret_dask.store.presence import forget_clients, present
@@ -86,7 +86,7 @@ def run_zarr(
             with clusters.using(client) as found, _or_local(found) as running:
                 signatures.send(running, layout.job.hrefs(), layout.job.signed)
                 _submit(running, graph, wanted, progress, len(shards), url)
-        lost = losses(commit(url, layout.job))
+        lost = losses(commit(url, layout.job, layout))
         forget_clients(url)
     if progress and lost:
         sys.stderr.write(f"{lost}\n")
@@ -104,13 +104,7 @@ def _tasks(
 
 def _report(ref: JobRef, shard: str) -> dict[str, Any] | None:
     """Return the report of a shard that is written; None, at the price of one small request, where it is not."""
-    base = ref.url.removesuffix(f"/{JOB}")
-    try:
-        report: dict[str, Any] = json.loads(remote.get(remote.join(ref.url, "done", f"{shard}.json")))
-        sizes = [remote.head(remote.join(base, o["path"])).size for o in report["objects"]]
-    except remote.MissingError:
-        return None
-    return report if sizes == [o["size"] for o in report["objects"]] else None
+    return ledger.valid_report(ref.url.removesuffix(f"/{JOB}"), shard, ref.digest)
 
 
 def _place(layout: Layout, url: str, on_error: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from threading import Lock
@@ -14,12 +15,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import MASK
-from rasteret_dask.errors import StoreError
+from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.net.sums import Sums, changed
 from rasteret_dask.planning.plan import digest
+from rasteret_dask.store import ledger
 from rasteret_dask.store.decode import chunk_of
-from rasteret_dask.store.encode import Encoding
-from rasteret_dask.store.storetables import MANIFEST, ChipColumns, open_table
+from rasteret_dask.store.encode import MALFORMED, Encoding, shape_of
+from rasteret_dask.store.ledger import CHIPS, MANIFEST
+from rasteret_dask.store.storetables import ChipColumns, open_manifest
 from rasteret_dask.tasks.batches import Kind
 
 __all__ = [
@@ -31,13 +35,10 @@ __all__ = [
     "digest_of",
     "group_path",
     "open_map",
+    "open_store",
 ]
 
-JOB = "_job"
-COMPACT = "compact"
-"""Third line of ``_job/digest`` where :func:`rasteret_dask.compact` writes, not ``to_zarr``."""
-
-_OF_SHARDS = ("shard", "split", "number", "chips", "dropped_chips", "objects")
+_OF_SHARDS = ["shard", "split", "number", "chips", "dropped_chips", "objects"]
 
 _OPENING = Lock()
 _NOTHING: Mapping[str, str] = {}
@@ -58,8 +59,8 @@ class StoredArray:
     @property
     def attrs(self) -> Mapping[str, Any]:
         """Its attributes."""
-        found: Mapping[str, Any] = self.node["attributes"]
-        return found
+        attributes: Mapping[str, Any] = self.node["attributes"]
+        return attributes
 
     @property
     def known(self) -> bool:
@@ -117,11 +118,21 @@ class StoreMap:
     shards: tuple[StoredShard, ...]
     root: Mapping[str, Any] = field(repr=False)
     """The root's metadata document."""
+    others: Mapping[str, Sums] = field(repr=False)
+    """Path -> what it must be, of every object that is in no row of the manifest."""
+    etag: str | None
+    """The version of the manifest that was read."""
+
+    @property
+    def note(self) -> Mapping[str, Any]:
+        """What this package has put into the root's attributes."""
+        note: Mapping[str, Any] = self.root["attributes"]["rasteret_dask"]
+        return note
 
     @cached_property
     def chips(self) -> ChipColumns:
         """The chip table, dropped chips included."""
-        return ChipColumns(self.url, self.planned)
+        return ChipColumns(self.url, self.planned, self.others[CHIPS])
 
     @property
     def planned(self) -> int:
@@ -136,7 +147,7 @@ class StoreMap:
 
     def manifest(self) -> pa.Table:
         """Read the manifest with all of its columns: a row a shard."""
-        with open_table(self.url, MANIFEST) as file:
+        with open_manifest(self.url) as (file, _):
             return file.read()
 
     @cached_property
@@ -175,13 +186,25 @@ class StoreMap:
         return self.groups[shard.split]
 
     def values(self, array: StoredArray) -> NDArray[Any]:
-        """Read an array of a single chunk that the plan knew (bands, times): a copy."""
-        url = remote.join(self.url, array.path, *["c", *["0"] * len(array.shape)])
-        try:
-            data: bytes | None = remote.get(url)
-        except remote.MissingError:
-            data = None  # all of it is fill
-        return chunk_of(array.encoding, data, f"reading {remote.redact(url)}").copy()
+        """Read an array of a single chunk that the plan knew (bands, times): a copy.
+
+        Raises
+        ------
+        StoreError
+            When its object is missing or damaged.
+        """
+        path = "/".join((array.path, "c", *["0"] * len(array.shape)))
+        place, sums = remote.join(self.url, path), self.others.get(path)
+        subject = f"reading {remote.redact(place)}"
+        data: bytes | None = None
+        if sums is not None:  # else all of it is fill
+            try:
+                data = remote.get(place)
+            except remote.MissingError as error:
+                raise changed(subject, "nothing", sums.size) from error
+            if not sums.is_of(data):
+                raise changed(subject, f"{len(data)} other bytes", sums.size)
+        return chunk_of(array.encoding, data, subject).copy()
 
     @property
     def first(self) -> tuple[StoredGroup, ...]:
@@ -197,7 +220,27 @@ def digest_of(url: str) -> str:
     StoreError
         When there is none, it is not finished, or something else lies there.
     """
-    return digest(_said(url)[1])
+    return _token(_root(url))
+
+
+def open_store(url: str) -> StoreMap:
+    """Open a finished store as it is now.
+
+    Raises
+    ------
+    StoreError
+        As :func:`digest_of` does, and when its metadata or its manifest is damaged.
+    """
+    root = _root(url)
+    token = _token(root)
+    with _OPENING:
+        store = _opened(url, token)
+        if (
+            store.etag != remote.fetch(remote.join(url, MANIFEST), 0, 1).head.etag
+        ):  # the same chips, written again
+            _opened.cache_clear()
+            store = _opened(url, token)
+    return store
 
 
 def open_map(url: str, token: str) -> StoreMap:
@@ -221,24 +264,69 @@ def open_map(url: str, token: str) -> StoreMap:
 
 @lru_cache(maxsize=8)
 def _opened(url: str, token: str) -> StoreMap:
-    root, said = _said(url)
-    if (found := digest(said)) != token:
+    root = _root(url)
+    if (now := _token(root)) != token:
         raise StoreError(
-            f"store {remote.redact(url)}", f"another store ({found[:12]})",
+            f"store {remote.redact(url)}", f"another store ({now[:12]})",
             f"the one that was opened ({token[:12]})", "It was written anew meanwhile: open it again with open_chips.",
         )  # fmt: skip
-    with open_table(url, MANIFEST) as file:
-        shards = _shards(file.read([n for n in file.schema_arrow.names if n in _OF_SHARDS]))
+    try:
+        return _mapped(url, token, root)
+    except (*MALFORMED, RecursionError, struct.error) as error:
+        if isinstance(error, RasteretDaskError):
+            raise
+        raise StoreError(
+            f"store {remote.redact(url)}", f"metadata or a manifest that cannot be ({error!r:.200})",
+            "what to_zarr wrote", ledger.DAMAGED,
+        ) from error  # fmt: skip
+
+
+def _mapped(url: str, token: str, root: ledger.Root) -> StoreMap:
+    with open_manifest(url) as (file, etag):
+        metadata = file.schema_arrow.metadata
+        if metadata[ledger.DIGEST].decode() != root.note["digest"]:
+            raise StoreError(
+                f"store {remote.redact(url)}",
+                f"a {MANIFEST} of other chips",
+                "that of its zarr.json",
+                ledger.DAMAGED,
+            )
+        vouched = json.loads(metadata[ledger.OBJECTS])
+        shards = _shards(file.read(_OF_SHARDS))
     splits = list(dict.fromkeys(s.split for s in shards))
-    sources = tuple(said["sources"])
-    nodes = root["consolidated_metadata"]["metadata"]
+    sources = tuple(root.note["sources"])
+    nodes = root.document["consolidated_metadata"]["metadata"]
     groups = {
         split: tuple(
-            _group(root, nodes, name, group_path(split, len(splits), name, len(sources))) for name in sources
+            _group(root.document, nodes, name, group_path(split, len(splits), name, len(sources)))
+            for name in sources
         )
         for split in splits
     }
-    return StoreMap(url, token, sources, groups, shards, root)
+    for split, own in groups.items():
+        _check_chips(url, own, [s for s in shards if s.split == split])
+    others = {path: Sums.again(value) for path, value in vouched.items()}
+    return StoreMap(url, token, sources, groups, shards, root.document, others, etag)
+
+
+def _check_chips(url: str, groups: Sequence[StoredGroup], shards: Sequence[StoredShard]) -> None:
+    """Raise where arrays are not of the manifest's chips: memory is asked for by what they say."""
+    chips = sum(shard.chips for shard in shards)
+    for array in (array for group in groups for array in group.arrays.values()):
+        shape, chunk = array.shape, array.encoding.chunk
+        fits = (
+            len(shape) == len(chunk) == len(array.dims) > 0
+            and all(n > 0 for n in chunk)
+            and (array.dims[0] != "chip" or shape[0] == chips)
+            and (chunk == shape if array.known else chunk[1:] == shape[1:])
+        )
+        if not fits:
+            raise StoreError(
+                f"store {remote.redact(url)}",
+                f"array {array.path} of shape {shape} in chunks of {chunk}",
+                f"one of the {chips} chips that the manifest lists",
+                ledger.DAMAGED,
+            )
 
 
 def check_sizes(store: StoreMap) -> None:
@@ -268,42 +356,28 @@ def check_sizes(store: StoreMap) -> None:
         )
 
 
-def _said(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the root's metadata, and what this package has put into it."""
+def _token(root: ledger.Root) -> str:
+    """Digest what the chips are known by: not when and by whom they were written."""
+    return digest(*(root.note[name] for name in ("meaning", "writer", "digest", "compression", "sources")))
+
+
+def _root(url: str) -> ledger.Root:
+    """Read the root's metadata; say what lies there where there is none."""
     subject = f"store {remote.redact(url)}"
     try:
-        root = json.loads(remote.get(remote.join(url, "zarr.json")))
+        return ledger.root_of(url)
     except remote.MissingError as error:
-        writer = _writer(url)
-        if writer == COMPACT:
+        mark = ledger.begun(url)
+        if mark is None:
             raise StoreError(
-                subject, "an unfinished store", "one that compact has committed",
-                "Call compact with the same store and this target again: it does what is missing.",
-            ) from error  # fmt: skip
-        if writer is not None:
-            raise StoreError(
-                subject, "an unfinished store", "one that to_zarr has committed",
-                "Call to_zarr with the same plan again: it does what is missing.",
-            ) from error  # fmt: skip
-        raise StoreError(subject, "no zarr.json", "a store that to_zarr wrote", "Check the path.") from error
-    except ValueError as error:
-        raise StoreError(subject, "a zarr.json that is no JSON", "a store that to_zarr wrote") from error
-    said = root.get("attributes", {}).get("rasteret_dask", {}) if isinstance(root, dict) else {}
-    if not {"digest", "sources"} <= said.keys():
+                subject, "no zarr.json", "a store that to_zarr wrote", "Check the path."
+            ) from error
+        compact = mark["writer"] == ledger.COMPACT
+        same = "the same store and this target" if compact else "the same plan"
         raise StoreError(
-            subject, "a Zarr store of something else", "one that to_zarr of this package's version wrote",
-            "Open it with xarray, or write it again.",
-        )  # fmt: skip
-    return root, said
-
-
-def _writer(url: str) -> str | None:
-    """Return who writes a store: "compact", "" for to_zarr, None for nobody."""
-    try:
-        lines = remote.get(remote.join(url, JOB, "digest")).decode().split("\n")
-    except remote.MissingError:
-        return None
-    return lines[2] if len(lines) > 2 else ""
+            subject, "an unfinished store", f"one that {mark['writer']} has committed",
+            f"Call {mark['writer']} with {same} again: it does what is missing.",
+        ) from error  # fmt: skip
 
 
 def group_path(split: str | None, splits: int, source: str, sources: int) -> str:
@@ -317,7 +391,7 @@ def _group(root: Mapping[str, Any], nodes: Mapping[str, Any], source: str, path:
         above, _, own = name.rpartition("/")
         if above == path and node["node_type"] == "array":
             arrays[own] = StoredArray(
-                name, Encoding.of(json.dumps(node).encode()), tuple(node["shape"]),
+                name, Encoding.of(json.dumps(node).encode(), f"array {name}"), shape_of(node["shape"]),
                 tuple(node["dimension_names"]), node,
             )  # fmt: skip
     return StoredGroup(source, path, arrays, (nodes[path] if path else root)["attributes"])
@@ -336,5 +410,5 @@ def _shards(manifest: pa.Table) -> tuple[StoredShard, ...]:
 
 
 def _dropped(row: Mapping[str, Any]) -> Mapping[str, str]:
-    text = row.get("dropped_chips", "{}")
+    text = row["dropped_chips"]
     return _NOTHING if text == "{}" else json.loads(text)

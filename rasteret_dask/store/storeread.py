@@ -206,10 +206,10 @@ def _index(item: StoreObject, chips: int, compressed: bool) -> _Index:
     are the same, and so is the index.
     """
     tail = decode.index_nbytes(chips)
-    found = item.fetch(item.size - tail, tail)
+    found = item.fetch(max(0, item.size - tail), tail)
     if not compressed:
         item.check_store()
-    return _Index(decode.index_of(chips, found.data, item.subject), found.head.etag)
+    return _Index(decode.index_of(chips, found.data, item.size, item.subject), found.head.etag)
 
 
 @lru_cache(maxsize=4096)
@@ -273,7 +273,8 @@ class _Part:
             whole = _index(item, per, self.encoding.codec is not None)
             return _Index(whole.entries[self.chips], whole.etag)
         data = memoryview(item.get(0, item.size))
-        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.subject)[self.chips]
+        tail = data[-decode.index_nbytes(per) :]
+        index = decode.index_of(per, tail, item.size, item.subject)[self.chips]
         return self.packed([None if s == ABSENT else data[s : s + n] for s, n in index.tolist()])
 
     def single(self, index: _Index, number: int) -> Any:

@@ -19,18 +19,16 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
-from rasteret_dask.net.remotefs import filesystem
+from rasteret_dask.net.sums import Sums, changed, checked_file, is_closed
+from rasteret_dask.store.ledger import CHIPS, MANIFEST
 
-__all__ = ["CHIPS", "MANIFEST", "ChipColumns", "open_table"]
-
-CHIPS = "chips.parquet"
-MANIFEST = "manifest.parquet"
+__all__ = ["ChipColumns", "open_manifest", "open_table"]
 
 IN_BATCHES = frozenset({"chip_id", "epsg", "xmin", "ymin", "xmax", "ymax", "split"})
 """Columns of CHIP_SCHEMA that batches are made of; they have all of the user's columns, too."""
 
 WHOLE = 4 * 2**20
-"""Remote tables up to so many bytes come by one request; of others, the ranges that hold the columns asked for."""
+"""Tables up to so many bytes come by one request; of others, the ranges that hold the columns asked for."""
 
 _READING = Lock()
 """Threads that begin at the same time read a table once."""
@@ -44,6 +42,8 @@ class ChipColumns:
     """The store."""
     chips: int
     """How many its manifest says there are."""
+    sums: Sums
+    """What the table must be."""
 
     @property
     def table(self) -> pa.Table:
@@ -68,7 +68,7 @@ class ChipColumns:
 
     @cached_property
     def _read(self) -> tuple[pa.Table, Sequence[str]]:
-        with open_table(self.url, CHIPS) as file:
+        with open_table(self.url, CHIPS, self.sums) as file:
             names, rows = file.schema_arrow.names, file.metadata.num_rows
             if rows != self.chips:
                 raise StoreError(
@@ -83,7 +83,7 @@ class ChipColumns:
         more = [n for n in wanted if n not in self.table.column_names]
         found = self.table.select([n for n in wanted if n not in more])
         if more:
-            with open_table(self.url, CHIPS) as file:
+            with open_table(self.url, CHIPS, self.sums) as file:
                 read = file.read(more)
             for name in more:
                 found = found.append_column(name, read.column(name))
@@ -91,7 +91,7 @@ class ChipColumns:
 
     def whole(self) -> pa.Table:
         """Read all columns."""
-        with open_table(self.url, CHIPS) as file:
+        with open_table(self.url, CHIPS, self.sums) as file:
             return file.read()
 
     def row_of(self, chip: str) -> int | None:
@@ -109,8 +109,8 @@ class ChipColumns:
 
 
 @contextmanager
-def open_table(url: str, name: str) -> Iterator[pq.ParquetFile]:
-    """Open a table of a store.
+def open_table(url: str, name: str, sums: Sums) -> Iterator[pq.ParquetFile]:
+    """Open a table of a store; each block of it that is read is compared with its checksum first.
 
     Parameters
     ----------
@@ -118,26 +118,59 @@ def open_table(url: str, name: str) -> Iterator[pq.ParquetFile]:
         The store.
     name
         Name of its file.
+    sums
+        What it must be.
 
     Raises
     ------
     StoreError
-        When it is missing or no Parquet; also while it is read.
+        When it is missing, or another than was written; also while it is read.
     """
+    with _told(url, name), pq.ParquetFile(_source(remote.join(url, name), sums), pre_buffer=True) as file:
+        yield file
+
+
+@contextmanager
+def open_manifest(url: str) -> Iterator[tuple[pq.ParquetFile, str | None]]:
+    """Open the manifest of a store, which holds its own checksum; give it and its ETag.
+
+    Raises
+    ------
+    StoreError
+        When it is missing, or another than was written.
+    """
+    with _told(url, MANIFEST):
+        place = remote.join(url, MANIFEST)
+        found = remote.fetch(place)
+        if not is_closed(found.data):
+            size = len(memoryview(found.data))
+            raise changed(
+                f"reading {remote.redact(place)}", f"{size} bytes that do not match their checksum", None
+            )
+        with pq.ParquetFile(pa.BufferReader(found.data)) as file:
+            yield file, found.head.etag
+
+
+@contextmanager
+def _told(url: str, name: str) -> Iterator[None]:
     try:
-        with pq.ParquetFile(_source(remote.join(url, name)), pre_buffer=True) as file:
-            yield file
-    except (remote.MissingError, FileNotFoundError) as error:
+        yield
+    except remote.MissingError as error:
         raise StoreError(
             f"store {remote.redact(url)}", f"no {name}", "a store as to_zarr wrote it",
             "It was changed or copied in part: copy it whole, or write it again.",
         ) from error  # fmt: skip
-    except (pa.ArrowInvalid, OSError) as error:  # OSError: Parquet whose pages are damaged
+    except (
+        pa.ArrowException,
+        OSError,
+    ) as error:  # its checksums hold: something else was written as this table
         raise StoreError(f"store {remote.redact(url)}", f"a damaged {name} ({error})", "Parquet") from error
 
 
-def _source(place: str) -> Any:
-    if remote.is_local(place):
-        return remote.local_path(place)
-    first = remote.fetch(place, 0, WHOLE)
-    return pa.BufferReader(first.data) if first.head.size <= WHOLE else filesystem().open_input_file(place)
+def _source(place: str, sums: Sums) -> Any:
+    if sums.size > WHOLE:
+        return checked_file(place, sums)
+    found = remote.fetch(place, 0, WHOLE)
+    if not sums.is_of(found.data):
+        raise changed(f"reading {remote.redact(place)}", f"{found.head.size} other bytes", sums.size)
+    return pa.BufferReader(found.data)

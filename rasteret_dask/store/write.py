@@ -5,83 +5,83 @@ from __future__ import annotations
 import json
 import os
 import platform
-import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import lru_cache
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xarray as xr
 
-from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.errors import JobError, StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.net.sums import Sums
+from rasteret_dask.store import ledger
 from rasteret_dask.store.encode import Encoding, Piece, crc32c
-from rasteret_dask.store.layout import JOB, Layout
+from rasteret_dask.store.layout import JOB, OF_SHARDS, Layout
 from rasteret_dask.store.manifest import manifest_of, warn_of_masked
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.job import Job, Shard
-from rasteret_dask.tasks.jobfile import JobRef, opened, write_job
+from rasteret_dask.tasks.jobfile import JobRef, job_objects, opened
 from rasteret_dask.tasks.screening import KEPT
-
-T = TypeVar("T")
 
 __all__ = ["commit", "is_committed", "prepare", "write_shard"]
 
-GROUPS = "groups.json"
-"""The groups' own metadata, put in place by the commit."""
-
-REQUESTS = 16
-"""Small objects under way at the same time."""
-
 AUTO = json.dumps("auto")
+
+
+@dataclass(frozen=True)
+class _Chips:
+    """A job's chips, as the ledger asks for what is to be written."""
+
+    layout: Layout
+
+    @property
+    def owner(self) -> ledger.Owner:
+        """Who writes them."""
+        return ledger.Owner(self.layout.job.digest, self.layout.said)
+
+    @cached_property
+    def keys(self) -> Mapping[str, str]:
+        """For each shard's name, the key of its valid report."""
+        return keys_of(self.layout.job)
+
+    def objects(self) -> dict[str, bytes]:
+        """Make the arrays' metadata, the chunks that the plan knows, the tables, and the job itself."""
+        job, built = self.layout.job, self.layout.build()
+        groups = {path: data.decode() for path, data in built.items() if _kind(path, data) == "group"}
+        objects = {path: data for path, data in built.items() if path not in groups}
+        objects[ledger.CHIPS] = geoparquet.to_bytes(job.chosen_chips())
+        objects[ledger.GROUPS] = json.dumps(groups).encode()
+        return objects | {f"{JOB}/{name}": data for name, data in job_objects(job).items()}
+
+    def places(self) -> dict[str, str]:
+        """Return the path of every object that shards may have -> the shard's name."""
+        return self.layout.places()
+
+
+def keys_of(job: Job) -> dict[str, str]:
+    """Return for each shard's name the key that its valid report has: the job's digest, which every task carries."""
+    return dict.fromkeys((shard.name for shard in job.shards()), job.digest)
 
 
 def prepare(layout: Layout, url: str) -> set[str]:
     """Make a store ready for its shards and return the names of those that are already there.
 
-    The plan's digest is written first: whatever stops later, a rerun knows the store for its own.
+    What a rerun finds is compared with the ledger; what is missing or damaged is put again.
 
     Raises
     ------
     StoreError
         When the store holds something else, another plan's leftovers, or these chips in another compression.
+    FormatError
+        When a newer version of the package writes it.
     """
-    job = layout.job
-    found = remote.listing(url)
-    if f"{JOB}/digest" not in found:
-        if found:
-            some = ", ".join(sorted(found)[:3])
-            raise StoreError(
-                f"store {remote.redact(url)}",
-                f"{len(found)} objects of something else ({some})",
-                "an empty place",
-            )
-        remote.put(remote.join(url, JOB, "digest"), f"{job.digest}\n{layout.said}".encode())
-    theirs, _, compression = remote.get(remote.join(url, JOB, "digest")).decode().partition("\n")
-    if theirs != job.digest:
-        raise StoreError(
-            f"store {remote.redact(url)}",
-            f"chips of another plan ({theirs[:12]})",
-            f"this plan's ({job.digest[:12]}), or nothing",
-            "Choose another store, or delete this one.",
-        )
-    _same_compression(url, compression, layout.said)
-    if f"{JOB}/ready" in found:
-        return set(_finished(url, found))
-    built = layout.build()
-    groups = {path: data.decode() for path, data in built.items() if _kind(path, data) == "group"}
-    objects = {path: data for path, data in built.items() if path not in groups}
-    objects["chips.parquet"] = geoparquet.to_bytes(job.chosen_chips())
-    objects[f"{JOB}/{GROUPS}"] = json.dumps(groups).encode()
-    _at_once(lambda path: remote.put(remote.join(url, path), objects[path]), objects)
-    write_job(job, remote.join(url, JOB))
-    remote.put(remote.join(url, JOB, "ready"), b"1")
-    return set(_finished(url, found))
+    chips = _Chips(layout)
+    found = ledger.begin(url, chips)
+    return set(ledger.reports(url, found, chips.keys))
 
 
 def is_committed(url: str, digest: str, compression: str = AUTO) -> bool:
@@ -100,50 +100,42 @@ def is_committed(url: str, digest: str, compression: str = AUTO) -> bool:
     ------
     StoreError
         When it is, in another compression.
+    FormatError
+        When a newer version of the package wrote it.
     """
     try:
-        root = json.loads(remote.get(remote.join(url, "zarr.json")))
-    except remote.MissingError:
+        note = ledger.root_of(url).note
+    except (remote.MissingError, StoreError):  # unfinished, damaged, or something else: prepare() tells
         return False
-    said = root.get("attributes", {}).get("rasteret_dask", {})
-    if said.get("digest") != digest:
+    if note["digest"] != digest:
         return False
-    _same_compression(url, said.get("compression", ""), compression)
+    ledger.check_owner(url, note, ledger.Owner(digest, compression))
     return True
-
-
-def _same_compression(url: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise StoreError(
-            f"store {remote.redact(url)}",
-            f"these chips with compression {found}",
-            f"compression {expected}",
-            "Give to_zarr the store's compression, choose another store, or delete this one.",
-        )
-
-
-def _finished(url: str, found: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Return the reports of the shards whose objects are all there with the sizes their reports name."""
-    paths = [path for path in found if path.startswith(f"{JOB}/done/")]
-    reports = _at_once(lambda path: json.loads(remote.get(remote.join(url, path))), paths)
-    return {r["shard"]: r for r in reports if all(found.get(o["path"]) == o["size"] for o in r["objects"])}
-
-
-def _at_once(function: Callable[[str], T], paths: Iterable[str]) -> list[T]:
-    """Call a function for many small objects, several at the same time: a request waits, it does not work."""
-    return list(_requests(os.getpid()).map(function, paths))
-
-
-@lru_cache(maxsize=1)
-def _requests(process: int) -> ThreadPoolExecutor:
-    """Return the threads that wait for the store; a fork has its own."""
-    return ThreadPoolExecutor(REQUESTS, thread_name_prefix="rasteret-store")
 
 
 @lru_cache(maxsize=256)
 def _encoding(url: str, path: str, mark: str) -> Encoding:
-    """Return how an array is encoded; ``mark`` tells stores apart that were at the same place in turn."""
-    return Encoding.of(remote.get(remote.join(url, path, "zarr.json")))
+    """Return how an array is encoded; ``mark`` tells stores apart that were at the same place in turn.
+
+    Raises
+    ------
+    StoreError
+        When the array's metadata is no longer what the ledger says: chips would be stored as nobody can read them.
+    """
+    name = f"{path}/zarr.json"
+    data, sums = remote.get(remote.join(url, name)), _sums(url, mark).get(name)
+    subject = f"writing to {remote.redact(remote.join(url, path))}"
+    if sums is None or not sums.is_of(data):
+        raise StoreError(
+            subject, "metadata that was changed or damaged", "what was put there before the shards",
+            "Call to_zarr again with the same plan: it puts it in place.",
+        )  # fmt: skip
+    return Encoding.of(data, subject)
+
+
+@lru_cache(maxsize=8)
+def _sums(url: str, mark: str) -> Mapping[str, Sums]:
+    return ledger.stated(url) or {}
 
 
 def write_shard(
@@ -164,31 +156,29 @@ def write_shard(
     mark
         Tells stores apart that were at the same place in turn: workers remember how arrays are encoded.
     """
-    own = opened(job)
-    base, shard = url.removesuffix(f"/{JOB}"), own.shard(*block)
-    requests = _requests(os.getpid())
-    tried: Future[Any] = requests.submit(
-        remote.put, remote.join(url, "tried", shard.name, uuid.uuid4().hex), b"1"
-    )
-    # an object is on its way while the next one is encoded
-    objects: list[Future[Any]] = [
-        requests.submit(_put, base, path, pieces) for path, pieces in _encoded(base, own, shard, joined, mark)
-    ]
-    wait([tried, *objects])  # nothing of this attempt is on its way when the next one begins
-    tried.result()
+    frozen = opened(job)
+    base, shard = url.removesuffix(f"/{JOB}"), frozen.shard(*block)
+    requests = ledger.requests()
+    attempt = requests.submit(ledger.tried, base, shard.name, frozen.digest)
+    puts: list[Future[Any]] = []
+    try:
+        # an object is on its way while the next one is encoded
+        for path, pieces in _encoded(base, frozen, shard, joined, mark):
+            attempt.result()  # later runs know the objects by it
+            puts.append(requests.submit(_put, base, path, pieces))
+    finally:
+        wait([attempt, *puts])  # nothing of this attempt is on its way when the next one begins
     report: dict[str, Any] = {
         "process": f"{platform.node()}:{os.getpid()}",
-        "shard": shard.name,
         "chips": shard.stop - shard.start,
         "dropped": next(iter(joined.values())).attrs.get("dropped", {}),
-        "objects": [put.result() for put in objects],
+        "objects": [put.result() for put in puts],
     }
     for name, dataset in joined.items():
         report[f"counts/{name}"] = dataset.attrs.get("counts", {})
         report[f"clipped/{name}"] = dataset.attrs.get("clipped", {})
         report[f"unreadable/{name}"] = dataset.attrs.get("unreadable", [])
-    remote.put(remote.join(url, "done", f"{shard.name}.json"), json.dumps(report).encode())
-    return report
+    return ledger.done(base, shard.name, frozen.digest, attempt.result(), report)
 
 
 def _encoded(
@@ -199,7 +189,7 @@ def _encoded(
     layout, number = Layout(job, (), {}), f"c/{shard.number}"
     for source, dataset in enumerate(joined.values()):
         group = layout.group(hierarchy, source)
-        for name in ("pixels", "valid", MASK, "valid_fraction", "datetime", "source"):
+        for name in OF_SHARDS:
             if name not in dataset.variables:
                 continue
             values = dataset[name].values
@@ -217,60 +207,68 @@ def _put(base: str, path: str, pieces: Sequence[Piece]) -> dict[str, Any]:
     return {"path": path, "size": sum(map(len, pieces)), "crc32c": crc32c(pieces)}
 
 
-def commit(url: str, job: Job) -> pa.Table:
-    """Write the manifest, then the groups' metadata; the root comes last. Return the manifest.
+def commit(url: str, job: Job, layout: Layout | None = None) -> pa.Table:
+    """Hold all that was written against the ledger, and finish the store: its root's metadata comes last.
+
+    Parameters
+    ----------
+    url
+        The store.
+    job
+        The job.
+    layout
+        From which is put again what is missing or damaged meanwhile. None: that is an error.
+
+    Returns
+    -------
+    pyarrow.Table
+        The manifest.
 
     Raises
     ------
     JobError
         When a shard has no report.
+    StoreError
+        When something else is missing or damaged, and there is no layout.
 
     Warns
     -----
     UnreadableTilesWarning
         When tiles could not be read and their pixels are invalid, as ``on_error="mask"`` allows.
     """
-    found = remote.listing(url)
-    reports = _finished(url, found)
+    found = ledger.restored(url, None if layout is None else _Chips(layout))
+    reports = ledger.reports(url, found, keys_of(job))
     missing = [s.name for s in job.shards() if s.name not in reports]
     if missing:
         raise JobError(
             f"store {remote.redact(url)}",
             f"{len(missing)} shards missing: {', '.join(missing[:10])}",
             "all shards",
+            "They were deleted or damaged meanwhile: call to_zarr again, which does these.",
         )
-    tries = Counter(path.split("/")[2] for path in found if path.startswith(f"{JOB}/tried/"))
-    manifest = manifest_of(job, reports, tries)
-    remote.put(remote.join(url, "manifest.parquet"), _parquet(manifest))
-    if job.screens:
-        _put_kept(url, job, reports)
-    groups = json.loads(remote.get(remote.join(url, JOB, GROUPS)))
-    for path in sorted(groups, key=lambda p: -p.count("/")):  # deepest first, "zarr.json" last
-        remote.put(remote.join(url, path), groups[path].encode())
+    values = {name: report.values for name, report in reports.items()}
+    tries = {name: len(marks) for name, marks in ledger.tries(found).items()}
+    manifest = manifest_of(job, values, tries)
+    manifest = ledger.commit(url, found, manifest, reports, _kept(url, job, values) if job.screens else {})
     warn_of_masked(url, manifest)
     return manifest
 
 
-def _put_kept(url: str, job: Job, reports: Mapping[str, dict[str, Any]]) -> None:
-    """Write which chips are kept, into each group."""
+def _kept(url: str, job: Job, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
+    """Return the chunk of each group that says which chips are kept."""
     dropped = {chip for report in reports.values() for chip in report["dropped"]}
-    layout = Layout(job, (), {})
+    layout, chunks = Layout(job, (), {}), {}
     for hierarchy in job.hierarchies:
         ids = job.chips.column("chip_id").slice(hierarchy.start, hierarchy.chips).to_pylist()
         kept = np.array([chip not in dropped for chip in ids])
         for source in range(len(job.sources)):
             group = layout.group(hierarchy, source)
-            path = remote.join(url, f"{group}/{KEPT}" if group else KEPT)
-            pieces = Encoding.of(remote.get(remote.join(path, "zarr.json"))).encode(kept)
+            path = f"{group}/{KEPT}" if group else KEPT
+            pieces = Encoding.of(remote.get(remote.join(url, path, "zarr.json"))).encode(kept)
             if pieces:
-                remote.put(remote.join(path, "c", "0"), pieces)
+                chunks[f"{path}/c/0"] = b"".join(map(bytes, pieces))
+    return chunks
 
 
 def _kind(path: str, data: bytes) -> str:
     return str(json.loads(data)["node_type"]) if path.endswith("zarr.json") else "chunk"
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask._version import __version__
 from rasteret_dask.chipping.chips import ChipSet, used_records
 from rasteret_dask.chipping.chiptable import FeedTable
 from rasteret_dask.chipping.frame import BLOCK_PX
 from rasteret_dask.chipping.splits import split_numbers
+from rasteret_dask.formats import MEANING
 from rasteret_dask.planning.plan import digest, to_json
 from rasteret_dask.planning.resolve import ResolvedSource, SourcePlan
 from rasteret_dask.table.records import Records
@@ -52,7 +52,7 @@ def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
         list(size_px),
         per_shard,
         [[s, to_json(f)] for s, f in chips.maps],
-        __version__,
+        MEANING,
         *chips.screens,
         *([chips.spec.labels, chips.spec.rasterize, chips.reference] if chips.labels else []),
     )

@@ -11,16 +11,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rasteret_dask._version import __version__
 from rasteret_dask.chipping.labels import Labels
-from rasteret_dask.errors import StoreError
+from rasteret_dask.errors import RasteretDaskError, StoreError
+from rasteret_dask.formats import MEANING, PLAN
 from rasteret_dask.net import remote
+from rasteret_dask.net.sums import crc32c_of, document_of, sealed
 from rasteret_dask.planning.plan import from_json, to_json
 from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, ipc_bytes
 
-__all__ = ["JobRef", "open_job", "opened", "plan_json", "write_job"]
+__all__ = ["JOB_FILE", "JobRef", "job_objects", "open_job", "opened", "plan_json", "read_note", "write_job"]
+
+JOB_FILE = "job.json"
+"""What is put last: a folder with it is a whole plan."""
 
 _OPENING = Lock()
 
@@ -38,14 +42,15 @@ def opened(job: Job | JobRef) -> Job:
     return job if isinstance(job, Job) else open_job(job.url, job.digest)
 
 
-def write_job(job: Job, url: str) -> None:
-    """Write a job's tables as Arrow IPC and the rest as JSON below ``url``."""
-    for number, records in enumerate(job.records):
-        remote.put(remote.join(url, f"records-{number}.arrow"), ipc_bytes(records.table))
-    remote.put(remote.join(url, "chips.arrow"), ipc_bytes(job.chips.drop_columns(["geometry"])))
+def job_objects(job: Job) -> dict[str, bytes]:
+    """Return name -> bytes: a job's tables as Arrow IPC, then the rest as JSON, with their checksums."""
+    objects = {f"records-{number}.arrow": ipc_bytes(r.table) for number, r in enumerate(job.records)}
+    objects["chips.arrow"] = ipc_bytes(job.chips.drop_columns(["geometry"]))
     if job.labels is not None:
-        remote.put(remote.join(url, "labels.arrow"), ipc_bytes(job.labels.table))
+        objects["labels.arrow"] = ipc_bytes(job.labels.table)
     text = {
+        **PLAN.note,
+        "meaning": MEANING,
         "sources": [plan_json(s) for s in job.sources],
         "size_px": list(job.size_px),
         "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard] for h in job.hierarchies],
@@ -54,9 +59,15 @@ def write_job(job: Job, url: str) -> None:
         "labels": None if job.labels is None else job.labels.said,
         "phase": job.phase,
         "digest": job.digest,
-        "version": __version__,
+        "tables": {name: [len(data), crc32c_of(data)] for name, data in objects.items()},
     }
-    remote.put(remote.join(url, "job.json"), json.dumps(text).encode())
+    return {**objects, JOB_FILE: sealed(text)}
+
+
+def write_job(job: Job, url: str) -> None:
+    """Write a job below ``url``, so that :func:`open_job` opens it there; the JSON comes last."""
+    for name, data in job_objects(job).items():
+        remote.put(remote.join(url, name), data)
 
 
 def open_job(url: str, digest: str) -> Job:
@@ -78,34 +89,78 @@ def open_job(url: str, digest: str) -> Job:
         return _read(url, digest)
 
 
+def read_note(url: str) -> dict[str, Any]:
+    """Read the JSON of a job: its digest, its format, and everything but its tables.
+
+    Raises
+    ------
+    StoreError
+        When it is damaged, or something else.
+    FormatError
+        When it was written in a format that this version does not read.
+    """
+    subject = f"plan {remote.redact(url)}"
+    data = remote.get(remote.join(url, JOB_FILE))
+    text = document_of(data)
+    if text is None:
+        note = _note(data)
+        if note is not None:
+            PLAN.check(subject, note)
+        raise _damaged(url, f"a {JOB_FILE} that does not match its checksum")
+    PLAN.check(subject, text)
+    return text
+
+
+def _note(data: bytes) -> dict[str, Any] | None:
+    """Return a document whose checksum says nothing: another format may have none, or another one."""
+    try:
+        text = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return text if isinstance(text, dict) and "digest" in text else None
+
+
+def _damaged(url: str, found: str) -> StoreError:
+    return StoreError(
+        f"plan {remote.redact(url)}", found, "what save_plan or to_zarr wrote",
+        "It was changed or damaged after it was written: write it again.",
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=8)
 def _read(url: str, digest: str) -> Job:
-    text = json.loads(remote.get(remote.join(url, "job.json")))
-    if text["digest"] != digest:
-        raise StoreError(
-            f"job {url}",
-            f"another plan ({text['digest'][:12]})",
-            f"this one ({digest[:12]})",
-            "Something else was written to this store meanwhile: choose another one.",
+    text = read_note(url)
+    try:
+        if text["digest"] != digest:
+            raise StoreError(
+                f"job {remote.redact(url)}",
+                f"another plan ({text['digest'][:12]})",
+                f"this one ({digest[:12]})",
+                "Something else was written to this store meanwhile: choose another one.",
+            )
+        tables = {name: _table(url, name, *sums) for name, sums in text["tables"].items()}
+        return Job(
+            tuple(_plan(s) for s in text["sources"]),
+            tuple(text["size_px"]),
+            tuple(Hierarchy(*h) for h in text["hierarchies"]),
+            tuple(Records(tables[f"records-{n}.arrow"]) for n in range(len(text["sources"]))),
+            tables["chips.arrow"],
+            tuple((s, from_json(f)) for s, f in text["maps"]),
+            text["phase"],
+            screens=tuple(from_json(rule) for rule in text["screens"]),
+            labels=text["labels"] and Labels.again(tables["labels.arrow"], text["labels"]),
         )
-    tables = [_table(url, f"records-{n}.arrow") for n in range(len(text["sources"]))]
-    chips = _table(url, "chips.arrow")
-    labels = text["labels"] and Labels.again(_table(url, "labels.arrow"), text["labels"])
-    return Job(
-        tuple(_plan(s) for s in text["sources"]),
-        tuple(text["size_px"]),
-        tuple(Hierarchy(*h) for h in text["hierarchies"]),
-        tuple(Records(t) for t in tables),
-        chips,
-        tuple((s, from_json(f)) for s, f in text["maps"]),
-        text["phase"],
-        screens=tuple(from_json(rule) for rule in text["screens"]),
-        labels=labels,
-    )
+    except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
+        if isinstance(error, RasteretDaskError):
+            raise
+        raise _damaged(url, f"a {JOB_FILE} that is none ({error!r:.200})") from error
 
 
-def _table(url: str, name: str) -> pa.Table:
-    return pa.ipc.open_file(pa.py_buffer(remote.get(remote.join(url, name)))).read_all()
+def _table(url: str, name: str, size: int, checksum: int) -> pa.Table:
+    data = remote.get(remote.join(url, name))
+    if len(data) != size or crc32c_of(data) != checksum:
+        raise _damaged(url, f"a {name} that does not match its checksum")
+    return pa.ipc.open_file(pa.py_buffer(data)).read_all()
 
 
 def plan_json(plan: SourcePlan) -> Any:

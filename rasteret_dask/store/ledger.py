@@ -1,0 +1,685 @@
+"""The ledger of a store that is being written: who writes it, what is in place, and what the commit vouches for."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rasteret_dask.errors import StoreError
+from rasteret_dask.formats import MEANING, STORE
+from rasteret_dask.net import remote
+from rasteret_dask.net.sums import (
+    Sums,
+    closed,
+    crc32c_of,
+    document_of,
+    fault_of,
+    is_closed,
+    root_checksum,
+    sealed,
+)
+
+__all__ = [
+    "BEGUN",
+    "CHIPS",
+    "COMPACT",
+    "DIGEST",
+    "GROUPS",
+    "JOB",
+    "LEDGER",
+    "MANIFEST",
+    "OBJECTS",
+    "TO_ZARR",
+    "Content",
+    "Owner",
+    "Report",
+    "Root",
+    "at_once",
+    "begin",
+    "begun",
+    "check_owner",
+    "commit",
+    "done",
+    "reports",
+    "requests",
+    "restored",
+    "root_of",
+    "stated",
+    "tried",
+    "tries",
+    "valid_report",
+]
+
+T = TypeVar("T")
+
+JOB = "_job"
+"""Folder of the job itself and of what its tasks report."""
+CHIPS = "chips.parquet"
+MANIFEST = "manifest.parquet"
+BEGUN = f"{JOB}/begun.json"
+"""Who writes the store: put before anything else."""
+LEDGER = f"{JOB}/ledger.json"
+"""Sums of every object but those of shards: put once they are all in place."""
+GROUPS = f"{JOB}/groups.json"
+"""The groups' own metadata, put in place by the commit."""
+OBJECTS = b"rasteret_dask:objects"
+"""Key of the manifest's schema metadata: the sums of every object that is in no row of it."""
+
+DIGEST = b"rasteret_dask:digest"
+"""Key of the manifest's schema metadata: the digest of what the store holds."""
+
+TO_ZARR = "to_zarr"
+COMPACT = "compact"
+
+REQUESTS = 16
+"""Small objects under way at the same time."""
+
+STALE_S = 600.0
+"""After so long without a change, an unfinished local put is given up: its process would have ended it."""
+
+_TEMPORARY = re.compile(
+    r"(.+)#\d+"
+)  # obstore writes a local object beside its place, under its name and a number
+_MARK = re.compile(rf"{JOB}/tried/([^/]+)/([0-9a-f]+)\.(.+)\.(\d+)\.[0-9a-f]{{32}}")
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who writes a store: a rerun of the same goes on, everybody else is refused."""
+
+    digest: str
+    """Of everything that decides what the store will hold."""
+    compression: str
+    """As JSON text."""
+    writer: str = TO_ZARR
+    """:data:`TO_ZARR` or :data:`COMPACT`."""
+
+
+class Content(Protocol):
+    """What is to be written."""
+
+    @property
+    def owner(self) -> Owner:
+        """Who writes it."""
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """For each shard's name, the key that its valid report has."""
+
+    def objects(self) -> Mapping[str, bytes]:
+        """Make every object but those of shards: path -> bytes, :data:`GROUPS` among them."""
+
+    def places(self) -> Mapping[str, str]:
+        """Return the path of every object that shards may have -> the shard's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the task of a shard reports, and how the report itself is stored."""
+
+    values: Mapping[str, Any]
+    path: str
+    size: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """The root's metadata document of a finished store."""
+
+    document: Mapping[str, Any]
+    note: Mapping[str, Any]
+    """What this package has put into its attributes."""
+
+
+# What tasks call
+
+
+def tried(url: str, shard: str, key: str) -> str:
+    """Mark that a shard is begun, before any object of it is put; return the mark's path.
+
+    The mark's name says for which key, and in which process: a later run knows the shard's objects for its own by it,
+    and can tell whether the process is still there.
+    """
+    path = f"{JOB}/tried/{shard}/{key[:16]}.{_node()}.{os.getpid()}.{uuid.uuid4().hex}"
+    remote.put(remote.join(url, path), b"")
+    return path
+
+
+def done(url: str, shard: str, key: str, mark: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the report of a shard whose objects are all in place, and return it.
+
+    Parameters
+    ----------
+    url
+        The store.
+    shard
+        The shard's name.
+    key
+        What decides the shard's content: a report of another key is none.
+    mark
+        What :func:`tried` returned for this try.
+    report
+        JSON values; ``objects`` lists path, size and crc32c of each object.
+    """
+    whole = {"shard": shard, "key": key, "mark": mark, **report}
+    remote.put(remote.join(url, _report_path(shard)), sealed(whole))
+    return whole
+
+
+def valid_report(url: str, shard: str, key: str) -> dict[str, Any] | None:
+    """Return the report of a shard that is written: its objects are all there, in their sizes; else None.
+
+    Parameters
+    ----------
+    url
+        The store.
+    shard
+        The shard's name.
+    key
+        What decides the shard's content; of ``to_zarr`` the job's digest.
+    """
+    try:
+        report = document_of(remote.get(remote.join(url, _report_path(shard))))
+        if report is None or report.get("shard") != shard or report.get("key") != key:
+            return None
+        sizes = at_once(lambda o: remote.head(remote.join(url, o["path"])).size, report["objects"])
+    except remote.MissingError:
+        return None
+    return report if sizes == [o["size"] for o in report["objects"]] else None
+
+
+def _report_path(shard: str) -> str:
+    return f"{JOB}/done/{shard}.json"
+
+
+# What the client calls: begin, reports, commit
+
+
+def begin(url: str, content: Content) -> Mapping[str, int]:
+    """Take a place for a store, or know it for one's own, and put in place whatever is missing or damaged.
+
+    Who writes it is put first: whatever stops later, a rerun knows the store.
+
+    Returns
+    -------
+    mapping
+        Path -> bytes of every object that lay there before.
+
+    Raises
+    ------
+    StoreError
+        When the store holds something else, another plan's leftovers, or the same chips in another compression.
+    FormatError
+        When a newer version of the package writes it.
+    """
+    found = remote.listing(url)
+    owner, mark = content.owner, begun(url)
+    if mark is None:
+        _check_leftovers(url, found, content)
+        values = {"meaning": MEANING, **_values(owner)}
+        remote.put(remote.join(url, BEGUN), sealed({**STORE.note, **values}))
+    else:
+        check_owner(url, mark, owner)
+    _in_place(url, content, found)
+    return found
+
+
+def begun(url: str) -> dict[str, Any] | None:
+    """Return what :data:`BEGUN` says of who writes a store; None where there is none, or it is damaged."""
+    try:
+        mark = document_of(remote.get(remote.join(url, BEGUN)))
+    except remote.MissingError:
+        return None
+    return mark if mark is not None and {*_values(Owner("", "")), "meaning"} <= mark.keys() else None
+
+
+def check_owner(url: str, mark: Mapping[str, Any], owner: Owner) -> None:
+    """Raise where a store is another one's.
+
+    Parameters
+    ----------
+    url
+        The store.
+    mark
+        What the store says of who writes, or wrote, it: format, version, meaning, writer, digest and compression.
+    owner
+        Who wants to write it.
+    """
+    subject = f"store {remote.redact(url)}"
+    STORE.check(subject, mark)
+    if mark["meaning"] != MEANING:
+        raise StoreError(
+            subject,
+            f"chips as rasteret_dask {mark.get('version')} makes them (meaning {mark['meaning']})",
+            f"those of this version (meaning {MEANING}), whose pixels or layout differ",
+            f"Finish it with rasteret_dask {mark.get('version')}, choose another store, or delete this one.",
+        )
+    if mark["writer"] != owner.writer:
+        raise StoreError(
+            subject, f"what {mark['writer']} writes", f"what {owner.writer} writes, or an empty place",
+            "Choose another store, or delete this one.",
+        )  # fmt: skip
+    if mark["digest"] != owner.digest:
+        raise StoreError(
+            subject,
+            f"chips of another plan ({mark['digest'][:12]})",
+            f"this plan's ({owner.digest[:12]}), or nothing",
+            "Choose another store, or delete this one.",
+        )
+    if mark["compression"] != owner.compression:
+        raise StoreError(
+            subject,
+            f"these chips with compression {mark['compression']}",
+            f"compression {owner.compression}",
+            "Give to_zarr the store's compression, choose another store, or delete this one.",
+        )
+
+
+def _values(owner: Owner) -> dict[str, str]:
+    return {"writer": owner.writer, "digest": owner.digest, "compression": owner.compression}
+
+
+def _check_leftovers(url: str, found: Mapping[str, int], content: Content) -> None:
+    """Raise StoreError unless every object was put for this very store, before what says so was deleted.
+
+    That is: it is what would be put there now, byte for byte; or it is a report or a mark of this key; or it is an
+    object of a shard that has such a mark, which is put before the shard's objects.
+    """
+    left = set(found)
+    if not left:
+        return
+    keys = content.keys
+    marked = {m[1] for path in left if (m := _mark(path, keys)) is not None}
+    left -= {path for path in left if _mark(path, keys) is not None}
+    left -= {BEGUN}  # damaged: an empty digest is nobody's
+    places = content.places()
+    left -= {path for path in left if places.get(path) in marked}
+    names = {_report_path(shard): shard for shard in keys}
+    data = dict(zip(rest := sorted(left & names.keys()), at_once(lambda p: _data(url, p), rest), strict=True))
+    for path, text in data.items():
+        report = None if text is None else document_of(text)
+        if names[path] in marked or (report is not None and report.get("key") == keys[names[path]]):
+            left.discard(path)
+    if left:
+        objects = content.objects()
+        documents = {path: text.encode() for path, text in json.loads(objects[GROUPS]).items()}
+        same = {
+            **objects,
+            **documents,
+            LEDGER: _ledger({path: Sums.of(data) for path, data in objects.items()}),
+        }
+        left -= {path for path in left & same.keys() if _data(url, path) == same[path]}
+    if MANIFEST in left and _digest_of(_data(url, MANIFEST)) == content.owner.digest:
+        left.discard(MANIFEST)
+    if left:
+        some = ", ".join(sorted(left)[:3])
+        raise StoreError(
+            f"store {remote.redact(url)}",
+            f"{len(left)} objects of something else ({some})",
+            "an empty place",
+            "Choose another store; if nobody needs what lies there, delete all of it.",
+        )
+
+
+def _mark(path: str, keys: Mapping[str, str]) -> re.Match[str] | None:
+    """Return the parts of a mark's name where it is one of these shards, in this content."""
+    parts = _MARK.fullmatch(path)
+    return parts if parts is not None and keys.get(parts[1], "").startswith(parts[2]) else None
+
+
+def stated(url: str) -> dict[str, Sums] | None:
+    """Return the sums of every object but those of shards, as :data:`LEDGER` has them; None: none, or damaged."""
+    data = _data(url, LEDGER)
+    document = None if data is None else document_of(data)
+    if document is None:
+        return None
+    return {path: Sums.again(value) for path, value in document["objects"].items()}
+
+
+def _in_place(url: str, content: Content, found: Mapping[str, int]) -> dict[str, Sums]:
+    """Put every object in place that is missing or differs; return their sums."""
+    sums = stated(url)
+    right = {} if sums is None else {path: one for path, one in sums.items() if found.get(path) == one.size}
+    faults = at_once(lambda path: fault_of(remote.join(url, path), right[path]), right)
+    right = {path: one for (path, one), fault in zip(right.items(), faults, strict=True) if fault is None}
+    if sums is not None and len(right) == len(sums):
+        return sums
+    objects = content.objects()
+    made = {path: Sums.of(data) for path, data in objects.items()}
+    at_once(
+        lambda path: remote.put(remote.join(url, path), objects[path]),
+        [path for path in objects if right.get(path) != made[path]],
+    )
+    if made != sums:
+        remote.put(remote.join(url, LEDGER), _ledger(made))
+    return made
+
+
+def _ledger(sums: Mapping[str, Sums]) -> bytes:
+    return sealed({**STORE.note, "objects": {path: one.text for path, one in sums.items()}})
+
+
+def _digest_of(manifest: bytes | None) -> str | None:
+    """Return the digest that a manifest names; None where it is none, or damaged."""
+    if manifest is None or not is_closed(manifest):
+        return None
+    metadata = pq.read_schema(pa.BufferReader(manifest)).metadata or {}
+    return str(metadata.get(DIGEST, b""), "ascii", "replace")
+
+
+def reports(url: str, found: Mapping[str, int], keys: Mapping[str, str]) -> dict[str, Report]:
+    """Return the valid reports: of these keys, and of shards whose objects are all there in their sizes.
+
+    Parameters
+    ----------
+    url
+        The store.
+    found
+        Path -> bytes of what lies there.
+    keys
+        As in :class:`Content`.
+
+    Returns
+    -------
+    dict
+        Shard -> its report.
+    """
+    paths = {_report_path(shard): shard for shard in keys}
+    wanted = [path for path in paths if path in found]
+    result: dict[str, Report] = {}
+    for path, data in zip(wanted, at_once(lambda p: _data(url, p), wanted), strict=True):
+        values = None if data is None else document_of(data)
+        shard = paths[path]
+        if data is None or values is None or (values["shard"], values["key"]) != (shard, keys[shard]):
+            continue
+        if all(found.get(o["path"]) == o["size"] for o in values["objects"]):
+            result[shard] = Report(values, path, len(data), crc32c_of(data))
+    return result
+
+
+def tries(found: Iterable[str]) -> dict[str, list[str]]:
+    """Return shard -> the marks of its tries."""
+    result: dict[str, list[str]] = {}
+    for path in sorted(found):
+        if path.startswith(f"{JOB}/tried/"):
+            result.setdefault(path.split("/")[2], []).append(path)
+    return result
+
+
+def restored(url: str, content: Content | None) -> Mapping[str, int]:
+    """Hold every object but those of shards against its sums, by content, before a commit; return what lies there.
+
+    Parameters
+    ----------
+    url
+        The store.
+    content
+        What is written, from which is put again what is missing or damaged. None where it is not at hand.
+
+    Raises
+    ------
+    StoreError
+        When objects are missing or damaged, and ``content`` is None.
+    """
+    found = remote.listing(url)
+    if content is not None:
+        if begun(url) is None:
+            begin(url, content)
+        else:
+            _in_place(url, content, found)
+        return remote.listing(url)
+    sums = stated(url)
+    wrong = [BEGUN] if begun(url) is None else []
+    if sums is None:
+        wrong.append(LEDGER)
+    else:
+        faults = at_once(lambda path: fault_of(remote.join(url, path), sums[path]), sums)
+        wrong += [path for path, fault in zip(sums, faults, strict=True) if fault is not None]
+    if wrong:
+        raise StoreError(
+            f"store {remote.redact(url)}",
+            f"{len(wrong)} objects missing or damaged: {', '.join(wrong[:3])}",
+            "what was put there before the shards",
+            "It was changed meanwhile: call to_zarr again with the same plan, which puts them in place.",
+        )
+    return found
+
+
+def commit(
+    url: str,
+    found: Mapping[str, int],
+    manifest: pa.Table,
+    written: Mapping[str, Report],
+    more: Mapping[str, bytes],
+) -> pa.Table:
+    """Write what is known when all shards are: the manifest, then the groups' metadata; the root comes last.
+
+    Parameters
+    ----------
+    url
+        The store.
+    found
+        What :func:`restored` gave.
+    manifest
+        A row a shard, with the objects of each.
+    written
+        The report of each shard.
+    more
+        Objects that are known only now: path -> bytes.
+
+    Returns
+    -------
+    pyarrow.Table
+        The manifest, with what it vouches for.
+    """
+    mark, sums = begun(url) or {}, stated(url) or {}
+    documents: dict[str, str] = json.loads(remote.get(remote.join(url, GROUPS)))
+    root = json.loads(documents.pop("zarr.json"))
+    groups = {path: text.encode() for path, text in documents.items()}
+    sums |= {path: Sums.of(data) for path, data in {**more, **groups}.items()}
+    sums |= {path: Sums.of(remote.get(remote.join(url, path))) for path in (BEGUN, LEDGER)}
+    attempts = tries(found)
+    notes = [_notes(written[shard], attempts.get(shard, [])) for shard in manifest["shard"].to_pylist()]
+    manifest = manifest.append_column("notes", pa.array(notes, _NOTES)).replace_schema_metadata(
+        {
+            OBJECTS: json.dumps({path: one.text for path, one in sorted(sums.items())}),
+            DIGEST: str(mark.get("digest")),
+        }
+    )
+    table = _parquet(manifest)
+    at_once(lambda path: remote.put(remote.join(url, path), more[path]), more)
+    remote.put(remote.join(url, MANIFEST), table)
+    for path in sorted(groups, key=lambda p: -p.count("/")):  # deepest first
+        remote.put(remote.join(url, path), groups[path])
+    _sweep(url, found, manifest, written, {*sums, MANIFEST, "zarr.json"})
+    root["attributes"]["rasteret_dask"]["checksum"] = root_checksum(root)
+    remote.put(remote.join(url, "zarr.json"), json.dumps(root).encode())
+    return manifest
+
+
+_NOTES = pa.list_(pa.struct([("path", pa.string()), ("size", pa.int64()), ("crc32c", pa.int64())]))
+
+
+def _notes(report: Report, marks: Iterable[str]) -> list[dict[str, Any]]:
+    """Return what the manifest says of a shard's report and of the marks of its tries, which hold no bytes."""
+    own = {"path": report.path, "size": report.size, "crc32c": report.crc32c}
+    return [own, *({"path": mark, "size": 0, "crc32c": 0} for mark in marks)]
+
+
+def _parquet(table: pa.Table) -> bytes:
+    """Return a manifest as Parquet with a checksum of its own: the root would differ from run to run with it there."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return closed(bytes(sink.getvalue()))
+
+
+def root_of(url: str) -> Root:
+    """Read the root's metadata document of a finished store.
+
+    Raises
+    ------
+    remote.MissingError
+        When there is none.
+    StoreError
+        When it is damaged, or a store of something else.
+    FormatError
+        When it was written in a format that this version does not read.
+    """
+    subject = f"store {remote.redact(url)}"
+    try:
+        document = json.loads(remote.get(remote.join(url, "zarr.json")))
+    except (ValueError, RecursionError) as error:
+        raise StoreError(
+            subject, "a zarr.json that is no JSON", "a store that to_zarr wrote", DAMAGED
+        ) from error
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    note = attributes.get("rasteret_dask") if isinstance(attributes, dict) else None
+    if not isinstance(note, dict):
+        raise StoreError(
+            subject, "a Zarr store of something else", "one that to_zarr wrote", "Open it with xarray."
+        )
+    if "checksum" in note and note["checksum"] != root_checksum(document):  # the same rule in every format
+        raise StoreError(
+            subject, "a zarr.json that does not match its checksum", "the one that to_zarr wrote", DAMAGED
+        )
+    STORE.check(subject, note)
+    kinds = {
+        "writer": str,
+        "digest": str,
+        "compression": str,
+        "meaning": int,
+        "sources": list,
+    }
+    wrong = [name for name, kind in kinds.items() if not isinstance(note.get(name), kind)]
+    if wrong or not all(isinstance(name, str) for name in note["sources"]):
+        raise StoreError(
+            subject, f"a zarr.json whose {', '.join(wrong) or 'sources'} cannot be", "one that to_zarr wrote"
+        )
+    return Root(document, note)
+
+
+DAMAGED = (
+    "It was changed or damaged after it was written: copy the store again, or delete its zarr.json and call to_zarr "
+    "with the same plan, which puts it in place."
+)
+
+
+# What stopped processes left
+
+
+def _sweep(
+    url: str,
+    found: Iterable[str],
+    manifest: pa.Table,
+    written: Mapping[str, Report],
+    others: Collection[str],
+) -> None:
+    """Remove what tries that came to nothing left inside the store's own arrays, and beside its own objects.
+
+    Objects: a shard that was begun, and then written without this object, as all of it is fill. Temporary files of
+    local puts that were killed (``name#1``): only beside a name that is the store's own, and never while the put may
+    still be under way (see :func:`_is_given_up`).
+    """
+    shard_of: dict[str, str] = {}
+    for row in manifest.select(["shard", "objects", "notes"]).to_pylist():
+        shard_of |= {o["path"]: row["shard"] for o in (*row["objects"], *row["notes"])}
+    names = {*others, *shard_of}
+    stale = [path for path in found if path not in names and _is_chunk(path, names)]
+    at_once(lambda path: remote.delete(remote.join(url, path)), stale)
+    if not remote.is_local(url):
+        return
+    base = Path(remote.local_path(url))
+    left = {
+        file: place
+        for file in base.rglob("*#*")
+        if (parts := _TEMPORARY.fullmatch(file.relative_to(base).as_posix())) is not None
+        and ((place := parts[1]) in names or _is_chunk(place, names) or _MARK.fullmatch(place) is not None)
+    }
+    if not left:
+        return
+    marks = tries(
+        remote.listing(url)
+    )  # after the files were seen: whose put is under way has its mark by now
+    for file, place in left.items():
+        shard = shard_of.get(place)
+        unfinished = None
+        if shard is not None:
+            unfinished = [mark for mark in marks.get(shard, []) if mark != written[shard].values["mark"]]
+        if _is_given_up(file, unfinished):
+            file.unlink(missing_ok=True)
+
+
+def _is_chunk(path: str, names: Collection[str]) -> bool:
+    """Tell whether a path is that of a chunk of one of the store's own arrays."""
+    parts = re.fullmatch(r"(.+)/c(/\d+)+", path)
+    return parts is not None and f"{parts[1]}/zarr.json" in names
+
+
+def _is_given_up(file: Path, marks: Iterable[str] | None) -> bool:
+    """Tell whether no put writes a temporary file any more.
+
+    Parameters
+    ----------
+    file
+        The file.
+    marks
+        Those of the shard's tries that have not finished; None: it is of no shard.
+    """
+    try:
+        old = time.time() - file.stat().st_mtime > STALE_S
+    except FileNotFoundError:
+        return True
+    return old or (marks is not None and all(_is_dead(mark) for mark in marks))
+
+
+def _is_dead(mark: str) -> bool:
+    """Tell whether the process that put a mark is certainly gone: it ran on this machine, and does not any more."""
+    parts = _MARK.fullmatch(mark)
+    return parts is not None and parts[3] == _node() and not psutil.pid_exists(int(parts[4]))
+
+
+def _node() -> str:
+    """Return this machine's name, as part of an object's."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", platform.node())
+
+
+# Small objects
+
+
+def at_once(function: Callable[[Any], T], values: Iterable[Any]) -> list[T]:
+    """Call a function for many small objects, several at the same time: a request waits, it does not work."""
+    return list(requests().map(function, values))
+
+
+def requests() -> ThreadPoolExecutor:
+    """Return the threads of this process that wait for a store."""
+    return _requests(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _requests(process: int) -> ThreadPoolExecutor:
+    """Return the threads of one process: a fork has its own."""
+    return ThreadPoolExecutor(REQUESTS, thread_name_prefix="rasteret-store")
+
+
+def _data(url: str, path: str) -> bytes | None:
+    """Return an object; None where there is none."""
+    try:
+        return remote.get(remote.join(url, path))
+    except remote.MissingError:
+        return None

@@ -1,0 +1,392 @@
+"""The ledger: whatever is lost or damaged before a commit is put in place, and after it named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from small_stores import contents, small, written
+
+import rasteret_dask as rd
+from rasteret_dask import formats
+from rasteret_dask.compacting import compact
+from rasteret_dask.errors import FormatError, JobError, StoreError
+from rasteret_dask.net.sums import sealed
+from rasteret_dask.store import ledger
+from rasteret_dask.store.layout import Layout
+from rasteret_dask.store.run import delayed_zarr
+from rasteret_dask.store.verifying import Verification, verify
+from rasteret_dask.store.write import commit, prepare
+
+SHARD_BYTES = 12_000
+
+
+def deleted(path: Path) -> None:
+    path.unlink()
+
+
+def truncated(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def flipped(path: Path) -> None:
+    """Change one bit, somewhere in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES: list[Callable[[Path], None]] = [deleted, truncated, flipped]
+
+
+def files(store: Path) -> list[str]:
+    return sorted(p.relative_to(store).as_posix() for p in store.rglob("*") if p.is_file())
+
+
+def cases(store: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Yield every object of a store, with every way to lose it; a mark holds no byte that could change."""
+    for path in files(store):
+        for damage in DAMAGES:
+            if damage is deleted or (store / path).stat().st_size:
+                yield path, damage
+
+
+@pytest.fixture(scope="module")
+def chips(s2: rd.Collection) -> rd.Chips:
+    optical = s2.harmonize(bands=["red", "nir"], units="reflectance", dtype="uint16", time="3MS")
+    return optical.chips(size=32, cell_km=0.96).sample(5).keep(min_valid=0.01)
+
+
+@pytest.fixture(scope="module")
+def layout(chips: rd.Chips) -> Layout:
+    return small(chips, SHARD_BYTES)
+
+
+@pytest.fixture(scope="module")
+def finished(chips: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("ledger") / "store"
+    written(chips, store, SHARD_BYTES)
+    assert len(list((store / "_job" / "done").iterdir())) == 3
+    return store
+
+
+@pytest.fixture(scope="module")
+def unfinished(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same store, stopped with two shards of three."""
+    store = tmp_path_factory.mktemp("ledger") / "store"
+    shutil.copytree(finished, store)
+    for path in ("zarr.json", "manifest.parquet", "kept/c/0", "_job/done/all-00001.json", "source/c/1/0"):
+        (store / path).unlink()
+    return store
+
+
+def rerun(layout: Layout, store: Path) -> None:
+    delayed_zarr(layout, str(store), {}).compute(scheduler="sync")
+
+
+# Before the commit
+
+
+def test_whatever_is_lost_before_a_rerun_is_put_in_place(
+    layout: Layout, finished: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    """The law, of every single object. A shard is compared by its size only: verify, and readers, tell more."""
+    wanted = contents(finished)
+    store = tmp_path / "store"
+    for path, damage in cases(unfinished):
+        shutil.copytree(unfinished, store)
+        damage(store / path)
+        rerun(layout, store)
+        case = f"{path} {damage.__name__}"
+        number = path.partition("/c/")[2].partition("/")[0]
+        of_a_shard = path in layout.places() and number != "1"
+        if of_a_shard and damage is flipped:
+            assert verify(store).damaged == (path,), case
+        else:
+            assert contents(store) == wanted, case
+            assert verify(store).ok, case
+        shutil.rmtree(store)
+
+
+@pytest.mark.parametrize("path", ["band", "epsg", "pixels", "_job", "chip_id"])
+def test_a_folder_lost_before_a_rerun_is_put_in_place(
+    layout: Layout, finished: Path, unfinished: Path, tmp_path: Path, path: str
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(unfinished, store)
+    shutil.rmtree(store / path)
+    if path == "_job":  # nothing says any more that these shards are ours
+        before = contents(store)
+        with pytest.raises(StoreError, match=r"objects of something else .*delete all of it"):
+            rerun(layout, store)
+        assert contents(store) == before
+        shutil.rmtree(store)
+    rerun(layout, store)
+    assert contents(store) == contents(finished)
+    xr.testing.assert_identical(xr.open_zarr(store).load(), xr.open_zarr(finished).load())
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "path", ["band/c/0", "pixels/zarr.json", "chips.parquet", "_job/job.json", "_job/begun.json"]
+)
+def test_what_is_lost_while_shards_are_written_is_put_in_place(
+    layout: Layout, finished: Path, tmp_path: Path, path: str, damage: Callable[[Path], None]
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    (store / "zarr.json").unlink()
+    prepare(layout, str(store))
+    damage(store / path)
+    with pytest.raises(StoreError, match=r"missing or damaged: .*call to_zarr again"):
+        commit(str(store), layout.job)
+    assert not (store / "zarr.json").exists()
+    commit(str(store), layout.job, layout)
+    assert contents(store) == contents(finished)
+    assert verify(store).ok
+
+
+def test_a_shard_that_is_lost_while_others_are_written_is_told(
+    layout: Layout, finished: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    (store / "zarr.json").unlink()
+    (store / "pixels/c/2/0/0/0/0").unlink()
+    with pytest.raises(JobError, match=r"1 shards missing: all-00002.*call to_zarr again"):
+        commit(str(store), layout.job, layout)
+    rerun(layout, store)
+    assert contents(store) == contents(finished)
+
+
+# A folder deleted as a whole in the middle, while tasks go on to write
+
+
+def leftovers(finished: Path, store: Path) -> None:
+    """Leave what tasks put after a store was deleted: shard 0, and shard 2 without its report."""
+    for path in files(finished):
+        number = path.partition("/c/")[2].partition("/")[0]
+        of_shards = path.split("/")[0] in ("pixels", "valid", "valid_fraction", "datetime", "source")
+        notes = path.startswith(("_job/tried/all-00000", "_job/tried/all-00002", "_job/done/all-00000"))
+        if notes or (of_shards and number in ("0", "2")):
+            (store / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(finished / path, store / path)
+
+
+def test_what_was_written_after_a_store_was_deleted_is_known_again(
+    layout: Layout, finished: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    leftovers(finished, store)
+    before = {p: p.stat().st_mtime_ns for p in store.rglob("c/0/**/*") if p.is_file()}
+    assert before
+    rerun(layout, store)
+    assert contents(store) == contents(finished)
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished shard was written again"
+
+
+@pytest.mark.parametrize(
+    "theirs", ["notes.txt", "pixels/c/1/0/0/0/0", "zarr.json", "_job/begun2.json", "band/c/0"]
+)
+def test_what_is_somebody_else_s_is_never_written_over(
+    layout: Layout, finished: Path, tmp_path: Path, theirs: str
+) -> None:
+    store = tmp_path / "store"
+    leftovers(finished, store)
+    (store / theirs).parent.mkdir(parents=True, exist_ok=True)
+    (store / theirs).write_text("mine")
+    before = {path: (store / path).read_bytes() for path in files(store)}
+    with pytest.raises(StoreError, match=rf"1 objects of something else \({theirs}\)"):
+        rerun(layout, store)
+    assert {path: (store / path).read_bytes() for path in files(store)} == before
+
+
+def test_another_job_s_leftovers_are_somebody_else_s(
+    layout: Layout, chips: rd.Chips, finished: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    leftovers(finished, store)
+    before = contents(store)
+    with pytest.raises(StoreError, match="objects of something else"):
+        rerun(small(chips.sample(4), SHARD_BYTES), store)
+    assert contents(store) == before
+
+
+# Reports
+
+
+def test_a_valid_report_is_of_this_key_and_its_objects_are_there(
+    layout: Layout, finished: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    url, key = str(store), layout.job.digest
+    report = ledger.valid_report(url, "all-00000", key)
+    assert report is not None
+    assert report == json.loads((store / "_job/done/all-00000.json").read_bytes())
+    assert ledger.valid_report(url, "all-00000", "0" * 32) is None
+    assert ledger.valid_report(url, "all-00009", key) is None
+    truncated(store / report["objects"][0]["path"])
+    assert ledger.valid_report(url, "all-00000", key) is None
+    deleted(store / report["objects"][0]["path"])
+    assert ledger.valid_report(url, "all-00000", key) is None
+    flipped(store / "_job/done/all-00001.json")
+    assert ledger.valid_report(url, "all-00001", key) is None
+
+
+# After the commit
+
+
+def test_verify_names_exactly_what_is_lost(finished: Path, tmp_path: Path) -> None:
+    """The law, of every single object."""
+    report = verify(finished)
+    assert (report.ok, report.finished, bool(report)) == (True, True, True)
+    assert (report.missing, report.damaged, report.unexpected) == ((), (), ())
+    assert report.objects == len(files(finished))
+    assert report.nbytes == sum((finished / path).stat().st_size for path in files(finished))
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    for path, damage in cases(finished):
+        damage(store / path)
+        found = verify(store)
+        case = f"{path} {damage.__name__}: {found!r}"
+        assert not found.ok, case
+        assert (found.missing, found.damaged) == (((path,), ()) if damage is deleted else ((), (path,))), case
+        assert found.unexpected == (), case
+        assert path in repr(found)
+        shutil.copyfile(finished / path, store / path)
+    assert verify(store).ok
+
+
+def test_verify_tells_unfinished_stores_and_extra_objects_apart(
+    finished: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    found = verify(unfinished)
+    assert (found.ok, found.finished, found.missing, found.damaged) == (False, False, (), ())
+    assert "unfinished" in repr(found)
+    assert "does what is missing" in repr(found)
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    (store / "notes.txt").write_text("mine")
+    (store / "_job" / "stats").mkdir()
+    (store / "_job" / "stats" / "x.json").write_text("{}")
+    found = verify(store)
+    assert found.ok
+    assert found.unexpected == ("notes.txt",)
+    for place, error in (
+        (tmp_path, "no store"),
+        (tmp_path / "nowhere", "no store"),
+        (store / "zarr.json", "a file"),
+    ):
+        with pytest.raises(StoreError, match=error):
+            verify(place)
+
+
+def test_verify_reads_what_it_can_list_and_what_it_cannot(
+    finished: Path, tmp_path: Path, serve: Callable[[Path], tuple[str, list[tuple[str, str | None]]]]
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    url, _ = serve(store)
+    assert verify(url).ok
+    assert verify(url).objects == verify(store).objects
+    flipped(store / "pixels/c/1/0/0/0/0")
+    deleted(store / "band/c/0")
+    found = verify(url)
+    assert (found.missing, found.damaged) == (("band/c/0",), ("pixels/c/1/0/0/0/0",))
+
+
+def test_a_compact_store_obeys_the_same_laws(finished: Path, tmp_path: Path) -> None:
+    whole, store = tmp_path / "whole", tmp_path / "store"
+    compact(finished, whole)
+    assert verify(whole).ok
+    wanted = contents(whole)
+    for path, damage in cases(whole):
+        if damage is truncated:
+            continue
+        shutil.copytree(whole, store)
+        damage(store / path)
+        found = verify(store)
+        assert (*found.missing, *found.damaged) == (path,)
+        if (store / "zarr.json").exists():
+            (store / "zarr.json").unlink()
+        compact(finished, store)
+        if not (
+            damage is flipped and "/c/" in path and path.startswith(("pixels", "valid", "source", "datetime"))
+        ):
+            assert contents(store) == wanted, f"{path} {damage.__name__}"
+        shutil.rmtree(store)
+
+
+# Versions
+
+
+def test_another_package_version_goes_on(
+    layout: Layout,
+    finished: Path,
+    unfinished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chips: rd.Chips,
+) -> None:
+    """Whether or not something that names the version has to be put again."""
+    monkeypatch.setattr(formats, "__version__", "7.1.0")
+    again = small(rd.Chips(chips.plan, chips._tables, chips._functions, chips._parent), SHARD_BYTES)
+    assert again.job.digest == layout.job.digest
+    for lost in (None, "band/c/0", "_job/job.json", "pixels/zarr.json"):
+        store = tmp_path / str(lost).replace("/", "-")
+        shutil.copytree(unfinished, store)
+        if lost:
+            (store / lost).unlink()
+        before = {p: p.stat().st_mtime_ns for p in store.rglob("pixels/c/[02]/**/*") if p.is_file()}
+        rerun(again, store)
+        assert {p: p.stat().st_mtime_ns for p in before} == before
+        assert verify(store).ok
+        np.testing.assert_array_equal(xr.open_zarr(store)["pixels"], xr.open_zarr(finished)["pixels"])
+
+
+def test_another_meaning_is_refused_by_name(
+    layout: Layout, unfinished: Path, finished: Path, tmp_path: Path
+) -> None:
+    mark = json.loads((unfinished / "_job/begun.json").read_bytes())
+    del mark["checksum"]
+    for source, found in ((unfinished, "begun"), (finished, "begun")):
+        store = tmp_path / source.parent.name
+        shutil.copytree(source, store)
+        (store / f"_job/{found}.json").write_bytes(
+            sealed({**mark, "meaning": formats.MEANING + 1, "digest": "0" * 32, "version": "9.9"})
+        )
+        (store / "zarr.json").unlink(missing_ok=True)
+        before = contents(store)
+        with pytest.raises(
+            StoreError, match=r"as rasteret_dask 9.9 makes them \(meaning 2\).*Finish it with"
+        ):
+            rerun(layout, store)
+        assert contents(store) == before
+
+
+def test_a_store_that_a_newer_version_writes_is_refused_by_name(
+    layout: Layout, unfinished: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(unfinished, store)
+    mark = json.loads((store / "_job/begun.json").read_bytes())
+    del mark["checksum"]
+    (store / "_job/begun.json").write_bytes(sealed({**mark, "format": 99, "version": "9.9"}))
+    with pytest.raises(
+        FormatError, match=r"a store of format 99, written by rasteret_dask 9.9.*'rasteret-dask>=9.9'"
+    ):
+        rerun(layout, store)
+    with pytest.raises(FormatError, match="format 99"):
+        verify(store)
+
+
+def test_a_report_of_verify_is_a_value(finished: Path) -> None:
+    assert verify(finished) == verify(finished)
+    assert isinstance(rd.verify(finished), Verification)
