@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from dask._task_spec import Task
-from distributed import Client
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.limits import host_of, pool
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.measuring import computed
@@ -47,9 +47,7 @@ _COUNTS = ("requests", "bytes_fetched", "tiles_read", "gdal_fallback")
 """Columns of the manifest that say what reading cost."""
 
 
-def compact(
-    store: str | os.PathLike[str], target: str | os.PathLike[str], client: Client | str | None = None
-) -> None:
+def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], client: ClientLike = None) -> None:
     """Write the kept chips of a store to another place, as a store of its own.
 
     Chips keep their order; shards are filled up. A split of which nothing is kept is left out. Called again after it
@@ -64,7 +62,7 @@ def compact(
     target
         A local path or a URL: an empty place, or one where this was begun.
     client
-        A Dask client or a scheduler's address; None: the current client, else threads of this process.
+        A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
 
     Raises
     ------
@@ -87,7 +85,9 @@ def compact(
     reports = _finished(place, found, shards)
     missing = {f"compact-{digest(own, place)[:16]}-{s.name}": s for s in shards if s.name not in reports}
     tasks: dict[Hashable, Any] = {k: Task(k, _copied, url, source, place, s) for k, s in missing.items()}
-    reports |= {r["shard"]: r for r in computed(tasks, list(missing), client)}
+    reports |= {
+        r["shard"]: r for r in computed(tasks, list(missing), client, f"compact {remote.redact(url)}")
+    }
     tries = Counter(path.split("/")[2] for path in remote.listing(place) if path.startswith(f"{JOB}/tried/"))
     _finish(opened, place, own, shards, _manifest(opened, shards, reports, tries))
 

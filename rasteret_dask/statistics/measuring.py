@@ -18,7 +18,7 @@ from rasteret_dask.streams.readings import Reading
 from rasteret_dask.tasks.batches import Arrays, Kind
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["computed", "kept_sizes", "measured", "recalled", "remember"]
 
@@ -47,7 +47,7 @@ def recalled(*key: str) -> Stats | None:
 _Part = Callable[[Any, NDArray[np.int64] | None], Arrays]
 
 
-def measured(reading: Reading, client: Client | str | None = None) -> Stats:
+def measured(reading: Reading, client: ClientLike = None) -> Stats:
     """Measure all chips of what can be read: a task a shard, and a tree of tasks that put the parts together.
 
     Parameters
@@ -55,7 +55,7 @@ def measured(reading: Reading, client: Client | str | None = None) -> Stats:
     reading
         The chips.
     client
-        A Dask client or a scheduler's address; None: the current client, else threads of this process.
+        A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def _none() -> PlanError:
     return PlanError("stats", "no chip", "at least one", "Loosen keep, filter or select.")
 
 
-def kept_sizes(reading: Reading, client: Client | str | None = None) -> tuple[int, ...]:
+def kept_sizes(reading: Reading, client: ClientLike = None) -> tuple[int, ...]:
     """Return how many chips each shard has once its pixels are looked at.
 
     Parameters
@@ -113,13 +113,29 @@ def _on_shards(
 
 
 def computed(
-    graph: Mapping[Hashable, Any], keys: Sequence[str], client: Client | str | None
+    graph: Mapping[Hashable, Any], keys: Sequence[str], client: ClientLike, subject: str = "stats"
 ) -> Sequence[Any]:
-    """Return the results of some keys: by a cluster, or by threads of this process where there is none."""
+    """Return the results of some keys: by a cluster, or by threads of this process where there is none.
+
+    Parameters
+    ----------
+    graph, keys
+        The tasks, and those whose results are wanted.
+    client
+        As in :func:`measured`.
+    subject
+        What is being done: goes before each line about a cluster that stands still.
+    """
     clusters.check(client, "client=")
     with clusters.using(client) as cluster:
-        get = dask.threaded.get if cluster is None else cluster.get
-        found: Sequence[Any] = get(dict(graph), list(keys))
+        found: Sequence[Any]
+        if cluster is None:
+            found = dask.threaded.get(dict(graph), list(keys))
+        else:
+            from rasteret_dask.net.watch import watched  # it imports distributed
+
+            with watched(cluster, graph, {key: key for key in graph if isinstance(key, str)}, subject):
+                found = cluster.get(dict(graph), list(keys))
     return found
 
 

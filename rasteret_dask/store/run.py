@@ -18,6 +18,8 @@ from distributed.system import MEMORY_LIMIT
 
 from rasteret_dask.errors import JobError, RasteretDaskError
 from rasteret_dask.net import clusters, remote
+from rasteret_dask.net.clusters import ClientLike
+from rasteret_dask.net.watch import watched
 from rasteret_dask.progress import Progress
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
@@ -39,7 +41,7 @@ def run_zarr(
     layout: Layout,
     url: str,
     functions: Functions,
-    client: Client | str | None,
+    client: ClientLike,
     progress: bool,
     on_error: str = "raise",
 ) -> None:
@@ -54,7 +56,8 @@ def run_zarr(
     functions
         The user's functions that the job names.
     client
-        A Dask client or a scheduler's address; None: the current client, else a cluster of this machine's size.
+        A Dask client or cluster, or a scheduler's address; None: the current client, else a cluster of this machine's
+        size.
     progress
         Whether to show how far it is.
     on_error
@@ -99,11 +102,16 @@ def _place(layout: Layout, url: str, on_error: str) -> str:
 def _submit(
     client: Client, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, total: int, url: str
 ) -> None:
-    futures: list[Future[Any]] = client.get(graph, sorted(wanted), sync=False, retries=1)
+    futures: list[Future[Any]] = []
     failed: dict[str, BaseException] = {}
+    names = {key: shard.name for key, shard in wanted.items()}
     try:
-        with Progress("shards", progress, total) as shown:
+        with (
+            Progress("shards", progress, total) as shown,
+            watched(client, graph, names, f"to_zarr {remote.redact(url)}", shown),
+        ):
             shown.step(total - len(wanted))
+            futures = client.get(graph, sorted(wanted), sync=False, retries=1)
             for future in as_completed(futures, loop=client.loop):
                 if future.status == "error":
                     failed[wanted[future.key].name] = future.exception()

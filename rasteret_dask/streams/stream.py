@@ -17,7 +17,7 @@ from rasteret_dask.streams.shardsource import OnThreads, ShardSource
 from rasteret_dask.tasks.batches import Arrays, Kind
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["Normalize", "Stream", "batches", "normalizer"]
 
@@ -39,7 +39,7 @@ def batches(
     reading: Reading,
     order: Order,
     epochs: int = 1,
-    client: Client | str | None = None,
+    client: ClientLike = None,
     prefetch: int = 2,
     normalize: Normalize | None = None,
 ) -> Stream:
@@ -110,7 +110,7 @@ class Stream(Iterator[Arrays]):
         reading: Reading,
         order: Order,
         epochs: int,
-        client: Client | str | None,
+        client: ClientLike,
         prefetch: int,
         normalize: Callable[[Arrays], Arrays] | None,
     ) -> None:
