@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import uuid
@@ -42,6 +43,8 @@ from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.screening import KEPT
 
 __all__ = ["compact"]
+
+_log = logging.getLogger(__name__)
 
 _COUNTS = ("requests", "bytes_fetched", "tiles_read", "gdal_fallback")
 """Columns of the manifest that say what reading cost."""
@@ -89,6 +92,7 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
         r["shard"]: r for r in computed(tasks, list(missing), client, f"compact {remote.redact(url)}")
     }
     tries = Counter(path.split("/")[2] for path in remote.listing(place) if path.startswith(f"{JOB}/tried/"))
+    _log.info("compact %s: %d shards written; committing", remote.redact(place), len(shards))
     _finish(opened, place, own, shards, _manifest(opened, shards, reports, tries))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["computed", "kept_sizes", "measured", "recalled", "remember"]
+
+_log = logging.getLogger(__name__)
 
 FAN = 16
 """Parts that one task puts together."""
@@ -127,6 +131,8 @@ def computed(
         What is being done: goes before each line about a cluster that stands still.
     """
     clusters.check(client, "client=")
+    begun = time.monotonic()
+    _log.info("%s: %d tasks begin", subject, len(graph))
     with clusters.using(client) as cluster:
         found: Sequence[Any]
         if cluster is None:
@@ -136,6 +142,7 @@ def computed(
 
             with watched(cluster, graph, {key: key for key in graph if isinstance(key, str)}, subject):
                 found = cluster.get(dict(graph), list(keys))
+    _log.info("%s: done in %.1f s", subject, time.monotonic() - begun)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from rasteret_dask.tasks.mapping import Functions
 from rasteret_dask.tasks.shards import lower, renamed
 
 __all__ = ["delayed_zarr", "run_zarr"]
+
+_log = logging.getLogger(__name__)
 
 MAX_LISTED = 10
 PROCESS_BYTES = 600e6
@@ -76,11 +79,14 @@ def run_zarr(
     done = prepare(layout, url)
     tasks, shards = _tasks(layout, url, functions, on_error)
     wanted = {key: shard for key, shard in shards.items() if shard.name not in done}
+    place = remote.redact(url)
+    _log.info("to_zarr %s: prepared; %d of %d shards are written", place, len(done), len(shards))
     if wanted:
         graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
         with clusters.using(client) as found, _or_local(found) as running:
             _submit(running, graph, wanted, progress, len(shards), url)
     lost = losses(commit(url, layout.job))
+    _log.info("to_zarr %s: committed", place)
     if progress and lost:
         sys.stderr.write(f"{lost}\n")
 
@@ -112,6 +118,7 @@ def _submit(
         ):
             shown.step(total - len(wanted))
             futures = client.get(graph, sorted(wanted), sync=False, retries=1)
+            _log.info("to_zarr %s: %d shards submitted", remote.redact(url), len(wanted))
             for future in as_completed(futures, loop=client.loop):
                 if future.status == "error":
                     failed[wanted[future.key].name] = future.exception()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +39,8 @@ GROUPS = "groups.json"
 
 REQUESTS = 16
 """Small objects under way at the same time."""
+
+_log = logging.getLogger(__name__)
 
 AUTO = json.dumps("auto")
 
@@ -166,7 +170,7 @@ def write_shard(
     """
     own = opened(job)
     base, shard = url.removesuffix(f"/{JOB}"), own.shard(*block)
-    requests = _requests(os.getpid())
+    requests, begun = _requests(os.getpid()), time.perf_counter()
     tried: Future[Any] = requests.submit(
         remote.put, remote.join(url, "tried", shard.name, uuid.uuid4().hex), b"1"
     )
@@ -174,6 +178,7 @@ def write_shard(
     objects: list[Future[Any]] = [
         requests.submit(_put, base, path, pieces) for path, pieces in _encoded(base, own, shard, joined, mark)
     ]
+    encoded = time.perf_counter()
     wait([tried, *objects])  # nothing of this attempt is on its way when the next one begins
     tried.result()
     report: dict[str, Any] = {
@@ -187,6 +192,8 @@ def write_shard(
         report[f"counts/{name}"] = dataset.attrs.get("counts", {})
         report[f"clipped/{name}"] = dataset.attrs.get("clipped", {})
         report[f"unreadable/{name}"] = dataset.attrs.get("unreadable", [])
+    report["seconds"] = _seconds(joined, encoded - begun, time.perf_counter() - encoded)
+    _log.debug("shard %s: %d chips, seconds %s", shard.name, report["chips"], report["seconds"])
     remote.put(remote.join(url, "done", f"{shard.name}.json"), json.dumps(report).encode())
     return report
 
@@ -209,6 +216,12 @@ def _encoded(
             pieces = _encoding(base, path, f"{job.digest} {mark}").encode(values)
             if pieces:
                 yield "/".join((path, number, *["0"] * (values.ndim - 1))), pieces
+
+
+def _seconds(joined: Mapping[str, xr.Dataset], encode: float, put: float) -> dict[str, float]:
+    """Return how long a shard's stages took; ``put`` is what the last objects took beyond the encoding."""
+    read = {f"read/{name}": dataset.attrs.get("seconds", 0.0) for name, dataset in joined.items()}
+    return {**read, "encode": round(encode, 3), "put": round(put, 3)}
 
 
 def _put(base: str, path: str, pieces: Sequence[Piece]) -> dict[str, Any]:
