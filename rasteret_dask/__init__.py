@@ -3,8 +3,12 @@
 The main path: :func:`build` makes a :class:`Collection`; ``merge``, ``subset``, ``harmonize``, ``join``
 and ``chips`` add steps to its plan; ``split`` and ``select`` choose chips; ``explain`` tells what would be done;
 ``to_zarr``, ``stream``, ``to_xarray`` and ``cube`` do it. :func:`open_chips` opens what was written.
+
+What happens is logged below ``logging.getLogger("rasteret_dask")``: a line a phase at INFO, a line a shard at DEBUG, a
+job that stands still at WARNING. Nothing is shown unless the application configures logging.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +130,10 @@ _MODULES = {
     "table.records": "RECORD_SCHEMA",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+# silent until an application says otherwise: logging.basicConfig(level="INFO")
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +36,8 @@ from rasteret_dask.table.rowgroups import hrefs
 from rasteret_dask.table.timing import half_open
 
 __all__ = ["build", "build_from_stac", "refresh"]
+
+_log = logging.getLogger(__name__)
 
 _TO_USER = 4  # frames from a warning to who called build
 
@@ -269,9 +273,16 @@ def _fill(
     order: Order, place: Shelf, before: Path | None, replaces: bool, progress: bool, known: Known | None
 ) -> Path:
     """Return the folder of a new table; of the old one, where a refresh finds nothing new."""
+    begun = time.monotonic()
+    _log.info("build %s: reading items", order.name)
     with place.filling() as folder:
         with Progress("items", progress) as shown:
             report = ingest(order.batches(), order.recipe(), folder / TABLE, shown, known)
+        _log.info(
+            "build %s: %d rows, %d of them new, %d items broken; headers of %d files read, %d failed; %.1f s",
+            order.name, report.rows, report.added, len(report.broken), report.files, report.failed,
+            time.monotonic() - begun,
+        )  # fmt: skip
         if known is not None and before is not None and not report.added:
             return before
         (folder / SAID).write_text(json.dumps(_said(order, report), indent=1))

@@ -11,13 +11,13 @@ import pyarrow as pa
 import xarray as xr
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
-from distributed import Client
 
 from rasteret_dask.chipping.chips import ChipSet, used_rows
 from rasteret_dask.chipping.steps import apply_step, plan_chips
 from rasteret_dask.chipsteps import ChipSteps
 from rasteret_dask.errors import StoreError
 from rasteret_dask.extras import needs
+from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.plan import Screen, Select
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.show import audit, explain
@@ -171,7 +171,7 @@ class Chips(ChipSteps):
     def to_zarr(
         self,
         store: str | os.PathLike[str],
-        client: Client | str | None = None,
+        client: ClientLike = None,
         compute: bool = True,
         progress: bool = True,
         compression: Compression = "auto",
@@ -184,7 +184,8 @@ class Chips(ChipSteps):
         store
             A local path or a URL of an object store.
         client
-            A Dask client or a scheduler's address; None: the current client, else a cluster of this machine's size.
+            A Dask client or cluster, or a scheduler's address; None: the current client, else a cluster of this
+            machine's size.
         compute
             False returns a lazy object: ``.compute()`` on any Dask scheduler writes and commits.
         progress
@@ -224,7 +225,7 @@ class Chips(ChipSteps):
         rank: int = 0,
         world_size: int = 1,
         pad: bool = False,
-        client: Client | str | None = None,
+        client: ClientLike = None,
         prefetch: int = 2,
         normalize: Normalize | bool | None = None,
         *,
@@ -253,7 +254,7 @@ class Chips(ChipSteps):
         pad
             Leave out nothing: repeat chips until all batches are full; ``padded`` marks them.
         client
-            A Dask client or a scheduler's address; None: the current client, else threads of this process.
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
         prefetch
             Batches made ahead. A stream from a cluster holds these and two more; threads hold, beside them, the
             shards that are read and mixed.
@@ -278,9 +279,7 @@ class Chips(ChipSteps):
         order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
         return batches(reading, order, epochs, client, prefetch, normalize or None)
 
-    def stats(
-        self, sample: int | None = None, client: Client | str | None = None, on_error: str = "raise"
-    ) -> Stats:
+    def stats(self, sample: int | None = None, client: ClientLike = None, on_error: str = "raise") -> Stats:
         """Measure the pixels of these chips in one pass: per source and band counts, moments, percentiles, classes.
 
         Parameters
@@ -288,7 +287,7 @@ class Chips(ChipSteps):
         sample
             Measure so many chips, chosen as by :meth:`sample`; None: all.
         client
-            A Dask client or a scheduler's address; None: the current client, else threads of this process.
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
         on_error
             As in :meth:`to_xarray`.
         """
@@ -298,7 +297,7 @@ class Chips(ChipSteps):
         remember(found, reading.digest, on_error)
         return found
 
-    def _reading(self, on_error: str, client: Client | str | None = None) -> Reading:
+    def _reading(self, on_error: str, client: ClientLike = None) -> Reading:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""
         make = partial(planned, self.job, self._layout.outputs, self._functions, on_error)
         if not self.job.screens:
@@ -307,7 +306,7 @@ class Chips(ChipSteps):
             self._sizes[on_error] = kept_sizes(make(), client)
         return make(sizes=self._sizes[on_error])
 
-    def save_plan(self, path: str | os.PathLike[str], client: Client | str | None = None) -> None:
+    def save_plan(self, path: str | os.PathLike[str], client: ClientLike = None) -> None:
         """Write the plan, JSON and Arrow tables, to a new folder, from which :func:`stream_from` reads it elsewhere.
 
         Parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from collections import Counter
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from dask._task_spec import Task
-from distributed import Client
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import JobError, PlanError, StoreError
 from rasteret_dask.formats import STORE
 from rasteret_dask.net import remote
+from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.measuring import computed
 from rasteret_dask.store import decode, ledger
@@ -39,13 +40,13 @@ from rasteret_dask.tasks.screening import KEPT
 
 __all__ = ["compact"]
 
+_log = logging.getLogger(__name__)
+
 _COUNTS = ("requests", "bytes_fetched", "tiles_read", "gdal_fallback")
 """Columns of the manifest that say what reading cost."""
 
 
-def compact(
-    store: str | os.PathLike[str], target: str | os.PathLike[str], client: Client | str | None = None
-) -> None:
+def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], client: ClientLike = None) -> None:
     """Write the kept chips of a store to another place, as a store of its own.
 
     Chips keep their order; shards are filled up. A split of which nothing is kept is left out. Called again after it
@@ -60,7 +61,7 @@ def compact(
     target
         A local path or a URL: an empty place, or one where this was begun.
     client
-        A Dask client or a scheduler's address; None: the current client, else threads of this process.
+        A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
 
     Raises
     ------
@@ -83,7 +84,8 @@ def compact(
     tasks: dict[Hashable, Any] = {
         k: Task(k, _copied, url, opened.digest, place, shard) for k, shard in names.items()
     }
-    computed(tasks, list(names), client)
+    computed(tasks, list(names), client, f"compact {remote.redact(place)}")
+    _log.info("compact %s: %d shards written; committing", remote.redact(place), len(chips.shards))
     found = ledger.restored(place, chips)
     reports = ledger.reports(place, found, chips.keys)
     lost = [shard.name for shard in chips.shards if shard.name not in reports]

@@ -26,7 +26,8 @@ from rasteret_dask.tasks.batches import Arrays
 
 if TYPE_CHECKING:
     import xarray as xr
-    from distributed import Client
+
+    from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["StoredChips", "open_chips"]
 
@@ -182,7 +183,7 @@ class StoredChips:
 
         return to_xarray(self.stored, lazy)
 
-    def stats(self, sample: int | None = None, client: Client | str | None = None) -> Stats:
+    def stats(self, sample: int | None = None, client: ClientLike = None) -> Stats:
         """Measure the pixels of these chips in one pass, or say what was measured before.
 
         What is found stays with the store, below ``_job/stats/``, where it can be written to.
@@ -192,7 +193,7 @@ class StoredChips:
         sample
             Measure so many chips, chosen as by :meth:`sample`; None: all.
         client
-            A Dask client or a scheduler's address; None: the current client, else threads of this process.
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
         """
         chips = self if sample is None else self.sample(sample)
         place = remote.join(self.stored.url, JOB, "stats", f"{chips.digest}.json")
@@ -222,7 +223,7 @@ class StoredChips:
         rank: int = 0,
         world_size: int = 1,
         pad: bool = False,
-        client: Client | str | None = None,
+        client: ClientLike = None,
         prefetch: int = 2,
         normalize: Normalize | bool | None = None,
         *,

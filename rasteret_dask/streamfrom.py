@@ -22,7 +22,7 @@ from rasteret_dask.tasks.mapping import Functions, outputs_of
 from rasteret_dask.tasks.shards import error_policy
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["save_plan", "stream_from"]
 
@@ -62,7 +62,7 @@ def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | 
 
 
 def stream_from(
-    address: str | Client | None,
+    address: ClientLike,
     plan: str | os.PathLike[str],
     batch_size: int,
     shuffle: int | None = None,
@@ -88,8 +88,8 @@ def stream_from(
     Parameters
     ----------
     address
-        The Dask scheduler's address, or a client; None: the current client (in a task: its worker's), else threads of
-        this process. A ``tls://`` address takes its certificates from Dask's configuration: see Notes.
+        The Dask scheduler's address, a client or a cluster; None: the current client (in a task: its worker's), else
+        threads of this process. A ``tls://`` address takes its certificates from Dask's configuration: see Notes.
     plan
         Where :meth:`Chips.save_plan` wrote the plan, or :meth:`Chips.to_zarr` a store.
     batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch, normalize, buffer

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -188,21 +187,18 @@ def test_a_batch_larger_than_the_split(tmp_path: Path) -> None:
 
 
 def test_a_cluster_without_workers_is_waited_for_and_that_is_said(
-    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("rasteret_dask.streams.clustersource.AGAIN_S", 0.5)
-    monkeypatch.setattr("rasteret_dask.streams.clustersource.LOOK_S", 0.1)
     port = free_port()
-    with ExitStack() as stack:
+    patience = {"rasteret_dask.watch.look": "100ms", "rasteret_dask.watch.no-workers": "500ms"}
+    with ExitStack() as stack, dask.config.set(patience):
         stack.enter_context(process(*scheduler(port)))
         stream = shards.stream(6, client=f"tcp://127.0.0.1:{port}")
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            taking = threading.Thread(target=lambda: found.append(ids_of(next(stream))))
-            found: list[list[str]] = []
-            taking.start()
-            until(lambda: any("no workers for" in str(w.message) for w in said))
-            stack.enter_context(process(*worker(port, tmp_path)))
-            taking.join(60)
+        taking = threading.Thread(target=lambda: found.append(ids_of(next(stream))))
+        found: list[list[str]] = []
+        taking.start()
+        until(lambda: "no workers for" in caplog.text)
+        stack.enter_context(process(*worker(port, tmp_path)))
+        taking.join(60)
         stream.close()
     assert found == [shards.ids()[:6]]

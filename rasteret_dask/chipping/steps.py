@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -43,6 +45,9 @@ FEW_LABELS = 20
 """Losses are reported per value of a user's column that has at most this many."""
 
 
+_log = logging.getLogger(__name__)
+
+
 def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = True) -> ChipSet:
     """Turn a plan that has a ``chips`` step into its chip table.
 
@@ -68,9 +73,12 @@ def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = Tru
             raise PlanError("plan", "no chips step", "chips(size) before this", "Call .chips(size) first.")
         steps.append(node)
         node = children(node)[0]
+    begun = time.monotonic()
     result = lay_chips(node, tables)
     for step in reversed(steps):
         result = apply_step(result, step, tables)
+    passed = time.monotonic() - begun
+    _log.info("plan: %d chips of %d sources, %.1f s", result.table.num_rows, len(result.sources), passed)
     return result
 
 

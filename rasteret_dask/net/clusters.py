@@ -1,4 +1,4 @@
-"""Which Dask cluster is meant: the one that is given, the current one, or none.
+"""Which Dask cluster is meant: the one in ``client=``, the current one, or none.
 
 ``distributed`` is imported only where there is a cluster: a process that reads by itself, such as a training
 worker, starts sooner without it.
@@ -9,55 +9,95 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, cast
+from urllib.parse import urlsplit
 
 import dask.config
 
 from rasteret_dask.errors import JobError, PlanError
+from rasteret_dask.net import remote
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["check", "meant", "using"]
+__all__ = ["ClientLike", "check", "meant", "using"]
+
+
+class HasScheduler(Protocol):
+    """A Dask cluster: ``LocalCluster``, ``KubeCluster``, ``GatewayCluster`` and others have no class in common."""
+
+    @property
+    def scheduler_address(self) -> str:
+        """Where clients connect."""
+
+
+ClientLike: TypeAlias = "Client | HasScheduler | str | None"
+"""What ``client=`` takes: a client, a cluster, a scheduler's address, or None for the current client."""
 
 
 def check(client: Any, subject: str) -> None:
-    """Raise PlanError where ``client`` is no Dask client, no address and not None."""
-    if client is None or isinstance(client, str):
+    """Raise PlanError where ``client`` is no Dask client, no cluster, no address and not None."""
+    if client is None or isinstance(client, str) or _is_cluster(client):
         return
-    known = sys.modules.get("distributed")
-    if known is None or not isinstance(client, known.Client):
-        raise PlanError(subject, repr(client), "a Dask client, a scheduler's address, or None")
+    loaded = sys.modules.get("distributed")
+    if loaded is None or not isinstance(client, loaded.Client):
+        raise PlanError(subject, repr(client), "a Dask client or cluster, a scheduler's address, or None")
 
 
-def meant(client: Client | str | None) -> tuple[Client | None, bool]:
+def _is_cluster(client: Any) -> TypeGuard[HasScheduler]:
+    """Tell whether ``Client(client)`` takes it for a cluster: not all of them are distributed's own class."""
+    loaded = sys.modules.get("distributed")
+    is_client = loaded is not None and isinstance(client, loaded.Client)
+    return not is_client and isinstance(getattr(client, "scheduler_address", None), str)
+
+
+def meant(client: ClientLike) -> tuple[Client | None, bool]:
     """Return the client that is meant, and whether it was made here and is to be closed.
 
     Parameters
     ----------
     client
-        A client, a scheduler's address, or None: the current client, where there is one.
+        A client; a cluster, such as ``LocalCluster``, ``KubeCluster`` or ``GatewayCluster``; a scheduler's address;
+        or None: the current client, where there is one.
 
     Raises
     ------
     JobError
-        When no scheduler answers, it wants certificates that this process does not have, or the client is closed.
+        When no scheduler answers, it wants certificates that this process does not have, or the client or cluster is
+        closed.
     """
     if client is None:
         return _current(), False
-    if not isinstance(client, str):
-        if client.status in ("closing", "closed"):
+    if isinstance(client, str):
+        _check_gateway(client)
+        _check_certificates(client)
+        subject, expected = f"scheduler {remote.redact(client)}", "a Dask scheduler that answers"
+    elif _is_cluster(client):
+        subject, expected = f"cluster {client!r:.100}", "one that runs"
+    else:
+        running = cast("Client", client)
+        if running.status in ("closing", "closed"):
             raise JobError(
-                "client", f"one that is {client.status}", "one that is connected", "Make a new Client."
+                "client", f"one that is {running.status}", "one that is connected", "Make a new Client."
             )
-        return client, False
+        return running, False
     from distributed import Client
 
-    _check_certificates(client)
     try:
         return Client(client, set_as_default=False), True
-    except (OSError, ValueError) as error:
-        raise JobError(f"scheduler {client}", str(error), "a Dask scheduler that answers") from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cluster that is closed
+        raise JobError(subject, str(error), expected) from error
+
+
+def _check_gateway(address: str) -> None:
+    """Raise JobError for an address of dask-gateway: only its own client has the cluster's certificate."""
+    if address.startswith("gateway://"):
+        name = urlsplit(address).path.strip("/") or "the cluster's name"
+        raise JobError(
+            f"scheduler {remote.redact(address)}", "an address of dask-gateway, which says nothing of its certificate",
+            "a cluster or a client of dask-gateway",
+            f"Give client=Gateway().connect({name!r}) (from dask_gateway import Gateway), or its get_client().",
+        )  # fmt: skip
 
 
 def _check_certificates(address: str) -> None:
@@ -79,22 +119,22 @@ def _check_certificates(address: str) -> None:
 
 
 @contextmanager
-def using(client: Client | str | None) -> Iterator[Client | None]:
+def using(client: ClientLike) -> Iterator[Client | None]:
     """Use the client that is meant, or None, for the length of a block."""
-    found, own = meant(client)
+    running, made_here = meant(client)
     try:
-        yield found
+        yield running
     finally:
-        if own and found is not None:
-            found.close()
+        if made_here and running is not None:
+            running.close()
 
 
 def _current() -> Client | None:
-    known = sys.modules.get("distributed")
-    if known is None:  # whoever has a client, or runs on a worker, has imported it
+    loaded = sys.modules.get("distributed")
+    if loaded is None:  # whoever has a client, or runs on a worker, has imported it
         return None
     try:
-        client: Client = known.get_client()
+        client: Client = loaded.get_client()
     except ValueError:  # there is none
         return None
     return client

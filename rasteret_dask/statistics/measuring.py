@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,11 @@ from rasteret_dask.streams.readings import Reading
 from rasteret_dask.tasks.batches import Arrays, Kind
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["computed", "kept_sizes", "measured", "recalled", "remember"]
+
+_log = logging.getLogger(__name__)
 
 FAN = 16
 """Parts that one task puts together."""
@@ -47,7 +51,7 @@ def recalled(*key: str) -> Stats | None:
 _Part = Callable[[Any, NDArray[np.int64] | None], Arrays]
 
 
-def measured(reading: Reading, client: Client | str | None = None) -> Stats:
+def measured(reading: Reading, client: ClientLike = None) -> Stats:
     """Measure all chips of what can be read: a task a shard, and a tree of tasks that put the parts together.
 
     Parameters
@@ -55,7 +59,7 @@ def measured(reading: Reading, client: Client | str | None = None) -> Stats:
     reading
         The chips.
     client
-        A Dask client or a scheduler's address; None: the current client, else threads of this process.
+        A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
 
     Raises
     ------
@@ -86,7 +90,7 @@ def _none() -> PlanError:
     return PlanError("stats", "no chip", "at least one", "Loosen keep, filter or select.")
 
 
-def kept_sizes(reading: Reading, client: Client | str | None = None) -> tuple[int, ...]:
+def kept_sizes(reading: Reading, client: ClientLike = None) -> tuple[int, ...]:
     """Return how many chips each shard has once its pixels are looked at.
 
     Parameters
@@ -115,16 +119,38 @@ def _on_shards(
 def computed(
     graph: Mapping[Hashable, Any],
     keys: Sequence[str],
-    client: Client | str | None,
+    client: ClientLike,
+    subject: str = "stats",
     reading: Reading | None = None,
 ) -> Sequence[Any]:
-    """Return the results of some keys: by a cluster, or by threads of this process where there is none."""
+    """Return the results of some keys: by a cluster, or by threads of this process where there is none.
+
+    Parameters
+    ----------
+    graph, keys
+        The tasks, and those whose results are wanted.
+    client
+        As in :func:`measured`.
+    subject
+        What is being done: goes before each line about a cluster that stands still.
+    reading
+        What the tasks read, whose signatures the workers need; None: nothing that is signed.
+    """
     clusters.check(client, "client=")
+    begun = time.monotonic()
+    _log.info("%s: %d tasks begin", subject, len(graph))
     with clusters.using(client) as cluster:
-        if cluster is not None and reading is not None:
-            reading.send_signatures(cluster)
-        get = dask.threaded.get if cluster is None else cluster.get
-        found: Sequence[Any] = get(dict(graph), list(keys))
+        found: Sequence[Any]
+        if cluster is None:
+            found = dask.threaded.get(dict(graph), list(keys))
+        else:
+            from rasteret_dask.net.watch import watched  # it imports distributed
+
+            with watched(cluster, graph, {key: key for key in graph if isinstance(key, str)}, subject):
+                if reading is not None:
+                    reading.send_signatures(cluster)
+                found = cluster.get(dict(graph), list(keys))
+    _log.info("%s: done in %.1f s", subject, time.monotonic() - begun)
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from rasteret_dask.store.storeread import Packed, fetch
 from rasteret_dask.tasks.batches import Arrays
 
 __all__ = ["HeldShard", "hold"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,12 @@ def hold(store: Stored, number: int) -> HeldShard:
     StoreError
         When an object is missing, damaged, or of another size than the manifest says.
     """
+    begun = time.perf_counter()
     opened, shard = store.map, store.shards[number]
     groups = opened.groups_of(shard)
     own = slice(store.offsets[number], store.offsets[number + 1])
     found = fetch(opened, shard, store.rows[own] - shard.start, {g.source: sampled(g.arrays) for g in groups})
+    _log.debug("shard %s: fetched in %.2f s", shard.name, time.perf_counter() - begun)
     arrays = {g.source: g.arrays for g in groups}
     names = {key: key[0] if key[1] == "pixels" else "/".join(key) for key in found}
     return HeldShard(

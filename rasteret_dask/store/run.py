@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from distributed.system import MEMORY_LIMIT
 
 from rasteret_dask.errors import JobError, RasteretDaskError, UnwritableStoreError
 from rasteret_dask.net import clusters, remote, signatures
+from rasteret_dask.net.clusters import ClientLike
+from rasteret_dask.net.watch import watched
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import ledger
 from rasteret_dask.store.layout import JOB, Layout
@@ -26,12 +29,14 @@ from rasteret_dask.store.manifest import losses
 from rasteret_dask.store.presence import forget_clients, present
 from rasteret_dask.store.write import commit, is_committed, prepare, write_shard
 from rasteret_dask.tasks.freezing import SHARD_BYTES
-from rasteret_dask.tasks.job import Shard
+from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, open_job
 from rasteret_dask.tasks.mapping import Functions
 from rasteret_dask.tasks.shards import lower, renamed
 
 __all__ = ["delayed_zarr", "run_zarr"]
+
+_log = logging.getLogger(__name__)
 
 MAX_LISTED = 10
 AGAIN = "-again"
@@ -44,7 +49,7 @@ def run_zarr(
     layout: Layout,
     url: str,
     functions: Functions,
-    client: Client | str | None,
+    client: ClientLike,
     progress: bool,
     on_error: str = "raise",
 ) -> None:
@@ -59,7 +64,8 @@ def run_zarr(
     functions
         The user's functions that the job names.
     client
-        A Dask client or a scheduler's address; None: the current client, else a cluster of this machine's size.
+        A Dask client or cluster, or a scheduler's address; None: the current client, else a cluster of this machine's
+        size.
     progress
         Whether to show how far it is.
     on_error
@@ -80,14 +86,16 @@ def run_zarr(
     done = prepare(layout, url)
     tasks, shards = _tasks(layout, url, functions, on_error)
     wanted = {key: shard for key, shard in shards.items() if shard.name not in done}
+    place = remote.redact(url)
+    _log.info("to_zarr %s: prepared; %d of %d shards are written", place, len(done), len(shards))
     with present(url):
         if wanted:
             graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
             with clusters.using(client) as found, _or_local(found) as running:
-                signatures.send(running, layout.job.hrefs(), layout.job.signed)
-                _submit(running, graph, wanted, progress, len(shards), url)
+                _submit(running, graph, wanted, progress, layout.job, url)
         lost = losses(commit(url, layout.job, layout))
         forget_clients(url)
+    _log.info("to_zarr %s: committed", place)
     if progress and lost:
         sys.stderr.write(f"{lost}\n")
 
@@ -113,14 +121,16 @@ def _place(layout: Layout, url: str, on_error: str) -> str:
 
 
 def _submit(
-    client: Client, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, total: int, url: str
+    client: Client, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, job: Job, url: str
 ) -> None:
     """Wait for the tasks of all shards; what is written needs no future any more, as its report is in the store."""
     scheduler = str(getattr(client.scheduler, "address", "that is gone"))
     roots = {key: task for key, task in graph.items() if key not in wanted}
     shards = dict(wanted)
+    names = {key: shard.name for key, shard in wanted.items()}
     futures: dict[str, Future[Any]] = {}
     failed: dict[str, BaseException] = {}
+    total = sum(1 for _ in job.shards())
     done = total - len(wanted)
 
     def send(tasks: dict[Any, Any], keys: Sequence[str]) -> list[Future[Any]]:
@@ -129,9 +139,14 @@ def _submit(
         return sent
 
     try:
-        waiting = as_completed(send(graph, sorted(wanted)), loop=client.loop)
-        with Progress("shards", progress, total) as shown:
+        with (
+            Progress("shards", progress, total) as shown,
+            watched(client, graph, names, f"to_zarr {remote.redact(url)}", shown),
+        ):
             shown.step(done)
+            signatures.send(client, job.hrefs(), job.signed)
+            waiting = as_completed(send(graph, sorted(wanted)), loop=client.loop)
+            _log.info("to_zarr %s: %d shards submitted", remote.redact(url), len(wanted))
             for future in waiting:
                 shard = shards[future.key]
                 if future.status == "cancelled":
@@ -143,7 +158,7 @@ def _submit(
                     if _may_pass(error) and not future.key.endswith(AGAIN):
                         # not by Dask's retries, which cannot tell errors apart; the new key runs behind the others
                         key = f"{future.key}{AGAIN}"
-                        shards[key] = shard
+                        shards[key], names[key] = shard, shard.name
                         waiting.update(send({**roots, key: graph[future.key].substitute({}, key=key)}, [key]))
                     else:
                         failed[shard.name] = error

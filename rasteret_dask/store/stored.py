@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +24,8 @@ from rasteret_dask.store.storeread import read_rows
 from rasteret_dask.tasks.batches import Arrays
 
 __all__ = ["Stored", "facts", "finite", "read_shard", "sampled", "take"]
+
+_log = logging.getLogger(__name__)
 
 OWN = ("valid_fraction", "source")
 """Variables that shards' tasks write and samples do not carry."""
@@ -237,7 +241,10 @@ def read_shard(store: Stored, number: int) -> Arrays:
     number
         Place of the shard among ``store.shards``.
     """
-    return take(store, np.arange(store.offsets[number], store.offsets[number + 1]))
+    begun = time.perf_counter()
+    chips = take(store, np.arange(store.offsets[number], store.offsets[number + 1]))
+    _log.debug("shard %s: read and decoded in %.2f s", store.shards[number].name, time.perf_counter() - begun)
+    return chips
 
 
 def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:

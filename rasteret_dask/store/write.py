@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from rasteret_dask.tasks.jobfile import JobRef, job_objects, opened
 from rasteret_dask.tasks.screening import KEPT
 
 __all__ = ["commit", "is_committed", "prepare", "write_shard"]
+
+_log = logging.getLogger(__name__)
 
 AUTO = json.dumps("auto")
 
@@ -158,7 +162,7 @@ def write_shard(
     """
     frozen = opened(job)
     base, shard = url.removesuffix(f"/{JOB}"), frozen.shard(*block)
-    requests = ledger.requests()
+    requests, begun = ledger.requests(), time.perf_counter()
     attempt = requests.submit(ledger.tried, base, shard.name, frozen.digest)
     puts: list[Future[Any]] = []
     try:
@@ -166,6 +170,7 @@ def write_shard(
         for path, pieces in _encoded(base, frozen, shard, joined, mark):
             attempt.result()  # later runs know the objects by it
             puts.append(requests.submit(_put, base, path, pieces))
+        encoded = time.perf_counter()
     finally:
         wait([attempt, *puts])  # nothing of this attempt is on its way when the next one begins
     report: dict[str, Any] = {
@@ -178,6 +183,8 @@ def write_shard(
         report[f"counts/{name}"] = dataset.attrs.get("counts", {})
         report[f"clipped/{name}"] = dataset.attrs.get("clipped", {})
         report[f"unreadable/{name}"] = dataset.attrs.get("unreadable", [])
+    report["seconds"] = _seconds(joined, encoded - begun, time.perf_counter() - encoded)
+    _log.debug("shard %s: %d chips, seconds %s", shard.name, report["chips"], report["seconds"])
     return ledger.done(base, shard.name, frozen.digest, attempt.result(), report)
 
 
@@ -199,6 +206,12 @@ def _encoded(
             pieces = _encoding(base, path, f"{job.digest} {mark}").encode(values)
             if pieces:
                 yield "/".join((path, number, *["0"] * (values.ndim - 1))), pieces
+
+
+def _seconds(joined: Mapping[str, xr.Dataset], encode: float, put: float) -> dict[str, float]:
+    """Return how long a shard's stages took; ``put`` is what the last objects took beyond the encoding."""
+    read = {f"read/{name}": dataset.attrs.get("seconds", 0.0) for name, dataset in joined.items()}
+    return {**read, "encode": round(encode, 3), "put": round(put, 3)}
 
 
 def _put(base: str, path: str, pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from distributed.threadpoolexecutor import thread_state
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import JobError, PlanError
+from rasteret_dask.net.watch import Watch
+from rasteret_dask.progress import Progress
 from rasteret_dask.streams.readings import Reading
 from rasteret_dask.tasks.batches import Arrays, InMemory, Part
 
@@ -94,8 +96,15 @@ class OnCluster:
         self._held: list[DaskFuture[Any]] = []
         self._open: dict[int, _Part] = {}
         self._restricted, self._generation, self._threads, self._lost = frozenset[str](), 0, 1, 0
-        self._looked = self._bare = 0.0  # when workers were looked at; since when none of them may read
-        self._empty = 0.0  # since when there are none at all; infinite once that was said
+        self._looked = self._bare = self._watched = (
+            0.0  # when workers were looked at; since when none of them may read
+        )
+        self._shards: dict[str, str] = {}  # the shards' tasks that were sent
+        self._watch = Watch(
+            client, f"stream from {self._address}", self._shards, Progress("shards", shown=False)
+        )
+        with self._watch.looking():
+            self._watch.admit({**self._roots, **dict(self._tasks[:1]), "part": Task("part", self._part)})
         self._settle()
         _leave_pool(self._restricted)
         self.ahead = -(-self._threads // share) + 1
@@ -105,6 +114,7 @@ class OnCluster:
     def submit(self, shard: int, rows: Sequence[NDArray[np.int64]]) -> list[Any]:
         """Send a shard's task and those of its parts."""
         parts = [_Part(shard, own) for own in rows]
+        self._watch.moved()  # whoever consumed meanwhile waited for nothing
         self._look()
         self._open.update((id(part), part) for part in parts)
         if self.client.status == "running":
@@ -134,6 +144,7 @@ class OnCluster:
                 "Look at their logs, and at explain() for the memory that a task needs. ",
             ) from error  # fmt: skip
         self._lost = 0
+        self._watch.moved()
         for part in handles:
             del self._open[id(part)]
             part.future.release()
@@ -190,6 +201,7 @@ class OnCluster:
         for root in self._held:
             root.release()
         self._held.clear()
+        self._watch.leave()
         if self._owned:
             self.client.close()
 
@@ -218,6 +230,7 @@ class OnCluster:
             key = f"{key}-{self._generation}"
             task = task.substitute(self._names(), key=key)
         graph: dict[Hashable, Any] = {key: task}
+        self._shards[key] = f"shard {shard}"
         names = {}
         for part in parts:
             name = f"part-{self._token}-{next(self._numbers)}"
@@ -258,11 +271,15 @@ class OnCluster:
 
     def _look(self) -> None:
         """See from time to time which workers may read; where all that tasks wait for are gone, ask again."""
-        if time.monotonic() - self._looked < LOOK_S or self.client.status != "running":
+        every_s = min(LOOK_S, self._watch.patience.look_s)
+        if time.monotonic() - self._looked < every_s or self.client.status != "running":
             return
         before = self._restricted
         try:
             workers = self._settle()
+            if self._looked - self._watched > self._watch.patience.look_s:
+                self._watched = self._looked
+                self._watch.look()
         except CommClosedError:
             return  # whoever waits for parts will hear of it
         if workers and before and not before & workers and not self._bare:
@@ -273,7 +290,6 @@ class OnCluster:
         self._looked = time.monotonic()
         workers = self.client.scheduler_info(n_workers=-1)["workers"]
         readers = {a for a, own in workers.items() if TRAIN not in own.get("resources", {})}
-        self._say_empty(bool(workers))
         if workers and not readers:
             self._bare = self._bare or self._looked
             if not self._open or self._looked - self._bare > AGAIN_S:
@@ -288,19 +304,6 @@ class OnCluster:
         self._restricted = frozenset(readers) if len(readers) < len(workers) else frozenset()
         self._threads = max(1, sum(int(workers[a]["nthreads"]) for a in readers))
         return set(workers)
-
-    def _say_empty(self, workers: bool) -> None:
-        """Warn once of a cluster that stays without workers: they may be on their way."""
-        if workers:
-            self._empty = 0.0
-        elif not self._empty:
-            self._empty = self._looked
-        elif self._looked - self._empty > AGAIN_S:
-            self._empty = math.inf
-            warnings.warn(
-                f"stream from {self._address}: no workers for {AGAIN_S:.0f} s; it goes on once there are some.",
-                stacklevel=2,
-            )
 
     def _reachable(self, start: bool = True) -> bool:
         """Tell whether workers can be reached from here; later on, one that does not answer may just be dying."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,11 @@ from rasteret_dask.streams.shardsource import OnThreads, ShardSource
 from rasteret_dask.tasks.batches import Arrays, Kind
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["Normalize", "Stream", "batches", "normalizer"]
+
+_log = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -39,7 +42,7 @@ def batches(
     reading: Reading,
     order: Order,
     epochs: int = 1,
-    client: Client | str | None = None,
+    client: ClientLike = None,
     prefetch: int = 2,
     normalize: Normalize | None = None,
 ) -> Stream:
@@ -110,7 +113,7 @@ class Stream(Iterator[Arrays]):
         reading: Reading,
         order: Order,
         epochs: int,
-        client: Client | str | None,
+        client: ClientLike,
         prefetch: int,
         normalize: Callable[[Arrays], Arrays] | None,
     ) -> None:
@@ -143,6 +146,8 @@ class Stream(Iterator[Arrays]):
     def __next__(self) -> Arrays:
         with self._taking:  # threads may take turns
             if self._position >= len(self):
+                if self._shelf is not None:
+                    _log.info("%r: ended", self)
                 self.close()
                 raise StopIteration
             shelf = self._shelf or self._start()
@@ -270,6 +275,7 @@ class Stream(Iterator[Arrays]):
             raise
         self._finalizer = weakref.finalize(self, shelf.stop)  # the thread holds no stream
         self._shelf = shelf
+        _log.info("%r: reading begins, %s", self, type(source).__name__)
         return shelf
 
     def __repr__(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.jobfile import plan_json
 
 __all__ = ["SHARD_BYTES", "freeze", "task_bytes"]
+
+_log = logging.getLogger(__name__)
 
 SHARD_BYTES = 128 * 2**20
 """Output of one task over all sources, at most (a single chip may be larger)."""
@@ -56,6 +60,8 @@ def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
         *chips.screens,
         *([chips.spec.labels, chips.spec.rasterize, chips.reference] if chips.labels else []),
     )
+    shards = sum(h.shards for h in hierarchies)
+    _log.info("plan: %d chips in %d shards of at most %d chips", table.num_rows, shards, per_shard)
     return Job(
         plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.screens, chips.labels
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +35,9 @@ __all__ = [
 ]
 
 
+_log = logging.getLogger(__name__)
+
+
 def members_of(job: Job, shard: Shard, source: int) -> list[Harmonized]:
     """Return the lazy windows of each member of one source that a shard's chips need."""
     plan = job.sources[source]
@@ -53,10 +58,19 @@ def merged(
     -------
     xarray.Dataset
         ``pixels`` (chip, time, band, y, x); ``valid`` (chip, time, y, x) for integer pixels; ``valid_fraction``,
-        ``datetime`` and ``source`` (chip, time); counts of what was read in its attributes.
+        ``datetime`` and ``source`` (chip, time); counts of what was read, and the seconds that it took, in its
+        attributes.
     """
+    begun = time.perf_counter()
     chips = Picking(job, shard, source, members).read(on_error, into)
-    return dataset_of(job, shard, source, chips)
+    dataset = dataset_of(job, shard, source, chips)
+    dataset.attrs["seconds"] = round(time.perf_counter() - begun, 3)
+    _log.debug(
+        "shard %s: read %d chips of %s in %.2f s, %d requests of %d bytes",
+        shard.name, shard.stop - shard.start, job.sources[source].name, dataset.attrs["seconds"],
+        chips.counts.requests, chips.counts.bytes_fetched,
+    )  # fmt: skip
+    return dataset
 
 
 def dataset_of(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
