@@ -1,8 +1,9 @@
-"""Real data, and a small web server that answers ranges."""
+"""What tests share: real data, one made-up world, processes that start fast, and a web server that answers ranges."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import threading
@@ -11,13 +12,39 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import dask
+import locket
 import pytest
+from distributed.utils import get_mp_context
 from servers import RangeServer, serving
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World, WorldSize, make_world
 
 DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+PRELOADED = (
+    "distributed", "distributed.nanny", "distributed.worker", "pandas", "xarray", "rasteret_dask.building",
+    "rasteret_dask.chipset", "rasteret_dask.store.run", "rasteret_dask.storeset", "rasteret_dask.streamfrom",
+    "rasteret_dask.torchdata",
+)  # fmt: skip
+"""Imported once, by the process that workers of this run are forked from; without torch, all but the last."""
+
+
+def pytest_configure() -> None:
+    """Let Dask's workers be forks of one process that has imported everything, rather than import it for 4 s each.
+
+    Such a worker has the environment of the time when the first one was started. A test that sets environment
+    variables for its workers asks for new processes: ``dask.config.set(NEW_PROCESSES)``.
+    """
+    forks = {key: "forkserver" for key in NEW_PROCESSES}
+    dask.config.set(forks)
+    get_mp_context().set_forkserver_preload(list(PRELOADED))
+
+
+NEW_PROCESSES = {"distributed.worker.multiprocessing-method": "spawn", "multiprocessing.context": "spawn"}
+"""Dask's own defaults."""
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +56,30 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Return a made-up world of 5 x 3.6 km: two overlapping granules, four passes, three Landsat scenes."""
-    return make_world(tmp_path_factory.mktemp("small"), size=WorldSize(300, 360, 198, tile_px=128))
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that all processes of this run share: what one of them has made, the others use."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="session")
+def small_world(common: Path) -> Iterator[World]:
+    """Return a made-up world of 5 x 3.6 km: two overlapping granules, four passes, three Landsat scenes.
+
+    It is made once a run, and no test changes it (one that would takes a copy): that is checked at the end.
+    """
+    folder = common / "small-world"
+    with locket.lock_file(f"{folder}.lock"):
+        world = make_world(folder, size=WorldSize(300, 360, 198, tile_px=128))
+    before = digests(folder)
+    yield world
+    assert digests(folder) == before, "a test has changed the world that all tests share"
 
 
 @pytest.fixture(scope="session")

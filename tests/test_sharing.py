@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -30,7 +31,7 @@ from test_reader import own_grid, read, write
 from test_real_data import table_of
 
 import rasteret_dask as rd
-from rasteret_dask.demo.world import WorldSize, make_world
+from rasteret_dask.demo.world import World
 from rasteret_dask.errors import RasteretDaskError, ReadError
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import BUDGET
@@ -348,10 +349,12 @@ def test_whatever_the_href_the_error_is_typed_and_names_the_record(
 # Masked, where asked for
 
 
-def test_what_hides_under_clouds_is_invalid_where_the_cloud_band_cannot_be_read(tmp_path: Path) -> None:
+def test_what_hides_under_clouds_is_invalid_where_the_cloud_band_cannot_be_read(
+    small_world: World, tmp_path: Path
+) -> None:
     """A pixel that may be cloud is not clear because nobody could look."""
-    world = make_world(tmp_path, size=WorldSize(300, 360, 198, tile_px=128))
-    s2 = rd.build_from_stac(world.sentinel2, name="s2", date_range=("2024-04-01", "2024-06-30"))
+    folder = Path(shutil.copytree(small_world.sentinel2.parent, tmp_path / "s2"))
+    s2 = rd.build_from_stac(folder / "collection.json", name="s2", date_range=("2024-04-01", "2024-06-30"))
     even = s2.harmonize(bands=["red"], resolution=10, time="1MS", mask="clouds")
     chips = even.chips(size=64, cell_km=2.56)
     clean = chips.load()
