@@ -38,7 +38,7 @@ def pytest_configure() -> None:
     Such a worker has the environment of the time when the first one was started. A test that sets environment
     variables for its workers asks for new processes: ``dask.config.set(NEW_PROCESSES)``.
     """
-    forks = {key: "forkserver" for key in NEW_PROCESSES}
+    forks = dict.fromkeys(NEW_PROCESSES, "forkserver")
     dask.config.set(forks)
     get_mp_context().set_forkserver_preload(list(PRELOADED))
 

@@ -6,6 +6,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from waiting import PATIENCE_S
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -33,7 +34,7 @@ def test_runs_without_a_warning(path: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's profile
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     notebook = read(path)
-    NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=PATIENCE_S, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = [
         output.text
         for cell in notebook.cells
