@@ -12,10 +12,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import dask
 import locket
 import pytest
-from distributed.utils import get_mp_context
+from processes import fork_from_one
 from servers import RangeServer, serving
 
 import rasteret_dask as rd
@@ -24,27 +23,9 @@ from rasteret_dask.demo.world import World, WorldSize, make_world
 DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-PRELOADED = (
-    "distributed", "distributed.nanny", "distributed.worker", "pandas", "xarray", "rasteret_dask.building",
-    "rasteret_dask.chipset", "rasteret_dask.store.run", "rasteret_dask.storeset", "rasteret_dask.streamfrom",
-    "rasteret_dask.torchdata",
-)  # fmt: skip
-"""Imported once, by the process that workers of this run are forked from; without torch, all but the last."""
-
-
 def pytest_configure() -> None:
-    """Let Dask's workers be forks of one process that has imported everything, rather than import it for 4 s each.
-
-    Such a worker has the environment of the time when the first one was started. A test that sets environment
-    variables for its workers asks for new processes: ``dask.config.set(NEW_PROCESSES)``.
-    """
-    forks = dict.fromkeys(NEW_PROCESSES, "forkserver")
-    dask.config.set(forks)
-    get_mp_context().set_forkserver_preload(list(PRELOADED))
-
-
-NEW_PROCESSES = {"distributed.worker.multiprocessing-method": "spawn", "multiprocessing.context": "spawn"}
-"""Dask's own defaults."""
+    """Start the workers of Dask clusters in the short way; a test that needs the long one asks for it."""
+    fork_from_one()
 
 
 @pytest.fixture(scope="session")
