@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that tests are spread over; a file's tests stay together, in the order of the files.
+JOBS ?= 2
+PYTEST := -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -32,7 +35,7 @@ types: $(VENV)/.test-installed  ## mypy, strict
 	@$(BIN)/mypy
 
 pytest: $(VENV)/.test-installed  ## The tests alone, e.g. make pytest ARGS="-k grid"
-	@$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	@$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
 bench: $(VENV)/.bench-installed  ## The benchmark against the peers, e.g. make bench ARGS="--jobs J1 --runs 5 --write"
 	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)

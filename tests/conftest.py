@@ -1,8 +1,9 @@
-"""Real data, and a small web server that answers ranges."""
+"""What tests share: real data, one made-up world, processes that start fast, and a web server that answers ranges."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import threading
@@ -11,13 +12,20 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import locket
 import pytest
+from processes import fork_from_one
 from servers import RangeServer, serving
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World, WorldSize, make_world
 
 DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_configure() -> None:
+    """Start the workers of Dask clusters in the short way; a test that needs the long one asks for it."""
+    fork_from_one()
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +37,30 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Return a made-up world of 5 x 3.6 km: two overlapping granules, four passes, three Landsat scenes."""
-    return make_world(tmp_path_factory.mktemp("small"), size=WorldSize(300, 360, 198, tile_px=128))
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that all processes of this run share: what one of them has made, the others use."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="session")
+def small_world(common: Path) -> Iterator[World]:
+    """Return a made-up world of 5 x 3.6 km: two overlapping granules, four passes, three Landsat scenes.
+
+    It is made once a run, and no test changes it (one that would takes a copy): that is checked at the end.
+    """
+    folder = common / "small-world"
+    with locket.lock_file(f"{folder}.lock"):
+        world = make_world(folder, size=WorldSize(300, 360, 198, tile_px=128))
+    before = digests(folder)
+    yield world
+    assert digests(folder) == before, "a test has changed the world that all tests share"
 
 
 @pytest.fixture(scope="session")

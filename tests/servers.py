@@ -50,6 +50,10 @@ class Fault:
     """The header of that name: seconds or an HTTP date."""
     delay_s: float = 0.0
     """Waited before the first byte."""
+    together: int = 0
+    """No answer begins before so many requests have waited for theirs at once."""
+    hold: Event | None = None
+    """No answer begins before it is set."""
     cut: bool = False
     """The whole length is announced, half of it is sent, and the connection is closed."""
     stall_s: float = 0.0
@@ -193,6 +197,14 @@ class RangeServer:
         """Wait, but not longer than the server runs."""
         self._stopping.wait(seconds)
 
+    def wait_for(self, fault: Fault) -> None:
+        """Wait for all that an answer has to wait for, but not longer than the server runs."""
+        while self.most < fault.together and not self._stopping.is_set():
+            self._stopping.wait(0.01)
+        while fault.hold is not None and not self._stopping.is_set() and not fault.hold.wait(0.05):
+            pass
+        self.wait(fault.delay_s)
+
 
 @contextmanager
 def serving(folder: Path) -> Iterator[RangeServer]:
@@ -256,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
             version = fault.etag or (f'"{file.stat().st_mtime_ns:x}-{size:x}"' if there else "")
             status = fault.status or self._status(there, first, size, version)
             self.owner.note(Asked(self.command, path, first, last, status))
-            self.owner.wait(fault.delay_s)
+            self.owner.wait_for(fault)
         if status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
             self._refuse(status, fault, size)
             return

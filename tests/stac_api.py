@@ -296,7 +296,7 @@ class StacServer:
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
-        until = time.monotonic() + 20
+        until = time.monotonic() + 600
         while not self._server.started:
             if time.monotonic() > until or not self._thread.is_alive():
                 raise RuntimeError("the STAC API did not start")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,11 +143,3 @@ def in_small_shards(chips: rd.Chips) -> Reading:
     found = planned(layout.job, layout.outputs, {})
     assert len(found.sizes) > 8
     return found
-
-
-def until(what: Callable[[], Any], seconds: float = 20) -> None:
-    """Wait for something that comes by itself."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)

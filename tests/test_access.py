@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import rasterio
 from rasterio.transform import Affine
+from waiting import PATIENCE_S
 
 from rasteret_dask.catalogs import access, pctokens
 from rasteret_dask.errors import ReadError
@@ -191,7 +192,7 @@ def test_gdal_reads_the_signed_file(azure: Azure) -> None:
     code = "import sys, rasterio; print(rasterio.open(sys.argv[1]).read().sum())"
     command = [sys.executable, "-c", code, opened]
     quiet = {**os.environ, **options, "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
-    done = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert int(done.stdout) == 7 * 81
     assert "geheim" not in remote.redact(f"cannot open {opened}: 403")
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from rasterio.transform import Affine
 from servers import Fault, RangeServer, serving
 from shapely.geometry import mapping
 from stac_api import ApiFault, Dict, StacServer, changed, generated, serving_stac
+from waiting import PATIENCE_S, until
 
 import rasteret_dask as rd
 from rasteret_dask.building import build, build_from_stac, refresh
@@ -539,14 +539,14 @@ def _make_in_process(url: str, cache: str, start: Any, results: Any) -> None:
 
 
 def test_two_processes_end_with_one_good_table(api: StacServer, own_cache: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     start, results = context.Event(), context.Queue()
     arguments = (api.url, str(own_cache), start, results)
     both = [context.Process(target=_make_in_process, args=arguments) for _ in range(2)]
     for process in both:
         process.start()
     start.set()
-    told = [results.get(timeout=120) for _ in both]
+    told = [results.get(timeout=PATIENCE_S) for _ in both]
     for process in both:
         process.join()
     assert told[0] == told[1]
@@ -562,7 +562,7 @@ def test_a_killed_build_never_looks_finished(
 
     def wait(n: int, page: Dict) -> Dict:
         if n >= 3:
-            gate.wait(30)
+            gate.wait(PATIENCE_S)
         return page
 
     api.fault(ApiFault(change=wait))
@@ -571,9 +571,7 @@ def test_a_killed_build_never_looks_finished(
         f"build({ID!r}, bbox={BOX!r}, date_range={DATES!r}, stac_api={api.url!r}, headers=False, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
-    until = time.monotonic() + 60
-    while not list(own_cache.rglob("*.arrow")) and time.monotonic() < until:
-        time.sleep(0.02)
+    until(lambda: list(own_cache.rglob("*.arrow")))
     process.send_signal(signal.SIGKILL)
     process.wait()
     gate.set()

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+from waiting import PATIENCE_S
 
 from rasteret_dask.catalogs import catalog
 from rasteret_dask.catalogs.bands import Band, Dataset, radiometry
@@ -126,7 +127,7 @@ def test_every_process_sees_the_same(own: Path) -> None:
     )
     ran = [
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S
         ).stdout
         for _ in range(2)
     ]
@@ -398,14 +399,14 @@ def _register_some(start: Any, path: str, who: int) -> None:
 
 
 def test_processes_at_once_lose_nothing(own: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager:
+    forks = multiprocessing.get_context("forkserver")
+    with forks.Manager() as manager:
         start = manager.Barrier(3)
-        writers = [spawn.Process(target=_register_some, args=(start, str(own), who)) for who in range(3)]
+        writers = [forks.Process(target=_register_some, args=(start, str(own), who)) for who in range(3)]
         for writer in writers:
             writer.start()
         for writer in writers:
-            writer.join(120)
+            writer.join(PATIENCE_S)
             assert writer.exitcode == 0
     own_ids = set(catalog.catalog().entries) - IDS
     assert own_ids == {f"me/{who}-{n}" for who in range(3) for n in range(6)}

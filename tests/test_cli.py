@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from rasteret_dask import __version__
 from rasteret_dask.cli import main
@@ -15,7 +16,7 @@ SCRIPT = "import sys; from rasteret_dask.cli import main; sys.exit(main())"
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, warnings as errors of ours shown on stderr."""
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 def test_version_ends_well() -> None:

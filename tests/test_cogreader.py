@@ -24,6 +24,7 @@ from rasterio.errors import RasterioIOError
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 from stackstac.raster_spec import RasterSpec
+from waiting import PATIENCE_S
 
 import rasteret_dask as rd
 from rasteret_dask.errors import GridError, ReadError, TrustError
@@ -605,7 +606,7 @@ def test_headers_used_least_recently_are_dropped(
 class meeting:  # noqa: N801
     """A server of ranges that answers for pixels only once ``due`` requests for them wait together.
 
-    Entered, it gives its base URL and the ranges it was asked for; whoever waits for half a minute is refused.
+    Entered, it gives its base URL and the ranges it was asked for; whoever waits in vain is refused.
     """
 
     def __init__(self, folder: Path, due: int) -> None:
@@ -623,7 +624,7 @@ class meeting:  # noqa: N801
                 asked.append((self.path, low))
                 if low:
                     try:
-                        together.wait(30)
+                        together.wait(PATIENCE_S)
                     except threading.BrokenBarrierError:
                         self.send_error(400)
                         return

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,17 @@ def closed(schema: Document) -> Document:
     return out
 
 
+@cache
 def custom_schemas() -> dict[tuple[str, str], Document]:
-    """Return the operator's schemas by (apiVersion, kind); its files are read, it is not imported."""
+    """Return the operator's schemas by (apiVersion, kind); its files are read, it is not imported.
+
+    They are a megabyte of YAML: parsed by libyaml, and not before a test needs them.
+    """
     schemas = {}
     for file in importlib.metadata.files("dask-kubernetes") or ():
         if file.parent.name != "crds" or file.suffix != ".yaml":
             continue
-        crd = yaml.safe_load(Path(str(file.locate())).read_text())
+        crd = yaml.load(Path(str(file.locate())).read_text(), yaml.CSafeLoader)
         for version in crd["spec"]["versions"]:
             schema = closed(version["schema"]["openAPIV3Schema"])
             # every object has these three, whatever its schema says
@@ -82,12 +87,9 @@ def custom_schemas() -> dict[tuple[str, str], Document]:
     return schemas
 
 
-CUSTOM = custom_schemas()
-
-
 def problems(document: Document) -> list[str]:
     """Say what the API server would refuse."""
-    schema = CUSTOM.get((document["apiVersion"], document["kind"]))
+    schema = custom_schemas().get((document["apiVersion"], document["kind"]))
     if schema is not None:
         errors = jsonschema.Draft202012Validator(schema).iter_errors(document)
         return sorted(f"{error.json_path}: {error.message}" for error in errors)
@@ -113,7 +115,7 @@ def made_by_operator() -> Iterator[Document]:
 
 
 def test_schemas_of_the_operator_are_found() -> None:
-    assert ("kubernetes.dask.org/v1", "DaskCluster") in CUSTOM
+    assert ("kubernetes.dask.org/v1", "DaskCluster") in custom_schemas()
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)

@@ -16,6 +16,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from waiting import PATIENCE_S
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
@@ -137,7 +138,7 @@ def test_other_implementations_read_the_same(tmp_path: Path, reader: str) -> Non
             places.append(str(folder))
     script = f"reader = {READERS[reader]!r}\n{COMPARE}"
     done = subprocess.run(
-        [sys.executable, "-c", script, *places], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, *places], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.stdout.strip() == f"equal {len(places)}", done.stderr[-3000:]
 

@@ -29,6 +29,7 @@ from servers import Asked, Fault, RangeServer
 from test_reader import X0, Y0, assert_same, coordinates, oracle, own_grid, padded, read, write
 from test_real_data import table_of
 from test_write import layout_of
+from waiting import PATIENCE_S, held_for
 
 import rasteret_dask as rd
 from rasteret_dask.catalogs.bands import Radiometry
@@ -502,7 +503,7 @@ def together(*batches: Sequence[Request]) -> list[list[Block] | BaseException]:
     start = Barrier(len(batches))
 
     def one(batch: Sequence[Request]) -> list[Block] | BaseException:
-        start.wait(10)
+        start.wait(PATIENCE_S)
         try:
             return read(*batch)
         except ReadError as error:
@@ -634,7 +635,7 @@ def test_windows_beyond_the_raster_ask_for_nothing(server: RangeServer) -> None:
 
 @pytest.mark.parametrize("sessions", [1, 4])
 def test_requests_are_under_way_together_but_not_too_many(server: RangeServer, sessions: int) -> None:
-    """100 tiles of 100 files, each answered after 200 ms; the bound is the process's, not the session's."""
+    """100 tiles of 100 files, answered no sooner than many wait; the bound is the process's, not the session's."""
     write(server.folder / "a.tif", coordinates(16, 32))
     (asset,) = served(server, "a.tif")
     requests = []
@@ -642,12 +643,13 @@ def test_requests_are_under_way_together_but_not_too_many(server: RangeServer, s
         os.link(server.folder / "a.tif", server.folder / f"{n}.tif")
         href = server.url(f"{n}.tif")
         requests.append(Request(replace(asset, href=href), own_grid(asset), (Window(0, 0, 16, 32),)))
-    server.fault("*", Fault(delay_s=0.2))
+    server.fault("*", Fault(together=HOST_REQUESTS // 2, delay_s=0.2))
     for blocks in together(*(requests[n::sessions] for n in range(sessions))):
         assert isinstance(blocks, list)
     assert len(server.log) == 100
     assert HOST_REQUESTS // 2 <= server.most <= HOST_REQUESTS
-    assert server.connections <= HOST_REQUESTS + 1
+    # They are used again; not always, as an answer may be there before its connection is free for the next request.
+    assert server.connections <= 2 * HOST_REQUESTS
 
 
 @pytest.mark.parametrize(
@@ -797,10 +799,10 @@ def test_sessions_at_the_same_time_ask_for_a_tile_once(server: RangeServer) -> N
     write(server.folder / "a.tif", pixels, blockxsize=144, blockysize=128)
     (asset,) = served(server, "a.tif")
     assert min(asset.image.tile_byte_counts) > GAP_BYTES
-    server.fault("*", Fault(delay_s=0.5))
     places = [Window(128 * row, 144 * col, 256, 288) for row in range(3) for col in range(3)]
     batches = [[Request(asset, own_grid(asset), (window,))] for window in places]
-    found = together(*batches)
+    with held_for(9 * 4, server):
+        found = together(*batches)
     assert_each_tile_is_asked_for_once(server, [request for batch in batches for request in batch])
     for window, blocks in zip(places, found, strict=True):
         assert isinstance(blocks, list)
@@ -813,12 +815,12 @@ def test_a_session_that_fails_leaves_the_others_their_tiles(server: RangeServer)
     for name in ("a.tif", "b.tif"):
         write(server.folder / name, pixels)
     good, bad = indexed(server.url("a.tif"))[0], indexed(server.url("b.tif"))[0]
-    server.fault("a.tif", Fault(delay_s=0.5))
     server.fault("b.tif", Fault(status=403))
     wanted = Request(good, own_grid(good), (Window(0, 0, 64, 64),))
-    failed, *others = together(
-        [wanted, Request(bad, own_grid(bad), (Window(0, 0, 64, 64),))], [wanted], [wanted]
-    )
+    with held_for(3 * len(tiles_of(wanted)[1]), server, "a.tif"):
+        failed, *others = together(
+            [wanted, Request(bad, own_grid(bad), (Window(0, 0, 64, 64),))], [wanted], [wanted]
+        )
     assert isinstance(failed, ReadError)
     for blocks in others:
         assert isinstance(blocks, list)
@@ -842,7 +844,7 @@ def test_a_tile_table_that_is_too_short_is_an_error_every_time(tmp_path: Path) -
     for _ in range(2):
         thread = Thread(target=once, daemon=True)
         thread.start()
-        thread.join(5)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive(), "the second read waits for what the first had given up"
     assert [type(error) for error in found] == [ReadError, ReadError]
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 import rasteret_dask as rd
 
@@ -28,7 +29,7 @@ def test_two_dask_workers_train_one_model_from_one_stream(
     chips.save_plan(plan)
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "train_ddp.py"), str(plan), "--epochs", "2", "--batch-size", "8"],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = (json.loads(line) for line in done.stdout.splitlines())

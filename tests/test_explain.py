@@ -9,7 +9,7 @@ import pytest
 from made_records import collection, record
 
 import rasteret_dask as rd
-from rasteret_dask.demo.world import World, WorldSize, make_world
+from rasteret_dask.demo.world import World
 from rasteret_dask.show import explain as module
 from rasteret_dask.show.explain import explain
 from rasteret_dask.tasks import pixels
@@ -129,11 +129,6 @@ def test_all_that_is_dropped_is_told_with_its_reason() -> None:
 # The made-up world: what is said is what is asked for
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), size=WorldSize(300, 360, 198, tile_px=128))
-
-
 def tiles_read(chips: rd.Chips) -> int:
     """Read every shard of a plan and add up what its sessions took from files."""
     total = 0
@@ -146,9 +141,9 @@ def tiles_read(chips: rd.Chips) -> int:
 
 @pytest.mark.parametrize("grid", ["zone", "tiles"])
 @pytest.mark.parametrize("time", [None, "1MS"])
-def test_requests_are_the_tiles_that_are_read(world: World, grid: str, time: str | None) -> None:
+def test_requests_are_the_tiles_that_are_read(small_world: World, grid: str, time: str | None) -> None:
     """One granule, so no invalid pixel is filled from another record; a process may share tiles between shards."""
-    own = rd.build_from_stac(str(world.sentinel2), name="s2", date_range=world.date_range)
+    own = rd.build_from_stac(str(small_world.sentinel2), name="s2", date_range=small_world.date_range)
     tile = own.to_table().column("tile").to_pylist()[0]
     harmonized = own.where(tile=tile).harmonize(["red", "nir"], mask="clouds", time=time)
     chips = harmonized.chips(32, grid=grid, **CELLS)
@@ -156,7 +151,7 @@ def test_requests_are_the_tiles_that_are_read(world: World, grid: str, time: str
     assert 0 < said["requests"] <= tiles_read(chips) <= said["requests_by_shard"]
 
 
-def test_requests_are_at_most_what_filling_may_need(world: World) -> None:
-    own = rd.build_from_stac(str(world.sentinel2), name="s2", date_range=world.date_range)
+def test_requests_are_at_most_what_filling_may_need(small_world: World) -> None:
+    own = rd.build_from_stac(str(small_world.sentinel2), name="s2", date_range=small_world.date_range)
     chips = own.harmonize(["red"], time="1MS").chips(32, **CELLS)
     assert tiles_read(chips) <= chips.explain()["requests_by_shard"]

@@ -21,6 +21,7 @@ from servers import Fault, RangeServer, serving
 from test_engine import indexed, noise
 from test_reader import X0, Y0, assert_same, own_grid, read, write
 from test_real_data import table_of
+from waiting import held_for
 
 import rasteret_dask as rd
 from rasteret_dask.errors import JobError, PlanError, ReadError, UnreadableTilesWarning
@@ -451,8 +452,7 @@ def test_corrupt_strips_are_invalid(tmp_path: Path) -> None:
 
 def test_two_sessions_may_differ_about_one_tile(server: RangeServer, asset: Asset) -> None:
     """Both wait for the same answer: one raises, the other masks."""
-    server.fault("*", Fault(delay_s=0.3, status=403))
-    with ThreadPoolExecutor(2) as threads:
+    with held_for(2, server, fault=Fault(status=403)), ThreadPoolExecutor(2) as threads:
         raising, masking = threads.submit(failure, one_tile(asset)), threads.submit(masked, one_tile(asset))
         assert_names(raising.result(), asset)
         assert not masking.result()[0][0].valid.any()

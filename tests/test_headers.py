@@ -263,7 +263,7 @@ def test_a_reader_left_by_an_error_drops_what_has_not_begun(tmp_path: Path, serv
 
 def test_requests_are_in_flight_together(tmp_path: Path, server: RangeServer) -> None:
     write(tmp_path / "a.tif", np.ones((1, 16, 16), "uint8"))
-    server.fault("*", Fault(delay_s=0.1))
+    server.fault("*", Fault(together=16))
     found = read_headers([server.url(f"a.tif?copy={n}") for n in range(64)], workers=16)
     assert all(isinstance(header, Header) for header in found.values())
     assert server.most == 16

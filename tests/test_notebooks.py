@@ -6,6 +6,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from waiting import PATIENCE_S
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -27,13 +28,16 @@ def test_outputs_are_stripped(path: Path) -> None:
     assert not [cell.id for cell in code if cell.outputs or cell.execution_count is not None]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [NOTEBOOKS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in NOTEBOOKS[1:])],
+    ids=lambda path: path.stem,
+)
 def test_runs_without_a_warning(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's profile
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     notebook = read(path)
-    NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=PATIENCE_S, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = [
         output.text
         for cell in notebook.cells

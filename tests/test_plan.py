@@ -20,6 +20,7 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import PATIENCE_S
 
 import rasteret_dask as rd
 from rasteret_dask.planning import plan as p
@@ -130,7 +131,7 @@ def test_the_digest_is_the_same_in_every_process() -> None:
         )
         for seed in ("1", "2")
     ]
-    said = {process.communicate(timeout=120)[0].decode().strip() for process in running}
+    said = {process.communicate(timeout=PATIENCE_S)[0].decode().strip() for process in running}
     assert len(said) == 1
     assert len(said.pop()) == 32
 

@@ -87,6 +87,7 @@ CASES = {
 }  # SCL has larger pixels, which get_numpy does not stack: it is read by itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", CASES)
 @pytest.mark.parametrize("by", [None, ("year", "month")], ids=["file", "directory"])
 def test_rasteret_reads_what_we_export(
@@ -114,6 +115,7 @@ def test_rasteret_reads_what_we_export(
         np.testing.assert_array_equal(pixels.reshape(-1, *pixels.shape[-2:]), np.stack(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vintage", ["bbox", "scene_bbox"])
 @pytest.mark.parametrize("headers", [True, False])
 def test_we_read_what_rasteret_built(

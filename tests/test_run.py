@@ -25,6 +25,7 @@ import xarray as xr
 import zarr
 from affine import Affine
 from distributed import Client, LocalCluster, get_client
+from processes import NEW_PROCESSES
 from test_cubes import NOON, X0, Y0, merged, scene
 from test_write import layout_of, stamps, tries
 
@@ -518,6 +519,7 @@ def test_a_worker_keeps_within_its_memory(
         "dashboard_address": ":0",
     }
     with (
+        dask.config.set(NEW_PROCESSES),
         LocalCluster(threads_per_worker=threads, **settings) as own,
         Client(own, set_as_default=False) as client,
     ):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
-import time
 import tracemalloc
 import warnings
 import weakref
@@ -28,9 +28,10 @@ from servers import Fault, RangeServer
 from test_engine import indexed, noise
 from test_reader import own_grid, read, write
 from test_real_data import table_of
+from waiting import PATIENCE_S, held_for, until
 
 import rasteret_dask as rd
-from rasteret_dask.demo.world import WorldSize, make_world
+from rasteret_dask.demo.world import World
 from rasteret_dask.errors import RasteretDaskError, ReadError
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import BUDGET
@@ -173,7 +174,7 @@ def said(script: str, *arguments: object) -> str:
     tests = str(Path(__file__).parent)
     where = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", tests)])}
     command = [sys.executable, "-c", text, *map(str, arguments)]
-    ran = subprocess.run(command, env=where, capture_output=True, text=True, timeout=30, check=False)
+    ran = subprocess.run(command, env=where, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -244,7 +245,7 @@ def test_a_fork_reads_local_files(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         child = os.fork()
         if not child:
-            threading.Timer(20, os._exit, (9,)).start()
+            threading.Timer(300, os._exit, (9,)).start()
             os._exit(0 if read(asset)[0].valid.all() else 1)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         """,
@@ -261,7 +262,7 @@ def at_once(*requests: Request) -> list[Block | BaseException]:
     start = Barrier(len(requests))
 
     def one(wanted: Request) -> Block | BaseException:
-        start.wait(10)
+        start.wait(PATIENCE_S)
         try:
             return read(wanted)[0]
         except Exception as error:
@@ -274,9 +275,9 @@ def at_once(*requests: Request) -> list[Block | BaseException]:
 def test_a_band_that_a_tile_does_not_have_is_the_error_of_who_asks_for_it(server: RangeServer) -> None:
     file(server.folder, bands=3, interleave="pixel")
     (good, *_) = indexed(server.url("a.tif"))
-    server.fault("*", Fault(delay_s=0.3))
     wrong = replace(good, band_index=7, band="B8", record_id="wrong")
-    failed, block = at_once(request(wrong), request(good))
+    with held_for(12, server):
+        failed, block = at_once(request(wrong), request(good))
     assert isinstance(block, Block), block
     assert isinstance(failed, ReadError), failed
     assert "'B8' of record 'wrong'" in str(failed)
@@ -286,11 +287,10 @@ def test_an_error_names_the_record_that_was_asked_for(server: RangeServer) -> No
     """Two jobs may know one file by two names, and wait for one answer."""
     file(server.folder)
     (one,) = indexed(server.url("a.tif"))
-    server.fault("*", Fault(delay_s=0.3, status=404))
     names = ("mine", "yours")
-    for name, error in zip(
-        names, at_once(*(request(replace(one, record_id=n), FIRST) for n in names)), strict=True
-    ):
+    with held_for(2, server, fault=Fault(status=404)):
+        errors = at_once(*(request(replace(one, record_id=n), FIRST) for n in names))
+    for name, error in zip(names, errors, strict=True):
         assert repr(name) in str(error)
 
 
@@ -348,10 +348,12 @@ def test_whatever_the_href_the_error_is_typed_and_names_the_record(
 # Masked, where asked for
 
 
-def test_what_hides_under_clouds_is_invalid_where_the_cloud_band_cannot_be_read(tmp_path: Path) -> None:
+def test_what_hides_under_clouds_is_invalid_where_the_cloud_band_cannot_be_read(
+    small_world: World, tmp_path: Path
+) -> None:
     """A pixel that may be cloud is not clear because nobody could look."""
-    world = make_world(tmp_path, size=WorldSize(300, 360, 198, tile_px=128))
-    s2 = rd.build_from_stac(world.sentinel2, name="s2", date_range=("2024-04-01", "2024-06-30"))
+    folder = Path(shutil.copytree(small_world.sentinel2.parent, tmp_path / "s2"))
+    s2 = rd.build_from_stac(folder / "collection.json", name="s2", date_range=("2024-04-01", "2024-06-30"))
     even = s2.harmonize(bands=["red"], resolution=10, time="1MS", mask="clouds")
     chips = even.chips(size=64, cell_km=2.56)
     clean = chips.load()
@@ -395,11 +397,7 @@ def test_memory_goes_with_its_last_user(
         return weakref.ref(block.values)
 
     left = one()
-    for _ in range(100):  # the thread that brought the last tile may not have let go of it yet
-        if left() is None:
-            break
-        time.sleep(0.01)
-    assert left() is None
+    until(lambda: left() is None)  # the thread that brought the last tile may not have let go of it yet
 
 
 def jobs(folder: Path, months: int, side: int, tile: int, size: int, resolution: float = 10) -> rd.Chips:
@@ -450,10 +448,7 @@ def test_nothing_is_kept_when_nobody_reads_any_more(tmp_path: Path, monkeypatch:
     assert isinstance(lazy, xr.Dataset)
     lazy["pixels"][:1].compute(scheduler="threads")
     assert SHARED._held
-    deadline = time.monotonic() + 10
-    while SHARED._held and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not SHARED._held
+    until(lambda: not SHARED._held)
 
 
 class Some:
@@ -524,10 +519,6 @@ def test_whatever_many_sessions_do_at_once_pixels_are_right_and_nothing_stays(se
     with ThreadPoolExecutor(8) as threads:
         assert sum(threads.map(task, range(10_000, 10_200))) > 200
     SHARED.finish(*range(10_200, 10_206))  # the tasks after the last
-    for _ in range(100):  # those who gave up do not wait for what is on its way
-        if not SHARED._flying and BUDGET._free == BUDGET.nbytes:
-            break
-        time.sleep(0.05)
-    assert not SHARED._flying
-    assert BUDGET._free == BUDGET.nbytes
+    # those who gave up do not wait for what is on its way
+    until(lambda: not SHARED._flying and BUDGET._free == BUDGET.nbytes)
     assert held == SHARED._held

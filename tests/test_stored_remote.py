@@ -10,9 +10,11 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
+from processes import NEW_PROCESSES
 from servers import Asked, Fault, RangeServer, serving
 from small_stores import assert_same, small, written
 
@@ -206,7 +208,10 @@ def test_streams_are_those_from_disk_and_states_pass_from_one_to_the_other(
 
 def test_a_cluster_streams_from_a_bucket(in_bucket: str, disk: StoredChips) -> None:
     """Its workers open the store themselves, with the keys of their environment."""
-    with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, dashboard_address=":0") as cluster:
+    with (
+        dask.config.set(NEW_PROCESSES),
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=True, dashboard_address=":0") as cluster,
+    ):
         there = stream_from(
             cluster.scheduler_address, in_bucket, 9, shuffle=2, rank=1, world_size=2, split="train"
         )

@@ -17,7 +17,8 @@ import dask.config
 import numpy as np
 import pytest
 import xarray as xr
-from streams import Shards, assert_same, concat, flat, ids_of, in_small_shards, rows_of, train_chips, until
+from streams import Shards, assert_same, concat, flat, ids_of, in_small_shards, rows_of, train_chips
+from waiting import PATIENCE_S, until
 
 import rasteret_dask as rd
 from rasteret_dask.errors import JobError, PlanError, ReadError
@@ -228,8 +229,9 @@ def test_who_takes_nothing_stops_the_reading(tmp_path: Path) -> None:
         stream = shards.stream(6, prefetch=3)
         assert not readers()
         next(stream)
+        until(lambda: sum(shards.reads.values()) >= 4)
         before = -1
-        while sum(shards.reads.values()) != before:  # until it has come to rest
+        while sum(shards.reads.values()) != before:  # time to read too much; more of it finds no other end
             before = sum(shards.reads.values())
             time.sleep(0.3)
         # one taken, three ready, one waited for, and two that the readers are ahead
@@ -339,23 +341,29 @@ def test_threads_take_turns(shards: Shards) -> None:
     for taker in takers:
         taker.start()
     for taker in takers:
-        taker.join(60)
+        taker.join(PATIENCE_S)
     assert sorted(chip for batch in found for chip in batch) == sorted(shards.ids())
 
 
 def test_close_by_another_thread_ends_the_wait(shards: Shards) -> None:
-    slow = threading.Event()
+    begun, slow = threading.Event(), threading.Event()
 
     def held(batch: Arrays) -> Arrays:
-        slow.wait(60)
+        begun.set()
+        slow.wait(PATIENCE_S)
         return batch
 
+    def close() -> None:
+        begun.wait(PATIENCE_S)
+        stream.close()
+
     stream = shards.stream(6, normalize=held)
-    closing = threading.Timer(0.2, stream.close)
+    closing = threading.Thread(target=close)
     closing.start()
     with pytest.raises(JobError, match="another thread"):
         next(stream)
     slow.set()
+    closing.join()
     assert flat(stream) == shards.ids()
 
 
@@ -375,7 +383,7 @@ def test_a_process_ends_with_a_stream_half_read(tmp_path: Path) -> None:
         "stream = Shards(Path(sys.argv[2]), (6,) * 500, delay_s=1).stream(6, shuffle=1, buffer=40)\nnext(stream)\n"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "log")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list((tmp_path / "log").iterdir())) < 40
 

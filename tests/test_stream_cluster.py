@@ -17,7 +17,8 @@ from typing import Any
 import dask
 import pytest
 from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker
-from streams import Shards, assert_same, flat, ids_of, in_small_shards, train_chips, until
+from streams import Shards, assert_same, flat, ids_of, in_small_shards, train_chips
+from waiting import PATIENCE_S, until
 
 import rasteret_dask as rd
 from rasteret_dask.errors import JobError, PlanError, StoreError
@@ -99,8 +100,9 @@ def test_who_takes_nothing_stops_the_reading(tmp_path: Path, client: Client, clu
     shards = Shards(tmp_path / tmp_path.name, (6,) * 300)
     stream = shards.stream(6, shuffle=2, client=client, prefetch=2)
     next(stream)
+    until(lambda: sum(shards.reads.values()) >= 4)
     before = -1
-    while sum(shards.reads.values()) != before:
+    while sum(shards.reads.values()) != before:  # time to read too much
         before = sum(shards.reads.values())
         time.sleep(0.5)
     # batches 0 to 3 are made or waited for, from 4 shards each at most, and 3 shards are under way ahead of them
@@ -211,7 +213,7 @@ def test_workers_that_cannot_be_reached_are_read_through_the_scheduler(shards: S
     with SpecCluster(workers=workers, scheduler=scheduler) as inside:
         address = next(a for a in inside.scheduler.listeners if a.contact_address.startswith("tcp"))
         command = [sys.executable, "-c", UNREACHABLE, HERE, str(shards.log), address.contact_address]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 of 1 workers cannot be reached from here" in done.stdout
     assert "through the scheduler" in done.stdout
@@ -252,7 +254,7 @@ def test_three_processes_with_an_address_and_a_path(
         )
         for rank in range(3)
     ]
-    found = [json.loads(process.communicate(timeout=120)[0]) for process in running]
+    found = [json.loads(process.communicate(timeout=PATIENCE_S)[0]) for process in running]
     wanted = [
         [
             [b["chip_id"].tolist(), float(b["optical"].sum())]
@@ -363,7 +365,7 @@ def mixed() -> Iterator[SpecCluster]:
 def test_workers_that_train_do_not_read(tmp_path: Path, mixed: SpecCluster) -> None:
     shards = where(Shards(tmp_path / tmp_path.name))
     with Client(mixed, set_as_default=False) as client:
-        client.wait_for_workers(4, timeout=60)
+        client.wait_for_workers(4, timeout=PATIENCE_S)
         ranks = [
             client.submit(consume, shards, mixed.scheduler_address, rank, resources={"train": 1})
             for rank in range(2)
@@ -377,7 +379,7 @@ def test_workers_that_train_do_not_read(tmp_path: Path, mixed: SpecCluster) -> N
 def test_with_no_worker_left_to_read_it_says_so_at_once(tmp_path: Path, mixed: SpecCluster) -> None:
     shards = Shards(tmp_path / tmp_path.name)
     with Client(mixed, set_as_default=False) as client:
-        client.wait_for_workers(4, timeout=60)
+        client.wait_for_workers(4, timeout=PATIENCE_S)
         names = {w["name"]: address for address, w in client.scheduler_info(n_workers=-1)["workers"].items()}
         client.retire_workers([names["read0"], names["read1"]])
         with pytest.raises(
@@ -392,12 +394,12 @@ def test_readers_that_are_replaced(tmp_path: Path, mixed: SpecCluster) -> None:
     """The addresses that tasks wait for are gone for good; others have come."""
     shards = where(Shards(tmp_path / tmp_path.name, (6,) * 60, delay_s=0.05))
     with Client(mixed, set_as_default=False) as client:
-        client.wait_for_workers(4, timeout=60)
+        client.wait_for_workers(4, timeout=PATIENCE_S)
         stream = shards.stream(6, shuffle=1, client=client)
         found = flat(next(stream) for _ in range(5))
         names = {w["name"]: address for address, w in client.scheduler_info(n_workers=-1)["workers"].items()}
         before = {names["read0"], names["read1"]}
-        client.restart_workers(list(before), timeout=60)
+        client.restart_workers(list(before), timeout=PATIENCE_S)
         found += flat(stream)
         wanted = flat(shards.__class__(tmp_path / "other", shards.sizes).stream(6, shuffle=1, client=client))
         assert found == wanted

@@ -15,7 +15,8 @@ from pathlib import Path
 import dask
 import pytest
 from distributed import Client, LocalCluster
-from streams import Shards, flat, ids_of, until
+from streams import Shards, flat, ids_of
+from waiting import PATIENCE_S, until
 
 from rasteret_dask.errors import JobError, PlanError, ReadError
 
@@ -119,13 +120,16 @@ def test_a_scheduler_that_stays_away_is_an_error_and_a_state_goes_on_elsewhere(
 ) -> None:
     wanted = [ids_of(b) for b in shards.stream(7, shuffle=1)]
     port = free_port()
-    with ExitStack() as stack, dask.config.set({"distributed.comm.timeouts.connect": "2s"}):
+    with ExitStack() as stack:
         first = stack.enter_context(process(*scheduler(port)))
         stack.enter_context(process(*worker(port, tmp_path)))
         stream = shards.stream(7, shuffle=1, client=f"tcp://127.0.0.1:{port}")
         found = [ids_of(next(stream)) for _ in range(5)]
         first.kill()
-        with pytest.raises(JobError, match=r"a scheduler that is gone.*state_dict"):
+        with (
+            dask.config.set({"distributed.comm.timeouts.connect": "2s"}),  # nobody is there to be slow
+            pytest.raises(JobError, match=r"a scheduler that is gone.*state_dict"),
+        ):
             found.extend(ids_of(batch) for batch in stream)
     assert found == wanted[: len(found)]
     elsewhere = shards.stream(7, shuffle=1)
@@ -199,6 +203,6 @@ def test_a_cluster_without_workers_is_waited_for_and_that_is_said(
         taking.start()
         until(lambda: "no workers for" in caplog.text)
         stack.enter_context(process(*worker(port, tmp_path)))
-        taking.join(60)
+        taking.join(PATIENCE_S)
         stream.close()
     assert found == [shards.ids()[:6]]

@@ -14,6 +14,7 @@ import dask
 import pytest
 from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.security import Security
+from waiting import PATIENCE_S
 
 import rasteret_dask as rd
 from rasteret_dask.errors import JobError
@@ -39,7 +40,7 @@ def cluster() -> Iterator[SpecCluster]:
 @pytest.fixture(scope="module")
 def client(cluster: SpecCluster) -> Iterator[Client]:
     with Client(cluster, set_as_default=False) as running:
-        running.wait_for_workers(2, timeout=60)
+        running.wait_for_workers(2, timeout=PATIENCE_S)
         yield running
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from waiting import PATIENCE_S
 
 import rasteret_dask as rd
 from rasteret_dask.storeset import StoredChips, open_chips
@@ -218,7 +219,7 @@ def test_workers_start_without_a_deadlock(store: StoredChips) -> None:
     for _ in range(3):
         loader = DataLoader(
             ChipDataset(store.stream(7)), batch_size=None, num_workers=2, multiprocessing_context="spawn",
-            timeout=100,
+            timeout=PATIENCE_S,
         )  # fmt: skip
         assert sorted(chip for batch in ids(loader) for chip in batch) == sorted(wanted)
 

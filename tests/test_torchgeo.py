@@ -21,6 +21,7 @@ import rasterio.windows
 import shapely
 from servers import RangeServer
 from test_reading import X0, Y0, collection, ground, scene
+from waiting import PATIENCE_S
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
@@ -370,7 +371,7 @@ def said(code: str, *args: str) -> str:
         [sys.executable, "-c", textwrap.dedent(code), *args],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         env=place,
     )
     assert done.returncode == 0, done.stderr
@@ -398,7 +399,7 @@ def test_a_forked_worker_reads_local_files_and_does_not_hang_over_remote_ones(
             href = server.url("a.tif") if sys.argv[2] == "remote" else Path(sys.argv[1]) / "a.tif"
             one = collection({"a": ("2024-04-02T10:00:00", {"B04": href})}).to_torchgeo_dataset(["B04"], chip_size=64)
             one[0]
-            loader = torch.utils.data.DataLoader(one, num_workers=1, multiprocessing_context="fork", timeout=60)
+            loader = torch.utils.data.DataLoader(one, num_workers=1, multiprocessing_context="fork", timeout=600)
             try:
                 print(sum(len(batch["id"]) for batch in loader) == len(one))
             except ReadError as error:
