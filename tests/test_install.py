@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,34 @@ for module in pkgutil.walk_packages(rd.__path__, "rasteret_dask."):
 print(json.dumps(outcome))
 """
 
+LOWEST = """
+import json, re, sys
+from importlib.metadata import version
+from packaging.version import Version
+
+installed = {}
+for line in sys.argv[1:]:
+    name, bound = re.match(r"([\\w-]+)>=([\\w.]+)", line).groups()
+    if Version(version(name)) != Version(bound):
+        installed[line] = version(name)
+print(json.dumps(installed))
+"""
+"""Prints what is installed in another version than its lower bound."""
+
+TESTS = ("test_timing.py", "test_search.py", "test_write.py")
+"""Tests at the doors of other libraries: pandas, NumPy; pystac-client, urllib3; Dask, rasterio, xarray, Zarr."""
+
+TESTING = (
+    "cql2",
+    "hypothesis",
+    "pytest",
+    "stac-fastapi-api",
+    "stac-fastapi-extensions",
+    "stac-fastapi-types",
+    "uvicorn",
+)
+"""What those import."""
+
 NEED_TORCH = {
     "rasteret_dask.geometries.torchset",
     "rasteret_dask.torchdata",
@@ -43,6 +74,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     """Return wheel and sdist of a clean checkout."""
     folder = tmp_path_factory.mktemp("package")
     return build(checkout(folder / "tree"), folder / "dist")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Callable[[str], Environment]]:
+    """Return a function: version of Python -> a new environment, which is removed when the test is over."""
+    yield lambda python: Environment.made(python, tmp_path)
+    shutil.rmtree(tmp_path / "environment", ignore_errors=True)
 
 
 def done(ran: subprocess.CompletedProcess[str]) -> str:
@@ -71,6 +109,23 @@ def check(environment: Environment) -> None:
     assert (environment.folder / "train.zarr").is_dir()
 
 
+def run_tests(environment: Environment, *options: str) -> None:
+    """Run the tests of this checkout on the installed package; their configuration makes warnings errors."""
+    environment.install(*TESTING)
+    pytest_alone = (
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        "--override-ini",
+        "addopts=",
+    )
+    done(environment.run("python", *pytest_alone, *options, *(ROOT / "tests" / name for name in TESTS)))
+
+
 def test_readme_has_blocks_to_run() -> None:
     assert [block.split("\n", 1)[0] for block in README] == [
         "import rasteret_dask as rd",
@@ -80,29 +135,43 @@ def test_readme_has_blocks_to_run() -> None:
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-def test_the_wheel_with_the_tested_versions(built: Distributions, python: str, tmp_path: Path) -> None:
-    environment = Environment.made(python, tmp_path)
+def test_the_wheel_with_the_tested_versions(
+    built: Distributions, fresh: Callable[[str], Environment], python: str
+) -> None:
+    environment = fresh(python)
     environment.install(*CONSTRAINTS, f"{built.wheel}[demo,geo]")
     check(environment)
 
 
-def test_the_wheel_with_the_newest_versions(built: Distributions, tmp_path: Path) -> None:
-    environment = Environment.made("3.13", tmp_path)
+def test_the_wheel_with_the_newest_versions(
+    built: Distributions, fresh: Callable[[str], Environment]
+) -> None:
+    environment = fresh("3.13")
     environment.install(f"{built.wheel}[demo,geo]")
     check(environment)
+    run_tests(environment)
 
 
-def test_the_wheel_with_the_lowest_versions(built: Distributions, tmp_path: Path) -> None:
-    environment = Environment.made("3.11", tmp_path)
+def test_the_wheel_with_the_lowest_versions(
+    built: Distributions, fresh: Callable[[str], Environment]
+) -> None:
+    """Of what the project asks for itself; what those ask for comes in its newest versions."""
+    environment = fresh("3.11")
     lowest = ("--resolution", "lowest-direct", "--extra", "demo", "--extra", "geo")
     environment.install(*lowest, "-r", ROOT / "pyproject.toml")
     environment.install("--no-deps", built.wheel)
     check(environment)
+    run_tests(environment, "-W", "ignore::DeprecationWarning")  # old versions warn of each other
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["geo"]]
+    assert json.loads(done(environment.run("python", "-c", LOWEST, *requirements))) == {}
 
 
-def test_a_missing_extra_is_installed_by_what_its_error_says(built: Distributions, tmp_path: Path) -> None:
+def test_a_missing_extra_is_installed_by_what_its_error_says(
+    built: Distributions, fresh: Callable[[str], Environment]
+) -> None:
     """The wheel alone: no matplotlib, no geopandas, and no world of the demo either."""
-    environment = Environment.made("3.12", tmp_path)
+    environment = fresh("3.12")
     environment.install(*CONSTRAINTS, built.wheel)
     build_s2 = "import rasteret_dask as rd; s2 = rd.build('demo/sentinel-2-l2a'); "
 

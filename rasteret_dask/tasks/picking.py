@@ -391,7 +391,7 @@ class Picking:
             own = leads.chip == chip
             chips.source[chip, slot] = "+".join(sorted(set(names[own].tolist())))
             if own.sum() > 1:
-                chips.datetime[chip, slot] = np.datetime64("NaT")
+                chips.datetime[chip, slot] = np.datetime64("NaT", "us")
 
     def _names(self, rows: NDArray[np.int64]) -> list[str]:
         return [self.plan.members[int(self.member_of[r])].name for r in rows]
