@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import hypot, inf, isfinite, pi
+from math import hypot, inf, isfinite, nan, pi
 from typing import Any
 
 import pyproj
-from pyproj.exceptions import CRSError, ProjError
+from numpy.typing import NDArray
+from pyproj.exceptions import CRSError
 
-from rasteret_dask.grid import Bounds, transformer
+from rasteret_dask.errors import GridError
+from rasteret_dask.grid import Bounds, bounds_in
 
-__all__ = ["misplaced"]
+__all__ = ["is_geographic", "metres", "misplaced"]
 
 MERIDIAN_M = 10_001_966.0
 """From the equator to a pole along the WGS 84 ellipsoid, metres."""
@@ -39,9 +41,10 @@ class _Reach:
     finest: float
     """Side of the smallest pixel."""
     unit: str
+    geographic: bool
 
 
-def misplaced(epsg: int, transform: Sequence[float], width: int, height: int) -> str | None:
+def misplaced(epsg: int, transform: Sequence[float] | NDArray[Any], width: int, height: int) -> str | None:
     """Return why no raster lies there, or None where one may.
 
     Parameters
@@ -84,6 +87,18 @@ def misplaced(epsg: int, transform: Sequence[float], width: int, height: int) ->
     return None
 
 
+def is_geographic(epsg: int) -> bool:
+    """Return whether a CRS counts in degrees (or grads); of an unknown one, it does not."""
+    reach = _reach(int(epsg))
+    return isinstance(reach, _Reach) and reach.geographic
+
+
+def metres(epsg: int) -> float:
+    """Return how many metres a unit of a CRS is; of a degree, at the equator; of an unknown CRS, NaN."""
+    reach = _reach(int(epsg))
+    return nan if isinstance(reach, str) else EQUATOR_M / reach.span
+
+
 @lru_cache(maxsize=1024)
 def _reach(epsg: int) -> _Reach | str:
     """Return the reach of a CRS, or why it has none."""
@@ -94,14 +109,14 @@ def _reach(epsg: int) -> _Reach | str:
     if crs.is_geographic:
         turn = 2 * pi / _factor(crs)
         bounds = (-turn, -turn / 4, turn, turn / 4)
-        return _Reach(bounds, turn, turn * _STRAY_TURN, turn * _FINEST_TURN, _unit(crs))
+        return _Reach(bounds, turn, turn * _STRAY_TURN, turn * _FINEST_TURN, _unit(crs), True)
     if not crs.is_projected:
         return f"EPSG:{epsg} ({crs.name}), which is no map"
     unit = _factor(crs)
     round_earth, quarter = EQUATOR_M / unit, MERIDIAN_M / unit
     bounds = _used(crs, epsg) or (-inf, -inf, inf, inf)
     bounds = (bounds[0] - quarter, bounds[1] - quarter, bounds[2] + quarter, bounds[3] + quarter)
-    return _Reach(bounds, round_earth, quarter, _FINEST_M / unit, _unit(crs))
+    return _Reach(bounds, round_earth, quarter, _FINEST_M / unit, _unit(crs), False)
 
 
 def _used(crs: Any, epsg: int) -> Bounds | None:
@@ -109,11 +124,9 @@ def _used(crs: Any, epsg: int) -> Bounds | None:
     if crs.area_of_use is None:
         return None
     try:
-        box = transformer(4326, epsg).transform_bounds(*crs.area_of_use.bounds, densify_pts=21)
-    except ProjError:
+        return bounds_in(crs.area_of_use.bounds, 4326, epsg)
+    except GridError:
         return None
-    xmin, ymin, xmax, ymax = (float(v) for v in box)
-    return (xmin, ymin, xmax, ymax) if all(isfinite(v) for v in box) else None
 
 
 def _factor(crs: Any) -> float:

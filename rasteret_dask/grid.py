@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import pyproj
 from numpy.typing import ArrayLike, NDArray
+from pyproj.exceptions import ProjError
 
 from rasteret_dask.errors import GridError
 
@@ -79,6 +80,13 @@ class Lattice:
     def unused_m(self) -> float:
         """Width of the strip of a split cell that no chip cell reaches."""
         return max(0.0, self.cell_m - (self.per_side - 1) * self.stride_m - self.chip_m)
+
+    def windows_in(self, bounds: Bounds) -> float:
+        """Return how many chip cells the split cells that touch ``bounds`` hold, without making any."""
+        xmin, ymin, xmax, ymax = bounds
+        rows = np.ceil(-ymin / self.cell_m) - np.floor(-ymax / self.cell_m)
+        cols = np.ceil(xmax / self.cell_m) - np.floor(xmin / self.cell_m)
+        return float(rows * cols) * float(self.per_side) ** 2
 
     def split_cells(self, bounds: tuple[float, float, float, float]) -> NDArray[np.int64]:
         """Return the split cells that touch ``bounds`` (xmin, ymin, xmax, ymax), shape (cell, 2) as row, col."""
@@ -180,9 +188,23 @@ def transformer(source: int, target: int) -> pyproj.Transformer:
 
 
 def bounds_in(bounds: Sequence[float] | NDArray[np.float64], source: int, target: int) -> Bounds:
-    """Return the bounds in another CRS that hold all of ``bounds``."""
+    """Return the bounds in another CRS that hold all of ``bounds``.
+
+    Raises
+    ------
+    GridError
+        When the other CRS cannot show them.
+    """
     xmin, ymin, xmax, ymax = (float(v) for v in bounds)
     if source != target:
-        moved = transformer(source, target).transform_bounds(xmin, ymin, xmax, ymax, densify_pts=21)
+        try:
+            moved = transformer(source, target).transform_bounds(xmin, ymin, xmax, ymax, densify_pts=21)
+        except ProjError:
+            moved = (np.nan,) * 4
+        if not np.isfinite(moved).all():
+            raise GridError(
+                f"bounds ({xmin:.7g}, {ymin:.7g}, {xmax:.7g}, {ymax:.7g}) of EPSG:{source}",
+                f"no such place in EPSG:{target}", "bounds that both can show",
+            )  # fmt: skip
         xmin, ymin, xmax, ymax = (float(v) for v in moved)
     return xmin, ymin, xmax, ymax

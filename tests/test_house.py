@@ -20,14 +20,14 @@ PACKAGE = ROOT / "rasteret_dask"
 # Reading order = dependency order, of packages as of the modules in them: each imports only from those before it.
 # fmt: off
 ORDER = {
-    "": "_version errors extras formats progress footprint grid",
+    "": "_version errors extras formats progress footprint grid extent",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "hrefs trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
            "signatureplugin signatures",
     "headers": "page tiff gdal reader",
     "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
-    "planning": "functions rules names plan sampling scan optimize resolve radiometry recordtable",
+    "planning": "functions rules names plan sampling scan optimize pixelsizes resolve radiometry recordtable",
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",
     "reader": "harmonize pixelgrid levels readplan sharing ranges tilecodec rasterfile warp placing tilefile wants "
               "keeping engine plainhref cogreader",

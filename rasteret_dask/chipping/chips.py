@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from rasteret_dask.chipping.laying import Laid, lay
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.grid import Lattice, digits, zone_epsg
 from rasteret_dask.planning.names import check_names
+from rasteret_dask.planning.pixelsizes import COARSE, pixels_m
 from rasteret_dask.planning.plan import (
     Chips,
     ChipSpec,
@@ -103,6 +105,8 @@ def lay_chips(node: Chips, tables: Mapping[str, Table]) -> ChipSet:
     phase = phases(sources[reference], found[reference])
     points = None if node.spec.at is None else as_table(tables[node.spec.at])
     frame = candidates(node.spec, found[reference], resolution, phase, points)
+    if node.spec.grid == "zone" or points is not None:
+        _tell_of_coarse(sources)
     laid = _fill(node.spec, sources, reference, found, frame, points, tuple(reversed(maps)))
     if node.spec.labels is None or node.spec.rasterize is None:
         return laid
@@ -173,6 +177,23 @@ def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) 
             f"Nearest sizes that fit: {', '.join(map(str, below + above)) or 'none'}"
             + (f"; filling a split cell: {', '.join(map(str, best))}." if best else "."),
         )
+
+
+def _tell_of_coarse(sources: list[ResolvedSource]) -> None:
+    """Warn of pixels that are far larger than those they are resampled to: meant for weather, and else a slip."""
+    for source in sources:
+        wanted = source.plan.resolution
+        for number, member in enumerate(source.plan.members):
+            records = source.records.take(np.flatnonzero(source.member == number))
+            pixel = max(float(np.nanmedian(pixels_m(records, band))) for band in member.bands)
+            if pixel > COARSE * wanted:
+                warnings.warn(
+                    f"source {source.plan.name!r}: pixels of {pixel:.6g} m ({member.name}) are resampled to "
+                    f"{wanted:g} m, {pixel / wanted:,.0f} times finer: one of them fills {pixel / wanted:,.0f} x "
+                    f"{pixel / wanted:,.0f} pixels of chips",
+                    UserWarning,
+                    stacklevel=3,
+                )
 
 
 def _fits(length: float, resolutions: list[float]) -> bool:

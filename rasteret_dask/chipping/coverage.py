@@ -12,6 +12,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import GridError
+from rasteret_dask.extent import misplaced
 from rasteret_dask.grid import bounds_in, northern, transformer
 from rasteret_dask.table.records import Records
 
@@ -59,6 +60,8 @@ class Outlines:
     """Shape (outline, 2). Width and height of the raster's internal tiles, pixels."""
     transform: NDArray[np.float64]
     """Shape (outline, 6). a, b, c, d, e, f of the raster in that CRS."""
+    name: tuple[str, ...]
+    """Shape (outline,). Id of one record of each."""
 
     @cached_property
     def bounds(self) -> NDArray[np.float64]:
@@ -124,19 +127,24 @@ def outlines(records: Records, band_of_record: NDArray[Any]) -> Outlines:
             keys[key] = len(first)
             first.append(row)
         of_record[row] = keys[key]
-    made = [_outline(wkb[i], int(records.epsg[i]), transform[i], size[i]) for i in first]
+    made = [
+        _outline(records.ids[i], wkb[i], int(records.epsg[i]), transform[i], size[i]) for i in first
+    ]
     shapes = np.array([m[1] for m in made], dtype=object)
     moved = transform[first].copy()
     moved[:, 5] += [northern(int(records.epsg[i]))[1] for i in first]
     raster = np.array([m[2] for m in made]).reshape(-1, 4)
     centre = (raster[:, :2] + raster[:, 2:]) / 2
     epsg = np.array([m[0] for m in made], dtype=np.int64)
-    return Outlines(of_record, epsg, shapes, raster, centre, tile[first], moved)
+    return Outlines(of_record, epsg, shapes, raster, centre, tile[first], moved, tuple(records.ids[i] for i in first))
 
 
 def _outline(
-    wkb: bytes | None, epsg: int, transform: NDArray[np.float64], size: NDArray[np.int64]
+    name: str, wkb: bytes | None, epsg: int, transform: NDArray[np.float64], size: NDArray[np.int64]
 ) -> tuple[int, Any, tuple[float, float, float, float]]:
+    reason = misplaced(epsg, transform, *size.tolist())
+    if reason is not None:
+        raise GridError(f"record {name!r}", reason, "a raster on Earth", _leave_out(name))
     a, _, c, _, e, f = transform
     x = sorted((c, c + a * size[0]))
     y = sorted((f, f + e * size[1]))
@@ -144,12 +152,33 @@ def _outline(
     pixel = max(abs(a), abs(e))
     ground = shapely.box(x[0], y[0], x[1], y[1])
     if wkb:
-        footprint = shapely.make_valid(_projected(shapely.from_wkb(wkb), epsg))
-        ground = shapely.intersection(ground, footprint)
+        lonlat = shapely.from_wkb(wkb)
+        footprint = _projected(lonlat, epsg)
+        if np.isfinite(shapely.get_coordinates(footprint)).all():
+            ground = shapely.intersection(ground, shapely.make_valid(footprint))
+        elif not _meets(shapely.bounds(ground), epsg, lonlat):  # but the poles are nowhere on Mercator's map
+            place = ", ".join(f"{v:.6g}" for v in shapely.bounds(lonlat))
+            raise GridError(
+                f"record {name!r}", f"an outline at ({place}) in lon/lat and a raster in EPSG:{epsg}",
+                "a raster within its outline", _leave_out(name),
+            )  # fmt: skip
     ground = shapely.buffer(ground, pixel, join_style="mitre", cap_style="square")
     if shift:
         ground = shapely.transform(ground, lambda p: p + np.array([0.0, shift]))
     return north, ground, (x[0], y[0] + shift, x[1], y[1] + shift)
+
+
+def _leave_out(name: str) -> str:
+    return f'Leave it out with .where("id", "!=", {name!r}), or build its table again.'
+
+
+def _meets(box: NDArray[np.float64], epsg: int, lonlat: Any) -> bool:
+    """Return whether a raster's rectangle may lie on an outline."""
+    try:
+        west, south, east, north = bounds_in(box, epsg, 4326)
+    except GridError:
+        return False
+    return bool(shapely.intersects(lonlat, shapely.box(west, south, east if east > west else 180, north)))
 
 
 def _projected(shape: Any, epsg: int) -> Any:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import joined
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.extent import is_geographic
 from rasteret_dask.grid import Bounds, Lattice, bounds_in, northern, snap, transformer, utm_zone, zone_epsg
 from rasteret_dask.planning.plan import KM_PER_DEGREE, ChipSpec
 
@@ -29,6 +30,9 @@ STRIP = 4
 
 ZONE_REACH = 6.5
 """Degrees from a zone's central meridian to its farthest cell: 6 in Svalbard, and half a wide cell's length."""
+
+MOST_WINDOWS = 20_000_000
+"""Candidate windows of a plan; more than fit into memory, at 2 kB a chip."""
 
 Phase: TypeAlias = dict[int, tuple[float, float]]
 
@@ -129,9 +133,11 @@ def _label(spec: ChipSpec, resolution: float) -> str:
 
 def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase) -> Frame:
     per_zone: dict[int, list[NDArray[np.int64]]] = {}
+    pending = 0
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
     limit = None if area is None else _around(shapely.bounds(area), 4 * spec.cell_km / KM_PER_DEGREE)
-    for shape, own in zip(reference.shape, reference.epsg.tolist(), strict=True):
+    _in_metres(spec, reference, resolution)
+    for name, shape, own in zip(reference.name, reference.shape, reference.epsg.tolist(), strict=True):
         if shapely.is_empty(shape):
             continue
         ground: Bounds | None = _unwrapped(bounds_in(shapely.bounds(shape), own, 4326))
@@ -144,15 +150,55 @@ def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase)
             if own == zone_epsg(zone) and box is not None:
                 box = _overlap(shapely.bounds(shape), box)
             if box is not None:
-                cells = _lattice(zone, spec, resolution).split_cells(box)
+                lattice = _lattice(zone, spec, resolution)
+                _countable(lattice.windows_in(box), spec, resolution, name)
+                cells = lattice.split_cells(box)
                 per_zone.setdefault(zone, []).append(cells)
+                pending += len(cells) * lattice.per_side**2
+        if pending > 4 * MOST_WINDOWS:  # of many records over the same ground: each cell once
+            per_zone = {z: [np.unique(np.concatenate(c), axis=0)] for z, c in per_zone.items()}
+            pending = sum(
+                len(c[0]) * _lattice(z, spec, resolution).per_side ** 2 for z, c in per_zone.items()
+            )
+            _countable(pending, spec, resolution)
+    per_zone = {z: [np.unique(np.concatenate(c), axis=0)] for z, c in per_zone.items()}
     frames = []
+    _countable(
+        sum(len(c[0]) * _lattice(z, spec, resolution).per_side ** 2 for z, c in per_zone.items()),
+        spec,
+        resolution,
+    )
     for zone in sorted(per_zone):
         lattice = _lattice(zone, spec, resolution)
-        split_cells = np.unique(np.concatenate(per_zone[zone]), axis=0)
+        split_cells = per_zone[zone][0]
         cells = lattice.chip_cells(split_cells)
         frames.append(_lay_out(zone, lattice, cells, spec, resolution, phase))
     return _within(_concat(frames), area)
+
+
+def _in_metres(spec: ChipSpec, reference: Outlines, resolution: float) -> None:
+    """Refuse degrees for metres."""
+    native = np.isclose(np.abs(reference.transform[:, 0]), resolution, rtol=1e-9, atol=0.0)
+    for number in np.flatnonzero(native):
+        epsg = int(reference.epsg[number])
+        if is_geographic(epsg):
+            raise GridError(
+                f"chips(size={spec.size}) over record {reference.name[number]!r}",
+                f"pixels of {resolution:g} degrees (EPSG:{epsg})",
+                "a size in metres, as the zones' lattice has",
+                "harmonize(resolution=...) says how many metres a chip's pixels have.",
+            )
+
+
+def _countable(count: float, spec: ChipSpec, resolution: float, record: str | None = None) -> None:
+    """Refuse more windows than a plan can hold, before they are made."""
+    if count > MOST_WINDOWS:
+        raise GridError(
+            f"chips(size={spec.size})" + ("" if record is None else f" over record {record!r}"),
+            f"{count:,.0f} windows of {spec.size * resolution:g} m",
+            f"at most {MOST_WINDOWS:,}",
+            "Plan one area at a time (aoi=), with larger chips, or a coarser harmonize(resolution=...).",
+        )
 
 
 def _lattice(zone: int, spec: ChipSpec, resolution: float) -> Lattice:
@@ -266,7 +312,12 @@ def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
         x0, y0, side = _tile_lattice(int(epsg), reference, own, spec, resolution)
         step = spec.stride * resolution
         per_tile = round(side / step)
-        tiles = _tiles_touched(shapely.bounds(reference.shape[own]), x0, y0, side)
+        boxes = shapely.bounds(reference.shape[own])
+        extents = (boxes[:, 2:] - boxes[:, :2]) / step + 2 * per_tile
+        for at, count in zip(own, extents.prod(axis=1), strict=True):
+            _countable(float(count), spec, resolution, reference.name[at])
+        tiles = _tiles_touched(boxes, x0, y0, side)
+        _countable(len(tiles) * per_tile**2, spec, resolution)
         blocks = tiles // max(BLOCK_PX // round(side / resolution), 1)
         row, col = blocks.T
         tiles = tiles[np.lexsort((tiles[:, 1], tiles[:, 0], row, col, row // STRIP))]
@@ -284,7 +335,7 @@ def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
 
 def _tiles_touched(bounds: NDArray[np.float64], x0: float, y0: float, side: float) -> NDArray[np.int64]:
     """Return the tiles (row, col), counted from (x0, y0), that any of some bounds touches; shape (tile, 2)."""
-    found = []
+    found: list[NDArray[np.int64]] = []
     for xmin, ymin, xmax, ymax in np.unique(bounds[~np.isnan(bounds).any(axis=1)], axis=0):
         rows = np.arange(np.floor((y0 - ymax) / side), np.ceil((y0 - ymin) / side), dtype=np.int64)
         cols = np.arange(np.floor((xmin - x0) / side), np.ceil((xmax - x0) / side), dtype=np.int64)
@@ -329,9 +380,9 @@ def _geobox(spec: ChipSpec, resolution: float) -> Frame:
             "Harmonize to the GeoBox's resolution, or give a GeoBox of the source's.",
         )  # fmt: skip
     code, shift = northern(int(epsg))
-    rows = np.arange((int(height) - spec.size) // spec.stride + 1)
-    cols = np.arange((int(width) - spec.size) // spec.stride + 1)
-    cells = np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2).astype(np.int64)
+    across, down = (int(width) - spec.size) // spec.stride + 1, (int(height) - spec.size) // spec.stride + 1
+    _countable(float(across) * float(down), spec, resolution)
+    cells = np.stack(np.meshgrid(np.arange(down), np.arange(across), indexing="ij"), -1).reshape(-1, 2)
     west = x0 + cells[:, 1] * spec.stride * pixel
     north = y0 + shift - cells[:, 0] * spec.stride * pixel
     length = spec.size * pixel

@@ -265,9 +265,8 @@ def _ground(area: Any) -> Outlines:
     one = np.empty(1, dtype=object)
     one[0] = area
     zero = np.zeros(1, dtype=np.int64)
-    return Outlines(
-        zero, zero + 4326, one, np.zeros((1, 4)), np.zeros((1, 2)), np.ones((1, 2), int), np.zeros((1, 6))
-    )
+    nothing = np.zeros((1, 2)), np.ones((1, 2), int), np.zeros((1, 6))
+    return Outlines(zero, zero + 4326, one, np.zeros((1, 4)), *nothing, ("the area",))
 
 
 def _one_slot(source: ResolvedSource, plan: Node, time: Any) -> ResolvedSource:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import BandError, PlanError, UnreadableAssetsError
 from rasteret_dask.grid import digits
+from rasteret_dask.planning.pixelsizes import alike
 from rasteret_dask.planning.plan import (
     Filter,
     Function,
@@ -198,6 +199,8 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     bands = spec.bands or _default_bands(name, tables)
     resolved = tuple(_member(m, r, bands, spec) for m, r in zip(members, tables, strict=True))
     all_readable(tables, resolved)
+    for records, member in zip(tables, resolved, strict=True):
+        alike(member.name, records, member.bands)
     units, dtype, fill = _values(name, spec, tables, resolved)
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
@@ -377,7 +380,7 @@ def _raw_values(name: str, tables: list[Records], members: tuple[Member, ...]) -
     dtype = np.result_type(*(np.dtype(d) for d in _distinct(tables, members, "dtype")))
     nodata = {v for v in _distinct(tables, members, "nodata") if v is not None}
     fill = float("nan") if dtype.kind == "f" else 0.0
-    if len(nodata) == 1 and dtype.kind != "f":
+    if len(nodata) == 1 and dtype.kind in "iu":
         value = next(iter(nodata))
         limits = np.iinfo(dtype)
         fill = float(value) if limits.min <= value <= limits.max else 0.0
