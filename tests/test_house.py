@@ -22,7 +22,7 @@ PACKAGE = ROOT / "rasteret_dask"
 ORDER = {
     "": "_version errors progress footprint grid",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "clusters signatureplugin signatures remote remotefs trust limits",
+    "net": "clusters signatureplugin signatures places remote remotefs trust limits",
     "headers": "page tiff gdal reader",
     "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",

@@ -280,22 +280,12 @@ def test_another_process_is_told_what_it_lacks_and_reads_with_a_signer(
     (tmp_path / "other.py").write_text(OTHER_PROCESS)
     chips_of(built(small_world, guard)).save_plan(tmp_path / "plan")
     guard.forget()
+    guard.good = {"geheim-zwei"}  # what the signer gives
 
     def run(signer: str, **environment: str) -> str:
-        command = [
-            sys.executable,
-            str(tmp_path / "other.py"),
-            str(tmp_path / "plan"),
-            guard.host,
-            signer,
-            str(tmp_path / "x"),
-        ]
+        command = [sys.executable, "other.py", "plan", guard.host, signer, "x"]
         done = subprocess.run(
-            command,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
+            command, env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True, timeout=300,
             check=True,
         )  # fmt: skip
         return done.stdout
@@ -461,3 +451,23 @@ def test_a_table_of_signed_files_is_indexed_without_their_signatures(
     found = np.asarray(collection.chips(size=64).load()["pixels"])
     assert found.shape[0] == len(wanted)
     assert not guard.refused
+
+
+def test_urls_of_stores_and_tables_are_kept_without_their_signatures(
+    small_world: World, guard: Guarded, wanted: NDArray[Any], tmp_path: Path, cluster: LocalCluster
+) -> None:
+    chips_of(rd.build_from_stac(small_world.sentinel2, name="s2")).to_zarr(tmp_path / "store", progress=False)
+    built(small_world, guard).export(tmp_path / "records.parquet")
+    with guarding(tmp_path) as stores, Client(cluster, set_as_default=False) as client:
+        opened = rd.open_chips(stores.url("store") + "?sv=1&sig=geheim-eins")
+        basic_opened = rd.open_chips(basic(stores.url("store/")))
+        table = rd.load(
+            stores.url("records.parquet") + "?X-Amz-Signature=geheim-eins&X-Amz-Date=x", name="s2"
+        )
+        for thing in (opened, basic_opened, opened.stream(4), table, table.dataset):
+            assert_clean(cloudpickle.dumps(thing) + repr(thing).encode(), thing)
+        np.testing.assert_array_equal(np.asarray(opened.load()["pixels"]), wanted)
+        np.testing.assert_array_equal(np.asarray(chips_of(table).load()["pixels"]), wanted)
+        streamed = np.concatenate([np.asarray(b["s2"]) for b in opened.stream(64, client=client)])
+        np.testing.assert_array_equal(streamed, wanted)
+        assert not stores.refused

@@ -77,6 +77,7 @@ def run_zarr(
         graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
         with clusters.using(client) as found, _or_local(found) as running:
             signatures.send(running, layout.job.hrefs(), layout.job.signed)
+            signatures.send_place(running, url)
             _submit(running, graph, wanted, progress, len(shards), url)
     lost = losses(commit(url, layout.job))
     if progress and lost:
