@@ -25,8 +25,8 @@ from rasteret_dask.errors import PlanError, ReadError
 
 __all__ = [
     "ANEW", "Carried", "Signer", "adopt", "carried", "check_expired", "check_signatures", "expired", "host_of",
-    "is_ready_made", "keep_apart", "keep_place_apart", "lacking", "lacking_hosts", "renew", "rule_of", "sign", "signed", "signed_hosts",
-    "signs_for",
+    "is_ready_made", "keep_apart", "keep_place_apart", "lacking", "lacking_hosts", "renew", "rule_of", "sign", "signed",
+    "signed_hosts", "signs_for",
 ]  # fmt: skip
 
 Signer: TypeAlias = Callable[[str], str]
@@ -230,7 +230,7 @@ def keep_apart(href: str) -> str:
 
 
 def keep_place_apart(url: str) -> str:
-    """Return the URL of a folder or file without its credentials, which this process keeps for all that lies below it."""
+    """Return the URL of a folder or file without its credentials; this process keeps them for all that lies below."""
     plain, secret = split(url)
     host = host_of(plain)
     if secret is None or not host:
@@ -397,7 +397,7 @@ def _place(prefix: str, signer: Signer | str) -> _Place:
             raise PlanError(
                 f"sign({prefix!r})",
                 f"a {type(signer).__name__}",
-                "'module:name', a callable, '?query' or 'user:password@'",
+                "'module:name', a callable, '?...' or 'user:password@'",
             )
         return _Place(prefix, "", signer)
     ready = re.fullmatch(r"(?:([^/?#]+)@)?(?:\?(.+))?", signer)
@@ -408,7 +408,7 @@ def _place(prefix: str, signer: Signer | str) -> _Place:
         raise PlanError(
             f"sign({prefix!r})",
             "a text of another form",
-            "'module:name', a callable, '?query' or 'user:password@'",
+            "'module:name', a callable, '?...' or 'user:password@'",
         )
     try:
         call: object = importlib.import_module(module)
