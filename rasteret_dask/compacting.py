@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import JobError, PlanError, StoreError
 from rasteret_dask.formats import STORE
-from rasteret_dask.net import remote
+from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
+from rasteret_dask.net.places import place_of
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.measuring import computed
 from rasteret_dask.store import decode, ledger
@@ -70,7 +71,8 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
     PlanError
         When no chip is kept.
     """
-    url, place = _absolute(store), _absolute(target)
+    clusters.check(client, "compact(client=)")
+    url, place = place_of(store), place_of(target)
     opened = open_store(url)
     check_sizes(opened)
     if not opened.kept.any():
@@ -84,7 +86,8 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
     tasks: dict[Hashable, Any] = {
         k: Task(k, _copied, url, opened.digest, place, shard) for k, shard in names.items()
     }
-    computed(tasks, list(names), client, f"compact {remote.redact(place)}")
+    subject = f"compact {remote.redact(place)}"
+    computed(tasks, list(names), client, subject, lambda cluster: signatures.send_place(cluster, url, place))
     _log.info("compact %s: %d shards written; committing", remote.redact(place), len(chips.shards))
     found = ledger.restored(place, chips)
     reports = ledger.reports(place, found, chips.keys)
@@ -343,8 +346,3 @@ def _manifest(
             }
         )
     return pa.Table.from_pylist(rows)
-
-
-def _absolute(place: str | os.PathLike[str]) -> str:
-    text = os.fspath(place)
-    return text if "://" in text else os.path.abspath(text)

@@ -17,6 +17,7 @@ from rasteret_dask.errors import PlanError, ReadError, SchemaError, SignedHrefsW
 from rasteret_dask.ingest.sources import read_items, read_table
 from rasteret_dask.ingest.stac import LeftOut, items_to_table
 from rasteret_dask.ingest.tables import check_hrefs, table_to_records
+from rasteret_dask.net.places import place_of
 from rasteret_dask.net.remote import is_local, local_path, redact
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import Source
@@ -202,7 +203,7 @@ def load(path: str | os.PathLike[str], name: str | None = None, *, headers: bool
         When a table from a URL names local paths.
     """
     place = os.path.expanduser(os.fspath(path))
-    place = local_path(place) if is_local(place) else place
+    place = local_path(place) if is_local(place) else place_of(place)
     called = name or os.path.splitext(os.path.basename(place.partition("?")[0].rstrip("/")))[0]
     data = _opened(place)
     schema = data.schema

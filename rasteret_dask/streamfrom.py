@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.net.places import place_of
 from rasteret_dask.net.sums import document_of, sealed
 from rasteret_dask.planning.functions import Function
 from rasteret_dask.store.stored import Stored
@@ -46,7 +47,7 @@ def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | 
     StoreError
         When something else lies there.
     """
-    url = _url(place)
+    url = place_of(place)
     found = set() if _is_file(url) else set(remote.listing(url))
     note = read_note(url) if JOB_FILE in found else {}
     if note.get("digest") == job.digest:
@@ -127,7 +128,7 @@ def stream_from(
     or gives a client: ``stream_from(Client(address, security=Security(...)), plan, ...)``. A task on a Dask worker
     gives None: its worker's client has the worker's certificates, those of ``Security.temporary()`` too.
     """
-    url = _url(plan)
+    url = place_of(plan)
     if _exists(url, JOB_FILE):
         if split is not None:
             raise PlanError(
@@ -196,11 +197,6 @@ def _matched(job: Job, functions: tuple[Callable[..., Any], ...]) -> Functions:
             )  # fmt: skip
         found[function] = call
     return found
-
-
-def _url(place: str | os.PathLike[str]) -> str:
-    text = os.fspath(place)
-    return text if "://" in text else os.path.abspath(text)
 
 
 def _is_file(url: str) -> bool:

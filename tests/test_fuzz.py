@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tiffs import NORTH, WEST, Values, item, tiff
+from tiny_tiffs import Values, item, tiff
 
 import rasteret_dask as rd
 from rasteret_dask.chipping.frame import MOST_WINDOWS
-from rasteret_dask.headers.reader import read_headers
 from rasteret_dask.net import remote
 
 SOON = settings(

@@ -25,9 +25,11 @@ import zarr
 from distributed import Client, LocalCluster
 from numpy.typing import NDArray
 from signed_items import PASSWORD, USER, Guarded, guarding, signed_items
+from stac_api import serving_stac
 
 import rasteret_dask as rd
 from rasteret_dask.catalogs import signing
+from rasteret_dask.catalogs.credentials import bare
 from rasteret_dask.demo.world import World
 from rasteret_dask.errors import PlanError, ReadError, SignedHrefsWarning
 from rasteret_dask.net import remote
@@ -280,22 +282,12 @@ def test_another_process_is_told_what_it_lacks_and_reads_with_a_signer(
     (tmp_path / "other.py").write_text(OTHER_PROCESS)
     chips_of(built(small_world, guard)).save_plan(tmp_path / "plan")
     guard.forget()
+    guard.good = {"geheim-zwei"}  # what the signer gives
 
     def run(signer: str, **environment: str) -> str:
-        command = [
-            sys.executable,
-            str(tmp_path / "other.py"),
-            str(tmp_path / "plan"),
-            guard.host,
-            signer,
-            str(tmp_path / "x"),
-        ]
+        command = [sys.executable, "other.py", "plan", guard.host, signer, "x"]
         done = subprocess.run(
-            command,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
+            command, env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True, timeout=300,
             check=True,
         )  # fmt: skip
         return done.stdout
@@ -461,3 +453,68 @@ def test_a_table_of_signed_files_is_indexed_without_their_signatures(
     found = np.asarray(collection.chips(size=64).load()["pixels"])
     assert found.shape[0] == len(wanted)
     assert not guard.refused
+
+
+def test_urls_of_stores_and_tables_are_kept_without_their_signatures(
+    small_world: World, guard: Guarded, wanted: NDArray[Any], tmp_path: Path, cluster: LocalCluster
+) -> None:
+    chips_of(rd.build_from_stac(small_world.sentinel2, name="s2")).to_zarr(tmp_path / "store", progress=False)
+    built(small_world, guard).export(tmp_path / "records.parquet")
+    with guarding(tmp_path) as stores, Client(cluster, set_as_default=False) as client:
+        opened = rd.open_chips(stores.url("store") + "?sv=1&sig=geheim-eins")
+        basic_opened = rd.open_chips(basic(stores.url("store/")))
+        table = rd.load(
+            stores.url("records.parquet") + "?X-Amz-Signature=geheim-eins&X-Amz-Date=x", name="s2"
+        )
+        for thing in (opened, basic_opened, opened.stream(4), table, table.dataset):
+            assert_clean(cloudpickle.dumps(thing) + repr(thing).encode(), thing)
+        np.testing.assert_array_equal(np.asarray(opened.load()["pixels"]), wanted)
+        np.testing.assert_array_equal(np.asarray(chips_of(table).load()["pixels"]), wanted)
+        streamed = np.concatenate([np.asarray(b["s2"]) for b in opened.stream(64, client=client)])
+        np.testing.assert_array_equal(streamed, wanted)
+        assert not stores.refused
+
+
+def test_a_built_table_that_is_opened_again_gets_its_signatures_from_the_api(
+    small_world: World, guard: Guarded, wanted: NDArray[Any], tmp_path: Path
+) -> None:
+    items = signed_items(small_world.sentinel2, guard, azure)
+    with serving_stac(items) as api:
+
+        def build() -> rd.Collection:
+            with pytest.warns(SignedHrefsWarning, match=guard.host):
+                return rd.build_from_stac(
+                    stac_api=api.url, collection=items[0]["collection"], name="s2", max_items=100, cache_dir=tmp_path,
+                    progress=False,
+                )  # fmt: skip
+
+        build()
+        api.forget()
+        build()
+        assert not api.log  # what this process has is good
+        signing._GRANTS.clear()  # as in another process
+        guard.forget()
+        collection = build()
+        assert api.log
+        assert not guard.log  # no header is read twice
+    np.testing.assert_array_equal(
+        np.sort(np.asarray(chips_of(collection).load()["pixels"]), None), np.sort(wanted, None)
+    )
+    assert assert_folder_clean(tmp_path) >= 2
+
+
+def test_the_signer_in_the_documents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "credentials.md").read_text()
+    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    (tmp_path / "my_signer.py").write_text(blocks[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_signer", raising=False)
+    monkeypatch.setenv("MY_TOKEN", "abc")
+    exec(blocks[1], {})
+    assert (
+        signing.signed("https://data.example.com/private/a.tif")
+        == "https://data.example.com/private/a.tif?token=abc"
+    )
+    exec("import rasteret_dask as rd\n" + blocks[2], {})
+    basic_url = "https://u:p@account.blob.core.windows.net/box/a.tif"
+    assert signing.signed(bare(basic_url)).endswith("/box/a.tif?sv=2024-05-04&sp=r&sig=...")

@@ -25,15 +25,15 @@ from rasteret_dask.errors import PlanError, ReadError
 
 __all__ = [
     "ANEW", "Carried", "Signer", "adopt", "carried", "check_expired", "check_signatures", "expired", "host_of",
-    "is_ready_made", "keep_apart", "lacking", "lacking_hosts", "renew", "rule_of", "sign", "signed", "signed_hosts",
-    "signs_for",
+    "is_ready_made", "keep_apart", "keep_place_apart", "lacking", "lacking_hosts", "renew", "rule_of", "sign", "signed",
+    "signed_hosts", "signs_for",
 ]  # fmt: skip
 
 Signer: TypeAlias = Callable[[str], str]
 """Takes an href without credentials, returns the URL to request."""
 
 Carried: TypeAlias = "tuple[Mapping[str, Secret], tuple[tuple[str, str], ...]]"
-"""What workers are told: {bare href: its credentials}, and (place, signer's name or query string)."""
+"""What workers are told: {bare href: its credentials}, and (place, signer's name or ready-made credentials)."""
 
 _FRESH = timedelta(seconds=60)  # a signature that ends sooner is asked for anew
 _KEPT = 65536  # signed URLs a signer's answers are kept of
@@ -56,7 +56,7 @@ class _Place:
 
     prefix: str
     name: str
-    """``module:name``; "" for a callable, which only this process has; ``?...`` for a ready-made query string."""
+    """``module:name``; "" for a callable, which only this process has; ``user:password@?...`` for ready-made ones."""
     call: Signer
     answers: OrderedDict[str, str] = field(default_factory=OrderedDict)
     lock: Lock = field(default_factory=Lock)
@@ -124,7 +124,8 @@ def signed(href: str) -> str:
     grants = _GRANTS.get(host)
     secret = grants.get(href) if grants else None
     if secret is not None:
-        return _with(href, *secret)
+        user, query = secret  # the whole query, as it was published: a signature may count its order
+        return _added(_with(href.partition("?")[0], user), query)
     if rule is None or rule.access != "planetary-computer":
         return href
     return _added(href, token(*_container(href))[0])
@@ -180,9 +181,9 @@ def sign(place: str, signer: Signer | str | None) -> None:
         ``https://host``, or a URL below which everything is signed that way: ``https://host/container``.
     signer
         ``"module:name"``: a function that takes an href and returns the URL to request; each process that reads imports
-        and calls it, so it must be installed on the workers too. A callable: this process only. ``"?sv=...&sig=..."``:
-        a ready-made query string, added to each href; it is sent to workers, and never stored. None: forget what was
-        said of the place.
+        and calls it, so it must be installed on the workers too. A callable: this process only. ``"?sv=...&sig=..."``
+        or ``"user:password@"``: ready-made credentials, added to each href; they are sent to workers, and never stored.
+        None: forget what was said of the place.
 
     Raises
     ------
@@ -206,10 +207,11 @@ def sign(place: str, signer: Signer | str | None) -> None:
             "sign(place)", repr(bare(place)), "https://host, or a URL below it, without a query or a password"
         )
     prefix = _lower_host(place)
-    made = None if signer is None else _place(prefix, signer)
+    if signer is not None:
+        _put(host, _place(prefix, signer))
+        return
     with _LOCK:
-        others = [p for p in _PLACES.get(host, ()) if p.prefix != prefix]
-        _PLACES[host] = tuple(sorted([*others, *([made] if made else [])], key=lambda p: -len(p.prefix)))
+        _PLACES[host] = tuple(p for p in _PLACES.get(host, ()) if p.prefix != prefix)
 
 
 def keep_apart(href: str) -> str:
@@ -224,6 +226,20 @@ def keep_apart(href: str) -> str:
     if host and (rule is None or rule.access != "planetary-computer"):
         with _LOCK:
             _GRANTS.setdefault(host, {})[plain] = _SHARED.setdefault(secret, secret)
+    return plain
+
+
+def keep_place_apart(url: str) -> str:
+    """Return the URL of a folder or file without its credentials; this process keeps them for all that lies below."""
+    plain, secret = split(url)
+    host = host_of(plain)
+    if secret is None or not host:
+        return plain
+    if "?" in plain:  # a file by its version, say: nothing lies below it
+        return keep_apart(url)
+    user, query = secret
+    with _LOCK:
+        _put(host, _place(_lower_host(plain), (f"{user}@" if user else "") + (f"?{query}" if query else "")))
     return plain
 
 
@@ -369,19 +385,30 @@ def _has(host: str, href: str) -> bool:
     return href in _GRANTS.get(host, {}) or _place_of(host, href, rule_of(href)) is not None
 
 
+def _put(host: str, made: _Place) -> None:
+    with _LOCK:
+        others = [p for p in _PLACES.get(host, ()) if p.prefix != made.prefix]
+        _PLACES[host] = tuple(sorted([*others, made], key=lambda p: -len(p.prefix)))
+
+
 def _place(prefix: str, signer: Signer | str) -> _Place:
     if not isinstance(signer, str):
         if not callable(signer):
             raise PlanError(
-                f"sign({prefix!r})", f"a {type(signer).__name__}", "'module:name', a callable, or '?query'"
+                f"sign({prefix!r})",
+                f"a {type(signer).__name__}",
+                "'module:name', a callable, '?...' or 'user:password@'",
             )
         return _Place(prefix, "", signer)
-    if signer.startswith("?"):
-        return _Place(prefix, signer, lambda href: _added(href, signer[1:]))
+    ready = re.fullmatch(r"(?:([^/?#]+)@)?(?:\?(.+))?", signer)
+    if signer and ready is not None:
+        return _Place(prefix, signer, lambda href: _added(_with(href, ready[1] or ""), ready[2] or ""))
     module, mark, name = signer.partition(":")
     if not mark or not re.fullmatch(r"[\w.]+", module) or not re.fullmatch(r"[\w.]+", name):
         raise PlanError(
-            f"sign({prefix!r})", "a text of another form", "'module:name', a callable, or '?query'"
+            f"sign({prefix!r})",
+            "a text of another form",
+            "'module:name', a callable, '?...' or 'user:password@'",
         )
     try:
         call: object = importlib.import_module(module)
@@ -397,15 +424,14 @@ def _place(prefix: str, signer: Signer | str) -> _Place:
     return _Place(prefix, signer, call)
 
 
-def _with(href: str, user: str, query: str) -> str:
-    """Return an href with its own credentials, as it arrived."""
-    scheme, _, rest = href.partition("://")
-    at = f"{user}@" if user else ""
-    return f"{scheme}://{at}{rest.partition('?')[0]}{'?' if query else ''}{query}"
+def _with(href: str, user: str) -> str:
+    """Return an href with user information."""
+    scheme, mark, rest = href.partition("://")
+    return f"{scheme}{mark}{user}@{rest}" if user else href
 
 
 def _added(href: str, query: str) -> str:
-    return f"{href}{'&' if '?' in href else '?'}{query}"
+    return f"{href}{'&' if '?' in href else '?'}{query}" if query else href
 
 
 def _container(href: str) -> tuple[str, str]:

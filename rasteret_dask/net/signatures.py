@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from rasteret_dask.catalogs.signing import Carried, carried, check_expired
+from rasteret_dask.catalogs.signing import Carried, carried, check_expired, signed_hosts
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import clusters
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["send", "send_to_current"]
+__all__ = ["send", "send_place", "send_to_current"]
 
 _SENT: WeakKeyDictionary[Client, Carried] = WeakKeyDictionary()
 
@@ -58,6 +58,11 @@ def send(client: Client, hrefs: Iterable[str], hosts: tuple[str, ...]) -> None:
             f"Install the signer's package on the workers and name it: rd.sign('https://{missing[0]}', 'module:name'). "
             "A callable stays in this process. See docs/credentials.md.",
         )
+
+
+def send_place(client: Client, *urls: str) -> None:
+    """Send a cluster's workers what they need to read and write below URLs, as :func:`send`."""
+    send(client, urls, signed_hosts(urls))
 
 
 def send_to_current(hrefs: Iterable[str], hosts: tuple[str, ...]) -> None:

@@ -20,6 +20,8 @@ from rasteret_dask.streams.readings import Reading
 from rasteret_dask.tasks.batches import Arrays, Kind
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["computed", "kept_sizes", "measured", "recalled", "remember"]
@@ -80,7 +82,7 @@ def measured(reading: Reading, client: ClientLike = None) -> Stats:
             graph[name] = Task(name, _merge, *(TaskRef(key) for key in group))
         if len(level) == 1:
             break
-    (found,) = computed(graph, level, client, reading)
+    (found,) = computed(graph, level, client, "stats", reading.send_signatures)
     if not found.chips:
         raise _none()
     return found  # type: ignore[no-any-return]
@@ -100,7 +102,8 @@ def kept_sizes(reading: Reading, client: ClientLike = None) -> tuple[int, ...]:
     client
         As in :func:`measured`.
     """
-    return tuple(computed(*_on_shards(reading, "size", _size), client, reading))
+    graph, keys = _on_shards(reading, "size", _size)
+    return tuple(computed(graph, keys, client, "counting kept chips", reading.send_signatures))
 
 
 def _on_shards(
@@ -121,7 +124,7 @@ def computed(
     keys: Sequence[str],
     client: ClientLike,
     subject: str = "stats",
-    reading: Reading | None = None,
+    sign: Callable[[Client], None] | None = None,
 ) -> Sequence[Any]:
     """Return the results of some keys: by a cluster, or by threads of this process where there is none.
 
@@ -133,8 +136,8 @@ def computed(
         As in :func:`measured`.
     subject
         What is being done: goes before each line about a cluster that stands still.
-    reading
-        What the tasks read, whose signatures the workers need; None: nothing that is signed.
+    sign
+        Sends the workers what they need to sign what the tasks read; None: nothing is signed.
     """
     clusters.check(client, "client=")
     begun = time.monotonic()
@@ -147,8 +150,8 @@ def computed(
             from rasteret_dask.net.watch import watched  # it imports distributed
 
             with watched(cluster, graph, {key: key for key in graph if isinstance(key, str)}, subject):
-                if reading is not None:
-                    reading.send_signatures(cluster)
+                if sign is not None:
+                    sign(cluster)
                 found = cluster.get(dict(graph), list(keys))
     _log.info("%s: done in %.1f s", subject, time.monotonic() - begun)
     return found

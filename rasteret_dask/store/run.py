@@ -145,6 +145,7 @@ def _submit(
         ):
             shown.step(done)
             signatures.send(client, job.hrefs(), job.signed)
+            signatures.send_place(client, url)
             waiting = as_completed(send(graph, sorted(wanted)), loop=client.loop)
             _log.info("to_zarr %s: %d shards submitted", remote.redact(url), len(wanted))
             for future in waiting:

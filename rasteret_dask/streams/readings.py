@@ -11,7 +11,7 @@ import numpy as np
 from dask._task_spec import Task
 from numpy.typing import NDArray
 
-from rasteret_dask.net.signatures import send
+from rasteret_dask.net.signatures import send, send_place
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import stored
 from rasteret_dask.store.holding import hold
@@ -43,10 +43,15 @@ class Reading:
     job: Job | None = None
     """What its tasks read, where they read files of a catalog."""
 
+    store: str | None = None
+    """What its tasks read, where they read a store."""
+
     def send_signatures(self, client: Client) -> None:
         """Send a cluster's workers what they need to sign hrefs: see :func:`rasteret_dask.net.signatures.send`."""
         if self.job is not None:
             send(client, self.job.hrefs(), self.job.signed)
+        if self.store is not None:
+            send_place(client, self.store)
 
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:
@@ -68,4 +73,5 @@ def stored_chips(chips: stored.Stored) -> Reading:
         keys = [f"read-stored-{number:05d}-{tail}" for number in range(len(chips.sizes))]
         return {}, [(key, Task(key, stored.read_shard, chips, n)) for n, key in enumerate(keys)]
 
-    return Reading(chips.sizes, chips.digest, chips.map.kinds, partial(hold, chips), tasks, take)
+    read = partial(hold, chips)
+    return Reading(chips.sizes, chips.digest, chips.map.kinds, read, tasks, take, store=chips.url)

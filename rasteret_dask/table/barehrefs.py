@@ -32,8 +32,10 @@ def marks(hosts: Sequence[str]) -> dict[bytes, bytes]:
 
 
 def marked(table: pa.Table, hosts: Sequence[str]) -> pa.Table:
-    """Return a table whose schema names the hosts, beside those that it names."""
+    """Return a table whose schema names the hosts, beside those that it names; as it is, where there are none."""
     every = {*hosts, *(hosts_of(table.schema) or ())}
+    if not every:
+        return table
     return table.replace_schema_metadata({**(table.schema.metadata or {}), **marks(tuple(every))})
 
 
