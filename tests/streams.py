@@ -14,6 +14,7 @@ import numpy as np
 from dask._task_spec import Task
 from numpy.typing import NDArray
 from test_write import layout_of
+from waiting import until as until
 
 import rasteret_dask as rd
 from rasteret_dask.errors import ReadError

@@ -513,7 +513,6 @@ def test_a_chunk_s_readers_travel(scenes: list[dict[str, Path]]) -> None:
             np.testing.assert_array_equal(one.read(window), values)
 
 
-@pytest.mark.slow
 def test_cubes_are_read_in_other_processes(items: list[dict[str, Any]]) -> None:
     cube = stacked(items, assets=["red", "nir"], chunksize=(-1, -1, 64, 64))
     here = cube.compute(scheduler="sync")

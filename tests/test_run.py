@@ -261,12 +261,16 @@ def objects(store: Path) -> int:
     return sum(1 for p in store.rglob("*") if p.is_file())
 
 
-@pytest.mark.slow
-def test_the_client_killed_again_and_again(small_world: World, s2: rd.Collection, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stops", [(40,), pytest.param((2, 9, 40, 80), marks=pytest.mark.slow)], ids=["once", "four times"]
+)
+def test_the_client_killed_again_and_again(
+    small_world: World, s2: rd.Collection, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
     """While it prepares, while it writes, and just before it commits: nothing finished is done again."""
     store = tmp_path / "x.zarr"
     finished: dict[str, dict[str, int]] = {}
-    for stop_at in (2, 9, 40, 80):
+    for stop_at in stops:
         running = client(small_world, store)
         while running.poll() is None and objects(store) < stop_at:
             time.sleep(0.002)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import subprocess
 import sys
 import threading
 import time
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -152,37 +154,32 @@ def test_what_is_made_ahead_is_not_in_the_state(shards: Shards) -> None:
     assert ids_of(next(again)) == ids_of(next(stream)) != first
 
 
-CONSUMER = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from streams import Shards, ids_of
-stream = Shards(Path(sys.argv[2])).stream(5, shuffle=8)
-state = Path(sys.argv[3])
-if state.exists():
-    stream.load_state_dict(json.loads(state.read_text()))
-for _ in sys.stdin:
-    batch = ids_of(next(stream))
-    state.with_suffix(".new").write_text(json.dumps(stream.state_dict()))
-    state.with_suffix(".new").rename(state)
-    print(json.dumps(batch), flush=True)
-"""
+def consume(shards: Shards, state: Path, orders: Connection) -> None:
+    """Take a batch whenever told to: write the state, and then send the batch's chips."""
+    stream = shards.stream(5, shuffle=8)
+    if state.exists():
+        stream.load_state_dict(json.loads(state.read_text()))
+    while orders.recv():
+        batch = ids_of(next(stream))
+        state.with_suffix(".new").write_text(json.dumps(stream.state_dict()))
+        state.with_suffix(".new").rename(state)
+        orders.send(batch)
 
 
 def test_a_consumer_killed_again_and_again_misses_nothing(shards: Shards, tmp_path: Path) -> None:
     wanted = [ids_of(b) for b in shards.stream(5, shuffle=8)]
     found: list[list[str]] = []
-    place = str(tmp_path / "state")
-    command = [sys.executable, "-c", CONSUMER, str(Path(__file__).parent), str(shards.log), place]
+    forks = multiprocessing.get_context("forkserver")
     for steps in (3, 1, 4, len(wanted) - 8):
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
-            assert running.stdin is not None
-            assert running.stdout is not None
-            for _ in range(steps):
-                running.stdin.write("\n")
-                running.stdin.flush()
-                found.append(json.loads(running.stdout.readline()))
-            running.kill()
+        ours, theirs = forks.Pipe()
+        running = forks.Process(target=consume, args=(shards, tmp_path / "state", theirs))
+        running.start()
+        for _ in range(steps):
+            ours.send(True)
+            assert ours.poll(PATIENCE_S)
+            found.append(ours.recv())
+        running.kill()
+        running.join()
     assert found == wanted
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
-import json
+import multiprocessing
 import subprocess
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from rasteret_dask.streams.stream import batches
 from rasteret_dask.tasks.batches import Arrays
 
 HERE = str(Path(__file__).parent)
+FORKS = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -159,25 +161,21 @@ def test_memory_is_two_batches_and_those_made_ahead(tmp_path: Path, client: Clie
         assert peak <= (2 + prefetch) * batch * 1.1
 
 
-CONSUMER = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from streams import Shards, ids_of
-if __name__ == "__main__":
-    stream = Shards(Path(sys.argv[2])).stream(2, shuffle=1, epochs=1000, client=sys.argv[3])
-    print(ids_of(next(stream)), flush=True)
-    time.sleep(1000)
-"""
+def take_one(shards: Shards, address: str, out: Connection) -> None:
+    """Take one batch of many, say which, and wait to be killed."""
+    out.send(ids_of(next(shards.stream(2, shuffle=1, epochs=1000, client=address))))
+    out.poll(None)
 
 
 def test_a_consumer_that_dies_leaves_nothing(shards: Shards, cluster: LocalCluster) -> None:
-    command = [sys.executable, "-c", CONSUMER, HERE, str(shards.log), cluster.scheduler_address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
-        assert running.stdout is not None
-        assert running.stdout.readline()
-        assert tasks(cluster)
-        running.kill()
+    ours, theirs = FORKS.Pipe()
+    consumer = FORKS.Process(target=take_one, args=(shards, cluster.scheduler_address, theirs))
+    consumer.start()
+    assert ours.poll(PATIENCE_S)
+    assert len(ours.recv()) == 2
+    assert tasks(cluster)
+    consumer.kill()
+    consumer.join()
     until(nothing_left(cluster))
 
 
@@ -222,16 +220,10 @@ def test_workers_that_cannot_be_reached_are_read_through_the_scheduler(shards: S
 # Elsewhere
 
 
-RANK = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import rasteret_dask as rd
-from rasteret_dask.streamfrom import stream_from
-if __name__ == "__main__":
-    rank = int(sys.argv[4])
-    stream = stream_from(sys.argv[2], sys.argv[3], 4, shuffle=6, epochs=2, rank=rank, world_size=3)
-    print(json.dumps([[b["chip_id"].tolist(), float(b["optical"].sum())] for b in stream]))
-"""
+def batches_of(address: str, place: str, rank: int) -> list[list[Any]]:
+    """Return what one of three ranks gets."""
+    stream = stream_from(address, place, 4, shuffle=6, epochs=2, rank=rank, world_size=3)
+    return [[b["chip_id"].tolist(), float(b["optical"].sum())] for b in stream]
 
 
 @pytest.mark.parametrize("what", ["plan", "store"])
@@ -246,15 +238,9 @@ def test_three_processes_with_an_address_and_a_path(
         train.save_plan(place)
     else:
         train.to_zarr(place, progress=False)
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, HERE, cluster.scheduler_address, place, str(rank)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    found = [json.loads(process.communicate(timeout=PATIENCE_S)[0]) for process in running]
+    with ProcessPoolExecutor(3, FORKS) as ranks:
+        running = [ranks.submit(batches_of, cluster.scheduler_address, place, rank) for rank in range(3)]
+        found = [process.result(PATIENCE_S) for process in running]
     wanted = [
         [
             [b["chip_id"].tolist(), float(b["optical"].sum())]
@@ -400,6 +386,7 @@ def test_readers_that_are_replaced(tmp_path: Path, mixed: SpecCluster) -> None:
         names = {w["name"]: address for address, w in client.scheduler_info(n_workers=-1)["workers"].items()}
         before = {names["read0"], names["read1"]}
         client.restart_workers(list(before), timeout=PATIENCE_S)
+        client.wait_for_workers(4, timeout=PATIENCE_S)
         found += flat(stream)
         wanted = flat(shards.__class__(tmp_path / "other", shards.sizes).stream(6, shuffle=1, client=client))
         assert found == wanted

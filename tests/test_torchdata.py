@@ -22,6 +22,7 @@ from torch.utils.data._utils import worker as torch_worker  # noqa: E402
 from rasteret_dask.torchdata import ChipDataset, ChipStore, _Run, as_tensors, forkserver  # noqa: E402
 
 SIZE = 32
+SPAWN = pytest.param("spawn", marks=pytest.mark.slow)  # each worker imports torch and all the rest
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +170,7 @@ def test_trainers_count_passes(store: StoredChips) -> None:
             dataset.set_epoch(wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", ["spawn", forkserver()])
+@pytest.mark.parametrize("start", [SPAWN, forkserver()])
 def test_workers_share_the_very_same_batches(chips: rd.Chips, store: StoredChips, start: Any) -> None:
     source = store if start == "spawn" else chips
     stream = source.stream(7, shuffle=3, epochs=2)
@@ -185,9 +185,8 @@ def test_workers_share_the_very_same_batches(chips: rd.Chips, store: StoredChips
         same(batch, wanted[key])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("start", ["spawn", forkserver()])
+@pytest.mark.parametrize("start", [SPAWN, forkserver()])
 def test_each_pass_of_workers_is_the_next_epoch(store: StoredChips, start: Any, persistent: bool) -> None:
     dataset = ChipDataset(store.stream(7, shuffle=3))
     loader = DataLoader(
@@ -327,7 +326,6 @@ def test_a_worker_s_state_is_none_of_a_stream(store: StoredChips) -> None:
     assert next(stream)["chip_id"].tolist() == list(ids(store.stream(7, shuffle=3))[0])
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata calls it
 def test_workers_resume_with_torchdata(store: StoredChips) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="needs torchdata")
