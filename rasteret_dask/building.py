@@ -327,6 +327,7 @@ def _from_items(order: Order, items: Sequence[Item]) -> Collection:
         date_range=None if order.span == (None, None) else order.span,
         most=order.max_items,
     )
+    _log.info("build %s: %d rows of %d items", order.name, table.num_rows, len(items))
     return _ranged(as_collection(table, name=order.name), order)
 
 

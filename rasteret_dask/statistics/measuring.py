@@ -100,7 +100,9 @@ def kept_sizes(reading: Reading, client: ClientLike = None) -> tuple[int, ...]:
     client
         As in :func:`measured`.
     """
-    return tuple(computed(*_on_shards(reading, "size", _size), client))
+    return tuple(
+        computed(*_on_shards(reading, "size", _size), client, "counting the chips that keep() keeps")
+    )
 
 
 def _on_shards(
