@@ -369,6 +369,7 @@ def _from_items(order: Order, items: Sequence[Item]) -> Collection:
         most=order.max_items,
         broken=broken,
     )
+    _log.info("build %s: %d rows of %d items", order.name, table.num_rows, len(items))
     if broken.items:
         warnings.warn(broken.note(order.name), UserWarning, stacklevel=_TO_USER - 1)
     return _ranged(as_collection(table, name=order.name), order)

@@ -181,7 +181,10 @@ def test_the_same_again_is_opened_and_asks_nothing(
     assert second.name == "another"
 
 
-def test_headers_are_read_once_per_file(tmp_path: Path, own_cache: Path) -> None:
+def test_headers_are_read_once_per_file(
+    tmp_path: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rasteret_dask")
     (tmp_path / "files").mkdir()
     with serving(tmp_path / "files") as server:
         items = served(server, 20)
@@ -192,6 +195,12 @@ def test_headers_are_read_once_per_file(tmp_path: Path, own_cache: Path) -> None
             again = build(ID, bbox=BOX, stac_api=api.url, progress=False)
             assert len(server.asked()) == 40
     assert len(made) == len(again) == 20
+    begun, done = (own.getMessage() for own in caplog.records if own.name == "rasteret_dask.building")
+    assert begun == f"build {made.name}: reading items"
+    assert (
+        f"build {made.name}: 20 rows, 20 of them new, 0 items broken; headers of 40 files read, 0 failed"
+        in done
+    )
     asset = pickle.loads(pickle.dumps(made)).to_table().column("assets")[0].as_py()
     assert {dict(asset)[b]["size"] > 0 for b in ("B04", "B08")} == {True}
 

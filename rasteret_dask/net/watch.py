@@ -79,11 +79,9 @@ class Watch:
         self._guarded = False
         self._refused: dict[str, str] = {}
         self._since: dict[tuple[str, str], float] = {}  # (task, worker) -> when it was first seen there
-        self._heard: dict[
-            str, tuple[float, float]
-        ] = {}  # worker -> its last sign of life, and when that came
+        self._heard: dict[str, tuple[float, float]] = {}  # worker -> its last sign of life, when that came
         self._stage = ""  # what is done before the first task is sent
-        self._moved = self._began = time.monotonic()
+        self._moved = time.monotonic()
         self._bare: float | None = None  # since when there are no workers
         self._told: dict[str, float] = {}
 
@@ -137,7 +135,9 @@ class Watch:
             w: before[w] if w in before and before[w][0] == last else (last, now) for w, last in heard.items()
         }
         self._hear_of_refused()
-        self._look_for_workers(now)
+        able = self.workers.keys() - self._refused.keys()
+        # where some were refused, one that has just joined may be of the same kind
+        self._look_for_workers(now, bool(able & before.keys() if self._refused else able))
         self._look_for_signs(now)
         if self.workers and now - self._moved >= self.patience.progress_s:
             self._say("progress", self._standing(now), now, self.patience.progress_s)
@@ -162,7 +162,7 @@ class Watch:
                         self.look()
                 except JobError as error:
                     failed.append(error)
-                    self.client.cancel([Future(str(key), self.client) for key in self._names])
+                    self.client.cancel([Future(str(key), self.client) for key in list(self._names)])
                     return
                 except (OSError, RuntimeError, AttributeError, CancelledError):
                     continue  # the client is closed, or the scheduler lost: whoever waits for tasks hears of that
@@ -201,8 +201,8 @@ class Watch:
                 )
                 self._say(worker, f"a worker joined that cannot run these tasks, and was sent away: {worker}")
 
-    def _look_for_workers(self, now: float) -> None:
-        if self.workers:
+    def _look_for_workers(self, now: float, any_able: bool) -> None:
+        if any_able:
             self._bare = None
             return
         self._bare = now if self._bare is None else self._bare

@@ -103,7 +103,8 @@ def kept_sizes(reading: Reading, client: ClientLike = None) -> tuple[int, ...]:
         As in :func:`measured`.
     """
     graph, keys = _on_shards(reading, "size", _size)
-    return tuple(computed(graph, keys, client, "counting kept chips", reading.send_signatures))
+    subject = "counting the chips that keep() keeps"
+    return tuple(computed(graph, keys, client, subject, reading.send_signatures))
 
 
 def _on_shards(
