@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import RasteretDaskError, SourceError
+from rasteret_dask.formats import table_metadata
 from rasteret_dask.headers.reader import Header, HeaderReader
 from rasteret_dask.ingest.sources import Item
 from rasteret_dask.ingest.stac import Draft, Rules, completed, draft_of, meets, version_of
@@ -186,7 +187,7 @@ def ingest(
     def choose(staged: pa.Table) -> NDArray[np.int64]:
         return _choose(staged.select(list(_KEYS)), recipe, report, known is not None)
 
-    report.rows = geoparquet.write_ordered(tables(), path, choose=choose)
+    report.rows = geoparquet.write_ordered(tables(), path, choose=choose, metadata=table_metadata())
     return report
 
 
