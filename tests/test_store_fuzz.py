@@ -160,7 +160,7 @@ def test_only_blocks_that_are_used_are_read_and_each_is_compared(
         if file.row_group(0).column(i).path_in_schema == "geometry"
     )  # fmt: skip
     data = bytearray((copy / "chips.parquet").read_bytes())
-    data[column.data_page_offset + 1_000_000] ^= 1
+    data[(column.dictionary_page_offset or column.data_page_offset) + 700_000] ^= 1
     (copy / "chips.parquet").write_bytes(data)
     for place in (url, str(copy)):
         _opened.cache_clear()
@@ -292,8 +292,9 @@ def test_a_closed_table_is_read_by_anybody(tmp_path: Path, store: Path) -> None:
     assert not is_closed(once)
     (tmp_path / "closed.parquet").write_bytes(closed(once))
     assert pq.read_table(tmp_path / "closed.parquet").equals(plain)
-    query = f"select shard, chips, objects from '{tmp_path / 'closed.parquet'}'"
-    assert duckdb.sql(query).fetchall() == duckdb.sql(query.replace("closed", "plain")).fetchall()
+    both = (f"select shard, chips, objects from '{tmp_path / name}.parquet'" for name in ("closed", "plain"))
+    one, other = (duckdb.sql(query).fetchall() for query in both)
+    assert one == other
     assert sums.crc32c_of(b"") == 0
 
 
@@ -323,4 +324,4 @@ def test_a_store_of_before_formats_is_refused_by_name(copy: Path) -> None:
         with pytest.raises(FormatError) as caught:
             STORE.check("store x", {"format": 2, "version": version})
         assert "Update the package." in str(caught.value)
-        assert "rm" not in str(caught.value)
+        assert "rm -rf" not in str(caught.value)
