@@ -19,6 +19,7 @@ from rasteret_dask.catalogs.catalog import find, known_dataset
 from rasteret_dask.catalogs.signing import expired, lacking
 from rasteret_dask.collection import Collection
 from rasteret_dask.errors import PlanError, SourceError
+from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.geometries.areas import bbox_of
 from rasteret_dask.ingest.order import Order, check_names, order_of_json
 from rasteret_dask.ingest.pages import Known, Report, ingest
@@ -299,7 +300,7 @@ def _said(order: Order, report: Report) -> dict[str, Any]:
         "files": report.files,
         "failed": report.failed,
     }
-    return {**order.as_json(), "made": counts}
+    return {**FORMAT.note, **order.as_json(), "made": counts}
 
 
 def _remind(folder: Path, order: Order) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from rasteret_dask._version import __version__
 from rasteret_dask.errors import FormatError
 
-__all__ = ["MEANING", "PLAN", "STATE", "STORE", "TABLE", "Format"]
+__all__ = ["MEANING", "PLAN", "STATE", "STORE", "TABLE", "Format", "check_table", "table_metadata"]
 
 MEANING = 1
 """Version of what a plan makes: part of the digest of every job and shard, in place of the package's version.
@@ -18,6 +19,8 @@ MEANING = 1
 Raise it where the same plan and files give other pixels, or the same pixels another place or encoding in a store.
 Then unfinished jobs and stream states of before are refused by name; whatever else changes, they go on.
 """
+
+_KEY = b"rasteret_dask"  # of a table's schema metadata
 
 _VERSION = re.compile(r"[0-9A-Za-z.+!_-]{1,40}")
 
@@ -74,3 +77,33 @@ STORE = Format("store", 1, "Write it again with to_zarr: older formats hold no c
 PLAN = Format("saved plan", 1, "Save it again with save_plan.")
 TABLE = Format("record table", 1, "Build it again, or export it with the version that wrote it.")
 STATE = Format("stream state", 1, "Begin the epoch again: state_dict() of a new stream.")
+
+
+def table_metadata() -> dict[bytes, bytes]:
+    """Return the key-value of a record table's schema that holds its note."""
+    return {_KEY: json.dumps(TABLE.note).encode()}
+
+
+def check_table(subject: str, metadata: Mapping[bytes, bytes] | None) -> None:
+    """Compare the note of a record table; those that others wrote have none, and are judged by their columns.
+
+    Parameters
+    ----------
+    subject
+        What is read, for errors.
+    metadata
+        The metadata of the table's schema.
+
+    Raises
+    ------
+    FormatError
+        When there is a note, and it is of a format that this version does not read.
+    """
+    text = (metadata or {}).get(_KEY)
+    if text is None:
+        return
+    try:
+        note = json.loads(text)
+    except (ValueError, RecursionError):
+        note = None
+    TABLE.check(subject, note if isinstance(note, dict) else {"format": None})

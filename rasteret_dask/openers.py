@@ -14,6 +14,7 @@ import pyarrow.dataset as pads
 from rasteret_dask.catalogs.signing import is_ready_made
 from rasteret_dask.collection import Collection
 from rasteret_dask.errors import PlanError, ReadError, SchemaError, SignedHrefsWarning, SourceError
+from rasteret_dask.formats import check_table
 from rasteret_dask.ingest.sources import read_items, read_table
 from rasteret_dask.ingest.stac import LeftOut, items_to_table
 from rasteret_dask.ingest.tables import check_hrefs, table_to_records
@@ -111,6 +112,7 @@ def as_collection(table: Any, *, name: str | None = None, data_source: str | Non
         When required columns are missing or of another type, or the headers are not in the table.
     """
     data = as_arrow(table, name or "table")
+    check_table(f"records of {name or 'a table'!r}", data.schema.metadata)
     told = {k.decode(): v.decode() for k, v in (data.schema.metadata or {}).items() if k in _KEPT}
     called = name or told.get("name") or "table"
     records: Table
@@ -207,6 +209,7 @@ def load(path: str | os.PathLike[str], name: str | None = None, *, headers: bool
     called = name or os.path.splitext(os.path.basename(place.partition("?")[0].rstrip("/")))[0]
     data = _opened(place)
     schema = data.schema
+    check_table(f"table {redact(place)}", schema.metadata)
     if isinstance(data, pads.Dataset) and not data.files:
         raise SourceError(
             f"table {redact(place)}", "a directory with no file of records", "Parquet files in it"

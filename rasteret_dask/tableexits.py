@@ -13,6 +13,7 @@ import pyarrow.dataset as pads
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.extras import needs
+from rasteret_dask.formats import table_metadata
 from rasteret_dask.planning import recordtable
 from rasteret_dask.planning.plan import Node, leaves
 from rasteret_dask.planning.scan import Table
@@ -109,8 +110,9 @@ class TableExits:
         said = {"name": self.name, "data_source": source}
         if layout == "rasteret":
             said["rasteret_collection_version"] = "1"
-        found = {key.encode(): value.encode() for key, value in said.items()}
-        return found | marks(recordtable.signed_hosts(self.plan, self._tables))
+        metadata = {key.encode(): value.encode() for key, value in said.items()}
+        metadata |= marks(recordtable.signed_hosts(self.plan, self._tables))
+        return metadata if layout == "rasteret" else metadata | table_metadata()
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         return recordtable.stream(self.plan, self._tables).__arrow_c_stream__(requested_schema)

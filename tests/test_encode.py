@@ -144,7 +144,7 @@ def test_other_implementations_read_the_same(tmp_path: Path, reader: str) -> Non
 
 
 def test_a_shard_is_its_chips_and_then_the_index(tmp_path: Path) -> None:
-    """Section "Binary shard format" of the specification; a chip of nothing but fill takes no byte; others have a checksum."""
+    """Section "Binary shard format" of the specification; a chip of nothing but fill takes no byte."""
     values = chips((3, 1, 2, 4, 4), "uint16", 2)
     created(tmp_path / "a", values.shape, 4, "uint16", None)
     (pieces,) = write(tmp_path / "a", values, 4).values()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import xarray as xr
 from small_stores import contents, small, written
@@ -238,6 +243,102 @@ def test_a_valid_report_is_of_this_key_and_its_objects_are_there(
     assert ledger.valid_report(url, "all-00000", key) is None
     flipped(store / "_job/done/all-00001.json")
     assert ledger.valid_report(url, "all-00001", key) is None
+
+
+# What killed local puts leave: obstore writes beside the object, under its name and a number
+
+
+PUTTING = """
+import os, signal, sys
+from pathlib import Path
+from rasteret_dask.net import remote
+from rasteret_dask.store import ledger
+store, shard, key, path = sys.argv[1:]
+ledger.tried(store, shard, key)
+
+class Piece(bytes):
+    pass
+
+# the put has begun when its temporary file is there: killed just then
+import threading
+def kill():
+    while not list(Path(store).rglob("*#*")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=kill, daemon=True).start()
+while True:
+    remote.put(remote.join(store, path), [bytes(1 << 20)] * 64)
+"""
+
+
+def killed_put(store: Path, key: str, path: str) -> Path:
+    """Have a process begin a shard and be killed while it puts an object; return what it leaves."""
+    place = store / path
+    data = place.read_bytes()
+    command = [sys.executable, "-c", PUTTING, str(store), "all-00001", key, path]
+    assert (
+        subprocess.run(command, capture_output=True, check=False, timeout=300).returncode == -signal.SIGKILL
+    )
+    place.write_bytes(data)
+    (left,) = store.rglob("*#*")
+    return left
+
+
+def test_what_killed_puts_left_is_removed(layout: Layout, finished: Path, tmp_path: Path) -> None:
+    """With the commit, if nobody can be at it any more; whatever else has such a name stays."""
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    for path in ("zarr.json", "_job/done/all-00001.json"):
+        (store / path).unlink()
+    left = killed_put(store, layout.job.digest, "pixels/c/1/0/0/0/0")
+    theirs = store / "pixels" / "c" / "notes#1"
+    theirs.write_text("mine")
+    rerun(layout, store)
+    assert not left.exists()
+    assert theirs.read_text() == "mine"
+    theirs.unlink()
+    assert {p: data for p, data in contents(store).items() if "#" not in p} == contents(finished)
+    attempts = pq.read_table(store / "manifest.parquet")["attempts"].to_pylist()
+    assert attempts == [1, 3, 1]
+    assert verify(store).ok
+
+
+@pytest.mark.parametrize("whose", ["alive", "elsewhere", "old", "of no shard"])
+def test_a_put_that_may_be_under_way_is_left_alone(
+    layout: Layout, finished: Path, tmp_path: Path, whose: str
+) -> None:
+    """A process that is alive, or on another machine, may still be at it; after ten minutes it is not."""
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    (store / "zarr.json").unlink()
+    if whose in ("alive", "old"):
+        ledger.tried(str(store), "all-00001", layout.job.digest)  # by this very process, and never finished
+    if whose == "elsewhere":
+        mark = f"{layout.job.digest[:16]}.another-machine.1.{'0' * 32}"
+        (store / "_job/tried/all-00001" / mark).touch()
+    left = store / ("chips.parquet#1" if whose == "of no shard" else "pixels/c/1/0/0/0/0#1")
+    left.write_bytes(b"half")
+    if whose == "old":
+        os.utime(left, (0, 0))
+    rerun(layout, store)
+    assert left.exists() == (whose != "old")
+
+
+def test_an_object_of_a_try_that_came_to_nothing_is_removed(
+    layout: Layout, finished: Path, tmp_path: Path
+) -> None:
+    """A try that was killed had pixels to put; the next one found nothing but fill, as a tile became unreadable."""
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    (store / "zarr.json").unlink()
+    report = json.loads((store / "_job/done/all-00001.json").read_bytes())
+    del report["checksum"]
+    report["objects"] = [o for o in report["objects"] if not o["path"].startswith("pixels/")]
+    (store / "_job/done/all-00001.json").write_bytes(sealed(report))
+    rerun(layout, store)
+    assert not (store / "pixels/c/1/0/0/0/0").exists()
+    assert (xr.open_zarr(store, mask_and_scale=False)["pixels"][2:4] == 65535).all()
+    assert verify(store).ok
 
 
 # After the commit

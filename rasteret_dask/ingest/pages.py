@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import SourceError
+from rasteret_dask.formats import table_metadata
 from rasteret_dask.headers.reader import Header, HeaderReader
 from rasteret_dask.ingest.sources import Item
 from rasteret_dask.ingest.stac import (
@@ -198,7 +199,7 @@ def ingest(
     def choose(staged: pa.Table) -> NDArray[np.int64]:
         return _choose(staged.select(list(_KEYS)), recipe, report, known is not None)
 
-    metadata = marks(tuple(signed))  # of the file, which is written when all tables are there
+    metadata = table_metadata() | marks(tuple(signed))  # of the file, which is written when all tables are there
     report.rows = geoparquet.write_ordered(tables(), path, choose=choose, metadata=metadata)
     return report
 

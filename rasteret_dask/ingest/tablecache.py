@@ -21,6 +21,7 @@ import platformdirs
 import psutil
 
 from rasteret_dask.errors import PlanError, SourceError
+from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.table.records import RECORD_SCHEMA
 
@@ -164,6 +165,8 @@ def shelf_of(file: str) -> tuple[Shelf, Path, dict[str, Any]] | None:
         found = json.loads(said.read_text())
     except ValueError as error:
         raise SourceError(f"reading {said}", f"no JSON: {error}", "what was searched for") from error
+    if "format" in found:
+        FORMAT.check(f"reading {said}", found)
     return Shelf(path.parents[1]), path.parent, dict(found)
 
 

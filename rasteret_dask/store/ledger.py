@@ -558,6 +558,8 @@ def root_of(url: str) -> Root:
             subject, "a zarr.json that does not match its checksum", "the one that to_zarr wrote", DAMAGED
         )
     STORE.check(subject, note)
+    if "checksum" not in note:
+        raise StoreError(subject, "a zarr.json without its checksum", "the one that to_zarr wrote", DAMAGED)
     kinds = {
         "writer": str,
         "digest": str,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from threading import Lock
 from typing import Any
 
@@ -39,6 +40,20 @@ __all__ = [
 ]
 
 _OF_SHARDS = ["shard", "split", "number", "chips", "dropped_chips", "objects"]
+
+_ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
+    "pixels": (("chip", "time", "band", "y", "x"), None),
+    "valid": (("chip", "time", "y", "x"), ("bool",)),
+    MASK: (("chip", "y", "x"), None),
+    "valid_fraction": (("chip", "time"), ("float32",)),
+    "datetime": (("chip", "time"), ("int64",)),
+    "source": (("chip", "time"), ("None",)),
+    "bounds": (("chip", "corner"), ("float64",)),
+    "band": (("band",), ("None",)),
+    "time": (("time",), ("int64",)),
+}
+"""Dimensions of arrays, and their dtypes where they are known ("None": text); all others have one value a chip."""
+_NEEDED = {"pixels", "valid_fraction", "datetime", "source", "band"}
 
 _OPENING = Lock()
 _NOTHING: Mapping[str, str] = {}
@@ -304,33 +319,45 @@ def _mapped(url: str, token: str, root: ledger.Root) -> StoreMap:
         for split in splits
     }
     for split, own in groups.items():
-        _check_chips(url, own, [s for s in shards if s.split == split])
+        for group in own:
+            _check_chips(url, group, sum(s.chips for s in shards if s.split == split))
     others = {path: Sums.again(value) for path, value in vouched.items()}
     return StoreMap(url, token, sources, groups, shards, root.document, others, etag)
 
 
-def _check_chips(url: str, groups: Sequence[StoredGroup], shards: Sequence[StoredShard]) -> None:
-    """Raise where arrays are not of the manifest's chips: memory is asked for by what they say."""
-    chips = sum(shard.chips for shard in shards)
-    for array in (array for group in groups for array in group.arrays.values()):
-        shape, chunk = array.shape, array.encoding.chunk
+def _check_chips(url: str, group: StoredGroup, chips: int) -> None:
+    """Raise where arrays are not as to_zarr writes them: memory is asked for by what they say."""
+    missing = _NEEDED - group.arrays.keys()
+    sizes: dict[str, int] = {"chip": chips}
+    for name, array in group.arrays.items():
+        shape, encoding = array.shape, array.encoding
+        dims, dtypes = _ARRAYS.get(name, (("chip",), None))
         fits = (
-            len(shape) == len(chunk) == len(array.dims) > 0
-            and all(n > 0 for n in chunk)
-            and (array.dims[0] != "chip" or shape[0] == chips)
-            and (chunk == shape if array.known else chunk[1:] == shape[1:])
+            array.dims == dims
+            and len(shape) == len(encoding.chunk) == len(dims)
+            and all(size > 0 for size in encoding.chunk)
+            and (encoding.chunk == shape if array.known else encoding.chunk[1:] == shape[1:])
+            and all(sizes.setdefault(dim, size) == size for dim, size in zip(dims, shape, strict=True))
+            and (dtypes is None or str(encoding.dtype) in dtypes)
+            and isinstance(array.node["attributes"], dict)
         )
         if not fits:
             raise StoreError(
                 f"store {remote.redact(url)}",
-                f"array {array.path} of shape {shape} in chunks of {chunk}",
-                f"one of the {chips} chips that the manifest lists",
+                f"array {array.path} ({', '.join(array.dims)}) of shape {shape}, {encoding.dtype}, in chunks of "
+                f"{encoding.chunk}",
+                f"one of the {chips} chips that the manifest lists, as to_zarr writes it",
                 ledger.DAMAGED,
             )
+    if missing:
+        raise StoreError(
+            f"store {remote.redact(url)}", f"no array {', '.join(sorted(missing))} in group {group.path!r}",
+            "those that to_zarr writes", ledger.DAMAGED,
+        )  # fmt: skip
 
 
 def check_sizes(store: StoreMap) -> None:
-    """Compare the size of every object with the manifest, where the store can be listed.
+    """Compare the size of every object that reading needs with the manifest, where the store can be listed.
 
     Plain HTTP servers cannot: there each object is compared when it is read, as it is everywhere.
 
@@ -342,9 +369,10 @@ def check_sizes(store: StoreMap) -> None:
     if store.url.partition("://")[0] in ("http", "https"):
         return
     found = remote.listing(store.url)
+    others = ((p, sums.size) for p, sums in store.others.items() if not p.startswith(f"{ledger.JOB}/"))
     wrong = [
         f"{path} ({found.get(path, 'no')} bytes, not {size})"
-        for path, size in store.objects()
+        for path, size in chain(store.objects(), others)
         if found.get(path) != size
     ]
     if wrong:

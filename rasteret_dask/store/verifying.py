@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from rasteret_dask.errors import FormatError, StoreError
+from rasteret_dask.errors import StoreError
 from rasteret_dask.formats import STORE
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import host_of, pool
@@ -157,8 +157,8 @@ def _written(url: str, found: Mapping[str, int] | None) -> tuple[_Wanted, dict[s
             ) from error
         STORE.check(subject, mark)
         digest, faults["zarr.json"] = mark["digest"], "missing"
-    except (StoreError, FormatError):
-        if mark is None or mark["format"] != STORE.number:
+    except StoreError:
+        if mark is None:
             raise
         digest, faults["zarr.json"] = mark["digest"], "damaged"
     try:

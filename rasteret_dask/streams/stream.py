@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.formats import STATE
 from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.streams.ahead import Shelf, fill
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Normalize", "Stream", "batches", "normalizer"]
 
 _log = logging.getLogger(__name__)
-
-VERSION = 1
 
 
 class Normalizer(Protocol):
@@ -168,7 +167,7 @@ class Stream(Iterator[Arrays]):
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as JSON values: a stream that loads it yields the very next batch."""
         epoch, batch = divmod(self._position, self.order.batches)
-        return {"version": VERSION, "chips": self._token, **self.order.said(), "epoch": epoch, "batch": batch}
+        return {**STATE.note, "chips": self._token, **self.order.said(), "epoch": epoch, "batch": batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another stream of these chips and arguments stood.
@@ -183,12 +182,14 @@ class Stream(Iterator[Arrays]):
         ------
         PlanError
             When it is none, or one of other chips or of other arguments.
+        FormatError
+            When another version of the package made it, in a format that this one does not read.
         """
         mine = self.state_dict()
+        if isinstance(state, Mapping) and "format" in state:
+            STATE.check("load_state_dict", state)
         if not isinstance(state, Mapping) or mine.keys() != state.keys():
             raise PlanError("load_state_dict", f"{state!r:.100}", "what state_dict() of a stream returned")
-        if state["version"] != VERSION:
-            raise PlanError("load_state_dict", f"version {state['version']!r}", f"version {VERSION}")
         if state["chips"] != self._token:
             raise PlanError(
                 "load_state_dict", f"a state of other chips ({state['chips']!s:.12})", f"of these ({self._token:.12})",
