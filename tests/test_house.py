@@ -22,7 +22,7 @@ PACKAGE = ROOT / "rasteret_dask"
 ORDER = {
     "": "_version errors progress footprint grid",
     "catalogs": "bands catalogfile catalog catalogwrite access",
-    "net": "clusters refusals remote remotefs trust limits",
+    "net": "clusters awaiting refusals remote remotefs trust limits",
     "headers": "page tiff gdal reader",
     "table": "schema anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",

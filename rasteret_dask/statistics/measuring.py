@@ -48,7 +48,9 @@ _Part = Callable[[Any, NDArray[np.int64] | None], Arrays]
 
 
 def measured(reading: Reading, client: Client | str | None = None) -> Stats:
-    """Measure all chips of what can be read: a task a shard, and a tree of tasks that put the parts together.
+    """Measure all chips of what can be read: a task a shard, and one that puts FAN of them together.
+
+    What these say comes here at once, so that a worker that is lost later has not read in vain.
 
     Parameters
     ----------
@@ -69,17 +71,14 @@ def measured(reading: Reading, client: Client | str | None = None) -> Stats:
     graph, level = _on_shards(reading, "stats", _measure, dict(reading.kinds))
     if not level:
         raise _none()
-    while True:
-        groups = [level[at : at + FAN] for at in range(0, len(level), FAN)]
-        level = [f"stats-{digest(group)}" for group in groups]  # the shards' keys tell how they are read
-        for name, group in zip(level, groups, strict=True):
-            graph[name] = Task(name, _merge, *(TaskRef(key) for key in group))
-        if len(level) == 1:
-            break
-    (found,) = computed(graph, level, client)
+    groups = [level[at : at + FAN] for at in range(0, len(level), FAN)]
+    names = [f"stats-{digest(group)}" for group in groups]  # the shards' keys tell how they are read
+    for name, group in zip(names, groups, strict=True):
+        graph[name] = Task(name, _merge, *(TaskRef(key) for key in group))
+    found = merged(computed(graph, names, client))
     if not found.chips:
         raise _none()
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _none() -> PlanError:
@@ -118,9 +117,12 @@ def computed(
     """Return the results of some keys: by a cluster, or by threads of this process where there is none."""
     clusters.check(client, "client=")
     with clusters.using(client) as cluster:
-        get = dask.threaded.get if cluster is None else cluster.get
-        found: Sequence[Any] = get(dict(graph), list(keys))
-    return found
+        if cluster is None:
+            here: Sequence[Any] = dask.threaded.get(dict(graph), list(keys))
+            return here
+        from rasteret_dask.net.awaiting import results  # it imports distributed
+
+        return results(cluster, graph, keys, "a pass over all chips")
 
 
 def _measure(result: Any, part: _Part, kinds: Mapping[str, Kind]) -> Stats:

@@ -20,6 +20,7 @@ from distributed.system import MEMORY_LIMIT
 
 from rasteret_dask.errors import JobError, RasteretDaskError, UnwritableStoreError
 from rasteret_dask.net import clusters, remote
+from rasteret_dask.net.awaiting import address_of, out_of_pool, why_cancelled
 from rasteret_dask.progress import Progress
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
@@ -121,7 +122,7 @@ def _submit(
     client: Client, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, total: int, url: str
 ) -> None:
     """Wait for the tasks of all shards; what is written needs no future any more, as its report is in the store."""
-    scheduler = str(getattr(client.scheduler, "address", "that is gone"))
+    scheduler = address_of(client)
     roots = {key: task for key, task in graph.items() if key not in wanted}
     shards = dict(wanted)
     futures: dict[str, Future[Any]] = {}
@@ -135,12 +136,17 @@ def _submit(
 
     try:
         waiting = as_completed(send(graph, sorted(wanted)), loop=client.loop)
-        with Progress("shards", progress, total) as shown:
+        with Progress("shards", progress, total) as shown, out_of_pool():
             shown.step(done)
             for future in waiting:
                 shard = shards[future.key]
                 if future.status == "cancelled":
-                    raise _abandoned(url, scheduler, client, done, total)
+                    raise JobError(
+                        f"store {remote.redact(url)}",
+                        f"{why_cancelled(future, scheduler)}; {done} of {total} shards are written",
+                        "a scheduler that stays, with its tasks, until the end",
+                        "Call to_zarr again once there is a scheduler: it does the rest.",
+                    )
                 if future.status == "error":
                     error = future.exception()
                     if isinstance(error, UnwritableStoreError):  # the others would end so too
@@ -177,25 +183,14 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _unwritable(url: str, error: UnwritableStoreError, done: int, total: int) -> JobError:
-    stopped = JobError(
+    failure = JobError(
         f"store {remote.redact(url)}",
-        f"that it takes no more after {done} of {total} shards:\n{error}\n",
-        "a place with room for all shards, which may be written",
-        "Nothing more was tried. What is written stays: mend the cause and call to_zarr again.",
+        f"that it takes no more, {done} of {total} shards being written:\n{error.subject}: {error.found}\n",
+        error.expected,
+        f"No further shard was tried. {error.remedy}",
     )
-    stopped.__cause__ = error
-    return stopped
-
-
-def _abandoned(url: str, scheduler: str, client: Client, done: int, total: int) -> JobError:
-    """Return the error of a job whose tasks nobody knows any more."""
-    return JobError(
-        f"store {remote.redact(url)}",
-        f"the scheduler {scheduler} lost, or its tasks cancelled, when {done} of {total} shards were written (the "
-        f"client is {client.status})",
-        "a scheduler that stays until the end",
-        "What is written stays: once there is a scheduler, call to_zarr again. It does the rest.",
-    )
+    failure.__cause__ = error
+    return failure
 
 
 @contextmanager
