@@ -7,9 +7,11 @@ import faulthandler
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,11 +22,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-STILL_S = 60.0
+STILL_S = float(os.environ.get("RASTERET_DASK_SOAK_STILL_S", "180"))
 """Seconds without any movement after which the round counts as stuck."""
 
 SHARD_BYTES = 50_000
-SHARDS = 20
+SHARDS = 30
 
 MODULES = ["distributed.cli.dask_scheduler", "distributed.cli.dask_worker", "rasteret_dask.building",
            "rasteret_dask.chipset", "rasteret_dask.store.run", "soak"]  # fmt: skip
@@ -147,11 +149,22 @@ class Soak:
             stage.close()
         differences = different(self.expected, stage.store)
         assert not differences, f"seed {self.seed}, round {self.rounds}: {differences[:10]}"
+        shutil.rmtree(folder)
         self.rounds += 1
 
     def __str__(self) -> str:
         return (f"seed {self.seed}: {self.rounds} rounds, {self.kills} kills, {self.repeated} shards written again, "
                 f"{len(self.errors)} untyped errors")  # fmt: skip
+
+
+@contextlib.contextmanager
+def stage(folder: Path) -> Iterator[Stage]:
+    """Give a scheduler's address and the means to start and kill, for the length of a block."""
+    playing = Stage(Soak(folder, "", folder, 0), folder)
+    try:
+        yield playing
+    finally:
+        playing.close()
 
 
 class Stage:
@@ -177,8 +190,9 @@ class Stage:
             if self._keep_going():
                 return
             if kills and time.monotonic() > next_kill:
-                victim = choose.choice(["w1", "w1", "w2", "w2", "client", "scheduler"])
-                self._kill(victim)
+                self._hurt(
+                    choose.choice(["w1", "w1", "w2", "w2", "client", "scheduler"]), choose.random() < 0.2
+                )
                 kills -= 1
                 next_kill = time.monotonic() + choose.choice(
                     [0.0, choose.uniform(0.05, 1), choose.uniform(1, 8)]
@@ -201,10 +215,11 @@ class Stage:
         for name in ("scheduler", "w1", "w2", "client"):
             process = self.running.get(name)
             if process is None or process.exitcode is not None:
-                self._start(name)
+                self.start(name)
         return False
 
-    def _start(self, name: str) -> None:
+    def start(self, name: str) -> None:
+        """Start somebody."""
         log = str(self.folder / f"{name}.log")
         main: Callable[..., None]
         match name:
@@ -219,13 +234,30 @@ class Stage:
         self.running[name] = process
         self.started += 1
 
-    def _kill(self, name: str) -> None:
+    def _hurt(self, name: str, pause: bool) -> None:
+        """Kill somebody, or let them stand still for a while."""
         process = self.running[name]
-        if process.exitcode is None and process.pid is not None:
-            self.story.append(f"{len(self.reports)} of {SHARDS}: killed {name}")
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            self.soak.kills += 1
+        if process.exitcode is not None or process.pid is None:
+            return
+        self.story.append(f"{len(self.reports)} of {SHARDS}: {'paused' if pause else 'killed'} {name}")
+        if pause:
+            os.kill(process.pid, signal.SIGSTOP)
+            threading.Timer(
+                self.soak.random.uniform(0.1, 3), process_signal, [process.pid, signal.SIGCONT]
+            ).start()
+        else:
+            self.kill(name)
+
+    def kill(self, name: str) -> None:
+        """Kill somebody."""
+        self.running[name].kill()
+        self.running[name].join()
+        self.soak.kills += 1
+
+    @property
+    def address(self) -> str:
+        """The scheduler's."""
+        return f"tcp://127.0.0.1:{self.port}"
 
     def _count(self) -> int:
         """Return how many reports there are; note those that were written again."""
@@ -244,7 +276,7 @@ class Stage:
         for process in self.running.values():
             if process.exitcode is None and process.pid is not None:
                 os.kill(process.pid, signal.SIGUSR1)
-        (self.folder / "cluster.log").write_text(cluster_state(f"tcp://127.0.0.1:{self.port}"))
+        (self.folder / "cluster.log").write_text(cluster_state(self.address))
         time.sleep(2)
         logs = "\n".join(
             f"--- {path.name}\n{path.read_text()[-20_000:]}" for path in sorted(self.folder.glob("*.log"))
@@ -257,6 +289,12 @@ class Stage:
             if process.exitcode is None:
                 process.kill()
             process.join()
+
+
+def process_signal(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def cluster_state(address: str) -> str:

@@ -23,7 +23,7 @@ ORDER = {
     "": "_version errors extras formats progress footprint grid extent",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "hrefs trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
-           "signatureplugin signatures places",
+           "awaiting signatureplugin signatures places",
     "headers": "page tiff gdal reader",
     "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",

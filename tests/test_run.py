@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +14,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,19 +29,25 @@ import shapely
 import xarray as xr
 import zarr
 from affine import Affine
-from distributed import Client, LocalCluster, get_client
+from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin, get_client
 from processes import NEW_PROCESSES
+from soak import stage
+from streams import until
 from test_cubes import NOON, X0, Y0, merged, scene
 from test_write import layout_of, stamps, tries
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
-from rasteret_dask.errors import JobError
+from rasteret_dask.errors import ConcurrentWriteWarning, JobError, UnwritableStoreError
 from rasteret_dask.grid import transformer
+from rasteret_dask.net import remote
 from rasteret_dask.reader import engine as reader
 from rasteret_dask.reader import tilefile
 from rasteret_dask.reader.sharing import SHARED
-from rasteret_dask.store.run import run_zarr
+from rasteret_dask.store import presence
+from rasteret_dask.store.layout import Layout
+from rasteret_dask.store.presence import FRESH_S, present
+from rasteret_dask.store.run import delayed_zarr, run_zarr
 from rasteret_dask.tasks.freezing import task_bytes
 from rasteret_dask.tasks.shards import lower
 
@@ -207,13 +218,45 @@ def test_a_mended_job_runs_again_on_the_same_cluster(
 # Killed
 
 
-def test_a_worker_killed_in_the_middle(
-    joined: rd.Chips, wanted: dict[str, xr.Dataset], tmp_path: Path
+@pytest.fixture(scope="module")
+def small_shards(joined: rd.Chips) -> Layout:
+    """Return the train chips in some 20 shards."""
+    layout = layout_of(joined.select("train"), 150_000)
+    assert 15 < len(list(layout.job.shards())) < 40
+    return layout
+
+
+def reports(store: Path) -> dict[str, int]:
+    """Return when each report was written."""
+    return {p.stem: p.stat().st_mtime_ns for p in (store / "_job" / "done").glob("*.json")}
+
+
+@contextmanager
+def once(happened: Callable[[], bool], action: Callable[[], None]) -> Iterator[None]:
+    """Act as soon as something has happened during a block."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            if happened():
+                action()
+                return
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
+
+
+def test_what_a_killed_worker_has_written_is_not_done_again(
+    small_shards: Layout, wanted: dict[str, xr.Dataset], tmp_path: Path
 ) -> None:
     store = tmp_path / "x.zarr"
-    layout = layout_of(joined.select("train"), 40_000)
-    shards = len(list(layout.job.shards()))
-    assert shards > 20
+    shards = len(list(small_shards.job.shards()))
+    before: dict[str, int] = {}
     with (
         LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
@@ -221,22 +264,228 @@ def test_a_worker_killed_in_the_middle(
         Client(own, set_as_default=False) as client,
     ):
         victim = next(iter(client.run(os.getpid).values()))
-        stopped = threading.Event()
 
         def kill() -> None:
-            while not stopped.wait(0.02):
-                if len(list((store / "_job" / "tried").glob("*"))) >= 3:
-                    os.kill(victim, signal.SIGKILL)
-                    return
+            os.kill(victim, signal.SIGKILL)
+            before.update(reports(store))
 
-        killer = threading.Thread(target=kill)
-        killer.start()
-        run_zarr(layout, str(store), {}, client, progress=False)
-        stopped.set()
-        killer.join()
+        with once(lambda: len(reports(store)) >= 2 * shards // 3, kill):
+            run_zarr(small_shards, str(store), {}, client, progress=False)
         assert victim not in client.run(os.getpid).values()
     assert_store(store, wanted)
-    assert len(pq.read_table(store / "manifest.parquet")) == shards
+    manifest = pq.read_table(store / "manifest.parquet")
+    assert len(manifest) == shards
+    assert any(name.endswith(f":{victim}") for name in manifest["process"].to_pylist())
+    assert 2 * shards // 3 <= len(before) < shards
+    now, tried = reports(store), tries(store)
+    assert {shard: now[shard] for shard in before} == before
+    assert {shard for shard, count in tried.items() if count > 1}.isdisjoint(before)
+    assert sum(tried.values()) <= shards + 1  # what the victim had under way
+
+
+def test_a_task_that_runs_again_looks_before_it_reads(
+    small_shards: Layout, wanted: dict[str, xr.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask runs what it has lost again: results on workers that are gone, and whole graphs that are computed twice."""
+    lazy = delayed_zarr(small_shards, str(tmp_path / "x.zarr"), {})
+    lazy.compute(scheduler="threads")
+    (tmp_path / "x.zarr" / "zarr.json").unlink()
+    lost = next((tmp_path / "x.zarr" / "optical" / "pixels" / "c" / "3").rglob("0"))
+    while lost.is_dir():
+        lost = next(lost.iterdir())
+    lost.unlink()
+    before, seen = stamps(tmp_path / "x.zarr" / "_job"), Seen(monkeypatch)
+    SHARED.clear()
+    lazy.compute(scheduler="threads")
+    tried = tries(tmp_path / "x.zarr")
+    assert {shard for shard, count in tried.items() if count > 1} == {"train-00003"}
+    assert set(tried.values()) == {1, 2}
+    assert seen.tiles
+    rewritten = {p for p, m in stamps(tmp_path / "x.zarr" / "_job").items() if before.get(p) != m}
+    assert {p for p in rewritten if p.startswith("done/")} == {"done/train-00003.json"}
+    assert_store(tmp_path / "x.zarr", wanted)
+
+
+class Held(SchedulerPlugin):
+    """Counts the results that a scheduler's workers hold."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler, self.most, self.finished = scheduler, 0, 0
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        self.finished += finish == "memory"
+        self.most = max(self.most, sum(t.state == "memory" for t in self.scheduler.tasks.values()))
+
+
+def test_a_written_shard_is_forgotten_by_the_cluster(small_shards: Layout, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"processes": False, "n_workers": 1, "threads_per_worker": 1}
+    with (
+        LocalCluster(**settings, dashboard_address=":0") as own,
+        Client(own, set_as_default=False) as client,
+    ):
+        assert own.scheduler is not None
+        held = Held(own.scheduler)
+        own.scheduler.add_plugin(held)
+        run_zarr(small_shards, str(tmp_path / "x.zarr"), {}, client, progress=False)
+        until(lambda: not own.scheduler.tasks)  # type: ignore[union-attr]
+    shards = len(list(small_shards.job.shards()))
+    assert held.finished == shards
+    assert held.most < shards
+
+
+def test_a_lost_scheduler_is_one_error_that_says_what_is_written(
+    small_shards: Layout, wanted: dict[str, xr.Dataset], tmp_path: Path
+) -> None:
+    store, total = tmp_path / "x.zarr", len(list(small_shards.job.shards()))
+    with stage(tmp_path) as playing:
+        playing.start("scheduler")
+        playing.start("w1")
+        with (
+            once(lambda: len(reports(store)) >= 5, lambda: playing.kill("scheduler")),
+            pytest.raises(JobError) as caught,
+        ):
+            run_zarr(small_shards, str(store), {}, playing.address, progress=False)
+        before = reports(store)
+    text = str(caught.value)
+    assert playing.address in text
+    (written,) = re.findall(rf"(\d+) of {total} shards are written", text)
+    assert 0 < int(written) <= len(before)
+    assert "cancelled" not in text
+    assert str(pickle.loads(pickle.dumps(caught.value))) == text
+    run_zarr(small_shards, str(store), {}, None, progress=False)  # as it says
+    assert_store(store, wanted)
+    now = reports(store)
+    assert {shard: now[shard] for shard in before} == before
+
+
+# A place that takes no more
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    """Return a disk of 600 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk of its own can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_job_at_once(
+    small_shards: Layout, wanted: dict[str, xr.Dataset], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "BACKOFF_S", 1e6)  # whoever waits for it to pass is never heard of again
+    store, total = tiny / "x.zarr", len(list(small_shards.job.shards()))
+    with pytest.raises(JobError) as caught:
+        run_zarr(small_shards, str(store), {}, None, progress=False)
+    text = str(caught.value)
+    for part in ("no space left on device (ENOSPC)", "of 614,400 bytes are free at", str(store), "Make room"):
+        assert part in text
+    before = reports(store)
+    (written,) = re.findall(rf"(\d+) of {total} shards", text)
+    assert 0 < int(written) <= len(before)
+    tried = tries(store)
+    assert set(tried.values()) <= {0, 1}  # none: its mark did not fit
+    assert len(tried.keys() - before.keys()) < total - len(tried)  # most were not begun
+    remount(tiny, "size=20m")
+    run_zarr(small_shards, str(store), {}, None, progress=False)
+    assert_store(store, wanted)
+    now = reports(store)
+    assert {shard: now[shard] for shard in before} == before
+
+
+def test_a_disk_that_must_not_be_written(small_shards: Layout, tiny: Path) -> None:
+    remount(tiny, "ro")
+    with pytest.raises(UnwritableStoreError, match="read-only file system"):
+        run_zarr(small_shards, str(tiny / "x.zarr"), {}, None, progress=False)
+
+
+# Two clients
+
+
+def trace_of(store: Path, host: str, pid: int, since: float) -> Path:
+    path = store / "_job" / "clients" / f"{host}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"host": host, "pid": pid, "since": since}))
+    return path
+
+
+def traces(store: Path) -> list[Path]:
+    return list((store / "_job" / "clients").glob("*.json"))
+
+
+@pytest.mark.parametrize("end", ["goes on", "is killed"])
+def test_a_second_client_is_told_of_the_first(
+    small_world: World, s2: rd.Collection, tmp_path: Path, end: str
+) -> None:
+    store = tmp_path / "x.zarr"
+    first = client(small_world, store)
+    while not traces(store):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)  # in the middle, for as long as the second runs
+    assert not (store / "zarr.json").exists()
+    if end == "is killed":
+        first.kill()
+        first.communicate()
+    source = s2.harmonize(bands=["red", "nir"], time="1MS", units="reflectance", mask="clouds")
+    chips = source.chips(size=32, cell_km=0.96).sample(60)
+    layout = layout_of(chips, 50_000)
+    if end == "is killed":
+        run_zarr(layout, str(store), {}, None, progress=False)  # a warning would be an error
+    else:
+        with pytest.warns(ConcurrentWriteWarning, match=f"process {first.pid} at {platform.node()}"):
+            run_zarr(layout, str(store), {}, None, progress=False)
+        first.send_signal(signal.SIGCONT)
+        _, err = first.communicate()
+        assert first.returncode == 0, err.decode()
+    assert not traces(store)
+    expected = chips.to_xarray()
+    assert isinstance(expected, xr.Dataset)
+    assert_same(xr.open_zarr(store), expected.compute())
+
+
+def test_a_client_elsewhere_is_told_of_while_its_trace_is_fresh(small_shards: Layout, tmp_path: Path) -> None:
+    lazy = delayed_zarr(small_shards, str(tmp_path / "x.zarr"), {})
+    assert lazy is not None
+    trace = trace_of(tmp_path / "x.zarr", "elsewhere", 17, 0.0)
+    with (
+        pytest.warns(ConcurrentWriteWarning, match="process 17 at elsewhere"),
+        present(str(tmp_path / "x.zarr")),
+    ):
+        assert len(traces(tmp_path / "x.zarr")) == 2
+    assert traces(tmp_path / "x.zarr") == [trace]
+    old = time.time() - 2 * FRESH_S
+    os.utime(trace, (old, old))
+    with present(str(tmp_path / "x.zarr")):
+        assert trace not in traces(tmp_path / "x.zarr")
+    assert not traces(tmp_path / "x.zarr")
+
+
+def test_a_trace_is_renewed_while_its_client_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "RENEWED_S", 0.01)
+    with present(str(tmp_path)):
+        (trace,) = traces(tmp_path)
+        first = trace.stat().st_mtime_ns
+        until(lambda: trace.stat().st_mtime_ns > first)
+
+
+def test_a_finished_store_says_so(
+    joined: rd.Chips, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = joined.select("train")
+    train.to_zarr(tmp_path / "x.zarr", progress=False)
+    assert not capsys.readouterr().err
+    train.to_zarr(tmp_path / "x.zarr")
+    assert capsys.readouterr().err.splitlines() == [f"store {tmp_path / 'x.zarr'} is finished: nothing to do"]
 
 
 CLIENT = """

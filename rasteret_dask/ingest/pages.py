@@ -199,7 +199,9 @@ def ingest(
     def choose(staged: pa.Table) -> NDArray[np.int64]:
         return _choose(staged.select(list(_KEYS)), recipe, report, known is not None)
 
-    metadata = table_metadata() | marks(tuple(signed))  # of the file, which is written when all tables are there
+    metadata = table_metadata() | marks(
+        tuple(signed)
+    )  # of the file, which is written when all tables are there
     report.rows = geoparquet.write_ordered(tables(), path, choose=choose, metadata=metadata)
     return report
 

@@ -54,7 +54,9 @@ _Part = Callable[[Any, NDArray[np.int64] | None], Arrays]
 
 
 def measured(reading: Reading, client: ClientLike = None) -> Stats:
-    """Measure all chips of what can be read: a task a shard, and a tree of tasks that put the parts together.
+    """Measure all chips of what can be read: a task a shard, and one that puts FAN of them together.
+
+    What these say comes here at once, so that a worker that is lost later has not read in vain.
 
     Parameters
     ----------
@@ -75,17 +77,14 @@ def measured(reading: Reading, client: ClientLike = None) -> Stats:
     graph, level = _on_shards(reading, "stats", _measure, dict(reading.kinds))
     if not level:
         raise _none()
-    while True:
-        groups = [level[at : at + FAN] for at in range(0, len(level), FAN)]
-        level = [f"stats-{digest(group)}" for group in groups]  # the shards' keys tell how they are read
-        for name, group in zip(level, groups, strict=True):
-            graph[name] = Task(name, _merge, *(TaskRef(key) for key in group))
-        if len(level) == 1:
-            break
-    (found,) = computed(graph, level, client, "stats", reading.send_signatures)
+    groups = [level[at : at + FAN] for at in range(0, len(level), FAN)]
+    names = [f"stats-{digest(group)}" for group in groups]  # the shards' keys tell how they are read
+    for name, group in zip(names, groups, strict=True):
+        graph[name] = Task(name, _merge, *(TaskRef(key) for key in group))
+    found = merged(computed(graph, names, client, "stats", reading.send_signatures))
     if not found.chips:
         raise _none()
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _none() -> PlanError:
@@ -148,12 +147,13 @@ def computed(
         if cluster is None:
             found = dask.threaded.get(dict(graph), list(keys))
         else:
-            from rasteret_dask.net.watch import watched  # it imports distributed
+            from rasteret_dask.net.awaiting import results  # these import distributed
+            from rasteret_dask.net.watch import watched
 
             with watched(cluster, graph, {key: key for key in graph if isinstance(key, str)}, subject):
                 if sign is not None:
                     sign(cluster)
-                found = cluster.get(dict(graph), list(keys))
+                found = results(cluster, graph, keys, subject)
     _log.info("%s: done in %.1f s", subject, time.monotonic() - begun)
     return found
 

@@ -20,6 +20,7 @@ from distributed.system import MEMORY_LIMIT
 
 from rasteret_dask.errors import JobError, RasteretDaskError, UnwritableStoreError
 from rasteret_dask.net import clusters, remote, signatures
+from rasteret_dask.net.awaiting import address_of, out_of_pool, why_cancelled
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.watch import watched
 from rasteret_dask.progress import Progress
@@ -124,7 +125,7 @@ def _submit(
     client: Client, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, job: Job, url: str
 ) -> None:
     """Wait for the tasks of all shards; what is written needs no future any more, as its report is in the store."""
-    scheduler = str(getattr(client.scheduler, "address", "that is gone"))
+    scheduler = address_of(client)
     roots = {key: task for key, task in graph.items() if key not in wanted}
     shards = dict(wanted)
     names = {key: shard.name for key, shard in wanted.items()}
@@ -142,6 +143,7 @@ def _submit(
         with (
             Progress("shards", progress, total) as shown,
             watched(client, graph, names, f"to_zarr {remote.redact(url)}", shown),
+            out_of_pool(),
         ):
             shown.step(done)
             signatures.send(client, job.hrefs(), job.signed)
@@ -151,7 +153,12 @@ def _submit(
             for future in waiting:
                 shard = shards[future.key]
                 if future.status == "cancelled":
-                    raise _abandoned(url, scheduler, client, done, total)
+                    raise JobError(
+                        f"store {remote.redact(url)}",
+                        f"{why_cancelled(future, scheduler)}; {done} of {total} shards are written",
+                        "a scheduler that stays, with its tasks, until the end",
+                        "Call to_zarr again once there is a scheduler: it does the rest.",
+                    )
                 if future.status == "error":
                     error = future.exception()
                     if isinstance(error, UnwritableStoreError):  # the others would end so too
@@ -188,25 +195,14 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _unwritable(url: str, error: UnwritableStoreError, done: int, total: int) -> JobError:
-    stopped = JobError(
+    failure = JobError(
         f"store {remote.redact(url)}",
-        f"that it takes no more after {done} of {total} shards:\n{error}\n",
-        "a place with room for all shards, which may be written",
-        "Nothing more was tried. What is written stays: mend the cause and call to_zarr again.",
+        f"that it takes no more, {done} of {total} shards being written:\n{error.subject}: {error.found}\n",
+        error.expected,
+        f"No further shard was tried. {error.remedy}",
     )
-    stopped.__cause__ = error
-    return stopped
-
-
-def _abandoned(url: str, scheduler: str, client: Client, done: int, total: int) -> JobError:
-    """Return the error of a job whose tasks nobody knows any more."""
-    return JobError(
-        f"store {remote.redact(url)}",
-        f"the scheduler {scheduler} lost, or its tasks cancelled, when {done} of {total} shards were written (the "
-        f"client is {client.status})",
-        "a scheduler that stays until the end",
-        "What is written stays: once there is a scheduler, call to_zarr again. It does the rest.",
-    )
+    failure.__cause__ = error
+    return failure
 
 
 @contextmanager
