@@ -18,7 +18,7 @@ from http.client import responses
 from threading import Lock, local
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote, urljoin, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -405,11 +405,7 @@ def _proxy(scheme: str, host: str, port: int) -> str | None:
     """Return the URL of the proxy that the environment names for a host, None for none."""
     proxies = getproxies_environment()
     proxy = proxies.get(scheme) or proxies.get("all")
-    if (
-        not proxy
-        or proxy_bypass_environment(f"{host}:{port}", proxies)
-        or _in_a_network(host, proxies.get("no", ""))
-    ):
+    if not proxy or proxy_bypass(f"{host}:{port}") or _in_a_network(host, proxies.get("no", "")):
         return None
     if "://" not in proxy:
         proxy = f"http://{proxy}"
