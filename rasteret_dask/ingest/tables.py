@@ -20,7 +20,7 @@ from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.errors import RasteretDaskError, SchemaError
 from rasteret_dask.headers.reader import read_headers
 from rasteret_dask.ingest.describe import Described, describe
-from rasteret_dask.ingest.sources import read_table
+from rasteret_dask.ingest.sources import is_from_afar, read_table
 from rasteret_dask.ingest.stac import facts_of, known_dataset
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
@@ -287,10 +287,11 @@ def _layers(row: Mapping[str, Any], dataset: str | None, place: str | None) -> l
     cells = dict(assets) if isinstance(assets, list) else dict(assets or {})
     cells = {band: cell for band, cell in cells.items() if cell is not None and cell.get("href")}
     known = known_dataset(dataset, row.get("collection"))
+    local = _is_here(place) and (place is not None or not is_from_afar(row))
     layers = []
     for band, cell in cells.items():
         subject = f"record {row['id']!r}, asset {band!r}"
-        href = checked(resolve(cell["href"], place), local=_is_here(place), subject=subject)
+        href = checked(resolve(cell["href"], place), local=local, subject=subject)
         layer = _layer(row, band, cell, known)
         layers.append(replace(layer, href=href, band_index=int(cell.get("band_index") or 0)))
     return layers
