@@ -218,6 +218,8 @@ def _exchange(
             method, url, body, sent, retries=False, redirect=False, assert_same_host=False, preload_content=False,
             decode_content=False, timeout=urllib3.Timeout(connect=CONNECT_S, read=read_s),
         )  # fmt: skip
+    except TrustError:  # a ValueError
+        raise
     except (HTTPError, OSError, ValueError) as error:
         _broken(error, place)
     try:
@@ -231,6 +233,8 @@ def _exchange(
         if link is not None:
             return answer.status, link
         _refuse(answer.status, answer.headers, text)
+    except TrustError:  # a ValueError
+        raise
     except (HTTPError, OSError, ValueError) as error:
         _broken(error, place)
     finally:
