@@ -54,6 +54,10 @@ class ApiFault:
     """Waited before the answer, by the first ``times`` searches."""
     body: str | None = None
     """Answered with status 200 instead of a page."""
+    most: int | None = None
+    """Searches for more items a page are refused with status 400."""
+    words: str = "limit must be less than or equal to {most}"
+    """What that answer says."""
     change: Callable[[int, Dict], Dict] | None = None
     """Gets (number of the page from 0, page) and returns the page that is sent: its features and links."""
 
@@ -156,6 +160,8 @@ class _Core(BaseCoreClient):
             return JSONResponse({"description": "asked to refuse"}, fault.status, headers)
         if first and fault.body is not None:
             return JSONResponse(fault.body)
+        if fault.most is not None and int(asked.get("limit") or 10) > fault.most:
+            return JSONResponse({"code": "Bad", "description": fault.words.format(most=fault.most)}, 400)
         if not _is_cql2(asked.get("filter")):
             return JSONResponse({"description": "no CQL2"}, 400)
         at = int(asked.get("token") or 0)

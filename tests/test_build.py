@@ -32,7 +32,6 @@ from rasteret_dask.building import build, build_from_stac, refresh
 from rasteret_dask.demo.world import World
 from rasteret_dask.errors import BandError, PlanError, SourceError
 from rasteret_dask.ingest import pages as ingest
-from rasteret_dask.ingest import search
 from rasteret_dask.ingest.sources import remote_item
 from rasteret_dask.ingest.stac import items_to_table
 from rasteret_dask.ingest.tablecache import SAID
@@ -57,7 +56,6 @@ def own_cache(api: StacServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     api.fault(ApiFault())
     monkeypatch.setenv("RASTERET_DASK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RASTERET_DASK_CATALOG", str(tmp_path / "catalog.toml"))
-    monkeypatch.setattr(search, "BACKOFF_S", 0.001)
     monkeypatch.setattr(remote, "BACKOFF_S", 0.001)
     return tmp_path / "cache"
 

@@ -14,12 +14,12 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 from stac_api import ApiFault, Dict, StacServer, changed, generated, serving_stac
-from waiting import PATIENCE_S
 
 from rasteret_dask.errors import SourceError, TrustError
 from rasteret_dask.footprint import area_of
 from rasteret_dask.ingest import search as module
 from rasteret_dask.ingest.search import Search, boxes_of, fits, pages
+from rasteret_dask.net import remote
 
 Serve = Callable[[Path], tuple[str, list[tuple[str, str | None]]]]
 S2 = "sentinel-2-l2a"
@@ -37,7 +37,7 @@ def api() -> Iterator[StacServer]:
 def soon(api: StacServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing go wrong, and waits be short."""
     api.fault(ApiFault())
-    monkeypatch.setattr(module, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.001)
 
 
 def ids(search: Search, most: int | None = None) -> list[str]:
@@ -169,7 +169,7 @@ def test_refusals_that_stay_end_after_some_attempts(api: StacServer) -> None:
     api.fault(ApiFault(status=503))
     with pytest.raises(SourceError, match=r"HTTP 503.*try again later"):
         ids(Search(api.url, S2))
-    assert len(api.log) == module.ATTEMPTS
+    assert len(api.log) == remote.ATTEMPTS
 
 
 def test_other_refusals_are_not_repeated(api: StacServer) -> None:
@@ -180,15 +180,40 @@ def test_other_refusals_are_not_repeated(api: StacServer) -> None:
 
 
 def test_an_api_that_hangs_is_asked_again(api: StacServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        module, "TIMEOUT_S", (10.0, 3.0)
-    )  # an answer that is made takes less, on a busy machine too
-    api.fault(ApiFault(hang_s=PATIENCE_S, times=1))
+    monkeypatch.setattr(module, "READ_S", 2.0)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    api.fault(ApiFault(hang_s=30.0, times=1))
     assert len(ids(Search(api.url, S2))) == 1200
-    monkeypatch.setattr(module, "TIMEOUT_S", (10.0, 0.3))  # no answer is made
-    api.fault(ApiFault(hang_s=PATIENCE_S))
+    api.fault(ApiFault(hang_s=30.0))
     with pytest.raises(SourceError, match=r"no answer: .*timed out"):
         ids(Search(api.url, S2))
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        ("limit must be less than or equal to {most}", [250, 100]),
+        ("the limit is too large", [250, 125, 62]),
+        ("Page size 250 is not served", [250, 125, 62]),
+    ],
+)
+@pytest.mark.parametrize("filter_", [None, "eo:cloud_cover >= 0"])
+def test_an_api_that_refuses_large_pages_is_asked_for_fewer(
+    api: StacServer, words: str, sizes: list[int], filter_: str | None
+) -> None:
+    api.fault(ApiFault(most=100, words=words))
+    got = list(pages(Search(api.url, S2, filter=filter_)))
+    assert [i["id"] for p in got for i in p.items] == [i["id"] for i in ITEMS]
+    asked = [int(s["limit"]) for s in api.log]
+    assert asked[: len(sizes)] == sizes  # each once, and then what it gives
+    assert set(asked[len(sizes) :]) == {sizes[-1]}
+
+
+def test_an_api_that_refuses_every_page_size_is_told_of(api: StacServer) -> None:
+    api.fault(ApiFault(most=0, words="no such limit"))
+    with pytest.raises(SourceError, match=r"HTTP 400.*no such limit"):
+        ids(Search(api.url, S2))
+    assert [s["limit"] for s in api.log] == [250, 125, 62, 31, 15, 7, 3, 1]
 
 
 @pytest.mark.parametrize("body", ["not json", [1, 2], {"features": 5}, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,28 +18,27 @@ from pystac_client import Client
 from pystac_client.errors import ClientTypeError
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
-from urllib3.util import Retry
+from requests import Request
+from requests.exceptions import RequestException
 
 from rasteret_dask.errors import RasteretDaskError, SourceError
+from rasteret_dask.net import remote
+from rasteret_dask.net.gate import ThrottledError
 from rasteret_dask.net.remote import public, redact
 from rasteret_dask.net.trust import checked
+from rasteret_dask.net.web import BrokenError, RefusedError
 
 __all__ = ["Box", "Page", "Search", "boxes_of", "fits", "pages"]
 
 Box = tuple[float, float, float, float]
 
-ATTEMPTS = 6
-"""Requests for one page, at most."""
-BACKOFF_S = 0.5
-"""Before the second attempt; each further one waits twice as long, and as much again at random."""
-RETRY_AFTER_MOST_S = 120
-"""However long a server asks us to wait."""
-TIMEOUT_S = (10.0, 60.0)
-"""To connect; between two bytes."""
+READ_S = 60.0
+"""Seconds without a byte: a search may take a while to begin its answer."""
 PAGE = 250
-"""Items a page: what public APIs give readily."""
+"""Items a page: what public APIs give readily. One that refuses so many is asked for fewer."""
 
 _OTHER_JSON = (ValueError, KeyError, TypeError, AttributeError)  # what pystac makes of JSON that is no STAC
+_OVER_LIMIT = (400, 413, 422)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _SAME_PAGES = 3
 _TESTS: Mapping[str, Callable[[Any, Any], Any]] = {
@@ -133,19 +133,29 @@ def pages(search: Search, most: int | None = None) -> Iterator[Page]:
     limit = PAGE if most is None else max(1, min(PAGE, most))
     empty = True
     for box in search.boxes or (None,):
-        io.begin()
-        found = client.search(
-            # text of CQL2 goes into a GET: POST takes JSON only
-            method="GET" if search.filter is not None and _json(search.filter) is None else "POST",
-            collections=[search.collection],
-            bbox=None if box is None else list(box),
-            datetime=_window(search.span),
-            query=sent,
-            filter=None if search.filter is None else _json(search.filter) or search.filter,
-            filter_lang=None if search.filter is None else _language(search.filter),
-            limit=limit,
-        )
-        for page in _guarded(search, found):
+        first: dict[str, Any] | None = None
+        while True:
+            io.begin()
+            walk = client.search(
+                # text of CQL2 goes into a GET: POST takes JSON only
+                method="GET" if search.filter is not None and _json(search.filter) is None else "POST",
+                collections=[search.collection],
+                bbox=None if box is None else list(box),
+                datetime=_window(search.span),
+                query=sent,
+                filter=None if search.filter is None else _json(search.filter) or search.filter,
+                filter_lang=None if search.filter is None else _language(search.filter),
+                limit=limit,
+            ).pages_as_dicts()
+            try:
+                first = _next(search, walk)
+                break
+            except APIError as error:
+                fewer = _fewer(error, limit)
+                if fewer is None:
+                    raise _failure(search, error) from None
+                limit = fewer
+        for page in _guarded(search, first, walk):
             empty = False
             items = tuple(page["features"])
             if sent is None:
@@ -167,7 +177,7 @@ def _open(search: Search) -> tuple[Client, _Io]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing conformance classes, which is told below
-            client = Client.open(search.api, stac_io=io, timeout=TIMEOUT_S)
+            client = Client.open(search.api, stac_io=io)
     except APIError as error:
         raise _failure(search, error) from None
     except RasteretDaskError:
@@ -190,16 +200,7 @@ class _Io(StacApiIO):
     """Requests with patience, that never asks for the same page twice."""
 
     def __init__(self, search: Search) -> None:
-        patience = Retry(
-            total=ATTEMPTS - 1,
-            status_forcelist=_PASSING,
-            allowed_methods=None,  # searching by POST changes nothing
-            backoff_factor=BACKOFF_S,
-            backoff_jitter=BACKOFF_S,
-            raise_on_status=False,
-            retry_after_max=RETRY_AFTER_MOST_S,
-        )
-        super().__init__(timeout=TIMEOUT_S, max_retries=patience)
+        super().__init__(max_retries=None)
         self.search = search
         self._asked: set[str] = set()
 
@@ -215,8 +216,7 @@ class _Io(StacApiIO):
         parameters: dict[str, Any] | None = None,
     ) -> str:
         """Return the text of an answer; pages link to where they like, so their links are looked at."""
-        subject = f"{self.search.subject}, a link of its pages"
-        checked(href, local=False, subject=subject)
+        checked(href, local=False, subject=f"{self.search.subject}, a link of its pages")
         key = json.dumps([href, method, parameters], sort_keys=True, default=str)
         if key in self._asked:
             raise SourceError(
@@ -226,8 +226,19 @@ class _Io(StacApiIO):
                 "Report it to who runs the API, or narrow the search.",
             )
         self._asked.add(key)
-        text: str = super().request(href, method, headers, parameters)
-        return text
+        verb, given = (method or "GET").upper(), parameters or {}
+        asked = Request(verb, href, headers, **{"json" if verb == "POST" else "params": given})
+        try:
+            ready = self.session.prepare_request(asked)  # netrc's password too
+            body = ready.body.encode() if isinstance(ready.body, str) else ready.body
+            answer = remote.request(str(ready.url), verb, dict(ready.headers), body, READ_S)
+            return answer.body.decode()
+        except RefusedError as error:
+            raise _api_error(error.text, error.status) from None
+        except ThrottledError as error:
+            raise _api_error(error.text, 429 if "429" in error.text else 503) from None
+        except (BrokenError, RequestException, UnicodeError) as error:
+            raise _api_error(error.text if isinstance(error, BrokenError) else str(error), None) from None
 
     def read_json(self, source: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return an answer that is a JSON object."""
@@ -243,22 +254,50 @@ class _Io(StacApiIO):
         return answer
 
 
-def _guarded(search: Search, found: Any) -> Iterator[dict[str, Any]]:
-    """Yield the pages of a search, as long as they bring something new."""
+def _api_error(text: str, status: int | None) -> APIError:
+    error = APIError(text)
+    error.status_code = status
+    return error
+
+
+def _fewer(error: APIError, limit: int) -> int | None:
+    """Return how many items a page an API may give that refuses ``limit``; None where it refuses something else."""
+    if error.status_code not in _OVER_LIMIT or limit == 1:
+        return None
+    text = re.sub(r"^status \d+", "", str(error))
+    if not re.search(r"limit|page.?size|too many (items|results)", text, re.IGNORECASE):
+        return None
+    told = [n for n in map(int, re.findall(r"\d{1,6}", text)) if limit // 10 <= n < limit]
+    return max(told, default=limit // 2) or 1
+
+
+def _next(search: Search, walk: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the next page, None behind the last.
+
+    Raises
+    ------
+    APIError
+        When the API refuses.
+    SourceError
+        When its answer is no page.
+    """
+    try:
+        return next(walk, None)
+    except (APIError, RasteretDaskError):
+        raise
+    except _OTHER_JSON as error:
+        raise SourceError(
+            search.subject, f"a page whose links cannot be read ({error!r})"[:200], "a STAC API"
+        ) from None
+
+
+def _guarded(
+    search: Search, page: dict[str, Any] | None, walk: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the first page of a search and those that follow, as long as they bring something new."""
     seen: set[int] = set()
     stale = 0
-    walk = found.pages_as_dicts()
     while True:
-        try:
-            page = next(walk, None)
-        except APIError as error:
-            raise _failure(search, error) from None
-        except RasteretDaskError:
-            raise
-        except _OTHER_JSON as error:
-            raise SourceError(
-                search.subject, f"a page whose links cannot be read ({error!r})"[:200], "a STAC API"
-            ) from None
         if page is None:
             return
         names = {hash(str(i.get("id")) if isinstance(i, Mapping) else repr(i)) for i in page["features"]}
@@ -272,6 +311,10 @@ def _guarded(search: Search, found: Any) -> Iterator[dict[str, Any]]:
                 "Report it to who runs the API, or narrow the search.",
             )
         yield page
+        try:
+            page = _next(search, walk)
+        except APIError as error:
+            raise _failure(search, error) from None
 
 
 def _failure(search: Search, error: APIError) -> SourceError:

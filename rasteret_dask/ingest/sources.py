@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pystac
 import shapely
 from pyproj.exceptions import CRSError, ProjError
+from pystac_client import Client, CollectionClient
 from shapely.errors import ShapelyError
 from shapely.geometry import mapping
 
@@ -29,6 +30,7 @@ __all__ = [
     "MAX_HREF",
     "Item",
     "check_href",
+    "is_from_afar",
     "read_items",
     "read_table",
     "reason_of",
@@ -46,6 +48,7 @@ MAX_HREF = 16_384
 """Characters of an href. Servers refuse far shorter ones; from 65,535 on the HTTP client breaks (http::Uri)."""
 
 _WORKERS = 16
+_ORIGINS = ("self", "root", "parent", "collection")
 _TOP_LEVEL = ("type", "stac_version", "stac_extensions", "id", "collection", "geometry", "bbox", "links")
 
 
@@ -58,7 +61,8 @@ class Item:
     base: str | None
     """URL or path that its relative hrefs start from, or None."""
     local: bool
-    """True where it came from memory or a local file; only then it may name local paths."""
+    """True where it came from a local file, or from memory and no link of it is remote; only then it may name local
+    paths."""
     error: SourceError | None = None
     """Why there is no item, raised where its row would be made."""
 
@@ -178,18 +182,16 @@ def _from_memory(source: Any) -> Iterator[Item]:
         case pa.Table():
             yield from _from_table(source, None, local=True)
         case pystac.Item():
-            place = source.get_self_href()
-            yield Item(source.to_dict(transform_hrefs=False), place, place is None or is_local(place))
+            data = source.to_dict(transform_hrefs=False)
+            place = source.get_self_href() or _self_href(data)
+            yield Item(data, place, (place is None or is_local(place)) and not is_from_afar(data))
+        case Client() | CollectionClient():
+            raise SourceError(
+                f"STAC API {source.id!r}", "its client", "items",
+                "Give build_from_stac its address (stac_api=..., collection=...), or items of a search.",
+            )  # fmt: skip
         case pystac.Catalog():
-            try:
-                items = list(source.get_items(recursive=True))
-            except (pystac.STACError, OSError, *BROKEN) as error:
-                raise SourceError(
-                    f"catalog {short(str(source.id))!r}", f"links that pystac cannot follow ({reason_of(error)})",
-                    "a catalog whose items can be read", "A path or URL of the catalog is followed link by link.",
-                ) from error  # fmt: skip
-            for item in items:
-                yield from _from_memory(item)
+            yield from _from_links(source)
         case Mapping():
             if source.get("type") in ("Catalog", "Collection"):
                 raise SourceError(
@@ -246,6 +248,7 @@ def _from_json(document: Any, place: str | None, *, local: bool, name: str) -> I
         yield Item.broken(SourceError(subject, f"a {kind}", "an Item or a list of Items"))
         return
     whole = isinstance(document, Mapping) and "features" not in document
+    afar = place is None and isinstance(document, Mapping) and is_from_afar(document)
     for n, feature in enumerate(features):
         if not isinstance(feature, Mapping):
             yield Item.broken(
@@ -254,7 +257,24 @@ def _from_json(document: Any, place: str | None, *, local: bool, name: str) -> I
             continue
         # an item's own file is where it is read from; items in a collection say where theirs is
         base = place if whole and place else _self_href(feature) or place
-        yield Item(feature, base, local)
+        yield Item(feature, base, local and not afar) if place else _of_memory(feature, afar)
+
+
+def is_from_afar(data: Mapping[str, Any]) -> bool:
+    """Return whether a link of an item or a collection of items tells that it came from a remote catalog."""
+    links = data.get("links")
+    return any(
+        isinstance(link, Mapping)
+        and link.get("rel") in _ORIGINS
+        and isinstance(link.get("href"), str)
+        and not is_local(link["href"])
+        for link in (links if isinstance(links, list | tuple) else ())
+    )
+
+
+def _of_memory(data: Mapping[str, Any], afar: bool) -> Item:
+    """Return an item whose origin only its links tell; ``afar``: as those of what held it do."""
+    return remote_item(data) if afar or is_from_afar(data) else Item(data, _self_href(data), True)
 
 
 def _self_href(feature: Mapping[str, Any]) -> str | None:
@@ -309,6 +329,20 @@ def _from_catalog(place: str, document: Mapping[str, Any]) -> list[Item]:
     return items
 
 
+def _from_links(catalog: pystac.Catalog) -> Iterator[Item]:
+    """Return the items below a catalog in memory: those that it holds, and those that it links to."""
+    for link in catalog.links:
+        if link.rel not in ("item", "child"):
+            continue
+        if link.is_resolved():
+            yield from _from_memory(link.target)
+            continue
+        here = catalog.get_self_href()
+        href = resolve(str(link.href), here)
+        subject = f"a link of catalog {catalog.id!r}"
+        yield from _from_place(checked(href, local=here is None or is_local(here), subject=subject))
+
+
 def _links(place: str, document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     links, subject = document.get("links"), f"a link of {redact(place)}"
     for link in links if isinstance(links, list) else ():
@@ -343,7 +377,7 @@ def _from_table(table: pa.Table, place: str | None, *, local: bool) -> Iterator[
             subject = f"item {short(str(row['id']))!r}"
             yield Item.broken(SourceError(subject, reason_of(error), "a row of STAC GeoParquet"))
         else:
-            yield Item(data, _self_href(data) or place, local)
+            yield Item(data, _self_href(data) or place, local) if place else _of_memory(data, False)
 
 
 def _item_of_row(row: Mapping[str, Any]) -> dict[str, Any]:

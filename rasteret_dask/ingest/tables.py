@@ -23,7 +23,7 @@ from rasteret_dask.errors import RasteretDaskError, SchemaError, SourceError
 from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.reader import read_headers
 from rasteret_dask.ingest.describe import Described, describe
-from rasteret_dask.ingest.sources import BROKEN, check_href, read_table, reason_of, short
+from rasteret_dask.ingest.sources import BROKEN, check_href, is_from_afar, read_table, reason_of, short
 from rasteret_dask.ingest.stac import LeftOut, facts_of, known_dataset, rows_to_table
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
@@ -324,11 +324,12 @@ def _layers(row: Mapping[str, Any], dataset: str | None, place: str | None) -> l
     cells = dict(assets) if isinstance(assets, list) else dict(assets or {})
     cells = {band: cell for band, cell in cells.items() if cell is not None and cell.get("href")}
     known = known_dataset(dataset, row.get("collection"))
+    local = _is_here(place) and (place is not None or not is_from_afar(row))
     layers = []
     for band, cell in cells.items():
         subject = f"record {short(str(row['id']))!r}, asset {short(band)!r}"
         check_href(cell["href"], subject)
-        href = checked(resolve(cell["href"], place), local=_is_here(place), subject=subject)
+        href = checked(resolve(cell["href"], place), local=local, subject=subject)
         layer = _layer(row, band, cell, known)
         layers.append(replace(layer, href=keep_apart(href), band_index=int(cell.get("band_index") or 0)))
     return layers

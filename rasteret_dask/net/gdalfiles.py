@@ -117,8 +117,8 @@ class GdalFile:
             if at <= start < at + len(span):
                 return span[start - at : start - at + length]
         self._ahead = min(2 * self._ahead, _MOST_AHEAD) if start == self._end else _FIRST
-        span = self._more(start, max(length, self._ahead))
-        return None if span is None else span[:length]
+        answer = self._more(start, max(length, self._ahead))
+        return None if answer is None else answer[:length]
 
     def _more(self, start: int, length: int) -> memoryview | None:
         try:

@@ -19,7 +19,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 from rasteret_dask.catalogs.access import environment, has_keys, remedy
 from rasteret_dask.catalogs.catalogfile import Store
 from rasteret_dask.catalogs.signing import renew, rule_of, signed
-from rasteret_dask.errors import ReadError, StoreError
+from rasteret_dask.errors import ReadError, StoreError, TrustError
 from rasteret_dask.net import gate, web
 from rasteret_dask.net.gate import ROUNDS, ThrottledError
 from rasteret_dask.net.hrefs import SCHEMES, host_of, is_local, join, local_path, public, redact
@@ -397,7 +397,9 @@ def _store(scheme: str, netloc: str, variables: tuple[tuple[str, str], ...], rul
             return AzureStore(netloc, **options)
 
 
-def _failure(href: str, error: BaseException) -> ReadError:
+def _failure(href: str, error: BaseException) -> ReadError | TrustError:
+    if isinstance(error, TrustError):  # a ValueError
+        return error
     gone = isinstance(error, FileNotFoundError | NotADirectoryError) or _status(error) == 404
     return (MissingError if gone else ReadError)(
         f"reading {redact(href)[:300]}", _reason(error), "", remedy(href) if _is_denied(error) else ""

@@ -18,7 +18,7 @@ from http.client import responses
 from threading import Lock, local
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote, urljoin, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -218,6 +218,8 @@ def _exchange(
             method, url, body, sent, retries=False, redirect=False, assert_same_host=False, preload_content=False,
             decode_content=False, timeout=urllib3.Timeout(connect=CONNECT_S, read=read_s),
         )  # fmt: skip
+    except TrustError:  # a ValueError
+        raise
     except (HTTPError, OSError, ValueError) as error:
         _broken(error, place)
     try:
@@ -231,6 +233,8 @@ def _exchange(
         if link is not None:
             return answer.status, link
         _refuse(answer.status, answer.headers, text)
+    except TrustError:  # a ValueError
+        raise
     except (HTTPError, OSError, ValueError) as error:
         _broken(error, place)
     finally:
@@ -405,11 +409,7 @@ def _proxy(scheme: str, host: str, port: int) -> str | None:
     """Return the URL of the proxy that the environment names for a host, None for none."""
     proxies = getproxies_environment()
     proxy = proxies.get(scheme) or proxies.get("all")
-    if (
-        not proxy
-        or proxy_bypass_environment(f"{host}:{port}", proxies)
-        or _in_a_network(host, proxies.get("no", ""))
-    ):
+    if not proxy or proxy_bypass(f"{host}:{port}") or _in_a_network(host, proxies.get("no", "")):
         return None
     if "://" not in proxy:
         proxy = f"http://{proxy}"
