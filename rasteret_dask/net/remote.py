@@ -20,6 +20,7 @@ from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, S3Store
 
 from rasteret_dask.catalogs.access import environment, has_keys, remedy, rule_of
 from rasteret_dask.catalogs.catalogfile import Store
+from rasteret_dask.catalogs.credentials import without_credentials
 from rasteret_dask.catalogs.pctokens import Token, token
 from rasteret_dask.catalogs.signing import signed
 from rasteret_dask.errors import ReadError, StoreError, TrustError
@@ -105,7 +106,7 @@ def is_local(href: str) -> bool:
 
 def redact(text: str) -> str:
     """Return text without query strings and user information, which may hold signatures and passwords."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "", re.sub(r"\?[^\s\"')]*", "?...", text))
+    return without_credentials(re.sub(r"(?<=://)[^/\s@]+@", "", re.sub(r"\?[^\s\"')]*", "?...", text)))
 
 
 def public(href: str) -> str:

@@ -16,10 +16,11 @@ from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import stored
 from rasteret_dask.store.holding import hold
 from rasteret_dask.tasks.batches import Arrays, Held, Kind, take
-from rasteret_dask.tasks.job import Job
 
 if TYPE_CHECKING:
     from distributed import Client
+
+    from rasteret_dask.tasks.job import Job
 
 __all__ = ["Reading", "stored_chips"]
 
