@@ -131,7 +131,7 @@ def as_collection(table: Any, *, name: str | None = None, data_source: str | Non
             )
         before = hosts_of(whole.schema) or ()
         records = marked(stripped(conform(whole, called)), before)
-        warn_signed(called, hosts_of(records.schema) or ())
+        warn_signed(called, [host for host in hosts_of(records.schema) or () if host not in before])
     source = data_source or told.get("data_source")
     if source:
         records = _said(records, source)

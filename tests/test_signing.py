@@ -323,6 +323,12 @@ def test_an_expired_signature_is_told_before_anything_is_read(
     with pytest.raises(ReadError, match="expired at") as caught:
         remote.get(next(iter(signing._GRANTS[guard.host])))
     assert_clean(str(caught.value) + repr(caught.value.args), "error")
+    assert_clean(
+        remote.redact(f"cannot read {token('https://h/a.tif').replace('token=geheim-eins#', '#')}"), "text"
+    )
+    guard.good.add("geheim-zwei")
+    rd.sign(f"http://{guard.host}", "?sig=geheim-zwei")  # the remedy
+    assert len(np.asarray(chips.load()["pixels"]))
 
 
 def test_a_refused_signature_is_asked_for_anew_once(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from urllib.parse import unquote, urlsplit
 
-from rasteret_dask.catalogs.signing import ANEW, expired, rule_of, signed
+from rasteret_dask.catalogs.signing import ANEW, expired, host_of, rule_of, signed, signs_for
 
 __all__ = ["environment", "for_gdal", "has_keys", "remedy", "rule_of"]
 
@@ -69,7 +69,12 @@ def remedy(href: str) -> str:
         return f"Its signature expired at {ended:%Y-%m-%d %H:%M:%S} UTC. {ANEW}"
     rule = rule_of(href)
     if rule is None or rule.access == "anonymous":
-        return ""
+        host = host_of(href)
+        return (
+            f"If it needs a signature: rd.sign('https://{host}', 'module:name')."
+            if host and not signs_for(host)
+            else ""
+        )
     if rule.access == "requester-pays":
         where = f" (transfer within {rule.region} is free)" if rule.region else ""
         return (

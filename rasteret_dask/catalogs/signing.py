@@ -11,6 +11,7 @@ import importlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Lock, RLock
@@ -320,9 +321,12 @@ def is_ready_made(host: str) -> bool:
 
 def expired(href: str) -> datetime | None:
     """Return when the ready-made signature of an href ended; None where it has none, or one that still holds."""
-    secret = _GRANTS.get(host_of(href), {}).get(href)
+    host = host_of(href)
+    secret = _GRANTS.get(host, {}).get(href)
     end = None if secret is None else _expiry(secret[1])
-    return end if end is not None and end <= datetime.now(UTC) else None
+    if end is None or end > datetime.now(UTC) or _place_of(host, href, rule_of(href)) is not None:
+        return None  # a signer signs anew
+    return end
 
 
 def carried(hrefs: Iterable[str]) -> Carried:
@@ -346,7 +350,12 @@ def adopt(told: Carried) -> None:
         with _LOCK:
             _GRANTS.setdefault(host_of(href), {})[href] = _SHARED.setdefault(secret, secret)
     for place, name in places:
-        sign(place, name)
+        there = any((p.prefix, p.name) == (place, name) for p in _PLACES.get(host_of(place), ()))
+        if not there:
+            with suppress(
+                PlanError
+            ):  # a signer that cannot be imported here: lacking_hosts tells, and what reads
+                sign(place, name)
 
 
 def rule_of(href: str) -> Store | None:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import PurePath
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from rasteret_dask.catalogs.credentials import without_credentials
 from rasteret_dask.errors import TrustError
 
 __all__ = ["SCHEMES", "host_of", "is_local", "join", "local_path", "plain_host", "public", "redact"]
@@ -30,7 +31,7 @@ def is_local(href: str) -> bool:
 
 def redact(text: str) -> str:
     """Return text without query strings and user information, which may hold signatures and passwords."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "", re.sub(r"\?[^\s\"')]*", "?...", text))
+    return without_credentials(re.sub(r"(?<=://)[^/\s@]+@", "", re.sub(r"\?[^\s\"')]*", "?...", text)))
 
 
 def public(href: str) -> str:
