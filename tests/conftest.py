@@ -23,8 +23,11 @@ from rasteret_dask.demo.world import World, WorldSize, make_world
 DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def pytest_configure() -> None:
-    """Start the workers of Dask clusters in the short way; a test that needs the long one asks for it."""
+def pytest_collection_finish() -> None:
+    """Start the workers of Dask clusters in the short way; a test that needs the long one asks for it.
+
+    Not before all modules are imported: there is one list of what is preloaded, and torch's tests set it.
+    """
     fork_from_one()
 
 
