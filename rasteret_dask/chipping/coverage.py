@@ -127,16 +127,16 @@ def outlines(records: Records, band_of_record: NDArray[Any]) -> Outlines:
             keys[key] = len(first)
             first.append(row)
         of_record[row] = keys[key]
-    made = [
-        _outline(records.ids[i], wkb[i], int(records.epsg[i]), transform[i], size[i]) for i in first
-    ]
+    made = [_outline(records.ids[i], wkb[i], int(records.epsg[i]), transform[i], size[i]) for i in first]
     shapes = np.array([m[1] for m in made], dtype=object)
     moved = transform[first].copy()
     moved[:, 5] += [northern(int(records.epsg[i]))[1] for i in first]
     raster = np.array([m[2] for m in made]).reshape(-1, 4)
     centre = (raster[:, :2] + raster[:, 2:]) / 2
     epsg = np.array([m[0] for m in made], dtype=np.int64)
-    return Outlines(of_record, epsg, shapes, raster, centre, tile[first], moved, tuple(records.ids[i] for i in first))
+    return Outlines(
+        of_record, epsg, shapes, raster, centre, tile[first], moved, tuple(records.ids[i] for i in first)
+    )
 
 
 def _outline(

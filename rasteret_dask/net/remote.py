@@ -24,6 +24,7 @@ from rasteret_dask.errors import ReadError, StoreError, TrustError
 T = TypeVar("T")
 
 __all__ = [
+    "MAX_HREF",
     "SCHEMES",
     "Fetched",
     "Head",
@@ -45,6 +46,10 @@ __all__ = [
 
 SCHEMES = ("http", "https", "s3", "gs", "az")
 """Schemes of remote hrefs."""
+
+
+MAX_HREF = 16_384
+"""Characters of an href. Servers refuse far shorter ones; above 65,534 obstore panics, which is no Exception."""
 
 
 class _CutError(Exception):
@@ -137,6 +142,10 @@ def open_href(href: str) -> tuple[Any, str]:
     ReadError
         When it must be signed and cannot be.
     """
+    if len(href) > MAX_HREF:
+        raise ReadError(
+            f"opening {redact(href[:100])}...", f"{len(href):,} characters", f"at most {MAX_HREF:,}"
+        )
     try:
         url = urlsplit(href)
     except ValueError as error:
