@@ -52,7 +52,7 @@ def tiff(changes: dict[int, Values | None]) -> bytes:
         packed[324] = _packed("I", places.tolist())
     entries, values, at = b"", b"", head
     for tag, (data, count) in packed.items():
-        kind = _KINDS[tags[tag][0]]  # type: ignore[index]
+        kind = _KINDS[tags[tag][0]]
         if len(data) <= 4:
             entries += struct.pack("<HHI4s", tag, kind, count, data)
         else:

@@ -22,12 +22,11 @@ from shapely.errors import ShapelyError
 from shapely.geometry import mapping
 
 from rasteret_dask.errors import ReadError, SchemaError, SourceError
-from rasteret_dask.net.remote import MissingError, get, is_local, redact
+from rasteret_dask.net.remote import MAX_HREF, MissingError, get, is_local, redact
 from rasteret_dask.net.trust import checked, resolve
 
 __all__ = [
     "BROKEN",
-    "MAX_HREF",
     "Item",
     "check_href",
     "is_from_afar",
@@ -43,9 +42,6 @@ BROKEN = (
     ProjError, pa.ArrowException,
 )  # fmt: skip
 """What malformed JSON leads to, on its way to a row."""
-
-MAX_HREF = 16_384
-"""Characters of an href. Servers refuse far shorter ones; from 65,535 on the HTTP client breaks (http::Uri)."""
 
 _WORKERS = 16
 _ORIGINS = ("self", "root", "parent", "collection")
@@ -110,7 +106,8 @@ def check_href(href: str, subject: str) -> None:
         raise SourceError(subject, f"an href of {len(href):,} characters", expected)
     try:
         href.encode()
-        urlsplit(href).port  # noqa: B018  # which says whether there is a host and a port in it
+        if not is_local(href) or href.lower().startswith("file:"):
+            urlsplit(href).port  # noqa: B018  # which says whether there is a host and a port in it
     except ValueError as error:
         raise SourceError(
             subject, f"href {redact(ascii(href))[:120]} ({reason_of(error)})", expected

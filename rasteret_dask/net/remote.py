@@ -30,6 +30,7 @@ from rasteret_dask.net.web import Answer, BrokenError, RefusedError
 T = TypeVar("T")
 
 __all__ = [
+    "MAX_HREF",
     "SCHEMES",
     "Fetched",
     "Head",
@@ -50,6 +51,9 @@ __all__ = [
     "redact",
     "request",
 ]
+
+MAX_HREF = 16_384
+"""Characters of an href. Servers refuse far shorter ones; above 65,534 obstore panics, which is no Exception."""
 
 _FAILURES = (  # obstore raises some as builtin OSErrors (FileNotFoundError)
     BaseError, OSError, ValueError, BrokenError, RefusedError, ThrottledError,
@@ -109,6 +113,7 @@ def open_href(href: str) -> tuple[Any, str]:
     ReadError
         When it is a URL of http or https, which is no store.
     """
+    _check_length(href)
     if is_local(href):
         return _store("file", "", (), None), local_path(href).lstrip("/")
     check_host(href, f"opening {redact(href)[:300]}")
@@ -145,6 +150,7 @@ def fetch(href: str, start: int = 0, length: int | None = None) -> Fetched:
     ReadError
         When the store refuses, times out, or cuts the body short, ATTEMPTS times; never with a query string.
     """
+    _check_length(href)
     if length == 0:
         return Fetched(memoryview(b""), head(href))
     try:
@@ -164,6 +170,7 @@ def get(href: str, start: int = 0, length: int | None = None) -> bytes:
 
 def head(href: str) -> Head:
     """Return size and ETag of an object; MissingError where there is none."""
+    _check_length(href)
     try:
         if _is_web(href):
             return _retried(href, _web_head)
@@ -255,6 +262,13 @@ def _listed(url: str) -> dict[str, Any]:
         return dict(sorted(_retried(url, once).items()))
     except _FAILURES as error:
         raise _failure(url, error) from None
+
+
+def _check_length(href: str) -> None:
+    if len(href) > MAX_HREF:
+        raise ReadError(
+            f"opening {redact(href[:100])}...", f"{len(href):,} characters", f"at most {MAX_HREF:,}"
+        )
 
 
 def _is_web(href: str) -> bool:

@@ -47,7 +47,8 @@ def alike(member: str, records: Records, bands: tuple[str, ...]) -> None:
     """
     for band in dict.fromkeys(bands):
         pixels = pixels_m(records, band)
-        usual = float(np.nanmedian(pixels)) if np.isfinite(pixels).any() else np.nan
+        known = np.sort(pixels[np.isfinite(pixels)])
+        usual = float(known[(len(known) - 1) // 2]) if len(known) else np.nan  # of two, the smaller
         odd = np.flatnonzero(pixels > ALIKE * usual)
         if len(odd):
             first = records.ids[int(odd[0])]

@@ -199,8 +199,8 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     bands = spec.bands or _default_bands(name, tables)
     resolved = tuple(_member(m, r, bands, spec) for m, r in zip(members, tables, strict=True))
     all_readable(tables, resolved)
-    for records, member in zip(tables, resolved, strict=True):
-        alike(member.name, records, member.bands)
+    for table, one in zip(tables, resolved, strict=True):
+        alike(one.name, table, one.bands)
     units, dtype, fill = _values(name, spec, tables, resolved)
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
