@@ -46,12 +46,12 @@ def test_each_phase_is_a_line_and_each_shard_one_more(
     found = "\n".join(lines(caplog, logging.INFO))
     for phase in (
         rf"build s2: {len(s2)} rows of \d+ items",
-        r"plan: 40 chips of 1 sources",
+        r"plan: \d+ chips of 1 sources",
         rf"plan: 40 chips in {len(shards)} shards",
         rf"to_zarr {store}: prepared; 0 of {len(shards)} shards are written",
         rf"to_zarr {store}: {len(shards)} shards submitted",
         rf"to_zarr {store}: committed",
-        r"<Stream of 40 chips.*reading begins",
+        r"<Stream of 40 chips.*next: epoch 0, batch 0>: reading begins",
         r"<Stream of 40 chips.*ended",
         r"stats: \d+ tasks begin",
         r"stats: done in",
@@ -105,9 +105,9 @@ def test_every_logger_hangs_below_the_package_and_is_silent_by_default() -> None
         if path != PACKAGE / "__init__.py":
             assert "addHandler" not in text, f"{path}: only the package's own file has a handler"
         assert "basicConfig" not in text or path == PACKAGE / "__init__.py"
-        made += re.findall(r"getLogger\((.*)\)", text)
+        made += re.findall(r"getLogger\(([^)]*)\)", text)
     assert len(made) > 5
-    assert set(made) <= {"__name__", '"rasteret_dask"', "__name__).addHandler(logging.NullHandler("}
+    assert set(made) <= {"__name__", '"rasteret_dask"'}
     (handler,) = logging.getLogger("rasteret_dask").handlers
     assert isinstance(handler, logging.NullHandler)
     assert logging.getLogger("rasteret_dask").level == logging.NOTSET

@@ -146,7 +146,7 @@ class Stream(Iterator[Arrays]):
         with self._taking:  # threads may take turns
             if self._position >= len(self):
                 if self._shelf is not None:
-                    _log.info("%r: ended", self)
+                    _log.info("%s: ended", repr(self))
                 self.close()
                 raise StopIteration
             shelf = self._shelf or self._start()
@@ -276,7 +276,7 @@ class Stream(Iterator[Arrays]):
             raise
         self._finalizer = weakref.finalize(self, shelf.stop)  # the thread holds no stream
         self._shelf = shelf
-        _log.info("%r: reading begins, %s", self, type(source).__name__)
+        _log.info("%s: reading begins, %s", repr(self), type(source).__name__)
         return shelf
 
     def __repr__(self) -> str:
