@@ -12,13 +12,12 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_ledger import deleted, flipped, truncated
 
 import rasteret_dask as rd
 from rasteret_dask import formats
-from rasteret_dask.demo.world import World
 from rasteret_dask.errors import FormatError, PlanError, RasteretDaskError, StoreError
 from rasteret_dask.formats import Format
 from rasteret_dask.ingest.tablecache import shelf_of
@@ -117,35 +116,12 @@ def test_a_plan_with_a_field_missing_or_unknown_is_told(plan: Path, field: str) 
         ids(plan)
     (plan / "job.json").write_text(json.dumps(text))
     rewritten(plan, lambda text: text.pop(field))
-    with pytest.raises(StoreError, match=rf"plan .*a job.json that is none \(.*{field}.*write it again"):
+    with pytest.raises(StoreError, match=rf"plan .*a job.json that is none \(.*{field}.*[wW]rite it again"):
         ids(plan)
     (plan / "job.json").write_text(json.dumps(text))
     rewritten(plan, lambda text: text["sources"][0].update(colour="red"))
     with pytest.raises(StoreError, match=r"a job.json that is none .*colour"):
         ids(plan)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_a_plan_with_other_values_is_told(saved: Path, plan: Path, data: st.DataObject) -> None:
-    """Forged, with a good checksum: what it says instead may be done, but nothing fails without a type."""
-    text = json.loads((saved / "job.json").read_bytes())
-    name = data.draw(st.sampled_from(sorted(text)))
-    other = data.draw(st.sampled_from([None, -1, 0, 1.5, "", "x", True, [], {}, [[]], ["x"], [{}], {"a": 1}]))
-    inside = data.draw(st.booleans()) and name == "sources"
-    try:
-        if inside:
-            field = data.draw(st.sampled_from(sorted(text["sources"][0])))
-            rewritten(plan, lambda text: text["sources"][0].update({field: other}))
-        else:
-            rewritten(plan, lambda text: text.update({name: other}))
-        try:
-            _read.cache_clear()
-            rd.stream_from(None, plan, 4)
-        except RasteretDaskError:
-            pass
-    finally:
-        shutil.copyfile(saved / "job.json", plan / "job.json")
 
 
 # Record tables
@@ -181,14 +157,15 @@ def test_a_table_of_a_newer_format_says_which_version_reads_it(
     assert len(rd.as_collection(table.replace_schema_metadata(None), name="t")) == len(s2)  # anybody's table
 
 
-def test_a_cached_table_notes_its_format(small_world: World, tmp_path: Path) -> None:
-    built = rd.build_from_stac(small_world.sentinel2, name="s2", cache_dir=tmp_path)
-    (file,) = built._tables[built.plan.token].files  # type: ignore[union-attr]
-    assert json.loads(pq.read_schema(file).metadata[b"rasteret_dask"]) == formats.TABLE.note
-    search = Path(file).with_name("search.json")
-    search.write_text(json.dumps({**json.loads(search.read_text()), "format": 99, "version": "9.9"}))
-    with pytest.raises(FormatError, match=NEEDED):
-        shelf_of(file)
+def test_a_cached_table_of_a_newer_format_says_which_version_reads_it(tmp_path: Path) -> None:
+    file, search = tmp_path / "records.parquet", tmp_path / "search.json"
+    search.write_text(json.dumps({"made": {}}))
+    assert shelf_of(str(file)) is not None
+    search.write_text(json.dumps({**formats.TABLE.note, "made": {}}))
+    assert shelf_of(str(file)) is not None
+    search.write_text(json.dumps({"format": 99, "version": "9.9"}))
+    with pytest.raises(FormatError, match=f"a record table {NEEDED}"):
+        shelf_of(str(file))
 
 
 # Stream states

@@ -293,7 +293,7 @@ def test_a_closed_table_is_read_by_anybody(tmp_path: Path, store: Path) -> None:
     (tmp_path / "closed.parquet").write_bytes(closed(once))
     assert pq.read_table(tmp_path / "closed.parquet").equals(plain)
     both = (f"select shard, chips, objects from '{tmp_path / name}.parquet'" for name in ("closed", "plain"))
-    one, other = (duckdb.sql(query).fetchall() for query in both)
+    one, other = (duckdb.connect().execute(query).fetchall() for query in both)
     assert one == other
     assert sums.crc32c_of(b"") == 0
 

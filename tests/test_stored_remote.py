@@ -304,7 +304,7 @@ def test_opening_reads_what_is_known_of_all_chips(counted: tuple[str, list[Asked
     assert len(opened.select("val")) < len(ids) == len(opened)
     assert not log
     assert len(open_chips(url)) == len(ids)  # again: whether it is still the same, and whole
-    assert heard(log).keys() <= {name, "chips.parquet", "chips?list"}
+    assert heard(log).keys() <= {name, "manifest.parquet", "chips.parquet", "chips?list"}
 
 
 def test_a_chip_is_a_get_an_array_and_a_shard_is_a_get_an_object(

@@ -249,11 +249,11 @@ def open_store(url: str) -> StoreMap:
     root = _root(url)
     token = _token(root)
     with _OPENING:
+        before = _opened.cache_info().misses
         store = _opened(url, token)
-        if (
-            store.etag != remote.fetch(remote.join(url, MANIFEST), 0, 1).head.etag
-        ):  # the same chips, written again
-            _opened.cache_clear()
+        kept = _opened.cache_info().misses == before
+        if kept and store.etag != remote.fetch(remote.join(url, MANIFEST), 0, 1).head.etag:
+            _opened.cache_clear()  # the same chips, written again
             store = _opened(url, token)
     return store
 

@@ -108,6 +108,8 @@ def read_note(url: str) -> dict[str, Any]:
             PLAN.check(subject, note)
         raise _damaged(url, f"a {JOB_FILE} that does not match its checksum")
     PLAN.check(subject, text)
+    if not isinstance(text.get("digest"), str):
+        raise _damaged(url, f"a {JOB_FILE} that is none (no digest)")
     return text
 
 
@@ -148,7 +150,7 @@ def _read(url: str, digest: str) -> Job:
             tuple((s, from_json(f)) for s, f in text["maps"]),
             text["phase"],
             screens=tuple(from_json(rule) for rule in text["screens"]),
-            labels=text["labels"] and Labels.again(tables["labels.arrow"], text["labels"]),
+            labels=None if text["labels"] is None else Labels.again(tables["labels.arrow"], text["labels"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
         if isinstance(error, RasteretDaskError):
