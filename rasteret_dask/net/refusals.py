@@ -14,7 +14,7 @@ from rasteret_dask.errors import UnwritableStoreError
 __all__ = ["is_refusal", "refusal"]
 
 _FULL = {"ENOSPC", "EDQUOT", "EFBIG"}
-_FORBIDDEN = {"EACCES", "EPERM", "EROFS"}
+_FORBIDDEN = {"EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP"}
 
 _OF_SYSTEM = re.compile(r"\(os error (\d+)\)")
 """How obstore's texts end that pass an error of the operating system on: all that it tells of them."""
@@ -28,7 +28,7 @@ _STAYS = "What is written stays, and a rerun does the rest."
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Tell whether a store refuses for good: no room, no permission, or read-only."""
+    """Tell whether a store refuses for good: no room, no permission, read-only, or no such place."""
     return _is_full(error) or _name(error) in _FORBIDDEN or _is_denied(error)
 
 

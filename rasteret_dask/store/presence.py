@@ -100,7 +100,7 @@ def _warn_of_others(url: str, name: str) -> None:
             "ago). The store will be right, but shards that both have under way are done twice: stop one of them. "
             f"If that one was killed, this is said for at most {FRESH_S:.0f} s.",
             ConcurrentWriteWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
 
 
