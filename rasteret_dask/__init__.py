@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rasteret_dask.building import build, build_from_stac, refresh
     from rasteret_dask.catalogs.catalog import datasets
     from rasteret_dask.catalogs.catalogwrite import register
+    from rasteret_dask.catalogs.signing import sign
     from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
     from rasteret_dask.chipset import Chips
     from rasteret_dask.collection import Collection, join, merge
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         RasteretDaskError,
         ReadError,
         SchemaError,
+        SignedHrefsWarning,
         SourceError,
         StoreError,
         TrustError,
@@ -59,6 +61,7 @@ __all__ = [
     "RasteretDaskError",
     "ReadError",
     "SchemaError",
+    "SignedHrefsWarning",
     "SourceError",
     "Stats",
     "StoreError",
@@ -81,6 +84,7 @@ __all__ = [
     "open_chips",
     "refresh",
     "register",
+    "sign",
     "stream_from",
     "trust",
 ]
@@ -91,12 +95,13 @@ _MODULES = {
     "building": "build build_from_stac refresh",
     "catalogs.catalog": "datasets",
     "catalogs.catalogwrite": "register",
+    "catalogs.signing": "sign",
     "chipping.chiptable": "CHIP_SCHEMA",
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",
-    "errors": "BandError GridError JobError PlanError RasteretDaskError ReadError SchemaError SourceError StoreError "
-    "TrustError UnreadableAssetsError UnreadableTilesWarning",
+    "errors": "BandError GridError JobError PlanError RasteretDaskError ReadError SchemaError SignedHrefsWarning "
+    "SourceError StoreError TrustError UnreadableAssetsError UnreadableTilesWarning",
     "net.trust": "trust",
     "openers": "as_collection build_from_table load",
     "reader.cogreader": "CogReader",

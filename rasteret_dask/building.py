@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as pads
 
 from rasteret_dask.catalogs.catalog import find, known_dataset
+from rasteret_dask.catalogs.signing import expired, lacking
 from rasteret_dask.collection import Collection
 from rasteret_dask.errors import PlanError, SourceError
 from rasteret_dask.geometries.areas import bbox_of
@@ -23,9 +25,11 @@ from rasteret_dask.ingest.sources import Item, read_items
 from rasteret_dask.ingest.stac import items_to_table
 from rasteret_dask.ingest.tablecache import SAID, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
 from rasteret_dask.net.remote import is_local
-from rasteret_dask.openers import as_collection
+from rasteret_dask.openers import as_collection, warn_signed
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.progress import Progress
+from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
+from rasteret_dask.table.rowgroups import hrefs
 from rasteret_dask.table.timing import half_open
 
 __all__ = ["build", "build_from_stac", "refresh"]
@@ -248,6 +252,8 @@ def _built(order: Order, cache_dir: str | os.PathLike[str] | None, force: bool, 
     folder = place.newest()
     if folder is None or force:
         folder = _fill(order, place, folder, force, progress, None)
+    elif _needs_signing(folder):  # the items are asked for anew, as they bring signatures; no header is
+        folder = _fill(order, place, folder, False, progress, Known.of(folder / TABLE))
     else:
         _remind(folder, order)
     return _opened(folder, order)
@@ -290,8 +296,20 @@ def _remind(folder: Path, order: Order) -> None:
         )
 
 
+def _needs_signing(folder: Path) -> bool:
+    """Return whether a table's items arrived signed, and this process has no signature that holds."""
+    data = pads.dataset(folder / TABLE, format="parquet")
+    hosts = hosts_of(data.schema)
+    if not hosts:
+        return False
+    found = list(hrefs_of(pa.table({"assets": hrefs(data)})))
+    return bool(lacking(found, hosts)) or any(expired(href) for href in found)
+
+
 def _opened(folder: Path, order: Order) -> Collection:
-    return _ranged(as_collection(pads.dataset(folder / TABLE, format="parquet"), name=order.name), order)
+    data = pads.dataset(folder / TABLE, format="parquet")
+    warn_signed(order.name, hosts_of(data.schema) or ())
+    return _ranged(as_collection(data, name=order.name), order)
 
 
 def _from_catalog(order: Order) -> Collection:

@@ -17,6 +17,7 @@ from rasteret_dask.chipping.chips import ChipSet, used_rows
 from rasteret_dask.chipping.steps import apply_step, plan_chips
 from rasteret_dask.chipsteps import ChipSteps
 from rasteret_dask.errors import StoreError
+from rasteret_dask.net.places import place_of
 from rasteret_dask.planning.plan import Screen, Select
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.show import audit, explain
@@ -203,8 +204,7 @@ class Chips(ChipSteps):
         JobError
             When shards failed; the others are written, and a rerun does only those.
         """
-        place = os.fspath(store)
-        url = place if "://" in place else os.path.abspath(place)
+        url = place_of(store)
         if os.path.isfile(url):
             raise StoreError(f"store {url}", "a file", "a folder, or nothing yet", "Choose another place.")
         layout = replace(self._layout, compression=checked(compression))

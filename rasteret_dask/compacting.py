@@ -19,8 +19,9 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError, StoreError
-from rasteret_dask.net import remote
+from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.limits import host_of, pool
+from rasteret_dask.net.places import place_of
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.measuring import computed
 from rasteret_dask.store import decode
@@ -73,7 +74,8 @@ def compact(
     PlanError
         When no chip is kept.
     """
-    url, place = _absolute(store), _absolute(target)
+    clusters.check(client, "compact(client=)")
+    url, place = place_of(store), place_of(target)
     source = digest_of(url)
     opened = open_map(url, source)
     check_sizes(opened)
@@ -87,7 +89,10 @@ def compact(
     reports = _finished(place, found, shards)
     missing = {f"compact-{digest(own, place)[:16]}-{s.name}": s for s in shards if s.name not in reports}
     tasks: dict[Hashable, Any] = {k: Task(k, _copied, url, source, place, s) for k, s in missing.items()}
-    reports |= {r["shard"]: r for r in computed(tasks, list(missing), client)}
+    with clusters.using(client) as cluster:
+        if cluster is not None:
+            signatures.send_place(cluster, url, place)
+        reports |= {r["shard"]: r for r in computed(tasks, list(missing), cluster)}
     tries = Counter(path.split("/")[2] for path in remote.listing(place) if path.startswith(f"{JOB}/tried/"))
     _finish(opened, place, own, shards, _manifest(opened, shards, reports, tries))
 
@@ -323,8 +328,3 @@ def _manifest(
 def _said(old: StoreMap) -> dict[str, Any]:
     found: dict[str, Any] = old.root["attributes"]["rasteret_dask"]
     return found
-
-
-def _absolute(place: str | os.PathLike[str]) -> str:
-    text = os.fspath(place)
-    return text if "://" in text else os.path.abspath(text)

@@ -10,6 +10,7 @@ __all__ = [
     "RasteretDaskError",
     "ReadError",
     "SchemaError",
+    "SignedHrefsWarning",
     "SourceError",
     "StoreError",
     "TrustError",
@@ -93,6 +94,10 @@ class StoreError(RasteretDaskError):
 
 class JobError(RasteretDaskError):
     """Some shards failed; the others are written, the store is not committed, and a rerun does only those."""
+
+
+class SignedHrefsWarning(UserWarning):
+    """Hrefs arrived with signatures or passwords, which this process keeps in its memory and never writes."""
 
 
 class UnreadableTilesWarning(UserWarning):

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from rasteret_dask.catalogs.signing import is_ready_made
 from rasteret_dask.collection import Collection
-from rasteret_dask.errors import ReadError, SchemaError, SourceError
+from rasteret_dask.errors import ReadError, SchemaError, SignedHrefsWarning, SourceError
 from rasteret_dask.ingest.sources import read_items, read_table
 from rasteret_dask.ingest.stac import items_to_table
 from rasteret_dask.ingest.tables import check_hrefs, table_to_records
+from rasteret_dask.net.places import place_of
 from rasteret_dask.net.remote import is_local, local_path, redact
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import Source
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.table.anytable import as_arrow
+from rasteret_dask.table.barehrefs import holds_credentials, hosts_of, marked, stripped
 from rasteret_dask.table.rasteretio import header_columns
 from rasteret_dask.table.records import RECORD_SCHEMA, conform
 from rasteret_dask.table.rowgroups import hrefs
 from rasteret_dask.table.schema import REQUIRED
 
-__all__ = ["as_collection", "build_from_table", "load"]
+__all__ = ["as_collection", "build_from_table", "load", "warn_signed"]
 
 
 def build_from_table(
@@ -96,7 +101,7 @@ def as_collection(table: Any, *, name: str | None = None, data_source: str | Non
     told = {k.decode(): v.decode() for k, v in (data.schema.metadata or {}).items() if k in _KEPT}
     called = name or told.get("name") or "table"
     records: Table
-    if isinstance(data, pads.Dataset) and _has_schema(data.schema):
+    if isinstance(data, pads.Dataset) and _has_schema(data.schema) and not _is_signed(data):
         records = data
     else:
         whole = data if isinstance(data, pa.Table) else data.to_table()
@@ -109,7 +114,9 @@ def as_collection(table: Any, *, name: str | None = None, data_source: str | Non
                 "a table that was built before",
                 f"build_from_table(table, name={called!r}) reads the headers, once.",
             )
-        records = conform(whole, called)
+        before = hosts_of(whole.schema) or ()
+        records = marked(stripped(conform(whole, called)), before)
+        warn_signed(called, hosts_of(records.schema) or ())
     source = data_source or told.get("data_source")
     if source:
         records = _said(records, source)
@@ -117,7 +124,34 @@ def as_collection(table: Any, *, name: str | None = None, data_source: str | Non
     return Collection(Source(called, token), {token: records})
 
 
+def warn_signed(name: str, hosts: Iterable[str]) -> None:
+    """Warn of hosts for which only this process has a signature: it came with the hrefs."""
+    ready = [host for host in hosts if is_ready_made(host)]
+    if ready:
+        warnings.warn(
+            f"{name}: hrefs of {', '.join(ready)} arrived with signatures or passwords. They stay in this process's "
+            "memory, also for the Dask workers that read for it; no table, plan or store holds them. Other processes "
+            "need a signer: rd.sign('https://host', 'module:name'), see docs/credentials.md.",
+            SignedHrefsWarning,
+            stacklevel=_to_user(),
+        )
+
+
+def _to_user() -> int:
+    """Return how many frames, from its caller's caller, the first one outside of this package is away."""
+    frame, level = sys._getframe(2), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_signed(data: pads.Dataset) -> bool:
+    """Return whether hrefs hold credentials; tables that name their signed hosts were looked through before."""
+    return hosts_of(data.schema) is None and holds_credentials(hrefs(data))
+
+
 _KEPT = (b"name", b"data_source")
+_PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 def _said(records: Table, source: str) -> Table:
@@ -156,7 +190,7 @@ def load(path: str | os.PathLike[str], name: str | None = None, *, headers: bool
         When a table from a URL names local paths.
     """
     place = os.path.expanduser(os.fspath(path))
-    place = local_path(place) if is_local(place) else place
+    place = local_path(place) if is_local(place) else place_of(place)
     called = name or os.path.splitext(os.path.basename(place.partition("?")[0].rstrip("/")))[0]
     data = _opened(place)
     schema = data.schema

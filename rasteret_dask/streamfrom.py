@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.net.places import place_of
 from rasteret_dask.planning.functions import Function
 from rasteret_dask.store.stored import Stored
 from rasteret_dask.storeset import open_chips
@@ -49,7 +50,7 @@ def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | 
     StoreError
         When something else lies there.
     """
-    url = _url(place)
+    url = place_of(place)
     found = set() if _is_file(url) else set(remote.listing(url))
     said = _said(url) if _LAST in found else {}
     if said.get("digest") == job.digest:
@@ -130,7 +131,7 @@ def stream_from(
     or gives a client: ``stream_from(Client(address, security=Security(...)), plan, ...)``. A task on a Dask worker
     gives None: its worker's client has the worker's certificates, those of ``Security.temporary()`` too.
     """
-    url = _url(plan)
+    url = place_of(plan)
     if _exists(url, _LAST):
         if split is not None:
             raise PlanError(
@@ -162,6 +163,7 @@ def _of_one_split(url: str, split: str | None) -> Stored:
 
 def _planned(url: str, functions: tuple[Callable[..., Any], ...], on_error: str) -> Reading:
     job = open_job(url, str(_said(url)["digest"]))
+    job.check_signatures()
     known = _matched(job, functions)
     sizes = tuple(json.loads(remote.get(remote.join(url, _SIZES)))) if job.screens else None
     return planned(job, outputs_of(job, known), known, on_error, sizes)
@@ -188,11 +190,6 @@ def _matched(job: Job, functions: tuple[Callable[..., Any], ...]) -> Functions:
             )  # fmt: skip
         found[function] = call
     return found
-
-
-def _url(place: str | os.PathLike[str]) -> str:
-    text = os.fspath(place)
-    return text if "://" in text else os.path.abspath(text)
 
 
 def _is_file(url: str) -> bool:

@@ -15,6 +15,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.planning import recordtable
 from rasteret_dask.planning.plan import Node, leaves
 from rasteret_dask.planning.scan import Table
+from rasteret_dask.table.barehrefs import marks
 from rasteret_dask.table.export import export as write_export
 from rasteret_dask.table.rasteretio import to_rasteret
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
@@ -106,7 +107,8 @@ class TableExits:
         said = {"name": self.name, "data_source": source}
         if layout == "rasteret":
             said["rasteret_collection_version"] = "1"
-        return {key.encode(): value.encode() for key, value in said.items()}
+        found = {key.encode(): value.encode() for key, value in said.items()}
+        return found | marks(recordtable.signed_hosts(self.plan, self._tables))
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         return recordtable.stream(self.plan, self._tables).__arrow_c_stream__(requested_schema)

@@ -22,9 +22,9 @@ PACKAGE = ROOT / "rasteret_dask"
 ORDER = {
     "": "_version errors progress footprint grid",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "clusters hrefs trust gate web remote remotefs gdalfiles limits",
+    "net": "clusters signatureplugin signatures hrefs places trust gate web remote remotefs gdalfiles limits",
     "headers": "page tiff gdal reader",
-    "table": "schema anytable records rasteretio geoparquet export layers facts rowgroups timing",
+    "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan sampling scan optimize resolve radiometry recordtable",
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",

@@ -37,6 +37,8 @@ __all__ = [
 
 VARIABLE = "RASTERET_DASK_CATALOG"
 
+_HOMES = ("HOME", "XDG_CONFIG_HOME", "LOCALAPPDATA", "USERPROFILE")  # what the user's folder depends on
+
 _COLUMNS = pa.schema(
     [
         pa.field("id", pa.string()),
@@ -154,7 +156,12 @@ def catalog() -> Catalog:
 def user_file() -> Path:
     """Return the user's own file, whether it is there or not."""
     named = os.environ.get(VARIABLE)
-    return Path(named) if named else platformdirs.user_config_path("rasteret_dask", False) / "catalog.toml"
+    return Path(named) if named else _usual_file(*map(os.environ.get, _HOMES))
+
+
+@lru_cache(maxsize=8)
+def _usual_file(*_homes: str | None) -> Path:
+    return platformdirs.user_config_path("rasteret_dask", False) / "catalog.toml"
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

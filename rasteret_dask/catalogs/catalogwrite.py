@@ -52,6 +52,7 @@ def register(
     bands: Sequence[str | Mapping[str, Any]] | None = None,
     stores: Sequence[str] = (),
     region: str | None = None,
+    signer: str | None = None,
     path: str | os.PathLike[str] | None = None,
     **fields: Unpack[Fields],
 ) -> Entry:
@@ -69,9 +70,12 @@ def register(
         asset, common_name, role, band_index, scale, offset, nodata, dtype, gsd_m. Neither ``like`` nor ``bands``:
         each item names its own.
     stores
-        Places (``s3://bucket``, ``https://host``) to which ``access`` and ``region`` apply.
+        Places (``s3://bucket``, ``https://host``) to which ``access``, ``region`` and ``signer`` apply.
     region
         Of the buckets.
+    signer
+        ``"module:name"`` of a function that takes an href of these hosts and returns the URL to request: see
+        :func:`rasteret_dask.sign`. Only its name is written.
     path
         The TOML file to write; None: the user's own, see :mod:`rasteret_dask.catalogs.catalog`.
     **fields
@@ -95,7 +99,7 @@ def register(
     """
     place = user_file() if path is None else Path(path)
     entry, dataset = _tables(id_checked(id), like, bands, fields)
-    rules = _stores(id, stores, fields.get("access"), region)
+    rules = _stores(id, stores, fields.get("access"), {"region": region, "signer": signer})
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with lock_file(f"{place}.lock", timeout=_WAIT_S):
@@ -155,7 +159,7 @@ def _like(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _stores(
-    name: str, stores: Sequence[str], access: Access | None, region: str | None
+    name: str, stores: Sequence[str], access: Access | None, further: Mapping[str, str | None]
 ) -> dict[str, dict[str, str]]:
     if isinstance(stores, str):
         stores = (stores,)
@@ -165,7 +169,11 @@ def _stores(
             "access='requester-pays' and no stores",
             "which buckets: stores=['s3://bucket']",
         )
-    rule = {"access": access or "anonymous", **({"region": region} if region else {})}
+    if further.get("signer") and not stores:
+        raise SourceError(
+            f"dataset {name!r}", "a signer and no stores", "whose hrefs: stores=['https://host']"
+        )
+    rule = {"access": access or "anonymous", **{key: text for key, text in further.items() if text}}
     return {urlsplit(s)._replace(path="").geturl() if "://" in s else s: dict(rule) for s in stores}
 
 

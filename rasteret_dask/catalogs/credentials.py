@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 from urllib.parse import quote, unquote, unquote_plus
 
-__all__ = ["Secret", "bare", "is_credential", "parts_of", "split", "without_credentials"]
+__all__ = ["Secret", "bare", "cleaned", "is_credential", "parts_of", "split", "without_credentials"]
 
 Secret = tuple[str, str]
 """What an href has beside its bare form: (user information, the whole query string)."""
@@ -45,9 +47,9 @@ _WITH_SAS = (
 """The other parameters of an Azure shared access signature, which go with its ``sig``."""
 
 _MAYBE = ("key", "code", "k")
-"""Parameters that are a credential unless their value reads as the name of a file, a path, or is short."""
+"""Parameters that are a credential where their value reads as one; as a name, a path or a version it does not."""
 
-_KEY_CHARS = 16  # a shorter value names a product, a band or a version
+_KEY = re.compile(r"AIza[\w-]+|[A-Za-z0-9+=~-]{16,}")  # Google's keys, and other long texts in one piece
 
 _MOST_DEEP = 3  # URLs in URLs
 
@@ -64,8 +66,7 @@ def is_credential(name: str, value: str = "") -> bool:
     plain = re.sub(r"[-_.\s\[\]]", "", lower)
     if plain in _NAMES or plain.endswith(_ENDINGS) or lower.startswith(_PREFIXES):
         return True
-    text = unquote(value)
-    return plain in _MAYBE and len(text) >= _KEY_CHARS and "/" not in text and "." not in text
+    return plain in _MAYBE and bool(_KEY.fullmatch(unquote(value)))
 
 
 def parts_of(href: str) -> tuple[str, str, str, str, str, str] | None:
@@ -118,8 +119,32 @@ def bare(href: str) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """Return text with every URL in it bare."""
-    return _URL.sub(lambda found: bare(found[0]), text) if "://" in text else text
+    """Return text, plain or JSON, with every URL in it bare."""
+    if "://" not in text:
+        return text
+    if text[:1] in "{[":
+        try:
+            values = json.loads(text)
+        except ValueError:
+            values = text
+        clean = cleaned(values)
+        if clean == values:
+            return text
+        if not isinstance(clean, str):
+            return json.dumps(clean)
+    return _URL.sub(lambda found: bare(found[0]), text)
+
+
+def cleaned(value: Any) -> Any:
+    """Return a value of JSON with every URL in its texts bare."""
+    match value:
+        case str():
+            return without_credentials(value)
+        case dict():
+            return {key: cleaned(one) for key, one in value.items()}
+        case list() | tuple():
+            return type(value)(cleaned(one) for one in value)
+    return value
 
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s\"'<>\\{}|^`]+")
@@ -140,7 +165,7 @@ def _kept(query: str, deep: int) -> str:
     """Return the part of a query that identifies the file."""
     if not query:
         return query
-    pairs = [pair.partition("=") for pair in re.split("[&;]", query)]
+    pairs = [pair.partition("=") for pair in re.split("&|;(?=[^&;=]+=)", query)]
     guilty = [is_credential(name, value) for name, _, value in pairs]
     gone: tuple[str, ...] = _WITH_SIGNATURE if any(guilty) else ()
     if any(secret and _plain(name) == "sig" for (name, _, _), secret in zip(pairs, guilty, strict=True)):

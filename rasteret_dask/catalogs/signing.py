@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from threading import Lock, RLock
@@ -24,18 +24,21 @@ from rasteret_dask.catalogs.pctokens import account_of, forget, token
 from rasteret_dask.errors import PlanError, ReadError
 
 __all__ = [
-    "Carried", "Signer", "adopt", "carried", "expired", "host_of", "keep_apart", "lacking", "renew", "rule_of", "sign",
-    "signed", "signed_hosts",
+    "ANEW", "Carried", "Signer", "adopt", "carried", "check_expired", "check_signatures", "expired", "host_of",
+    "is_ready_made", "keep_apart", "keep_place_apart", "lacking", "lacking_hosts", "renew", "rule_of", "sign", "signed",
+    "signed_hosts", "signs_for",
 ]  # fmt: skip
 
 Signer: TypeAlias = Callable[[str], str]
 """Takes an href without credentials, returns the URL to request."""
 
 Carried: TypeAlias = "tuple[Mapping[str, Secret], tuple[tuple[str, str], ...]]"
-"""What workers are told: {bare href: its credentials}, and (place, signer's name or query string)."""
+"""What workers are told: {bare href: its credentials}, and (place, signer's name or ready-made credentials)."""
 
 _FRESH = timedelta(seconds=60)  # a signature that ends sooner is asked for anew
 _KEPT = 65536  # signed URLs a signer's answers are kept of
+
+ANEW = "Sign the items anew and build again, or name a signer: rd.sign('https://host', 'module:name')."
 
 _GRANTS: dict[str, dict[str, Secret]] = {}
 """{host: {bare href: the credentials that it arrived with}}."""
@@ -53,7 +56,7 @@ class _Place:
 
     prefix: str
     name: str
-    """``module:name``; "" for a callable, which only this process has; ``?...`` for a ready-made query string."""
+    """``module:name``; "" for a callable, which only this process has; ``user:password@?...`` for ready-made ones."""
     call: Signer
     answers: OrderedDict[str, str] = field(default_factory=OrderedDict)
     lock: Lock = field(default_factory=Lock)
@@ -121,7 +124,8 @@ def signed(href: str) -> str:
     grants = _GRANTS.get(host)
     secret = grants.get(href) if grants else None
     if secret is not None:
-        return _with(href, *secret)
+        user, query = secret  # the whole query, as it was published: a signature may count its order
+        return _added(_with(href.partition("?")[0], user), query)
     if rule is None or rule.access != "planetary-computer":
         return href
     return _added(href, token(*_container(href))[0])
@@ -177,9 +181,9 @@ def sign(place: str, signer: Signer | str | None) -> None:
         ``https://host``, or a URL below which everything is signed that way: ``https://host/container``.
     signer
         ``"module:name"``: a function that takes an href and returns the URL to request; each process that reads imports
-        and calls it, so it must be installed on the workers too. A callable: this process only. ``"?sv=...&sig=..."``:
-        a ready-made query string, added to each href; it is sent to workers, and never stored. None: forget what was
-        said of the place.
+        and calls it, so it must be installed on the workers too. A callable: this process only. ``"?sv=...&sig=..."``
+        or ``"user:password@"``: ready-made credentials, added to each href; they are sent to workers, and never stored.
+        None: forget what was said of the place.
 
     Raises
     ------
@@ -203,34 +207,53 @@ def sign(place: str, signer: Signer | str | None) -> None:
             "sign(place)", repr(bare(place)), "https://host, or a URL below it, without a query or a password"
         )
     prefix = _lower_host(place)
-    made = None if signer is None else _place(prefix, signer)
+    if signer is not None:
+        _put(host, _place(prefix, signer))
+        return
     with _LOCK:
-        others = [p for p in _PLACES.get(host, ()) if p.prefix != prefix]
-        _PLACES[host] = tuple(sorted([*others, *([made] if made else [])], key=lambda p: -len(p.prefix)))
+        _PLACES[host] = tuple(p for p in _PLACES.get(host, ()) if p.prefix != prefix)
 
 
 def keep_apart(href: str) -> str:
     """Return an href without its credentials, which this process keeps for :func:`signed`.
 
-    They are not kept where a signer or a catalog's rule gives others when the href is read: those do not expire.
+    Planetary Computer's are not kept: whoever reads asks for a token, and tokens end within the hour.
     """
     plain, secret = split(href)
     if secret is None:
         return plain
     host, rule = host_of(plain), rule_of(plain)
-    asked = rule is not None and rule.access == "planetary-computer"
-    if host and not asked and _place_of(host, plain, rule) is None:
+    if host and (rule is None or rule.access != "planetary-computer"):
         with _LOCK:
             _GRANTS.setdefault(host, {})[plain] = _SHARED.setdefault(secret, secret)
     return plain
 
 
+def keep_place_apart(url: str) -> str:
+    """Return the URL of a folder or file without its credentials; this process keeps them for all that lies below."""
+    plain, secret = split(url)
+    host = host_of(plain)
+    if secret is None or not host:
+        return plain
+    if "?" in plain:  # a file by its version, say: nothing lies below it
+        return keep_apart(url)
+    user, query = secret
+    with _LOCK:
+        _put(host, _place(_lower_host(plain), (f"{user}@" if user else "") + (f"?{query}" if query else "")))
+    return plain
+
+
+def signs_for(host: str) -> bool:
+    """Return whether this process has a signature or a signer for any href of a host."""
+    if _GRANTS.get(host) or _PLACES.get(host):
+        return True
+    rule = store_of(f"https://{host}") or store_of(f"http://{host}")
+    return rule is not None and rule.signer is not None
+
+
 def signed_hosts(hrefs: Iterable[str]) -> tuple[str, ...]:
-    """Return the hosts of those hrefs whose credentials this process keeps, sorted."""
-    grants = {h: kept for h, kept in _GRANTS.items() if kept}
-    if not grants:
-        return ()
-    return tuple(sorted({host for href in hrefs if href in grants.get(host := host_of(href), {})}))
+    """Return the hosts of those hrefs that arrived signed or have a signer here, sorted."""
+    return tuple(sorted({host for href in hrefs if _has(host := host_of(href), href)}))
 
 
 def lacking(hrefs: Iterable[str], hosts: Iterable[str]) -> tuple[str, ...]:
@@ -249,6 +272,50 @@ def lacking(hrefs: Iterable[str], hosts: Iterable[str]) -> tuple[str, ...]:
         if wanted
         else ()
     )
+
+
+def check_signatures(hrefs: Iterable[str], hosts: Sequence[str]) -> None:
+    """Raise PlanError where this process cannot sign hrefs that arrived signed.
+
+    Parameters
+    ----------
+    hrefs, hosts
+        As of :func:`lacking`.
+    """
+    if not hosts:
+        return
+    every = list(hrefs)
+    missing = lacking(every, hosts)
+    if missing:
+        raise PlanError(
+            f"reading from {', '.join(missing)}",
+            "hrefs that arrived signed, and no signature in this process (what is stored holds none)",
+            "a signer, or the signatures",
+            f"Name a signer before reading: rd.sign('https://{missing[0]}', 'module:name'), or in the catalog that "
+            "RASTERET_DASK_CATALOG names. Or build from signed items in this process. See docs/credentials.md.",
+        )
+    check_expired(every)
+
+
+def check_expired(hrefs: Iterable[str]) -> None:
+    """Raise PlanError where a signature that an href arrived with has expired."""
+    for href in hrefs:
+        ended = expired(href)
+        if ended is not None:
+            raise PlanError(
+                f"reading from {host_of(href)}", f"a signature that expired at {ended:%Y-%m-%d %H:%M:%S} UTC",
+                "one that holds", ANEW,
+            )  # fmt: skip
+
+
+def lacking_hosts(hosts: Iterable[str]) -> tuple[str, ...]:
+    """Return the hosts for which this process has neither a signer nor any signature."""
+    return tuple(host for host in hosts if not signs_for(host))
+
+
+def is_ready_made(host: str) -> bool:
+    """Return whether a host's hrefs are read by signatures that they arrived with, and by nothing that lasts."""
+    return any(_place_of(host, href, rule_of(href)) is None for href in list(_GRANTS.get(host, {}))[:1])
 
 
 def expired(href: str) -> datetime | None:
@@ -318,19 +385,30 @@ def _has(host: str, href: str) -> bool:
     return href in _GRANTS.get(host, {}) or _place_of(host, href, rule_of(href)) is not None
 
 
+def _put(host: str, made: _Place) -> None:
+    with _LOCK:
+        others = [p for p in _PLACES.get(host, ()) if p.prefix != made.prefix]
+        _PLACES[host] = tuple(sorted([*others, made], key=lambda p: -len(p.prefix)))
+
+
 def _place(prefix: str, signer: Signer | str) -> _Place:
     if not isinstance(signer, str):
         if not callable(signer):
             raise PlanError(
-                f"sign({prefix!r})", f"a {type(signer).__name__}", "'module:name', a callable, or '?query'"
+                f"sign({prefix!r})",
+                f"a {type(signer).__name__}",
+                "'module:name', a callable, '?...' or 'user:password@'",
             )
         return _Place(prefix, "", signer)
-    if signer.startswith("?"):
-        return _Place(prefix, signer, lambda href: _added(href, signer[1:]))
+    ready = re.fullmatch(r"(?:([^/?#]+)@)?(?:\?(.+))?", signer)
+    if signer and ready is not None:
+        return _Place(prefix, signer, lambda href: _added(_with(href, ready[1] or ""), ready[2] or ""))
     module, mark, name = signer.partition(":")
     if not mark or not re.fullmatch(r"[\w.]+", module) or not re.fullmatch(r"[\w.]+", name):
         raise PlanError(
-            f"sign({prefix!r})", "a text of another form", "'module:name', a callable, or '?query'"
+            f"sign({prefix!r})",
+            "a text of another form",
+            "'module:name', a callable, '?...' or 'user:password@'",
         )
     try:
         call: object = importlib.import_module(module)
@@ -346,15 +424,14 @@ def _place(prefix: str, signer: Signer | str) -> _Place:
     return _Place(prefix, signer, call)
 
 
-def _with(href: str, user: str, query: str) -> str:
-    """Return an href with its own credentials, as it arrived."""
-    scheme, _, rest = href.partition("://")
-    at = f"{user}@" if user else ""
-    return f"{scheme}://{at}{rest.partition('?')[0]}{'?' if query else ''}{query}"
+def _with(href: str, user: str) -> str:
+    """Return an href with user information."""
+    scheme, mark, rest = href.partition("://")
+    return f"{scheme}{mark}{user}@{rest}" if user else href
 
 
 def _added(href: str, query: str) -> str:
-    return f"{href}{'&' if '?' in href else '?'}{query}"
+    return f"{href}{'&' if '?' in href else '?'}{query}" if query else href
 
 
 def _container(href: str) -> tuple[str, str]:

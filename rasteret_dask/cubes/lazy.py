@@ -26,10 +26,12 @@ from rasteret_dask.cubes.recordlayers import (
 )
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import northern
+from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.reader import harmonize
 from rasteret_dask.reader.pixelgrid import Grid, Window
+from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 
 __all__ = ["harmonized_cube"]
 
@@ -50,6 +52,8 @@ def harmonized_cube(
     chunks
         Side of a Dask chunk, pixels.
     """
+    hosts = hosts_of(source.records.table.schema) or ()
+    send_to_current(hrefs_of(source.records.table), hosts)
     feeds = _feeds(source, grid, shape, min_coverage)
     rows = np.unique(feeds.record)
     layers = record_layers(source, rows, CubePlace(grid, shape, chunks))

@@ -25,6 +25,7 @@ from rasteret_dask.ingest.stac import Draft, Rules, completed, draft_of, meets, 
 from rasteret_dask.net.remote import public, redact
 from rasteret_dask.progress import Progress
 from rasteret_dask.table import geoparquet
+from rasteret_dask.table.barehrefs import hosts_of, marks, signed_in
 from rasteret_dask.table.layers import Layer, check_bands
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import acquisitions
@@ -177,16 +178,21 @@ def ingest(
         When no item has a band that was asked for.
     """
     report = Report()
+    signed: set[str] = set() if known is None else set(hosts_of(pq.read_schema(known.path)) or ())
 
     def tables() -> Iterator[pa.Table]:
         if known is not None:
             yield from known.tables()
-        yield from _tables(batches, recipe, report, progress, known)
+        for table in _tables(batches, recipe, report, progress, known):
+            signed.update(signed_in(table))
+            metadata.update(marks(tuple(signed)))
+            yield table
 
     def choose(staged: pa.Table) -> NDArray[np.int64]:
         return _choose(staged.select(list(_KEYS)), recipe, report, known is not None)
 
-    report.rows = geoparquet.write_ordered(tables(), path, choose=choose)
+    metadata = marks(tuple(signed))  # of the file, which is written when all tables are there
+    report.rows = geoparquet.write_ordered(tables(), path, choose=choose, metadata=metadata)
     return report
 
 

@@ -13,9 +13,10 @@ import pyarrow as pa
 import shapely
 from shapely.errors import ShapelyError
 
-from rasteret_dask.catalogs.access import rule_of
 from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.catalog import dataset_of, known_dataset
+from rasteret_dask.catalogs.credentials import cleaned
+from rasteret_dask.catalogs.signing import keep_apart
 from rasteret_dask.errors import SourceError
 from rasteret_dask.footprint import area_of, corners_of, outline_of
 from rasteret_dask.headers.reader import Header, read_headers
@@ -230,7 +231,9 @@ def _row(item: Item) -> dict[str, Any]:
         "geometry": geometry,
         "scene_bbox": list(corners) if corners is not None and corners[0] <= corners[2] else None,
         "properties": json.dumps(
-            {k: v for k, v in properties.items() if k not in _IN_COLUMNS}, default=str, sort_keys=True
+            cleaned({k: v for k, v in properties.items() if k not in _IN_COLUMNS}),
+            default=str,
+            sort_keys=True,
         ),
     }
 
@@ -294,12 +297,5 @@ def _placed(item: Item, layers: Mapping[str, Layer]) -> list[Layer]:
         )
         if href.startswith(_LANDSATLOOK):
             href = "s3://usgs-landsat/" + href.removeprefix(_LANDSATLOOK)
-        placed.append(replace(layer, href=_unsigned(href)))
+        placed.append(replace(layer, href=keep_apart(href)))
     return placed
-
-
-def _unsigned(href: str) -> str:
-    """Return an href without the token it arrived with, where reading asks for a new one: tokens expire."""
-    bare = href.partition("?")[0]
-    rule = rule_of(bare) if bare != href else None
-    return bare if rule is not None and rule.access == "planetary-computer" else href

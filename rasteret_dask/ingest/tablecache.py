@@ -30,7 +30,7 @@ TABLE = "records.parquet"
 SAID = "search.json"
 VARIABLE = "RASTERET_DASK_CACHE"
 
-VERSION = 1
+VERSION = 2
 """Of how rows are made of items: a new one where the same items give other rows."""
 
 _LABEL = 60  # characters of a dataset's name in a folder's, for people

@@ -17,6 +17,7 @@ import shapely
 from shapely.errors import ShapelyError
 
 from rasteret_dask.catalogs.bands import Dataset
+from rasteret_dask.catalogs.signing import keep_apart
 from rasteret_dask.errors import RasteretDaskError, SchemaError
 from rasteret_dask.headers.reader import read_headers
 from rasteret_dask.ingest.describe import Described, describe
@@ -293,7 +294,7 @@ def _layers(row: Mapping[str, Any], dataset: str | None, place: str | None) -> l
         subject = f"record {row['id']!r}, asset {band!r}"
         href = checked(resolve(cell["href"], place), local=local, subject=subject)
         layer = _layer(row, band, cell, known)
-        layers.append(replace(layer, href=href, band_index=int(cell.get("band_index") or 0)))
+        layers.append(replace(layer, href=keep_apart(href), band_index=int(cell.get("band_index") or 0)))
     return layers
 
 

@@ -18,6 +18,7 @@ from rasteret_dask.planning.plan import Harmonize, Map, Merge, Node, Source, lea
 from rasteret_dask.planning.resolve import evaluate
 from rasteret_dask.planning.scan import Table, expression, filter_batches, keep_readable, pushed_filter, scan
 from rasteret_dask.table import rowgroups
+from rasteret_dask.table.barehrefs import hosts_of
 from rasteret_dask.table.records import Records
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "data_source",
     "dataset",
     "schema",
+    "signed_hosts",
     "stream",
     "stream_schema",
     "summary",
@@ -170,6 +172,11 @@ def summary(plan: Node, tables: Mapping[str, Table], name: str, further: Sequenc
         bands=Records(found).bands if len(found) else (),
         columns=tuple(further),
     )
+
+
+def signed_hosts(plan: Node, tables: Mapping[str, Table]) -> tuple[str, ...]:
+    """Return the hosts whose hrefs arrived signed, as the tables of a plan name them."""
+    return tuple(sorted({h for source in leaves(plan) for h in hosts_of(tables[source.token].schema) or ()}))
 
 
 def data_source(found: pa.Table) -> str:

@@ -30,6 +30,7 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, filter_table, keep_readable, scan
+from rasteret_dask.table.barehrefs import hosts_of, marked
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import Acquisitions, TimeAxis, acquisitions, intervals, narrowest, regular
 
@@ -198,7 +199,8 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     resolved = tuple(_member(m, r, bands, spec) for m, r in zip(members, tables, strict=True))
     all_readable(tables, resolved)
     units, dtype, fill = _values(name, spec, tables, resolved)
-    records = Records(pa.concat_tables([_plain(r.table) for r in tables]))
+    hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
+    records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
     passes = acquisitions(records)
     axis = _axis(name, spec, members, passes)
     if axis is None and spec.pick in ("mean", "median"):

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
+from rasteret_dask.catalogs.signing import keep_apart
 from rasteret_dask.errors import RasteretDaskError, ReadError
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.net.remote import redact
@@ -114,7 +115,7 @@ def _named(href: str) -> tuple[str, int | None]:
     """Return the file and the number of the band, None where only one is expected."""
     one = _ONE_BAND.fullmatch(href)
     file, band = (one["href"], int(one["band"])) if one else (href, None)
-    return checked(resolve(file, None), local=True, subject=f"asset {redact(href)}"), band
+    return keep_apart(checked(resolve(file, None), local=True, subject=f"asset {redact(href)}")), band
 
 
 def _asset(href: str, band: int | None, header: Header | str) -> Asset | ReadError:

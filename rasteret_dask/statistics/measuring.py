@@ -76,7 +76,7 @@ def measured(reading: Reading, client: Client | str | None = None) -> Stats:
             graph[name] = Task(name, _merge, *(TaskRef(key) for key in group))
         if len(level) == 1:
             break
-    (found,) = computed(graph, level, client)
+    (found,) = computed(graph, level, client, reading)
     if not found.chips:
         raise _none()
     return found  # type: ignore[no-any-return]
@@ -96,7 +96,7 @@ def kept_sizes(reading: Reading, client: Client | str | None = None) -> tuple[in
     client
         As in :func:`measured`.
     """
-    return tuple(computed(*_on_shards(reading, "size", _size), client))
+    return tuple(computed(*_on_shards(reading, "size", _size), client, reading))
 
 
 def _on_shards(
@@ -113,11 +113,16 @@ def _on_shards(
 
 
 def computed(
-    graph: Mapping[Hashable, Any], keys: Sequence[str], client: Client | str | None
+    graph: Mapping[Hashable, Any],
+    keys: Sequence[str],
+    client: Client | str | None,
+    reading: Reading | None = None,
 ) -> Sequence[Any]:
     """Return the results of some keys: by a cluster, or by threads of this process where there is none."""
     clusters.check(client, "client=")
     with clusters.using(client) as cluster:
+        if cluster is not None and reading is not None:
+            reading.send_signatures(cluster)
         get = dask.threaded.get if cluster is None else cluster.get
         found: Sequence[Any] = get(dict(graph), list(keys))
     return found

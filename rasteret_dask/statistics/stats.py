@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.net import remote
+from rasteret_dask.net.places import place_of
 from rasteret_dask.statistics.sketch import SourceStats, added, measured, valid_pixels
 from rasteret_dask.tasks.batches import Arrays, Kind
 
@@ -118,7 +119,7 @@ class Stats:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them as JSON, to a local path or a URL."""
-        remote.put(_place(path), self.to_json().encode())
+        remote.put(place_of(path), self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Stats:
@@ -131,7 +132,7 @@ class Stats:
         SchemaError
             When it is something else, is damaged, or was written by a version that measured otherwise.
         """
-        return cls.from_json(remote.get(_place(path)), os.fspath(path))
+        return cls.from_json(remote.get(place_of(path)), os.fspath(path))
 
     def to_json(self) -> str:
         """Return them as JSON text."""
@@ -228,11 +229,6 @@ def _scaled(
         if not seen.all():
             np.copyto(out, np.float32(fill), where=~seen[:, None])
     return result
-
-
-def _place(path: str | os.PathLike[str]) -> str:
-    place = os.fspath(path)
-    return place if "://" in place else os.path.abspath(place)
 
 
 _ARRAYS = ("mean", "square", "min", "max")

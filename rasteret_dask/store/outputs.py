@@ -13,6 +13,7 @@ from dask._task_spec import DataNode, Task, TaskRef
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from rasteret_dask.chipping.chiptable import MASK
+from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.job import Job, Output, Shard
@@ -38,6 +39,7 @@ def to_xarray(layout: Layout, functions: Functions, on_error: str = "raise") -> 
         See :func:`rasteret_dask.tasks.shards.lower`.
     """
     job = layout.job
+    send_to_current(job.hrefs(), job.signed)
     graph = lower(job, functions, on_error=on_error)
     nodes = {}
     for plan, output in zip(job.sources, layout.outputs, strict=True):

@@ -17,7 +17,7 @@ from distributed import Client, Future, LocalCluster, as_completed
 from distributed.system import MEMORY_LIMIT
 
 from rasteret_dask.errors import JobError, RasteretDaskError
-from rasteret_dask.net import clusters, remote
+from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.progress import Progress
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
@@ -76,6 +76,8 @@ def run_zarr(
     if wanted:
         graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
         with clusters.using(client) as found, _or_local(found) as running:
+            signatures.send(running, layout.job.hrefs(), layout.job.signed)
+            signatures.send_place(running, url)
             _submit(running, graph, wanted, progress, len(shards), url)
     lost = losses(commit(url, layout.job))
     if progress and lost:
@@ -152,6 +154,7 @@ def _local_cluster() -> LocalCluster:
 
 def delayed_zarr(layout: Layout, url: str, functions: Functions, on_error: str = "raise") -> Delayed:
     """Return the whole job as one lazy object: ``.compute()`` on any scheduler writes and commits the store."""
+    signatures.send_to_current(layout.job.hrefs(), layout.job.signed)
     done = prepare(layout, url)
     tasks, shards = _tasks(layout, url, functions, on_error)
     wanted = [key for key, shard in shards.items() if shard.name not in done]

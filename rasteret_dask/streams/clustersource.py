@@ -86,6 +86,7 @@ class OnCluster:
             raise PlanError(
                 "stream(client=)", "an asynchronous client", "one that waits: Client(asynchronous=False)"
             )
+        reading.send_signatures(client)
         self.client, self._owned = client, owned
         self._token, self._numbers = uuid4().hex[:12], count()  # parts are this stream's own
         self._part = reading.part

@@ -69,6 +69,7 @@ def planned(
         read,
         tasks,
         _kept,
+        job,
     )
 
 

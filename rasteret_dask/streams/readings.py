@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from dask._task_spec import Task
 from numpy.typing import NDArray
 
+from rasteret_dask.net.signatures import send, send_place
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import stored
 from rasteret_dask.store.holding import hold
 from rasteret_dask.tasks.batches import Arrays, Held, Kind, take
+from rasteret_dask.tasks.job import Job
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["Reading", "stored_chips"]
 
@@ -35,6 +40,18 @@ class Reading:
     """Returns root tasks, and each shard's key and task, of whose result ``part`` makes arrays."""
     part: Callable[[Any, NDArray[np.int64] | None], Arrays]
     """Takes rows (None: all) of a task's result, on the worker that has it."""
+    job: Job | None = None
+    """What its tasks read, where they read files of a catalog."""
+
+    store: str | None = None
+    """What its tasks read, where they read a store."""
+
+    def send_signatures(self, client: Client) -> None:
+        """Send a cluster's workers what they need to sign hrefs: see :func:`rasteret_dask.net.signatures.send`."""
+        if self.job is not None:
+            send(client, self.job.hrefs(), self.job.signed)
+        if self.store is not None:
+            send_place(client, self.store)
 
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:
@@ -56,4 +73,5 @@ def stored_chips(chips: stored.Stored) -> Reading:
         keys = [f"read-stored-{number:05d}-{tail}" for number in range(len(chips.sizes))]
         return {}, [(key, Task(key, stored.read_shard, chips, n)) for n, key in enumerate(keys)]
 
-    return Reading(chips.sizes, chips.digest, chips.map.kinds, partial(hold, chips), tasks, take)
+    read = partial(hold, chips)
+    return Reading(chips.sizes, chips.digest, chips.map.kinds, read, tasks, take, store=chips.url)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.net.places import place_of
 from rasteret_dask.table.geoparquet import Staged, replacing
 
 __all__ = ["PERIODS", "export"]
@@ -68,6 +69,7 @@ def export(
     """
     parts = _periods(partition_by)
     text = os.fspath(place)
+    text = text if remote.is_local(text) else place_of(text)
     if remote.is_local(text):
         target = Path(remote.local_path(os.path.expanduser(text)))
         _check(target, parts)

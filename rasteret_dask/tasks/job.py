@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rasteret_dask.catalogs.signing import check_signatures, host_of
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.planning.plan import Function, Rule, digest
 from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.reader.harmonize import DN_PER_REFLECTANCE
+from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 from rasteret_dask.table.records import Records
 
 __all__ = ["Hierarchy", "Job", "Output", "Shard", "ipc_bytes", "shard_keys"]
@@ -230,6 +232,26 @@ class Job:
     def keys(self) -> dict[str, str]:
         """For each shard's name, the sha256 of what decides its pixels."""
         return shard_keys(self)
+
+    @cached_property
+    def signed(self) -> tuple[str, ...]:
+        """Hosts whose hrefs arrived with signatures, which are not in the job."""
+        return tuple(sorted({host for r in self.records for host in hosts_of(r.table.schema) or ()}))
+
+    def hrefs(self) -> Iterator[str]:
+        """Yield the hrefs of hosts that want a signature."""
+        if self.signed:
+            for records in self.records:
+                yield from (href for href in hrefs_of(records.table) if host_of(href) in self.signed)
+
+    @cached_property
+    def _is_signable(self) -> bool:
+        check_signatures(self.hrefs(), self.signed)
+        return True
+
+    def check_signatures(self) -> None:
+        """Raise PlanError where this process cannot sign the hrefs that arrived signed; looked at until it can."""
+        _ = self._is_signable
 
     @cached_property
     def digest(self) -> str:

@@ -48,6 +48,7 @@ class Picking:
 
     def read(self, on_error: str = "raise", into: Into | None = None, later: Later | None = None) -> Chips:
         """Read every slot ``into`` memory, or new one; ``later`` are to be read of the same tiles, or shards near."""
+        self.job.check_signatures()
         plan, size, n = self.plan, self.size, self.shard.stop - self.shard.start
         values, valid = into or (None, None)
         if values is None:
