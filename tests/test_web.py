@@ -19,6 +19,7 @@ from answers import Answers, Asked, Said, answering, ranged
 
 from rasteret_dask.errors import ReadError, StoreError, TrustError
 from rasteret_dask.net import remote, web
+from rasteret_dask.net.gate import HOST_CONNECTIONS
 from rasteret_dask.net.hrefs import host_of
 from rasteret_dask.net.remote import Head, MissingError
 
@@ -176,8 +177,8 @@ def test_connections_are_kept_and_bounded() -> None:
     with answering(slow) as running, ThreadPoolExecutor(100) as pool:
         spelled = [running.url("/a"), f"HTTP://127.0.0.1:{running.port}/a", f"http://127.1:{running.port}/a"]
         list(pool.map(lambda n: remote.get(spelled[n % 3], n, 5), range(400)))
-        assert most[0] <= web.HOST_CONNECTIONS
-        assert len(running.clients) <= web.HOST_CONNECTIONS
+        assert most[0] <= HOST_CONNECTIONS
+        assert len(running.clients) <= HOST_CONNECTIONS
 
 
 @pytest.mark.parametrize(
