@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_tiffs import Values, item, tiff
+from tiny_tiffs import NORTH, WEST, Values, item, tiff
 
 import rasteret_dask as rd
 from rasteret_dask.chipping import frame

@@ -22,8 +22,8 @@ PACKAGE = ROOT / "rasteret_dask"
 ORDER = {
     "": "_version errors extras formats progress footprint grid extent",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "hrefs trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
-           "awaiting signatureplugin signatures places",
+    "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
+           "awaiting signatureplugin signatures",
     "headers": "page tiff gdal reader",
     "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",

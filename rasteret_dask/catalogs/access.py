@@ -7,11 +7,10 @@ tables say which host wants what, keys come from the environment, signatures fro
 from __future__ import annotations
 
 import os
-from urllib.parse import unquote, urlsplit
 
 from rasteret_dask.catalogs.signing import ANEW, expired, host_of, rule_of, signed, signs_for
 
-__all__ = ["environment", "for_gdal", "has_keys", "remedy", "rule_of"]
+__all__ = ["environment", "has_keys", "remedy", "rule_of"]
 
 _KEYS = {
     "s3": (
@@ -23,7 +22,6 @@ _KEYS = {
     ),
     "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY"),
 }
-_VSI = {"s3": "/vsis3/", "gs": "/vsigs/", "az": "/vsiaz/"}
 
 
 def environment() -> tuple[tuple[str, str], ...]:
@@ -34,32 +32,6 @@ def environment() -> tuple[tuple[str, str], ...]:
 def has_keys(scheme: str, names: dict[str, str]) -> bool:
     """Return whether an environment holds keys for a kind of store; without any, requests are not signed."""
     return any(key in names for key in _KEYS.get(scheme, ()))
-
-
-def for_gdal(href: str) -> tuple[str, dict[str, str]]:
-    """Return what GDAL is to open for an href, signed where that is due, and the settings it needs.
-
-    The path may hold a token: it belongs in no message (see :func:`rasteret_dask.net.remote.redact`), and holds for
-    minutes only.
-    """
-    url, rule = urlsplit(href), rule_of(href)
-    scheme = url.scheme.lower()
-    if scheme in ("http", "https"):
-        return f"/vsicurl/{signed(href)}", {}
-    if scheme not in _VSI:
-        return unquote(url.path) if scheme == "file" else href, {}
-    options = {}
-    names = dict(environment())
-    if scheme == "s3":
-        if not has_keys("s3", names) or (rule is not None and rule.access == "anonymous"):
-            options["AWS_NO_SIGN_REQUEST"] = "YES"
-        elif rule is not None and rule.access == "requester-pays":
-            options["AWS_REQUEST_PAYER"] = "requester"
-        if rule is not None and rule.region:
-            options["AWS_REGION"] = rule.region
-        elif "AWS_REGION" not in names and "AWS_DEFAULT_REGION" not in names:
-            options["AWS_REGION"] = "us-west-2"
-    return f"{_VSI[scheme]}{url.netloc}{url.path}", options
 
 
 def remedy(href: str) -> str:

@@ -7,33 +7,18 @@ from datetime import UTC, datetime
 from functools import cache
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rasteret_dask.errors import ReadError
 from rasteret_dask.extras import how_to_install
 
-if TYPE_CHECKING:
-    from obstore.store import AzureSASToken
-
-__all__ = ["Token", "account_of", "forget", "token"]
+__all__ = ["account_of", "forget", "token"]
 
 _RETRIES = 3
 _WAIT_S = 60
 _FRESH_S = 60  # the package renews its own tokens at the same age
 _TOKENS: dict[tuple[str, str], tuple[str, datetime]] = {}
 _LOCK = Lock()
-
-
-class Token:
-    """The token of one container, as obstore asks for it: a new one when the old one expires."""
-
-    def __init__(self, account: str, container: str) -> None:
-        self._account, self._container = account, container
-
-    def __call__(self) -> AzureSASToken:
-        """Return ``sas_token`` and ``expires_at``."""
-        text, expiry = token(self._account, self._container)
-        return {"sas_token": text, "expires_at": expiry}
 
 
 def account_of(host: str) -> str:

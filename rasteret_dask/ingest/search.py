@@ -227,12 +227,18 @@ class _Io(StacApiIO):
             )
         self._asked.add(key)
         verb, given = (method or "GET").upper(), parameters or {}
-        asked = Request(verb, href, headers, **{"json" if verb == "POST" else "params": given})
+        asked = Request(
+            verb,
+            href,
+            headers,
+            params=None if verb == "POST" else given,
+            json=given if verb == "POST" else None,
+        )
         try:
             ready = self.session.prepare_request(asked)  # netrc's password too
-            body = ready.body.encode() if isinstance(ready.body, str) else ready.body
-            answer = remote.request(str(ready.url), verb, dict(ready.headers), body, READ_S)
-            return answer.body.decode()
+            sent = {name: str(value) for name, value in ready.headers.items()}
+            body = json.dumps(given).encode() if verb == "POST" else None
+            return remote.request(str(ready.url), verb, sent, body, READ_S).body.decode()
         except RefusedError as error:
             raise _api_error(error.text, error.status) from None
         except ThrottledError as error:
