@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import rasterio
 from rasterio.transform import Affine
-from waiting import PATIENCE_S
 
 from rasteret_dask.catalogs import pctokens
 from rasteret_dask.errors import ReadError

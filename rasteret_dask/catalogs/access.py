@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from rasteret_dask.catalogs.signing import ANEW, expired, host_of, rule_of, signed, signs_for
+from rasteret_dask.catalogs.signing import ANEW, expired, host_of, rule_of, signs_for
 
 __all__ = ["environment", "has_keys", "remedy", "rule_of"]
 

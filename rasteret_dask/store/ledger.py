@@ -36,6 +36,7 @@ from rasteret_dask.net.sums import (
 __all__ = [
     "BEGUN",
     "CHIPS",
+    "CLIENTS",
     "COMPACT",
     "DIGEST",
     "GROUPS",
@@ -74,6 +75,8 @@ BEGUN = f"{JOB}/begun.json"
 """Who writes the store: put before anything else."""
 LEDGER = f"{JOB}/ledger.json"
 """Sums of every object but those of shards: put once they are all in place."""
+CLIENTS = f"{JOB}/clients"
+"""Folder of the traces that clients leave while they write."""
 GROUPS = f"{JOB}/groups.json"
 """The groups' own metadata, put in place by the commit."""
 OBJECTS = b"rasteret_dask:objects"
@@ -307,6 +310,7 @@ def _check_leftovers(url: str, found: Mapping[str, int], content: Content) -> No
     marked = {m[1] for path in left if (m := _mark(path, keys)) is not None}
     left -= {path for path in left if _mark(path, keys) is not None}
     left -= {BEGUN}  # damaged: an empty digest is nobody's
+    left -= {path for path in left if path.startswith(f"{CLIENTS}/")}  # they renew their traces, whatever is deleted
     places = content.places()
     left -= {path for path in left if places.get(path) in marked}
     names = {_report_path(shard): shard for shard in keys}

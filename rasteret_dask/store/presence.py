@@ -15,11 +15,9 @@ import psutil
 
 from rasteret_dask.errors import ConcurrentWriteWarning, StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.store.ledger import CLIENTS
 
 __all__ = ["forget_clients", "present"]
-
-CLIENTS = "_job/clients"
-"""Folder of the traces."""
 
 RENEWED_S = 30.0
 """Seconds between two puts of one client's trace."""

@@ -12,6 +12,7 @@ from rasteret_dask.errors import StoreError
 from rasteret_dask.formats import STORE
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import host_of, pool
+from rasteret_dask.net.places import place_of
 from rasteret_dask.net.sums import Fault, Sums, Whole, document_of, fault_of
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import ledger
@@ -25,8 +26,9 @@ SHOWN = 10
 
 _Wanted: TypeAlias = "dict[str, Sums | Whole]"
 
-_STATISTICS = (
-    f"{ledger.JOB}/stats/"  # kept beside a store by whoever measures it, each with a version of its own
+_PASSING = (
+    f"{ledger.JOB}/stats/",  # kept beside a store by whoever measures it, each with a version of its own
+    f"{ledger.CLIENTS}/",  # traces of those who write it at this moment
 )
 
 
@@ -106,8 +108,7 @@ def verify(store: str | os.PathLike[str], progress: bool = False) -> Verificatio
     >>> report.ok  # doctest: +SKIP
     False
     """
-    place = os.fspath(store)
-    url = place if "://" in place else os.path.abspath(place)
+    url = place_of(store)
     if remote.is_local(url) and os.path.isfile(remote.local_path(url)):
         raise StoreError(f"store {url}", "a file", "a folder that to_zarr wrote", "Give the store's folder.")
     found = None if url.startswith(("http://", "https://")) else remote.listing(url)
@@ -124,13 +125,13 @@ def verify(store: str | os.PathLike[str], progress: bool = False) -> Verificatio
     if ledger.MANIFEST not in wanted:  # which alone knows these
         extra -= {path for path in extra if f"/{path}".endswith(f"/{KEPT}/c/0")}
     return Verification(
-        remote.redact(place),
+        remote.redact(url),
         finished,
         good,
         nbytes,
         tuple(sorted(path for path, fault in faults.items() if fault == "missing")),
         tuple(sorted(path for path, fault in faults.items() if fault == "damaged")),
-        tuple(sorted(path for path in extra if not path.startswith(_STATISTICS))),
+        tuple(sorted(path for path in extra if not path.startswith(_PASSING))),
     )
 
 
