@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,22 @@ def test_a_raster_larger_than_its_crs_is_an_asset_with_a_reason(folder: Path) ->
     assert len(made.where(readable=True).chips(16, cell_km=CELL_KM)) == len(
         built(folder, "good").chips(16, cell_km=CELL_KM)
     )
+
+
+def test_directories_that_go_in_a_circle(tmp_path: Path) -> None:
+    data = bytearray(tiff({}))
+    after = 10 + 12 * struct.unpack("<H", data[8:10])[0]
+    data[after : after + 4] = struct.pack("<I", 8)
+    (tmp_path / "loop.tif").write_bytes(bytes(data))
+    assert errors(built(tmp_path, "loop")) == {"loop": "refused: more than 128 images in one file"}
+
+
+def test_a_tile_that_swells_is_an_error_that_names_it(tmp_path: Path) -> None:
+    bomb = zlib.compress(bytes(64 << 20))
+    size = len(tiff({324: ("I", [0] * 4), 325: ("I", [0] * 4)}))
+    (tmp_path / "bomb.tif").write_bytes(tiff({324: ("I", [size] * 4), 325: ("I", [len(bomb)] * 4)}) + bomb)
+    with pytest.raises(rd.ReadError, match=r"record 'bomb'.*decoding tile 0"):
+        built(tmp_path, "bomb").chips(16, cell_km=CELL_KM).load()
 
 
 def test_complex_integers_cost_nobody_else(folder: Path) -> None:
