@@ -52,7 +52,7 @@ TESTS = (
     "test_build.py::test_a_dataset_by_its_name",
     "test_build.py::test_headers_are_read_once_per_file",
 )
-"""Tests at the doors of other libraries: pandas, NumPy; Dask, rasterio, xarray, Zarr; pystac-client, urllib3; obstore."""
+"""Tests at the doors of other libraries: pandas, NumPy; Dask, rasterio, Zarr; pystac-client, urllib3; obstore."""
 
 TESTING = (
     "cql2",
