@@ -46,8 +46,13 @@ print(json.dumps(installed))
 """
 """Prints what is installed in another version than its lower bound."""
 
-TESTS = ("test_timing.py", "test_write.py", "test_build.py::test_a_dataset_by_its_name")
-"""Tests at the doors of other libraries: pandas, NumPy; Dask, rasterio, xarray, Zarr; pystac-client, urllib3."""
+TESTS = (
+    "test_timing.py",
+    "test_write.py",
+    "test_build.py::test_a_dataset_by_its_name",
+    "test_build.py::test_headers_are_read_once_per_file",
+)
+"""Tests at the doors of other libraries: pandas, NumPy; Dask, rasterio, Zarr; pystac-client, urllib3; obstore."""
 
 TESTING = (
     "cql2",
