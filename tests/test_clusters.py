@@ -61,12 +61,12 @@ def test_every_exit_takes_a_cluster_and_leaves_it_open(
 def test_the_client_of_a_cluster_is_made_here_and_closed_here(cluster: LocalCluster) -> None:
     with clusters.using(cluster) as client:
         assert client is not None
-        made: Client = client
+        made = client
         assert made.status == "running"
     assert made.status == "closed"
     with Client(cluster, set_as_default=False) as mine:
         with clusters.using(mine) as same:
-            assert same is mine
+            assert [same] == [mine]
         assert mine.status == "running"
 
 
