@@ -66,7 +66,7 @@ def test_the_client_of_a_cluster_is_made_here_and_closed_here(cluster: LocalClus
     assert made.status == "closed"
     with Client(cluster, set_as_default=False) as mine:
         with clusters.using(mine) as same:
-            assert same is mine
+            assert [same] == [mine]
         assert mine.status == "running"
 
 

@@ -386,7 +386,7 @@ def test_a_cluster_in_this_process_is_asked_nothing(tmp_path: Path) -> None:
         Client(cluster, set_as_default=False) as client,
     ):
         asked = Counter[str]()
-        handlers: dict[str, Any] = cluster.scheduler.handlers  # type: ignore[union-attr]
+        handlers: dict[str, Any] = scheduler_of(cluster).handlers
         for name in ("versions", "broadcast", "register_worker_plugin", "run_function"):
 
             def counting(*args: Any, _name: str = name, _handler: Any = handlers[name], **kwargs: Any) -> Any:
@@ -405,6 +405,6 @@ def test_bulky_roots_are_not_sent_to_be_opened() -> None:
         "small": DataNode("small", len),
         "t-1": Task("t-1", len, "x"),
     }
-    tasks = Readiness.of(None, "x", graph).tasks
+    tasks = Readiness.of(None, "x", graph).tasks  # type: ignore[arg-type]
     assert len(tasks) == 2
     assert sum(map(len, tasks)) < 10_000
