@@ -222,6 +222,7 @@ class Stage:
         """Start somebody."""
         log = str(self.folder / f"{name}.log")
         main: Callable[..., None]
+        more: tuple[Any, ...]
         match name:
             case "scheduler":
                 main, more = scheduler_main, ()

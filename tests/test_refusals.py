@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,9 +80,9 @@ def test_a_folder_of_somebody_else(tmp_path: Path, name: str) -> None:
 class Refuses(BaseHTTPRequestHandler):
     """Answers every PUT with one status, and counts them."""
 
-    def __init__(self, *args: object, status: int, code: str, seen: list[str], **kwargs: object) -> None:
+    def __init__(self, *args: Any, status: int, code: str, seen: list[str], **kwargs: Any) -> None:
         self.status, self.code, self.seen = status, code, seen
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        super().__init__(*args, **kwargs)
 
     def log_message(self, *_: object) -> None:
         return

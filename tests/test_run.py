@@ -323,11 +323,11 @@ def test_a_written_shard_is_forgotten_by_the_cluster(small_shards: Layout, tmp_p
         LocalCluster(**settings, dashboard_address=":0") as own,
         Client(own, set_as_default=False) as client,
     ):
-        assert own.scheduler is not None
-        held = Held(own.scheduler)
-        own.scheduler.add_plugin(held)
+        scheduler: Any = own.scheduler
+        held = Held(scheduler)
+        scheduler.add_plugin(held)
         run_zarr(small_shards, str(tmp_path / "x.zarr"), {}, client, progress=False)
-        until(lambda: not own.scheduler.tasks)  # type: ignore[union-attr]
+        until(lambda: not scheduler.tasks)
     shards = len(list(small_shards.job.shards()))
     assert held.finished == shards
     assert held.most < shards
@@ -454,8 +454,7 @@ def test_a_second_client_is_told_of_the_first(
 
 
 def test_a_client_elsewhere_is_told_of_while_its_trace_is_fresh(small_shards: Layout, tmp_path: Path) -> None:
-    lazy = delayed_zarr(small_shards, str(tmp_path / "x.zarr"), {})
-    assert lazy is not None
+    delayed_zarr(small_shards, str(tmp_path / "x.zarr"), {})  # an unfinished store
     trace = trace_of(tmp_path / "x.zarr", "elsewhere", 17, 0.0)
     with (
         pytest.warns(ConcurrentWriteWarning, match="process 17 at elsewhere"),
