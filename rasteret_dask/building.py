@@ -281,7 +281,7 @@ def _fill(
             report = ingest(order.batches(), order.recipe(), folder / TABLE, shown, known)
         _log.info(
             "build %s: %d rows, %d of them new, %d items broken; headers of %d files read, %d failed; %.1f s",
-            order.name, report.rows, report.added, len(report.broken), report.files, report.failed,
+            order.name, report.rows, report.added, len(report.broken.items), report.files, report.failed,
             time.monotonic() - begun,
         )  # fmt: skip
         if known is not None and before is not None and not report.added:

@@ -6,7 +6,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dask._task_spec import Task
@@ -63,8 +65,8 @@ def test_a_lost_scheduler_is_told(tmp_path: Path) -> None:
 
 def within() -> list[int]:
     """Wait for tasks, in a task."""
-    graph = {f"one-{n}": Task(f"one-{n}", int, n) for n in range(3)}
-    return results(get_client(), graph, list(graph), "counting")
+    graph: dict[Hashable, Any] = {f"one-{n}": Task(f"one-{n}", int, n) for n in range(3)}
+    return results(get_client(), graph, [str(key) for key in graph], "counting")
 
 
 def test_a_task_waits_for_tasks_on_the_only_thread() -> None:

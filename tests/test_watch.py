@@ -99,7 +99,7 @@ def worker(cluster: LocalCluster, folder: Path, *path: str) -> Iterator[subproce
         finally:
             running.kill()
             running.wait()
-            until(lambda: set(scheduler_of(cluster).workers) <= before, START_S)
+            until(lambda: set(scheduler_of(cluster).workers) <= before)
 
 
 def scheduler_of(cluster: LocalCluster) -> Any:
@@ -196,9 +196,9 @@ def test_a_worker_that_joins_without_the_package_is_named_and_costs_no_shard_a_t
     with worker(scheduler, tmp_path):
         client.wait_for_workers(1, timeout=START_S)
         running = Computing(made, client)
-        until(lambda: guarded(scheduler), START_S)
+        until(lambda: guarded(scheduler))
         with worker(scheduler, tmp_path, without) as bad:
-            until(lambda: "was sent away" in caplog.text or not running.is_alive(), START_S)
+            until(lambda: "was sent away" in caplog.text or not running.is_alive())
             assert bad.wait(START_S) == 0
         (made.log / "go").touch()
         running.join(START_S)
@@ -220,7 +220,7 @@ def test_where_only_such_workers_come_the_job_ends(
     scheduler: LocalCluster, client: Client, without: str, tmp_path: Path
 ) -> None:
     running = Computing(shards(tmp_path, 4), client)
-    until(lambda: guarded(scheduler), START_S)
+    until(lambda: guarded(scheduler))
     with worker(scheduler, tmp_path, without):
         running.join(START_S)
     assert re.search(r"(?s)no worker for .* but 1 that cannot.*ModuleNotFoundError", str(running.error))
@@ -237,7 +237,7 @@ def test_a_guard_that_outlives_its_client_lets_everybody_in(
     with worker(scheduler, tmp_path, without):
         client.wait_for_workers(1, timeout=START_S)
         until(lambda: scheduler_of(scheduler).workers and all(
-            own.status.name == "running" for own in scheduler_of(scheduler).workers.values()), START_S)  # fmt: skip
+            own.status.name == "running" for own in scheduler_of(scheduler).workers.values()))  # fmt: skip
         assert list(client.run(os.getpid).values())
     assert not client.get_events("topic")
     client.unregister_worker_plugin("left")
@@ -254,7 +254,7 @@ def test_without_workers_a_line_says_so_and_it_goes_on_once_there_is_one(
     layout = layout_of(chips)
     writing = threading.Thread(target=run_zarr, args=(layout, str(tmp_path / "store"), {}, client, True))
     writing.start()
-    until(lambda: "no workers for" in caplog.text, START_S)
+    until(lambda: "no workers for" in caplog.text)
     with worker(scheduler, tmp_path):
         writing.join(START_S)
     assert len(rd.open_chips(tmp_path / "store")) == len(chips)
@@ -273,10 +273,10 @@ def test_a_worker_that_is_stopped_is_named_with_what_it_has(
         client.wait_for_workers(1, timeout=START_S)
         (address,) = client.scheduler_info(n_workers=-1)["workers"]
         running = Computing(made, client)
-        until(lambda: made.log.exists() and made.reads, START_S)
+        until(lambda: made.log.exists() and made.reads)
         process.send_signal(signal.SIGSTOP)
         try:
-            until(lambda: "no sign of life" in caplog.text and "; running: read-" in caplog.text, START_S)
+            until(lambda: "no sign of life" in caplog.text and "; running: read-" in caplog.text)
         finally:
             (made.log / "go").touch()
             process.send_signal(signal.SIGCONT)

@@ -310,7 +310,9 @@ def _check_leftovers(url: str, found: Mapping[str, int], content: Content) -> No
     marked = {m[1] for path in left if (m := _mark(path, keys)) is not None}
     left -= {path for path in left if _mark(path, keys) is not None}
     left -= {BEGUN}  # damaged: an empty digest is nobody's
-    left -= {path for path in left if path.startswith(f"{CLIENTS}/")}  # they renew their traces, whatever is deleted
+    left -= {
+        path for path in left if path.startswith(f"{CLIENTS}/")
+    }  # they renew their traces, whatever is deleted
     places = content.places()
     left -= {path for path in left if places.get(path) in marked}
     names = {_report_path(shard): shard for shard in keys}

@@ -136,7 +136,7 @@ def _submit(
 
     def send(tasks: dict[Any, Any], keys: Sequence[str]) -> list[Future[Any]]:
         sent: list[Future[Any]] = client.get(tasks, list(keys), sync=False)
-        futures.update((future.key, future) for future in sent)
+        futures.update((str(future.key), future) for future in sent)
         return sent
 
     try:
