@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         TrustError,
         UnreadableAssetsError,
         UnreadableTilesWarning,
+        UnwritableStoreError,
     )
     from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_table, load
@@ -81,6 +82,7 @@ __all__ = [
     "TrustError",
     "UnreadableAssetsError",
     "UnreadableTilesWarning",
+    "UnwritableStoreError",
     "Verification",
     "__version__",
     "as_collection",

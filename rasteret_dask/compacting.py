@@ -26,6 +26,7 @@ from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.measuring import computed
 from rasteret_dask.store import decode, ledger
 from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32c
+from rasteret_dask.store.presence import forget_clients, present
 from rasteret_dask.store.storemap import (
     StoredArray,
     StoredGroup,
@@ -87,19 +88,25 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
         k: Task(k, _copied, url, opened.digest, place, shard) for k, shard in names.items()
     }
     subject = f"compact {remote.redact(place)}"
-    computed(tasks, list(names), client, subject, lambda cluster: signatures.send_place(cluster, url, place))
-    _log.info("compact %s: %d shards written; committing", remote.redact(place), len(chips.shards))
-    found = ledger.restored(place, chips)
-    reports = ledger.reports(place, found, chips.keys)
-    lost = [shard.name for shard in chips.shards if shard.name not in reports]
-    if lost:
-        raise JobError(
-            f"store {remote.redact(place)}",
-            f"{len(lost)} shards missing: {', '.join(lost[:10])}",
-            "all shards",
-            "They were deleted or damaged meanwhile: call compact again, which does these.",
+    with present(place):
+        computed(
+            tasks, list(names), client, subject, lambda cluster: signatures.send_place(cluster, url, place)
         )
-    ledger.commit(place, found, _manifest(opened, chips.shards, reports, ledger.tries(found)), reports, {})
+        _log.info("%s: %d shards written; committing", subject, len(chips.shards))
+        found = ledger.restored(place, chips)
+        reports = ledger.reports(place, found, chips.keys)
+        lost = [shard.name for shard in chips.shards if shard.name not in reports]
+        if lost:
+            raise JobError(
+                f"store {remote.redact(place)}",
+                f"{len(lost)} shards missing: {', '.join(lost[:10])}",
+                "all shards",
+                "They were deleted or damaged meanwhile: call compact again, which does these.",
+            )
+        ledger.commit(
+            place, found, _manifest(opened, chips.shards, reports, ledger.tries(found)), reports, {}
+        )
+        forget_clients(place)
 
 
 def _is_finished(place: str, owner: ledger.Owner) -> bool:
@@ -234,7 +241,9 @@ def _rows(old: StoreMap, split: str | None) -> NDArray[np.int64]:
 
 
 def _copied(url: str, source: str, place: str, shard: _NewShard) -> None:
-    """Write one new shard, then its report."""
+    """Write one new shard, then its report; nothing where that is done, whoever held its result."""
+    if ledger.valid_report(place, shard.name, shard.key) is not None:
+        return
     old = open_map(url, source)
     mark = ledger.tried(place, shard.name, shard.key)
     written = []
