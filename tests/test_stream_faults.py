@@ -32,7 +32,7 @@ def shards(tmp_path: Path) -> Shards:
 def own_cluster() -> Iterator[tuple[LocalCluster, Client]]:
     with (
         LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):

@@ -54,7 +54,7 @@ def scheduler() -> Iterator[LocalCluster]:
     """Return a scheduler without workers; one lost worker is as much as a task may outlive."""
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
-        LocalCluster(n_workers=0, processes=True, dashboard_address=":0", silence_logs=50) as running,
+        LocalCluster(n_workers=0, processes=True, dashboard_address=":0") as running,
     ):
         yield running
 
