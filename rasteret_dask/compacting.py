@@ -25,7 +25,7 @@ from rasteret_dask.net.places import place_of
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.measuring import computed
 from rasteret_dask.store import decode, ledger
-from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32c
+from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32
 from rasteret_dask.store.presence import forget_clients, present
 from rasteret_dask.store.storemap import (
     StoredArray,
@@ -256,7 +256,7 @@ def _copied(url: str, source: str, place: str, shard: _NewShard) -> None:
             if pieces:
                 path = replace(array, path=f"{at}/{name}" if at else name).object(shard.number)
                 remote.put(remote.join(place, path), pieces)
-                written.append({"path": path, "size": sum(map(len, pieces)), "crc32c": crc32c(pieces)})
+                written.append({"path": path, "size": sum(map(len, pieces)), "crc32": crc32(pieces)})
     report = {"process": f"{platform.node()}:{os.getpid()}", "objects": written}
     ledger.done(place, shard.name, shard.key, mark, report)
 

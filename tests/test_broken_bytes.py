@@ -308,9 +308,9 @@ def test_broken_items_in_memory_are_left_out_and_named_once(folder: Path) -> Non
         made = rd.build_from_stac(items, name="x", on_error="skip")
     assert [w.filename for w in told] == [__file__]
     assert made.to_table(["id"]).column("id").to_pylist() == ["good", "too"]
-    with pytest.raises(rd.SourceError, match="'long'"):
+    with pytest.raises(rd.SourceError, match=r"'long'|found a int"):
         rd.build_from_stac(items, name="x")
-    with pytest.raises(rd.SourceError, match="'long'"):
+    with pytest.raises(rd.SourceError, match=r"'long'|found a int"):
         rd.build_from_stac(items, name="x", on_error="raise")
     with pytest.raises(rd.SourceError, match=r"all 8 of them broken \('long': an href of 200,019 characters"):
         rd.build_from_stac(bad, name="x", on_error="skip")

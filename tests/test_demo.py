@@ -172,7 +172,7 @@ def test_splits_that_leak_or_miss_their_shares_fail_the_check() -> None:
 def test_fresh_starts_anew_but_removes_only_its_own(tmp_path: Path) -> None:
     (tmp_path / "train.zarr").mkdir()
     (tmp_path / "train.zarr" / "mine.txt").write_text("kept")
-    with pytest.raises(StoreError, match=r"train.zarr without _job/digest"):
+    with pytest.raises(StoreError, match=r"train.zarr without _job/begun.json"):
         run_demo(tmp_path, SMALL, fresh=True, say=lambda line: None)
     assert (tmp_path / "train.zarr" / "mine.txt").read_text() == "kept"
 

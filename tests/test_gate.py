@@ -53,7 +53,7 @@ def read_all(server: Answers, count: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    "said", [Said(429), Said(503, {"Retry-After": "0"}), Said(503, {}, b"<Code>SlowDown</Code>")]
+    "said", [Said(429), Said(503, {"Retry-After": "1"}), Said(503, {}, b"<Code>SlowDown</Code>")]
 )
 def test_a_host_that_refuses_for_a_while_is_asked_by_few(said: Said, calm: Answers) -> None:
     """32 threads with 6 tries each sent up to 192 requests to be refused; now one goes ahead for all."""

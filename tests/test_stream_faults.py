@@ -31,9 +31,7 @@ def shards(tmp_path: Path) -> Shards:
 @contextmanager
 def own_cluster() -> Iterator[tuple[LocalCluster, Client]]:
     with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
-        ) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield cluster, client

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import shapely
 from dask.distributed import Client
+from distributed import Client, LocalCluster
 from distributed.protocol import pickle as cloudpickle
 from made_records import collection, record, table
 from many_records import pages
@@ -350,7 +351,10 @@ def test_a_table_from_elsewhere_names_no_local_files(server: Any) -> None:
 
 def test_dataset_backed_collections_cross_to_a_cluster(many: Path) -> None:
     part = rd.load(many).subset(bbox=BOX).where(("eo:cloud_cover", "<", 60))
-    with Client(n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
         found = client.submit(lambda c: (c.plan, c.to_table(["id"])), part).result()
     assert found[0] == part.plan
     assert found[1].equals(part.to_table(["id"]))

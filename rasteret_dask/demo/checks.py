@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow.parquet as pq
 import rasterio
@@ -92,17 +92,13 @@ def check_objects(store: Path) -> Check:
     """Check every object against the size and checksum in the store's manifest."""
     manifest = pq.read_table(store / "manifest.parquet").to_pylist()
     objects = [o for shard in manifest for o in shard["objects"]]
-    bad = [o["path"] for o in objects if not _as_written(store / o["path"], o["size"], o["crc32c"])]
+    bad = [o["path"] for o in objects if not _as_written(store / o["path"], o["size"], o["crc32"])]
     found = f"{len(objects)} objects" if not bad else f"not {', '.join(bad[:3])}"
     return Check(not bad, f"the store's objects are those of its manifest: {found}")
 
 
-def _as_written(path: Path, size: int, crc32c: int) -> bool:
-    return (
-        path.is_file()
-        and path.stat().st_size == size
-        and int(google_crc32c.value(path.read_bytes())) == crc32c
-    )
+def _as_written(path: Path, size: int, crc32: int) -> bool:
+    return path.is_file() and path.stat().st_size == size and zlib.crc32(path.read_bytes()) == crc32
 
 
 def check_store(tree: xr.DataTree, chip_ids: list[str], least_valid: float = 0.5) -> tuple[Check, ...]:

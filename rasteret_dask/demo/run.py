@@ -19,6 +19,7 @@ from rasteret_dask.demo.world import World, WorldSize, make_world
 from rasteret_dask.errors import StoreError
 from rasteret_dask.extras import how_to_install
 from rasteret_dask.show import plot
+from rasteret_dask.store.ledger import BEGUN
 from rasteret_dask.store.write import is_committed
 
 __all__ = ["SMALL", "DemoSize", "demo_chips", "run_demo"]
@@ -198,7 +199,7 @@ def _tell(say: Say, title: str, text: str) -> None:
 
 def _remove(folder: Path, *names: str) -> None:
     """Remove what the demo made and the picture of it: a world by its marker, a store by its job's."""
-    markers = {WORLD: "world.json", STORE: "_job/digest"}
+    markers = {WORLD: "world.json", STORE: BEGUN}
     for name in names:
         if (folder / name).exists() and not (folder / name / markers[name]).exists():
             raise StoreError(

@@ -20,7 +20,7 @@ from rasteret_dask.net import remote
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["ClientLike", "check", "meant", "using"]
+__all__ = ["ClientLike", "check", "meant", "using", "workers_of"]
 
 
 class HasScheduler(Protocol):
@@ -116,6 +116,23 @@ def _check_certificates(address: str) -> None:
             "Set distributed.comm.tls.ca-file, .client.cert and .client.key (DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
             "...), or give a Client; a task on a Dask worker gives None: its worker's client has them.",
         )  # fmt: skip
+
+
+def workers_of(client: Client) -> dict[str, dict[str, Any]]:
+    """Return what the scheduler says of each worker: address -> facts.
+
+    Raises
+    ------
+    JobError
+        When the client has no scheduler, as after a cluster that did not start.
+    """
+    workers: dict[str, dict[str, Any]] | None = client.scheduler_info(n_workers=-1).get("workers")
+    if workers is None:
+        raise JobError(
+            "client", f"one without a scheduler ({client.status})", "one that is connected",
+            "Make a new Client, or close this one: the next call then does without.",
+        )  # fmt: skip
+    return workers
 
 
 @contextmanager

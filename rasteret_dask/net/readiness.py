@@ -17,6 +17,7 @@ from distributed.protocol.pickle import dumps
 from rasteret_dask._version import __version__
 from rasteret_dask.errors import JobError
 from rasteret_dask.net import probe
+from rasteret_dask.net.clusters import workers_of
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -98,7 +99,7 @@ class Readiness:
         """
         token = hash(self.question)
         asked = _asked.setdefault(self.client, set())
-        workers = frozenset(self.client.scheduler_info(n_workers=-1)["workers"])
+        workers = frozenset(workers_of(self.client))
         scheduler = str(getattr(self.client.scheduler, "address", ""))
         if {(address, token) for address in (scheduler, *workers)} <= asked:
             return workers

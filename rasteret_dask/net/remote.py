@@ -219,7 +219,7 @@ def put(href: str, data: bytes | Sequence[Any]) -> str | None:
     except _FAILURES as error:
         folder = os.path.dirname("/" + path) if is_local(href) else None
         nbytes = len(data) if isinstance(data, bytes) else sum(map(len, data))
-        lasting = refusal(f"writing {redact(href)}", error, folder, nbytes)
+        lasting = refusal(f"writing {redact(href)}", error.__cause__ or error, folder, nbytes)
         raise lasting or StoreError(f"writing {redact(href)}", _reason(error)) from None
     return answer["e_tag"]
 
@@ -375,7 +375,7 @@ def _told(call: Callable[[str], T], url: str) -> T:
         code = int(status[1])
         if code in (429, 503):
             raise ThrottledError(_reason(error), None, code == 429 or "SlowDown" in str(error)) from None
-        raise RefusedError(code, _reason(error)) from None
+        raise RefusedError(code, _reason(error)) from error  # whose text may hold the store's own code
 
 
 def _range(start: int, length: int | None) -> tuple[int, int] | dict[str, int]:

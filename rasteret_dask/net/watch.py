@@ -17,6 +17,7 @@ from distributed import Client, Future
 
 from rasteret_dask.errors import JobError
 from rasteret_dask.net import probe
+from rasteret_dask.net.clusters import workers_of
 from rasteret_dask.net.readiness import Readiness, by_value, is_this_process
 from rasteret_dask.progress import Progress, seconds
 
@@ -119,7 +120,7 @@ class Watch:
             When there are no workers, and those that came could not run the tasks.
         """
         now = time.monotonic()
-        self.workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        self.workers = workers_of(self.client)
         pairs = {
             (self._names[key], worker)
             for worker, keys in self.client.processing().items()

@@ -19,6 +19,7 @@ from zarr.dtype import parse_dtype
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net.limits import workers
+from rasteret_dask.net.sums import crc32_of
 
 __all__ = [
     "MALFORMED",
@@ -28,7 +29,7 @@ __all__ = [
     "checked",
     "codec_of",
     "compressors",
-    "crc32c",
+    "crc32",
     "shape_of",
 ]
 
@@ -243,12 +244,12 @@ class Encoding:
         return bool((flat[:64] == fill).all() and (flat == fill).all())
 
 
-def crc32c(pieces: Sequence[Piece]) -> int:
-    """Return the CRC-32C of pieces that follow each other."""
+def crc32(pieces: Sequence[Piece]) -> int:
+    """Return the CRC-32 of pieces that follow each other: see :func:`rasteret_dask.net.sums.crc32_of`."""
     value = 0
     for piece in pieces:
-        value = google_crc32c.extend(value, piece)
-    return int(value)
+        value = crc32_of(piece, value)
+    return value
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from rasteret_dask.net import remote
 from rasteret_dask.net.sums import (
     Sums,
     closed,
-    crc32c_of,
+    crc32_of,
     document_of,
     fault_of,
     is_closed,
@@ -137,7 +137,7 @@ class Report:
     values: Mapping[str, Any]
     path: str
     size: int
-    crc32c: int
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ def done(url: str, shard: str, key: str, mark: str, report: Mapping[str, Any]) -
     mark
         What :func:`tried` returned for this try.
     report
-        JSON values; ``objects`` lists path, size and crc32c of each object.
+        JSON values; ``objects`` lists path, size and crc32 of each object.
     """
     whole = {"shard": shard, "key": key, "mark": mark, **report}
     remote.put(remote.join(url, _report_path(shard)), sealed(whole))
@@ -414,7 +414,7 @@ def reports(url: str, found: Mapping[str, int], keys: Mapping[str, str]) -> dict
         if data is None or values is None or (values["shard"], values["key"]) != (shard, keys[shard]):
             continue
         if all(found.get(o["path"]) == o["size"] for o in values["objects"]):
-            result[shard] = Report(values, path, len(data), crc32c_of(data))
+            result[shard] = Report(values, path, len(data), crc32_of(data))
     return result
 
 
@@ -518,13 +518,13 @@ def commit(
     return manifest
 
 
-_NOTES = pa.list_(pa.struct([("path", pa.string()), ("size", pa.int64()), ("crc32c", pa.int64())]))
+_NOTES = pa.list_(pa.struct([("path", pa.string()), ("size", pa.int64()), ("crc32", pa.int64())]))
 
 
 def _notes(report: Report, marks: Iterable[str]) -> list[dict[str, Any]]:
     """Return what the manifest says of a shard's report and of the marks of its tries, which hold no bytes."""
-    own = {"path": report.path, "size": report.size, "crc32c": report.crc32c}
-    return [own, *({"path": mark, "size": 0, "crc32c": 0} for mark in marks)]
+    own = {"path": report.path, "size": report.size, "crc32": report.crc32}
+    return [own, *({"path": mark, "size": 0, "crc32": 0} for mark in marks)]
 
 
 def _parquet(table: pa.Table) -> bytes:

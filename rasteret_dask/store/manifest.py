@@ -55,7 +55,7 @@ def manifest_of(job: Job, reports: Mapping[str, Mapping[str, Any]], tries: Mappi
                 "attempts": max(1, tries.get(shard.name, 0)),
                 "process": report["process"],
                 "bytes": sum(o["size"] for o in report["objects"]),
-                "objects": [{k: o[k] for k in ("path", "size", "crc32c")} for o in report["objects"]],
+                "objects": [{k: o[k] for k in ("path", "size", "crc32")} for o in report["objects"]],
                 "requests": counts["requests"],
                 "bytes_fetched": counts["bytes_fetched"],
                 "tiles_read": counts["tiles_read"],

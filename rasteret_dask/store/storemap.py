@@ -117,8 +117,8 @@ class StoredShard:
 
     @property
     def sizes(self) -> Mapping[str, tuple[int, int]]:
-        """Path -> bytes and CRC-32C of each object; what is not here is fill throughout."""
-        return {o["path"]: (o["size"], o["crc32c"]) for o in self.objects[self.row].as_py()}
+        """Path -> bytes and CRC-32 of each object; what is not here is fill throughout."""
+        return {o["path"]: (o["size"], o["crc32"]) for o in self.objects[self.row].as_py()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,13 @@ from functools import lru_cache
 from itertools import repeat
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import BUDGET, host_of, pool, workers
+from rasteret_dask.net.sums import crc32_of
 from rasteret_dask.store import decode
 from rasteret_dask.store.encode import ABSENT, Encoding
 from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, digest_of
@@ -169,10 +169,7 @@ class StoreObject:
             raise self._changed("nothing") from error
         if found.head.size != self.size:
             raise self._changed(f"{found.head.size} bytes")
-        if (
-            length == self.size
-            and google_crc32c.extend(0, np.frombuffer(memoryview(found.data), np.uint8)) != self.checksum
-        ):
+        if length == self.size and crc32_of(found.data) != self.checksum:
             raise self._changed(f"{self.size} other bytes")
         return found
 

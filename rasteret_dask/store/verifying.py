@@ -212,4 +212,4 @@ def _under_way(url: str, found: Mapping[str, int] | None, faults: dict[str, Faul
 
 
 def _of_shard(objects: Iterable[Mapping[str, Any]]) -> _Wanted:
-    return {o["path"]: Whole(o["size"], o["crc32c"]) for o in objects}
+    return {o["path"]: Whole(o["size"], o["crc32"]) for o in objects}

@@ -21,7 +21,7 @@ from rasteret_dask.errors import JobError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums
 from rasteret_dask.store import ledger
-from rasteret_dask.store.encode import Encoding, Piece, crc32c
+from rasteret_dask.store.encode import Encoding, Piece, crc32
 from rasteret_dask.store.layout import JOB, OF_SHARDS, Layout
 from rasteret_dask.store.manifest import manifest_of, warn_of_masked
 from rasteret_dask.table import geoparquet
@@ -217,7 +217,7 @@ def _seconds(joined: Mapping[str, xr.Dataset], encode: float, put: float) -> dic
 def _put(base: str, path: str, pieces: Sequence[Piece]) -> dict[str, Any]:
     """Put an object without joining its pieces; return what the report says of it."""
     remote.put(remote.join(base, path), pieces)
-    return {"path": path, "size": sum(map(len, pieces)), "crc32c": crc32c(pieces)}
+    return {"path": path, "size": sum(map(len, pieces)), "crc32": crc32(pieces)}
 
 
 def commit(url: str, job: Job, layout: Layout | None = None) -> pa.Table:

@@ -23,6 +23,7 @@ from distributed.threadpoolexecutor import thread_state
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import JobError, PlanError
+from rasteret_dask.net.clusters import workers_of
 from rasteret_dask.net.watch import Watch
 from rasteret_dask.progress import Progress
 from rasteret_dask.streams.readings import Reading
@@ -288,7 +289,7 @@ class OnCluster:
     def _settle(self) -> set[str]:
         """Settle which workers may read; return all there are. Readers under way may be gone for a moment."""
         self._looked = time.monotonic()
-        workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        workers = workers_of(self.client)
         readers = {a for a, own in workers.items() if TRAIN not in own.get("resources", {})}
         if workers and not readers:
             self._bare = self._bare or self._looked
@@ -307,7 +308,7 @@ class OnCluster:
 
     def _reachable(self, start: bool = True) -> bool:
         """Tell whether workers can be reached from here; later on, one that does not answer may just be dying."""
-        workers: list[str] = list(self.client.scheduler_info(n_workers=-1)["workers"])
+        workers: list[str] = list(workers_of(self.client))
         lost = self.client.sync(_unreachable, self.client, workers)
         if lost and (start or len(lost) == len(workers)):
             warnings.warn(

@@ -15,7 +15,7 @@ from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.formats import MEANING, PLAN
 from rasteret_dask.net import remote
-from rasteret_dask.net.sums import crc32c_of, document_of, sealed
+from rasteret_dask.net.sums import crc32_of, document_of, sealed
 from rasteret_dask.planning.plan import from_json, to_json
 from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.table.records import Records
@@ -59,7 +59,7 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "labels": None if job.labels is None else job.labels.said,
         "phase": job.phase,
         "digest": job.digest,
-        "tables": {name: [len(data), crc32c_of(data)] for name, data in objects.items()},
+        "tables": {name: [len(data), crc32_of(data)] for name, data in objects.items()},
     }
     return {**objects, JOB_FILE: sealed(text)}
 
@@ -160,7 +160,7 @@ def _read(url: str, digest: str) -> Job:
 
 def _table(url: str, name: str, size: int, checksum: int) -> pa.Table:
     data = remote.get(remote.join(url, name))
-    if len(data) != size or crc32c_of(data) != checksum:
+    if len(data) != size or crc32_of(data) != checksum:
         raise _damaged(url, f"a {name} that does not match its checksum")
     return pa.ipc.open_file(pa.py_buffer(data)).read_all()
 
