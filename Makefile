@@ -25,7 +25,7 @@ demo: $(VENV)/.demo-installed  ## Make a small world, write its train chips, che
 test: lint types pytest  ## Lint, type-check and run the tests, but for the slow ones
 
 test-slow: $(VENV)/.test-installed  ## The slow tests: wheels on each Python, lowest and newest versions, notebooks
-	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+	@$(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.test-installed  ## ruff check and ruff format --check
 	@$(BIN)/ruff check .

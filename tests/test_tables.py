@@ -16,7 +16,6 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 import shapely
-from dask.distributed import Client
 from distributed import Client, LocalCluster
 from distributed.protocol import pickle as cloudpickle
 from made_records import collection, record, table
