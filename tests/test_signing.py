@@ -356,6 +356,22 @@ def test_a_refused_signature_is_asked_for_anew_once(tmp_path: Path) -> None:
     assert signing.signed(kept) == azure("https://h.example/b.tif")
 
 
+def test_a_signature_that_a_host_refuses_is_renewed_and_the_read_goes_on(tmp_path: Path) -> None:
+    """An expired token costs one refusal a read under way, and no read."""
+    (tmp_path / "a.bin").write_bytes(bytes(range(256)))
+    tokens = iter(["old", "new"])
+    with guarding(tmp_path) as server:
+        server.good = {"new"}
+        rd.sign(server.url().rstrip("/"), lambda href: f"{href}?sig={next(tokens)}")
+        try:
+            assert remote.get(server.url("a.bin"), 10, 5) == bytes(range(10, 15))
+            assert remote.get(server.url("a.bin"), 20, 5) == bytes(range(20, 25))
+        finally:
+            rd.sign(server.url().rstrip("/"), None)
+    assert server.refused == ["/a.bin?sig=old"]
+    assert server.shown == ["old", "new", "new"]
+
+
 def test_an_answer_that_ends_soon_is_asked_for_anew() -> None:
     asked: list[str] = []
 

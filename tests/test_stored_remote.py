@@ -243,6 +243,25 @@ def test_who_cannot_write_measures_all_the_same(web: RangeServer, disk: StoredCh
     assert not (Path(disk.stored.url) / "_job" / "stats").exists()
 
 
+def test_verify_compares_a_store_elsewhere_with_what_was_written(there: str, disk: StoredChips) -> None:
+    report = rd.verify(there)
+    assert report.ok
+    assert report.objects == rd.verify(disk.stored.url).objects
+    assert not report.unexpected
+
+
+def test_a_damaged_object_in_a_bucket_is_named(in_bucket: str) -> None:
+    path = next(p for p in remote.listing(in_bucket) if "/pixels/c/" in f"/{p}")
+    whole = remote.get(remote.join(in_bucket, path))
+    remote.put(remote.join(in_bucket, path), whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        report = rd.verify(in_bucket)
+        assert (report.missing, report.damaged) == ((), (path,))
+    finally:
+        remote.put(remote.join(in_bucket, path), whole)
+    assert rd.verify(in_bucket)
+
+
 def test_what_a_server_does_not_know_is_asked_for_once(web: RangeServer) -> None:
     """Many static file servers answer a PUT, such as that of statistics, with 501."""
     web.fault("big/chips.parquet", Fault(status=501))
