@@ -11,8 +11,9 @@ from distributed import Client, Future, as_completed, rejoin, secede
 from distributed.threadpoolexecutor import thread_state
 
 from rasteret_dask.errors import JobError
+from rasteret_dask.net.clusters import address_of
 
-__all__ = ["address_of", "out_of_pool", "results", "why_cancelled"]
+__all__ = ["out_of_pool", "results", "why_cancelled"]
 
 
 def results(client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str], subject: str) -> list[Any]:
@@ -58,11 +59,6 @@ def results(client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str], 
         for future in futures:
             future.release()
     return [taken[key] for key in sorted(taken, key=place.__getitem__)]
-
-
-def address_of(client: Client) -> str:
-    """Return a scheduler's address, for messages after it is gone."""
-    return str(getattr(client.scheduler, "address", "that is gone"))
 
 
 def why_cancelled(future: Future[Any], scheduler: str) -> str:

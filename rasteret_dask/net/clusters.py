@@ -20,7 +20,7 @@ from rasteret_dask.net import remote
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["ClientLike", "check", "meant", "using", "workers_of"]
+__all__ = ["ClientLike", "address_of", "check", "meant", "using", "workers_of"]
 
 
 class HasScheduler(Protocol):
@@ -116,6 +116,11 @@ def _check_certificates(address: str) -> None:
             "Set distributed.comm.tls.ca-file, .client.cert and .client.key (DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
             "...), or give a Client; a task on a Dask worker gives None: its worker's client has them.",
         )  # fmt: skip
+
+
+def address_of(client: Client) -> str:
+    """Return a scheduler's address, for messages after it is gone."""
+    return str(getattr(client.scheduler, "address", "that is gone"))
 
 
 def workers_of(client: Client) -> dict[str, dict[str, Any]]:

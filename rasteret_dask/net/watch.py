@@ -17,7 +17,7 @@ from distributed import Client, Future
 
 from rasteret_dask.errors import JobError
 from rasteret_dask.net import probe
-from rasteret_dask.net.clusters import workers_of
+from rasteret_dask.net.clusters import address_of, workers_of
 from rasteret_dask.net.readiness import Readiness, by_value, is_this_process
 from rasteret_dask.progress import Progress, seconds
 
@@ -92,10 +92,21 @@ class Watch:
         Raises
         ------
         JobError
-            When one of those that are there cannot: see :meth:`rasteret_dask.net.readiness.Readiness.check`.
+            When one of those that are there cannot (see :meth:`rasteret_dask.net.readiness.Readiness.check`), or the
+            scheduler is lost meanwhile.
         """
         if is_this_process(self.client):
             return
+        scheduler = address_of(self.client)
+        try:
+            self._admit(graph)
+        except OSError as error:  # of its connection
+            raise JobError(
+                self.subject, f"the scheduler {scheduler} lost while it was asked for its versions",
+                "a scheduler that stays until the end", "Call this again once there is a scheduler.",
+            ) from error  # fmt: skip
+
+    def _admit(self, graph: Mapping[Hashable, Any]) -> None:
         self._stage = "asking scheduler and workers for their versions"
         readiness = Readiness.of(self.client, self.subject, graph)
         asked = readiness.check()

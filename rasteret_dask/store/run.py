@@ -20,8 +20,8 @@ from distributed.system import MEMORY_LIMIT
 
 from rasteret_dask.errors import JobError, RasteretDaskError, UnwritableStoreError
 from rasteret_dask.net import clusters, remote, signatures
-from rasteret_dask.net.awaiting import address_of, out_of_pool, why_cancelled
-from rasteret_dask.net.clusters import ClientLike
+from rasteret_dask.net.awaiting import out_of_pool, why_cancelled
+from rasteret_dask.net.clusters import ClientLike, address_of
 from rasteret_dask.net.watch import watched
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import ledger
