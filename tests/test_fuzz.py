@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SOON = settings(
     max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
-LONG = settings(SOON, max_examples=300, derandomize=False)
+LONG = settings(SOON, max_examples=300, derandomize=not os.environ.get("RASTERET_DASK_FUZZ"))
+"""The same examples each time; any value of ``RASTERET_DASK_FUZZ`` draws others."""
 
 
 @contextmanager
