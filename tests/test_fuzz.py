@@ -271,6 +271,12 @@ def test_fields_of_an_item(folder: Path, change: tuple[tuple[Any, ...], Any], he
     law_of_items(folder, [change], headers)
 
 
+@pytest.mark.parametrize("when", ["9999-12-31T23:59:59Z", "1066-10-14T00:00:00Z"])
+def test_times_that_no_nanosecond_tells(folder: Path, when: str) -> None:
+    """Intervals without an end are often written as one in the year 9999."""
+    law_of_items(folder, [(("properties", "datetime"), when)], headers=False)
+
+
 @pytest.mark.slow
 @LONG
 @given(st.lists(CHANGES, min_size=1, max_size=4), st.booleans())

@@ -17,6 +17,9 @@ from rasteret_dask.table.records import Records
 
 __all__ = ["Acquisitions", "TimeAxis", "acquisitions", "half_open", "intervals", "narrowest", "regular"]
 
+_NS_RANGE = (np.datetime64("1678-01-01", "us"), np.datetime64("2262-01-01", "us"))
+"""What nanoseconds can hold, in whole years: an interval without an end is often written as one in the year 9999."""
+
 SAME_PASS = pd.Timedelta(10, "min")
 """Records of one datatake whose starts lie further apart than this are different acquisitions."""
 
@@ -223,7 +226,8 @@ class _Said:
     @classmethod
     def of(cls, records: Records) -> _Said:
         def stamps(name: str) -> NDArray[np.datetime64]:
-            return np.asarray(records.table.column(name).cast(pa.timestamp("ns", "UTC")).to_numpy())
+            times = np.asarray(records.table.column(name).cast(pa.timestamp("us", "UTC")).to_numpy())
+            return np.clip(times, *_NS_RANGE).astype("datetime64[ns]")
 
         def text(name: str) -> list[str]:
             return ["" if v is None else str(v) for v in records.column(name)]
