@@ -227,7 +227,7 @@ class _Said:
     def of(cls, records: Records) -> _Said:
         def stamps(name: str) -> NDArray[np.datetime64]:
             times = np.asarray(records.table.column(name).cast(pa.timestamp("us", "UTC")).to_numpy())
-            return np.clip(times, *_NS_RANGE).astype("datetime64[ns]")
+            return np.asarray(np.clip(times, *_NS_RANGE), dtype="datetime64[ns]")
 
         def text(name: str) -> list[str]:
             return ["" if v is None else str(v) for v in records.column(name)]
