@@ -16,6 +16,7 @@ from rasteret_dask.demo.run import SMALL, demo_chips, run_demo
 from rasteret_dask.demo.world import World, make_world
 from rasteret_dask.errors import StoreError
 from rasteret_dask.show.audit import Audit
+from rasteret_dask.store.verifying import verify
 
 # stackstac multiplies transforms the way affine 3.1 discourages
 pytestmark = pytest.mark.filterwarnings("ignore:Use `@` matmul:PendingDeprecationWarning")
@@ -101,6 +102,7 @@ def test_one_wrong_pixel_fails_the_check(store: Path, world: World, source: str,
     chip[slot, 0, y, x] += 1
     array[0] = chip
     assert not check_objects(store).ok
+    assert any(path.startswith(f"{source}/pixels/") for path in verify(store).damaged)
     with opened(store) as tree:
         (what,) = failed(check_pixels(tree, world))
     assert what.startswith(f"equal to rasterio ({found}")
