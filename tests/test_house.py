@@ -22,6 +22,7 @@ PACKAGE = ROOT / "rasteret_dask"
 ORDER = {
     "": "_version errors extras formats progress footprint grid extent",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
+    "rules": "kinds",
     "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
            "awaiting signatureplugin signatures",
     "headers": "page tiff gdal reader",

@@ -1,0 +1,1 @@
+"""What a pixel means, as values with methods: kinds of band."""
