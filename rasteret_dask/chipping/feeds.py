@@ -13,10 +13,10 @@ from rasteret_dask.chipping.coverage import FULL, Outlines, Windows, cover, outl
 from rasteret_dask.chipping.frame import Frame
 from rasteret_dask.grid import transformer
 from rasteret_dask.planning.resolve import ResolvedSource
+from rasteret_dask.rules.picks import Candidates, Ranked
 from rasteret_dask.table.timing import TimeAxis
 
 __all__ = [
-    "DATA_PICKS",
     "Feeds",
     "WindowPasses",
     "covered",
@@ -31,9 +31,6 @@ Ints: TypeAlias = "NDArray[np.integer[Any]]"
 
 SAGITTA_DEG = 0.01
 """Degrees that the edge of a window of 100 km bends out of the box of its corners, at most (72 N)."""
-
-DATA_PICKS = ("clearest", "median", "mean")
-"""Picks that need pixels: all acquisitions of a slot stay candidates."""
 
 
 @dataclass(frozen=True)
@@ -261,19 +258,27 @@ def enough(
         return feeds, np.zeros(0, dtype=np.int64), np.zeros(0)
     slots = int(feeds.slot.max()) + 1
     key = feeds.window.astype(np.int64) * slots + feeds.slot
+    unique, share = _shares_of(feeds, frame, found, key)
+    good = share >= min(min_coverage, FULL) if min_coverage > 0 else share > 0
+    keep = good[np.searchsorted(unique, key)]
+    return feeds.take(keep), unique[good], share[good]
+
+
+def _shares_of(
+    feeds: Feeds, frame: Frame, found: Outlines, key: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the distinct keys of entries, sorted, and the share of its window that each one's records cover together."""
     order = np.argsort(key, kind="stable")
     unique, first = np.unique(key[order], return_index=True)
     best = np.maximum.reduceat(feeds.share[order], first)
     total = np.add.reduceat(feeds.share[order], first)
     count = np.diff(np.append(first, len(order)))
     unsure = (best < FULL) & (count > 1) & (total > best)
-    share = best.copy()
+    share = best.astype(np.float64)
     for numbers, at in _together(found, feeds, order, first[unsure], count[unsure]):
         place = np.flatnonzero(unsure)[at]
         share[place] = _shares(frame, found, feeds.window[order[first[place]]].astype(np.int64), numbers)
-    good = share >= min(min_coverage, FULL) if min_coverage > 0 else share > 0
-    keep = good[np.searchsorted(unique, key)]
-    return feeds.take(keep), unique[good], share[good]
+    return unique, share
 
 
 def _together(
@@ -311,21 +316,34 @@ def _shares(
     return share[np.reshape(back, -1)]
 
 
-def pick(source: ResolvedSource, feeds: Feeds, frame: Frame, found: Outlines, axis: TimeAxis | None) -> Feeds:
+def pick(
+    source: ResolvedSource,
+    feeds: Feeds,
+    frame: Frame,
+    found: Outlines,
+    axis: TimeAxis | None,
+    min_coverage: float,
+) -> Feeds:
     """Order the acquisitions of each slot by the pick, and the records of each acquisition by nearness.
 
-    Picks that planning can decide keep the best acquisition only. ``newest`` keeps all of them as one: older ones
-    fill what newer ones leave invalid, as the records of one acquisition fill each other. The result is sorted by
-    (window, slot, acquisition, distance of the raster's centre, id).
+    An acquisition whose records together cover the window (at least ``min_coverage`` of it, all of it where that
+    is 0) comes before one whose records do not. Of picks that planning can decide only the first stays, unless the others are to fill
+    what it leaves invalid. The result is sorted by (window, slot, acquisition, distance of the raster's centre,
+    id).
     """
     own = passes_in(source, feeds)
-    best = np.lexsort(_preference(source, own, int(feeds.slot.max(initial=0)) + 1, axis))
+    covers = np.ones(len(own.key), dtype=bool)
+    ranked = isinstance(source.plan.pick, Ranked)
+    if ranked and len(own.key) > len(np.unique(own.key)):
+        _, share = _shares_of(feeds, frame, found, own.of_entry)
+        covers = share >= min(min_coverage or 1.0, FULL)
+    best = np.lexsort(_preference(source, own, covers, int(feeds.slot.max(initial=0)) + 1, axis))
     place = np.empty(len(best), dtype=np.int64)
     change = _changes(own.key[best])
     start = np.maximum.accumulate(np.where(change, np.arange(len(best)), 0))
     place[best] = np.arange(len(best)) - start
     rank = place[own.of_entry]
-    if source.plan.pick not in (*DATA_PICKS, "newest"):
+    if ranked and not source.plan.pick.fills:
         keep = np.flatnonzero(rank == 0)
         feeds, rank, of_entry = feeds.take(keep), rank[keep], own.of_entry[keep]
     else:
@@ -333,23 +351,23 @@ def pick(source: ResolvedSource, feeds: Feeds, frame: Frame, found: Outlines, ax
     nearness = _nearness(frame, found, feeds, own.count[of_entry] > 1)
     order = np.lexsort((source.id_rank[feeds.record], nearness, rank, own.key[of_entry]))
     feeds = feeds.take(order)
-    candidate = np.zeros_like(rank) if source.plan.pick == "newest" else rank[order]
-    return Feeds.of(feeds.window, feeds.slot, candidate, feeds.record, feeds.share)
+    return Feeds.of(feeds.window, feeds.slot, rank[order], feeds.record, feeds.share)
 
 
 def _preference(
-    source: ResolvedSource, own: WindowPasses, slots: int, axis: TimeAxis | None
+    source: ResolvedSource, own: WindowPasses, covers: NDArray[np.bool_], slots: int, axis: TimeAxis | None
 ) -> tuple[NDArray[Any], ...]:
-    """Return sort keys of passes, the last counts most: slot, the pick, nearness to the slot's middle, id."""
+    """Return sort keys of passes, the last counts most: slot, coverage, the pick, nearness to the slot's middle, id."""
     begin, end = own.start.astype(np.int64), own.end.astype(np.int64)
     centre = begin // 2 + end // 2
     distance = np.zeros(len(centre), dtype=np.int64)
     if axis is not None:
         middle = axis.start.astype(np.int64) // 2 + axis.end.astype(np.int64) // 2
         distance = np.abs(centre - middle[own.key % slots])
-    scores = {"first": begin, "last": -begin, "newest": -begin, "least_cloudy": own.cloud}
-    score = scores.get(source.plan.pick, distance)
-    return own.first_id, distance, score, own.key
+    by_pick = distance
+    if isinstance(source.plan.pick, Ranked):
+        by_pick = source.plan.pick.order(Candidates(begin, end, own.cloud, distance))
+    return own.first_id, distance, by_pick, ~covers, own.key
 
 
 def _changes(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -123,7 +123,7 @@ def _with_slots(
         np.minimum.at(share, key // slots, part)
         reference_slots = filled if number == reference else reference_slots
         result.append((source, outline, good))
-    picked = [pick(s, f.take(alive[f.window]), frame, o, s.axis) for s, o, f in result]
+    picked = [pick(s, f.take(alive[f.window]), frame, o, s.axis, spec.min_coverage) for s, o, f in result]
     place = np.cumsum(alive) - 1
     window = np.flatnonzero(alive)
     nothing = np.full(len(window), np.datetime64("NaT", "ns"))
@@ -178,7 +178,7 @@ def _by_acquisition(
         f = f.take(alive[f.window])
         # One slot per chip: the chip's number stands in for the window while the pick sorts.
         alone = replace(f, window=place[f.window], slot=np.zeros_like(f.slot))
-        kept.append(pick(source, alone, frame.take(window[alive]), outline, None))
+        kept.append(pick(source, alone, frame.take(window[alive]), outline, None, spec.min_coverage))
     window, start, acquisition = window[alive], own.start[alive], own.acquisition[alive]
     block = blocks(frame, spec, found[reference], sources[reference].plan.resolution)[window]
     order = np.lexsort(

@@ -10,12 +10,12 @@ import pyarrow as pa
 from rasteret_dask.chipping.chips import ChipSet
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import Rule
-from rasteret_dask.planning.resolve import Member, ResolvedSource, all_readable, quality_band
+from rasteret_dask.planning.resolve import Member, ResolvedSource, all_readable
+from rasteret_dask.rules.masks import clouds_of
+from rasteret_dask.rules.picks import Ranked
 from rasteret_dask.table.records import Records
 
 __all__ = ["with_rule"]
-
-_DECIDED_BY_PIXELS = ("clearest", "mean", "median")
 
 
 def with_rule(chips: ChipSet, rule: Rule) -> ChipSet:
@@ -41,7 +41,7 @@ def with_rule(chips: ChipSet, rule: Rule) -> ChipSet:
             _with_quality(s, rule.source is not None) if rule.source in (None, s.plan.name) else s
             for s in sources
         )
-        if not any(m.quality for s in sources if rule.source in (None, s.plan.name) for m in s.plan.members):
+        if not any(m.clouds for s in sources if rule.source in (None, s.plan.name) for m in s.plan.members):
             raise PlanError(
                 "keep(max_cloud=)", f"no quality band in {', '.join(names)}", "a band SCL or qa_pixel",
                 "Build the collection with its quality band, or filter records by eo:cloud_cover.",
@@ -55,20 +55,20 @@ def _with_quality(source: ResolvedSource, named: bool) -> ResolvedSource:
     members, tables = [], []
     for number, member in enumerate(plan.members):
         records = Records(source.records.table.take(pa.array(np.flatnonzero(source.member == number))))
-        quality, kind = quality_band(records)
-        if quality is None and named:
+        clouds = clouds_of(records.bands)
+        if clouds is None and named:
             raise PlanError(
                 f"keep(max_cloud=) of source {plan.name!r}", f"no quality band in {member.name!r}",
                 "a band SCL or qa_pixel", "Build the collection with its quality band.",
             )  # fmt: skip
-        if quality is None:
+        if clouds is None:
             return source
-        members.append(replace(member, quality=quality, quality_kind=kind))
+        members.append(replace(member, clouds=clouds))
         tables.append(records)
-    if plan.slots is not None and plan.pick in _DECIDED_BY_PIXELS:
+    if plan.slots is not None and not isinstance(plan.pick, Ranked):
         raise PlanError(
-            f"keep(max_cloud=) of source {plan.name!r}", f"pick={plan.pick!r}, which looks at pixels",
+            f"keep(max_cloud=) of source {plan.name!r}", f"pick={plan.pick.name!r}, which looks at pixels",
             "a pick that the plan decides", "Mask them instead: harmonize(mask='clouds') and keep(min_valid=).",
         )  # fmt: skip
-    all_readable(tables, tuple(Member(m.name, (), m.quality, m.quality_kind) for m in members))
+    all_readable(tables, tuple(Member(m.name, (), clouds=m.clouds) for m in members))
     return replace(source, plan=replace(plan, members=tuple(members)))

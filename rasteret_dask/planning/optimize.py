@@ -23,6 +23,8 @@ from rasteret_dask.planning.plan import (
     near_area,
     with_children,
 )
+from rasteret_dask.rules.masks import ANY_QUALITY
+from rasteret_dask.rules.picks import Scored
 
 __all__ = ["named_bands", "optimize"]
 
@@ -83,20 +85,26 @@ def named_bands(node: Node) -> Node:
     return _bands(node, None)
 
 
-def _bands(node: Node, wanted: tuple[str, ...] | None, quality: bool = False, clouds: bool = False) -> Node:
-    """Carry the bands that harmonize asks for down to the sources; None: all are needed."""
+def _bands(
+    node: Node, wanted: tuple[str, ...] | None, rules: tuple[str, ...] = (), clouds: tuple[str, ...] = ()
+) -> Node:
+    """Carry the bands that harmonize asks for down to the sources; None: all are needed.
+
+    ``rules`` are those that its mask and pick need beside them, ``clouds`` those of rules on pixels.
+    """
     if isinstance(node, Source):
         if node.bands is not None or wanted is None:
             return node
-        return dataclasses.replace(node, bands=(*wanted, "@quality") if quality or clouds else wanted)
+        return dataclasses.replace(node, bands=tuple(dict.fromkeys((*wanted, *rules, *clouds))))
     if isinstance(node, Harmonize):
-        quality = quality or bool(node.spec.mask) or node.spec.pick == "clearest"
+        rules += () if node.spec.mask is None else node.spec.mask.needs
+        rules += (ANY_QUALITY,) if isinstance(node.spec.pick, Scored) else ()
         wanted = node.spec.bands if wanted is None else wanted
     if isinstance(node, Screen):
-        clouds = clouds or node.spec.max_cloud is not None
+        clouds += () if node.spec.max_cloud is None else (ANY_QUALITY,)
     if isinstance(node, Join):  # each source names its own bands
-        wanted, quality = None, False
-    return with_children(node, tuple(_bands(child, wanted, quality, clouds) for child in children(node)))
+        wanted, rules = None, ()
+    return with_children(node, tuple(_bands(child, wanted, rules, clouds) for child in children(node)))
 
 
 def _area(node: Node) -> Node:

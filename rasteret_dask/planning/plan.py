@@ -17,6 +17,11 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.functions import Function, plain
 from rasteret_dask.planning.names import check_names
 from rasteret_dask.planning.rules import Rule
+from rasteret_dask.rules.masks import Mask
+from rasteret_dask.rules.picks import Pick
+from rasteret_dask.rules.units import Units
+from rasteret_dask.rules.values import RuleValue
+from rasteret_dask.rules.values import from_json as rule_from_json
 
 __all__ = [
     "ChipSpec",
@@ -59,13 +64,10 @@ Predicate: TypeAlias = "tuple[str, str, Scalar | tuple[Scalar, ...]]"
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in", "intersects", "overlaps")
 MAX_CELL_KM = 100
 """A split cell larger than a sixth of a zone's width would hold too few chips of one zone."""
-UNITS = ("auto", "raw", "reflectance", "embedding")
-PICKS = ("closest", "first", "last", "least_cloudy", "newest", "clearest", "median", "mean")
 KM_PER_DEGREE = 100.0
 """Of latitude, rounded down from 110.6 (WGS 84, at the equator) to leave room for a grid's turn against north."""
 DTYPES = (None, "float32", "uint16", "int16")
 RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode")
-MASKS = ("clouds", "snow", "water")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +75,19 @@ class HarmonizeSpec:
     """How a source's records become like each other. None: not said; an outer step may say it."""
 
     bands: tuple[str, ...] | None = None
-    units: str | None = None
+    units: Units | None = None
     resolution: float | None = None
     """Metres (or the CRS's unit) a pixel."""
     resampling: str | None = None
-    mask: tuple[str, ...] | None = None
+    mask: Mask | None = None
     time: str | None = None
     """A pandas offset (``"1MS"``): the length of a slot."""
-    pick: str | None = None
+    pick: Pick | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("units", self.units, (None, *UNITS))
-        _one_of("pick", self.pick, (None, *PICKS))
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("resampling", self.resampling, RESAMPLINGS)
-        for mask in self.mask or ():
-            _one_of("mask", mask, MASKS)
         if self.resolution is not None and not (is_number(self.resolution) and self.resolution > 0):
             raise PlanError("harmonize(resolution=)", repr(self.resolution), "a positive pixel size")
         if self.bands is not None and (not self.bands or len(set(self.bands)) != len(self.bands)):
@@ -179,7 +177,7 @@ class Source:
     """Identity of the table; the table itself is held beside the plan."""
     where: tuple[Predicate, ...] = ()
     bands: tuple[str, ...] | None = None
-    """Bands (any of their names) whose assets are needed; None: all. ``"@quality"`` is the mask's band."""
+    """Bands (any of their names) whose assets are needed; None: all. ``ANY_QUALITY``: its quality bands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +343,9 @@ def near_area(spec: ChipSpec) -> Predicate | None:
 
 
 def to_json(value: Any) -> Any:
-    """Return a node or spec as plain JSON values."""
+    """Return a node, spec or rule as plain JSON values."""
+    if isinstance(value, RuleValue):
+        return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
@@ -356,6 +356,8 @@ def to_json(value: Any) -> Any:
 
 def from_json(value: Any) -> Any:
     """Return what :func:`to_json` made; lists become tuples."""
+    if isinstance(value, dict) and "rule" in value:
+        return rule_from_json(value)
     if isinstance(value, dict):
         fields = {k: from_json(v) for k, v in value.items() if k != "type"}
         return _NODES[value["type"]](**fields)
@@ -366,13 +368,25 @@ def from_json(value: Any) -> Any:
 
 def outline(node: Node, depth: int = 0) -> Iterator[str]:
     """Yield one line per step, the last step first."""
-    fields = to_json(node)
-    spec = fields.pop("spec", {})
-    said = {k: v for k, v in (fields | spec).items() if k not in ("type", "child", "children", "token") and v}
-    shown = ", ".join(f"{k}={v if len(str(v)) <= 60 else str(v)[:57] + '...'}" for k, v in said.items())
+    shown = ", ".join(f"{k}={_short(v)}" for k, v in _arguments(node) if v not in (None, (), "", 0, False))
     yield f"{'  ' * depth}{type(node).__name__.lower()}({shown[:160]})"
     for child in children(node):
         yield from outline(child, depth + 1)
+
+
+def _arguments(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of what a step was given."""
+    for one in dataclasses.fields(node):
+        value = getattr(node, one.name)
+        if one.name == "spec":
+            yield from _arguments(value)
+        elif one.name not in ("child", "children", "token"):
+            yield one.name, value
+
+
+def _short(value: Any) -> str:
+    shown = value if isinstance(value, RuleValue) else to_json(value)
+    return text if len(text := str(shown)) <= 60 else text[:57] + "..."
 
 
 def predicates(given: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predicate, ...]:

@@ -7,11 +7,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.planning.resolve import ResolvedSource
 
 __all__ = ["radiometry_of"]
-
-_RULES = {"raw": "raw: none applied", "embedding": "embedding: sign(v) x (|v| / 127.5)^2, then unit length"}
 
 
 def radiometry_of(source: ResolvedSource, rows: NDArray[Any]) -> list[dict[str, Any]]:
@@ -19,15 +18,18 @@ def radiometry_of(source: ResolvedSource, rows: NDArray[Any]) -> list[dict[str, 
     counted: Counter[tuple[Any, ...]] = Counter()
     for number, member in enumerate(source.plan.members):
         own = rows[source.member[rows] == number]
-        for name, band in zip(source.plan.bands, member.bands, strict=True):
+        for name, unit, band in zip(source.plan.bands, source.plan.rules.units, member.bands, strict=True):
             fields = [source.records.asset_field(band, f).to_pylist() for f in ("scale", "offset", "rule")]
             for row in own.tolist():
-                counted[(member.name, name, band, *(f[row] for f in fields))] += 1
-    applied = source.plan.units == "reflectance"
+                scale, offset, rule = (f[row] for f in fields)
+                applied = unit.scales
+                known = (scale, offset) if applied else (None, None)
+                words = unit.describe(Radiometry(scale or 1.0, offset or 0.0, rule or "identity"))
+                counted[(member.name, name, band, unit.name, *known, words)] += 1
     return [
         {
-            "member": m, "band": n, "code": b, "scale": s if applied else None, "offset": o if applied else None,
-            "rule": r if applied else _RULES[source.plan.units], "records": count,
+            "member": member, "band": name, "code": code, "unit": unit, "scale": scale, "offset": offset,
+            "rule": rule, "records": count,
         }
-        for (m, n, b, s, o, r), count in counted.items()
+        for (member, name, code, unit, scale, offset, rule), count in counted.items()
     ]  # fmt: skip

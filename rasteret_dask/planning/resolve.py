@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,12 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, filter_table, keep_readable, scan
+from rasteret_dask.rules.masks import QUALITY, Mask, quality_among, settled
+from rasteret_dask.rules.picks import Closest, Pick, Scored
+from rasteret_dask.rules.pixels import PixelRules
+from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.units import Raw, Unit, Units
+from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.table.barehrefs import hosts_of, marked
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import Acquisitions, TimeAxis, acquisitions, intervals, narrowest, regular
@@ -42,7 +48,6 @@ __all__ = [
     "SourcePlan",
     "all_readable",
     "evaluate",
-    "quality_band",
     "resolve_source",
 ]
 
@@ -56,10 +61,23 @@ class Member:
     name: str
     bands: tuple[str, ...]
     """The member's own code of each output band."""
-    quality: str | None
-    """Its quality band, where a mask or ``clearest`` asks for one."""
-    quality_kind: str | None
-    """``"scl"`` or ``"qa_pixel"``."""
+    quality: tuple[str, ...] = ()
+    """Its quality bands, as ``mask`` needs them; without one, the band by which acquisitions are scored."""
+    mask: Mask | None = None
+    """What hides its pixels."""
+    clouds: Mask | None = None
+    """What tells its clouds, where chips are dropped by them."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every band that may be read, each once."""
+        clouds = () if self.clouds is None else self.clouds.needs
+        return tuple(dict.fromkeys((*self.bands, *self.quality, *clouds)))
+
+    def hides(self, *stored: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return where the mask hides, given the bands of ``quality``."""
+        assert self.mask is not None
+        return self.mask.hidden(*stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +88,38 @@ class SourcePlan:
     members: tuple[Member, ...]
     bands: tuple[str, ...]
     """Names of the output bands."""
-    units: str
-    """``"raw"``, ``"reflectance"`` or ``"embedding"``."""
-    dtype: str
-    """NumPy name of the output's type."""
-    fill: float
-    """Value of invalid pixels; NaN for floats."""
+    rules: PixelRules
+    """What the numbers of its bands mean."""
     resolution: float
     resampling: str | None
-    mask: tuple[str, ...]
-    pick: str
     slots: tuple[int, ...] | None
     """Start of each slot, ns since 1970 UTC; None: a chip is one acquisition."""
     maps: tuple[Function, ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        """NumPy name of the output's type."""
+        return self.rules.store.dtype
+
+    @property
+    def fill(self) -> Any:
+        """What invalid pixels hold, of the output's type; NaN for floats."""
+        return self.rules.store.fill_value
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Per band, the name of its unit."""
+        return tuple(unit.name for unit in self.rules.units)
+
+    @property
+    def unit(self) -> str:
+        """The unit of all bands; "" where they differ."""
+        return self.units[0] if len(set(self.units)) == 1 else ""
+
+    @property
+    def pick(self) -> Pick:
+        """How the pixels of a slot are chosen; without a time axis there is nothing to choose."""
+        return self.rules.pick
 
     @property
     def times(self) -> int:
@@ -201,25 +238,21 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     all_readable(tables, resolved)
     for table, one in zip(tables, resolved, strict=True):
         alike(one.name, table, one.bands)
-    units, dtype, fill = _values(name, spec, tables, resolved)
+    rules = _rules(name, spec, bands, tables, resolved)
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
     passes = acquisitions(records)
     axis = _axis(name, spec, members, passes)
-    if axis is None and spec.pick in ("mean", "median"):
-        raise PlanError(f"harmonize(pick={spec.pick!r}) of source {name!r}", "no time=: one acquisition a chip",
+    if axis is None and rules.composes:
+        raise PlanError(f"harmonize(pick={rules.pick.name!r}) of source {name!r}", "no time=: one acquisition a chip",
                         "slots with several acquisitions", "Add time=, such as time='1MS'.")  # fmt: skip
     plan = SourcePlan(
         name=name,
         members=resolved,
         bands=bands,
-        units=units,
-        dtype=dtype,
-        fill=fill,
+        rules=rules,
         resolution=spec.resolution or _native_resolution(tables[0], resolved[0]),
         resampling=spec.resampling,
-        mask=spec.mask or (),
-        pick=spec.pick or "closest",
         slots=None if axis is None else tuple(int(t) for t in axis.start.astype(np.int64)),
         maps=maps,
     )
@@ -273,40 +306,36 @@ def _default_bands(name: str, tables: list[Records]) -> tuple[str, ...]:
 
 
 def _member(member: MemberTable, records: Records, bands: tuple[str, ...], spec: HarmonizeSpec) -> Member:
+    codes = _codes(member, records, bands)
+    mask = settled(spec.mask, records.bands)
+    if mask is None and spec.mask is not None:
+        raise PlanError(
+            f"harmonize(mask=) for {member.name!r}",
+            f"bands {', '.join(records.bands)}",
+            f"a band {', '.join(q.band for q in QUALITY)}",
+            "Build the collection with its quality band, give a mask of your own, or leave mask out.",
+        )
+    if mask is not None:
+        return Member(member.name, codes, _codes(member, records, mask.needs), mask)
+    quality = quality_among(records.bands) if isinstance(spec.pick, Scored) else None
+    return Member(member.name, codes, () if quality is None else (quality.band,))
+
+
+def _codes(member: MemberTable, records: Records, bands: Sequence[str]) -> tuple[str, ...]:
+    """Return the member's own code of each band."""
     try:
-        codes = tuple(records.band_names(b)[""] for b in bands)
+        return tuple(records.band_names(b)[""] for b in bands)
     except BandError as error:
         raise BandError(
             f"{error.subject} of {member.name!r}", error.found, error.expected, error.remedy
         ) from error
-    if not (spec.mask or spec.pick == "clearest"):
-        return Member(member.name, codes, None, None)
-    quality, kind = quality_band(records)
-    if quality is None and spec.mask:
-        raise PlanError(
-            f"harmonize(mask=) for {member.name!r}",
-            f"bands {', '.join(records.bands)}",
-            "a band SCL or qa_pixel",
-            "Build the collection with its quality band, or leave mask out.",
-        )
-    return Member(member.name, codes, quality, kind)
-
-
-def quality_band(records: Records) -> tuple[str | None, str | None]:
-    """Return the name of a member's quality band, and its kind: ``"scl"`` or ``"qa_pixel"``; None where it has none."""
-    for band in records.bands:
-        if band.lower() in ("scl", "qa_pixel"):
-            return band, band.lower()
-    return None, None
 
 
 def all_readable(tables: list[Records], members: tuple[Member, ...]) -> None:
     """Raise UnreadableAssetsError where the header of an asset that members read is not known."""
     bad: list[str] = []
     for records, member in zip(tables, members, strict=True):
-        for band in dict.fromkeys((*member.bands, member.quality)):
-            if band is None:
-                continue
+        for band in member.reads:
             missing = pc.is_null(records.asset_field(band, "href")).to_numpy()
             reason = records.asset_field(band, "error").to_pylist()
             unknown = pc.is_null(records.level_field(band, "width")).to_numpy()
@@ -323,75 +352,191 @@ def all_readable(tables: list[Records], members: tuple[Member, ...]) -> None:
         )
 
 
-def _values(
-    name: str, spec: HarmonizeSpec, tables: list[Records], members: tuple[Member, ...]
-) -> tuple[str, str, float]:
-    """Return (units, dtype, fill) of a source's output."""
-    roles = _distinct(tables, members, "role")
-    units = spec.units or "raw"
-    if units == "auto":
-        simple = {"reflectance": "reflectance", "embedding": "embedding"}
-        units = simple.get(next(iter(roles)), "raw") if len(roles) == 1 else "raw"
-    if units != "raw":
-        if roles & {"quality", "class"}:
-            raise PlanError(
-                f"harmonize(units={units!r}) of source {name!r}",
-                f"bands with roles {', '.join(sorted(roles))}",
-                "bands that are measured, not classified",
-                "Join class and quality bands as a source of their own.",
-            )
-        if units == "reflectance" and "embedding" in roles:
-            raise PlanError(f"harmonize(units='reflectance') of source {name!r}", "embeddings", "measured bands",
-                            "Use units='embedding', or join them as a source of their own.")  # fmt: skip
-        if units == "embedding" and (spec.mask or spec.dtype not in (None, "float32")):
-            raise PlanError(
-                f"source {name!r}", "embeddings with a mask or an integer dtype", "float32, no mask"
-            )
-        dtype = spec.dtype or "float32"
-        return units, dtype, {"float32": float("nan"), "uint16": 65535.0, "int16": -32768.0}[dtype]
-    if spec.dtype is not None:
+def _rules(
+    name: str,
+    spec: HarmonizeSpec,
+    bands: tuple[str, ...],
+    tables: list[Records],
+    members: tuple[Member, ...],
+) -> PixelRules:
+    """Settle what the numbers of a source mean.
+
+    Raises
+    ------
+    PlanError
+        When units and dtype do not fit each other or the bands, or numbers of several scales would be mixed.
+    """
+    kinds, units = [], []
+    for at, band in enumerate(bands):
+        own = [(records, member.bands[at]) for records, member in zip(tables, members, strict=True)]
+        kind = _one_kind(name, band, own)
+        names = {band, *(code for _, code in own)}
+        names |= {v for f in ("common_name", "asset") for v in _values(own, f) if v}
+        scalings = {(s or 1.0, o or 0.0) for s, o in _pairs(own, "scale", "offset")}
+        unit = (spec.units or Units(Raw())).of(names, kind_of(kind), scalings == {(1.0, 0.0)})
+        kinds.append(kind)
+        units.append(unit)
+        _unit_fits(name, band, kind, unit)
+    _known_bands(name, spec.units, bands, tables, members)
+    pick = spec.pick or Closest()
+    store = _store(name, spec, bands, kinds, units, tables, members)
+    rules = PixelRules(tuple(units), tuple(kinds), pick, store)
+    _one_scale(name, bands, rules, tables, members)
+    return rules
+
+
+_Own: TypeAlias = "list[tuple[Records, str]]"
+"""Each member's records, and its own code of a band."""
+
+
+def _values(own: _Own, field: str) -> set[Any]:
+    """Return the distinct values of a field over all records of a band."""
+    return {v for records, code in own for v in pc.unique(records.asset_field(code, field)).to_pylist()}
+
+
+def _pairs(own: _Own, *fields: str) -> set[tuple[Any, ...]]:
+    """Return the distinct values of some fields together."""
+    return {
+        pair
+        for records, code in own
+        for pair in zip(*(records.asset_field(code, f).to_pylist() for f in fields), strict=True)
+    }
+
+
+def _one_kind(name: str, band: str, own: _Own) -> str | None:
+    """Return what a band is, the same in all records."""
+    kinds = _values(own, "kind") - {None}
+    if len(kinds) > 1:
         raise PlanError(
-            f"harmonize(dtype={spec.dtype!r}) of source {name!r}", "raw units", "units='reflectance'"
-        )
-    return _raw_values(name, tables, members)
+            f"band {band!r} of source {name!r}", f"several kinds: {', '.join(sorted(kinds))}", "one kind of band",
+            f"Say which it is: kinds={{{band!r}: ...}}, or join them as sources of their own.",
+        )  # fmt: skip
+    return next(iter(kinds), None)
 
 
-def _raw_values(name: str, tables: list[Records], members: tuple[Member, ...]) -> tuple[str, str, float]:
-    if len(tables) > 1:
-        for at in range(len(members[0].bands)):
-            own = [Member(m.name, (m.bands[at],), None, None) for m in members]
-            scales = {
-                (s, o)
-                for records, member in zip(tables, own, strict=True)
-                for s, o in zip(
-                    records.asset_field(member.bands[0], "scale").to_pylist(),
-                    records.asset_field(member.bands[0], "offset").to_pylist(),
-                    strict=True,
-                )
-            }
-            if len(scales) > 1:
-                shown = ", ".join(f"{s} x DN + {o}" for s, o in sorted(scales))
+def _unit_fits(name: str, band: str, kind: str | None, unit: Unit) -> None:
+    """Raise PlanError where a unit makes no sense for a band."""
+    if not isinstance(unit, Raw) and kind_of(kind).unit == Raw().name:
+        raise PlanError(
+            f"harmonize(units={unit.name!r}) of source {name!r}", f"band {band!r}, a {kind}",
+            "bands that are measured, not classified",
+            f"Leave units out, or say them by band: units={{...}} without {band!r}.",
+        )  # fmt: skip
+    embedding = kind_of("embedding")
+    if kind == embedding.name and unit.name not in (embedding.unit, Raw().name) and unit.elementwise:
+        raise PlanError(
+            f"harmonize(units={unit.name!r}) of source {name!r}", "embeddings", "measured bands",
+            f"Use units={embedding.unit!r}, or join them as a source of their own.",
+        )  # fmt: skip
+
+
+def _known_bands(
+    name: str, units: Units | None, bands: tuple[str, ...], tables: list[Records], members: tuple[Member, ...]
+) -> None:
+    """Raise PlanError where units are said of a band that the source does not have."""
+    if units is None or not units.bands:
+        return
+    known = set(bands)
+    for records, member in zip(tables, members, strict=True):
+        known.update(member.bands)
+        for code in member.bands:
+            known |= {v for f in ("common_name", "asset") for v in _values([(records, code)], f) if v}
+    unknown = [band for band, _ in units.bands if band not in known]
+    if unknown:
+        raise PlanError(
+            f"harmonize(units=) of source {name!r}", f"no band {', '.join(map(repr, unknown))}",
+            f"bands of the source: {', '.join(bands)}",
+        )  # fmt: skip
+
+
+def _store(
+    name: str,
+    spec: HarmonizeSpec,
+    bands: tuple[str, ...],
+    kinds: Sequence[str | None],
+    units: Sequence[Unit],
+    tables: list[Records],
+    members: tuple[Member, ...],
+) -> Store:
+    """Return the stored form of a source's values."""
+    raw = [isinstance(unit, Raw) for unit in units]
+    if all(raw):
+        if spec.dtype is not None:
+            raise PlanError(
+                f"harmonize(dtype={spec.dtype!r}) of source {name!r}", "raw units",
+                "a unit that can be stored so, such as units='reflectance'",
+            )  # fmt: skip
+        return _raw_store(tables, members)
+    dtype = np.dtype(spec.dtype or "float32")
+    if dtype.kind == "f":
+        for at, own in enumerate(raw):
+            stored = {np.dtype(d) for d in _distinct(tables, members, "dtype", at) if d} if own else set()
+            if any(not np.can_cast(d, dtype) for d in stored):
                 raise PlanError(
-                    f"raw values of merged source {name!r}",
-                    f"different radiometry: {shown}",
-                    "one scale and offset",
-                    "Use harmonize(units='reflectance').",
-                )
+                    f"source {name!r}",
+                    f"band {bands[at]!r} of {', '.join(sorted(d.name for d in stored))}, raw, beside {dtype.name} values",
+                    f"numbers that {dtype.name} holds exactly",
+                    "Join it as a source of its own.",
+                )  # fmt: skip
+        return Store(dtype.name, None)
+    if len({unit.name for unit in units}) > 1:
+        shown = ", ".join(f"{band} in {unit.name}" for band, unit in zip(bands, units, strict=True))
+        raise PlanError(
+            f"harmonize(dtype={dtype.name!r}) of source {name!r}", f"bands of several units: {shown}",
+            "one unit for all bands of an integer output",
+            f"Join them as two sources: rd.join({units[0].name}=..., {units[-1].name}=...).",
+        )  # fmt: skip
+    steps = units[0].steps
+    if steps is None:
+        raise PlanError(
+            f"harmonize(dtype={dtype.name!r}) of source {name!r}", f"values in {units[0].name}",
+            "float32: there is no usual integer form of them", "Leave dtype out.",
+        )  # fmt: skip
+    limits = np.iinfo(dtype)
+    return Store(dtype.name, int(limits.max if dtype.kind == "u" else limits.min), steps)
+
+
+def _raw_store(tables: list[Records], members: tuple[Member, ...]) -> Store:
     dtype = np.result_type(*(np.dtype(d) for d in _distinct(tables, members, "dtype")))
+    if dtype.kind in "fc":
+        return Store(dtype.name, None)
     nodata = {v for v in _distinct(tables, members, "nodata") if v is not None}
-    fill = float("nan") if dtype.kind == "f" else 0.0
-    if len(nodata) == 1 and dtype.kind in "iu":
+    fill = 0
+    if len(nodata) == 1:
         value = next(iter(nodata))
         limits = np.iinfo(dtype)
-        fill = float(value) if limits.min <= value <= limits.max else 0.0
-    return "raw", dtype.name, fill
+        fill = int(value) if float(value).is_integer() and limits.min <= value <= limits.max else 0
+    return Store(dtype.name, fill)
 
 
-def _distinct(tables: list[Records], members: tuple[Member, ...], field: str) -> set[Any]:
+def _one_scale(
+    name: str, bands: tuple[str, ...], rules: PixelRules, tables: list[Records], members: tuple[Member, ...]
+) -> None:
+    """Raise PlanError where raw numbers of several scales would be mixed: merged, composed or filled."""
+    pick = rules.pick
+    mixed = len(tables) > 1 or rules.composes or pick.fills
+    for at, (band, unit) in enumerate(zip(bands, rules.units, strict=True)):
+        if not (mixed and isinstance(unit, Raw)) or rules.kind(at).blend != "average":
+            continue
+        own = [(records, member.bands[at]) for records, member in zip(tables, members, strict=True)]
+        scales = {(s or 1.0, o or 0.0) for s, o in _pairs(own, "scale", "offset")}
+        if len(scales) > 1:
+            shown = ", ".join(f"{s} x DN + {o}" for s, o in sorted(scales))
+            raise PlanError(
+                f"raw values of {'merged ' if len(tables) > 1 else ''}source {name!r}, band {band!r}",
+                f"different radiometry: {shown}",
+                "one scale and offset",
+                "Use harmonize(units='physical'), which scales each record by its own.",
+            )
+
+
+def _distinct(
+    tables: list[Records], members: tuple[Member, ...], field: str, at: int | None = None
+) -> set[Any]:
     return {
         value
         for records, member in zip(tables, members, strict=True)
-        for band in member.bands
+        for band in (member.bands if at is None else member.bands[at : at + 1])
         for value in pc.unique(records.asset_field(band, field)).to_pylist()
     }
 

@@ -21,6 +21,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.net.remotefs import version_of
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.table import rowgroups
+from rasteret_dask.rules.masks import ANY_QUALITY
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 
 __all__ = [
@@ -249,13 +250,13 @@ def _only_bands(table: pa.Table, wanted: tuple[str, ...]) -> pa.Table:
     """Drop the assets and headers of bands that no wanted name can mean."""
     records = Records(table)
     keep: list[str] = []
-    met = {"@quality"}
+    met = {ANY_QUALITY}
     for band in records.bands:
         names = {band}
         for field in ("common_name", "asset"):
             names.update(v for v in pc.unique(records.asset_field(band, field)).to_pylist() if v)
         roles = pc.unique(records.asset_field(band, "role")).to_pylist()
-        if names & set(wanted) or ("@quality" in wanted and "quality" in roles):
+        if names & set(wanted) or (ANY_QUALITY in wanted and "quality" in roles):
             keep.append(band)
             met |= names
     if len(keep) == len(records.bands) or not met.issuperset(wanted):  # an unknown name: the error lists all

@@ -133,13 +133,8 @@ def task_bytes(job: Job, outputs: tuple[Output, ...]) -> int:
 
 def _working_bytes(source: SourcePlan, size: int, candidates: int) -> int:
     """Bytes that one slot of one chip needs beside its output, while its candidates are held or summed up."""
-    bands = len(source.bands)
-    held = {
-        "median": 4 * candidates * bands,
-        "mean": (8 + 4 + 4) * bands,  # a float64 sum, an int32 count, the candidate
-        "clearest": 4 * candidates,  # of the quality band alone
-    }
-    return held.get(source.pick, 0) * size * size
+    rules = source.rules
+    return rules.pick.bytes_held(candidates, len(source.bands), rules.work_dtype().itemsize) * size * size
 
 
 def _most_candidates(feeds: FeedTable) -> list[int]:

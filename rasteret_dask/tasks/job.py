@@ -19,7 +19,6 @@ from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.planning.plan import Function, Rule, digest
 from rasteret_dask.planning.resolve import Member, SourcePlan
-from rasteret_dask.reader.harmonize import DN_PER_REFLECTANCE
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 from rasteret_dask.table.records import Records
 
@@ -95,9 +94,9 @@ class Output:
     @classmethod
     def of(cls, plan: SourcePlan, size: int) -> Output:
         """Describe a source's output before any map."""
-        whole = not plan.dtype.startswith("float")
-        scale = 1.0 / DN_PER_REFLECTANCE if whole and plan.units != "raw" else None
-        attrs = (("units", plan.units), ("long_name", plan.name))
+        whole = np.dtype(plan.dtype).kind not in "fc"
+        scale = plan.rules.store.scale_factor
+        attrs = (*((("units", plan.unit),) if plan.unit else ()), ("long_name", plan.name))
         return cls(plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs)
 
     @property
@@ -303,8 +302,7 @@ def _marks(records: Records, members: NDArray[np.int64], known: tuple[Member, ..
         if not len(rows):
             continue
         own = records if len(rows) == len(records) else records.take(rows)
-        bands = dict.fromkeys(b for b in (*member.bands, member.quality) if b is not None)
-        said = [own.asset_field(band, name).to_pylist() for band in bands for name in _DECIDING]
+        said = [own.asset_field(band, name).to_pylist() for band in member.reads for name in _DECIDING]
         digests = b"".join(hashlib.sha256(repr(v).encode()).digest() for v in zip(*said, strict=True))
         result[rows] = np.frombuffer(digests, dtype="V32")
     return result

@@ -167,16 +167,12 @@ def _table(url: str, name: str, size: int, checksum: int) -> pa.Table:
 
 def plan_json(plan: SourcePlan) -> Any:
     """Return a source's plan as JSON values: part of what a job is known by."""
-    values = {k: getattr(plan, k) for k in plan.__slots__}
-    values["fill"] = None if np.isnan(plan.fill) else plan.fill
-    values["members"] = [{k: getattr(m, k) for k in m.__slots__} for m in plan.members]
-    values["maps"] = [to_json(f) for f in plan.maps]
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(to_json(plan)))
 
 
 def _plan(values: dict[str, Any]) -> SourcePlan:
-    lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    lists["fill"] = float("nan") if values["fill"] is None else values["fill"]
-    lists["members"] = tuple(Member(**{**m, "bands": tuple(m["bands"])}) for m in values["members"])
-    lists["maps"] = tuple(from_json(f) for f in values["maps"])
-    return SourcePlan(**lists)
+    fields = {k: v for k, v in values.items() if k not in ("type", "members")}
+    members = tuple(
+        Member(**{k: from_json(v) for k, v in m.items() if k != "type"}) for m in values["members"]
+    )
+    return SourcePlan(members=members, **{k: from_json(v) for k, v in fields.items()})

@@ -1,0 +1,212 @@
+"""Masks: which pixels a record's quality bands hide."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.rules.values import RuleValue
+
+__all__ = [
+    "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "Named", "QualityBand", "clouds_of", "mask_named",
+    "quality_among", "settled",
+]  # fmt: skip
+
+
+class Mask(RuleValue):
+    """Which pixels of a record are hidden, by its quality bands as they stand in the files.
+
+    A quality band's invalid pixels hide nothing: there the bands say themselves whether they are valid.
+
+    Examples
+    --------
+    A mask of one's own, for a band of probabilities:
+
+    >>> import dataclasses
+    >>> from rasteret_dask.rules.masks import Mask
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Likely(Mask):
+    ...     percent: float = 40.0
+    ...
+    ...     @property
+    ...     def needs(self):
+    ...         return ("cloud_probability",)
+    ...
+    ...     def hidden(self, *stored):
+    ...         return stored[0] > self.percent
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """The bands to read, by any of their names: code, common name, asset key."""
+
+    @abstractmethod
+    def hidden(self, *stored: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return True where a pixel is hidden; the bands of :attr:`needs`, all of one shape, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classes(Mask):
+    """Pixels of some classes of a class band."""
+
+    band: str
+    classes: tuple[int, ...]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The class band."""
+        return (self.band,)
+
+    def hidden(self, *stored: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return where the class is one of these."""
+        (codes,) = stored
+        if codes.dtype == np.uint8:
+            table = np.zeros(256, dtype=bool)
+            table[[c for c in self.classes if 0 <= c < 256]] = True
+            return np.asarray(table[codes])
+        return np.isin(codes, self.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class Bits(Mask):
+    """Pixels that have one of some bits set in a bit field."""
+
+    band: str
+    bits: tuple[int, ...]
+    """From 0, the least significant."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The bit field."""
+        return (self.band,)
+
+    def hidden(self, *stored: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return where any of these bits is set."""
+        (field,) = stored
+        if field.dtype.kind not in "iu":
+            field = field.astype(np.int64)
+        bits = [b for b in self.bits if b < 8 * field.dtype.itemsize]
+        any_of = np.array(sum(1 << b for b in bits), dtype=np.uint64).astype(field.dtype)
+        return np.asarray((field & any_of) != 0)
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf(Mask):
+    """Pixels that any of several masks hides."""
+
+    masks: tuple[Mask, ...]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The bands of all masks, each once."""
+        return tuple(dict.fromkeys(band for mask in self.masks for band in mask.needs))
+
+    def hidden(self, *stored: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return where any mask hides."""
+        by_name = dict(zip(self.needs, stored, strict=True))
+        parts = [mask.hidden(*(by_name[band] for band in mask.needs)) for mask in self.masks]
+        return np.logical_or.reduce(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class QualityBand:
+    """What a sensor's quality band tells."""
+
+    band: str
+    """Its code, in any case of letters."""
+    kind: type[Classes] | type[Bits]
+    tells: tuple[tuple[str, tuple[int, ...]], ...]
+    """Word -> classes, or bits."""
+
+    def mask(self, words: Sequence[str]) -> Mask:
+        """Return the mask of some words."""
+        tells = dict(self.tells)
+        missing = [word for word in words if word not in tells]
+        if missing:
+            raise PlanError(
+                f"mask={missing[0]!r} by band {self.band}", "nothing that it tells",
+                f"one of {', '.join(map(repr, tells))}",
+                "Give a mask of your own: rd.masks.Classes or rd.masks.Bits.",
+            )  # fmt: skip
+        return self.kind(self.band, tuple(dict.fromkeys(n for word in words for n in tells[word])))
+
+
+QUALITY = (
+    # Sentinel-2 scene classes: 3 cloud shadow, 8 and 9 cloud, 10 thin cirrus, 11 snow, 6 water (L2A definition)
+    QualityBand("SCL", Classes, (("clouds", (3, 8, 9, 10)), ("snow", (11,)), ("water", (6,)))),
+    # Landsat Collection 2: 1 dilated cloud, 3 cloud, 4 cloud shadow, 5 snow, 7 water (LSDS-1619)
+    QualityBand("qa_pixel", Bits, (("clouds", (1, 3, 4)), ("snow", (5,)), ("water", (7,)))),
+    # HLS v2: 1 cloud, 2 adjacent to cloud or shadow, 3 cloud shadow, 4 snow, 5 water (user guide, table 9)
+    QualityBand("Fmask", Bits, (("clouds", (1, 2, 3)), ("snow", (4,)), ("water", (5,)))),
+)
+"""Quality bands that a collection may have; the first one that it has is asked."""
+
+ANY_QUALITY = "@quality"
+"""Stands for the quality bands of a collection, whatever they are called."""
+
+MASKS = ("clouds", "snow", "water")
+"""Words that users write; clouds with their shadows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named(Mask):
+    """What a word asks of whatever quality band a collection has; settled into that band's mask in the plan."""
+
+    words: tuple[str, ...]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Whatever quality band there is; see :meth:`of`."""
+        return (ANY_QUALITY,)
+
+    def hidden(self, *stored: NDArray[Any]) -> NDArray[np.bool_]:
+        """Raise: no band is known yet."""
+        raise NotImplementedError("a mask by name is settled when the plan is made")
+
+    def of(self, bands: Sequence[str]) -> Mask | None:
+        """Return the mask by the quality band among a collection's bands; None where there is none."""
+        quality = quality_among(bands)
+        return None if quality is None else quality.mask(self.words)
+
+
+def quality_among(bands: Sequence[str]) -> QualityBand | None:
+    """Return the quality band among the bands of a collection, with its code there; None where there is none."""
+    for quality in QUALITY:
+        for band in bands:
+            if band.casefold() == quality.band.casefold():
+                return QualityBand(band, quality.kind, quality.tells)
+    return None
+
+
+def clouds_of(bands: Sequence[str]) -> Mask | None:
+    """Return the mask of clouds and their shadows of a collection; None where it has no quality band."""
+    return Named(("clouds",)).of(bands)
+
+
+def mask_named(mask: str | Mask | Sequence[str | Mask] | None) -> Mask | None:
+    """Return a mask by words, or of masks, or of both; None where there is nothing to mask."""
+    given = () if mask is None else (mask,) if isinstance(mask, str | Mask) else tuple(mask)
+    words = tuple(dict.fromkeys(m for m in given if not isinstance(m, Mask)))
+    for word in words:
+        if word not in MASKS:
+            raise PlanError("mask=", repr(word), f"one of {', '.join(map(repr, MASKS))}, or a Mask")
+    masks: list[Mask] = [Named(words)] if words else []
+    masks += [m for m in given if isinstance(m, Mask)]
+    return None if not masks else masks[0] if len(masks) == 1 else AnyOf(tuple(masks))
+
+
+def settled(mask: Mask | None, bands: Sequence[str]) -> Mask | None:
+    """Return a mask with its words settled by the bands of a collection; None where no band tells."""
+    if isinstance(mask, AnyOf):
+        parts = [settled(one, bands) for one in mask.masks]
+        return None if None in parts else AnyOf(tuple(one for one in parts if one is not None))
+    return mask.of(bands) if isinstance(mask, Named) else mask

@@ -1,0 +1,372 @@
+"""Picks: which of the acquisitions that compete for a slot its pixels come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rasteret_dask.errors import PlanError
+from rasteret_dask.rules.values import RuleValue, one_of
+
+__all__ = [
+    "PICKS", "Candidates", "Clearest", "Closest", "Composed", "Composition", "First", "Last", "LeastCloudy",
+    "Majority", "Mean", "Median", "Nearest", "Pick", "Ranked", "Scored", "pick_named",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Acquisitions that compete for slots; every array has one entry per (chip, slot, acquisition)."""
+
+    start: NDArray[np.int64]
+    """Nanoseconds since 1970, UTC."""
+    end: NDArray[np.int64]
+    """The same as ``start`` where it is no interval."""
+    cloud: NDArray[np.float64]
+    """Mean of the records' own figures, percent; inf where none is known."""
+    distance: NDArray[np.int64]
+    """From the middle of the slot to that of the acquisition, nanoseconds; 0 where there is no time axis."""
+
+
+class Pick(RuleValue):
+    """How the pixels of a slot are chosen among its acquisitions. Subclass one of the three below."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """What ``explain()`` and outputs call it."""
+        return type(self).__name__.lower()
+
+    @property
+    def fills(self) -> bool:
+        """Whether what is invalid in the chosen acquisition comes from the next one."""
+        return False
+
+    @abstractmethod
+    def bytes_held(self, candidates: int, bands: int, itemsize: int) -> int:
+        """Return the bytes a pixel that a slot needs beside its output, all bands together."""
+
+
+class Ranked(Pick):
+    """The first by an order that the plan knows: no pixel is read to decide.
+
+    An acquisition that covers the chip comes before one that does not, whatever the order; ties go to the nearest
+    to the slot's middle, then to the smaller id.
+
+    Examples
+    --------
+    >>> import dataclasses
+    >>> from rasteret_dask.rules.picks import Ranked
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Longest(Ranked):
+    ...     fill: bool = False
+    ...
+    ...     def order(self, candidates):
+    ...         return candidates.start - candidates.end
+    """
+
+    __slots__ = ()
+    fill: bool
+    """Whether what is invalid in the first comes from the next in order."""
+
+    @property
+    def fills(self) -> bool:
+        """See ``fill``."""
+        return self.fill
+
+    @abstractmethod
+    def order(self, candidates: Candidates) -> NDArray[Any]:
+        """Return a number an acquisition; the smallest comes first. Shape (candidate,)."""
+
+    def bytes_held(self, candidates: int, bands: int, itemsize: int) -> int:
+        """Return 0: pixels go to their places."""
+        return 0
+
+
+class Scored(Pick):
+    """The one with the highest score of its clear pixels, over the whole chip."""
+
+    __slots__ = ()
+    fill: bool
+    """Whether what is invalid in the best comes from the next best."""
+
+    @property
+    def fills(self) -> bool:
+        """See ``fill``."""
+        return self.fill
+
+    @abstractmethod
+    def score(self, clear: NDArray[np.bool_]) -> float:
+        """Return the score of one acquisition over one chip; ``clear`` has shape (y, x)."""
+
+    def bytes_held(self, candidates: int, bands: int, itemsize: int) -> int:
+        """Return what the quality bands of all candidates take, with their validity."""
+        return 4 * candidates
+
+
+class Composition(Protocol):
+    """What becomes of the acquisitions of one slot and chip, while they come."""
+
+    def add(self, values: NDArray[Any], valid: NDArray[np.bool_], rank: int) -> None:
+        """Take an acquisition, in order of its start; shapes (band, y, x); rank 0 is the nearest to the middle."""
+
+    def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return values and validity, shapes (band, y, x)."""
+
+
+class Composed(Pick):
+    """Pixels made of all acquisitions.
+
+    Examples
+    --------
+    >>> import dataclasses
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.picks import Composed
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Greatest(Composed):
+    ...     def blend(self, stack, valid):
+    ...         return np.where(valid, stack, -np.inf).max(axis=0), valid.any(axis=0)
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return values and validity, shape (band, y, x), of acquisitions, shape (candidate, band, y, x).
+
+        Invalid values mean nothing. All bands are measured ones, floats; classes and bit fields go their own way.
+        """
+
+    def begin(self) -> Composition:
+        """Return where acquisitions go; by default they are held until all are there."""
+        return _Stacked(self)
+
+    def bytes_held(self, candidates: int, bands: int, itemsize: int) -> int:
+        """Return what all candidates take, with their validity."""
+        return (itemsize + 1) * candidates * bands
+
+
+class _Stacked:
+    """Acquisitions, held until all are there."""
+
+    def __init__(self, pick: Composed) -> None:
+        self._pick = pick
+        self._values: list[NDArray[Any]] = []
+        self._valid: list[NDArray[np.bool_]] = []
+
+    def add(self, values: NDArray[Any], valid: NDArray[np.bool_], rank: int) -> None:
+        self._values.append(values)
+        self._valid.append(valid)
+
+    def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        return self._pick.blend(np.stack(self._values), np.stack(self._valid))
+
+
+@dataclass(frozen=True, slots=True)
+class Closest(Ranked):
+    """The nearest to the middle of the slot."""
+
+    fill: bool = False
+
+    def order(self, candidates: Candidates) -> NDArray[Any]:
+        """By distance."""
+        return candidates.distance
+
+
+@dataclass(frozen=True, slots=True)
+class First(Ranked):
+    """The earliest."""
+
+    fill: bool = False
+
+    def order(self, candidates: Candidates) -> NDArray[Any]:
+        """By start."""
+        return candidates.start
+
+
+@dataclass(frozen=True, slots=True)
+class Last(Ranked):
+    """The latest; with ``fill`` it is what users call ``newest``."""
+
+    fill: bool = False
+
+    @property
+    def name(self) -> str:
+        """``newest`` where it is filled."""
+        return "newest" if self.fill else "last"
+
+    def order(self, candidates: Candidates) -> NDArray[Any]:
+        """By start, backwards."""
+        return -candidates.start
+
+
+@dataclass(frozen=True, slots=True)
+class LeastCloudy(Ranked):
+    """The one whose records say the fewest clouds."""
+
+    fill: bool = False
+
+    @property
+    def name(self) -> str:
+        """The word that users write."""
+        return "least_cloudy"
+
+    def order(self, candidates: Candidates) -> NDArray[Any]:
+        """By the records' own figure."""
+        return candidates.cloud
+
+
+@dataclass(frozen=True, slots=True)
+class Clearest(Scored):
+    """The one with the most pixels in the chip that are valid and not masked."""
+
+    fill: bool = False
+
+    def score(self, clear: NDArray[np.bool_]) -> float:
+        """Count clear pixels."""
+        return float(np.count_nonzero(clear))
+
+
+@dataclass(frozen=True, slots=True)
+class Mean(Composed):
+    """The mean of valid values, summed up in order of start."""
+
+    def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return means."""
+        total = self.begin()
+        for rank, (values, known) in enumerate(zip(stack, valid, strict=True)):
+            total.add(values, known, rank)
+        return total.result()
+
+    def begin(self) -> Composition:
+        """Return a running sum."""
+        return _Sum()
+
+    def bytes_held(self, candidates: int, bands: int, itemsize: int) -> int:
+        """Return what a sum, a count and one candidate take."""
+        return (8 + 4 + itemsize) * bands
+
+
+class _Sum:
+    """A running mean."""
+
+    def __init__(self) -> None:
+        self._total: NDArray[np.float64] | None = None
+        self._count: Any = None
+        self._dtype: Any = None
+
+    def add(self, values: NDArray[Any], valid: NDArray[np.bool_], rank: int) -> None:
+        if self._total is None:
+            self._total, self._dtype = np.zeros(values.shape), values.dtype
+            self._count = np.zeros(values.shape, dtype=np.int32)
+        np.add(self._total, values, out=self._total, where=valid)
+        self._count += valid
+
+    def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        known = self._count > 0
+        mean = np.asarray(self._total) / np.where(known, self._count, np.nan)
+        return mean.astype(self._dtype), known
+
+
+@dataclass(frozen=True, slots=True)
+class Median(Composed):
+    """The median of valid values; of an even number the mean of the two in the middle."""
+
+    def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return medians."""
+        ordered = np.sort(np.where(valid, stack, np.nan), axis=0)  # NaN comes last
+        count = valid.sum(axis=0, keepdims=True)
+        low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=0)[0]
+        high = np.take_along_axis(ordered, np.minimum(count // 2, len(stack) - 1), axis=0)[0]
+        middle = ((low.astype(np.float64) + high) / 2).astype(stack.dtype)
+        return middle, count[0] > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Majority(Composed):
+    """The value that most acquisitions have, the smallest of equals: what classes become under any composite."""
+
+    def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return the commonest values."""
+        best, votes = stack[0].copy(), np.zeros(stack.shape[1:], dtype=np.int64)
+        for values, known in zip(stack, valid, strict=True):
+            same = np.count_nonzero((stack == values) & valid, axis=0) * known
+            better = (same > votes) | ((same == votes) & known & (values < best))
+            np.copyto(best, values, where=better)
+            np.copyto(votes, same, where=better)
+        return best, votes > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest(Composed):
+    """The valid value nearest to the slot's middle: what bit fields become under any composite."""
+
+    def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return the first valid values."""
+        first = np.expand_dims(valid.argmax(axis=0), 0)
+        return np.take_along_axis(stack, first, axis=0)[0], valid.any(axis=0)
+
+    def begin(self) -> Composition:
+        """Return what keeps the nearest."""
+        return _ByRank()
+
+
+class _ByRank:
+    """The valid value of the least rank."""
+
+    def __init__(self) -> None:
+        self._values: Any = None
+        self._rank: Any = None
+
+    def add(self, values: NDArray[Any], valid: NDArray[np.bool_], rank: int) -> None:
+        if self._values is None:
+            self._values = values.copy()
+            self._rank = np.full(values.shape, np.iinfo(np.int64).max)
+        nearer = valid & (rank < self._rank)
+        np.copyto(self._values, values, where=nearer)
+        np.copyto(self._rank, rank, where=nearer)
+
+    def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        return self._values, self._rank < np.iinfo(np.int64).max
+
+
+PICKS: dict[str, Pick] = {
+    "closest": Closest(),
+    "first": First(),
+    "last": Last(),
+    "newest": Last(fill=True),
+    "least_cloudy": LeastCloudy(),
+    "clearest": Clearest(),
+    "mean": Mean(),
+    "median": Median(),
+    "majority": Majority(),
+}
+"""Pick by the word that users write."""
+
+
+def pick_named(pick: str | Pick, fill: bool | None = None) -> Pick:
+    """Return a pick by its word; a pick stays what it is.
+
+    Raises
+    ------
+    PlanError
+        When there is no such pick, or one that composes is to be filled.
+    """
+    named: Pick = pick if isinstance(pick, Pick) else one_of(PICKS, "pick", pick)
+    if fill is None:
+        return named
+    if isinstance(named, Ranked | Scored):
+        return dataclasses.replace(named, fill=fill)  # type: ignore[type-var]
+    if fill:
+        raise PlanError(
+            f"harmonize(fill=True, pick={named.name!r})", "a composite, which takes every acquisition's pixels",
+            f"a pick of one acquisition: {', '.join(w for w, p in PICKS.items() if not isinstance(p, Composed))}",
+            "Leave fill out.",
+        )  # fmt: skip
+    return named

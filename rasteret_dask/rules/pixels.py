@@ -1,0 +1,137 @@
+"""All rules of one source's pixels, and the steps that every exit takes them through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rasteret_dask.catalogs.bands import Radiometry
+from rasteret_dask.rules.kinds import Kind, kind_of
+from rasteret_dask.rules.picks import Composed, Composition, Majority, Nearest, Pick
+from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.tables import Turn
+from rasteret_dask.rules.units import Raw, Unit
+from rasteret_dask.rules.values import RuleValue
+
+__all__ = ["PixelRules"]
+
+
+@dataclass(frozen=True, slots=True)
+class PixelRules(RuleValue):
+    """What the pixels of one source mean.
+
+    The stages are: decode, kernel, mask, fill, pick, finish, store (embeddings are decoded before their kernel,
+    other bands after it). Chips and cubes take them from here.
+    """
+
+    units: tuple[Unit, ...]
+    """Per band."""
+    kinds: tuple[str | None, ...]
+    """Per band, its kind's name; None: unknown."""
+    pick: Pick
+    store: Store
+    _groups: tuple[tuple[Unit, tuple[int, ...]], ...] = field(init=False, compare=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        by_unit: dict[Unit, list[int]] = {}
+        for band, unit in enumerate(self.units):
+            by_unit.setdefault(unit, []).append(band)
+        object.__setattr__(self, "_groups", tuple((unit, tuple(bands)) for unit, bands in by_unit.items()))
+
+    def kind(self, band: int) -> Kind:
+        """Return what a band is."""
+        return kind_of(self.kinds[band])
+
+    @property
+    def composes(self) -> bool:
+        """Whether pixels are made of several acquisitions."""
+        return isinstance(self.pick, Composed)
+
+    def turn(self, band: int, scaling: Radiometry) -> Turn | None:
+        """Return what turns a record's stored numbers of a band into the output's; None: they stay as they are."""
+        unit = self.units[band]
+        return None if isinstance(unit, Raw) else Turn(unit, scaling, self.store)
+
+    def work_dtype(self) -> np.dtype[Any]:
+        """Return the type that acquisitions are composed in: it holds 16-bit integers exactly, at least."""
+        stored = np.dtype(np.float32) if self.store.steps is not None else np.dtype(self.store.dtype)
+        return np.result_type(stored, np.float32)
+
+    def joint(self, valid: NDArray[np.bool_]) -> None:
+        """Make bands invalid, in place, where another is that they only have a meaning with; shape (band, ...)."""
+        for unit, bands in self._groups:
+            if not unit.elementwise and len(bands) > 1:
+                at = list(bands)
+                valid[at] = valid[at].all(axis=0)
+
+    def finish(
+        self, values: NDArray[Any], valid: NDArray[np.bool_]
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return values as they leave, and where they are valid; shapes (band, y, x), NaN where invalid.
+
+        Parameters
+        ----------
+        values, valid
+            Decoded, masked, filled, picked or composed.
+        """
+        for unit, bands in self._groups:
+            if type(unit).finish is Unit.finish:
+                continue
+            at = list(bands)
+            whole = at == list(range(len(values)))
+            own = np.where(valid if whole else valid[at], values if whole else values[at], np.nan)
+            made = unit.finish(own)
+            if whole:
+                values, valid = made, valid & ~np.isnan(made)
+            else:
+                values, valid = values.copy(), valid.copy()
+                values[at] = made
+                valid[at] &= ~np.isnan(made)
+        self.joint(valid)
+        return values, valid
+
+    def encode(
+        self, values: NDArray[Any], valid: NDArray[np.bool_]
+    ) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """Return values as they are stored, and which of them were clipped (None: none); shapes (band, y, x)."""
+        stored = self.store.encode(values, valid)
+        return stored, None if self.store.steps is None else self.store.clips(values) & valid
+
+    def begin(self) -> Composition:
+        """Return where the acquisitions of one slot and chip go: each band as its kind is composed."""
+        pick = self.pick
+        assert isinstance(pick, Composed)
+        ways: dict[Composed, list[int]] = {}
+        for band in range(len(self.units)):
+            blend = self.kind(band).blend
+            ways.setdefault(pick if blend == "average" else _BLENDS[blend], []).append(band)
+        if len(ways) == 1:
+            return next(iter(ways)).begin()
+        return _Apart([(bands, way.begin()) for way, bands in ways.items()])
+
+
+_BLENDS: dict[str, Composed] = {"majority": Majority(), "closest": Nearest()}
+
+
+class _Apart:
+    """Bands that are composed in several ways."""
+
+    def __init__(self, parts: Sequence[tuple[list[int], Composition]]) -> None:
+        self._parts = parts
+
+    def add(self, values: NDArray[Any], valid: NDArray[np.bool_], rank: int) -> None:
+        for bands, part in self._parts:
+            part.add(values[bands], valid[bands], rank)
+
+    def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        made = [(bands, *part.result()) for bands, part in self._parts]
+        count = sum(len(bands) for bands, _, _ in made)
+        values = np.empty((count, *made[0][1].shape[1:]), dtype=np.result_type(*(v.dtype for _, v, _ in made)))
+        valid = np.empty(values.shape, dtype=bool)
+        for bands, own, known in made:
+            values[bands], valid[bands] = own, known
+        return values, valid
