@@ -37,7 +37,7 @@ from rasteret_dask.planning.resolve import ResolvedSource, evaluate, resolve_sou
 from rasteret_dask.planning.scan import Table
 from rasteret_dask.reader.keeping import Later
 from rasteret_dask.reader.pixelgrid import Grid, Window
-from rasteret_dask.tasks.cuts import Cut, Feed, Harmonized
+from rasteret_dask.tasks.cuts import Feed, MemberCubes
 from rasteret_dask.tasks.filling import Chips
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job, Shard
@@ -286,8 +286,7 @@ def picked(job: Job, shard: Shard, on_error: str, later: Later | None = None) ->
     members = []
     for number, member in enumerate(plan.members):
         rows = np.unique(feed.row[job.members[0][feed.row] == number]).tolist()
-        bands = [b for b in dict.fromkeys((*member.bands, member.quality)) if b is not None]
-        assets = {(row, band): records.asset(row, band) for row in rows for band in bands}
+        assets = {(row, band): records.asset(row, band) for row in rows for band in member.reads}
         groups = []
         for code in codes:
             at = np.flatnonzero(epsg == code)
@@ -300,7 +299,7 @@ def picked(job: Job, shard: Shard, on_error: str, later: Later | None = None) ->
                 for chip, (row, col) in zip(at.tolist(), place.astype(np.int64).tolist(), strict=True)
             }
             groups.append(GroupCube(grid, assets, windows))
-        members.append(Harmonized(Cut(member, number, group_of, tuple(groups)), plan))
+        members.append(MemberCubes(member, number, tuple(groups), group_of))
     chips = Picking(job, shard, 0, members).read(on_error, later=later)
     if chips.unreadable:
         warnings.warn(

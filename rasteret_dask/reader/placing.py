@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +15,15 @@ from rasterio.errors import RasterioError
 
 from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.errors import ReadError
-from rasteret_dask.reader.harmonize import dequantize, to_float
 from rasteret_dask.reader.levels import flipped, has_mask, nodata_of
 from rasteret_dask.reader.pixelgrid import Rect
 from rasteret_dask.reader.rasterfile import read_error
 from rasteret_dask.reader.readplan import ReadPlan, Request, plan_read
 from rasteret_dask.reader.sharing import Pixels
 from rasteret_dask.reader.warp import SourceBlock, valid_pixels, warp_block
+from rasteret_dask.rules.tables import Turn
 
-__all__ = ["Block", "Out", "Reading"]
+__all__ = ["Block", "Clipped", "Out", "Reading"]
 
 
 @dataclass(slots=True)
@@ -61,15 +61,17 @@ class Out:
     valid: Sequence[NDArray[np.bool_]]
     """Per window, shape (y, x)."""
     fill: float | None
-    """What an invalid pixel holds; None: anything. Float values that are decoded or scaled hold NaN."""
-    rule: Radiometry | None = None
-    """Turns stored numbers into float32; None: as they stand."""
+    """What an invalid pixel holds; None: anything."""
+    turn: Turn | None = None
+    """Turns stored numbers into what the output holds; None: as they stand."""
     common: Sequence[bool] = ()
     """Per window: whether several requests share its ``valid``, which is True at first and stays so where all of
     them are valid. By default none does."""
 
     lost: set[int] | None = None
     """Takes the numbers of windows of which a part could not be read."""
+    clipped: list[Clipped] | None = None
+    """Takes what was clipped."""
     first: int = 0
     """Number of the first window, where this is a part of an Out."""
 
@@ -77,11 +79,23 @@ class Out:
         """Return some windows."""
         common = self.common[some] if self.common else ()
         first = self.first + some.start
-        return Out(self.values[some], self.valid[some], self.fill, self.rule, common, self.lost, first)
+        return Out(
+            self.values[some], self.valid[some], self.fill, self.turn, common, self.lost, self.clipped, first
+        )
 
     def shares(self, window: int) -> bool:
         """Tell whether a window's validity is shared."""
         return bool(self.common) and self.common[window]
+
+
+class Clipped(NamedTuple):
+    """Valid pixels of one window that were outside of what the output can hold."""
+
+    window: int
+    rows: slice
+    cols: slice
+    pixels: NDArray[np.bool_]
+    """Shape (rows, cols)."""
 
 
 @dataclass(slots=True)
@@ -203,13 +217,16 @@ class Reading:
                 source = SourceBlock(target.values, target.valid, rect, self.nodata)
                 if request.decode is not None:
                     known = valid_pixels(source.values, source.nodata)
-                    source = SourceBlock(dequantize(source.values, known), source.mask, rect, np.nan)
+                    decoded = _decoded(request, source.values, known)
+                    source = SourceBlock(decoded, source.mask, rect, np.nan)
                 values, valid = warp_block(source, plan, request.grid, window)
-                _mark(out.valid[i], valid, out.shares(i))
-                if request.decode is not None:
-                    out.values[i][...] = values
+                if request.decode is None:
+                    marked = self._store(i, _WHOLE, out.values[i], values, valid)
+                elif out.turn is not None:
+                    marked = self._note(i, _WHOLE, *out.turn.write_decoded(out.values[i], values, valid))
                 else:
-                    self._store(out.values[i], values, valid)
+                    out.values[i][...], marked = values, valid
+                _mark(out.valid[i], marked, out.shares(i))
         except (RasterioError, CPLE_BaseError) as error:
             doing = f"warping it to EPSG:{request.grid.epsg}"
             remedy = "Check the record's CRS and the grid's bounds."
@@ -257,27 +274,64 @@ class Reading:
         known = mask
         if not self.bent or target.valid is not None:
             known = _known(values, self.nodata, mask)
+        if not self.bent:
+            plain = self.out.turn is None and self.request.decode is None and values.dtype.kind in "iub"
+            holds = plain and mask is None and self.nodata == self.out.fill  # what is invalid holds the fill
+            if holds:
+                target.values[at] = values
+            else:
+                known = self._store(number, at, target.values[at], values, known)
         if target.valid is not None:
             _mark(target.valid[at], known, target.common)
         if not self.bent:
-            plain = self.out.rule is None and self.request.decode is None and values.dtype.kind in "iub"
-            holds = plain and mask is None and self.nodata == self.out.fill  # what is invalid holds the fill
-            self._store(target.values[at], values, None if holds else known)
             return
         target.values[at] = values
         if target.valid is None and values.dtype.kind in "fc" and self.nodata is not None:
             target.values[at][np.isnan(values)] = self.nodata  # or NaN would spread through the kernel
 
-    def _store(self, place: NDArray[Any], values: NDArray[Any], valid: NDArray[np.bool_] | None) -> None:
-        """Write values in the output's terms; ``valid`` None: none of them has to become the fill."""
+    def _store(
+        self,
+        number: int,
+        at: tuple[slice, slice],
+        place: NDArray[Any],
+        values: NDArray[Any],
+        valid: NDArray[np.bool_] | None,
+    ) -> NDArray[np.bool_] | None:
+        """Write stored numbers in the output's terms to a part of a window; return where they are valid, None: all."""
+        if self.out.turn is not None:
+            return self._note(number, at, *self.out.turn.write(place, values, valid))
         if self.request.decode is not None:
-            place[...] = dequantize(values, valid)
-        elif self.out.rule is not None:
-            place[...] = to_float(values, valid, self.out.rule)
-        else:
-            place[...] = values
-            if self.out.fill is not None and valid is not None:
-                np.copyto(place, place.dtype.type(self.out.fill), where=~valid)
+            place[...] = _decoded(self.request, values, valid)
+            return valid
+        place[...] = values
+        if self.out.fill is not None and valid is not None:
+            np.copyto(place, place.dtype.type(self.out.fill), where=~valid)
+        return valid
+
+    def _note(
+        self,
+        number: int,
+        at: tuple[slice, slice],
+        valid: NDArray[np.bool_] | None,
+        clipped: NDArray[np.bool_] | None,
+    ) -> NDArray[np.bool_] | None:
+        """Note what of a part of a window was clipped; return where it is valid."""
+        if clipped is not None and self.out.clipped is not None:
+            self.out.clipped.append(Clipped(self.out.first + number, *at, clipped))
+        return valid
+
+
+_WHOLE = np.s_[:, :]
+
+
+def _decoded(request: Request, values: NDArray[Any], valid: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Return values decoded before their kernel, NaN where invalid (None: nowhere)."""
+    assert request.decode is not None
+    asset = request.asset
+    decoded = request.decode.decode(values, Radiometry(asset.scale, asset.offset, asset.rule))
+    if valid is not None and not valid.all():
+        decoded[~valid] = np.nan
+    return decoded
 
 
 _COMMON = Lock()

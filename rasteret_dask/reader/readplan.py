@@ -12,6 +12,7 @@ from rasterio.enums import Resampling
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.reader.levels import Frame, rect_tiles, sparse_tiles
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, transformed
+from rasteret_dask.rules.units import Unit
 from rasteret_dask.table.records import Asset, Level
 
 __all__ = ["ReadPlan", "Request", "plan_read", "tiles_of"]
@@ -35,9 +36,9 @@ class Request:
     resampling: str | None = None
     """GDAL's name of a kernel. None: nearest for quality, class and embedding bands, else average where the
     grid is coarser than the image, else bilinear. Without effect where the grids are aligned."""
-    decode: str | None = None
-    """``"embedding"``: values are dequantized to float32 before any kernel, NaN where invalid. Overviews hold
-    averages of quantized numbers, so the image itself is read."""
+    decode: Unit | None = None
+    """Decodes stored numbers before any kernel, to float32, NaN where invalid. Overviews hold averages of stored
+    numbers, so the image itself is read. None: the kernel sees stored numbers."""
 
     def __post_init__(self) -> None:
         subject = f"request for asset {self.asset.band!r} of record {self.asset.record_id!r}"
@@ -50,8 +51,6 @@ class Request:
             raise PlanError(
                 subject, f"resampling {self.resampling!r}", f"one of {', '.join(sorted(_KERNELS))}"
             )
-        if self.decode not in (None, "embedding"):
-            raise PlanError(subject, f"decode {self.decode!r}", "'embedding' or None")
 
 
 @dataclass(frozen=True, slots=True)

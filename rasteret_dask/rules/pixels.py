@@ -56,17 +56,25 @@ class PixelRules(RuleValue):
         unit = self.units[band]
         return None if isinstance(unit, Raw) else Turn(unit, scaling, self.store)
 
+    @property
+    def joint_groups(self) -> tuple[tuple[Unit, tuple[int, ...]], ...]:
+        """The units that need all of their bands at once, with these bands."""
+        return tuple((unit, bands) for unit, bands in self._groups if not unit.elementwise)
+
+    def decoded_dtype(self) -> np.dtype[Any]:
+        """Return the type that holds the decoded values of all bands: the stored one where all are raw."""
+        raw = all(isinstance(unit, Raw) for unit in self.units)
+        return np.dtype(self.store.dtype) if raw else np.dtype(np.float32)
+
     def work_dtype(self) -> np.dtype[Any]:
         """Return the type that acquisitions are composed in: it holds 16-bit integers exactly, at least."""
-        stored = np.dtype(np.float32) if self.store.steps is not None else np.dtype(self.store.dtype)
-        return np.result_type(stored, np.float32)
+        return np.result_type(self.decoded_dtype(), np.float32)
 
     def joint(self, valid: NDArray[np.bool_]) -> None:
         """Make bands invalid, in place, where another is that they only have a meaning with; shape (band, ...)."""
-        for unit, bands in self._groups:
-            if not unit.elementwise and len(bands) > 1:
-                at = list(bands)
-                valid[at] = valid[at].all(axis=0)
+        for _, bands in self.joint_groups:
+            at = list(bands)
+            valid[at] = valid[at].all(axis=0)
 
     def finish(
         self, values: NDArray[Any], valid: NDArray[np.bool_]

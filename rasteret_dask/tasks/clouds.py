@@ -8,8 +8,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.planning.resolve import SourcePlan
-from rasteret_dask.reader import harmonize
+from rasteret_dask.planning.resolve import Member, SourcePlan
+from rasteret_dask.rules.picks import Closest, Ranked
+from rasteret_dask.rules.pixels import PixelRules
+from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.units import Raw
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.picking import Picking
@@ -17,11 +20,13 @@ from rasteret_dask.tasks.picking import Picking
 __all__ = ["cloud_fractions", "has_clouds"]
 
 _UNKNOWN = -1
+_QUALITY = "bitfield"
+"""What quality bands are here: neither averaged nor scaled."""
 
 
 def has_clouds(plan: SourcePlan) -> bool:
     """Tell whether every member of a source has a quality band."""
-    return all(m.quality is not None for m in plan.members)
+    return all(m.clouds is not None for m in plan.members)
 
 
 def cloud_fractions(
@@ -44,23 +49,28 @@ def cloud_fractions(
         Shape (chip,), 0 where nothing is known; and one line a tile that could not be read.
     """
     plan = job.sources[source]
-    members = tuple(
-        replace(m, bands=(str(m.quality),), quality=None, quality_kind=None) for m in plan.members
-    )
-    bare = replace(
-        plan, members=members, bands=("quality",), units="raw", dtype="int32", fill=float(_UNKNOWN),
-        resampling=None, mask=(), maps=(),
-    )  # fmt: skip
+    members = tuple(Member(m.name, _needed(m)) for m in plan.members)
+    number = max(len(m.bands) for m in members)
+    members = tuple(replace(m, bands=(*m.bands, *m.bands[:1] * (number - len(m.bands)))) for m in members)
+    pick = plan.pick if isinstance(plan.pick, Ranked) else Closest()
+    rules = PixelRules((Raw(),) * number, (_QUALITY,) * number, pick, Store("int32", _UNKNOWN))
+    bands = tuple(f"quality {at}" for at in range(number))
+    bare = replace(plan, members=members, bands=bands, rules=rules, resampling=None, maps=())
     own = replace(job, sources=(*job.sources[:source], bare, *job.sources[source + 1 :]))
     read = Picking(own, shard, source, pixels.members_of(own, shard, source)).read(on_error, later=_Alone())
     cloudy = np.zeros(len(read.values), dtype=np.int64)
     for member in plan.members:
         picked = read.source == member.name
+        assert member.clouds is not None
         for chip, slot in np.argwhere(picked).tolist():
-            bad = harmonize.bad_pixels(read.values[chip, slot, 0], str(member.quality_kind), ("clouds",))
+            bad = member.clouds.hidden(*read.values[chip, slot, : len(_needed(member))])
             cloudy[chip] += np.count_nonzero(bad & read.valid[chip, slot])
     known = np.count_nonzero(read.valid, axis=(1, 2, 3))
     return np.asarray(cloudy / np.maximum(known, 1)), read.unreadable
+
+
+def _needed(member: Member) -> tuple[str, ...]:
+    return () if member.clouds is None else member.clouds.needs
 
 
 class _Alone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.cubes.cube import GroupCube, compact_groups, group_cube
-from rasteret_dask.planning.resolve import Member, SourcePlan
+from rasteret_dask.planning.resolve import Member
 from rasteret_dask.reader.pixelgrid import Window
 from rasteret_dask.tasks.job import Job, Shard
 
-__all__ = ["Cut", "Feed", "Harmonized", "MemberCubes", "cubes", "cut", "harmonized"]
+__all__ = ["Feed", "MemberCubes", "cubes"]
 
 
 @dataclass(frozen=True)
@@ -44,35 +44,24 @@ class Feed:
 
 @dataclass(frozen=True)
 class MemberCubes:
-    """The cubes of one member over one shard: nothing is read yet."""
+    """The cubes of one member over one shard, cut into chips: nothing is read yet."""
 
     member: Member
     number: int
     groups: tuple[GroupCube, ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Lazy windows: where each (record, band) of a chip is read, and in which cube."""
-
-    member: Member
-    number: int
     group_of: Mapping[int, int]
     """Chip -> its group."""
-    groups: tuple[GroupCube, ...]
+
+    @classmethod
+    def of(cls, member: Member, number: int, groups: Sequence[GroupCube]) -> MemberCubes:
+        """Note which group each chip lies in."""
+        group_of = {chip: at for at, group in enumerate(groups) for chip in group.windows}
+        return cls(member, number, tuple(groups), group_of)
 
     def window(self, chip: int) -> tuple[GroupCube, Window]:
         """Return a chip's cube and its window in it."""
         group = self.groups[self.group_of[chip]]
         return group, group.windows[chip]
-
-
-@dataclass(frozen=True)
-class Harmonized:
-    """Lazy windows with the rules that make their values comparable."""
-
-    cut: Cut
-    plan: SourcePlan
 
 
 def cubes(job: Job, shard: Shard, source: int, member: int) -> MemberCubes:
@@ -83,22 +72,10 @@ def cubes(job: Job, shard: Shard, source: int, member: int) -> MemberCubes:
     feed = feed.take(job.members[source][feed.row] == member)
     chips = np.unique(feed.chip)
     bounds, epsg = job.bounds[shard.start : shard.stop], job.epsg[shard.start : shard.stop]
-    bands = [b for b in dict.fromkeys((*own.bands, own.quality)) if b is not None]
     groups = []
     for run in compact_groups(epsg[chips], bounds[chips]):
         inside = chips[run]
         rows = np.unique(feed.row[np.isin(feed.chip, inside)]).tolist()
         code = int(epsg[inside[0]])
-        groups.append(group_cube(records, rows, bands, code, inside, bounds[inside], plan.resolution))
-    return MemberCubes(own, member, tuple(groups))
-
-
-def cut(found: MemberCubes) -> Cut:
-    """Cut the cubes into chips."""
-    group_of = {chip: number for number, group in enumerate(found.groups) for chip in group.windows}
-    return Cut(found.member, found.number, group_of, found.groups)
-
-
-def harmonized(found: Cut, plan: SourcePlan) -> Harmonized:
-    """Attach the source's rules: units, masks and kernels are applied where pixels are read."""
-    return Harmonized(found, plan)
+        groups.append(group_cube(records, rows, own.reads, code, inside, bounds[inside], plan.resolution))
+    return MemberCubes.of(own, member, groups)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.planning.resolve import Member
-from rasteret_dask.reader import harmonize
 from rasteret_dask.reader.engine import Counts
+from rasteret_dask.reader.placing import Clipped
 from rasteret_dask.reader.readplan import Request
+from rasteret_dask.rules.pixels import PixelRules
 from rasteret_dask.table.records import Asset
 
-__all__ = ["Chips", "Into", "Place", "Seen", "Slot", "Wanted", "clear", "copied", "masked", "put"]
+__all__ = ["Chips", "Into", "Place", "Seen", "Slot", "Wanted", "Windows", "clear", "copied", "hidden", "scored_by"]
 
 Into: TypeAlias = tuple[NDArray[Any], NDArray[np.bool_] | None]
 """Memory for a shard's pixels (chip, time, band, y, x), and for their validity (chip, time, y, x)."""
@@ -35,6 +36,8 @@ class Chips:
     """Shape (chip, time). Name of the picked member, "" where empty; several are joined by +."""
     clipped: NDArray[np.int64]
     """Shape (band,). Pixels outside the range of an integer dtype."""
+    filled: NDArray[np.float32] | None = None
+    """Shape (chip, time). Share of the pixels that other acquisitions than the picked one gave; None: none may."""
     counts: Counts = field(default_factory=Counts)
     unreadable: list[str] = field(default_factory=list)
     """One line a tile that could not be read and is masked instead."""
@@ -47,7 +50,7 @@ class Wanted:
     request: Request
     member: Member
     bands: list[int]
-    """Output bands it becomes; none for a quality band."""
+    """Output bands it becomes; none for a band that only masks."""
     entries: list[int]
     """Per window, the feed entry."""
 
@@ -59,7 +62,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Seen:
-    """One band of one record over one chip, as it stands in the file."""
+    """One band of one record over one chip, as it stands in the file, or decoded before its kernel."""
 
     wanted: Wanted
     values: NDArray[Any]
@@ -68,6 +71,10 @@ class Seen:
     """Shape (y, x)."""
     lost: bool = False
     """Whether a part of it could not be read."""
+
+
+Windows: TypeAlias = "list[Seen]"
+"""What has been read of one record over one chip."""
 
 
 @dataclass
@@ -81,6 +88,8 @@ class Place:
     common: bool
     bands: set[int] = field(default_factory=set)
     """Those that have their pixels."""
+    clipped: list[tuple[int, Clipped]] = field(default_factory=list)
+    """(band, what of it was clipped), before any mask."""
 
     def written(self, bands: Sequence[int]) -> None:
         """Note that the first of some bands has its pixels; the others are the same."""
@@ -90,65 +99,100 @@ class Place:
                 self.valid[band] = self.valid[bands[0]]
         self.bands.update(bands)
 
-    def put(self, band: int, values: NDArray[Any], valid: NDArray[np.bool_], fill: float) -> None:
+    def put(self, band: int, values: NDArray[Any], valid: NDArray[np.bool_], fill: Any) -> None:
         """Write a band that was read apart."""
-        self.values[band] = np.where(valid, values, self.values.dtype.type(fill))
+        self.values[band] = np.where(valid, values, fill)
         if self.common:
             self.valid &= valid
         else:
             self.valid[band] = valid
         self.bands.add(band)
 
-    def complete(self, fill: float) -> None:
+    def complete(self, fill: Any) -> None:
         """Make the bands invalid that the record does not have."""
         for band in set(range(len(self.values))) - self.bands:
             self.values[band] = fill
             if self.common:
                 self.valid[...] = False
 
+    def finish(self, rules: PixelRules) -> None:
+        """Finish the bands that only have a meaning together; the others came finished."""
+        for unit, bands in rules.joint_groups:
+            own = slice(None) if len(bands) == len(self.values) else list(bands)
+            made = unit.finish(self.values[own])
+            known = ~np.isnan(made).any(axis=0)
+            self.values[own] = made
+            if self.common:
+                self.valid &= known
+            else:
+                self.valid[own] &= known
+
+    def hide(self, where: NDArray[np.bool_], fill: Any) -> None:
+        """Make pixels invalid; shape (y, x)."""
+        self.valid &= ~where
+        np.copyto(self.values, fill, where=where)
+
+    def count_clipped(self, where: NDArray[np.bool_] | None, counts: NDArray[np.int64]) -> None:
+        """Add what was clipped and is not hidden to the counts of each band."""
+        for band, part in self.clipped:
+            shown = part.pixels if where is None else part.pixels & ~where[part.rows, part.cols]
+            counts[band] += np.count_nonzero(shown)
+
 
 @dataclass(frozen=True)
 class Slot:
-    """The chips of one slot while acquisitions are read into it."""
+    """The chips of one slot while records are read into it."""
 
     values: NDArray[Any]
-    """Shape (chip, band, y, x). Holds ``fill`` where not valid."""
+    """Shape (chip, band, y, x)."""
     valid: NDArray[np.bool_]
     """Shape (chip, band, y, x)."""
-    fill: float
-    dn: bool
-    """Whether reflectance is stored as integers."""
+
+    def put(self, chip: int, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Write what is valid to a chip's pixels that are not yet; return where, shape (band, y, x)."""
+        take = valid & ~self.valid[chip]
+        np.copyto(self.values[chip], values, where=take, casting="unsafe")
+        np.logical_or(self.valid[chip], take, out=self.valid[chip])
+        return take
 
 
 def copied(window: Seen) -> Seen:
-    """Return a window that does not hold its whole block in memory."""
-    return Seen(window.wanted, window.values.copy(), window.valid.copy(), window.lost)
+    """Return a window that holds no part of a larger batch."""
+    return replace(window, values=window.values.copy(), valid=window.valid.copy())
 
 
-def masked(window: Seen, mask: tuple[str, ...]) -> NDArray[np.bool_]:
-    """Return where a quality band masks its record; everywhere where a part of it could not be read."""
-    if window.lost:
-        return np.ones_like(window.valid)
-    return window.valid & ~clear(window, mask)
+def hidden(member: Member, windows: Sequence[Seen]) -> NDArray[np.bool_] | None:
+    """Return where a member's mask hides a record's pixels, shape (y, x); None: it has none, or no such bands here.
+
+    Where a quality band could not be read everything is hidden: unknown is not clear.
+    """
+    quality = _quality(member, windows)
+    if member.mask is None or quality is None:
+        return None
+    if any(window.lost for window in quality):
+        return np.ones(quality[0].valid.shape, dtype=bool)
+    known = np.logical_and.reduce([window.valid for window in quality])
+    return known & member.hides(*(window.values for window in quality))
 
 
-def clear(window: Seen, mask: tuple[str, ...]) -> NDArray[np.bool_]:
-    """Return where a record is valid and not masked, as far as one of its bands tells; shape (y, x)."""
-    member = window.wanted.member
-    if not mask or window.wanted.asset.band != member.quality or member.quality_kind is None:
-        return window.valid
-    return window.valid & ~harmonize.bad_pixels(window.values, member.quality_kind, mask)
+def clear(member: Member, windows: Sequence[Seen]) -> NDArray[np.bool_] | None:
+    """Return where a record is valid and not hidden, as far as its quality bands tell; None: they are not here.
+
+    A member without any is scored by its first band.
+    """
+    quality = _quality(member, windows)
+    if quality is None:
+        return None
+    known = np.logical_and.reduce([window.valid for window in quality])
+    return known if member.mask is None else known & ~member.hides(*(window.values for window in quality))
 
 
-def put(values: NDArray[Any], valid: NDArray[np.bool_], chip: int, target: Slot) -> NDArray[np.int64]:
-    """Store what is valid in a chip's pixels that are not; return how many of each band were clipped."""
-    take = valid & ~target.valid[chip]
-    clipped = np.zeros(len(values), dtype=np.int64)
-    if target.dn:
-        values = np.where(take, values, np.nan)
-        values, clipped = harmonize.to_dtype(values, target.values.dtype.name, target.fill)
-    elif target.values.dtype.kind in "iu" and values.dtype.kind == "f":
-        values = np.rint(np.where(take, values, 0))
-    np.copyto(target.values[chip], values, where=take, casting="unsafe")
-    np.logical_or(target.valid[chip], take, out=target.valid[chip])
-    return clipped
+def scored_by(member: Member) -> tuple[str, ...]:
+    """Return the bands by which a member's acquisitions are scored."""
+    return member.quality or member.bands[:1]
+
+
+def _quality(member: Member, windows: Sequence[Seen]) -> list[Seen] | None:
+    by_band: Mapping[str, Seen] = {window.wanted.asset.band: window for window in windows}
+    bands = scored_by(member)
+    return [by_band[band] for band in bands] if all(band in by_band for band in bands) else None

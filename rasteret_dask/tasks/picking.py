@@ -1,4 +1,4 @@
-"""Reads a shard's chips of one source: straight to their places, or picked, filled and composed slot by slot."""
+"""Reads a shard's chips of one source: straight to their places, then filled; or composed, slot by slot."""
 
 from __future__ import annotations
 
@@ -11,15 +11,27 @@ from numpy.typing import NDArray
 from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.cubes.cube import GroupCube
 from rasteret_dask.planning.resolve import Member
-from rasteret_dask.reader import harmonize
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.keeping import Later
 from rasteret_dask.reader.pixelgrid import Window
-from rasteret_dask.reader.placing import Block, Out
+from rasteret_dask.reader.placing import Block, Clipped, Out
 from rasteret_dask.reader.readplan import Request
+from rasteret_dask.rules.picks import Scored
+from rasteret_dask.rules.units import Raw, Unit
 from rasteret_dask.table.records import Asset
-from rasteret_dask.tasks.cuts import Cut, Feed, Harmonized
-from rasteret_dask.tasks.filling import Chips, Into, Place, Seen, Slot, Wanted, clear, copied, masked, put
+from rasteret_dask.tasks.cuts import Feed, MemberCubes
+from rasteret_dask.tasks.filling import (
+    Chips,
+    Into,
+    Place,
+    Seen,
+    Slot,
+    Wanted,
+    clear,
+    copied,
+    hidden,
+    scored_by,
+)
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.neighbours import Neighbours
 
@@ -32,19 +44,19 @@ BATCH_BYTES = 64 * 2**20
 class Picking:
     """Reads one source of one shard.
 
-    Where each chip has one record to begin with and no numbers to count, its pixels go straight from the tiles to
-    their places, in the source's units, for many slots in one batch. What other records have to fill, and
-    composites, go slot by slot.
+    Where a slot takes one acquisition's pixels, those of its nearest record go straight from the tiles to their
+    places, in the stored form, for many slots in one batch. What other records have to fill, and composites, go
+    slot by slot. What becomes of the numbers is said by the source's :class:`PixelRules`, here and in cubes.
     """
 
-    def __init__(self, job: Job, shard: Shard, source: int, members: Sequence[Harmonized]) -> None:
+    def __init__(self, job: Job, shard: Shard, source: int, members: Sequence[MemberCubes]) -> None:
         self.job, self.shard, self.source = job, shard, source
-        self.plan = job.sources[source]
-        self.members = {m.cut.number: m for m in members}
+        self.plan, self.rules = job.sources[source], job.sources[source].rules
+        self.members = {m.number: m for m in members}
         self.size = job.size_px[source]
         self.member_of, self.pass_of = job.members[source], job.passes[source]
-        self._seen: dict[tuple[int, int], Seen] = {}
-        """(record, chip) -> the band that ``clearest`` has read of it already."""
+        self._seen: dict[tuple[int, int], list[Seen]] = {}
+        """(record, chip) -> the bands that its score has read of it already."""
 
     def read(self, on_error: str = "raise", into: Into | None = None, later: Later | None = None) -> Chips:
         """Read every slot ``into`` memory, or new one; ``later`` are to be read of the same tiles, or shards near."""
@@ -62,76 +74,52 @@ class Picking:
             np.full((n, plan.times), np.datetime64("NaT", "us"), dtype="datetime64[us]"),
             np.full((n, plan.times), "", dtype=object),
             np.zeros(len(plan.bands), dtype=np.int64),
+            np.zeros((n, plan.times), dtype=np.float32) if plan.pick.fills else None,
         )
         feed = Feed.of(self.job, self.shard, self.source)
-        direct = self._is_direct(feed)
         blank = np.ones((n, plan.times), dtype=bool)
-        if direct:
+        if not self.rules.composes:
             blank[feed.chip, feed.slot] = False
         for chip, slot in np.argwhere(blank).tolist():
             chips.values[chip, slot] = plan.fill
         with Session(on_error, later or Neighbours(self.job, self.shard, self.source)) as session:
-            for slots in self._batches(feed, direct):
-                self._slots(session, feed.take(np.isin(feed.slot, slots)), slots, direct, chips)
+            for slots in self._batches(feed):
+                some = feed.take(np.isin(feed.slot, slots))
+                if self.rules.composes:
+                    self._compose(session, some, slots[0], chips)
+                else:
+                    self._pick(session, some, slots, chips)
+                self._seen.clear()
             chips.counts, chips.unreadable = session.counts, session.unreadable
         return chips
 
-    def _is_direct(self, feed: Feed) -> bool:
-        """Tell whether pixels can go straight to their places: nothing to compose, to round or to count."""
-        plan = self.plan
-        if self._composed or (plan.units == "reflectance" and plan.dtype != "float32"):
-            return False
-        if plan.units != "raw":
-            return True
-        records = self.job.records[self.source]
-        kinds = {
-            records.asset(row, band).dtype
-            for row in np.unique(feed.row).tolist()
-            for band in self.plan.members[int(self.member_of[row])].bands
-        }
-        return all(np.can_cast(kind, plan.dtype) for kind in kinds)
-
-    @property
-    def _composed(self) -> bool:
-        return self.plan.slots is not None and self.plan.pick in ("mean", "median")
-
-    def _batches(self, feed: Feed, direct: bool) -> Iterator[list[int]]:
+    def _batches(self, feed: Feed) -> Iterator[list[int]]:
         """Yield slots to be read together, so that many ranges are under way at the same time."""
         slots = np.unique(feed.slot).tolist()
         cost = (self.shard.stop - self.shard.start) * len(self.plan.bands) * self.size * self.size
-        single = not direct or (self.plan.slots is not None and self.plan.pick == "clearest")
-        most = 1 if single else max(1, BATCH_BYTES // cost)
+        alone = self.rules.composes or isinstance(self.plan.pick, Scored)
+        most = 1 if alone else max(1, BATCH_BYTES // cost)
         for at in range(0, len(slots), most):
             yield slots[at : at + most]
 
-    def _slots(self, session: Session, feed: Feed, slots: list[int], direct: bool, chips: Chips) -> None:
+    def _pick(self, session: Session, feed: Feed, slots: list[int], chips: Chips) -> None:
+        """Read slots that take one acquisition's pixels each."""
         plan, n = self.plan, self.shard.stop - self.shard.start
-        if plan.slots is not None and plan.pick == "clearest":
-            feed = self._clearest(session, feed)
+        if isinstance(plan.pick, Scored):
+            feed = self._by_score(session, feed, plan.pick)
         shape = (n, len(plan.bands), self.size, self.size)
-        ranked = self._ranked(feed, slots) if direct else np.ones((n, len(slots)), dtype=bool)
-        valid = {slots[at]: np.zeros(shape, dtype=bool) for at in np.flatnonzero(ranked.any(0)).tolist()}
-        if direct:
-            self._straight(session, feed, slots, ranked, chips, valid)
-        dn = plan.units == "reflectance" and plan.dtype != "float32"
+        several = self._several(feed, slots)
+        valid = {slots[at]: np.zeros(shape, dtype=bool) for at in np.flatnonzero(several.any(0)).tolist()}
+        self._straight(session, feed, slots, several, chips, valid)
         for at, slot in enumerate(slots):
             own = feed.take(feed.slot == slot)
             if slot in valid:
-                target = Slot(chips.values[:, slot], valid[slot], plan.fill, dn)
-                if self._composed:
-                    chips.clipped += self._composite(session, own, target)
-                else:
-                    chips.clipped += self._acquisition(session, own, target, int(direct))
-                for chip in np.flatnonzero(ranked[:, at]).tolist():
+                self._fill(session, own, Slot(chips.values[:, slot], valid[slot]), chips, slot)
+                for chip in np.flatnonzero(several[:, at]).tolist():
                     np.logical_and.reduce(valid[slot][chip], axis=0, out=chips.valid[chip, slot])
-            best = own.take(_first_of(own.chip))
-            chips.datetime[best.chip, slot] = self.job.starts[self.source][best.row]
-            chips.source[best.chip, slot] = self._names(best.row)
-            if self._composed:
-                self._name_composites(own, slot, chips)
-        self._seen.clear()
+            self._name(own, slot, chips)
 
-    def _ranked(self, feed: Feed, slots: list[int]) -> NDArray[np.bool_]:
+    def _several(self, feed: Feed, slots: list[int]) -> NDArray[np.bool_]:
         """Return shape (chip, slot of ``slots``): whether several records feed a chip, so that one fills another."""
         count = np.zeros((self.shard.stop - self.shard.start, len(slots)), dtype=np.int64)
         np.add.at(count, (feed.chip, np.searchsorted(slots, feed.slot)), 1)
@@ -142,7 +130,7 @@ class Picking:
         session: Session,
         feed: Feed,
         slots: list[int],
-        ranked: NDArray[np.bool_],
+        several: NDArray[np.bool_],
         chips: Chips,
         valid: dict[int, NDArray[np.bool_]],
     ) -> None:
@@ -154,19 +142,19 @@ class Picking:
         plan = self.plan
         head = np.unique(feed.chip * plan.times + feed.slot, return_index=True)[1]
         first, rest = feed.take(head), feed.take(np.delete(np.arange(len(feed.chip)), head))
-        wanted = self._wanted(first)
         places = []
         for chip, slot, at in zip(
             first.chip.tolist(), first.slot.tolist(), np.searchsorted(slots, first.slot).tolist(), strict=True
         ):
-            if ranked[chip, at]:
+            if several[chip, at]:
                 places.append(Place(chips.values[chip, slot], valid[slot][chip], False))
             else:
                 places.append(Place(chips.values[chip, slot], chips.valid[chip, slot], True))
                 chips.valid[chip, slot] = True
-        outs, apart = [], []
+        wanted, outs = self._wanted(first), []
+        apart: list[tuple[Wanted, Block]] = []
         for one in wanted:
-            if self._is_quality(one):
+            if self._masks(one):
                 block = Block.empty(one.request)
                 apart.append((one, block))
                 outs.append(block.out())
@@ -174,213 +162,242 @@ class Picking:
                 outs.append(self._out(one, [places[entry] for entry in one.entries]))
         soon = rest.take(np.isin(rest.row, first.row))  # other records share no tile with these
         session.read_into([one.request for one in wanted], outs, self.requests(soon))
-        for one in wanted:
-            for entry in () if self._is_quality(one) else one.entries:
+        for one, out in zip(wanted, outs, strict=True):
+            for part in out.clipped or ():
+                places[one.entries[part.window]].clipped += [(band, part) for band in one.bands]
+            for entry in () if self._masks(one) else one.entries:
                 places[entry].written(one.bands)
         looks = self._looks(first, apart)
-        for place, windows in zip(places, looks, strict=True):
-            self._look(place, windows)
+        for entry, (place, windows) in enumerate(zip(places, looks, strict=True)):
+            self._look(place, windows, self._member(int(first.row[entry])), chips)
 
     def _out(self, wanted: Wanted, places: Sequence[Place]) -> Out:
-        band = wanted.bands[0]
+        band, asset = wanted.bands[0], wanted.asset
+        clipped: list[Clipped] = []
         return Out(
             [place.values[band] for place in places],
             [place.valid if place.common else place.valid[band] for place in places],
             self.plan.fill,
-            self._rule(wanted.asset) if self.plan.units == "reflectance" else None,
+            self.rules.turn(band, _scaling(asset)),
             [place.common for place in places],
+            clipped=clipped,
         )
 
     def _looks(self, feed: Feed, apart: Sequence[tuple[Wanted, Block]]) -> list[list[Seen]]:
-        """Return what has been read of each entry beside its bands: quality, now or by ``clearest``."""
+        """Return what has been read of each entry beside its bands: quality, now or for its score."""
         looks: list[list[Seen]] = [[] for _ in feed.chip]
         for one, block in apart:
             for at, entry in enumerate(one.entries):
                 looks[entry].append(Seen(one, block.values[at], block.valid[at], at in block.lost))
         for entry, (row, chip) in enumerate(zip(feed.row.tolist(), feed.chip.tolist(), strict=True)):
-            seen = self._seen.get((row, chip))
-            if seen is not None:
-                looks[entry].append(seen)
+            looks[entry] += self._seen.get((row, chip), [])
         return looks
 
-    def _look(self, place: Place, windows: Sequence[Seen]) -> None:
-        """Finish one chip in one slot: bands read apart, unit length, masked pixels."""
-        plan = self.plan
+    def _look(self, place: Place, windows: Sequence[Seen], member: Member, chips: Chips) -> None:
+        """Finish one chip in one slot: bands read apart, those that belong together, masked pixels."""
         for window in windows:
             for band in window.wanted.bands:
-                place.put(band, self._scaled(window.wanted.asset, window), window.valid, plan.fill)
-        place.complete(plan.fill)
-        if plan.units == "embedding":
-            place.values[...] = harmonize.unit_length(place.values, axis=0)
-            place.valid[...] = np.isfinite(place.values[0])
-        for window in windows:
-            if plan.mask and window.wanted.asset.band == window.wanted.member.quality:
-                hidden = masked(window, plan.mask)
-                place.valid &= ~hidden
-                np.copyto(place.values, place.values.dtype.type(plan.fill), where=hidden)
+                self._put_apart(place, band, window, chips)
+        place.complete(self.plan.fill)
+        place.finish(self.rules)
+        where = hidden(member, windows)
+        place.count_clipped(where, chips.clipped)
+        if where is not None:
+            place.hide(where, self.plan.fill)
 
-    def _is_quality(self, wanted: Wanted) -> bool:
-        return not wanted.bands or (bool(self.plan.mask) and wanted.asset.band == wanted.member.quality)
+    def _put_apart(self, place: Place, band: int, window: Seen, chips: Chips) -> None:
+        """Write a band whose stored numbers were read for a mask or a score too."""
+        turn = self.rules.turn(band, _scaling(window.wanted.asset))
+        if turn is None:
+            place.put(band, window.values, window.valid, self.plan.fill)
+            return
+        made = np.empty(window.values.shape, dtype=place.values.dtype)
+        write = turn.write if window.wanted.request.decode is None else turn.write_decoded
+        valid, clipped = write(made, window.values, window.valid)
+        place.put(band, made, window.valid if valid is None else valid, self.plan.fill)
+        if clipped is not None:
+            place.clipped.append((band, Clipped(0, slice(None), slice(None), clipped)))
 
-    def _rule(self, asset: Asset) -> Radiometry:
-        return Radiometry(asset.scale, asset.offset, asset.rule)
+    def _masks(self, wanted: Wanted) -> bool:
+        """Tell whether a band is needed as it stands in the file."""
+        member = wanted.member
+        return not wanted.bands or (member.mask is not None and wanted.asset.band in member.quality)
 
-    def _acquisition(self, session: Session, feed: Feed, target: Slot, done: int = 0) -> NDArray[np.int64]:
-        """Read the nearest record of each chip's acquisition, then fill its invalid pixels from the others.
-
-        Those of the first ``done`` ranks are read already. Returns how many pixels of each band were clipped.
-        """
+    def _fill(self, session: Session, feed: Feed, target: Slot, chips: Chips, slot: int) -> None:
+        """Fill the pixels that the nearest record of each chip leaves invalid, record by record."""
         first = _first_of(feed.chip)
-        rank = np.arange(len(feed.chip)) - first[np.searchsorted(feed.chip[first], feed.chip)]
-        clipped = np.zeros(target.values.shape[1], dtype=np.int64)
-        for level in range(done, int(rank.max(initial=-1)) + 1):
+        rank = _rank_in(feed.chip, first)
+        main = np.full(len(target.valid), -1, dtype=np.int64)
+        main[feed.chip[first]] = self.pass_of[feed.row[first]]
+        for level in range(1, int(rank.max(initial=0)) + 1):
             here = feed.take(rank == level)
-            if level:
-                here = here.take(np.flatnonzero(~target.valid[here.chip].all(axis=(1, 2, 3))))
+            here = here.take(np.flatnonzero(~target.valid[here.chip].all(axis=(1, 2, 3))))
             for entry, windows in self._windows(session, here, keep=feed.take(rank > level)):
-                values, valid = self._in_units(windows)
-                clipped += put(values, valid, int(here.chip[entry]), target)
-        return clipped
+                chip, row = int(here.chip[entry]), int(here.row[entry])
+                values, valid = self.rules.finish(*self._decoded(windows, self._member(row)))
+                stored, clipped = self.rules.encode(values, valid)
+                before = target.valid[chip].all(axis=0) if chips.filled is not None else None
+                take = target.put(chip, stored, valid)
+                if clipped is not None:
+                    chips.clipped += np.count_nonzero(clipped & take, axis=(1, 2))
+                if chips.filled is not None and before is not None and self.pass_of[row] != main[chip]:
+                    more = np.count_nonzero(target.valid[chip].all(axis=0) & ~before)
+                    chips.filled[chip, slot] += more / before.size
+
+    def _compose(self, session: Session, feed: Feed, slot: int, chips: Chips) -> None:
+        """Compose all candidates of a slot.
+
+        Candidates are taken by the start of their acquisition, so that a tile is read for all chips at once.
+        """
+        shape, work = (len(self.plan.bands), self.size, self.size), self.rules.work_dtype()
+        made = {int(chip): self.rules.begin() for chip in np.unique(feed.chip)}
+        passes = self.pass_of[feed.row]
+        for number in np.unique(passes).tolist():
+            own = feed.take(passes == number)
+            here = np.unique(own.chip)
+            one = Slot(np.zeros((len(here), *shape), work), np.zeros((len(here), *shape), dtype=bool))
+            self._mosaic(session, own, one, here)
+            lead = own.order[_first_of(own.chip)]
+            for at, (chip, order) in enumerate(zip(here.tolist(), lead.tolist(), strict=True)):
+                made[chip].add(one.values[at], one.valid[at], order)
+        for chip, composition in made.items():
+            values, valid = self.rules.finish(*composition.result())
+            stored, clipped = self.rules.encode(values, valid)
+            chips.values[chip, slot] = np.where(valid, stored, self.plan.fill)
+            np.logical_and.reduce(valid, axis=0, out=chips.valid[chip, slot])
+            if clipped is not None:
+                chips.clipped += np.count_nonzero(clipped, axis=(1, 2))
+        self._name(feed, slot, chips)
+        self._name_composites(feed, slot, chips)
+
+    def _mosaic(self, session: Session, feed: Feed, target: Slot, places: NDArray[np.int64]) -> None:
+        """Read the records of one acquisition, nearest first, decoded; ``places`` are the chips of ``target``."""
+        rank = _rank_in(feed.chip, _first_of(feed.chip))
+        for level in range(int(rank.max(initial=-1)) + 1):
+            here = feed.take(rank == level)
+            at = np.searchsorted(places, here.chip)
+            if level:
+                open_ = np.flatnonzero(~target.valid[at].all(axis=(1, 2, 3)))
+                here, at = here.take(open_), at[open_]
+            for entry, windows in self._windows(session, here, keep=feed.take(rank > level)):
+                values, valid = self._decoded(windows, self._member(int(here.row[entry])))
+                target.put(int(at[entry]), values, valid)
 
     def _windows(
-        self, session: Session, feed: Feed, keep: Feed | None = None, quality_only: bool = False
+        self, session: Session, feed: Feed, keep: Feed | None = None, scoring: bool = False
     ) -> Iterator[tuple[int, list[Seen]]]:
         """Yield each entry's number and what has been read of its record, all in one batch."""
-        wanted = self._wanted(feed, quality_only)
-        kept = [] if keep is None else self._wanted(keep.take(np.isin(keep.row, feed.row)), quality_only)
+        wanted = self._wanted(feed, scoring)
+        kept = [] if keep is None else self._wanted(keep.take(np.isin(keep.row, feed.row)), scoring)
         blocks = session.read_block([w.request for w in wanted], [w.request for w in kept])
-        found: list[list[Seen]] = [[] for _ in feed.chip]
+        read: list[list[Seen]] = [[] for _ in feed.chip]
         for one, block in zip(wanted, blocks, strict=True):
             for at, entry in enumerate(one.entries):
-                found[entry].append(Seen(one, block.values[at], block.valid[at], at in block.lost))
-        for entry, windows in enumerate(found):
-            seen = self._seen.get((int(feed.row[entry]), int(feed.chip[entry])))
-            yield entry, windows if seen is None else [*windows, seen]
+                read[entry].append(Seen(one, block.values[at], block.valid[at], at in block.lost))
+        for entry, windows in enumerate(read):
+            yield entry, windows + self._seen.get((int(feed.row[entry]), int(feed.chip[entry])), [])
 
-    def _in_units(self, windows: Sequence[Seen]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Return values in the source's units and validity, shape (band, y, x), of one record over one chip."""
-        plan = self.plan
-        shape = (len(plan.bands), self.size, self.size)
-        values = np.zeros(shape, dtype=plan.dtype if plan.units == "raw" else np.float32)
+    def _decoded(
+        self, windows: Sequence[Seen], member: Member
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return one record's decoded values over one chip and their validity, masked; shape (band, y, x)."""
+        shape = (len(self.plan.bands), self.size, self.size)
+        values = np.zeros(shape, dtype=self.rules.decoded_dtype())
         valid = np.zeros(shape, dtype=bool)
-        cloudy = np.zeros(shape[1:], dtype=bool)
         for window in windows:
-            asset = window.wanted.asset
-            if asset.band == window.wanted.member.quality:
-                cloudy |= masked(window, plan.mask)
+            request = window.wanted.request
             for band in window.wanted.bands:
-                values[band] = self._scaled(asset, window)
+                unit = self.rules.units[band]
+                is_decoded = request.decode is not None
+                values[band] = (
+                    window.values if is_decoded else unit.decode(window.values, _scaling(window.wanted.asset))
+                )
                 valid[band] = window.valid
-        if plan.units == "embedding":
-            values[~valid] = np.nan
-            values = harmonize.unit_length(values, axis=0)
-            valid[:] = np.isfinite(values[:1])
-        if plan.mask:
-            valid &= ~cloudy
+        where = hidden(member, windows)
+        if where is not None:
+            valid &= ~where
+        self.rules.joint(valid)
         return values, valid
-
-    def _scaled(self, asset: Asset, window: Seen) -> NDArray[Any]:
-        if self.plan.units == "reflectance":
-            return harmonize.to_float(window.values, window.valid, self._rule(asset))
-        return window.values
 
     def requests(self, feed: Feed) -> list[Request]:
         """Return every read that some entries may ask for."""
         return [wanted.request for wanted in self._wanted(feed)]
 
-    def _wanted(self, feed: Feed, quality_only: bool = False) -> list[Wanted]:
+    def _wanted(self, feed: Feed, scoring: bool = False) -> list[Wanted]:
         """Return one request per (record, cube, band) that has not been seen yet."""
         by_cube: dict[tuple[int, int], list[int]] = {}
         for entry, (row, chip) in enumerate(zip(feed.row.tolist(), feed.chip.tolist(), strict=True)):
-            by_cube.setdefault((row, self._cut(row).group_of[chip]), []).append(entry)
+            by_cube.setdefault((row, self._cubes(row).group_of[chip]), []).append(entry)
         wanted = []
         for (row, _), entries in by_cube.items():
-            lazy = self._cut(row)
+            lazy = self._cubes(row)
             places = {e: lazy.window(int(feed.chip[e])) for e in entries}
             cube = places[entries[0]][0]
-            for band, at in self._bands(lazy.member, quality_only):
+            for band, unit, at in self._bands(lazy.member, scoring):
                 asset = cube.assets.get((row, band))
                 if asset is None:  # the footprint touches the chip, the raster does not
                     continue
                 new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), band)]
                 if new:
                     windows = tuple(places[e][1] for e in new)
-                    request = self._request(asset, cube, windows, band == lazy.member.quality)
+                    request = self._request(asset, cube, windows, unit, band in lazy.member.quality)
                     wanted.append(Wanted(request, lazy.member, at, new))
         return wanted
 
     def _has_seen(self, row: int, chip: int, band: str) -> bool:
-        window = self._seen.get((row, chip))
-        return window is not None and window.wanted.asset.band == band
+        return any(window.wanted.asset.band == band for window in self._seen.get((row, chip), ()))
 
-    def _request(self, asset: Asset, cube: GroupCube, windows: tuple[Window, ...], quality: bool) -> Request:
-        decode = "embedding" if self.plan.units == "embedding" and not quality else None
+    def _request(
+        self, asset: Asset, cube: GroupCube, windows: tuple[Window, ...], unit: Unit, quality: bool
+    ) -> Request:
+        decode = unit if unit.kernel_on == "decoded" else None
         return Request(asset, cube.grid, windows, None if quality else self.plan.resampling, decode)
 
-    def _bands(self, member: Member, quality_only: bool) -> list[tuple[str, list[int]]]:
-        """Return each band to read, once, with the output bands it becomes."""
-        at: dict[str, list[int]] = {}
-        for i, band in enumerate(member.bands):
-            at.setdefault(band, []).append(i)
-        if quality_only:
-            band = member.quality or member.bands[0]
-            return [(band, at.get(band, []))]
-        if self.plan.mask and member.quality is not None:
-            at.setdefault(member.quality, [])
-        return list(at.items())
+    def _bands(self, member: Member, scoring: bool) -> list[tuple[str, Unit, list[int]]]:
+        """Return each band to read and its unit, once, with the output bands it becomes."""
+        at: dict[tuple[str, Unit], list[int]] = {}
+        for i, (band, unit) in enumerate(zip(member.bands, self.rules.units, strict=True)):
+            at.setdefault((band, unit), []).append(i)
+        needed = scored_by(member) if scoring else member.quality if member.mask is not None else ()
+        for band in needed:
+            if all(known != band for known, _ in at):
+                at[band, Raw()] = []
+        return [(band, unit, own) for (band, unit), own in at.items() if not scoring or band in needed]
 
-    def _cut(self, row: int) -> Cut:
-        return self.members[int(self.member_of[row])].cut
+    def _cubes(self, row: int) -> MemberCubes:
+        return self.members[int(self.member_of[row])]
 
-    def _clearest(self, session: Session, feed: Feed) -> Feed:
-        """Keep of each chip the candidate with the most valid pixels, the earlier in order where equal."""
+    def _member(self, row: int) -> Member:
+        return self._cubes(row).member
+
+    def _by_score(self, session: Session, feed: Feed, pick: Scored) -> Feed:
+        """Order each chip's candidates by their score, the earlier in order where equal; keep the best, or all."""
         shape = (self.shard.stop - self.shard.start, int(feed.order.max()) + 1)
         seen = np.zeros((*shape, self.size, self.size), dtype=bool)
-        read: dict[tuple[int, int], Seen] = {}
-        for entry, windows in self._windows(session, feed, quality_only=True):
+        read: dict[tuple[int, int], list[Seen]] = {}
+        for entry, windows in self._windows(session, feed, scoring=True):
             chip, order, row = (int(column[entry]) for column in (feed.chip, feed.order, feed.row))
-            for window in windows:
-                seen[chip, order] |= clear(window, self.plan.mask)
-                read[row, chip] = window
-        scores = np.full(shape, -1, dtype=np.int64)
-        scores[feed.chip, feed.order] = seen.sum(axis=(2, 3))[feed.chip, feed.order]
-        best = scores.argmax(axis=1)
-        chosen = feed.take(feed.order == best[feed.chip])
-        left = set(zip(chosen.row.tolist(), chosen.chip.tolist(), strict=True))
-        self._seen = {key: copied(window) for key, window in read.items() if key in left}
-        return chosen
+            shown = clear(self._member(row), windows)
+            if shown is not None:
+                seen[chip, order] |= shown
+            read[row, chip] = windows
+        scores = np.full(shape, -np.inf)
+        for chip, order in {*zip(feed.chip.tolist(), feed.order.tolist(), strict=True)}:
+            scores[chip, order] = pick.score(seen[chip, order])
+        place = np.empty(shape, dtype=np.int64)
+        np.put_along_axis(place, np.argsort(-scores, axis=1, kind="stable"), np.arange(shape[1])[None], axis=1)
+        rank = place[feed.chip, feed.order]
+        chosen = np.flatnonzero(rank == 0) if not pick.fill else np.lexsort((rank, feed.slot, feed.chip))
+        feed = feed.take(chosen)
+        left = set(zip(feed.row.tolist(), feed.chip.tolist(), strict=True))
+        self._seen = {key: [copied(w) for w in windows] for key, windows in read.items() if key in left}
+        return feed
 
-    def _composite(self, session: Session, feed: Feed, target: Slot) -> NDArray[np.int64]:
-        """Compose all candidates of the slot; a mean is summed up, a median holds them all.
-
-        Candidates are taken by the start of their acquisition, so that a tile is read for all chips at once.
-        """
-        passes = self.pass_of[feed.row]
-        found = np.unique(passes).tolist()
-        shape, mean = target.values.shape, self.plan.pick == "mean"
-        dtype = harmonize.composite_dtype(self.plan.dtype)
-        stack = [
-            Slot(np.full(shape, np.nan, dtype), np.zeros(shape, dtype=bool), np.nan, False)
-            for _ in range(1 if mean else len(found))
-        ]
-        total = np.zeros(shape if mean else 0, dtype=np.float64)
-        count = np.zeros(shape if mean else 0, dtype=np.int32)
-        for i, number in enumerate(found):
-            own, one = feed.take(passes == number), stack[0 if mean else i]
-            self._acquisition(session, own, one)
-            for chip in np.unique(own.chip).tolist() if mean else ():
-                harmonize.add(one.values[chip], total[chip], count[chip])
-                one.values[chip], one.valid[chip] = np.nan, False
-        clipped = np.zeros(shape[1], dtype=np.int64)
-        for chip in np.unique(feed.chip).tolist():
-            if mean:
-                made = harmonize.divided(total[chip], count[chip], dtype)
-            else:
-                made = harmonize.composite(np.stack([s.values[chip] for s in stack]), "median")
-            if self.plan.units == "embedding":
-                made = harmonize.unit_length(made, axis=0)
-            clipped += put(made, np.isfinite(made), chip, target)
-        return clipped
+    def _name(self, feed: Feed, slot: int, chips: Chips) -> None:
+        """Note when the first acquisition of each chip starts, and its member."""
+        best = feed.take(_first_of(feed.chip))
+        chips.datetime[best.chip, slot] = self.job.starts[self.source][best.row]
+        chips.source[best.chip, slot] = self._names(best.row)
 
     def _name_composites(self, feed: Feed, slot: int, chips: Chips) -> None:
         """Name the members of each chip's candidates; only a single candidate has a time."""
@@ -394,9 +411,18 @@ class Picking:
                 chips.datetime[chip, slot] = np.datetime64("NaT", "us")
 
     def _names(self, rows: NDArray[np.int64]) -> list[str]:
-        return [self.plan.members[int(self.member_of[r])].name for r in rows]
+        return [self._member(int(row)).name for row in rows]
+
+
+def _scaling(asset: Asset) -> Radiometry:
+    return Radiometry(asset.scale, asset.offset, asset.rule)
 
 
 def _first_of(chip: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the first entry of each chip; entries are sorted by chip."""
     return np.unique(chip, return_index=True)[1]
+
+
+def _rank_in(chip: NDArray[np.int64], first: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each entry's place among those of its chip; entries are sorted by chip."""
+    return np.asarray(np.arange(len(chip)) - first[np.searchsorted(chip[first], chip)])

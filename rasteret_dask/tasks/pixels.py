@@ -13,22 +13,18 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import MASK, label_columns
 from rasteret_dask.reader.readplan import Request
-from rasteret_dask.tasks.cuts import Cut, Feed, Harmonized, MemberCubes, cubes, cut, harmonized
+from rasteret_dask.tasks.cuts import Feed, MemberCubes, cubes
 from rasteret_dask.tasks.filling import Chips, Into
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.picking import Picking
 
 __all__ = [
     "Chips",
-    "Cut",
-    "Harmonized",
     "Into",
     "MemberCubes",
     "chip_coordinates",
     "cubes",
-    "cut",
     "dataset_of",
-    "harmonized",
     "members_of",
     "merged",
     "requests_of",
@@ -38,17 +34,16 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
-def members_of(job: Job, shard: Shard, source: int) -> list[Harmonized]:
-    """Return the lazy windows of each member of one source that a shard's chips need."""
-    plan = job.sources[source]
-    return [harmonized(cut(cubes(job, shard, source, at)), plan) for at in range(len(plan.members))]
+def members_of(job: Job, shard: Shard, source: int) -> list[MemberCubes]:
+    """Return the cubes of each member of one source that a shard's chips need."""
+    return [cubes(job, shard, source, at) for at in range(len(job.sources[source].members))]
 
 
 def merged(
     job: Job,
     shard: Shard,
     source: int,
-    members: Sequence[Harmonized],
+    members: Sequence[MemberCubes],
     on_error: str = "raise",
     into: Into | None = None,
 ) -> xr.Dataset:
@@ -58,7 +53,7 @@ def merged(
     -------
     xarray.Dataset
         ``pixels`` (chip, time, band, y, x); ``valid`` (chip, time, y, x) for integer pixels; ``valid_fraction``,
-        ``datetime`` and ``source`` (chip, time); counts of what was read, and the seconds that it took, in its
+        ``datetime`` and ``source`` (chip, time), ``filled_fraction`` where acquisitions fill each other; counts of what was read, and the seconds that it took, in its
         attributes.
     """
     begun = time.perf_counter()
@@ -78,7 +73,7 @@ def dataset_of(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
     plan = job.sources[source]
     dims = ("chip", "time", "band", "y", "x")
     variables: dict[str, Any] = {"pixels": (dims, chips.values)}
-    if not plan.dtype.startswith("float"):
+    if np.dtype(plan.dtype).kind not in "fc":
         variables["valid"] = (("chip", "time", "y", "x"), chips.valid)
     if job.labels is not None and job.labels.source == source:
         own = slice(shard.start, shard.stop)
@@ -93,7 +88,10 @@ def dataset_of(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
         ),
         "datetime": (("chip", "time"), chips.datetime),
         "source": (("chip", "time"), chips.source.astype(object)),
+        "units": ("band", list(plan.units)),
     }
+    if chips.filled is not None:
+        coordinates["filled_fraction"] = (("chip", "time"), chips.filled)
     if plan.slots is not None:
         coordinates["time"] = ("time", np.array(plan.slots, dtype="datetime64[ns]"))
     counts = {k: int(getattr(chips.counts, k)) for k in chips.counts.__slots__}

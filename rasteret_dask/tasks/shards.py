@@ -134,11 +134,10 @@ class _Builder:
         return name if name in self.layers else self._add_root(name, _Shipped(functions[function]))
 
     def member(self, source: int, member: int) -> str:
-        """Add the layers from a member's cubes to its harmonized windows; return the last one's name."""
-        tail = f"{self.job.sources[source].members[member].name}"
-        cube = self.layer(f"cube-{tail}", _cube, (source, member), [])
-        cut = self.layer(f"cut-{tail}", _cut, (), [cube], bare=True)
-        return self.layer(f"harmonize-{tail}", _harmonize, (source,), [cut])
+        """Add the layer of a member's cubes; return its name."""
+        return self.layer(
+            f"cube-{self.job.sources[source].members[member].name}", _cube, (source, member), []
+        )
 
     def layer(
         self,
@@ -147,24 +146,21 @@ class _Builder:
         constants: tuple[Any, ...],
         below: Sequence[str],
         roots: Sequence[str] = (),
-        bare: bool = False,
     ) -> str:
-        """Add ``function(job, shard, *constants, *roots, *below)``; ``bare`` leaves out all but ``below``."""
+        """Add ``function(job, shard, *constants, *roots, *below)``."""
         name = f"{step}-{self.token}"
         while name in self.layers:
             name += "x"
-        pairs: list[Any] = []
-        if not bare:
-            pairs += [self.root, ""] if self.root is not None else [self.ref, None]
-            pairs += [self.ids, "sn"]
-            for constant in constants:
-                pairs += [constant, None]
+        pairs: list[Any] = [self.root, ""] if self.root is not None else [self.ref, None]
+        pairs += [self.ids, "sn"]
+        for constant in constants:
+            pairs += [constant, None]
         for root in roots:
             pairs += [root, ""]
         for other in below:
             pairs += [other, "sn"]
         numblocks = dict.fromkeys(below, self.blocks) | dict.fromkeys(roots, ())
-        if self.root is not None and not bare:
+        if self.root is not None:
             numblocks[self.root] = ()
         self.layers[name] = blockwise(function, name, "sn", *pairs, numblocks=numblocks)
         self.needs[name] = set(numblocks)
@@ -183,16 +179,8 @@ def _cube(job: Job | JobRef, block: tuple[int, int], source: int, member: int) -
     return pixels.cubes(own, own.shard(*block), source, member)
 
 
-def _cut(cubes: pixels.MemberCubes) -> pixels.Cut:
-    return pixels.cut(cubes)
-
-
-def _harmonize(job: Job | JobRef, block: tuple[int, int], source: int, cut: pixels.Cut) -> pixels.Harmonized:
-    return pixels.harmonized(cut, opened(job).sources[source])
-
-
 def _merge(
-    job: Job | JobRef, block: tuple[int, int], source: int, on_error: str, *members: pixels.Harmonized
+    job: Job | JobRef, block: tuple[int, int], source: int, on_error: str, *members: pixels.MemberCubes
 ) -> xr.Dataset:
     own = opened(job)
     shard = own.shard(*block)
