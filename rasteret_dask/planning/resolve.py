@@ -327,20 +327,20 @@ def _values(
     name: str, spec: HarmonizeSpec, tables: list[Records], members: tuple[Member, ...]
 ) -> tuple[str, str, float]:
     """Return (units, dtype, fill) of a source's output."""
-    roles = _distinct(tables, members, "role")
+    kinds = _distinct(tables, members, "kind")
     units = spec.units or "raw"
     if units == "auto":
         simple = {"reflectance": "reflectance", "embedding": "embedding"}
-        units = simple.get(next(iter(roles)), "raw") if len(roles) == 1 else "raw"
+        units = simple.get(next(iter(kinds)) or "", "raw") if len(kinds) == 1 else "raw"
     if units != "raw":
-        if roles & {"quality", "class"}:
+        if kinds & {"bitfield", "class"}:
             raise PlanError(
                 f"harmonize(units={units!r}) of source {name!r}",
-                f"bands with roles {', '.join(sorted(roles))}",
+                f"bands of kind {', '.join(sorted(str(k) for k in kinds))}",
                 "bands that are measured, not classified",
                 "Join class and quality bands as a source of their own.",
             )
-        if units == "reflectance" and "embedding" in roles:
+        if units == "reflectance" and "embedding" in kinds:
             raise PlanError(f"harmonize(units='reflectance') of source {name!r}", "embeddings", "measured bands",
                             "Use units='embedding', or join them as a source of their own.")  # fmt: skip
         if units == "embedding" and (spec.mask or spec.dtype not in (None, "float32")):
