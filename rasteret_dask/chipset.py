@@ -136,10 +136,10 @@ class Chips(ChipSteps):
         attrs = {}
         for source, rows in used_rows(self.planned):
             attrs[source.plan.name] = {
-                "units": source.plan.units,
+                "units": source.plan.unit or dict(zip(source.plan.bands, source.plan.units, strict=True)),
                 "radiometry": radiometry_of(source, rows),
-                "mask": list(source.plan.mask),
-                "pick": source.plan.pick,
+                "mask": list(source.plan.masks),
+                "pick": source.plan.pick.name,
                 "resolution": source.plan.resolution,
             }
         return Layout(self.job, outputs_of(self.job, self._functions), attrs)

@@ -37,6 +37,9 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.resolve import evaluate, resolve_source
 from rasteret_dask.planning.scan import Table, token_of
+from rasteret_dask.rules.masks import Mask, MaskName, mask_named
+from rasteret_dask.rules.picks import Pick, PickName, pick_named
+from rasteret_dask.rules.units import Unit, UnitName, units_named
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import half_open
 from rasteret_dask.tableexits import TableExits
@@ -142,12 +145,13 @@ class Collection(TableExits, PixelReads):
         self,
         bands: Sequence[str] | None = None,
         *,
-        units: str = "auto",
+        units: UnitName | Unit | Mapping[str, UnitName | Unit] = "physical",
         resolution: float | None = None,
         resampling: str | None = None,
-        mask: str | Sequence[str] | None = None,
+        mask: MaskName | Mask | Sequence[MaskName | Mask] | None = None,
         time: str | None = None,
-        pick: str | None = None,
+        pick: PickName | Pick | None = None,
+        fill: bool | None = None,
         dtype: str | None = None,
     ) -> Collection:
         """Give all records the same bands, units, grid and time axis.
@@ -157,32 +161,41 @@ class Collection(TableExits, PixelReads):
         bands
             Common names or the sensors' own codes; None: the bands that all members share.
         units
-            ``"reflectance"`` (DN x scale + offset of each record), ``"embedding"`` (dequantized, unit length),
-            ``"raw"``, or ``"auto"``: by the role of the bands.
+            ``"physical"`` (or ``"auto"``): each band in the unit of its kind, with the scale and offset of each
+            record: reflectance, kelvin, unit vectors of embeddings; classes and bit fields as they are. ``"raw"``:
+            numbers as they stand in the files. ``"reflectance"``, ``"kelvin"``, ``"scaled"``, ``"decibel"``,
+            ``"embedding"``: all bands so. ``{"vv": "decibel"}``: these so, the others physical. A unit of your own
+            is a :class:`rasteret_dask.rules.units.Unit`.
         resolution
             Metres a pixel; None: the first member's own.
         resampling
             ``"nearest"``, ``"bilinear"``, ``"cubic"``, ``"average"`` or ``"mode"``; None: nearest for classes and
             embeddings, bilinear upwards, average downwards. Quality bands are always nearest.
         mask
-            ``"clouds"`` (and their shadows), ``"snow"``, ``"water"``: pixels made invalid.
+            ``"clouds"`` (and their shadows), ``"snow"``, ``"water"``: pixels made invalid, by the collection's quality
+            band; or a :class:`rasteret_dask.rules.masks.Mask` of any band: ``Classes("SCL", (3, 8))``.
         time
             Length of a slot as a pandas offset (``"1MS"``, ``"10D"``); None: a chip is one acquisition.
         pick
-            Which acquisition fills a slot: ``"closest"`` to its middle (default), ``"first"``, ``"last"``,
-            ``"least_cloudy"``, ``"clearest"``; ``"newest"``: the last, filled by the ones before where it is invalid;
-            or a composite: ``"median"``, ``"mean"``.
+            Which acquisition a slot takes: ``"closest"`` to its middle (default), ``"first"``, ``"last"``,
+            ``"least_cloudy"``: one that covers the chip before one that does not; ``"clearest"``: the one with the
+            most valid pixels; ``"newest"``: the last, with ``fill``; or a composite of all: ``"median"``,
+            ``"mean"``, ``"majority"``. A pick of your own is a :class:`rasteret_dask.rules.picks.Pick`.
+        fill
+            Whether what is invalid in the picked acquisition comes from the next in order. ``member`` and
+            ``datetime`` name the main one, ``filled_fraction`` tells the share of the others.
         dtype
-            ``"uint16"`` or ``"int16"`` stores reflectance x 1e4; None: float32.
+            ``"uint16"`` or ``"int16"`` stores reflectance x 1e4, kelvin or decibel x 100; None: float32.
         """
         spec = HarmonizeSpec(
             bands=None if bands is None else tuple([bands] if isinstance(bands, str) else bands),
-            units=units,
+            units=units_named(units),
             resolution=resolution,
             resampling=resampling,
-            mask=None if mask is None else (mask,) if isinstance(mask, str) else tuple(mask),
+            mask=mask_named(mask),
             time=time,
-            pick=pick,
+            pick=None if pick is None else pick_named(pick),
+            fill=fill,
             dtype=dtype,
         )
         return self._with(Harmonize(self.plan, spec))

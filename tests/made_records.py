@@ -12,6 +12,7 @@ import pyproj
 import shapely
 
 import rasteret_dask as rd
+from rasteret_dask.rules.kinds import quality_kind
 
 COMMON = {
     "B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "SCL": None,
@@ -92,7 +93,8 @@ def _asset(name: str, band: str, scale: float, unreadable: bool) -> dict[str, An
     return {
         "href": f"s3://bucket/{name}/{band}.tif", "band_index": 0, "asset": band.lower(),
         "dataset": None, "common_name": COMMON[band], "scale": scale, "offset": 0.0, "rule": "item",
-        "nodata": 0.0, "dtype": "uint16", "role": "quality" if band in QUALITY else "reflectance",
+        "nodata": 0.0, "dtype": "uint16", "role": "quality" if band in QUALITY else "data",
+        "kind": quality_kind(band) if band in QUALITY else "reflectance",
         "size": 1000, "etag": name, "error": "truncated" if unreadable else None,
     }  # fmt: skip
 

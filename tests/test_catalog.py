@@ -109,7 +109,7 @@ def test_embeddings_are_an_index_of_files() -> None:
     bands = known("aef/v1-annual").bands
     assert [band.code for band in bands] == [f"A{n:02d}" for n in range(64)]
     assert [band.band_index for band in bands] == list(range(64))
-    assert {(band.asset, band.nodata, band.dtype, band.role) for band in bands} == {
+    assert {(band.asset, band.nodata, band.dtype, band.kind) for band in bands} == {
         ("data", -128.0, "int8", "embedding")
     }
 
@@ -250,17 +250,17 @@ def item_of(collection: str, assets: dict[str, str], when: str = "2021-05-01T10:
 
 
 @pytest.mark.parametrize(
-    ("id_", "dtype", "count", "codes", "role", "nodata"),
+    ("id_", "dtype", "count", "codes", "kind", "nodata"),
     [
-        ("earthsearch/naip", "uint8", 4, ["R", "G", "B", "NIR"], "data", None),
-        ("earthsearch/cop-dem-glo-30", "float32", 1, ["DEM"], "data", None),
-        ("pc/nasadem", "int16", 1, ["DEM"], "data", None),
+        ("earthsearch/naip", "uint8", 4, ["R", "G", "B", "NIR"], "continuous", None),
+        ("earthsearch/cop-dem-glo-30", "float32", 1, ["DEM"], "continuous", None),
+        ("pc/nasadem", "int16", 1, ["DEM"], "continuous", None),
         ("pc/esa-worldcover", "uint8", 1, ["MAP"], "class", 0.0),
         ("pc/io-lulc-annual-v02", "uint8", 1, ["LULC"], "class", 0.0),
     ],
 )
 def test_items_become_records_by_the_entry_s_rules(
-    tmp_path: Path, id_: str, dtype: str, count: int, codes: list[str], role: str, nodata: float | None
+    tmp_path: Path, id_: str, dtype: str, count: int, codes: list[str], kind: str, nodata: float | None
 ) -> None:
     entry, dataset = catalog.find(id_), known(id_)
     assert entry.stac_collection is not None
@@ -269,14 +269,14 @@ def test_items_become_records_by_the_entry_s_rules(
     assets = dict(table.column("assets")[0].as_py())
     assert list(assets) == codes
     for n, asset in enumerate(assets.values()):
-        assert (asset["band_index"], asset["role"], asset["nodata"]) == (n, role, nodata)
+        assert (asset["band_index"], asset["kind"], asset["nodata"]) == (n, kind, nodata)
         assert (asset["scale"], asset["offset"], asset["dtype"], asset["error"]) == (1.0, 0.0, dtype, None)
     assert [asset["common_name"] for asset in assets.values()] == [b.common_name for b in dataset.bands]
 
 
 def test_rules_of_a_user_s_own_dataset_are_in_the_table(tmp_path: Path, own: Path) -> None:
     register(
-        "me/mosaic", catalog="x/catalog.json", scale=0.5, offset=-3, nodata=9, role="reflectance",
+        "me/mosaic", catalog="x/catalog.json", scale=0.5, offset=-3, nodata=9, kind="reflectance",
         bands=[{"code": "red", "asset": "r", "common_name": "red"}, {"code": "SCL", "asset": "s", "role": "quality"}],
     )  # fmt: skip
     href = made(tmp_path, "uint16", 1)
@@ -284,8 +284,14 @@ def test_rules_of_a_user_s_own_dataset_are_in_the_table(tmp_path: Path, own: Pat
     table = items_to_table(read_items([item]), name="a", dataset="me/mosaic")
     own.unlink()
     red, scl = dict(table.column("assets")[0].as_py()).values()
-    assert (red["scale"], red["offset"], red["nodata"], red["role"]) == (0.5, -3.0, 9.0, "reflectance")
-    assert (scl["scale"], scl["offset"], scl["nodata"], scl["role"]) == (1.0, 0.0, None, "quality")
+    assert (red["scale"], red["offset"], red["nodata"], red["kind"]) == (0.5, -3.0, 9.0, "reflectance")
+    assert (scl["scale"], scl["offset"], scl["nodata"], scl["role"], scl["kind"]) == (
+        1.0,
+        0.0,
+        None,
+        "quality",
+        "class",
+    )
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -428,7 +434,8 @@ def test_processes_at_once_lose_nothing(own: Path) -> None:
         ({"catalog": "c", "bands": [{"name": "a"}]}, "code"),
         ({"catalog": "c", "bands": [{"code": "a", "color": "b"}]}, "'color'"),
         ({"catalog": "c", "bands": ["a"], "scale": "much"}, "'much'"),
-        ({"catalog": "c", "bands": ["a"], "role": "picture"}, "one of reflectance"),
+        ({"catalog": "c", "bands": ["a"], "role": "picture"}, "one of data"),
+        ({"catalog": "c", "bands": ["a"], "kind": "picture"}, "one of reflectance"),
         ({"catalog": "c", "scale": 2}, "without bands"),
         ({"catalog": "c", "titel": "a"}, "'titel'"),
         ({"catalog": "c", "access": "public"}, "one of anonymous"),

@@ -51,14 +51,14 @@ Array = NDArray[Any]
 ONE_FILE = HealthCheck.function_scoped_fixture  # every example overwrites the test's one file
 
 
-def indexed(href: str | Path, role: str = "reflectance", record: str = "rec") -> list[Asset]:
+def indexed(href: str | Path, kind: str | None = "reflectance", record: str = "rec") -> list[Asset]:
     """Return a file's bands as a record table has them: with what its header, read once, says."""
     header = read_headers([str(href)])[str(href)]
     assert isinstance(header, Header), header
     return [
         Asset(
             record, f"B{i + 1}", str(href), i, header.epsg, 1.0, 0.0, "identity", header.nodata, header.dtype,
-            role, header.size, header.etag, tuple(Level(**fields) for fields in header.levels_of(i)),
+            "data", kind, header.size, header.etag, tuple(Level(**fields) for fields in header.levels_of(i)),
         )
         for i in range(header.samples)
     ]  # fmt: skip
@@ -848,7 +848,9 @@ def test_a_tile_table_that_is_too_short_is_an_error_every_time(tmp_path: Path) -
     assert [type(error) for error in found] == [ReadError, ReadError]
 
 
-NOBODY = Asset("rec", "B1", "a.tif", 0, 32633, 1.0, 0.0, "identity", None, "uint16", "data", None, None, ())
+NOBODY = Asset(
+    "rec", "B1", "a.tif", 0, 32633, 1.0, 0.0, "identity", None, "uint16", "data", None, None, None, ()
+)
 FULL = Rect(0, 8, 0, 8)
 parts = st.builds(
     lambda row, col, height, width: Rect(row, min(row + height, 8), col, min(col + width, 8)),

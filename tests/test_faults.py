@@ -421,7 +421,7 @@ def test_a_corrupt_tile_of_embeddings(tmp_path: Path) -> None:
     """Decoded values are NaN where the tile was, with and without a kernel."""
     pixels = noise(HEIGHT, WIDTH, 3, "int8")
     path = file(tmp_path, pixels=pixels, interleave="band", compress="zstd", nodata=-128)
-    first, *others = indexed(spoil(path, 1), role="embedding")
+    first, *others = indexed(spoil(path, 1), kind="embedding")
     own = own_grid(first)
     for grid in (own, replace(own, x0=X0 + 3)):
         blocks, count = masked(*(Request(a, grid, WHOLE, None, "embedding") for a in (first, *others)))

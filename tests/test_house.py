@@ -21,12 +21,13 @@ PACKAGE = ROOT / "rasteret_dask"
 # fmt: off
 ORDER = {
     "": "_version errors extras formats progress footprint grid extent",
-    "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "rules": "kinds",
+    "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
            "awaiting signatureplugin signatures",
-    "headers": "page tiff gdal reader",
-    "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
+    "headers": "page tiff gdal sidecar reader",
+    "table": "assetkinds itemkinds schema barehrefs anytable records rasteretio geoparquet export layers facts "
+             "rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan sampling scan optimize pixelsizes resolve radiometry recordtable",
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",

@@ -83,21 +83,21 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return way
 
 
-def assets_of(path: Path, role: str = "reflectance", **changes: Any) -> list[Asset]:
+def assets_of(path: Path, kind: str | None = "reflectance", **changes: Any) -> list[Asset]:
     """Make the assets of a file, one per band, from its header."""
     header = read_headers([str(path)])[str(path)]
     if isinstance(header, str):  # no georeferencing, say
-        return _assets_by_gdal(path, role, **changes)
+        return _assets_by_gdal(path, kind, **changes)
     nodata, epsg = changes.get("nodata", header.nodata), changes.get("epsg", header.epsg)
     result = []
     for band in range(header.samples):
         levels = tuple(_level(found) for found in header.levels_of(band))
         result.append(Asset("rec", f"B{band + 1}", str(path), band, epsg, 1.0, 0.0, "identity", nodata,
-                            levels[0].dtype, role, header.size, header.etag, levels))  # fmt: skip
+                            levels[0].dtype, "data", kind, header.size, header.etag, levels))  # fmt: skip
     return result
 
 
-def _assets_by_gdal(path: Path, role: str, **changes: Any) -> list[Asset]:
+def _assets_by_gdal(path: Path, kind: str | None, **changes: Any) -> list[Asset]:
     with rasterio.open(path) as ds:
         height, width = ds.block_shapes[0]
         planar = 1 if ds.interleaving is not None and ds.interleaving.name == "pixel" else 2
@@ -106,7 +106,7 @@ def _assets_by_gdal(path: Path, role: str, **changes: Any) -> list[Asset]:
         fields: dict[str, Any] = {"epsg": ds.crs.to_epsg() if ds.crs else 0, "nodata": ds.nodata, **changes}
         return [
             Asset("rec", f"B{i + 1}", str(path), i, fields["epsg"], 1.0, 0.0, "identity", fields["nodata"],
-                  ds.dtypes[i], role, None, None, (level,))
+                  ds.dtypes[i], "data", kind, None, None, (level,))
             for i in range(ds.count)
         ]  # fmt: skip
 
@@ -329,10 +329,10 @@ def test_warps_equal_gdal_over_the_whole_file(
     assert block.valid.any()
 
 
-@pytest.mark.parametrize("role", ["class", "quality", "embedding"])
-def test_roles_of_labels_take_the_nearest_pixel(tmp_path: Path, role: str) -> None:
+@pytest.mark.parametrize("kind", ["class", "bitfield", "embedding"])
+def test_codes_take_the_nearest_pixel(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / "a.tif", coordinates(), overviews=[2, 4])
-    (asset,) = assets_of(path, role)
+    (asset,) = assets_of(path, kind)
     grid, window = Grid(32633, X0 + 7, Y0, 40, 40), Window(0, 0, 20, 20)
     (block,) = read(Request(asset, grid, (window,)))
     assert_same(block, *oracle(path, grid, window, "nearest", 0.25))

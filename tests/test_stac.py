@@ -116,7 +116,7 @@ def test_greenland_before_stac_1(data: Path) -> None:
     assert surface.column("platform") == ["landsat-8"]
     assert surface.column("tile") == ["WRS2-005009"]
     assert surface.column("proj:epsg")[0] is not None
-    assert build(documents[1], bands=["B10"]).asset(0, "B10").role == "temperature"
+    assert build(documents[1], bands=["B10"]).asset(0, "B10").kind == "temperature"
 
 
 def test_geoparquet_of_both_sensors(data: Path) -> None:

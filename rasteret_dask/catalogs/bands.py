@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
+from rasteret_dask.rules.kinds import KindName
+
 __all__ = ["Band", "Dataset", "Radiometry", "Role", "radiometry"]
 
-Role = Literal["reflectance", "temperature", "quality", "class", "embedding", "data"]
+Role = Literal["data", "quality"]
+"""``"quality"``: serves the other bands, and is left out where none is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +26,10 @@ class Band:
     """The provider's asset key (``red`` on Earth Search; Planetary Computer's Sentinel-2 uses the code)."""
     common_name: str | None = None
     """STAC's common name (``red``), or None where it has none."""
-    role: Role = "reflectance"
-    """What the numbers are."""
+    kind: KindName | None = None
+    """What the numbers are; None: unknown, an item or a file may tell."""
+    role: Role = "data"
+    """What the band is for."""
     band_index: int = 0
     """Position in its file, counted from 0."""
     scale: float = 1.0
@@ -121,7 +126,7 @@ def radiometry(
     if dataset is None or band is None:
         said = "item" if scale is not None or offset is not None else "identity"
         return Radiometry(1.0 if scale is None else scale, 0.0 if offset is None else offset, said)
-    if dataset.radiometry == "sentinel-2" and band.role == "reflectance":
+    if dataset.radiometry == "sentinel-2" and band.kind == "reflectance":
         return _sentinel2(band, properties, scale, offset)
     rule = "item" if scale is not None or offset is not None else f"{dataset.name} default"
     if scale is None and offset is None and (band.scale, band.offset) == (1.0, 0.0):

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from rasteret_dask.catalogs.bands import Band, Dataset, Role
 from rasteret_dask.errors import SourceError
+from rasteret_dask.rules.kinds import KINDS, quality_kind
 
 __all__ = ["Access", "Catalog", "Entry", "Store", "catalog_of", "id_checked", "parse_toml"]
 
@@ -24,7 +25,9 @@ Raw = dict[str, dict[str, Any]]
 _TABLES = ("dataset", "entry", "store", "alias")
 _RULES = ("sentinel-2",)
 _ID = re.compile(r"[A-Za-z0-9_][\w.\-]*(/[A-Za-z0-9_][\w.\-]*)*", re.ASCII)
-_PIXELS = {"role": str, "scale": float, "offset": float, "nodata": float, "dtype": str, "gsd_m": float}
+_PIXELS = {
+    "kind": str, "role": str, "scale": float, "offset": float, "nodata": float, "dtype": str, "gsd_m": float,
+}  # fmt: skip
 _BAND = {"code": str, "asset": str, "common_name": str, "band_index": int, **_PIXELS}
 _DATASET = {"like": str, "bands": list, "radiometry": str, "renumbered": bool, "asset": str, **_PIXELS}
 _ENTRY = {
@@ -192,11 +195,14 @@ def _band(said: Any, defaults: Mapping[str, Any], before: list[Band], where: str
     if not isinstance(said, dict) or "code" not in said:
         raise SourceError(f"a band of {where}", repr(said), "a code, or a table with code = ...")
     fields = _checked(said, _BAND, f"band {said['code']!r} of {where}")
-    if "role" not in fields:
+    if not fields.keys() & {"kind", "role"}:
         fields = {**{k: v for k, v in defaults.items() if k in _PIXELS}, **fields}
     fields.setdefault("asset", defaults.get("asset") or fields["code"])
     fields.setdefault("band_index", sum(band.asset == fields["asset"] for band in before))
     _one_of(fields.get("role"), get_args(Role), f"role of band {said['code']!r} of {where}")
+    _one_of(fields.get("kind"), tuple(KINDS), f"kind of band {said['code']!r} of {where}")
+    if fields.get("role") == "quality":
+        fields.setdefault("kind", quality_kind(fields["code"]))
     return Band(**fields)
 
 

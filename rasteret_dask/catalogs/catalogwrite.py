@@ -11,14 +11,16 @@ from urllib.parse import urlsplit
 import tomlkit
 from locket import LockError, lock_file
 
+from rasteret_dask.catalogs.bands import Role
 from rasteret_dask.catalogs.catalog import catalog, find, package, user_file
 from rasteret_dask.catalogs.catalogfile import Access, Entry, catalog_of, id_checked, parse_toml
 from rasteret_dask.errors import SourceError, StoreError
+from rasteret_dask.rules.kinds import KindName
 
 __all__ = ["Fields", "register"]
 
 _WAIT_S = 30
-_PIXELS = ("scale", "offset", "nodata", "role", "dtype")
+_PIXELS = ("scale", "offset", "nodata", "kind", "role", "dtype")
 
 
 class Fields(TypedDict, total=False):
@@ -34,7 +36,8 @@ class Fields(TypedDict, total=False):
     scale: float
     offset: float
     nodata: float
-    role: str
+    kind: KindName
+    role: Role
     dtype: str
     access: Access
     licence: str
@@ -67,7 +70,7 @@ def register(
         Take bands and rules of this dataset or id (``"sentinel-2-l2a"``, ``"pc/landsat-c2-l2"``).
     bands
         Bands, as codes (``["R", "G", "B"]``: one file each, or with ``index`` one file of all) or as dicts of code,
-        asset, common_name, role, band_index, scale, offset, nodata, dtype, gsd_m. Neither ``like`` nor ``bands``:
+        asset, common_name, kind, role, band_index, scale, offset, nodata, dtype, gsd_m. Neither ``like`` nor ``bands``:
         each item names its own.
     stores
         Places (``s3://bucket``, ``https://host``) to which ``access``, ``region`` and ``signer`` apply.
@@ -81,7 +84,7 @@ def register(
     **fields
         Where scenes are found: ``stac_api=`` with ``collection=``, ``catalog=`` (a static STAC catalog) or
         ``index=`` (a Parquet table of files) with ``columns=``. What holds for all bands: ``scale, offset, nodata,
-        role, dtype``; ``assets={code: asset key}``. What to know: ``title, access`` ("anonymous",
+        kind, role, dtype``; ``assets={code: asset key}``. What to know: ``title, access`` ("anonymous",
         "requester-pays", "planetary-computer"), ``licence, licence_url, resolution_m, time_start, time_end,
         bbox``.
 

@@ -30,6 +30,7 @@ from rasteret_dask.planning.plan import ChipSpec, Filter, Node, Predicate
 from rasteret_dask.planning.resolve import ResolvedSource, evaluate
 from rasteret_dask.planning.scan import Table
 from rasteret_dask.reader.sharing import SHARED
+from rasteret_dask.rules.picks import pick_named
 from rasteret_dask.table.timing import TimeAxis, half_open
 from rasteret_dask.tasks.filling import Chips
 from rasteret_dask.tasks.job import Hierarchy, Job, Shard
@@ -278,9 +279,8 @@ def _one_slot(source: ResolvedSource, plan: Node, time: Any) -> ResolvedSource:
             source.passes.record_end.max() + np.timedelta64(1, "us"),
         )
         axis = TimeAxis(np.array([start]), np.array([end]), (start, end))
-        source = dataclasses.replace(
-            source, plan=dataclasses.replace(source.plan, pick=said(plan, "pick") or "newest")
-        )
+        rules = dataclasses.replace(source.plan.rules, pick=said(plan, "pick") or pick_named("newest"))
+        source = dataclasses.replace(source, plan=dataclasses.replace(source.plan, rules=rules))
     else:
         low, high = _range(time)
         own = np.ones(len(axis), dtype=bool)

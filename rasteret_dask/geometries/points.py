@@ -62,7 +62,7 @@ def sample_points(
     near = shapely.total_bounds(given.shape)
     whole = settled(plan, tables, band_names(bands), None, near)
     parts = []
-    same = said(plan, "resolution") is not None or whole.plan.units == "embedding"
+    same = said(plan, "resolution") is not None or bool(whole.plan.rules.joint_groups)
     for own in [whole.plan.bands] if same else _alike(whole):  # each band on its own pixels
         source = whole if len(own) == len(whole.plan.bands) else settled(plan, tables, own, None, near)
         parts.append(_sampled(source, given, on_error, [whole.plan.bands.index(b) for b in own]))
@@ -104,7 +104,7 @@ def _sampled(source: ResolvedSource, given: Geometries, on_error: str, places: l
         when[own] = chips.datetime
 
     run(job, take, on_error)
-    said = ~np.isnan(values) if np.isnan(plan.fill) else values != plan.fill
+    said = ~np.isnan(values) if plan.fill != plan.fill else values != plan.fill
     return _table(given, rows, values, valid | said, when, places)
 
 

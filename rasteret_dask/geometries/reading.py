@@ -36,6 +36,7 @@ from rasteret_dask.geometries.windows import (
 from rasteret_dask.planning.plan import Node, is_number
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.planning.scan import Table
+from rasteret_dask.rules.picks import Scored
 from rasteret_dask.tasks.filling import Chips
 from rasteret_dask.tasks.job import Shard
 
@@ -144,8 +145,8 @@ def prepared(plan: Node, tables: Mapping[str, Table], asked: Asked) -> Read:
     mask = None
     if size is not None:
         bounds = square_bounds(given, codes, pixels, int(size))
-    elif source.plan.pick == "clearest" and source.axis is not None:
-        raise PlanError("reading windows with pick='clearest'", "windows of any shape", "chips of one size",
+    elif isinstance(source.plan.pick, Scored) and source.axis is not None:
+        raise PlanError(f"reading windows with pick={source.plan.pick.name!r}", "windows of any shape", "chips of one size",
                         "Say chip_size=, or choose another pick.")  # fmt: skip
     else:
         mask = given.projected(codes)
@@ -285,11 +286,11 @@ def as_dataset(what: Read) -> xr.Dataset:
     known = step >= 0
     place = (rows.geometry[known], step[known])
     variables: dict[str, Any] = {}
-    for number, band in enumerate(plan.bands):
+    for number, (band, unit) in enumerate(zip(plan.bands, plan.units, strict=True)):
         whole = np.full(shape, plan.fill, dtype=plan.dtype)
         whole[place] = pixels[known, number]
-        attrs = {} if np.isnan(plan.fill) else {"nodata": int(plan.fill)}
-        variables[band] = (_DIMS, whole, {"units": plan.units, **attrs})
+        attrs = {} if plan.fill != plan.fill else {"nodata": int(plan.fill)}
+        variables[band] = (_DIMS, whole, {"units": unit, **attrs})
     seen = np.zeros(shape, dtype=bool)
     seen[place] = valid[known]
     ids = np.full(shape[:2], "", dtype=object)

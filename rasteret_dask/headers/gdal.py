@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any
 
 import rasterio
-from rasterio.enums import MaskFlags
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.session import DummySession
 
@@ -85,6 +85,7 @@ def _gdal_header(source: Any, opened: Callable[..., Any], because: str) -> Heade
     if source.gcps[0] or source.transform.is_identity:
         return f"no geotransform{' but ground control points' if source.gcps[0] else ''}; {because}"
     masks = MaskFlags.per_dataset in source.mask_flag_enums[0]
+    thematic = tuple(color is ColorInterp.palette for color in source.colorinterp)
     pages = [_gdal_page(source, source, "image")]
     for n in range(len(source.overviews(1))):
         with opened(overview_level=n) as overview:
@@ -101,6 +102,7 @@ def _gdal_header(source: Any, opened: Callable[..., Any], because: str) -> Heade
         etag=None,
         scales=tuple(source.scales) if any(s != 1 for s in source.scales) else (),
         offsets=tuple(source.offsets) if any(o != 0 for o in source.offsets) else (),
+        thematic=thematic if any(thematic) else (),
     )
 
 

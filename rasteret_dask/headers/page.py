@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from rasteret_dask.errors import ReadError
+from rasteret_dask.rules.kinds import KindName
 
 __all__ = ["Header", "Page", "RefusedError", "Transform", "UnsupportedError", "checked", "reading_order"]
 
@@ -81,6 +82,10 @@ class Header:
     """GDAL's scale of each band, where the file has any."""
     offsets: tuple[float | None, ...] = ()
     """GDAL's offset of each band, where the file has any."""
+    thematic: tuple[bool, ...] = ()
+    """Whether each band holds classes, by a colour table, category names or an attribute table; empty: none does."""
+    categories: tuple[tuple[tuple[int, str], ...], ...] = ()
+    """(code, name) of the classes of each band; empty where the file has none."""
 
     def levels_of(self, band_index: int) -> tuple[dict[str, Any], ...]:
         """Return one dict per level, matching ``records.LEVEL_TYPE``, with the tile tables of one band.
@@ -105,6 +110,14 @@ class Header:
     def offset_of(self, band_index: int) -> float | None:
         """Return the file's own offset of a band, or None."""
         return self.offsets[band_index] if band_index < len(self.offsets) else None
+
+    def kind_of(self, band_index: int) -> KindName | None:
+        """Return the kind that the file itself tells of a band: ``"class"``, or None."""
+        return "class" if band_index < len(self.thematic) and self.thematic[band_index] else None
+
+    def classes_of(self, band_index: int) -> tuple[tuple[int, str], ...]:
+        """Return (code, name) of a band's classes, as far as the file tells."""
+        return self.categories[band_index] if band_index < len(self.categories) else ()
 
 
 def checked(page: Page) -> Page:

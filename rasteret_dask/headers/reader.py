@@ -14,6 +14,7 @@ from rasteret_dask.errors import ReadError, TrustError
 from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.gdal import from_gdal
 from rasteret_dask.headers.page import Header, RefusedError, UnsupportedError
+from rasteret_dask.headers.sidecar import with_sidecar
 from rasteret_dask.headers.tiff import BROKEN, FIRST, RangeFile, from_tiff
 from rasteret_dask.net.remote import redact
 
@@ -158,7 +159,7 @@ def _parsed(href: str, file: RangeFile) -> Header | str:
         if isinstance(header, Header):
             header = replace(header, size=file.head.size, etag=file.head.etag)
     if isinstance(header, Header):
-        return _objection(header) or header
+        return _objection(header) or with_sidecar(header, href)
     return header
 
 

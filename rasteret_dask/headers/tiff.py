@@ -34,6 +34,7 @@ FIRST = 32 * 1024
 
 _CAP = 16 * 1024 * 1024  # bytes of header a file may make us fetch
 _MAX_IFDS = 128
+_PALETTE = 3  # PhotometricInterpretation, TIFF 6.0, tag 262
 _MAGIC = {
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "GTiff"),
     **dict.fromkeys((b"\0\0\0\x0c", b"\xff\x4f\xff\x51"), "JP2OpenJPEG"),
@@ -161,6 +162,7 @@ def from_tiff(file: RangeFile) -> Header:
             etag=file.head.etag,
             scales=scales,
             offsets=offsets,
+            thematic=_thematic(first),
         )
 
 
@@ -308,20 +310,38 @@ def _number(text: str | None) -> float | None:
         return float("nan") if "nan" in str(text).lower() else None
 
 
+def _thematic(ifd: Any) -> tuple[bool, ...]:
+    """Return whether each band holds classes: a colour table, or a layer type as ERDAS tells it; empty: none does."""
+    if int(ifd.photometric) == _PALETTE:
+        return (True,) * int(ifd.samplesperpixel)
+    thematic = [False] * int(ifd.samplesperpixel)
+    for item, sample in _metadata(ifd):
+        if item.get("name") == "LAYER_TYPE" and (item.text or "").strip().casefold() == "thematic":
+            thematic[sample] = True
+    return tuple(thematic) if any(thematic) else ()
+
+
 def _scale_offset(ifd: Any) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
     """Return scale and offset of each band from the GDAL_METADATA tag."""
+    found: dict[str, list[float | None]] = {}
+    for item, sample in _metadata(ifd):
+        role = item.get("role", "")
+        if role in ("scale", "offset"):
+            values = found.setdefault(role, [None] * int(ifd.samplesperpixel))
+            values[sample] = _number(item.text)
+    return tuple(found.get("scale", ())), tuple(found.get("offset", ()))
+
+
+def _metadata(ifd: Any) -> Iterator[tuple[ElementTree.Element, int]]:
+    """Yield the items of the GDAL_METADATA tag, each with the band it belongs to, from 0."""
     text = ifd.tags.valueof(42112)
     if not isinstance(text, str) or "<!" in text:  # no document types: they can expand without bound
-        return (), ()
+        return
     try:
         items = ElementTree.fromstring(text.strip("\0 \n")).findall("Item")
     except ElementTree.ParseError:
-        return (), ()
-    found: dict[str, list[float | None]] = {}
+        return
     for item in items:
         sample = item.get("sample", "0")
-        role = item.get("role", "")
-        if role in ("scale", "offset") and sample.isdigit() and int(sample) < ifd.samplesperpixel:
-            values = found.setdefault(role, [None] * int(ifd.samplesperpixel))
-            values[int(sample)] = _number(item.text)
-    return tuple(found.get("scale", ())), tuple(found.get("offset", ()))
+        if sample.isdigit() and int(sample) < ifd.samplesperpixel:
+            yield item, int(sample)

@@ -14,6 +14,7 @@ from pyproj import Transformer
 from rasteret_dask.catalogs.bands import Radiometry, Role, radiometry
 from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.reader import Header
+from rasteret_dask.rules.kinds import KindName, quality_kind
 from rasteret_dask.table.layers import Layer
 
 __all__ = ["Described", "describe"]
@@ -123,7 +124,7 @@ def _error(layer: Layer, header: Header | str | None, epsg: int | None) -> str |
 def _fields(
     layer: Layer, header: Header | None, properties: Mapping[str, Any], error: str | None
 ) -> dict[str, Any]:
-    role = _role(layer)
+    kind = _kind(layer, header)
     scale, offset = layer.scale, layer.offset
     if header is not None and layer.dataset is None:
         scale = header.scale_of(layer.band_index) if scale is None else scale
@@ -143,7 +144,9 @@ def _fields(
         "rule": rule.rule,
         "nodata": _nodata(layer, header),
         "dtype": header.dtype if header else layer.dtype or _usual_dtype(layer),
-        "role": role,
+        "role": _role(layer),
+        "kind": kind,
+        "classes": _classes(layer, header) if kind == "class" else None,
         "size": header.size if header else None,
         "etag": header.etag if header else None,
         "error": error,
@@ -154,6 +157,20 @@ def _role(layer: Layer) -> Role:
     if layer.known is not None:
         return layer.known.role
     return "quality" if layer.band.casefold() in _QUALITY else "data"
+
+
+def _kind(layer: Layer, header: Header | None) -> KindName | None:
+    """Return what the numbers are: as the catalog says, else the item, else its name, else the file."""
+    kind = (layer.known.kind if layer.known else None) or layer.kind
+    if kind is None and _role(layer) == "quality":
+        return quality_kind(layer.band)
+    return header.kind_of(layer.band_index) if kind is None and header is not None else kind
+
+
+def _classes(layer: Layer, header: Header | None) -> list[dict[str, Any]] | None:
+    """Return what the codes of a class band stand for, None where nothing tells."""
+    classes = layer.classes or (header.classes_of(layer.band_index) if header is not None else ())
+    return [{"value": value, "name": name} for value, name in classes] or None
 
 
 def _nodata(layer: Layer, header: Header | None) -> float | None:

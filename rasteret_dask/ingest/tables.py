@@ -27,6 +27,7 @@ from rasteret_dask.ingest.sources import BROKEN, check_href, is_from_afar, read_
 from rasteret_dask.ingest.stac import LeftOut, facts_of, known_dataset, rows_to_table
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
+from rasteret_dask.rules.kinds import KINDS, KindName, quality_kind
 from rasteret_dask.table.anytable import as_arrow
 from rasteret_dask.table.layers import Layer, layers_of
 from rasteret_dask.table.rasteretio import header_columns, level_of
@@ -340,7 +341,19 @@ def _layer(row: Mapping[str, Any], band: str, cell: Mapping[str, Any], known: Da
     asset = {**cell, "type": "image/tiff", "bands": [{"name": band}]}
     item = {"assets": {band: asset}, "properties": row}
     layer = next(iter(layers_of(item, known).values()), None) or layers_of(item, None)[band]
-    return replace(layer, asset=cell.get("asset") or band)
+    return replace(layer, asset=cell.get("asset") or band, kind=_kind(band, cell) or layer.kind)
+
+
+def _kind(band: str, cell: Mapping[str, Any]) -> KindName | None:
+    """Return the kind that a table says of a band, or that an older ``role`` tells: it held both."""
+    stated = str(cell.get("kind") or cell.get("role"))
+    if stated == "quality":
+        return quality_kind(band)
+    if cell.get("kind") is not None and stated not in KINDS:
+        raise SchemaError(
+            f"kind of asset {short(band)!r}", repr(stated), f"one of {', '.join(KINDS)}, or null"
+        )
+    return KINDS[stated].name if stated in KINDS else None
 
 
 def _is_here(place: str | None) -> bool:

@@ -83,6 +83,8 @@ class HarmonizeSpec:
     time: str | None = None
     """A pandas offset (``"1MS"``): the length of a slot."""
     pick: Pick | None = None
+    fill: bool | None = None
+    """Whether what is invalid in the picked acquisition comes from the next."""
     dtype: str | None = None
 
     def __post_init__(self) -> None:

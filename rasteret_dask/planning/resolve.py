@@ -31,12 +31,12 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, filter_table, keep_readable, scan
-from rasteret_dask.rules.masks import QUALITY, Mask, quality_among, settled
-from rasteret_dask.rules.picks import Closest, Pick, Scored
+from rasteret_dask.rules.kinds import kind_of
+from rasteret_dask.rules.masks import QUALITY, Mask, quality_among, settled, words_of
+from rasteret_dask.rules.picks import Closest, Pick, Scored, pick_named
 from rasteret_dask.rules.pixels import PixelRules
 from rasteret_dask.rules.stored import Store
 from rasteret_dask.rules.units import Raw, Unit, Units
-from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.table.barehrefs import hosts_of, marked
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import Acquisitions, TimeAxis, acquisitions, intervals, narrowest, regular
@@ -92,6 +92,8 @@ class SourcePlan:
     """What the numbers of its bands mean."""
     resolution: float
     resampling: str | None
+    masks: tuple[str, ...]
+    """What is masked, in words."""
     slots: tuple[int, ...] | None
     """Start of each slot, ns since 1970 UTC; None: a chip is one acquisition."""
     maps: tuple[Function, ...] = ()
@@ -253,6 +255,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
         rules=rules,
         resolution=spec.resolution or _native_resolution(tables[0], resolved[0]),
         resampling=spec.resampling,
+        masks=words_of(spec.mask),
         slots=None if axis is None else tuple(int(t) for t in axis.start.astype(np.int64)),
         maps=maps,
     )
@@ -378,7 +381,7 @@ def _rules(
         units.append(unit)
         _unit_fits(name, band, kind, unit)
     _known_bands(name, spec.units, bands, tables, members)
-    pick = spec.pick or Closest()
+    pick = pick_named(spec.pick or Closest(), spec.fill)
     store = _store(name, spec, bands, kinds, units, tables, members)
     rules = PixelRules(tuple(units), tuple(kinds), pick, store)
     _one_scale(name, bands, rules, tables, members)
@@ -416,17 +419,11 @@ def _one_kind(name: str, band: str, own: _Own) -> str | None:
 
 def _unit_fits(name: str, band: str, kind: str | None, unit: Unit) -> None:
     """Raise PlanError where a unit makes no sense for a band."""
-    if not isinstance(unit, Raw) and kind_of(kind).unit == Raw().name:
+    if not unit.fits(kind_of(kind)):
         raise PlanError(
-            f"harmonize(units={unit.name!r}) of source {name!r}", f"band {band!r}, a {kind}",
-            "bands that are measured, not classified",
-            f"Leave units out, or say them by band: units={{...}} without {band!r}.",
-        )  # fmt: skip
-    embedding = kind_of("embedding")
-    if kind == embedding.name and unit.name not in (embedding.unit, Raw().name) and unit.elementwise:
-        raise PlanError(
-            f"harmonize(units={unit.name!r}) of source {name!r}", "embeddings", "measured bands",
-            f"Use units={embedding.unit!r}, or join them as a source of their own.",
+            f"harmonize(units={unit.name!r}) of source {name!r}", f"band {band!r}, of kind {kind}",
+            f"bands that can be in {unit.name}",
+            f"Say units='physical', or units by band without {band!r}, or join it as a source of its own.",
         )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net.remotefs import version_of
 from rasteret_dask.planning.plan import Predicate, Source
-from rasteret_dask.table import rowgroups
 from rasteret_dask.rules.masks import ANY_QUALITY
+from rasteret_dask.table import rowgroups
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 
 __all__ = [

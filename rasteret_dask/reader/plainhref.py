@@ -140,6 +140,7 @@ def _asset(href: str, band: int | None, header: Header | str) -> Asset | ReadErr
         nodata=header.nodata,
         dtype=header.dtype,
         role="data",
+        kind=header.kind_of(index),
         size=header.size,
         etag=header.etag,
         levels=tuple(Level(**fields) for fields in header.levels_of(index)),

@@ -12,12 +12,12 @@ from rasterio.enums import Resampling
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.reader.levels import Frame, rect_tiles, sparse_tiles
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, transformed
+from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.rules.units import Unit
 from rasteret_dask.table.records import Asset, Level
 
 __all__ = ["ReadPlan", "Request", "plan_read", "tiles_of"]
 
-_NEAREST_ROLES = frozenset({"quality", "class", "embedding"})
 _KERNELS = frozenset(r.name for r in Resampling if r is not Resampling.gauss)
 _RADIUS = {"nearest": 1, "bilinear": 1, "cubic": 2, "cubic_spline": 2, "lanczos": 3}
 """Source pixels a kernel reaches, GDAL's ``GWKGetFilterRadius``; the others use a pixel's own footprint."""
@@ -120,9 +120,7 @@ def plan_read(request: Request) -> ReadPlan:
 
 
 def _default_kernel(asset: Asset, scale: tuple[float, float]) -> str:
-    if asset.role in _NEAREST_ROLES:
-        return "nearest"
-    return "average" if min(scale) < 0.99 else "bilinear"
+    return kind_of(asset.kind).kernel(None, min(scale))
 
 
 def _overview(levels: tuple[Level, ...], reduction: float) -> int:

@@ -9,7 +9,17 @@ from typing import Literal, get_args
 
 from rasteret_dask.errors import PlanError
 
-__all__ = ["KINDS", "UNKNOWN", "Blend", "Kind", "KindName", "Statistics", "checked_kinds", "kind_of"]
+__all__ = [
+    "KINDS",
+    "UNKNOWN",
+    "Blend",
+    "Kind",
+    "KindName",
+    "Statistics",
+    "checked_kinds",
+    "kind_of",
+    "quality_kind",
+]
 
 KindName = Literal[
     "reflectance", "temperature", "backscatter", "continuous", "class", "bitfield", "angle", "embedding"
@@ -28,7 +38,8 @@ Statistics = Literal["moments", "counts"]
 class Kind:
     """What the numbers of a band are. No field has a default: a kind says all that a kind decides."""
 
-    name: KindName | Literal["unknown"]
+    name: KindName | None
+    """None: unknown."""
     coarser: str
     """GDAL's name of the kernel on a grid coarser than the image, where the user names none."""
     finer: str
@@ -115,11 +126,11 @@ _KINDS = (
     ),
 )  # fmt: skip
 
-KINDS: Mapping[str, Kind] = MappingProxyType({kind.name: kind for kind in _KINDS})
+KINDS: Mapping[str, Kind] = MappingProxyType({str(kind.name): kind for kind in _KINDS})
 """{name: kind}; :func:`kind_of` also takes None."""
 
 UNKNOWN = Kind(
-    name="unknown",
+    name=None,
     **{
         field.name: getattr(KINDS["continuous"], field.name) for field in fields(Kind) if field.name != "name"
     },
@@ -147,6 +158,11 @@ def kind_of(name: str | None) -> Kind:
     if name not in KINDS:
         raise PlanError("kind of a band", repr(name), f"one of {', '.join(KINDS)}")
     return KINDS[name]
+
+
+def quality_kind(band: str) -> KindName:
+    """Return what the numbers of a quality band are, where nothing but its name is known: bits, but for an SCL."""
+    return "class" if band.casefold() == "scl" else "bitfield"
 
 
 def checked_kinds(kinds: Mapping[str, str] | None, where: str) -> tuple[tuple[str, KindName], ...]:

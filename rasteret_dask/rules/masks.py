@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,8 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.rules.values import RuleValue
 
 __all__ = [
-    "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "Named", "QualityBand", "clouds_of", "mask_named",
-    "quality_among", "settled",
+    "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "MaskName", "Named", "QualityBand", "clouds_of", "mask_named",
+    "quality_among", "settled", "words_of",
 ]  # fmt: skip
 
 
@@ -153,7 +153,9 @@ QUALITY = (
 ANY_QUALITY = "@quality"
 """Stands for the quality bands of a collection, whatever they are called."""
 
-MASKS = ("clouds", "snow", "water")
+MaskName = Literal["clouds", "snow", "water"]
+
+MASKS = get_args(MaskName)
 """Words that users write; clouds with their shadows."""
 
 
@@ -210,3 +212,10 @@ def settled(mask: Mask | None, bands: Sequence[str]) -> Mask | None:
         parts = [settled(one, bands) for one in mask.masks]
         return None if None in parts else AnyOf(tuple(one for one in parts if one is not None))
     return mask.of(bands) if isinstance(mask, Named) else mask
+
+
+def words_of(mask: Mask | None) -> tuple[str, ...]:
+    """Return what a mask hides, in words."""
+    if isinstance(mask, AnyOf):
+        return tuple(word for one in mask.masks for word in words_of(one))
+    return () if mask is None else mask.words if isinstance(mask, Named) else (str(mask),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from rasteret_dask.rules.values import RuleValue, one_of
 
 __all__ = [
     "PICKS", "Candidates", "Clearest", "Closest", "Composed", "Composition", "First", "Last", "LeastCloudy",
-    "Majority", "Mean", "Median", "Nearest", "Pick", "Ranked", "Scored", "pick_named",
+    "Majority", "Mean", "Median", "Nearest", "Pick", "PickName", "Ranked", "Scored", "pick_named",
 ]  # fmt: skip
 
 
@@ -335,6 +335,11 @@ class _ByRank:
     def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         return self._values, self._rank < np.iinfo(np.int64).max
 
+
+PickName = Literal[
+    "closest", "first", "last", "newest", "least_cloudy", "clearest", "mean", "median", "majority"
+]
+"""The words of :data:`PICKS`."""
 
 PICKS: dict[str, Pick] = {
     "closest": Closest(),

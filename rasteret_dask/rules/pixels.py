@@ -34,7 +34,9 @@ class PixelRules(RuleValue):
     """Per band, its kind's name; None: unknown."""
     pick: Pick
     store: Store
-    _groups: tuple[tuple[Unit, tuple[int, ...]], ...] = field(init=False, compare=False, repr=False, default=())
+    _groups: tuple[tuple[Unit, tuple[int, ...]], ...] = field(
+        init=False, compare=False, repr=False, default=()
+    )
 
     def __post_init__(self) -> None:
         by_unit: dict[Unit, list[int]] = {}
@@ -138,7 +140,9 @@ class _Apart:
     def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         made = [(bands, *part.result()) for bands, part in self._parts]
         count = sum(len(bands) for bands, _, _ in made)
-        values = np.empty((count, *made[0][1].shape[1:]), dtype=np.result_type(*(v.dtype for _, v, _ in made)))
+        values = np.empty(
+            (count, *made[0][1].shape[1:]), dtype=np.result_type(*(v.dtype for _, v, _ in made))
+        )
         valid = np.empty(values.shape, dtype=bool)
         for bands, own, known in made:
             values[bands], valid[bands] = own, known

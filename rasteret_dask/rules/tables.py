@@ -44,7 +44,9 @@ class Turn:
             The validity (a number may have no value in a unit), None: all are; and where valid pixels were clipped,
             None: nowhere.
         """
-        table = _table(self.unit, Radiometry(self.scaling.scale, self.scaling.offset, ""), self.store, stored.dtype.str)
+        table = _table(
+            self.unit, Radiometry(self.scaling.scale, self.scaling.offset, ""), self.store, stored.dtype.str
+        )
         if table is None:
             return self._write(place, stored, valid)
         number = stored.view(f"u{stored.dtype.itemsize}")

@@ -15,7 +15,7 @@ from rasteret_dask.rules.kinds import Kind
 from rasteret_dask.rules.values import RuleValue, one_of
 
 __all__ = [
-    "UNITS", "Decibel", "Degrees", "Embedding", "Kelvin", "Raw", "Reflectance", "Scaled", "Unit", "Units",
+    "UNITS", "Decibel", "Degrees", "Embedding", "Kelvin", "Raw", "Reflectance", "Scaled", "Unit", "UnitName", "Units",
     "unit_length", "unit_named", "units_named",
 ]  # fmt: skip
 
@@ -67,6 +67,12 @@ class Unit(RuleValue):
         """Return values as they leave; shape (band, y, x), NaN where invalid; a pure function."""
         return values
 
+    def fits(self, kind: Kind) -> bool:
+        """Tell whether a band of a kind can be in this unit: codes cannot, and one physical unit is not another."""
+        if kind.unit == Raw.name:
+            return False
+        return self.name not in _OF_KINDS or kind.unit in (self.name, Scaled.name)
+
     def describe(self, scaling: Radiometry) -> str:
         """Return in words what was done to the numbers of a record."""
         return scaling.rule
@@ -81,6 +87,10 @@ class Raw(Unit):
     def decode(self, stored: NDArray[Any], scaling: Radiometry) -> NDArray[Any]:
         """Return the stored numbers."""
         return stored
+
+    def fits(self, kind: Kind) -> bool:
+        """Return True: any number can stay as it is."""
+        return True
 
     def describe(self, scaling: Radiometry) -> str:
         """Say that nothing was done."""
@@ -166,8 +176,17 @@ class Embedding(Unit):
         return "embedding: sign(v) x (|v| / 127.5)^2, then unit length"
 
 
+UnitName = Literal[
+    "physical", "auto", "raw", "scaled", "reflectance", "kelvin", "degrees", "decibel", "embedding"
+]
+"""The words of :data:`UNITS`, and those for each band's own."""
+
 UNITS = {u.name: u for u in (Raw(), Scaled(), Reflectance(), Kelvin(), Degrees(), Decibel(), Embedding())}
 """Unit by the word that users write."""
+
+
+_OF_KINDS = frozenset({Reflectance.name, Kelvin.name, Embedding.name})
+"""Units that only bands of a kind can have, or bands of which nothing more is known."""
 
 
 def unit_named(unit: str | Unit) -> Unit:

@@ -36,13 +36,16 @@ class RuleValue(ABC):
                 f"rule {cls.__qualname__}", "a type that can change", "a frozen dataclass",
                 "Write @dataclasses.dataclass(frozen=True) above it.",
             )  # fmt: skip
-        fields = {f.name: _plain(cls, f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
+        fields = {
+            f.name: _plain(cls, f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init
+        }
         return {"rule": f"{cls.__module__}:{cls.__qualname__}", "source": _source(cls), "fields": fields}
-
 
     def __str__(self) -> str:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
-        shown = ", ".join(f"{name}={value}" for name, value in fields.items() if value not in (False, None, ()))
+        shown = ", ".join(
+            f"{name}={value}" for name, value in fields.items() if value not in (False, None, ())
+        )
         return f"{type(self).__name__}({shown})"
 
 

@@ -101,8 +101,8 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
         "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
         "unused_strip_m": _strip(chips),
         "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used_rows(chips)},
-        "mask": {s.plan.name: list(s.plan.mask) for s in chips.sources},
-        "pick": {s.plan.name: s.plan.pick for s in chips.sources},
+        "mask": {s.plan.name: list(s.plan.masks) for s in chips.sources},
+        "pick": {s.plan.name: s.plan.pick.name for s in chips.sources},
         "dropped": dict(chips.dropped),
     }
     return Explanation(facts)

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 from rasteret_dask.catalogs.bands import Band, Dataset
 from rasteret_dask.errors import BandError
 from rasteret_dask.net.remote import is_local
+from rasteret_dask.rules.kinds import KindName
+from rasteret_dask.table.itemkinds import Classes, classes_of, kind_said
 
 __all__ = ["Layer", "check_bands", "epsg_of", "layers_of", "restrict"]
 
@@ -56,6 +58,10 @@ class Layer:
     """Rows, columns."""
     samples: int = 1
     """Bands the asset is said to hold."""
+    kind: KindName | None = None
+    """What the item says the numbers are."""
+    classes: Classes = ()
+    """What the item says the codes of a class band stand for."""
     declared: bool = True
     """False where the item lists no bands: the file may have more of them."""
 
@@ -198,6 +204,8 @@ def _offered(
                 transform=_floats(fields.get("proj:transform"), (6, 9)),
                 shape=_shape(fields.get("proj:shape")),
                 samples=max(1, len(said)),
+                kind=kind_said(key, asset, band, properties),
+                classes=classes_of(asset, band),
                 declared=bool(said),
             ),
             name if isinstance(name, str) and _CLEAN.match(name) else None,
@@ -260,7 +268,7 @@ def _by_code(text: str, dataset: Dataset) -> Band | None:
     bare = _PREFIX.sub("", bare)
     for band in dataset.bands:
         if bare.casefold() in (band.code.casefold(), band.asset.casefold()):
-            thermal = band.role == "temperature"
+            thermal = band.kind == "temperature"
             if prefix and prefix.group(1).upper() == "ST" and not thermal and band.role != "quality":
                 return None
             return band

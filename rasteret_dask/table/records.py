@@ -62,6 +62,8 @@ class Asset:
     nodata: float | None
     dtype: str
     role: str
+    kind: str | None
+    """What its numbers are, ``kinds.KindName``; None: unknown."""
     size: int | None
     etag: str | None
     levels: tuple[Level, ...]
@@ -215,6 +217,7 @@ class Records:
             nodata=item["nodata"],
             dtype=item["dtype"],
             role=item["role"] or "data",
+            kind=item["kind"],
             size=item["size"],
             etag=item["etag"],
             levels=tuple(_level(x) for x in levels),

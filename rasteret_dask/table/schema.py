@@ -10,8 +10,11 @@ import pyarrow.compute as pc
 import shapely
 
 from rasteret_dask.errors import SchemaError
+from rasteret_dask.table.assetkinds import derived
 
 __all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "REQUIRED", "check_columns", "conform", "plain"]
+
+CLASS_TYPE = pa.struct([pa.field("value", pa.int64()), pa.field("name", pa.string())])
 
 ASSET_TYPE = pa.struct(
     [
@@ -25,7 +28,11 @@ ASSET_TYPE = pa.struct(
         pa.field("rule", pa.string()),  # where scale and offset come from
         pa.field("nodata", pa.float64()),
         pa.field("dtype", pa.string()),  # NumPy name
-        pa.field("role", pa.string()),  # bands.Role
+        pa.field("role", pa.string()),  # bands.Role: "data", or "quality" of a band that serves the others
+        pa.field("kind", pa.string()),  # kinds.KindName, null where unknown
+        pa.field(
+            "classes", pa.list_(CLASS_TYPE)
+        ),  # what the codes of a class band stand for; null where unknown
         pa.field("size", pa.int64()),  # bytes of the file when its header was read
         pa.field("etag", pa.string()),
         pa.field("error", pa.string()),  # why the header could not be read, or null
@@ -131,6 +138,7 @@ def conform(table: pa.Table, name: str) -> pa.Table:
                 f"type {field.type}",
                 "Cast the column, or build the table with build_from_table.",
             ) from error
+    columns["assets"] = derived(columns["assets"], name)
     _derive(columns)
     extra = [c for c in table.column_names if c not in RECORD_SCHEMA.names]
     result = pa.Table.from_arrays(

@@ -16,7 +16,19 @@ from rasteret_dask.reader.readplan import Request
 from rasteret_dask.rules.pixels import PixelRules
 from rasteret_dask.table.records import Asset
 
-__all__ = ["Chips", "Into", "Place", "Seen", "Slot", "Wanted", "Windows", "clear", "copied", "hidden", "scored_by"]
+__all__ = [
+    "Chips",
+    "Into",
+    "Place",
+    "Seen",
+    "Slot",
+    "Wanted",
+    "Windows",
+    "clear",
+    "copied",
+    "hidden",
+    "scored_by",
+]
 
 Into: TypeAlias = tuple[NDArray[Any], NDArray[np.bool_] | None]
 """Memory for a shard's pixels (chip, time, band, y, x), and for their validity (chip, time, y, x)."""

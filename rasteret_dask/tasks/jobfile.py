@@ -8,7 +8,6 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from rasteret_dask.chipping.labels import Labels

@@ -297,9 +297,7 @@ class Picking:
         for entry, windows in enumerate(read):
             yield entry, windows + self._seen.get((int(feed.row[entry]), int(feed.chip[entry])), [])
 
-    def _decoded(
-        self, windows: Sequence[Seen], member: Member
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def _decoded(self, windows: Sequence[Seen], member: Member) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return one record's decoded values over one chip and their validity, masked; shape (band, y, x)."""
         shape = (len(self.plan.bands), self.size, self.size)
         values = np.zeros(shape, dtype=self.rules.decoded_dtype())
@@ -385,7 +383,9 @@ class Picking:
         for chip, order in {*zip(feed.chip.tolist(), feed.order.tolist(), strict=True)}:
             scores[chip, order] = pick.score(seen[chip, order])
         place = np.empty(shape, dtype=np.int64)
-        np.put_along_axis(place, np.argsort(-scores, axis=1, kind="stable"), np.arange(shape[1])[None], axis=1)
+        np.put_along_axis(
+            place, np.argsort(-scores, axis=1, kind="stable"), np.arange(shape[1])[None], axis=1
+        )
         rank = place[feed.chip, feed.order]
         chosen = np.flatnonzero(rank == 0) if not pick.fill else np.lexsort((rank, feed.slot, feed.chip))
         feed = feed.take(chosen)
