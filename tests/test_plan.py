@@ -24,6 +24,9 @@ from waiting import PATIENCE_S
 
 import rasteret_dask as rd
 from rasteret_dask.planning import plan as p
+from rasteret_dask.rules.masks import Bits, mask_named
+from rasteret_dask.rules.picks import PICKS, pick_named
+from rasteret_dask.rules.units import UNITS, units_named
 
 SCALARS = st.one_of(st.text(max_size=4), st.integers(-9, 9), st.floats(-1e6, 1e6), st.booleans(), st.none())
 TRIPLES = st.tuples(
@@ -37,8 +40,10 @@ SPECS = st.builds(
     bands=st.none() | st.just(("red", "nir")),
     resolution=st.none() | st.floats(1, 100),
     time=st.none() | st.just("1MS"),
-    mask=st.none() | st.just(("clouds",)),
-    units=st.none() | st.sampled_from(p.UNITS),
+    mask=st.none() | st.sampled_from([mask_named("clouds"), mask_named(["snow", Bits("qa", (1, 5))])]),
+    pick=st.none() | st.sampled_from(sorted(PICKS)).map(pick_named),
+    fill=st.none() | st.booleans(),
+    units=st.none() | st.sampled_from([units_named(u) for u in ("physical", "raw", {"vv": "decibel"}, *UNITS)]),
 )
 FUNCTION = p.Function("m", "f", "version 1")
 

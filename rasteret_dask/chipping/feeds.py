@@ -267,7 +267,7 @@ def enough(
 def _shares_of(
     feeds: Feeds, frame: Frame, found: Outlines, key: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the distinct keys of entries, sorted, and the share of its window that each one's records cover together."""
+    """Return the distinct keys of entries, sorted, and the share of its window that each covers."""
     order = np.argsort(key, kind="stable")
     unique, first = np.unique(key[order], return_index=True)
     best = np.maximum.reduceat(feeds.share[order], first)
@@ -327,9 +327,9 @@ def pick(
     """Order the acquisitions of each slot by the pick, and the records of each acquisition by nearness.
 
     An acquisition whose records together cover the window (at least ``min_coverage`` of it, all of it where that
-    is 0) comes before one whose records do not. Of picks that planning can decide only the first stays, unless the others are to fill
-    what it leaves invalid. The result is sorted by (window, slot, acquisition, distance of the raster's centre,
-    id).
+    is 0) comes before one whose records do not. Of picks that planning can decide only the first stays, unless the
+    others are to fill what it leaves invalid. The result is sorted by (window, slot, acquisition, distance of the
+    raster's centre, id).
     """
     own = passes_in(source, feeds)
     covers = np.ones(len(own.key), dtype=bool)

@@ -14,7 +14,8 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.rules.values import RuleValue
 
 __all__ = [
-    "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "MaskName", "Named", "QualityBand", "clouds_of", "mask_named",
+    "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "MaskName", "Named", "QualityBand", "clouds_of",
+    "mask_named",
     "quality_among", "settled", "words_of",
 ]  # fmt: skip
 
@@ -164,6 +165,9 @@ class Named(Mask):
     """What a word asks of whatever quality band a collection has; settled into that band's mask in the plan."""
 
     words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(self.words)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -43,6 +43,9 @@ class Pick(RuleValue):
         """What ``explain()`` and outputs call it."""
         return type(self).__name__.lower()
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def fills(self) -> bool:
         """Whether what is invalid in the chosen acquisition comes from the next one."""

@@ -53,8 +53,8 @@ def merged(
     -------
     xarray.Dataset
         ``pixels`` (chip, time, band, y, x); ``valid`` (chip, time, y, x) for integer pixels; ``valid_fraction``,
-        ``datetime`` and ``source`` (chip, time), ``filled_fraction`` where acquisitions fill each other; counts of what was read, and the seconds that it took, in its
-        attributes.
+        ``datetime`` and ``source`` (chip, time), ``filled_fraction`` where acquisitions fill each other; counts of
+        what was read, and the seconds that it took, in its attributes.
     """
     begun = time.perf_counter()
     chips = Picking(job, shard, source, members).read(on_error, into)
