@@ -92,8 +92,9 @@ def test_chip_is_cube_for_integers(s2: rd.Collection, l8: rd.Collection, dtype: 
 
 
 @pytest.mark.parametrize("pick", ["closest", "clearest", "median", "mean"])
-def test_chip_is_cube_for_raw_values(s2: rd.Collection, pick: str) -> None:
-    source = s2.harmonize(bands=["red", "scl"], units="raw", time="2MS", mask="clouds", pick=pick)
+def test_chip_is_cube_for_raw_values(l8: rd.Collection, pick: str) -> None:
+    """Numbers are averaged, bits are not: they are those of the nearest acquisition."""
+    source = l8.harmonize(bands=["red", "qa_pixel"], units="raw", time="3MS", mask="clouds", pick=pick)
     chips = dataset(source.chips(size=32, cell_km=0.96).sample(30))
     assert chips["pixels"].dtype == np.uint16
     assert_law(source, chips, spread(chips, 2))
@@ -299,6 +300,8 @@ def test_merged_mosaicked_masked_and_picked_chips_equal_the_oracle(two_tiles: Pa
         both = np.stack([other, mine])
         known = ~np.isnan(both)
         mean = np.where(known, both, 0).sum(axis=0, dtype=np.float64) / np.maximum(known.sum(axis=0), 1)
+        if xmin + 320 > EAST.c + 10 * two_tiles.east["red"].shape[1]:
+            mine = other  # an acquisition that covers the chip comes first
         wanted = {
             "closest": mine, "last": mine, "first": other,
             "mean": np.where(known.any(axis=0), mean, np.nan).astype(np.float32),
@@ -307,7 +310,7 @@ def test_merged_mosaicked_masked_and_picked_chips_equal_the_oracle(two_tiles: Pa
         np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
         # Landsat is resampled: a stored number may differ by one from GDAL over the whole file
         np.testing.assert_allclose(
-            found, wanted, atol=0 if pick in ("closest", "last") else 2.8e-5, rtol=1e-6
+            found, wanted, atol=2.8e-5 if mine is other or pick in ("first", "mean") else 0, rtol=1e-6
         )
         seams += bool(xmin < X0 + 1260 and xmin + 320 > X0 + 760)
         share = np.float32(np.isfinite(wanted).mean(dtype=np.float64))

@@ -33,7 +33,7 @@ ORDER = {
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",
     "reader": "harmonize pixelgrid levels readplan sharing ranges tilecodec rasterfile warp placing tilefile wants "
               "keeping engine plainhref cogreader",
-    "cubes": "cube cubegrid recordlayers lazy",
+    "cubes": "cube storedpixels slotgraph cubegrid lazy",
     "tasks": "job jobfile freezing cuts filling neighbours picking pixels clouds mapping screening shards batches",
     "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
              "holding datasets verifying",

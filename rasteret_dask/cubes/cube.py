@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+import dask.array as da
 import numpy as np
 import stackstac
-import xarray as xr
 from numpy.typing import NDArray
 from stackstac.prepare import prepare_items
 
@@ -18,32 +18,56 @@ from rasteret_dask.reader.cogreader import NATURAL, AssetHref, CogReader, Kernel
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.table.records import Asset, Level, Records
 
-__all__ = ["GroupCube", "compact_groups", "group_cube", "stack"]
+__all__ = [
+    "CubePlace",
+    "Form",
+    "GroupCube",
+    "Read",
+    "Reads",
+    "Stack",
+    "compact_groups",
+    "group_cube",
+    "stack",
+]
 
 SPREAD = 1.5
 """A group's common bounds hold at most this many times the pixels of its chips."""
 
 
-def plain_items(
-    records: Records, rows: Sequence[int], bands: Sequence[str], epsg: int, kernel: Kernel
-) -> list[dict[str, Any]]:
+class Read(NamedTuple):
+    """One band of one record, and how its pixels are brought onto the grid."""
+
+    band: str
+    """The record's own code."""
+    kernel: Kernel = NATURAL
+
+    def dtype(self, asset: Asset) -> np.dtype[Any]:
+        """Return the type of the pixels that are read."""
+        return np.dtype(asset.dtype if self.kernel.decode is None else np.float32)
+
+
+Reads: TypeAlias = "Mapping[int, Mapping[str, Read]]"
+"""Record row -> {name in the stack: read}."""
+
+
+def plain_items(records: Records, reads: Reads, epsg: int) -> list[dict[str, Any]]:
     """Return the STAC items, as plain dicts, that stackstac needs to know of some records; ids are row numbers.
 
     UTM south is told as its northern twin where the cube is in that, so that bounds stay exact.
     """
     items = []
-    for row in rows:
+    for row, own in reads.items():
         assets = {}
-        for band in bands:
-            asset = records.asset(int(row), band)
+        for name, (band, kernel) in own.items():
+            asset = records.asset(row, band)
             code, shift = northern(asset.epsg)
-            own, moved = (code, shift) if code == epsg else (asset.epsg, 0.0)
-            assets[band] = {
+            asset_epsg, moved = (code, shift) if code == epsg else (asset.epsg, 0.0)
+            assets[name] = {
                 "href": AssetHref(asset, kernel),
-                "proj:epsg": own,
+                "proj:epsg": asset_epsg,
                 "proj:bbox": _outline(asset.image, moved),
             }
-        items.append({"id": str(int(row)), "properties": {}, "assets": assets})
+        items.append({"id": str(row), "properties": {}, "assets": assets})
     return items
 
 
@@ -55,59 +79,103 @@ def _outline(image: Level, moved: float) -> tuple[float, float, float, float]:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def stack(
-    records: Records,
-    rows: Sequence[int],
-    bands: Sequence[str],
-    grid: Grid,
-    shape: tuple[int, int],
-    dtype: np.dtype[Any],
-    fill: float,
-    kernel: Kernel = NATURAL,
-    chunks: int = 1024,
-) -> xr.DataArray:
-    """Return the lazy cube (time, band, y, x) of some records on a grid, one time step a record, in row order.
+@dataclass(frozen=True, slots=True)
+class CubePlace:
+    """Where a cube lies, and how it is cut into chunks."""
+
+    grid: Grid
+    shape: tuple[int, int]
+    """(height, width), pixels."""
+    chunks: int
+    """Side of a Dask chunk, pixels."""
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """(xmin, ymin, xmax, ymax) in the grid's CRS."""
+        (height, width), grid = self.shape, self.grid
+        return grid.x0, grid.y0 - height * grid.yres, grid.x0 + width * grid.xres, grid.y0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a stack holds pixels of one type."""
+
+    dtype: np.dtype[Any]
+    fill: Any
+    """What invalid pixels hold."""
+    reader: type[CogReader] = CogReader
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stackstac cube of some reads, before any pixel is read."""
+
+    pixels: da.Array
+    """Dims (record, read, y, x)."""
+    x: NDArray[np.float64]
+    """Centres of pixels."""
+    y: NDArray[np.float64]
+    at: Mapping[tuple[int, str], tuple[int, int]]
+    """(record row, name) -> (record, read), for those that touch the place."""
+
+    def chunk(self, row: int, name: str) -> tuple[tuple[str, int, int], int] | None:
+        """Return which chunks along (y, x) hold a read, as the first part of their keys, and its number in them.
+
+        None: it does not touch the place.
+        """
+        if (row, name) not in self.at:
+            return None
+        record, read = self.at[row, name]
+        per_chunk = self.pixels.chunks[1][0]
+        return (self.pixels.name, record, read // per_chunk), read % per_chunk
+
+
+def stack(records: Records, reads: Reads, place: CubePlace, form: Form, reads_per_chunk: int = 1) -> Stack:
+    """Return the lazy stack of some reads on a grid, in order of the rows.
 
     Parameters
     ----------
-    records, rows, bands
-        Which assets.
-    grid, shape
-        The grid and its height and width in pixels.
-    dtype, fill
-        Type of the cube and value of invalid pixels.
-    kernel
-        How pixels of other grids are resampled.
-    chunks
-        Side of a Dask chunk, pixels.
+    records, reads
+        What is read: names are those of places in the stack, which records share.
+    place
+        The grid and its chunks, each of one record.
+    form
+        How pixels are held.
+    reads_per_chunk
+        -1: all of a record are read together.
     """
-    height, width = shape
-    bounds = (grid.x0, grid.y0 - height * grid.yres, grid.x0 + width * grid.xres, grid.y0)
-    items = plain_items(records, rows, bands, grid.epsg, kernel)
-    for item, row in zip(items, rows, strict=True):
-        item["properties"]["datetime"] = records.starts[int(row)]
+    names = tuple(dict.fromkeys(name for own in reads.values() for name in own))
+    items = plain_items(records, reads, place.grid.epsg)
+    for item, row in zip(items, reads, strict=True):
+        item["properties"]["datetime"] = records.starts[row]
     cube = stackstac.stack(
         items,
-        assets=list(bands),
-        epsg=grid.epsg,
-        resolution=(grid.xres, grid.yres),
-        bounds=bounds,
+        assets=list(names),
+        epsg=place.grid.epsg,
+        resolution=(place.grid.xres, place.grid.yres),
+        bounds=place.bounds,
         snap_bounds=False,
         rescale=False,
-        dtype=dtype,
-        fill_value=dtype.type(fill),
+        dtype=form.dtype,
+        fill_value=form.dtype.type(form.fill),
         sortby_date=False,
         xy_coords="center",
         properties=False,
         band_coords=False,
-        chunksize=chunks,
+        chunksize=(1, reads_per_chunk, place.chunks, place.chunks),
         errors_as_nodata=(),  # stackstac's default makes nodata of what is not there
-        reader=CogReader,
+        reader=form.reader,
     )
-    if cube.shape[2:] != shape:
-        raise GridError("cube", f"{cube.shape[2:]} pixels from stackstac", f"{shape} on the grid asked for")
-    plain: xr.DataArray = cube.drop_attrs()
-    return plain
+    if cube.shape[2:] != place.shape:
+        raise GridError(
+            "cube", f"{cube.shape[2:]} pixels from stackstac", f"{place.shape} on the grid asked for"
+        )
+    at = {
+        (int(row), str(name)): (record, read)
+        for record, row in enumerate(cube["id"].values)
+        for read, name in enumerate(cube["band"].values)
+    }
+    return Stack(cube.data, cube["x"].values, cube["y"].values, at)
 
 
 @dataclass(frozen=True)
@@ -183,7 +251,7 @@ def group_cube(
     """
     box = (bounds[:, 0].min(), bounds[:, 1].min(), bounds[:, 2].max(), bounds[:, 3].max())
     table, spec, _, items = prepare_items(
-        plain_items(records, rows, bands, epsg, NATURAL),
+        plain_items(records, {int(row): {band: Read(band) for band in bands} for row in rows}, epsg),
         assets=list(bands),
         epsg=epsg,
         resolution=resolution,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import threading
 import warnings
@@ -23,9 +24,10 @@ from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.reader.placing import Block
 from rasteret_dask.reader.plainhref import HEADERS, assets_at
 from rasteret_dask.reader.readplan import Request, tiles_of
+from rasteret_dask.rules.units import Unit
 from rasteret_dask.table.records import Asset
 
-__all__ = ["NATURAL", "AssetHref", "CogReader", "Kernel", "grid_of"]
+__all__ = ["NATURAL", "AssetHref", "CogReader", "Kernel", "ValidityReader", "grid_of"]
 
 AHEAD_BYTES = 64 * 2**20
 """Pixels, and their validity, that one read may fetch for those after it."""
@@ -38,9 +40,13 @@ class Kernel(NamedTuple):
     """How pixels are brought onto a grid that is not their own."""
 
     resampling: str | None = None
-    """GDAL's name; None: by the band's role."""
-    decode: str | None = None
-    """What is done to the stored numbers before; see Request."""
+    """GDAL's name; None: by the band's kind."""
+    decode: Unit | None = None
+    """Decodes the stored numbers before; see Request."""
+
+    def __str__(self) -> str:
+        unit = None if self.decode is None else json.dumps(self.decode.to_json(), sort_keys=True)
+        return f"{self.resampling}, {unit}"
 
 
 NATURAL = Kernel()
@@ -56,7 +62,10 @@ class AssetHref(str):
     def __new__(cls, asset: Asset, kernel: Kernel) -> AssetHref:
         """Make the href of one asset."""
         # Text decides Dask's token of the table, so it tells apart whatever reads other pixels.
-        read = "/".join(str(part) for part in (asset.band_index, asset.size, asset.etag, kernel))
+        parts = [asset.band_index, asset.size, asset.etag, asset.dtype, asset.nodata, asset.kind, kernel]
+        if kernel.decode is not None:
+            parts += [asset.scale, asset.offset]
+        read = "/".join(str(part) for part in parts)
         self = super().__new__(cls, f"{asset.href}#{asset.record_id}/{asset.band}/{read}")
         self.asset = asset
         self.kernel = kernel
@@ -153,15 +162,9 @@ class CogReader:
         numpy.ndarray
             Shape (y, x), of the reader's dtype.
         """
-        _making.last = None
-        own = _whole(window)
-        try:
-            block = self._chunk.read(self._index, own)
-        except RasteretDaskError as error:
-            if not any(_matches(face, self.errors_as_nodata) for face in _faces(error, self.url)):
-                raise
-            warnings.warn(f"Read as nodata: {error}", stacklevel=2)
-            return np.full((own.height, own.width), self.fill_value, self.dtype)
+        block = self._block(_whole(window))
+        if block is None:
+            return np.full((int(window.height), int(window.width)), self.fill_value, self.dtype)
         scale, offset = self.scale_offset
         with np.errstate(over="ignore", invalid="ignore"):  # in pixels that are not valid
             values = _cast(block.values[0], self.dtype)
@@ -173,6 +176,17 @@ class CogReader:
             values[~block.valid[0]] = self.fill_value
         return values
 
+    def _block(self, window: Window) -> Block | None:
+        """Return the pixels of a window; None where an error stands for nodata."""
+        _making.last = None
+        try:
+            return self._chunk.read(self._index, window)
+        except RasteretDaskError as error:
+            if not any(_matches(face, self.errors_as_nodata) for face in _faces(error, self.url)):
+                raise
+            warnings.warn(f"Read as nodata: {error}", stacklevel=3)
+            return None
+
     def close(self) -> None:
         """Drop the pixels that were read ahead for this reader; no file is kept open."""
         self._chunk.drop(self._index)
@@ -182,6 +196,21 @@ class CogReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+class ValidityReader(CogReader):
+    """Reads where the pixels of :class:`CogReader` are valid: 1, else the fill value.
+
+    For types that have no number to spare for what is invalid.
+    """
+
+    def read(self, window: Any) -> NDArray[Any]:
+        """Return the validity of one window of the grid; shape (y, x), of the reader's dtype."""
+        validity = np.full((int(window.height), int(window.width)), self.fill_value, self.dtype)
+        block = self._block(_whole(window))
+        if block is not None:
+            validity[block.valid[0]] = 1
+        return validity
 
 
 def grid_of(spec: Any) -> Grid:

@@ -1,0 +1,353 @@
+"""The Dask graph of a cube's slots: one task a slot, block and band, or all bands that only make sense together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, TypeAlias
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+from numpy.typing import NDArray
+
+from rasteret_dask.catalogs.bands import Radiometry
+from rasteret_dask.cubes.cube import CubePlace, Read
+from rasteret_dask.cubes.storedpixels import Pixels, Prefixes, stored_pixels
+from rasteret_dask.planning.resolve import Member, ResolvedSource
+from rasteret_dask.reader.cogreader import Kernel
+from rasteret_dask.rules import composing
+from rasteret_dask.rules.masks import Mask
+from rasteret_dask.rules.picks import Scored
+from rasteret_dask.rules.pixels import PixelRules
+
+__all__ = ["SlotGraph", "SlotRecords"]
+
+SlotRecords: TypeAlias = tuple[tuple[int, ...], ...]
+"""Record rows of each acquisition that competes for a slot, the best first, the nearest record first."""
+
+Tasks: TypeAlias = dict[Any, Any]
+"""Key -> task."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Band:
+    """One band of one record."""
+
+    pixels: Pixels
+    scaling: Radiometry
+    is_decoded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """One record, among the arrays that a task gets."""
+
+    bands: tuple[_Band | None, ...]
+    """None: nothing of it is there."""
+    hidden: int | None
+    """Array of what its mask hides; None: nothing."""
+
+    def layer(
+        self, rules: PixelRules, arrays: Sequence[NDArray[Any]], shape: tuple[int, int]
+    ) -> composing.Layer:
+        """Return its decoded pixels."""
+        stored = [
+            None if band is None else composing.StoredBand(
+                *band.pixels.of(arrays), band.scaling, band.is_decoded
+            )
+            for band in self.bands
+        ]  # fmt: skip
+        return composing.decoded(rules, stored, shape, None if self.hidden is None else arrays[self.hidden])
+
+
+@dataclass(frozen=True, slots=True)
+class _Acquisition:
+    """The records of one acquisition, nearest first."""
+
+    records: tuple[_Record, ...]
+    rank: int
+    start: int
+    """Its number in order of starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """What some bands of a slot are made of."""
+
+    rules: PixelRules
+    acquisitions: tuple[_Acquisition, ...]
+
+    def pixels(
+        self, shape: tuple[int, int], arrays: Sequence[NDArray[Any]], order: Sequence[int] | None
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return one block as it is stored, shape (1, band, y, x), and where it is valid.
+
+        Parameters
+        ----------
+        shape
+            (y, x).
+        arrays
+            Chunks of stacks, and of masks.
+        order
+            Numbers of acquisitions, the best first; None: as they stand.
+        """
+        rules = self.rules
+
+        def layers(acquisitions: Iterable[_Acquisition]) -> Iterator[composing.Layer]:
+            return (one.layer(rules, arrays, shape) for each in acquisitions for one in each.records)
+
+        if rules.composes:
+            by_start = sorted(self.acquisitions, key=lambda one: one.start)
+            made = composing.composed(rules, ((one.rank, layers([one])) for one in by_start))
+        else:
+            ranked = self.acquisitions if order is None else [self.acquisitions[n] for n in order]
+            made = composing.picked(rules, layers(ranked if rules.pick.fills else ranked[:1]))
+        if made is None:
+            empty = (1, len(rules.units), *shape)
+            return np.full(empty, rules.store.fill_value), np.zeros(empty, dtype=bool)
+        stored, _ = rules.encode(made.values, made.valid)
+        return stored[None], made.valid[None]
+
+    def values(
+        self, shape: tuple[int, int], arrays: Sequence[NDArray[Any]], order: Sequence[int] | None
+    ) -> NDArray[Any]:
+        """Return one block as it is stored, shape (1, band, y, x)."""
+        return self.pixels(shape, arrays, order)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Quality:
+    """The bands of one record by which it is masked or scored, among the arrays that a task gets."""
+
+    mask: Mask | None
+    bands: tuple[Pixels, ...]
+
+    def hidden(self, arrays: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+        """Return where the mask hides, shape (y, x)."""
+        assert self.mask is not None
+        return composing.hidden(self.mask, *self._stored(arrays))
+
+    def clear(self, arrays: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+        """Return where the record is valid and not hidden, shape (y, x)."""
+        return composing.clear(self.mask, *self._stored(arrays))
+
+    def _stored(self, arrays: Sequence[NDArray[Any]]) -> tuple[list[NDArray[Any]], list[NDArray[np.bool_]]]:
+        read = [band.of(arrays) for band in self.bands]
+        return [values for values, _ in read], [valid for _, valid in read]
+
+
+class SlotGraph:
+    """Makes the lazy pixels of a source's slots.
+
+    Bands are chunks of their own, so that one of them is computed alone; those that only make sense together, such
+    as embeddings of unit length, are one chunk. Quality bands are read apart, so that acquisitions are scored
+    before any other pixel is read.
+
+    Parameters
+    ----------
+    source
+        Its records and rules.
+    place
+        Where the cube lies.
+    slots
+        Per time step.
+    """
+
+    def __init__(self, source: ResolvedSource, place: CubePlace, slots: Sequence[SlotRecords]) -> None:
+        self.source, self.slots, self.rules = source, slots, source.plan.rules
+        self.shape = place.shape
+        rows = sorted({row for slot in slots for acquisition in slot for row in acquisition})
+        bands = {row: self._reads(self._member(row)) for row in rows}
+        quality = {row: [Read(band) for band in self._member(row).quality] for row in rows}
+        every, is_joint = range(len(source.plan.bands)), bool(self.rules.joint_groups)
+        self.groups = [tuple(every)] if is_joint else [(band,) for band in every]
+        self.bands = stored_pixels(source.records, bands, place, together=is_joint)
+        self.quality = stored_pixels(source.records, quality, place, together=False)
+        self.chunks: tuple[tuple[int, ...], ...] = da.core.normalize_chunks((place.chunks,) * 2, place.shape)
+        masks = [None if member.mask is None else member.mask.to_json() for member in source.plan.members]
+        self.token = tokenize(
+            json.dumps([self.rules.to_json(), masks], sort_keys=True), slots, source.member[rows].tolist(),
+            source.passes.of_record[rows].tolist(), [array.name for array in self._stacks()],
+            [(s.scale, s.offset) for row in rows for s in self._scalings(row)],
+        )  # fmt: skip
+
+    @property
+    def centres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Coordinates of the centres of pixels, (y, x)."""
+        numbers, _ = next(iter(self.bands.stacks.values()))
+        return numbers.y, numbers.x
+
+    def arrays(self) -> tuple[da.Array, da.Array | None]:
+        """Return the pixels, dims (time, band, y, x), and where all bands are valid, dims (time, y, x).
+
+        None: NaN says it.
+        """
+        dtype = np.dtype(self.source.plan.dtype)
+        chunks = ((1,) * len(self.slots), tuple(len(group) for group in self.groups), *self.chunks)
+        pixels, valid = f"cube-{self.token}", f"valid-{self.token}"
+        if dtype.kind in "fc":
+            return _array(pixels, self._tasks(pixels, _Slot.values), self._stacks(), chunks, dtype), None
+        both = _array(
+            f"slot-{self.token}",
+            self._tasks(f"slot-{self.token}", _Slot.pixels),
+            self._stacks(),
+            chunks,
+            dtype,
+        )
+        first: Tasks = {}
+        every: Tasks = {}
+        for slot, group, *block in np.ndindex(both.numblocks):
+            key = (both.name, slot, group, *block)
+            first[pixels, slot, group, *block] = (itemgetter(0), key)
+            every.setdefault((valid, slot, *block), (_all_valid, []))[1].append(key)
+        return (
+            _array(pixels, first, [both], chunks, dtype),
+            _array(valid, every, [both], (chunks[0], *self.chunks), np.dtype(bool)),
+        )
+
+    def _tasks(self, name: str, make: Callable[..., Any]) -> Tasks:
+        """Return the tasks that make all slots of the chunks of stacks."""
+        tasks: Tasks = {}
+        for number, records in enumerate(self.slots):
+            order = self._order(number, records, tasks)
+            for at, group in enumerate(self.groups):
+                prefixes: Prefixes = {}
+                slot = self._slot(records, group, prefixes, tasks)
+                for block, shape in self._blocks():
+                    arrays = [(*prefix, *block) for prefix in prefixes]
+                    tasks[name, number, at, *block] = (make, slot, shape, arrays, order)
+        return tasks
+
+    def _slot(self, records: SlotRecords, group: tuple[int, ...], prefixes: Prefixes, tasks: Tasks) -> _Slot:
+        """Return what some bands of a slot are made of; the chunks they need go to ``prefixes``."""
+        number = self.source.passes.of_record
+        acquisitions = tuple(
+            _Acquisition(
+                tuple(self._record(row, group, prefixes, tasks) for row in rows), rank, int(number[rows[0]])
+            )
+            for rank, rows in enumerate(records)
+        )
+        return _Slot(_of_bands(self.rules, group), acquisitions)
+
+    def _record(self, row: int, group: tuple[int, ...], prefixes: Prefixes, tasks: Tasks) -> _Record:
+        reads, scalings = self._reads(self._member(row)), self._scalings(row)
+        bands = []
+        for at in group:
+            pixels = self.bands.among(row, reads[at], prefixes)
+            is_decoded = reads[at].kernel.decode is not None
+            bands.append(None if pixels is None else _Band(pixels, scalings[at], is_decoded))
+        hidden = (
+            self._by_quality(f"hidden-{self.token}", row, _Quality.hidden, tasks)
+            if self._member(row).mask is not None
+            else None
+        )
+        return _Record(tuple(bands), None if hidden is None else prefixes.setdefault(hidden, len(prefixes)))
+
+    def _order(self, number: int, records: SlotRecords, tasks: Tasks) -> tuple[str, int] | None:
+        """Return the key of the order of a slot's acquisitions; None: it is settled."""
+        pick = self.rules.pick
+        if not isinstance(pick, Scored) or len(records) < 2:
+            return None
+        name, down, across = f"order-{self.token}", *map(len, self.chunks)
+        shown = [
+            [
+                [[(*prefix, i, j) for j in range(across)] for i in range(down)]
+                for prefix in (
+                    self._by_quality(f"clear-{self.token}", row, _Quality.clear, tasks) for row in rows
+                )
+                if prefix is not None
+            ]
+            for rows in records
+        ]
+        tasks[name, number] = (_order_of, pick, self.shape, shown)
+        return name, number
+
+    def _by_quality(
+        self, name: str, row: int, look: Callable[..., Any], tasks: Tasks
+    ) -> tuple[str, int] | None:
+        """Return the first part of the keys of what a record's quality bands tell; None: they are not there."""
+        member, prefixes = self._member(row), Prefixes()
+        if member.quality:
+            bands = [self.quality.among(row, Read(band), prefixes) for band in member.quality]
+        else:
+            bands = [self.bands.among(row, self._reads(member)[0], prefixes)]
+        there = tuple(band for band in bands if band is not None)
+        if len(there) < len(bands):
+            return None
+        for block, _ in self._blocks():
+            if (name, row, *block) not in tasks:
+                arrays = [(*prefix, *block) for prefix in prefixes]
+                tasks[name, row, *block] = (look, _Quality(member.mask, there), arrays)
+        return name, row
+
+    def _blocks(self) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """Yield (block, shape) along (y, x)."""
+        for i, height in enumerate(self.chunks[0]):
+            for j, width in enumerate(self.chunks[1]):
+                yield (i, j), (height, width)
+
+    def _member(self, row: int) -> Member:
+        return self.source.plan.members[self.source.member[row]]
+
+    def _reads(self, member: Member) -> list[Read]:
+        """Return how each band is read."""
+        resampling = self.source.plan.resampling
+        return [
+            Read(
+                band,
+                Kernel(
+                    None if band in member.quality else resampling,
+                    unit if unit.kernel_on == "decoded" else None,
+                ),
+            )
+            for band, unit in zip(member.bands, self.rules.units, strict=True)
+        ]
+
+    def _scalings(self, row: int) -> list[Radiometry]:
+        assets = [self.source.records.asset(row, band) for band in self._member(row).bands]
+        return [Radiometry(asset.scale, asset.offset, asset.rule) for asset in assets]
+
+    def _stacks(self) -> list[da.Array]:
+        return [*self.bands.arrays(), *self.quality.arrays()]
+
+
+def _array(name: str, tasks: Tasks, below: Sequence[da.Array], chunks: Any, dtype: np.dtype[Any]) -> da.Array:
+    return da.Array(HighLevelGraph.from_collections(name, tasks, dependencies=below), name, chunks, dtype)
+
+
+def _of_bands(rules: PixelRules, bands: tuple[int, ...]) -> PixelRules:
+    """Return the rules of some bands."""
+    return dataclasses.replace(
+        rules,
+        units=tuple(rules.units[band] for band in bands),
+        kinds=tuple(rules.kinds[band] for band in bands),
+    )
+
+
+def _order_of(
+    pick: Scored, shape: tuple[int, int], shown: Sequence[Sequence[Sequence[Sequence[NDArray[np.bool_]]]]]
+) -> tuple[int, ...]:
+    """Return the numbers of acquisitions, the best first.
+
+    Parameters
+    ----------
+    shape
+        (y, x) of the whole cube.
+    shown
+        Where they are clear: acquisition, record, block along y, block along x.
+    """
+    ground = np.zeros((len(shown), *shape), dtype=bool)
+    for one, records in zip(ground, shown, strict=True):
+        for blocks in records:
+            one |= np.block([list(row) for row in blocks])
+    return composing.by_score(pick, list(ground))
+
+
+def _all_valid(parts: Sequence[tuple[NDArray[Any], NDArray[np.bool_]]]) -> NDArray[np.bool_]:
+    """Return where all bands are valid, shape (1, y, x), of groups of bands."""
+    return np.logical_and.reduce([valid.all(axis=1) for _, valid in parts])

@@ -1,0 +1,171 @@
+"""From stored numbers of records to the pixels of one slot: the steps that chips and cubes take in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rasteret_dask.catalogs.bands import Radiometry
+from rasteret_dask.rules.masks import Mask
+from rasteret_dask.rules.picks import Scored
+from rasteret_dask.rules.pixels import PixelRules
+
+__all__ = ["Layer", "StoredBand", "by_score", "clear", "composed", "decoded", "filled", "hidden", "picked"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBand:
+    """One band of one record over one window, as a reader gives it."""
+
+    values: NDArray[Any]
+    """Shape (y, x). Stored numbers; decoded ones where ``is_decoded``."""
+    valid: NDArray[np.bool_]
+    """Shape (y, x)."""
+    scaling: Radiometry
+    """The record's own."""
+    is_decoded: bool = False
+    """Whether the reader has decoded it, before its kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Decoded pixels of one record over one window, or of several records that fill each other."""
+
+    values: NDArray[Any]
+    """Shape (band, y, x), of :meth:`PixelRules.decoded_dtype`, or the type that acquisitions are composed in."""
+    valid: NDArray[np.bool_]
+    """Shape (band, y, x). True where the pixel is valid and not hidden."""
+
+
+def decoded(
+    rules: PixelRules,
+    bands: Sequence[StoredBand | None],
+    shape: tuple[int, int],
+    hidden_at: NDArray[np.bool_] | None = None,
+) -> Layer:
+    """Decode and mask one record.
+
+    Parameters
+    ----------
+    bands
+        Per band of the rules; None: the record has nothing there.
+    shape
+        (y, x).
+    hidden_at
+        Shape (y, x). True where the record's mask hides; see :func:`hidden`.
+    """
+    values = np.zeros((len(bands), *shape), dtype=rules.decoded_dtype())
+    valid = np.zeros(values.shape, dtype=bool)
+    for at, (unit, band) in enumerate(zip(rules.units, bands, strict=True)):
+        if band is None:
+            continue
+        made = band.values if band.is_decoded else unit.decode(band.values, band.scaling)
+        values[at] = made
+        valid[at] = band.valid
+        if made.dtype.kind in "fc":  # a number may have no value in a unit
+            valid[at] &= ~np.isnan(made)
+    if hidden_at is not None:
+        valid &= ~hidden_at
+    rules.joint(valid)
+    return Layer(values, valid)
+
+
+def hidden(
+    mask: Mask, stored: Sequence[NDArray[Any]], valid: Sequence[NDArray[np.bool_]]
+) -> NDArray[np.bool_]:
+    """Return where a mask hides a record's pixels; shapes (y, x), one array for each band that the mask needs.
+
+    A quality band's invalid pixels hide nothing.
+    """
+    return np.logical_and.reduce(valid) & mask.hidden(*stored)
+
+
+def clear(
+    mask: Mask | None, stored: Sequence[NDArray[Any]], valid: Sequence[NDArray[np.bool_]]
+) -> NDArray[np.bool_]:
+    """Return where a record is valid and not hidden as far as some of its bands tell; shapes (y, x).
+
+    Parameters
+    ----------
+    mask
+        None: nothing is hidden.
+    stored, valid
+        The bands that the mask needs, else those that an acquisition is scored by.
+    """
+    known = np.asarray(np.logical_and.reduce(valid))
+    return known if mask is None else known & ~mask.hidden(*stored)
+
+
+def by_score(pick: Scored, shown: Sequence[NDArray[np.bool_]]) -> tuple[int, ...]:
+    """Return the numbers of acquisitions, the best first; of equals the earlier.
+
+    Parameters
+    ----------
+    shown
+        Per acquisition, shape (y, x): where any of its records is clear, over all of the ground that is scored.
+    """
+    scores = np.array([pick.score(one) for one in shown])
+    return tuple(np.argsort(-scores, kind="stable").tolist())
+
+
+def filled(rules: PixelRules, layers: Iterable[Layer], finish: bool) -> Layer | None:
+    """Return layers put one behind the other: each fills, band by band, what those before it leave invalid.
+
+    Bands that only have a meaning together are taken together: they are valid together in each layer.
+
+    Parameters
+    ----------
+    layers
+        Decoded, the first in front.
+    finish
+        Whether to finish each layer first. Then a number that has no value in its unit is filled too.
+
+    Returns
+    -------
+    Layer or None
+        None where there is no layer. Its arrays may be those of a layer.
+    """
+    values: NDArray[Any] | None = None
+    valid: NDArray[np.bool_] | None = None
+    for layer in layers:
+        own, known = rules.finish(layer.values, layer.valid) if finish else (layer.values, layer.valid)
+        if values is None or valid is None:
+            values, valid = own, known
+            continue
+        take = known & ~valid
+        values, valid = np.where(take, own, values), valid | known
+    return None if values is None or valid is None else Layer(values, valid)
+
+
+def picked(rules: PixelRules, layers: Iterable[Layer]) -> Layer | None:
+    """Return the finished pixels of a slot that takes them as they stand.
+
+    Parameters
+    ----------
+    layers
+        Of the best acquisition, the record that is nearest to the window first; behind them those of the next
+        best, where the pick fills.
+    """
+    return filled(rules, layers, finish=True)
+
+
+def composed(rules: PixelRules, acquisitions: Iterable[tuple[int, Iterable[Layer]]]) -> Layer | None:
+    """Return the finished pixels of a slot that are made of all its acquisitions.
+
+    Parameters
+    ----------
+    acquisitions
+        In order of their start: (rank, layers). Rank 0 is the nearest to the slot's middle; the record that is
+        nearest to the window comes first among the layers.
+    """
+    composition, is_empty = rules.begin(), True
+    for rank, layers in acquisitions:
+        one = filled(rules, layers, finish=False)
+        if one is not None:
+            composition.add(one.values.astype(rules.work_dtype(), copy=False), one.valid, rank)
+            is_empty = False
+    return None if is_empty else Layer(*rules.finish(*composition.result()))
