@@ -64,12 +64,19 @@ def harmonized_cube(
     if source.axis is not None:
         whens = np.array([_start(source, slot) for slot in slots], dtype="datetime64[ns]")
         coords["datetime"] = ("time", whens)
-    pixels, valid = graph.arrays()
-    if valid is not None:
+    rows = np.unique(feeds.record)
+    if np.dtype(source.plan.dtype).kind in "fc":
+        pixels = graph.pixels()
+    elif _is_told_by_fill(source, rows):
+        pixels = graph.pixels()
+        coords["valid"] = (("time", "y", "x"), graph.told_by_fill(pixels))
+    else:
+        pixels, valid = graph.pixels_and_valid()
         coords["valid"] = (("time", "y", "x"), valid)
-    cube = xr.DataArray(pixels, coords, ("time", "band", "y", "x"), source.plan.name)
-    cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(grid.transform(Window(0, 0, *shape)))
-    cube.attrs = _attributes(source, np.unique(feeds.record))
+    cube: xr.DataArray = xr.DataArray(pixels, coords, ("time", "band", "y", "x"), source.plan.name)
+    transform = grid.transform(Window(0, 0, *shape))
+    cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(transform)
+    cube.attrs = _attributes(source, rows)
     return cube
 
 
@@ -120,14 +127,22 @@ def _attributes(source: ResolvedSource, rows: NDArray[Any]) -> dict[str, Any]:
     if plan.rules.store.scale_factor is not None:
         scale = plan.rules.store.scale_factor
         attrs |= {"scale_factor": scale, "add_offset": 0.0, "_FillValue": int(plan.fill)}
-    elif np.dtype(plan.dtype).kind in "iu" and _is_never_valid(source, rows):
+    elif np.dtype(plan.dtype).kind in "iu" and _is_told_by_fill(source, rows):
         attrs["nodata"] = int(plan.fill)
     return attrs
 
 
-def _is_never_valid(source: ResolvedSource, rows: NDArray[Any]) -> bool:
-    """Tell whether no valid pixel can hold the fill: all files call it nodata, and no kernel or composite makes it."""
+def _is_told_by_fill(source: ResolvedSource, rows: NDArray[Any]) -> bool:
+    """Tell whether no valid pixel can hold the fill.
+
+    So it is where values are stored in steps, or where all files call that number nodata and no kernel makes it of
+    others. Composites may make any number.
+    """
     plan = source.plan
+    if plan.rules.store.steps is not None:
+        return True
+    if plan.rules.composes:
+        return False
     assets = [
         source.records.asset(int(row), band)
         for row in rows
@@ -136,13 +151,15 @@ def _is_never_valid(source: ResolvedSource, rows: NDArray[Any]) -> bool:
     if any(asset.nodata is None or asset.nodata != plan.fill for asset in assets):
         return False
     kinds = [plan.rules.kind(band) for band in range(len(plan.bands))]
-    as_stored = plan.resampling in _AS_STORED or all(kind.kernels is not None for kind in kinds)
-    if as_stored and not plan.rules.composes:
+    if plan.resampling in _AS_STORED or all(kind.kernels is not None for kind in kinds):
         return True
     limits = [np.iinfo(asset.dtype) for asset in assets]
     outermost = all(plan.fill == own.min for own in limits) or all(plan.fill == own.max for own in limits)
-    return outermost and plan.resampling in (None, "bilinear", "average", *_AS_STORED)
+    return outermost and plan.resampling in (None, *_BETWEEN)
 
 
 _AS_STORED = ("nearest", "mode")
 """Kernels that give numbers that the files hold."""
+
+_BETWEEN = ("bilinear", "average")
+"""Kernels whose numbers lie between those of the file."""

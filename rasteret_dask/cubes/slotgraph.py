@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -182,33 +183,32 @@ class SlotGraph:
         numbers, _ = next(iter(self.bands.stacks.values()))
         return numbers.y, numbers.x
 
-    def arrays(self) -> tuple[da.Array, da.Array | None]:
-        """Return the pixels, dims (time, band, y, x), and where all bands are valid, dims (time, y, x).
+    def pixels(self) -> da.Array:
+        """Return the pixels, dims (time, band, y, x); for types whose fill no valid pixel holds."""
+        return self._slots(f"cube-{self.token}", _Slot.values)
 
-        None: NaN says it.
-        """
-        dtype = np.dtype(self.source.plan.dtype)
+    def told_by_fill(self, pixels: da.Array) -> da.Array:
+        """Return where no band of :meth:`pixels` holds the fill, dims (time, y, x)."""
+        return self._over_bands(pixels, partial(_none_is, self.source.plan.fill))
+
+    def pixels_and_valid(self) -> tuple[da.Array, da.Array]:
+        """Return the pixels, dims (time, band, y, x), and where all bands are valid, dims (time, y, x)."""
+        both = self._slots(f"slot-{self.token}", _Slot.pixels)
+        name = f"cube-{self.token}"
+        first = {(name, *at): (itemgetter(0), (both.name, *at)) for at in np.ndindex(both.numblocks)}
+        return _array(name, first, [both], both.chunks, both.dtype), self._over_bands(both, _all_valid)
+
+    def _slots(self, name: str, make: Callable[..., Any]) -> da.Array:
         chunks = ((1,) * len(self.slots), tuple(len(group) for group in self.groups), *self.chunks)
-        pixels, valid = f"cube-{self.token}", f"valid-{self.token}"
-        if dtype.kind in "fc":
-            return _array(pixels, self._tasks(pixels, _Slot.values), self._stacks(), chunks, dtype), None
-        both = _array(
-            f"slot-{self.token}",
-            self._tasks(f"slot-{self.token}", _Slot.pixels),
-            self._stacks(),
-            chunks,
-            dtype,
-        )
-        first: Tasks = {}
-        every: Tasks = {}
-        for slot, group, *block in np.ndindex(both.numblocks):
-            key = (both.name, slot, group, *block)
-            first[pixels, slot, group, *block] = (itemgetter(0), key)
-            every.setdefault((valid, slot, *block), (_all_valid, []))[1].append(key)
-        return (
-            _array(pixels, first, [both], chunks, dtype),
-            _array(valid, every, [both], (chunks[0], *self.chunks), np.dtype(bool)),
-        )
+        return _array(name, self._tasks(name, make), self._stacks(), chunks, np.dtype(self.source.plan.dtype))
+
+    def _over_bands(self, bands: da.Array, make: Callable[..., Any]) -> da.Array:
+        name, (times, groups, *blocks) = f"valid-{self.token}", bands.numblocks
+        tasks = {
+            (name, slot, *block): (make, [(bands.name, slot, group, *block) for group in range(groups)])
+            for slot, *block in np.ndindex(times, *blocks)
+        }
+        return _array(name, tasks, [bands], (bands.chunks[0], *self.chunks), np.dtype(bool))
 
     def _tasks(self, name: str, make: Callable[..., Any]) -> Tasks:
         """Return the tasks that make all slots of the chunks of stacks."""
@@ -292,7 +292,8 @@ class SlotGraph:
                 yield (i, j), (height, width)
 
     def _member(self, row: int) -> Member:
-        return self.source.plan.members[self.source.member[row]]
+        member: Member = self.source.plan.members[int(self.source.member[row])]
+        return member
 
     def _reads(self, member: Member) -> list[Read]:
         """Return how each band is read."""
@@ -317,7 +318,8 @@ class SlotGraph:
 
 
 def _array(name: str, tasks: Tasks, below: Sequence[da.Array], chunks: Any, dtype: np.dtype[Any]) -> da.Array:
-    return da.Array(HighLevelGraph.from_collections(name, tasks, dependencies=below), name, chunks, dtype)
+    needs: Any = below
+    return da.Array(HighLevelGraph.from_collections(name, tasks, dependencies=needs), name, chunks, dtype)
 
 
 def _of_bands(rules: PixelRules, bands: tuple[int, ...]) -> PixelRules:
@@ -350,4 +352,9 @@ def _order_of(
 
 def _all_valid(parts: Sequence[tuple[NDArray[Any], NDArray[np.bool_]]]) -> NDArray[np.bool_]:
     """Return where all bands are valid, shape (1, y, x), of groups of bands."""
-    return np.logical_and.reduce([valid.all(axis=1) for _, valid in parts])
+    return np.asarray(np.logical_and.reduce([valid.all(axis=1) for _, valid in parts]))
+
+
+def _none_is(fill: Any, parts: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+    """Return where no band holds the fill, shape (1, y, x), of groups of bands."""
+    return np.asarray(np.logical_and.reduce([(values != fill).all(axis=1) for values in parts]))

@@ -81,7 +81,7 @@ def hidden(
 
     A quality band's invalid pixels hide nothing.
     """
-    return np.logical_and.reduce(valid) & mask.hidden(*stored)
+    return np.asarray(np.logical_and.reduce(valid) & mask.hidden(*stored))
 
 
 def clear(
