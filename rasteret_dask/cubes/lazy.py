@@ -58,7 +58,7 @@ def harmonized_cube(
         "band": ("band", np.array(source.plan.bands, dtype=object)),
         "y": ("y", y),
         "x": ("x", x),
-        "source": ("time", np.array([_members(source, slot) for slot in slots], dtype=object)),
+        "member": ("time", np.array([_members(source, slot) for slot in slots], dtype=object)),
         "units": ("band", np.array(source.plan.units, dtype=object)),
     }
     if source.axis is not None:
