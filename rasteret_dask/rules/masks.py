@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -20,7 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Mask(RuleValue):
+class Mask(RuleValue, ABC):
     """Which pixels of a record are hidden, by its quality bands as they stand in the files.
 
     A quality band's invalid pixels hide nothing: there the bands say themselves whether they are valid.

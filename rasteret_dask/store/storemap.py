@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import MASK
+from rasteret_dask.chipping.chiptable import FILLED, MASK
 from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums, changed
@@ -46,10 +46,12 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "valid": (("chip", "time", "y", "x"), ("bool",)),
     MASK: (("chip", "y", "x"), None),
     "valid_fraction": (("chip", "time"), ("float32",)),
+    FILLED: (("chip", "time"), ("float32",)),
     "datetime": (("chip", "time"), ("int64",)),
     "member": (("chip", "time"), ("None",)),
     "bounds": (("chip", "corner"), ("float64",)),
     "band": (("band",), ("None",)),
+    "units": (("band",), ("None",)),
     "time": (("time",), ("int64",)),
 }
 """Dimensions of arrays, and their dtypes where they are known ("None": text); all others have one value a chip."""
