@@ -469,9 +469,10 @@ def _store(
         for at, own in enumerate(raw):
             stored = {np.dtype(d) for d in _distinct(tables, members, "dtype", at) if d} if own else set()
             if any(not np.can_cast(d, dtype) for d in stored):
+                types = ", ".join(sorted(d.name for d in stored))
                 raise PlanError(
                     f"source {name!r}",
-                    f"band {bands[at]!r} of {', '.join(sorted(d.name for d in stored))}, raw, beside {dtype.name} values",
+                    f"band {bands[at]!r} of {types}, raw, beside {dtype.name} values",
                     f"numbers that {dtype.name} holds exactly",
                     "Join it as a source of its own.",
                 )  # fmt: skip
