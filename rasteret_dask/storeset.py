@@ -86,9 +86,9 @@ class StoredChips:
             raise PlanError("select", "no split", "at least one, such as select('train')")
         return self._with(Select(self.stored.plan, splits))
 
-    def filter(self, *given: Predicate | Any, **columns: Any) -> StoredChips:
+    def filter(self, *triples: Predicate | Any, **columns: Any) -> StoredChips:
         """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
-        return self._with(FilterChips(self.stored.plan, predicates(given, columns)))
+        return self._with(FilterChips(self.stored.plan, predicates(triples, columns)))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> StoredChips:
         """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""

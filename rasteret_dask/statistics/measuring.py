@@ -88,7 +88,7 @@ def measured(reading: ChipShards, client: ClientLike = None) -> Stats:
 
 
 def _none() -> PlanError:
-    return PlanError("stats", "no chip", "at least one", "Loosen keep, filter or select.")
+    return PlanError("stats", "no chip", "at least one", "Ask for less in filter, filter_pixels or select.")
 
 
 def kept_sizes(reading: ChipShards, client: ClientLike = None) -> tuple[int, ...]:

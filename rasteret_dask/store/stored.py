@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import bounds_of, label_columns
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import remote
-from rasteret_dask.planning.plan import FilterChips, Node, Sample, Select, Source, digest
+from rasteret_dask.planning.plan import FilterChips, Node, Sample, Select, Source, digest, step_name
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, open_map
 from rasteret_dask.store.storeread import read_rows
@@ -31,7 +31,6 @@ OWN = ("valid_fraction", "member")
 """Variables that shards' tasks write and samples do not carry."""
 
 _ROW = "__row__"
-_NAMES = {FilterChips: "filter", Select: "select", Sample: "sample"}
 _CHOOSING = Lock()
 
 
@@ -213,7 +212,10 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
             found = below.rows[sample_rows(table, "chip_id", n, seed, by)]
     if not len(found):
         raise PlanError(
-            _NAMES[type(node)], f"no chip left of {len(below.rows)}", "at least one", "Loosen it."
+            step_name(node),
+            f"no chip left of {len(below.rows)}",
+            "at least one",
+            "Ask for less, or leave it out.",
         )
     return np.asarray(found)
 
