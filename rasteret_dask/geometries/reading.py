@@ -74,7 +74,13 @@ _DIMS = ("geometry", "time", "y", "x")
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """What a user wants to read."""
+    """The windows that a user wants to read: the arguments of ``get_numpy``, ``get_xarray`` and ``get_gdf``.
+
+    Raises
+    ------
+    PlanError
+        Where a size or resolution cannot be.
+    """
 
     geometries: Any
     """In lon/lat, in any form."""
@@ -84,6 +90,13 @@ class WindowRequest:
     target_crs: Any = None
     all_touched: bool = False
     on_error: str = "raise"
+
+    def __post_init__(self) -> None:
+        size = self.size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
+            raise PlanError("size=", repr(size), "a positive whole number of pixels")
+        if self.resolution is not None and not (is_number(self.resolution) and self.resolution > 0):
+            raise PlanError("resolution=", repr(self.resolution), "a positive pixel size")
 
 
 @dataclass(frozen=True)
@@ -123,11 +136,6 @@ def prepared(plan: Node, tables: Mapping[str, Table], asked: WindowRequest) -> R
     PlanError, GridError, BandError, UnreadableAssetsError
         Whatever cannot be carried out.
     """
-    size = asked.size
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
-        raise PlanError("size=", repr(size), "a positive whole number of pixels")
-    if asked.resolution is not None and not (is_number(asked.resolution) and asked.resolution > 0):
-        raise PlanError("resolution=", repr(asked.resolution), "a positive pixel size")
     given = geometries_of(asked.geometries)
     taken = [n for n in given.labels.column_names if n in ROW_SCHEMA.names]
     if taken:
@@ -142,8 +150,8 @@ def prepared(plan: Node, tables: Mapping[str, Table], asked: WindowRequest) -> R
     if target is not None and asked.resolution is None:
         _same_unit(target, source)
     mask = None
-    if size is not None:
-        bounds = square_bounds(given, codes, pixels, int(size))
+    if asked.size is not None:
+        bounds = square_bounds(given, codes, pixels, int(asked.size))
     elif source.plan.pick == "clearest" and source.axis is not None:
         raise PlanError("reading windows with pick='clearest'", "windows of any shape", "chips of one size",
                         "Say size=, or choose another pick.")  # fmt: skip
