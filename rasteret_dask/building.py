@@ -26,7 +26,7 @@ from rasteret_dask.ingest.pages import Known, Report, ingest
 from rasteret_dask.ingest.search import fits
 from rasteret_dask.ingest.sources import Item, read_items
 from rasteret_dask.ingest.stac import LeftOut, items_to_table
-from rasteret_dask.ingest.tablecache import SAID, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
+from rasteret_dask.ingest.tablecache import SEARCH_FILE, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.net.trust import resolve
 from rasteret_dask.openers import as_collection, warn_signed
@@ -288,7 +288,7 @@ def _fill(
         )  # fmt: skip
         if known is not None and before is not None and not report.added:
             return before
-        (folder / SAID).write_text(json.dumps(_said(order, report), indent=1))
+        (folder / SEARCH_FILE).write_text(json.dumps(_said(order, report), indent=1))
         made = place.commit(folder, after=before, replace=replaces, keep=0 if replaces else 1)
     for note in report.notes(order.name):
         warnings.warn(note, UserWarning, stacklevel=_TO_USER - 1 if known is not None else _TO_USER)
@@ -306,7 +306,7 @@ def _said(order: BuildOrder, report: Report) -> dict[str, Any]:
 
 
 def _remind(folder: Path, order: BuildOrder) -> None:
-    made = json.loads((folder / SAID).read_text()).get("made", {})
+    made = json.loads((folder / SEARCH_FILE).read_text()).get("made", {})
     if made.get("failed"):
         warnings.warn(
             f"{order.name}: the headers of {made['failed']} of {made['files']} files could not be read when this "

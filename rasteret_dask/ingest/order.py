@@ -138,8 +138,8 @@ class BuildOrder:
         return {**said, "dataset": None if self.dataset is None else self.dataset.name}
 
 
-def order_of_json(said: Mapping[str, Any], name: str) -> BuildOrder:
-    """Return the order that :meth:`Order.as_json` wrote, with the catalog's present rules.
+def order_of_json(document: Mapping[str, Any], name: str) -> BuildOrder:
+    """Return the order that :meth:`BuildOrder.as_json` wrote, with the catalog's present rules.
 
     Raises
     ------
@@ -147,19 +147,19 @@ def order_of_json(said: Mapping[str, Any], name: str) -> BuildOrder:
         When the catalog has lost its dataset, or it is something else.
     """
     try:
-        own = {k: said[k] for k in BuildOrder.__slots__}
-        own["dataset"] = known_dataset(own["dataset"]) if own["dataset"] is not None else None
-        if own["entry"] is not None:
-            entry = find(own["entry"])
-            own["dataset"] = entry.dataset
+        fields = {k: document[k] for k in BuildOrder.__slots__}
+        fields["dataset"] = known_dataset(fields["dataset"]) if fields["dataset"] is not None else None
+        if fields["entry"] is not None:
+            entry = find(fields["entry"])
+            fields["dataset"] = entry.dataset
             for place in ("stac_api", "catalog", "index"):
                 now = getattr(entry, place)  # the entry's own URL may hold what public() leaves out
-                if now is not None and own[place] == public(now):
-                    own[place] = now
+                if now is not None and fields[place] == public(now):
+                    fields[place] = now
         for field in ("corners", "span", "bands"):
-            own[field] = None if own[field] is None else tuple(own[field])
-        own["columns"] = tuple((str(a), str(b)) for a, b in own["columns"])
-        return BuildOrder(**{**own, "name": name})
+            fields[field] = None if fields[field] is None else tuple(fields[field])
+        fields["columns"] = tuple((str(a), str(b)) for a, b in fields["columns"])
+        return BuildOrder(**{**fields, "name": name})
     except (KeyError, TypeError) as error:
         raise SourceError(
             f"what {name!r} was searched for", f"another form ({error!r})", "search.json beside the table",

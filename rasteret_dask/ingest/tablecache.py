@@ -25,10 +25,10 @@ from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.table.records import RECORD_SCHEMA
 
-__all__ = ["SAID", "TABLE", "VERSION", "Shelf", "cache_root", "key_of", "shelf", "shelf_of"]
+__all__ = ["SEARCH_FILE", "TABLE", "VERSION", "Shelf", "cache_root", "key_of", "shelf", "shelf_of"]
 
 TABLE = "records.parquet"
-SAID = "search.json"
+SEARCH_FILE = "search.json"
 VARIABLE = "RASTERET_DASK_CACHE"
 
 VERSION = 2
@@ -55,9 +55,9 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(os.path.expanduser(told)).absolute()
 
 
-def key_of(said: Mapping[str, Any]) -> str:
+def key_of(fields: Mapping[str, Any]) -> str:
     """Return the digest of everything that decides what a table holds, floats to the last digit."""
-    whole = {**said, "version": VERSION, "schema": str(RECORD_SCHEMA)}
+    whole = {**fields, "version": VERSION, "schema": str(RECORD_SCHEMA)}
     text = json.dumps(whole, sort_keys=True, default=_plain, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -158,7 +158,7 @@ def shelf(root: Path, label: str, key: str) -> Shelf:
 def shelf_of(file: str) -> tuple[Shelf, Path, dict[str, Any]] | None:
     """Return the shelf and folder of a table's file, and what was searched for; None where it was not built here."""
     path = Path(file)
-    said = path.with_name(SAID)
+    said = path.with_name(SEARCH_FILE)
     if path.name != TABLE or not said.is_file():
         return None
     try:
@@ -171,7 +171,7 @@ def shelf_of(file: str) -> tuple[Shelf, Path, dict[str, Any]] | None:
 
 
 def _is_whole(place: Path) -> bool:
-    return (place / TABLE).is_file() and (place / SAID).is_file()
+    return (place / TABLE).is_file() and (place / SEARCH_FILE).is_file()
 
 
 def _touched(path: Path) -> float:
