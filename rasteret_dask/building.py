@@ -22,11 +22,19 @@ from rasteret_dask.errors import PlanError, SourceError
 from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.geometries.areas import bbox_of
 from rasteret_dask.ingest.order import BuildOrder, check_names, order_of_json
-from rasteret_dask.ingest.pages import Known, Report, ingest
+from rasteret_dask.ingest.pages import BuildReport, EarlierTable, ingest
 from rasteret_dask.ingest.search import fits
 from rasteret_dask.ingest.sources import Item, read_items
 from rasteret_dask.ingest.stac import LeftOut, items_to_table
-from rasteret_dask.ingest.tablecache import SEARCH_FILE, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
+from rasteret_dask.ingest.tablecache import (
+    SEARCH_FILE,
+    TABLE,
+    TableShelf,
+    cache_root,
+    key_of,
+    shelf,
+    shelf_of,
+)
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.net.trust import resolve
 from rasteret_dask.openers import as_collection, warn_signed
@@ -253,7 +261,7 @@ def refresh(collection: Collection, *, stac_api: str | None = None, progress: bo
     order = order_of_json(said, plan.name)
     if stac_api is not None:
         order = replace(order, stac_api=stac_api)
-    folder = _fill(order, place, folder, False, progress, Known.of(folder / TABLE))
+    folder = _fill(order, place, folder, False, progress, EarlierTable.of(folder / TABLE))
     return _opened(folder, replace(order, name=plan.name))
 
 
@@ -266,14 +274,19 @@ def _built(
     if folder is None or force:
         folder = _fill(order, place, folder, force, progress, None)
     elif _needs_signing(folder):  # the items are asked for anew, as they bring signatures; no header is
-        folder = _fill(order, place, folder, False, progress, Known.of(folder / TABLE))
+        folder = _fill(order, place, folder, False, progress, EarlierTable.of(folder / TABLE))
     else:
         _remind(folder, order)
     return _opened(folder, order)
 
 
 def _fill(
-    order: BuildOrder, place: Shelf, before: Path | None, replaces: bool, progress: bool, known: Known | None
+    order: BuildOrder,
+    place: TableShelf,
+    before: Path | None,
+    replaces: bool,
+    progress: bool,
+    known: EarlierTable | None,
 ) -> Path:
     """Return the folder of a new table; of the old one, where a refresh finds nothing new."""
     begun = time.monotonic()
@@ -295,7 +308,7 @@ def _fill(
     return made
 
 
-def _said(order: BuildOrder, report: Report) -> dict[str, Any]:
+def _said(order: BuildOrder, report: BuildReport) -> dict[str, Any]:
     counts = {
         "rows": report.rows,
         "broken": len(report.broken.items),

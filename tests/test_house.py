@@ -280,9 +280,4 @@ def test_a_class_name_is_one_class() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and name != "demo.world":
                 rooms.setdefault(node.name, []).append(name)
     twice = {word: names for word, names in rooms.items() if len(names) > 1}
-    assert twice.keys() <= SAME_NAME, twice
-    assert SAME_NAME <= twice.keys(), "one class by now: take it off the list"
-
-
-SAME_NAME: set[str] = set()
-"""Class names that two rooms still share."""
+    assert not twice, "one word, one meaning"

@@ -17,7 +17,7 @@ from rasteret_dask.ingest.tablecache import (
     SEARCH_FILE,
     TABLE,
     VARIABLE,
-    Shelf,
+    TableShelf,
     cache_root,
     key_of,
     shelf,
@@ -30,13 +30,15 @@ def fill(folder: Path, text: str) -> None:
     (folder / SEARCH_FILE).write_text(json.dumps({"what": text}))
 
 
-def put(place: Shelf, text: str, *, after: Path | None = None, replace: bool = False, keep: int = 0) -> Path:
+def put(
+    place: TableShelf, text: str, *, after: Path | None = None, replace: bool = False, keep: int = 0
+) -> Path:
     with place.filling() as folder:
         fill(folder, text)
         return place.commit(folder, after=after, replace=replace, keep=keep)
 
 
-def fail_half_way(place: Shelf) -> None:
+def fail_half_way(place: TableShelf) -> None:
     with place.filling() as folder:
         fill(folder, "second")
         raise RuntimeError("in the middle")

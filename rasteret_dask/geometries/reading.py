@@ -25,7 +25,7 @@ from rasteret_dask.extras import needs
 from rasteret_dask.geometries.rows import Rows, laid, run, settled, squares, window_job
 from rasteret_dask.geometries.windows import (
     Geometries,
-    Pixels,
+    PixelGrids,
     codes_of,
     epsg_of,
     frame_of,
@@ -148,7 +148,7 @@ def prepared(plan: Node, tables: Mapping[str, Table], request: WindowRequest) ->
     outlines = source_outlines(source)
     target = None if request.target_crs is None else epsg_of(request.target_crs)
     codes = codes_of(geometries, source.records.epsg, target, request.resolution is not None)
-    pixels = Pixels(source.plan.resolution, {} if request.resolution else phases(source, outlines))
+    pixels = PixelGrids(source.plan.resolution, {} if request.resolution else phases(source, outlines))
     if target is not None and request.resolution is None:
         _same_unit(target, source)
     mask = None

@@ -25,7 +25,7 @@ from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.table.records import RECORD_SCHEMA
 
-__all__ = ["SEARCH_FILE", "TABLE", "VERSION", "Shelf", "cache_root", "key_of", "shelf", "shelf_of"]
+__all__ = ["SEARCH_FILE", "TABLE", "VERSION", "TableShelf", "cache_root", "key_of", "shelf", "shelf_of"]
 
 TABLE = "records.parquet"
 SEARCH_FILE = "search.json"
@@ -63,7 +63,7 @@ def key_of(fields: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class TableShelf:
     """The place of one search's table; each rebuild or refresh is a folder of its own, the highest number counts."""
 
     folder: Path
@@ -149,13 +149,13 @@ class Shelf:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def shelf(root: Path, label: str, key: str) -> Shelf:
+def shelf(root: Path, label: str, key: str) -> TableShelf:
     """Return the shelf of a key; the label is for people, whatever it holds."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", label).strip("_")[:_LABEL] or "table"
-    return Shelf(root / f"{plain}-{key[:32]}")
+    return TableShelf(root / f"{plain}-{key[:32]}")
 
 
-def shelf_of(file: str) -> tuple[Shelf, Path, dict[str, Any]] | None:
+def shelf_of(file: str) -> tuple[TableShelf, Path, dict[str, Any]] | None:
     """Return the shelf and folder of a table's file, and what was searched for; None where it was not built here."""
     path = Path(file)
     said = path.with_name(SEARCH_FILE)
@@ -167,7 +167,7 @@ def shelf_of(file: str) -> tuple[Shelf, Path, dict[str, Any]] | None:
         raise SourceError(f"reading {said}", f"no JSON: {error}", "what was searched for") from error
     if "format" in found:
         FORMAT.check(f"reading {said}", found)
-    return Shelf(path.parents[1]), path.parent, dict(found)
+    return TableShelf(path.parents[1]), path.parent, dict(found)
 
 
 def _is_whole(place: Path) -> bool:
