@@ -73,8 +73,8 @@ class Format:
         raise FormatError(subject, f"{found}{by}", f"format {self.number}", self.remedy)
 
 
-STORE = Format("store", 1, "Write it again with to_zarr: older formats hold no checksums.")
-PLAN = Format("saved plan", 1, "Save it again with save_plan.")
+STORE = Format("store", 2, "Write it again with to_zarr.")
+PLAN = Format("saved plan", 2, "Save it again with save_plan.")
 TABLE = Format("record table", 1, "Build it again, or export it with the version that wrote it.")
 STATE = Format("stream state", 1, "Begin the epoch again: state_dict() of a new stream.")
 

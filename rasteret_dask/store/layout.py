@@ -41,7 +41,7 @@ class Layout:
     compression: Compression = "auto"
 
     @property
-    def said(self) -> str:
+    def codec_text(self) -> str:
         """The compression as JSON text: part of what the store holds, though not of which chips it holds."""
         if self.compression is None or isinstance(self.compression, str):
             return json.dumps(self.compression)
@@ -88,7 +88,7 @@ class Layout:
             "meaning": MEANING,
             "writer": TO_ZARR,
             "digest": self.job.digest,
-            "compression": self.said,
+            "compression": self.codec_text,
             "sources": [plan.name for plan in self.job.sources],
         }
         return {"rasteret_dask": note}
@@ -118,7 +118,7 @@ class Layout:
         self._array(group, "member", two, str, ("chip", "time"), (per, out.times), None, "")
         when = self._array(group, "datetime", two, "int64", ("chip", "time"), (per, out.times), None, _NAT)
         when.update_attributes(_TIMES | {"_FillValue": _NAT})
-        self._known(group, h, out)
+        self._planned_arrays(group, h, out)
         kept: tuple[str, ...] = ()
         kept += (FILLED,) if out.filled else ()
         kept += ("units",) if out.units else ()
@@ -133,7 +133,7 @@ class Layout:
             }
         )
 
-    def _known(self, group: zarr.Group, h: Hierarchy, out: Output) -> None:
+    def _planned_arrays(self, group: zarr.Group, h: Hierarchy, out: Output) -> None:
         rows = self.job.chips.slice(h.start, h.chips)
         for name in ("chip_id", "split"):
             values = np.array([v or "" for v in rows.column(name).to_pylist()], dtype=object)

@@ -80,7 +80,7 @@ class StoredArray:
         return attributes
 
     @property
-    def known(self) -> bool:
+    def of_plan(self) -> bool:
         """Whether the plan knew it: one chunk for all chips of the split, which no shard's task wrote."""
         return self.dims[0] != "chip" or len(self.dims) == 1 or self.path.endswith("bounds")
 
@@ -338,7 +338,7 @@ def _check_chips(url: str, group: StoredGroup, chips: int) -> None:
             array.dims == dims
             and len(shape) == len(encoding.chunk) == len(dims)
             and all(size > 0 for size in encoding.chunk)
-            and (encoding.chunk == shape if array.known else encoding.chunk[1:] == shape[1:])
+            and (encoding.chunk == shape if array.of_plan else encoding.chunk[1:] == shape[1:])
             and all(sizes.setdefault(dim, size) == size for dim, size in zip(dims, shape, strict=True))
             and (dtypes is None or str(encoding.dtype) in dtypes)
             and isinstance(array.node["attributes"], dict)
