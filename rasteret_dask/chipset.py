@@ -30,9 +30,8 @@ from rasteret_dask.store.outputs import load, to_xarray
 from rasteret_dask.store.run import delayed_zarr, run_zarr
 from rasteret_dask.streamfrom import save_plan
 from rasteret_dask.streams.chipshards import ChipShards
-from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.planned import planned
-from rasteret_dask.streams.stream import Normalize, Stream, batches
+from rasteret_dask.streams.stream import Batching, Normalize, Stream
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
@@ -275,11 +274,14 @@ class Chips(ChipSteps):
         PlanError
             When an argument cannot be, or some rank would have no batch.
         """
-        reading = self._reading(error_policy(on_error), client)
-        if normalize is True:
-            normalize = recalled(reading.digest, on_error) or self.stats(client=client, on_error=on_error)
-        order = BatchOrder(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
-        return batches(reading, order, epochs, client, prefetch, normalize or None)
+        batching = Batching(
+            batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer
+        )
+        shards = self._shards(error_policy(on_error), client)
+        return batching.stream(
+            shards,
+            lambda: recalled(shards.digest, on_error) or self.stats(client=client, on_error=on_error),
+        )
 
     def stats(self, sample: int | None = None, client: ClientLike = None, on_error: str = "raise") -> Stats:
         """Measure the pixels of these chips in one pass: per source and band counts, moments, percentiles, classes.
@@ -294,12 +296,12 @@ class Chips(ChipSteps):
             As in :meth:`to_xarray`.
         """
         chips = self if sample is None else self.sample(sample)
-        reading = planned(chips.job, chips._layout.outputs, self._functions, error_policy(on_error))
-        found = measured(reading, client)
-        remember(found, reading.digest, on_error)
-        return found
+        shards = planned(chips.job, chips._layout.outputs, self._functions, error_policy(on_error))
+        stats = measured(shards, client)
+        remember(stats, shards.digest, on_error)
+        return stats
 
-    def _reading(self, on_error: str, client: ClientLike = None) -> ChipShards:
+    def _shards(self, on_error: str, client: ClientLike = None) -> ChipShards:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""
         make = partial(planned, self.job, self._layout.outputs, self._functions, on_error)
         if not self.job.pixel_rules:
@@ -323,5 +325,5 @@ class Chips(ChipSteps):
         StoreError
             When something else lies there.
         """
-        sizes = self._reading("raise", client).sizes if self.job.pixel_rules else None
+        sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
         save_plan(self.job, path, sizes)

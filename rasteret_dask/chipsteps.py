@@ -95,9 +95,9 @@ class ChipSteps:
             raise PlanError("select", "no split", "at least one, such as select('train')")
         return self._with(Select(self.plan, splits))
 
-    def filter(self, *given: Predicate | Any, **columns: Any) -> Self:
+    def filter(self, *triples: Predicate | Any, **columns: Any) -> Self:
         """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
-        return self._with(FilterChips(self.plan, predicates(given, columns)))
+        return self._with(FilterChips(self.plan, predicates(triples, columns)))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> Self:
         """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""

@@ -117,17 +117,29 @@ class Collection(TableExits, PixelReads):
         where += predicates((), columns)
         return self._with(Filter(self.plan, tuple(where)))
 
-    def where(self, *given: Predicate | Any, **columns: Any) -> Collection:
-        """Keep the records that fulfil all predicates.
+    def filter(self, *triples: Predicate | Any, **columns: Any) -> Collection:
+        """Keep the records that fulfil all predicates; :meth:`Chips.filter` does the same with chips.
 
         Parameters
         ----------
-        *given
+        *triples
             Triples ``("eo:cloud_cover", "<", 20)``, or one triple's three parts.
         **columns
             Equality on columns; ``readable=True`` keeps records whose needed headers were all readable.
+
+        Examples
+        --------
+        >>> clear = collection.filter(("eo:cloud_cover", "<", 20), platform="sentinel-2a")
+
+        Notes
+        -----
+        :meth:`where`, :meth:`subset` and :meth:`select_split` are rasteret's names: the same with other arguments.
         """
-        return self._with(Filter(self.plan, predicates(given, columns)))
+        return self._with(Filter(self.plan, predicates(triples, columns)))
+
+    def where(self, *triples: Predicate | Any, **columns: Any) -> Collection:
+        """Keep the records that fulfil all predicates: rasteret's name of :meth:`filter`."""
+        return self.filter(*triples, **columns)
 
     def select_split(self, split: str, *, split_column: str = "split") -> Collection:
         """Keep the records whose column ``split_column`` holds ``split``."""

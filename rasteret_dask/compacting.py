@@ -180,7 +180,7 @@ class _Kept:
             for group in self.old.groups[shard.split]
             for at in [self._path(shard.split, group)]
             for name, array in group.arrays.items()
-            if not array.known
+            if not array.of_plan
         }
 
     @cached_property
@@ -250,7 +250,7 @@ def _copied(url: str, source: str, place: str, shard: _NewShard) -> None:
     for group in old.groups[shard.split]:
         at = group_path(shard.split, shard.splits, group.source, len(old.sources))
         for name, array in group.arrays.items():
-            if array.known:
+            if array.of_plan:
                 continue
             pieces = _pieces(old, group, name, array, shard.rows)
             if pieces:
@@ -304,7 +304,7 @@ def _array(
     if of_chips:
         document["shape"][0] = len(chips)
     chunks = {}
-    if array.known:
+    if array.of_plan:
         values = old.values(array)
         if of_chips:
             values = values[chips]

@@ -13,7 +13,7 @@ from rasteret_dask.errors import FormatError
 
 __all__ = ["MEANING", "PLAN", "STATE", "STORE", "TABLE", "Format", "check_table", "table_metadata"]
 
-MEANING = 1
+MEANING = 2
 """Version of what a plan makes: part of the digest of every job and shard, in place of the package's version.
 
 Raise it where the same plan and files give other pixels, or the same pixels another place or encoding in a store.
@@ -73,8 +73,8 @@ class Format:
         raise FormatError(subject, f"{found}{by}", f"format {self.number}", self.remedy)
 
 
-STORE = Format("store", 1, "Write it again with to_zarr: older formats hold no checksums.")
-PLAN = Format("saved plan", 1, "Save it again with save_plan.")
+STORE = Format("store", 2, "Write it again with to_zarr.")
+PLAN = Format("saved plan", 2, "Save it again with save_plan.")
 TABLE = Format("record table", 1, "Build it again, or export it with the version that wrote it.")
 STATE = Format("stream state", 1, "Begin the epoch again: state_dict() of a new stream.")
 

@@ -134,7 +134,7 @@ def as_collection(table: Any, *, name: str | None = None, data_source: str | Non
         warn_signed(called, [host for host in hosts_of(records.schema) or () if host not in before])
     source = data_source or told.get("data_source")
     if source:
-        records = _said(records, source)
+        records = _named_source(records, source)
     token = token_of(records)
     return Collection(Source(called, token), {token: records})
 
@@ -169,7 +169,7 @@ _KEPT = (b"name", b"data_source")
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
 
-def _said(records: Table, source: str) -> Table:
+def _named_source(records: Table, source: str) -> Table:
     metadata = {**(records.schema.metadata or {}), b"data_source": source.encode()}
     if isinstance(records, pa.Table):
         return records.replace_schema_metadata(metadata)

@@ -84,8 +84,10 @@ class PixelReads:
         PlanError
             When windows are of several shapes, or no record covers any geometry.
         """
-        asked = reading.WindowRequest(geometries, bands, resolution, size, target_crs, all_touched, on_error)
-        pixels, index = reading.as_numpy(self._prepared(asked, filters))
+        request = reading.WindowRequest(
+            geometries, bands, resolution, size, target_crs, all_touched, on_error
+        )
+        pixels, index = reading.as_numpy(self._prepared(request, filters))
         return (pixels, index) if return_index else pixels
 
     def get_xarray(
@@ -112,8 +114,10 @@ class PixelReads:
         PlanError
             When windows are of several shapes, or no record covers any geometry.
         """
-        asked = reading.WindowRequest(geometries, bands, resolution, size, target_crs, all_touched, on_error)
-        return reading.as_dataset(self._prepared(asked, filters))
+        request = reading.WindowRequest(
+            geometries, bands, resolution, size, target_crs, all_touched, on_error
+        )
+        return reading.as_dataset(self._prepared(request, filters))
 
     def get_gdf(
         self,
@@ -139,8 +143,10 @@ class PixelReads:
         PlanError
             When no record covers any geometry.
         """
-        asked = reading.WindowRequest(geometries, bands, resolution, size, target_crs, all_touched, on_error)
-        return reading.as_frame(self._prepared(asked, filters))
+        request = reading.WindowRequest(
+            geometries, bands, resolution, size, target_crs, all_touched, on_error
+        )
+        return reading.as_frame(self._prepared(request, filters))
 
     def sample_points(
         self,
@@ -260,6 +266,6 @@ class PixelReads:
         )  # fmt: skip
         return CellDataset(cells, transforms)
 
-    def _prepared(self, asked: reading.WindowRequest, filters: Mapping[str, Any]) -> reading.RowsToRead:
+    def _prepared(self, request: reading.WindowRequest, filters: Mapping[str, Any]) -> reading.RowsToRead:
         chosen = self.subset(**filters) if filters else self
-        return reading.prepared(chosen.plan, chosen._tables, asked)
+        return reading.prepared(chosen.plan, chosen._tables, request)

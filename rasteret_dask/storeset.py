@@ -21,8 +21,7 @@ from rasteret_dask.store.ledger import JOB
 from rasteret_dask.store.stored import Stored
 from rasteret_dask.store.storemap import check_sizes, open_store
 from rasteret_dask.streams.chipshards import stored_chips
-from rasteret_dask.streams.epochs import BatchOrder
-from rasteret_dask.streams.stream import Normalize, Stream, batches
+from rasteret_dask.streams.stream import Batching, Normalize, Stream
 from rasteret_dask.tasks.batches import Arrays
 
 if TYPE_CHECKING:
@@ -86,9 +85,9 @@ class StoredChips:
             raise PlanError("select", "no split", "at least one, such as select('train')")
         return self._with(Select(self.stored.plan, splits))
 
-    def filter(self, *given: Predicate | Any, **columns: Any) -> StoredChips:
+    def filter(self, *triples: Predicate | Any, **columns: Any) -> StoredChips:
         """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
-        return self._with(FilterChips(self.stored.plan, predicates(given, columns)))
+        return self._with(FilterChips(self.stored.plan, predicates(triples, columns)))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> StoredChips:
         """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
@@ -230,11 +229,13 @@ class StoredChips:
         buffer: int = 4,
     ) -> Stream:
         """Return the chips as batches for a training loop: the parameters are those of :meth:`Chips.stream`."""
-        reading = stored_chips(self.stored)
-        if normalize is True:
-            normalize = recalled(self.stored.url, self.digest) or self.stats(client=client)
-        order = BatchOrder(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
-        return batches(reading, order, epochs, client, prefetch, normalize or None)
+        batching = Batching(
+            batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer
+        )
+        return batching.stream(
+            stored_chips(self.stored),
+            lambda: recalled(self.stored.url, self.digest) or self.stats(client=client),
+        )
 
     def __repr__(self) -> str:
         steps = list(outline(self.stored.plan))[:-1]

@@ -14,9 +14,8 @@ from rasteret_dask.planning.functions import Function
 from rasteret_dask.store.stored import Stored
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streams.chipshards import ChipShards, stored_chips
-from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.planned import planned
-from rasteret_dask.streams.stream import Normalize, Stream, batches
+from rasteret_dask.streams.stream import Batching, Normalize, Stream
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import JOB_FILE, open_job, read_note, write_job
 from rasteret_dask.tasks.mapping import Functions, outputs_of
@@ -128,6 +127,9 @@ def stream_from(
     or gives a client: ``stream_from(Client(address, security=Security(...)), plan, ...)``. A task on a Dask worker
     gives None: its worker's client has the worker's certificates, those of ``Security.temporary()`` too.
     """
+    batching = Batching(
+        batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer
+    )
     url = place_of(plan)
     if _exists(url, JOB_FILE):
         if split is not None:
@@ -135,16 +137,15 @@ def stream_from(
                 "stream_from(split=)", f"{split!r} of a saved plan", "None",
                 "Save the plan of one split: chips.select('train').save_plan(path).",
             )  # fmt: skip
-        reading = _planned(url, tuple(functions), error_policy(on_error))
+        shards = _planned(url, tuple(functions), error_policy(on_error))
     elif _exists(url, "zarr.json"):
-        reading = stored_chips(_of_one_split(url, split))
+        shards = stored_chips(_of_one_split(url, split))
     else:
         raise StoreError(
             f"stream_from {remote.redact(url)}", "neither a saved plan nor a finished store", "one of them",
             "chips.save_plan(path) writes the one, chips.to_zarr(path) the other.",
         )  # fmt: skip
-    order = BatchOrder(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
-    return batches(reading, order, epochs, client, prefetch, normalize)
+    return batching.stream(shards)
 
 
 def _of_one_split(url: str, split: str | None) -> Stored:

@@ -46,8 +46,7 @@ class _Run(BatchOrder):
     @cached_property
     def rank_order(self) -> BatchOrder:
         """The order of all of the rank's batches."""
-        said = asdict(self)
-        return BatchOrder(**{name: said[name] for name in BatchOrder.__dataclass_fields__})
+        return BatchOrder(**{name: getattr(self, name) for name in BatchOrder.__dataclass_fields__})
 
     @cached_property
     def _ends(self) -> tuple[int, int]:

@@ -19,9 +19,8 @@ from waiting import until as until
 import rasteret_dask as rd
 from rasteret_dask.errors import ReadError
 from rasteret_dask.streams.chipshards import ChipShards
-from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.planned import planned
-from rasteret_dask.streams.stream import Stream, batches
+from rasteret_dask.streams.stream import Batching, Stream
 from rasteret_dask.tasks.batches import Arrays, InMemory, Kind, take
 
 
@@ -92,8 +91,7 @@ class Shards:
 
     def stream(self, batch_size: int, shuffle: int | None = None, **more: Any) -> Stream:
         """Return a stream of them."""
-        own = {k: more.pop(k) for k in ("epochs", "client", "prefetch", "normalize") if k in more}
-        return batches(self.reading, BatchOrder(self.sizes, batch_size, shuffle, **more), **own)
+        return Batching(batch_size, shuffle, **more).stream(self.reading)
 
     def ids(self) -> list[str]:
         """Return all chips."""

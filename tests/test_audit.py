@@ -44,7 +44,7 @@ def test_figures_are_those_of_brute_force(kind: str) -> None:
     assert found.chips == {n: len(s) for n, s in own.items()}
     total = sum(map(len, own.values()))
     assert found.ratios == pytest.approx({n: len(s) / total for n, s in own.items()})
-    assert found.asked == {"train": 0.5, "val": 0.3, "test": 0.2}
+    assert found.targets == {"train": 0.5, "val": 0.3, "test": 0.2}
     for n in own:
         assert found.cells[n] == len({r["cell"] for r in rows if r["split"] == n and r["cell"]})
     for a, b in combinations(own, 2):

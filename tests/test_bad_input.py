@@ -437,10 +437,10 @@ PLANS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
         lambda w: len(chips_of(w, at=[(15.0, 15.0)])), rd.PlanError, ("1 candidate", "area"),
     ),
     "no chip left": (
-        lambda w: len(chips_of(w).filter("coverage", ">", 2)), rd.PlanError, ("no chip left", "Loosen"),
+        lambda w: len(chips_of(w).filter("coverage", ">", 2)), rd.PlanError, ("no chip left", "filter", "Ask for less"),
     ),
     "no chip in a split": (
-        lambda w: len(split(chips_of(w), 1, 0, 0).select("val")), rd.PlanError, ("select(val)", "Loosen"),
+        lambda w: len(split(chips_of(w), 1, 0, 0).select("val")), rd.PlanError, ("select(val)", "Ask for less"),
     ),
     "size above a split cell": (
         lambda w: len(chips_of(w, 128)), rd.GridError, ("1280 m", "960 m", "cell_km"),

@@ -23,6 +23,7 @@ from affine import Affine
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from rasteret_dask.reader.harmonize import to_float
 from rasterio.enums import MaskFlags, Resampling
 from rasterio.errors import RasterioIOError
 from servers import Asked, Fault, RangeServer
@@ -37,7 +38,6 @@ from rasteret_dask.errors import ReadError
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.net.limits import HOST_REQUESTS
 from rasteret_dask.reader.engine import Session
-from rasteret_dask.reader.harmonize import to_float
 from rasteret_dask.reader.levels import is_aligned
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window
 from rasteret_dask.reader.placing import Block, Out

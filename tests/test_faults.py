@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import xarray as xr
 from numpy.typing import NDArray
+from rasteret_dask.reader.harmonize import dequantize
 from servers import Fault, RangeServer, serving
 from test_engine import indexed, noise
 from test_reader import X0, Y0, assert_same, own_grid, read, write
@@ -27,7 +28,6 @@ import rasteret_dask as rd
 from rasteret_dask.errors import JobError, PlanError, ReadError, UnreadableTilesWarning
 from rasteret_dask.net import remote, web
 from rasteret_dask.reader.engine import Session
-from rasteret_dask.reader.harmonize import dequantize
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.reader.placing import Block
 from rasteret_dask.reader.readplan import Request

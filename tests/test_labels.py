@@ -28,9 +28,8 @@ from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.demo.world import World
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streams.datasets import as_xarray
-from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.planned import planned
-from rasteret_dask.streams.stream import batches
+from rasteret_dask.streams.stream import Batching
 from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.tasks.jobfile import open_job, write_job
 
@@ -391,7 +390,7 @@ def test_label_columns_are_equal_from_every_exit(s2: rd.Collection, tmp_path: Pa
         assert 0 in nulls[:-1]  # shards without a null
         assert any(nulls)
         for shuffle in (None, 1):
-            check_batches(batches(reading, BatchOrder(reading.sizes, 16, shuffle)))
+            check_batches(Batching(16, shuffle).stream(reading))
         store = written(chips, tmp_path / name, 60_000)
         opened = open_chips(store)
         for shuffle in (None, 1):

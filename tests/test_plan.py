@@ -291,6 +291,23 @@ def test_all_lambdas_of_a_chain_are_kept() -> None:
     assert [chips._functions[n.function](3) for n in (outer.child, outer)] == [4, 6]
 
 
+@pytest.mark.parametrize(
+    "step", [c for c in p._NODES.values() if "child" in c.__dataclass_fields__] + [p.Merge, p.Join]
+)
+def test_a_step_is_called_what_the_api_calls_it(step: Any) -> None:
+    name = p.step_name(object.__new__(step))
+    assert any(callable(getattr(holder, name, None)) for holder in (rd.Collection, rd.Chips, rd))
+
+
+def test_chips_print_the_steps_that_were_called() -> None:
+    from made_records import collection, record
+
+    source = collection("a", record("r")).filter(("eo:cloud_cover", "<", 101))
+    chips = source.chips(16).split(1, 0, 0).select("train").filter(split="train").filter_pixels(min_valid=0.5)
+    verbs = [line.strip().partition("(")[0] for line in repr(chips).splitlines()[1:]]
+    assert verbs == ["filter_pixels", "filter", "select", "split", "chips", "filter", "source"]
+
+
 def test_an_outline_has_a_line_a_step() -> None:
     node = p.Filter(p.Source("s2", "t"), (("a", "==", 1),))
     assert list(p.outline(node)) == ["filter(where=[['a', '==', 1]])", "  source(name=s2)"]

@@ -93,15 +93,14 @@ def test_one_named_blockwise_layer_per_step(chips: rd.Chips) -> None:
     kinds = {name.rsplit("-", 1)[0]: type(layer) for name, layer in graph.graph.layers.items()}
     roots = {name for name, kind in kinds.items() if kind is not Blockwise}
     assert set(kinds) - roots == {
-        "cube-s2", "cut-s2", "harmonize-s2", "cube-l8", "cut-l8", "harmonize-l8", "merge-optical", "map-ndvi-optical",
-        "cube-aef", "cut-aef", "harmonize-aef", "merge-embeddings", "join",
+        "cube-s2", "cube-l8", "merge-optical", "map-ndvi-optical", "cube-aef", "merge-embeddings", "join",
     }  # fmt: skip
     assert roots == {"job", "function-ndvi"}
 
 
 def test_chips_dask_shows_the_layers(chips: rd.Chips) -> None:
     steps = {name.split("-")[0] for name in chips.select("train").dask.layers}
-    assert steps == {"job", "cube", "cut", "harmonize", "merge", "join"}
+    assert steps == {"job", "cube", "merge", "join"}
 
 
 def test_tasks_are_shards_and_one_root(chips: rd.Chips) -> None:

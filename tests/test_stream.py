@@ -27,8 +27,7 @@ from rasteret_dask.errors import FormatError, JobError, PlanError, ReadError
 from rasteret_dask.streams.ahead import Shelf
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.streams.datasets import as_xarray
-from rasteret_dask.streams.epochs import BatchOrder
-from rasteret_dask.streams.stream import Stream, batches
+from rasteret_dask.streams.stream import Batching, Stream
 from rasteret_dask.tasks.batches import Arrays, arrays_of, take
 
 
@@ -75,24 +74,24 @@ def test_without_shuffle_batches_are_what_load_returns(train: rd.Chips, loaded: 
 def test_small_shards_shuffled_over_ranks_and_epochs(reading: ChipShards, loaded: Arrays) -> None:
     seen: list[list[str]] = [[], []]
     for rank in range(3):
-        order = BatchOrder(reading.sizes, 8, seed=5, rank=rank, world_size=3, pad=True)
-        for number, batch in enumerate(batches(reading, order, epochs=2)):
+        stream = Batching(8, shuffle=5, epochs=2, rank=rank, world_size=3, pad=True).stream(reading)
+        for number, batch in enumerate(stream):
             padded = batch.pop("padded")
             assert_same(batch, take(loaded, rows_of(loaded, batch["chip_id"].tolist())))
-            seen[number // order.batches] += batch["chip_id"][~padded].tolist()
+            seen[number // stream.order.batches] += batch["chip_id"][~padded].tolist()
     assert sorted(seen[0]) == sorted(seen[1]) == sorted(loaded["chip_id"].tolist())
     assert seen[0] != seen[1]
 
 
 def test_batches_are_the_reader_s_to_keep_and_change(reading: ChipShards, loaded: Arrays) -> None:
-    for batch in batches(reading, BatchOrder(reading.sizes, 6)):
+    for batch in Batching(6).stream(reading):
         for values in batch.values():
             assert values.flags.writeable
             assert values.flags.c_contiguous
             assert values.base is None
         batch["optical"][:] = 0
         batch["embeddings"][:] = 7
-    again = concat(list(batches(reading, BatchOrder(reading.sizes, 6))))
+    again = concat(list(Batching(6).stream(reading)))
     assert_same(again, loaded)
 
 

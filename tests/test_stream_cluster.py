@@ -24,8 +24,7 @@ from waiting import PATIENCE_S, until
 import rasteret_dask as rd
 from rasteret_dask.errors import JobError, PlanError, StoreError
 from rasteret_dask.streamfrom import save_plan, stream_from
-from rasteret_dask.streams.epochs import BatchOrder
-from rasteret_dask.streams.stream import batches
+from rasteret_dask.streams.stream import Batching
 from rasteret_dask.tasks.batches import Arrays
 
 HERE = str(Path(__file__).parent)
@@ -63,7 +62,7 @@ def nothing_left(cluster: Any) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"seed": 4}, {"seed": 4, "rank": 1, "world_size": 3, "pad": True}], ids=str
+    "arguments", [{}, {"shuffle": 4}, {"shuffle": 4, "rank": 1, "world_size": 3, "pad": True}], ids=str
 )
 def test_batches_are_those_of_threads(
     train: rd.Chips,
@@ -72,9 +71,9 @@ def test_batches_are_those_of_threads(
     arguments: dict[str, Any],
 ) -> None:
     reading = in_small_shards(train)
-    order = BatchOrder(reading.sizes, 16, **arguments)
-    here, there = list(batches(reading, order, 2)), list(batches(reading, order, 2, client))
-    assert len(here) == len(there) == 2 * order.batches
+    streams = [Batching(16, epochs=2, client=c, **arguments).stream(reading) for c in (None, client)]
+    here, there = map(list, streams)
+    assert len(here) == len(there) == 2 * streams[0].order.batches
     for one, other in zip(here, there, strict=True):
         assert_same(one, other)
     assert all(v.flags.writeable and v.flags.c_contiguous for v in there[0].values())

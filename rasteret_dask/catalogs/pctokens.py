@@ -39,7 +39,7 @@ def token(account: str, container: str) -> tuple[str, datetime]:
         with _LOCK:  # one thread asks, the others find the answer
             kept = _TOKENS.get((account, container))
             if kept is None or _left_s(kept[1]) < _FRESH_S:
-                kept = _TOKENS[account, container] = _asked(account, container)
+                kept = _TOKENS[account, container] = _new_token(account, container)
     return kept
 
 
@@ -51,7 +51,7 @@ def forget(account: str, container: str, text: str) -> None:
             _service(f"signing for {account}/{container}").TOKEN_CACHE.clear()
 
 
-def _asked(account: str, container: str) -> tuple[str, datetime]:
+def _new_token(account: str, container: str) -> tuple[str, datetime]:
     subject = f"signing for {account}/{container}"
     service = _service(subject)
     answer: SimpleQueue[Any] = SimpleQueue()

@@ -71,7 +71,7 @@ class _Place:
         with self.lock:
             answer = self.answers.get(href)
             if answer is None or _ends_soon(answer):
-                answer = self.answers[href] = self._asked(href)
+                answer = self.answers[href] = self._answer(href)
                 if len(self.answers) > _KEPT:
                     self.answers.popitem(last=False)
             return answer
@@ -81,7 +81,7 @@ class _Place:
             if refused is None or self.answers.get(href) == refused:
                 self.answers.pop(href, None)
 
-    def _asked(self, href: str) -> str:
+    def _answer(self, href: str) -> str:
         subject, who = f"signing {href}", self.name or getattr(self.call, "__qualname__", "a callable")
         try:
             answer = self.call(href)
@@ -343,9 +343,9 @@ def carried(hrefs: Iterable[str]) -> Carried:
     return grants, tuple(places)
 
 
-def adopt(told: Carried) -> None:
+def adopt(signatures: Carried) -> None:
     """Keep in this process what another one has :func:`carried` over."""
-    grants, places = told
+    grants, places = signatures
     for href, secret in grants.items():
         with _LOCK:
             _GRANTS.setdefault(host_of(href), {})[href] = _SHARED.setdefault(secret, secret)

@@ -16,6 +16,7 @@ __all__ = [
     "CHIP_SCHEMA",
     "FEED_TYPE",
     "FeedTable",
+    "FILLED",
     "MASK",
     "bounds_of",
     "is_label",
@@ -26,6 +27,9 @@ __all__ = [
     "texts",
     "with_columns",
 ]
+
+FILLED = "filled_fraction"
+"""Name of the coordinate (chip, time): the share of pixels that other acquisitions than the picked one gave."""
 
 MASK = "mask"
 """Name of the variable (chip, y, x) of rasterized labels."""
@@ -188,7 +192,19 @@ def with_columns(table: pa.Table, more: pa.Table) -> pa.Table:
 RESERVED = frozenset(
     {
         *("chip", "time", "band", "y", "x", "corner"),  # dimensions
-        *("pixels", "valid", MASK, "valid_fraction", "datetime", "member", "bounds", "kept", "padded"),
+        *(
+            "pixels",
+            "valid",
+            MASK,
+            "valid_fraction",
+            FILLED,
+            "datetime",
+            "member",
+            "bounds",
+            "units",
+            "kept",
+            "padded",
+        ),
         *("_job", "chips.parquet", "manifest.parquet", "zarr.json"),  # what else lies beside a store's arrays
     }
 )

@@ -32,6 +32,7 @@ from rasteret_dask.planning.plan import (
     SplitSpec,
     WithTable,
     children,
+    step_name,
 )
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, as_table, filter_table
@@ -111,12 +112,14 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
             return replace(chips, maps=(*chips.maps, (source, function)))
         case FilterPixels(_, rule):
             return with_rule(chips, rule)
-    raise PlanError("plan", f"a {type(step).__name__} step after chips", "a step on chips")
+    raise PlanError("plan", f"a {step_name(step)} step after chips", "a step on chips")
 
 
 def _kept(chips: PlannedChips, table: pa.Table, step: str) -> PlannedChips:
     if not table.num_rows:
-        raise PlanError(step, f"no chip left of {chips.table.num_rows}", "at least one", "Loosen the step.")
+        raise PlanError(
+            step, f"no chip left of {chips.table.num_rows}", "at least one", "Ask for less, or leave it out."
+        )
     return replace(chips, table=table)
 
 

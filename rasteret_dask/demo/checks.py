@@ -75,8 +75,8 @@ class _Scene:
 def check_splits(audit: Audit, least_chips: int) -> tuple[Check, ...]:
     """Check that splits share no ground, that their shares are as asked, and that there is enough to train on."""
     cells = sum(audit.cells.values())
-    far = {n: abs(audit.ratios[n] - p) / sqrt(p * (1 - p) / cells) for n, p in audit.asked.items()}
-    shares = ", ".join(f"{n} {audit.ratios[n]:.0%} of {p:.0%}" for n, p in audit.asked.items())
+    far = {n: abs(audit.ratios[n] - p) / sqrt(p * (1 - p) / cells) for n, p in audit.targets.items()}
+    shares = ", ".join(f"{n} {audit.ratios[n]:.0%} of {p:.0%}" for n, p in audit.targets.items())
     return (
         Check(audit.ok, f"no ground shared between splits: {sum(audit.overlaps.values())} overlaps"),
         Check(max(far.values()) <= 3, f"shares within 3 standard deviations for {cells} cells: {shares}"),

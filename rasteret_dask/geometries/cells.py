@@ -23,7 +23,15 @@ from rasteret_dask.chipping.frame import Frame, candidates
 from rasteret_dask.errors import PlanError, ReadError
 from rasteret_dask.geometries.areas import as_area
 from rasteret_dask.geometries.reading import RowsToRead, WindowRequest, read
-from rasteret_dask.geometries.rows import NoRecordError, laid, picked, said, settled, squares, window_job
+from rasteret_dask.geometries.rows import (
+    NoRecordError,
+    laid,
+    picked,
+    settled,
+    spec_field,
+    squares,
+    window_job,
+)
 from rasteret_dask.geometries.windows import Geometries
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import ChipSpec, Filter, Node, Predicate
@@ -47,7 +55,7 @@ class Cells:
     pixel size alone."""
     source: ResolvedSource
     """With one slot."""
-    found: Outlines
+    outlines: Outlines
     size: int
     """Side of a cell, pixels."""
     job: Job
@@ -122,13 +130,13 @@ class Cells:
         frame = Frame(np.array([epsg]), box[None], zero, zero, None, zero, pa.array([""]))
         self._safe()
         try:
-            rows = laid(source, self.found, frame)
+            rows = laid(source, self.outlines, frame)
         except NoRecordError:
             fill = np.full((len(source.plan.bands), height, width), source.plan.fill, source.plan.dtype)
             return fill, np.zeros((height, width), dtype=bool)
         given = Geometries(np.array([shapely.box(*box)], dtype=object), pa.table({}))
         values = read(
-            RowsToRead(rows, self.found, given, None, WindowRequest(None, None, on_error=self.on_error))
+            RowsToRead(rows, self.outlines, given, None, WindowRequest(None, None, on_error=self.on_error))
         )
         return values.pixels[0], values.valid[0]
 
@@ -238,7 +246,7 @@ def cells_of(
     wkb = _footprints(plan, tables) if where.geometries is None else as_area(where.geometries)
     spec = ChipSpec(size, size, cell_km=where.cell_km, aoi=wkb)
     area = shapely.from_wkb(bytes.fromhex(wkb))
-    if time is None or said(plan, "time") is not None:
+    if time is None or spec_field(plan, "time") is not None:
         source = settled(plan, tables, bands, resolution, area.bounds)
     else:
         source = settled(Filter(plan, (_until(time),)), tables, bands, resolution, area.bounds)
@@ -281,7 +289,7 @@ def _one_slot(source: ResolvedSource, plan: Node, time: Any) -> ResolvedSource:
             source.passes.record_end.max() + np.timedelta64(1, "us"),
         )
         axis = TimeAxis(np.array([start]), np.array([end]), (start, end))
-        rules = dataclasses.replace(source.plan.rules, pick=said(plan, "pick") or pick_named("newest"))
+        rules = dataclasses.replace(source.plan.rules, pick=spec_field(plan, "pick") or pick_named("newest"))
         source = dataclasses.replace(source, plan=dataclasses.replace(source.plan, rules=rules))
     else:
         low, high = _range(time)

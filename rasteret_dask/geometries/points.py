@@ -14,8 +14,15 @@ from rasteret_dask.chipping.chips import phases
 from rasteret_dask.chipping.feeds import source_outlines
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.reading import band_names
-from rasteret_dask.geometries.rows import Rows, laid, run, said, settled, squares, window_job
-from rasteret_dask.geometries.windows import Geometries, Pixels, codes_of, frame_of, geometries_of, own_bounds
+from rasteret_dask.geometries.rows import Rows, laid, run, settled, spec_field, squares, window_job
+from rasteret_dask.geometries.windows import (
+    Geometries,
+    PixelGrids,
+    codes_of,
+    frame_of,
+    geometries_of,
+    own_bounds,
+)
 from rasteret_dask.planning.plan import Node
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.planning.scan import Table
@@ -62,7 +69,7 @@ def sample_points(
     near = shapely.total_bounds(given.shape)
     whole = settled(plan, tables, band_names(bands), None, near)
     parts = []
-    same = said(plan, "resolution") is not None or bool(whole.plan.rules.joint_groups)
+    same = spec_field(plan, "resolution") is not None or bool(whole.plan.rules.joint_groups)
     for own in [whole.plan.bands] if same else _alike(whole):  # each band on its own pixels
         source = whole if len(own) == len(whole.plan.bands) else settled(plan, tables, own, None, near)
         parts.append(_sampled(source, given, on_error, [whole.plan.bands.index(b) for b in own]))
@@ -84,13 +91,13 @@ def _alike(source: ResolvedSource) -> list[tuple[str, ...]]:
     return [tuple(n for n, v in finest.items() if round(v, 6) == size) for size in sizes]
 
 
-def _sampled(source: ResolvedSource, given: Geometries, on_error: str, places: list[int]) -> pa.Table:
+def _sampled(source: ResolvedSource, points: Geometries, on_error: str, places: list[int]) -> pa.Table:
     """Read one pixel a point; ``places`` says where the bands stand among those asked for."""
     plan = source.plan
     found = source_outlines(source)
-    codes = codes_of(given, source.records.epsg, None, False)
-    pixels = Pixels(plan.resolution, phases(source, found))
-    bounds = own_bounds(given.projected(codes), codes, pixels)
+    codes = codes_of(points, source.records.epsg, None, False)
+    pixels = PixelGrids(plan.resolution, phases(source, found))
+    bounds = own_bounds(points.projected(codes), codes, pixels)
     rows = laid(source, found, frame_of(codes, bounds, pixels.size))
     side, square = squares(rows, 1)
     job, of_chip = window_job(rows, found, side, square, POINTS_A_SHARD), rows.of_chip
@@ -105,11 +112,11 @@ def _sampled(source: ResolvedSource, given: Geometries, on_error: str, places: l
 
     run(job, take, on_error)
     said = ~np.isnan(values) if plan.fill != plan.fill else values != plan.fill
-    return _table(given, rows, values, valid | said, when, places)
+    return _table(points, rows, values, valid | said, when, places)
 
 
 def _table(
-    given: Geometries,
+    points: Geometries,
     rows: Rows,
     values: NDArray[Any],
     valid: NDArray[np.bool_],
@@ -128,8 +135,8 @@ def _table(
         order = source.axis.start[rows.slot[row]]
     columns = {
         "point_index": pa.array(point),
-        "point_x": pa.array(shapely.get_x(given.shape)[point]),
-        "point_y": pa.array(shapely.get_y(given.shape)[point]),
+        "point_x": pa.array(shapely.get_x(points.shape)[point]),
+        "point_y": pa.array(shapely.get_y(points.shape)[point]),
         "point_crs": pa.array(np.full(len(row), 4326, dtype=np.int32)),
         "record_id": records.column("id").take(record),
         "datetime": pa.array(when[row]).cast(stamp),

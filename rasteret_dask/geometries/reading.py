@@ -25,7 +25,7 @@ from rasteret_dask.extras import needs
 from rasteret_dask.geometries.rows import Rows, laid, run, settled, squares, window_job
 from rasteret_dask.geometries.windows import (
     Geometries,
-    Pixels,
+    PixelGrids,
     codes_of,
     epsg_of,
     frame_of,
@@ -75,7 +75,13 @@ _DIMS = ("geometry", "time", "y", "x")
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """What a user wants to read."""
+    """The windows that a user wants to read: the arguments of ``get_numpy``, ``get_xarray`` and ``get_gdf``.
+
+    Raises
+    ------
+    PlanError
+        Where a size or resolution cannot be.
+    """
 
     geometries: Any
     """In lon/lat, in any form."""
@@ -86,17 +92,26 @@ class WindowRequest:
     all_touched: bool = False
     on_error: str = "raise"
 
+    def __post_init__(self) -> None:
+        size = self.size
+        if size is not None and (
+            isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1
+        ):
+            raise PlanError("size=", repr(size), "a positive whole number of pixels")
+        if self.resolution is not None and not (is_number(self.resolution) and self.resolution > 0):
+            raise PlanError("resolution=", repr(self.resolution), "a positive pixel size")
+
 
 @dataclass(frozen=True)
 class RowsToRead:
     """Rows to read, and what they are cut from."""
 
     rows: Rows
-    found: Outlines
-    given: Geometries
+    outlines: Outlines
+    geometries: Geometries
     mask: NDArray[Any] | None
     """Shape (geometry,). Outlines in their windows' CRS, outside of which all is fill; None for squares."""
-    asked: WindowRequest
+    request: WindowRequest
 
 
 @dataclass(frozen=True)
@@ -116,7 +131,7 @@ def band_names(bands: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return None if bands is None else (bands,) if isinstance(bands, str) else tuple(bands)
 
 
-def prepared(plan: Node, tables: Mapping[str, Table], asked: WindowRequest) -> RowsToRead:
+def prepared(plan: Node, tables: Mapping[str, Table], request: WindowRequest) -> RowsToRead:
     """Plan which rows a reading has, before any pixel is read.
 
     Raises
@@ -124,34 +139,32 @@ def prepared(plan: Node, tables: Mapping[str, Table], asked: WindowRequest) -> R
     PlanError, GridError, BandError, UnreadableAssetsError
         Whatever cannot be carried out.
     """
-    size = asked.size
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
-        raise PlanError("size=", repr(size), "a positive whole number of pixels")
-    if asked.resolution is not None and not (is_number(asked.resolution) and asked.resolution > 0):
-        raise PlanError("resolution=", repr(asked.resolution), "a positive pixel size")
-    given = geometries_of(asked.geometries)
-    taken = [n for n in given.labels.column_names if n in ROW_SCHEMA.names]
+    geometries = geometries_of(request.geometries)
+    taken = [n for n in geometries.labels.column_names if n in ROW_SCHEMA.names]
     if taken:
         raise PlanError("geometries", f"columns {', '.join(taken)}, which every index has", "other names",
                         "Give them other names: gdf.rename(columns=...).")  # fmt: skip
-    near = shapely.total_bounds(given.shape)
-    source = settled(plan, tables, band_names(asked.bands), asked.resolution, near)
-    found = source_outlines(source)
-    target = None if asked.target_crs is None else epsg_of(asked.target_crs)
-    codes = codes_of(given, source.records.epsg, target, asked.resolution is not None)
-    pixels = Pixels(source.plan.resolution, {} if asked.resolution else phases(source, found))
-    if target is not None and asked.resolution is None:
+    near = shapely.total_bounds(geometries.shape)
+    source = settled(plan, tables, band_names(request.bands), request.resolution, near)
+    outlines = source_outlines(source)
+    target = None if request.target_crs is None else epsg_of(request.target_crs)
+    codes = codes_of(geometries, source.records.epsg, target, request.resolution is not None)
+    pixels = PixelGrids(source.plan.resolution, {} if request.resolution else phases(source, outlines))
+    if target is not None and request.resolution is None:
         _same_unit(target, source)
     mask = None
-    if size is not None:
-        bounds = square_bounds(given, codes, pixels, int(size))
+    if request.size is not None:
+        bounds = square_bounds(geometries, codes, pixels, int(request.size))
     elif isinstance(source.plan.pick, Scored) and source.axis is not None:
-        raise PlanError(f"reading windows with pick={source.plan.pick.name!r}", "windows of any shape", "chips of one size",
+        pick = source.plan.pick.name
+        raise PlanError(f"reading windows with pick={pick!r}", "windows of any shape", "chips of one size",
                         "Say size=, or choose another pick.")  # fmt: skip
     else:
-        mask = given.projected(codes)
+        mask = geometries.projected(codes)
         bounds = own_bounds(mask, codes, pixels)
-    return RowsToRead(laid(source, found, frame_of(codes, bounds, pixels.size)), found, given, mask, asked)
+    return RowsToRead(
+        laid(source, outlines, frame_of(codes, bounds, pixels.size)), outlines, geometries, mask, request
+    )
 
 
 def _same_unit(target: int, source: ResolvedSource) -> None:
@@ -169,8 +182,8 @@ def read(what: RowsToRead) -> Values:
     pixels, valid = _room(shape, len(plan.bands), plan.dtype, plan.fill)
     when = np.full(len(rows), np.datetime64("NaT", "us"))
     name = np.full(len(rows), None, dtype=object)
-    side, square = squares(rows, what.asked.size)
-    job, of_chip = window_job(rows, what.found, side, square), rows.of_chip
+    side, square = squares(rows, what.request.size)
+    job, of_chip = window_job(rows, what.outlines, side, square), rows.of_chip
 
     def take(shard: Shard, chips: ChipPixels) -> None:
         for at, (chip, y, x) in enumerate(square[shard.start : shard.stop].tolist()):
@@ -181,7 +194,7 @@ def read(what: RowsToRead) -> Values:
                 pixels[row][:, y : y + side, x : x + side] = chips.values[at, slot][:, :h, :w]
                 valid[row][y : y + side, x : x + side] = chips.valid[at, slot][:h, :w]
 
-    run(job, take, what.asked.on_error)
+    run(job, take, what.request.on_error)
     share = _masked(what, pixels, valid)
     return Values(pixels, valid, _index(what, when, name, share))
 
@@ -211,7 +224,9 @@ def _masked(
     for row, window in enumerate(rows.window.tolist()):
         if window != last:  # rows of one geometry follow each other
             outline = [what.mask[geometry[row]]]
-            outside = geometry_mask(outline, valid[row].shape, _transform(rows, row), what.asked.all_touched)
+            outside = geometry_mask(
+                outline, valid[row].shape, _transform(rows, row), what.request.all_touched
+            )
             last, size = window, max(int((~outside).sum()), 1)
         valid[row][outside] = False
         pixels[row][:, outside] = fill
@@ -251,7 +266,7 @@ def _index(
         "valid_fraction": pa.array(share),
     }
     table = pa.table(columns, schema=ROW_SCHEMA)
-    for field, column in zip(what.given.labels.schema, what.given.labels.columns, strict=True):
+    for field, column in zip(what.geometries.labels.schema, what.geometries.labels.columns, strict=True):
         table = table.append_column(field, column.take(pa.array(rows.geometry)))
     return table
 
@@ -268,7 +283,7 @@ def _one_shape(what: RowsToRead, verb: str) -> None:
     if len(shapes) > 1:
         shown = ", ".join(f"{shape} ({n} rows)" for shape, n in shapes.most_common(5))
         raise PlanError(
-            f"{verb} of {len(what.given)} geometries", f"windows of {len(shapes)} shapes: {shown}",
+            f"{verb} of {len(what.geometries)} geometries", f"windows of {len(shapes)} shapes: {shown}",
             "one shape, so that they are one array",
             "Say size= for windows of one size, or take get_gdf(), where each has its own.",
         )  # fmt: skip
@@ -279,7 +294,7 @@ def as_dataset(what: RowsToRead) -> xr.Dataset:
     _one_shape(what, "get_xarray")
     values = read(what)
     rows, source = what.rows, what.rows.source
-    plan, n = source.plan, len(what.given)
+    plan, n = source.plan, len(what.geometries)
     times, step = _steps(rows)
     pixels, valid = np.asarray(values.pixels), np.asarray(values.valid)
     shape = (n, len(times), *valid.shape[1:])
@@ -298,8 +313,8 @@ def as_dataset(what: RowsToRead) -> xr.Dataset:
     window = rows.window[np.searchsorted(rows.geometry, np.arange(n))]
     bounds = rows.frame.bounds[window]
     labels = {
-        c: ("geometry", what.given.labels.column(c).to_pandas().to_numpy())
-        for c in what.given.labels.schema.names
+        c: ("geometry", what.geometries.labels.column(c).to_pandas().to_numpy())
+        for c in what.geometries.labels.schema.names
     }
     coordinates = {
         "geometry": np.arange(n),
@@ -352,5 +367,5 @@ def as_frame(what: RowsToRead) -> Any:
     frame = frame.loc[frame.index.repeat(len(plan.bands))].reset_index(drop=True)
     frame["band"] = list(plan.bands) * len(index)
     frame["data"] = [band for row in values.pixels for band in row]
-    shapes = what.given.shape[frame["geometry_number"].to_numpy()]
+    shapes = what.geometries.shape[frame["geometry_number"].to_numpy()]
     return geopandas.GeoDataFrame(frame, geometry=shapes, crs=4326)

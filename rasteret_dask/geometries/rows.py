@@ -43,7 +43,7 @@ from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.picking import Picking
 
-__all__ = ["NoRecordError", "Rows", "laid", "picked", "run", "said", "settled", "squares", "window_job"]
+__all__ = ["NoRecordError", "Rows", "laid", "picked", "run", "settled", "spec_field", "squares", "window_job"]
 
 
 class NoRecordError(PlanError):
@@ -88,7 +88,7 @@ def settled(
                         "Read each of them, or take join(...).chips(...).")  # fmt: skip
     box = shapely.to_wkb(shapely.box(*near), hex=True)
     predicate = near_area(ChipSpec(1, 1, aoi=box, cell_km=MAX_MARGIN_KM))
-    if predicate is not None and said(plan, "time") is None:
+    if predicate is not None and spec_field(plan, "time") is None:
         plan = Filter(plan, (predicate,))
     if bands is not None or resolution is not None:
         plan = Harmonize(plan, HarmonizeSpec(bands=bands, resolution=resolution))
@@ -100,10 +100,10 @@ def settled(
     return source
 
 
-def said(node: Node, field: str) -> Any:
+def spec_field(node: Node, field: str) -> Any:
     """Return what a plan's outermost ``harmonize`` step that says it says of a field of its spec, or None."""
     own = getattr(node.spec, field) if isinstance(node, Harmonize) else None
-    below = (said(child, field) for child in children(node))
+    below = (spec_field(child, field) for child in children(node))
     return own if own is not None else next((found for found in below if found is not None), None)
 
 
@@ -159,7 +159,7 @@ class Rows:
         return np.searchsorted(key, wanted, side="left"), np.searchsorted(key, wanted, side="right")
 
 
-def laid(source: ResolvedSource, found: Outlines, frame: Frame) -> Rows:
+def laid(source: ResolvedSource, outlines: Outlines, frame: Frame) -> Rows:
     """Lay rows over windows: all that any record covers, and one for each window (and slot) that none does.
 
     Raises
@@ -168,7 +168,7 @@ def laid(source: ResolvedSource, found: Outlines, frame: Frame) -> Rows:
         When no window is covered.
     """
     spec = ChipSpec(1, 1, at="windows", min_coverage=0.0)
-    own = lay(spec, [source], 0, [found], frame)
+    own = lay(spec, [source], 0, [outlines], frame)
     if not len(own.window):
         raise NoRecordError(
             f"windows of {source.plan.name!r}", f"no record that covers any of {len(frame):,}", "at least one",
@@ -217,12 +217,14 @@ def squares(rows: Rows, side: int | None = None) -> tuple[int, NDArray[np.int64]
     return side, np.column_stack([chip, corner])
 
 
-def window_job(rows: Rows, found: Outlines, side: int, square: NDArray[np.int64], per_shard: int = 0) -> Job:
+def window_job(
+    rows: Rows, outlines: Outlines, side: int, square: NDArray[np.int64], per_shard: int = 0
+) -> Job:
     """Freeze squares of windows as a job of the engine: a chip each, in their order.
 
     Parameters
     ----------
-    rows, found
+    rows, outlines
         The rows, and the outlines of their source's records.
     side, square
         See :func:`squares`.
@@ -253,7 +255,7 @@ def window_job(rows: Rows, found: Outlines, side: int, square: NDArray[np.int64]
     }
     spec = ChipSpec(side, side, at="windows", min_coverage=0.0)
     chips = PlannedChips(
-        pa.table(columns, schema=CHIP_SCHEMA), (source,), 0, spec, None, pixel, outlines=(found,)
+        pa.table(columns, schema=CHIP_SCHEMA), (source,), 0, spec, None, pixel, outlines=(outlines,)
     )  # fmt: skip
     job = freeze(chips)
     if per_shard:

@@ -20,7 +20,7 @@ from rasteret_dask.grid import northern, transformer, utm_zone, zone_epsg
 
 __all__ = [
     "Geometries",
-    "Pixels",
+    "PixelGrids",
     "codes_of",
     "epsg_of",
     "frame_of",
@@ -67,7 +67,7 @@ class Geometries:
 
 
 @dataclass(frozen=True)
-class Pixels:
+class PixelGrids:
     """The grids that windows lie on: one pixel size, and in each CRS a corner."""
 
     size: float
@@ -179,12 +179,14 @@ def epsg_of(crs: Any) -> int:
     return northern(int(code))[0]
 
 
-def codes_of(asked: Geometries, records: NDArray[Any], target: int | None, metric: bool) -> NDArray[np.int64]:
+def codes_of(
+    geometries: Geometries, records: NDArray[Any], target: int | None, metric: bool
+) -> NDArray[np.int64]:
     """Return the CRS that each geometry's window lies in, shape (geometry,).
 
     Parameters
     ----------
-    asked
+    geometries
         The geometries.
     records
         EPSG codes of the records.
@@ -200,19 +202,19 @@ def codes_of(asked: Geometries, records: NDArray[Any], target: int | None, metri
         When records lie in several CRSs that are no UTM zones.
     """
     if target is not None:
-        return np.full(len(asked), target, dtype=np.int64)
+        return np.full(len(geometries), target, dtype=np.int64)
     own = sorted({northern(int(code))[0] for code in np.unique(records)})
     if metric or all(zone_epsg(1) <= code <= zone_epsg(60) for code in own):
-        return np.asarray(utm_zone(*asked.inside) + zone_epsg(0))
+        return np.asarray(utm_zone(*geometries.inside) + zone_epsg(0))
     if len(own) > 1:
         raise GridError(
             "geometries", f"records in {', '.join(f'EPSG:{c}' for c in own)}", "one CRS, or UTM zones",
             "Choose one with target_crs= and resolution=.",
         )  # fmt: skip
-    return np.full(len(asked), own[0], dtype=np.int64)
+    return np.full(len(geometries), own[0], dtype=np.int64)
 
 
-def own_bounds(shapes: NDArray[Any], codes: NDArray[np.int64], pixels: Pixels) -> NDArray[np.float64]:
+def own_bounds(shapes: NDArray[Any], codes: NDArray[np.int64], pixels: PixelGrids) -> NDArray[np.float64]:
     """Return xmin, ymin, xmax, ymax of each geometry, snapped out to pixel edges; shape (geometry, 4).
 
     A point has the pixel that it lies in: that below and right of it where it lies on an edge, as in rasterio.
@@ -229,11 +231,11 @@ def own_bounds(shapes: NDArray[Any], codes: NDArray[np.int64], pixels: Pixels) -
 
 
 def square_bounds(
-    asked: Geometries, codes: NDArray[np.int64], pixels: Pixels, side: int
+    geometries: Geometries, codes: NDArray[np.int64], pixels: PixelGrids, side: int
 ) -> NDArray[np.float64]:
     """Return squares of ``side`` pixels round a point in each geometry, as ``chips(at=)`` lays them; shape (n, 4)."""
-    lon, lat = asked.inside
-    x, y = np.empty(len(asked)), np.empty(len(asked))
+    lon, lat = geometries.inside
+    x, y = np.empty(len(geometries)), np.empty(len(geometries))
     for code in np.unique(codes).tolist():
         at = np.flatnonzero(codes == code)
         x[at], y[at] = transformer(4326, code).transform(lon[at], lat[at])

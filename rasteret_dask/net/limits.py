@@ -87,16 +87,16 @@ def workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="rasteret-work")
 
 
-_OWN = local()
+_SCRATCH = local()
 
 
 def scratch(nbytes: int) -> NDArray[np.uint8]:
     """Return this thread's memory to decode into, at least ``nbytes`` long; what it held is gone."""
-    memory: NDArray[np.uint8] | None = getattr(_OWN, "memory", None)
+    memory: NDArray[np.uint8] | None = getattr(_SCRATCH, "memory", None)
     if memory is None or len(memory) < nbytes:
         memory = np.empty(nbytes, np.uint8)
         if nbytes <= _SCRATCH_BYTES:
-            _OWN.memory = memory
+            _SCRATCH.memory = memory
     return memory
 
 

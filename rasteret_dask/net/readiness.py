@@ -39,7 +39,7 @@ BULKY = 2**16
 MAX_NAMED = 5
 """Hosts and differences that a message names."""
 
-_asked: WeakKeyDictionary[Client, set[tuple[str, int]]] = WeakKeyDictionary()
+_hosts_that_open: WeakKeyDictionary[Client, set[tuple[str, int]]] = WeakKeyDictionary()
 """Client -> the hosts that have opened tasks, and which."""
 
 
@@ -98,7 +98,7 @@ class Readiness:
             When versions differ that need not matter, once for all of them.
         """
         token = hash(self.question)
-        asked = _asked.setdefault(self.client, set())
+        asked = _hosts_that_open.setdefault(self.client, set())
         workers = frozenset(workers_of(self.client))
         scheduler = str(getattr(self.client.scheduler, "address", ""))
         if {(address, token) for address in (scheduler, *workers)} <= asked:

@@ -340,7 +340,7 @@ def _retried(href: str, call: Callable[[str], T]) -> T:
             if not host:
                 return call(url)
             with gate.at(host).turn(BACKOFF_S, refusals):
-                return _told(call, url)
+                return _with_status(call, url)
         except RefusedError as error:
             if error.status in (401, 403) and not renewed and renew(href, url):
                 renewed = True
@@ -364,7 +364,7 @@ def _retried(href: str, call: Callable[[str], T]) -> T:
         attempt += 1
 
 
-def _told(call: Callable[[str], T], url: str) -> T:
+def _with_status(call: Callable[[str], T], url: str) -> T:
     """Call; what obstore tells of a status in words is told apart as the web's is."""
     try:
         return call(url)

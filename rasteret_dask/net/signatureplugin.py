@@ -18,19 +18,19 @@ _NAME = (
 class Signatures(WorkerPlugin):
     """Keeps signatures in the memory of each worker's process; the scheduler hands it to workers that join later."""
 
-    def __init__(self, told: Carried) -> None:
-        self._told = told
+    def __init__(self, signatures: Carried) -> None:
+        self._signatures = signatures
 
     def __repr__(self) -> str:
-        return f"<Signatures of {len(self._told[0])} hrefs and {len(self._told[1])} places>"
+        return f"<Signatures of {len(self._signatures[0])} hrefs and {len(self._signatures[1])} places>"
 
     def setup(self, worker: Worker) -> None:
         """Keep them in this process."""
-        adopt(self._told)
+        adopt(self._signatures)
 
 
-def register(client: Client, told: Carried, hosts: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def register(client: Client, signatures: Carried, hosts: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Give every worker, now and later, what it needs to sign; return {worker: hosts that it still cannot sign for}."""
-    client.register_plugin(Signatures(told), name=_NAME)
+    client.register_plugin(Signatures(signatures), name=_NAME)
     answers = client.run(lacking_hosts, hosts)
     return {worker: left for worker, left in answers.items() if left}

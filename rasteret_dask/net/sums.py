@@ -177,10 +177,10 @@ class _Blocks(io.RawIOBase):
         return data
 
 
-def changed(subject: str, found: str, size: int | None) -> StoreError:
+def changed(subject: str, content: str, size: int | None) -> StoreError:
     """Return the error of an object that is no longer what was written."""
     return StoreError(
-        subject, found, "what was written" if size is None else f"the {size} bytes that were written",
+        subject, content, "what was written" if size is None else f"the {size} bytes that were written",
         "The store was changed or damaged after it was written: copy it again, or write it again.",
     )  # fmt: skip
 

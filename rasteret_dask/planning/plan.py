@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -53,6 +54,7 @@ __all__ = [
     "near_area",
     "outline",
     "predicates",
+    "step_name",
     "to_json",
     "with_children",
 ]
@@ -297,6 +299,12 @@ _NODES = {
     )
 }  # fmt: skip
 
+_BELOW = ("type", "child", "children", "token")
+_STEP_NAMES = {
+    "CutChips": "chips",
+    "FilterChips": "filter",
+}  # where the API's word is not the class's in snake case
+
 
 def children(node: Node) -> tuple[Node, ...]:
     """Return the nodes directly below."""
@@ -368,10 +376,16 @@ def from_json(value: Any) -> Any:
     return value
 
 
+def step_name(node: Node) -> str:
+    """Return what a step is called in the API: ``"filter"``, ``"filter_pixels"``, ``"chips"``."""
+    name = type(node).__name__
+    return _STEP_NAMES.get(name) or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
 def outline(node: Node, depth: int = 0) -> Iterator[str]:
     """Yield one line per step, the last step first."""
     shown = ", ".join(f"{k}={_short(v)}" for k, v in _arguments(node) if v not in (None, (), "", 0, False))
-    yield f"{'  ' * depth}{type(node).__name__.lower()}({shown[:160]})"
+    yield f"{'  ' * depth}{step_name(node)}({shown[:160]})"
     for child in children(node):
         yield from outline(child, depth + 1)
 
@@ -382,7 +396,7 @@ def _arguments(node: Any) -> Iterator[tuple[str, Any]]:
         value = getattr(node, one.name)
         if one.name == "spec":
             yield from _arguments(value)
-        elif one.name not in ("child", "children", "token"):
+        elif one.name not in _BELOW:
             yield one.name, value
 
 
@@ -391,7 +405,7 @@ def _short(value: Any) -> str:
     return text if len(text := str(shown)) <= 60 else text[:57] + "..."
 
 
-def predicates(given: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predicate, ...]:
+def predicates(parts: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predicate, ...]:
     """Check what the user gave to ``where`` or ``filter``: triples (or the three parts of one) and equalities.
 
     Raises
@@ -399,9 +413,9 @@ def predicates(given: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predic
     PlanError
         When one is not (column, operator, value).
     """
-    if len(given) == 3 and all(isinstance(part, str) for part in given[:2]):
-        given = (given,)
-    for triple in given:
+    if len(parts) == 3 and all(isinstance(part, str) for part in parts[:2]):
+        parts = (parts,)
+    for triple in parts:
         if not (isinstance(triple, tuple) and len(triple) == 3 and triple[1] in OPERATORS):
             raise PlanError(
                 "filter",
@@ -409,7 +423,7 @@ def predicates(given: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predic
                 f"a triple (column, operator, value), operator one of {', '.join(OPERATORS)}",
                 'Write it as ("eo:cloud_cover", "<", 20).',
             )
-    triples = [(column, op, plain(value)) for column, op, value in given]
+    triples = [(column, op, plain(value)) for column, op, value in parts]
     return (*triples, *(_equal(column, value) for column, value in equal.items()))
 
 

@@ -28,6 +28,7 @@ from rasteret_dask.planning.plan import (
     Predicate,
     Sample,
     Source,
+    step_name,
 )
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, filter_table, keep_readable, scan
@@ -190,7 +191,7 @@ def evaluate(node: Node, tables: Mapping[str, Table]) -> list[MemberTable]:
         case Map(child, function):
             return [dataclasses.replace(m, maps=(*m.maps, function)) for m in evaluate(child, tables)]
     raise PlanError(
-        "plan", f"a {type(node).__name__.lower()} below another step on records", "steps on records",
+        "plan", f"a {step_name(node)} below another step on records", "steps on records",
         "Harmonize, subset and merge each source before join.",
     )  # fmt: skip
 
@@ -469,9 +470,10 @@ def _store(
         for at, own in enumerate(raw):
             stored = {np.dtype(d) for d in _distinct(tables, members, "dtype", at) if d} if own else set()
             if any(not np.can_cast(d, dtype) for d in stored):
+                types = ", ".join(sorted(d.name for d in stored))
                 raise PlanError(
                     f"source {name!r}",
-                    f"band {bands[at]!r} of {', '.join(sorted(d.name for d in stored))}, raw, beside {dtype.name} values",
+                    f"band {bands[at]!r} of {types}, raw, beside {dtype.name} values",
                     f"numbers that {dtype.name} holds exactly",
                     "Join it as a source of its own.",
                 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,13 +14,14 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.rules.values import RuleValue
 
 __all__ = [
-    "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "MaskName", "Named", "QualityBand", "clouds_of",
+    "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "MaskName", "Named", "QualityBand",
+    "clouds_of",
     "mask_named",
     "quality_among", "settled", "words_of",
 ]  # fmt: skip
 
 
-class Mask(RuleValue):
+class Mask(RuleValue, ABC):
     """Which pixels of a record are hidden, by its quality bands as they stand in the files.
 
     A quality band's invalid pixels hide nothing: there the bands say themselves whether they are valid.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -33,7 +33,7 @@ class Candidates:
     """From the middle of the slot to that of the acquisition, nanoseconds; 0 where there is no time axis."""
 
 
-class Pick(RuleValue):
+class Pick(RuleValue, ABC):
     """How the pixels of a slot are chosen among its acquisitions. Subclass one of the three below."""
 
     __slots__ = ()

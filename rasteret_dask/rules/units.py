@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -20,7 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Unit(RuleValue):
+class Unit(RuleValue, ABC):
     """What the values of a band are.
 
     A stored number is decoded, then masked, filled, picked or composed, then finished. The kernel that brings

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import inspect
 import textwrap
-from abc import ABCMeta
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ __all__ = ["RuleValue", "from_json", "one_of"]
 _PACKAGE = __name__.partition(".")[0]
 
 
-class RuleValue(metaclass=ABCMeta):
+class RuleValue:
     """A part of what pixels mean: a unit, a mask, a pick, a stored form.
 
     A rule of your own is a frozen dataclass with plain fields (numbers, text, tuples of them) in a module that

@@ -26,8 +26,8 @@ class Audit:
     """Chips per split."""
     ratios: dict[str, float]
     """Achieved share per split."""
-    asked: dict[str, float]
-    """Share asked for."""
+    targets: dict[str, float]
+    """Share that split() was asked for."""
     cells: dict[str, int]
     """Split cells per split; empty where windows are laid out freely."""
     lost: dict[str, int]
@@ -48,11 +48,11 @@ class Audit:
 
     def __str__(self) -> str:
         lines = ["split      chips   share   asked   cells"]
-        for name in self.asked:
+        for name in self.targets:
             cells = self.cells.get(name, 0)
             lines.append(
                 f"{name:<9}{self.chips.get(name, 0):>7}{self.ratios.get(name, 0):>8.1%}"
-                f"{self.asked[name]:>8.1%}{cells:>8}"
+                f"{self.targets[name]:>8.1%}{cells:>8}"
             )
         for pair, count in self.overlaps.items():
             far = self.distance_m[pair]

@@ -34,20 +34,20 @@ FAN = 16
 REMEMBERED = 8
 """Statistics that a process keeps: those of 64 bands of floats take a few MB."""
 
-_known: dict[tuple[str, ...], Stats] = {}
+_measured: dict[tuple[str, ...], Stats] = {}
 
 
-def remember(found: Stats, *key: str) -> None:
+def remember(stats: Stats, *key: str) -> None:
     """Keep what was measured, for :func:`recalled` in this process."""
-    _known.pop(key, None)
-    _known[key] = found  # the latest last
-    for old in list(_known)[:-REMEMBERED]:
-        _known.pop(old, None)
+    _measured.pop(key, None)
+    _measured[key] = stats  # the latest last
+    for old in list(_measured)[:-REMEMBERED]:
+        _measured.pop(old, None)
 
 
 def recalled(*key: str) -> Stats | None:
     """Return what this process measured last of the chips that the key names by all that decides them, or None."""
-    return _known.get(key)
+    return _measured.get(key)
 
 
 _Part = Callable[[Any, NDArray[np.int64] | None], Arrays]
@@ -88,7 +88,7 @@ def measured(reading: ChipShards, client: ClientLike = None) -> Stats:
 
 
 def _none() -> PlanError:
-    return PlanError("stats", "no chip", "at least one", "Loosen keep, filter or select.")
+    return PlanError("stats", "no chip", "at least one", "Ask for less in filter, filter_pixels or select.")
 
 
 def kept_sizes(reading: ChipShards, client: ClientLike = None) -> tuple[int, ...]:

@@ -117,8 +117,8 @@ class SourceStats:
         return np.asarray(np.clip(np.array(found), self.min, self.max))
 
 
-def _quantile(own: _Counts, by_value: bool, share: float) -> float:
-    numbers, counts = own
+def _quantile(counted: _Counts, by_value: bool, share: float) -> float:
+    numbers, counts = counted
     if not len(numbers):
         return np.nan
     upto = np.cumsum(counts)
@@ -172,9 +172,9 @@ def measured(
 
 
 def _put_together(
-    bands: tuple[str, ...], dtype: str, units: str, total: int, found: Sequence[_Band]
+    bands: tuple[str, ...], dtype: str, units: str, total: int, measures: Sequence[_Band]
 ) -> SourceStats:
-    moments, counts, by_value = zip(*found, strict=True)
+    moments, counts, by_value = zip(*measures, strict=True)
     count, mean, square, low, high = (np.array(column) for column in zip(*moments, strict=True))
     return SourceStats(
         bands, dtype, units, total, count.astype(np.int64), mean, square, low, high, counts, by_value
@@ -279,10 +279,10 @@ def added(a: SourceStats, b: SourceStats) -> SourceStats:
     return _put_together(a.bands, a.dtype, a.units, a.total + b.total, found)
 
 
-def _bands(own: SourceStats) -> list[_Band]:
-    columns = (own.count, own.mean, own.square, own.min, own.max)
+def _bands(stats: SourceStats) -> list[_Band]:
+    columns = (stats.count, stats.mean, stats.square, stats.min, stats.max)
     moments = zip(*(column.tolist() for column in columns), strict=True)
-    return list(zip(moments, own.buckets, own.by_value, strict=True))
+    return list(zip(moments, stats.buckets, stats.by_value, strict=True))
 
 
 def _added(a: _Band, b: _Band) -> _Band:

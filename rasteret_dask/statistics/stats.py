@@ -136,7 +136,7 @@ class Stats:
 
     def to_json(self) -> str:
         """Return them as JSON text."""
-        sources = {name: _said(own) for name, own in self.sources.items()}
+        sources = {name: _fields(own) for name, own in self.sources.items()}
         return json.dumps({"version": VERSION, "chips": self.chips, "sources": sources})
 
     @classmethod
@@ -189,10 +189,10 @@ def _both(a: Stats, b: Stats) -> Stats:
     return Stats({k: added(v, b.sources[k]) for k, v in a.sources.items()}, a.chips + b.chips)
 
 
-def _same(name: str, found: str, wanted: str) -> None:
-    if found != wanted:
+def _same(name: str, value: str, wanted: str) -> None:
+    if value != wanted:
         raise PlanError(
-            f"normalizing source {name!r}", found, f"the {wanted} that were measured",
+            f"normalizing source {name!r}", value, f"the {wanted} that were measured",
             "Give the statistics of these chips' train split, measured by stats().",
         )  # fmt: skip
 
@@ -212,12 +212,12 @@ def _valid(name: str, arrays: Arrays) -> NDArray[np.bool_]:
 
 
 def _scaled(
-    values: NDArray[Any], valid: NDArray[np.bool_], own: SourceStats, fill: float
+    values: NDArray[Any], valid: NDArray[np.bool_], stats: SourceStats, fill: float
 ) -> NDArray[np.float32]:
     """Return normalized pixels, made chip by chip, so that temporaries stay in the processor's cache."""
     wide = np.result_type(values.dtype, np.float32)  # float64 but for types that float32 holds exactly
-    mean = own.mean.astype(wide)[:, None, None]
-    spread = np.where(own.constant, np.inf, own.std).astype(wide)[:, None, None]
+    mean = stats.mean.astype(wide)[:, None, None]
+    spread = np.where(stats.constant, np.inf, stats.std).astype(wide)[:, None, None]
     result = np.empty(values.shape, dtype=np.float32)
     for chip, seen, out in zip(values, valid, result, strict=True):
         with np.errstate(
@@ -234,31 +234,31 @@ def _scaled(
 _ARRAYS = ("mean", "square", "min", "max")
 
 
-def _said(own: SourceStats) -> dict[str, Any]:
-    packed = [[_packed(numbers), _packed(counts)] for numbers, counts in own.buckets]
-    numbers = {k: [None if np.isnan(v) else v for v in getattr(own, k).tolist()] for k in _ARRAYS}
+def _fields(stats: SourceStats) -> dict[str, Any]:
+    packed = [[_packed(numbers), _packed(counts)] for numbers, counts in stats.buckets]
+    numbers = {k: [None if np.isnan(v) else v for v in getattr(stats, k).tolist()] for k in _ARRAYS}
     head = {
-        "bands": list(own.bands), "dtype": own.dtype, "units": own.units, "total": own.total,
-        "count": own.count.tolist(), "by_value": list(own.by_value),
+        "bands": list(stats.bands), "dtype": stats.dtype, "units": stats.units, "total": stats.total,
+        "count": stats.count.tolist(), "by_value": list(stats.by_value),
     }  # fmt: skip
     return {**head, **numbers, "buckets": packed}
 
 
-def _of(said: Mapping[str, Any]) -> SourceStats:
-    arrays = {k: np.array([np.nan if v is None else v for v in said[k]], dtype=np.float64) for k in _ARRAYS}
-    buckets = tuple((_unpacked(a), _unpacked(b)) for a, b in said["buckets"])
-    if len({len(said[k]) for k in (*_ARRAYS, "bands", "count", "buckets", "by_value")}) != 1:
+def _of(fields: Mapping[str, Any]) -> SourceStats:
+    arrays = {k: np.array([np.nan if v is None else v for v in fields[k]], dtype=np.float64) for k in _ARRAYS}
+    buckets = tuple((_unpacked(a), _unpacked(b)) for a, b in fields["buckets"])
+    if len({len(fields[k]) for k in (*_ARRAYS, "bands", "count", "buckets", "by_value")}) != 1:
         raise ValueError("columns of several lengths")
-    if [int(counts.sum()) for _, counts in buckets] != said["count"]:
+    if [int(counts.sum()) for _, counts in buckets] != fields["count"]:
         raise ValueError("buckets that do not add up to the count")
     return SourceStats(
-        bands=tuple(said["bands"]),
-        dtype=str(said["dtype"]),
-        units=str(said["units"]),
-        total=int(said["total"]),
-        count=np.array(said["count"], dtype=np.int64),
+        bands=tuple(fields["bands"]),
+        dtype=str(fields["dtype"]),
+        units=str(fields["units"]),
+        total=int(fields["total"]),
+        count=np.array(fields["count"], dtype=np.int64),
         buckets=buckets,
-        by_value=tuple(bool(known) for known in said["by_value"]),
+        by_value=tuple(bool(known) for known in fields["by_value"]),
         **arrays,
     )
 

@@ -11,7 +11,7 @@ from dask._task_spec import Task
 from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import MASK
+from rasteret_dask.chipping.chiptable import FILLED, MASK
 from rasteret_dask.store.stored import Stored, facts
 from rasteret_dask.store.storemap import StoredGroup
 from rasteret_dask.store.storeread import read_rows
@@ -19,7 +19,7 @@ from rasteret_dask.store.storeread import read_rows
 __all__ = ["to_xarray"]
 
 _PIXELS = ("pixels", "valid", MASK)
-_PER_CHIP = (*_PIXELS, "valid_fraction", "datetime", "member")
+_PER_CHIP = (*_PIXELS, "valid_fraction", FILLED, "datetime", "member")
 
 
 def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:
@@ -52,6 +52,8 @@ def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Da
     coordinates["bounds"] = (("chip", "corner"), known.pop("bbox"))
     coordinates |= {name.removeprefix("labels/"): ("chip", values) for name, values in known.items()}
     coordinates["band"] = ("band", np.array(chips.bands[group.source], dtype=object))
+    if "units" in group.arrays:
+        coordinates["units"] = ("band", np.array(chips.map.values(group.arrays["units"]), dtype=object))
     if "time" in group.arrays:
         stamps = chips.map.values(group.arrays["time"]).view("datetime64[us]")
         coordinates["time"] = ("time", stamps.astype("datetime64[ns]"))

@@ -13,7 +13,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
-from rasteret_dask.chipping.chiptable import MASK, label_columns, label_fields
+from rasteret_dask.chipping.chiptable import FILLED, MASK, label_columns, label_fields
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.store.encode import Compression, compressors
 from rasteret_dask.store.ledger import JOB, TO_ZARR
@@ -22,7 +22,7 @@ from rasteret_dask.tasks.job import Hierarchy, Job, Output
 
 __all__ = ["JOB", "OF_SHARDS", "Layout"]
 
-OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, "datetime": 2, "member": 2}
+OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, FILLED: 2, "datetime": 2, "member": 2}
 """Arrays that shards' tasks write, and how many dimensions they have."""
 
 _TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
@@ -41,7 +41,7 @@ class Layout:
     compression: Compression = "auto"
 
     @property
-    def said(self) -> str:
+    def codec_text(self) -> str:
         """The compression as JSON text: part of what the store holds, though not of which chips it holds."""
         if self.compression is None or isinstance(self.compression, str):
             return json.dumps(self.compression)
@@ -88,7 +88,7 @@ class Layout:
             "meaning": MEANING,
             "writer": TO_ZARR,
             "digest": self.job.digest,
-            "compression": self.said,
+            "compression": self.codec_text,
             "sources": [plan.name for plan in self.job.sources],
         }
         return {"rasteret_dask": note}
@@ -113,14 +113,18 @@ class Layout:
             mask.update_attributes(self.job.labels.attrs)
         two = (n, out.times)
         self._array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
+        if out.filled:
+            self._array(group, FILLED, two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
         self._array(group, "member", two, str, ("chip", "time"), (per, out.times), None, "")
         when = self._array(group, "datetime", two, "int64", ("chip", "time"), (per, out.times), None, _NAT)
         when.update_attributes(_TIMES | {"_FillValue": _NAT})
-        self._known(group, h, out)
+        self._planned_arrays(group, h, out)
         kept: tuple[str, ...] = ()
+        kept += (FILLED,) if out.filled else ()
+        kept += ("units",) if out.units else ()
         if self.job.pixel_rules:  # what it says is known when all shards are written
             self._array(group, KEPT, (n,), "bool", ("chip",), (n,), None, False)
-            kept = (KEPT,)
+            kept += (KEPT,)
         own = [field.name for field in label_fields(self.job.chips.schema)]
         group.update_attributes(
             {
@@ -129,7 +133,7 @@ class Layout:
             }
         )
 
-    def _known(self, group: zarr.Group, h: Hierarchy, out: Output) -> None:
+    def _planned_arrays(self, group: zarr.Group, h: Hierarchy, out: Output) -> None:
         rows = self.job.chips.slice(h.start, h.chips)
         for name in ("chip_id", "split"):
             values = np.array([v or "" for v in rows.column(name).to_pylist()], dtype=object)
@@ -145,6 +149,9 @@ class Layout:
             self._label(group, name, values)
         bands = np.array(out.bands, dtype=object)
         self._array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
+        if out.units:
+            names = np.array(out.units, dtype=object)
+            self._array(group, "units", (len(names),), str, ("band",), (len(names),), None, "")[:] = names
         if out.slots is not None:
             stamps = np.array(out.slots, dtype=np.int64) // 1000
             time = self._array(group, "time", (len(stamps),), "int64", ("time",), (len(stamps),), None, 0)

@@ -297,13 +297,13 @@ def _values(owner: Owner) -> dict[str, str]:
     return {"writer": owner.writer, "digest": owner.digest, "compression": owner.compression}
 
 
-def _check_leftovers(url: str, found: Mapping[str, int], content: Content) -> None:
+def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> None:
     """Raise StoreError unless every object was put for this very store, before what says so was deleted.
 
     That is: it is what would be put there now, byte for byte; or it is a report or a mark of this key; or it is an
     object of a shard that has such a mark, which is put before the shard's objects.
     """
-    left = set(found)
+    left = set(paths)
     if not left:
         return
     keys = content.keys
@@ -357,10 +357,10 @@ def stated(url: str) -> dict[str, Sums] | None:
     return {path: Sums.again(value) for path, value in document["objects"].items()}
 
 
-def _in_place(url: str, content: Content, found: Mapping[str, int]) -> dict[str, Sums]:
+def _in_place(url: str, content: Content, sizes: Mapping[str, int]) -> dict[str, Sums]:
     """Put every object in place that is missing or differs; return their sums."""
     sums = stated(url)
-    right = {} if sums is None else {path: one for path, one in sums.items() if found.get(path) == one.size}
+    right = {} if sums is None else {path: one for path, one in sums.items() if sizes.get(path) == one.size}
     faults = at_once(lambda path: fault_of(remote.join(url, path), right[path]), right)
     right = {path: one for (path, one), fault in zip(right.items(), faults, strict=True) if fault is None}
     if sums is not None and len(right) == len(sums):
@@ -388,14 +388,14 @@ def _digest_of(manifest: bytes | None) -> str | None:
     return str(metadata.get(DIGEST, b""), "ascii", "replace")
 
 
-def reports(url: str, found: Mapping[str, int], keys: Mapping[str, str]) -> dict[str, Report]:
+def reports(url: str, objects: Mapping[str, int], keys: Mapping[str, str]) -> dict[str, Report]:
     """Return the valid reports: of these keys, and of shards whose objects are all there in their sizes.
 
     Parameters
     ----------
     url
         The store.
-    found
+    objects
         Path -> bytes of what lies there.
     keys
         As in :class:`Content`.
@@ -406,22 +406,22 @@ def reports(url: str, found: Mapping[str, int], keys: Mapping[str, str]) -> dict
         Shard -> its report.
     """
     paths = {_report_path(shard): shard for shard in keys}
-    wanted = [path for path in paths if path in found]
+    wanted = [path for path in paths if path in objects]
     result: dict[str, Report] = {}
     for path, data in zip(wanted, at_once(lambda p: _data(url, p), wanted), strict=True):
         values = None if data is None else document_of(data)
         shard = paths[path]
         if data is None or values is None or (values["shard"], values["key"]) != (shard, keys[shard]):
             continue
-        if all(found.get(o["path"]) == o["size"] for o in values["objects"]):
+        if all(objects.get(o["path"]) == o["size"] for o in values["objects"]):
             result[shard] = Report(values, path, len(data), crc32_of(data))
     return result
 
 
-def tries(found: Iterable[str]) -> dict[str, list[str]]:
+def tries(objects: Iterable[str]) -> dict[str, list[str]]:
     """Return shard -> the marks of its tries."""
     result: dict[str, list[str]] = {}
-    for path in sorted(found):
+    for path in sorted(objects):
         if path.startswith(f"{JOB}/tried/"):
             result.setdefault(path.split("/")[2], []).append(path)
     return result
@@ -468,7 +468,7 @@ def restored(url: str, content: Content | None) -> Mapping[str, int]:
 
 def commit(
     url: str,
-    found: Mapping[str, int],
+    objects: Mapping[str, int],
     manifest: pa.Table,
     written: Mapping[str, Report],
     more: Mapping[str, bytes],
@@ -479,7 +479,7 @@ def commit(
     ----------
     url
         The store.
-    found
+    objects
         What :func:`restored` gave.
     manifest
         A row a shard, with the objects of each.
@@ -499,7 +499,7 @@ def commit(
     groups = {path: text.encode() for path, text in documents.items()}
     sums |= {path: Sums.of(data) for path, data in {**more, **groups}.items()}
     sums |= {path: Sums.of(remote.get(remote.join(url, path))) for path in (BEGUN, LEDGER)}
-    attempts = tries(found)
+    attempts = tries(objects)
     notes = [_notes(written[shard], attempts.get(shard, [])) for shard in manifest["shard"].to_pylist()]
     manifest = manifest.append_column("notes", pa.array(notes, _NOTES)).replace_schema_metadata(
         {
@@ -512,7 +512,7 @@ def commit(
     remote.put(remote.join(url, MANIFEST), table)
     for path in sorted(groups, key=lambda p: -p.count("/")):  # deepest first
         remote.put(remote.join(url, path), groups[path])
-    _sweep(url, found, manifest, written, {*sums, MANIFEST, "zarr.json"})
+    _sweep(url, objects, manifest, written, {*sums, MANIFEST, "zarr.json"})
     root["attributes"]["rasteret_dask"]["checksum"] = root_checksum(root)
     remote.put(remote.join(url, "zarr.json"), json.dumps(root).encode())
     return manifest
@@ -592,7 +592,7 @@ DAMAGED = (
 
 def _sweep(
     url: str,
-    found: Iterable[str],
+    objects: Iterable[str],
     manifest: pa.Table,
     written: Mapping[str, Report],
     others: Collection[str],
@@ -607,7 +607,7 @@ def _sweep(
     for row in manifest.select(["shard", "objects", "notes"]).to_pylist():
         shard_of |= {o["path"]: row["shard"] for o in (*row["objects"], *row["notes"])}
     names = {*others, *shard_of}
-    stale = [path for path in found if path not in names and _is_chunk(path, names)]
+    stale = [path for path in objects if path not in names and _is_chunk(path, names)]
     at_once(lambda path: remote.delete(remote.join(url, path)), stale)
     if not remote.is_local(url):
         return

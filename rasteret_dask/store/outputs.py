@@ -12,7 +12,7 @@ import xarray as xr
 from dask._task_spec import DataNode, Task, TaskRef
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-from rasteret_dask.chipping.chiptable import MASK
+from rasteret_dask.chipping.chiptable import FILLED, MASK
 from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.tasks import pixels
@@ -121,6 +121,8 @@ def _shapes(job: Job, out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int
         "datetime": (two, (out.times,), np.dtype("datetime64[us]")),
         "member": (two, (out.times,), np.dtype(object)),
     }
+    if out.filled:
+        shapes[FILLED] = (two, (out.times,), np.dtype("float32"))
     if job.pixel_rules:
         shapes[KEPT] = (("chip",), (), np.dtype(bool))
     if out.valid:
@@ -142,6 +144,8 @@ def _assembled(
         values = np.concatenate([p[name][1] for p in parts])
         coordinates[name] = (parts[0][name][0], values if kept is None else values[kept])
     coordinates["band"] = ("band", np.array(out.bands, dtype=object))
+    if out.units:
+        coordinates["units"] = ("band", np.array(out.units, dtype=object))
     if out.slots is not None:
         coordinates["time"] = ("time", np.array(out.slots, dtype="datetime64[ns]"))
     dataset = xr.Dataset(data, coordinates, dict(layout.attrs.get(source, {})))

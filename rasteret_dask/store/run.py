@@ -80,7 +80,7 @@ def run_zarr(
         When shards failed; the others are written, and a rerun does only those.
     """
     clusters.check(client, "to_zarr(client=)")
-    if is_committed(url, layout.job.digest, layout.said):
+    if is_committed(url, layout.job.digest, layout.codec_text):
         if progress:
             sys.stderr.write(f"store {remote.redact(url)} is finished: nothing to do\n")
         return
@@ -118,7 +118,7 @@ def _report(ref: JobRef, shard: str) -> dict[str, Any] | None:
 
 def _place(layout: Layout, url: str, on_error: str) -> str:
     """Digest where a task writes, and how: its name says that beside shard and content."""
-    return hashlib.sha256(f"zarr {url} {layout.said} {on_error}".encode()).hexdigest()[:8]
+    return hashlib.sha256(f"zarr {url} {layout.codec_text} {on_error}".encode()).hexdigest()[:8]
 
 
 def _submit(
@@ -239,7 +239,7 @@ def delayed_zarr(layout: Layout, url: str, functions: Functions, on_error: str =
     roots = {k: t for k, t in tasks.items() if k not in shards} if wanted else {}
     digest = layout.job.digest
     name = f"commit-{digest[:12]}-{_place(layout, url, on_error)}"
-    task = Task(name, _commit, url, digest, layout.said, *(TaskRef(k) for k in wanted))
+    task = Task(name, _commit, url, digest, layout.codec_text, *(TaskRef(k) for k in wanted))
     return Delayed(
         name, HighLevelGraph.from_collections(name, {**roots, **{k: tasks[k] for k in wanted}, name: task})
     )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import bounds_of, label_columns
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import remote
-from rasteret_dask.planning.plan import FilterChips, Node, Sample, Select, Source, digest
+from rasteret_dask.planning.plan import FilterChips, Node, Sample, Select, Source, digest, step_name
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, open_map
 from rasteret_dask.store.storeread import read_rows
@@ -27,11 +27,10 @@ __all__ = ["Stored", "facts", "finite", "read_shard", "sampled", "take"]
 
 _log = logging.getLogger(__name__)
 
-OWN = ("valid_fraction", "member")
+UNSAMPLED = ("valid_fraction", "member")
 """Variables that shards' tasks write and samples do not carry."""
 
 _ROW = "__row__"
-_NAMES = {FilterChips: "filter", Select: "select", Sample: "sample"}
 _CHOOSING = Lock()
 
 
@@ -124,8 +123,8 @@ class Stored:
         for shard in self.map.shards:
             if chip in shard.dropped:
                 return f"chip {chip!r}{more}, which filter_pixels() dropped: {shard.dropped[chip]}"
-        known = self.map.chips.row_of(chip) is not None
-        return f"chip {chip!r}{more}, " + ("which was not selected" if known else "which it never had")
+        is_there = self.map.chips.row_of(chip) is not None
+        return f"chip {chip!r}{more}, " + ("which was not selected" if is_there else "which it never had")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,12 +198,12 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
             table = _columns(store, "filter", [column for column, *_ in where], below.rows)
             found = filter_table(table, where, "chips").column(_ROW).to_numpy()
         case Select(_, splits):
-            known = list(dict.fromkeys(s.split for s in below.shards if s.split))
-            unknown = [s for s in splits if s not in known]
+            names = list(dict.fromkeys(s.split for s in below.shards if s.split))
+            unknown = [s for s in splits if s not in names]
             if unknown:
                 raise PlanError(
                     "select", f"split {', '.join(map(repr, unknown))}",
-                    f"one of {', '.join(known)}" if known else "a store with splits",
+                    f"one of {', '.join(names)}" if names else "a store with splits",
                 )  # fmt: skip
             inside = np.repeat([s.split in splits for s in below.shards], below.sizes)
             found = below.rows[inside]
@@ -213,7 +212,10 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
             found = below.rows[sample_rows(table, "chip_id", n, seed, by)]
     if not len(found):
         raise PlanError(
-            _NAMES[type(node)], f"no chip left of {len(below.rows)}", "at least one", "Loosen it."
+            step_name(node),
+            f"no chip left of {len(below.rows)}",
+            "at least one",
+            "Ask for less, or leave it out.",
         )
     return np.asarray(found)
 
@@ -294,7 +296,7 @@ def facts(table: pa.Table) -> Arrays:
 
 def sampled(arrays: Mapping[str, StoredArray]) -> list[str]:
     """Return the variables of a group that a sample carries: those of its own, a value or more a chip."""
-    return [name for name, array in arrays.items() if name not in OWN and not array.known]
+    return [name for name, array in arrays.items() if name not in UNSAMPLED and not array.of_plan]
 
 
 def _texts(table: pa.Table, name: str) -> NDArray[Any]:

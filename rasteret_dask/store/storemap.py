@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import MASK
+from rasteret_dask.chipping.chiptable import FILLED, MASK
 from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums, changed
@@ -46,10 +46,12 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "valid": (("chip", "time", "y", "x"), ("bool",)),
     MASK: (("chip", "y", "x"), None),
     "valid_fraction": (("chip", "time"), ("float32",)),
+    FILLED: (("chip", "time"), ("float32",)),
     "datetime": (("chip", "time"), ("int64",)),
     "member": (("chip", "time"), ("None",)),
     "bounds": (("chip", "corner"), ("float64",)),
     "band": (("band",), ("None",)),
+    "units": (("band",), ("None",)),
     "time": (("time",), ("int64",)),
 }
 """Dimensions of arrays, and their dtypes where they are known ("None": text); all others have one value a chip."""
@@ -78,7 +80,7 @@ class StoredArray:
         return attributes
 
     @property
-    def known(self) -> bool:
+    def of_plan(self) -> bool:
         """Whether the plan knew it: one chunk for all chips of the split, which no shard's task wrote."""
         return self.dims[0] != "chip" or len(self.dims) == 1 or self.path.endswith("bounds")
 
@@ -336,7 +338,7 @@ def _check_chips(url: str, group: StoredGroup, chips: int) -> None:
             array.dims == dims
             and len(shape) == len(encoding.chunk) == len(dims)
             and all(size > 0 for size in encoding.chunk)
-            and (encoding.chunk == shape if array.known else encoding.chunk[1:] == shape[1:])
+            and (encoding.chunk == shape if array.of_plan else encoding.chunk[1:] == shape[1:])
             and all(sizes.setdefault(dim, size) == size for dim, size in zip(dims, shape, strict=True))
             and (dtypes is None or str(encoding.dtype) in dtypes)
             and isinstance(array.node["attributes"], dict)

@@ -178,9 +178,9 @@ class StoreObject:
         if digest_of(self.url) != self.digest:
             raise self._changed("an object of another store")
 
-    def _changed(self, found: str) -> StoreError:
+    def _changed(self, content: str) -> StoreError:
         return StoreError(
-            self.subject, found, f"the {self.size} bytes that the manifest names",
+            self.subject, content, f"the {self.size} bytes that the manifest names",
             "The store was changed after it was written: write it again, or open it again if that was done.",
         )  # fmt: skip
 

@@ -54,15 +54,15 @@ class ChipColumns:
         StoreError
             When it is not the table of the manifest's shards.
         """
-        return self._known[0]
+        return self._content[0]
 
     @property
     def names(self) -> Sequence[str]:
         """All columns but ``feeds``: those that steps may name."""
-        return self._known[1]
+        return self._content[1]
 
     @property
-    def _known(self) -> tuple[pa.Table, Sequence[str]]:
+    def _content(self) -> tuple[pa.Table, Sequence[str]]:
         with _READING:
             return self._read
 
@@ -126,7 +126,7 @@ def open_table(url: str, name: str, sums: Sums) -> Iterator[pq.ParquetFile]:
     StoreError
         When it is missing, or another than was written; also while it is read.
     """
-    with _told(url, name), pq.ParquetFile(_source(remote.join(url, name), sums), pre_buffer=True) as file:
+    with _reported(url, name), pq.ParquetFile(_source(remote.join(url, name), sums), pre_buffer=True) as file:
         yield file
 
 
@@ -139,7 +139,7 @@ def open_manifest(url: str) -> Iterator[tuple[pq.ParquetFile, str | None]]:
     StoreError
         When it is missing, or another than was written.
     """
-    with _told(url, MANIFEST):
+    with _reported(url, MANIFEST):
         place = remote.join(url, MANIFEST)
         found = remote.fetch(place)
         if not is_closed(found.data):
@@ -152,7 +152,7 @@ def open_manifest(url: str) -> Iterator[tuple[pq.ParquetFile, str | None]]:
 
 
 @contextmanager
-def _told(url: str, name: str) -> Iterator[None]:
+def _reported(url: str, name: str) -> Iterator[None]:
     try:
         yield
     except remote.MissingError as error:

@@ -139,7 +139,7 @@ def _faults(url: str, wanted: _Wanted) -> Iterator[Fault]:
     return pool(host_of(url)).map(lambda path: fault_of(remote.join(url, path), wanted[path]), wanted)
 
 
-def _written(url: str, found: Mapping[str, int] | None) -> tuple[_Wanted, dict[str, Fault], bool]:
+def _written(url: str, objects: Mapping[str, int] | None) -> tuple[_Wanted, dict[str, Fault], bool]:
     """Return what was written, what is wrong with that which tells it, and whether the store is finished.
 
     The manifest tells; without it, the ledger and the reports do.
@@ -175,7 +175,7 @@ def _written(url: str, found: Mapping[str, int] | None) -> tuple[_Wanted, dict[s
             faults[ledger.MANIFEST] = "missing"
         else:
             faults.pop("zarr.json", None)  # nothing was ever committed
-        return wanted | _under_way(url, found, faults), faults, finished
+        return wanted | _under_way(url, objects, faults), faults, finished
     wanted[ledger.MANIFEST] = Sums.of(remote.get(remote.join(url, ledger.MANIFEST)))
     wanted |= {path: Sums.again(value) for path, value in json.loads(metadata[ledger.OBJECTS]).items()}
     for row in manifest.to_pylist():
@@ -183,10 +183,10 @@ def _written(url: str, found: Mapping[str, int] | None) -> tuple[_Wanted, dict[s
     return wanted, faults, finished
 
 
-def _under_way(url: str, found: Mapping[str, int] | None, faults: dict[str, Fault]) -> _Wanted:
+def _under_way(url: str, objects: Mapping[str, int] | None, faults: dict[str, Fault]) -> _Wanted:
     """Return what is written so far, as the ledger and the reports say; note what is wrong with these."""
     wanted: _Wanted = {}
-    reports = [path for path in found or () if path.startswith(f"{ledger.JOB}/done/")]
+    reports = [path for path in objects or () if path.startswith(f"{ledger.JOB}/done/")]
     for path in (ledger.BEGUN, ledger.LEDGER, *reports):
         try:
             data = remote.get(remote.join(url, path))
@@ -201,11 +201,11 @@ def _under_way(url: str, found: Mapping[str, int] | None, faults: dict[str, Faul
         wanted[path] = Sums.of(data)
         wanted |= _of_shard(document["objects"]) if path in reports else {}
     wanted |= ledger.stated(url) or {}
-    wanted |= {p: Sums(0, ()) for p in found or () if p.startswith(f"{ledger.JOB}/tried/")}
+    wanted |= {p: Sums(0, ()) for p in objects or () if p.startswith(f"{ledger.JOB}/tried/")}
     if ledger.GROUPS in wanted and fault_of(remote.join(url, ledger.GROUPS), wanted[ledger.GROUPS]) is None:
         documents = json.loads(remote.get(remote.join(url, ledger.GROUPS)))
         here = {
-            path: text for path, text in documents.items() if path in (found or ()) and path != "zarr.json"
+            path: text for path, text in documents.items() if path in (objects or ()) and path != "zarr.json"
         }
         wanted |= {path: Sums.of(text.encode()) for path, text in here.items()}
     return wanted

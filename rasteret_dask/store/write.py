@@ -45,7 +45,7 @@ class _Chips:
     @property
     def owner(self) -> ledger.Owner:
         """Who writes them."""
-        return ledger.Owner(self.layout.job.digest, self.layout.said)
+        return ledger.Owner(self.layout.job.digest, self.layout.codec_text)
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
@@ -98,7 +98,7 @@ def is_committed(url: str, digest: str, compression: str = AUTO) -> bool:
     digest
         The job's digest.
     compression
-        What :attr:`Layout.said` says.
+        What :attr:`Layout.codec_text` says.
 
     Raises
     ------

@@ -189,9 +189,9 @@ class OnCluster:
             f"a scheduler that is gone (the client is {self.client.status})", "a scheduler that answers"
         )
 
-    def _error(self, found: str, expected: str, remedy: str = "") -> JobError:
+    def _error(self, state: str, expected: str, remedy: str = "") -> JobError:
         resume = "Load this stream's state_dict() into a new stream: it goes on at the next batch."
-        return JobError(f"stream from {self._address}", found, expected, remedy + resume)
+        return JobError(f"stream from {self._address}", state, expected, remedy + resume)
 
     def close(self) -> None:
         """Let the cluster forget everything, and close the client where it is this stream's own."""

@@ -129,7 +129,7 @@ class BatchOrder:
         share = math.ceil(self.chips / self.world_size) if self.pad else self.chips // self.world_size
         return share // self.batch_size if self.drop_last else math.ceil(share / self.batch_size)
 
-    def said(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Return what two streams must have in common to yield the same batches, as JSON values."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sizes"}
 

@@ -84,8 +84,8 @@ def _kept(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None) -> 
     return arrays_of(sources, places if rows is None else places[rows])
 
 
-def _other(shard: str, found: int, counted: str) -> ReadError:
+def _other(shard: str, count: int, counted: str) -> ReadError:
     return ReadError(
-        f"shard {shard}", f"{found} chips that filter_pixels() keeps", f"{counted}, as when they were counted",
+        f"shard {shard}", f"{count} chips that filter_pixels() keeps", f"{counted}, as when they were counted",
         "Its rules must say the same each time: a function is random, or files changed or could not be read.",
     )  # fmt: skip

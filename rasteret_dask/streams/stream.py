@@ -6,6 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rasteret_dask.errors import PlanError
@@ -21,7 +22,10 @@ from rasteret_dask.tasks.batches import Arrays, Kind
 if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
 
-__all__ = ["Normalize", "Stream", "batches", "normalizer"]
+__all__ = ["Batching", "Normalize", "Stream", "normalizer"]
+
+_PLENTY = 2**62
+"""Chips enough for any number of ranks: an order of so many is refused only where an argument is wrong."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,34 +41,66 @@ Normalize: TypeAlias = Normalizer | Callable[[Arrays], Arrays]
 """What is done to each batch before it is handed over, on the thread that makes it."""
 
 
-def batches(
-    reading: ChipShards,
-    order: BatchOrder,
-    epochs: int = 1,
-    client: ClientLike = None,
-    prefetch: int = 2,
-    normalize: Normalize | None = None,
-) -> Stream:
-    """Return a stream of what can be read.
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How chips become batches: the arguments of every ``stream``, which :meth:`Chips.stream` documents.
 
-    Parameters
-    ----------
-    reading
-        The chips.
-    order
-        Which of them comes when; its sizes are those of the reading.
-    epochs, client, prefetch, normalize
-        As in :meth:`Chips.stream`.
+    Raises
+    ------
+    PlanError
+        Where an argument cannot be; what depends on the chips is told by :meth:`stream`.
     """
-    clusters.check(client, "stream(client=)")
-    for name, value in (("epochs", epochs), ("prefetch", prefetch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise PlanError(f"stream({name}=)", repr(value), "a whole number from 1 on")
-    function = normalizer(normalize, reading.kinds)
-    return Stream(reading, order, epochs, client, prefetch, function)
+
+    batch_size: int
+    shuffle: int | None = None
+    epochs: int = 1
+    drop_last: bool = False
+    rank: int = 0
+    world_size: int = 1
+    pad: bool = False
+    client: ClientLike = None
+    prefetch: int = 2
+    normalize: Normalize | bool | None = None
+    buffer: int = 4
+
+    def __post_init__(self) -> None:
+        clusters.check(self.client, "stream(client=)")
+        for name in ("epochs", "prefetch"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise PlanError(f"stream({name}=)", repr(count), "a whole number from 1 on")
+        self.order((_PLENTY,))
+
+    def order(self, sizes: tuple[int, ...]) -> BatchOrder:
+        """Return which chip comes when, of shards of these sizes."""
+        return BatchOrder(
+            sizes, self.batch_size, self.shuffle, self.drop_last, self.rank, self.world_size, self.pad, self.buffer
+        )  # fmt: skip
+
+    def stream(self, shards: ChipShards, measure: Callable[[], Normalizer] | None = None) -> Stream:
+        """Return a stream of chips.
+
+        Parameters
+        ----------
+        shards
+            The chips.
+        measure
+            Returns the statistics that ``normalize=True`` means; None: there are none, and True is refused.
+
+        Raises
+        ------
+        PlanError
+            When ``normalize`` does not fit these chips, or some rank would have no batch.
+        """
+        order = self.order(shards.sizes)
+        normalize = measure() if self.normalize is True and measure is not None else self.normalize
+        function = normalizer(normalize or None, shards.kinds)
+        return Stream(shards, order, replace(self, normalize=function))
 
 
-def normalizer(normalize: Normalize | None, kinds: Mapping[str, Kind]) -> Callable[[Arrays], Arrays] | None:
+def normalizer(
+    normalize: Normalize | bool | None, kinds: Mapping[str, Kind]
+) -> Callable[[Arrays], Arrays] | None:
     """Return what is done to each batch, once statistics were seen to be of these sources.
 
     Parameters
@@ -107,34 +143,29 @@ class Stream(Iterator[Arrays]):
         When chips could not be read.
     """
 
-    def __init__(
-        self,
-        reading: ChipShards,
-        order: BatchOrder,
-        epochs: int,
-        client: ClientLike,
-        prefetch: int,
-        normalize: Callable[[Arrays], Arrays] | None,
-    ) -> None:
+    def __init__(self, shards: ChipShards, order: BatchOrder, batching: Batching) -> None:
         self.order = order
-        self.epochs = epochs
-        self._reading, self._client = reading, client
-        self._prefetch, self._normalize = prefetch, normalize
-        self._token = digest(reading.digest, list(reading.sizes))
+        self._shards, self._batching = shards, batching
+        self._token = digest(shards.digest, list(shards.sizes))
         self._position = 0
         self._shelf: Shelf | None = None
         self._finalizer: Any = None
         self._taking = threading.Lock()
 
     @property
+    def epochs(self) -> int:
+        """How often the chips come."""
+        return self._batching.epochs
+
+    @property
     def bands(self) -> Mapping[str, tuple[str, ...]]:
         """Source -> names of its bands."""
-        return self._reading.bands
+        return self._shards.bands
 
     @property
     def classes(self) -> Mapping[str, tuple[str, ...]]:
         """Source with a mask of names -> the name of each of its values, from 0 (no polygon, "") on."""
-        return {name: kind.classes for name, kind in self._reading.kinds.items() if kind.classes}
+        return {name: kind.classes for name, kind in self._shards.kinds.items() if kind.classes}
 
     def __len__(self) -> int:
         return self.order.batches * self.epochs
@@ -167,7 +198,7 @@ class Stream(Iterator[Arrays]):
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as JSON values: a stream that loads it yields the very next batch."""
         epoch, batch = divmod(self._position, self.order.batches)
-        return {**STATE.note, "chips": self._token, **self.order.said(), "epoch": epoch, "batch": batch}
+        return {**STATE.note, "chips": self._token, **self.order.arguments(), "epoch": epoch, "batch": batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another stream of these chips and arguments stood.
@@ -195,7 +226,7 @@ class Stream(Iterator[Arrays]):
                 "load_state_dict", f"a state of other chips ({state['chips']!s:.12})", f"of these ({self._token:.12})",
                 "Make the stream from the plan, the split and the store that the state was made with.",
             )  # fmt: skip
-        for name, value in self.order.said().items():
+        for name, value in self.order.arguments().items():
             if state[name] != value:
                 shown = "shuffle" if name == "seed" else name
                 raise PlanError(
@@ -226,8 +257,8 @@ class Stream(Iterator[Arrays]):
         epochs
             How often the chips come; None: as often as here.
         """
-        times = self.epochs if epochs is None else epochs
-        return Stream(self._reading, order, times, self._client, self._prefetch, self._normalize)
+        batching = self._batching if epochs is None else replace(self._batching, epochs=epochs)
+        return Stream(self._shards, order, batching)
 
     def close(self) -> None:
         """Stop reading and let go of everything; ``next()`` begins to read again where the stream stands."""
@@ -250,21 +281,21 @@ class Stream(Iterator[Arrays]):
         self.close()
 
     def _source(self) -> ShardSource:
-        client, own = clusters.meant(self._client)
+        client, owned = clusters.meant(self._batching.client)
         if client is None:
-            return OnThreads(self._reading)
+            return OnThreads(self._shards)
         from rasteret_dask.streams.clustersource import OnCluster  # it imports distributed
 
-        return OnCluster(self._reading, client, self.order.world_size, own)
+        return OnCluster(self._shards, client, self.order.world_size, owned)
 
     def _start(self) -> Shelf:
         """Begin to read where the stream stands."""
         source = self._source()
-        shelf = Shelf(self._prefetch, self._position)
+        shelf = Shelf(self._batching.prefetch, self._position)
         plan = self.order.epochs(*divmod(self._position, self.order.batches), self.epochs)
         made = threading.Thread(
             target=fill,
-            args=(plan, self.order.pad, source, shelf, self._normalize),
+            args=(plan, self.order.pad, source, shelf, self._batching.normalize),
             name="rasteret-batches",
             daemon=True,
         )

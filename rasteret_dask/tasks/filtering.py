@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import MASK
+from rasteret_dask.chipping.chiptable import FILLED, MASK
 from rasteret_dask.planning.rules import Rule
 from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
 from rasteret_dask.tasks.job import Job, Shard
@@ -113,6 +113,7 @@ def _blanked(dataset: xr.Dataset, places: list[int], fill: float) -> xr.Dataset:
         "pixels": np.nan if floats else fill if np.isfinite(fill) else 0,
         "valid": False,
         "valid_fraction": 0,
+        FILLED: 0,
         MASK: np.nan if MASK in dataset and dataset[MASK].dtype.kind == "f" else 0,
     }
     for name in fills.keys() & dataset.variables.keys():

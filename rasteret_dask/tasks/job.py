@@ -90,6 +90,10 @@ class Output:
     attrs: tuple[tuple[str, str], ...] = ()
     mask: str | None = None
     """Dtype of the variable ``mask`` (chip, y, x); None where there is none."""
+    units: tuple[str, ...] = ()
+    """Per band, its unit; () where nobody knows, as after a user's function."""
+    filled: bool = False
+    """Whether acquisitions fill each other, so that ``filled_fraction`` (chip, time) is told."""
 
     @classmethod
     def of(cls, plan: SourcePlan, size: int) -> Output:
@@ -97,7 +101,8 @@ class Output:
         whole = np.dtype(plan.dtype).kind not in "fc"
         scale = plan.rules.store.scale_factor
         attrs = (*((("units", plan.unit),) if plan.unit else ()), ("long_name", plan.name))
-        return cls(plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs)
+        return cls(plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs,
+                   units=plan.units, filled=plan.pick.fills)  # fmt: skip
 
     @property
     def pixel_attrs(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def mapped(function: Callable[[xr.DataArray], xr.DataArray], dataset: xr.Dataset
             "Use filter.",
         )
     kept = {k: v for k, v in dataset.variables.items() if k != "pixels" and _fits(v, after)}
-    coordinates = {k: v for k, v in kept.items() if k in dataset.coords}
+    coordinates = {k: v for k, v in kept.items() if k in dataset.coords and k != "units"}
     if "band" in after.coords:
         coordinates["band"] = after["band"].variable
     variables = {k: v for k, v in kept.items() if k not in dataset.coords}
@@ -130,5 +130,5 @@ def _described(dataset: xr.Dataset, before: Output) -> Output:
     return Output(
         tuple(str(n) for n in names), array.dtype.name, fill, times, slots, height, width,
         before.valid and same, None, tuple(pair for pair in before.attrs if pair[0] != "units"),
-        before.mask if MASK in dataset else None,
+        before.mask if MASK in dataset else None, filled=before.filled,
     )  # fmt: skip

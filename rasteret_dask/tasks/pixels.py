@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import MASK, label_columns
+from rasteret_dask.chipping.chiptable import FILLED, MASK, label_columns
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.tasks.cuts import Feed, MemberCubes, cubes
 from rasteret_dask.tasks.filling import ChipPixels, Into
@@ -88,10 +88,10 @@ def dataset_of(job: Job, shard: Shard, source: int, chips: ChipPixels) -> xr.Dat
         ),
         "datetime": (("chip", "time"), chips.datetime),
         "member": (("chip", "time"), chips.member.astype(object)),
-        "units": ("band", list(plan.units)),
+        "units": ("band", np.array(plan.units, dtype=object)),
     }
     if chips.filled is not None:
-        coordinates["filled_fraction"] = (("chip", "time"), chips.filled)
+        coordinates[FILLED] = (("chip", "time"), chips.filled)
     if plan.slots is not None:
         coordinates["time"] = ("time", np.array(plan.slots, dtype="datetime64[ns]"))
     counts = {k: int(getattr(chips.counts, k)) for k in chips.counts.__slots__}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import xarray as xr
@@ -62,6 +63,62 @@ class Graph:
         return dict(optimize_blockwise(self.graph, keys=self.keys).cull(self.keys))
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of every shard: a layer of the graph, or a call."""
+
+    name: str
+    """``merge-s2``."""
+    run: Callable[..., Any]
+    """``run(job, block, *constants, *functions, *below)``, where a block is (split number, shard number)."""
+    constants: tuple[Any, ...] = ()
+    below: tuple[int, ...] = ()
+    """Places of the steps whose results it takes."""
+    functions: tuple[Function, ...] = ()
+    """The user's functions that it calls."""
+    memory: int | None = None
+    """The source whose pixels it may write straight to memory that it is given."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is done to every shard, in order: whatever runs it."""
+
+    steps: tuple[Step, ...]
+    sources: Mapping[str, int]
+    """Source -> the place of its last step."""
+    joined: int
+    """The place of the step that has all sources."""
+
+    @classmethod
+    def of(cls, job: Job, on_error: str, warns: bool) -> Steps:
+        """Return the steps of a job; ``warns`` tells whether tiles that cannot be read become warnings."""
+        steps: list[Step] = []
+
+        def add(step: Step) -> int:
+            steps.append(step)
+            return len(steps) - 1
+
+        sources = {}
+        for number, plan in enumerate(job.sources):
+            own = job.functions(number)
+            cubes = tuple(
+                add(Step(f"cube-{member.name}", _cube, (number, at)))
+                for at, member in enumerate(plan.members)
+            )
+            memory = None if own else number  # a function gets memory of its own
+            last = add(Step(f"merge-{plan.name}", _merge, (number, on_error, warns), cubes, memory=memory))
+            for function in own:
+                last = add(Step(f"map-{function.name}-{plan.name}", _map, (), (last,), (function,)))
+            sources[plan.name] = last
+        joined = add(Step("join", _join, (tuple(sources),), tuple(sources.values())))
+        if job.pixel_rules:
+            named = tuple(r.function for r in job.pixel_rules if r.function is not None)
+            joined = add(Step("filter_pixels", _filter_pixels, (on_error,), (joined,), named))
+            sources = {name: add(Step(f"filtered-{name}", _one, (name,), (joined,))) for name in sources}
+        return cls(tuple(steps), sources, joined)
+
+
 def lower(
     job: Job,
     functions: Functions,
@@ -85,23 +142,50 @@ def lower(
         What becomes of a tile that cannot be read: an error (``"raise"``), or invalid pixels (``"mask"``).
     """
     build = _Builder(job, ref, on_error)
-    sources = {}
-    for number, plan in enumerate(job.sources):
-        members = [build.member(number, at) for at in range(len(plan.members))]
-        last = build.layer(f"merge-{plan.name}", _merge, (number, on_error), members)
-        for function in job.functions(number):
-            node = build.function(function, functions)
-            last = build.layer(f"map-{function.name}-{plan.name}", _map, (), [last], [node])
-        sources[plan.name] = last
-    name = build.layer("join", _join, (tuple(sources),), list(sources.values()))
-    if job.pixel_rules:
-        roots = [build.function(r.function, functions) for r in job.pixel_rules if r.function is not None]
-        name = build.layer("filter_pixels", _filter_pixels, (on_error,), [name], roots)
-        sources = {source: build.layer(f"filtered-{source}", _one, (source,), [name]) for source in sources}
+    todo = Steps.of(
+        job, on_error, warns=ref is None
+    )  # where there is a store, its manifest lists what is unreadable
+    names: list[str] = []
+    for step in todo.steps:
+        roots = [build.function(function, functions) for function in step.functions]
+        names.append(build.layer(step.name, step.run, step.constants, [names[n] for n in step.below], roots))
+    sources, name = {source: names[at] for source, at in todo.sources.items()}, names[todo.joined]
     if write is not None:
         assert ref is not None
         name = build.layer("write", write, (ref.url,), [name])
     return Graph(HighLevelGraph(build.layers, build.needs), name, tuple(job.shards()), sources, build.tail)
+
+
+def read_chips(
+    job: Job,
+    shard: Shard,
+    functions: Functions,
+    on_error: str,
+    into: Sequence[pixels.Into] | None = None,
+) -> dict[str, xr.Dataset]:
+    """Read all sources of one shard at once, and see which chips are kept: what its task does.
+
+    Parameters
+    ----------
+    job, shard, functions, on_error
+        What to read, with what, and what becomes of tiles that cannot be read: ``"raise"`` or ``"mask"``.
+    into
+        Memory for the pixels and their validity, a source each; not taken where a function is called on them.
+
+    Returns
+    -------
+    dict
+        Source -> its Dataset; see :func:`rasteret_dask.tasks.filtering.filtered`.
+    """
+    todo = Steps.of(job, on_error, warns=True)
+    results: list[Any] = []
+    for step in todo.steps[: todo.joined + 1]:
+        run = step.run if step.memory is None or into is None else partial(step.run, into=into[step.memory])
+        calls = [_Shipped(functions[function]) for function in step.functions]
+        below = [results[at] for at in step.below]
+        results.append(run(job, (shard.hierarchy, shard.number), *step.constants, *calls, *below))
+    joined: dict[str, xr.Dataset] = results[-1]
+    return joined
 
 
 class _Builder:
@@ -132,12 +216,6 @@ class _Builder:
         """Ship a user's function once."""
         name = f"function-{function.name}-{digest(function)[:12]}"
         return name if name in self.layers else self._add_root(name, _Shipped(functions[function]))
-
-    def member(self, source: int, member: int) -> str:
-        """Add the layer of a member's cubes; return its name."""
-        return self.layer(
-            f"cube-{self.job.sources[source].members[member].name}", _cube, (source, member), []
-        )
 
     def layer(
         self,
@@ -180,67 +258,20 @@ def _cube(job: Job | JobRef, block: tuple[int, int], source: int, member: int) -
 
 
 def _merge(
-    job: Job | JobRef, block: tuple[int, int], source: int, on_error: str, *members: pixels.MemberCubes
+    job: Job | JobRef,
+    block: tuple[int, int],
+    source: int,
+    on_error: str,
+    warns: bool,
+    *members: pixels.MemberCubes,
+    into: pixels.Into | None = None,
 ) -> xr.Dataset:
     own = opened(job)
     shard = own.shard(*block)
-    found = pixels.merged(own, shard, source, members, on_error)
-    if isinstance(job, Job):  # where there is a store, its manifest lists them
-        _warn(shard, found)
-    return found
-
-
-def _read_source(
-    job: Job, shard: Shard, source: int, functions: Functions, on_error: str, into: pixels.Into | None
-) -> xr.Dataset:
-    """Read one source of one shard at once: what its layers do one after another.
-
-    Parameters
-    ----------
-    job, shard, source
-        What to read.
-    functions
-        The user's functions that the job names.
-    on_error
-        ``"raise"`` or ``"mask"``.
-    into
-        Memory for the pixels and their validity, taken where no function is to be called on them; None: new.
-    """
-    own = job.functions(source)
-    members = pixels.members_of(job, shard, source)
-    found = pixels.merged(job, shard, source, members, on_error, None if own else into)
-    _warn(shard, found)
-    for function in own:
-        found = mapped(functions[function], found)
-    return found
-
-
-def read_chips(
-    job: Job,
-    shard: Shard,
-    functions: Functions,
-    on_error: str,
-    into: Sequence[pixels.Into] | None = None,
-) -> dict[str, xr.Dataset]:
-    """Read all sources of one shard at once, and see which chips are kept: what its task does.
-
-    Parameters
-    ----------
-    job, shard, functions, on_error
-        What to read, with what, and what becomes of tiles that cannot be read: ``"raise"`` or ``"mask"``.
-    into
-        Memory, a source each.
-
-    Returns
-    -------
-    dict
-        Source -> its Dataset; see :func:`rasteret_dask.tasks.filtering.filtered`.
-    """
-    joined = {
-        plan.name: _read_source(job, shard, number, functions, on_error, into[number] if into else None)
-        for number, plan in enumerate(job.sources)
-    }
-    return filtered(job, shard, joined, functions, on_error)
+    merged = pixels.merged(own, shard, source, members, on_error, into)
+    if warns:
+        _warn(shard, merged)
+    return merged
 
 
 def _warn(shard: Shard, found: xr.Dataset) -> None:

@@ -226,7 +226,7 @@ def ours(task: Work, store: Path) -> None:
     """Write all shards, one after another."""
     for number, datasets in enumerate(task.shards):
         write_shard(
-            task.layout.job, (0, number), remote.join(str(store), JOB), datasets, task.layout.said[:8]
+            task.layout.job, (0, number), remote.join(str(store), JOB), datasets, task.layout.codec_text[:8]
         )
 
 
