@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import pytest
 import rasterio
@@ -21,13 +19,26 @@ from numpy.typing import NDArray
 from test_cubes import NOON, X0, Y0, dataset, scene
 
 import rasteret_dask as rd
-from rasteret_dask.reader.cogreader import CogReader
+from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.rules.masks import Classes, Mask
 from rasteret_dask.rules.picks import Composed, Ranked, Scored
+from rasteret_dask.rules.units import Unit
 
 Array = NDArray[Any]
 
-DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64", "uint64", "float32", "float64", "complex64")
+DTYPES = (
+    "uint8",
+    "int8",
+    "uint16",
+    "int16",
+    "uint32",
+    "int32",
+    "int64",
+    "uint64",
+    "float32",
+    "float64",
+    "complex64",
+)
 KINDS: dict[str, dict[str, Any]] = {
     "unknown": {},
     "class": {"classification:classes": [{"value": 1, "name": "one"}]},
@@ -62,6 +73,17 @@ class Greatest(Composed):
 
     def blend(self, stack: Array, valid: NDArray[np.bool_]) -> tuple[Array, NDArray[np.bool_]]:
         return np.where(valid, stack, -np.inf).max(axis=0), valid.any(axis=0)
+
+
+@dataclass(frozen=True)
+class Feet(Unit):
+    """A unit of one's own in which some numbers have no value."""
+
+    name = "metres"
+
+    def decode(self, stored: Array, scaling: Radiometry) -> Array:
+        values = stored.astype(np.float64) * 0.3048
+        return np.where(values > 1.5, values, np.nan).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -139,36 +161,93 @@ picks = st.sampled_from(
 masks = st.sampled_from([None, "clouds", Classes("other", (1, 7)), Odd()])
 
 
-@settings(max_examples=40, deadline=None, phases=[Phase.generate], report_multiple_bugs=False, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_chip_is_cube_for_all_rules(
-    world: Callable[[str, str, float | None], rd.Collection], data: st.DataObject
-) -> None:
+def settled(pick: str | Ranked | Scored | Composed) -> bool:
+    """Tell whether a pick takes one acquisition, which may be filled."""
+    return not (isinstance(pick, Composed) or pick in ("median", "mean", "majority"))
+
+
+def raw(data: st.DataObject) -> tuple[tuple[str, str, float | None], dict[str, Any]]:
+    """Draw a world, and rules of stored numbers."""
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
-    whole = np.dtype(dtype).kind in "iu"
+    whole, size = np.dtype(dtype).kind in "iu", np.dtype(dtype).itemsize
     kind = data.draw(st.sampled_from([*KINDS]) if whole else st.just("unknown"), "kind")
     pick = data.draw(picks, "pick")
-    is_complex = np.dtype(dtype).kind == "c"
-    if is_complex and pick in ("median", "mean", "majority", Greatest()):
+    if dtype == "complex64" and not settled(pick):
         pick = "closest"  # complex numbers have no order
-    fills = not (isinstance(pick, Composed) or pick in ("median", "mean", "majority"))
-    fill = data.draw(st.booleans(), "fill") if fills else None
-    nodata = data.draw(st.sampled_from([None, 0, 1]), "nodata")
     # numbers of 64 bits and complex ones cannot be averaged without loss
-    is_exact = is_complex or (whole and np.dtype(dtype).itemsize == 8)
-    source = world(dtype, kind, nodata).harmonize(
-        bands=data.draw(st.sampled_from([["data"], ["data", "other"], ["other", "data", "scl"]]), "bands"),
-        units="raw", time="1MS", pick=pick, fill=fill, mask=data.draw(masks, "mask"),
-        resolution=data.draw(st.sampled_from([10, 20]), "resolution"),
-        resampling=data.draw(st.sampled_from(["nearest"] if is_exact else [None, "nearest", "cubic"]), "kernel"),
+    is_exact = dtype == "complex64" or (whole and size == 8)
+    return (dtype, kind, data.draw(st.sampled_from([None, 0, 1]), "nodata")), {
+        "units": "raw",
+        "bands": data.draw(st.sampled_from([["data"], ["data", "other"], ["other", "data", "scl"]]), "bands"),
+        "pick": pick,
+        "resampling": data.draw(
+            st.sampled_from(["nearest"] if is_exact else [None, "nearest", "cubic"]), "kernel"
+        ),
+    }
+
+
+def in_units(data: st.DataObject) -> tuple[tuple[str, str, float | None], dict[str, Any]]:
+    """Draw a world, and rules with units."""
+    units: Any = data.draw(
+        st.sampled_from(
+            [
+                ("reflectance", "uint16"), ("reflectance", "int16"), ("reflectance", None), ("embedding", None),
+                ("decibel", "int16"), ({"data": "decibel", "other": "raw"}, None), ({"data": "scaled"}, None),
+                ({"data": "embedding", "other": "embedding"}, None), (Feet(), None),
+            ]
+        ),
+        "units",
     )  # fmt: skip
-    chips = dataset(source.chips(size=SIZE, cell_km=0.64, min_coverage=data.draw(st.sampled_from([0.1, 1.0]))))
-    for i in range(0, chips.sizes["chip"], 3):
-        chip = chips.isel(chip=i)
-        cube = source.cube(
-            bounds=tuple(chip["bounds"].values.tolist()), chunks=data.draw(st.sampled_from([5, 16, 64]))
-        )
+    return (data.draw(st.sampled_from(["uint8", "int16", "int32", "float32"]), "dtype"), "unknown", 1), {
+        "units": units[0],
+        "dtype": units[1],
+        "bands": ["other", "data"],
+        "pick": data.draw(picks, "pick"),
+        "resampling": data.draw(st.sampled_from([None, "nearest", "average"]), "kernel"),
+    }
+
+
+def assert_law(data: st.DataObject, source: rd.Collection, rules: dict[str, Any]) -> None:
+    """Check that chips, drawn with a mask, a resolution and a fill, are the cubes over their bounds."""
+    fill = data.draw(st.booleans(), "fill") if settled(rules["pick"]) else None
+    source = source.harmonize(
+        **rules, time="1MS", fill=fill, mask=data.draw(masks, "mask"),
+        resolution=data.draw(st.sampled_from([10, 20]), "resolution"),
+    )  # fmt: skip
+    coverage = data.draw(st.sampled_from([0.1, 1.0]), "min_coverage")
+    chips = dataset(source.chips(size=SIZE, cell_km=0.64, min_coverage=coverage).sample(6))
+    for i in range(0, chips.sizes["chip"], 2):
+        chip, chunks = chips.isel(chip=i), data.draw(st.sampled_from([5, 16]), "chunks")
+        cube = source.cube(bounds=tuple(chip["bounds"].values.tolist()), chunks=chunks, min_coverage=coverage)
         same(chip, cube)
+
+
+drawn = settings(
+    max_examples=15, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow]
+)
+World = Callable[[str, str, float | None], rd.Collection]
+
+
+@drawn
+@given(data=st.data())
+def test_chip_is_cube_for_stored_numbers(world: World, data: st.DataObject) -> None:
+    where, rules = raw(data)
+    assert_law(data, world(*where), rules)
+
+
+@drawn
+@given(data=st.data())
+def test_chip_is_cube_in_units(world: World, data: st.DataObject) -> None:
+    where, rules = in_units(data)
+    assert_law(data, world(*where), rules)
+
+
+@pytest.mark.slow
+@settings(drawn, max_examples=150)
+@given(data=st.data(), draw=st.sampled_from([raw, in_units]))
+def test_chip_is_cube_for_many_rules(world: World, data: st.DataObject, draw: Any) -> None:
+    where, rules = draw(data)
+    assert_law(data, world(*where), rules)
 
 
 def same(chip: xr.Dataset, cube: xr.DataArray) -> None:
