@@ -13,6 +13,7 @@ from rasteret_dask.planning.resolve import Member
 from rasteret_dask.reader.engine import Counts
 from rasteret_dask.reader.placing import Clipped
 from rasteret_dask.reader.readplan import Request
+from rasteret_dask.rules import composing
 from rasteret_dask.rules.pixels import PixelRules
 from rasteret_dask.table.records import Asset
 
@@ -183,8 +184,7 @@ def hidden(member: Member, windows: Sequence[Seen]) -> NDArray[np.bool_] | None:
         return None
     if any(window.lost for window in quality):
         return np.ones(quality[0].valid.shape, dtype=bool)
-    known = np.logical_and.reduce([window.valid for window in quality])
-    return known & member.hides(*(window.values for window in quality))
+    return composing.hidden(member.mask, [w.values for w in quality], [w.valid for w in quality])
 
 
 def clear(member: Member, windows: Sequence[Seen]) -> NDArray[np.bool_] | None:
@@ -195,8 +195,7 @@ def clear(member: Member, windows: Sequence[Seen]) -> NDArray[np.bool_] | None:
     quality = _quality(member, windows)
     if quality is None:
         return None
-    known = np.logical_and.reduce([window.valid for window in quality])
-    return known if member.mask is None else known & ~member.hides(*(window.values for window in quality))
+    return composing.clear(member.mask, [w.values for w in quality], [w.valid for w in quality])
 
 
 def scored_by(member: Member) -> tuple[str, ...]:
@@ -205,6 +204,10 @@ def scored_by(member: Member) -> tuple[str, ...]:
 
 
 def _quality(member: Member, windows: Sequence[Seen]) -> list[Seen] | None:
-    by_band: Mapping[str, Seen] = {window.wanted.asset.band: window for window in windows}
+    by_band: Mapping[str, Seen] = {
+        window.wanted.asset.band: window
+        for window in windows
+        if window.wanted.request.decode is None or not member.quality
+    }
     bands = scored_by(member)
     return [by_band[band] for band in bands] if all(band in by_band for band in bands) else None

@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.catalogs.bands import Radiometry
-from rasteret_dask.cubes.cube import GroupCube
 from rasteret_dask.planning.resolve import Member
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.keeping import Later
-from rasteret_dask.reader.pixelgrid import Window
 from rasteret_dask.reader.placing import Block, Clipped, Out
 from rasteret_dask.reader.readplan import Request
+from rasteret_dask.rules import composing
 from rasteret_dask.rules.picks import Scored
 from rasteret_dask.rules.units import Raw, Unit
 from rasteret_dask.table.records import Asset
@@ -301,23 +300,15 @@ class Picking:
 
     def _decoded(self, windows: Sequence[Seen], member: Member) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return one record's decoded values over one chip and their validity, masked; shape (band, y, x)."""
-        shape = (len(self.plan.bands), self.size, self.size)
-        values = np.zeros(shape, dtype=self.rules.decoded_dtype())
-        valid = np.zeros(shape, dtype=bool)
+        bands: list[composing.StoredBand | None] = [None] * len(self.plan.bands)
         for window in windows:
-            request = window.wanted.request
+            request, scaling = window.wanted.request, _scaling(window.wanted.asset)
             for band in window.wanted.bands:
-                unit = self.rules.units[band]
-                is_decoded = request.decode is not None
-                values[band] = (
-                    window.values if is_decoded else unit.decode(window.values, _scaling(window.wanted.asset))
+                bands[band] = composing.StoredBand(
+                    window.values, window.valid, scaling, is_decoded=request.decode is not None
                 )
-                valid[band] = window.valid
-        where = hidden(member, windows)
-        if where is not None:
-            valid &= ~where
-        self.rules.joint(valid)
-        return values, valid
+        layer = composing.decoded(self.rules, bands, (self.size, self.size), hidden(member, windows))
+        return layer.values, layer.valid
 
     def requests(self, feed: Feed) -> list[Request]:
         """Return every read that some entries may ask for."""
@@ -337,21 +328,20 @@ class Picking:
                 asset = cube.assets.get((row, band))
                 if asset is None:  # the footprint touches the chip, the raster does not
                     continue
-                new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), band)]
+                decode = unit if unit.kernel_on == "decoded" else None
+                new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), band, decode)]
                 if new:
                     windows = tuple(places[e][1] for e in new)
-                    request = self._request(asset, cube, windows, unit, band in lazy.member.quality)
+                    resampling = None if band in lazy.member.quality else self.plan.resampling
+                    request = Request(asset, cube.grid, windows, resampling, decode)
                     wanted.append(Wanted(request, lazy.member, at, new))
         return wanted
 
-    def _has_seen(self, row: int, chip: int, band: str) -> bool:
-        return any(window.wanted.asset.band == band for window in self._seen.get((row, chip), ()))
-
-    def _request(
-        self, asset: Asset, cube: GroupCube, windows: tuple[Window, ...], unit: Unit, quality: bool
-    ) -> Request:
-        decode = unit if unit.kernel_on == "decoded" else None
-        return Request(asset, cube.grid, windows, None if quality else self.plan.resampling, decode)
+    def _has_seen(self, row: int, chip: int, band: str, decode: Unit | None) -> bool:
+        return any(
+            window.wanted.asset.band == band and window.wanted.request.decode == decode
+            for window in self._seen.get((row, chip), ())
+        )
 
     def _bands(self, member: Member, scoring: bool) -> list[tuple[str, Unit, list[int]]]:
         """Return each band to read and its unit, once, with the output bands it becomes."""
@@ -360,9 +350,17 @@ class Picking:
             at.setdefault((band, unit), []).append(i)
         needed = scored_by(member) if scoring else member.quality if member.mask is not None else ()
         for band in needed:
-            if all(known != band for known, _ in at):
+            if all(
+                known != band or (band in member.quality and unit.kernel_on == "decoded")
+                for known, unit in at
+            ):
                 at[band, Raw()] = []
-        return [(band, unit, own) for (band, unit), own in at.items() if not scoring or band in needed]
+        return [
+            (band, unit, own)
+            for (band, unit), own in at.items()
+            if not scoring
+            or (band in needed and not (band in member.quality and unit.kernel_on == "decoded"))
+        ]
 
     def _cubes(self, row: int) -> MemberCubes:
         return self.members[int(self.member_of[row])]
