@@ -20,6 +20,7 @@ from test_cubes import NOON, X0, Y0, dataset, scene
 
 import rasteret_dask as rd
 from rasteret_dask.catalogs.bands import Radiometry
+from rasteret_dask.reader.engine import Session
 from rasteret_dask.rules.masks import Classes, Mask
 from rasteret_dask.rules.picks import Composed, Ranked, Scored
 from rasteret_dask.rules.units import Unit
@@ -72,7 +73,7 @@ class Greatest(Composed):
     """A composite of one's own."""
 
     def blend(self, stack: Array, valid: NDArray[np.bool_]) -> tuple[Array, NDArray[np.bool_]]:
-        return np.where(valid, stack, -np.inf).max(axis=0), valid.any(axis=0)
+        return np.where(valid, stack, -np.inf).max(axis=0), np.asarray(valid.any(axis=0))
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, float
 def collection(folder: Path, dtype: str, kind: str, nodata: float | None) -> rd.Collection:
     rng = np.random.default_rng(5)
     take = {"platform": "p", "sat:relative_orbit": 3}
-    records = [  # name, days, corner, shape, what makes one pass of two
+    records: list[
+        tuple[str, int, tuple[int, int], tuple[int, int], dict[str, Any]]
+    ] = [  # name, days, corner, shape, what makes one pass of two
         ("west", 0, (0, 0), (48, 32), take),
         ("east", 0, (240, 0), (48, 40), take),
         ("whole", 9, (0, 0), (48, 64), {"platform": "q"}),
@@ -154,11 +157,11 @@ def collection(folder: Path, dtype: str, kind: str, nodata: float | None) -> rd.
     return rd.build_from_stac(items, name="drawn")
 
 
-picks = st.sampled_from(
+picks: st.SearchStrategy[Any] = st.sampled_from(
     ["closest", "first", "last", "newest", "least_cloudy", "clearest", "median", "mean", "majority",
      Oldest(), FewestInFirstRow(), Greatest()]
 )  # fmt: skip
-masks = st.sampled_from([None, "clouds", Classes("other", (1, 7)), Odd()])
+masks: st.SearchStrategy[Any] = st.sampled_from([None, "clouds", Classes("other", (1, 7)), Odd()])
 
 
 def settled(pick: str | Ranked | Scored | Composed) -> bool:
@@ -171,7 +174,7 @@ def raw(data: st.DataObject) -> tuple[tuple[str, str, float | None], dict[str, A
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     whole, size = np.dtype(dtype).kind in "iu", np.dtype(dtype).itemsize
     kind = data.draw(st.sampled_from([*KINDS]) if whole else st.just("unknown"), "kind")
-    pick = data.draw(picks, "pick")
+    pick: Any = data.draw(picks, "pick")
     if dtype == "complex64" and not settled(pick):
         pick = "closest"  # complex numbers have no order
     # numbers of 64 bits and complex ones cannot be averaged without loss
@@ -262,3 +265,134 @@ def same(chip: xr.Dataset, cube: xr.DataArray) -> None:
         if "nodata" in computed.attrs:
             told = (computed.values != computed.attrs["nodata"]).all(axis=1)
             np.testing.assert_array_equal(told, computed["valid"].values)
+
+
+# What a cube says beside its pixels
+
+
+def cube_of(collection: rd.Collection, **harmonized: Any) -> xr.DataArray:
+    return collection.harmonize(**{"units": "raw", "bands": ["data"], **harmonized}).cube(chunks=24)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nodata", "how", "told"),
+    [
+        ("uint16", 0, {}, True),
+        ("uint16", 0, {"resampling": "bilinear", "resolution": 20}, True),
+        ("uint16", 0, {"resampling": "cubic"}, False),  # overshoots, and is clamped to 0
+        ("int16", 0, {}, False),  # between the others: 0 is the mean of -1 and 1
+        ("int16", 0, {"resampling": "nearest"}, True),
+        ("int64", -(2**63), {"resampling": "nearest"}, True),
+        ("uint16", None, {"resampling": "nearest"}, False),
+        ("uint16", 0, {"bands": ["data", "other"]}, False),  # the other band has no nodata
+        ("uint16", 0, {"pick": "mean", "time": "1MS"}, False),
+    ],
+)
+def test_nodata_is_told_only_where_no_valid_pixel_can_be_it(
+    world: World, dtype: str, nodata: float | None, how: dict[str, Any], told: bool
+) -> None:
+    cube = cube_of(world(dtype, "unknown", nodata), **how)
+    assert ("nodata" in cube.attrs) == told
+    assert "_FillValue" not in cube.attrs
+    assert cube["valid"].dims == ("time", "y", "x")
+    assert cube["valid"].dtype == bool
+    assert cube["valid"].chunks is not None
+    if told:
+        assert cube.rio.nodata == nodata
+        found = cube.compute(scheduler="sync")
+        np.testing.assert_array_equal((found.values != nodata).all(axis=1), found["valid"].values)
+
+
+def test_a_gap_is_told_from_a_zero(world: World) -> None:
+    """The western tile is a part of the ground; its zeros are pixels, the ground beside it is none."""
+    collection = world("uint8", "unknown", None).subset(id="west")
+    found = (
+        collection.harmonize(bands=["data"], units="raw").cube(bounds=(X0, Y0 - 480, X0 + 640, Y0)).compute()
+    )
+    with rasterio.open(dict(collection.to_table()["assets"].to_pylist()[0])["data"]["href"]) as file:
+        stored = file.read(1)
+    assert (stored == 0).any()
+    assert found["valid"].values[0, :, :32].all()
+    assert not found["valid"].values[0, :, 32:].any()
+    np.testing.assert_array_equal(found.values[0, 0, :, :32], stored)
+    assert "nodata" not in found.attrs
+
+
+def test_bands_have_their_units(world: World) -> None:
+    cube = cube_of(
+        world("int16", "unknown", 1), bands=["data", "other"], units={"data": "decibel", "other": "raw"}
+    )
+    assert cube["units"].dims == ("band",)
+    assert cube["units"].values.tolist() == ["decibel", "raw"]
+    assert "units" not in cube.attrs
+    one = cube_of(world("int16", "unknown", 1), units="decibel", dtype="int16")
+    assert one.attrs["units"] == "decibel"
+    assert (one.attrs["scale_factor"], one.attrs["_FillValue"]) == (0.01, -32768)
+    assert "valid" in one.coords
+    assert "valid" not in cube_of(world("int16", "unknown", 1), units="decibel").coords
+
+
+class Counted:
+    """Counts what is read, by band."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bands: list[str] = []
+        read = Session.read_block
+
+        def counted(session: Session, requests: Any, *others: Any) -> Any:
+            self.bands += [request.asset.band for request in requests]
+            return read(session, requests, *others)
+
+        monkeypatch.setattr(Session, "read_block", counted)
+
+
+def test_nothing_is_read_before_it_is_computed_nor_what_is_not_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    how: dict[str, Any] = {"bands": ["data", "other"], "mask": "clouds", "time": "1MS", "pick": "clearest"}
+    cube = cube_of(world("uint16", "unknown", 0), **how)
+    assert counted.bands == []
+    cube.isel(y=slice(0, 10), x=slice(0, 10)).sel(band="data").values  # noqa: B018
+    assert set(counted.bands) == {"data", "scl"}
+    few = len(counted.bands)
+    cube.sel(band="data").values  # noqa: B018
+    assert len(counted.bands) > 2 * few
+
+
+def test_pixels_and_validity_are_read_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted(monkeypatch)
+    cube = cube_of(world("uint16", "unknown", None), resampling="nearest")
+    blocks = int(np.prod(cube.data.numblocks[2:]))
+    cube.compute(scheduler="sync")
+    assert 0 < len(counted.bands) <= 4 * blocks
+
+
+def test_cubes_are_called_alike_only_where_they_are_alike(world: World) -> None:
+    collection, other = world("uint16", "unknown", 0), world("uint16", "unknown", 1)
+    rules: list[dict[str, Any]] = [
+        {}, {"units": "scaled"}, {"units": Feet()}, {"mask": "clouds"}, {"mask": Classes("scl", (8,))},
+        {"time": "1MS"}, {"time": "1MS", "pick": "mean"}, {"time": "1MS", "fill": True}, {"resampling": "cubic"},
+    ]  # fmt: skip
+    names = [cube_of(collection, **how).data.name for how in rules]
+    assert len(set(names)) == len(names)
+    assert names == [cube_of(collection, **how).data.name for how in rules]
+    assert cube_of(other).data.name not in names
+
+
+def test_a_cube_has_few_tasks(world: World) -> None:
+    """One a slot, block and band, beside those that read and mask; more for validity that no number tells."""
+    collection = world("uint16", "unknown", 0)
+
+    def tasks(**how: Any) -> tuple[int, int, int]:
+        cube = cube_of(collection, bands=["data", "other"], time="1MS", **how)
+        steps, bands, down, across = cube.data.numblocks
+        return len(dict(cube.data.__dask_graph__())), steps * bands * down * across, steps * down * across
+
+    # what is read: a task a record and band, and one more for each block
+    records, bands = 4, 2
+    for how, extra in (({"units": "scaled"}, 0), ({"units": "scaled", "mask": "clouds"}, 1)):
+        total, pixels, blocks = tasks(**how)
+        per_slot = blocks // 1
+        reads = records * (bands + extra) * (1 + per_slot)
+        assert total <= pixels + reads + extra * records * per_slot

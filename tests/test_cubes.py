@@ -23,9 +23,19 @@ from shapely.geometry import mapping
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.errors import GridError, PlanError, ReadError
+from rasteret_dask.rules.picks import PickName
 
 Array = NDArray[Any]
-PICKS = ("closest", "first", "last", "newest", "least_cloudy", "clearest", "median", "mean")
+PICKS: tuple[PickName, ...] = (
+    "closest",
+    "first",
+    "last",
+    "newest",
+    "least_cloudy",
+    "clearest",
+    "median",
+    "mean",
+)
 
 
 def dataset(chips: rd.Chips, source: str | None = None) -> xr.Dataset:
@@ -70,7 +80,7 @@ def merged(s2: rd.Collection, l8: rd.Collection, **how: Any) -> rd.Collection:
 
 @pytest.mark.parametrize("pick", PICKS)
 def test_chip_is_cube_for_every_pick(
-    s2: rd.Collection, l8: rd.Collection, small_world: World, pick: str
+    s2: rd.Collection, l8: rd.Collection, small_world: World, pick: PickName
 ) -> None:
     source = merged(s2, l8, pick=pick)
     chips = dataset(source.chips(size=32, cell_km=0.96, aoi=small_world.bbox).sample(30))
@@ -92,7 +102,7 @@ def test_chip_is_cube_for_integers(s2: rd.Collection, l8: rd.Collection, dtype: 
 
 
 @pytest.mark.parametrize("pick", ["closest", "clearest", "median", "mean"])
-def test_chip_is_cube_for_raw_values(l8: rd.Collection, pick: str) -> None:
+def test_chip_is_cube_for_raw_values(l8: rd.Collection, pick: PickName) -> None:
     """Numbers are averaged, bits are not: they are those of the nearest acquisition."""
     source = l8.harmonize(bands=["red", "qa_pixel"], units="raw", time="3MS", mask="clouds", pick=pick)
     chips = dataset(source.chips(size=32, cell_km=0.96).sample(30))
@@ -284,7 +294,7 @@ def oracle_l8(path: str, quality: str, x0: float, y0: float, size: int) -> Array
 
 
 @pytest.mark.parametrize("pick", ["closest", "first", "last", "mean"])
-def test_merged_mosaicked_masked_and_picked_chips_equal_the_oracle(two_tiles: Pass, pick: str) -> None:
+def test_merged_mosaicked_masked_and_picked_chips_equal_the_oracle(two_tiles: Pass, pick: PickName) -> None:
     source = rd.merge(two_tiles.s2, two_tiles.l8).harmonize(
         bands=["red"], resolution=10, time="1MS", mask="clouds", pick=pick, units="reflectance"
     )

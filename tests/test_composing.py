@@ -1,0 +1,144 @@
+"""The steps from records to a slot, against loops over single pixels."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from rasteret_dask.catalogs.bands import Radiometry
+from rasteret_dask.rules import composing
+from rasteret_dask.rules.masks import Bits, Classes
+from rasteret_dask.rules.picks import Clearest, Closest, Mean, Median, Pick
+from rasteret_dask.rules.pixels import PixelRules
+from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.units import Decibel, Embedding, Raw, Reflectance, Unit
+
+Array = NDArray[Any]
+SHAPE = (2, 3)
+SCALED = Radiometry(1e-4, -0.1, "")
+PLAIN = Radiometry(1.0, 0.0, "")
+
+
+def rules_of(*units: Unit, pick: Pick | None = None, kinds: tuple[str | None, ...] = ()) -> PixelRules:
+    return PixelRules(
+        units, kinds or (None,) * len(units), pick or Closest(fill=True), Store("float32", None)
+    )
+
+
+@st.composite
+def records(draw: st.DrawFn, bands: int) -> list[tuple[Array, Array]]:
+    """Return stored numbers and validity of some records, shapes (band, y, x)."""
+    shape = (bands, *SHAPE)
+    numbers = hnp.arrays(np.int16, shape, elements=st.integers(-3, 3))
+    return draw(st.lists(st.tuples(numbers, hnp.arrays(bool, shape)), min_size=1, max_size=4))
+
+
+def layers(
+    rules: PixelRules, some: list[tuple[Array, Array]], scaling: Radiometry = PLAIN
+) -> list[composing.Layer]:
+    return [
+        composing.decoded(
+            rules,
+            [composing.StoredBand(v, k, scaling) for v, k in zip(values, valid, strict=True)],
+            SHAPE,
+        )
+        for values, valid in some
+    ]
+
+
+@given(records(2))
+def test_each_band_is_filled_by_the_next_record_that_has_it(some: list[tuple[Array, Array]]) -> None:
+    rules = rules_of(Reflectance(), Raw())
+    found = composing.picked(rules, layers(rules, some, SCALED))
+    assert found is not None
+    for band, y, x in np.ndindex(2, *SHAPE):
+        there = [values[band, y, x] for values, valid in some if valid[band, y, x]]
+        assert found.valid[band, y, x] == bool(there)
+        if there:
+            stored = float(there[0])
+            assert found.values[band, y, x] == np.float32(stored * 1e-4 - 0.1 if band == 0 else stored)
+
+
+@given(records(3))
+def test_a_vector_is_taken_whole(some: list[tuple[Array, Array]]) -> None:
+    """From the first record that has all of its elements, and a length."""
+    rules = rules_of(Embedding(), Raw(), Embedding())
+    found = composing.picked(rules, layers(rules, some))
+    assert found is not None
+    for y, x in np.ndindex(*SHAPE):
+        whole = [v[[0, 2], y, x] for v, k in some if k[0, y, x] and k[2, y, x] and v[[0, 2], y, x].any()]
+        assert found.valid[[0, 2], y, x].tolist() == [bool(whole)] * 2
+        if whole:
+            vector = np.sign(whole[0]) * (whole[0] / 127.5) ** 2
+            wanted = vector / np.sqrt((vector**2).sum())
+            np.testing.assert_allclose(found.values[[0, 2], y, x], wanted, rtol=1e-6)
+        assert found.valid[1, y, x] == any(k[1, y, x] for _, k in some)
+
+
+@given(records(1))
+def test_a_number_without_a_value_in_its_unit_is_filled(some: list[tuple[Array, Array]]) -> None:
+    """Where pixels stand as they are; a mean of powers takes what is not positive too."""
+    rules = rules_of(Decibel())
+    found = composing.picked(rules, layers(rules, some))
+    assert found is not None
+    for y, x in np.ndindex(*SHAPE):
+        powers = [float(v[0, y, x]) for v, k in some if k[0, y, x] and v[0, y, x] > 0]
+        assert found.valid[0, y, x] == bool(powers)
+        if powers:
+            assert found.values[0, y, x] == np.float32(10 * np.log10(powers[0]))
+
+
+@pytest.mark.parametrize("how", ["mean", "median"])
+@given(some=records(2))
+def test_composites_take_each_acquisition_once(
+    how: Literal["mean", "median"], some: list[tuple[Array, Array]]
+) -> None:
+    """Its records fill each other first. Bits are those of the nearest acquisition."""
+    rules = rules_of(
+        Decibel(), Raw(), pick=Mean() if how == "mean" else Median(), kinds=("backscatter", "bitfield")
+    )
+    pairs = [some[i : i + 2] for i in range(0, len(some), 2)]
+    found = composing.composed(rules, [(rank, layers(rules, pair)) for rank, pair in enumerate(pairs)])
+    assert found is not None
+    for y, x in np.ndindex(*SHAPE):
+        mosaics = [
+            [next((float(v[band, y, x]) for v, k in pair if k[band, y, x]), None) for band in range(2)]
+            for pair in pairs
+        ]
+        powers, bits = ([m[band] for m in mosaics if m[band] is not None] for band in range(2))
+        made = (np.mean if how == "mean" else np.median)(powers) if powers else 0.0
+        assert found.valid[0, y, x] == (np.float32(made) > 0)
+        if found.valid[0, y, x]:
+            np.testing.assert_allclose(found.values[0, y, x], 10 * np.log10(made), rtol=1e-5, atol=1e-6)
+        assert found.valid[1, y, x] == bool(bits)
+        if bits:
+            assert found.values[1, y, x] == bits[0]
+
+
+def test_invalid_quality_hides_nothing_and_is_not_clear() -> None:
+    codes, valid = np.array([[3, 3, 4]], np.uint8), np.array([[True, False, True]])
+    mask = Classes("scl", (3,))
+    assert composing.hidden(mask, [codes], [valid]).tolist() == [[True, False, False]]
+    assert composing.clear(mask, [codes], [valid]).tolist() == [[False, False, True]]
+    assert composing.clear(None, [codes], [valid]).tolist() == [[True, False, True]]
+    bits = Bits("qa", (1,))
+    assert composing.hidden(bits, [np.array([[2, 2, 4]], np.uint16)], [valid]).tolist() == [
+        [True, False, False]
+    ]
+
+
+def test_the_earlier_of_equal_scores_comes_first() -> None:
+    shown = [np.array([[True, False]]), np.array([[True, True]]), np.array([[True, True]])]
+    assert composing.by_score(Clearest(), shown) == (1, 2, 0)
+
+
+def test_nothing_makes_nothing() -> None:
+    assert composing.picked(rules_of(Raw()), []) is None
+    assert composing.composed(rules_of(Raw(), pick=Mean()), []) is None
+    assert composing.composed(rules_of(Raw(), pick=Mean()), [(0, [])]) is None
