@@ -37,6 +37,7 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.resolve import evaluate, resolve_source
 from rasteret_dask.planning.scan import Table, token_of
+from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import half_open
 from rasteret_dask.tableexits import TableExits
@@ -149,6 +150,7 @@ class Collection(TableExits, PixelReads):
         time: str | None = None,
         pick: str | None = None,
         dtype: str | None = None,
+        kinds: Mapping[str, KindName] | None = None,
     ) -> Collection:
         """Give all records the same bands, units, grid and time axis.
 
@@ -162,8 +164,11 @@ class Collection(TableExits, PixelReads):
         resolution
             Metres a pixel; None: the first member's own.
         resampling
-            ``"nearest"``, ``"bilinear"``, ``"cubic"``, ``"average"`` or ``"mode"``; None: nearest for classes and
-            embeddings, bilinear upwards, average downwards. Quality bands are always nearest.
+            ``"nearest"``, ``"bilinear"``, ``"cubic"``, ``"average"`` or ``"mode"``; None: nearest for classes, bit
+            fields and embeddings, else bilinear upwards, average downwards. Classes and bit fields take ``"nearest"``
+            and ``"mode"`` only, of the image itself: beside measured bands they keep nearest whatever is named, and
+            :meth:`Chips.explain` tells; a source of nothing else refuses another kernel. Quality bands are always
+            nearest.
         mask
             ``"clouds"`` (and their shadows), ``"snow"``, ``"water"``: pixels made invalid.
         time
@@ -174,6 +179,10 @@ class Collection(TableExits, PixelReads):
             or a composite: ``"median"``, ``"mean"``.
         dtype
             ``"uint16"`` or ``"int16"`` stores reflectance x 1e4; None: float32.
+        kinds
+            What bands are, where nothing tells, or something else does: ``{"map": "class"}``. A kind
+            (``"reflectance"``, ``"temperature"``, ``"backscatter"``, ``"continuous"``, ``"class"``, ``"bitfield"``,
+            ``"angle"``, ``"embedding"``) decides kernel, overviews, composites, statistics and normalizing.
         """
         spec = HarmonizeSpec(
             bands=None if bands is None else tuple([bands] if isinstance(bands, str) else bands),
@@ -184,6 +193,7 @@ class Collection(TableExits, PixelReads):
             time=time,
             pick=pick,
             dtype=dtype,
+            kinds=checked_kinds(kinds, "harmonize(kinds=)") or None,
         )
         return self._with(Harmonize(self.plan, spec))
 

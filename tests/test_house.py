@@ -29,7 +29,8 @@ ORDER = {
     "table": "assetkinds itemkinds schema barehrefs anytable records rasteretio geoparquet export layers facts "
              "rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
-    "planning": "functions rules names plan sampling scan optimize pixelsizes resolve radiometry recordtable",
+    "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry "
+                "recordtable",
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",
     "reader": "harmonize pixelgrid levels readplan sharing ranges tilecodec rasterfile warp placing tilefile wants "
               "keeping engine plainhref cogreader",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import BandError, PlanError, UnreadableAssetsError
 from rasteret_dask.grid import digits
+from rasteret_dask.planning.bandkinds import BandKind, band_kinds, check_kernel, user_kinds, with_one_kind
 from rasteret_dask.planning.pixelsizes import alike
 from rasteret_dask.planning.plan import (
     Filter,
@@ -83,6 +84,8 @@ class SourcePlan:
     slots: tuple[int, ...] | None
     """Start of each slot, ns since 1970 UTC; None: a chip is one acquisition."""
     maps: tuple[Function, ...] = ()
+    kinds: tuple[BandKind, ...] = ()
+    """Of each output band."""
 
     @property
     def times(self) -> int:
@@ -194,10 +197,14 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     spec = _common(name, "harmonize", [m.spec for m in members])
     maps = _common(name, "map", [m.maps for m in members])
     unreadable = sum(m.unreadable for m in members)
-    tables = [Records(m.table) for m in members if m.table.num_rows]
     members = [m for m in members if m.table.num_rows]
+    tables = [Records(table) for table in user_kinds([m.table for m in members], spec)]
     bands = spec.bands or _default_bands(name, tables)
     resolved = tuple(_member(m, r, bands, spec) for m, r in zip(members, tables, strict=True))
+    codes = [m.bands for m in resolved]
+    kinds = band_kinds(name, tables, codes, bands)
+    tables = [Records(table) for table in with_one_kind([r.table for r in tables], codes, kinds)]
+    check_kernel(name, spec.resampling, kinds)
     all_readable(tables, resolved)
     for table, one in zip(tables, resolved, strict=True):
         alike(one.name, table, one.bands)
@@ -222,6 +229,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
         pick=spec.pick or "closest",
         slots=None if axis is None else tuple(int(t) for t in axis.start.astype(np.int64)),
         maps=maps,
+        kinds=kinds,
     )
     member = np.repeat(np.arange(len(tables)), [len(r) for r in tables])
     return ResolvedSource(plan, records, member, passes, axis, unreadable)

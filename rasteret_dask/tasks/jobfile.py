@@ -16,6 +16,7 @@ from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.formats import MEANING, PLAN
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import crc32_of, document_of, sealed
+from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import from_json, to_json
 from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.table.records import Records
@@ -171,6 +172,7 @@ def plan_json(plan: SourcePlan) -> Any:
     values["fill"] = None if np.isnan(plan.fill) else plan.fill
     values["members"] = [{k: getattr(m, k) for k in m.__slots__} for m in plan.members]
     values["maps"] = [to_json(f) for f in plan.maps]
+    values["kinds"] = [{k: getattr(b, k) for k in b.__slots__} for b in plan.kinds]
     return json.loads(json.dumps(values))
 
 
@@ -179,4 +181,7 @@ def _plan(values: dict[str, Any]) -> SourcePlan:
     lists["fill"] = float("nan") if values["fill"] is None else values["fill"]
     lists["members"] = tuple(Member(**{**m, "bands": tuple(m["bands"])}) for m in values["members"])
     lists["maps"] = tuple(from_json(f) for f in values["maps"])
+    lists["kinds"] = tuple(
+        BandKind(b["kind"], tuple((v, n) for v, n in b["classes"])) for b in values["kinds"]
+    )
     return SourcePlan(**lists)
