@@ -231,6 +231,7 @@ class Chips(ChipSteps):
         *,
         buffer: int = 4,
         on_error: str = "raise",
+        ignore_index: int | None = None,
     ) -> Stream:
         """Return the chips as batches for a training loop: an iterator of dictionaries of arrays.
 
@@ -265,6 +266,9 @@ class Chips(ChipSteps):
             (``Stats.save``, ``Stats.load``). Or a function of a batch, such as ``partial(stats.normalize, fill=0)``.
         buffer
             Shards that ``shuffle`` mixes at any time.
+        ignore_index
+            What invalid pixels of bands of kind ``class`` become, such as torch's -100 or 255; where the dtype cannot
+            hold it, pixels get the narrowest that can. None: they stay as they are.
         on_error
             As in :meth:`to_xarray`.
 
@@ -277,7 +281,7 @@ class Chips(ChipSteps):
         if normalize is True:
             normalize = recalled(reading.digest, on_error) or self.stats(client=client, on_error=on_error)
         order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
-        return batches(reading, order, epochs, client, prefetch, normalize or None)
+        return batches(reading, order, epochs, client, prefetch, normalize or None, ignore_index)
 
     def stats(self, sample: int | None = None, client: ClientLike = None, on_error: str = "raise") -> Stats:
         """Measure the pixels of these chips in one pass: per source and band counts, moments, percentiles, classes.

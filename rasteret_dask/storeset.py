@@ -228,13 +228,14 @@ class StoredChips:
         normalize: Normalize | bool | None = None,
         *,
         buffer: int = 4,
+        ignore_index: int | None = None,
     ) -> Stream:
         """Return the chips as batches for a training loop: the parameters are those of :meth:`Chips.stream`."""
         reading = stored_chips(self.stored)
         if normalize is True:
             normalize = recalled(self.stored.url, self.digest) or self.stats(client=client)
         order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
-        return batches(reading, order, epochs, client, prefetch, normalize or None)
+        return batches(reading, order, epochs, client, prefetch, normalize or None, ignore_index)
 
     def __repr__(self) -> str:
         steps = list(outline(self.stored.plan))[:-1]

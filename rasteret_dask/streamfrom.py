@@ -76,6 +76,7 @@ def stream_from(
     normalize: Normalize | None = None,
     *,
     buffer: int = 4,
+    ignore_index: int | None = None,
     functions: Iterable[Callable[..., Any]] = (),
     split: str | None = None,
     on_error: str = "raise",
@@ -93,7 +94,7 @@ def stream_from(
         threads of this process. A ``tls://`` address takes its certificates from Dask's configuration: see Notes.
     plan
         Where :meth:`Chips.save_plan` wrote the plan, or :meth:`Chips.to_zarr` a store.
-    batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch, normalize, buffer
+    batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch, normalize, buffer, ignore_index
         As in :meth:`Chips.stream`.
     functions
         The functions that the plan calls (those given to ``map`` and ``keep``): a saved plan holds their names and
@@ -144,7 +145,7 @@ def stream_from(
             "chips.save_plan(path) writes the one, chips.to_zarr(path) the other.",
         )  # fmt: skip
     order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
-    return batches(reading, order, epochs, address, prefetch, normalize)
+    return batches(reading, order, epochs, address, prefetch, normalize, ignore_index)
 
 
 def _of_one_split(url: str, split: str | None) -> Stored:

@@ -22,7 +22,7 @@ from rasteret_dask.streams.epochs import Order
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.stream import Stream, batches
-from rasteret_dask.tasks.batches import Arrays, InMemory, Kind, take
+from rasteret_dask.tasks.batches import Arrays, InMemory, SourcePixels, take
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Shards:
         return Reading(
             self.sizes,
             f"made {self.sizes}",
-            {"s2": Kind(("red", "nir"), "float32")},
+            {"s2": SourcePixels(("red", "nir"), "float32")},
             lambda shard: InMemory(self.read(shard)),
             lambda: ({}, tasks),
             take,

@@ -38,7 +38,7 @@ ORDER = {
     "tasks": "job jobfile freezing cuts filling neighbours picking pixels clouds mapping screening shards batches",
     "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
              "holding datasets verifying",
-    "streams": "epochs readings planned datasets shardsource clustersource ahead stream",
+    "streams": "epochs readings planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "explain audit pictures plot",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,6 +17,10 @@ from rasteret_dask.table.itemkinds import Classes
 from rasteret_dask.table.records import Records
 
 __all__ = ["BandKind", "band_kinds", "check_kernel", "user_kinds", "with_one_kind"]
+
+
+LABELS = "mask"
+"""A source of this name holds what a model learns, as TorchGeo calls it: whole numbers of unknown kind are classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,10 @@ def band_kinds(
     bands
         Names of the output bands.
 
+    Notes
+    -----
+    Whole numbers of unknown kind are classes in a source called ``mask``, TorchGeo's name of what a model learns.
+
     Raises
     ------
     PlanError
@@ -89,9 +98,16 @@ def _band_kind(source: str, band: str, members: Sequence[tuple[Records, str]]) -
             f"Name it: harmonize(kinds={{{band!r}: {next(iter(kinds))!r}}}); or choose the records of one kind.",
         )
     if not kinds:
-        return BandKind()
+        return BandKind("class" if source == LABELS and _is_whole(members) else None)
     first = next(iter(kinds))
     return BandKind(first, tuple(sorted(classes.items())) if first == "class" else ())
+
+
+def _is_whole(members: Sequence[tuple[Records, str]]) -> bool:
+    dtypes = {
+        d for records, code in members for d in pc.unique(records.asset_field(code, "dtype")).to_pylist()
+    }
+    return all(np.dtype(d).kind in "iub" for d in dtypes if d is not None)
 
 
 def _distinct_classes(records: Records, code: str) -> list[list[tuple[int, str]]]:

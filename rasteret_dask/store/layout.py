@@ -17,6 +17,7 @@ from rasteret_dask.chipping.chiptable import MASK, label_columns, label_fields
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.store.encode import Compression, compressors
 from rasteret_dask.store.ledger import JOB, TO_ZARR
+from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.screening import KEPT
 
@@ -27,7 +28,7 @@ OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, "datetime": 
 
 _TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 _NAT = np.iinfo(np.int64).min
-_COORDINATES = "chip_id split epsg bounds valid_fraction datetime source"
+_COORDINATES = "chip_id split epsg bounds valid_fraction datetime source kind"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ class Layout:
             {
                 "coordinates": " ".join((_COORDINATES, *kept, *own)),
                 **self.attrs.get(self.job.sources[source].name, {}),
+                "kinds": list(out.kind_names),  # as the array: what opens a store needs no request more
+                **({CLASSES: out.classes} if out.classes else {}),
             }
         )
 
@@ -145,6 +148,8 @@ class Layout:
             self._label(group, name, values)
         bands = np.array(out.bands, dtype=object)
         self._array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
+        kinds = np.array(out.kind_names, dtype=object)
+        self._array(group, "kind", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = kinds
         if out.slots is not None:
             stamps = np.array(out.slots, dtype=np.int64) // 1000
             time = self._array(group, "time", (len(stamps),), "int64", ("time",), (len(stamps),), None, 0)

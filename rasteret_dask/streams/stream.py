@@ -6,6 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rasteret_dask.errors import PlanError
@@ -14,14 +15,15 @@ from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.streams.ahead import Shelf, fill
 from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.ignoring import Ignoring
 from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.shardsource import OnThreads, ShardSource
-from rasteret_dask.tasks.batches import Arrays, Kind
+from rasteret_dask.tasks.batches import Arrays, SourcePixels
 
 if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
 
-__all__ = ["Normalize", "Stream", "batches", "normalizer"]
+__all__ = ["Normalize", "Stream", "batches", "prepared"]
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ def batches(
     client: ClientLike = None,
     prefetch: int = 2,
     normalize: Normalize | None = None,
+    ignore_index: int | None = None,
 ) -> Stream:
     """Return a stream of what can be read.
 
@@ -53,41 +56,54 @@ def batches(
         The chips.
     order
         Which of them comes when; its sizes are those of the reading.
-    epochs, client, prefetch, normalize
+    epochs, client, prefetch, normalize, ignore_index
         As in :meth:`Chips.stream`.
     """
     clusters.check(client, "stream(client=)")
     for name, value in (("epochs", epochs), ("prefetch", prefetch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PlanError(f"stream({name}=)", repr(value), "a whole number from 1 on")
-    function = normalizer(normalize, reading.kinds)
+    function = prepared(normalize, ignore_index, reading.pixels)
     return Stream(reading, order, epochs, client, prefetch, function)
 
 
-def normalizer(normalize: Normalize | None, kinds: Mapping[str, Kind]) -> Callable[[Arrays], Arrays] | None:
-    """Return what is done to each batch, once statistics were seen to be of these sources.
+def prepared(
+    normalize: Normalize | None, ignore_index: int | None, pixels: Mapping[str, SourcePixels]
+) -> Callable[[Arrays], Arrays] | None:
+    """Return what is done to each batch, once statistics were seen to be of these sources; None: nothing.
 
     Parameters
     ----------
     normalize
         What :meth:`Chips.stats` returned, a method of it or a ``partial`` of one, another function, or None.
-    kinds
+    ignore_index
+        What invalid pixels of class bands become; None: they stay.
+    pixels
         Source -> what its pixels are.
 
     Raises
     ------
     PlanError
-        When it is none of these, or statistics of other bands, dtypes or units.
+        When ``normalize`` is none of these, or statistics of other bands, dtypes or units; when ``ignore_index`` is no
+        whole number, or no source has a band of classes.
     """
-    if normalize is None:
-        return None
-    function = getattr(normalize, "normalize", normalize)
-    if not callable(function):
-        raise PlanError("normalize=", repr(normalize), "what stats() returned, or a function of a batch")
-    method = getattr(function, "func", function)
-    if callable(check := getattr(getattr(method, "__self__", None), "check", None)):
-        check(kinds)
-    return function
+    function: Callable[[Arrays], Arrays] | None = None
+    if normalize is not None:
+        named: Any = getattr(normalize, "normalize", normalize)
+        if not callable(named):
+            raise PlanError("normalize=", repr(normalize), "what stats() returned, or a function of a batch")
+        function = named
+        method = getattr(function, "func", function)
+        if callable(check := getattr(getattr(method, "__self__", None), "check", None)):
+            check(pixels)
+    if ignore_index is None:
+        return function
+    ignoring = Ignoring.of(ignore_index, pixels)
+    return ignoring if function is None else partial(_both, function, ignoring)
+
+
+def _both(first: Callable[[Arrays], Arrays], second: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
+    return second(first(arrays))
 
 
 class Stream(Iterator[Arrays]):
@@ -134,7 +150,7 @@ class Stream(Iterator[Arrays]):
     @property
     def classes(self) -> Mapping[str, tuple[str, ...]]:
         """Source with a mask of names -> the name of each of its values, from 0 (no polygon, "") on."""
-        return {name: kind.classes for name, kind in self._reading.kinds.items() if kind.classes}
+        return {name: own.classes for name, own in self._reading.pixels.items() if own.classes}
 
     def __len__(self) -> int:
         return self.order.batches * self.epochs
