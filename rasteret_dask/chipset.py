@@ -36,6 +36,7 @@ from rasteret_dask.streams.stream import Normalize, Stream, batches
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.mapping import outputs_of
 from rasteret_dask.tasks.shards import error_policy, lower
 
@@ -121,6 +122,7 @@ class Chips(ChipSteps):
     def job(self) -> Job:
         """The frozen plan: shards, the records they need, and their keys."""
         job = freeze(self._unselected.planned)
+        warn_of_job(job)
         if not isinstance(self.plan, Select):
             return job
         chosen = set(self.planned.table.column("split").to_pylist())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -13,7 +12,14 @@ import pyarrow.dataset as pads
 
 from rasteret_dask.catalogs.signing import is_ready_made
 from rasteret_dask.collection import Collection
-from rasteret_dask.errors import PlanError, ReadError, SchemaError, SignedHrefsWarning, SourceError
+from rasteret_dask.errors import (
+    PlanError,
+    ReadError,
+    SchemaError,
+    SignedHrefsWarning,
+    SourceError,
+    user_level,
+)
 from rasteret_dask.formats import check_table
 from rasteret_dask.ingest.sources import read_items, read_table
 from rasteret_dask.ingest.stac import LeftOut, items_to_table
@@ -157,16 +163,8 @@ def warn_signed(name: str, hosts: Iterable[str]) -> None:
             "memory, also for the Dask workers that read for it; no table, plan or store holds them. Other processes "
             "need a signer: rd.sign('https://host', 'module:name'), see docs/credentials.md.",
             SignedHrefsWarning,
-            stacklevel=_to_user(),
+            stacklevel=user_level(),
         )
-
-
-def _to_user() -> int:
-    """Return how many frames, from its caller's caller, the first one outside of this package is away."""
-    frame, level = sys._getframe(2), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _is_signed(data: pads.Dataset) -> bool:
@@ -175,7 +173,6 @@ def _is_signed(data: pads.Dataset) -> bool:
 
 
 _KEPT = (b"name", b"data_source")
-_PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 def _said(records: Table, source: str) -> Table:

@@ -32,10 +32,11 @@ ORDER = {
     "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry "
                 "recordtable",
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",
-    "reader": "harmonize pixelgrid levels readplan sharing ranges tilecodec rasterfile warp placing tilefile wants "
-              "keeping engine plainhref cogreader",
+    "reader": "harmonize pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile warp placing tilefile "
+              "wants keeping engine plainhref cogreader",
     "cubes": "cube cubegrid recordlayers lazy",
-    "tasks": "job jobfile freezing cuts filling neighbours picking pixels clouds mapping screening shards batches",
+    "tasks": "job jobkernels jobfile freezing cuts filling neighbours picking pixels clouds mapping screening shards "
+             "batches",
     "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
              "holding datasets verifying",
     "streams": "epochs readings planned ignoring datasets shardsource clustersource ahead stream",

@@ -30,6 +30,7 @@ from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.reader import harmonize
+from rasteret_dask.reader.kernels import Place, warn_averaged
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 
@@ -56,6 +57,9 @@ def harmonized_cube(
     send_to_current(hrefs_of(source.records.table), hosts)
     feeds = _feeds(source, grid, shape, min_coverage)
     rows = np.unique(feeds.record)
+    window = Window(0, 0, *shape)
+    places = [Place(int(row), int(source.member[row]), grid, window) for row in rows]
+    warn_averaged(source.plan, source.records, places)
     layers = record_layers(source, rows, CubePlace(grid, shape, chunks))
     if not layers:
         raise PlanError(f"cube of {source.plan.name!r}", "no record in these bounds", "at least one")

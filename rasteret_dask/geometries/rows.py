@@ -41,6 +41,7 @@ from rasteret_dask.tasks.cuts import Cut, Feed, Harmonized
 from rasteret_dask.tasks.filling import Chips
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job, Shard
+from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.picking import Picking
 
 __all__ = ["NoRecordError", "Rows", "laid", "picked", "run", "said", "settled", "squares", "window_job"]
@@ -256,6 +257,7 @@ def window_job(rows: Rows, found: Outlines, side: int, square: NDArray[np.int64]
         pa.table(columns, schema=CHIP_SCHEMA), (source,), 0, spec, None, pixel, outlines=(found,)
     )  # fmt: skip
     job = freeze(chips)
+    warn_of_job(job)
     if per_shard:
         (whole,) = job.hierarchies
         job = dataclasses.replace(job, hierarchies=(dataclasses.replace(whole, per_shard=per_shard),))
