@@ -30,7 +30,7 @@ class RuleValue:
     def to_json(self) -> dict[str, Any]:
         """Return the value as plain JSON values."""
         cls = type(self)
-        if not (dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):
+        if not getattr(getattr(cls, "__dataclass_params__", None), "frozen", False):
             raise PlanError(
                 f"rule {cls.__qualname__}", "a type that can change", "a frozen dataclass",
                 "Write @dataclasses.dataclass(frozen=True) above it.",

@@ -170,8 +170,9 @@ def plan_json(plan: SourcePlan) -> Any:
 
 
 def _plan(values: dict[str, Any]) -> SourcePlan:
-    fields = {k: v for k, v in values.items() if k not in ("type", "members")}
-    members = tuple(
-        Member(**{k: from_json(v) for k, v in m.items() if k != "type"}) for m in values["members"]
+    own = {k: v for k, v in values.items() if k not in ("type", "members", "kinds")}
+    members, kinds = (
+        tuple(made(**{k: from_json(v) for k, v in one.items() if k != "type"}) for one in values[name])
+        for made, name in ((Member, "members"), (BandKind, "kinds"))
     )
-    return SourcePlan(members=members, **{k: from_json(v) for k, v in fields.items()})
+    return SourcePlan(members=members, kinds=kinds, **{k: from_json(v) for k, v in own.items()})
