@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         SourceError,
         StoreError,
         TrustError,
+        UnknownKindWarning,
         UnreadableAssetsError,
         UnreadableTilesWarning,
         UnwritableStoreError,
@@ -80,6 +81,7 @@ __all__ = [
     "StoredChips",
     "Stream",
     "TrustError",
+    "UnknownKindWarning",
     "UnreadableAssetsError",
     "UnreadableTilesWarning",
     "UnwritableStoreError",
@@ -117,7 +119,7 @@ _MODULES = {
     "compacting": "compact",
     "errors": "BandError ConcurrentWriteWarning FormatError GridError JobError MissingExtraError PlanError "
     "RasteretDaskError ReadError SchemaError SignedHrefsWarning SourceError StoreError TrustError "
-    "UnreadableAssetsError UnreadableTilesWarning UnwritableStoreError",
+    "UnknownKindWarning UnreadableAssetsError UnreadableTilesWarning UnwritableStoreError",
     "net.trust": "trust",
     "openers": "as_collection build_from_table load",
     "reader.cogreader": "CogReader",

@@ -40,6 +40,7 @@ from rasteret_dask.net.trust import resolve
 from rasteret_dask.openers import as_collection, warn_signed
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.progress import Progress
+from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 from rasteret_dask.table.rowgroups import hrefs
 from rasteret_dask.table.timing import half_open
@@ -67,6 +68,7 @@ def build(
     headers: bool = True,
     on_error: Literal["skip", "raise"] = "skip",
     progress: bool = True,
+    kinds: Mapping[str, KindName] | None = None,
 ) -> Collection:
     """Build a collection from a dataset of the catalog, or open it where the same was built before.
 
@@ -106,6 +108,9 @@ def build(
         first. A file without a readable header breaks no item: its bands keep the reason, and cannot be used.
     progress
         Whether to show how far it is, on stderr.
+    kinds
+        What bands are, where nothing tells, or something else does: ``{"map": "class"}``; see
+        :meth:`Collection.harmonize`. Else the catalog, the items or the files tell, the first of them that does.
 
     Raises
     ------
@@ -117,7 +122,9 @@ def build(
         When bbox, dates or another argument make no sense.
     """
     entry = find(dataset)
+    named = checked_kinds(kinds, "build(kinds=)")
     check_names(entry.dataset, bands)
+    check_names(entry.dataset, [band for band, _ in named] or None)
     order = BuildOrder(
         name=_named(name, entry.id.rsplit("/", 1)[-1]),
         entry=entry.id,
@@ -135,6 +142,7 @@ def build(
         max_items=_count(max_items),
         headers=headers,
         skip_broken=_skips(on_error),
+        kinds=named,
     )
     if order.catalog is not None and is_local(order.catalog):
         # files of this machine change: they are read again, not remembered
@@ -162,6 +170,7 @@ def build_from_stac(
     force: bool = False,
     on_error: Literal["skip", "raise"] | None = None,
     progress: bool = True,
+    kinds: Mapping[str, KindName] | None = None,
 ) -> Collection:
     """Build a collection from STAC items; COG headers are read once, concurrently, and kept in the rows.
 
@@ -190,6 +199,8 @@ def build_from_stac(
         False leaves headers unread: planning works from the items' own ``proj:`` fields, as far as they go.
     workspace_dir
         Another name of ``cache_dir``.
+    kinds
+        What bands are: see :func:`build`.
 
     Raises
     ------
@@ -209,6 +220,7 @@ def build_from_stac(
         max_items=_count(max_items),
         headers=headers,
         skip_broken=_skips(("raise" if stac_api is None else "skip") if on_error is None else on_error),
+        kinds=checked_kinds(kinds, "build_from_stac(kinds=)"),
     )
     if stac_api is None and source is None:
         raise SourceError(f"collection {name!r}", "neither a source nor a stac_api", "one of them")
@@ -384,6 +396,7 @@ def _from_items(order: BuildOrder, items: Sequence[Item]) -> Collection:
         date_range=None if order.span == (None, None) else order.span,
         most=order.max_items,
         broken=broken,
+        kinds=order.kinds,
     )
     _log.info("build %s: %d rows of %d items", order.name, table.num_rows, len(items))
     if broken.items:

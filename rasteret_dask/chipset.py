@@ -35,6 +35,7 @@ from rasteret_dask.streams.stream import Batching, Normalize, Stream
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.mapping import outputs_of
 from rasteret_dask.tasks.shards import error_policy, lower
 
@@ -122,6 +123,7 @@ class Chips(ChipSteps):
     def job(self) -> Job:
         """The frozen plan: shards, the records they need, and their keys."""
         job = freeze(self._unselected.planned)
+        warn_of_job(job)
         if not isinstance(self.plan, Select):
             return job
         chosen = set(self.planned.table.column("split").to_pylist())
@@ -232,6 +234,7 @@ class Chips(ChipSteps):
         *,
         buffer: int = 4,
         on_error: str = "raise",
+        ignore_index: int | None = None,
     ) -> Stream:
         """Return the chips as batches for a training loop: an iterator of dictionaries of arrays.
 
@@ -266,6 +269,9 @@ class Chips(ChipSteps):
             (``Stats.save``, ``Stats.load``). Or a function of a batch, such as ``partial(stats.normalize, fill=0)``.
         buffer
             Shards that ``shuffle`` mixes at any time.
+        ignore_index
+            What invalid pixels of bands of kind ``class`` become, such as torch's -100 or 255; where the dtype cannot
+            hold it, pixels get the narrowest that can. None: they stay as they are.
         on_error
             As in :meth:`to_xarray`.
 
@@ -275,8 +281,9 @@ class Chips(ChipSteps):
             When an argument cannot be, or some rank would have no batch.
         """
         batching = Batching(
-            batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer
-        )
+            batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,
+            ignore_index,
+        )  # fmt: skip
         shards = self._shards(error_policy(on_error), client)
         return batching.stream(
             shards,

@@ -35,6 +35,7 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.resolve import evaluate, resolve_source
 from rasteret_dask.planning.scan import Table, token_of
+from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.rules.masks import Mask, MaskName, mask_named
 from rasteret_dask.rules.picks import Pick, PickName, pick_named
 from rasteret_dask.rules.units import Unit, UnitName, units_named
@@ -163,6 +164,7 @@ class Collection(TableExits, PixelReads):
         pick: PickName | Pick | None = None,
         fill: bool | None = None,
         dtype: str | None = None,
+        kinds: Mapping[str, KindName] | None = None,
     ) -> Collection:
         """Give all records the same bands, units, grid and time axis.
 
@@ -179,8 +181,11 @@ class Collection(TableExits, PixelReads):
         resolution
             Metres a pixel; None: the first member's own.
         resampling
-            ``"nearest"``, ``"bilinear"``, ``"cubic"``, ``"average"`` or ``"mode"``; None: nearest for classes and
-            embeddings, bilinear upwards, average downwards. Quality bands are always nearest.
+            ``"nearest"``, ``"bilinear"``, ``"cubic"``, ``"average"`` or ``"mode"``; None: nearest for classes, bit
+            fields and embeddings, else bilinear upwards, average downwards. Classes and bit fields take ``"nearest"``
+            and ``"mode"`` only, of the image itself: beside measured bands they keep nearest whatever is named, and
+            :meth:`Chips.explain` tells; a source of nothing else refuses another kernel. Quality bands are always
+            nearest.
         mask
             ``"clouds"`` (and their shadows), ``"snow"``, ``"water"``: pixels made invalid, by the collection's quality
             band; or a :class:`rasteret_dask.rules.masks.Mask` of any band: ``Classes("SCL", (3, 8))``.
@@ -196,6 +201,10 @@ class Collection(TableExits, PixelReads):
             ``datetime`` name the main one, ``filled_fraction`` tells the share of the others.
         dtype
             ``"uint16"`` or ``"int16"`` stores reflectance x 1e4, kelvin or decibel x 100; None: float32.
+        kinds
+            What bands are, where nothing tells, or something else does: ``{"map": "class"}``. A kind
+            (``"reflectance"``, ``"temperature"``, ``"backscatter"``, ``"continuous"``, ``"class"``, ``"bitfield"``,
+            ``"angle"``, ``"embedding"``) decides kernel, overviews, composites, statistics and normalizing.
         """
         spec = HarmonizeSpec(
             bands=None if bands is None else tuple([bands] if isinstance(bands, str) else bands),
@@ -207,6 +216,7 @@ class Collection(TableExits, PixelReads):
             pick=None if pick is None else pick_named(pick),
             fill=fill,
             dtype=dtype,
+            kinds=checked_kinds(kinds, "harmonize(kinds=)") or None,
         )
         return self._with(Harmonize(self.plan, spec))
 

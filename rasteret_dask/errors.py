@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+
 __all__ = [
     "BandError",
     "ConcurrentWriteWarning",
@@ -17,9 +21,11 @@ __all__ = [
     "SourceError",
     "StoreError",
     "TrustError",
+    "UnknownKindWarning",
     "UnreadableAssetsError",
     "UnreadableTilesWarning",
     "UnwritableStoreError",
+    "user_level",
 ]
 
 
@@ -116,9 +122,27 @@ class SignedHrefsWarning(UserWarning):
     """Hrefs arrived with signatures or passwords, which this process keeps in its memory and never writes."""
 
 
+class UnknownKindWarning(UserWarning):
+    """Integers of a band whose kind nobody tells are averaged: right for measured numbers, wrong for class codes."""
+
+
 class UnreadableTilesWarning(UserWarning):
     """Tiles could not be read; as ``on_error="mask"`` asks, their pixels are invalid."""
 
 
 class ConcurrentWriteWarning(UserWarning):
     """Another client writes the same store at this moment: the store will be right, but work is done twice."""
+
+
+_INSIDE = (
+    os.path.dirname(__file__) + os.sep,
+    functools.__file__,
+)  # cached properties are computed by functools
+
+
+def user_level() -> int:
+    """Return the ``stacklevel`` with which a warning of the caller names the first line outside of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -13,7 +12,14 @@ import pyarrow.dataset as pads
 
 from rasteret_dask.catalogs.signing import is_ready_made
 from rasteret_dask.collection import Collection
-from rasteret_dask.errors import PlanError, ReadError, SchemaError, SignedHrefsWarning, SourceError
+from rasteret_dask.errors import (
+    PlanError,
+    ReadError,
+    SchemaError,
+    SignedHrefsWarning,
+    SourceError,
+    user_level,
+)
 from rasteret_dask.formats import check_table
 from rasteret_dask.ingest.sources import read_items, read_table
 from rasteret_dask.ingest.stac import LeftOut, items_to_table
@@ -23,7 +29,9 @@ from rasteret_dask.net.remote import is_local, local_path, redact
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import Source
 from rasteret_dask.planning.scan import Table, token_of
+from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.table.anytable import as_arrow
+from rasteret_dask.table.assetkinds import check_kind_names, with_kinds
 from rasteret_dask.table.barehrefs import holds_credentials, hosts_of, marked, stripped
 from rasteret_dask.table.rasteretio import header_columns
 from rasteret_dask.table.records import RECORD_SCHEMA, conform
@@ -44,6 +52,7 @@ def build_from_table(
     band_index_map: Mapping[str, int] | None = None,
     headers: bool = True,
     on_error: Literal["skip", "raise"] = "raise",
+    kinds: Mapping[str, KindName] | None = None,
 ) -> Collection:
     """Build a collection from any Arrow or Parquet table with ``id, datetime, geometry, assets``.
 
@@ -66,6 +75,9 @@ def build_from_table(
     on_error
         ``"raise"`` stops at the first broken row; ``"skip"`` leaves broken rows out, with one warning that counts
         and names them. A file without a readable header breaks no row: its bands keep the reason, and cannot be used.
+    kinds
+        What bands are, where nothing tells, or something else does: ``{"map": "class"}``; see
+        :meth:`Collection.harmonize`. A table may tell it in ``assets``, as ``kind`` of a band.
 
     Raises
     ------
@@ -80,6 +92,7 @@ def build_from_table(
     """
     if on_error not in ("skip", "raise"):
         raise PlanError("on_error", repr(on_error), "'skip' or 'raise'")
+    named = checked_kinds(kinds, "build_from_table(kinds=)")
     broken = LeftOut(on_error == "skip")
     records = table_to_records(
         table, name=name, dataset=dataset, column_map=column_map,
@@ -87,6 +100,8 @@ def build_from_table(
     )  # fmt: skip
     if broken.items:
         warnings.warn(broken.note(name), UserWarning, stacklevel=2)
+    check_kind_names([records], named, "build_from_table(kinds=)")
+    records = with_kinds(records, named)
     return as_collection(records, name=name, data_source=data_source)
 
 
@@ -148,16 +163,8 @@ def warn_signed(name: str, hosts: Iterable[str]) -> None:
             "memory, also for the Dask workers that read for it; no table, plan or store holds them. Other processes "
             "need a signer: rd.sign('https://host', 'module:name'), see docs/credentials.md.",
             SignedHrefsWarning,
-            stacklevel=_to_user(),
+            stacklevel=user_level(),
         )
-
-
-def _to_user() -> int:
-    """Return how many frames, from its caller's caller, the first one outside of this package is away."""
-    frame, level = sys._getframe(2), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _is_signed(data: pads.Dataset) -> bool:
@@ -166,7 +173,6 @@ def _is_signed(data: pads.Dataset) -> bool:
 
 
 _KEPT = (b"name", b"data_source")
-_PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 def _named_source(records: Table, source: str) -> Table:

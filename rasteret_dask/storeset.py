@@ -227,11 +227,13 @@ class StoredChips:
         normalize: Normalize | bool | None = None,
         *,
         buffer: int = 4,
+        ignore_index: int | None = None,
     ) -> Stream:
         """Return the chips as batches for a training loop: the parameters are those of :meth:`Chips.stream`."""
         batching = Batching(
-            batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer
-        )
+            batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,
+            ignore_index,
+        )  # fmt: skip
         return batching.stream(
             stored_chips(self.stored),
             lambda: recalled(self.stored.url, self.digest) or self.stats(client=client),

@@ -75,6 +75,7 @@ def stream_from(
     normalize: Normalize | None = None,
     *,
     buffer: int = 4,
+    ignore_index: int | None = None,
     functions: Iterable[Callable[..., Any]] = (),
     split: str | None = None,
     on_error: str = "raise",
@@ -92,7 +93,7 @@ def stream_from(
         threads of this process. A ``tls://`` address takes its certificates from Dask's configuration: see Notes.
     plan
         Where :meth:`Chips.save_plan` wrote the plan, or :meth:`Chips.to_zarr` a store.
-    batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch, normalize, buffer
+    batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch, normalize, buffer, ignore_index
         As in :meth:`Chips.stream`.
     functions
         The functions that the plan calls (those given to ``map`` and ``filter_pixels``): a saved plan holds their

@@ -22,7 +22,7 @@ from rasteret_dask.extras import needs
 from rasteret_dask.store import stored
 from rasteret_dask.storeset import StoredChips
 from rasteret_dask.streams.epochs import BatchOrder, Epoch
-from rasteret_dask.streams.stream import Stream, normalizer
+from rasteret_dask.streams.stream import Stream, prepared
 from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.training.passes import Passes
 from rasteret_dask.training.tensors import Sample, as_tensors, check_image
@@ -265,6 +265,8 @@ class ChipStore(Dataset[Sample]):
     normalize
         What ``stats()`` of the chips that one trains on returned, a function of arrays with a chip axis, or True:
         ``chips.stats()``.
+    ignore_index
+        As in :meth:`StoredChips.stream`.
     transforms
         Gets and returns each sample.
     """
@@ -275,6 +277,7 @@ class ChipStore(Dataset[Sample]):
         *,
         image: str | None = None,
         normalize: Any = None,
+        ignore_index: int | None = None,
         transforms: Transforms | None = None,
     ) -> None:
         if not isinstance(chips, StoredChips):
@@ -286,7 +289,7 @@ class ChipStore(Dataset[Sample]):
             check_image(image, chips.stored.bands)
         self.chips, self.image, self.transforms = chips, image, transforms
         measured = chips.stats() if normalize is True else normalize or None
-        self.normalize = normalizer(measured, chips.stored.map.kinds)
+        self.normalize = prepared(measured, ignore_index, chips.stored.map.pixels)
         self._process = os.getpid()
 
     def __len__(self) -> int:

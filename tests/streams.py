@@ -21,7 +21,7 @@ from rasteret_dask.errors import ReadError
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.stream import Batching, Stream
-from rasteret_dask.tasks.batches import Arrays, InMemory, Kind, take
+from rasteret_dask.tasks.batches import Arrays, InMemory, SourcePixels, take
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Shards:
         return ChipShards(
             self.sizes,
             f"made {self.sizes}",
-            {"s2": Kind(("red", "nir"), "float32")},
+            {"s2": SourcePixels(("red", "nir"), "float32")},
             lambda shard: InMemory(self.read(shard)),
             lambda: ({}, tasks),
             take,

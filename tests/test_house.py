@@ -29,15 +29,17 @@ ORDER = {
     "table": "assetkinds itemkinds schema barehrefs anytable records rasteretio geoparquet export layers facts "
              "rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
-    "planning": "functions rules names plan sampling scan optimize pixelsizes resolve radiometry recordtable",
+    "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry "
+                "recordtable",
     "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",
-    "reader": "harmonize pixelgrid levels readplan sharing ranges tilecodec rasterfile warp placing tilefile wants "
-              "keeping engine plainhref cogreader",
+    "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile warp placing tilefile "
+              "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
-    "tasks": "job jobfile freezing cuts filling neighbours picking pixels clouds mapping filtering shards batches",
+    "tasks": "job jobkernels jobfile freezing cuts filling neighbours picking pixels clouds mapping filtering shards "
+             "batches",
     "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
              "holding datasets verifying",
-    "streams": "epochs chipshards planned datasets shardsource clustersource ahead stream",
+    "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "explain audit pictures plot",

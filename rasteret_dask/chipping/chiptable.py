@@ -202,6 +202,7 @@ RESERVED = frozenset(
             "member",
             "bounds",
             "units",
+            "kind",
             "kept",
             "padded",
         ),

@@ -20,6 +20,7 @@ from rasteret_dask.grid import northern
 from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
+from rasteret_dask.reader.kernels import Place, warn_averaged
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.rules.picks import Ranked
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
@@ -48,6 +49,10 @@ def harmonized_cube(
     feeds = _feeds(source, grid, shape, min_coverage)
     if not len(feeds.record):
         raise PlanError(f"cube of {source.plan.name!r}", "no record in these bounds", "at least one")
+    rows = np.unique(feeds.record)
+    window = Window(0, 0, *shape)
+    places = [Place(int(row), int(source.member[row]), grid, window) for row in rows]
+    warn_averaged(source.plan, source.records, places)
     numbers = range(len(source.axis)) if source.axis is not None else np.unique(feeds.slot).tolist()
     slots = [_records_of(source, feeds.take(feeds.slot == number)) for number in numbers]
     graph = SlotGraph(source, CubePlace(grid, shape, chunks), slots)
@@ -60,11 +65,11 @@ def harmonized_cube(
         "x": ("x", x),
         "member": ("time", np.array([_members(source, slot) for slot in slots], dtype=object)),
         "units": ("band", np.array(source.plan.units, dtype=object)),
+        "kind": ("band", np.array([kind.kind or "unknown" for kind in source.plan.kinds], dtype=object)),
     }
     if source.axis is not None:
         whens = np.array([_start(source, slot) for slot in slots], dtype="datetime64[ns]")
         coords["datetime"] = ("time", whens)
-    rows = np.unique(feeds.record)
     if np.dtype(source.plan.dtype).kind in "fc":
         pixels = graph.pixels()
     elif _is_told_by_fill(source, rows):

@@ -41,6 +41,7 @@ from rasteret_dask.tasks.cuts import Feed, MemberCubes
 from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job, Shard
+from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.picking import Picking
 
 __all__ = ["NoRecordError", "Rows", "laid", "picked", "run", "settled", "spec_field", "squares", "window_job"]
@@ -258,6 +259,7 @@ def window_job(
         pa.table(columns, schema=CHIP_SCHEMA), (source,), 0, spec, None, pixel, outlines=(outlines,)
     )  # fmt: skip
     job = freeze(chips)
+    warn_of_job(job)
     if per_shard:
         (whole,) = job.hierarchies
         job = dataclasses.replace(job, hierarchies=(dataclasses.replace(whole, per_shard=per_shard),))

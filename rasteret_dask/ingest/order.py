@@ -9,13 +9,14 @@ from typing import Any
 
 from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.catalog import find, known_dataset
-from rasteret_dask.errors import SourceError
+from rasteret_dask.errors import PlanError, SourceError
 from rasteret_dask.ingest.fileindex import index_items
 from rasteret_dask.ingest.pages import ItemBatch, Recipe
 from rasteret_dask.ingest.search import Box, Search, boxes_of, fits, pages
 from rasteret_dask.ingest.sources import read_items, remote_item
 from rasteret_dask.ingest.stac import Rules, range_of
 from rasteret_dask.net.remote import is_local, local_path, public
+from rasteret_dask.rules.kinds import KindName, kind_of
 from rasteret_dask.table.layers import Layer, check_bands
 
 __all__ = ["BuildOrder", "check_names", "order_of_json"]
@@ -53,6 +54,8 @@ class BuildOrder:
     max_items: int | None = None
     headers: bool = True
     skip_broken: bool = True
+    kinds: tuple[tuple[str, KindName], ...] = ()
+    """(band, kind) pairs: what the user says of bands, by any of their names."""
 
     @property
     def where(self) -> str:
@@ -89,7 +92,7 @@ class BuildOrder:
     def rules(self) -> Rules:
         """Return how items become rows."""
         within = range_of(None if self.span == (None, None) else self.span)
-        return Rules(self.bands, self.dataset, self.boxes, within)
+        return Rules(self.bands, self.dataset, self.boxes, within, self.kinds)
 
     def recipe(self) -> Recipe:
         """Return how items become a table."""
@@ -148,6 +151,7 @@ def order_of_json(document: Mapping[str, Any], name: str) -> BuildOrder:
     """
     try:
         fields = {k: document[k] for k in BuildOrder.__slots__}
+        fields["kinds"] = tuple((band, kind_of(kind).name) for band, kind in fields["kinds"])
         fields["dataset"] = known_dataset(fields["dataset"]) if fields["dataset"] is not None else None
         if fields["entry"] is not None:
             entry = find(fields["entry"])
@@ -160,7 +164,7 @@ def order_of_json(document: Mapping[str, Any], name: str) -> BuildOrder:
             fields[field] = None if fields[field] is None else tuple(fields[field])
         fields["columns"] = tuple((str(a), str(b)) for a, b in fields["columns"])
         return BuildOrder(**{**fields, "name": name})
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, PlanError) as error:
         raise SourceError(
             f"what {name!r} was searched for", f"another form ({error!r})", "search.json beside the table",
             "Build it again: force=True.",

@@ -35,8 +35,9 @@ from rasteret_dask.ingest.stac import (
 from rasteret_dask.net.remote import public
 from rasteret_dask.progress import Progress
 from rasteret_dask.table import geoparquet
+from rasteret_dask.table.assetkinds import with_kinds
 from rasteret_dask.table.barehrefs import hosts_of, marks, signed_in
-from rasteret_dask.table.layers import Layer, check_bands
+from rasteret_dask.table.layers import Layer, check_bands, check_kinds
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import acquisitions
 
@@ -296,6 +297,7 @@ def _drafts(
                 break
     if offered:
         check_bands([offered], recipe.rules.bands)
+        check_kinds([offered], recipe.rules.kinds)
     if drafts:
         yield drafts
 
@@ -327,7 +329,8 @@ def _table(
                 )
             if draft.row["geometry"] is not None or meets(row, recipe.rules):
                 rows.append(row)
-    table, _ = rows_to_table(rows, report.broken)
+    made, _ = rows_to_table(rows, report.broken)
+    table = with_kinds(made, recipe.rules.kinds)
     report.added += table.num_rows
     return table
 

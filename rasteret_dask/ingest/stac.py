@@ -24,8 +24,10 @@ from rasteret_dask.ingest.describe import describe
 from rasteret_dask.ingest.sources import BROKEN, Item, check_href, read_items, reason_of, short
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
+from rasteret_dask.rules.kinds import KindName
+from rasteret_dask.table.assetkinds import with_kinds
 from rasteret_dask.table.facts import Range, facts_of, instant, range_of, version_of
-from rasteret_dask.table.layers import Layer, check_bands, layers_of, restrict
+from rasteret_dask.table.layers import Layer, check_bands, check_kinds, layers_of, restrict
 from rasteret_dask.table.records import RECORD_SCHEMA, conform
 
 __all__ = [
@@ -68,6 +70,7 @@ def items_to_table(
     date_range: Any = None,
     most: int | None = None,
     broken: LeftOut | None = None,
+    kinds: tuple[tuple[str, KindName], ...] = (),
 ) -> pa.Table:
     """Turn STAC items into a record table.
 
@@ -94,6 +97,8 @@ def items_to_table(
         Keep the first so many rows.
     broken
         Takes the broken items, where they are to be left out; None: the first one is an error.
+    kinds
+        (band, kind) pairs: what the user says of bands.
 
     Returns
     -------
@@ -115,6 +120,7 @@ def items_to_table(
         None if dataset is None else known_dataset(dataset),
         () if bbox is None else (bbox,),
         range_of(date_range),
+        kinds,
     )
     broken = LeftOut(False) if broken is None else broken
     drafts = []
@@ -126,6 +132,7 @@ def items_to_table(
         raise _none_left(name, len(items), broken)
     drafts = _newest(drafts, name)[:most]
     check_bands([d.offered for d in drafts], bands)
+    check_kinds([d.offered for d in drafts], kinds)
     found = None
     if headers:
         found = read_headers([layer.href for d in drafts for layer in d.layers], workers)
@@ -136,7 +143,7 @@ def items_to_table(
     table, _ = rows_to_table(rows, broken)
     if not table.num_rows:
         raise _none_left(name, len(items), broken)
-    return conform(table, name)
+    return with_kinds(conform(table, name), kinds)
 
 
 def _none_left(name: str, count: int, broken: LeftOut) -> SourceError:
@@ -216,6 +223,8 @@ class Rules:
     """Items that meet none of them are left out; none at all: everywhere."""
     within: Range = (None, None)
     """Half-open; items whose time does not meet it are left out."""
+    kinds: tuple[tuple[str, KindName], ...] = ()
+    """(band, kind) pairs: what the user says of bands, by any of their names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,8 @@ class HarmonizeSpec:
     fill: bool | None = None
     """Whether what is invalid in the picked acquisition comes from the next."""
     dtype: str | None = None
+    kinds: tuple[tuple[str, str], ...] | None = None
+    """(band, kind) pairs, by band: what the user says of bands, by any of their names."""
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -100,7 +102,10 @@ class HarmonizeSpec:
     def under(self, outer: HarmonizeSpec) -> HarmonizeSpec:
         """Return this with whatever ``outer`` says put over it."""
         said = {f.name: getattr(outer, f.name) for f in dataclasses.fields(outer)}
-        return dataclasses.replace(self, **{k: v for k, v in said.items() if v is not None})
+        kinds = {
+            "kinds": tuple(sorted({**dict(self.kinds or ()), **dict(outer.kinds or ())}.items())) or None
+        }
+        return dataclasses.replace(self, **{k: v for k, v in said.items() if v is not None} | kinds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import BandError, PlanError, UnreadableAssetsError
 from rasteret_dask.grid import digits
+from rasteret_dask.planning.bandkinds import BandKind, band_kinds, check_kernel, user_kinds, with_one_kind
 from rasteret_dask.planning.pixelsizes import alike
 from rasteret_dask.planning.plan import (
     Filter,
@@ -98,6 +99,8 @@ class SourcePlan:
     slots: tuple[int, ...] | None
     """Start of each slot, ns since 1970 UTC; None: a chip is one acquisition."""
     maps: tuple[Function, ...] = ()
+    kinds: tuple[BandKind, ...] = ()
+    """Of each output band."""
 
     @property
     def dtype(self) -> str:
@@ -234,14 +237,18 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     spec = _common(name, "harmonize", [m.spec for m in members])
     maps = _common(name, "map", [m.maps for m in members])
     unreadable = sum(m.unreadable for m in members)
-    tables = [Records(m.table) for m in members if m.table.num_rows]
     members = [m for m in members if m.table.num_rows]
+    tables = [Records(table) for table in user_kinds([m.table for m in members], spec)]
     bands = spec.bands or _default_bands(name, tables)
     resolved = tuple(_member(m, r, bands, spec) for m, r in zip(members, tables, strict=True))
+    codes = [m.bands for m in resolved]
+    kinds = band_kinds(name, tables, codes, bands)
+    tables = [Records(table) for table in with_one_kind([r.table for r in tables], codes, kinds)]
+    check_kernel(name, spec.resampling, kinds)
     all_readable(tables, resolved)
     for table, one in zip(tables, resolved, strict=True):
         alike(one.name, table, one.bands)
-    rules = _rules(name, spec, bands, tables, resolved)
+    rules = _rules(name, spec, bands, kinds, tables, resolved)
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
     passes = acquisitions(records)
@@ -259,6 +266,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
         masks=words_of(spec.mask),
         slots=None if axis is None else tuple(int(t) for t in axis.start.astype(np.int64)),
         maps=maps,
+        kinds=kinds,
     )
     member = np.repeat(np.arange(len(tables)), [len(r) for r in tables])
     return ResolvedSource(plan, records, member, passes, axis, unreadable)
@@ -360,6 +368,7 @@ def _rules(
     name: str,
     spec: HarmonizeSpec,
     bands: tuple[str, ...],
+    band_kinds: tuple[BandKind, ...],
     tables: list[Records],
     members: tuple[Member, ...],
 ) -> PixelRules:
@@ -373,7 +382,7 @@ def _rules(
     kinds, units = [], []
     for at, band in enumerate(bands):
         own = [(records, member.bands[at]) for records, member in zip(tables, members, strict=True)]
-        kind = _one_kind(name, band, own)
+        kind = band_kinds[at].kind
         names = {band, *(code for _, code in own)}
         names |= {v for f in ("common_name", "asset") for v in _values(own, f) if v}
         scalings = {(s or 1.0, o or 0.0) for s, o in _pairs(own, "scale", "offset")}
@@ -405,17 +414,6 @@ def _pairs(own: _Own, *fields: str) -> set[tuple[Any, ...]]:
         for records, code in own
         for pair in zip(*(records.asset_field(code, f).to_pylist() for f in fields), strict=True)
     }
-
-
-def _one_kind(name: str, band: str, own: _Own) -> str | None:
-    """Return what a band is, the same in all records."""
-    kinds = _values(own, "kind") - {None}
-    if len(kinds) > 1:
-        raise PlanError(
-            f"band {band!r} of source {name!r}", f"several kinds: {', '.join(sorted(kinds))}", "one kind of band",
-            f"Say which it is: kinds={{{band!r}: ...}}, or join them as sources of their own.",
-        )  # fmt: skip
-    return next(iter(kinds), None)
 
 
 def _unit_fits(name: str, band: str, kind: str | None, unit: Unit) -> None:

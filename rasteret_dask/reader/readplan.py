@@ -34,8 +34,9 @@ class Request:
     grid: Grid
     windows: tuple[Window, ...]
     resampling: str | None = None
-    """GDAL's name of a kernel. None: nearest for quality, class and embedding bands, else average where the
-    grid is coarser than the image, else bilinear. Without effect where the grids are aligned."""
+    """GDAL's name of a kernel, taken where it makes sense for the asset's kind. None: the kind's own: nearest for
+    classes, bit fields and embeddings, else average where the grid is coarser than the image, else bilinear. Without
+    effect where the grids are aligned."""
     decode: Unit | None = None
     """Decodes stored numbers before any kernel, to float32, NaN where invalid. Overviews hold averages of stored
     numbers, so the image itself is read. None: the kernel sees stored numbers."""
@@ -93,16 +94,22 @@ def plan_read(request: Request) -> ReadPlan:
     """Choose level and kernel, and find the source pixels of every window.
 
     Overviews are chosen as ``gdalwarp -ovr AUTO`` does: the coarsest whose reduction is at most the grid's
-    (with GDAL's 1 %), unless the kernel is nearest. Nearest always takes the image itself: an overview's class
-    is whatever its maker's kernel made of it. (A plain ``WarpedVRT`` never takes an overview; ours equals one
-    over the file opened at the overview that was chosen.)
+    (with GDAL's 1 %), unless the kernel is nearest or the band holds classes or bits. These take the image itself,
+    under ``mode`` too: an overview's class is whatever its maker's kernel made of it. (A plain ``WarpedVRT`` never
+    takes an overview; ours equals one over the file opened at the overview that was chosen.)
     """
     asset, grid = request.asset, request.grid
     image = LevelFrame.of(asset, 0, grid.epsg)
     scale = image.scale(grid)
-    kernel = request.resampling or _default_kernel(asset, scale)
+    kind = kind_of(asset.kind)
+    kernel = kind.kernel(request.resampling, min(scale))
     level = 0
-    if kernel != "nearest" and request.decode is None and image.corner(grid) is None:
+    if (
+        kernel != "nearest"
+        and kind.averaged_overviews
+        and request.decode is None
+        and image.corner(grid) is None
+    ):
         level = _overview(asset.levels, 1.0 / max(scale))
     frame = image if level == 0 else LevelFrame.of(asset, level, grid.epsg)
     scale = scale if level == 0 else frame.scale(grid)
@@ -117,10 +124,6 @@ def plan_read(request: Request) -> ReadPlan:
         ]
     clipped = tuple(r.clip(frame.height, frame.width) for r in rects)
     return ReadPlan(level, frame, kernel, scale, corner, clipped)
-
-
-def _default_kernel(asset: Asset, scale: tuple[float, float]) -> str:
-    return kind_of(asset.kind).kernel(None, min(scale))
 
 
 def _overview(levels: tuple[Level, ...], reduction: float) -> int:

@@ -116,7 +116,7 @@ class AnyOf(Mask):
         """Return where any mask hides."""
         by_name = dict(zip(self.needs, stored, strict=True))
         parts = [mask.hidden(*(by_name[band] for band in mask.needs)) for mask in self.masks]
-        return np.logical_or.reduce(parts)
+        return np.asarray(np.logical_or.reduce(parts))
 
 
 @dataclass(frozen=True, slots=True)

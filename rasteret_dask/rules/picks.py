@@ -336,7 +336,7 @@ class _ByRank:
         np.copyto(self._rank, rank, where=nearer)
 
     def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        return self._values, self._rank < np.iinfo(np.int64).max
+        return self._values, np.asarray(self._rank < np.iinfo(np.int64).max)
 
 
 PickName = Literal[

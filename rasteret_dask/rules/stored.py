@@ -57,7 +57,7 @@ class Store(RuleValue):
         if valid is None and values.dtype.kind == "f" and self.fill is not None:
             valid = ~np.isnan(values)
         if whole:
-            values = self._rounded(np.where(valid, values, 0))
+            values = self._rounded(values if valid is None else np.where(valid, values, 0))
             if self.steps is not None:
                 values = np.clip(values, *self.span)
         if valid is None:
@@ -73,5 +73,5 @@ class Store(RuleValue):
 
     def _rounded(self, values: NDArray[Any]) -> NDArray[Any]:
         if self.steps is None:
-            return np.rint(values)
+            return np.asarray(np.rint(values))
         return np.asarray(np.rint(values.astype(np.float64) * self.steps))

@@ -30,7 +30,7 @@ class RuleValue:
     def to_json(self) -> dict[str, Any]:
         """Return the value as plain JSON values."""
         cls = type(self)
-        if not (dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):
+        if not getattr(getattr(cls, "__dataclass_params__", None), "frozen", False):
             raise PlanError(
                 f"rule {cls.__qualname__}", "a type that can change", "a frozen dataclass",
                 "Write @dataclasses.dataclass(frozen=True) above it.",
@@ -41,7 +41,7 @@ class RuleValue:
         return {"rule": f"{cls.__module__}:{cls.__qualname__}", "source": _source(cls), "fields": fields}
 
     def __str__(self) -> str:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+        fields = {f.name: getattr(self, f.name) for f in _fields(self)}
         shown = ", ".join(
             f"{name}={value}" for name, value in fields.items() if value not in (False, None, ())
         )
@@ -90,6 +90,11 @@ def one_of(words: Mapping[str, Any], name: str, word: Any) -> Any:
     if not isinstance(word, str) or word not in words:
         raise PlanError(f"{name}=", repr(word), f"one of {', '.join(map(repr, words))}")
     return words[word]
+
+
+def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """Return the fields that a rule is made of."""
+    return tuple(f for f in dataclasses.fields(value) if f.init)
 
 
 def _plain(cls: type, name: str, value: Any) -> Any:

@@ -23,6 +23,7 @@ from rasteret_dask.table.records import Asset, Level
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.freezing import task_bytes
 from rasteret_dask.tasks.job import Job, Output, Shard
+from rasteret_dask.tasks.jobkernels import job_readings
 
 __all__ = ["Explanation", "explain"]
 
@@ -98,6 +99,8 @@ def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Expla
         "times": _times(chips),
         "tile_fit": reading["fit"],
         "pixels": _native_share(chips),
+        "kinds": {s.plan.name: [b.kind or "unknown" for b in s.plan.kinds] for s in chips.sources},
+        "kernels": _kernels(job),
         "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
         "unused_strip_m": _strip(chips),
         "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used_rows(chips)},
@@ -139,6 +142,14 @@ def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
             "resampled": len(resampled),
         }
     return result
+
+
+def _kernels(job: Job) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return source -> band -> its kernels (``"copied"``: pixels stay), and whether overviews are read."""
+    return {
+        source: {b: {"kernels": list(r.kernels), "overviews": r.overviews} for b, r in bands.items()}
+        for source, bands in job_readings(job).items()
+    }
 
 
 def _times(chips: PlannedChips) -> dict[str, list[str]]:
@@ -310,6 +321,7 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("", f"records: {kinds} at {f['resolution'][name]:g} m; pick {f['pick'][name]}, mask {mask}")
         )
+        rows += [("", line) for line in _kernel_lines(f["kinds"][name], f["kernels"][name])]
         if name in f["times"]:
             rows.append(
                 ("", f"{len(f['times'][name])} slots from {f['times'][name][0]} to {f['times'][name][-1]}")
@@ -319,6 +331,22 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("unused strip", f"{f['unused_strip_m']:g} m of each split cell"))
     rows += [("dropped", f"{count:,}: {why}") for why, count in f["dropped"].items()]
     return rows
+
+
+def _kernel_lines(kinds: Sequence[str], kernels: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return one line per kind and kernel, bands together."""
+    merged: dict[tuple[str, str], list[str]] = {}
+    for kind, (band, read) in zip(kinds, kernels.items(), strict=True):
+        resampled = [k for k in read["kernels"] if k != "copied"]
+        text = " and ".join([*(["pixels copied"] if "copied" in read["kernels"] else []), *resampled])
+        if resampled:
+            text += f", overviews {'used' if read['overviews'] else 'not used'}"
+        merged.setdefault((kind, text), []).append(band)
+    return [f"{kind} {_some(bands)}: {text}" for (kind, text), bands in merged.items()]
+
+
+def _some(bands: Sequence[str]) -> str:
+    return ", ".join(bands[:6]) + (" ..." if len(bands) > 6 else "")
 
 
 def _radiometry_lines(rules: list[dict[str, Any]]) -> list[str]:
@@ -331,6 +359,5 @@ def _radiometry_lines(rules: list[dict[str, Any]]) -> list[str]:
     lines = []
     for (member, scale, offset, text), (bands, count) in merged.items():
         formula = "as stored" if scale is None else f"DN x {scale:g} {offset:+g}"
-        shown = ", ".join(bands[:6]) + (" ..." if len(bands) > 6 else "")
-        lines.append(f"{member} {shown}: {formula} ({text}; {np.int64(count)} records)")
+        lines.append(f"{member} {_some(bands)}: {formula} ({text}; {np.int64(count)} records)")
     return lines

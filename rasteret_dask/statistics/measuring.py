@@ -17,7 +17,7 @@ from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.stats import Stats, measure, merged
 from rasteret_dask.streams.chipshards import ChipShards
-from rasteret_dask.tasks.batches import Arrays, Kind
+from rasteret_dask.tasks.batches import Arrays, SourcePixels
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -74,7 +74,7 @@ def measured(reading: ChipShards, client: ClientLike = None) -> Stats:
     ReadError
         When chips could not be read.
     """
-    graph, level = _on_shards(reading, "stats", _measure, dict(reading.kinds))
+    graph, level = _on_shards(reading, "stats", _measure, dict(reading.pixels))
     if not level:
         raise _none()
     groups = [level[at : at + FAN] for at in range(0, len(level), FAN)]
@@ -158,8 +158,8 @@ def computed(
     return found
 
 
-def _measure(result: Any, part: _Part, kinds: Mapping[str, Kind]) -> Stats:
-    return measure(part(result, None), kinds)
+def _measure(result: Any, part: _Part, pixels: Mapping[str, SourcePixels]) -> Stats:
+    return measure(part(result, None), pixels)
 
 
 def _merge(*parts: Stats) -> Stats:

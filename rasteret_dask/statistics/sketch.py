@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.planning.bandkinds import BandKind
+from rasteret_dask.rules.kinds import Kind, kind_of
 
 __all__ = ["SourceStats", "added", "measured", "valid_pixels"]
 
@@ -65,6 +67,27 @@ class SourceStats:
     """Per band: values, or numbers of the buckets that are not empty, rising, and how many pixels each has."""
     by_value: tuple[bool, ...]
     """Per band: whether values are counted one by one."""
+    kinds: tuple[BandKind, ...] = ()
+    """Per band: what its numbers are; () where nobody knows."""
+
+    @property
+    def coded(self) -> NDArray[np.bool_]:
+        """Where a band holds codes (classes, bit fields): these have counts, but no mean, deviation or percentiles."""
+        return np.array([is_coded(kind_of(kind.kind)) for kind in self._kinds], dtype=bool)
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Where :meth:`Stats.normalize` leaves a band as it is."""
+        return np.array([not kind_of(kind.kind).normalized for kind in self._kinds], dtype=bool)
+
+    @property
+    def kind_names(self) -> tuple[str, ...]:
+        """What each band is, ``"unknown"`` where nobody knows."""
+        return tuple(kind.kind or "unknown" for kind in self._kinds)
+
+    @property
+    def _kinds(self) -> tuple[BandKind, ...]:
+        return self.kinds or (BandKind(),) * len(self.bands)
 
     @property
     def exact(self) -> bool:
@@ -92,15 +115,36 @@ class SourceStats:
 
     @property
     def classes(self) -> dict[str, dict[int, int]]:
-        """Band -> value -> pixels, for integer bands of at most 256 distinct values."""
+        """Band -> value -> pixels, for bands of codes, and for other integer bands of at most 256 distinct values."""
         return {
             band: dict(zip(values.tolist(), counts.tolist(), strict=True))
-            for band, known, (values, counts) in zip(self.bands, self.by_value, self.buckets, strict=True)
-            if known and len(values) <= MAX_CLASSES
+            for band, coded, known, (values, counts) in zip(
+                self.bands, self.coded, self.by_value, self.buckets, strict=True
+            )
+            if known and (coded or len(values) <= MAX_CLASSES)
+        }
+
+    @property
+    def shares(self) -> dict[str, dict[int, float]]:
+        """Band -> value -> share of the band's valid pixels; of the bands of :attr:`classes`."""
+        return {
+            band: {value: pixels / sum(counts.values()) for value, pixels in counts.items()}
+            for band, counts in self.classes.items()
+        }
+
+    @property
+    def names(self) -> dict[str, dict[int, str]]:
+        """Band -> value -> name of that class, of bands whose classes have names."""
+        return {
+            band: dict(kind.classes)
+            for band, kind in zip(self.bands, self._kinds, strict=True)
+            if kind.classes
         }
 
     def percentile(self, q: float) -> NDArray[np.float64]:
-        """Return the value below which ``q`` percent of each band's valid pixels lie; NaN where there is none.
+        """Return the value below which ``q`` percent of each band's valid pixels lie; NaN where there are none.
+
+        Bands of codes have none.
 
         It is NumPy's ``method="inverted_cdf"``, exactly or to 0.4 %: see :attr:`exact`.
 
@@ -114,7 +158,7 @@ class SourceStats:
         found = [
             _quantile(own, known, q / 100) for own, known in zip(self.buckets, self.by_value, strict=True)
         ]
-        return np.asarray(np.clip(np.array(found), self.min, self.max))
+        return np.where(self.coded, np.nan, np.clip(np.array(found), self.min, self.max))
 
 
 def _quantile(counted: _Counts, by_value: bool, share: float) -> float:
@@ -146,8 +190,17 @@ def valid_pixels(pixels: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.b
     return np.asarray(valid & np.isfinite(pixels).all(axis=-3))
 
 
+def is_coded(kind: Kind) -> bool:
+    """Return whether a kind's numbers are codes, which are counted."""
+    return kind.statistics == "counts"
+
+
 def measured(
-    pixels: NDArray[Any], valid: NDArray[np.bool_], bands: tuple[str, ...], units: str = ""
+    pixels: NDArray[Any],
+    valid: NDArray[np.bool_],
+    bands: tuple[str, ...],
+    units: str = "",
+    kinds: tuple[BandKind, ...] = (),
 ) -> SourceStats:
     """Measure pixels chip by chip, so that temporaries stay in the processor's cache.
 
@@ -161,14 +214,28 @@ def measured(
         Names of the bands.
     units
         What they are measured in; "" where nobody knows.
+    kinds
+        What the numbers of each band are; () where nobody knows.
     """
+    coded = [is_coded(kind_of(kind.kind)) for kind in kinds] or [False] * len(bands)
     seen = [valid_pixels(*one) for one in zip(pixels, valid, strict=True)]
     found: list[_Band] = []
     for band in range(len(bands)):
         chips = (chip[:, band][ok] for chip, ok in zip(pixels, seen, strict=True) if ok.any())
+        if coded[band] and pixels.dtype.kind == "f":  # codes beside measured bands
+            chips = (values.astype(np.int64) for values in chips)
         narrow = pixels.dtype.name in _UNSIGNED
-        found.append(_narrow(chips, pixels.dtype) if narrow else _wide(chips, pixels.dtype.kind in "iu"))
-    return _put_together(bands, pixels.dtype.name, units, int(pixels[:, :, 0].size), found)
+        whole = coded[band] or pixels.dtype.kind in "iu"
+        one = _narrow(chips, pixels.dtype) if narrow else _wide(chips, whole)
+        found.append(_without_moments(one) if coded[band] else one)
+    total = int(pixels[:, :, 0].size)
+    return replace(_put_together(bands, pixels.dtype.name, units, total, found), kinds=kinds)
+
+
+def _without_moments(band: _Band) -> _Band:
+    """Return a band whose values have no mean."""
+    (count, _, _, low, high), counts, by_value = band
+    return (count, np.nan, np.nan, low, high), counts, by_value
 
 
 def _put_together(
@@ -276,7 +343,7 @@ def _add(a: _Moments, b: _Moments) -> _Moments:
 def added(a: SourceStats, b: SourceStats) -> SourceStats:
     """Return what two parts of a source's chips are together."""
     found = [_added(one, two) for one, two in zip(_bands(a), _bands(b), strict=True)]
-    return _put_together(a.bands, a.dtype, a.units, a.total + b.total, found)
+    return replace(_put_together(a.bands, a.dtype, a.units, a.total + b.total, found), kinds=a.kinds)
 
 
 def _bands(stats: SourceStats) -> list[_Band]:

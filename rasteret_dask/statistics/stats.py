@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import place_of
+from rasteret_dask.planning.bandkinds import BandKind
+from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.statistics.sketch import SourceStats, added, measured, valid_pixels
-from rasteret_dask.tasks.batches import Arrays, Kind
+from rasteret_dask.tasks.batches import Arrays, SourcePixels
 
 __all__ = ["Stats", "measure", "merged"]
 
-VERSION = 2
-"""Of the JSON text; what the numbers of version 1 mean depends on their dtype."""
+VERSION = 3
+"""Of the JSON text; what the numbers of version 1 mean depends on their dtype, version 2 knows no kinds."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Stats:
     def normalize(self, arrays: Arrays, fill: float = float("nan")) -> Arrays:
         """Return chips with (pixels - mean) / std per band, as float32; a band that never varies becomes 0.
 
+        Classes and bit fields keep their numbers: a source of nothing else stays as it is, integers too; beside
+        measured bands they become float32 with these.
+
         Parameters
         ----------
         arrays
@@ -69,16 +74,18 @@ class Stats:
                 own = self[name]
                 _same(name, f"{values.shape[2]} bands", f"{len(own.bands)} bands")
                 _same(name, f"{values.dtype.name} pixels", f"{own.dtype} pixels")
+                if own.kept.all():
+                    continue
                 valid = result[f"{name}/valid"] = _valid(name, arrays)
                 result[name] = _scaled(values, valid, own, fill)
         return result
 
-    def check(self, kinds: Mapping[str, Kind]) -> None:
+    def check(self, pixels: Mapping[str, SourcePixels]) -> None:
         """Raise an error unless chips can be normalized by these statistics; nothing is read.
 
         Parameters
         ----------
-        kinds
+        pixels
             Source -> what its pixels are. Units "" are unknown, and fit any.
 
         Raises
@@ -86,16 +93,20 @@ class Stats:
         PlanError
             When a source was not measured, with other bands or another order of them, or in another dtype or units.
         """
-        for name, kind in kinds.items():
+        for name, given in pixels.items():
             own = self[name]
-            _same(name, f"bands {', '.join(kind.bands)}", f"bands {', '.join(own.bands)}")
-            _same(name, f"{kind.dtype} pixels", f"{own.dtype} pixels")
-            if kind.units and own.units:
-                _same(name, f"units {kind.units!r}", f"units {own.units!r}")
+            _same(name, f"bands {', '.join(given.bands)}", f"bands {', '.join(own.bands)}")
+            _same(name, f"{given.dtype} pixels", f"{own.dtype} pixels")
+            if given.units and own.units:
+                _same(name, f"units {given.units!r}", f"units {own.units!r}")
+            if given.kinds and own.kinds:
+                _same(
+                    name, *(f"bands of kind {', '.join(str(k.kind) for k in b.kinds)}" for b in (given, own))
+                )
 
     @property
     def table(self) -> pa.Table:
-        """One row a source and band."""
+        """One row a source and band; NaN where numbers of that kind have no such statistic."""
         rows: list[dict[str, Any]] = []
         for name, own in self.sources.items():
             columns = {
@@ -104,17 +115,26 @@ class Stats:
                 "max": own.max,
             }  # fmt: skip
             rows += [
-                {"source": name, "band": band, **{k: v[i].item() for k, v in columns.items()}}
-                for i, band in enumerate(own.bands)
+                {"source": name, "band": band, "kind": kind, **{k: v[i].item() for k, v in columns.items()}}
+                for i, (band, kind) in enumerate(zip(own.bands, own.kind_names, strict=True))
             ]
         return pa.Table.from_pylist(rows)
 
+    @property
+    def class_table(self) -> pa.Table:
+        """One row a value of each band of codes: source, band, value, name ("" where nothing tells), count, share."""
+        rows = [
+            (name, band, value, own.names.get(band, {}).get(value, ""), count, own.shares[band][value])
+            for name, own in self.sources.items()
+            for band, coded in zip(own.bands, own.coded, strict=True)
+            for value, count in (own.classes.get(band, {}) if coded else {}).items()
+        ]
+        return pa.table([pa.array(column, field.type) for column, field in
+                         zip(zip(*rows, strict=True) if rows else [()] * len(_CLASS_ROWS), _CLASS_ROWS, strict=True)],
+                        schema=_CLASS_ROWS)  # fmt: skip
+
     def __repr__(self) -> str:
-        rows = self.table.to_pylist()
-        head = list(rows[0]) if rows else []
-        texts = [head, *([v if isinstance(v, str) else f"{v:.6g}" for v in row.values()] for row in rows)]
-        width = [max(len(line[i]) for line in texts) for i in range(len(head))]
-        lines = ["  ".join(t.rjust(w) for t, w in zip(line, width, strict=True)) for line in texts]
+        lines = [line for table in (self.table, self.class_table) for line in _shown(table)]
         return "\n".join([f"<Stats of {self.chips} chips>", *lines])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -160,24 +180,42 @@ class Stats:
             ) from error  # fmt: skip
 
 
-def measure(arrays: Arrays, kinds: Mapping[str, Kind]) -> Stats:
+def measure(arrays: Arrays, pixels: Mapping[str, SourcePixels]) -> Stats:
     """Measure some chips: the pixels of each source, and as ``"<source>/<mask>"`` its masks, NaN aside.
 
     Parameters
     ----------
     arrays
         The chips.
-    kinds
+    pixels
         Source -> what its pixels are.
     """
     sources = {}
-    for name, kind in kinds.items():
-        sources[name] = measured(arrays[name], arrays[f"{name}/valid"], kind.bands, kind.units)
+    for name, own in pixels.items():
+        sources[name] = measured(arrays[name], arrays[f"{name}/valid"], own.bands, own.units, own.kinds)
         for mask, values in arrays.items():
             if values.ndim == 3 and mask.startswith(f"{name}/"):
                 everywhere = np.ones((len(values), 1, *values.shape[1:]), dtype=bool)
-                sources[mask] = measured(values[:, None, None], everywhere, (mask.partition("/")[2],))
+                named = (BandKind("class", tuple(enumerate(own.classes))),) if own.classes else ()
+                sources[mask] = measured(
+                    values[:, None, None], everywhere, (mask.partition("/")[2],), kinds=named
+                )
     return Stats(sources, len(arrays["chip_id"]))
+
+
+_CLASS_ROWS = pa.schema(
+    [("source", pa.string()), ("band", pa.string()), ("value", pa.int64()), ("name", pa.string()),
+     ("count", pa.int64()), ("share", pa.float64())]
+)  # fmt: skip
+
+
+def _shown(table: pa.Table) -> list[str]:
+    """Return a table as lines of text; none where it is empty."""
+    rows = table.to_pylist()
+    head = list(rows[0]) if rows else []
+    texts = [head, *([v if isinstance(v, str) else f"{v:.6g}" for v in row.values()] for row in rows)]
+    width = [max(len(line[i]) for line in texts) for i in range(len(head))]
+    return ["  ".join(t.rjust(w) for t, w in zip(line, width, strict=True)) for line in texts if line]
 
 
 def merged(parts: Iterable[Stats]) -> Stats:
@@ -218,6 +256,7 @@ def _scaled(
     wide = np.result_type(values.dtype, np.float32)  # float64 but for types that float32 holds exactly
     mean = stats.mean.astype(wide)[:, None, None]
     spread = np.where(stats.constant, np.inf, stats.std).astype(wide)[:, None, None]
+    kept = np.flatnonzero(stats.kept)
     result = np.empty(values.shape, dtype=np.float32)
     for chip, seen, out in zip(values, valid, result, strict=True):
         with np.errstate(
@@ -226,6 +265,7 @@ def _scaled(
             apart = np.subtract(chip, mean, dtype=wide)
             apart /= spread
         out[...] = apart
+        out[:, kept] = chip[:, kept]
         if not seen.all():
             np.copyto(out, np.float32(fill), where=~seen[:, None])
     return result
@@ -240,6 +280,7 @@ def _fields(stats: SourceStats) -> dict[str, Any]:
     head = {
         "bands": list(stats.bands), "dtype": stats.dtype, "units": stats.units, "total": stats.total,
         "count": stats.count.tolist(), "by_value": list(stats.by_value),
+        "kinds": [[kind.kind, list(kind.classes)] for kind in stats.kinds],
     }  # fmt: skip
     return {**head, **numbers, "buckets": packed}
 
@@ -259,6 +300,10 @@ def _of(fields: Mapping[str, Any]) -> SourceStats:
         count=np.array(fields["count"], dtype=np.int64),
         buckets=buckets,
         by_value=tuple(bool(known) for known in fields["by_value"]),
+        kinds=tuple(
+            BandKind(kind_of(kind).name, tuple((int(value), str(name)) for value, name in classes))
+            for kind, classes in fields["kinds"]
+        ),
         **arrays,
     )
 

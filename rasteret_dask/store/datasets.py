@@ -51,13 +51,15 @@ def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Da
     known = facts(chips.table)
     coordinates["bounds"] = (("chip", "corner"), known.pop("bbox"))
     coordinates |= {name.removeprefix("labels/"): ("chip", values) for name, values in known.items()}
-    coordinates["band"] = ("band", np.array(chips.bands[group.source], dtype=object))
+    known_pixels = chips.map.pixels[group.source]
+    coordinates["band"] = ("band", np.array(known_pixels.bands, dtype=object))
+    coordinates["kind"] = ("band", np.array([b.kind or "unknown" for b in known_pixels.kinds], dtype=object))
     if "units" in group.arrays:
         coordinates["units"] = ("band", np.array(chips.map.values(group.arrays["units"]), dtype=object))
     if "time" in group.arrays:
         stamps = chips.map.values(group.arrays["time"]).view("datetime64[us]")
         coordinates["time"] = ("time", stamps.astype("datetime64[ns]"))
-    attrs = {k: v for k, v in group.attrs.items() if k not in ("coordinates", "rasteret_dask")}
+    attrs = {k: v for k, v in group.attrs.items() if k not in ("coordinates", "kinds", "rasteret_dask")}
     dataset = xr.Dataset(data, coordinates, attrs)
     for name in ("pixels", MASK):
         if name in data:

@@ -17,6 +17,7 @@ from rasteret_dask.chipping.chiptable import FILLED, MASK, label_columns, label_
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.store.encode import Compression, compressors
 from rasteret_dask.store.ledger import JOB, TO_ZARR
+from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 
@@ -27,7 +28,7 @@ OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, FILLED: 2, "
 
 _TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 _NAT = np.iinfo(np.int64).min
-_COORDINATES = "chip_id split epsg bounds valid_fraction datetime member"
+_COORDINATES = "chip_id split epsg bounds valid_fraction datetime source kind"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ class Layout:
             {
                 "coordinates": " ".join((_COORDINATES, *kept, *own)),
                 **self.attrs.get(self.job.sources[source].name, {}),
+                "kinds": list(out.kind_names),  # as the array: what opens a store needs no request more
+                **({CLASSES: out.classes} if out.classes else {}),
             }
         )
 
@@ -149,6 +152,8 @@ class Layout:
             self._label(group, name, values)
         bands = np.array(out.bands, dtype=object)
         self._array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
+        kinds = np.array(out.kind_names, dtype=object)
+        self._array(group, "kind", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = kinds
         if out.units:
             names = np.array(out.units, dtype=object)
             self._array(group, "units", (len(names),), str, ("band",), (len(names),), None, "")[:] = names

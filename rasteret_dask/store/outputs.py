@@ -15,6 +15,7 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from rasteret_dask.chipping.chiptable import FILLED, MASK
 from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.store.layout import Layout
+from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Output, Shard
@@ -144,11 +145,13 @@ def _assembled(
         values = np.concatenate([p[name][1] for p in parts])
         coordinates[name] = (parts[0][name][0], values if kept is None else values[kept])
     coordinates["band"] = ("band", np.array(out.bands, dtype=object))
+    coordinates["kind"] = ("band", np.array(out.kind_names, dtype=object))
     if out.units:
         coordinates["units"] = ("band", np.array(out.units, dtype=object))
     if out.slots is not None:
         coordinates["time"] = ("time", np.array(out.slots, dtype="datetime64[ns]"))
-    dataset = xr.Dataset(data, coordinates, dict(layout.attrs.get(source, {})))
+    classes = {CLASSES: out.classes} if out.classes else {}
+    dataset = xr.Dataset(data, coordinates, {**layout.attrs.get(source, {}), **classes})
     dataset["pixels"].attrs = out.pixel_attrs
     if out.mask and job.labels is not None:
         dataset[MASK].attrs = job.labels.attrs

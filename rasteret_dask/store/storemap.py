@@ -19,13 +19,16 @@ from rasteret_dask.chipping.chiptable import FILLED, MASK
 from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums, changed
+from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import digest
+from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.store import ledger
 from rasteret_dask.store.decode import chunk_of
 from rasteret_dask.store.encode import MALFORMED, Encoding, shape_of
 from rasteret_dask.store.ledger import CHIPS, MANIFEST
 from rasteret_dask.store.storetables import ChipColumns, open_manifest
-from rasteret_dask.tasks.batches import Kind
+from rasteret_dask.table.itemkinds import CLASSES
+from rasteret_dask.tasks.batches import SourcePixels
 
 __all__ = [
     "StoreMap",
@@ -51,6 +54,7 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "member": (("chip", "time"), ("None",)),
     "bounds": (("chip", "corner"), ("float64",)),
     "band": (("band",), ("None",)),
+    "kind": (("band",), ("None",)),
     "units": (("band",), ("None",)),
     "time": (("time",), ("int64",)),
 }
@@ -168,20 +172,28 @@ class StoreMap:
             return file.read()
 
     @cached_property
-    def kinds(self) -> Mapping[str, Kind]:
+    def pixels(self) -> Mapping[str, SourcePixels]:
         """Source -> what its pixels are."""
-        return {g.source: self._kind(g) for g in self.first}
+        return {g.source: self._pixels(g) for g in self.first}
 
-    def _kind(self, group: StoredGroup) -> Kind:
+    def _pixels(self, group: StoredGroup) -> SourcePixels:
         pixels = group.arrays["pixels"]
         bands = tuple(self.values(group.arrays["band"]).tolist())
         classes = tuple(group.arrays[MASK].attrs.get("classes", ())) if MASK in group.arrays else ()
-        return Kind(bands, str(pixels.encoding.dtype), str(pixels.attrs.get("units", "")), classes)
+        named: Mapping[str, Any] = group.attrs.get(CLASSES, {})
+        codes = [tuple((int(c["value"]), str(c["name"])) for c in named.get(band, ())) for band in bands]
+        names = group.attrs.get("kinds") or ["unknown"] * len(bands)
+        kinds = tuple(
+            BandKind(kind_of(None if name == "unknown" else name).name, own)
+            for name, own in zip(names, codes, strict=True)
+        )
+        units = str(pixels.attrs.get("units", ""))
+        return SourcePixels(bands, str(pixels.encoding.dtype), units, classes, kinds)
 
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:
         """Source -> names of its bands."""
-        return {name: kind.bands for name, kind in self.kinds.items()}
+        return {name: own.bands for name, own in self.pixels.items()}
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from rasteret_dask.net.signatures import send, send_place
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import stored
 from rasteret_dask.store.holding import hold
-from rasteret_dask.tasks.batches import Arrays, Held, Kind, take
+from rasteret_dask.tasks.batches import Arrays, Held, SourcePixels, take
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,7 +33,7 @@ class ChipShards:
     """Chips of each shard, in the order of the chip table."""
     digest: str
     """Tells these chips from others; goes into states."""
-    kinds: Mapping[str, Kind]
+    pixels: Mapping[str, SourcePixels]
     """Source -> what its pixels are."""
     read: Callable[[int], Held]
     """Reads a shard in this process, to make batches of it."""
@@ -57,7 +57,7 @@ class ChipShards:
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:
         """Source -> names of its bands."""
-        return {name: kind.bands for name, kind in self.kinds.items()}
+        return {name: own.bands for name, own in self.pixels.items()}
 
 
 def stored_chips(chips: stored.Stored) -> ChipShards:
@@ -75,4 +75,4 @@ def stored_chips(chips: stored.Stored) -> ChipShards:
         return {}, [(key, Task(key, stored.read_shard, chips, n)) for n, key in enumerate(keys)]
 
     read = partial(hold, chips)
-    return ChipShards(chips.sizes, chips.digest, chips.map.kinds, read, tasks, take, store=chips.url)
+    return ChipShards(chips.sizes, chips.digest, chips.map.pixels, read, tasks, take, store=chips.url)

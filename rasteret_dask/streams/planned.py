@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import ReadError
 from rasteret_dask.streams.chipshards import ChipShards
-from rasteret_dask.tasks.batches import Arrays, InMemory, Kind, arrays_of
+from rasteret_dask.tasks.batches import Arrays, InMemory, SourcePixels, arrays_of
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Output
 from rasteret_dask.tasks.mapping import Functions
@@ -44,8 +44,10 @@ def planned(
     """
     shards = tuple(job.shards())
     classes = {} if job.labels is None else {job.labels.source: tuple(job.labels.attrs.get("classes", ()))}
-    kinds = {
-        plan.name: Kind(out.bands, out.dtype, dict(out.attrs).get("units", ""), classes.get(number, ()))
+    pixels = {
+        plan.name: SourcePixels(
+            out.bands, out.dtype, dict(out.attrs).get("units", ""), classes.get(number, ()), out.kinds
+        )
         for number, (plan, out) in enumerate(zip(job.sources, outputs, strict=True))
     }
 
@@ -65,7 +67,7 @@ def planned(
     return ChipShards(
         sizes or tuple(s.stop - s.start for s in shards),
         job.digest,
-        kinds,
+        pixels,
         read,
         tasks,
         _kept,

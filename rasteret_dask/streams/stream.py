@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rasteret_dask.errors import PlanError
@@ -16,13 +17,14 @@ from rasteret_dask.planning.plan import digest
 from rasteret_dask.streams.ahead import Shelf, fill
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.streams.epochs import BatchOrder
+from rasteret_dask.streams.ignoring import Ignoring
 from rasteret_dask.streams.shardsource import OnThreads, ShardSource
-from rasteret_dask.tasks.batches import Arrays, Kind
+from rasteret_dask.tasks.batches import Arrays, SourcePixels
 
 if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
 
-__all__ = ["Batching", "Normalize", "Stream", "normalizer"]
+__all__ = ["Batching", "Normalize", "Stream", "prepared"]
 
 _PLENTY = 2**62
 """Chips enough for any number of ranks: an order of so many is refused only where an argument is wrong."""
@@ -62,6 +64,7 @@ class Batching:
     prefetch: int = 2
     normalize: Normalize | bool | None = None
     buffer: int = 4
+    ignore_index: int | None = None
 
     def __post_init__(self) -> None:
         clusters.check(self.client, "stream(client=)")
@@ -94,36 +97,47 @@ class Batching:
         """
         order = self.order(shards.sizes)
         normalize = measure() if self.normalize is True and measure is not None else self.normalize
-        function = normalizer(normalize or None, shards.kinds)
+        function = prepared(normalize or None, self.ignore_index, shards.pixels)
         return Stream(shards, order, replace(self, normalize=function))
 
 
-def normalizer(
-    normalize: Normalize | bool | None, kinds: Mapping[str, Kind]
+def prepared(
+    normalize: Normalize | bool | None, ignore_index: int | None, pixels: Mapping[str, SourcePixels]
 ) -> Callable[[Arrays], Arrays] | None:
-    """Return what is done to each batch, once statistics were seen to be of these sources.
+    """Return what is done to each batch, once statistics were seen to be of these sources; None: nothing.
 
     Parameters
     ----------
     normalize
         What :meth:`Chips.stats` returned, a method of it or a ``partial`` of one, another function, or None.
-    kinds
+    ignore_index
+        What invalid pixels of class bands become; None: they stay.
+    pixels
         Source -> what its pixels are.
 
     Raises
     ------
     PlanError
-        When it is none of these, or statistics of other bands, dtypes or units.
+        When ``normalize`` is none of these, or statistics of other bands, dtypes or units; when ``ignore_index`` is no
+        whole number, or no source has a band of classes.
     """
-    if normalize is None:
-        return None
-    function = getattr(normalize, "normalize", normalize)
-    if not callable(function):
-        raise PlanError("normalize=", repr(normalize), "what stats() returned, or a function of a batch")
-    method = getattr(function, "func", function)
-    if callable(check := getattr(getattr(method, "__self__", None), "check", None)):
-        check(kinds)
-    return function
+    function: Callable[[Arrays], Arrays] | None = None
+    if normalize is not None:
+        named: Any = getattr(normalize, "normalize", normalize)
+        if not callable(named):
+            raise PlanError("normalize=", repr(normalize), "what stats() returned, or a function of a batch")
+        function = named
+        method = getattr(function, "func", function)
+        if callable(check := getattr(getattr(method, "__self__", None), "check", None)):
+            check(pixels)
+    if ignore_index is None:
+        return function
+    ignoring = Ignoring.of(ignore_index, pixels)
+    return ignoring if function is None else partial(_both, function, ignoring)
+
+
+def _both(first: Callable[[Arrays], Arrays], second: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
+    return second(first(arrays))
 
 
 class Stream(Iterator[Arrays]):
@@ -165,7 +179,7 @@ class Stream(Iterator[Arrays]):
     @property
     def classes(self) -> Mapping[str, tuple[str, ...]]:
         """Source with a mask of names -> the name of each of its values, from 0 (no polygon, "") on."""
-        return {name: kind.classes for name, kind in self._shards.kinds.items() if kind.classes}
+        return {name: own.classes for name, own in self._shards.pixels.items() if own.classes}
 
     def __len__(self) -> int:
         return self.order.batches * self.epochs

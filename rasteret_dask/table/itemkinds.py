@@ -7,7 +7,10 @@ from typing import Any
 
 from rasteret_dask.rules.kinds import KindName
 
-__all__ = ["Classes", "classes_of", "kind_said"]
+CLASSES = "classification:classes"
+"""The field of STAC's classification extension."""
+
+__all__ = ["CLASSES", "Classes", "classes_of", "kind_said"]
 
 Classes = tuple[tuple[int, str], ...]
 """(code, name) of each class."""
@@ -39,7 +42,7 @@ def kind_said(
     for place in (band, asset):
         if place.get("classification:bitfields"):
             return "bitfield"
-        if any(c.get("nodata") is not True for c in _dicts(place.get("classification:classes"))):
+        if any(c.get("nodata") is not True for c in _dicts(place.get(CLASSES))):
             return "class"
     if _ANGLES & set(asset.get("roles") or ()):
         return "angle"
@@ -66,7 +69,7 @@ def classes_of(asset: Mapping[str, Any], band: Mapping[str, Any]) -> Classes:
         As in :func:`kind_said`.
     """
     for place in (band, asset):
-        stated = [c for c in _dicts(place.get("classification:classes")) if _is_code(c.get("value"))]
+        stated = [c for c in _dicts(place.get(CLASSES)) if _is_code(c.get("value"))]
         if stated:
             return tuple((int(c["value"]), _name(c)) for c in stated)
         listed = [v for v in _dicts(place.get("file:values")) if isinstance(v.get("values"), list)]

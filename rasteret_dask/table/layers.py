@@ -16,7 +16,7 @@ from rasteret_dask.net.remote import is_local
 from rasteret_dask.rules.kinds import KindName
 from rasteret_dask.table.itemkinds import Classes, classes_of, kind_said
 
-__all__ = ["Layer", "check_bands", "epsg_of", "layers_of", "restrict"]
+__all__ = ["Layer", "check_bands", "check_kinds", "epsg_of", "layers_of", "restrict"]
 
 _MEDIA_TYPES = ("image/tiff", "image/geotiff", "image/vnd.stac.geotiff", "image/jp2")
 _SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
@@ -28,6 +28,7 @@ _PREFIX = re.compile(
     r"^(SR|ST|OLI|TIRS)_", re.IGNORECASE
 )  # USGS's products and sensors; TM's B4 is not OLI's
 _RESOLUTION = re.compile(r"_(\d+)m$")
+_COUNTED = re.compile(r"_\d+$")
 _CLEAN = re.compile(r"^\w[\w.\-]*$")
 
 
@@ -113,6 +114,16 @@ def check_bands(all_layers: Sequence[Mapping[str, Layer]], bands: Sequence[str] 
             f"one of {', '.join(codes)}" + (f" (or {', '.join(others)})" if others else ""),
             "Ask by code, common name or asset key.",
         )
+
+
+def check_kinds(all_layers: Sequence[Mapping[str, Layer]], kinds: Sequence[tuple[str, str]]) -> None:
+    """Raise BandError when a user names the kind of a band that no item has.
+
+    ``map_2`` may be the second band of the file of an asset ``map`` whose item lists no bands.
+    """
+    listed = {name for layers in all_layers for layer in layers.values() for name in _names(layer)}
+    names = [band for band, _ in kinds]
+    check_bands(all_layers, [n if n in listed else _COUNTED.sub("", n) for n in names] if names else None)
 
 
 def epsg_of(fields: Mapping[str, Any]) -> int | None:

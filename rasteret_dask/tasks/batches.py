@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import is_label
+from rasteret_dask.planning.bandkinds import BandKind
+from rasteret_dask.rules.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["Arrays", "Held", "InMemory", "Kind", "Part", "arrays_of", "assembled", "take"]
+__all__ = ["Arrays", "Held", "InMemory", "SourcePixels", "Part", "arrays_of", "assembled", "take"]
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 """Chips along axis 0 of every array.
@@ -39,7 +41,7 @@ Arrays: TypeAlias = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class SourcePixels:
     """What the pixels of a source are."""
 
     bands: tuple[str, ...]
@@ -50,6 +52,13 @@ class Kind:
     """What they are measured in; "" where nobody knows, as after a user's function."""
     classes: tuple[str, ...] = ()
     """Names of the values of ``<source>/mask``, from 0 on; () where there is no mask, or it holds numbers."""
+    kinds: tuple[BandKind, ...] = ()
+    """What the numbers of each band are; () where nobody knows."""
+
+    def rules(self) -> tuple[Kind, ...]:
+        """Return the kind of each band, as a value that says what it decides."""
+        names = (band.kind for band in self.kinds) if self.kinds else (None for _ in self.bands)
+        return tuple(kind_of(name) for name in names)
 
 
 class Held(Protocol):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rasteret_dask.catalogs.signing import check_signatures, host_of
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
 from rasteret_dask.chipping.labels import Labels
+from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import Function, Rule, digest
 from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
@@ -24,7 +25,7 @@ from rasteret_dask.table.records import Records
 
 __all__ = ["Hierarchy", "Job", "Output", "Shard", "ipc_bytes", "shard_keys"]
 
-_DECIDING = ("href", "band_index", "size", "etag", "scale", "offset", "nodata")
+_DECIDING = ("href", "band_index", "size", "etag", "scale", "offset", "nodata", "kind")
 """What of an asset decides its pixels' values."""
 
 _JOBS = count()
@@ -88,6 +89,8 @@ class Output:
     scale: float | None
     """Physical value of one DN, where reflectance is stored as integers."""
     attrs: tuple[tuple[str, str], ...] = ()
+    kinds: tuple[BandKind, ...] = ()
+    """What the numbers of each band are; () where nobody knows, as after a user's function."""
     mask: str | None = None
     """Dtype of the variable ``mask`` (chip, y, x); None where there is none."""
     units: tuple[str, ...] = ()
@@ -102,7 +105,7 @@ class Output:
         scale = plan.rules.store.scale_factor
         attrs = (*((("units", plan.unit),) if plan.unit else ()), ("long_name", plan.name))
         return cls(plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs,
-                   units=plan.units, filled=plan.pick.fills)  # fmt: skip
+                   kinds=plan.kinds, units=plan.units, filled=plan.pick.fills)  # fmt: skip
 
     @property
     def pixel_attrs(self) -> dict[str, Any]:
@@ -113,6 +116,21 @@ class Output:
         elif not np.isnan(self.fill):
             attrs["nodata"] = int(self.fill)
         return attrs
+
+    @property
+    def kind_names(self) -> tuple[str, ...]:
+        """The kind of each band, ``"unknown"`` where nobody knows."""
+        kinds = self.kinds or (BandKind(),) * len(self.bands)
+        return tuple(band.kind or "unknown" for band in kinds)
+
+    @property
+    def classes(self) -> dict[str, list[dict[str, Any]]]:
+        """Band -> its classes, as STAC's classification extension writes them, of bands whose classes have names."""
+        return {
+            band: [{"value": value, "name": name} for value, name in own.classes]
+            for band, own in zip(self.bands, self.kinds, strict=False)
+            if own.classes
+        }
 
     @property
     def chip_bytes(self) -> int:

@@ -15,6 +15,7 @@ from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.formats import MEANING, PLAN
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import crc32_of, document_of, sealed
+from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import from_json, to_json
 from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.table.records import Records
@@ -170,8 +171,11 @@ def plan_json(plan: SourcePlan) -> Any:
 
 
 def _plan(values: dict[str, Any]) -> SourcePlan:
-    fields = {k: v for k, v in values.items() if k not in ("type", "members")}
-    members = tuple(
-        Member(**{k: from_json(v) for k, v in m.items() if k != "type"}) for m in values["members"]
-    )
-    return SourcePlan(members=members, **{k: from_json(v) for k, v in fields.items()})
+    own = {k: from_json(v) for k, v in values.items() if k not in ("type", "members", "kinds")}
+    members = tuple(Member(**_fields(one)) for one in values["members"])
+    kinds = tuple(BandKind(**_fields(one)) for one in values["kinds"])
+    return SourcePlan(members=members, kinds=kinds, **own)
+
+
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: from_json(v) for k, v in values.items() if k != "type"}

@@ -126,9 +126,12 @@ def _described(dataset: xr.Dataset, before: Output) -> Output:
     names = array["band"].values.tolist() if "band" in array.coords else [str(i) for i in range(bands)]
     fill = float("nan") if array.dtype.kind == "f" else before.fill if np.isfinite(before.fill) else 0.0
     slots = before.slots if before.slots is not None and len(before.slots) == times else None
+    # a function that leaves names and type, a new numbering of classes say, leaves what they are
+    alike = (tuple(map(str, names)), array.dtype.name) == (before.bands, before.dtype)
+    kinds = before.kinds if alike else ()
     same = (times, height, width) == (before.times, before.height, before.width)
     return Output(
         tuple(str(n) for n in names), array.dtype.name, fill, times, slots, height, width,
         before.valid and same, None, tuple(pair for pair in before.attrs if pair[0] != "units"),
-        before.mask if MASK in dataset else None, filled=before.filled,
+        kinds, before.mask if MASK in dataset else None, filled=before.filled,
     )  # fmt: skip
