@@ -24,7 +24,7 @@ ORDER = {
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
            "awaiting signatureplugin signatures",
-    "headers": "page tiff gdal reader",
+    "headers": "nodata page tiff gdal reader",
     "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan sampling scan optimize pixelsizes resolve radiometry recordtable",

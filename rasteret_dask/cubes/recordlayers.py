@@ -135,19 +135,16 @@ def _layer_dtype(source: ResolvedSource) -> np.dtype[Any]:
     """Return the type of raw layers: the output's, unless its fill may stand for a valid pixel too."""
     plan = source.plan
     nodata = {
-        value
-        for member in plan.members
-        for band in member.bands
-        for value in source.records.asset_field(band, "nodata").unique().to_pylist()
+        value for member in plan.members for band in member.bands for value in source.records.nodata_of(band)
     }
-    if np.dtype(plan.dtype).kind == "f" or nodata <= {plan.fill}:
+    if np.dtype(plan.dtype).kind in "fc" or nodata <= {plan.fill}:
         return np.dtype(plan.dtype)
     return np.dtype("float64")
 
 
 def missing(source: ResolvedSource) -> float:
     """Return what stands in invalid pixels of layers."""
-    if source.plan.units != "raw" or _layer_dtype(source).kind == "f":
+    if source.plan.units != "raw" or _layer_dtype(source).kind in "fc":
         return float("nan")
     return source.plan.fill
 
@@ -156,6 +153,6 @@ def is_valid(source: ResolvedSource, layer: xr.DataArray) -> xr.DataArray:
     """Return where a layer holds something, of the layer's shape."""
     return (
         layer.notnull()
-        if layer.dtype.kind == "f"
+        if layer.dtype.kind in "fc"
         else layer != np.asarray(missing(source)).astype(layer.dtype)
     )

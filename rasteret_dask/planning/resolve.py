@@ -378,12 +378,18 @@ def _raw_values(name: str, tables: list[Records], members: tuple[Member, ...]) -
                     "Use harmonize(units='reflectance').",
                 )
     dtype = np.result_type(*(np.dtype(d) for d in _distinct(tables, members, "dtype")))
-    nodata = {v for v in _distinct(tables, members, "nodata") if v is not None}
-    fill = float("nan") if dtype.kind == "f" else 0.0
+    nodata = {
+        v
+        for records, member in zip(tables, members, strict=True)
+        for band in member.bands
+        for v in records.nodata_of(band)
+        if v is not None
+    }
+    fill = float("nan") if dtype.kind in "fc" else 0.0
     if len(nodata) == 1 and dtype.kind in "iu":
         value = next(iter(nodata))
         limits = np.iinfo(dtype)
-        fill = float(value) if limits.min <= value <= limits.max else 0.0
+        fill = (value if abs(value) > 2**53 else float(value)) if limits.min <= value <= limits.max else 0.0
     return "raw", dtype.name, fill
 
 

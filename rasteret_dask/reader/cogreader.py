@@ -56,7 +56,10 @@ class AssetHref(str):
     def __new__(cls, asset: Asset, kernel: Kernel) -> AssetHref:
         """Make the href of one asset."""
         # Text decides Dask's token of the table, so it tells apart whatever reads other pixels.
-        read = "/".join(str(part) for part in (asset.band_index, asset.size, asset.etag, kernel))
+        read = "/".join(
+            str(part)
+            for part in (asset.band_index, asset.size, asset.etag, asset.nodata, asset.alpha, kernel)
+        )
         self = super().__new__(cls, f"{asset.href}#{asset.record_id}/{asset.band}/{read}")
         self.asset = asset
         self.kernel = kernel

@@ -15,8 +15,9 @@ from rasterio.errors import RasterioError
 
 from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.errors import ReadError
+from rasteret_dask.headers.nodata import Number
 from rasteret_dask.reader.harmonize import dequantize, to_float
-from rasteret_dask.reader.levels import flipped, has_mask, nodata_of
+from rasteret_dask.reader.levels import flipped, has_mask
 from rasteret_dask.reader.pixelgrid import Rect
 from rasteret_dask.reader.rasterfile import read_error
 from rasteret_dask.reader.readplan import ReadPlan, Request, plan_read
@@ -108,7 +109,7 @@ class Reading:
     request: Request
     plan: ReadPlan
     out: Out
-    nodata: float | None
+    nodata: Number | None
     blocks: list[_Target] = field(default_factory=list)
     """Per window, the source pixels that are to be warped; none where pixels are copied."""
     pending: int = 0
@@ -117,7 +118,7 @@ class Reading:
     @classmethod
     def planned(cls, request: Request, out: Out) -> Reading:
         """Plan a request."""
-        return cls(request, plan_read(request), out, nodata_of(request.asset))
+        return cls(request, plan_read(request), out, request.asset.nodata)
 
     @property
     def source_bytes(self) -> int:
@@ -157,6 +158,10 @@ class Reading:
         values, mask = pixels.values[sample, rows, cols], pixels.mask
         if mask is not None:
             mask = mask[rows, cols] if mask.ndim == 2 else mask[sample, rows, cols]
+        alpha = self.request.asset.alpha
+        if alpha is not None and len(pixels.values) > 1:  # all bands lie in the tile
+            seen = pixels.values[alpha, rows, cols] != 0
+            mask = seen if mask is None else mask & seen
         if self.plan.frame.flipped:
             values, mask = values[::-1], None if mask is None else mask[::-1]
         self._put(number, own, values, mask)
@@ -266,7 +271,8 @@ class Reading:
             return
         target.values[at] = values
         if target.valid is None and values.dtype.kind in "fc" and self.nodata is not None:
-            target.values[at][np.isnan(values)] = self.nodata  # or NaN would spread through the kernel
+            # or NaN, and other spellings of FLT_MAX, would spread through the kernel
+            target.values[at][~valid_pixels(values, self.nodata)] = self.nodata
 
     def _store(self, place: NDArray[Any], values: NDArray[Any], valid: NDArray[np.bool_] | None) -> None:
         """Write values in the output's terms; ``valid`` None: none of them has to become the fill."""
@@ -293,7 +299,7 @@ os.register_at_fork(after_in_child=_renew)
 
 
 def _known(
-    values: NDArray[Any], nodata: float | None, mask: NDArray[np.bool_] | None
+    values: NDArray[Any], nodata: Number | None, mask: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_] | None:
     """Return where stored numbers are valid; None: everywhere."""
     if values.dtype.kind in "iub" and not _reaches(values, nodata):
@@ -302,7 +308,7 @@ def _known(
     return known if mask is None else known & mask
 
 
-def _reaches(values: NDArray[Any], number: float | None) -> bool:
+def _reaches(values: NDArray[Any], number: Number | None) -> bool:
     """Tell whether a number lies between the least and the greatest value: a fraction of the price of comparing all."""
     return number is not None and values.size > 0 and bool(values.min() <= number <= values.max())
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from rasteret_dask.catalogs.bands import Band, Dataset
 from rasteret_dask.errors import BandError
+from rasteret_dask.headers.nodata import text_of
 from rasteret_dask.net.remote import is_local
 
 __all__ = ["Layer", "check_bands", "epsg_of", "layers_of", "restrict"]
@@ -47,7 +48,8 @@ class Layer:
     common_name: str | None = None
     scale: float | None = None
     offset: float | None = None
-    nodata: float | None = None
+    nodata: str | None = None
+    """As the item spells it."""
     dtype: str | None = None
     epsg: int | None = None
     transform: tuple[float, ...] | None = None
@@ -58,6 +60,8 @@ class Layer:
     """Bands the asset is said to hold."""
     declared: bool = True
     """False where the item lists no bands: the file may have more of them."""
+    measured: frozenset[int] = frozenset()
+    """Positions of the asset's bands to which the item gives a common name: none of them is an alpha channel."""
 
 
 def layers_of(item: Mapping[str, Any], dataset: Dataset | None) -> dict[str, Layer]:
@@ -192,13 +196,16 @@ def _offered(
                 common_name=band.get("eo:common_name") or band.get("common_name"),
                 scale=_number(_first(band, asset, names=("raster:scale", "scale"))),
                 offset=_number(_first(band, asset, names=("raster:offset", "offset"))),
-                nodata=_number(_first(band, asset, names=("nodata",))),
+                nodata=text_of(_first(band, asset, names=("nodata",))),
                 dtype=_first(band, asset, names=("data_type",)),
                 epsg=epsg_of(asset) or epsg_of(properties),
                 transform=_floats(fields.get("proj:transform"), (6, 9)),
                 shape=_shape(fields.get("proj:shape")),
                 samples=max(1, len(said)),
                 declared=bool(said),
+                measured=frozenset(
+                    i for i, b in enumerate(said) if b.get("eo:common_name") or b.get("common_name")
+                ),
             ),
             name if isinstance(name, str) and _CLEAN.match(name) else None,
         )
