@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.cubes.cube import stack
+from rasteret_dask.errors import PlanError
+from rasteret_dask.headers.nodata import INEXACT
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.reader import harmonize
 from rasteret_dask.reader.cogreader import NATURAL, Kernel
@@ -139,6 +141,13 @@ def _layer_dtype(source: ResolvedSource) -> np.dtype[Any]:
     }
     if np.dtype(plan.dtype).kind in "fc" or nodata <= {plan.fill}:
         return np.dtype(plan.dtype)
+    if plan.dtype in INEXACT:
+        raise PlanError(
+            f"cube of {plan.name!r}",
+            f"pixels of {plan.dtype}, of which {plan.fill} may be one, or a gap",
+            "one nodata for all bands and records, or numbers that float64 holds",
+            "Take chips(...).load(), which keeps where pixels are valid apart.",
+        )
     return np.dtype("float64")
 
 

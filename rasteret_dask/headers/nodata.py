@@ -7,9 +7,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["BEYOND_MEASURE", "Number", "number_of", "spelled", "text_of"]
+__all__ = ["BEYOND_MEASURE", "INEXACT", "Number", "number_of", "spelled", "text_of"]
 
 Number: TypeAlias = int | float
+
+INEXACT = frozenset({"int64", "uint64"})
+"""Types of which a double, and so a kernel other than nearest, rounds numbers beyond 2**53."""
 
 BEYOND_MEASURE = 3.39e38
 """No measurement is so large: nodata from here on means all numbers beyond it too, as FLT_MAX has many spellings."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import BandError, PlanError, UnreadableAssetsError
 from rasteret_dask.grid import digits
+from rasteret_dask.headers.nodata import INEXACT
 from rasteret_dask.planning.pixelsizes import alike
 from rasteret_dask.planning.plan import (
     Filter,
@@ -202,6 +203,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     for table, one in zip(tables, resolved, strict=True):
         alike(one.name, table, one.bands)
     units, dtype, fill = _values(name, spec, tables, resolved)
+    _check_pixels(name, spec, units, _distinct(tables, resolved, "dtype"))
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
     passes = acquisitions(records)
@@ -377,7 +379,7 @@ def _raw_values(name: str, tables: list[Records], members: tuple[Member, ...]) -
                     "one scale and offset",
                     "Use harmonize(units='reflectance').",
                 )
-    dtype = np.result_type(*(np.dtype(d) for d in _distinct(tables, members, "dtype")))
+    dtype = _common_dtype(name, _distinct(tables, members, "dtype"))
     nodata = {
         v
         for records, member in zip(tables, members, strict=True)
@@ -391,6 +393,36 @@ def _raw_values(name: str, tables: list[Records], members: tuple[Member, ...]) -
         limits = np.iinfo(dtype)
         fill = (value if abs(value) > 2**53 else float(value)) if limits.min <= value <= limits.max else 0.0
     return "raw", dtype.name, fill
+
+
+def _common_dtype(name: str, dtypes: set[str]) -> np.dtype[Any]:
+    """Return the type that holds the numbers of all bands; PlanError where 64-bit integers would be rounded."""
+    dtype = np.result_type(*(np.dtype(d) for d in dtypes))
+    if dtype.kind in "fc" and dtypes & INEXACT:
+        raise PlanError(
+            f"raw values of source {name!r}",
+            f"bands of {', '.join(sorted(dtypes))}",
+            f"one type that holds all of their numbers ({dtype} rounds integers beyond 2**53)",
+            "Take them as sources of their own and join them: rd.join(a=..., b=...).",
+        )
+    return dtype
+
+
+def _check_pixels(name: str, spec: HarmonizeSpec, units: str, dtypes: set[str]) -> None:
+    """Raise a PlanError where units or a composite of pixels of these types would lose what they say."""
+    unordered = {d for d in dtypes if np.dtype(d).kind == "c"}
+    composed = spec.pick if spec.pick in ("median", "mean") else None
+    if unordered and units != "raw":
+        raise PlanError(f"harmonize(units={units!r}) of source {name!r}", f"pixels of {', '.join(sorted(unordered))}",
+                        "real numbers", "Use units='raw', and map() for what is made of complex numbers.")  # fmt: skip
+    lost = dtypes & INEXACT | (unordered if composed == "median" else set())
+    if composed and lost:
+        raise PlanError(
+            f"harmonize(pick={composed!r}) of source {name!r}",
+            f"pixels of {', '.join(sorted(lost))}",
+            "numbers that floats hold, and that have an order",
+            "Choose a pick that takes pixels as they are, such as 'closest' or 'clearest'.",
+        )
 
 
 def _distinct(tables: list[Records], members: tuple[Member, ...], field: str) -> set[Any]:

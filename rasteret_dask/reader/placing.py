@@ -15,10 +15,11 @@ from rasterio.errors import RasterioError
 
 from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.errors import ReadError
-from rasteret_dask.headers.nodata import Number
+from rasteret_dask.headers.nodata import INEXACT, Number
 from rasteret_dask.reader.harmonize import dequantize, to_float
 from rasteret_dask.reader.levels import flipped, has_mask
 from rasteret_dask.reader.pixelgrid import Rect
+from rasteret_dask.reader.ranges import subject
 from rasteret_dask.reader.rasterfile import read_error
 from rasteret_dask.reader.readplan import ReadPlan, Request, plan_read
 from rasteret_dask.reader.sharing import Pixels
@@ -209,6 +210,7 @@ class Reading:
                 if request.decode is not None:
                     known = valid_pixels(source.values, source.nodata)
                     source = SourceBlock(dequantize(source.values, known), source.mask, rect, np.nan)
+                self._check_exact(source)
                 values, valid = warp_block(source, plan, request.grid, window)
                 _mark(out.valid[i], valid, out.shares(i))
                 if request.decode is not None:
@@ -225,6 +227,20 @@ class Reading:
             finally:
                 del failure  # a frame that holds its own error is a cycle, and this one leads to the output
         self.blocks.clear()
+
+    def _check_exact(self, source: SourceBlock) -> None:
+        """Raise a ReadError where a kernel would weigh integers that a double does not hold."""
+        if source.values.dtype.name not in INEXACT or self.plan.kernel == "nearest":
+            return
+        valid = valid_pixels(source.values, source.nodata)
+        numbers = source.values[valid if source.mask is None else valid & source.mask]
+        if numbers.size and (numbers.max() > 2**53 or numbers.min() < -(2**53)):
+            raise ReadError(
+                subject(self.request.asset, f"resampling it by {self.plan.kernel}"),
+                f"{source.values.dtype} numbers beyond 2**53, which it would round",
+                "numbers that a double holds",
+                "Use harmonize(resampling='nearest'), or the grid of the file.",
+            )
 
     def prepare(self) -> None:
         """Make a block of source pixels a window to be warped; else note what of it lies outside of the raster."""

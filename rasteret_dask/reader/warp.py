@@ -17,7 +17,7 @@ from rasterio.io import DatasetReader, MemoryFile
 from rasterio.session import DummySession
 from rasterio.vrt import WarpedVRT
 
-from rasteret_dask.headers.nodata import BEYOND_MEASURE, Number
+from rasteret_dask.headers.nodata import BEYOND_MEASURE, INEXACT, Number
 from rasteret_dask.reader.levels import Frame
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, crs_of
 from rasteret_dask.reader.readplan import ReadPlan
@@ -231,6 +231,8 @@ def _between(
 def _warp(
     block: SourceBlock, plan: ReadPlan, grid: Grid, window: Window
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    if block.values.dtype.name in INEXACT and plan.kernel == "nearest":
+        return _warp_places(block, plan, grid, window)
     nodata = None
     if block.mask is None:
         nodata = np.nan if block.nodata is None and block.values.dtype.kind in "fc" else block.nodata
@@ -256,6 +258,21 @@ def _warp(
             return values, valid_pixels(values, nodata)
         valid = warped.read(2) != 0
     values[~valid] = block.fill
+    return values, valid
+
+
+def _warp_places(
+    block: SourceBlock, plan: ReadPlan, grid: Grid, window: Window
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Warp where the nearest pixels lie in the block, then take them there: GDAL would round them to doubles."""
+    places = np.arange(block.values.size, dtype=np.int32).reshape(block.values.shape)
+    place, inside = _warp(SourceBlock(places, None, block.rect, -1), plan, grid, window)
+    values = np.full(place.shape, block.fill)
+    valid = np.zeros(place.shape, dtype=np.bool_)
+    values[inside] = taken = block.values.ravel()[place[inside]]
+    valid[inside] = valid_pixels(taken, block.nodata)
+    if block.mask is not None:
+        valid[inside] &= block.mask.ravel()[place[inside]]
     return values, valid
 
 
