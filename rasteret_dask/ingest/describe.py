@@ -16,7 +16,7 @@ from rasteret_dask.catalogs.bands import Radiometry, Role, radiometry
 from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.nodata import number_of, spelled, text_of
 from rasteret_dask.headers.reader import Header
-from rasteret_dask.table.layers import Layer
+from rasteret_dask.table.layers import Layer, is_telling
 
 __all__ = ["Described", "contradictions", "contradictions_note", "describe"]
 
@@ -131,12 +131,16 @@ def _is_measured(position: int | None, layer: Layer, layers: Sequence[Layer]) ->
     """Tell whether the item or the dataset says that a band of a layer's file is measured."""
     if position in layer.measured:
         return True
-    near = [x for x in layers if x.href == layer.href and x.band_index == position]
     if layer.dataset is not None and layer.known is not None:
         same = [b for b in layer.dataset.bands if (b.asset, b.band_index) == (layer.known.asset, position)]
         if any(b.role != "quality" for b in same):
             return True
-    return any(x.common_name is not None for x in near)
+    return any(
+        x.declared
+        and (x.href, x.band_index) == (layer.href, position)
+        and is_telling(x.common_name or x.band)
+        for x in layers
+    )
 
 
 def _epsg(layers: Sequence[Layer], headers: Mapping[str, Header | str] | None) -> int | None:

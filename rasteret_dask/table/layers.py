@@ -15,7 +15,7 @@ from rasteret_dask.errors import BandError
 from rasteret_dask.headers.nodata import text_of
 from rasteret_dask.net.remote import is_local
 
-__all__ = ["Layer", "check_bands", "epsg_of", "layers_of", "restrict"]
+__all__ = ["Layer", "check_bands", "epsg_of", "is_telling", "layers_of", "restrict"]
 
 _MEDIA_TYPES = ("image/tiff", "image/geotiff", "image/vnd.stac.geotiff", "image/jp2")
 _SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
@@ -27,6 +27,7 @@ _PREFIX = re.compile(
     r"^(SR|ST|OLI|TIRS)_", re.IGNORECASE
 )  # USGS's products and sensors; TM's B4 is not OLI's
 _RESOLUTION = re.compile(r"_(\d+)m$")
+_NAMELESS = re.compile(r"a|alpha|mask|opacity|transparency|(.*[_ -])?(b|band)?\d+", re.IGNORECASE)
 _CLEAN = re.compile(r"^\w[\w.\-]*$")
 
 
@@ -61,7 +62,7 @@ class Layer:
     declared: bool = True
     """False where the item lists no bands: the file may have more of them."""
     measured: frozenset[int] = frozenset()
-    """Positions of the asset's bands to which the item gives a common name: none of them is an alpha channel."""
+    """Positions of the asset's bands that the item names after what they measure: none of them is an alpha channel."""
 
 
 def layers_of(item: Mapping[str, Any], dataset: Dataset | None) -> dict[str, Layer]:
@@ -111,6 +112,11 @@ def check_bands(all_layers: Sequence[Mapping[str, Layer]], bands: Sequence[str] 
             f"one of {', '.join(codes)}" + (f" (or {', '.join(others)})" if others else ""),
             "Ask by code, common name or asset key.",
         )
+
+
+def is_telling(name: Any) -> bool:
+    """Tell whether a band's name may tell what it measures: ``NIR`` does, ``alpha``, ``band_4`` and ``4`` do not."""
+    return isinstance(name, str) and bool(name) and not _NAMELESS.fullmatch(name)
 
 
 def epsg_of(fields: Mapping[str, Any]) -> int | None:
@@ -204,7 +210,9 @@ def _offered(
                 samples=max(1, len(said)),
                 declared=bool(said),
                 measured=frozenset(
-                    i for i, b in enumerate(said) if b.get("eo:common_name") or b.get("common_name")
+                    i
+                    for i, b in enumerate(said)
+                    if b.get("eo:common_name") or b.get("common_name") or is_telling(b.get("name"))
                 ),
             ),
             name if isinstance(name, str) and _CLEAN.match(name) else None,
