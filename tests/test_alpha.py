@@ -65,22 +65,23 @@ def write(
     return path
 
 
-def item(path: Path, name: str = "a", bands: tuple[str, ...] = (), **asset: Any) -> dict[str, Any]:
+def item(path: Path, name: str = "a", named: tuple[str, ...] = (), **asset: Any) -> dict[str, Any]:
     with rasterio.open(path) as file:
         box = transform_bounds(file.crs, 4326, *file.bounds)
     w, s, e, n = box
-    if bands:
-        asset["eo:bands"] = [{"name": band} for band in bands]
+    if named:
+        asset["eo:bands"] = [{"name": band} for band in named]
     return {
-        "type": "Feature", "stac_version": "1.1.0" if "bands" in asset else "1.0.0", "id": name, "collection": "photos", "bbox": list(box), 
-        "links": [], "geometry": {"type": "Polygon", "coordinates": [[[w, s], [e, s], [e, n], [w, n], [w, s]]]},
+        "type": "Feature", "stac_version": "1.1.0" if "bands" in asset else "1.0.0", "id": name,
+        "collection": "photos", "bbox": list(box), "links": [],
+        "geometry": {"type": "Polygon", "coordinates": [[[w, s], [e, s], [e, n], [w, n], [w, s]]]},
         "properties": {"datetime": "2023-06-01T10:00:00Z"},
         "assets": {"image": {"href": str(path), "type": "image/tiff", "roles": ["data"], **asset}},
     }  # fmt: skip
 
 
-def photos(path: Path, bands: tuple[str, ...] = (), **asset: Any) -> rd.Collection:
-    return rd.build_from_stac([item(path, bands=bands, **asset)], name="photos")
+def photos(path: Path, named: tuple[str, ...] = (), **asset: Any) -> rd.Collection:
+    return rd.build_from_stac([item(path, named=named, **asset)], name="photos")
 
 
 def alpha_of(path: Path) -> int | None:

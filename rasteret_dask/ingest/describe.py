@@ -232,7 +232,8 @@ def _nodata(layer: Layer, header: Header | None, dtype: str | None) -> tuple[str
         for who in texts
         if who not in fit and who != "the dataset"
     ]
-    if {"the file", "the item"} <= fit.keys() and fit["the file"] != fit["the item"]:
+    both = {"the file", "the item"} <= fit.keys()
+    if both and len({spelled(number_of(texts[who], dtype)) for who in ("the file", "the item")}) > 1:
         notes.append(
             f"nodata is {fit['the file']} in the file, {fit['the item']} in the item; {chosen} holds"
         )

@@ -136,7 +136,7 @@ def items_to_table(
             rows.append(completed(draft, found))
     counts = sum((contradictions(row["assets"]) for row in rows), Counter[str]())
     if counts:
-        warnings.warn(contradictions_note(name, counts), UserWarning, stacklevel=2)
+        warnings.warn(contradictions_note(name, counts), UserWarning, stacklevel=4)
     table, _ = rows_to_table(rows, broken)
     if not table.num_rows:
         raise _none_left(name, len(items), broken)

@@ -415,12 +415,12 @@ def _check_pixels(name: str, spec: HarmonizeSpec, units: str, dtypes: set[str]) 
     if unordered and units != "raw":
         raise PlanError(f"harmonize(units={units!r}) of source {name!r}", f"pixels of {', '.join(sorted(unordered))}",
                         "real numbers", "Use units='raw', and map() for what is made of complex numbers.")  # fmt: skip
-    lost = dtypes & INEXACT | (unordered if composed == "median" else set())
+    lost = dtypes & INEXACT | unordered
     if composed and lost:
         raise PlanError(
             f"harmonize(pick={composed!r}) of source {name!r}",
             f"pixels of {', '.join(sorted(lost))}",
-            "numbers that floats hold, and that have an order",
+            "real numbers that floats hold",
             "Choose a pick that takes pixels as they are, such as 'closest' or 'clearest'.",
         )
 
