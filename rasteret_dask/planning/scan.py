@@ -22,6 +22,7 @@ from rasteret_dask.net.remotefs import version_of
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.table import rowgroups
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
+from rasteret_dask.table.timing import stamp_of
 
 __all__ = [
     "Table",
@@ -152,7 +153,7 @@ def _typed(value: Any, kind: pa.DataType) -> Any:
     """Return ISO 8601 text as the time that a column of times is compared with."""
     if value is None or not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
         return value
-    stamp = pd.Timestamp(str(value))
+    stamp = stamp_of(str(value))
     return stamp.date() if pa.types.is_date(kind) else stamp
 
 
@@ -193,7 +194,7 @@ def _area(predicate: Predicate) -> Any:
 def _overlaps(predicate: Predicate) -> pc.Expression:
     kind = pa.timestamp("us", "UTC")
     try:
-        start, end = (None if v is None else pa.scalar(pd.Timestamp(v), kind) for v in predicate[2])  # type: ignore[union-attr]
+        start, end = (None if v is None else pa.scalar(stamp_of(str(v)), kind) for v in predicate[2])  # type: ignore[union-attr]
     except (TypeError, ValueError, pa.ArrowInvalid) as error:
         raise _misfit(predicate, str(error), "(start, end) in ISO 8601, either may be None") from error
     begins = pc.coalesce(pc.field("start_datetime"), pc.field("datetime"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,7 +18,10 @@ from rasteret_dask.errors import BandError, ReadError
 from rasteret_dask.net.remote import redact
 from rasteret_dask.table.schema import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
 
-__all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "Asset", "Level", "Records", "conform"]
+__all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "NS_RANGE", "Asset", "Level", "Records", "conform"]
+
+NS_RANGE = (np.datetime64("1678-01-01", "us"), np.datetime64("2262-01-01", "us"))
+"""What nanoseconds can hold, in whole years: an interval without an end is often written as one in the year 9999."""
 
 KNOWN_ASSETS = 1024
 """Assets that a record table keeps as Python values: neighbouring shards ask for the same ones."""
@@ -109,9 +113,10 @@ class Records:
 
     @cached_property
     def starts(self) -> list[str]:
-        """When each record starts, ISO 8601 in UTC: its datetime, or the beginning of its interval."""
+        """When each record starts, ISO 8601 in UTC: its datetime, or the beginning of its interval; in ``NS_RANGE``."""
         start = pc.coalesce(self.table.column("start_datetime"), self.table.column("datetime"))
-        return [t.isoformat() for t in start.to_pylist()]
+        first, last = (edge.item().replace(tzinfo=dt.UTC) for edge in NS_RANGE)
+        return [min(max(t, first), last).isoformat() for t in start.to_pylist()]
 
     @cached_property
     def epsg(self) -> NDArray[np.int32]:
