@@ -153,6 +153,8 @@ def _fields(
 def _role(layer: Layer) -> Role:
     if layer.known is not None:
         return layer.known.role
+    if layer.thermal:
+        return "temperature"
     return "quality" if layer.band.casefold() in _QUALITY else "data"
 
 

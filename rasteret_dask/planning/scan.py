@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
@@ -21,6 +20,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.net.remotefs import version_of
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.table import rowgroups
+from rasteret_dask.table.leftassets import without_left_assets
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import stamp_of
 
@@ -312,12 +312,12 @@ def token_of(data: Table) -> str:
         files = getattr(data, "files", [])
         if not files:
             return token_of(data.to_table())
-        parts = [str(data.schema)]
+        parts = [str(without_left_assets(data.schema))]
         for path in files:
             size = data.filesystem.get_file_info(path).size
             parts.append(f"{path}|{size}|{version_of(data.filesystem, path)}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    sink = hashlib.sha256(str(data.schema).encode())
+    sink = hashlib.sha256(str(without_left_assets(data.schema)).encode())
     for batch in data.to_batches():
         sink.update(batch.serialize())
     return sink.hexdigest()[:32]
