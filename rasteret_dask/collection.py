@@ -98,7 +98,8 @@ class Collection(TableExits, PixelReads):
         split, split_column
             Records whose column of that name holds ``split``, or one of several.
         **columns
-            Equality on any column or STAC property; a list or tuple means any of its values.
+            Equality on any column or STAC property; a list or tuple means any of its values. ``readable=True`` and
+            ``has_bands=[...]`` as in :meth:`where`.
         """
         where: list[Predicate] = []
         if bbox is not None:
@@ -124,7 +125,9 @@ class Collection(TableExits, PixelReads):
         *given
             Triples ``("eo:cloud_cover", "<", 20)``, or one triple's three parts.
         **columns
-            Equality on columns; ``readable=True`` keeps records whose needed headers were all readable.
+            Equality on columns. ``has_bands=["nir", ...]`` keeps records that have all of these bands, each by code,
+            common name or asset key. ``readable=True`` keeps records that have every band that is needed, with a
+            header that could be read. ``explain()`` counts what both leave out.
         """
         return self._with(Filter(self.plan, predicates(given, columns)))
 
@@ -155,7 +158,8 @@ class Collection(TableExits, PixelReads):
         Parameters
         ----------
         bands
-            Common names or the sensors' own codes; None: the bands that all members share.
+            Common names or the sensors' own codes; a code that means two bands is refused. None: the bands that
+            all records have, quality bands aside; ``explain()`` says which others it leaves.
         units
             ``"reflectance"`` (DN x scale + offset of each record), ``"embedding"`` (dequantized, unit length),
             ``"raw"``, or ``"auto"``: by the role of the bands.

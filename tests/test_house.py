@@ -25,7 +25,7 @@ ORDER = {
     "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
            "awaiting signatureplugin signatures",
     "headers": "page tiff gdal reader",
-    "table": "schema barehrefs anytable records rasteretio geoparquet export rasters layers leftassets facts "
+    "table": "schema barehrefs anytable meanings records rasteretio geoparquet export rasters layers leftassets facts "
              "rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan sampling scan optimize pixelsizes resolve radiometry recordtable",

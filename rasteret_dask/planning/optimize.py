@@ -23,6 +23,7 @@ from rasteret_dask.planning.plan import (
     near_area,
     with_children,
 )
+from rasteret_dask.planning.scan import named_in
 
 __all__ = ["named_bands", "optimize"]
 
@@ -85,6 +86,8 @@ def named_bands(node: Node) -> Node:
 
 def _bands(node: Node, wanted: tuple[str, ...] | None, quality: bool = False, clouds: bool = False) -> Node:
     """Carry the bands that harmonize asks for down to the sources; None: all are needed."""
+    if isinstance(node, Source | Filter) and wanted is not None:
+        wanted = tuple(dict.fromkeys((*wanted, *named_in(node.where))))
     if isinstance(node, Source):
         if node.bands is not None or wanted is None:
             return node

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import BandError, ReadError
 from rasteret_dask.net.remote import redact
+from rasteret_dask.table.meanings import meanings_of
 from rasteret_dask.table.schema import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
 
 __all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "NS_RANGE", "Asset", "Level", "Records", "conform"]
@@ -145,6 +146,14 @@ class Records:
     def band_names(self, wanted: str) -> dict[str, str]:
         """Return {dataset or "": band} for what a name means: a band itself, a common name, or an asset key."""
         found: dict[str, str] = {}
+        several = meanings_of(self.table.schema).get(wanted, ())
+        if several and wanted not in self.common_names:
+            raise BandError(
+                f"band {wanted!r}",
+                f"a code that means {len(several)} bands in these records: {', '.join(several)}",
+                "one band",
+                f"Ask for {' or '.join(map(repr, several))}; where(has_bands=[...]) keeps the records that have it.",
+            )
         if wanted in self.bands:
             found[""] = wanted
             return found
@@ -158,7 +167,7 @@ class Records:
                     f"band {wanted!r}",
                     f"{len(hits)} bands of that name: {', '.join(hits)}",
                     "one band",
-                    "Ask for one of them by its own code.",
+                    f"Ask for {' or '.join(map(repr, hits))}.",
                 )
         near = get_close_matches(wanted, [*self.bands, *self.common_names], n=3)
         raise BandError(
