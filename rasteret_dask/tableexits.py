@@ -113,8 +113,8 @@ class TableExits:
             said["rasteret_collection_version"] = "1"
         metadata = {key.encode(): value.encode() for key, value in said.items()}
         metadata |= marks(recordtable.signed_hosts(self.plan, self._tables))
-        for source in leaves(self.plan):
-            metadata |= LeftAssets.of(self._tables[source.token].schema).metadata()
+        for leaf in leaves(self.plan):
+            metadata |= LeftAssets.of(self._tables[leaf.token].schema).metadata()
         return metadata if layout == "rasteret" else metadata | table_metadata()
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:

@@ -263,9 +263,9 @@ def _default_bands(name: str, tables: list[Records]) -> tuple[str, ...]:
         held.append({})
         for band in records.bands:
             if "quality" not in pc.unique(records.asset_field(band, "role")).to_pylist():
-                common = [c for c in pc.unique(records.asset_field(band, "common_name")).to_pylist() if c]
+                commons = [c for c in pc.unique(records.asset_field(band, "common_name")).to_pylist() if c]
                 count = len(records) - records.asset_field(band, "href").null_count
-                held[-1][band] = (common[0] if common else None, count)
+                held[-1][band] = (commons[0] if commons else None, count)
     first = held[0]
     if not first:
         raise PlanError(f"source {name!r}", "records without any band", "assets that are rasters")

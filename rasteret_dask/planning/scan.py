@@ -365,7 +365,7 @@ def _without_errors(table: pa.Table) -> NDArray[np.bool_]:
     """Shape (record,). True where no asset left in the table has an error."""
     chunk, offsets = _entries(table)
     failed = pc.is_valid(pc.struct_field(chunk.items, "error")).to_numpy(zero_copy_only=False)
-    return _counted(failed, offsets) == 0
+    return np.asarray(_counted(failed, offsets) == 0)
 
 
 def token_of(data: Table) -> str:

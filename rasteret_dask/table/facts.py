@@ -103,7 +103,7 @@ def _edge(value: Any, after: int) -> dt.datetime | None:
         whole = np.datetime64(parts[0])  # of unit year, month or day, as it is written
         unit, _ = np.datetime_data(whole.dtype)
         edge = (whole + np.asarray(after, f"timedelta64[{unit}]")).astype("datetime64[us]")
-        return instant(min(edge, np.datetime64(dt.datetime.max)).item())  # nothing lies behind the year 9999
+        return instant(np.minimum(edge, np.datetime64(dt.datetime.max)).item())  # nothing lies behind 9999
     return instant(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ __all__ = [
     "regular",
     "stamp_of",
 ]
+
+_PART = re.compile(r"-(sr|st)$")
+"""USGS publishes a scene's reflectance and its temperature as two items, in ``landsat-c2l2-sr`` and ``-st``."""
 
 SAME_PASS = pd.Timedelta(10, "min")
 """Records of one datatake whose starts lie further apart than this are different acquisitions."""
@@ -120,7 +124,7 @@ def stamp_of(text: str) -> pd.Timestamp:
         When it is no time.
     """
     try:
-        return pd.Timestamp(instant(text))
+        return pd.Timestamp(instant(text) or text)
     except ValueError:
         return pd.Timestamp(text)
 
@@ -242,7 +246,7 @@ class _Said:
     group: NDArray[np.int64]
     """Collection, platform and pass."""
     scene: NDArray[np.int64]
-    """Platform, pass and tile; -1 where pass or tile is unknown."""
+    """Platform, pass, tile and part of the product; -1 where pass or tile is unknown."""
     version: NDArray[np.int64]
     start: NDArray[np.int64]
     """ns since 1970 UTC."""
@@ -274,7 +278,8 @@ class _Said:
         group = ["|".join(parts) for parts in zip(text("collection"), platform, passed, strict=True)]
         tile = text("tile")
         known = np.array([t != "" and p != "orbit " for t, p in zip(tile, passed, strict=True)], dtype=bool)
-        scene = _numbered(["|".join(parts) for parts in zip(platform, passed, tile, strict=True)])
+        product = [m[0] if (m := _PART.search(c)) else "" for c in text("collection")]
+        scene = _numbered(["|".join(parts) for parts in zip(platform, passed, tile, product, strict=True)])
         version = [version_of(b) for b in text("baseline")]
         place = {v: i for i, v in enumerate(sorted(set(version)))}
         return cls(
