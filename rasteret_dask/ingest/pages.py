@@ -310,9 +310,10 @@ def _table(
         found |= {href: future.result() for href, future in spare.items()}
         drafts = [with_copies(draft, found) for draft in drafts]
     report.left.add(drafts)
+    needed = {layer.href for draft in drafts for layer in draft.layers}  # not those that a copy stands in for
     for href, header in (found or {}).items():
         report.files += 1
-        if isinstance(header, str):
+        if isinstance(header, str) and href in needed:
             report.failed += 1
             if len(report.unreadable) < _LISTED:
                 report.unreadable[public(href)] = header

@@ -339,8 +339,11 @@ def _layers(row: Mapping[str, Any], dataset: str | None, place: str | None) -> l
 def _layer(row: Mapping[str, Any], band: str, cell: Mapping[str, Any], known: Dataset | None) -> Layer:
     # a table's band is one band of its file, whatever the file is called
     asset = {**cell, "type": "image/tiff", "bands": [{"name": band}]}
-    item = {"assets": {band: asset}, "properties": row}
-    layer = next(iter(layers_of(item, known).values()), None) or layers_of(item, None)[band]
+    # and in records Landsat's numbers are OLI's, whatever the platform
+    item = {"assets": {band: asset}, "properties": {**row, "platform": None, "eo:platform": None}}
+    layer = next(iter(layers_of(item, known).values()), None)
+    if layer is None:
+        layer = replace(next(iter(layers_of(item, None).values())), band=band)
     return replace(layer, asset=cell.get("asset") or band)
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -186,10 +187,9 @@ def _offered(
     said = _bands_said(item, asset)
     properties = _properties(item)
     for n, band in enumerate(said or [{}]):
-        fields = {**properties, **asset, **band}
         name = band.get("name")
         common = _common_name(band)
-        transform = _floats(fields.get("proj:transform"), (6, 9))
+        transform = _floats(_first(band, asset, properties, names=("proj:transform",)), (6, 9))
         yield (
             Layer(
                 band=_plain(key) if len(said) <= 1 else f"{_plain(key)}_{n + 1}",
@@ -203,7 +203,7 @@ def _offered(
                 dtype=_first(band, asset, names=("data_type",)),
                 epsg=epsg_of(asset) or epsg_of(properties),
                 transform=transform,
-                shape=_shape(fields.get("proj:shape")),
+                shape=_shape(_first(band, asset, properties, names=("proj:shape",))),
                 samples=max(1, len(said)),
                 declared=bool(said),
                 thermal=common in _THERMAL or "temperature" in (asset.get("roles") or ()),
@@ -231,6 +231,7 @@ def _pixel(key: str, asset: Mapping[str, Any], transform: tuple[float, ...] | No
     return float(suffix.group(1)) if suffix else _number(asset.get("gsd")) or 0.0
 
 
+@lru_cache(maxsize=4096)  # all items of a collection have the same few keys
 def _plain(key: str) -> str:
     """Return an asset's key without what tells copies of one band apart: ``s3_B04_20m.jp2`` is ``B04``."""
     return _S3_TWIN.sub("", _RESOLUTION.sub("", _FILE_SUFFIX.sub("", key))) or key
@@ -238,6 +239,8 @@ def _plain(key: str) -> str:
 
 def _best(layers: Sequence[Layer]) -> Layer:
     """Return the layer to read, the others as its copies; the order of assets does not matter."""
+    if len(layers) == 1:
+        return layers[0]
     first, *others = sorted(layers, key=_rank)
     return replace(first, copies=tuple(others))
 
@@ -276,13 +279,15 @@ def _by_item(offered: Sequence[tuple[Layer, str | None]]) -> dict[str, list[Laye
     chosen: list[str] = []
     for name, own in parted:
         alone = single[name] == 1 if own[0].samples == 1 else many[name] == 1 and not single[name]
-        named = name is not None and alone and not _GENERIC.match(name)
-        chosen.append(name if named and name is not None else own[0].band)
+        key = own[0].band
+        # VV of asset vv is vv, as in items that name no bands
+        named = name is not None and alone and not _GENERIC.match(name) and name.casefold() != key.casefold()
+        chosen.append(name if named and name is not None else key)
     twice = Counter(chosen)
     bands: dict[str, list[Layer]] = {}
     for choice, (_, own) in zip(chosen, parted, strict=True):
         band = choice if twice[choice] == 1 else _whole(own[0])
-        bands[band] = [replace(layer, band=band) for layer in own]
+        bands[band] = own if own[0].band == band else [replace(layer, band=band) for layer in own]
     return bands
 
 

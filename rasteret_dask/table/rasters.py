@@ -54,6 +54,9 @@ def raster_assets(
             rasters[key] = asset
         else:
             left.append((key, reason))
+    for key in [key for key in rasters if key.endswith("-jp2") and key.removesuffix("-jp2") in rasters]:
+        del rasters[key]  # Earth Search's originals, in a bucket whose reader pays
+        left.append((key, f"the same pixels as asset {key.removesuffix('-jp2')!r}, in JPEG 2000"))
     previews = {
         key: why
         for key, asset in rasters.items()
