@@ -86,6 +86,15 @@ def test_other_tables_are_what_they_were() -> None:
     assert [b for b, _ in told_apart(sliced).column("assets")[0].as_py()] == ["nir08"]
 
 
+def test_a_wider_common_name_is_no_other_band() -> None:
+    """STAC 1.0 calls rededge what 1.1 calls rededge071: the same code of the same sensor."""
+    own = rows({"B05": "rededge", "B06": "rededge"}, {"B05": "rededge071", "B06": "rededge075"})
+    assert told_apart(own) is own
+    old, new = (rd.as_collection(own.slice(n, 1), name=f"c{n}") for n in range(2))
+    bands = rd.merge(old, new).harmonize(bands=["B05"]).chips(32, cell_km=1.28).explain()["bands"]
+    assert list(bands.values()) == [["B05"]]
+
+
 def test_a_collection_of_both_reads_each_record_s_own_band() -> None:
     c = rd.as_collection(
         rows({"B05": "nir08", "B04": "red"}, {"B05": "rededge", "B8A": "nir08", "B04": "red"}), name="hls"

@@ -33,7 +33,7 @@ from rasteret_dask.planning.plan import (
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, filter_table, keep_whole, scan
 from rasteret_dask.table.barehrefs import hosts_of, marked
-from rasteret_dask.table.meanings import told_apart
+from rasteret_dask.table.meanings import contradict, told_apart
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import Acquisitions, TimeAxis, acquisitions, intervals, narrowest, regular
 
@@ -302,7 +302,7 @@ def _same_meaning(
             for m, r in zip(members, tables, strict=True)
         }
         every = set().union(*commons.values())
-        if len(every) > 1 and band not in every:
+        if contradict(every) and band not in every:
             shown = "; ".join(f"{', '.join(sorted(own)) or 'unknown'} in {m!r}" for m, own in commons.items())
             raise BandError(
                 f"band {band!r} of source {name!r}", f"a code that means several bands: {shown}", "one band",

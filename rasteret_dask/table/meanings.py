@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["meanings_of", "told_apart"]
+__all__ = ["contradict", "meanings_of", "told_apart"]
 
 _KEY = b"told_apart"
 _MAPS = ("assets", "headers_metadata")
+_WIDER = {
+    "rededge071": "rededge", "rededge075": "rededge", "rededge078": "rededge", "nir08": "nir", "nir09": "nir",
+    "lwir11": "lwir", "lwir12": "lwir",
+}  # fmt: skip
+"""{common name of STAC: the wider one that holds its wavelengths} (eo extension 2.0, Common Band Names)."""
 
 
 def meanings_of(schema: pa.Schema) -> Mapping[str, tuple[str, ...]]:
     """Return {code that means several bands: what these are called}, as :func:`told_apart` found them."""
     text = (schema.metadata or {}).get(_KEY)
     return {} if text is None else {code: tuple(names) for code, names in json.loads(text).items()}
+
+
+def contradict(common_names: Collection[str]) -> bool:
+    """Return whether common names are of different light: ``rededge`` and ``rededge071`` are not, nor nir and nir08."""
+    pairs = itertools.combinations(common_names, 2)
+    return any(a != _WIDER.get(b, b) and b != _WIDER.get(a, a) for a, b in pairs)
 
 
 def told_apart(table: pa.Table) -> pa.Table:
@@ -64,16 +76,17 @@ def _names(assets: pa.Table) -> dict[tuple[str, str], str]:
         if common is not None:
             codes[key].add(common)
             commons[common].add(key)
-    if all(len(own) == 1 for own in (*codes.values(), *commons.values())):
+    several = {code for code, own in codes.items() if contradict(own)}
+    if not several and all(len(own) == 1 for own in commons.values()):
         return {}
     per_record = assets.group_by(["row", "common"], use_threads=False).aggregate([("key", "count")])
     twice = set(per_record.filter(pc.greater(per_record.column("key_count"), 1)).column("common").to_pylist())
     names = {}
     for code, own in codes.items():
         for common in sorted(own):
-            if common not in twice and (len(own) > 1 or len(commons[common]) > 1):
+            if common not in twice and (code in several or len(commons[common]) > 1):
                 names[code, common] = common
-            elif len(own) > 1:
+            elif code in several:
                 names[code, common] = f"{common}_{code}"
     return {pair: name for pair, name in names.items() if pair[0] != name}
 
