@@ -42,6 +42,7 @@ from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.progress import Progress
 from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
+from rasteret_dask.table.leftassets import LeftAssets
 from rasteret_dask.table.rowgroups import hrefs
 from rasteret_dask.table.timing import half_open
 
@@ -311,6 +312,8 @@ def _fill(
             order.name, report.rows, report.added, len(report.broken.items), report.files, report.failed,
             time.monotonic() - begun,
         )  # fmt: skip
+        if report.left.counts:
+            _log.info("build %s: %s", order.name, report.left.note())
         if known is not None and before is not None and not report.added:
             return before
         (folder / SEARCH_FILE).write_text(json.dumps(_said(order, report), indent=1))
@@ -383,7 +386,7 @@ def _how_to_have(order: BuildOrder) -> str:
 
 
 def _from_items(order: BuildOrder, items: Sequence[Item]) -> Collection:
-    broken = LeftOut(order.skip_broken)
+    broken, left = LeftOut(order.skip_broken), LeftAssets()
     if order.query is not None:
         items = [i for i in items if fits(i.data, order.query, f"items of {order.name!r}")]
     table = items_to_table(
@@ -397,11 +400,14 @@ def _from_items(order: BuildOrder, items: Sequence[Item]) -> Collection:
         most=order.max_items,
         broken=broken,
         kinds=order.kinds,
+        left=left,
     )
     _log.info("build %s: %d rows of %d items", order.name, table.num_rows, len(items))
+    if left.counts:
+        _log.info("build %s: %s", order.name, left.note())
     if broken.items:
         warnings.warn(broken.note(order.name), UserWarning, stacklevel=_TO_USER - 1)
-    return _ranged(as_collection(table, name=order.name), order)
+    return _ranged(as_collection(left.marked(table), name=order.name), order)
 
 
 def _ranged(made: Collection, order: BuildOrder) -> Collection:

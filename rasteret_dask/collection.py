@@ -100,7 +100,8 @@ class Collection(TableExits, PixelReads):
         split, split_column
             Records whose column of that name holds ``split``, or one of several.
         **columns
-            Equality on any column or STAC property; a list or tuple means any of its values.
+            Equality on any column or STAC property; a list or tuple means any of its values. ``readable=True`` and
+            ``has_bands=[...]`` as in :meth:`where`.
         """
         where: list[Predicate] = []
         if bbox is not None:
@@ -126,7 +127,9 @@ class Collection(TableExits, PixelReads):
         *triples
             Triples ``("eo:cloud_cover", "<", 20)``, or one triple's three parts.
         **columns
-            Equality on columns; ``readable=True`` keeps records whose needed headers were all readable.
+            Equality on columns. ``has_bands=["nir", ...]`` keeps records that have all of these bands, each by code,
+            common name or asset key. ``readable=True`` keeps records that have every band that is needed, with a
+            header that could be read. ``explain()`` counts what both leave out.
 
         Examples
         --------
@@ -171,7 +174,8 @@ class Collection(TableExits, PixelReads):
         Parameters
         ----------
         bands
-            Common names or the sensors' own codes; None: the bands that all members share.
+            Common names or the sensors' own codes; a code that means two bands is refused. None: the bands that
+            all records have, quality bands aside; ``explain()`` says which others it leaves.
         units
             ``"physical"`` (or ``"auto"``): each band in the unit of its kind, with the scale and offset of each
             record: reflectance, kelvin, unit vectors of embeddings; classes and bit fields as they are. ``"raw"``:

@@ -33,6 +33,7 @@ from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.table.anytable import as_arrow
 from rasteret_dask.table.assetkinds import check_kind_names, with_kinds
 from rasteret_dask.table.barehrefs import holds_credentials, hosts_of, marked, stripped
+from rasteret_dask.table.leftassets import LeftAssets
 from rasteret_dask.table.rasteretio import header_columns
 from rasteret_dask.table.records import RECORD_SCHEMA, conform
 from rasteret_dask.table.rowgroups import hrefs
@@ -145,7 +146,7 @@ def as_collection(table: Any, *, name: str | None = None, data_source: str | Non
                 f"build_from_table(table, name={called!r}) reads the headers, once.",
             )
         before = hosts_of(whole.schema) or ()
-        records = marked(stripped(conform(whole, called)), before)
+        records = LeftAssets.of(whole.schema).marked(marked(stripped(conform(whole, called)), before))
         warn_signed(called, [host for host in hosts_of(records.schema) or () if host not in before])
     source = data_source or told.get("data_source")
     if source:
@@ -225,7 +226,9 @@ def load(path: str | os.PathLike[str], name: str | None = None, *, headers: bool
             check_hrefs(hrefs(data), place)
         return as_collection(data, name=called)
     if "stac_version" in schema.names:
-        return as_collection(items_to_table(read_items(place), name=called, headers=headers), name=called)
+        left = LeftAssets()
+        table = items_to_table(read_items(place), name=called, headers=headers, left=left)
+        return as_collection(left.marked(table), name=called)
     if {"id", "datetime", "geometry", "assets"} <= set(schema.names):
         return build_from_table(place, name=called, headers=headers)
     raise SchemaError(f"table {redact(place)}", *_unknown(schema, called))

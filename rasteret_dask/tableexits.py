@@ -19,6 +19,7 @@ from rasteret_dask.planning.plan import Node, leaves
 from rasteret_dask.planning.scan import Table
 from rasteret_dask.table.barehrefs import marks
 from rasteret_dask.table.export import export as write_export
+from rasteret_dask.table.leftassets import LeftAssets
 from rasteret_dask.table.rasteretio import to_rasteret
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 
@@ -112,6 +113,8 @@ class TableExits:
             said["rasteret_collection_version"] = "1"
         metadata = {key.encode(): value.encode() for key, value in said.items()}
         metadata |= marks(recordtable.signed_hosts(self.plan, self._tables))
+        for leaf in leaves(self.plan):
+            metadata |= LeftAssets.of(self._tables[leaf.token].schema).metadata()
         return metadata if layout == "rasteret" else metadata | table_metadata()
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
@@ -122,6 +125,33 @@ class TableExits:
 
     def __len__(self) -> int:
         return recordtable.count(self.plan, self._tables)
+
+    def left_out(self) -> pa.Table:
+        """Return the assets of the items that became no band of any record, and why.
+
+        Returns
+        -------
+        pyarrow.Table
+            A row for each member, asset key and reason: ``member``, ``asset``, ``reason``, ``records`` (how many items
+            have it) and ``example`` (the id of one). Thumbnails and metadata, previews beside the data, further copies
+            of a band (``B04_20m`` beside ``B04_10m``), assets that the catalog's dataset does not know, and bands that
+            ``bands=`` did not name. It tells what :func:`build`, :func:`build_from_stac` and :func:`refresh` saw;
+            steps since then change nothing. Empty for tables that were not built from items.
+
+        Examples
+        --------
+        >>> import rasteret_dask as rd
+        >>> item = {"type": "Feature", "stac_version": "1.0.0", "id": "a", "geometry": None, "bbox": [15, 50, 16, 51],
+        ...         "links": [], "properties": {"datetime": "2024-06-01T10:00:00Z", "proj:epsg": 32633,
+        ...                                     "proj:shape": [9, 9], "proj:transform": [9, 0, 5e5, 0, -9, 6e6]},
+        ...         "assets": {"red": {"href": "s3://bucket/red.tif"}, "quicklook": {"href": "s3://bucket/q.png"}}}
+        >>> rd.build_from_stac([item], name="a", headers=False).left_out().column("asset").to_pylist()
+        ['quicklook']
+        """
+        return pa.concat_tables(
+            LeftAssets.of(self._tables[source.token].schema).table(source.name)
+            for source in leaves(self.plan)
+        )
 
     @cached_property
     def name(self) -> str:

@@ -612,8 +612,8 @@ def test_readable_only_helps_and_is_counted(gappy: rd.Collection) -> None:
         used = {f["record"] for feeds in chips.table.column("feeds").to_pylist() for f in feeds}
         assert used == {"whole"}
         said = chips.explain()
-        assert said["dropped"]["record with an unreadable asset (gappy)"] == 2
-        assert "2: record with an unreadable asset" in str(said)
+        assert said["dropped"]["record that lacks a band or has an unreadable asset (gappy)"] == 2
+        assert "2: record that lacks a band or has an unreadable asset" in str(said)
     assert len(gappy.where(readable=True).harmonize(bands=["red"]).chips(32, cell_km=CELL_KM)) > 300
 
 

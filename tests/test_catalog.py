@@ -155,8 +155,10 @@ def test_bands_are_what_real_items_hold(data: Path, id_: str, name: str) -> None
         assert entry.time_start is not None
         assert item["properties"]["datetime"] >= entry.time_start
         layers = layers_of(item, dataset)
-        assert set(layers) == {band.code for band in dataset.bands}
-        for band in dataset.bands:
+        # what only Landsat 4, 5 and 7 have; the items are of 8 and 9
+        older = {"lwir", "cloud_qa", "atmos_opacity"} if dataset.renumbered else set()
+        assert set(layers) == {band.code for band in dataset.bands} - older
+        for band in (band for band in dataset.bands if band.code not in older):
             assert layers[band.code].asset == band.asset
             asset = item["assets"][band.asset]
             said = asset.get("raster:bands", [{}])[0]

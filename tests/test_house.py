@@ -21,13 +21,13 @@ PACKAGE = ROOT / "rasteret_dask"
 # fmt: off
 ORDER = {
     "": "_version errors extras formats progress footprint grid extent",
-    "rules": "kinds",
+    "rules": "kinds values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
            "awaiting signatureplugin signatures",
     "headers": "nodata page tiff gdal sidecar reader",
-    "table": "assetkinds itemkinds schema barehrefs anytable records rasteretio geoparquet export layers facts "
-             "rowgroups timing",
+    "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
+             "layers leftassets facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry "
                 "recordtable",

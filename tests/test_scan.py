@@ -19,7 +19,7 @@ from made_records import record, table
 import rasteret_dask as rd
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.planning.sampling import hash_unit, sample_rows
-from rasteret_dask.planning.scan import filter_table, keep_readable, scan, token_of
+from rasteret_dask.planning.scan import filter_table, keep_whole, scan, token_of
 from rasteret_dask.table.records import Records
 
 OPERATORS = {
@@ -166,9 +166,9 @@ def test_bands_of_a_slice_are_its_own() -> None:
 
 def test_readable_looks_at_the_bands_that_are_left() -> None:
     where = (("readable", "==", True),)
-    assert len(keep_readable(TABLE, where)) == 8
-    assert len(keep_readable(scan(Source("t", "k", (), ("red",)), {"k": TABLE}), where)) == 9
-    assert len(keep_readable(TABLE, (("readable", "==", False),))) == 1
+    assert len(keep_whole(TABLE, where)) == 8
+    assert len(keep_whole(scan(Source("t", "k", (), ("red",)), {"k": TABLE}), where)) == 9
+    assert len(keep_whole(TABLE, (("readable", "==", False),))) == 1
 
 
 def test_hashes_are_what_the_documentation_says() -> None:

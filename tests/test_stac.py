@@ -437,3 +437,28 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         table_to_records(table, name="mine")
     with pytest.raises(SchemaError, match="column_map"):
         table_to_records(table, name="mine", column_map={"nope": "id"})
+
+
+def test_numbers_of_a_table_s_bands_are_those_of_records(tmp_path: Path) -> None:
+    """Records call Landsat's bands by OLI's numbers, on Landsat 5 too: a table's B4 is red, as the table says."""
+    path = str(raster(tmp_path / "a.tif"))
+    bands = {"B4": 4, "lwir": 6, "my band_20m": 1}
+    made = pa.table(
+        {
+            "id": ["a"], "datetime": ["2010-01-09T16:13:46Z"], "geometry": pa.array([None], pa.binary()),
+            "platform": ["landsat-5"], "collection": ["landsat-c2-l2"],
+            "assets": pa.array(
+                [[(band, {"href": path}) for band in bands]],
+                pa.map_(pa.string(), pa.struct([("href", pa.string())])),
+            ),
+        }
+    )  # fmt: skip
+    found = assets(Records(table_to_records(made, name="table")))
+    assert {band: own["common_name"] for band, own in found.items()} == {
+        "B4": "red", "lwir": "lwir", "my band_20m": None,
+    }  # fmt: skip
+    assert (found["lwir"]["role"], found["lwir"]["scale"], found["lwir"]["offset"]) == (
+        "temperature",
+        0.00341802,
+        149,
+    )

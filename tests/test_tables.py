@@ -60,6 +60,7 @@ STEPS: dict[str, Callable[[rd.Collection], rd.Collection]] = {
     "month": lambda c: c.subset(date_range=("2024-02", "2024-03")),
     "property": lambda c: c.where(view=1),
     "readable": lambda c: c.where(readable=True),
+    "has bands": lambda c: c.where(has_bands=["red", "SCL"]),
     "nothing": lambda c: c.subset(cloud_cover_lt=0),
     "sample": lambda c: c.sample(3),
     "filtered sample": lambda c: c.sample(5).subset(cloud_cover_lt=55),

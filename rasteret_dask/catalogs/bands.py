@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rasteret_dask.rules.kinds import KindName
 
-__all__ = ["Band", "Dataset", "Radiometry", "Role", "radiometry"]
+__all__ = ["TM_NUMBERS", "Band", "Dataset", "Radiometry", "Role", "radiometry"]
 
 Role = Literal["data", "quality"]
 """``"quality"``: serves the other bands, and is left out where none is named."""
@@ -42,6 +42,13 @@ class Band:
     """NumPy name of the type it is stored in, None where unknown."""
     gsd_m: float | None = None
     """Size of a pixel, metres; None where it differs between files."""
+    optional: bool = False
+    """True: kept only where it is asked for by name, so that nobody else waits for its header."""
+
+
+TM_NUMBERS = {"B1": "B2", "B2": "B3", "B3": "B4", "B4": "B5", "B5": "B6", "B6": "lwir", "B7": "B7"}
+"""{number on Landsat 4, 5 (TM) and 7 (ETM+): what records call the band}: OLI's number of the same light. Table 1 of
+the Landsat 4-7 Collection 2 Level 2 Science Product Guide (LSDS-1618)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,7 @@ class Dataset:
     radiometry: str | None = None
     """Name of a rule of :func:`radiometry` that needs an item's properties, or None."""
     renumbered: bool = False
-    """True where older platforms give a code to another band (Landsat): the common name tells."""
+    """True where Landsat 4, 5 and 7 give a code to another band (``TM_NUMBERS``)."""
 
 
 @dataclass(frozen=True, slots=True)

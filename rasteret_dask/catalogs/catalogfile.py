@@ -28,7 +28,7 @@ _ID = re.compile(r"[A-Za-z0-9_][\w.\-]*(/[A-Za-z0-9_][\w.\-]*)*", re.ASCII)
 _PIXELS = {
     "kind": str, "role": str, "scale": float, "offset": float, "nodata": float, "dtype": str, "gsd_m": float,
 }  # fmt: skip
-_BAND = {"code": str, "asset": str, "common_name": str, "band_index": int, **_PIXELS}
+_BAND = {"code": str, "asset": str, "common_name": str, "band_index": int, "optional": bool, **_PIXELS}
 _DATASET = {"like": str, "bands": list, "radiometry": str, "renumbered": bool, "asset": str, **_PIXELS}
 _ENTRY = {
     "title": str, "dataset": str, "stac_api": str, "collection": str, "catalog": str, "index": str, "columns": dict,

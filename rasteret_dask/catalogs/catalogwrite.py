@@ -70,8 +70,8 @@ def register(
         Take bands and rules of this dataset or id (``"sentinel-2-l2a"``, ``"pc/landsat-c2-l2"``).
     bands
         Bands, as codes (``["R", "G", "B"]``: one file each, or with ``index`` one file of all) or as dicts of code,
-        asset, common_name, kind, role, band_index, scale, offset, nodata, dtype, gsd_m. Neither ``like`` nor ``bands``:
-        each item names its own.
+        asset, common_name, kind, role, band_index, scale, offset, nodata, dtype, gsd_m, optional (kept only where it
+        is asked for). Neither ``like`` nor ``bands``: each item names its own.
     stores
         Places (``s3://bucket``, ``https://host``) to which ``access``, ``region`` and ``signer`` apply.
     region

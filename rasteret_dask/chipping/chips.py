@@ -230,7 +230,9 @@ def _fill(
 ) -> PlannedChips:
     """Find what feeds each candidate window and keep the windows that every source covers."""
     dropped = {f"record replaced by a newer baseline ({s.plan.name})": s.passes.replaced for s in sources}
-    dropped |= {f"record with an unreadable asset ({s.plan.name})": s.unreadable for s in sources}
+    dropped |= {
+        f"record that lacks a band or has an unreadable asset ({s.plan.name})": s.unreadable for s in sources
+    }
     dropped = {k: v for k, v in dropped.items() if v}
     laid = lay(spec, sources, reference, found, frame)
     dropped |= {why: count for why, count in laid.lost.items() if count}

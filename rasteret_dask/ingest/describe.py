@@ -218,6 +218,8 @@ def _role(layer: Layer) -> Role:
 def _kind(layer: Layer, header: Header | None) -> KindName | None:
     """Return what the numbers are: as the catalog says, else the item, else its name, else the file."""
     kind = (layer.known.kind if layer.known else None) or layer.kind
+    if kind is None and layer.known is None and layer.thermal:
+        return "temperature"
     if kind is None and _role(layer) == "quality":
         return quality_kind(layer.band)
     return header.kind_of(layer.band_index) if kind is None and header is not None else kind

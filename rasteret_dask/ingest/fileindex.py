@@ -140,7 +140,7 @@ def _item(
     if said.get("year") is not None:
         year = int(said["year"])
         properties["datetime"] = properties["start_datetime"] = f"{year:04d}-01-01T00:00:00Z"
-        properties["end_datetime"] = f"{year + 1:04d}-01-01T00:00:00Z"
+        properties["end_datetime"] = f"{min(year + 1, dt.MAXYEAR):04d}-01-01T00:00:00Z"
     elif said.get("datetime") is not None:
         properties["datetime"] = said["datetime"]
     epsg = _epsg(said)

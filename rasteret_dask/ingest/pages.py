@@ -31,7 +31,9 @@ from rasteret_dask.ingest.stac import (
     draft_of,
     meets,
     rows_to_table,
+    spare_hrefs,
     version_of,
+    with_copies,
 )
 from rasteret_dask.net.remote import public
 from rasteret_dask.progress import Progress
@@ -39,6 +41,7 @@ from rasteret_dask.table import geoparquet
 from rasteret_dask.table.assetkinds import with_kinds
 from rasteret_dask.table.barehrefs import hosts_of, marks, signed_in
 from rasteret_dask.table.layers import Layer, check_bands, check_kinds
+from rasteret_dask.table.leftassets import LeftAssets
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import acquisitions
 
@@ -128,6 +131,8 @@ class BuildReport:
     """Made from the items; with a known table, the new and the replaced ones."""
     broken: LeftOut = field(default_factory=lambda: LeftOut(True))
     """Items left out."""
+    left: LeftAssets = field(default_factory=LeftAssets)
+    """Assets that became no band."""
     twice: int = 0
     """Items left out as another of the same id is as new or newer."""
     replaced: int = 0
@@ -196,7 +201,10 @@ def ingest(
         When no item has a band that was asked for.
     """
     report = BuildReport(broken=LeftOut(recipe.skip_broken))
-    signed: set[str] = set() if known is None else set(hosts_of(pq.read_schema(known.path)) or ())
+    before = None if known is None else pq.read_schema(known.path)
+    signed: set[str] = set() if before is None else set(hosts_of(before) or ())
+    if before is not None:
+        report.left = LeftAssets.of(before)
 
     def tables() -> Iterator[pa.Table]:
         if known is not None:
@@ -204,6 +212,7 @@ def ingest(
         for table in _tables(batches, recipe, report, progress, known):
             signed.update(signed_in(table))
             metadata.update(marks(tuple(signed)))
+            metadata.update(report.left.metadata())
             yield table
 
     def choose(staged: pa.Table) -> NDArray[np.int64]:
@@ -254,9 +263,9 @@ def _tables(
             hrefs = dict.fromkeys(layer.href for draft in drafts for layer in draft.layers)
             coming.append((drafts, {h: reader.submit(h) for h in hrefs} if recipe.headers else None))
             if len(coming) > AHEAD:
-                yield _table(*coming.popleft(), recipe, report)
+                yield _table(*coming.popleft(), reader, recipe, report)
         while coming:
-            yield _table(*coming.popleft(), recipe, report)
+            yield _table(*coming.popleft(), reader, recipe, report)
     if recipe.headers and report.files and report.failed == report.files:
         raise _no_headers(recipe, report)
     if not report.added and known is None:
@@ -310,13 +319,20 @@ def _drafts(
 def _table(
     drafts: list[Draft],
     coming: Mapping[str, Future[Header | str]] | None,
+    reader: HeaderReader,
     recipe: Recipe,
     report: BuildReport,
 ) -> pa.Table:
     found = None if coming is None else {href: future.result() for href, future in coming.items()}
+    if found is not None:
+        spare = {href: reader.submit(href) for href in dict.fromkeys(spare_hrefs(drafts, found))}
+        found |= {href: future.result() for href, future in spare.items()}
+        drafts = [with_copies(draft, found) for draft in drafts]
+    report.left.add(drafts)
+    needed = {layer.href for draft in drafts for layer in draft.layers}  # not those that a copy stands in for
     for href, header in (found or {}).items():
         report.files += 1
-        if isinstance(header, str):
+        if isinstance(header, str) and href in needed:
             report.failed += 1
             if len(report.unreadable) < _LISTED:
                 report.unreadable[public(href)] = header

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.catalog import dataset_of, known_dataset
 from rasteret_dask.catalogs.credentials import cleaned
 from rasteret_dask.catalogs.signing import keep_apart
-from rasteret_dask.errors import SchemaError, SourceError
+from rasteret_dask.errors import SchemaError, SourceError, TrustError
 from rasteret_dask.footprint import area_of, corners_of, outline_of
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.ingest.describe import contradictions, contradictions_note, describe
@@ -28,7 +28,9 @@ from rasteret_dask.net.trust import checked, resolve
 from rasteret_dask.rules.kinds import KindName
 from rasteret_dask.table.assetkinds import with_kinds
 from rasteret_dask.table.facts import Range, facts_of, instant, range_of, version_of
-from rasteret_dask.table.layers import Layer, check_bands, check_kinds, layers_of, restrict
+from rasteret_dask.table.layers import Layer, check_bands, check_kinds, offer_of, restrict
+from rasteret_dask.table.leftassets import LeftAssets
+from rasteret_dask.table.rasters import LeftAsset
 from rasteret_dask.table.records import RECORD_SCHEMA, conform
 
 __all__ = [
@@ -47,7 +49,9 @@ __all__ = [
     "range_of",
     "read_items",
     "rows_to_table",
+    "spare_hrefs",
     "version_of",
+    "with_copies",
 ]
 
 _LANDSATLOOK = "https://landsatlook.usgs.gov/data/"  # asks for a login; the same files lie in a public bucket
@@ -72,6 +76,7 @@ def items_to_table(
     most: int | None = None,
     broken: LeftOut | None = None,
     kinds: tuple[tuple[str, KindName], ...] = (),
+    left: LeftAssets | None = None,
 ) -> pa.Table:
     """Turn STAC items into a record table.
 
@@ -100,6 +105,8 @@ def items_to_table(
         Takes the broken items, where they are to be left out; None: the first one is an error.
     kinds
         (band, kind) pairs: what the user says of bands.
+    left
+        Takes the assets that become no band.
 
     Returns
     -------
@@ -137,6 +144,8 @@ def items_to_table(
     found = None
     if headers:
         found = read_headers([layer.href for d in drafts for layer in d.layers], workers)
+        found |= read_headers(spare_hrefs(drafts, found), workers)
+        drafts = [with_copies(draft, found) for draft in drafts]
     rows = []
     for draft in drafts:
         with broken.of(draft.row["id"]):
@@ -144,6 +153,8 @@ def items_to_table(
     counts = sum((contradictions(row["assets"]) for row in rows), Counter[str]())
     if counts:
         warnings.warn(contradictions_note(name, counts), UserWarning, stacklevel=4)
+    if left is not None:
+        left.add(drafts)
     table, _ = rows_to_table(rows, broken)
     if not table.num_rows:
         raise _none_left(name, len(items), broken)
@@ -242,6 +253,8 @@ class Draft:
     """All bands the item has."""
     properties: Mapping[str, Any]
     """Of the item."""
+    left: tuple[LeftAsset, ...] = ()
+    """Assets that become no band of the row."""
 
 
 def draft_of(item: Item, rules: Rules) -> Draft | None:
@@ -258,17 +271,48 @@ def draft_of(item: Item, rules: Rules) -> Draft | None:
     try:
         if not meets(row, rules):
             return None
-        offered = layers_of(item.data, rules.dataset or dataset_of(row["collection"]))
-        layers = restrict(offered, rules.bands)
+        offer = offer_of(item.data, rules.dataset or dataset_of(row["collection"]))
+        layers = restrict(offer.layers, rules.bands)
         for layer in layers.values():
             check_href(layer.href, f"item {item.id!r}, asset {short(layer.asset)!r}")
-        return Draft(row, tuple(_placed(item, layers)), offered, item.data["properties"])
+        left = (*offer.left, *_unasked(offer.layers, layers))
+        return Draft(row, tuple(_placed(item, layers)), offer.layers, item.data["properties"], left)
     except SourceError:
         raise
     except BROKEN as error:
         raise SourceError(
             f"item {item.id!r}", f"assets that cannot be read ({reason_of(error)})", "a STAC item"
         ) from error
+
+
+def _unasked(offered: Mapping[str, Layer], kept: Mapping[str, Layer]) -> list[LeftAsset]:
+    """Return the assets of bands that were not asked for."""
+    assets = {layer.asset for layer in kept.values()}
+    unasked = {layer.asset: layer for layer in offered.values() if layer.asset not in assets}
+    return [
+        (key, f"band {layer.band!r} is kept only where bands= names it" if layer.known is not None
+        and layer.known.optional else f"band {layer.band!r} is not among bands=")
+        for key, layer in unasked.items()
+    ]  # fmt: skip
+
+
+def spare_hrefs(drafts: Iterable[Draft], found: Mapping[str, Header | str]) -> list[str]:
+    """Return the files to look at as well: copies of bands whose files have no readable header."""
+    layers = (layer for draft in drafts for layer in draft.layers if isinstance(found.get(layer.href), str))
+    return [copy.href for layer in layers for copy in layer.copies if copy.href not in found]
+
+
+def with_copies(draft: Draft, found: Mapping[str, Header | str]) -> Draft:
+    """Return a draft that takes each band from the first of its files that has a readable header."""
+    layers, left = [], dict(draft.left)
+    for layer in draft.layers:
+        readable = [one for one in (layer, *layer.copies) if isinstance(found.get(one.href), Header)]
+        best = readable[0] if readable else layer
+        if best is not layer:
+            left.pop(best.asset, None)
+            left[layer.asset] = f"its header cannot be read: band {layer.band!r} is taken from a copy"
+        layers.append(best)
+    return replace(draft, layers=tuple(layers), left=tuple(left.items()))
 
 
 def completed(draft: Draft, found: Mapping[str, Header | str] | None) -> dict[str, Any]:
@@ -391,13 +435,20 @@ def _placed(item: Item, layers: Mapping[str, Layer]) -> list[Layer]:
     """Return the layers with absolute hrefs that their origin may name."""
     placed = []
     for layer in layers.values():
-        href = resolve(layer.href, item.base)
-        subject = f"item {item.id!r}, asset {layer.asset!r}"
-        # what is written counts too: joined to a base, VRT text or /vsi would look like a plain path
-        checked(
-            layer.href if layer.href.lstrip().startswith("<") else href, local=item.local, subject=subject
-        )
-        if href.startswith(_LANDSATLOOK):
-            href = "s3://usgs-landsat/" + href.removeprefix(_LANDSATLOOK)
-        placed.append(replace(layer, href=keep_apart(href)))
+        copies = []
+        for copy in layer.copies:
+            with suppress(TrustError, SourceError):  # one that must not be opened is none
+                check_href(copy.href, f"item {item.id!r}, asset {short(copy.asset)!r}")
+                copies.append(replace(copy, href=_place(item, copy)))
+        placed.append(replace(layer, href=_place(item, layer), copies=tuple(copies)))
     return placed
+
+
+def _place(item: Item, layer: Layer) -> str:
+    href = resolve(layer.href, item.base)
+    subject = f"item {item.id!r}, asset {layer.asset!r}"
+    # what is written counts too: joined to a base, VRT text or /vsi would look like a plain path
+    checked(layer.href if layer.href.lstrip().startswith("<") else href, local=item.local, subject=subject)
+    if href.startswith(_LANDSATLOOK):
+        href = "s3://usgs-landsat/" + href.removeprefix(_LANDSATLOOK)
+    return keep_apart(href)

@@ -26,7 +26,7 @@ from rasteret_dask.headers.nodata import number_of, spelled, text_of
 from rasteret_dask.headers.reader import read_headers
 from rasteret_dask.ingest.describe import Described, contradictions, contradictions_note, describe
 from rasteret_dask.ingest.sources import BROKEN, check_href, is_from_afar, read_table, reason_of, short
-from rasteret_dask.ingest.stac import LeftOut, facts_of, known_dataset, rows_to_table
+from rasteret_dask.ingest.stac import LeftOut, facts_of, instant, known_dataset, rows_to_table
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
 from rasteret_dask.rules.kinds import KINDS, KindName, quality_kind
@@ -271,14 +271,17 @@ def _with_plain_types(table: pa.Table, name: str) -> pa.Table:
 
 def _with_years(table: pa.Table, years: pa.ChunkedArray) -> pa.Table:
     """Return a table of annual scenes with their intervals, unless it tells its own."""
-    for column, first in (("start_datetime", years), ("end_datetime", pc.add(years, 1))):
+    following = pc.min_element_wise(
+        pc.add(years, 1), pa.scalar(dt.MAXYEAR)
+    )  # which no column of times passes
+    for column, first in (("start_datetime", years), ("end_datetime", following)):
         if column not in table.column_names:
             table = table.append_column(column, _new_year(first))
     return table
 
 
 def _new_year(years: pa.ChunkedArray) -> pa.ChunkedArray:
-    text = pc.binary_join_element_wise(years.cast(pa.string()), "01-01", "-")
+    text = pc.binary_join_element_wise(pc.utf8_lpad(years.cast(pa.string()), 4, "0"), "01-01", "-")
     return pc.strptime(text, format="%Y-%m-%d", unit="us")
 
 
@@ -298,9 +301,7 @@ def _times(column: pa.ChunkedArray, field: str, name: str) -> pa.ChunkedArray:
     kind = pa.timestamp("us", tz="UTC")
     try:
         if _is_text(column.type):
-            texts = [None if t is None else dt.datetime.fromisoformat(t) for t in column.to_pylist()]
-            aware = [t if t is None or t.tzinfo else t.replace(tzinfo=dt.UTC) for t in texts]
-            return pa.chunked_array([pa.array(aware, kind)])
+            return pa.chunked_array([pa.array([instant(t) for t in column.to_pylist()], kind)])
         if pa.types.is_timestamp(column.type):  # finer than microseconds is cut, not refused
             return column.cast(pa.timestamp("us", tz=column.type.tz), safe=False).cast(kind)
         return column.cast(pa.timestamp("us")).cast(kind)
@@ -344,8 +345,11 @@ def _layers(row: Mapping[str, Any], dataset: str | None, place: str | None) -> l
 def _layer(row: Mapping[str, Any], band: str, cell: Mapping[str, Any], known: Dataset | None) -> Layer:
     # a table's band is one band of its file, whatever the file is called
     asset = {**cell, "type": "image/tiff", "bands": [{"name": band}]}
-    item = {"assets": {band: asset}, "properties": row}
-    layer = next(iter(layers_of(item, known).values()), None) or layers_of(item, None)[band]
+    # and in records Landsat's numbers are OLI's, whatever the platform
+    item = {"assets": {band: asset}, "properties": {**row, "platform": None, "eo:platform": None}}
+    layer = next(iter(layers_of(item, known).values()), None)
+    if layer is None:
+        layer = replace(next(iter(layers_of(item, None).values())), band=band)
     return replace(layer, asset=cell.get("asset") or band, kind=_kind(band, cell) or layer.kind)
 
 

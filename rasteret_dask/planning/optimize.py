@@ -23,6 +23,7 @@ from rasteret_dask.planning.plan import (
     near_area,
     with_children,
 )
+from rasteret_dask.planning.scan import named_in
 from rasteret_dask.rules.masks import ANY_QUALITY
 from rasteret_dask.rules.picks import Scored
 
@@ -92,6 +93,8 @@ def _bands(
 
     ``rules`` are those that its mask and pick need beside them, ``clouds`` those of rules on pixels.
     """
+    if isinstance(node, Source | Filter) and wanted is not None:
+        wanted = tuple(dict.fromkeys((*wanted, *named_in(node.where))))
     if isinstance(node, Source):
         if node.bands is not None or wanted is None:
             return node

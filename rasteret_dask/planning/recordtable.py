@@ -16,7 +16,7 @@ from rasteret_dask.errors import SchemaError
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import Harmonize, Map, Merge, Node, Source, leaves
 from rasteret_dask.planning.resolve import evaluate
-from rasteret_dask.planning.scan import Table, expression, filter_batches, keep_readable, pushed_filter, scan
+from rasteret_dask.planning.scan import Table, expression, filter_batches, keep_whole, pushed_filter, scan
 from rasteret_dask.table import rowgroups
 from rasteret_dask.table.barehrefs import hosts_of
 from rasteret_dask.table.records import Records
@@ -214,13 +214,13 @@ def _scans(node: Node) -> tuple[Source, ...] | None:
 
 
 def _parts(source: Source, tables: Mapping[str, Table], columns: list[str]) -> Iterator[pa.Table]:
-    readable = any(p[0] == "readable" for p in source.where)
-    if not readable and (source.bands is None or not {"assets", "headers_metadata"} & set(columns)):
+    on_assets = any(p[0] in ("readable", "has_bands") for p in source.where)
+    if not on_assets and (source.bands is None or not {"assets", "headers_metadata"} & set(columns)):
         for batch in filter_batches(tables[source.token], source.where, source.name, columns):
             yield pa.Table.from_batches([batch])
         return
     found = scan(source, tables, list(dict.fromkeys([*columns, "assets"])))
-    yield keep_readable(found, source.where).select(columns)
+    yield keep_whole(found, source.where, source.bands).select(columns)
 
 
 def _is_pushed(source: Source, tables: Mapping[str, Table]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,7 @@ from rasteret_dask.planning.plan import (
     step_name,
 )
 from rasteret_dask.planning.sampling import sample_rows
-from rasteret_dask.planning.scan import Table, filter_table, keep_readable, scan
+from rasteret_dask.planning.scan import Table, filter_table, keep_whole, scan
 from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.rules.masks import QUALITY, Mask, quality_among, settled, words_of
 from rasteret_dask.rules.picks import Closest, Pick, Scored, pick_named
@@ -41,6 +42,7 @@ from rasteret_dask.rules.pixels import PixelRules
 from rasteret_dask.rules.stored import Store
 from rasteret_dask.rules.units import Raw, Unit, Units
 from rasteret_dask.table.barehrefs import hosts_of, marked
+from rasteret_dask.table.meanings import contradict, told_apart
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import Acquisitions, TimeAxis, acquisitions, intervals, narrowest, regular
 
@@ -144,7 +146,9 @@ class MemberTable:
     where: tuple[Any, ...]
     maps: tuple[Function, ...] = ()
     unreadable: int = 0
-    """Records that ``where(readable=True)`` left out."""
+    """Records that ``where(readable=True)`` or ``where(has_bands=...)`` left out."""
+    wanted: tuple[str, ...] | None = None
+    """The bands that the steps above need; None: all."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class ResolvedSource:
     passes: Acquisitions
     axis: TimeAxis | None
     unreadable: int = 0
-    """Records that ``where(readable=True)`` left out."""
+    """Records that ``where(readable=True)`` or ``where(has_bands=...)`` left out."""
 
     @cached_property
     def id_rank(self) -> NDArray[np.int64]:
@@ -174,7 +178,8 @@ def evaluate(node: Node, tables: Mapping[str, Table]) -> list[MemberTable]:
     """Carry out the steps that choose records, and gather what the others ask for."""
     match node:
         case Source():
-            member = MemberTable(node.name, scan(node, tables), HarmonizeSpec(), node.where)
+            table = told_apart(scan(node, tables))
+            member = MemberTable(node.name, table, HarmonizeSpec(), node.where, wanted=node.bands)
             return [_readable_only(member, node.where)]
         case Filter(child, where):
             found = [
@@ -201,7 +206,7 @@ def evaluate(node: Node, tables: Mapping[str, Table]) -> list[MemberTable]:
 
 
 def _readable_only(member: MemberTable, where: Sequence[Predicate]) -> MemberTable:
-    table = keep_readable(member.table, where)
+    table = keep_whole(member.table, where, member.wanted)
     lost = member.table.num_rows - table.num_rows
     return dataclasses.replace(member, table=table, unreadable=member.unreadable + lost)
 
@@ -246,6 +251,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     kinds = band_kinds(name, tables, codes, bands)
     tables = [Records(table) for table in with_one_kind([r.table for r in tables], codes, kinds)]
     check_kernel(name, spec.resampling, kinds)
+    _same_meaning(name, bands, tables, resolved)
     all_readable(tables, resolved)
     for table, one in zip(tables, resolved, strict=True):
         alike(one.name, table, one.bands)
@@ -298,25 +304,57 @@ def _common(name: str, step: str, found: Sequence[Any]) -> Any:
 
 
 def _default_bands(name: str, tables: list[Records]) -> tuple[str, ...]:
-    def of(records: Records) -> list[tuple[str, str | None]]:
-        found = []
+    """Return the bands that every record has: by common name where members call them differently."""
+    held: list[dict[str, tuple[str | None, int]]] = []
+    for records in tables:
+        held.append({})
         for band in records.bands:
-            roles = pc.unique(records.asset_field(band, "role")).to_pylist()
-            if "quality" not in roles:
-                common = [c for c in pc.unique(records.asset_field(band, "common_name")).to_pylist() if c]
-                found.append((band, common[0] if common else None))
-        return found
-
-    first = of(tables[0])
+            if "quality" not in pc.unique(records.asset_field(band, "role")).to_pylist():
+                commons = [c for c in pc.unique(records.asset_field(band, "common_name")).to_pylist() if c]
+                count = len(records) - records.asset_field(band, "href").null_count
+                held[-1][band] = (commons[0] if commons else None, count)
+    first = held[0]
     if not first:
         raise PlanError(f"source {name!r}", "records without any band", "assets that are rasters")
+    whole = [
+        {b: c for b, (c, count) in own.items() if count == len(r)}
+        for own, r in zip(held, tables, strict=True)
+    ]
     if len(tables) == 1:
-        return tuple(band for band, _ in first)
-    shared = [c for _, c in first if c and all(c in {n for _, n in of(t)} for t in tables[1:])]
-    same = [b for b, _ in first if all(b in {n for n, _ in of(t)} for t in tables[1:])]
-    if not (shared or same):
-        raise PlanError(f"source {name!r}", "members without a common band", "harmonize(bands=[...])")
-    return tuple(shared or same)
+        shared = list(whole[0])
+    else:
+        shared = [c for c in whole[0].values() if c and all(c in own.values() for own in whole[1:])]
+        shared = shared or [b for b in whole[0] if all(b in own for own in whole[1:])]
+    if not shared:
+        total = sum(map(len, tables))
+        counts: Counter[str] = Counter()
+        for own in held:
+            for band, (common, count) in own.items():
+                counts[common or band] += count
+        shown = ", ".join(f"{band} in {count}" for band, count in counts.most_common(MAX_LISTED))
+        raise PlanError(
+            f"bands of source {name!r}", f"none that all {total} records have ({shown})", "harmonize(bands=[...])",
+            "Choose bands, and the records that have them: .where(has_bands=[...]).harmonize(bands=[...]).",
+        )  # fmt: skip
+    return tuple(shared)
+
+
+def _same_meaning(
+    name: str, bands: tuple[str, ...], tables: list[Records], members: tuple[Member, ...]
+) -> None:
+    """Raise BandError where a code, which is no common name, means different bands in the members of a merge."""
+    for at, band in enumerate(bands):
+        commons = {
+            m.name: {c for c in pc.unique(r.asset_field(m.bands[at], "common_name")).to_pylist() if c}
+            for m, r in zip(members, tables, strict=True)
+        }
+        every = set().union(*commons.values())
+        if contradict(every) and band not in every:
+            shown = "; ".join(f"{', '.join(sorted(own)) or 'unknown'} in {m!r}" for m, own in commons.items())
+            raise BandError(
+                f"band {band!r} of source {name!r}", f"a code that means several bands: {shown}", "one band",
+                f"Ask by common name: {' or '.join(map(repr, sorted(every)))}.",
+            )  # fmt: skip
 
 
 def _member(member: MemberTable, records: Records, bands: tuple[str, ...], spec: HarmonizeSpec) -> Member:
@@ -362,7 +400,7 @@ def all_readable(tables: list[Records], members: tuple[Member, ...]) -> None:
             "assets that the plan needs",
             f"{len(bad)} unreadable: {', '.join(bad[:MAX_LISTED])}{more}",
             "headers read while the table was built",
-            "Leave their records out with .where(readable=True), or build the table again.",
+            "Leave their records out with .where(readable=True) or .where(has_bands=[...]), or build the table again.",
         )
 
 

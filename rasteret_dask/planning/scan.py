@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
@@ -22,7 +21,9 @@ from rasteret_dask.net.remotefs import version_of
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.rules.masks import ANY_QUALITY
 from rasteret_dask.table import rowgroups
+from rasteret_dask.table.leftassets import without_left_assets
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
+from rasteret_dask.table.timing import stamp_of
 
 __all__ = [
     "Table",
@@ -30,7 +31,8 @@ __all__ = [
     "expression",
     "filter_batches",
     "filter_table",
-    "keep_readable",
+    "keep_whole",
+    "named_in",
     "pushed_filter",
     "scan",
     "token_of",
@@ -78,8 +80,8 @@ def as_table(data: Table) -> pa.Table:
 def filter_table(
     data: Table, where: Sequence[Predicate], name: str, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Return the rows of a table or dataset that fulfil all predicates but ``readable``, and some columns."""
-    if isinstance(data, pa.Table) and not [p for p in where if p[0] != "readable"]:
+    """Return the rows of a table or dataset that fulfil all predicates but those on assets, and some columns."""
+    if isinstance(data, pa.Table) and all(_is_on_assets(p, data.schema) for p in where):
         return data if columns is None else data.select(list(columns))
     schema = data.schema if columns is None else pa.schema([data.schema.field(c) for c in columns])
     return pa.Table.from_batches(filter_batches(data, where, name, columns), schema)
@@ -91,7 +93,7 @@ def filter_batches(
     """Yield the rows of :func:`filter_table`, some at a time."""
     schema = data.schema
     pushed = pushed_filter(where, schema)
-    late = [p for p in where if expression(p, schema) is None and p[0] != "readable"]
+    late = [p for p in where if expression(p, schema) is None and not _is_on_assets(p, schema)]
     if not late:
         yield from rowgroups.batches(data, pushed, columns)
         return
@@ -153,7 +155,7 @@ def _typed(value: Any, kind: pa.DataType) -> Any:
     """Return ISO 8601 text as the time that a column of times is compared with."""
     if value is None or not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
         return value
-    stamp = pd.Timestamp(str(value))
+    stamp = stamp_of(str(value))
     return stamp.date() if pa.types.is_date(kind) else stamp
 
 
@@ -194,7 +196,7 @@ def _area(predicate: Predicate) -> Any:
 def _overlaps(predicate: Predicate) -> pc.Expression:
     kind = pa.timestamp("us", "UTC")
     try:
-        start, end = (None if v is None else pa.scalar(pd.Timestamp(v), kind) for v in predicate[2])  # type: ignore[union-attr]
+        start, end = (None if v is None else pa.scalar(stamp_of(str(v)), kind) for v in predicate[2])  # type: ignore[union-attr]
     except (TypeError, ValueError, pa.ArrowInvalid) as error:
         raise _misfit(predicate, str(error), "(start, end) in ISO 8601, either may be None") from error
     begins = pc.coalesce(pc.field("start_datetime"), pc.field("datetime"))
@@ -287,23 +289,84 @@ def _filter_map(column: pa.ChunkedArray, keys: list[str], kind: pa.MapType) -> p
     )
 
 
-def keep_readable(table: pa.Table, where: Sequence[Predicate]) -> pa.Table:
-    """Return the rows that a predicate on ``readable`` keeps; all where there is none."""
+def _is_on_assets(predicate: Predicate, schema: pa.Schema) -> bool:
+    """Return whether :func:`keep_whole` decides a predicate: of records, which have assets."""
+    return predicate[0] in ("readable", "has_bands") and {"assets", "id"} <= set(schema.names)
+
+
+def named_in(where: Sequence[Predicate]) -> tuple[str, ...]:
+    """Return the bands that ``has_bands`` names among predicates."""
+    names: dict[str, None] = {}
+    for predicate in where:
+        column, op, value = predicate
+        if column == "has_bands":
+            if op not in ("==", "in"):
+                raise _misfit(predicate, f"the operator {op!r}", "has_bands=['nir', ...]")
+            names |= dict.fromkeys((value,) if isinstance(value, str) else tuple(value))  # type: ignore[arg-type]
+    return tuple(names)
+
+
+def keep_whole(table: pa.Table, where: Sequence[Predicate], wanted: Sequence[str] | None = None) -> pa.Table:
+    """Return the rows that predicates on assets keep; all where there is none.
+
+    Parameters
+    ----------
+    table
+        Records, with the assets of the bands that are needed.
+    where
+        ``("has_bands", "in", names)`` keeps records with all of these bands, each by code, common name or asset key;
+        ``("readable", "==", True)`` those that have all bands that are wanted, and no asset with an error.
+    wanted
+        Names of the bands that are needed; None: those that each record has. One that no record has is no reason to
+        leave all of them out: the error that it leads to names what there is.
+    """
+    named = named_in(where)
+    if named:
+        table = table.filter(pa.array(_has(table, named)))
     for column, _, value in where:
         if column == "readable":
-            table = table.filter(pa.array(_readable(table) == bool(value)))
+            there = [name for name in wanted or () if _has(table, (name,)).any()]
+            readable = _without_errors(table) & _has(table, there)
+            table = table.filter(pa.array(readable == bool(value)))
     return table
 
 
-def _readable(table: pa.Table) -> NDArray[np.bool_]:
-    """Shape (record,). True where no asset left in the table has an error."""
+def _entries(table: pa.Table) -> tuple[pa.MapArray, NDArray[np.int64]]:
+    """Return the assets of a table as one array, and the offsets of its rows."""
     chunk = table.column("assets").combine_chunks()
     if isinstance(chunk, pa.ChunkedArray):
         chunk = chunk.chunk(0)
+    return chunk, np.asarray(chunk.offsets, dtype=np.int64)
+
+
+def _counted(flags: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Shape (record,). How many entries of each record are True."""
+    counted = np.concatenate([[0], np.cumsum(flags)])
+    return np.asarray(counted[offsets[1:]] - counted[offsets[:-1]])
+
+
+def _has(table: pa.Table, names: Sequence[str]) -> NDArray[np.bool_]:
+    """Shape (record,). True where a record has all bands of these names."""
+    chunk, offsets = _entries(table)
+    result = np.ones(table.num_rows, dtype=bool)
+    for name in names:
+        if name == "@quality":
+            met = pc.is_in(pc.utf8_lower(chunk.keys), pa.array(["scl", "qa_pixel"]))
+        else:
+            places = [
+                chunk.keys,
+                *(pc.struct_field(chunk.items, field) for field in ("common_name", "asset")),
+            ]
+            met = functools.reduce(pc.or_, (pc.fill_null(pc.equal(own, name), False) for own in places))
+        result &= _counted(met.to_numpy(zero_copy_only=False), offsets) > 0
+    return result
+
+
+def _without_errors(table: pa.Table) -> NDArray[np.bool_]:
+    """Shape (record,). True where no asset left in the table has an error."""
+    chunk, offsets = _entries(table)
     failed = pc.is_valid(pc.struct_field(chunk.items, "error")).to_numpy(zero_copy_only=False)
-    counted = np.concatenate([[0], np.cumsum(failed)])
-    offsets = np.asarray(chunk.offsets)
-    return np.asarray(counted[offsets[1:]] == counted[offsets[:-1]])
+    return np.asarray(_counted(failed, offsets) == 0)
 
 
 def token_of(data: Table) -> str:
@@ -312,12 +375,12 @@ def token_of(data: Table) -> str:
         files = getattr(data, "files", [])
         if not files:
             return token_of(data.to_table())
-        parts = [str(data.schema)]
+        parts = [str(without_left_assets(data.schema))]
         for path in files:
             size = data.filesystem.get_file_info(path).size
             parts.append(f"{path}|{size}|{version_of(data.filesystem, path)}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    sink = hashlib.sha256(str(data.schema).encode())
+    sink = hashlib.sha256(str(without_left_assets(data.schema)).encode())
     for batch in data.to_batches():
         sink.update(batch.serialize())
     return sink.hexdigest()[:32]

@@ -18,6 +18,7 @@ from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import FeedTable, bounds_of
 from rasteret_dask.grid import Lattice, northern, transformer
 from rasteret_dask.planning.radiometry import radiometry_of
+from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.reader.readplan import tiles_of
 from rasteret_dask.table.records import Asset, Level
 from rasteret_dask.tasks import pixels
@@ -96,6 +97,7 @@ def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Expla
         },
         "dtype": {s.name: o.dtype for s, o in zip(job.sources, outputs, strict=True)},
         "bands": {s.name: list(o.bands) for s, o in zip(job.sources, outputs, strict=True)},
+        "left_bands": {s.plan.name: _left_bands(s) for s in chips.sources},
         "times": _times(chips),
         "tile_fit": reading["fit"],
         "pixels": _native_share(chips),
@@ -109,6 +111,16 @@ def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Expla
         "dropped": dict(chips.dropped),
     }
     return Explanation(facts)
+
+
+def _left_bands(source: ResolvedSource) -> dict[str, int]:
+    """Return {band: records that have it} of measured bands that are in the records and not in the output."""
+    records, left = source.records, {}
+    used = {band for member in source.plan.members for band in member.bands}
+    for band in records.bands:
+        if band not in used and "quality" not in pc.unique(records.asset_field(band, "role")).to_pylist():
+            left[band] = len(records) - records.asset_field(band, "href").null_count
+    return left
 
 
 def _strip(chips: PlannedChips) -> float:
@@ -321,6 +333,10 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("", f"records: {kinds} at {f['resolution'][name]:g} m; pick {f['pick'][name]}, mask {mask}")
         )
+        if f["left_bands"][name]:
+            total = f["records"][name]["scanned"]
+            bands = [f"{band} ({count} of {total} records)" for band, count in f["left_bands"][name].items()]
+            rows.append(("", f"bands left: {', '.join(bands[:8])}{' ...' if len(bands) > 8 else ''}"))
         rows += [("", line) for line in _kernel_lines(f["kinds"][name], f["kernels"][name])]
         if name in f["times"]:
             rows.append(

@@ -16,6 +16,9 @@ __all__ = ["Range", "facts_of", "instant", "range_of", "version_of"]
 
 Range = tuple[dt.datetime | None, dt.datetime | None]
 
+_LEAP_SECOND = re.compile(r"(:\d\d):60(?:\.\d+)?")
+_MIDDLE = 5000  # of the years that a datetime can hold
+
 
 def facts_of(properties: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of RECORD_SCHEMA that STAC properties settle, except times and geometry."""
@@ -37,6 +40,12 @@ def facts_of(properties: Mapping[str, Any]) -> dict[str, Any]:
 def instant(value: Any) -> dt.datetime | None:
     """Return a time as an aware UTC datetime, None for None; text is RFC 3339 or a date.
 
+    Notes
+    -----
+    RFC 3339 (section 5.6) allows ``t`` and ``z`` in lower case, a blank in place of ``T``, and the second 60. A leap
+    second becomes the last microsecond before it, so that it stays in its day; a time that UTC moves out of the
+    years 1 to 9999 becomes the first or last one of these.
+
     Raises
     ------
     ValueError
@@ -45,13 +54,18 @@ def instant(value: Any) -> dt.datetime | None:
     if value is None:
         return None
     if isinstance(value, str):
-        value = dt.datetime.fromisoformat(value.strip())
+        text = value.strip().upper()
+        value = dt.datetime.fromisoformat(_LEAP_SECOND.sub(r"\1:59.999999", text))
     if isinstance(value, dt.date) and not isinstance(value, dt.datetime):
         value = dt.datetime(value.year, value.month, value.day)
     if not isinstance(value, dt.datetime):
         raise ValueError(f"no time: {value!r}")
     aware: dt.datetime = value if value.tzinfo is not None else value.replace(tzinfo=dt.UTC)
-    return aware.astimezone(dt.UTC)
+    try:
+        return aware.astimezone(dt.UTC)
+    except OverflowError:  # 9999-12-31T23:59:59-05:00
+        edge = dt.datetime.max if aware.year > _MIDDLE else dt.datetime.min
+        return edge.replace(tzinfo=dt.UTC)
 
 
 def range_of(date_range: Any) -> Range:
@@ -88,7 +102,8 @@ def _edge(value: Any, after: int) -> dt.datetime | None:
     if isinstance(value, str) and (parts := re.fullmatch(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?", value.strip())):
         whole = np.datetime64(parts[0])  # of unit year, month or day, as it is written
         unit, _ = np.datetime_data(whole.dtype)
-        return instant((whole + np.asarray(after, f"timedelta64[{unit}]")).astype("datetime64[us]").item())
+        edge = (whole + np.asarray(after, f"timedelta64[{unit}]")).astype("datetime64[us]")
+        return instant(np.minimum(edge, np.datetime64(dt.datetime.max)).item())  # nothing lies behind 9999
     return instant(value)
 
 

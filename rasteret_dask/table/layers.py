@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import inf
 from typing import Any
-from urllib.parse import urlsplit
 
-from rasteret_dask.catalogs.bands import Band, Dataset
+from rasteret_dask.catalogs.bands import TM_NUMBERS, Band, Dataset
 from rasteret_dask.errors import BandError
 from rasteret_dask.headers.nodata import text_of
-from rasteret_dask.net.remote import is_local
 from rasteret_dask.rules.kinds import KindName
 from rasteret_dask.table.itemkinds import Classes, classes_of, kind_said
+from rasteret_dask.table.rasters import LeftAsset, raster_assets
 
-__all__ = ["Layer", "check_bands", "check_kinds", "epsg_of", "is_telling", "layers_of", "restrict"]
+__all__ = [
+    "Layer", "Offer", "check_bands", "check_kinds", "epsg_of", "is_telling", "layers_of", "offer_of", "restrict",
+]  # fmt: skip
 
-_MEDIA_TYPES = ("image/tiff", "image/geotiff", "image/vnd.stac.geotiff", "image/jp2")
-_SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
-_NOT_DATA = {"thumbnail", "overview", "visual", "metadata", "preview"}
-_PREVIEW = re.compile(
-    r"^(visual|preview|overview|thumbnail|rendered_preview|tci|pvi)([_-].*)?$", re.IGNORECASE
-)
-_PREFIX = re.compile(
-    r"^(SR|ST|OLI|TIRS)_", re.IGNORECASE
-)  # USGS's products and sensors; TM's B4 is not OLI's
-_RESOLUTION = re.compile(r"_(\d+)m$")
+_PREFIX = re.compile(r"^(SR|ST|OLI|TIRS|TM|ETM)_", re.IGNORECASE)  # USGS's products and sensors
+_TM_PREFIX = re.compile(r"^E?TM_", re.IGNORECASE)
+_TM_PLATFORM = re.compile(r"landsat[-_ ]?[457]$", re.IGNORECASE)
+_TM_SCENE = re.compile(r"^L[TE]0[457]_")
+_RESOLUTION = re.compile(r"_(10|20|60)m$")  # Sentinel-2's copies; MODIS's _500m tells bands apart
+_FILE_SUFFIX = re.compile(r"(-jp2|\.tiff?|\.jp2)$", re.IGNORECASE)
+_S3_TWIN = re.compile(r"^s3_(?=.)")  # NASA's catalogs list each file by https and by s3
 _COUNTED = re.compile(r"_\d+$")
 _NAMELESS = re.compile(r"a|alpha|mask|opacity|transparency|(.*[_ -])?(b|band)?\d+", re.IGNORECASE)
 _CLEAN = re.compile(r"^\w[\w.\-]*$")
+_GENERIC = re.compile(
+    r"^(band[\s_-]?\d*|\d+|gr[ae]y)$", re.IGNORECASE
+)  # GDAL's words where nobody named a band
+
+_OLD_COMMON_NAMES = {"tir11": "lwir11", "tir12": "lwir12"}
+_THERMAL = ("lwir", "lwir11", "lwir12")
+_SHORTEST_THERMAL_UM = 6.0  # STAC's lwir begins at 10.5, its longest other name ends at 2.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +76,31 @@ class Layer:
     """False where the item lists no bands: the file may have more of them."""
     measured: frozenset[int] = frozenset()
     """Positions of the asset's bands that the item names after what they measure: none of them is an alpha channel."""
+    thermal: bool = False
+    """True where the item says that it is a temperature."""
+    pixel: float = 0.0
+    """Size of a pixel as far as the item tells, in any unit; 0 where it does not."""
+    copies: tuple[Layer, ...] = ()
+    """Other assets that hold the same band, the best first."""
 
 
-def layers_of(item: Mapping[str, Any], dataset: Dataset | None) -> dict[str, Layer]:
-    """Return {band: layer} of an item's raster assets.
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What an item's assets hold."""
+
+    layers: Mapping[str, Layer]
+    """{band: layer}."""
+    left: tuple[LeftAsset, ...]
+    """The assets that are not among them."""
+
+
+def layers_of(item: Mapping[str, Any], dataset: Dataset | None) -> Mapping[str, Layer]:
+    """Return {band: layer} of an item's raster assets; see :func:`offer_of`."""
+    return offer_of(item, dataset).layers
+
+
+def offer_of(item: Mapping[str, Any], dataset: Dataset | None) -> Offer:
+    """Return the bands of an item's raster assets, and the assets that are left out.
 
     Parameters
     ----------
@@ -81,25 +108,32 @@ def layers_of(item: Mapping[str, Any], dataset: Dataset | None) -> dict[str, Lay
         The STAC item: 0.7, 1.0 (``eo:bands``, ``raster:bands``) or 1.1 (``bands``).
     dataset
         Only its bands are kept, under their codes. Without it, all raster assets are kept, under the item's
-        own band names where they are unique, else under the asset keys.
+        own band names where they tell one band from the others, else under the asset keys.
+
+    Notes
+    -----
+    A band is what it measures: the sensor (of Landsat, whose numbers changed with OLI), the asset's key and the
+    common name say it together. One band in several assets (``B04_10m`` and ``B04_20m``, ``B04`` and ``s3_B04``,
+    ``red`` and ``red-jp2``) is one layer: the finest, then what is read fastest; the others are its ``copies``.
     """
-    assets = _raster_assets(item)
+    assets, left = raster_assets(item, () if dataset is None else {band.asset for band in dataset.bands})
     offered = [layer for key, asset in assets.items() for layer in _offered(item, key, asset)]
-    if dataset is None:
-        return _named_by_item(offered)
-    best: dict[str, tuple[tuple[int, float], Layer]] = {}
-    for layer, name in offered:
-        for rank, band, index in _matches(layer, name, dataset):
-            score = (rank, _gsd(assets[layer.asset], layer))
-            if band.code not in best or score < best[band.code][0]:
-                best[band.code] = score, _named(layer, band, dataset, index)
-    return {band.code: best[band.code][1] for band in dataset.bands if band.code in best}
+    groups = _by_item(offered) if dataset is None else _by_dataset(offered, dataset, _is_tm(item))
+    layers = {band: _best(own) for band, own in groups.items()}
+    taken = {layer.asset for layer in layers.values()}
+    copies = {copy.asset: layer for layer in layers.values() for copy in layer.copies}
+    for key in (key for key in assets if key not in taken):
+        if key in copies:
+            left.append((key, f"band {copies[key].band!r} is taken from asset {copies[key].asset!r}"))
+        elif dataset is not None:
+            left.append((key, f"no band that dataset {dataset.name!r} has"))
+    return Offer(layers, tuple(left))
 
 
 def restrict(layers: Mapping[str, Layer], bands: Sequence[str] | None) -> dict[str, Layer]:
-    """Keep the layers whose band, common name or asset key is asked for."""
+    """Keep the layers whose band, common name or asset key is asked for; None: all but optional bands."""
     if bands is None:
-        return dict(layers)
+        return {b: layer for b, layer in layers.items() if layer.known is None or not layer.known.optional}
     wanted = set(bands)
     return {band: layer for band, layer in layers.items() if wanted & set(_names(layer))}
 
@@ -158,32 +192,6 @@ def _properties(item: Mapping[str, Any]) -> Mapping[str, Any]:
     return properties if isinstance(properties, Mapping) else {}
 
 
-def _raster_assets(item: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the raster assets; JPEG 2000 twins of COGs are left out, and previews where there is more."""
-    rasters = {k: a for k, a in item["assets"].items() if isinstance(a, Mapping) and _is_raster(a)}
-    twins = {k for k in rasters if k.endswith("-jp2") and k.removesuffix("-jp2") in rasters}
-    rasters = {k: a for k, a in rasters.items() if k not in twins}
-    data = {
-        k: a
-        for k, a in rasters.items()
-        if not _PREVIEW.match(k) and not _NOT_DATA & set(a.get("roles") or ())
-    }
-    return data or rasters
-
-
-def _is_raster(asset: Mapping[str, Any]) -> bool:
-    href, media = asset.get("href"), str(asset.get("type") or "").partition(";")[0].strip().lower()
-    if not isinstance(href, str) or not href:
-        return False
-    if media:
-        return media in _MEDIA_TYPES
-    try:
-        path = href if is_local(href) else urlsplit(href).path
-    except ValueError:  # no URL: told where hrefs are looked at
-        path = href
-    return os.path.splitext(path)[1].lower() in _SUFFIXES
-
-
 def _bands_said(item: Mapping[str, Any], asset: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return one dict per band of an asset: 1.1 ``bands``, or 1.0 ``eo:bands`` beside ``raster:bands``."""
     own = asset.get("bands") or ()
@@ -208,22 +216,23 @@ def _offered(
     said = _bands_said(item, asset)
     properties = _properties(item)
     for n, band in enumerate(said or [{}]):
-        fields = {**properties, **asset, **band}
         name = band.get("name")
+        common = _common_name(band)
+        transform = _floats(_first(band, asset, properties, names=("proj:transform",)), (6, 9))
         yield (
             Layer(
-                band=key if len(said) <= 1 else f"{key}_{n + 1}",
+                band=_plain(key) if len(said) <= 1 else f"{_plain(key)}_{n + 1}",
                 href=str(asset["href"]),
                 band_index=n,
                 asset=key,
-                common_name=band.get("eo:common_name") or band.get("common_name"),
+                common_name=common,
                 scale=_number(_first(band, asset, names=("raster:scale", "scale"))),
                 offset=_number(_first(band, asset, names=("raster:offset", "offset"))),
                 nodata=text_of(_first(band, asset, names=("nodata",))),
                 dtype=_first(band, asset, names=("data_type",)),
                 epsg=epsg_of(asset) or epsg_of(properties),
-                transform=_floats(fields.get("proj:transform"), (6, 9)),
-                shape=_shape(fields.get("proj:shape")),
+                transform=transform,
+                shape=_shape(_first(band, asset, properties, names=("proj:shape",))),
                 samples=max(1, len(said)),
                 kind=kind_said(key, asset, band, properties),
                 classes=classes_of(asset, band),
@@ -233,78 +242,171 @@ def _offered(
                     for i, b in enumerate(said)
                     if b.get("eo:common_name") or b.get("common_name") or is_telling(b.get("name"))
                 ),
+                thermal=common in _THERMAL or "temperature" in (asset.get("roles") or ()),
+                pixel=_pixel(key, asset, transform),
             ),
             name if isinstance(name, str) and _CLEAN.match(name) else None,
         )
 
 
-def _named_by_item(offered: Sequence[tuple[Layer, str | None]]) -> dict[str, Layer]:
-    names = [name or layer.band for layer, name in offered]
-    by_item = [names.count(name) == 1 for name in names]
-    layers = [
-        _renamed(layer, name if unique else layer.band)
-        for (layer, _), name, unique in zip(offered, names, by_item, strict=True)
-    ]
-    return {layer.band: layer for layer in layers}
+def _common_name(band: Mapping[str, Any]) -> str | None:
+    """Return a band's common name, None where its wavelength says that it is another (MODIS's 1.24 um as lwir12)."""
+    name = band.get("eo:common_name") or band.get("common_name")
+    if not isinstance(name, str):
+        return None
+    name = _OLD_COMMON_NAMES.get(name, name)
+    length = _number(_first(band, names=("eo:center_wavelength", "center_wavelength")))
+    return None if name in _THERMAL and length is not None and 0 < length < _SHORTEST_THERMAL_UM else name
 
 
-def _renamed(layer: Layer, band: str) -> Layer:
-    fields = {name: getattr(layer, name) for name in Layer.__slots__}
-    return Layer(**{**fields, "band": band})
+def _pixel(key: str, asset: Mapping[str, Any], transform: tuple[float, ...] | None) -> float:
+    """Return the size of a pixel; the key's own figure before ``gsd``, which catalogs copy from another asset."""
+    if transform is not None:
+        return abs(transform[0])
+    suffix = _RESOLUTION.search(_FILE_SUFFIX.sub("", key))
+    return float(suffix.group(1)) if suffix else _number(asset.get("gsd")) or 0.0
 
 
-def _named(layer: Layer, band: Band, dataset: Dataset, index: int) -> Layer:
-    fields = {name: getattr(layer, name) for name in Layer.__slots__}
-    fields |= {"band": band.code, "dataset": dataset, "known": band, "band_index": index}
-    return Layer(**{**fields, "common_name": band.common_name or layer.common_name})
+@lru_cache(maxsize=4096)  # all items of a collection have the same few keys
+def _plain(key: str) -> str:
+    """Return an asset's key without what tells copies of one band apart: ``s3_B04_20m.jp2`` is ``B04``."""
+    return _S3_TWIN.sub("", _RESOLUTION.sub("", _FILE_SUFFIX.sub("", key))) or key
 
 
-def _matches(layer: Layer, name: str | None, dataset: Dataset) -> Iterator[tuple[int, Band, int]]:
-    """Yield (rank, band, band_index) of a dataset's bands that a layer is; lower ranks are surer."""
-    by_asset = [band for band in dataset.bands if band.asset == layer.asset]
+def _best(layers: Sequence[Layer]) -> Layer:
+    """Return the layer to read, the others as its copies; the order of assets does not matter."""
+    if len(layers) == 1:
+        return layers[0]
+    first, *others = sorted(layers, key=_rank)
+    return replace(first, copies=tuple(others))
+
+
+def _rank(layer: Layer) -> tuple[Any, ...]:
+    """Return what sorts copies of one band: the finest first, then TIFF, by http before what wants a bucket's keys.
+
+    Where nothing tells the size of ``red``, it is taken before ``red_20m``.
+    """
+    place = layer.href.lower()
+    return (
+        layer.pixel,
+        place.endswith((".jp2", ".j2k")),
+        place.startswith(("s3://", "gs://", "az://")),
+        len(layer.asset),
+        layer.asset,
+        layer.band_index,
+    )
+
+
+def _by_item(offered: Sequence[tuple[Layer, str | None]]) -> dict[str, list[Layer]]:
+    """Return {band: its copies}, named as the item does, else by the asset's key."""
+    groups: dict[tuple[str, bool], list[tuple[Layer, str | None]]] = defaultdict(list)
+    for layer, name in offered:
+        groups[layer.band, layer.samples > 1].append((layer, name))
+    parted: list[tuple[str | None, list[Layer]]] = []
+    for pairs in groups.values():
+        names = {name for _, name in pairs if name is not None}
+        if len(names) <= 1:
+            parted.append((next(iter(names), None), [layer for layer, _ in pairs]))
+        else:  # one key in two spellings for two bands
+            parted += [(name, [replace(layer, band=_whole(layer))]) for layer, name in pairs]
+    # files of one band keep the names that a picture of them repeats
+    single = Counter(name for name, own in parted if own[0].samples == 1)
+    many = Counter(name for name, own in parted if own[0].samples > 1)
+    chosen: list[str] = []
+    for name, own in parted:
+        alone = single[name] == 1 if own[0].samples == 1 else many[name] == 1 and not single[name]
+        key = own[0].band
+        # VV of asset vv is vv, as in items that name no bands
+        named = name is not None and alone and not _GENERIC.match(name) and name.casefold() != key.casefold()
+        chosen.append(name if named and name is not None else key)
+    twice = Counter(chosen)
+    bands: dict[str, list[Layer]] = {}
+    for choice, (_, own) in zip(chosen, parted, strict=True):
+        band = choice if twice[choice] == 1 else _whole(own[0])
+        bands[band] = own if own[0].band == band else [replace(layer, band=band) for layer in own]
+    return bands
+
+
+def _whole(layer: Layer) -> str:
+    return layer.asset if layer.samples == 1 else f"{layer.asset}_{layer.band_index + 1}"
+
+
+def _by_dataset(
+    offered: Sequence[tuple[Layer, str | None]], dataset: Dataset, tm: bool
+) -> dict[str, list[Layer]]:
+    """Return {code: its copies} of a dataset's bands, in its order."""
+    found: dict[str, list[tuple[bool, Layer]]] = defaultdict(list)
+    for layer, name in offered:
+        for sure, band, index in _matches(layer, name, dataset, tm):
+            named = replace(
+                layer, band=band.code, dataset=dataset, known=band, band_index=index,
+                common_name=band.common_name or layer.common_name,
+            )  # fmt: skip
+            found[band.code].append((sure, named))
+    result = {}
+    for band in dataset.bands:
+        own = found.get(band.code, [])
+        surest = any(sure for sure, _ in own)  # a common name decides only where no key or code does
+        if own:
+            result[band.code] = [layer for sure, layer in own if sure == surest]
+    return result
+
+
+def _matches(layer: Layer, name: str | None, dataset: Dataset, tm: bool) -> Iterator[tuple[bool, Band, int]]:
+    """Yield (whether a key or code says so, band, band_index) of a dataset's bands that a layer is."""
+    key = _plain(layer.asset)
+    by_asset = [band for band in dataset.bands if layer.asset == band.asset]
+    by_asset = by_asset or [band for band in dataset.bands if key == _plain(band.asset)]
     if len(by_asset) > 1:  # one file with many bands, in the dataset's order
         if layer.samples == 1:
-            yield from ((0, band, band.band_index) for band in by_asset)
+            yield from ((True, band, band.band_index) for band in by_asset)
         elif name is None or name not in {b.code for b in by_asset}:
-            yield from ((0, b, layer.band_index) for b in by_asset if b.band_index == layer.band_index)
+            yield from ((True, b, layer.band_index) for b in by_asset if b.band_index == layer.band_index)
         else:
-            yield from ((0, b, layer.band_index) for b in by_asset if b.code == name)
+            yield from ((True, b, layer.band_index) for b in by_asset if b.code == name)
         return
     if by_asset and layer.samples == 1:
-        yield 0, by_asset[0], by_asset[0].band_index
+        yield True, by_asset[0], by_asset[0].band_index
         return
     common = [b for b in dataset.bands if layer.common_name and layer.common_name in (b.common_name, b.asset)]
     told = common[0] if len(common) == 1 else None
-    keys = ([layer.asset] if layer.samples == 1 else []) + ([name] if name else [])
-    for rank, text in enumerate(keys, 1):
-        band = _by_code(text, dataset)
-        if band is not None:
-            # SR_B4 is near infrared on Landsat 4 to 7: the common name tells
-            renumbered = told is not None and dataset.renumbered
-            yield (rank, told if renumbered and told else band, layer.band_index)
+    for text in ([key] if layer.samples == 1 else []) + ([name] if name else []):
+        band = _by_code(text, dataset, tm)
+        # B4 is near infrared on Landsat 4 to 7, and B6 is thermal: the common name tells
+        band = told if dataset.renumbered and told is not None else band
+        if band is not None and not (layer.thermal and band.kind == "reflectance"):
+            yield True, band, layer.band_index
             return
     if told is not None:
-        yield 4, told, layer.band_index
+        yield False, told, layer.band_index
 
 
-def _by_code(text: str, dataset: Dataset) -> Band | None:
-    bare = re.sub(r"(-jp2|\.tiff?|\.jp2)$", "", text, flags=re.IGNORECASE)
-    bare = _RESOLUTION.sub("", bare)
+def _by_code(text: str, dataset: Dataset, tm: bool) -> Band | None:
+    """Return the band that a code names; ``tm``: in the numbers of Landsat 4, 5 and 7."""
+    bare = _plain(text)
     prefix = _PREFIX.match(bare)
+    tm = tm or _TM_PREFIX.match(bare) is not None
+    surface_temperature = prefix is not None and prefix.group(1).upper() == "ST"
     bare = _PREFIX.sub("", bare)
-    for band in dataset.bands:
-        if bare.casefold() in (band.code.casefold(), band.asset.casefold()):
-            thermal = band.kind == "temperature"
-            if prefix and prefix.group(1).upper() == "ST" and not thermal and band.role != "quality":
-                return None
-            return band
+    names = [TM_NUMBERS.get(bare.upper(), bare)] if dataset.renumbered and tm else [bare]
+    if dataset.renumbered and surface_temperature:
+        names.append(TM_NUMBERS.get(bare.upper(), bare))  # no other sensor has an ST_B6
+    for one in names:
+        for band in dataset.bands:
+            if one.casefold() in (band.code.casefold(), band.asset.casefold()) and not (
+                surface_temperature and band.kind == "reflectance"
+            ):
+                return band
     return None
 
 
-def _gsd(asset: Mapping[str, Any], layer: Layer) -> float:
-    suffix = _RESOLUTION.search(layer.asset)
-    found = _number(asset.get("gsd")) or (float(suffix.group(1)) if suffix else None)
-    return found or (abs(layer.transform[0]) if layer.transform else 0.0)
+def _is_tm(item: Mapping[str, Any]) -> bool:
+    """Return whether Landsat 4, 5 or 7 made a scene: its platform says so, or its id."""
+    properties = _properties(item)
+    platform = properties.get("platform") or properties.get("eo:platform")
+    if isinstance(platform, str):
+        return _TM_PLATFORM.match(platform) is not None
+    return _TM_SCENE.match(str(item.get("id"))) is not None
 
 
 def _first(*places: Mapping[str, Any], names: tuple[str, ...]) -> Any:

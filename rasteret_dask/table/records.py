@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,9 +17,13 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import BandError, ReadError
 from rasteret_dask.headers.nodata import Number, number_of
 from rasteret_dask.net.remote import redact
+from rasteret_dask.table.meanings import meanings_of
 from rasteret_dask.table.schema import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
 
-__all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "Asset", "Level", "Records", "conform"]
+__all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "NS_RANGE", "Asset", "Level", "Records", "conform"]
+
+NS_RANGE = (np.datetime64("1678-01-01", "us"), np.datetime64("2262-01-01", "us"))
+"""What nanoseconds can hold, in whole years: an interval without an end is often written as one in the year 9999."""
 
 KNOWN_ASSETS = 1024
 """Assets that a record table keeps as Python values: neighbouring shards ask for the same ones."""
@@ -121,9 +126,10 @@ class Records:
 
     @cached_property
     def starts(self) -> list[str]:
-        """When each record starts, ISO 8601 in UTC: its datetime, or the beginning of its interval."""
+        """When each record starts, ISO 8601 in UTC: its datetime, or the beginning of its interval; in ``NS_RANGE``."""
         start = pc.coalesce(self.table.column("start_datetime"), self.table.column("datetime"))
-        return [t.isoformat() for t in start.to_pylist()]
+        first, last = (edge.item().replace(tzinfo=dt.UTC) for edge in NS_RANGE)
+        return [min(max(t, first), last).isoformat() for t in start.to_pylist()]
 
     @cached_property
     def epsg(self) -> NDArray[np.int32]:
@@ -163,6 +169,14 @@ class Records:
     def band_names(self, wanted: str) -> dict[str, str]:
         """Return {dataset or "": band} for what a name means: a band itself, a common name, or an asset key."""
         found: dict[str, str] = {}
+        several = meanings_of(self.table.schema).get(wanted, ())
+        if several and wanted not in self.common_names:
+            raise BandError(
+                f"band {wanted!r}",
+                f"a code that means {len(several)} bands in these records: {', '.join(several)}",
+                "one band",
+                f"Ask for {' or '.join(map(repr, several))}; where(has_bands=[...]) keeps the records that have it.",
+            )
         if wanted in self.bands:
             found[""] = wanted
             return found
@@ -176,7 +190,7 @@ class Records:
                     f"band {wanted!r}",
                     f"{len(hits)} bands of that name: {', '.join(hits)}",
                     "one band",
-                    "Ask for one of them by its own code.",
+                    f"Ask for {' or '.join(map(repr, hits))}.",
                 )
         near = get_close_matches(wanted, [*self.bands, *self.common_names], n=3)
         raise BandError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +14,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
-from rasteret_dask.table.facts import version_of
-from rasteret_dask.table.records import Records
+from rasteret_dask.table.facts import instant, version_of
+from rasteret_dask.table.records import NS_RANGE, Records
 
-__all__ = ["Acquisitions", "TimeAxis", "acquisitions", "half_open", "intervals", "narrowest", "regular"]
+__all__ = [
+    "Acquisitions",
+    "TimeAxis",
+    "acquisitions",
+    "half_open",
+    "intervals",
+    "narrowest",
+    "regular",
+    "stamp_of",
+]
 
-_NS_RANGE = (np.datetime64("1678-01-01", "us"), np.datetime64("2262-01-01", "us"))
-"""What nanoseconds can hold, in whole years: an interval without an end is often written as one in the year 9999."""
+_PART = re.compile(r"-(sr|st)$")
+"""USGS publishes a scene's reflectance and its temperature as two items, in ``landsat-c2l2-sr`` and ``-st``."""
 
 SAME_PASS = pd.Timedelta(10, "min")
 """Records of one datatake whose starts lie further apart than this are different acquisitions."""
@@ -90,7 +101,7 @@ def half_open(date_range: Sequence[str | None] | str | None) -> tuple[str | None
 
 def _period(text: str) -> tuple[pd.Timestamp, pd.Timestamp]:
     try:
-        stamp = pd.Timestamp(text)
+        stamp = stamp_of(text)
     except ValueError as error:
         raise PlanError("date_range", repr(text), "an ISO 8601 date or time") from error
     if pd.isna(stamp):
@@ -98,7 +109,24 @@ def _period(text: str) -> tuple[pd.Timestamp, pd.Timestamp]:
     stamp = stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp.tz_convert("UTC")
     lengths = {4: pd.DateOffset(years=1), 7: pd.DateOffset(months=1), 10: pd.DateOffset(days=1)}
     step = lengths.get(len(text.strip()))
-    return stamp, stamp if step is None else stamp + step
+    try:
+        return stamp, stamp if step is None else stamp + step
+    except (OverflowError, ValueError):  # the last day, month or year that there is
+        return stamp, pd.Timestamp(dt.datetime.max.replace(tzinfo=dt.UTC))
+
+
+def stamp_of(text: str) -> pd.Timestamp:
+    """Return a time as :func:`facts.instant` reads it, else as pandas does (``"2024-06"``).
+
+    Raises
+    ------
+    ValueError
+        When it is no time.
+    """
+    try:
+        return pd.Timestamp(instant(text) or text)
+    except ValueError:
+        return pd.Timestamp(text)
 
 
 def narrowest(
@@ -121,7 +149,12 @@ def regular(offset: str, start: pd.Timestamp, end: pd.Timestamp) -> TimeAxis:
         When pandas does not know the offset.
     """
     step = _offset(offset)
-    utc_start, utc_end = start.tz_convert("UTC").tz_localize(None), end.tz_convert("UTC").tz_localize(None)
+    utc_start, utc_end = (
+        pd.Timestamp(
+            np.clip(np.datetime64(t.tz_convert("UTC").tz_localize(None).to_pydatetime(), "us"), *NS_RANGE)
+        )
+        for t in (start, end)
+    )
     first = utc_start
     if not isinstance(step, pd.tseries.offsets.Tick):
         first = utc_start.normalize()
@@ -213,7 +246,7 @@ class _Said:
     group: NDArray[np.int64]
     """Collection, platform and pass."""
     scene: NDArray[np.int64]
-    """Platform, pass and tile; -1 where pass or tile is unknown."""
+    """Platform, pass, tile and part of the product; -1 where pass or tile is unknown."""
     version: NDArray[np.int64]
     start: NDArray[np.int64]
     """ns since 1970 UTC."""
@@ -227,7 +260,7 @@ class _Said:
     def of(cls, records: Records) -> _Said:
         def stamps(name: str) -> NDArray[np.datetime64]:
             times = np.asarray(records.table.column(name).cast(pa.timestamp("us", "UTC")).to_numpy())
-            return np.asarray(np.clip(times, *_NS_RANGE), dtype="datetime64[ns]")
+            return np.asarray(np.clip(times, *NS_RANGE), dtype="datetime64[ns]")
 
         def text(name: str) -> list[str]:
             return ["" if v is None else str(v) for v in records.column(name)]
@@ -245,7 +278,8 @@ class _Said:
         group = ["|".join(parts) for parts in zip(text("collection"), platform, passed, strict=True)]
         tile = text("tile")
         known = np.array([t != "" and p != "orbit " for t, p in zip(tile, passed, strict=True)], dtype=bool)
-        scene = _numbered(["|".join(parts) for parts in zip(platform, passed, tile, strict=True)])
+        product = [m[0] if (m := _PART.search(c)) else "" for c in text("collection")]
+        scene = _numbered(["|".join(parts) for parts in zip(platform, passed, tile, product, strict=True)])
         version = [version_of(b) for b in text("baseline")]
         place = {v: i for i, v in enumerate(sorted(set(version)))}
         return cls(
