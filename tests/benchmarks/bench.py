@@ -27,9 +27,8 @@ import report
 from contender import CONTENDERS, Contender, Settings
 from jobs import Box, Job, ReadmeJob
 from nginx import Nginx
-from numpy.typing import NDArray
 from pairs import Pair, Side
-from process import THIS, Process, build_tables, started
+from process import THIS, Process, apart, build_tables, started
 from python312 import environment
 from scenes import EPSG, ORIGIN, Kind, embeddings, items, landsat, make_files, sentinel2
 
@@ -295,17 +294,17 @@ def _pairs(benches: Sequence[Bench], against: Path | None, scratch: Path) -> Ite
             job = bench.job.replace(**tables)
             build_tables(job, scratch, other)
             ours_way = bench.contenders[0]
-            sides = Side("this checkout", ours_way, bench.job, THIS), Side("the other", ours_way, job, other)
-            yield Pair(bench.name, *sides)
+            one = Side("this checkout", ours_way, bench.job, THIS)
+            yield Pair(bench.name, one, Side("the other", ours_way, job, other))
         return
     raw = next((b for b in benches if b.name == "J1"), None)
     for bench in benches:
-        one, *others = bench.contenders
-        sides = [Side(n, n, bench.job, THIS) for n in (one, *others[:1])]
-        if len(sides) == 2:
-            yield Pair(bench.name, *sides)
+        ours_way, *others = bench.contenders
+        one = Side(ours_way, ours_way, bench.job, THIS)
+        if others:
+            yield Pair(bench.name, one, Side(others[0], others[0], bench.job, THIS))
         if bench.name == "J1-u16" and raw is not None:
-            yield Pair("J1-u16", sides[0], Side("J1, raw", one, raw.job, THIS), equal=False)
+            yield Pair("J1-u16", one, Side("J1, raw", ours_way, raw.job, THIS), equal=False)
 
 
 def _tile(origin: tuple[float, float], row: int, col: int, side: float) -> Box:
@@ -368,20 +367,10 @@ class _Runner:
         if len(self._first) > 1 and not (isinstance(job, Job) and job.slack):
             raise SystemExit(f"{contender.name} and {first} read different pixels on {self.bench.name}")
         if job.slack and contender.name != first:
-            apart = _apart(*(np.load(self._pixels(n), mmap_mode="r") for n in (contender.name, first)))
-            print(f"  resampled pixels are {apart:g} apart", file=sys.stderr)
-            if apart > job.slack:
-                raise SystemExit(f"{contender.name} and {first} differ by {apart} on {self.bench.name}")
-
-
-def _apart(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """Return the largest difference; infinite where not the same pixels are NaN."""
-    largest = 0.0
-    for a, b in zip(one, other, strict=True):
-        if a.dtype.kind == "f" and not np.array_equal(np.isnan(a), np.isnan(b)):
-            return float("inf")
-        largest = max(largest, float(np.nanmax(np.abs(a.astype(np.float64) - b), initial=0.0)))
-    return largest
+            distance = apart(self._pixels(contender.name), self._pixels(first))
+            print(f"  resampled pixels are {distance:g} apart", file=sys.stderr)
+            if distance > job.slack:
+                raise SystemExit(f"{contender.name} and {first} differ by {distance} on {self.bench.name}")
 
 
 if __name__ == "__main__":

@@ -61,8 +61,9 @@ def write_readme(job: ReadmeJob) -> Prepared:
         n_workers=1, threads_per_worker=job.threads, processes=False, dashboard_address=":0", silence_logs=40
     )
     client.submit(sum, (1, 2)).result()
-    filled = {"fill": True} if job.fill else {}
-    integers = {} if job.dtype == "float32" else {"units": "reflectance", "dtype": job.dtype}
+    options: dict[str, Any] = {} if job.dtype == "float32" else {"units": "reflectance", "dtype": job.dtype}
+    if job.fill:
+        options["fill"] = True
 
     def run() -> Path:
         s2, l8, aef = (rd.as_collection(table, name=name) for name, table in tables.items())
@@ -71,7 +72,7 @@ def write_readme(job: ReadmeJob) -> Prepared:
             .subset(date_range=job.dates, cloud_cover_lt=job.cloud_cover_lt)
             .harmonize(
                 list(job.bands), resolution=job.resolution, time="1MS", mask="clouds", pick="least_cloudy",
-                **integers, **filled,
+                **options,
             )
         )  # fmt: skip
         made = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from contender import Contender, Settings
 from jobs import Job, ReadmeJob
 from nginx import Nginx
@@ -76,3 +77,13 @@ def started(checkout: Path, python: str, script: str, *arguments: str) -> str:
     if done.returncode:
         raise SystemExit(f"{script} {' '.join(arguments)} of {checkout} failed:\n{done.stderr}")
     return done.stdout
+
+
+def apart(one: Path, other: Path) -> float:
+    """Return the largest difference between two files of pixels; infinite where not the same pixels are NaN."""
+    largest = 0.0
+    for a, b in zip(np.load(one, mmap_mode="r"), np.load(other, mmap_mode="r"), strict=True):
+        if a.dtype.kind == "f" and not np.array_equal(np.isnan(a), np.isnan(b)):
+            return float("inf")
+        largest = max(largest, float(np.nanmax(np.abs(a.astype(np.float64) - b), initial=0.0)))
+    return largest
