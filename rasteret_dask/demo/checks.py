@@ -6,18 +6,20 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import rasterio
+import shapely
 import xarray as xr
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform_geom
 from rasterio.windows import Window
 
 from rasteret_dask.demo.world import World
@@ -225,21 +227,22 @@ def _scenes(source: str, collection: Path) -> Iterator[_Scene]:
 
 
 def _feeding(scenes: list[_Scene], chip: xr.Dataset, t: int) -> list[_Scene]:
-    """Return the scenes of one slot: the one of its time, the others of its pass; in filled stores all others then.
+    """Return the scenes of one slot: those of the pass that it names; in filled stores those of all others then.
 
-    These follow by the mean cloud figure of the scenes of their pass that touch the chip.
+    Scenes of one pass come by the distance of their middles from the chip's, passes by the mean cloud figure of their
+    scenes that touch the chip.
     """
     source, when = str(chip["source"].values[t]), chip["datetime"].values[t]
-    near = [s for s in scenes if s.source == source and abs(s.start - when) < np.timedelta64(10, "m")]
-    near.sort(key=lambda s: abs(s.start - when))
-    if "filled_fraction" not in chip.coords:
-        return near
-    passes: dict[str, list[_Scene]] = {}
-    for scene in _of_month(scenes, chip, t):
-        if scene.acquisition != near[0].acquisition and _covers(scene, chip):
-            passes.setdefault(scene.acquisition, []).append(scene)
-    ranked = sorted(passes.values(), key=lambda p: sum(s.cloud_pct for s in p) / len(p))
-    return [*near, *(scene for one in ranked for scene in one)]
+    month = sorted(_of_month(scenes, chip, t), key=lambda s: _distance(s, chip))
+    (main,) = {s.acquisition for s in month if s.source == source and s.start == when}
+    passes: dict[str, list[_Scene]] = {main: [s for s in month if s.acquisition == main]}
+    if "filled_fraction" in chip.coords:
+        for scene in month:
+            if scene.acquisition != main and _touches(scene, chip):
+                passes.setdefault(scene.acquisition, []).append(scene)
+    first, *others = passes.values()
+    ranked = sorted(others, key=lambda p: sum(s.cloud_pct for s in p) / len(p))
+    return [*first, *(scene for one in ranked for scene in one)]
 
 
 def _of_month(scenes: list[_Scene], chip: xr.Dataset, t: int) -> list[_Scene]:
@@ -248,13 +251,20 @@ def _of_month(scenes: list[_Scene], chip: xr.Dataset, t: int) -> list[_Scene]:
     return [s for s in scenes if s.start.astype("datetime64[M]") == month and s.cloud_pct < MOST_CLOUD_PCT]
 
 
-def _covers(scene: _Scene, chip: xr.Dataset) -> bool:
-    """Tell whether a scene's file shares ground with a chip."""
-    key = ASSETS[scene.source].get("red", "red")
+def _distance(scene: _Scene, chip: xr.Dataset) -> float:
+    """Return how far a scene's middle is from a chip's, metres."""
     west, south, east, north = chip["bounds"].values.tolist()
-    with rasterio.open(scene.path(key)) as file:
-        box = file.bounds
-    return bool(west < box.right and east > box.left and south < box.top and north > box.bottom)
+    with rasterio.open(scene.path(ASSETS[scene.source].get("red", "red"))) as file:
+        left, bottom, right, top = file.bounds
+    return hypot((west + east - left - right) / 2, (south + north - bottom - top) / 2)
+
+
+def _touches(scene: _Scene, chip: xr.Dataset) -> bool:
+    outline = transform_geom(
+        "EPSG:4326", f"EPSG:{scene.item['properties']['proj:epsg']}", scene.item["geometry"]
+    )
+    bounds = shapely.box(*chip["bounds"].values.tolist())
+    return bool(shapely.geometry.shape(outline).intersection(bounds).area > 0)
 
 
 def _first_valid(layers: list[Pixels]) -> Pixels:
