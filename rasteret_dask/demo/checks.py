@@ -170,11 +170,13 @@ def check_pixels(tree: xr.DataTree, world: World, n: int = 8) -> tuple[Check, ..
         for t in range(chip.sizes["time"]):
             source = str(chip["source"].values[t])
             found = chip["pixels"].values[t]
-            layers = [_reflectance(scene, chip) for scene in _feeding(scenes, chip, t)]
-            wanted = _first_valid(layers)
-            filled += int(np.sum(np.isfinite(wanted) & np.isnan(layers[0])))
+            feeding = _feeding(scenes, chip, t)
+            layers = [_reflectance(scene, chip) for scene in feeding]
+            wanted, layer = _first_valid(layers)
+            filled += int(np.sum(np.isfinite(wanted) & (layer > 0)))
             compared[source] += 1
-            differ[source] += not _same(found, wanted, 0.0 if source == "s2" else LANDSAT_SLACK)
+            slack = np.array([0.0 if scene.source == "s2" else LANDSAT_SLACK for scene in feeding])
+            differ[source] += not _same(found, wanted, slack[layer])
             share = np.isfinite(wanted).all(axis=0).mean()
             fractions &= abs(float(chip["valid_fraction"].values[t]) - share) < 1e-6
         compared["aef"] += 1
@@ -267,12 +269,14 @@ def _touches(scene: _Scene, chip: xr.Dataset) -> bool:
     return bool(shapely.geometry.shape(outline).intersection(bounds).area > 0)
 
 
-def _first_valid(layers: list[Pixels]) -> Pixels:
-    """Return shape (band, y, x): each value of the first layer that has one, NaN where none has."""
-    result = layers[0]
-    for layer in layers[1:]:
-        result = np.where(np.isnan(result), layer, result)
-    return result
+def _first_valid(layers: list[Pixels]) -> tuple[Pixels, NDArray[np.int64]]:
+    """Return each value of the first layer that has one, NaN where none has, and which layer that is."""
+    result, number = layers[0], np.zeros(layers[0].shape, np.int64)
+    for n, layer in enumerate(layers[1:], start=1):
+        empty = np.isnan(result)
+        number[empty & ~np.isnan(layer)] = n
+        result = np.where(empty, layer, result)
+    return result, number
 
 
 def _reflectance(scene: _Scene, chip: xr.Dataset) -> Pixels:
@@ -328,7 +332,8 @@ def _grid(chip: xr.Dataset) -> tuple[Affine, int]:
     return Affine(pixel, 0, west, 0, -pixel, north), size
 
 
-def _same(found: Pixels, wanted: Pixels, slack: float) -> bool:
+def _same(found: Pixels, wanted: Pixels, slack: NDArray[np.float64]) -> bool:
+    """Tell whether no value is further from the wanted one than its slack, and the same are NaN."""
     if not np.array_equal(np.isnan(found), np.isnan(wanted)):
         return False
-    return bool(np.nanmax(np.abs(found - wanted), initial=0.0) <= slack)
+    return bool(np.all(np.abs(found - wanted)[np.isfinite(wanted)] <= slack[np.isfinite(wanted)]))
