@@ -168,7 +168,7 @@ def check_pixels(tree: xr.DataTree, world: World, n: int = 8) -> tuple[Check, ..
     for number in np.unique([*even, *_emptiest(optical)]):
         chip, beside = optical.isel(chip=int(number)).load(), embeddings.isel(chip=int(number)).load()
         for t in range(chip.sizes["time"]):
-            source = str(chip["source"].values[t])
+            source = str(chip["member"].values[t])
             found = chip["pixels"].values[t]
             feeding = _feeding(scenes, chip, t)
             layers = [_reflectance(scene, chip) for scene in feeding]
@@ -234,7 +234,7 @@ def _feeding(scenes: list[_Scene], chip: xr.Dataset, t: int) -> list[_Scene]:
     Scenes of one pass come by the distance of their middles from the chip's, passes by the mean cloud figure of their
     scenes that touch the chip.
     """
-    source, when = str(chip["source"].values[t]), chip["datetime"].values[t]
+    source, when = str(chip["member"].values[t]), chip["datetime"].values[t]
     month = sorted(_of_month(scenes, chip, t), key=lambda s: _distance(s, chip))
     (main,) = {s.acquisition for s in month if s.source == source and s.start == when}
     passes: dict[str, list[_Scene]] = {main: [s for s in month if s.acquisition == main]}
