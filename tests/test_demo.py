@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import rasterio
 import xarray as xr
 import zarr
+from rasterio.windows import Window
 
-from rasteret_dask.demo.checks import Check, check_objects, check_pixels, check_splits, check_store
+from rasteret_dask.demo.checks import (
+    Check,
+    Pixels,
+    check_emptiest,
+    check_objects,
+    check_pixels,
+    check_splits,
+    check_store,
+)
 from rasteret_dask.demo.run import SMALL, demo_chips, run_demo
 from rasteret_dask.demo.world import World, make_world
 from rasteret_dask.errors import StoreError
@@ -127,6 +138,64 @@ def test_a_pixel_masked_too_much_fails_the_check(store: Path, world: World) -> N
     array[0] = chip
     with opened(store) as tree:
         assert failed(check_pixels(tree, world))
+
+
+def masked_after_filling(world: World, chip: xr.Dataset) -> Pixels:
+    """Return a chip's April as a mosaic that is masked once it is made: the first granule's pixels win, clouds too."""
+    west, south, east, north = chip["bounds"].values.tolist()
+    size = chip.sizes["x"]
+    mosaic, scl = np.zeros((4, size, size), np.uint16), np.zeros((size, size), np.uint8)
+    layers: list[tuple[float, list[Any]]] = []
+    for path in world.sentinel2.parent.glob("*_20240409_*/*.json"):
+        item, pixels = json.loads(path.read_text()), []
+        for key in (*chip["band"].values.tolist(), "scl"):
+            with rasterio.open(path.parent / item["assets"][key]["href"]) as file:
+                times, (left, bottom, right, top) = round(file.res[0] / 10), file.bounds
+                col, row = (west - left) / file.res[0], (top - north) / file.res[1]
+                window = Window(col, row, size // times, size // times)
+                read = file.read(1, window=window, boundless=True, fill_value=0)
+                pixels.append(read.repeat(times, axis=0).repeat(times, axis=1))
+        apart = np.hypot((west + east - left - right) / 2, (south + north - bottom - top) / 2)
+        layers.append((float(apart), pixels))
+    for _, (*bands, quality) in sorted(layers, key=lambda layer: layer[0]):
+        empty = mosaic[0] == 0
+        mosaic[:, empty], scl[empty] = np.stack(bands)[:, empty], quality[empty]
+    hidden = np.isin(scl, (0, 3, 8, 9, 10))
+    return np.where(hidden, np.nan, mosaic * 1e-4 - 0.1).astype(np.float32)
+
+
+def test_a_mosaic_that_is_masked_once_it_is_made_fails_the_check(store: Path, world: World) -> None:
+    array, wrong = writable(store, "optical/pixels"), 0
+    with opened(store) as tree:
+        optical = tree["optical"].to_dataset().load()
+    for number in range(optical.sizes["chip"]):
+        chip = optical.isel(chip=number)
+        mosaic = masked_after_filling(world, chip)
+        right = chip["pixels"].values[0]
+        seen = np.isfinite(mosaic)
+        np.testing.assert_array_equal(mosaic[seen], right[seen])  # nothing but fills is missing
+        wrong += int(np.sum(np.isfinite(right) & ~seen))
+        pixels = array[number]
+        pixels[0] = mosaic
+        array[number] = pixels
+    assert wrong > 10_000
+    with opened(store) as tree:
+        what = failed(check_pixels(tree, world))
+    assert [line[:31] for line in what] == [
+        "equal to rasterio (Sentinel-2, ", "valid fractions are those of th", "one scene's gaps are filled by "
+    ][: len(what)]  # fmt: skip
+
+
+def test_an_emptiest_chip_that_lacks_what_a_scene_sees_fails_its_check(store: Path, world: World) -> None:
+    """The demo's slots are one pass each: where that is cloudy, another scene of the month may see the ground."""
+    with opened(store) as tree:
+        check = check_emptiest(tree, world)
+    assert not check.ok
+    assert not check.what.endswith(": 0 values could be filled")
+    array = writable(store, "optical/pixels")
+    array[:] = np.nan_to_num(array[:])
+    with opened(store) as tree:
+        assert check_emptiest(tree, world).ok
 
 
 def test_a_wrong_valid_fraction_fails_the_check(store: Path, world: World) -> None:

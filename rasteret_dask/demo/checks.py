@@ -6,24 +6,34 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import rasterio
+import shapely
 import xarray as xr
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform_geom
 from rasterio.windows import Window
 
 from rasteret_dask.demo.world import World
 from rasteret_dask.show.audit import Audit
 
-__all__ = ["Check", "check_objects", "check_pixels", "check_splits", "check_store"]
+__all__ = [
+    "MOST_CLOUD_PCT",
+    "Check",
+    "check_emptiest",
+    "check_objects",
+    "check_pixels",
+    "check_splits",
+    "check_store",
+]
 
 ASSETS = {"s2": {"nir": "nir"}, "l8": {"nir": "nir08"}}
 """Asset keys of the made-up catalogs where they are not the band's name."""
@@ -31,6 +41,9 @@ ASSETS = {"s2": {"nir": "nir"}, "l8": {"nir": "nir08"}}
 CLOUD_CLASSES = (3, 8, 9, 10)
 CLOUD_BITS = 0b11010
 """SCL: shadow, cloud (2), cirrus. QA_PIXEL: dilated cloud, cloud, shadow."""
+
+MOST_CLOUD_PCT = 30
+"""Scenes with more are left out by the demo's job."""
 
 LANDSAT_SLACK = 2.75e-5 + 1e-7
 """Reflectance of 1 DN, which a bilinear kernel may round either way, and float32's own rounding."""
@@ -57,6 +70,14 @@ class _Scene:
     source: str
     item: Mapping[str, Any]
     folder: Path
+
+    @property
+    def acquisition(self) -> str:
+        return str(self.item["properties"].get("s2:datatake_id", self.item["id"]))
+
+    @property
+    def cloud_pct(self) -> float:
+        return float(self.item["properties"]["eo:cloud_cover"])
 
     @property
     def start(self) -> np.datetime64:
@@ -117,9 +138,12 @@ def check_store(tree: xr.DataTree, chip_ids: list[str], least_valid: float = 0.5
     same = all(source["chip_id"].values.tolist() == chip_ids for source in sources)
     only = {str(split) for source in sources for split in source["split"].values.tolist()}
     optical = tree["optical"].to_dataset()
-    median = optical["valid_fraction"].median("chip").values
+    median, worst = (getattr(optical["valid_fraction"], name)("chip").values for name in ("median", "min"))
     slots = optical["time"].dt.strftime("%b").values.tolist()
-    filled = ", ".join(f"{slot} {share:.0%}" for slot, share in zip(slots, median, strict=True))
+    filled = ", ".join(
+        f"{slot} {share:.0%} (the emptiest {least:.0%})"
+        for slot, share, least in zip(slots, median, worst, strict=True)
+    )
     return (
         Check(
             same and only == {"train"},
@@ -130,24 +154,29 @@ def check_store(tree: xr.DataTree, chip_ids: list[str], least_valid: float = 0.5
 
 
 def check_pixels(tree: xr.DataTree, world: World, n: int = 8) -> tuple[Check, ...]:
-    """Compare ``n`` chips, evenly taken, with what rasterio reads from the original files.
+    """Compare chips with what rasterio reads from the original files: ``n``, evenly taken, and each slot's emptiest.
 
     Native pixels must be equal bit for bit, resampled ones to 1 DN. Masks, units and the filling of one
-    granule's gaps from its neighbour are done anew here, from the STAC items' own figures.
+    granule's gaps from its neighbour are done anew here, from the STAC items' own figures; some must be filled.
     """
     optical, embeddings = tree["optical"].to_dataset(), tree["embeddings"].to_dataset()
     scenes = [*_scenes("s2", world.sentinel2), *_scenes("l8", world.landsat)]
     (annual,) = _scenes("aef", world.embeddings)
     compared, differ = {"s2": 0, "l8": 0, "aef": 0}, {"s2": 0, "l8": 0, "aef": 0}
-    fractions = True
-    for number in np.unique(np.linspace(0, optical.sizes["chip"] - 1, n).round().astype(int)):
+    fractions, filled = True, 0
+    even = np.linspace(0, optical.sizes["chip"] - 1, n).round().astype(int)
+    for number in np.unique([*even, *_emptiest(optical)]):
         chip, beside = optical.isel(chip=int(number)).load(), embeddings.isel(chip=int(number)).load()
         for t in range(chip.sizes["time"]):
-            source, when = str(chip["member"].values[t]), chip["datetime"].values[t]
+            source = str(chip["member"].values[t])
             found = chip["pixels"].values[t]
-            wanted = _expected(scenes, source, when, chip)
+            feeding = _feeding(scenes, chip, t)
+            layers = [_reflectance(scene, chip) for scene in feeding]
+            wanted, layer = _first_valid(layers)
+            filled += int(np.sum(np.isfinite(wanted) & (layer > 0)))
             compared[source] += 1
-            differ[source] += not _same(found, wanted, 0.0 if source == "s2" else LANDSAT_SLACK)
+            slack = np.array([0.0 if scene.source == "s2" else LANDSAT_SLACK for scene in feeding])
+            differ[source] += not _same(found, wanted, slack[layer])
             share = np.isfinite(wanted).all(axis=0).mean()
             fractions &= abs(float(chip["valid_fraction"].values[t]) - share) < 1e-6
         compared["aef"] += 1
@@ -162,7 +191,36 @@ def check_pixels(tree: xr.DataTree, world: World, n: int = 8) -> tuple[Check, ..
         )
         for k, name in names.items()
     ]
-    return (*checks, Check(fractions, "valid fractions are those of the same pixels"))
+    return (
+        *checks,
+        Check(fractions, "valid fractions are those of the same pixels"),
+        Check(filled > 0, f"one scene's gaps are filled by another: {filled} values of these chips"),
+    )
+
+
+def check_emptiest(tree: xr.DataTree, world: World) -> Check:
+    """Check that each slot's emptiest chip lacks only what no scene of its month sees clear.
+
+    For stores whose slots are filled; where a slot is one acquisition, others may see what it does not.
+    """
+    optical = tree["optical"].to_dataset()
+    scenes = [*_scenes("s2", world.sentinel2), *_scenes("l8", world.landsat)]
+    figures, missed = [], 0
+    for t, number in enumerate(_emptiest(optical)):
+        chip = optical.isel(chip=number).load()
+        lacking = ~np.isfinite(chip["pixels"].values[t])
+        for scene in _of_month(scenes, chip, t):
+            missed += int(np.sum(lacking & np.isfinite(_reflectance(scene, chip))))
+        figures.append(f"{lacking[0].mean():.0%} of {chip['time'].dt.strftime('%b').values[t]}'s")
+    return Check(
+        not missed,
+        f"no scene sees what the emptiest chips lack ({', '.join(figures)}): {missed} values could be filled",
+    )
+
+
+def _emptiest(optical: xr.Dataset) -> list[int]:
+    """Return for each slot the number of the chip with the fewest valid pixels."""
+    return [int(n) for n in optical["valid_fraction"].argmin("chip").values]
 
 
 def _scenes(source: str, collection: Path) -> Iterator[_Scene]:
@@ -170,15 +228,55 @@ def _scenes(source: str, collection: Path) -> Iterator[_Scene]:
         yield _Scene(source, json.loads(path.read_text(encoding="utf-8")), path.parent)
 
 
-def _expected(scenes: list[_Scene], source: str, when: np.datetime64, chip: xr.Dataset) -> Pixels:
-    """Return one slot of a chip, shape (band, y, x): the scene of this time, then the others of its pass."""
-    near = [s for s in scenes if s.source == source and abs(s.start - when) < np.timedelta64(10, "m")]
-    near.sort(key=lambda s: abs(s.start - when))
-    result = _reflectance(near[0], chip)
-    for scene in near[1:]:
-        more = _reflectance(scene, chip)
-        result = np.where(np.isnan(result), more, result)
-    return result
+def _feeding(scenes: list[_Scene], chip: xr.Dataset, t: int) -> list[_Scene]:
+    """Return the scenes of one slot: those of the pass that it names; in filled stores those of all others then.
+
+    Scenes of one pass come by the distance of their middles from the chip's, passes by the mean cloud figure of their
+    scenes that touch the chip.
+    """
+    source, when = str(chip["member"].values[t]), chip["datetime"].values[t]
+    month = sorted(_of_month(scenes, chip, t), key=lambda s: _distance(s, chip))
+    (main,) = {s.acquisition for s in month if s.source == source and s.start == when}
+    passes: dict[str, list[_Scene]] = {main: [s for s in month if s.acquisition == main]}
+    if "filled_fraction" in chip.coords:
+        for scene in month:
+            if scene.acquisition != main and _touches(scene, chip):
+                passes.setdefault(scene.acquisition, []).append(scene)
+    first, *others = passes.values()
+    ranked = sorted(others, key=lambda p: sum(s.cloud_pct for s in p) / len(p))
+    return [*first, *(scene for one in ranked for scene in one)]
+
+
+def _of_month(scenes: list[_Scene], chip: xr.Dataset, t: int) -> list[_Scene]:
+    """Return the scenes of a slot's month that are clear enough to be used at all."""
+    month = chip["time"].values[t].astype("datetime64[M]")
+    return [s for s in scenes if s.start.astype("datetime64[M]") == month and s.cloud_pct < MOST_CLOUD_PCT]
+
+
+def _distance(scene: _Scene, chip: xr.Dataset) -> float:
+    """Return how far a scene's middle is from a chip's, metres."""
+    west, south, east, north = chip["bounds"].values.tolist()
+    with rasterio.open(scene.path(ASSETS[scene.source].get("red", "red"))) as file:
+        left, bottom, right, top = file.bounds
+    return hypot((west + east - left - right) / 2, (south + north - bottom - top) / 2)
+
+
+def _touches(scene: _Scene, chip: xr.Dataset) -> bool:
+    outline = transform_geom(
+        "EPSG:4326", f"EPSG:{scene.item['properties']['proj:epsg']}", scene.item["geometry"]
+    )
+    bounds = shapely.box(*chip["bounds"].values.tolist())
+    return bool(shapely.geometry.shape(outline).intersection(bounds).area > 0)
+
+
+def _first_valid(layers: list[Pixels]) -> tuple[Pixels, NDArray[np.int64]]:
+    """Return each value of the first layer that has one, NaN where none has, and which layer that is."""
+    result, number = layers[0], np.zeros(layers[0].shape, np.int64)
+    for n, layer in enumerate(layers[1:], start=1):
+        empty = np.isnan(result)
+        number[empty & ~np.isnan(layer)] = n
+        result = np.where(empty, layer, result)
+    return result, number
 
 
 def _reflectance(scene: _Scene, chip: xr.Dataset) -> Pixels:
@@ -234,7 +332,8 @@ def _grid(chip: xr.Dataset) -> tuple[Affine, int]:
     return Affine(pixel, 0, west, 0, -pixel, north), size
 
 
-def _same(found: Pixels, wanted: Pixels, slack: float) -> bool:
+def _same(found: Pixels, wanted: Pixels, slack: NDArray[np.float64]) -> bool:
+    """Tell whether no value is further from the wanted one than its slack, and the same are NaN."""
     if not np.array_equal(np.isnan(found), np.isnan(wanted)):
         return False
-    return bool(np.nanmax(np.abs(found - wanted), initial=0.0) <= slack)
+    return bool(np.all(np.abs(found - wanted)[np.isfinite(wanted)] <= slack[np.isfinite(wanted)]))

@@ -14,7 +14,15 @@ from pathlib import Path
 import xarray as xr
 
 import rasteret_dask as rd
-from rasteret_dask.demo.checks import Check, check_objects, check_pixels, check_splits, check_store
+from rasteret_dask.demo.checks import (
+    MOST_CLOUD_PCT,
+    Check,
+    check_emptiest,
+    check_objects,
+    check_pixels,
+    check_splits,
+    check_store,
+)
 from rasteret_dask.demo.world import World, WorldSize, make_world
 from rasteret_dask.errors import StoreError
 from rasteret_dask.extras import how_to_install
@@ -94,6 +102,8 @@ def run_demo(
     if checks[-1].ok:  # a damaged object may not even decode
         ids = train.table.column("chip_id").to_pylist()
         checks += [*check_store(tree, ids), *check_pixels(tree, world)]
+        if "filled_fraction" in tree["optical"].to_dataset():
+            checks.append(check_emptiest(tree, world))
     tree.close()
     _tell(say, "Checks", "\n".join(map(str, checks)))
     failed = [check for check in checks if not check.ok]
@@ -110,7 +120,7 @@ def demo_chips(world: World, size: DemoSize) -> rd.Chips:
 
     optical = (
         rd.merge(s2, l8)
-        .subset(cloud_cover_lt=30)
+        .subset(cloud_cover_lt=MOST_CLOUD_PCT)
         .harmonize(
             bands=["red", "green", "blue", "nir"],
             resolution=10,

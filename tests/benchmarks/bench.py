@@ -1,6 +1,8 @@
 """Every contender on the same files, in turn, each time in a fresh process: ``make bench``.
 
-Options go into ARGS: ``make bench ARGS="--runs 5 --jobs J1 J2 --latency 0 35 --write"``.
+Options go into ARGS: ``make bench ARGS="--runs 5 --jobs J1 J2 --latency 0 35 --write"``. With ``--pairs 15`` two ways
+run in turn instead, and ratios are told: the package and its bar, or, with ``--against CHECKOUT``, this checkout and
+that one.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ import argparse
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,16 +21,21 @@ from typing import Any
 
 import numpy as np
 import ours
+import pairs
+import readme_world
 import report
 from contender import CONTENDERS, Contender, Settings
-from jobs import Box, Job
+from jobs import Box, Job, ReadmeJob
 from nginx import Nginx
+from pairs import Pair, Side
+from process import THIS, Process, apart, build_tables, started
 from python312 import environment
 from scenes import EPSG, ORIGIN, Kind, embeddings, items, landsat, make_files, sentinel2
 
-import rasteret_dask as rd
+NAMES = ("J1", "J1-u16", "J1-zarr", "J1-zone", "J2", "J3", "J4", "J4-u16", "memory")
+FILLED = ("J4-fill", "J4-u16-fill")
+"""J4 with ``harmonize(fill=True)``; run where they are named."""
 
-HERE = Path(__file__).parent
 CHIP_PX = 256
 TILES = (0, 4, 6, 8, 12, 16, 18, 24)
 """The 8 cells of 5 x 5, row by row: no two of them are neighbours in a file."""
@@ -44,8 +50,9 @@ class Bench:
 
     name: str
     title: str
-    job: Job
+    job: Job | ReadmeJob
     contenders: tuple[str, ...]
+    """The package's way first, then its bar."""
 
 
 @dataclass
@@ -67,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", nargs="+", default=["all"], help="J1 J1-zarr J1-zone J2 J3 memory, or all")
+    parser.add_argument("--jobs", nargs="+", default=["all"], help=f"{' '.join((*NAMES, *FILLED))}, or all")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--slow-runs", type=int, default=1, help="of contenders that take very long")
     parser.add_argument("--latency", nargs="+", type=float, default=[0.0, 35.0], help="ms, 5 more or less")
@@ -75,6 +82,10 @@ def main() -> None:
     parser.add_argument(
         "--untuned", action="store_true", help="take everyone's first settings, try no others"
     )
+    parser.add_argument(
+        "--pairs", type=int, help="so many pairs of two ways in turn, told as ratios; 15 for a claim"
+    )
+    parser.add_argument("--against", type=Path, help="another checkout, to pair this one with")
     parser.add_argument("--threads", type=int, default=2, help="Dask threads of rasteret_dask")
     parser.add_argument("--size", type=int, default=5120, help="pixels of a Sentinel-2-like scene, or 10980")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "rasteret-dask-bench")
@@ -87,11 +98,18 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the server stops too
     kinds = (sentinel2(arguments.size), landsat(), embeddings())
     make_files(arguments.folder, kinds)
-    python, why = environment(arguments.folder / "python312", arguments.python312)
+    readme_world.make(arguments.folder)
+    python, why = None, "not in pairs"
+    if arguments.pairs is None:
+        python, why = environment(arguments.folder / "python312", arguments.python312)
     with Nginx(arguments.folder) as server, _scratch(arguments.folder) as scratch:
         benches = _benches(kinds, server.url, scratch, python, arguments.threads, arguments.jobs)
         if arguments.serve:
             _serve(benches, server.url, scratch)
+            return
+        if arguments.pairs is not None:
+            for pair in _pairs(benches, arguments.against, scratch):
+                print(f"\n{pairs.run(pair, Process(server, scratch), arguments.pairs)}", flush=True)
             return
         for bench in benches:
             latencies = arguments.latency if bench.name in ("J1", "J1-zarr") else arguments.latency[:1]
@@ -99,7 +117,7 @@ def main() -> None:
             for latency in latencies:
                 server.latency(max(latency - JITTER_MS, 0.0), latency + JITTER_MS if latency else 0.0)
                 names = [n for n in bench.contenders if _is_asked(n, arguments.only)]
-                runner = _Runner(bench, server, scratch, python, why)
+                runner = _Runner(bench, Process(server, scratch, python), why)
                 runs = runner.run(
                     [CONTENDERS[n] for n in names], arguments.runs, arguments.slow_runs, arguments.untuned
                 )
@@ -138,19 +156,23 @@ def _benches(
 ) -> list[Bench]:
     s2, l8, aef = kinds
     every = asked == ["all"]
-    wanted = [n for n in ("J1", "J1-zarr", "J1-zone", "J2", "J3", "memory") if every or n in asked]
+    wanted = [*(n for n in NAMES if every or n in asked), *(n for n in FILLED if n in asked)]
     unknown = set(asked) - {*wanted, "all"}
     if unknown:
-        raise SystemExit(f"no job {', '.join(sorted(unknown))}: J1, J1-zarr, J1-zone, J2, J3, memory, or all")
+        raise SystemExit(f"no job {', '.join(sorted(unknown))}: {', '.join((*NAMES, *FILLED))}, or all")
     made: list[Bench] = []
-    if {"J1", "J1-zarr", "J1-zone"} & set(wanted):
+    if {"J1", "J1-u16", "J1-zarr", "J1-zone"} & set(wanted):
         per_row = 5
         boxes = tuple(_tile(ORIGIN, *divmod(n, per_row), s2.tile_px * s2.pixel_m) for n in TILES)
         j1 = _job("J1", s2, 1, url, scratch, python, boxes, grid="tiles", threads=threads)
         size = f"{len(boxes)} cells of 1024 px, {len(s2.bands)} bands, {s2.dates} dates of {s2.size_px} px scenes"
         if "J1" in wanted:
-            peers = [n for n in CONTENDERS if "Zarr" not in n and n != "rasterio by chip"]
+            peers = [n for n in CONTENDERS if not any(other in n for other in ("Zarr", "README", "rasterio"))]
             made.append(Bench("J1", f"J1 to arrays: {j1.count} chips of 256 px, {size}", j1, tuple(peers)))
+        if "J1-u16" in wanted:
+            stored = j1.replace(name="J1-u16", units="reflectance")
+            title = "J1 as reflectance x 1e4 in uint16: the same files and chips"
+            made.append(Bench("J1-u16", title, stored, ("rasteret_dask", "bare loop")))
         if "J1-zarr" in wanted:
             two = ("rasteret_dask to Zarr", "bare loop to Zarr")
             store = j1.replace(name="J1-zarr", store=str(scratch / "store"), layout=str(scratch / "layout"))
@@ -162,7 +184,7 @@ def _benches(
     if "J2" in wanted:
         boxes = tuple(_tile(ORIGIN, *divmod(n, 5), 10240.0) for n in TILES)
         j2 = _job("J2", l8, 1, url, scratch, python, boxes, grid="box", threads=threads)
-        j2 = j2.replace(resolution=10.0, resampling="bilinear", tolerance_dn=1)
+        j2 = j2.replace(resolution=10.0, resampling="bilinear")
         title = (
             f"J2: Landsat-like, 30 m warped to 10 m (bilinear), {j2.count} chips of 256 px, {l8.dates} dates"
         )
@@ -174,6 +196,7 @@ def _benches(
         title = f"J3: embeddings-like, {len(aef.bands)} bands of int8, {j3.count} chips of 256 px"
         readers = ("rasteret_dask", "bare loop", "stackstac", "odc-stac", "rasteret by block")
         made.append(Bench("J3", title, j3, readers))
+    made += [_readme(name, url, scratch, threads) for name in wanted if name.startswith("J4")]
     if "memory" in wanted:
         boxes = tuple(_tile(ORIGIN, *divmod(n, 5), 10240.0) for n in TILES)
         for copies in (1, LONG):
@@ -202,14 +225,11 @@ def _job(
     folder.mkdir()
     found = items(kind, url, copies)
     (folder / "items.json").write_text(json.dumps(found))
-    rd.build_from_stac(found, name=kind.name, bands=list(kind.bands)).export(folder / "records.parquet")
     if python is not None and copies == 1:
-        subprocess.run(
-            [str(python), str(HERE / "peers312.py"), str(folder / "items.json"), str(folder)], check=True
-        )
+        started(THIS, str(python), "peers312.py", str(folder / "items.json"), str(folder))
     dates = sorted(item["properties"]["datetime"][:10] for item in found)
     start = str(np.datetime64(dates[0]) - np.timedelta64(3, "D"))
-    return Job(
+    job = Job(
         name=name,
         items=str(folder / "items.json"),
         table=str(folder / "records.parquet"),
@@ -228,6 +248,63 @@ def _job(
         planar=kind.planar,
         threads=threads,
     )
+    build_tables(job, scratch)
+    return job
+
+
+def _readme(name: str, url: str, scratch: Path, threads: int) -> Bench:
+    """Write the items and tables of one variant of the README's job."""
+    folder = scratch / name
+    folder.mkdir()
+    found = readme_world.items(url)
+    (folder / "items.json").write_text(json.dumps(found))
+    job = ReadmeJob(
+        name=name,
+        items=str(folder / "items.json"),
+        tables=str(folder),
+        epsg=EPSG,
+        area=readme_world.area(),
+        dtype="uint16" if "u16" in name else "float32",
+        fill="fill" in name,
+        store=str(scratch / "store"),
+        layout=str(folder / "layout"),
+        threads=threads,
+    )
+    build_tables(job, scratch)
+    filled = ", filled from the next in rank" if job.fill else ""
+    title = (
+        f"{name}: the README's job as {job.dtype}{filled}: Sentinel-2 and Landsat merged, masked, three months, "
+        "joined with 64-band embeddings, train chips, to Zarr"
+    )
+    return Bench(name, title, job, tuple(n for n in CONTENDERS if "README" in n))
+
+
+def _pairs(benches: Sequence[Bench], against: Path | None, scratch: Path) -> Iterator[Pair]:
+    """Yield for each job the package and its bar: a bare loop, and raw numbers for J1 as uint16; or two checkouts."""
+    if against is not None:
+        other = against.resolve()
+        for bench in benches:
+            folder = scratch / f"{bench.name}-other"
+            folder.mkdir()
+            tables = (
+                {"tables": str(folder)}
+                if isinstance(bench.job, ReadmeJob)
+                else {"table": str(folder / "records.parquet")}
+            )
+            job = bench.job.replace(**tables)
+            build_tables(job, scratch, other)
+            ours_way = bench.contenders[0]
+            one = Side("this checkout", ours_way, bench.job, THIS)
+            yield Pair(bench.name, one, Side("the other", ours_way, job, other))
+        return
+    raw = next((b for b in benches if b.name == "J1"), None)
+    for bench in benches:
+        ours_way, *others = bench.contenders
+        one = Side(ours_way, ours_way, bench.job, THIS)
+        if others:
+            yield Pair(bench.name, one, Side(others[0], others[0], bench.job, THIS))
+        if bench.name == "J1-u16" and raw is not None:
+            yield Pair("J1-u16", one, Side("J1, raw", ours_way, raw.job, THIS), equal=False)
 
 
 def _tile(origin: tuple[float, float], row: int, col: int, side: float) -> Box:
@@ -245,8 +322,8 @@ def _on_zone(job: Job) -> Job:
 class _Runner:
     """Runs contenders on one job in turn, and compares their pixels."""
 
-    def __init__(self, bench: Bench, server: Nginx, scratch: Path, python: Path | None, why: str) -> None:
-        self.bench, self.server, self.scratch, self.python = bench, server, scratch, python
+    def __init__(self, bench: Bench, process: Process, why: str) -> None:
+        self.bench, self.process = bench, process
         self.why = why
         self.skipped: dict[str, str] = {}
         """Contender -> why it did not run."""
@@ -263,7 +340,7 @@ class _Runner:
         return chosen
 
     def _tune(self, contender: Contender, untuned: bool) -> Runs | None:
-        if contender.python312 and self.python is None:
+        if contender.python312 and self.process.python312 is None:
             self.skipped[contender.name] = self.why
             return None
         if untuned or (contender.slow and len(contender.tried) == 1):
@@ -273,48 +350,27 @@ class _Runner:
 
     def _once(self, contender: Contender, settings: Settings) -> dict[str, Any]:
         job = self.bench.job
-        if job.store:
-            shutil.rmtree(job.store, ignore_errors=True)
-        pixels = self.scratch / f"{contender.name.replace(' ', '-')}.npy"
-        if job.tolerance_dn:
-            job = job.replace(pixels=str(pixels))
-        path = job.write(self.scratch / "job.json")
-        python = str(self.python) if contender.python312 else sys.executable
-        given = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-        self.server.reset()
-        done = subprocess.run(
-            [python, str(HERE / "contender.py"), contender.name, str(path), *given],
-            capture_output=True,
-            text=True,
-        )
-        served = self.server.served()
-        if done.returncode:
-            raise SystemExit(f"{contender.name} with {settings} failed on {job.name}:\n{done.stderr}")
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        found |= {"requests": served.requests, "nbytes": served.nbytes, "errors": served.errors}
-        print(
-            f"  {contender.name} {settings or ''}: {found['wall']:.2f} s, {found['cpu']:.2f} s CPU",
-            file=sys.stderr,
-        )
-        if job.layout and not Path(job.layout).exists():
-            shutil.copytree(job.store, job.layout)
-        self._compare(contender, found["digest"], pixels)
+        if job.slack:
+            job = job.replace(pixels=str(self._pixels(contender.name)))
+        found = self.process.run(contender, job, settings)
+        self._compare(contender, found["digest"])
         return found
 
-    def _compare(self, contender: Contender, digest: str, pixels: Path) -> None:
+    def _pixels(self, name: str) -> Path:
+        return self.process.scratch / f"{name.replace(' ', '-')}.npy"
+
+    def _compare(self, contender: Contender, digest: str) -> None:
         """End the benchmark where pixels differ from those of the first contender that ran."""
+        job = self.bench.job
         self._first.setdefault(digest, contender.name)
         first = next(iter(self._first.values()))
-        if len(self._first) == 1:
-            return
-        if self.bench.job.tolerance_dn:
-            mine = np.load(pixels, mmap_mode="r")
-            other = np.load(self.scratch / f"{first.replace(' ', '-')}.npy", mmap_mode="r")
-            apart = max(int(np.abs(a.astype(np.int32) - b).max()) for a, b in zip(mine, other, strict=True))
-            if apart <= self.bench.job.tolerance_dn:
-                return
-            raise SystemExit(f"{contender.name} and {first} differ by {apart} DN on {self.bench.name}")
-        raise SystemExit(f"{contender.name} and {first} read different pixels on {self.bench.name}")
+        if len(self._first) > 1 and not (isinstance(job, Job) and job.slack):
+            raise SystemExit(f"{contender.name} and {first} read different pixels on {self.bench.name}")
+        if job.slack and contender.name != first:
+            distance = apart(self._pixels(contender.name), self._pixels(first))
+            print(f"  resampled pixels are {distance:g} apart", file=sys.stderr)
+            if distance > job.slack:
+                raise SystemExit(f"{contender.name} and {first} differ by {distance} on {self.bench.name}")
 
 
 if __name__ == "__main__":

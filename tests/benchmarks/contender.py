@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jobs import Job
+from jobs import Job, ReadmeJob, read_job
 from numpy.typing import NDArray
 
 
@@ -34,6 +34,8 @@ class Prepared:
     """The work that is timed."""
     chips: Callable[[Any], Iterator[NDArray[Any]]]
     """Its result as chips (time, band, y, x), in the order of ``Job.chips``; not timed."""
+    resampled: Callable[[Any], Iterator[NDArray[Any]]] | None = None
+    """What of its result is resampled, so that rounding may differ, where ``chips`` are not; not timed."""
 
 
 Settings = dict[str, Any]
@@ -80,6 +82,8 @@ CONTENDERS = _listed(
     Contender("rasteret_dask to Zarr", "ours", "write"),
     Contender("bare loop", "bare", "read", _THREADS),
     Contender("bare loop to Zarr", "bare", "write", _THREADS),
+    Contender("rasteret_dask on the README's job", "ours", "write_readme"),
+    Contender("bare loop on the README's job", "readme_bare", "write", _THREADS),
     Contender("stackstac", "peers", "stackstac_boxes", _STACKSTAC),
     Contender("odc-stac", "peers", "odc_boxes", _ODC),
     Contender("lazycogs", "peers312", "lazycogs_boxes", ({"threads": 1}, {"threads": 2}), python312=True, slow=True),
@@ -93,7 +97,7 @@ CONTENDERS = _listed(
 
 
 def measure(
-    contender: Contender, job: Job, settings: Settings, profile: Path | None = None
+    contender: Contender, job: Job | ReadmeJob, settings: Settings, profile: Path | None = None
 ) -> dict[str, Any]:
     """Run a contender once.
 
@@ -101,7 +105,7 @@ def measure(
     -------
     dict
         ``wall`` and ``cpu`` in seconds (children included), ``peak_mb`` of this process when the work was done,
-        and ``digest``, sha256 of the chips.
+        ``digest``, sha256 of the chips, and ``package``, where rasteret_dask was imported from.
     """
     function = getattr(import_module(contender.module), contender.function)
     prepared: Prepared = function(job, **settings)
@@ -118,14 +122,12 @@ def measure(
     if profiler is not None and profile is not None:
         profiler.dump_stats(profile)
     digest = hashlib.sha256()
-    kept = []
     for chip in prepared.chips(result):
         digest.update(np.ascontiguousarray(chip).data)
-        if job.pixels:
-            kept.append(chip)
     if job.pixels:
-        np.save(job.pixels, np.stack(kept))
-    return {"wall": wall, "cpu": cpu, "peak_mb": peak, "digest": digest.hexdigest()}
+        np.save(job.pixels, np.stack(list((prepared.resampled or prepared.chips)(result))))
+    package = getattr(sys.modules.get("rasteret_dask"), "__file__", "")
+    return {"wall": wall, "cpu": cpu, "peak_mb": peak, "digest": digest.hexdigest(), "package": package}
 
 
 def _cpu_s() -> float:
@@ -151,7 +153,7 @@ def main() -> None:
     given = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in arguments.set)}
     contender = CONTENDERS[arguments.name]
     settings = given or contender.tried[0]
-    print(json.dumps(measure(contender, Job.read(arguments.job), settings, arguments.profile)))
+    print(json.dumps(measure(contender, read_job(arguments.job), settings, arguments.profile)))
     sys.stdout.flush()
 
 

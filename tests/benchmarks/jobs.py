@@ -6,17 +6,39 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 Box = tuple[float, float, float, float]
 """xmin, ymin, xmax, ymax in the job's CRS, metres."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """Some boxes of some dates and bands, as square chips; standard library only, for any Python can run it."""
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What all jobs have; standard library only, for any Python can run it."""
 
     name: str
+    store: str = ""
+    """Zarr store to write; empty: the result stays in memory."""
+    layout: str = ""
+    """Zarr store whose shards and codec are to be copied."""
+    pixels: str = ""
+    """A ``.npy`` file to leave the pixels in, for comparisons that a digest cannot make."""
+    threads: int = 2
+
+    def write(self, path: Path) -> Path:
+        """Write the job as JSON."""
+        path.write_text(json.dumps(asdict(self)))
+        return path
+
+    def replace(self, **values: Any) -> Self:
+        """Return the job with some fields changed."""
+        return replace(self, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Work):
+    """Some boxes of some dates and bands of one collection, as square chips."""
+
     items: str
     """JSON file: a list of STAC items, one a date, in time order."""
     table: str
@@ -42,15 +64,13 @@ class Job:
     resampling: str = "nearest"
     planar: bool = False
     """All bands lie in one band-separate file: the asset ``data``."""
-    tolerance_dn: int = 0
-    """How far pixels of two contenders may lie apart."""
-    store: str = ""
-    """Zarr store to write; empty: the result stays in memory."""
-    layout: str = ""
-    """Zarr store whose shards and codec are to be copied."""
-    pixels: str = ""
-    """A ``.npy`` file to leave the pixels in, for comparisons that a digest cannot make."""
-    threads: int = 2
+    units: str = "raw"
+    """``"raw"``, or ``"reflectance"``: x 1e4, stored as uint16."""
+
+    @property
+    def slack(self) -> float:
+        """How far pixels of two contenders may lie apart."""
+        return 0 if self.resampling == "nearest" else 1
 
     @classmethod
     def read(cls, path: Path) -> Job:
@@ -59,15 +79,6 @@ class Job:
         for key in ("bands", "origin", "date_range"):
             values[key] = tuple(values[key])
         return cls(**{**values, "boxes": tuple(tuple(box) for box in values["boxes"])})
-
-    def write(self, path: Path) -> Path:
-        """Write the job as JSON."""
-        path.write_text(json.dumps(asdict(self)))
-        return path
-
-    def replace(self, **values: Any) -> Job:
-        """Return the job with some fields changed."""
-        return replace(self, **values)
 
     def load_items(self) -> list[dict[str, Any]]:
         """Return the STAC items."""
@@ -86,3 +97,47 @@ class Job:
     def count(self) -> int:
         """Chips of one time axis."""
         return sum(1 for _ in self.chips())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadmeJob(Work):
+    """The job of the README: two sensors merged, masked, in monthly slots, joined with embeddings, split, to Zarr."""
+
+    items: str
+    """JSON file: {"s2": items, "l8": items, "aef": items}."""
+    tables: str
+    """Folder: the same as record tables of rasteret_dask, ``<name>.parquet``."""
+    epsg: int
+    area: Box
+    """What chips must touch."""
+    dtype: str
+    """``"float32"``: reflectance, NaN where invalid; ``"uint16"``: x 1e4, 65535 where invalid."""
+    fill: bool = False
+    """Whether what is invalid in a slot's best acquisition comes from the next in rank."""
+    bands: tuple[str, ...] = ("red", "green", "blue", "nir")
+    dates: tuple[str, str] = ("2024-04-01", "2024-06-30")
+    cloud_cover_lt: int = 30
+    chip_px: int = 128
+    resolution: int = 10
+    cell_km: float = 5.12
+
+    @classmethod
+    def read(cls, path: Path) -> ReadmeJob:
+        """Read what :meth:`write` wrote."""
+        values: dict[str, Any] = json.loads(path.read_text())
+        return cls(**{**values, **{key: tuple(values[key]) for key in ("area", "bands", "dates")}})
+
+    @property
+    def slack(self) -> float:
+        """How far resampled pixels of two contenders may lie apart: 1 DN of Landsat's, which a kernel rounds."""
+        return 1 if self.dtype == "uint16" else 2.75e-5 + 1e-7
+
+    def load_items(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the STAC items by collection."""
+        return dict(json.loads(Path(self.items).read_text()))
+
+
+def read_job(path: Path) -> Job | ReadmeJob:
+    """Read a job of either kind."""
+    kind = ReadmeJob if "cell_km" in json.loads(path.read_text()) else Job
+    return kind.read(path)

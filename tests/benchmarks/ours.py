@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import dask
 import numpy as np
 import pyarrow.parquet as pq
+import readme_store
 import shapely
 import xarray as xr
 from contender import Prepared
 from distributed import Client
-from jobs import Job
+from jobs import Job, ReadmeJob
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
@@ -51,6 +54,38 @@ def write(job: Job) -> Prepared:
     return Prepared(run, lambda store: _ordered(job, xr.open_zarr(store, chunks=None)))
 
 
+def write_readme(job: ReadmeJob) -> Prepared:
+    """Prepare the README's job on a client that is there already."""
+    tables = {n: pq.read_table(f"{job.tables}/{n}.parquet") for n in ("s2", "l8", "aef")}
+    client = Client(
+        n_workers=1, threads_per_worker=job.threads, processes=False, dashboard_address=":0", silence_logs=40
+    )
+    client.submit(sum, (1, 2)).result()
+    options: dict[str, Any] = {} if job.dtype == "float32" else {"units": "reflectance", "dtype": job.dtype}
+    if job.fill:
+        options["fill"] = True
+
+    def run() -> Path:
+        s2, l8, aef = (rd.as_collection(table, name=name) for name, table in tables.items())
+        optical = (
+            rd.merge(s2, l8)
+            .subset(date_range=job.dates, cloud_cover_lt=job.cloud_cover_lt)
+            .harmonize(
+                list(job.bands), resolution=job.resolution, time="1MS", mask="clouds", pick="least_cloudy",
+                **options,
+            )
+        )  # fmt: skip
+        made = (
+            rd.join(optical=optical, embeddings=aef)
+            .chips(job.chip_px, cell_km=job.cell_km, aoi=_lonlat(job.epsg, shapely.box(*job.area)))
+            .split(train=0.7, val=0.15, test=0.15, seed=42)
+        )
+        made.select("train").to_zarr(job.store, client=client, progress=False)
+        return Path(job.store)
+
+    return Prepared(run, partial(readme_store.aligned, job), partial(readme_store.resampled, job))
+
+
 def collection(job: Job) -> rd.Collection:
     """Return the job's records, in memory."""
     return rd.as_collection(pq.read_table(job.table), name=job.name.split()[0].lower())
@@ -61,18 +96,24 @@ def chips(job: Job, records: rd.Collection) -> rd.Chips:
     warped: dict[str, Any] = {}
     if job.grid == "box":
         warped = {"resolution": job.resolution, "resampling": job.resampling}
+    if job.units == "reflectance":
+        warped["dtype"] = "uint16"
     source = records.subset(date_range=job.date_range).harmonize(
-        list(job.bands), units="raw", time=job.slot or None, **warped
+        list(job.bands), units=job.units, time=job.slot or None, **warped
     )
     return source.chips(job.chip_px, grid=_geobox(job) if job.grid == "box" else job.grid, aoi=area(job))
 
 
 def area(job: Job) -> Any:
     """Return the boxes in lon/lat, a little smaller."""
-    to = Transformer.from_crs(job.epsg, 4326, always_xy=True).transform
     boxes = shapely.box(*np.array(job.boxes).T).tolist()
     smaller = [shapely.buffer(box, -MARGIN_M, join_style="mitre") for box in boxes]
-    return shapely.transform(shapely.unary_union(smaller), lambda p: np.stack(to(p[:, 0], p[:, 1]), -1))
+    return _lonlat(job.epsg, shapely.unary_union(smaller))
+
+
+def _lonlat(epsg: int, shape: Any) -> Any:
+    to = Transformer.from_crs(epsg, 4326, always_xy=True).transform
+    return shapely.transform(shape, lambda p: np.stack(to(p[:, 0], p[:, 1]), -1))
 
 
 def _geobox(job: Job) -> GeoBox:

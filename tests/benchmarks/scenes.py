@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,25 +94,31 @@ def make_files(folder: Path, kinds: tuple[Kind, ...]) -> None:
 
 
 def _make(folder: Path, kind: Kind, seed: int) -> None:
-    ground = _texture(np.random.default_rng(seed), kind.size_px)
+    ground = texture(np.random.default_rng(seed), kind.size_px)
     for date in range(kind.dates):
         paths = [folder / path for path in kind.files(date).values()]
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         if kind.planar:
-            _write_planar(paths[0], kind, ground, seed)
+            write_planar(paths[0], kind, lambda band: embedding(ground, seed, band))
             continue
 
         def put(band: int, date: int = date, paths: list[Path] = paths) -> None:
-            _write_cog(paths[band], kind, _reflectance(ground, (seed, date, band)))
+            write_cog(paths[band], kind, _reflectance(ground, (seed, date, band)))
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(put, range(len(paths))))
 
 
-def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
-    """Return fields and hills, shape (y, x), about -1 to 1: noise of all scales, blocks as borders of fields."""
+FIELDS_AND_HILLS = ((512, 0.3), (128, 0.2), (48, 0.2), (16, 0.12), (6, 0.08), (3, 0.05))
+"""Side of a block in pixels, and its height."""
+
+
+def texture(
+    rng: np.random.Generator, size: int, scales: tuple[tuple[int, float], ...] = FIELDS_AND_HILLS
+) -> NDArray[np.float32]:
+    """Return noise of several scales, shape (y, x), about -1 to 1; its blocks make borders of fields."""
     out = np.zeros((size, size), np.float32)
-    for side, height in ((512, 0.3), (128, 0.2), (48, 0.2), (16, 0.12), (6, 0.08), (3, 0.05)):
+    for side, height in scales:
         coarse = rng.standard_normal((-(-size // side),) * 2, np.float32) * np.float32(height)
         out += np.repeat(np.repeat(coarse, side, 0), side, 1)[:size, :size]
     return out
@@ -129,7 +137,8 @@ SENSOR_NOISE_DN = 28
 """Makes a deflated tile of 1024 x 1024 about 1.4 MB, as Sentinel-2's 10 m bands are over land."""
 
 
-def _embedding(ground: NDArray[np.float32], seed: int, band: int) -> NDArray[np.int8]:
+def embedding(ground: NDArray[np.float32], seed: int, band: int) -> NDArray[np.int8]:
+    """Return one band over the ground, north-up."""
     rng = np.random.default_rng((seed, band))
     pixels = rng.standard_normal(ground.shape, np.float32) * np.float32(6)
     pixels += ground * np.float32(rng.uniform(-60, 60)) + np.float32(rng.uniform(-30, 30))
@@ -149,24 +158,30 @@ def _profile(kind: Kind, count: int) -> dict[str, Any]:
     }
 
 
-def _write_cog(path: Path, kind: Kind, pixels: NDArray[Any]) -> None:
+def write_cog(path: Path, kind: Kind, pixels: NDArray[Any]) -> None:
+    """Write one band; overviews of 8-bit rasters, which are classes, are nearest."""
     with MemoryFile() as memory:
         with memory.open(**_profile(kind, 1)) as file:
             file.write(pixels, 1)
         rasterio.shutil.copy(
             memory.name, path, driver="COG", blocksize=kind.tile_px, compress="DEFLATE", predictor="YES",
-            overview_resampling="average",
+            overview_resampling="nearest" if pixels.dtype == np.uint8 else "average",
         )  # fmt: skip
 
 
-def _write_planar(path: Path, kind: Kind, ground: NDArray[np.float32], seed: int) -> None:
+def write_planar(path: Path, kind: Kind, plane: Callable[[int], NDArray[Any]]) -> str:
+    """Write all bands, each given north-up, into one south-up file; return the sha256 of their pixels."""
     layout = {
         "tiled": True, "blockxsize": kind.tile_px, "blockysize": kind.tile_px, "interleave": "band",
         "compress": "ZSTD", "zstd_level": 3, "num_threads": 2,
     }  # fmt: skip
+    digest = hashlib.sha256()
     with rasterio.open(path, "w", **_profile(kind, len(kind.bands)), **layout) as file:
         for band in range(len(kind.bands)):
-            file.write(_embedding(ground, seed, band)[::-1], band + 1)
+            pixels = plane(band)
+            digest.update(pixels.tobytes())
+            file.write(pixels[::-1], band + 1)
+    return digest.hexdigest()
 
 
 def items(kind: Kind, root: str, copies: int = 1) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 The ground is a procedural landscape in UTM zone 33N with farmland, forest, water and towns. Over it fly a
 Sentinel-2-like and a Landsat-like sensor from April to June 2024, and annual embeddings describe it. Clear
-pixels of all sensors show the same reflectance on the same day, and nothing needs a network.
+pixels of all sensors show the same reflectance on the same day, but for noise, and nothing needs a network.
 
 Unlike the real thing: Sentinel-2 granules are about 23 x 34 km instead of 110 x 110 km; both sensors share one
-spectral response; the embeddings have no overviews; every touched pixel is flagged in SCL or QA_PIXEL.
+spectral response; granules of one pass have clouds and noise of their own, also where they overlap; the embeddings
+have no overviews; every touched pixel is flagged in SCL or QA_PIXEL.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["Progress", "World", "WorldSize", "make_world"]
 Progress = Callable[[float, str], None]
 """Called with the share done (0..1) and what was done last."""
 
-_VERSION = 1  # raise it whenever the same seed and size make other files
+_VERSION = 2  # raise it whenever the same seed and size make other files
 _MARKER = "world.json"
 _MAKER = "rasteret_dask.world"
 _CREDIT = "Made up by rasteret_dask; no real place was measured."

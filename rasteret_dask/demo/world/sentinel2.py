@@ -29,7 +29,7 @@ _FILES = (("blue", "B02", 0.49), ("green", "B03", 0.56), ("red", "B04", 0.665), 
 
 @dataclass(frozen=True, slots=True)
 class Datatake:
-    """One overpass, which both granules are cut from."""
+    """One overpass, of which both granules have pictures."""
 
     start: datetime
     """Sensing start, UTC."""
@@ -38,7 +38,7 @@ class Datatake:
     orbit: int
     """Absolute orbit number."""
     cloud_share: float
-    """Share of the world's area under clouds, 0..1."""
+    """Share of each granule under clouds, 0..1."""
     offset_applied: bool
     """True: the pixels have the offset of baseline 04.00 removed; False: DN = 1e4 x reflectance + 1000."""
     swath_edge: bool = False
@@ -56,7 +56,7 @@ DATATAKES = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Picture:
-    """The pixels of a datatake over the area of both granules."""
+    """The pixels of one granule of a datatake."""
 
     bands: NDArray[np.uint16]
     """Shape (4, y, x) in the order of ``_FILES``. DN, 0 outside the swath."""
@@ -81,30 +81,31 @@ def write_scenes(
         Internal tiles of the 10 m bands; SCL's are half as large, at least 128.
     """
     for number, take in enumerate(DATATAKES):
-        picture = _take_picture((seed, 20 + number), take, layout.optical, ground.window(layout.optical))
         items = []
         for index, (granule, grid) in enumerate(zip(GRANULES, layout.granules, strict=True)):
             name = f"S{take.platform[-2:].upper()}_{granule}_{take.start:%Y%m%d}_0_L2A"
-            rows, cols = grid.within(layout.optical)
-            part = _Picture(
-                picture.bands[:, rows, cols],
-                picture.scl[slice(rows.start // 2, rows.stop // 2), slice(cols.start // 2, cols.stop // 2)],
-            )
-            _write_files(folder / name, part, grid, tile_px)
-            items.append(_item(name, take, index, layout, part.scl))
+            picture = _take_picture((seed, 20 + number, index), take, layout.optical, ground.window(grid))
+            _write_files(folder / name, picture, grid, tile_px)
+            items.append(_item(name, take, index, layout, picture.scl))
         yield items
 
 
-def _take_picture(seed: tuple[int, int], take: Datatake, area: Grid, ground: Ground) -> _Picture:
-    clouds = make_clouds((*seed, 1), area, take.cloud_share)
+def _take_picture(seed: tuple[int, int, int], take: Datatake, area: Grid, ground: Ground) -> _Picture:
+    """Picture a granule's ground, under clouds and noise of its own; ``area`` is what both granules cover.
+
+    Real granules of a pass are corrected and classified apart. Here they differ all over, so that it shows whose
+    pixels fill whose gaps.
+    """
+    grid = ground.grid
+    clouds = make_clouds((*seed, 1), grid, take.cloud_share)
     spectra = spectra_on(take.start.timetuple().tm_yday)
     picture = _Picture(
-        np.empty((len(_FILES), area.height, area.width), np.uint16),
-        np.empty((area.height // 2, area.width // 2), np.uint8),
+        np.empty((len(_FILES), grid.height, grid.width), np.uint16),
+        np.empty((grid.height // 2, grid.width // 2), np.uint8),
     )
 
     def paint(start: int) -> None:
-        strip = area.rows(start, start + _STRIP_ROWS)
+        strip = grid.rows(start, start + _STRIP_ROWS)
         stop = start + strip.height
         part = _Picture(picture.bands[:, start:stop], picture.scl[start // 2 : stop // 2])
         rng = np.random.default_rng((*seed, 2, start))
@@ -115,7 +116,7 @@ def _take_picture(seed: tuple[int, int], take: Datatake, area: Grid, ground: Gro
             part.scl[outside[::2, ::2]] = 0
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(paint, range(0, area.height, _STRIP_ROWS)))
+        list(pool.map(paint, range(0, grid.height, _STRIP_ROWS)))
     return picture
 
 

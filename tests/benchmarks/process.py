@@ -1,0 +1,89 @@
+"""One contender on one job in a fresh process, by this checkout's code or another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contender import Contender, Settings
+from jobs import Job, ReadmeJob
+from nginx import Nginx
+
+HERE = Path(__file__).resolve().parent
+THIS = HERE.parents[1]
+"""The checkout that this file belongs to."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where contenders run."""
+
+    server: Nginx
+    scratch: Path
+    python312: Path | None = None
+    """Interpreter of those that need their own."""
+
+    def run(
+        self, contender: Contender, job: Job | ReadmeJob, settings: Settings, checkout: Path = THIS
+    ) -> dict[str, Any]:
+        """Run it once; return what ``contender.measure`` returns, with ``requests``, ``nbytes`` and ``errors`` served.
+
+        A first store is kept as the job's layout, for others to write the same.
+        """
+        if job.store:
+            shutil.rmtree(job.store, ignore_errors=True)
+        path = job.write(self.scratch / "job.json")
+        python = str(self.python312) if contender.python312 else sys.executable
+        options = [
+            part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")
+        ]
+        self.server.reset()
+        output = started(checkout, python, "contender.py", contender.name, str(path), *options)
+        served = self.server.served()
+        found: dict[str, Any] = json.loads(output.splitlines()[-1])
+        if found["package"] and not Path(found["package"]).resolve().is_relative_to(checkout):
+            raise SystemExit(f"{found['package']} was measured, not {checkout}")
+        found |= {"requests": served.requests, "nbytes": served.nbytes, "errors": served.errors}
+        print(
+            f"  {contender.name} {settings or ''}: {found['wall']:.2f} s, {found['cpu']:.2f} s CPU",
+            file=sys.stderr,
+        )
+        if job.layout and not Path(job.layout).exists():
+            shutil.copytree(job.store, job.layout)
+        return found
+
+
+def build_tables(job: Job | ReadmeJob, scratch: Path, checkout: Path = THIS) -> None:
+    """Build the record tables that a job names, by a checkout's own code."""
+    started(checkout, sys.executable, "build_tables.py", str(job.write(scratch / "job.json")))
+
+
+def started(checkout: Path, python: str, script: str, *arguments: str) -> str:
+    """Run a script of a checkout's benchmarks; return what it printed."""
+    paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [python, str(checkout / "tests" / "benchmarks" / script), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    if done.returncode:
+        raise SystemExit(f"{script} {' '.join(arguments)} of {checkout} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def apart(one: Path, other: Path) -> float:
+    """Return the largest difference between two files of pixels; infinite where not the same pixels are NaN."""
+    largest = 0.0
+    for a, b in zip(np.load(one, mmap_mode="r"), np.load(other, mmap_mode="r"), strict=True):
+        if a.dtype.kind == "f" and not np.array_equal(np.isnan(a), np.isnan(b)):
+            return float("inf")
+        largest = max(largest, float(np.nanmax(np.abs(a.astype(np.float64) - b), initial=0.0)))
+    return largest
