@@ -36,7 +36,7 @@ class Layer:
     """Decoded pixels of one record over one window, or of several records that fill each other."""
 
     values: NDArray[Any]
-    """Shape (band, y, x), of :meth:`PixelRules.decoded_dtype`, or the type that acquisitions are composed in."""
+    """Shape (band, y, x)."""
     valid: NDArray[np.bool_]
     """Shape (band, y, x). True where the pixel is valid and not hidden."""
 
@@ -166,6 +166,6 @@ def composed(rules: PixelRules, acquisitions: Iterable[tuple[int, Iterable[Layer
     for rank, layers in acquisitions:
         one = filled(rules, layers, finish=False)
         if one is not None:
-            composition.add(one.values.astype(rules.work_dtype(), copy=False), one.valid, rank)
+            composition.add(one.values, one.valid, rank)
             is_empty = False
     return None if is_empty else Layer(*rules.finish(*composition.result()))
