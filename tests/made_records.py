@@ -93,7 +93,7 @@ def _asset(name: str, band: str, scale: float, unreadable: bool) -> dict[str, An
     return {
         "href": f"s3://bucket/{name}/{band}.tif", "band_index": 0, "asset": band.lower(),
         "dataset": None, "common_name": COMMON[band], "scale": scale, "offset": 0.0, "rule": "item",
-        "nodata": 0.0, "dtype": "uint16", "role": "quality" if band in QUALITY else "data",
+        "nodata": "0", "dtype": "uint16", "role": "quality" if band in QUALITY else "data",
         "kind": quality_kind(band) if band in QUALITY else "reflectance",
         "size": 1000, "etag": name, "error": "truncated" if unreadable else None,
     }  # fmt: skip

@@ -75,16 +75,16 @@ def _assets(ids: list[str], rng: np.random.Generator) -> pa.Array:
         "scale": pa.array(np.full(n, 1e-4)),
         "offset": pa.array(np.zeros(n)),
         "rule": pa.array(["boa_offset_applied"] * n),
-        "nodata": pa.array(np.zeros(n)),
+        "nodata": pa.array(["0"] * n),
         "dtype": pa.array(["uint16"] * n),
         "role": pa.array(["quality" if b == "SCL" else "data" for _ in ids for b, _ in BANDS]),
         "kind": pa.array(["class" if b == "SCL" else "reflectance" for _ in ids for b, _ in BANDS]),
         "classes": pa.nulls(n, ASSET_TYPE.field("classes").type),
         "size": pa.array(rng.integers(10**8, 2 * 10**8, n)),
         "etag": pa.array([f'"{v:032x}"' for v in rng.integers(0, 2**62, n)]),
-        "error": pa.nulls(n, pa.string()),
     }  # fmt: skip
-    return pa.StructArray.from_arrays(list(values.values()), fields=list(ASSET_TYPE))
+    arrays = [values.get(f.name, pa.nulls(n, f.type)) for f in ASSET_TYPE]
+    return pa.StructArray.from_arrays(arrays, fields=list(ASSET_TYPE))
 
 
 def _levels(files: int, rng: np.random.Generator) -> pa.Array:

@@ -255,12 +255,12 @@ def item_of(collection: str, assets: dict[str, str], when: str = "2021-05-01T10:
         ("earthsearch/naip", "uint8", 4, ["R", "G", "B", "NIR"], "continuous", None),
         ("earthsearch/cop-dem-glo-30", "float32", 1, ["DEM"], "continuous", None),
         ("pc/nasadem", "int16", 1, ["DEM"], "continuous", None),
-        ("pc/esa-worldcover", "uint8", 1, ["MAP"], "class", 0.0),
-        ("pc/io-lulc-annual-v02", "uint8", 1, ["LULC"], "class", 0.0),
+        ("pc/esa-worldcover", "uint8", 1, ["MAP"], "class", "0"),
+        ("pc/io-lulc-annual-v02", "uint8", 1, ["LULC"], "class", "0"),
     ],
 )
 def test_items_become_records_by_the_entry_s_rules(
-    tmp_path: Path, id_: str, dtype: str, count: int, codes: list[str], kind: str, nodata: float | None
+    tmp_path: Path, id_: str, dtype: str, count: int, codes: list[str], kind: str, nodata: str | None
 ) -> None:
     entry, dataset = catalog.find(id_), known(id_)
     assert entry.stac_collection is not None
@@ -284,7 +284,7 @@ def test_rules_of_a_user_s_own_dataset_are_in_the_table(tmp_path: Path, own: Pat
     table = items_to_table(read_items([item]), name="a", dataset="me/mosaic")
     own.unlink()
     red, scl = dict(table.column("assets")[0].as_py()).values()
-    assert (red["scale"], red["offset"], red["nodata"], red["kind"]) == (0.5, -3.0, 9.0, "reflectance")
+    assert (red["scale"], red["offset"], red["nodata"], red["kind"]) == (0.5, -3.0, "9", "reflectance")
     assert (scl["scale"], scl["offset"], scl["nodata"], scl["role"], scl["kind"]) == (
         1.0,
         0.0,

@@ -25,7 +25,7 @@ ORDER = {
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
            "awaiting signatureplugin signatures",
-    "headers": "page tiff gdal sidecar reader",
+    "headers": "nodata page tiff gdal sidecar reader",
     "table": "assetkinds itemkinds schema barehrefs anytable records rasteretio geoparquet export layers facts "
              "rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",

@@ -311,7 +311,7 @@ def test_stac_1_1_bands(tmp_path: Path) -> None:
     ]
     found = assets(build(document))
     assert (found["R"]["scale"], found["R"]["offset"], found["R"]["common_name"]) == (0.5, -1, "red")
-    assert (found["N"]["nodata"], found["N"]["band_index"]) == (7, 1)
+    assert (found["N"]["nodata"], found["N"]["band_index"]) == ("7", 1)
 
 
 def test_unknown_bands_say_what_exists(data: Path) -> None:

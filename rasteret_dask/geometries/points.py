@@ -23,6 +23,7 @@ from rasteret_dask.geometries.windows import (
     geometries_of,
     own_bounds,
 )
+from rasteret_dask.headers.nodata import INEXACT
 from rasteret_dask.planning.plan import Node
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.planning.scan import Table
@@ -142,7 +143,7 @@ def _table(
         "datetime": pa.array(when[row]).cast(stamp),
         "collection": records.column("collection").take(record),
         "band": pa.array(source.plan.bands, pa.string()).take(pa.array(band)),
-        "value": pa.array(values.ravel().astype(np.float64), mask=~valid.ravel()),
+        "value": pa.array(_doubles(source.plan.name, values, valid).ravel(), mask=~valid.ravel()),
         "raster_crs": pa.array(rows.frame.epsg[rows.window[row]].astype(np.int32)),
     }
     return (
@@ -151,3 +152,16 @@ def _table(
         .append_column("__pass__", pa.array(source.passes.of_record[lead]))
         .append_column("__band__", pa.array(np.array(places)[band]))
     )
+
+
+def _doubles(name: str, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return values as float64; PlanError where that would lose what they say."""
+    exact = values[valid] if values.dtype.name in INEXACT else values[:0]
+    if values.dtype.kind == "c" or (exact.size and (exact.max() > 2**53 or exact.min() < -(2**53))):
+        raise PlanError(
+            f"sample_points of source {name!r}",
+            f"pixels of {values.dtype}" + ("" if values.dtype.kind == "c" else " beyond 2**53"),
+            "numbers that the column value (float64) holds",
+            "Take get_numpy(points, chip_size=1), which keeps the dtype.",
+        )
+    return values.astype(np.float64)

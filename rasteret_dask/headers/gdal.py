@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -14,7 +13,8 @@ from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, Ra
 from rasterio.session import DummySession
 
 from rasteret_dask.errors import ReadError, TrustError
-from rasteret_dask.headers.page import Header, HeaderRefusedError, Page, checked, reading_order
+from rasteret_dask.headers.nodata import number_of, text_of
+from rasteret_dask.headers.page import Header, HeaderRefusedError, Page, checked, reading_order, unlisted_mask
 from rasteret_dask.net.gdalfiles import GdalFile
 from rasteret_dask.net.remote import is_local, local_path, redact
 
@@ -84,18 +84,23 @@ def _gdal_header(source: Any, opened: Callable[..., Any], because: str) -> Heade
         return f"no EPSG code ({'another CRS' if source.crs else 'no CRS'}); {because}"
     if source.gcps[0] or source.transform.is_identity:
         return f"no geotransform{' but ground control points' if source.gcps[0] else ''}; {because}"
-    masks = MaskFlags.per_dataset in source.mask_flag_enums[0]
     thematic = tuple(color is ColorInterp.palette for color in source.colorinterp)
+    flags = source.mask_flag_enums[0]
+    alphas = [
+        n for n, what in enumerate(source.colorinterp) if what == ColorInterp.alpha and source.count > 1
+    ]
+    masks = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+    nodata = text_of(source.nodata)
     pages = [_gdal_page(source, source, "image")]
     for n in range(len(source.overviews(1))):
         with opened(overview_level=n) as overview:
             pages.append(_gdal_page(source, overview, "overview"))
     if masks:
-        pages.append(replace(pages[0], kind="mask", dtype="uint8", samples=1))
+        pages.append(unlisted_mask(pages[0]))
     return Header(
         pages=tuple(sorted(pages, key=reading_order)),
         epsg=int(epsg),
-        nodata=None if source.nodata is None else float(source.nodata),
+        nodata=number_of(nodata, source.dtypes[0]),
         dtype=source.dtypes[0],
         samples=source.count,
         size=None,
@@ -103,6 +108,8 @@ def _gdal_header(source: Any, opened: Callable[..., Any], because: str) -> Heade
         scales=tuple(source.scales) if any(s != 1 for s in source.scales) else (),
         offsets=tuple(source.offsets) if any(o != 0 for o in source.offsets) else (),
         thematic=thematic if any(thematic) else (),
+        nodata_tag=nodata,
+        alpha=alphas[0] if len(alphas) == 1 else None,
     )
 
 

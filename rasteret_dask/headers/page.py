@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from rasteret_dask.errors import ReadError
+from rasteret_dask.headers.nodata import Number
 from rasteret_dask.rules.kinds import KindName
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "UnsupportedError",
     "checked",
     "reading_order",
+    "unlisted_mask",
 ]
 
 _MAX_TILE = 256 * 1024 * 1024  # bytes of a decoded tile
@@ -78,7 +80,8 @@ class Header:
     pages: tuple[Page, ...]
     """The image, its overviews from fine to coarse, then masks."""
     epsg: int
-    nodata: float | None
+    nodata: Number | None
+    """What pixels hold that are nodata, a number of their own dtype; see :mod:`rasteret_dask.headers.nodata`."""
     dtype: str
     """NumPy name."""
     samples: int
@@ -94,11 +97,17 @@ class Header:
     """Whether each band holds classes, by a colour table, category names or an attribute table; empty: none does."""
     categories: tuple[tuple[tuple[int, str], ...], ...] = ()
     """(code, name) of the classes of each band; empty where the file has none."""
+    nodata_tag: str | None = None
+    """How the file spells its nodata; also what no pixel of its dtype can hold."""
+    alpha: int | None = None
+    """Position of the band that is the file's alpha channel, from 0: pixels are valid where it is more than 0."""
 
     def levels_of(self, band_index: int) -> tuple[dict[str, Any], ...]:
         """Return one dict per level, matching ``records.LEVEL_TYPE``, with the tile tables of one band.
 
-        Tile tables are empty where the reader must ask GDAL: strips, JPEG 2000, odd bit depths.
+        Tile tables are empty where the reader must ask GDAL: strips, JPEG 2000, odd bit depths. An alpha channel
+        whose tiles lie apart from the band's (planar 2) is among the levels, of kinds ``"alpha"`` and
+        ``"overview_alpha"``.
 
         Raises
         ------
@@ -109,7 +118,15 @@ class Header:
             raise ReadError(
                 f"band index {band_index}", f"{self.samples} bands in the file", "an index below that"
             )
-        return tuple(page.level(band_index) for page in self.pages)
+        levels = [page.level(band_index) for page in self.pages]
+        if self.alpha not in (None, band_index):
+            kinds = {"image": "alpha", "overview": "overview_alpha"}
+            levels += [
+                {**page.level(self.alpha), "kind": kinds[page.kind], "samples": 1}
+                for page in self.pages
+                if page.kind in kinds and page.planar == 2
+            ]
+        return tuple(levels)
 
     def scale_of(self, band_index: int) -> float | None:
         """Return the file's own scale of a band, or None."""
@@ -133,7 +150,10 @@ def checked(page: Page) -> Page:
     try:
         itemsize = np.dtype(page.dtype).itemsize
     except TypeError:  # GDAL's CInt16 and CInt32 have no type in NumPy
-        raise HeaderRefusedError(f"pixels of {page.dtype}, a type that is not read") from None
+        raise HeaderRefusedError(
+            f"pixels of {page.dtype}, a type that NumPy does not have; convert the file, e.g. with "
+            "gdal_translate -ot CFloat32"
+        ) from None
     if min(page.width, page.height, page.tile_width, page.tile_height, page.samples) < 1:
         raise HeaderRefusedError(
             f"size {page.width} x {page.height}, tile {page.tile_width} x {page.tile_height}"
@@ -151,6 +171,20 @@ def checked(page: Page) -> Page:
     if page.tiles * (page.samples if page.planar == 2 else 1) > _MAX_TILES:
         raise HeaderRefusedError(f"more than {_MAX_TILES:,} tiles")
     return page
+
+
+def unlisted_mask(image: Page) -> Page:
+    """Return the page of a mask of which only GDAL knows where it is: it has no tile table."""
+    return replace(
+        image,
+        kind="mask",
+        dtype="uint8",
+        samples=1,
+        planar=1,
+        predictor=1,
+        tile_offsets=(),
+        tile_byte_counts=(),
+    )
 
 
 def reading_order(page: Page) -> tuple[int, int]:

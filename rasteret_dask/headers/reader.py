@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,10 +14,10 @@ from urllib.parse import urlsplit
 from rasteret_dask.errors import ReadError, TrustError
 from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.gdal import from_gdal
-from rasteret_dask.headers.page import Header, HeaderRefusedError, UnsupportedError
+from rasteret_dask.headers.page import Header, HeaderRefusedError, UnsupportedError, unlisted_mask
 from rasteret_dask.headers.sidecar import with_sidecar
 from rasteret_dask.headers.tiff import BROKEN, FIRST, RangeFile, from_tiff
-from rasteret_dask.net.remote import redact
+from rasteret_dask.net.remote import is_local, local_path, redact
 
 __all__ = ["Header", "HeaderReader", "read_headers"]
 
@@ -159,8 +160,16 @@ def _parsed(href: str, file: RangeFile) -> Header | str:
         if isinstance(header, Header):
             header = replace(header, size=file.head.size, etag=file.head.etag)
     if isinstance(header, Header):
-        return _objection(header) or with_sidecar(header, href)
+        return _objection(header) or with_sidecar(_with_mask(href, header), href)
     return header
+
+
+def _with_mask(href: str, header: Header) -> Header:
+    """Return a local file's header with the mask beside it (``.msk``); far away nobody asks for one."""
+    masked = any(page.kind == "mask" for page in header.pages)
+    if masked or not is_local(href) or not os.path.exists(local_path(href) + ".msk"):
+        return header
+    return replace(header, pages=(*header.pages, unlisted_mask(header.pages[0])))
 
 
 def _objection(header: Header) -> str | None:

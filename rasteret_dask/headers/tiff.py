@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from rasteret_dask.headers.nodata import Number, number_of, spelled, text_of
 from rasteret_dask.headers.page import (
     Header,
     HeaderRefusedError,
@@ -24,6 +25,7 @@ from rasteret_dask.headers.page import (
     UnsupportedError,
     checked,
     reading_order,
+    unlisted_mask,
 )
 from rasteret_dask.net.remote import fetch
 
@@ -151,18 +153,25 @@ def from_tiff(file: RangeFile) -> Header:
         transform = _transform(first)
         pages = [checked(_page(ifd, "image" if n == 0 else _kind(ifd), tiff.byteorder, transform, first))
                  for n, ifd in enumerate(ifds) if n == 0 or _kind(ifd)]  # fmt: skip
-        scales, offsets = _scale_offset(first)
+        items = _metadata(first)
+        if any(item.get("name") == "NODATA_VALUES" for item in items) and not any(
+            p.kind == "mask" for p in pages
+        ):
+            pages.append(unlisted_mask(pages[0]))
+        nodata = text_of(first.tags.valueof(42113))
         return Header(
             pages=tuple(sorted(pages, key=reading_order)),
             epsg=epsg,
-            nodata=_nodata(first),
+            nodata=_nodata(nodata, first, pages[0].dtype),
             dtype=pages[0].dtype,
             samples=int(first.samplesperpixel),
             size=file.head.size,
             etag=file.head.etag,
-            scales=scales,
-            offsets=offsets,
-            thematic=_thematic(first),
+            scales=_per_sample(items, "scale", int(first.samplesperpixel)),
+            offsets=_per_sample(items, "offset", int(first.samplesperpixel)),
+            nodata_tag=nodata,
+            alpha=_alpha(first, items),
+            thematic=_thematic(first, items),
         )
 
 
@@ -298,9 +307,30 @@ def _epsg(ifd: Any) -> int:
     return code
 
 
-def _nodata(ifd: Any) -> float | None:
-    text = ifd.tags.valueof(42113)
-    return _number(text.strip("\0 \n")) if isinstance(text, str) else None
+def _nodata(text: str | None, ifd: Any, dtype: str) -> Number | None:
+    half = dtype == "float32" and max(_bits(ifd)) == 16  # GDAL gives such pixels as float32
+    return number_of(spelled(number_of(text, "float16")) if half else text, dtype)
+
+
+def _metadata(ifd: Any) -> list[ElementTree.Element]:
+    """Return the items of the GDAL_METADATA tag."""
+    text = ifd.tags.valueof(42112)
+    if not isinstance(text, str) or "<!" in text:  # no document types: they can expand without bound
+        return []
+    try:
+        return ElementTree.fromstring(text.strip("\0 \n")).findall("Item")
+    except ElementTree.ParseError:
+        return []
+
+
+def _per_sample(items: Sequence[ElementTree.Element], role: str, samples: int) -> tuple[float | None, ...]:
+    """Return the number that items of a role give for each sample; none where there are no such items."""
+    values: dict[int, float | None] = {}
+    for item in items:
+        sample = item.get("sample", "0")
+        if item.get("role") == role and sample.isdigit() and int(sample) < samples:
+            values[int(sample)] = _number(item.text)
+    return tuple(values.get(n) for n in range(samples)) if values else ()
 
 
 def _number(text: str | None) -> float | None:
@@ -310,38 +340,33 @@ def _number(text: str | None) -> float | None:
         return float("nan") if "nan" in str(text).lower() else None
 
 
-def _thematic(ifd: Any) -> tuple[bool, ...]:
+def _thematic(ifd: Any, items: Sequence[ElementTree.Element]) -> tuple[bool, ...]:
     """Return whether each band holds classes: a colour table, or a layer type as ERDAS tells it; empty: none does."""
+    samples = int(ifd.samplesperpixel)
     if int(ifd.photometric) == _PALETTE:
-        return (True,) * int(ifd.samplesperpixel)
-    thematic = [False] * int(ifd.samplesperpixel)
-    for item, sample in _metadata(ifd):
-        if item.get("name") == "LAYER_TYPE" and (item.text or "").strip().casefold() == "thematic":
-            thematic[sample] = True
+        return (True,) * samples
+    thematic = [False] * samples
+    for item in items:
+        sample = item.get("sample", "0")
+        named = item.get("name") == "LAYER_TYPE" and (item.text or "").strip().casefold() == "thematic"
+        if named and sample.isdigit() and int(sample) < samples:
+            thematic[int(sample)] = True
     return tuple(thematic) if any(thematic) else ()
 
 
-def _scale_offset(ifd: Any) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
-    """Return scale and offset of each band from the GDAL_METADATA tag."""
-    found: dict[str, list[float | None]] = {}
-    for item, sample in _metadata(ifd):
-        role = item.get("role", "")
-        if role in ("scale", "offset"):
-            values = found.setdefault(role, [None] * int(ifd.samplesperpixel))
-            values[sample] = _number(item.text)
-    return tuple(found.get("scale", ())), tuple(found.get("offset", ()))
+def _alpha(ifd: Any, items: Sequence[ElementTree.Element]) -> int | None:
+    """Return the sample that is the alpha channel: by ExtraSamples (TIFF 6.0, tag 338), or GDAL's colour names.
 
-
-def _metadata(ifd: Any) -> Iterator[tuple[ElementTree.Element, int]]:
-    """Yield the items of the GDAL_METADATA tag, each with the band it belongs to, from 0."""
-    text = ifd.tags.valueof(42112)
-    if not isinstance(text, str) or "<!" in text:  # no document types: they can expand without bound
-        return
-    try:
-        items = ElementTree.fromstring(text.strip("\0 \n")).findall("Item")
-    except ElementTree.ParseError:
-        return
+    1 is associated and 2 unassociated alpha; 0 says nothing, as of the near infrared of an orthophoto. Files that
+    call several samples alpha have none.
+    """
+    samples = int(ifd.samplesperpixel)
+    extra = ifd.tags.valueof(338)
+    extra = extra if isinstance(extra, tuple) else () if extra is None else (int(extra),)
+    alphas = {n for n, what in enumerate(extra, samples - len(extra)) if what in (1, 2) and n >= 0}
     for item in items:
-        sample = item.get("sample", "0")
-        if sample.isdigit() and int(sample) < ifd.samplesperpixel:
-            yield item, int(sample)
+        sample = item.get("sample", "")
+        if item.get("role") == "colorinterp" and sample.isdigit():
+            named = (item.text or "").strip().lower() == "alpha"
+            alphas = alphas | {int(sample)} if named else alphas - {int(sample)}
+    return alphas.pop() if len(alphas) == 1 and samples > 1 and max(alphas) < samples else None

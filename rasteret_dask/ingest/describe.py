@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isclose
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ from pyproj import Transformer
 
 from rasteret_dask.catalogs.bands import Radiometry, Role, radiometry
 from rasteret_dask.extent import misplaced
+from rasteret_dask.headers.nodata import number_of, spelled, text_of
 from rasteret_dask.headers.reader import Header
 from rasteret_dask.rules.kinds import KindName, quality_kind
-from rasteret_dask.table.layers import Layer
+from rasteret_dask.table.layers import Layer, is_telling
 
-__all__ = ["Described", "describe"]
+__all__ = ["Described", "contradictions", "contradictions_note", "describe"]
 
 _QUALITY = ("scl", "qa_pixel", "qa_radsat", "qa_aerosol", "fmask")
 _SYNTHETIC_TILE = 512
+_LISTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,11 @@ def describe(
 
     Notes
     -----
-    The file is right about size, transform, dtype and nodata. A file in another CRS than the item says is
-    recorded as unreadable, and so is a band whose scale and offset cannot be meant.
+    The file is right about size, transform and dtype, and about the nodata of a file of one band: a TIFF has one
+    nodata for all of its bands, an item one for each. The item is right about scale and offset. What they say
+    otherwise is noted. A file in another CRS than the item says is recorded as unreadable, and so is a band whose
+    scale and offset cannot be meant. The alpha channel of a file says which pixels of the others are valid, unless
+    the item or the dataset calls it a band that is measured: many files of four bands call near infrared alpha.
     """
     if headers is not None:
         layers = list(_expanded(layers, headers))
@@ -80,6 +86,8 @@ def describe(
         header = None if headers is None else headers.get(layer.href, "no header was read")
         error = _error(layer, header, epsg) if headers is not None else None
         file = header if isinstance(header, Header) and error is None else None
+        if file is not None and _is_measured(file.alpha, layer, layers):
+            file = replace(file, alpha=None)
         own = file.levels_of(layer.band_index) if file else ()
         if headers is None:
             error = _unplaced(layer, epsg)
@@ -90,15 +98,50 @@ def describe(
     return Described(tuple(assets), tuple(levels), epsg)
 
 
+def contradictions(assets: Iterable[tuple[str, Mapping[str, Any]]]) -> Counter[str]:
+    """Count what files and items say otherwise, as ``"band 'red': nodata: ..."``."""
+    return Counter(f"band {band!r}: {asset['note']}" for band, asset in assets if asset["note"] is not None)
+
+
+def contradictions_note(name: str, counts: Counter[str]) -> str:
+    """Return what a user should be told of contradictions, as a sentence."""
+    listed = "; ".join(f"{what} ({n} records)" for what, n in counts.most_common(_LISTED))
+    more = f"; and {len(counts) - _LISTED} more" if len(counts) > _LISTED else ""
+    return (
+        f"{name}: files and items contradict each other: {listed}{more}. The column assets keeps each as note"
+    )
+
+
 def _expanded(layers: Sequence[Layer], headers: Mapping[str, Header | str]) -> Iterator[Layer]:
-    """Yield a layer per band of a file whose item lists no bands, named ``<key>_1`` and so on."""
+    """Yield a layer per band of a file whose item lists no bands, named ``<key>_1`` and so on.
+
+    One band beside its alpha channel keeps the key.
+    """
     for layer in layers:
         header = headers.get(layer.href)
         if layer.declared or layer.known or not isinstance(header, Header) or header.samples == 1:
             yield layer
             continue
+        alone = header.samples == 2 and header.alpha is not None
         for n in range(header.samples):
-            yield replace(layer, band=f"{layer.band}_{n + 1}", band_index=n, samples=header.samples)
+            name = layer.band if alone and n != header.alpha else f"{layer.band}_{n + 1}"
+            yield replace(layer, band=name, band_index=n, samples=header.samples)
+
+
+def _is_measured(position: int | None, layer: Layer, layers: Sequence[Layer]) -> bool:
+    """Tell whether the item or the dataset says that a band of a layer's file is measured."""
+    if position in layer.measured:
+        return True
+    if layer.dataset is not None and layer.known is not None:
+        same = [b for b in layer.dataset.bands if (b.asset, b.band_index) == (layer.known.asset, position)]
+        if any(b.role != "quality" for b in same):
+            return True
+    return any(
+        x.declared
+        and (x.href, x.band_index) == (layer.href, position)
+        and is_telling(x.common_name or x.band)
+        for x in layers
+    )
 
 
 def _epsg(layers: Sequence[Layer], headers: Mapping[str, Header | str] | None) -> int | None:
@@ -125,14 +168,21 @@ def _fields(
     layer: Layer, header: Header | None, properties: Mapping[str, Any], error: str | None
 ) -> dict[str, Any]:
     kind = _kind(layer, header)
+    alpha = None if header is None else header.alpha
     scale, offset = layer.scale, layer.offset
+    tag = None if header is None else header.scale_of(layer.band_index)
     if header is not None and layer.dataset is None:
-        scale = header.scale_of(layer.band_index) if scale is None else scale
-        offset = header.offset_of(layer.band_index) if offset is None else offset
+        same = scale is None or tag is None or _is_near(scale, tag)
+        scale = tag if scale is None else scale
+        offset = header.offset_of(layer.band_index) if offset is None and same else offset
     rule = radiometry(layer.dataset, layer.known, properties, scale, offset)
     absurd = rule.objection(layer.known, layer.common_name is not None)
     if absurd is not None:
         error, rule = error or f"refused: {absurd}", Radiometry(1.0, 0.0, "none: refused")
+    dtype = header.dtype if header else layer.dtype or _usual_dtype(layer)
+    nodata, notes = _nodata(layer, header, dtype)
+    if absurd is None and tag is not None and not _is_near(rule.scale, tag):
+        notes.append(f"the file's scale tag is {tag:g}; {rule.scale:g} holds ({rule.rule})")
     return {
         "href": layer.href,
         "band_index": layer.band_index,
@@ -142,15 +192,21 @@ def _fields(
         "scale": rule.scale,
         "offset": rule.offset,
         "rule": rule.rule,
-        "nodata": _nodata(layer, header),
-        "dtype": header.dtype if header else layer.dtype or _usual_dtype(layer),
-        "role": _role(layer),
+        "nodata": nodata,
+        "alpha": None if alpha == layer.band_index else alpha,
+        "dtype": dtype,
+        "role": "quality" if alpha == layer.band_index else _role(layer),
         "kind": kind,
         "classes": _classes(layer, header) if kind == "class" else None,
         "size": header.size if header else None,
         "etag": header.etag if header else None,
         "error": error,
+        "note": "; ".join(notes) or None,
     }
+
+
+def _is_near(a: float, b: float) -> bool:
+    return isclose(a, b, rel_tol=1e-6)
 
 
 def _role(layer: Layer) -> Role:
@@ -173,12 +229,33 @@ def _classes(layer: Layer, header: Header | None) -> list[dict[str, Any]] | None
     return [{"value": value, "name": name} for value, name in classes] or None
 
 
-def _nodata(layer: Layer, header: Header | None) -> float | None:
-    if header is not None and header.nodata is not None:
-        return header.nodata
-    if layer.nodata is not None:
-        return layer.nodata
-    return layer.known.nodata if layer.known else None
+def _nodata(layer: Layer, header: Header | None, dtype: str | None) -> tuple[str | None, list[str]]:
+    """Return nodata as tables keep it, and what is to be said of it."""
+    file = None if header is None else header.nodata_tag
+    usual = text_of(layer.known.nodata) if layer.known else None
+    words = {"the file": file, "the item": layer.nodata, "the dataset": usual}
+    if header is not None and header.samples > 1 and layer.nodata is not None:
+        words = {"the item": layer.nodata, "the file": file, "the dataset": usual}
+    texts = {who: text for who, text in words.items() if text is not None}
+    if dtype is None:
+        return next(iter(texts.values()), None), []
+    numbers = {
+        who: header.nodata if who == "the file" and header is not None else number_of(text, dtype)
+        for who, text in texts.items()
+    }
+    fit = {who: spelled(number) for who, number in numbers.items() if number is not None}
+    chosen = next(iter(fit.values()), None)
+    notes = [
+        f"nodata {texts[who]} of {who} is no number of {dtype}: no pixel is it"
+        for who in texts
+        if who not in fit and who != "the dataset"
+    ]
+    both = {"the file", "the item"} <= fit.keys()
+    if both and len({spelled(number_of(texts[who], dtype)) for who in ("the file", "the item")}) > 1:
+        notes.append(
+            f"nodata is {fit['the file']} in the file, {fit['the item']} in the item; {chosen} holds"
+        )
+    return chosen, notes
 
 
 def _usual_dtype(layer: Layer) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import SourceError
 from rasteret_dask.formats import table_metadata
 from rasteret_dask.headers.reader import Header, HeaderReader
+from rasteret_dask.ingest.describe import contradictions, contradictions_note
 from rasteret_dask.ingest.sources import Item
 from rasteret_dask.ingest.stac import (
     Draft,
@@ -136,6 +137,8 @@ class BuildReport:
     """{href: reason} of files without a readable header; only the first of them."""
     failed: int = 0
     """Files without a readable header."""
+    contradictions: Counter[str] = field(default_factory=Counter)
+    """What files and items say otherwise, and of how many records."""
 
     def notes(self, name: str) -> list[str]:
         """Return what a user should be told, a sentence or two each."""
@@ -158,6 +161,8 @@ class BuildReport:
                 f"{name}: the headers of {self.failed} of {self.files} files could not be read ({listed}). Their "
                 "bands cannot be used; where(readable=True) leaves such records out, refresh() tries them again"
             )
+        if self.contradictions:
+            said.append(contradictions_note(name, self.contradictions))
         return said
 
 
@@ -332,6 +337,8 @@ def _table(
     made, _ = rows_to_table(rows, report.broken)
     table = with_kinds(made, recipe.rules.kinds)
     report.added += table.num_rows
+    for row in rows:
+        report.contradictions += contradictions(row["assets"])
     return table
 
 

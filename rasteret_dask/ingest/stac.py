@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from rasteret_dask.catalogs.signing import keep_apart
 from rasteret_dask.errors import SchemaError, SourceError
 from rasteret_dask.footprint import area_of, corners_of, outline_of
 from rasteret_dask.headers.reader import Header, read_headers
-from rasteret_dask.ingest.describe import describe
+from rasteret_dask.ingest.describe import contradictions, contradictions_note, describe
 from rasteret_dask.ingest.sources import BROKEN, Item, check_href, read_items, reason_of, short
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
@@ -140,6 +141,9 @@ def items_to_table(
     for draft in drafts:
         with broken.of(draft.row["id"]):
             rows.append(completed(draft, found))
+    counts = sum((contradictions(row["assets"]) for row in rows), Counter[str]())
+    if counts:
+        warnings.warn(contradictions_note(name, counts), UserWarning, stacklevel=4)
     table, _ = rows_to_table(rows, broken)
     if not table.num_rows:
         raise _none_left(name, len(items), broken)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,8 +22,9 @@ from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.signing import keep_apart
 from rasteret_dask.errors import RasteretDaskError, SchemaError, SourceError
 from rasteret_dask.extent import misplaced
+from rasteret_dask.headers.nodata import number_of, spelled, text_of
 from rasteret_dask.headers.reader import read_headers
-from rasteret_dask.ingest.describe import Described, describe
+from rasteret_dask.ingest.describe import Described, contradictions, contradictions_note, describe
 from rasteret_dask.ingest.sources import BROKEN, check_href, is_from_afar, read_table, reason_of, short
 from rasteret_dask.ingest.stac import LeftOut, facts_of, known_dataset, rows_to_table
 from rasteret_dask.net.remote import redact
@@ -119,6 +121,9 @@ def table_to_records(
             described = describe(own, rows[n], found)
             described = described if told is None else _served(described, told[n])
             cells[n] = _cells(rows[n], outlines[n], described)
+    counts = sum((contradictions(cell["assets"]) for cell in cells.values()), Counter[str]())
+    if counts:
+        warnings.warn(contradictions_note(name, counts), UserWarning, stacklevel=4)
     if told is not None:
         warnings.warn(
             f"{name}: rasteret's header columns tell of the full resolution only, so overviews and masks are not "
@@ -171,7 +176,7 @@ def _served(described: Described, row: Mapping[str, Any]) -> Described:
             header = next(
                 h for n in (band, str(asset["asset"])) if (h := row.get(f"{n}_metadata")) is not None
             )
-            nodata = header.get("nodata")
+            nodata = spelled(number_of(text_of(header.get("nodata")), level["dtype"]))
             reason = misplaced(
                 described.epsg or _epsg(row) or 0, level["transform"], level["width"], level["height"]
             )

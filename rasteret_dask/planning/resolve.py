@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import BandError, PlanError, UnreadableAssetsError
 from rasteret_dask.grid import digits
+from rasteret_dask.headers.nodata import INEXACT
 from rasteret_dask.planning.bandkinds import BandKind, band_kinds, check_kernel, user_kinds, with_one_kind
 from rasteret_dask.planning.pixelsizes import alike
 from rasteret_dask.planning.plan import (
@@ -249,6 +250,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     for table, one in zip(tables, resolved, strict=True):
         alike(one.name, table, one.bands)
     rules = _rules(name, spec, bands, kinds, tables, resolved)
+    _check_pixels(name, rules, _distinct(tables, resolved, "dtype"))
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
     passes = acquisitions(records)
@@ -462,7 +464,7 @@ def _store(
                 f"harmonize(dtype={spec.dtype!r}) of source {name!r}", "raw units",
                 "a unit that can be stored so, such as units='reflectance'",
             )  # fmt: skip
-        return _raw_store(tables, members)
+        return _raw_store(name, tables, members)
     dtype = np.dtype(spec.dtype or "float32")
     if dtype.kind == "f":
         for at, own in enumerate(raw):
@@ -493,17 +495,20 @@ def _store(
     return Store(dtype.name, int(limits.max if dtype.kind == "u" else limits.min), steps)
 
 
-def _raw_store(tables: list[Records], members: tuple[Member, ...]) -> Store:
-    dtype = np.result_type(*(np.dtype(d) for d in _distinct(tables, members, "dtype")))
+def _raw_store(name: str, tables: list[Records], members: tuple[Member, ...]) -> Store:
+    dtype = _common_dtype(name, _distinct(tables, members, "dtype"))
     if dtype.kind in "fc":
         return Store(dtype.name, None)
-    nodata = {v for v in _distinct(tables, members, "nodata") if v is not None}
-    fill = 0
-    if len(nodata) == 1:
-        value = next(iter(nodata))
-        limits = np.iinfo(dtype)
-        fill = int(value) if float(value).is_integer() and limits.min <= value <= limits.max else 0
-    return Store(dtype.name, fill)
+    nodata = {
+        v
+        for records, member in zip(tables, members, strict=True)
+        for band in member.bands
+        for v in records.nodata_of(band)
+        if v is not None
+    }
+    limits = np.iinfo(np.uint8 if dtype.kind == "b" else dtype)
+    value = next(iter(nodata)) if len(nodata) == 1 else 0
+    return Store(dtype.name, int(value) if limits.min <= value <= limits.max else 0)
 
 
 def _one_scale(
@@ -525,6 +530,37 @@ def _one_scale(
                 "one scale and offset",
                 "Use harmonize(units='physical'), which scales each record by its own.",
             )
+
+
+def _common_dtype(name: str, dtypes: set[str]) -> np.dtype[Any]:
+    """Return the type that holds the numbers of all bands; PlanError where 64-bit integers would be rounded."""
+    dtype = np.result_type(*(np.dtype(d) for d in dtypes))
+    if dtype.kind in "fc" and dtypes & INEXACT:
+        raise PlanError(
+            f"raw values of source {name!r}",
+            f"bands of {', '.join(sorted(dtypes))}",
+            f"one type that holds all of their numbers ({dtype} rounds integers beyond 2**53)",
+            "Take them as sources of their own and join them: rd.join(a=..., b=...).",
+        )
+    return dtype
+
+
+def _check_pixels(name: str, rules: PixelRules, dtypes: set[str]) -> None:
+    """Raise a PlanError where units or a composite of pixels of these types would lose what they say."""
+    unordered = {d for d in dtypes if np.dtype(d).kind == "c"}
+    if unordered and not all(isinstance(unit, Raw) for unit in rules.units):
+        raise PlanError(
+            f"units of source {name!r}", f"pixels of {', '.join(sorted(unordered))}", "real numbers",
+            "Use units='raw', and map() for what is made of complex numbers.",
+        )  # fmt: skip
+    lost = dtypes & INEXACT | unordered
+    if rules.composes and lost:
+        raise PlanError(
+            f"harmonize(pick={rules.pick.name!r}) of source {name!r}",
+            f"pixels of {', '.join(sorted(lost))}",
+            "real numbers that floats hold",
+            "Choose a pick that takes pixels as they are, such as 'closest' or 'clearest'.",
+        )
 
 
 def _distinct(

@@ -62,7 +62,16 @@ class AssetHref(str):
     def __new__(cls, asset: Asset, kernel: Kernel) -> AssetHref:
         """Make the href of one asset."""
         # Text decides Dask's token of the table, so it tells apart whatever reads other pixels.
-        parts = [asset.band_index, asset.size, asset.etag, asset.dtype, asset.nodata, asset.kind, kernel]
+        parts = [
+            asset.band_index,
+            asset.size,
+            asset.etag,
+            asset.dtype,
+            asset.nodata,
+            asset.alpha,
+            asset.kind,
+            kernel,
+        ]
         if kernel.decode is not None:
             parts += [asset.scale, asset.offset]
         read = "/".join(str(part) for part in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import hypot, inf, isfinite
+from math import hypot, inf
 
 import numpy as np
 from affine import Affine
@@ -16,10 +16,11 @@ from rasteret_dask.table.records import Asset, Level
 __all__ = [
     "LevelFrame",
     "flipped",
+    "has_file_mask",
     "has_mask",
     "is_aligned",
     "is_chunky",
-    "nodata_of",
+    "masks_of",
     "rect_tiles",
     "sparse_tiles",
     "tile_rect",
@@ -185,20 +186,33 @@ def sparse_tiles(asset: Asset, level: int) -> set[int]:
 
 
 def has_mask(asset: Asset) -> bool:
-    """Tell whether the file carries a mask of its own."""
-    return any(level.kind == "mask" for level in asset.levels)
+    """Tell whether more than nodata may say which pixels are valid: a mask of the file, or its alpha channel.
+
+    A file whose header nobody has read may have either.
+    """
+    return asset.alpha is not None or has_file_mask(asset)
 
 
-def nodata_of(asset: Asset) -> float | None:
-    """Return the asset's nodata, or None where its dtype cannot hold it (-9999 in a uint16)."""
-    nodata, dtype = asset.nodata, np.dtype(asset.dtype)
-    if nodata is None or dtype.kind not in "iu":
-        beyond = (
-            nodata is not None
-            and dtype.kind == "f"
-            and isfinite(nodata)
-            and abs(nodata) > np.finfo(dtype).max
-        )
-        return None if beyond else nodata
-    limits = np.iinfo(dtype)
-    return nodata if nodata == nodata and limits.min <= nodata <= limits.max and nodata % 1 == 0 else None
+def has_file_mask(asset: Asset) -> bool:
+    """Tell whether the file has a mask beside its bands, or may have one, as nobody has read its header."""
+    return not asset.described or any(level.kind == "mask" for level in asset.levels)
+
+
+def masks_of(asset: Asset, level: int) -> tuple[Level, ...] | None:
+    """Return the levels that say which pixels of a level are valid and whose tiles lie apart from its own.
+
+    None where one is missing: nobody but GDAL knows where it is, or what the file holds at all.
+    """
+    if not has_mask(asset):
+        return ()
+    own = asset.levels[level]
+    kinds = {"mask", "alpha"} & {other.kind for other in asset.levels}
+    if own.kind == "overview":
+        kinds = {f"overview_{kind}" for kind in kinds}
+    same = [
+        other
+        for other in asset.levels
+        if other.kind in kinds and (other.width, other.height) == (own.width, own.height)
+    ]
+    apart = asset.alpha is not None and not is_chunky(own) and not any(x.kind.endswith("alpha") for x in same)
+    return None if not asset.described or apart or len(same) != len(kinds) else tuple(same)

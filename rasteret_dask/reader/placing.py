@@ -15,8 +15,10 @@ from rasterio.errors import RasterioError
 
 from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.errors import ReadError
-from rasteret_dask.reader.levels import flipped, has_mask, nodata_of
+from rasteret_dask.headers.nodata import INEXACT, Number
+from rasteret_dask.reader.levels import flipped, has_mask
 from rasteret_dask.reader.pixelgrid import Rect
+from rasteret_dask.reader.ranges import subject
 from rasteret_dask.reader.rasterfile import read_error
 from rasteret_dask.reader.readplan import ReadPlan, Request, plan_read
 from rasteret_dask.reader.sharing import Pixels
@@ -122,7 +124,7 @@ class PendingRead:
     request: Request
     plan: ReadPlan
     out: Out
-    nodata: float | None
+    nodata: Number | None
     blocks: list[_Target] = field(default_factory=list)
     """Per window, the source pixels that are to be warped; none where pixels are copied."""
     pending: int = 0
@@ -131,7 +133,7 @@ class PendingRead:
     @classmethod
     def planned(cls, request: Request, out: Out) -> PendingRead:
         """Plan a request."""
-        return cls(request, plan_read(request), out, nodata_of(request.asset))
+        return cls(request, plan_read(request), out, request.asset.nodata)
 
     @property
     def source_bytes(self) -> int:
@@ -171,6 +173,10 @@ class PendingRead:
         values, mask = pixels.values[sample, rows, cols], pixels.mask
         if mask is not None:
             mask = mask[rows, cols] if mask.ndim == 2 else mask[sample, rows, cols]
+        alpha = self.request.asset.alpha
+        if alpha is not None and len(pixels.values) > 1:  # all bands lie in the tile
+            seen = pixels.values[alpha, rows, cols] != 0
+            mask = seen if mask is None else mask & seen
         if self.plan.frame.flipped:
             values, mask = values[::-1], None if mask is None else mask[::-1]
         self._put(number, own, values, mask)
@@ -219,6 +225,7 @@ class PendingRead:
                     known = valid_pixels(source.values, source.nodata)
                     decoded = _decoded(request, source.values, known)
                     source = SourceBlock(decoded, source.mask, rect, np.nan)
+                self._check_exact(source)
                 values, valid = warp_block(source, plan, request.grid, window)
                 if request.decode is None:
                     marked = self._store(i, _WHOLE, out.values[i], values, valid)
@@ -237,6 +244,20 @@ class PendingRead:
             finally:
                 del failure  # a frame that holds its own error is a cycle, and this one leads to the output
         self.blocks.clear()
+
+    def _check_exact(self, source: SourceBlock) -> None:
+        """Raise a ReadError where a kernel would weigh integers that a double does not hold."""
+        if source.values.dtype.name not in INEXACT or self.plan.kernel == "nearest":
+            return
+        valid = valid_pixels(source.values, source.nodata)
+        numbers = source.values[valid if source.mask is None else valid & source.mask]
+        if numbers.size and (numbers.max() > 2**53 or numbers.min() < -(2**53)):
+            raise ReadError(
+                subject(self.request.asset, f"resampling it by {self.plan.kernel}"),
+                f"{source.values.dtype} numbers beyond 2**53, which it would round",
+                "numbers that a double holds",
+                "Use harmonize(resampling='nearest'), or the grid of the file.",
+            )
 
     def prepare(self) -> None:
         """Make a block of source pixels a window to be warped; else note what of it lies outside of the raster."""
@@ -287,7 +308,8 @@ class PendingRead:
             return
         target.values[at] = values
         if target.valid is None and values.dtype.kind in "fc" and self.nodata is not None:
-            target.values[at][np.isnan(values)] = self.nodata  # or NaN would spread through the kernel
+            # or NaN, and other spellings of FLT_MAX, would spread through the kernel
+            target.values[at][~valid_pixels(values, self.nodata)] = self.nodata
 
     def _store(
         self,
@@ -347,7 +369,7 @@ os.register_at_fork(after_in_child=_renew)
 
 
 def _known(
-    values: NDArray[Any], nodata: float | None, mask: NDArray[np.bool_] | None
+    values: NDArray[Any], nodata: Number | None, mask: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_] | None:
     """Return where stored numbers are valid; None: everywhere."""
     if values.dtype.kind in "iub" and not _reaches(values, nodata):
@@ -356,7 +378,7 @@ def _known(
     return known if mask is None else known & mask
 
 
-def _reaches(values: NDArray[Any], number: float | None) -> bool:
+def _reaches(values: NDArray[Any], number: Number | None) -> bool:
     """Tell whether a number lies between the least and the greatest value: a fraction of the price of comparing all."""
     return number is not None and values.size > 0 and bool(values.min() <= number <= values.max())
 

@@ -122,10 +122,11 @@ def _asset(href: str, band: int | None, header: Header | str) -> Asset | ReadErr
     subject = f"asset {redact(href)}"
     if isinstance(header, str):
         return ReadError(subject, header, "a header that can be read")
-    if band is None and header.samples > 1:
+    alone = header.samples == 2 and header.alpha is not None  # one band beside its alpha channel
+    if band is None and header.samples > 1 and not alone:
         remedy = f"Name one as vrt://{redact(href)}?bands=1, or leave the asset out with assets=[...]."
         return ReadError(subject, f"{header.samples} bands in the file", "one band", remedy)
-    index = 0 if band is None else band - 1
+    index = int(header.alpha == 0) if band is None else band - 1
     if index >= header.samples:
         return ReadError(subject, f"{header.samples} bands in the file", f"band {band}, counted from 1")
     return Asset(
@@ -144,6 +145,7 @@ def _asset(href: str, band: int | None, header: Header | str) -> Asset | ReadErr
         size=header.size,
         etag=header.etag,
         levels=tuple(Level(**fields) for fields in header.levels_of(index)),
+        alpha=None if header.alpha == index else header.alpha,
     )
 
 

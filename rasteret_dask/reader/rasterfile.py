@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import hypot
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
+import pyproj
+from affine import Affine
 from rasterio import Env
 from rasterio import open as open_raster
 from rasterio import windows as rasterio_windows
+from rasterio.crs import CRS
 from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.session import DummySession
@@ -19,7 +23,8 @@ from rasteret_dask.errors import ReadError, TrustError
 from rasteret_dask.net.gdalfiles import GdalFile
 from rasteret_dask.net.limits import BUDGET
 from rasteret_dask.net.remote import SCHEMES, is_local, local_path, public, redact
-from rasteret_dask.reader.levels import has_mask, tile_rect
+from rasteret_dask.reader.levels import has_file_mask, is_chunky, tile_rect
+from rasteret_dask.reader.pixelgrid import crs_of
 from rasteret_dask.reader.ranges import check, subject
 from rasteret_dask.reader.sharing import Pixels
 from rasteret_dask.table.records import Asset
@@ -30,6 +35,9 @@ __all__ = ["RasterFile", "gdal_env", "read_error"]
 
 DRIVERS = ("GTiff", "JP2OpenJPEG")
 """The only drivers a cached header may name: never VRT, which opens other files. Only the one named is tried."""
+
+SAME_PLACE_PX = 0.01
+"""Corners this close are the same place: items round their transforms."""
 
 MAX_TILE_BYTES = 256 * 2**20
 
@@ -53,8 +61,8 @@ class RasterFile:
     def __init__(self, asset: Asset, level: int) -> None:
         self.lock = Lock()
         self.level = asset.levels[level]
-        self.masked = has_mask(asset)
-        self.chunky = self.level.planar == 1 and self.level.samples > 1
+        self.masked = has_file_mask(asset)
+        self.chunky = is_chunky(self.level)
         self._asset = asset
         self._overview = level - 1
         self._dataset: DatasetReader | None = None
@@ -91,7 +99,29 @@ class RasterFile:
             self.close()
             raise _changed(asset, found, f"{self.level.width} x {self.level.height}, as in its cached header")
         self._dataset = dataset
+        if not asset.described:
+            self._check_place(dataset)
         return True
+
+    def _check_place(self, dataset: DatasetReader) -> None:
+        """Compare where the file lies with what its item says, as nobody has read its header before."""
+        asset, level = self._asset, self.level
+        found, due, crs = dataset.transform, Affine(*level.transform), dataset.crs
+        corners = np.array([[0, 0, 1], [level.width, level.height, 1]])
+        shift = corners @ (np.array(found) - np.array(due)).reshape(3, 3)[:2].T
+        pixel = hypot(due.a, due.d), hypot(due.b, due.e)
+        if np.all(np.abs(shift) <= SAME_PLACE_PX * np.array(pixel)) and (
+            crs is None or _is_crs(crs, asset.epsg)
+        ):
+            return
+        self.close()
+        raise ReadError(
+            subject(asset, "comparing the place that its item says with the file's"),
+            f"{_placed(found)} in {_named(crs)} in the file",
+            f"{_placed(due)} in EPSG:{asset.epsg}, as the item says",
+            "Build the table with headers=True, which takes the file's own place, or correct proj:transform and "
+            "proj:code of the item.",
+        )
 
     def read(self, tile: int, asset: Asset) -> Pixels:
         """Read one tile: all samples of a chunky file, else the band of ``asset``.
@@ -115,10 +145,7 @@ class RasterFile:
         with BUDGET.hold(len(indexes) * height * width * dtype.itemsize):
             try:
                 values = self._call(lambda: dataset.read(indexes, window=window))
-                masks = (
-                    self._call(lambda: dataset.read_masks(indexes, window=window)) if self.masked else None
-                )
-                mask = None if masks is None else masks != 0
+                mask = self._call(lambda: self._mask(dataset, indexes, window, asset))
             except (RasterioError, OSError) as error:
                 where = f"reading tile {tile} ({width} x {height} pixels at row {rect.row0}, col {rect.col0})"
                 remedy = "Try again; if it stays so, leave the record out or index it anew."
@@ -129,6 +156,16 @@ class RasterFile:
             finally:
                 del failure  # a frame that holds its own error is a cycle
         return Pixels(values, mask, rect)
+
+    def _mask(self, dataset: DatasetReader, indexes: list[int], window: Any, asset: Asset) -> Any:
+        """Return where the file's masks, and an alpha channel that lies apart, call pixels valid; None: no say."""
+        mask = dataset.read_masks(indexes, window=window) != 0 if self.masked else None
+        if (
+            asset.alpha is None or self.chunky
+        ):  # where bands lie together, whoever takes one looks at the alpha
+            return mask
+        seen = dataset.read(asset.alpha + 1, window=window) != 0
+        return seen if mask is None else mask & seen
 
     def close(self) -> None:
         """Close the file if it is open."""
@@ -179,6 +216,28 @@ class RasterFile:
                 f"tiles of at most {MAX_TILE_BYTES // 2**20} MiB",
                 "Convert the file to a cloud-optimized GeoTIFF.",
             )
+
+
+def _is_crs(crs: CRS, epsg: int) -> bool:
+    """Tell whether a file's CRS is that of a code, heights left out."""
+    if crs == crs_of(epsg):
+        return True
+    whole = pyproj.CRS.from_wkt(crs.to_wkt())
+    flat = whole.sub_crs_list[0] if whole.is_compound else whole
+    return bool(flat.equals(pyproj.CRS.from_epsg(epsg), ignore_axis_order=True)) or flat.to_epsg() == epsg
+
+
+def _placed(transform: Affine) -> str:
+    """Return where a raster begins, and the size of its pixels."""
+    if transform.is_identity:
+        return "no geotransform"
+    t = transform
+    return f"north-west corner ({t.c:.10g}, {t.f:.10g}), pixels of {hypot(t.a, t.d):.10g} x {hypot(t.b, t.e):.10g}"
+
+
+def _named(crs: CRS | None) -> str:
+    code = None if crs is None else crs.to_epsg()
+    return "no CRS" if crs is None else f"EPSG:{code}" if code else "a CRS without EPSG code"
 
 
 def gdal_env(href: str) -> Env:

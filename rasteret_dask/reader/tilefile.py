@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import ReadError
 from rasteret_dask.net.limits import BUDGET, host_of, pool, scratch, workers
 from rasteret_dask.reader import tilecodec
-from rasteret_dask.reader.levels import has_mask, nodata_of, tile_rect
+from rasteret_dask.reader.levels import masks_of, tile_rect
 from rasteret_dask.reader.ranges import Part, Span, coalesced, fetch, subject
 from rasteret_dask.reader.rasterfile import RasterFile, gdal_env
 from rasteret_dask.reader.sharing import SHARED, Flight, Pixels
@@ -28,7 +28,8 @@ def is_fast(asset: Asset, level: int) -> bool:
     """Tell whether a level's tiles are fetched and decoded here, not by GDAL."""
     own = asset.levels[level]
     served = tilecodec.decodes(own) and own.dtype == asset.dtype
-    return served and (not has_mask(asset) or _mask_of(asset, level) is not None)
+    masks = masks_of(asset, level)
+    return served and masks is not None and all(_fits(mask, own) for mask in masks)
 
 
 def bring(asset: Asset, level: int, flights: Sequence[Flight], file: RasterFile, count: Count) -> None:
@@ -64,15 +65,15 @@ def bring(asset: Asset, level: int, flights: Sequence[Flight], file: RasterFile,
 class _Trip:
     """Tiles whose bytes one request brings, with those of their masks."""
 
-    def __init__(self, span: Span[Flight], level: Level, mask: Level | None) -> None:
-        self.span, self.level, self.mask = span, level, mask
+    def __init__(self, span: Span[Flight], level: Level, masks: tuple[Level, ...]) -> None:
+        self.span, self.level, self.masks = span, level, masks
         self.flights = [part.what for part in span.parts]
-        parts = [] if mask is None else [_part(flight, mask) for flight in self.flights]
-        self.masks = list(coalesced([part for part in parts if part.length]))
+        parts = [_part(flight, mask) for flight in self.flights for mask in masks]
+        self.beside = list(coalesced([part for part in parts if part.length]))
 
     def fetch(self, count: Count) -> None:
         """Fetch the bytes and hand them to a worker; where they do not come, all tiles fail."""
-        spans = [span for span in (self.span, *self.masks) if span.length]
+        spans = [span for span in (self.span, *self.beside) if span.length]
         held = sum(span.length for span in spans)
         BUDGET.take(held)
         try:
@@ -112,8 +113,9 @@ class _Trip:
             memory = scratch(tilecodec.tile_bytes(self.level))
             values = _decode(self.level, part, bodies, memory)[:, :height, :width]
             mask = None
-            if self.mask is not None:
-                mask = _decode(self.mask, _part(flight, self.mask), bodies, None)[0, :height, :width] != 0
+            for level in self.masks:
+                seen = _decode(level, _part(flight, level), bodies, None)[0, :height, :width] != 0
+                mask = seen if mask is None else mask & seen
         except tilecodec.BrokenTileError as error:
             remedy = "The file is damaged: replace it, or leave the record out."
             SHARED.fail(flight, ReadError(_doing(part, "decoding"), str(error), "a whole tile", remedy))
@@ -128,7 +130,7 @@ def _decode(
     if part.length:
         return tilecodec.decode(level, bodies[part.start], memory)
     shape = (level.samples if level.planar == 1 else 1, level.tile_height, level.tile_width)
-    nodata = None if level.kind.endswith("mask") else nodata_of(part.what.asset)
+    nodata = part.what.asset.nodata if level.kind in ("image", "overview") else None
     return np.full(shape, 0 if nodata is None else nodata, level.dtype)  # a tile that is not in the file
 
 
@@ -137,12 +139,12 @@ def _doing(part: Part[Flight], verb: str) -> str:
 
 
 def _trips(asset: Asset, index: int, parts: Sequence[Part[Flight]]) -> Iterator[_Trip]:
-    level, mask = asset.levels[index], _mask_of(asset, index) if has_mask(asset) else None
+    level, masks = asset.levels[index], masks_of(asset, index) or ()
     for span in coalesced([part for part in parts if part.length]):
-        yield _Trip(span, level, mask)
+        yield _Trip(span, level, masks)
     for part in parts:
         if not part.length:
-            yield _Trip(Span(0, 0, (part,)), level, mask)
+            yield _Trip(Span(0, 0, (part,)), level, masks)
 
 
 def _part(flight: Flight, level: Level) -> Part[Flight]:
@@ -153,15 +155,10 @@ def _part(flight: Flight, level: Level) -> Part[Flight]:
     return Part(level.tile_offsets[flight.tile], level.tile_byte_counts[flight.tile], flight)
 
 
-def _mask_of(asset: Asset, level: int) -> Level | None:
-    """Return the mask of a level; None where there is none, or it has other tiles or an uncommon codec."""
-    own = asset.levels[level]
-    kind = {"image": "mask", "overview": "overview_mask"}.get(own.kind)
-    for other in asset.levels:
-        if other.kind == kind and (other.width, other.height) == (own.width, own.height):
-            same = (other.tile_width, other.tile_height) == (own.tile_width, own.tile_height)
-            return other if same and other.samples == 1 and tilecodec.decodes(other) else None
-    return None
+def _fits(mask: Level, image: Level) -> bool:
+    """Tell whether a mask has the tiles of its image, and a common codec."""
+    same = (mask.tile_width, mask.tile_height) == (image.tile_width, image.tile_height)
+    return same and mask.samples == 1 and tilecodec.decodes(mask)
 
 
 def _surely(flights: Sequence[Flight], read: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ from rasterio.io import DatasetReader, MemoryFile
 from rasterio.session import DummySession
 from rasterio.vrt import WarpedVRT
 
+from rasteret_dask.headers.nodata import BEYOND_MEASURE, INEXACT, Number
 from rasteret_dask.reader.levels import LevelFrame
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, crs_of
 from rasteret_dask.reader.readplan import ReadPlan
@@ -45,14 +46,24 @@ _GDAL_TYPES = {
 }
 
 
-def valid_pixels(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
-    """Return True where a value is neither nodata nor NaN; the shape of ``values``."""
-    known = nodata is not None and nodata == nodata
+def valid_pixels(values: NDArray[Any], nodata: Number | None) -> NDArray[np.bool_]:
+    """Return True where a value is neither nodata nor NaN; the shape of ``values``.
+
+    Where nodata is a number beyond all measurements, numbers beyond it are nodata too: FLT_MAX is spelled with two
+    to seventeen digits, in tags as in pixels.
+    """
     if values.dtype.kind in "iub":
-        return np.asarray(values != values.dtype.type(nodata)) if known else np.ones(values.shape, np.bool_)
+        if nodata is None:
+            return np.ones(values.shape, np.bool_)
+        return np.asarray(values != values.dtype.type(nodata))
     valid: NDArray[np.bool_] = ~np.isnan(values)
-    if known:
-        valid &= values != values.dtype.type(nodata)
+    if nodata is None or nodata != nodata:
+        return valid
+    number = values.dtype.type(nodata)
+    if values.dtype.kind == "f" and BEYOND_MEASURE <= abs(nodata) < np.inf:
+        valid &= (values > number if nodata < 0 else values < number) | np.isinf(values)
+    else:
+        valid &= values != number
     return valid
 
 
@@ -66,7 +77,7 @@ class SourceBlock:
     """Same shape, True where valid; None where ``nodata`` says it all."""
     rect: Rect
     """Where the block lies in the level."""
-    nodata: float | None
+    nodata: Number | None
 
     @property
     def fill(self) -> Any:
@@ -220,6 +231,8 @@ def _between(
 def _warp(
     block: SourceBlock, plan: ReadPlan, grid: Grid, window: Window
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    if block.values.dtype.name in INEXACT and plan.kernel == "nearest":
+        return _warp_places(block, plan, grid, window)
     nodata = None
     if block.mask is None:
         nodata = np.nan if block.nodata is None and block.values.dtype.kind in "fc" else block.nodata
@@ -245,6 +258,21 @@ def _warp(
             return values, valid_pixels(values, nodata)
         valid = warped.read(2) != 0
     values[~valid] = block.fill
+    return values, valid
+
+
+def _warp_places(
+    block: SourceBlock, plan: ReadPlan, grid: Grid, window: Window
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Warp where the nearest pixels lie in the block, then take them there: GDAL would round them to doubles."""
+    places = np.arange(block.values.size, dtype=np.int32).reshape(block.values.shape)
+    place, inside = _warp(SourceBlock(places, None, block.rect, -1), plan, grid, window)
+    values = np.full(place.shape, block.fill)
+    valid = np.zeros(place.shape, dtype=np.bool_)
+    values[inside] = taken = block.values.ravel()[place[inside]]
+    valid[inside] = valid_pixels(taken, block.nodata)
+    if block.mask is not None:
+        valid[inside] &= block.mask.ravel()[place[inside]]
     return values, valid
 
 

@@ -316,7 +316,7 @@ class Nearest(Composed):
     def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return the first valid values."""
         first = np.expand_dims(valid.argmax(axis=0), 0)
-        return np.take_along_axis(stack, first, axis=0)[0], valid.any(axis=0)
+        return np.take_along_axis(stack, first, axis=0)[0], np.asarray(valid.any(axis=0))
 
     def begin(self) -> Composition:
         """Return what keeps the nearest."""

@@ -35,9 +35,7 @@ class RuleValue:
                 f"rule {cls.__qualname__}", "a type that can change", "a frozen dataclass",
                 "Write @dataclasses.dataclass(frozen=True) above it.",
             )  # fmt: skip
-        fields = {
-            f.name: _plain(cls, f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init
-        }
+        fields = {f.name: _plain(cls, f.name, getattr(self, f.name)) for f in _fields(self)}
         return {"rule": f"{cls.__module__}:{cls.__qualname__}", "source": _source(cls), "fields": fields}
 
     def __str__(self) -> str:

@@ -12,11 +12,12 @@ from urllib.parse import urlsplit
 
 from rasteret_dask.catalogs.bands import Band, Dataset
 from rasteret_dask.errors import BandError
+from rasteret_dask.headers.nodata import text_of
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.rules.kinds import KindName
 from rasteret_dask.table.itemkinds import Classes, classes_of, kind_said
 
-__all__ = ["Layer", "check_bands", "check_kinds", "epsg_of", "layers_of", "restrict"]
+__all__ = ["Layer", "check_bands", "check_kinds", "epsg_of", "is_telling", "layers_of", "restrict"]
 
 _MEDIA_TYPES = ("image/tiff", "image/geotiff", "image/vnd.stac.geotiff", "image/jp2")
 _SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
@@ -29,6 +30,7 @@ _PREFIX = re.compile(
 )  # USGS's products and sensors; TM's B4 is not OLI's
 _RESOLUTION = re.compile(r"_(\d+)m$")
 _COUNTED = re.compile(r"_\d+$")
+_NAMELESS = re.compile(r"a|alpha|mask|opacity|transparency|(.*[_ -])?(b|band)?\d+", re.IGNORECASE)
 _CLEAN = re.compile(r"^\w[\w.\-]*$")
 
 
@@ -50,7 +52,8 @@ class Layer:
     common_name: str | None = None
     scale: float | None = None
     offset: float | None = None
-    nodata: float | None = None
+    nodata: str | None = None
+    """As the item spells it."""
     dtype: str | None = None
     epsg: int | None = None
     transform: tuple[float, ...] | None = None
@@ -65,6 +68,8 @@ class Layer:
     """What the item says the codes of a class band stand for."""
     declared: bool = True
     """False where the item lists no bands: the file may have more of them."""
+    measured: frozenset[int] = frozenset()
+    """Positions of the asset's bands that the item names after what they measure: none of them is an alpha channel."""
 
 
 def layers_of(item: Mapping[str, Any], dataset: Dataset | None) -> dict[str, Layer]:
@@ -124,6 +129,11 @@ def check_kinds(all_layers: Sequence[Mapping[str, Layer]], kinds: Sequence[tuple
     listed = {name for layers in all_layers for layer in layers.values() for name in _names(layer)}
     names = [band for band, _ in kinds]
     check_bands(all_layers, [n if n in listed else _COUNTED.sub("", n) for n in names] if names else None)
+
+
+def is_telling(name: Any) -> bool:
+    """Tell whether a band's name may tell what it measures: ``NIR`` does, ``alpha``, ``band_4`` and ``4`` do not."""
+    return isinstance(name, str) and bool(name) and not _NAMELESS.fullmatch(name)
 
 
 def epsg_of(fields: Mapping[str, Any]) -> int | None:
@@ -209,7 +219,7 @@ def _offered(
                 common_name=band.get("eo:common_name") or band.get("common_name"),
                 scale=_number(_first(band, asset, names=("raster:scale", "scale"))),
                 offset=_number(_first(band, asset, names=("raster:offset", "offset"))),
-                nodata=_number(_first(band, asset, names=("nodata",))),
+                nodata=text_of(_first(band, asset, names=("nodata",))),
                 dtype=_first(band, asset, names=("data_type",)),
                 epsg=epsg_of(asset) or epsg_of(properties),
                 transform=_floats(fields.get("proj:transform"), (6, 9)),
@@ -218,6 +228,11 @@ def _offered(
                 kind=kind_said(key, asset, band, properties),
                 classes=classes_of(asset, band),
                 declared=bool(said),
+                measured=frozenset(
+                    i
+                    for i, b in enumerate(said)
+                    if b.get("eo:common_name") or b.get("common_name") or is_telling(b.get("name"))
+                ),
             ),
             name if isinstance(name, str) and _CLEAN.match(name) else None,
         )

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import BandError, ReadError
+from rasteret_dask.headers.nodata import Number, number_of
 from rasteret_dask.net.remote import redact
 from rasteret_dask.table.schema import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
 
@@ -59,7 +60,8 @@ class Asset:
     scale: float
     offset: float
     rule: str
-    nodata: float | None
+    nodata: Number | None
+    """What pixels hold that are nodata: a number of their dtype, an int for integers; None: no pixel is nodata."""
     dtype: str
     role: str
     kind: str | None
@@ -68,11 +70,19 @@ class Asset:
     etag: str | None
     levels: tuple[Level, ...]
     """The image first, then its overviews from fine to coarse, then masks."""
+    alpha: int | None = None
+    """Position of the file's alpha channel, from 0: pixels are valid where it is more than 0. None: it has none, or
+    this is it."""
 
     @property
     def image(self) -> Level:
         """The full-resolution level."""
         return self.levels[0]
+
+    @property
+    def described(self) -> bool:
+        """Whether the file was looked at when its record was made; else the item alone says what it holds."""
+        return self.size is not None or self.etag is not None or bool(self.image.tile_offsets)
 
     @property
     def resolution(self) -> tuple[float, float]:
@@ -133,6 +143,17 @@ class Records:
     def asset_field(self, band: str, field: str) -> pa.ChunkedArray:
         """Return one field of ``assets[band]`` for all records; null where a record lacks the band."""
         return pc.struct_field(pc.map_lookup(self.table.column("assets"), pa.scalar(band), "first"), field)
+
+    def nodata_of(self, band: str) -> set[Number | None]:
+        """Return what nodata is in a band, over all records: each a number of its dtype; None where it has none."""
+        texts, dtypes = (self.asset_field(band, field) for field in ("nodata", "dtype"))
+        there = self.asset_field(band, "href").is_valid().to_pylist()
+        pairs = {
+            (text, dtype)
+            for text, dtype, one in zip(texts.to_pylist(), dtypes.to_pylist(), there, strict=True)
+            if one
+        }
+        return {number_of(text, dtype) if dtype else None for text, dtype in pairs}
 
     def level_field(self, band: str, field: str) -> pa.ChunkedArray:
         """Return one field of the full-resolution level of ``band`` for all records; null where unknown."""
@@ -214,13 +235,14 @@ class Records:
             scale=1.0 if item["scale"] is None else item["scale"],
             offset=0.0 if item["offset"] is None else item["offset"],
             rule=item["rule"] or "identity",
-            nodata=item["nodata"],
+            nodata=number_of(item["nodata"], item["dtype"]) if item["dtype"] else None,
             dtype=item["dtype"],
             role=item["role"] or "data",
             kind=item["kind"],
             size=item["size"],
             etag=item["etag"],
             levels=tuple(_level(x) for x in levels),
+            alpha=item["alpha"],
         )
 
     def take(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> Records:

@@ -26,7 +26,8 @@ ASSET_TYPE = pa.struct(
         pa.field("scale", pa.float64()),
         pa.field("offset", pa.float64()),
         pa.field("rule", pa.string()),  # where scale and offset come from
-        pa.field("nodata", pa.float64()),
+        pa.field("nodata", pa.string()),  # as headers.nodata spells it: a float would lose large integers
+        pa.field("alpha", pa.int32()),  # position of the file's alpha channel, from 0, or null
         pa.field("dtype", pa.string()),  # NumPy name
         pa.field("role", pa.string()),  # bands.Role: "data", or "quality" of a band that serves the others
         pa.field("kind", pa.string()),  # kinds.KindName, null where unknown
@@ -36,12 +37,15 @@ ASSET_TYPE = pa.struct(
         pa.field("size", pa.int64()),  # bytes of the file when its header was read
         pa.field("etag", pa.string()),
         pa.field("error", pa.string()),  # why the header could not be read, or null
+        pa.field("note", pa.string()),  # where the file and the item contradict each other, or null
     ]
 )
 
 LEVEL_TYPE = pa.struct(
     [
-        pa.field("kind", pa.string()),  # "image", "overview", "mask", "overview_mask"
+        pa.field(
+            "kind", pa.string()
+        ),  # "image", "overview", and "mask", "overview_mask", "alpha", "overview_alpha"
         pa.field("driver", pa.string()),  # GDAL's short name: "GTiff", "JP2OpenJPEG"
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),

@@ -163,7 +163,7 @@ class Slot:
 
     def put(self, chip: int, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Write what is valid to a chip's pixels that are not yet; return where, shape (band, y, x)."""
-        take = valid & ~self.valid[chip]
+        take = np.asarray(valid & ~self.valid[chip])
         np.copyto(self.values[chip], values, where=take, casting="unsafe")
         np.logical_or(self.valid[chip], take, out=self.valid[chip])
         return take

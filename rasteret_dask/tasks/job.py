@@ -25,7 +25,7 @@ from rasteret_dask.table.records import Records
 
 __all__ = ["Hierarchy", "Job", "Output", "Shard", "ipc_bytes", "shard_keys"]
 
-_DECIDING = ("href", "band_index", "size", "etag", "scale", "offset", "nodata", "kind")
+_DECIDING = ("href", "band_index", "size", "etag", "scale", "offset", "nodata", "alpha", "kind")
 """What of an asset decides its pixels' values."""
 
 _JOBS = count()

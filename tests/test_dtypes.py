@@ -1,0 +1,257 @@
+"""Every dtype survives: what is read is the file's own number, or an error says which dtype and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from rasterio.transform import Affine
+from rasterio.warp import transform
+from test_alpha import X0, Y0, item, write
+from test_nodata import tagged
+from test_reader import assets_of, own_grid
+
+import rasteret_dask as rd
+from rasteret_dask.errors import PlanError, ReadError
+from rasteret_dask.headers.nodata import number_of
+from rasteret_dask.reader.engine import Session
+from rasteret_dask.reader.pixelgrid import Grid, Window, transformed
+from rasteret_dask.reader.readplan import Request
+from rasteret_dask.table.records import Asset
+
+SIDE = 64
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+DTYPES = (*INTEGERS, "float16", "float32", "float64", "complex64", "complex128")
+BOX = (X0, Y0 - 640, X0 + 640, Y0)
+
+Pixels = NDArray[Any]
+
+
+def numbers(dtype: str, seed: int) -> Pixels:
+    """Numbers of all sizes that a dtype has, those beyond 2**53 among them."""
+    rng, kind = np.random.default_rng(seed), np.dtype(dtype)
+    if kind.kind in "iu":
+        limits = np.iinfo(kind)
+        return rng.integers(limits.min, limits.max, (SIDE, SIDE), dtype=kind, endpoint=True)
+    real = rng.uniform(-6e4, 6e4, (2, SIDE, SIDE))
+    return (real[0] + 1j * real[1] if kind.kind == "c" else real[0]).astype(kind)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file, and the grid on which it is read."""
+
+    dtype: str
+    nodata: str | None
+    compression: str
+    predictor: int
+    tiled: bool
+    grid: str
+    seed: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    dtype = draw(st.sampled_from([d for d in DTYPES if d != "float16"]))
+    kind = np.dtype(dtype).kind
+    some = ["0", "7", "-9999"]
+    if kind in "iu":
+        limits = np.iinfo(dtype)
+        some += [str(limits.min), str(limits.max), str(limits.max - 1), "nan", str(2**65)]
+    else:
+        some += ["nan", "-3.4028234663852886e+38", "-3.4e+38", "0.1", "inf"]
+    compression = draw(st.sampled_from(["none", "deflate", "lzw", "zstd"]))
+    predictors = [1] if compression == "none" or kind == "c" else [1, 2] if kind in "iu" else [1, 3]
+    return Case(
+        dtype,
+        draw(st.sampled_from([None, *some])),
+        compression,
+        draw(st.sampled_from(predictors)),
+        draw(st.booleans()),
+        draw(st.sampled_from(["aligned", "translated", "finer", "warped"])),
+        draw(st.integers(0, 9)),
+    )
+
+
+def holes_of(pixels: Pixels, text: str | None) -> tuple[Pixels, NDArray[np.bool_]]:
+    """Put nodata into some pixels; return them, and which are valid, by NumPy alone."""
+    number = number_of(text, pixels.dtype.name)
+    if number is None:
+        return pixels, ~np.isnan(pixels)
+    pixels = pixels.copy()
+    pixels[np.random.default_rng(5).random(pixels.shape) < 0.2] = number
+    known = pixels != pixels.dtype.type(number)
+    return pixels, known & ~np.isnan(pixels)
+
+
+def grid_of(asset: Asset, name: str) -> tuple[Grid, Window]:
+    own = own_grid(asset)
+    match name:
+        case "aligned":
+            return own, Window(-3, 5, SIDE, SIDE)
+        case "translated":
+            return Grid(own.epsg, own.x0 + 3.3, own.y0 - 1.7, 10.0, 10.0), Window(2, -4, SIDE, SIDE)
+        case "finer":
+            return Grid(own.epsg, own.x0 + 1.3, own.y0 - 1.7, 7.0, 7.0), Window(1, 3, SIDE, SIDE)
+    x, y = transformed(own.epsg, 32632, np.array([own.x0 + 50]), np.array([own.y0 - 50]))
+    return Grid(32632, float(x[0]) // 10 * 10, float(y[0]) // 10 * 10, 10.0, 10.0), Window(0, 0, SIDE, SIDE)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_nearest_gives_the_file_s_own_numbers(tmp_path: Path, case: Case) -> None:
+    """Whatever the dtype, the compression and the grid: each pixel is the one that its centre lies in."""
+    pixels, seen = holes_of(numbers(case.dtype, case.seed), case.nodata)
+    options: dict[str, Any] = {"compress": case.compression}
+    if case.predictor > 1:
+        options["predictor"] = case.predictor
+    if not case.tiled:
+        options |= {"tiled": False, "blockxsize": None, "blockysize": None}
+    path = write(tmp_path / "a.tif", pixels[np.newaxis], **options)
+    asset = assets_of(path, "class", nodata=number_of(case.nodata, case.dtype))[0]
+    grid, window = grid_of(asset, case.grid)
+    with Session() as session:
+        block = session.read_block([Request(asset, grid, (window,))])[0]
+    rows, cols = np.mgrid[window.row : window.row + SIDE, window.col : window.col + SIDE] + 0.5
+    xs, ys = grid.x0 + cols * grid.xres, grid.y0 - rows * grid.yres
+    flat = transformed(grid.epsg, asset.epsg, xs.ravel(), ys.ravel())
+    at_col, at_row = ((flat[0] - X0) / 10).reshape(xs.shape), ((Y0 - flat[1]) / 10).reshape(xs.shape)
+    i, j = np.floor(at_row + 1e-7).astype(int), np.floor(at_col + 1e-7).astype(int)
+    # a centre within GDAL's tolerance of an edge may go either way
+    sure = np.maximum(np.abs(at_row - np.rint(at_row)), 0) > 1e-4
+    sure &= np.abs(at_col - np.rint(at_col)) > 1e-4
+    inside = (i >= 0) & (i < SIDE) & (j >= 0) & (j < SIDE)
+    i, j = i.clip(0, SIDE - 1), j.clip(0, SIDE - 1)
+    valid = inside & seen[i, j]
+    assert np.array_equal(block.valid[0][sure], valid[sure])
+    due = valid & sure
+    assert block.values.dtype == pixels.dtype
+    assert np.array_equal(block.values[0][due], pixels[i, j][due])
+
+
+def collection(tmp_path: Path, dtype: str, nodata: bool = True) -> tuple[rd.Collection, Pixels, Any]:
+    """Return a collection of one image, its pixels as GDAL gives them, and which are valid."""
+    pixels = numbers(dtype, 1)
+    spelled = {"i": str(np.iinfo(dtype).min + 1) if dtype in INTEGERS else "", "u": "7"}
+    text = spelled.get(np.dtype(dtype).kind, "-9999") if nodata else None
+    if dtype == "uint64" and nodata:
+        text = str(2**64 - 1)
+    if text is not None:
+        pixels[:20] = np.array(number_of(text, dtype), dtype)
+    path = tmp_path / "a.tif"
+    if dtype == "float16":
+        tagged(path, pixels, str(text))
+    else:
+        write(path, pixels[np.newaxis])
+    seen = (
+        np.ones(pixels.shape, bool) if text is None else pixels != pixels.dtype.type(number_of(text, dtype))
+    )
+    asset = {} if text is None else {"raster:bands": [{"nodata": text}]}
+    made = rd.build_from_stac([item(path, **asset)], name="x")
+    return made, pixels.astype("float32") if dtype == "float16" else pixels, seen
+
+
+@pytest.mark.parametrize("nodata", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_exits_agree_or_refuse(tmp_path: Path, dtype: str, nodata: bool) -> None:
+    if dtype == "float16" and not nodata:
+        return
+    made, pixels, seen = collection(tmp_path, dtype, nodata)
+    chips = made.chips(32, cell_km=0.32).load()
+    boxes, values = chips["bounds"].values, chips["pixels"].values[:, 0, 0]
+    assert values.dtype == pixels.dtype
+    corners = [(int(Y0 - ymax) // 10, int(xmin - X0) // 10) for xmin, _, _, ymax in boxes]
+    assert len(corners) > 0
+    for number, (row, col) in enumerate(corners):
+        own, known = pixels[row : row + 32, col : col + 32], seen[row : row + 32, col : col + 32]
+        if "valid" in chips:
+            assert np.array_equal(chips["valid"].values[number, 0], known)
+        else:
+            assert np.array_equal(~np.isnan(values[number]), known)
+        assert np.array_equal(values[number][known], own[known])
+    cube = tried(lambda: made.cube(bounds=BOX).isel(time=0, band=0).values)
+    if isinstance(cube, PlanError):
+        assert dtype in ("int64", "uint64")
+        assert not nodata
+        assert dtype in str(cube)
+        assert "chips" in str(cube)
+    else:
+        assert cube.dtype == pixels.dtype
+        assert np.array_equal(cube[seen], pixels[seen])
+        assert np.isnan(cube[~seen]).all() or (cube[~seen] == pixels[~seen]).all()
+    at = np.array([[30, 30], [40, 21], [63, 63]])
+    lon, lat = transform(32633, 4326, *(Affine(10, 0, X0, 0, -10, Y0) @ (at.T[::-1] + 0.5)))
+    points = [shapely.Point(x, y) for x, y in zip(lon, lat, strict=True)]
+    window = made.get_numpy(points, bands=["image"], size=1)
+    assert window.dtype == pixels.dtype
+    assert np.array_equal(window[:, 0, 0, 0], pixels[at[:, 0], at[:, 1]])
+    column = tried(lambda: made.sample_points(points).column("value").to_pylist())
+    if isinstance(column, PlanError):
+        assert dtype in ("int64", "uint64", "complex64", "complex128")
+        assert dtype in str(column)
+        assert "get_numpy" in str(column)
+        return
+    own, known = (some[at[:, 0], at[:, 1]].tolist() for some in (pixels, seen))
+    assert column == [value if there else None for value, there in zip(own, known, strict=True)]
+
+
+def tried(make: Callable[[], Any]) -> Any:
+    """Return what is made, or the PlanError that says why it is not."""
+    try:
+        return make()
+    except PlanError as error:
+        return error
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_kernels_refuse_integers_that_they_would_round(tmp_path: Path, dtype: str) -> None:
+    made, pixels, seen = collection(tmp_path, dtype)
+    coarse: dict[str, Any] = {"units": "raw", "resolution": 20}
+    with pytest.raises(ReadError, match=rf"{dtype} numbers beyond 2\*\*53.*resampling='nearest'"):
+        made.harmonize(**coarse).cube(bounds=BOX).compute()
+    near = made.harmonize(**coarse, resampling="nearest").cube(bounds=BOX).isel(time=0, band=0).values
+    assert np.array_equal(near[seen[1::2, 1::2]], pixels[1::2, 1::2][seen[1::2, 1::2]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pick", "refused"),
+    [("int64", "median", True), ("uint64", "mean", True), ("complex64", "median", True),
+     ("complex64", "mean", True), ("int64", "closest", False), ("int32", "median", False)],
+)  # fmt: skip
+def test_composites_that_mean_nothing_are_refused(
+    tmp_path: Path, dtype: str, pick: str, refused: bool
+) -> None:
+    made, pixels, seen = collection(tmp_path, dtype)
+    monthly = made.harmonize(units="raw", time="1MS", pick=pick)
+    if refused:
+        with pytest.raises(PlanError, match=f"pixels of {dtype}.*'closest'"):
+            monthly.cube(bounds=BOX)
+        return
+    cube = monthly.cube(bounds=BOX).isel(time=0, band=0).values
+    assert np.array_equal(cube[seen], pixels[seen])
+
+
+def test_types_without_one_that_holds_both_are_refused(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.tif", numbers("int64", 0)[np.newaxis]), numbers("float32", 0)[np.newaxis]
+    one = item(a)
+    one["assets"]["other"] = item(write(tmp_path / "b.tif", b))["assets"]["image"]
+    made = rd.build_from_stac([one], name="x")
+    with pytest.raises(PlanError, match=r"bands of float32, int64.*join"):
+        made.chips(32, cell_km=0.32).load()
+    both = rd.join(a=made.harmonize(bands=["image"]), b=made.harmonize(bands=["other"]))
+    tree = both.chips(32, cell_km=0.32).load()
+    assert {tree[name]["pixels"].dtype.name for name in ("a", "b")} == {"int64", "float32"}
+
+
+def test_complex_numbers_have_no_reflectance(tmp_path: Path) -> None:
+    made, _, _ = collection(tmp_path, "complex64")
+    with pytest.raises(PlanError, match=r"pixels of complex64.*units='raw'"):
+        made.harmonize(units="reflectance").cube(bounds=BOX)
