@@ -282,7 +282,7 @@ def cube_of(collection: rd.Collection, **harmonized: Any) -> xr.DataArray:
         ("uint16", 0, {"resampling": "cubic"}, False),  # overshoots, and is clamped to 0
         ("int16", 0, {}, False),  # between the others: 0 is the mean of -1 and 1
         ("int16", 0, {"resampling": "nearest"}, True),
-        ("int64", -(2**63), {"resampling": "nearest"}, True),
+        ("int64", -(2**40), {"resampling": "nearest"}, True),
         ("uint16", None, {"resampling": "nearest"}, False),
         ("uint16", 0, {"bands": ["data", "other"]}, False),  # the other band has no nodata
         ("uint16", 0, {"pick": "mean", "time": "1MS"}, False),
