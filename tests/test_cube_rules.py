@@ -246,7 +246,7 @@ def test_chip_is_cube_in_units(world: World, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@settings(drawn, max_examples=100)
+@settings(drawn, max_examples=40)
 @given(data=st.data(), draw=st.sampled_from([raw, in_units]))
 def test_chip_is_cube_for_many_rules(world: World, data: st.DataObject, draw: Any) -> None:
     where, rules = draw(data)
