@@ -41,7 +41,7 @@ def records(draw: st.DrawFn, bands: int) -> list[tuple[Array, Array]]:
 
 def layers(
     rules: PixelRules, some: list[tuple[Array, Array]], scaling: Radiometry = PLAIN
-) -> list[composing.Layer]:
+) -> list[composing.DecodedLayer]:
     return [
         composing.decoded(
             rules,
@@ -111,7 +111,7 @@ def test_composites_take_each_acquisition_once(
             [next((float(v[band, y, x]) for v, k in pair if k[band, y, x]), None) for band in range(2)]
             for pair in pairs
         ]
-        powers, bits = ([m[band] for m in mosaics if m[band] is not None] for band in range(2))
+        powers, bits = ([value for m in mosaics if (value := m[band]) is not None] for band in range(2))
         made = (np.mean if how == "mean" else np.median)(powers) if powers else 0.0
         assert found.valid[0, y, x] == (np.float32(made) > 0)
         if found.valid[0, y, x]:

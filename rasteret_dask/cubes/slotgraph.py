@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.cubes.cube import CubePlace, Read
-from rasteret_dask.cubes.storedpixels import Pixels, Prefixes, stored_pixels
+from rasteret_dask.cubes.storedpixels import BandPixels, Prefixes, stored_pixels
 from rasteret_dask.planning.resolve import Member, ResolvedSource
 from rasteret_dask.reader.cogreader import Kernel
 from rasteret_dask.rules import composing
@@ -39,7 +39,7 @@ Tasks: TypeAlias = dict[Any, Any]
 class _Band:
     """One band of one record."""
 
-    pixels: Pixels
+    pixels: BandPixels
     scaling: Radiometry
     is_decoded: bool
 
@@ -55,7 +55,7 @@ class _Record:
 
     def layer(
         self, rules: PixelRules, arrays: Sequence[NDArray[Any]], shape: tuple[int, int]
-    ) -> composing.Layer:
+    ) -> composing.DecodedLayer:
         """Return its decoded pixels."""
         stored = [
             None if band is None else composing.StoredBand(
@@ -99,7 +99,7 @@ class _Slot:
         """
         rules = self.rules
 
-        def layers(acquisitions: Iterable[_Acquisition]) -> Iterator[composing.Layer]:
+        def layers(acquisitions: Iterable[_Acquisition]) -> Iterator[composing.DecodedLayer]:
             return (one.layer(rules, arrays, shape) for each in acquisitions for one in each.records)
 
         if rules.composes:
@@ -126,7 +126,7 @@ class _Quality:
     """The bands of one record by which it is masked or scored, among the arrays that a task gets."""
 
     mask: Mask | None
-    bands: tuple[Pixels, ...]
+    bands: tuple[BandPixels, ...]
 
     def hidden(self, arrays: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
         """Return where the mask hides, shape (y, x)."""

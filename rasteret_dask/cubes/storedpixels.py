@@ -14,14 +14,14 @@ from rasteret_dask.cubes.cube import CubePlace, Form, Read, Stack, stack
 from rasteret_dask.reader.cogreader import ValidityReader
 from rasteret_dask.table.records import Records
 
-__all__ = ["Pixels", "Prefixes", "StoredPixels", "stored_pixels"]
+__all__ = ["BandPixels", "Prefixes", "StoredPixels", "stored_pixels"]
 
 Prefixes: TypeAlias = dict[tuple[Any, ...], int]
 """First part of the keys of some chunks, before their block (y, x) -> number among the arrays of a task."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pixels:
+class BandPixels:
     """Where the pixels of one read lie among the arrays that a task gets."""
 
     dtype: str
@@ -56,7 +56,7 @@ class StoredPixels:
         for numbers, validity in self.stacks.values():
             yield from (one.pixels for one in (numbers, validity) if one is not None)
 
-    def among(self, row: int, read: Read, prefixes: Prefixes) -> Pixels | None:
+    def among(self, row: int, read: Read, prefixes: Prefixes) -> BandPixels | None:
         """Return where a read's pixels are among the arrays of a task, which are added to; None: nowhere."""
         dtype, name = self.places[row, read]
         numbers, validity = self.stacks[dtype]
@@ -66,7 +66,7 @@ class StoredPixels:
         array = prefixes.setdefault(place[0], len(prefixes))
         told_by = None if validity is None else validity.chunk(row, name)
         at = None if told_by is None else prefixes.setdefault(told_by[0], len(prefixes))
-        return Pixels(dtype, array, place[1], at)
+        return BandPixels(dtype, array, place[1], at)
 
 
 def stored_pixels(

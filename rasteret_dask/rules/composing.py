@@ -14,7 +14,17 @@ from rasteret_dask.rules.masks import Mask
 from rasteret_dask.rules.picks import Scored
 from rasteret_dask.rules.pixels import PixelRules
 
-__all__ = ["Layer", "StoredBand", "by_score", "clear", "composed", "decoded", "filled", "hidden", "picked"]
+__all__ = [
+    "DecodedLayer",
+    "StoredBand",
+    "by_score",
+    "clear",
+    "composed",
+    "decoded",
+    "filled",
+    "hidden",
+    "picked",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +42,11 @@ class StoredBand:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class DecodedLayer:
     """Decoded pixels of one record over one window, or of several records that fill each other."""
 
     values: NDArray[Any]
-    """Shape (band, y, x), of :meth:`PixelRules.decoded_dtype`, or the type that acquisitions are composed in."""
+    """Shape (band, y, x)."""
     valid: NDArray[np.bool_]
     """Shape (band, y, x). True where the pixel is valid and not hidden."""
 
@@ -46,7 +56,7 @@ def decoded(
     bands: Sequence[StoredBand | None],
     shape: tuple[int, int],
     hidden_at: NDArray[np.bool_] | None = None,
-) -> Layer:
+) -> DecodedLayer:
     """Decode and mask one record.
 
     Parameters
@@ -71,7 +81,7 @@ def decoded(
     if hidden_at is not None:
         valid &= ~hidden_at
     rules.joint(valid)
-    return Layer(values, valid)
+    return DecodedLayer(values, valid)
 
 
 def hidden(
@@ -112,7 +122,7 @@ def by_score(pick: Scored, shown: Sequence[NDArray[np.bool_]]) -> tuple[int, ...
     return tuple(np.argsort(-scores, kind="stable").tolist())
 
 
-def filled(rules: PixelRules, layers: Iterable[Layer], finish: bool) -> Layer | None:
+def filled(rules: PixelRules, layers: Iterable[DecodedLayer], finish: bool) -> DecodedLayer | None:
     """Return layers put one behind the other: each fills, band by band, what those before it leave invalid.
 
     Bands that only have a meaning together are taken together: they are valid together in each layer.
@@ -126,7 +136,7 @@ def filled(rules: PixelRules, layers: Iterable[Layer], finish: bool) -> Layer | 
 
     Returns
     -------
-    Layer or None
+    DecodedLayer or None
         None where there is no layer. Its arrays may be those of a layer.
     """
     values: NDArray[Any] | None = None
@@ -138,10 +148,10 @@ def filled(rules: PixelRules, layers: Iterable[Layer], finish: bool) -> Layer | 
             continue
         take = known & ~valid
         values, valid = np.where(take, own, values), valid | known
-    return None if values is None or valid is None else Layer(values, valid)
+    return None if values is None or valid is None else DecodedLayer(values, valid)
 
 
-def picked(rules: PixelRules, layers: Iterable[Layer]) -> Layer | None:
+def picked(rules: PixelRules, layers: Iterable[DecodedLayer]) -> DecodedLayer | None:
     """Return the finished pixels of a slot that takes them as they stand.
 
     Parameters
@@ -153,7 +163,9 @@ def picked(rules: PixelRules, layers: Iterable[Layer]) -> Layer | None:
     return filled(rules, layers, finish=True)
 
 
-def composed(rules: PixelRules, acquisitions: Iterable[tuple[int, Iterable[Layer]]]) -> Layer | None:
+def composed(
+    rules: PixelRules, acquisitions: Iterable[tuple[int, Iterable[DecodedLayer]]]
+) -> DecodedLayer | None:
     """Return the finished pixels of a slot that are made of all its acquisitions.
 
     Parameters
@@ -166,6 +178,6 @@ def composed(rules: PixelRules, acquisitions: Iterable[tuple[int, Iterable[Layer
     for rank, layers in acquisitions:
         one = filled(rules, layers, finish=False)
         if one is not None:
-            composition.add(one.values.astype(rules.work_dtype(), copy=False), one.valid, rank)
+            composition.add(one.values, one.valid, rank)
             is_empty = False
-    return None if is_empty else Layer(*rules.finish(*composition.result()))
+    return None if is_empty else DecodedLayer(*rules.finish(*composition.result()))

@@ -260,13 +260,16 @@ class _Sum:
     """A running mean."""
 
     def __init__(self) -> None:
-        self._total: NDArray[np.float64] | None = None
+        self._total: NDArray[Any] | None = None
         self._count: Any = None
         self._dtype: Any = None
 
     def add(self, values: NDArray[Any], valid: NDArray[np.bool_], rank: int) -> None:
         if self._total is None:
-            self._total, self._dtype = np.zeros(values.shape), values.dtype
+            self._total, self._dtype = (
+                np.zeros(values.shape, np.result_type(values, np.float64)),
+                values.dtype,
+            )
             self._count = np.zeros(values.shape, dtype=np.int32)
         np.add(self._total, values, out=self._total, where=valid)
         self._count += valid

@@ -112,19 +112,38 @@ class PixelRules(RuleValue):
         return stored, None if self.store.steps is None else self.store.clips(values) & valid
 
     def begin(self) -> Composition:
-        """Return where the acquisitions of one slot and chip go: each band as its kind is composed."""
+        """Return where the acquisitions of one slot and chip go, decoded: each band as its kind is composed."""
         pick = self.pick
         assert isinstance(pick, Composed)
         ways: dict[Composed, list[int]] = {}
         for band in range(len(self.units)):
             blend = self.kind(band).blend
             ways.setdefault(pick if blend == "average" else _BLENDS[blend], []).append(band)
-        if len(ways) == 1:
-            return next(iter(ways)).begin()
-        return _Apart([(bands, way.begin()) for way, bands in ways.items()])
+        # what is only chosen stays as it is: numbers of 64 bits are no floats
+        parts = [
+            (bands, way.begin() if isinstance(way, Majority | Nearest) else _Calculated(way.begin(), self))
+            for way, bands in ways.items()
+        ]
+        return parts[0][1] if len(parts) == 1 else _Apart(parts)
 
 
 _BLENDS: dict[str, Composed] = {"majority": Majority(), "closest": Nearest()}
+
+
+class _Calculated:
+    """Numbers that are calculated, in a type that holds what comes out; integers are rounded at the end."""
+
+    def __init__(self, numbers: Composition, rules: PixelRules) -> None:
+        self._numbers, self._rules = numbers, rules
+
+    def add(self, values: NDArray[Any], valid: NDArray[np.bool_], rank: int) -> None:
+        self._numbers.add(values.astype(self._rules.work_dtype(), copy=False), valid, rank)
+
+    def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        values, valid = self._numbers.result()
+        if self._rules.decoded_dtype().kind in "iu":
+            values = self._rules.store.encode(values, valid)
+        return values, valid
 
 
 class _Apart:

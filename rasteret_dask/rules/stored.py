@@ -57,9 +57,8 @@ class Store(RuleValue):
         if valid is None and values.dtype.kind == "f" and self.fill is not None:
             valid = ~np.isnan(values)
         if whole:
-            values = self._rounded(values if valid is None else np.where(valid, values, 0))
-            if self.steps is not None:
-                values = np.clip(values, *self.span)
+            span = _floats_in(dtype) if self.steps is None else self.span
+            values = np.clip(self._rounded(values if valid is None else np.where(valid, values, 0)), *span)
         if valid is None:
             return values.astype(dtype, copy=False)
         return np.where(valid, values, self.fill_value).astype(dtype, copy=False)
@@ -75,3 +74,10 @@ class Store(RuleValue):
         if self.steps is None:
             return np.asarray(np.rint(values))
         return np.asarray(np.rint(values.astype(np.float64) * self.steps))
+
+
+def _floats_in(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Return the least and the greatest float that an integer type holds: 2**63 - 1 is none."""
+    low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+    top = float(high)
+    return float(low), top if int(top) <= high else float(np.nextafter(top, 0.0))

@@ -250,7 +250,7 @@ class Picking:
 
         Candidates are taken by the start of their acquisition, so that a tile is read for all chips at once.
         """
-        shape, work = (len(self.plan.bands), self.size, self.size), self.rules.work_dtype()
+        shape, work = (len(self.plan.bands), self.size, self.size), self.rules.decoded_dtype()
         made = {int(chip): self.rules.begin() for chip in np.unique(feed.chip)}
         passes = self.pass_of[feed.row]
         for number in np.unique(passes).tolist():
