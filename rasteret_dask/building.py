@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -43,6 +43,7 @@ from rasteret_dask.progress import Progress
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 from rasteret_dask.table.rowgroups import hrefs
 from rasteret_dask.table.timing import half_open
+from rasteret_dask.words import OnBroken
 
 __all__ = ["build", "build_from_stac", "refresh"]
 
@@ -65,7 +66,7 @@ def build(
     cache_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
     headers: bool = True,
-    on_error: Literal["skip", "raise"] = "skip",
+    on_error: OnBroken = "skip",
     progress: bool = True,
 ) -> Collection:
     """Build a collection from a dataset of the catalog, or open it where the same was built before.
@@ -160,7 +161,7 @@ def build_from_stac(
     cache_dir: str | os.PathLike[str] | None = None,
     workspace_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
-    on_error: Literal["skip", "raise"] | None = None,
+    on_error: OnBroken | None = None,
     progress: bool = True,
 ) -> Collection:
     """Build a collection from STAC items; COG headers are read once, concurrently, and kept in the rows.

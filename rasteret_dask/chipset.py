@@ -37,6 +37,7 @@ from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.mapping import outputs_of
 from rasteret_dask.tasks.shards import error_policy, lower
+from rasteret_dask.words import OnError
 
 __all__ = ["Chips"]
 
@@ -145,7 +146,7 @@ class Chips(ChipSteps):
             }
         return Layout(self.job, outputs_of(self.job, self._functions), attrs)
 
-    def to_xarray(self, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
+    def to_xarray(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Return the chips lazily: a Dataset, or a DataTree with a node a source.
 
         Each has ``pixels`` (chip, time, band, y, x), and ``valid`` (chip, time, y, x) where pixels are integers.
@@ -158,7 +159,7 @@ class Chips(ChipSteps):
         """
         return to_xarray(self._layout, self._functions, error_policy(on_error))
 
-    def load(self, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
+    def load(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Read the chips into memory: what ``to_xarray().load()`` gives, without putting it together from shards.
 
         This process reads, with as many of Dask's threads as are configured (``dask.config`` ``num_workers``).
@@ -177,7 +178,7 @@ class Chips(ChipSteps):
         compute: bool = True,
         progress: bool = True,
         compression: Compression = "auto",
-        on_error: str = "raise",
+        on_error: OnError = "raise",
     ) -> Delayed | None:
         """Write the chips to a sharded Zarr v3 store on a Dask cluster; a rerun does what is missing.
 
@@ -231,7 +232,7 @@ class Chips(ChipSteps):
         normalize: Normalize | bool | None = None,
         *,
         buffer: int = 4,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
     ) -> Stream:
         """Return the chips as batches for a training loop: an iterator of dictionaries of arrays.
 
@@ -283,7 +284,9 @@ class Chips(ChipSteps):
             lambda: recalled(shards.digest, on_error) or self.stats(client=client, on_error=on_error),
         )
 
-    def stats(self, sample: int | None = None, client: ClientLike = None, on_error: str = "raise") -> Stats:
+    def stats(
+        self, sample: int | None = None, client: ClientLike = None, on_error: OnError = "raise"
+    ) -> Stats:
         """Measure the pixels of these chips in one pass: per source and band counts, moments, percentiles, classes.
 
         Parameters

@@ -28,6 +28,7 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.table import geoparquet
+from rasteret_dask.words import Boundary, SplitBy
 
 __all__ = ["ChipSteps"]
 
@@ -66,9 +67,9 @@ class ChipSteps:
         test: float = 0.15,
         *,
         seed: int = 0,
-        by: str = "ground",
+        by: SplitBy | str = "ground",
         buffer_m: float = 0.0,
-        boundary: str = "drop",
+        boundary: Boundary = "drop",
     ) -> Self:
         """Give each chip a split, so that the same ground always lands in the same one.
 

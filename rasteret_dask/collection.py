@@ -38,6 +38,7 @@ from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import half_open
 from rasteret_dask.tableexits import TableExits
+from rasteret_dask.words import Dtype, Grid, Mask, Pick, Resampling, Units
 
 __all__ = ["Collection", "join", "merge"]
 
@@ -152,13 +153,13 @@ class Collection(TableExits, PixelReads):
         self,
         bands: Sequence[str] | None = None,
         *,
-        units: str = "auto",
+        units: Units = "auto",
         resolution: float | None = None,
-        resampling: str | None = None,
-        mask: str | Sequence[str] | None = None,
+        resampling: Resampling | None = None,
+        mask: Mask | Sequence[Mask] | None = None,
         time: str | None = None,
-        pick: str | None = None,
-        dtype: str | None = None,
+        pick: Pick | None = None,
+        dtype: Dtype | None = None,
     ) -> Collection:
         """Give all records the same bands, units, grid and time axis.
 
@@ -248,7 +249,7 @@ class Collection(TableExits, PixelReads):
         *,
         aoi: Any = None,
         at: Any = None,
-        grid: Any = "zone",
+        grid: Grid | Any = "zone",
         cell_km: float = 15.36,
         min_coverage: float = 1.0,
         min_slots: int = 1,

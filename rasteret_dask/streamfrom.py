@@ -20,6 +20,7 @@ from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import JOB_FILE, open_job, read_note, write_job
 from rasteret_dask.tasks.mapping import Functions, outputs_of
 from rasteret_dask.tasks.shards import error_policy
+from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
@@ -77,7 +78,7 @@ def stream_from(
     buffer: int = 4,
     functions: Iterable[Callable[..., Any]] = (),
     split: str | None = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
 ) -> Stream:
     """Return one rank's batches in a process that has only an address and a path.
 

@@ -23,6 +23,8 @@ from shapely.geometry import mapping
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.errors import GridError, PlanError, ReadError
+from rasteret_dask.words import Pick
+from rasteret_dask.words import Resampling as Kernel
 
 Array = NDArray[Any]
 PICKS = ("closest", "first", "last", "newest", "least_cloudy", "clearest", "median", "mean")
@@ -92,7 +94,7 @@ def test_chip_is_cube_for_integers(s2: rd.Collection, l8: rd.Collection, dtype: 
 
 
 @pytest.mark.parametrize("pick", ["closest", "clearest", "median", "mean"])
-def test_chip_is_cube_for_raw_values(s2: rd.Collection, pick: str) -> None:
+def test_chip_is_cube_for_raw_values(s2: rd.Collection, pick: Pick) -> None:
     source = s2.harmonize(bands=["red", "scl"], units="raw", time="2MS", mask="clouds", pick=pick)
     chips = dataset(source.chips(size=32, cell_km=0.96).sample(30))
     assert chips["pixels"].dtype == np.uint16
@@ -110,7 +112,7 @@ def test_chip_is_cube_without_a_time_axis(s2: rd.Collection) -> None:
 @pytest.mark.parametrize(
     ("resampling", "resolution"), [(None, 20), ("bilinear", 20), ("average", 20), ("cubic", 10)]
 )
-def test_chip_is_cube_for_embeddings(aef: rd.Collection, resampling: str | None, resolution: int) -> None:
+def test_chip_is_cube_for_embeddings(aef: rd.Collection, resampling: Kernel | None, resolution: int) -> None:
     source = aef.harmonize(
         bands=["A00", "A07", "A63"], units="embedding", resolution=resolution, resampling=resampling
     )
@@ -283,7 +285,7 @@ def oracle_l8(path: str, quality: str, x0: float, y0: float, size: int) -> Array
 
 
 @pytest.mark.parametrize("pick", ["closest", "first", "last", "mean"])
-def test_merged_mosaicked_masked_and_picked_chips_equal_the_oracle(two_tiles: Pass, pick: str) -> None:
+def test_merged_mosaicked_masked_and_picked_chips_equal_the_oracle(two_tiles: Pass, pick: Pick) -> None:
     source = rd.merge(two_tiles.s2, two_tiles.l8).harmonize(
         bands=["red"], resolution=10, time="1MS", mask="clouds", pick=pick, units="reflectance"
     )

@@ -29,6 +29,7 @@ from rasteret_dask.store.encode import ABSENT
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streamfrom import stream_from
 from rasteret_dask.tasks.jobfile import plan_json
+from rasteret_dask.words import Mask
 
 LIMIT = 0.97
 
@@ -105,7 +106,7 @@ def test_a_function_decides(single: rd.Chips) -> None:
 
 @pytest.mark.parametrize("mask", [None, "clouds"])
 def test_clouds_are_counted_in_the_quality_band_of_the_same_records(
-    mask: str | None, s2: rd.Collection
+    mask: Mask | None, s2: rd.Collection
 ) -> None:
     optical = s2.harmonize(bands=["red"], units="reflectance", resolution=10, time="1MS", mask=mask)
     scl = s2.harmonize(bands=["scl"], resolution=10, time="1MS")
