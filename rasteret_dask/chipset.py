@@ -15,10 +15,9 @@ from dask.highlevelgraph import HighLevelGraph
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.steps import apply_step, plan_chips
 from rasteret_dask.chipsteps import ChipSteps
-from rasteret_dask.errors import StoreError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
-from rasteret_dask.net.places import place_of
+from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import FilterPixels, Select
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.show import audit, explain
@@ -209,9 +208,7 @@ class Chips(ChipSteps):
         JobError
             When shards failed; the others are written, and a rerun does only those.
         """
-        url = place_of(store)
-        if os.path.isfile(url):
-            raise StoreError(f"store {url}", "a file", "a folder, or nothing yet", "Choose another place.")
+        url = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
         layout = replace(self._layout, compression=checked(compression))
         if not compute:
             return delayed_zarr(layout, url, self._functions, error_policy(on_error))
