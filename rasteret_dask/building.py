@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -45,6 +45,7 @@ from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 from rasteret_dask.table.leftassets import LeftAssets
 from rasteret_dask.table.rowgroups import hrefs
 from rasteret_dask.table.timing import half_open
+from rasteret_dask.words import OnBroken
 
 __all__ = ["build", "build_from_stac", "refresh"]
 
@@ -67,7 +68,7 @@ def build(
     cache_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
     headers: bool = True,
-    on_error: Literal["skip", "raise"] = "skip",
+    on_error: OnBroken = "skip",
     progress: bool = True,
     kinds: Mapping[str, KindName] | None = None,
 ) -> Collection:
@@ -169,7 +170,7 @@ def build_from_stac(
     cache_dir: str | os.PathLike[str] | None = None,
     workspace_dir: str | os.PathLike[str] | None = None,
     force: bool = False,
-    on_error: Literal["skip", "raise"] | None = None,
+    on_error: OnBroken | None = None,
     progress: bool = True,
     kinds: Mapping[str, KindName] | None = None,
 ) -> Collection:

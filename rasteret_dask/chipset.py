@@ -15,10 +15,9 @@ from dask.highlevelgraph import HighLevelGraph
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.steps import apply_step, plan_chips
 from rasteret_dask.chipsteps import ChipSteps
-from rasteret_dask.errors import StoreError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
-from rasteret_dask.net.places import place_of
+from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import FilterPixels, Select
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.show import audit, explain
@@ -38,6 +37,7 @@ from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.mapping import outputs_of
 from rasteret_dask.tasks.shards import error_policy, lower
+from rasteret_dask.words import OnError
 
 __all__ = ["Chips"]
 
@@ -147,7 +147,7 @@ class Chips(ChipSteps):
             }
         return Layout(self.job, outputs_of(self.job, self._functions), attrs)
 
-    def to_xarray(self, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
+    def to_xarray(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Return the chips lazily: a Dataset, or a DataTree with a node a source.
 
         Each has ``pixels`` (chip, time, band, y, x), and ``valid`` (chip, time, y, x) where pixels are integers.
@@ -160,7 +160,7 @@ class Chips(ChipSteps):
         """
         return to_xarray(self._layout, self._functions, error_policy(on_error))
 
-    def load(self, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
+    def load(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Read the chips into memory: what ``to_xarray().load()`` gives, without putting it together from shards.
 
         This process reads, with as many of Dask's threads as are configured (``dask.config`` ``num_workers``).
@@ -179,7 +179,7 @@ class Chips(ChipSteps):
         compute: bool = True,
         progress: bool = True,
         compression: Compression = "auto",
-        on_error: str = "raise",
+        on_error: OnError = "raise",
     ) -> Delayed | None:
         """Write the chips to a sharded Zarr v3 store on a Dask cluster; a rerun does what is missing.
 
@@ -210,9 +210,7 @@ class Chips(ChipSteps):
         JobError
             When shards failed; the others are written, and a rerun does only those.
         """
-        url = place_of(store)
-        if os.path.isfile(url):
-            raise StoreError(f"store {url}", "a file", "a folder, or nothing yet", "Choose another place.")
+        url = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
         layout = replace(self._layout, compression=checked(compression))
         if not compute:
             return delayed_zarr(layout, url, self._functions, error_policy(on_error))
@@ -233,7 +231,7 @@ class Chips(ChipSteps):
         normalize: Normalize | bool | None = None,
         *,
         buffer: int = 4,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         ignore_index: int | None = None,
     ) -> Stream:
         """Return the chips as batches for a training loop: an iterator of dictionaries of arrays.
@@ -290,7 +288,9 @@ class Chips(ChipSteps):
             lambda: recalled(shards.digest, on_error) or self.stats(client=client, on_error=on_error),
         )
 
-    def stats(self, sample: int | None = None, client: ClientLike = None, on_error: str = "raise") -> Stats:
+    def stats(
+        self, sample: int | None = None, client: ClientLike = None, on_error: OnError = "raise"
+    ) -> Stats:
         """Measure the pixels of these chips in one pass: per source and band counts, moments, percentiles, classes.
 
         Parameters

@@ -28,6 +28,7 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.table import geoparquet
+from rasteret_dask.words import Boundary, SplitBy
 
 __all__ = ["ChipSteps"]
 
@@ -66,9 +67,9 @@ class ChipSteps:
         test: float = 0.15,
         *,
         seed: int = 0,
-        by: str = "ground",
+        by: SplitBy | str = "ground",
         buffer_m: float = 0.0,
-        boundary: str = "drop",
+        boundary: Boundary = "drop",
     ) -> Self:
         """Give each chip a split, so that the same ground always lands in the same one.
 
@@ -96,7 +97,10 @@ class ChipSteps:
         return self._with(Select(self.plan, splits))
 
     def filter(self, *triples: Predicate | Any, **columns: Any) -> Self:
-        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
+        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``; as Collection.filter.
+
+        For rules on pixels see :meth:`filter_pixels`.
+        """
         return self._with(FilterChips(self.plan, predicates(triples, columns)))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> Self:
@@ -123,10 +127,10 @@ class ChipSteps:
         source: str | None = None,
         version: str | None = None,
     ) -> Self:
-        """Keep the chips whose pixels fulfil all that is said; the task that reads them tells.
+        """Keep the chips whose pixels pass every rule; rules are evaluated while pixels are read.
 
-        Until then nobody knows which: ``len``, ``table`` and ``explain`` count what is planned. A chip that is
-        dropped keeps its place in a store, unwritten; :func:`open_chips`, ``load``, ``stream`` and ``stats`` see kept
+        ``len``, ``table`` and ``explain`` count what is planned, dropped chips too. A chip that is dropped keeps
+        its place in a store, unwritten; :func:`open_chips`, ``load``, ``stream`` and ``stats`` see kept
         chips only. A stream looks at all pixels once, before its first batch, to know how many there are.
 
         Parameters
@@ -147,7 +151,7 @@ class ChipSteps:
         Raises
         ------
         PlanError
-            When nothing is said, or a share is not from 0 to 1.
+            When no rule is given, or a share is not from 0 to 1.
         """
         rule = Rule.of(function, min_valid, max_cloud, source, version)
         functions = {rule.function: function} if function is not None and rule.function is not None else {}

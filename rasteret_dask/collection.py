@@ -42,6 +42,7 @@ from rasteret_dask.rules.units import Unit, UnitName, units_named
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import half_open
 from rasteret_dask.tableexits import TableExits
+from rasteret_dask.words import Dtype, Grid, Resampling
 
 __all__ = ["Collection", "join", "merge"]
 
@@ -161,12 +162,12 @@ class Collection(TableExits, PixelReads):
         *,
         units: UnitName | Unit | Mapping[str, UnitName | Unit] = "physical",
         resolution: float | None = None,
-        resampling: str | None = None,
+        resampling: Resampling | None = None,
         mask: MaskName | Mask | Sequence[MaskName | Mask] | None = None,
         time: str | None = None,
         pick: PickName | Pick | None = None,
         fill: bool | None = None,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
         kinds: Mapping[str, KindName] | None = None,
     ) -> Collection:
         """Give all records the same bands, units, grid and time axis.
@@ -275,7 +276,7 @@ class Collection(TableExits, PixelReads):
         *,
         aoi: Any = None,
         at: Any = None,
-        grid: Any = "zone",
+        grid: Grid | Any = "zone",
         cell_km: float = 15.36,
         min_coverage: float = 1.0,
         min_slots: int = 1,

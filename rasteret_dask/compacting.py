@@ -21,7 +21,7 @@ from rasteret_dask.errors import JobError, PlanError, StoreError
 from rasteret_dask.formats import STORE
 from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
-from rasteret_dask.net.places import place_of
+from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.measuring import computed
 from rasteret_dask.store import decode, ledger
@@ -73,7 +73,7 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
         When no chip is kept.
     """
     clusters.check(client, "compact(client=)")
-    url, place = place_of(store), place_of(target)
+    url, place = Place.of(store).url, Place.of(target).url
     opened = open_store(url)
     check_sizes(opened)
     if not opened.kept.any():

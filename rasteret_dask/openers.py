@@ -24,8 +24,8 @@ from rasteret_dask.formats import check_table
 from rasteret_dask.ingest.sources import read_items, read_table
 from rasteret_dask.ingest.stac import LeftOut, items_to_table
 from rasteret_dask.ingest.tables import check_hrefs, table_to_records
-from rasteret_dask.net.places import place_of
-from rasteret_dask.net.remote import is_local, local_path, redact
+from rasteret_dask.net.places import Place
+from rasteret_dask.net.remote import redact
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import Source
 from rasteret_dask.planning.scan import Table, token_of
@@ -211,10 +211,10 @@ def load(path: str | os.PathLike[str], name: str | None = None, *, headers: bool
     TrustError
         When a table from a URL names local paths.
     """
-    place = os.path.expanduser(os.fspath(path))
-    place = local_path(place) if is_local(place) else place_of(place)
+    here = Place.of(path)
+    place = here.url
     called = name or os.path.splitext(os.path.basename(place.partition("?")[0].rstrip("/")))[0]
-    data = _opened(place)
+    data = _opened(here)
     schema = data.schema
     check_table(f"table {redact(place)}", schema.metadata)
     if isinstance(data, pads.Dataset) and not data.files:
@@ -222,7 +222,7 @@ def load(path: str | os.PathLike[str], name: str | None = None, *, headers: bool
             f"table {redact(place)}", "a directory with no file of records", "Parquet files in it"
         )
     if _has_schema(schema):
-        if not is_local(place):
+        if not here.is_local:
             check_hrefs(hrefs(data), place)
         return as_collection(data, name=called)
     if "stac_version" in schema.names:
@@ -234,13 +234,13 @@ def load(path: str | os.PathLike[str], name: str | None = None, *, headers: bool
     raise SchemaError(f"table {redact(place)}", *_unknown(schema, called))
 
 
-def _opened(place: str) -> Table:
+def _opened(here: Place) -> Table:
     """Return a local or remote file or directory, lazily where it can be."""
-    expected = "a Parquet file, or a directory of them"
-    if not is_local(place) and "?" in place:  # a signature, which must not be kept in what is sent about
+    place, expected = here.url, "a Parquet file, or a directory of them"
+    if not here.is_local and "?" in place:  # a signature, which must not be kept in what is sent about
         return read_table(place)
     try:
-        if is_local(place):
+        if here.is_local:
             return pads.dataset(place, partitioning="hive" if os.path.isdir(place) else None)
         return pads.dataset(place, filesystem=filesystem(), partitioning="hive")
     except FileNotFoundError as error:

@@ -13,6 +13,7 @@ from rasteret_dask.geometries.cells import Area, cells_of
 from rasteret_dask.geometries.points import sample_points
 from rasteret_dask.planning.plan import Node
 from rasteret_dask.planning.scan import Table
+from rasteret_dask.words import OnError
 
 __all__ = ["PixelReads"]
 
@@ -36,7 +37,7 @@ class PixelReads:
         return_index: bool = False,
         *,
         all_touched: bool = False,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         **filters: Any,
     ) -> Any:
         """Read the pixels of geometries into one array, at once.
@@ -99,7 +100,7 @@ class PixelReads:
         target_crs: Any = None,
         *,
         all_touched: bool = False,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         **filters: Any,
     ) -> xr.Dataset:
         """Read the pixels of geometries into a Dataset, at once: a variable a band, and ``valid``.
@@ -128,7 +129,7 @@ class PixelReads:
         target_crs: Any = None,
         *,
         all_touched: bool = False,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         **filters: Any,
     ) -> Any:
         """Read the pixels of geometries into a GeoDataFrame, at once: windows may be of any shape.
@@ -153,7 +154,7 @@ class PixelReads:
         points: Any,
         bands: str | Sequence[str] | None = None,
         *,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         **filters: Any,
     ) -> pa.Table:
         """Read the one pixel that each point lies in, of every acquisition and band, at once.
@@ -196,7 +197,7 @@ class PixelReads:
         transforms: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         *,
         cell_km: float = 15.36,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         **filters: Any,
     ) -> Any:
         """Return a torch Dataset of the lattice cells of an area; needs torch.

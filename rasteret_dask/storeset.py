@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rasteret_dask.errors import PlanError, SchemaError, StoreError
 from rasteret_dask.net import remote
-from rasteret_dask.net.places import place_of
+from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Select, outline, predicates
 from rasteret_dask.statistics.measuring import measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
@@ -51,9 +51,7 @@ def open_chips(store: str | os.PathLike[str], split: str | None = None) -> Store
     PlanError
         When it has no such split.
     """
-    url = place_of(store)
-    if remote.is_local(url) and os.path.isfile(remote.local_path(url)):
-        raise StoreError(f"store {url}", "a file", "a folder that to_zarr wrote", "Give the store's folder.")
+    url = Place.of(store).folder("a folder that to_zarr wrote", "Give the store's folder.")
     opened = open_store(url)
     check_sizes(opened)
     chips = StoredChips(Stored.of(url, opened.digest))

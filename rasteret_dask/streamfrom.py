@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
-from rasteret_dask.net.places import place_of
+from rasteret_dask.net.places import Place
 from rasteret_dask.net.sums import document_of, sealed
 from rasteret_dask.planning.functions import Function
 from rasteret_dask.store.stored import Stored
@@ -20,6 +20,7 @@ from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import JOB_FILE, open_job, read_note, write_job
 from rasteret_dask.tasks.mapping import Functions, outputs_of
 from rasteret_dask.tasks.shards import error_policy
+from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
@@ -46,12 +47,13 @@ def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | 
     StoreError
         When something else lies there.
     """
-    url = place_of(place)
-    found = set() if _is_file(url) else set(remote.listing(url))
-    note = read_note(url) if JOB_FILE in found else {}
+    folder = Place.of(place)
+    url = folder.url
+    names = set() if folder.is_file else set(remote.listing(url))
+    note = read_note(url) if JOB_FILE in names else {}
     if note.get("digest") == job.digest:
         return
-    if found or _is_file(url):
+    if names or folder.is_file:
         raise StoreError(
             f"save_plan {remote.redact(url)}", "another plan" if note else "something else", "an empty place",
             "Choose another place, or delete what lies there.",
@@ -78,7 +80,7 @@ def stream_from(
     ignore_index: int | None = None,
     functions: Iterable[Callable[..., Any]] = (),
     split: str | None = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
 ) -> Stream:
     """Return one rank's batches in a process that has only an address and a path.
 
@@ -131,7 +133,7 @@ def stream_from(
     batching = Batching(
         batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer
     )
-    url = place_of(plan)
+    url = Place.of(plan).url
     if _exists(url, JOB_FILE):
         if split is not None:
             raise PlanError(
@@ -201,10 +203,6 @@ def _matched(job: Job, functions: tuple[Callable[..., Any], ...]) -> Functions:
             )  # fmt: skip
         found[function] = call
     return found
-
-
-def _is_file(url: str) -> bool:
-    return remote.is_local(url) and os.path.isfile(remote.local_path(url))
 
 
 def _exists(url: str, name: str) -> bool:

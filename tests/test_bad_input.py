@@ -307,11 +307,11 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
     ),
     "half a triple": (lambda w: w.s2.where("eo:cloud_cover", "<"), rd.PlanError, ("triple",)),
     # pixels
-    "no such units": (lambda w: w.s2.harmonize(units="radiance"), rd.PlanError, ("'radiance'", "raw")),
-    "no such pick": (lambda w: w.s2.harmonize(pick="best"), rd.PlanError, ("'best'", "least_cloudy")),
-    "no such mask": (lambda w: w.s2.harmonize(mask="fog"), rd.PlanError, ("'fog'", "clouds")),
-    "no such dtype": (lambda w: w.s2.harmonize(dtype="float16"), rd.PlanError, ("'float16'", "uint16")),
-    "no such kernel": (lambda w: w.s2.harmonize(resampling="magic"), rd.PlanError, ("'magic'", "bilinear")),
+    "no such units": (lambda w: w.s2.harmonize(units="radiance"), rd.PlanError, ("'radiance'", "raw")),  # type: ignore[arg-type]
+    "no such pick": (lambda w: w.s2.harmonize(pick="best"), rd.PlanError, ("'best'", "least_cloudy")),  # type: ignore[arg-type]
+    "no such mask": (lambda w: w.s2.harmonize(mask="fog"), rd.PlanError, ("'fog'", "clouds")),  # type: ignore[arg-type]
+    "no such dtype": (lambda w: w.s2.harmonize(dtype="float16"), rd.PlanError, ("'float16'", "uint16")),  # type: ignore[arg-type]
+    "no such kernel": (lambda w: w.s2.harmonize(resampling="magic"), rd.PlanError, ("'magic'", "bilinear")),  # type: ignore[arg-type]
     "no resolution": (lambda w: w.s2.harmonize(resolution=0), rd.PlanError, ("resolution", "positive")),
     "resolution of words": (
         lambda w: w.s2.harmonize(resolution="10 m"), rd.PlanError, ("'10 m'",),  # type: ignore[arg-type]
@@ -357,7 +357,7 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
         lambda w: chips_of(w).split("most", 0.1, 0.1), rd.PlanError, ("'most'",),  # type: ignore[arg-type]
     ),
     "buffer below 0": (lambda w: chips_of(w).split(buffer_m=-1), rd.PlanError, ("buffer_m", "-1")),
-    "no such boundary": (lambda w: chips_of(w).split(boundary="left"), rd.PlanError, ("'left'", "'drop'")),
+    "no such boundary": (lambda w: chips_of(w).split(boundary="left"), rd.PlanError, ("'left'", "'drop'")),  # type: ignore[arg-type]
     "select of nothing": (lambda w: chips_of(w).select(), rd.PlanError, ("no split",)),
 }  # fmt: skip
 

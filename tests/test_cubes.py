@@ -24,6 +24,7 @@ import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.errors import GridError, PlanError, ReadError
 from rasteret_dask.rules.picks import PickName
+from rasteret_dask.words import Resampling as Kernel
 
 Array = NDArray[Any]
 PICKS: tuple[PickName, ...] = (
@@ -121,7 +122,7 @@ def test_chip_is_cube_without_a_time_axis(s2: rd.Collection) -> None:
 @pytest.mark.parametrize(
     ("resampling", "resolution"), [(None, 20), ("bilinear", 20), ("average", 20), ("cubic", 10)]
 )
-def test_chip_is_cube_for_embeddings(aef: rd.Collection, resampling: str | None, resolution: int) -> None:
+def test_chip_is_cube_for_embeddings(aef: rd.Collection, resampling: Kernel | None, resolution: int) -> None:
     source = aef.harmonize(
         bands=["A00", "A07", "A63"], units="embedding", resolution=resolution, resampling=resampling
     )

@@ -230,7 +230,7 @@ def test_splits_that_leak_or_miss_their_shares_fail_the_check() -> None:
     names = ("train", "val", "test")
     asked = dict(zip(names, (0.7, 0.15, 0.15), strict=True))
     good = Audit(
-        chips=dict(zip(names, (70, 15, 15), strict=True)), ratios=asked, asked=asked,
+        chips=dict(zip(names, (70, 15, 15), strict=True)), ratios=asked, targets=asked,
         cells=dict(zip(names, (70, 15, 15), strict=True)), lost={}, overlaps={"train-val": 0}, distance_m={},
     )  # fmt: skip
     assert not failed(check_splits(good, 70))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from made_records import boxes, collection, fed_by, project, record
 
 import rasteret_dask as rd
+from rasteret_dask.rules.picks import PickName
 
 CELLS: dict[str, Any] = {"cell_km": 1.28}
 SLOTS = [pd.Timestamp(f"2024-{m:02d}-01", tz="UTC") for m in (4, 5, 6)]
@@ -57,7 +58,7 @@ def preference(row: dict[str, Any], pick: str, slot: int) -> tuple[float, ...]:
 
 @settings(max_examples=60, deadline=None)
 @given(PASSES, st.sampled_from(["closest", "first", "last", "least_cloudy", "clearest", "median"]))
-def test_picks_are_those_of_the_oracle(passes: list[Any], pick: str) -> None:
+def test_picks_are_those_of_the_oracle(passes: list[Any], pick: PickName) -> None:
     rows = rows_of(passes)
     own = collection("s2", *rows).subset(date_range=("2024-04-01", "2024-05-31"))
     chips = own.harmonize(["red"], time="1MS", pick=pick).chips(64, **CELLS)

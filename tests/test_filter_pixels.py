@@ -23,6 +23,7 @@ from rasteret_dask.compacting import compact
 from rasteret_dask.errors import PlanError, ReadError, StoreError
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import from_json, to_json
+from rasteret_dask.rules.masks import MaskName
 from rasteret_dask.store import outputs
 from rasteret_dask.store.decode import index_nbytes, index_of
 from rasteret_dask.store.encode import ABSENT
@@ -105,7 +106,7 @@ def test_a_function_decides(single: rd.Chips) -> None:
 
 @pytest.mark.parametrize("mask", [None, "clouds"])
 def test_clouds_are_counted_in_the_quality_band_of_the_same_records(
-    mask: str | None, s2: rd.Collection
+    mask: MaskName | None, s2: rd.Collection
 ) -> None:
     optical = s2.harmonize(bands=["red"], units="reflectance", resolution=10, time="1MS", mask=mask)
     scl = s2.harmonize(bands=["scl"], resolution=10, time="1MS")

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "rasteret_dask"
 # Reading order = dependency order, of packages as of the modules in them: each imports only from those before it.
 # fmt: off
 ORDER = {
-    "": "_version errors extras formats progress footprint grid extent",
+    "": "_version errors extras words formats progress footprint grid extent",
     "rules": "kinds values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from waiting import PATIENCE_S
 
 import rasteret_dask as rd
+from rasteret_dask import words
 from rasteret_dask.planning import plan as p
 from rasteret_dask.rules.masks import Bits, mask_named
 from rasteret_dask.rules.picks import PICKS, pick_named
@@ -306,6 +307,18 @@ def test_chips_print_the_steps_that_were_called() -> None:
     chips = source.chips(16).split(1, 0, 0).select("train").filter(split="train").filter_pixels(min_valid=0.5)
     verbs = [line.strip().partition("(")[0] for line in repr(chips).splitlines()[1:]]
     assert verbs == ["filter_pixels", "filter", "select", "split", "chips", "filter", "source"]
+
+
+@pytest.mark.parametrize(
+    ("word", "checked"),
+    [
+        (words.Resampling, p.RESAMPLINGS), (words.Dtype, p.DTYPES),
+    ],
+)  # fmt: skip
+def test_the_words_that_are_typed_are_those_that_are_checked(
+    word: Any, checked: tuple[str | None, ...]
+) -> None:
+    assert set(get_args(word)) == set(checked) - {None}
 
 
 def test_an_outline_has_a_line_a_step() -> None:

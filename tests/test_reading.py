@@ -22,6 +22,7 @@ from servers import RangeServer
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
+from rasteret_dask.rules.units import UnitName
 
 Array = NDArray[Any]
 UTC = pa.timestamp("us", "UTC")
@@ -439,7 +440,7 @@ def test_a_band_without_a_value_at_a_point_leaves_the_others(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("units", ["raw", "reflectance"])
-def test_the_newest_valid_pixel_wins(s2: rd.Collection, fields: list[Any], units: str) -> None:
+def test_the_newest_valid_pixel_wins(s2: rd.Collection, fields: list[Any], units: UnitName) -> None:
     """One slot over all months, of acquisitions that are read one by one and put together by NumPy."""
     bands = ["B04", "B08"]
     each = s2.harmonize(bands=bands, units=units, mask="clouds").chips(64, at=fields, min_coverage=0).load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import multiprocessing
 import subprocess
@@ -24,11 +25,37 @@ from waiting import PATIENCE_S, until
 
 import rasteret_dask as rd
 from rasteret_dask.errors import FormatError, JobError, PlanError, ReadError
+from rasteret_dask.storeset import StoredChips
 from rasteret_dask.streams.ahead import Shelf
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.streams.datasets import as_xarray
 from rasteret_dask.streams.stream import Batching, Stream
 from rasteret_dask.tasks.batches import Arrays, arrays_of, take
+
+
+@pytest.mark.parametrize("stream", [rd.Chips.stream, StoredChips.stream, rd.stream_from])
+def test_every_stream_takes_the_arguments_of_batching(stream: Any) -> None:
+    wanted = inspect.signature(Batching).parameters
+    shown = inspect.signature(stream).parameters
+    assert {name: shown[name].default for name in wanted if name != "client"} == {
+        name: one.default for name, one in wanted.items() if name != "client"
+    }
+    assert shown.keys() - wanted.keys() <= {"self", "plan", "functions", "split", "on_error"}
+    assert "client" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [({"batch_size": 0}, "batch_size"), ({"batch_size": 2, "rank": 3, "world_size": 2}, "rank 3 of"),
+     ({"batch_size": 2, "pad": True, "drop_last": True}, "pad"), ({"batch_size": 2, "client": 7}, "client"),
+     ({"batch_size": 2, "shuffle": -1}, "a seed"), ({"batch_size": 10**9, "drop_last": True}, "")],
+)  # fmt: skip
+def test_arguments_are_refused_before_any_chip_is_looked_at(arguments: dict[str, Any], told: str) -> None:
+    if not told:
+        Batching(**arguments)  # that depends on the chips
+        return
+    with pytest.raises(PlanError, match=told):
+        Batching(**arguments)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from waiting import PATIENCE_S
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.reader.sharing import SHARED
+from rasteret_dask.rules.units import UnitName
 
 pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 import torch
@@ -121,7 +122,7 @@ def test_what_no_record_covers_is_there_and_invalid(s2: rd.Collection, small_wor
 
 @pytest.mark.parametrize("units", ["raw", "reflectance"])
 def test_a_sample_is_the_newest_valid_pixel_of_the_cube(
-    s2: rd.Collection, small_world: World, units: str
+    s2: rd.Collection, small_world: World, units: UnitName
 ) -> None:
     source = s2.harmonize(bands=["B04", "B08"], units=units, mask="clouds")
     found = source.to_torchgeo_dataset(geometries=small_world.bbox, chip_size=64)

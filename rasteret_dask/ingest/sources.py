@@ -22,6 +22,7 @@ from shapely.errors import ShapelyError
 from shapely.geometry import mapping
 
 from rasteret_dask.errors import ReadError, SchemaError, SourceError
+from rasteret_dask.net.places import Place
 from rasteret_dask.net.remote import MAX_HREF, MissingError, get, is_local, redact
 from rasteret_dask.net.trust import checked, resolve
 
@@ -177,7 +178,7 @@ def _from_memory(source: Any) -> Iterator[Item]:
         case Item():
             yield source
         case pa.Table():
-            yield from _from_table(source, None, local=True)
+            yield from _from_table(source, None)
         case pystac.Item():
             data = source.to_dict(transform_hrefs=False)
             place = source.get_self_href() or _self_href(data)
@@ -194,7 +195,7 @@ def _from_memory(source: Any) -> Iterator[Item]:
                 raise SourceError(
                     f"catalog {source.get('id')!r}", "a dict", "a path or URL, to follow its links from"
                 )
-            yield from _from_json(source, None, local=True, name=str(source.get("id", "a dict")))
+            yield from _from_json(source, None, str(source.get("id", "a dict")))
         case str() | os.PathLike():
             yield from _from_place(os.fspath(source))
         case Iterable():
@@ -207,18 +208,18 @@ def _from_memory(source: Any) -> Iterator[Item]:
             raise SourceError("STAC items", f"a {type(source).__name__}", "items, a path, a URL or a table")
 
 
-def _from_place(place: str) -> list[Item]:
-    if is_local(place):
-        place = os.path.abspath(resolve(place, None))
-    bare = place.partition("?")[0] if not is_local(place) else place
-    if bare.endswith((".parquet", ".geoparquet", ".pq")) or (is_local(place) and os.path.isdir(place)):
-        return list(_from_table(read_table(place), place, local=is_local(place)))
-    document = _json(place)
+def _from_place(href: str) -> list[Item]:
+    place = Place.at(resolve(href, None))
+    url = place.url
+    bare = url if place.is_local else url.partition("?")[0]
+    if bare.endswith((".parquet", ".geoparquet", ".pq")) or (place.is_local and os.path.isdir(url)):
+        return list(_from_table(read_table(url), place))
+    document = _json(url)
     if isinstance(document, Mapping) and document.get("type") in ("Catalog", "Collection"):
-        return _from_catalog(place, document)
+        return _from_catalog(url, document)
     if isinstance(document, Mapping) and "links" in document and not {"features", "assets"} & set(document):
-        return _from_catalog(place, document)  # catalogs before STAC 1.0 say no type
-    return list(_from_json(document, place, local=is_local(place), name=redact(place)))
+        return _from_catalog(url, document)  # catalogs before STAC 1.0 say no type
+    return list(_from_json(document, place, redact(url)))
 
 
 def _json(place: str) -> Any:
@@ -236,7 +237,7 @@ def _json(place: str) -> Any:
         ) from error
 
 
-def _from_json(document: Any, place: str | None, *, local: bool, name: str) -> Iterator[Item]:
+def _from_json(document: Any, place: Place | None, name: str) -> Iterator[Item]:
     features = document
     if isinstance(document, Mapping):
         features = document.get("features", [document])
@@ -253,8 +254,11 @@ def _from_json(document: Any, place: str | None, *, local: bool, name: str) -> I
             )
             continue
         # an item's own file is where it is read from; items in a collection say where theirs is
-        base = place if whole and place else _self_href(feature) or place
-        yield Item(feature, base, local and not afar) if place else _of_memory(feature, afar)
+        if place is None:
+            yield _of_memory(feature, afar)
+        else:
+            base = place.url if whole else _self_href(feature) or place.url
+            yield Item(feature, base, place.is_local)
 
 
 def is_from_afar(data: Mapping[str, Any]) -> bool:
@@ -302,7 +306,7 @@ def _from_catalog(place: str, document: Mapping[str, Any]) -> list[Item]:
             elif isinstance(found, SourceError):
                 items.append(Item.broken(found))
             elif rel == "item":
-                items += _from_json(found, href, local=is_local(href), name=redact(href))
+                items += _from_json(found, Place.at(href), redact(href))
             elif isinstance(found, Mapping):
                 level.append((href, found))
             else:
@@ -357,12 +361,12 @@ def _linked(href: str) -> Any:
         return None if isinstance(error.__cause__, MissingError) else error
 
 
-def _from_table(table: pa.Table, place: str | None, *, local: bool) -> Iterator[Item]:
+def _from_table(table: pa.Table, place: Place | None) -> Iterator[Item]:
     """Return the items of a STAC GeoParquet table: a row each, properties as columns."""
     missing = [c for c in ("id", "assets") if c not in table.column_names]
     if missing:
         raise SchemaError(
-            f"STAC GeoParquet {redact(place or 'table')}",
+            f"STAC GeoParquet {'table' if place is None else redact(place.url)}",
             f"no column {', '.join(missing)}",
             "id and assets",
             "Other tables are read by build_from_table.",
@@ -374,7 +378,10 @@ def _from_table(table: pa.Table, place: str | None, *, local: bool) -> Iterator[
             subject = f"item {short(str(row['id']))!r}"
             yield Item.broken(SourceError(subject, reason_of(error), "a row of STAC GeoParquet"))
         else:
-            yield Item(data, _self_href(data) or place, local) if place else _of_memory(data, False)
+            if place is None:
+                yield _of_memory(data, False)
+            else:
+                yield Item(data, _self_href(data) or place.url, place.is_local)
 
 
 def _item_of_row(row: Mapping[str, Any]) -> dict[str, Any]:

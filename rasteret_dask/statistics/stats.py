@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.net import remote
-from rasteret_dask.net.places import place_of
+from rasteret_dask.net.places import Place
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.statistics.sketch import SourceStats, added, measured, valid_pixels
@@ -139,7 +139,7 @@ class Stats:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them as JSON, to a local path or a URL."""
-        remote.put(place_of(path), self.to_json().encode())
+        remote.put(Place.of(path).url, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Stats:
@@ -152,7 +152,7 @@ class Stats:
         SchemaError
             When it is something else, is damaged, or was written by a version that measured otherwise.
         """
-        return cls.from_json(remote.get(place_of(path)), os.fspath(path))
+        return cls.from_json(remote.get(Place.of(path).url), os.fspath(path))
 
     def to_json(self) -> str:
         """Return them as JSON text."""

@@ -12,7 +12,7 @@ from rasteret_dask.errors import StoreError
 from rasteret_dask.formats import STORE
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import host_of, pool
-from rasteret_dask.net.places import place_of
+from rasteret_dask.net.places import Place
 from rasteret_dask.net.sums import Fault, Sums, Whole, document_of, fault_of
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import ledger
@@ -108,9 +108,7 @@ def verify(store: str | os.PathLike[str], progress: bool = False) -> Verificatio
     >>> report.ok  # doctest: +SKIP
     False
     """
-    url = place_of(store)
-    if remote.is_local(url) and os.path.isfile(remote.local_path(url)):
-        raise StoreError(f"store {url}", "a file", "a folder that to_zarr wrote", "Give the store's folder.")
+    url = Place.of(store).folder("a folder that to_zarr wrote", "Give the store's folder.")
     found = None if url.startswith(("http://", "https://")) else remote.listing(url)
     wanted, faults, finished = _written(url, found)
     good, nbytes = 0, 0

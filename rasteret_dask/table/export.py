@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net import remote
-from rasteret_dask.net.places import place_of
+from rasteret_dask.net.places import Place
 from rasteret_dask.table.geoparquet import Staged, replacing
 
 __all__ = ["PERIODS", "export"]
@@ -68,10 +68,9 @@ def export(
         When there is something else at ``place``, or it cannot be written.
     """
     parts = _periods(partition_by)
-    text = os.fspath(place)
-    text = text if remote.is_local(text) else place_of(text)
-    if remote.is_local(text):
-        target = Path(remote.local_path(os.path.expanduser(text)))
+    there = Place.of(place)
+    if there.is_local:
+        target = Path(there.url)
         _check(target, parts)
         write = _write_directory if parts else _write_file
         try:
@@ -84,7 +83,7 @@ def export(
         with Staged.of(tables, own) as staged:
             written = own / "export"
             rows = (_write_directory if parts else _write_file)(staged, written, parts, metadata)
-        _send(written, text)
+        _send(written, there.url)
     return rows
 
 

@@ -1,0 +1,40 @@
+"""The words that arguments take, as types: editors complete them, mypy compares them; what uses a word checks it."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+__all__ = [
+    "Boundary",
+    "Dtype",
+    "Grid",
+    "OnBroken",
+    "OnError",
+    "Resampling",
+    "SplitBy",
+    "SplitName",
+]
+
+Resampling: TypeAlias = Literal["nearest", "bilinear", "cubic", "average", "mode"]
+"""How pixels are brought to another size."""
+
+Dtype: TypeAlias = Literal["float32", "uint16", "int16"]
+"""What reflectance is stored as."""
+
+Grid: TypeAlias = Literal["zone", "tiles"]
+"""Where chips lie; a GeoBox is taken too."""
+
+SplitName: TypeAlias = Literal["train", "val", "test"]
+"""The splits that :meth:`Chips.split` deals the ground out to."""
+
+SplitBy: TypeAlias = Literal["ground", "geometry"]
+"""What decides a chip's split; a column of the chip table is taken too."""
+
+Boundary: TypeAlias = Literal["drop", "centre"]
+"""What becomes of a window that touches two splits."""
+
+OnError: TypeAlias = Literal["raise", "mask"]
+"""What becomes of a tile that cannot be read."""
+
+OnBroken: TypeAlias = Literal["skip", "raise"]
+"""What becomes of an item that cannot be read."""
