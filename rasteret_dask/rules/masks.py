@@ -95,7 +95,7 @@ class Bits(Mask):
         (field,) = stored
         if field.dtype.kind not in "iu":
             field = field.astype(np.int64)
-        bits = [b for b in self.bits if b < 8 * field.dtype.itemsize]
+        bits = {b for b in self.bits if b < 8 * field.dtype.itemsize}
         any_of = np.array(sum(1 << b for b in bits), dtype=np.uint64).astype(field.dtype)
         return np.asarray((field & any_of) != 0)
 

@@ -55,12 +55,14 @@ class Store(RuleValue):
         dtype = np.dtype(self.dtype)
         whole = dtype.kind in "iu" and values.dtype.kind == "f"
         if valid is None and values.dtype.kind == "f":
+            if self.fill is None:  # what is NaN stays so
+                return values.astype(dtype, copy=False)
             valid = ~np.isnan(values)
         if whole:
             values = self._rounded(np.where(valid, values, 0))
             if self.steps is not None:
                 values = np.clip(values, *self.span)
-        if valid is None or (not whole and self.fill is None):
+        if valid is None:
             return values.astype(dtype, copy=False)
         return np.where(valid, values, self.fill_value).astype(dtype, copy=False)
 

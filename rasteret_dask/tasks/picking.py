@@ -303,14 +303,13 @@ class Picking:
         values = np.zeros(shape, dtype=self.rules.decoded_dtype())
         valid = np.zeros(shape, dtype=bool)
         for window in windows:
-            request = window.wanted.request
+            asset, is_decoded = window.wanted.asset, window.wanted.request.decode is not None
             for band in window.wanted.bands:
                 unit = self.rules.units[band]
-                is_decoded = request.decode is not None
-                values[band] = (
-                    window.values if is_decoded else unit.decode(window.values, _scaling(window.wanted.asset))
-                )
+                values[band] = window.values if is_decoded else unit.decode(window.values, _scaling(asset))
                 valid[band] = window.valid
+                if not isinstance(unit, Raw):  # a number may have no value in a unit
+                    valid[band] &= ~np.isnan(values[band])
         where = hidden(member, windows)
         if where is not None:
             valid &= ~where
