@@ -21,7 +21,7 @@ from rasteret_dask.collection import Collection
 from rasteret_dask.errors import PlanError, SourceError
 from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.geometries.areas import bbox_of
-from rasteret_dask.ingest.order import Order, check_names, order_of_json
+from rasteret_dask.ingest.order import BuildOrder, check_names, order_of_json
 from rasteret_dask.ingest.pages import Known, Report, ingest
 from rasteret_dask.ingest.search import fits
 from rasteret_dask.ingest.sources import Item, read_items
@@ -110,7 +110,7 @@ def build(
     """
     entry = find(dataset)
     check_names(entry.dataset, bands)
-    order = Order(
+    order = BuildOrder(
         name=_named(name, entry.id.rsplit("/", 1)[-1]),
         entry=entry.id,
         dataset=entry.dataset,
@@ -188,7 +188,7 @@ def build_from_stac(
     SourceError, TrustError, BandError, SchemaError
         When items are broken, name places they must not, or lack a band.
     """
-    order = Order(
+    order = BuildOrder(
         name=_named(name, ""),
         dataset=known_dataset(dataset or data_source) if dataset or data_source else None,
         stac_api=stac_api,
@@ -257,7 +257,9 @@ def refresh(collection: Collection, *, stac_api: str | None = None, progress: bo
     return _opened(folder, replace(order, name=plan.name))
 
 
-def _built(order: Order, cache_dir: str | os.PathLike[str] | None, force: bool, progress: bool) -> Collection:
+def _built(
+    order: BuildOrder, cache_dir: str | os.PathLike[str] | None, force: bool, progress: bool
+) -> Collection:
     order.check()
     place = shelf(cache_root(cache_dir), order.entry or order.collection, key_of(order.decides()))
     folder = place.newest()
@@ -271,7 +273,7 @@ def _built(order: Order, cache_dir: str | os.PathLike[str] | None, force: bool, 
 
 
 def _fill(
-    order: Order, place: Shelf, before: Path | None, replaces: bool, progress: bool, known: Known | None
+    order: BuildOrder, place: Shelf, before: Path | None, replaces: bool, progress: bool, known: Known | None
 ) -> Path:
     """Return the folder of a new table; of the old one, where a refresh finds nothing new."""
     begun = time.monotonic()
@@ -293,7 +295,7 @@ def _fill(
     return made
 
 
-def _said(order: Order, report: Report) -> dict[str, Any]:
+def _said(order: BuildOrder, report: Report) -> dict[str, Any]:
     counts = {
         "rows": report.rows,
         "broken": len(report.broken.items),
@@ -303,7 +305,7 @@ def _said(order: Order, report: Report) -> dict[str, Any]:
     return {**FORMAT.note, **order.as_json(), "made": counts}
 
 
-def _remind(folder: Path, order: Order) -> None:
+def _remind(folder: Path, order: BuildOrder) -> None:
     made = json.loads((folder / SAID).read_text()).get("made", {})
     if made.get("failed"):
         warnings.warn(
@@ -324,13 +326,13 @@ def _needs_signing(folder: Path) -> bool:
     return bool(lacking(found, hosts)) or any(expired(href) for href in found)
 
 
-def _opened(folder: Path, order: Order) -> Collection:
+def _opened(folder: Path, order: BuildOrder) -> Collection:
     data = pads.dataset(folder / TABLE, format="parquet")
     warn_signed(order.name, hosts_of(data.schema) or ())
     return _ranged(as_collection(data, name=order.name), order)
 
 
-def _catalog_items(order: Order) -> list[Item]:
+def _catalog_items(order: BuildOrder) -> list[Item]:
     if order.filter is not None:
         raise SourceError(
             f"catalog of {order.entry!r}", "a filter in CQL2", "query=, or no filter",
@@ -345,7 +347,7 @@ def _catalog_items(order: Order) -> list[Item]:
     return read_items(place, keep_broken=order.skip_broken)
 
 
-def _how_to_have(order: Order) -> str:
+def _how_to_have(order: BuildOrder) -> str:
     """Return what to do about a catalog of this machine that is not there."""
     if str(order.entry).startswith("demo/"):
         return (
@@ -355,7 +357,7 @@ def _how_to_have(order: Order) -> str:
     return f"Go to the folder that {order.catalog} is relative to, or register the dataset with a full path."
 
 
-def _from_items(order: Order, items: Sequence[Item]) -> Collection:
+def _from_items(order: BuildOrder, items: Sequence[Item]) -> Collection:
     broken = LeftOut(order.skip_broken)
     if order.query is not None:
         items = [i for i in items if fits(i.data, order.query, f"items of {order.name!r}")]
@@ -376,7 +378,7 @@ def _from_items(order: Order, items: Sequence[Item]) -> Collection:
     return _ranged(as_collection(table, name=order.name), order)
 
 
-def _ranged(made: Collection, order: Order) -> Collection:
+def _ranged(made: Collection, order: BuildOrder) -> Collection:
     """Return a collection that knows its range: regular slots of time span it."""
     where: tuple[Predicate, ...] = ()
     if order.span != (None, None):

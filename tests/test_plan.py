@@ -43,7 +43,8 @@ SPECS = st.builds(
     mask=st.none() | st.sampled_from([mask_named("clouds"), mask_named(["snow", Bits("qa", (1, 5))])]),
     pick=st.none() | st.sampled_from(sorted(PICKS)).map(pick_named),
     fill=st.none() | st.booleans(),
-    units=st.none() | st.sampled_from([units_named(u) for u in ("physical", "raw", {"vv": "decibel"}, *UNITS)]),
+    units=st.none()
+    | st.sampled_from([units_named(u) for u in ("physical", "raw", {"vv": "decibel"}, *UNITS)]),
 )
 FUNCTION = p.Function("m", "f", "version 1")
 
@@ -71,7 +72,7 @@ PLANS: st.SearchStrategy[p.Node] = st.one_of(
     st.builds(
         lambda n, where: p.Select(
             p.Split(
-                p.Keep(p.Chips(n, p.ChipSpec(256, 128, aoi="00")), where),
+                p.FilterChips(p.CutChips(n, p.ChipSpec(256, 128, aoi="00")), where),
                 p.SplitSpec((("train", 0.5), ("val", 0.5), ("test", 0.0)), 3),
             ),
             ("train",),

@@ -19,7 +19,7 @@ from rasteret_dask.geometries.windows import Geometries, Pixels, codes_of, frame
 from rasteret_dask.planning.plan import Node
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.planning.scan import Table
-from rasteret_dask.tasks.filling import Chips
+from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Shard
 
 __all__ = ["POINT_SCHEMA", "sample_points"]
@@ -98,7 +98,7 @@ def _sampled(source: ResolvedSource, given: Geometries, on_error: str, places: l
     valid = np.zeros((len(rows), 1), dtype=bool)
     when = np.full(len(rows), np.datetime64("NaT", "us"))
 
-    def take(shard: Shard, chips: Chips) -> None:
+    def take(shard: Shard, chips: ChipPixels) -> None:
         own = of_chip[square[shard.start : shard.stop, 0]]
         values[own], valid[own] = chips.values[..., 0, 0], chips.valid[..., 0]
         when[own] = chips.datetime

@@ -18,11 +18,11 @@ from rasteret_dask.ingest.stac import Rules, range_of
 from rasteret_dask.net.remote import is_local, local_path, public
 from rasteret_dask.table.layers import Layer, check_bands
 
-__all__ = ["Order", "check_names", "order_of_json"]
+__all__ = ["BuildOrder", "check_names", "order_of_json"]
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class BuildOrder:
     """A dataset, a place and a time; of ``stac_api``, ``catalog`` and ``index`` the last that is there counts."""
 
     name: str
@@ -138,7 +138,7 @@ class Order:
         return {**said, "dataset": None if self.dataset is None else self.dataset.name}
 
 
-def order_of_json(said: Mapping[str, Any], name: str) -> Order:
+def order_of_json(said: Mapping[str, Any], name: str) -> BuildOrder:
     """Return the order that :meth:`Order.as_json` wrote, with the catalog's present rules.
 
     Raises
@@ -147,7 +147,7 @@ def order_of_json(said: Mapping[str, Any], name: str) -> Order:
         When the catalog has lost its dataset, or it is something else.
     """
     try:
-        own = {k: said[k] for k in Order.__slots__}
+        own = {k: said[k] for k in BuildOrder.__slots__}
         own["dataset"] = known_dataset(own["dataset"]) if own["dataset"] is not None else None
         if own["entry"] is not None:
             entry = find(own["entry"])
@@ -159,7 +159,7 @@ def order_of_json(said: Mapping[str, Any], name: str) -> Order:
         for field in ("corners", "span", "bands"):
             own[field] = None if own[field] is None else tuple(own[field])
         own["columns"] = tuple((str(a), str(b)) for a, b in own["columns"])
-        return Order(**{**own, "name": name})
+        return BuildOrder(**{**own, "name": name})
     except (KeyError, TypeError) as error:
         raise SourceError(
             f"what {name!r} was searched for", f"another form ({error!r})", "search.json beside the table",

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from rasteret_dask.planning.plan import (
-    Chips,
+    CutChips,
     Filter,
+    FilterChips,
+    FilterPixels,
     Harmonize,
     Join,
-    Keep,
     Map,
     Merge,
     Node,
     Predicate,
     Sample,
-    Screen,
     Select,
     Source,
     children,
@@ -67,8 +67,8 @@ def _push(node: Node) -> Node:
             for child in below:
                 flat.extend(child.children if isinstance(child, Merge) else (child,))
             return Merge(tuple(flat))
-        case Keep(Keep(child, inner), outer):
-            return Keep(child, _both(inner, outer))
+        case FilterChips(FilterChips(child, inner), outer):
+            return FilterChips(child, _both(inner, outer))
         case Select(Select(child, inner), outer):
             return Select(child, tuple(s for s in inner if s in outer))
         case Sample(Sample(child, small, seed, None), n, outer_seed, None) if seed == outer_seed:
@@ -100,7 +100,7 @@ def _bands(
         rules += () if node.spec.mask is None else node.spec.mask.needs
         rules += (ANY_QUALITY,) if isinstance(node.spec.pick, Scored) else ()
         wanted = node.spec.bands if wanted is None else wanted
-    if isinstance(node, Screen):
+    if isinstance(node, FilterPixels):
         clouds += () if node.spec.max_cloud is None else (ANY_QUALITY,)
     if isinstance(node, Join):  # each source names its own bands
         wanted, rules = None, ()
@@ -109,6 +109,6 @@ def _bands(
 
 def _area(node: Node) -> Node:
     match node:
-        case Chips(child, spec) if (near := near_area(spec)) is not None and not is_filtered(child, near):
-            return Chips(_push(Filter(child, (near,))), spec)
+        case CutChips(child, spec) if (near := near_area(spec)) is not None and not is_filtered(child, near):
+            return CutChips(_push(Filter(child, (near,))), spec)
     return with_children(node, tuple(_area(child) for child in children(node)))

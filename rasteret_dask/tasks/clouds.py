@@ -60,7 +60,7 @@ def cloud_fractions(
     read = Picking(own, shard, source, pixels.members_of(own, shard, source)).read(on_error, later=_Alone())
     cloudy = np.zeros(len(read.values), dtype=np.int64)
     for member in plan.members:
-        picked = read.source == member.name
+        picked = read.member == member.name
         assert member.clouds is not None
         for chip, slot in np.argwhere(picked).tolist():
             bad = member.clouds.hidden(*read.values[chip, slot, : len(_needed(member))])

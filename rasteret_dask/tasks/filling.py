@@ -17,7 +17,7 @@ from rasteret_dask.rules.pixels import PixelRules
 from rasteret_dask.table.records import Asset
 
 __all__ = [
-    "Chips",
+    "ChipPixels",
     "Into",
     "Place",
     "Seen",
@@ -35,7 +35,7 @@ Into: TypeAlias = tuple[NDArray[Any], NDArray[np.bool_] | None]
 
 
 @dataclass
-class Chips:
+class ChipPixels:
     """What a source's shard is made of while slots are read."""
 
     values: NDArray[Any]
@@ -44,7 +44,7 @@ class Chips:
     """Shape (chip, time, y, x). True where every band has a value."""
     datetime: NDArray[np.datetime64]
     """Shape (chip, time). Start of the picked acquisition; NaT where empty or composed of several."""
-    source: NDArray[Any]
+    member: NDArray[Any]
     """Shape (chip, time). Name of the picked member, "" where empty; several are joined by +."""
     clipped: NDArray[np.int64]
     """Shape (band,). Pixels outside the range of an integer dtype."""

@@ -21,7 +21,7 @@ from rasteret_dask.rules.units import Raw, Unit
 from rasteret_dask.table.records import Asset
 from rasteret_dask.tasks.cuts import Feed, MemberCubes
 from rasteret_dask.tasks.filling import (
-    Chips,
+    ChipPixels,
     Into,
     Place,
     Seen,
@@ -58,7 +58,9 @@ class Picking:
         self._seen: dict[tuple[int, int], list[Seen]] = {}
         """(record, chip) -> the bands that its score has read of it already."""
 
-    def read(self, on_error: str = "raise", into: Into | None = None, later: Later | None = None) -> Chips:
+    def read(
+        self, on_error: str = "raise", into: Into | None = None, later: Later | None = None
+    ) -> ChipPixels:
         """Read every slot ``into`` memory, or new one; ``later`` are to be read of the same tiles, or shards near."""
         self.job.check_signatures()
         plan, size, n = self.plan, self.size, self.shard.stop - self.shard.start
@@ -68,7 +70,7 @@ class Picking:
         if valid is None:
             valid = np.empty((n, plan.times, size, size), dtype=bool)
         valid[...] = False
-        chips = Chips(
+        chips = ChipPixels(
             values,
             valid,
             np.full((n, plan.times), np.datetime64("NaT", "us"), dtype="datetime64[us]"),
@@ -102,7 +104,7 @@ class Picking:
         for at in range(0, len(slots), most):
             yield slots[at : at + most]
 
-    def _pick(self, session: Session, feed: Feed, slots: list[int], chips: Chips) -> None:
+    def _pick(self, session: Session, feed: Feed, slots: list[int], chips: ChipPixels) -> None:
         """Read slots that take one acquisition's pixels each."""
         plan, n = self.plan, self.shard.stop - self.shard.start
         if isinstance(plan.pick, Scored):
@@ -131,7 +133,7 @@ class Picking:
         feed: Feed,
         slots: list[int],
         several: NDArray[np.bool_],
-        chips: Chips,
+        chips: ChipPixels,
         valid: dict[int, NDArray[np.bool_]],
     ) -> None:
         """Read the nearest record of each chip and slot to its place.
@@ -193,7 +195,7 @@ class Picking:
             looks[entry] += self._seen.get((row, chip), [])
         return looks
 
-    def _look(self, place: Place, windows: Sequence[Seen], member: Member, chips: Chips) -> None:
+    def _look(self, place: Place, windows: Sequence[Seen], member: Member, chips: ChipPixels) -> None:
         """Finish one chip in one slot: bands read apart, those that belong together, masked pixels."""
         for window in windows:
             for band in window.wanted.bands:
@@ -205,7 +207,7 @@ class Picking:
         if where is not None:
             place.hide(where, self.plan.fill)
 
-    def _put_apart(self, place: Place, band: int, window: Seen, chips: Chips) -> None:
+    def _put_apart(self, place: Place, band: int, window: Seen, chips: ChipPixels) -> None:
         """Write a band whose stored numbers were read for a mask or a score too."""
         turn = self.rules.turn(band, _scaling(window.wanted.asset))
         if turn is None:
@@ -223,7 +225,7 @@ class Picking:
         member = wanted.member
         return not wanted.bands or (member.mask is not None and wanted.asset.band in member.quality)
 
-    def _fill(self, session: Session, feed: Feed, target: Slot, chips: Chips, slot: int) -> None:
+    def _fill(self, session: Session, feed: Feed, target: Slot, chips: ChipPixels, slot: int) -> None:
         """Fill the pixels that the nearest record of each chip leaves invalid, record by record."""
         first = _first_of(feed.chip)
         rank = _rank_in(feed.chip, first)
@@ -244,7 +246,7 @@ class Picking:
                     more = np.count_nonzero(target.valid[chip].all(axis=0) & ~before)
                     chips.filled[chip, slot] += more / before.size
 
-    def _compose(self, session: Session, feed: Feed, slot: int, chips: Chips) -> None:
+    def _compose(self, session: Session, feed: Feed, slot: int, chips: ChipPixels) -> None:
         """Compose all candidates of a slot.
 
         Candidates are taken by the start of their acquisition, so that a tile is read for all chips at once.
@@ -392,20 +394,20 @@ class Picking:
         self._seen = {key: [copied(w) for w in windows] for key, windows in read.items() if key in left}
         return feed
 
-    def _name(self, feed: Feed, slot: int, chips: Chips) -> None:
+    def _name(self, feed: Feed, slot: int, chips: ChipPixels) -> None:
         """Note when the first acquisition of each chip starts, and its member."""
         best = feed.take(_first_of(feed.chip))
         chips.datetime[best.chip, slot] = self.job.starts[self.source][best.row]
-        chips.source[best.chip, slot] = self._names(best.row)
+        chips.member[best.chip, slot] = self._names(best.row)
 
-    def _name_composites(self, feed: Feed, slot: int, chips: Chips) -> None:
+    def _name_composites(self, feed: Feed, slot: int, chips: ChipPixels) -> None:
         """Name the members of each chip's candidates; only a single candidate has a time."""
         change = np.diff(feed.chip, prepend=-1) | np.diff(feed.order, prepend=-1)
         leads = feed.take(np.flatnonzero(change))
         names = np.array(self._names(leads.row), dtype=object)
         for chip in np.unique(leads.chip).tolist():
             own = leads.chip == chip
-            chips.source[chip, slot] = "+".join(sorted(set(names[own].tolist())))
+            chips.member[chip, slot] = "+".join(sorted(set(names[own].tolist())))
             if own.sum() > 1:
                 chips.datetime[chip, slot] = np.datetime64("NaT", "us")
 
