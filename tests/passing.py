@@ -117,7 +117,7 @@ def make(
         for granule in range(int(draw.integers(1, 3))):
             col, row = (corner + granule * draw.integers(10, 40, 2)).tolist()
             col, row = _unlike(col - 1, 16) + 1, _unlike(row - 1, 0) + 1
-            south, east = (row, col) + draw.integers(40, 100, 2)
+            south, east = np.array([row, col]) + draw.integers(40, 100, 2)
             shape = (_unlike(int(south) + 1, 0) - 1 - row, _unlike(int(east) + 1, 16) - 1 - col)
             name = f"{'zyxwvut'[number]}{granule}"
             fields = {
