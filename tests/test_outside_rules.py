@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,6 +23,8 @@ from test_picking import cloud_of, scaled
 
 import rasteret_dask as rd
 from rasteret_dask.errors import PlanError
+from rasteret_dask.rules.masks import Mask
+from rasteret_dask.rules.picks import Candidates, Ranked
 from rasteret_dask.rules.values import from_json
 from rasteret_dask.streamfrom import stream_from
 from rasteret_dask.tasks.jobfile import open_job, write_job
@@ -243,3 +246,53 @@ def test_what_is_no_rule_is_refused(name: str) -> None:
 def test_what_cannot_be_imported_is_told(name: str) -> None:
     with pytest.raises(PlanError, match="no such type in this process"):
         from_json({"rule": name, "source": "", "fields": {}})
+
+
+@dataclasses.dataclass(frozen=True)
+class Above(Mask):
+    """Pixels above a number of one band, as it stands in the file."""
+
+    band: str
+    most: int
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.band,)
+
+    def hidden(self, *stored: Array) -> Array:
+        assert stored[0].dtype.kind in "iu"
+        return np.asarray(stored[0] > self.most)
+
+
+def pixels_of(source: rd.Collection) -> Array:
+    loaded = source.chips(32, cell_km=0.96).sample(6).load()
+    assert isinstance(loaded, xr.Dataset)
+    return np.asarray(loaded["pixels"].values)
+
+
+def test_a_mask_sees_stored_numbers_of_bands_that_are_decoded_first(aef: rd.Collection) -> None:
+    raw = pixels_of(aef.harmonize(["A00", "A01"], units="raw"))
+    plain = pixels_of(aef.harmonize(["A00", "A01"]))
+    masked = pixels_of(aef.harmonize(["A00", "A01"], mask=Above("A00", 20)))
+    hidden = np.broadcast_to(raw[:, :, :1] > 20, raw.shape)
+    assert 0.02 < hidden.mean() < 0.98
+    np.testing.assert_array_equal(masked, np.where(hidden, np.nan, plain))
+
+
+@pytest.mark.parametrize("resampling", ["cubic", "nearest", None])
+def test_a_mask_of_a_band_leaves_its_kernel_alone(s2: rd.Collection, resampling: str | None) -> None:
+    how: dict[str, Any] = {"bands": ["red", "nir"], "resolution": 15, "resampling": resampling}
+    plain, masked = (pixels_of(s2.harmonize(**how, mask=mask)) for mask in (None, Above("red", 1500)))
+    shown = ~np.isnan(masked)
+    assert 0.02 < shown.mean() < 0.98
+    np.testing.assert_array_equal(masked[shown], plain[shown])
+
+
+def test_a_pick_without_the_field_that_fills_is_told(s2: rd.Collection) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Lame(Ranked):
+        def order(self, candidates: Candidates) -> Array:
+            return candidates.start
+
+    with pytest.raises(PlanError, match=r"no field fill.*Write fill: bool = False in it"):
+        s2.harmonize(pick=Lame(), time="1MS")

@@ -205,6 +205,7 @@ def scored_by(member: Member) -> tuple[str, ...]:
 
 
 def _quality(member: Member, windows: Sequence[Seen]) -> list[Seen] | None:
-    by_band: Mapping[str, Seen] = {window.wanted.asset.band: window for window in windows}
+    stored = (window for window in windows if window.wanted.request.decode is None)
+    by_band: Mapping[str, Seen] = {window.wanted.asset.band: window for window in stored}
     bands = scored_by(member)
     return [by_band[band] for band in bands] if all(band in by_band for band in bands) else None

@@ -339,7 +339,7 @@ class Picking:
                 new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), band)]
                 if new:
                     windows = tuple(places[e][1] for e in new)
-                    request = self._request(asset, cube, windows, unit, band in lazy.member.quality)
+                    request = self._request(asset, cube, windows, unit, not at)
                     wanted.append(Wanted(request, lazy.member, at, new))
         return wanted
 
@@ -347,10 +347,10 @@ class Picking:
         return any(window.wanted.asset.band == band for window in self._seen.get((row, chip), ()))
 
     def _request(
-        self, asset: Asset, cube: GroupCube, windows: tuple[Window, ...], unit: Unit, quality: bool
+        self, asset: Asset, cube: GroupCube, windows: tuple[Window, ...], unit: Unit, only_masks: bool
     ) -> Request:
         decode = unit if unit.kernel_on == "decoded" else None
-        return Request(asset, cube.grid, windows, None if quality else self.plan.resampling, decode)
+        return Request(asset, cube.grid, windows, None if only_masks else self.plan.resampling, decode)
 
     def _bands(self, member: Member, scoring: bool) -> list[tuple[str, Unit, list[int]]]:
         """Return each band to read and its unit, once, with the output bands it becomes."""
@@ -359,7 +359,7 @@ class Picking:
             at.setdefault((band, unit), []).append(i)
         needed = scored_by(member) if scoring else member.quality if member.mask is not None else ()
         for band in needed:
-            if all(known != band for known, _ in at):
+            if all(known != band or unit.kernel_on == "decoded" for known, unit in at):
                 at[band, Raw()] = []
         return [(band, unit, own) for (band, unit), own in at.items() if not scoring or band in needed]
 
