@@ -146,8 +146,10 @@ def prepared(plan: Node, tables: Mapping[str, Table], asked: WindowRequest) -> R
     if size is not None:
         bounds = square_bounds(given, codes, pixels, int(size))
     elif isinstance(source.plan.pick, Scored) and source.axis is not None:
-        raise PlanError(f"reading windows with pick={source.plan.pick.name!r}", "windows of any shape", "chips of one size",
-                        "Say size=, or choose another pick.")  # fmt: skip
+        raise PlanError(
+            f"reading windows with pick={source.plan.pick.name!r}", "windows of any shape", "chips of one size",
+            "Say size=, or choose another pick.",
+        )  # fmt: skip
     else:
         mask = given.projected(codes)
         bounds = own_bounds(mask, codes, pixels)

@@ -14,9 +14,8 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.rules.values import RuleValue
 
 __all__ = [
-    "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "MaskName", "Named", "QualityBand", "clouds_of",
-    "mask_named",
-    "quality_among", "settled", "words_of",
+    "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "MaskName", "Named", "QualityBand",
+    "clouds_of", "mask_named", "quality_among", "settled", "words_of",
 ]  # fmt: skip
 
 
