@@ -118,7 +118,7 @@ CASES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(CASES)
 def test_chips_are_those_of_the_interpreter(worlds: World, case: dict[str, Any]) -> None:
     """All picks, filled or not, masked or not, in all units, of all types of numbers, into all types of output."""
