@@ -22,7 +22,7 @@ class Medoid(Composed):
 
     def blend(self, stack: Array, valid: Array) -> tuple[Array, Array]:
         """Return the chosen pixels; only those count that are valid in all bands."""
-        whole = valid.all(axis=1)
+        whole: Array = np.asarray(valid.all(axis=1))
         seen = np.where(whole[:, None], stack.astype(np.float64), np.nan)
         some = whole.any(axis=0)
         middle = np.nanmedian(np.where(some, seen, 0.0), axis=0)

@@ -261,7 +261,7 @@ def rule_words(tree: ast.AST) -> Iterator[tuple[int, str]]:
             several = part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]
             for one in several:
                 if isinstance(one, ast.Constant) and one.value in WORDS:
-                    yield one.lineno, one.value
+                    yield one.lineno, str(one.value)
 
 
 def test_rules_are_values_outside_their_room() -> None:

@@ -455,7 +455,7 @@ def test_any_of_several_masks_reads_each_band_once() -> None:
 
 def test_a_word_that_is_no_mask_is_refused() -> None:
     with pytest.raises(PlanError, match=r"'smoke'.*'clouds', 'snow', 'water', or a Mask"):
-        mask_named(["clouds", "smoke"])  # type: ignore[list-item]
+        mask_named(["clouds", "smoke"])
     with pytest.raises(NotImplementedError):
         Named(("clouds",)).hidden(np.zeros(3))
 

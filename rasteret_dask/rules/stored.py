@@ -59,6 +59,7 @@ class Store(RuleValue):
                 return values.astype(dtype, copy=False)
             valid = ~np.isnan(values)
         if whole:
+            assert valid is not None
             values = self._rounded(np.where(valid, values, 0))
             if self.steps is not None:
                 values = np.clip(values, *self.span)
