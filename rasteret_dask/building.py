@@ -22,11 +22,19 @@ from rasteret_dask.errors import PlanError, SourceError
 from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.geometries.areas import bbox_of
 from rasteret_dask.ingest.order import BuildOrder, check_names, order_of_json
-from rasteret_dask.ingest.pages import Known, Report, ingest
+from rasteret_dask.ingest.pages import BuildReport, EarlierTable, ingest
 from rasteret_dask.ingest.search import fits
 from rasteret_dask.ingest.sources import Item, read_items
 from rasteret_dask.ingest.stac import LeftOut, items_to_table
-from rasteret_dask.ingest.tablecache import SAID, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
+from rasteret_dask.ingest.tablecache import (
+    SEARCH_FILE,
+    TABLE,
+    TableShelf,
+    cache_root,
+    key_of,
+    shelf,
+    shelf_of,
+)
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.net.trust import resolve
 from rasteret_dask.openers import as_collection, warn_signed
@@ -253,7 +261,7 @@ def refresh(collection: Collection, *, stac_api: str | None = None, progress: bo
     order = order_of_json(said, plan.name)
     if stac_api is not None:
         order = replace(order, stac_api=stac_api)
-    folder = _fill(order, place, folder, False, progress, Known.of(folder / TABLE))
+    folder = _fill(order, place, folder, False, progress, EarlierTable.of(folder / TABLE))
     return _opened(folder, replace(order, name=plan.name))
 
 
@@ -266,14 +274,19 @@ def _built(
     if folder is None or force:
         folder = _fill(order, place, folder, force, progress, None)
     elif _needs_signing(folder):  # the items are asked for anew, as they bring signatures; no header is
-        folder = _fill(order, place, folder, False, progress, Known.of(folder / TABLE))
+        folder = _fill(order, place, folder, False, progress, EarlierTable.of(folder / TABLE))
     else:
         _remind(folder, order)
     return _opened(folder, order)
 
 
 def _fill(
-    order: BuildOrder, place: Shelf, before: Path | None, replaces: bool, progress: bool, known: Known | None
+    order: BuildOrder,
+    place: TableShelf,
+    before: Path | None,
+    replaces: bool,
+    progress: bool,
+    known: EarlierTable | None,
 ) -> Path:
     """Return the folder of a new table; of the old one, where a refresh finds nothing new."""
     begun = time.monotonic()
@@ -288,14 +301,14 @@ def _fill(
         )  # fmt: skip
         if known is not None and before is not None and not report.added:
             return before
-        (folder / SAID).write_text(json.dumps(_said(order, report), indent=1))
+        (folder / SEARCH_FILE).write_text(json.dumps(_said(order, report), indent=1))
         made = place.commit(folder, after=before, replace=replaces, keep=0 if replaces else 1)
     for note in report.notes(order.name):
         warnings.warn(note, UserWarning, stacklevel=_TO_USER - 1 if known is not None else _TO_USER)
     return made
 
 
-def _said(order: BuildOrder, report: Report) -> dict[str, Any]:
+def _said(order: BuildOrder, report: BuildReport) -> dict[str, Any]:
     counts = {
         "rows": report.rows,
         "broken": len(report.broken.items),
@@ -306,7 +319,7 @@ def _said(order: BuildOrder, report: Report) -> dict[str, Any]:
 
 
 def _remind(folder: Path, order: BuildOrder) -> None:
-    made = json.loads((folder / SAID).read_text()).get("made", {})
+    made = json.loads((folder / SEARCH_FILE).read_text()).get("made", {})
     if made.get("failed"):
         warnings.warn(
             f"{order.name}: the headers of {made['failed']} of {made['files']} files could not be read when this "

@@ -25,7 +25,7 @@ from rasteret_dask.extras import needs
 from rasteret_dask.geometries.rows import Rows, laid, run, settled, squares, window_job
 from rasteret_dask.geometries.windows import (
     Geometries,
-    Pixels,
+    PixelGrids,
     codes_of,
     epsg_of,
     frame_of,
@@ -139,7 +139,7 @@ def prepared(plan: Node, tables: Mapping[str, Table], asked: WindowRequest) -> R
     found = source_outlines(source)
     target = None if asked.target_crs is None else epsg_of(asked.target_crs)
     codes = codes_of(given, source.records.epsg, target, asked.resolution is not None)
-    pixels = Pixels(source.plan.resolution, {} if asked.resolution else phases(source, found))
+    pixels = PixelGrids(source.plan.resolution, {} if asked.resolution else phases(source, found))
     if target is not None and asked.resolution is None:
         _same_unit(target, source)
     mask = None

@@ -11,7 +11,7 @@ from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.catalog import find, known_dataset
 from rasteret_dask.errors import SourceError
 from rasteret_dask.ingest.fileindex import index_items
-from rasteret_dask.ingest.pages import Batch, Recipe
+from rasteret_dask.ingest.pages import ItemBatch, Recipe
 from rasteret_dask.ingest.search import Box, Search, boxes_of, fits, pages
 from rasteret_dask.ingest.sources import read_items, remote_item
 from rasteret_dask.ingest.stac import Rules, range_of
@@ -97,7 +97,7 @@ class BuildOrder:
             self.name, self.rules(), self.headers, self.max_items, self.skip_broken, len(self.boxes) > 1
         )
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[ItemBatch]:
         """Yield the items, as they arrive."""
         if self.index is not None:
             rules = self.rules()
@@ -111,14 +111,14 @@ class BuildOrder:
                 boxes=self.boxes,
                 within=rules.within,
             ):
-                yield Batch([i for i in items if fits(i.data, self.query, self.name)])
+                yield ItemBatch([i for i in items if fits(i.data, self.query, self.name)])
         elif self.catalog is not None:
             found = read_items(self.catalog, keep_broken=True)
-            yield Batch([i for i in found if fits(i.data, self.query, self.name)], len(found))
+            yield ItemBatch([i for i in found if fits(i.data, self.query, self.name)], len(found))
         elif self.stac_api is not None:
             search = Search(self.stac_api, self.collection, self.boxes, self.span, self.query, self.filter)
             for page in pages(search, self.max_items):
-                yield Batch([remote_item(data) for data in page.items], page.matched)
+                yield ItemBatch([remote_item(data) for data in page.items], page.matched)
 
     def decides(self) -> dict[str, Any]:
         """Return everything that decides what the table holds: all but its name."""
