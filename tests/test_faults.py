@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import xarray as xr
 from numpy.typing import NDArray
-from rasteret_dask.reader.harmonize import dequantize
 from servers import Fault, RangeServer, serving
 from test_engine import indexed, noise
 from test_reader import X0, Y0, assert_same, own_grid, read, write
@@ -31,6 +30,7 @@ from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.reader.placing import Block
 from rasteret_dask.reader.readplan import Request
+from rasteret_dask.rules.units import Embedding
 from rasteret_dask.table.records import Asset
 
 HEIGHT, WIDTH = 64, 96  # 4 x 3 tiles of 16 x 32
@@ -424,14 +424,16 @@ def test_a_corrupt_tile_of_embeddings(tmp_path: Path) -> None:
     first, *others = indexed(spoil(path, 1), kind="embedding")
     own = own_grid(first)
     for grid in (own, replace(own, x0=X0 + 3)):
-        blocks, count = masked(*(Request(a, grid, WHOLE, None, "embedding") for a in (first, *others)))
+        blocks, count = masked(*(Request(a, grid, WHOLE, None, Embedding()) for a in (first, *others)))
         assert count == 1
         assert not blocks[0].valid[0, 17:31, 65:94].any()
         for band, block in enumerate(blocks):
             np.testing.assert_array_equal(np.isnan(block.values), ~block.valid)
             if grid is own:
                 valid = without(BAD_PIXELS) if band == 0 else VALID
-                assert_same(block, dequantize(pixels[band], valid), valid)
+                number = pixels[band].astype(np.float64)
+                vectors = (np.sign(number) * (np.abs(number) / 127.5) ** 2).astype(np.float32)
+                assert_same(block, np.where(valid, vectors, np.float32(np.nan)), valid)
 
 
 def test_corrupt_strips_are_invalid(tmp_path: Path) -> None:

@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from rasteret_dask.rules.kinds import KINDS
+from rasteret_dask.rules.masks import MASKS
+from rasteret_dask.rules.picks import PICKS
+from rasteret_dask.rules.units import UNITS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rasteret_dask"
 
@@ -285,3 +290,60 @@ def test_a_class_name_is_one_class() -> None:
                 rooms.setdefault(node.name, []).append(name)
     twice = {word: names for word, names in rooms.items() if len(names) > 1}
     assert not twice, "one word, one meaning"
+
+
+WORDS = {*PICKS, *UNITS, *MASKS, *KINDS, "physical", "auto"}
+OTHER_MEANINGS = (
+    "statistics/stats.py: 'mean'",  # of a histogram
+    "store/encode.py: 'auto'",  # compression
+    "table/itemkinds.py: 'kelvin'",  # as STAC writes raster:bands.unit
+)
+
+
+def rule_words(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, word) where a rule's name is compared or is the key of a dictionary."""
+    for node in ast.walk(tree):
+        parts: list[ast.AST | None] = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.Dict):
+            parts = list(node.keys)
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        elif isinstance(node, ast.Subscript) and "Literal" not in ast.unparse(node.value):
+            parts = [node.slice]
+        for part in parts:
+            several = part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]
+            for one in several:
+                if isinstance(one, ast.Constant) and one.value in WORDS:
+                    yield one.lineno, str(one.value)
+
+
+def test_rules_are_values_outside_their_room() -> None:
+    """What a name stands for is looked up once, in ``rules``: code elsewhere asks the value, never the name."""
+    compared = [
+        f"{place}:{line}: {word!r}"
+        for _, path in modules()
+        if not (place := path.relative_to(PACKAGE).as_posix()).startswith(("rules/", "demo/"))
+        for line, word in rule_words(ast.parse(path.read_text(), str(path)))
+        if f"{place}: {word!r}" not in OTHER_MEANINGS
+    ]
+    assert not compared, "ask the rule's value instead:\n" + "\n".join(compared)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pick == 'median'", "'raw' != unit", "unit in ('raw', 'kelvin')", "x = {'clouds': 1}", "TABLE['embedding']",
+        "match kind:\n    case 'class':\n        pass",
+    ],
+)  # fmt: skip
+def test_a_compared_rule_is_seen(text: str) -> None:
+    assert list(rule_words(ast.parse(text)))
+
+
+@pytest.mark.parametrize(
+    "text", ["pick = 'median'", "f(units='raw')", "'nothing' in x", "x: Literal['class', 'angle']"]
+)
+def test_other_uses_of_a_rule_s_name_are_left_alone(text: str) -> None:
+    assert not list(rule_words(ast.parse(text)))

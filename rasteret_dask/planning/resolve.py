@@ -40,7 +40,7 @@ from rasteret_dask.rules.masks import QUALITY, Mask, quality_among, settled, wor
 from rasteret_dask.rules.picks import Closest, Pick, Scored, pick_named
 from rasteret_dask.rules.pixels import PixelRules
 from rasteret_dask.rules.stored import Store
-from rasteret_dask.rules.units import Raw, Unit, Units
+from rasteret_dask.rules.units import UNITS, Raw, Unit, Units
 from rasteret_dask.table.barehrefs import hosts_of, marked
 from rasteret_dask.table.meanings import contradict, told_apart
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
@@ -260,6 +260,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
     passes = acquisitions(records)
+    _one_scale(name, bands, rules, tables, resolved, passes)
     axis = _axis(name, spec, members, passes)
     if axis is None and rules.composes:
         raise PlanError(f"harmonize(pick={rules.pick.name!r}) of source {name!r}", "no time=: one acquisition a chip",
@@ -425,7 +426,7 @@ def _rules(
         kind = band_kinds[at].kind
         names = {band, *(code for _, code in own)}
         names |= {v for f in ("common_name", "asset") for v in _values(own, f) if v}
-        scalings = {(s or 1.0, o or 0.0) for s, o in _pairs(own, "scale", "offset")}
+        scalings = {(1.0 if s is None else s, o or 0.0) for s, o in _pairs(own, "scale", "offset")}
         unit = (spec.units or Units(Raw())).of(names, kind_of(kind), scalings == {(1.0, 0.0)})
         kinds.append(kind)
         units.append(unit)
@@ -433,9 +434,7 @@ def _rules(
     _known_bands(name, spec.units, bands, tables, members)
     pick = pick_named(spec.pick or Closest(), spec.fill)
     store = _store(name, spec, bands, kinds, units, tables, members)
-    rules = PixelRules(tuple(units), tuple(kinds), pick, store)
-    _one_scale(name, bands, rules, tables, members)
-    return rules
+    return PixelRules(tuple(units), tuple(kinds), pick, store)
 
 
 _Own: TypeAlias = "list[tuple[Records, str]]"
@@ -521,16 +520,27 @@ def _store(
         raise PlanError(
             f"harmonize(dtype={dtype.name!r}) of source {name!r}", f"bands of several units: {shown}",
             "one unit for all bands of an integer output",
-            f"Join them as two sources: rd.join({units[0].name}=..., {units[-1].name}=...).",
+            f"Join them as sources of their own: {_joined(bands, units, dtype.name)}",
         )  # fmt: skip
     steps = units[0].steps
-    if steps is None:
+    if steps is None or not units[0].elementwise:
         raise PlanError(
             f"harmonize(dtype={dtype.name!r}) of source {name!r}", f"values in {units[0].name}",
             "float32: there is no usual integer form of them", "Leave dtype out.",
         )  # fmt: skip
     limits = np.iinfo(dtype)
     return Store(dtype.name, int(limits.max if dtype.kind == "u" else limits.min), steps)
+
+
+def _joined(bands: Sequence[str], units: Sequence[Unit], dtype: str) -> str:
+    """Return the line that makes a source of the bands of each unit; ``source`` stands for the collection."""
+    parts = []
+    for unit in dict.fromkeys(units):
+        own = [band for band, other in zip(bands, units, strict=True) if other == unit]
+        form = f", dtype={dtype!r}" if unit.steps is not None and unit.elementwise else ""
+        word = repr(unit.name) if UNITS.get(unit.name) == unit else str(unit)
+        parts.append(f"{unit.name}=source.harmonize({own!r}, units={word}{form})")
+    return f"rd.join({', '.join(parts)})"
 
 
 def _raw_store(name: str, tables: list[Records], members: tuple[Member, ...]) -> Store:
@@ -550,18 +560,37 @@ def _raw_store(name: str, tables: list[Records], members: tuple[Member, ...]) ->
 
 
 def _one_scale(
-    name: str, bands: tuple[str, ...], rules: PixelRules, tables: list[Records], members: tuple[Member, ...]
+    name: str,
+    bands: tuple[str, ...],
+    rules: PixelRules,
+    tables: list[Records],
+    members: tuple[Member, ...],
+    passes: Acquisitions,
 ) -> None:
-    """Raise PlanError where raw numbers of several scales would be mixed: merged, composed or filled."""
-    pick = rules.pick
-    mixed = len(tables) > 1 or rules.composes or pick.fills
+    """Raise PlanError where raw numbers of several scales would be mixed in one output.
+
+    Merged members, composites and fills mix all records; without them those of one acquisition fill each other.
+    """
+    mixed = len(tables) > 1 or rules.composes or rules.pick.fills
     for at, (band, unit) in enumerate(zip(bands, rules.units, strict=True)):
-        if not (mixed and isinstance(unit, Raw)) or rules.kind(at).blend != "average":
+        if not isinstance(unit, Raw) or rules.kind(at).blend != "average":
             continue
-        own = [(records, member.bands[at]) for records, member in zip(tables, members, strict=True)]
-        scales = {(s or 1.0, o or 0.0) for s, o in _pairs(own, "scale", "offset")}
-        if len(scales) > 1:
-            shown = ", ".join(f"{s} x DN + {o}" for s, o in sorted(scales))
+        scales = [
+            (1.0 if scale is None else scale, offset or 0.0)
+            for records, member in zip(tables, members, strict=True)
+            for scale, offset in zip(
+                *(records.asset_field(member.bands[at], f).to_pylist() for f in ("scale", "offset")),
+                strict=True,
+            )
+        ]
+        several = set(scales)
+        if not mixed:
+            own: dict[int, set[tuple[float, float]]] = {}
+            for number, scale in zip(passes.of_record.tolist(), scales, strict=True):
+                own.setdefault(number, set()).add(scale)
+            several = next((s for number, s in own.items() if number >= 0 and len(s) > 1), set())
+        if len(several) > 1:
+            shown = ", ".join(f"{s} x DN + {o}" for s, o in sorted(several))
             raise PlanError(
                 f"raw values of {'merged ' if len(tables) > 1 else ''}source {name!r}, band {band!r}",
                 f"different radiometry: {shown}",

@@ -15,9 +15,7 @@ from rasteret_dask.rules.values import RuleValue
 
 __all__ = [
     "ANY_QUALITY", "MASKS", "QUALITY", "AnyOf", "Bits", "Classes", "Mask", "MaskName", "Named", "QualityBand",
-    "clouds_of",
-    "mask_named",
-    "quality_among", "settled", "words_of",
+    "clouds_of", "mask_named", "quality_among", "settled", "words_of",
 ]  # fmt: skip
 
 
@@ -96,7 +94,7 @@ class Bits(Mask):
         (field,) = stored
         if field.dtype.kind not in "iu":
             field = field.astype(np.int64)
-        bits = [b for b in self.bits if b < 8 * field.dtype.itemsize]
+        bits = {b for b in self.bits if b < 8 * field.dtype.itemsize}
         any_of = np.array(sum(1 << b for b in bits), dtype=np.uint64).astype(field.dtype)
         return np.asarray((field & any_of) != 0)
 

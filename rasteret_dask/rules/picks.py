@@ -370,6 +370,11 @@ def pick_named(pick: str | Pick, fill: bool | None = None) -> Pick:
         When there is no such pick, or one that composes is to be filled.
     """
     named: Pick = pick if isinstance(pick, Pick) else one_of(PICKS, "pick", pick)
+    if isinstance(named, Ranked | Scored) and not hasattr(named, "fill"):
+        raise PlanError(
+            f"pick={type(named).__qualname__}", "no field fill", "a frozen dataclass that has one",
+            "Write fill: bool = False in it.",
+        )  # fmt: skip
     if fill is None:
         return named
     if isinstance(named, Ranked | Scored):

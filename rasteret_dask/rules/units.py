@@ -234,6 +234,8 @@ class Units(RuleValue):
 PHYSICAL = "physical"
 """The word for: each band in the unit of its kind. ``"auto"`` is its other name."""
 
+_PHYSICAL = (PHYSICAL, "auto")
+
 
 def units_named(units: str | Unit | Mapping[str, str | Unit]) -> Units:
     """Return the units that a word, a unit, or ``{band: word or unit}`` stands for.
@@ -244,10 +246,11 @@ def units_named(units: str | Unit | Mapping[str, str | Unit]) -> Units:
         When a word is none; the message lists them.
     """
     if isinstance(units, Mapping):
-        return Units(None, tuple((str(band), unit_named(unit)) for band, unit in units.items()))
+        apart = {str(band): unit for band, unit in units.items() if unit not in _PHYSICAL}
+        return Units(None, tuple((band, unit_named(unit)) for band, unit in apart.items()))
     if isinstance(units, Unit):
         return Units(units)
-    default: Unit | None = one_of({PHYSICAL: None, "auto": None, **UNITS}, "units", units)
+    default: Unit | None = one_of({**dict.fromkeys(_PHYSICAL), **UNITS}, "units", units)
     return Units(default)
 
 

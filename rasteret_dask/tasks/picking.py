@@ -332,7 +332,7 @@ class Picking:
                 new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), band, decode)]
                 if new:
                     windows = tuple(places[e][1] for e in new)
-                    resampling = None if band in lazy.member.quality else self.plan.resampling
+                    resampling = None if not at else self.plan.resampling
                     request = Request(asset, cube.grid, windows, resampling, decode)
                     wanted.append(Wanted(request, lazy.member, at, new))
         return wanted
