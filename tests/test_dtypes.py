@@ -191,7 +191,7 @@ def test_all_exits_agree_or_refuse(tmp_path: Path, dtype: str, nodata: bool) -> 
     at = np.array([[30, 30], [40, 21], [63, 63]])
     lon, lat = transform(32633, 4326, *(Affine(10, 0, X0, 0, -10, Y0) @ (at.T[::-1] + 0.5)))
     points = [shapely.Point(x, y) for x, y in zip(lon, lat, strict=True)]
-    window = made.get_numpy(points, bands=["image"], chip_size=1)
+    window = made.get_numpy(points, bands=["image"], size=1)
     assert window.dtype == pixels.dtype
     assert np.array_equal(window[:, 0, 0, 0], pixels[at[:, 0], at[:, 1]])
     column = tried(lambda: made.sample_points(points).column("value").to_pylist())
