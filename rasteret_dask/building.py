@@ -198,7 +198,8 @@ def build_from_stac(
         ``"skip"`` leaves broken items out, with one warning that counts and names them; ``"raise"`` stops at the
         first. None: ``"skip"`` for a search, whose items are others', and ``"raise"`` for a ``source``.
     headers
-        False leaves headers unread: planning works from the items' own ``proj:`` fields, as far as they go.
+        False leaves headers unread: planning works from the items' own ``proj:`` fields, as far as they go. A file
+        that is opened later must lie where its item says, else a ReadError names both places.
     workspace_dir
         Another name of ``cache_dir``.
     kinds
@@ -208,6 +209,18 @@ def build_from_stac(
     ------
     SourceError, TrustError, BandError, SchemaError
         When items are broken, name places they must not, or lack a band.
+
+    Notes
+    -----
+    A pixel is valid where it is neither nodata nor NaN, where the file's mask says so (inside the file, or a local
+    ``.msk`` beside it), and where the file's alpha channel is more than 0: partly transparent pixels are valid. The
+    alpha channel is no default band. A band that the item names after what it measures (``NIR``) is none, whatever
+    the file calls it.
+
+    Nodata is the file's, else the item's, else the dataset's, as a number of the pixel's own dtype; in a file of
+    several bands the item's comes first, as a TIFF has one for all. All spellings of FLT_MAX are the same number.
+    One warning tells where files and items contradict each other (nodata, scale), or nodata is no number of the
+    dtype; each asset keeps it as ``note``.
     """
     order = BuildOrder(
         name=_named(name, ""),

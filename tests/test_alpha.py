@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
+import xarray as xr
 from numpy.typing import NDArray
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.transform import Affine
@@ -65,7 +67,10 @@ def write(
     return path
 
 
-def item(path: Path, name: str = "a", named: tuple[str, ...] = (), **asset: Any) -> dict[str, Any]:
+def item(
+    path: Path, name: str = "a", named: tuple[str, ...] = (), asset: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    asset = dict(asset or {})
     with rasterio.open(path) as file:
         box = transform_bounds(file.crs, 4326, *file.bounds)
     w, s, e, n = box
@@ -80,8 +85,15 @@ def item(path: Path, name: str = "a", named: tuple[str, ...] = (), **asset: Any)
     }  # fmt: skip
 
 
-def photos(path: Path, named: tuple[str, ...] = (), **asset: Any) -> rd.Collection:
-    return rd.build_from_stac([item(path, named=named, **asset)], name="photos")
+def photos(path: Path, named: tuple[str, ...] = (), asset: Mapping[str, Any] | None = None) -> rd.Collection:
+    return rd.build_from_stac([item(path, "a", named, asset)], name="photos")
+
+
+def chips_of(made: rd.Collection, size: int = 32) -> xr.Dataset:
+    """Return all chips of a collection, with where they lie."""
+    chips = made.chips(size, cell_km=size / 100).load()
+    assert isinstance(chips, xr.Dataset)
+    return chips
 
 
 def alpha_of(path: Path) -> int | None:
@@ -135,7 +147,7 @@ def test_pixels_are_valid_where_the_file_says(masked: Path) -> None:
     """A little alpha is enough: 7 of 255 is valid."""
     source = photos(masked)
     cube = source.cube(bounds=(X0, Y0 - 1280, X0 + 1280, Y0)).compute()
-    chips = source.chips(32, cell_km=0.32).load()
+    chips = chips_of(source)
     with rasterio.open(masked) as file:
         first = file.read(1)
     seen = holes()
@@ -233,7 +245,7 @@ def test_a_band_that_the_item_names_is_no_alpha(
     assert alpha_of(path) == 3
     named = asset.get("eo:bands") or asset.get("bands")
     bands = [str(named[0]["name"])] if wanted and named else None
-    made = rd.build_from_stac([item(path, **asset)], name="photos", bands=bands)
+    made = rd.build_from_stac([item(path, asset=asset)], name="photos", bands=bands)
     assets = dict(made.to_table().column("assets")[0].as_py())
     assert {one["alpha"] for one in assets.values() if one["band_index"] != 3} == {alpha}
     roles = {one["role"] for one in assets.values() if one["band_index"] == 3}
@@ -289,7 +301,7 @@ def test_nodata_values_of_a_whole_pixel(tmp_path: Path) -> None:
         to.update_tags(NODATA_VALUES="9 8 7")
     with rasterio.open(path) as file:
         expected = file.dataset_mask() != 0
-    chips = photos(path).chips(32, cell_km=0.32).load()
+    chips = chips_of(photos(path))
     for valid, (xmin, _, _, ymax) in zip(chips["valid"].values[:, 0], chips["bounds"].values, strict=True):
         row, col = int(Y0 - ymax) // 10, int(xmin - X0) // 10
         assert np.array_equal(valid, expected[row : row + 32, col : col + 32])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rasterio.transform import Affine
 from rasterio.warp import transform
-from test_alpha import X0, Y0, item, write
+from test_alpha import X0, Y0, chips_of, item, write
 from test_nodata import tagged
 from test_reader import assets_of, own_grid
 
@@ -40,9 +40,10 @@ def numbers(dtype: str, seed: int) -> Pixels:
     rng, kind = np.random.default_rng(seed), np.dtype(dtype)
     if kind.kind in "iu":
         limits = np.iinfo(kind)
-        return rng.integers(limits.min, limits.max, (SIDE, SIDE), dtype=kind, endpoint=True)
+        return np.asarray(rng.integers(limits.min, limits.max, (SIDE, SIDE), dtype=kind, endpoint=True))
     real = rng.uniform(-6e4, 6e4, (2, SIDE, SIDE))
-    return (real[0] + 1j * real[1] if kind.kind == "c" else real[0]).astype(kind)
+    made: Pixels = real[0] + 1j * real[1] if kind.kind == "c" else real[0]
+    return made.astype(kind)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def collection(tmp_path: Path, dtype: str, nodata: bool = True) -> tuple[rd.Coll
         np.ones(pixels.shape, bool) if text is None else pixels != pixels.dtype.type(number_of(text, dtype))
     )
     asset = {} if text is None else {"raster:bands": [{"nodata": text}]}
-    made = rd.build_from_stac([item(path, **asset)], name="x")
+    made = rd.build_from_stac([item(path, asset=asset)], name="x")
     return made, pixels.astype("float32") if dtype == "float16" else pixels, seen
 
 
@@ -165,7 +166,7 @@ def test_all_exits_agree_or_refuse(tmp_path: Path, dtype: str, nodata: bool) -> 
     if dtype == "float16" and not nodata:
         return
     made, pixels, seen = collection(tmp_path, dtype, nodata)
-    chips = made.chips(32, cell_km=0.32).load()
+    chips = chips_of(made)
     boxes, values = chips["bounds"].values, chips["pixels"].values[:, 0, 0]
     assert values.dtype == pixels.dtype
     corners = [(int(Y0 - ymax) // 10, int(xmin - X0) // 10) for xmin, _, _, ymax in boxes]
@@ -245,7 +246,7 @@ def test_types_without_one_that_holds_both_are_refused(tmp_path: Path) -> None:
     one["assets"]["other"] = item(write(tmp_path / "b.tif", b))["assets"]["image"]
     made = rd.build_from_stac([one], name="x")
     with pytest.raises(PlanError, match=r"bands of float32, int64.*join"):
-        made.chips(32, cell_km=0.32).load()
+        chips_of(made)
     both = rd.join(a=made.harmonize(bands=["image"]), b=made.harmonize(bands=["other"]))
     tree = both.chips(32, cell_km=0.32).load()
     assert {tree[name]["pixels"].dtype.name for name in ("a", "b")} == {"int64", "float32"}

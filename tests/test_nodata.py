@@ -18,7 +18,7 @@ from rasterio.enums import Resampling
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform, transform_bounds
-from test_alpha import HERE, X0, Y0, item, write
+from test_alpha import HERE, X0, Y0, chips_of, item, write
 
 import rasteret_dask as rd
 from rasteret_dask.errors import ReadError, UnreadableAssetsError
@@ -53,7 +53,7 @@ def test_every_number_of_a_dtype_comes_back(data: st.DataObject) -> None:
     if dtype.kind == "f":
         value = data.draw(st.floats(width=dtype.itemsize * 8))  # type: ignore[arg-type]
     else:
-        limits = np.iinfo(dtype)
+        limits = np.iinfo(dtype.name)
         value = data.draw(st.integers(int(limits.min), int(limits.max)))
     number = number_of(text_of(value), dtype.name)
     assert number is not None
@@ -128,7 +128,7 @@ def test_flt_max_in_any_spelling(tmp_path: Path, text: str, by: str, strips: boo
         retagged(path, text)
     else:
         asset["raster:bands"] = [{"nodata": text}]
-    made = rd.build_from_stac([item(path, **asset)], name="dem")
+    made = rd.build_from_stac([item(path, asset=asset)], name="dem")
     seen = ~np.isnan(pixels) & (pixels > -1e38)
     plain = made.cube(bounds=BOX).isel(time=0, band=0).values
     assert np.array_equal(plain, np.where(seen, pixels, np.nan), equal_nan=True)
@@ -153,7 +153,7 @@ def test_every_path_leaves_nodata_out(tmp_path: Path) -> None:
     path = retagged(write(tmp_path / "a.tif", heights()[np.newaxis], nodata=float(-FLT_MAX)), "-3.402823e+38")
     made = rd.build_from_stac([item(path)], name="dem")
     cube = made.cube(bounds=BOX).isel(time=0, band=0)
-    chips = made.chips(32, cell_km=0.32).load()
+    chips = chips_of(made)
     for values, (xmin, ymin, xmax, ymax) in zip(
         chips["pixels"].values[:, 0, 0], chips["bounds"].values, strict=True
     ):
@@ -202,7 +202,7 @@ def test_large_integers(tmp_path: Path, dtype: str, number: int) -> None:
     made = rd.build_from_stac([item(path)], name="x")
     assert Records(made.to_table()).asset(0, "image").nodata == number
     assert dict(made.to_table().column("assets")[0].as_py())["image"]["nodata"] == str(number)
-    chips = made.chips(32, cell_km=0.32).load()
+    chips = chips_of(made)
     with rasterio.open(path) as file:
         due = file.read(1) != number
     for valid, (xmin, _, _, ymax) in zip(chips["valid"].values[:, 0], chips["bounds"].values, strict=True):
@@ -220,7 +220,7 @@ def test_bands_of_one_file_have_nodata_each(tmp_path: Path) -> None:
     bands: dict[str, Any] = {"eo:bands": [{"name": n} for n in "pqr"],
                              "raster:bands": [{"nodata": 7}, {"nodata": 9}, {}]}  # fmt: skip
     with pytest.warns(UserWarning, match="nodata is 3 in the file, 7 in the item; 7 holds"):
-        made = rd.build_from_stac([item(path, **bands)], name="x")
+        made = rd.build_from_stac([item(path, asset=bands)], name="x")
     assert [Records(made.to_table()).asset(0, b).nodata for b in "pqr"] == [7, 9, 3]
     for band, number, own in zip("pqr", (7, 9, 3), pixels, strict=True):
         coarse = made.harmonize(bands=[band], units="raw", resolution=40, resampling="average")
@@ -237,7 +237,7 @@ def test_records_of_one_collection_have_nodata_each(tmp_path: Path) -> None:
     items = [item(write(tmp_path / f"{n}.tif", p, nodata=nodata), n)
              for n, p, nodata in (("a", above, -1), ("b", below, -2))]  # fmt: skip
     made = rd.build_from_stac(items, name="x")
-    chips = made.chips(64, cell_km=0.64).load()
+    chips = chips_of(made, 64)
     valid, pixels = chips["valid"].values[:, 0], chips["pixels"].values[:, 0, 0]
     for seen, values, (_, _, _, ymax) in zip(valid, pixels, chips["bounds"].values, strict=True):
         rows = int(Y0 - ymax) // 10 + np.arange(64)[:, np.newaxis] + np.zeros(64, int)
@@ -251,8 +251,8 @@ def test_what_no_pixel_can_be_is_said(tmp_path: Path) -> None:
     asset = {"raster:bands": [{"nodata": -9999}]}
     words = r"band 'image': nodata -9999 of the item is no number of uint16: no pixel is it \(1 records\)"
     with pytest.warns(UserWarning, match=words):
-        made = rd.build_from_stac([item(path, **asset)], name="x")
-    assert made.chips(32, cell_km=0.32).load()["valid"].values.all()
+        made = rd.build_from_stac([item(path, asset=asset)], name="x")
+    assert chips_of(made)["valid"].values.all()
     note = dict(made.to_table().column("assets")[0].as_py())["image"]["note"]
     assert "no number of uint16" in note
 
@@ -263,10 +263,12 @@ def test_scale_tags_that_contradict_the_item_are_told(tmp_path: Path) -> None:
     with rasterio.open(path, "r+") as to:
         to.scales, to.offsets = (10000.0,), (3.0,)
     with pytest.warns(UserWarning, match=r"the file's scale tag is 10000; 0.0001 holds \(item\)"):
-        made = rd.build_from_stac([item(path, **{"raster:bands": [{"scale": 0.0001}]})], name="x")
+        made = rd.build_from_stac([item(path, asset={"raster:bands": [{"scale": 0.0001}]})], name="x")
     asset = Records(made.to_table()).asset(0, "image")
     assert (asset.scale, asset.offset, asset.nodata) == (0.0001, 0.0, -28672)
-    quiet = rd.build_from_stac([item(path, **{"raster:bands": [{"scale": 10000, "offset": 3}]})], name="x")
+    quiet = rd.build_from_stac(
+        [item(path, asset={"raster:bands": [{"scale": 10000, "offset": 3}]})], name="x"
+    )
     assert Records(quiet.to_table()).asset(0, "image").scale == 10000
 
 
@@ -288,7 +290,7 @@ def test_older_tables_have_numbers(tmp_path: Path) -> None:
 
 
 def placed(path: Path, shift: float = 0.0, epsg: int = 32633, size: float = 10.0) -> dict[str, Any]:
-    made = item(path, **{"raster:bands": [{"data_type": "float32"}]})
+    made = item(path, asset={"raster:bands": [{"data_type": "float32"}]})
     made["properties"]["proj:epsg"] = epsg
     made["bbox"] = list(transform_bounds(epsg, 4326, *BOX))
     made["geometry"] = shapely.geometry.mapping(shapely.box(*made["bbox"]))

@@ -109,7 +109,7 @@ class CogReader:
     dtype
         Of the result. On their way into integers numbers are rounded and clamped, as GDAL does.
     fill_value
-        What pixels hold that are nodata, NaN, masked, or outside the raster.
+        What pixels hold that are nodata, NaN, masked, transparent (alpha 0), or outside the raster.
     scale_offset
         The others become ``value * scale + offset``.
     gdal_env
