@@ -50,7 +50,7 @@ def write(
     x0: float = X0,
     averaged: bool = False,
     palette: bool = False,
-    **tags: str,
+    layer_type: str | None = None,
 ) -> Path:
     """Write one band of 10 m in UTM 33; ``averaged``: with overviews of averages."""
     profile = {
@@ -62,8 +62,8 @@ def write(
         file.write(pixels, 1)
         if palette:
             file.write_colormap(1, {code: (code, code, code, 255) for code in CODES})
-        if tags:
-            file.update_tags(1, **tags)
+        if layer_type:
+            file.update_tags(1, LAYER_TYPE=layer_type)
         if averaged:
             file.build_overviews([2, 4], Resampling.average)
     return path
@@ -182,8 +182,8 @@ def test_items_tell(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("how", ["palette", "layer type", "category names", "attribute table"])
 def test_files_tell(tmp_path: Path, how: str) -> None:
-    tags = {"LAYER_TYPE": "thematic"} if how == "layer type" else {}
-    path = write(tmp_path / "a.tif", classes(), palette=how == "palette", **tags)
+    layer_type = "thematic" if how == "layer type" else None
+    path = write(tmp_path / "a.tif", classes(), palette=how == "palette", layer_type=layer_type)
     beside = {
         "category names": "<CategoryNames><Category/><Category>trees</Category></CategoryNames>",
         "attribute table": '<GDALRasterAttributeTable tableType="thematic"/>',
