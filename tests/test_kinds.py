@@ -503,13 +503,13 @@ def test_stores_know_kinds_and_names(joined: rd.Chips, tmp_path: Path) -> None:
     chips = rd.open_chips(place)
     for found in (joined.load(), joined.to_xarray(), chips.load(), chips.to_xarray()):
         node = lone(found, "lc")
-        assert node["kind"].dims == ("band",)
-        assert node["kind"].values.tolist() == ["class"]
+        assert node["band_kind"].dims == ("band",)
+        assert node["band_kind"].values.tolist() == ["class"]
         assert node.attrs["classification:classes"] == {"map": STATED}
-        assert lone(found, "optical")["kind"].values.tolist() == ["continuous"]
+        assert lone(found, "optical")["band_kind"].values.tolist() == ["continuous"]
         assert "classification:classes" not in lone(found, "optical").attrs
     with xr.open_zarr(place, group="lc", consolidated=False) as plain:
-        assert plain["kind"].values.tolist() == ["class"]
+        assert plain["band_kind"].values.tolist() == ["class"]
     assert chips.stats().class_table == joined.stats().class_table
     batch = next(chips.stream(100, ignore_index=-100, normalize=True))
     assert set(np.unique(batch["lc"])) == {-100, *CODES}
@@ -524,7 +524,7 @@ def test_a_function_that_renumbers_classes_leaves_them_classes(joined: rd.Chips)
 
     for function, kind in ((halved, "class"), (share, "unknown")):
         node = lone(joined.map(function, source="lc", version=kind).to_xarray(), "lc")
-        assert node["kind"].values.tolist() == [kind]
+        assert node["band_kind"].values.tolist() == [kind]
 
 
 # --- real files ------------------------------------------------------------------------------------------------------

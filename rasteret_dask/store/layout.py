@@ -28,7 +28,7 @@ OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, "datetime": 
 
 _TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 _NAT = np.iinfo(np.int64).min
-_COORDINATES = "chip_id split epsg bounds valid_fraction datetime source kind"
+_COORDINATES = "chip_id split epsg bounds valid_fraction datetime source band_kind"
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Layout:
         bands = np.array(out.bands, dtype=object)
         self._array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
         kinds = np.array(out.kind_names, dtype=object)
-        self._array(group, "kind", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = kinds
+        self._array(group, "band_kind", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = kinds
         if out.slots is not None:
             stamps = np.array(out.slots, dtype=np.int64) // 1000
             time = self._array(group, "time", (len(stamps),), "int64", ("time",), (len(stamps),), None, 0)

@@ -53,7 +53,7 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "source": (("chip", "time"), ("None",)),
     "bounds": (("chip", "corner"), ("float64",)),
     "band": (("band",), ("None",)),
-    "kind": (("band",), ("None",)),
+    "band_kind": (("band",), ("None",)),
     "time": (("time",), ("int64",)),
 }
 """Dimensions of arrays, and their dtypes where they are known ("None": text); all others have one value a chip."""
