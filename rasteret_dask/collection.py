@@ -17,10 +17,8 @@ from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_o
 from rasteret_dask.pixelreads import PixelReads
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
-    Chips as ChipsNode,
-)
-from rasteret_dask.planning.plan import (
     ChipSpec,
+    CutChips,
     Filter,
     Function,
     Harmonize,
@@ -307,7 +305,7 @@ class Collection(TableExits, PixelReads):
             labels=None if polygons is None else token_of(polygons),
             rasterize=rasterize,
         )
-        return Chips(ChipsNode(self.plan, spec), tables, self._functions)
+        return Chips(CutChips(self.plan, spec), tables, self._functions)
 
     # Exits
 

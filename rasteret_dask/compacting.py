@@ -38,7 +38,7 @@ from rasteret_dask.store.storemap import (
 )
 from rasteret_dask.store.storeread import StoreObject, read_rows
 from rasteret_dask.table import geoparquet
-from rasteret_dask.tasks.screening import KEPT
+from rasteret_dask.tasks.filtering import KEPT
 
 __all__ = ["compact"]
 

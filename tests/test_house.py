@@ -35,11 +35,11 @@ ORDER = {
     "reader": "harmonize pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube cubegrid recordlayers lazy",
-    "tasks": "job jobkernels jobfile freezing cuts filling neighbours picking pixels clouds mapping screening shards "
+    "tasks": "job jobkernels jobfile freezing cuts filling neighbours picking pixels clouds mapping filtering shards "
              "batches",
     "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
              "holding datasets verifying",
-    "streams": "epochs readings planned ignoring datasets shardsource clustersource ahead stream",
+    "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "explain audit pictures plot",

@@ -189,7 +189,7 @@ RESERVED = frozenset(
     {
         *("chip", "time", "band", "y", "x", "corner"),  # dimensions
         "band_kind",
-        *("pixels", "valid", MASK, "valid_fraction", "datetime", "source", "bounds", "kept", "padded"),
+        *("pixels", "valid", MASK, "valid_fraction", "datetime", "member", "bounds", "kept", "padded"),
         *("_job", "chips.parquet", "manifest.parquet", "zarr.json"),  # what else lies beside a store's arrays
     }
 )

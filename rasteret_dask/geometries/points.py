@@ -15,11 +15,18 @@ from rasteret_dask.chipping.feeds import source_outlines
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.reading import band_names
 from rasteret_dask.geometries.rows import Rows, laid, run, said, settled, squares, window_job
-from rasteret_dask.geometries.windows import Geometries, Pixels, codes_of, frame_of, geometries_of, own_bounds
+from rasteret_dask.geometries.windows import (
+    Geometries,
+    PixelGrids,
+    codes_of,
+    frame_of,
+    geometries_of,
+    own_bounds,
+)
 from rasteret_dask.planning.plan import Node
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.planning.scan import Table
-from rasteret_dask.tasks.filling import Chips
+from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Shard
 
 __all__ = ["POINT_SCHEMA", "sample_points"]
@@ -89,7 +96,7 @@ def _sampled(source: ResolvedSource, given: Geometries, on_error: str, places: l
     plan = source.plan
     found = source_outlines(source)
     codes = codes_of(given, source.records.epsg, None, False)
-    pixels = Pixels(plan.resolution, phases(source, found))
+    pixels = PixelGrids(plan.resolution, phases(source, found))
     bounds = own_bounds(given.projected(codes), codes, pixels)
     rows = laid(source, found, frame_of(codes, bounds, pixels.size))
     side, square = squares(rows, 1)
@@ -98,7 +105,7 @@ def _sampled(source: ResolvedSource, given: Geometries, on_error: str, places: l
     valid = np.zeros((len(rows), 1), dtype=bool)
     when = np.full(len(rows), np.datetime64("NaT", "us"))
 
-    def take(shard: Shard, chips: Chips) -> None:
+    def take(shard: Shard, chips: ChipPixels) -> None:
         own = of_chip[square[shard.start : shard.stop, 0]]
         values[own], valid[own] = chips.values[..., 0, 0], chips.valid[..., 0]
         when[own] = chips.datetime

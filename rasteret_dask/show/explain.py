@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import ChipSet, used_rows
+from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import FeedTable, bounds_of
 from rasteret_dask.grid import Lattice, northern, transformer
 from rasteret_dask.planning.radiometry import radiometry_of
@@ -64,7 +64,7 @@ class Explanation:
         return f"<table>{rows}</table>"
 
 
-def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanation:
+def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Explanation:
     """Report on a planned and frozen job."""
     shards = list(job.shards())
     reading = _reading(job)
@@ -80,7 +80,7 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
         },
         "chips": sum(h.chips for h in job.hierarchies),
         "splits": splits,
-        "keep": [rule.said for rule in job.screens],
+        "filter_pixels": [rule.said for rule in job.pixel_rules],
         "shards": len(shards),
         "chips_per_shard": per_shard,
         "tasks": len(shards),
@@ -111,14 +111,14 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
     return Explanation(facts)
 
 
-def _strip(chips: ChipSet) -> float:
+def _strip(chips: PlannedChips) -> float:
     if chips.spec.grid != "zone" or chips.spec.at is not None:
         return 0.0
     stride = chips.spec.stride * chips.resolution
     return Lattice(1, chips.spec.cell_km * 1000.0, chips.size_m, stride).unused_m
 
 
-def _native_share(chips: ChipSet) -> dict[str, dict[str, int]]:
+def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
     """Return per source how many used records keep native pixels, are only translated, or are resampled."""
     result: dict[str, dict[str, int]] = {}
     feeds = FeedTable.of(chips.table)
@@ -152,7 +152,7 @@ def _kernels(job: Job) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def _times(chips: ChipSet) -> dict[str, list[str]]:
+def _times(chips: PlannedChips) -> dict[str, list[str]]:
     """Return the start of each slot, per source with a time axis."""
     return {
         s.plan.name: [pd.Timestamp(t).isoformat() for t in s.plan.slots]
@@ -290,7 +290,11 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("records", ", ".join(f"{n} {r['used']} of {r['scanned']}" for n, r in f["records"].items())),
         ("chips", f"{f['chips']:,} ({', '.join(f'{k} {v:,}' for k, v in f['splits'].items())})"),
-        *([("keep", f"{'; '.join(f['keep'])}: told by pixels, while they are read")] if f["keep"] else []),
+        *(
+            [("filter_pixels", f"{'; '.join(f['filter_pixels'])}: told by pixels, while they are read")]
+            if f["filter_pixels"]
+            else []
+        ),
         ("shards", f"{f['shards']:,} of up to {f['chips_per_shard']} chips, one task each"),
         (
             "to read",

@@ -74,9 +74,8 @@ def losses(manifest: pa.Table) -> str:
     dropped = sum(manifest["chips"].to_pylist()) - sum(manifest["kept"].to_pylist())
     if not dropped:
         return ""
-    return (
-        f"{dropped} of {sum(manifest['chips'].to_pylist())} chips dropped by keep (reasons: manifest.parquet)"
-    )
+    planned = sum(manifest["chips"].to_pylist())
+    return f"{dropped} of {planned} chips dropped by filter_pixels (reasons: manifest.parquet)"
 
 
 def _of(report: Mapping[str, Any], kind: str) -> dict[str, Any]:

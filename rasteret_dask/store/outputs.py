@@ -17,9 +17,9 @@ from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks import pixels
+from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Output, Shard
 from rasteret_dask.tasks.mapping import Functions
-from rasteret_dask.tasks.screening import KEPT
 from rasteret_dask.tasks.shards import Graph, lower, read_chips
 
 __all__ = ["load", "to_xarray"]
@@ -120,9 +120,9 @@ def _shapes(job: Job, out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int
         ),
         "valid_fraction": (two, (out.times,), np.dtype("float32")),
         "datetime": (two, (out.times,), np.dtype("datetime64[us]")),
-        "source": (two, (out.times,), np.dtype(object)),
+        "member": (two, (out.times,), np.dtype(object)),
     }
-    if job.screens:
+    if job.pixel_rules:
         shapes[KEPT] = (("chip",), (), np.dtype(bool))
     if out.valid:
         shapes["valid"] = (("chip", "time", "y", "x"), (out.times, out.height, out.width), np.dtype(bool))
