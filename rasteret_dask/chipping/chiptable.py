@@ -202,7 +202,7 @@ RESERVED = frozenset(
             "member",
             "bounds",
             "units",
-            "kind",
+            "band_kind",
             "kept",
             "padded",
         ),

@@ -65,7 +65,7 @@ def harmonized_cube(
         "x": ("x", x),
         "member": ("time", np.array([_members(source, slot) for slot in slots], dtype=object)),
         "units": ("band", np.array(source.plan.units, dtype=object)),
-        "kind": ("band", np.array([kind.kind or "unknown" for kind in source.plan.kinds], dtype=object)),
+        "band_kind": ("band", np.array([kind.kind or "unknown" for kind in source.plan.kinds], dtype=object)),
     }
     if source.axis is not None:
         whens = np.array([_start(source, slot) for slot in slots], dtype="datetime64[ns]")

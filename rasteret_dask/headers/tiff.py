@@ -37,6 +37,7 @@ FIRST = 32 * 1024
 _CAP = 16 * 1024 * 1024  # bytes of header a file may make us fetch
 _MAX_IFDS = 128
 _PALETTE = 3  # PhotometricInterpretation, TIFF 6.0, tag 262
+_COLOURS = 320  # ColorMap; files of USDA's have one under another interpretation, and GDAL takes it, too
 _MAGIC = {
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "GTiff"),
     **dict.fromkeys((b"\0\0\0\x0c", b"\xff\x4f\xff\x51"), "JP2OpenJPEG"),
@@ -343,7 +344,7 @@ def _number(text: str | None) -> float | None:
 def _thematic(ifd: Any, items: Sequence[ElementTree.Element]) -> tuple[bool, ...]:
     """Return whether each band holds classes: a colour table, or a layer type as ERDAS tells it; empty: none does."""
     samples = int(ifd.samplesperpixel)
-    if int(ifd.photometric) == _PALETTE:
+    if int(ifd.photometric) == _PALETTE or _COLOURS in ifd.tags:
         return (True,) * samples
     thematic = [False] * samples
     for item in items:

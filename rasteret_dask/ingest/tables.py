@@ -239,7 +239,7 @@ def _is_complete(table: pa.Table) -> bool:
     if "headers_metadata" not in table.column_names:
         return False
     assets, levels = table.schema.field("assets").type, table.schema.field("headers_metadata").type
-    if not pa.types.is_map(assets) or not pa.types.is_map(levels) or assets.item_type != ASSET_TYPE:
+    if not pa.types.is_map(assets) or not pa.types.is_map(levels) or not _is_ours(assets.item_type):
         return False
     if levels.item_type != pa.list_(LEVEL_TYPE):
         return False
@@ -250,6 +250,13 @@ def _is_complete(table: pa.Table) -> bool:
     silent = pc.is_null(pc.struct_field(own.items, "error"))
     same = len(lacking) == len(silent)
     return same and not pc.any(pc.and_(lacking, silent)).as_py()
+
+
+def _is_ours(kind: pa.DataType) -> bool:
+    """Return whether assets are of ``ASSET_TYPE``, or of an older one, which had fewer fields."""
+    known = {f.name: f.type for f in ASSET_TYPE}
+    names = {f.name for f in kind} if pa.types.is_struct(kind) else set()
+    return names >= {"href", "rule", "dtype", "error"} and all(known.get(f.name) == f.type for f in kind)
 
 
 def _with_plain_types(table: pa.Table, name: str) -> pa.Table:

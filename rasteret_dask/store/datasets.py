@@ -53,7 +53,10 @@ def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Da
     coordinates |= {name.removeprefix("labels/"): ("chip", values) for name, values in known.items()}
     known_pixels = chips.map.pixels[group.source]
     coordinates["band"] = ("band", np.array(known_pixels.bands, dtype=object))
-    coordinates["kind"] = ("band", np.array([b.kind or "unknown" for b in known_pixels.kinds], dtype=object))
+    coordinates["band_kind"] = (
+        "band",
+        np.array([b.kind or "unknown" for b in known_pixels.kinds], dtype=object),
+    )
     if "units" in group.arrays:
         coordinates["units"] = ("band", np.array(chips.map.values(group.arrays["units"]), dtype=object))
     if "time" in group.arrays:

@@ -28,7 +28,7 @@ OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, FILLED: 2, "
 
 _TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 _NAT = np.iinfo(np.int64).min
-_COORDINATES = "chip_id split epsg bounds valid_fraction datetime source kind"
+_COORDINATES = "chip_id split epsg bounds valid_fraction datetime member band_kind"
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Layout:
         bands = np.array(out.bands, dtype=object)
         self._array(group, "band", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = bands
         kinds = np.array(out.kind_names, dtype=object)
-        self._array(group, "kind", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = kinds
+        self._array(group, "band_kind", (len(bands),), str, ("band",), (len(bands),), None, "")[:] = kinds
         if out.units:
             names = np.array(out.units, dtype=object)
             self._array(group, "units", (len(names),), str, ("band",), (len(names),), None, "")[:] = names

@@ -145,7 +145,7 @@ def _assembled(
         values = np.concatenate([p[name][1] for p in parts])
         coordinates[name] = (parts[0][name][0], values if kept is None else values[kept])
     coordinates["band"] = ("band", np.array(out.bands, dtype=object))
-    coordinates["kind"] = ("band", np.array(out.kind_names, dtype=object))
+    coordinates["band_kind"] = ("band", np.array(out.kind_names, dtype=object))
     if out.units:
         coordinates["units"] = ("band", np.array(out.units, dtype=object))
     if out.slots is not None:

@@ -54,7 +54,7 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "member": (("chip", "time"), ("None",)),
     "bounds": (("chip", "corner"), ("float64",)),
     "band": (("band",), ("None",)),
-    "kind": (("band",), ("None",)),
+    "band_kind": (("band",), ("None",)),
     "units": (("band",), ("None",)),
     "time": (("time",), ("int64",)),
 }
