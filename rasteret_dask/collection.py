@@ -88,7 +88,8 @@ class Collection(TableExits, PixelReads):
         Parameters
         ----------
         bbox
-            (west, south, east, north) in degrees: records whose own box touches it.
+            (west, south, east, north) in degrees: records whose outline touches it; of those without one, the box.
+            West is larger than east across the antimeridian, and degrees may be counted from -360 to 360.
         date_range
             (start, end) as ISO 8601, the last day included; either may be None. Sets the range of time slots.
         cloud_cover_lt
