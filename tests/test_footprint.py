@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -148,9 +149,7 @@ def true_ground(ring: list[tuple[float, float]], around_pole: bool) -> Any:
         return shapely.make_valid(shapely.Polygon(ring))
     pole = math.copysign(90, ring[0][1])
     ring = [*ring, (ring[0][0] + 360, ring[0][1])]
-    strips = [
-        shapely.Polygon([a, b, (b[0], pole), (a[0], pole)]) for a, b in zip(ring, ring[1:], strict=False)
-    ]
+    strips = [shapely.Polygon([a, b, (b[0], pole), (a[0], pole)]) for a, b in itertools.pairwise(ring)]
     return shapely.union_all(strips)
 
 

@@ -399,7 +399,7 @@ def test_boxes_across_the_antimeridian(box: tuple[float, ...], expected: list[st
             "id": n,
             "bbox": {"xmin": w, "xmax": e, "ymin": -15.0, "ymax": -14.0},
             "geometry": outline_of(None, [w, -15.0, e, -14.0]),
-        }  # fmt: skip
+        }
         for n, (w, e) in corners.items()
     ]
     base = rd.as_collection(table(*rows), name="s2")
