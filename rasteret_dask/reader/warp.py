@@ -17,6 +17,7 @@ from rasterio.io import DatasetReader, MemoryFile
 from rasterio.session import DummySession
 from rasterio.vrt import WarpedVRT
 
+from rasteret_dask.extent import is_geographic
 from rasteret_dask.reader.levels import Frame
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, crs_of
 from rasteret_dask.reader.readplan import ReadPlan
@@ -255,6 +256,9 @@ def _dataset(block: SourceBlock, frame: Frame) -> Iterator[DatasetReader]:
     height, width = values.shape
     t, col, row = frame.transform, block.rect.col0, block.rect.row0
     transform = Affine(t.a, t.b, t.a * col + t.b * row + t.c, t.d, t.e, t.d * col + t.e * row + t.f)
+    middle = transform.c + transform.a * width / 2
+    if abs(middle) > 180.0 and is_geographic(frame.epsg):  # PROJ gives longitudes from -180 to 180
+        transform = Affine.translation(-360.0 * round(middle / 360.0), 0.0) @ transform
     if block.mask is None:
         if not values.flags.c_contiguous:
             raise ValueError("a block must be contiguous")
