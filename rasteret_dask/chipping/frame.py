@@ -179,8 +179,8 @@ def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase)
 
 def _in_metres(spec: ChipSpec, reference: Outlines, resolution: float) -> None:
     """Refuse degrees for metres."""
-    native = np.isclose(np.abs(reference.transform[:, 0]), resolution, rtol=1e-9, atol=0.0)
-    for number in np.flatnonzero(native):
+    native = np.isclose(np.abs(reference.transform[:, [0, 4]]), resolution, rtol=1e-9, atol=0.0)
+    for number in np.flatnonzero(native.any(axis=1)):
         epsg = int(reference.epsg[number])
         if is_geographic(epsg):
             raise GridError(
@@ -379,7 +379,7 @@ def _tile_lattice(
             "chips(grid='tiles')", f"size {spec.size}, stride {spec.stride}, tiles of {tile} px",
             "a size that divides the tile, and no stride",
         )  # fmt: skip
-    native = np.abs(reference.transform[own][:, 0])
+    native = np.abs(reference.transform[own][:, [0, 4]])
     if not np.allclose(native, resolution, rtol=1e-9):
         raise GridError("chips(grid='tiles')", f"pixels of {native.min():g} to {native.max():g} m",
                         f"the source's own {resolution:g} m pixels")  # fmt: skip
