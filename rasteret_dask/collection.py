@@ -14,6 +14,7 @@ from rasteret_dask.cubes.cubegrid import native_grid
 from rasteret_dask.cubes.lazy import harmonized_cube
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_of
+from rasteret_dask.geometries.rows import said
 from rasteret_dask.pixelreads import PixelReads
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
@@ -267,7 +268,8 @@ class Collection(TableExits, PixelReads):
         min_coverage
             Share of a chip that the records of a slot must cover together.
         min_slots
-            Slots that must have records, in every source.
+            Slots that must have records, in every source; of a source of intervals (a year's embeddings beside
+            months) at most all of its own.
         reference
             Of a join: the source whose pixels stay native; None: the first.
         labels, rasterize
@@ -315,14 +317,18 @@ class Collection(TableExits, PixelReads):
     ) -> xr.DataArray:
         """Return a lazy cube (time, band, y, x), built with stackstac, on the records' own grid.
 
+        Pixels that are no squares stay as they are, but with ``resolution`` or ``bounds``, which ask for squares.
+
         Parameters
         ----------
         bands, resolution
             As in :meth:`harmonize`; without a harmonize step values stay raw.
         bounds
-            (xmin, ymin, xmax, ymax) in the cube's CRS, taken exactly.
+            (xmin, ymin, xmax, ymax) in the cube's CRS, taken exactly: the cube holds what a chip there would, whose
+            pixels are squares.
         bounds_latlon
-            (west, south, east, north) in degrees, widened to whole pixels of the records' grid.
+            (west, south, east, north) in degrees, widened to whole pixels of the records' grid; west is larger than
+            east across the antimeridian.
         epsg
             The cube's CRS; None: that of the records.
         min_coverage
@@ -352,7 +358,8 @@ class Collection(TableExits, PixelReads):
             raise PlanError(
                 "cube", "a map step, which works on chips", "no map", "Apply the function to the cube."
             )
-        grid, shape = native_grid(source, epsg, bounds, bounds_latlon)
+        square = said(plan, "resolution") is not None
+        grid, shape = native_grid(source, epsg, bounds, bounds_latlon, square=square)
         return harmonized_cube(source, grid, shape, min_coverage, chunks)
 
     def cubes(self, bands: Sequence[str] | None = None, *, resolution: float | None = None) -> xr.DataTree:

@@ -237,7 +237,7 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
     # areas and dates
     "bbox of three": (lambda w: w.s2.subset(bbox=(1, 2, 3)), rd.PlanError, ("bbox", "(1, 2, 3)", "west")),
     "bbox turned round": (
-        lambda w: w.s2.subset(bbox=(16, 46, 15, 47)), rd.PlanError, ("(16, 46, 15, 47)", "west < east"),
+        lambda w: w.s2.subset(bbox=(15, 47, 16, 46)), rd.PlanError, ("(15, 47, 16, 46)", "south < north"),
     ),
     "bbox in metres": (
         lambda w: w.s2.subset(bbox=(5e5, 5e6, 6e5, 6e6)), rd.PlanError, ("500000.0", "degrees"),
@@ -437,10 +437,10 @@ PLANS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
         lambda w: len(chips_of(w, at=[(15.0, 15.0)])), rd.PlanError, ("1 candidate", "area"),
     ),
     "no chip left": (
-        lambda w: len(chips_of(w).filter("coverage", ">", 2)), rd.PlanError, ("no chip left", "Loosen"),
+        lambda w: len(chips_of(w).filter("coverage", ">", 2)), rd.PlanError, ("no chip left", "Ask for less"),
     ),
     "no chip in a split": (
-        lambda w: len(split(chips_of(w), 1, 0, 0).select("val")), rd.PlanError, ("select(val)", "Loosen"),
+        lambda w: len(split(chips_of(w), 1, 0, 0).select("val")), rd.PlanError, ("select(val)", "Ask for less"),
     ),
     "size above a split cell": (
         lambda w: len(chips_of(w, 128)), rd.GridError, ("1280 m", "960 m", "cell_km"),

@@ -130,7 +130,7 @@ def rings(draw: st.DrawFn) -> tuple[list[tuple[float, float]], bool]:
     return list(ring), False
 
 
-def spelled(draw: st.DrawFn, ring: list[tuple[float, float]]) -> Any:
+def spelled(draw: Any, ring: list[tuple[float, float]]) -> Any:
     """The same ring: counted from -180, from 0 or on and on, either way round, from any corner."""
     count = draw(st.sampled_from(["from -180", "from 0", "on", "from -360"]))
     low = {"from -180": -180.0, "from 0": 0.0, "from -360": -360.0}

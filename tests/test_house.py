@@ -28,7 +28,7 @@ ORDER = {
     "table": "schema barehrefs anytable records rasteretio geoparquet export layers facts rowgroups timing",
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan sampling scan optimize pixelsizes resolve radiometry recordtable",
-    "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",
+    "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps",
     "reader": "harmonize pixelgrid levels readplan sharing ranges tilecodec rasterfile warp placing tilefile wants "
               "keeping engine plainhref cogreader",
     "cubes": "cube cubegrid recordlayers lazy",

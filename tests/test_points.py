@@ -80,7 +80,8 @@ def inside(path: Path, rng: np.random.Generator, count: int) -> tuple[Any, Any]:
         at = rng.uniform(0.01, SIDE - 0.01, (count, 2))
         at[: count // 4] = np.round(at[: count // 4])
         at = np.clip(at, 0.01, SIDE - 0.01)
-        return transform(file.crs, "EPSG:4326", *file.transform @ at.T)
+        lon, lat = transform(file.crs, "EPSG:4326", *file.transform @ at.T)
+        return lon, lat
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -165,3 +166,24 @@ def test_points_on_the_far_side_have_no_value(edges: tuple[Path, rd.Collection])
     found = made.sample_points([*far, *zip(lon, lat, strict=True)], ["B04"])
     assert found["value"].to_pylist() == [None] * 4 + sampled(path, lon, lat)
     assert found["record_id"].to_pylist() == [None] * 4 + ["a"] * 4
+
+
+def test_a_raster_that_counts_from_0_to_360_is_where_it_is(tmp_path: Path) -> None:
+    """Its pixels, chips and points are those of the same raster that counts from -180; so across 180 degrees."""
+    pixel = (1 / 3600, -1 / 3600)
+    twins = [collection({"a": {"B04": write(tmp_path / f"{n}.tif", 4326, (west, 10.0), pixel)}})
+             for n, west in enumerate((190.0, -170.0))]  # fmt: skip
+    at = [(190 + n / 3600, 10 - 20.5 / 3600) for n in (0.5, 40.5, 60.5, 95.5)]
+    for counted in (at, [(x - 360, y) for x, y in at]):
+        first, second = (made.sample_points(counted, ["B04"])["value"].to_pylist() for made in twins)
+        assert first == second
+        assert None not in first
+    chips = [made.harmonize(resolution=30).chips(16, cell_km=0.48, min_coverage=0.5).load() for made in twins]
+    np.testing.assert_array_equal(chips[0].pixels.values, chips[1].pixels.values)
+    assert chips[0].sizes["chip"] > 20
+    assert (chips[0].valid_fraction.values > 0.8).mean() > 0.8
+    path = write(tmp_path / "across.tif", 4326, (179.99, 10.0), pixel)
+    lon, lat = 179.99 + np.arange(0.5, SIDE) / 3600, np.full(SIDE, 10 - 30.5 / 3600)
+    found = collection({"a": {"B04": path}}).sample_points(list(zip(lon, lat, strict=True)), ["B04"])
+    with rasterio.open(path) as file:
+        assert found["value"].to_pylist() == file.read(1)[30].tolist()

@@ -176,7 +176,9 @@ def _table(
         "collection": records.column("collection").take(record),
         "band": pa.array(source.plan.bands, pa.string()).take(pa.array(band)),
         "value": pa.array(values.ravel().astype(np.float64), mask=~valid.ravel()),
-        "raster_crs": pa.array(np.where(lead < 0, rows.frame.epsg[rows.window[row]], own[lead]).astype(np.int32)),
+        "raster_crs": pa.array(
+            np.where(lead < 0, rows.frame.epsg[rows.window[row]], own[lead]).astype(np.int32)
+        ),
     }
     return (
         pa.table(columns, schema=POINT_SCHEMA)

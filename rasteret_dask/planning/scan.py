@@ -26,6 +26,7 @@ from rasteret_dask.table.records import RECORD_SCHEMA, Records
 
 __all__ = [
     "Table",
+    "alone",
     "as_table",
     "expression",
     "filter_batches",
@@ -86,6 +87,13 @@ def filter_table(
         return data if columns is None else data.select(list(columns))
     schema = data.schema if columns is None else pa.schema([data.schema.field(c) for c in columns])
     return pa.Table.from_batches(filter_batches(data, where, name, columns), schema)
+
+
+def alone(data: Table, where: Sequence[Predicate], name: str) -> str:
+    """Say how many rows each predicate would leave alone, where all of them together leave none."""
+    left = [filter_table(data, (predicate,), name).num_rows for predicate in where]
+    words = (f"{column} {op} {value!r}" for column, op, value in where)
+    return ", ".join(f"{word} alone leaves {n:,}" for word, n in zip(words, left, strict=True))
 
 
 def filter_batches(

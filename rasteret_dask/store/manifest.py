@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from rasteret_dask.errors import UnreadableTilesWarning
 from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.screening import tally
 
 __all__ = ["losses", "manifest_of", "warn_of_masked"]
 
@@ -74,9 +75,9 @@ def losses(manifest: pa.Table) -> str:
     dropped = sum(manifest["chips"].to_pylist()) - sum(manifest["kept"].to_pylist())
     if not dropped:
         return ""
-    return (
-        f"{dropped} of {sum(manifest['chips'].to_pylist())} chips dropped by keep (reasons: manifest.parquet)"
-    )
+    reasons = [r for text in manifest["dropped_chips"].to_pylist() for r in json.loads(text).values()]
+    planned = sum(manifest["chips"].to_pylist())
+    return f"{dropped} of {planned} chips dropped by keep ({tally(reasons)}; each in manifest.parquet)"
 
 
 def _of(report: Mapping[str, Any], kind: str) -> dict[str, Any]:
