@@ -76,7 +76,9 @@ class Outlines:
             result[number] = bounds_in(self.bounds[number], int(self.epsg[number]), 4326)
         across = result[:, 2] < result[:, 0]
         beyond = (result[:, 0] < -180.0) | (result[:, 2] > 180.0)  # a raster that counts from 0 to 360
-        result[np.ix_(beyond, [0, 2])] -= 360.0 * np.round(result[beyond][:, [0, 2]].mean(1) / 360.0)[:, None]
+        turns = np.round((result[:, 0] + result[:, 2]) / 720.0)
+        for edge in (0, 2):
+            result[beyond, edge] -= 360.0 * turns[beyond]
         across |= (result[:, 0] < -180.0) | (result[:, 2] > 180.0)
         result[across, 0], result[across, 2] = -180.0, 180.0
         return result
