@@ -21,12 +21,20 @@ from rasteret_dask.collection import Collection
 from rasteret_dask.errors import PlanError, SourceError
 from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.geometries.areas import bbox_of
-from rasteret_dask.ingest.order import Order, check_names, order_of_json
-from rasteret_dask.ingest.pages import Known, Report, ingest
+from rasteret_dask.ingest.order import BuildOrder, check_names, order_of_json
+from rasteret_dask.ingest.pages import BuildReport, EarlierTable, ingest
 from rasteret_dask.ingest.search import fits
 from rasteret_dask.ingest.sources import Item, read_items
 from rasteret_dask.ingest.stac import LeftOut, items_to_table
-from rasteret_dask.ingest.tablecache import SAID, TABLE, Shelf, cache_root, key_of, shelf, shelf_of
+from rasteret_dask.ingest.tablecache import (
+    SEARCH_FILE,
+    TABLE,
+    TableShelf,
+    cache_root,
+    key_of,
+    shelf,
+    shelf_of,
+)
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.net.trust import resolve
 from rasteret_dask.openers import as_collection, warn_signed
@@ -110,7 +118,7 @@ def build(
     """
     entry = find(dataset)
     check_names(entry.dataset, bands)
-    order = Order(
+    order = BuildOrder(
         name=_named(name, entry.id.rsplit("/", 1)[-1]),
         entry=entry.id,
         dataset=entry.dataset,
@@ -188,7 +196,7 @@ def build_from_stac(
     SourceError, TrustError, BandError, SchemaError
         When items are broken, name places they must not, or lack a band.
     """
-    order = Order(
+    order = BuildOrder(
         name=_named(name, ""),
         dataset=known_dataset(dataset or data_source) if dataset or data_source else None,
         stac_api=stac_api,
@@ -253,25 +261,32 @@ def refresh(collection: Collection, *, stac_api: str | None = None, progress: bo
     order = order_of_json(said, plan.name)
     if stac_api is not None:
         order = replace(order, stac_api=stac_api)
-    folder = _fill(order, place, folder, False, progress, Known.of(folder / TABLE))
+    folder = _fill(order, place, folder, False, progress, EarlierTable.of(folder / TABLE))
     return _opened(folder, replace(order, name=plan.name))
 
 
-def _built(order: Order, cache_dir: str | os.PathLike[str] | None, force: bool, progress: bool) -> Collection:
+def _built(
+    order: BuildOrder, cache_dir: str | os.PathLike[str] | None, force: bool, progress: bool
+) -> Collection:
     order.check()
     place = shelf(cache_root(cache_dir), order.entry or order.collection, key_of(order.decides()))
     folder = place.newest()
     if folder is None or force:
         folder = _fill(order, place, folder, force, progress, None)
     elif _needs_signing(folder):  # the items are asked for anew, as they bring signatures; no header is
-        folder = _fill(order, place, folder, False, progress, Known.of(folder / TABLE))
+        folder = _fill(order, place, folder, False, progress, EarlierTable.of(folder / TABLE))
     else:
         _remind(folder, order)
     return _opened(folder, order)
 
 
 def _fill(
-    order: Order, place: Shelf, before: Path | None, replaces: bool, progress: bool, known: Known | None
+    order: BuildOrder,
+    place: TableShelf,
+    before: Path | None,
+    replaces: bool,
+    progress: bool,
+    known: EarlierTable | None,
 ) -> Path:
     """Return the folder of a new table; of the old one, where a refresh finds nothing new."""
     begun = time.monotonic()
@@ -286,14 +301,14 @@ def _fill(
         )  # fmt: skip
         if known is not None and before is not None and not report.added:
             return before
-        (folder / SAID).write_text(json.dumps(_said(order, report), indent=1))
+        (folder / SEARCH_FILE).write_text(json.dumps(_said(order, report), indent=1))
         made = place.commit(folder, after=before, replace=replaces, keep=0 if replaces else 1)
     for note in report.notes(order.name):
         warnings.warn(note, UserWarning, stacklevel=_TO_USER - 1 if known is not None else _TO_USER)
     return made
 
 
-def _said(order: Order, report: Report) -> dict[str, Any]:
+def _said(order: BuildOrder, report: BuildReport) -> dict[str, Any]:
     counts = {
         "rows": report.rows,
         "broken": len(report.broken.items),
@@ -303,8 +318,8 @@ def _said(order: Order, report: Report) -> dict[str, Any]:
     return {**FORMAT.note, **order.as_json(), "made": counts}
 
 
-def _remind(folder: Path, order: Order) -> None:
-    made = json.loads((folder / SAID).read_text()).get("made", {})
+def _remind(folder: Path, order: BuildOrder) -> None:
+    made = json.loads((folder / SEARCH_FILE).read_text()).get("made", {})
     if made.get("failed"):
         warnings.warn(
             f"{order.name}: the headers of {made['failed']} of {made['files']} files could not be read when this "
@@ -324,13 +339,13 @@ def _needs_signing(folder: Path) -> bool:
     return bool(lacking(found, hosts)) or any(expired(href) for href in found)
 
 
-def _opened(folder: Path, order: Order) -> Collection:
+def _opened(folder: Path, order: BuildOrder) -> Collection:
     data = pads.dataset(folder / TABLE, format="parquet")
     warn_signed(order.name, hosts_of(data.schema) or ())
     return _ranged(as_collection(data, name=order.name), order)
 
 
-def _catalog_items(order: Order) -> list[Item]:
+def _catalog_items(order: BuildOrder) -> list[Item]:
     if order.filter is not None:
         raise SourceError(
             f"catalog of {order.entry!r}", "a filter in CQL2", "query=, or no filter",
@@ -345,7 +360,7 @@ def _catalog_items(order: Order) -> list[Item]:
     return read_items(place, keep_broken=order.skip_broken)
 
 
-def _how_to_have(order: Order) -> str:
+def _how_to_have(order: BuildOrder) -> str:
     """Return what to do about a catalog of this machine that is not there."""
     if str(order.entry).startswith("demo/"):
         return (
@@ -355,7 +370,7 @@ def _how_to_have(order: Order) -> str:
     return f"Go to the folder that {order.catalog} is relative to, or register the dataset with a full path."
 
 
-def _from_items(order: Order, items: Sequence[Item]) -> Collection:
+def _from_items(order: BuildOrder, items: Sequence[Item]) -> Collection:
     broken = LeftOut(order.skip_broken)
     if order.query is not None:
         items = [i for i in items if fits(i.data, order.query, f"items of {order.name!r}")]
@@ -376,7 +391,7 @@ def _from_items(order: Order, items: Sequence[Item]) -> Collection:
     return _ranged(as_collection(table, name=order.name), order)
 
 
-def _ranged(made: Collection, order: Order) -> Collection:
+def _ranged(made: Collection, order: BuildOrder) -> Collection:
     """Return a collection that knows its range: regular slots of time span it."""
     where: tuple[Predicate, ...] = ()
     if order.span != (None, None):

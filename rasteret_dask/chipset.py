@@ -12,14 +12,14 @@ import xarray as xr
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
-from rasteret_dask.chipping.chips import ChipSet, used_rows
+from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.steps import apply_step, plan_chips
 from rasteret_dask.chipsteps import ChipSteps
 from rasteret_dask.errors import StoreError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import place_of
-from rasteret_dask.planning.plan import Screen, Select
+from rasteret_dask.planning.plan import FilterPixels, Select
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.show import audit, explain
 from rasteret_dask.statistics.measuring import kept_sizes, measured, recalled, remember
@@ -29,9 +29,9 @@ from rasteret_dask.store.layout import Layout
 from rasteret_dask.store.outputs import load, to_xarray
 from rasteret_dask.store.run import delayed_zarr, run_zarr
 from rasteret_dask.streamfrom import save_plan
-from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.chipshards import ChipShards
+from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.planned import planned
-from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.stream import Normalize, Stream, batches
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.freezing import freeze
@@ -65,9 +65,11 @@ class Chips(ChipSteps):
     # What it is
 
     @cached_property
-    def planned(self) -> ChipSet:
+    def planned(self) -> PlannedChips:
         """The planned chips: the chip table and what it was made from."""
-        if self._parent is None or (isinstance(self.plan, Screen) and self.plan.spec.max_cloud is not None):
+        if self._parent is None or (
+            isinstance(self.plan, FilterPixels) and self.plan.spec.max_cloud is not None
+        ):
             return plan_chips(self.plan, self._tables)
         return apply_step(self._parent.planned, self.plan, self._tables)
 
@@ -276,7 +278,7 @@ class Chips(ChipSteps):
         reading = self._reading(error_policy(on_error), client)
         if normalize is True:
             normalize = recalled(reading.digest, on_error) or self.stats(client=client, on_error=on_error)
-        order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
+        order = BatchOrder(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
         return batches(reading, order, epochs, client, prefetch, normalize or None)
 
     def stats(self, sample: int | None = None, client: ClientLike = None, on_error: str = "raise") -> Stats:
@@ -297,10 +299,10 @@ class Chips(ChipSteps):
         remember(found, reading.digest, on_error)
         return found
 
-    def _reading(self, on_error: str, client: ClientLike = None) -> Reading:
+    def _reading(self, on_error: str, client: ClientLike = None) -> ChipShards:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""
         make = partial(planned, self.job, self._layout.outputs, self._functions, on_error)
-        if not self.job.screens:
+        if not self.job.pixel_rules:
             return make()
         if on_error not in self._sizes:
             self._sizes[on_error] = kept_sizes(make(), client)
@@ -314,12 +316,12 @@ class Chips(ChipSteps):
         path
             A folder of its own: a local path or a URL.
         client
-            Who looks at all pixels once, where :meth:`keep` drops some; as in :meth:`stream`.
+            Who looks at all pixels once, where :meth:`filter_pixels` drops some; as in :meth:`stream`.
 
         Raises
         ------
         StoreError
             When something else lies there.
         """
-        sizes = self._reading("raise", client).sizes if self.job.screens else None
+        sizes = self._reading("raise", client).sizes if self.job.pixel_rules else None
         save_plan(self.job, path, sizes)

@@ -11,14 +11,14 @@ import xarray as xr
 
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.planning.plan import (
+    FilterChips,
+    FilterPixels,
     Function,
-    Keep,
     Map,
     Node,
     Predicate,
     Rule,
     Sample,
-    Screen,
     Select,
     Split,
     SplitSpec,
@@ -97,7 +97,7 @@ class ChipSteps:
 
     def filter(self, *given: Predicate | Any, **columns: Any) -> Self:
         """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
-        return self._with(Keep(self.plan, predicates(given, columns)))
+        return self._with(FilterChips(self.plan, predicates(given, columns)))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> Self:
         """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
@@ -114,7 +114,7 @@ class ChipSteps:
         known = Function.of(function, version)
         return self._with(Map(self.plan, known, source), functions={known: function})
 
-    def keep(
+    def filter_pixels(
         self,
         function: Callable[[xr.DataArray], Any] | None = None,
         *,
@@ -151,7 +151,7 @@ class ChipSteps:
         """
         rule = Rule.of(function, min_valid, max_cloud, source, version)
         functions = {rule.function: function} if function is not None and rule.function is not None else {}
-        return self._with(Screen(self.plan, rule), functions=functions)
+        return self._with(FilterPixels(self.plan, rule), functions=functions)
 
     def with_table(self, table: pa.Table | str | os.PathLike[str]) -> Self:
         """Keep the chips of a table, with its further columns: ``.table`` or the path of what :meth:`save` wrote.

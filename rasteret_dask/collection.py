@@ -18,10 +18,8 @@ from rasteret_dask.geometries.rows import said
 from rasteret_dask.pixelreads import PixelReads
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
-    Chips as ChipsNode,
-)
-from rasteret_dask.planning.plan import (
     ChipSpec,
+    CutChips,
     Filter,
     Function,
     Harmonize,
@@ -300,7 +298,7 @@ class Collection(TableExits, PixelReads):
             labels=None if polygons is None else token_of(polygons),
             rasterize=rasterize,
         )
-        return Chips(ChipsNode(self.plan, spec), tables, self._functions)
+        return Chips(CutChips(self.plan, spec), tables, self._functions)
 
     # Exits
 

@@ -38,7 +38,7 @@ from rasteret_dask.store.storemap import (
 )
 from rasteret_dask.store.storeread import StoreObject, read_rows
 from rasteret_dask.table import geoparquet
-from rasteret_dask.tasks.screening import KEPT, tally
+from rasteret_dask.tasks.filtering import KEPT, tally
 
 __all__ = ["compact"]
 
@@ -80,7 +80,7 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
         reasons = [reason for shard in opened.shards for reason in shard.dropped.values()]
         raise PlanError(
             f"compact({remote.redact(url)})", f"0 of {len(reasons):,} chips kept ({tally(reasons)})", "at least one",
-            "Write the store again with a keep() that asks for less.",
+            "Write the store again with a filter_pixels() that asks for less.",
         )  # fmt: skip
     chips = _Kept(opened, _shards(opened))
     if _is_finished(place, chips.owner):

@@ -31,7 +31,7 @@ class PixelReads:
         geometries: Any,
         bands: str | Sequence[str] | None = None,
         resolution: float | None = None,
-        chip_size: int | None = None,
+        size: int | None = None,
         target_crs: Any = None,
         return_index: bool = False,
         *,
@@ -52,7 +52,7 @@ class PixelReads:
         resolution
             Metres a pixel. Pixel edges are then whole multiples of it, so that two collections give the same ground;
             None: the records' own pixels.
-        chip_size
+        size
             Side in pixels of a window round each geometry (see ``chips(at=)``), with all its pixels. None: each
             geometry's own window, its bounds widened to whole pixels; pixels whose centre lies outside are fill.
         target_crs
@@ -61,7 +61,7 @@ class PixelReads:
         return_index
             Return (pixels, index) instead.
         all_touched
-            Without ``chip_size``: pixels that a geometry touches are inside, as in ``rasterio.features``.
+            Without ``size``: pixels that a geometry touches are inside, as in ``rasterio.features``.
         on_error
             As in :meth:`Chips.to_xarray`.
         **filters
@@ -75,7 +75,7 @@ class PixelReads:
             pass are one row. A geometry that no record covers has one row (a slot), all fill, so that
             none is lost.
         pyarrow.Table
-            The index, a row for each: ``geometry_number``, ``record_ids`` (none: no record covers it), ``source``,
+            The index, a row for each: ``geometry_number``, ``record_ids`` (none: no record covers it), ``member``,
             ``datetime``, ``slot``, ``epsg``, ``bounds`` (xmin, ymin, xmax, ymax), ``transform``,
             ``valid_fraction``, and the geometries' own columns.
 
@@ -84,7 +84,7 @@ class PixelReads:
         PlanError
             When windows are of several shapes, or no record covers any geometry.
         """
-        asked = reading.Asked(geometries, bands, resolution, chip_size, target_crs, all_touched, on_error)
+        asked = reading.WindowRequest(geometries, bands, resolution, size, target_crs, all_touched, on_error)
         pixels, index = reading.as_numpy(self._prepared(asked, filters))
         return (pixels, index) if return_index else pixels
 
@@ -93,7 +93,7 @@ class PixelReads:
         geometries: Any,
         bands: str | Sequence[str] | None = None,
         resolution: float | None = None,
-        chip_size: int | None = None,
+        size: int | None = None,
         target_crs: Any = None,
         *,
         all_touched: bool = False,
@@ -112,7 +112,7 @@ class PixelReads:
         PlanError
             When windows are of several shapes, or no record covers any geometry.
         """
-        asked = reading.Asked(geometries, bands, resolution, chip_size, target_crs, all_touched, on_error)
+        asked = reading.WindowRequest(geometries, bands, resolution, size, target_crs, all_touched, on_error)
         return reading.as_dataset(self._prepared(asked, filters))
 
     def get_gdf(
@@ -120,7 +120,7 @@ class PixelReads:
         geometries: Any,
         bands: str | Sequence[str] | None = None,
         resolution: float | None = None,
-        chip_size: int | None = None,
+        size: int | None = None,
         target_crs: Any = None,
         *,
         all_touched: bool = False,
@@ -130,7 +130,7 @@ class PixelReads:
         """Read the pixels of geometries into a GeoDataFrame, at once: windows may be of any shape.
 
         Takes what :meth:`get_numpy` takes. There is a row for each row of its index and band, in that order:
-        ``geometry_number``, ``record_ids``, ``record_id`` (the nearest), ``source``, ``cloud_cover``, ``collection``,
+        ``geometry_number``, ``record_ids``, ``record_id`` (the nearest), ``member``, ``cloud_cover``, ``collection``,
         ``datetime``, ..., ``band``, ``data`` (an array of shape (y, x)), ``transform`` (an Affine), and ``geometry``
         in lon/lat.
 
@@ -139,7 +139,7 @@ class PixelReads:
         PlanError
             When no record covers any geometry.
         """
-        asked = reading.Asked(geometries, bands, resolution, chip_size, target_crs, all_touched, on_error)
+        asked = reading.WindowRequest(geometries, bands, resolution, size, target_crs, all_touched, on_error)
         return reading.as_frame(self._prepared(asked, filters))
 
     def sample_points(
@@ -261,6 +261,6 @@ class PixelReads:
         )  # fmt: skip
         return CellDataset(cells, transforms)
 
-    def _prepared(self, asked: reading.Asked, filters: Mapping[str, Any]) -> reading.Read:
+    def _prepared(self, asked: reading.WindowRequest, filters: Mapping[str, Any]) -> reading.RowsToRead:
         chosen = self.subset(**filters) if filters else self
         return reading.prepared(chosen.plan, chosen._tables, asked)

@@ -13,15 +13,15 @@ import pyarrow as pa
 from rasteret_dask.errors import PlanError, SchemaError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import place_of
-from rasteret_dask.planning.plan import Keep, Node, Predicate, Sample, Select, outline, predicates
+from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Select, outline, predicates
 from rasteret_dask.statistics.measuring import measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
 from rasteret_dask.store.ledger import JOB
 from rasteret_dask.store.stored import Stored
 from rasteret_dask.store.storemap import check_sizes, open_store
-from rasteret_dask.streams.epochs import Order
-from rasteret_dask.streams.readings import stored_chips
+from rasteret_dask.streams.chipshards import stored_chips
+from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.stream import Normalize, Stream, batches
 from rasteret_dask.tasks.batches import Arrays
 
@@ -88,7 +88,7 @@ class StoredChips:
 
     def filter(self, *given: Predicate | Any, **columns: Any) -> StoredChips:
         """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
-        return self._with(Keep(self.stored.plan, predicates(given, columns)))
+        return self._with(FilterChips(self.stored.plan, predicates(given, columns)))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> StoredChips:
         """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
@@ -208,7 +208,7 @@ class StoredChips:
 
     @property
     def dropped(self) -> pa.Table:
-        """The chips of the store that ``keep`` left out: chip_id, split and reason."""
+        """The chips of the store that ``filter_pixels`` left out: chip_id, split and reason."""
         shards = self.stored.map.shards
         rows = [(chip, s.split, reason) for s in shards for chip, reason in s.dropped.items()]
         names = ("chip_id", "split", "reason")
@@ -233,7 +233,7 @@ class StoredChips:
         reading = stored_chips(self.stored)
         if normalize is True:
             normalize = recalled(self.stored.url, self.digest) or self.stats(client=client)
-        order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
+        order = BatchOrder(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
         return batches(reading, order, epochs, client, prefetch, normalize or None)
 
     def __repr__(self) -> str:

@@ -13,9 +13,9 @@ from rasteret_dask.net.sums import document_of, sealed
 from rasteret_dask.planning.functions import Function
 from rasteret_dask.store.stored import Stored
 from rasteret_dask.storeset import open_chips
-from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.chipshards import ChipShards, stored_chips
+from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.planned import planned
-from rasteret_dask.streams.readings import Reading, stored_chips
 from rasteret_dask.streams.stream import Normalize, Stream, batches
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import JOB_FILE, open_job, read_note, write_job
@@ -63,7 +63,7 @@ def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | 
 
 
 def stream_from(
-    address: ClientLike,
+    client: ClientLike,
     plan: str | os.PathLike[str],
     batch_size: int,
     shuffle: int | None = None,
@@ -88,7 +88,7 @@ def stream_from(
 
     Parameters
     ----------
-    address
+    client
         The Dask scheduler's address, a client or a cluster; None: the current client (in a task: its worker's), else
         threads of this process. A ``tls://`` address takes its certificates from Dask's configuration: see Notes.
     plan
@@ -96,8 +96,8 @@ def stream_from(
     batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch, normalize, buffer
         As in :meth:`Chips.stream`.
     functions
-        The functions that the plan calls (those given to ``map`` and ``keep``): a saved plan holds their names and
-        digests, never code, and nothing is imported or unpickled because a file says so.
+        The functions that the plan calls (those given to ``map`` and ``filter_pixels``): a saved plan holds their
+        names and digests, never code, and nothing is imported or unpickled because a file says so.
     split
         Of a store: only the chips of this split; a store of several must be asked for one. A saved plan has the chips
         that were selected when it was saved.
@@ -143,8 +143,8 @@ def stream_from(
             f"stream_from {remote.redact(url)}", "neither a saved plan nor a finished store", "one of them",
             "chips.save_plan(path) writes the one, chips.to_zarr(path) the other.",
         )  # fmt: skip
-    order = Order(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
-    return batches(reading, order, epochs, address, prefetch, normalize)
+    order = BatchOrder(reading.sizes, batch_size, shuffle, drop_last, rank, world_size, pad, buffer)
+    return batches(reading, order, epochs, client, prefetch, normalize)
 
 
 def _of_one_split(url: str, split: str | None) -> Stored:
@@ -158,11 +158,13 @@ def _of_one_split(url: str, split: str | None) -> Stored:
     return chips
 
 
-def _planned(url: str, functions: tuple[Callable[..., Any], ...], on_error: str) -> Reading:
+def _planned(url: str, functions: tuple[Callable[..., Any], ...], on_error: str) -> ChipShards:
     job = open_job(url, str(read_note(url)["digest"]))
     job.check_signatures()
     known = _matched(job, functions)
-    return planned(job, outputs_of(job, known), known, on_error, _sizes(url, job) if job.screens else None)
+    return planned(
+        job, outputs_of(job, known), known, on_error, _sizes(url, job) if job.pixel_rules else None
+    )
 
 
 def _sizes(url: str, job: Job) -> tuple[int, ...]:
@@ -180,7 +182,7 @@ def _matched(job: Job, functions: tuple[Callable[..., Any], ...]) -> Functions:
     """Return the functions that a job names."""
     given = {(f.__module__, f.__qualname__): f for f in functions}
     wanted = {f: None for source in range(len(job.sources)) for f in job.functions(source)}
-    wanted |= {rule.function: None for rule in job.screens if rule.function is not None}
+    wanted |= {rule.function: None for rule in job.pixel_rules if rule.function is not None}
     found = {}
     for function in wanted:
         call = given.get((function.module, function.name))

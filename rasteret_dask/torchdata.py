@@ -21,7 +21,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.extras import needs
 from rasteret_dask.store import stored
 from rasteret_dask.storeset import StoredChips
-from rasteret_dask.streams.epochs import Epoch, Order
+from rasteret_dask.streams.epochs import BatchOrder, Epoch
 from rasteret_dask.streams.stream import Stream, normalizer
 from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.training.passes import Passes
@@ -37,17 +37,17 @@ Transforms: TypeAlias = Callable[[Sample], Sample]
 
 
 @dataclass(frozen=True)
-class _Run(Order):
+class _Run(BatchOrder):
     """A run of neighbouring batches of a rank's epoch: those of one DataLoader worker."""
 
     worker: int = 0
     workers: int = 1
 
     @cached_property
-    def rank_order(self) -> Order:
+    def rank_order(self) -> BatchOrder:
         """The order of all of the rank's batches."""
         said = asdict(self)
-        return Order(**{name: said[name] for name in Order.__dataclass_fields__})
+        return BatchOrder(**{name: said[name] for name in BatchOrder.__dataclass_fields__})
 
     @cached_property
     def _ends(self) -> tuple[int, int]:

@@ -18,9 +18,9 @@ from waiting import until as until
 
 import rasteret_dask as rd
 from rasteret_dask.errors import ReadError
-from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.chipshards import ChipShards
+from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.planned import planned
-from rasteret_dask.streams.readings import Reading
 from rasteret_dask.streams.stream import Stream, batches
 from rasteret_dask.tasks.batches import Arrays, InMemory, Kind, take
 
@@ -65,13 +65,13 @@ class Shards:
         }
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> ChipShards:
         """Return what streams take."""
         tasks = [
             (f"read-{n}-{self.log.name}", Task(f"read-{n}-{self.log.name}", self.read, n))
             for n in self.places
         ]
-        return Reading(
+        return ChipShards(
             self.sizes,
             f"made {self.sizes}",
             {"s2": Kind(("red", "nir"), "float32")},
@@ -93,7 +93,7 @@ class Shards:
     def stream(self, batch_size: int, shuffle: int | None = None, **more: Any) -> Stream:
         """Return a stream of them."""
         own = {k: more.pop(k) for k in ("epochs", "client", "prefetch", "normalize") if k in more}
-        return batches(self.reading, Order(self.sizes, batch_size, shuffle, **more), **own)
+        return batches(self.reading, BatchOrder(self.sizes, batch_size, shuffle, **more), **own)
 
     def ids(self) -> list[str]:
         """Return all chips."""
@@ -142,7 +142,7 @@ def train_chips(s2: rd.Collection, aef: rd.Collection) -> rd.Chips:
     return chips.select("train")
 
 
-def in_small_shards(chips: rd.Chips) -> Reading:
+def in_small_shards(chips: rd.Chips) -> ChipShards:
     """Return the same chips in several shards."""
     layout = layout_of(chips, 150_000)
     found = planned(layout.job, layout.outputs, {})

@@ -34,7 +34,7 @@ from rasteret_dask.errors import BandError, PlanError, SourceError
 from rasteret_dask.ingest import pages as ingest
 from rasteret_dask.ingest.sources import remote_item
 from rasteret_dask.ingest.stac import items_to_table
-from rasteret_dask.ingest.tablecache import SAID
+from rasteret_dask.ingest.tablecache import SEARCH_FILE
 from rasteret_dask.net import remote
 
 ID = "earthsearch/sentinel-2-l2a"
@@ -78,7 +78,9 @@ def ids(collection: rd.Collection) -> list[str]:
 def tables(cache: Path) -> list[str]:
     """Return the folders of whole tables."""
     return sorted(
-        str(p.parent.relative_to(cache)) for p in cache.rglob(SAID) if not p.parent.name.startswith(".")
+        str(p.parent.relative_to(cache))
+        for p in cache.rglob(SEARCH_FILE)
+        if not p.parent.name.startswith(".")
     )
 
 
@@ -606,7 +608,7 @@ def test_collection_ids_of_an_api_stay_in_the_cache(api: StacServer, own_cache: 
             )
             assert len(made) == 1
     assert len(tables(own_cache)) == len(wild)
-    assert {p.parents[2] for p in own_cache.rglob(SAID)} == {own_cache}
+    assert {p.parents[2] for p in own_cache.rglob(SEARCH_FILE)} == {own_cache}
     assert {p.name for p in tmp_path.iterdir()} == {"cache"}
 
 
@@ -635,7 +637,7 @@ def test_no_secret_is_kept_or_told(api: StacServer, own_cache: Path) -> None:
     made = build(ID, bbox=BOX, stac_api=url, headers=False, progress=False)
     assert b"secret" not in b"".join(p.read_bytes() for p in own_cache.rglob("*") if p.is_file())
     assert not any("secret" in str(p.relative_to(own_cache)) for p in own_cache.rglob("*"))
-    said = json.loads((Path(made.dataset.files[0]).parent / SAID).read_text())
+    said = json.loads((Path(made.dataset.files[0]).parent / SEARCH_FILE).read_text())
     assert said["stac_api"] == api.url
     assert said["corners"] == list(BOX)
 

@@ -50,7 +50,7 @@ def chips(small_world: World, tmp_path_factory: pytest.TempPathFactory) -> rd.Ch
     data[offset : offset + length] = bytes(length)
     path.write_bytes(data)
     optical = s2.harmonize(bands=["red", "nir"], units="reflectance", dtype="uint16", resolution=10)
-    return optical.chips(size=32, cell_km=0.96).sample(60).keep(bright)
+    return optical.chips(size=32, cell_km=0.96).sample(60).filter_pixels(bright)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_chip_is_cube_for_every_pick(
 ) -> None:
     source = merged(s2, l8, pick=pick)
     chips = dataset(source.chips(size=32, cell_km=0.96, aoi=small_world.bbox).sample(30))
-    names = {name for names in chips["source"].values.ravel() for name in str(names).split("+") if name}
+    names = {name for names in chips["member"].values.ravel() for name in str(names).split("+") if name}
     assert names == (
         {"l8"} if pick == "closest" else {"s2", "l8"}
     )  # Landsat comes in the middle of each month
@@ -318,7 +318,7 @@ def test_merged_mosaicked_masked_and_picked_chips_equal_the_oracle(two_tiles: Pa
 
 def test_acquisition_coordinates_say_when_and_which(two_tiles: Pass) -> None:
     chips = dataset(two_tiles.s2.harmonize(bands=["red"]).chips(size=32, cell_km=0.96))
-    assert set(chips["source"].values.ravel()) == {"s2"}
+    assert set(chips["member"].values.ravel()) == {"s2"}
     # of the acquisition, whichever granule lies nearer
     assert set(chips["datetime"].values.ravel()) == {np.datetime64("2024-05-10T10:00:00")}
 
@@ -398,7 +398,7 @@ def test_a_cube_goes_to_zarr_as_it_is(
     cube.to_zarr(tmp_path / "cube.zarr")
     opened = xr.open_dataarray(tmp_path / "cube.zarr", engine="zarr", decode_coords="all")
     assert opened.rio.crs.to_epsg() == 32633
-    assert opened["source"].values.tolist() == cube["source"].values.tolist()
+    assert opened["member"].values.tolist() == cube["member"].values.tolist()
     np.testing.assert_array_equal(opened["time"].values, cube["time"].values)
     wanted = cube.values
     if dtype == "uint16":  # decoded: reflectance, NaN where invalid
@@ -410,7 +410,7 @@ def test_a_cube_goes_to_zarr_as_it_is(
 def test_merged_cube_is_in_time_order_with_its_sources(s2: rd.Collection, l8: rd.Collection) -> None:
     cube = rd.merge(s2, l8).harmonize(bands=["red", "nir"], resolution=10).cube()
     assert (np.diff(cube["time"].values) > np.timedelta64(0, "ns")).all()
-    assert set(cube["source"].values) == {"s2", "l8"}
+    assert set(cube["member"].values) == {"s2", "l8"}
     assert cube.sizes["time"] == 7  # four datatakes and three Landsat scenes
     rules = json.loads(cube.attrs["radiometry"])
     assert {(r["member"], r["offset"]) for r in rules} == {("s2", -0.1), ("s2", 0.0), ("l8", -0.2)}
@@ -423,7 +423,7 @@ def test_empty_slots_are_invalid_throughout(s2: rd.Collection, small_world: Worl
     cube = source.cube(bounds=(west, south, west + 320, south + 320)).compute()
     assert cube["time"].dt.month.values.tolist() == [4, 5, 6]
     assert np.isnan(cube.values[1]).all()
-    assert cube["source"].values.tolist()[1] == ""
+    assert cube["member"].values.tolist()[1] == ""
     assert np.isnat(cube["datetime"].values[1])
 
 

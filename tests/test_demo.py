@@ -81,7 +81,7 @@ def test_the_second_run_writes_nothing_and_says_so(ran: Ran) -> None:
 
 def test_both_sensors_fill_slots_and_may_is_landsat_s(ran: Ran) -> None:
     with opened(ran[0] / "train.zarr") as tree:
-        sources = tree["optical"].to_dataset()["source"].values.astype(object)
+        sources = tree["optical"].to_dataset()["member"].values.astype(object)
     assert [set(sources[:, t]) for t in (0, 1)] == [{"s2"}, {"l8"}]
     assert "s2" in sources[:, 2]
 

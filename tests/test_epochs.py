@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from rasteret_dask.errors import PlanError
-from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.epochs import BatchOrder
 
 Chip = tuple[int, int]
 
@@ -23,7 +23,7 @@ SEEDS = st.one_of(st.none(), st.integers(0, 2**40))
 
 
 @st.composite
-def orders(draw: Any, /, **fixed: Any) -> Order:
+def orders(draw: Any, /, **fixed: Any) -> BatchOrder:
     """Return an order that yields something; the parts of ``fixed`` are as they are given."""
     world = draw(st.integers(1, 5))
     pad = draw(st.booleans())
@@ -38,13 +38,13 @@ def orders(draw: Any, /, **fixed: Any) -> Order:
         "buffer": draw(st.integers(1, 5)),
     }
     try:
-        return Order(**{**drawn, **fixed})
+        return BatchOrder(**{**drawn, **fixed})
     except PlanError:
         assume(False)
         raise
 
 
-def batches(order: Order, epoch: int = 0, first: int = 0) -> list[list[tuple[Chip, bool]]]:
+def batches(order: BatchOrder, epoch: int = 0, first: int = 0) -> list[list[tuple[Chip, bool]]]:
     """Return the chips of each batch, (shard, row), and whether they are padded; check the books on the way."""
     found = order.epoch(epoch, first)
     taken: Counter[tuple[int, int]] = Counter()
@@ -67,17 +67,17 @@ def batches(order: Order, epoch: int = 0, first: int = 0) -> list[list[tuple[Chi
     return result
 
 
-def ranks(order: Order, epoch: int = 0) -> list[list[list[tuple[Chip, bool]]]]:
+def ranks(order: BatchOrder, epoch: int = 0) -> list[list[list[tuple[Chip, bool]]]]:
     return [batches(replace(order, rank=rank), epoch) for rank in range(order.world_size)]
 
 
-def every_chip(order: Order) -> list[Chip]:
+def every_chip(order: BatchOrder) -> list[Chip]:
     return [(shard, row) for shard, size in enumerate(order.sizes) for row in range(size)]
 
 
 @LAW
 @given(orders(), st.integers(0, 3))
-def test_every_rank_has_the_same_number_of_batches_of_the_same_sizes(order: Order, epoch: int) -> None:
+def test_every_rank_has_the_same_number_of_batches_of_the_same_sizes(order: BatchOrder, epoch: int) -> None:
     sizes = [[len(batch) for batch in own] for own in ranks(order, epoch)]
     assert all(own == sizes[0] for own in sizes)
     assert len(sizes[0]) == order.batches >= 1
@@ -87,7 +87,7 @@ def test_every_rank_has_the_same_number_of_batches_of_the_same_sizes(order: Orde
 
 @LAW
 @given(orders(), st.integers(0, 3))
-def test_ranks_are_disjoint_and_no_chip_comes_twice(order: Order, epoch: int) -> None:
+def test_ranks_are_disjoint_and_no_chip_comes_twice(order: BatchOrder, epoch: int) -> None:
     found = Counter(
         chip for own in ranks(order, epoch) for batch in own for chip, padded in batch if not padded
     )
@@ -97,7 +97,7 @@ def test_ranks_are_disjoint_and_no_chip_comes_twice(order: Order, epoch: int) ->
 
 @LAW
 @given(orders(), st.integers(0, 3))
-def test_what_is_left_out_is_less_than_a_batch_a_rank(order: Order, epoch: int) -> None:
+def test_what_is_left_out_is_less_than_a_batch_a_rank(order: BatchOrder, epoch: int) -> None:
     found = {chip for own in ranks(order, epoch) for batch in own for chip, padded in batch if not padded}
     left = order.chips - len(found)
     if order.pad:
@@ -111,7 +111,7 @@ def test_what_is_left_out_is_less_than_a_batch_a_rank(order: Order, epoch: int) 
 
 @LAW
 @given(orders(pad=True, drop_last=False))
-def test_padded_chips_are_chips_of_the_rank_itself(order: Order) -> None:
+def test_padded_chips_are_chips_of_the_rank_itself(order: BatchOrder) -> None:
     for own in ranks(order):
         real = {chip for batch in own for chip, padded in batch if not padded}
         repeated = [chip for batch in own for chip, padded in batch if padded]
@@ -121,7 +121,7 @@ def test_padded_chips_are_chips_of_the_rank_itself(order: Order) -> None:
 
 @LAW
 @given(orders(seed=None))
-def test_without_a_seed_ranks_follow_each_other_in_the_order_of_the_chips(order: Order) -> None:
+def test_without_a_seed_ranks_follow_each_other_in_the_order_of_the_chips(order: BatchOrder) -> None:
     found = [chip for own in ranks(order) for batch in own for chip, padded in batch if not padded]
     assert found == sorted(found)
     assert batches(order, 0) == batches(order, 7)
@@ -131,14 +131,14 @@ def test_without_a_seed_ranks_follow_each_other_in_the_order_of_the_chips(order:
 
 @LAW
 @given(orders(), st.integers(0, 2), st.data())
-def test_from_any_batch_on_it_is_the_same_epoch(order: Order, epoch: int, data: Any) -> None:
+def test_from_any_batch_on_it_is_the_same_epoch(order: BatchOrder, epoch: int, data: Any) -> None:
     first = data.draw(st.integers(0, order.batches))
     assert batches(order, epoch, first) == batches(order, epoch)[first:]
 
 
 @LAW
 @given(orders(), st.integers(0, 2))
-def test_no_more_than_a_buffer_of_shards_is_mixed(order: Order, epoch: int) -> None:
+def test_no_more_than_a_buffer_of_shards_is_mixed(order: BatchOrder, epoch: int) -> None:
     """All chips of a shard leave before any of the shard that comes ``buffer`` later."""
     place = {visit.shard: at for at, visit in enumerate(order.epoch(epoch).visits)}
     visits = [place[shard] for b in batches(order, epoch) for (shard, _), padded in b if not padded]
@@ -149,7 +149,7 @@ def test_no_more_than_a_buffer_of_shards_is_mixed(order: Order, epoch: int) -> N
 
 @LAW
 @given(orders(seed=5, world_size=1, rank=0, pad=False, drop_last=False))
-def test_seeds_and_epochs_shuffle_anew(order: Order) -> None:
+def test_seeds_and_epochs_shuffle_anew(order: BatchOrder) -> None:
     assume(order.chips >= 24)
     flat = [[chip for batch in batches(o, e) for chip, _ in batch] for o, e in
             [(order, 0), (order, 1), (replace(order, seed=6), 0)]]  # fmt: skip
@@ -158,7 +158,7 @@ def test_seeds_and_epochs_shuffle_anew(order: Order) -> None:
 
 
 def test_shuffled_chips_come_from_the_whole_buffer() -> None:
-    order = Order((64,) * 40, 32, seed=3, buffer=4)
+    order = BatchOrder((64,) * 40, 32, seed=3, buffer=4)
     found = order.epoch(0)
     mixed = [len({visit for visit, _, _ in batch.parts}) for batch in found.batches[8:-8]]
     assert min(mixed) >= 3
@@ -169,25 +169,25 @@ def test_shuffled_chips_come_from_the_whole_buffer() -> None:
 
 def test_the_order_of_a_seed_is_the_same_for_ever() -> None:
     """What a state of last year names must still be so: these were written down once."""
-    found = batches(Order((3, 2, 4), 4, seed=42, buffer=2), epoch=1)
+    found = batches(BatchOrder((3, 2, 4), 4, seed=42, buffer=2), epoch=1)
     assert [[chip for chip, _ in batch] for batch in found] == WRITTEN
 
 
 def test_more_ranks_than_shards_share_them() -> None:
-    order = Order((10, 10), 2, world_size=5)
+    order = BatchOrder((10, 10), 2, world_size=5)
     found = ranks(order)
     assert [len(own) for own in found] == [2] * 5
     assert sorted(chip for own in found for batch in own for chip, _ in batch) == every_chip(order)
 
 
 def test_most_shards_are_read_by_one_rank() -> None:
-    order = Order((16,) * 100, 8, seed=1, world_size=4)
+    order = BatchOrder((16,) * 100, 8, seed=1, world_size=4)
     seen = Counter(v.shard for rank in range(4) for v in replace(order, rank=rank).epoch(0).visits)
     assert sum(seen.values()) <= 100 + 3
 
 
 def test_a_million_chips_need_no_million_of_anything() -> None:
-    order = Order((38,) * 26_000, 64, seed=1)
+    order = BatchOrder((38,) * 26_000, 64, seed=1)
     found = order.epoch(0)
     assert len(found.batches) == order.batches == -(-38 * 26_000 // 64)
     assert sum(len(v.rows) for v in found.visits) < 7 * 26_000
@@ -212,11 +212,11 @@ def test_a_million_chips_need_no_million_of_anything() -> None:
 )
 def test_what_cannot_be_is_said_at_once(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
-        Order(**{"sizes": (3, 4), "batch_size": 2, **arguments})
+        BatchOrder(**{"sizes": (3, 4), "batch_size": 2, **arguments})
 
 
 def test_fewer_chips_than_ranks_with_pad() -> None:
-    found = ranks(Order((2, 1), 2, world_size=5, pad=True))
+    found = ranks(BatchOrder((2, 1), 2, world_size=5, pad=True))
     assert [len(own) for own in found] == [1] * 5
     assert sorted(chip for own in found for batch in own for chip, padded in batch if not padded) == [
         (0, 0), (0, 1), (1, 0),
@@ -224,12 +224,12 @@ def test_fewer_chips_than_ranks_with_pad() -> None:
 
 
 def test_a_batch_larger_than_the_split_is_short() -> None:
-    assert [len(b) for b in batches(Order((3, 4), 50))] == [7]
-    assert [len(b) for b in batches(Order((3, 4), 50, pad=True))] == [50]
+    assert [len(b) for b in batches(BatchOrder((3, 4), 50))] == [7]
+    assert [len(b) for b in batches(BatchOrder((3, 4), 50, pad=True))] == [50]
 
 
 def test_draws_are_uniform() -> None:
-    order = Order((1,) * 2000, 2000, seed=9)
+    order = BatchOrder((1,) * 2000, 2000, seed=9)
     first = [chip[0] for chip, _ in batches(order)[0]]
     assert sorted(first) == list(range(2000))
     assert abs(np.corrcoef(first, range(2000))[0, 1]) < 0.1

@@ -47,7 +47,7 @@ def test_exactly_one_format_is_read(found: Any, known: int) -> None:
 @pytest.fixture(scope="module")
 def chips(s2: rd.Collection) -> rd.Chips:
     optical = s2.harmonize(bands=["red"], units="reflectance", time="3MS")
-    return optical.chips(size=32, cell_km=0.96).sample(4).keep(min_valid=0.01)
+    return optical.chips(size=32, cell_km=0.96).sample(4).filter_pixels(min_valid=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,9 @@ def test_whatever_is_damaged_in_a_plan_is_told(
     assert len(ids(plan)) == 4
 
 
-@pytest.mark.parametrize("field", ["screens", "sources", "digest", "phase", "tables", "hierarchies", "maps"])
+@pytest.mark.parametrize(
+    "field", ["pixel_rules", "sources", "digest", "phase", "tables", "hierarchies", "maps"]
+)
 def test_a_plan_with_a_field_missing_or_unknown_is_told(plan: Path, field: str) -> None:
     text = json.loads((plan / "job.json").read_bytes())
     (plan / "job.json").write_text(json.dumps({k: v for k, v in text.items() if k != field}))

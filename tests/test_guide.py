@@ -102,7 +102,7 @@ def test_one_resolution_and_size_make_one_ground(built: Any, small_world: World)
     merged = merged_of(s2_collection, landsat_collection)
     west, south, east, north = small_world.bbox
     points = [shapely.Point(west + (east - west) * f, south + (north - south) * f) for f in (0.4, 0.5, 0.6)]
-    same = {"geometries": points, "resolution": 10, "chip_size": SIZE, "return_index": True}
+    same = {"geometries": points, "resolution": 10, "size": SIZE, "return_index": True}
     s2_data, s2_index = merged.subset(source="sentinel-2").get_numpy(
         bands=["B04", "B03", "B02", "B08"], **same
     )

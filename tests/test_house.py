@@ -32,10 +32,10 @@ ORDER = {
     "reader": "harmonize pixelgrid levels readplan sharing ranges tilecodec rasterfile warp placing tilefile wants "
               "keeping engine plainhref cogreader",
     "cubes": "cube cubegrid recordlayers lazy",
-    "tasks": "job jobfile freezing cuts filling neighbours picking pixels clouds mapping screening shards batches",
+    "tasks": "job jobfile freezing cuts filling neighbours picking pixels clouds mapping filtering shards batches",
     "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
              "holding datasets verifying",
-    "streams": "epochs readings planned datasets shardsource clustersource ahead stream",
+    "streams": "epochs chipshards planned datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "explain audit pictures plot",

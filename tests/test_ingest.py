@@ -15,7 +15,7 @@ from stac_api import Dict, changed, generated
 
 from rasteret_dask.errors import SourceError
 from rasteret_dask.ingest import pages as module
-from rasteret_dask.ingest.pages import Batch, Known, Recipe, ahead, ingest
+from rasteret_dask.ingest.pages import EarlierTable, ItemBatch, Recipe, ahead, ingest
 from rasteret_dask.ingest.sources import remote_item
 from rasteret_dask.ingest.stac import Rules, completed
 from rasteret_dask.progress import Progress
@@ -23,11 +23,11 @@ from rasteret_dask.progress import Progress
 ITEMS = generated(40)
 
 
-def batches(*pages: list[Dict]) -> Iterator[Batch]:
-    return (Batch([remote_item(i) for i in page]) for page in pages)
+def batches(*pages: list[Dict]) -> Iterator[ItemBatch]:
+    return (ItemBatch([remote_item(i) for i in page]) for page in pages)
 
 
-def table(path: Path, *pages: list[Dict], known: Known | None = None, **options: Any) -> Any:
+def table(path: Path, *pages: list[Dict], known: EarlierTable | None = None, **options: Any) -> Any:
     recipe = Recipe("test", Rules(), **{"headers": False, **options})
     report = ingest(batches(*pages), recipe, path, Progress("items", False), known)
     return report, {row["id"]: row for row in pq.read_table(path).to_pylist()}
@@ -83,12 +83,12 @@ def test_no_more_pages_are_held_than_are_ahead(tmp_path: Path, monkeypatch: pyte
         done += 1
         return completed(*arguments)
 
-    def pages() -> Iterator[Batch]:
+    def pages() -> Iterator[ItemBatch]:
         nonlocal asked, most
         for n in range(0, 40, 2):
             asked += 2
             most = max(most, asked - done)
-            yield Batch([remote_item(i) for i in ITEMS[n : n + 2]])
+            yield ItemBatch([remote_item(i) for i in ITEMS[n : n + 2]])
 
     monkeypatch.setattr(module, "completed", counted)
     ingest(pages(), Recipe("test", Rules(), False), tmp_path / "t.parquet", Progress("items", False))
@@ -115,7 +115,7 @@ def test_order_of_arrival_does_not_decide_which_duplicate_stays(tmp_path: Path) 
 
 def test_known_rows_are_kept_and_newer_ones_replace_them(tmp_path: Path) -> None:
     table(tmp_path / "old.parquet", ITEMS[:10])
-    known = Known.of(tmp_path / "old.parquet")
+    known = EarlierTable.of(tmp_path / "old.parquet")
     assert sorted(known.age) == sorted(i["id"] for i in ITEMS[:10])
     newer = changed(ITEMS[2], updated="2030-01-01T00:00:00Z", **{"eo:cloud_cover": 99.0})
     report, rows = table(tmp_path / "new.parquet", [*ITEMS[:2], newer, *ITEMS[3:12]], known=known)

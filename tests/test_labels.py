@@ -28,7 +28,7 @@ from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.demo.world import World
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streams.datasets import as_xarray
-from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.stream import batches
 from rasteret_dask.tasks.batches import Arrays
@@ -391,7 +391,7 @@ def test_label_columns_are_equal_from_every_exit(s2: rd.Collection, tmp_path: Pa
         assert 0 in nulls[:-1]  # shards without a null
         assert any(nulls)
         for shuffle in (None, 1):
-            check_batches(batches(reading, Order(reading.sizes, 16, shuffle)))
+            check_batches(batches(reading, BatchOrder(reading.sizes, 16, shuffle)))
         store = written(chips, tmp_path / name, 60_000)
         opened = open_chips(store)
         for shuffle in (None, 1):
@@ -435,7 +435,7 @@ def test_columns_that_cannot_be_labels_are_named_once(optical: rd.Collection, tm
     chips = optical.chips(SIZE, cell_km=0.64).sample(9)
     ids = chips.table.column("chip_id")
     taken = {
-        name: np.arange(9) for name in ("time", "x", "corner", "kept", "padded", "mask", "source", "_job")
+        name: np.arange(9) for name in ("time", "x", "corner", "kept", "padded", "mask", "member", "_job")
     }
     more = pa.table(
         {
@@ -451,7 +451,7 @@ def test_columns_that_cannot_be_labels_are_named_once(optical: rd.Collection, tm
 
     def exits() -> list[Arrays]:
         stored = open_chips(written(more, tmp_path / "chips", 60_000))
-        return [next(c.stream(4)) for c in (more, stored, more.keep(min_valid=0.0))]
+        return [next(c.stream(4)) for c in (more, stored, more.filter_pixels(min_valid=0.0))]
 
     with pytest.warns(UserWarning, match="no labels of batches") as told:
         found = exits()
@@ -531,7 +531,7 @@ def test_masks_belong_to_the_plan(
 
 
 def test_dropped_chips_have_no_mask(chips: rd.Chips, tmp_path: Path) -> None:
-    kept = chips.select("train").keep(min_valid=0.6)
+    kept = chips.select("train").filter_pixels(min_valid=0.6)
     place = str(tmp_path / "kept.zarr")
     kept.to_zarr(place, progress=False)
     whole = xr.open_zarr(place)

@@ -65,7 +65,7 @@ def cases(store: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
 @pytest.fixture(scope="module")
 def chips(s2: rd.Collection) -> rd.Chips:
     optical = s2.harmonize(bands=["red", "nir"], units="reflectance", dtype="uint16", time="3MS")
-    return optical.chips(size=32, cell_km=0.96).sample(5).keep(min_valid=0.01)
+    return optical.chips(size=32, cell_km=0.96).sample(5).filter_pixels(min_valid=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def unfinished(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Return the same store, stopped with two shards of three."""
     store = tmp_path_factory.mktemp("ledger") / "store"
     shutil.copytree(finished, store)
-    for path in ("zarr.json", "manifest.parquet", "kept/c/0", "_job/done/all-00001.json", "source/c/1/0"):
+    for path in ("zarr.json", "manifest.parquet", "kept/c/0", "_job/done/all-00001.json", "member/c/1/0"):
         (store / path).unlink()
     return store
 
@@ -182,7 +182,7 @@ def leftovers(finished: Path, store: Path) -> None:
     """Leave what tasks put after a store was deleted: shard 0, and shard 2 without its report."""
     for path in files(finished):
         number = path.partition("/c/")[2].partition("/")[0]
-        of_shards = path.split("/")[0] in ("pixels", "valid", "valid_fraction", "datetime", "source")
+        of_shards = path.split("/")[0] in ("pixels", "valid", "valid_fraction", "datetime", "member")
         notes = path.startswith(("_job/tried/all-00000", "_job/tried/all-00002", "_job/done/all-00000"))
         if notes or (of_shards and number in ("0", "2")):
             (store / path).parent.mkdir(parents=True, exist_ok=True)
@@ -426,7 +426,7 @@ def test_a_compact_store_obeys_the_same_laws(finished: Path, tmp_path: Path) -> 
             (store / "zarr.json").unlink()
         compact(finished, store)
         if not (
-            damage is flipped and "/c/" in path and path.startswith(("pixels", "valid", "source", "datetime"))
+            damage is flipped and "/c/" in path and path.startswith(("pixels", "valid", "member", "datetime"))
         ):
             assert contents(store) == wanted, f"{path} {damage.__name__}"
         shutil.rmtree(store)

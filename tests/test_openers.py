@@ -52,8 +52,8 @@ def test_the_guide_s_merged_table(s2: rd.Collection, l8: rd.Collection) -> None:
                 for c in (part, own)
             )
             assert got.chip_id.values.tolist() == expected.chip_id.values.tolist()
-            assert got.drop_vars("source", errors="ignore").equals(
-                expected.drop_vars("source", errors="ignore")
+            assert got.drop_vars("member", errors="ignore").equals(
+                expected.drop_vars("member", errors="ignore")
             )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from made_records import collection, project, record
 
 import rasteret_dask as rd
-from rasteret_dask.chipping.chips import ChipSet
+from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.steps import plan_chips
 from rasteret_dask.planning import plan as p
 from rasteret_dask.planning.optimize import optimize
@@ -75,7 +75,7 @@ YEAR = collection(
 NEAR = project(shapely.box(500_500, 5_397_000, 503_500, 5_399_000), 32633, 4326)
 
 
-def same(a: ChipSet, b: ChipSet) -> None:
+def same(a: PlannedChips, b: PlannedChips) -> None:
     """Assert that two planned sets are one, but for where records stand in their pruned tables."""
     assert a.table.drop_columns(["feeds"]).equals(b.table.drop_columns(["feeds"]))
     for left, right in zip(
@@ -92,7 +92,7 @@ def same(a: ChipSet, b: ChipSet) -> None:
     assert all("unreadable" in k for k in unlike)  # of those in the area, or of all
 
 
-def carried_out(plan: p.Node, tables: Any, optimized: bool) -> ChipSet | type[Exception]:
+def carried_out(plan: p.Node, tables: Any, optimized: bool) -> PlannedChips | type[Exception]:
     try:
         return plan_chips(plan, tables, optimized=optimized)
     except rd.RasteretDaskError as error:

@@ -66,7 +66,7 @@ PLANS: st.SearchStrategy[p.Node] = st.one_of(
     st.builds(
         lambda n, where: p.Select(
             p.Split(
-                p.Keep(p.Chips(n, p.ChipSpec(256, 128, aoi="00")), where),
+                p.FilterChips(p.CutChips(n, p.ChipSpec(256, 128, aoi="00")), where),
                 p.SplitSpec((("train", 0.5), ("val", 0.5), ("test", 0.0)), 3),
             ),
             ("train",),

@@ -52,7 +52,7 @@ def source(
         "time": ("time", np.array(slots, dtype="datetime64[ns]")),
         "split": ("chip", np.full(chips, "train", dtype=object)),
         "bounds": (("chip", "corner"), np.tile([0.0, 0.0, 320.0, 320.0], (chips, 1))),
-        "source": (("chip", "time"), np.full((chips, times), "s2", dtype=object)),
+        "member": (("chip", "time"), np.full((chips, times), "s2", dtype=object)),
         "datetime": (("chip", "time"), np.full((chips, times), np.datetime64("2024-04-09T10", "ns"))),
     }
     data: dict[str, Any] = {"pixels": (("chip", "time", "band", "y", "x"), pixels)}
@@ -67,7 +67,7 @@ def tree() -> xr.DataTree:
     pixels = rng.uniform(0, 0.3, (7, 2, 4, 32, 32)).astype("float32")
     pixels[:, 0, :, :5] = np.nan
     optical = source(["nir", "blue", "green", "red"], ["2024-04-01", "2024-05-01"], pixels)
-    optical["source"][:, 1] = ""
+    optical["member"][:, 1] = ""
     codes = rng.integers(-127, 128, (7, 1, 8, 32, 32), dtype="int8")
     valid = np.ones((7, 1, 32, 32), dtype=bool)
     valid[..., :3] = False

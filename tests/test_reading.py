@@ -120,7 +120,7 @@ def test_windows_of_one_size_are_chips_at_the_geometries(
 ) -> None:
     source = s2 if time is None else s2.harmonize(bands=["red", "nir"], time=time, pick="median")
     bands = None if time else ["B04", "B08"]
-    pixels, index = source.get_numpy(fields, bands, chip_size=48, return_index=True)
+    pixels, index = source.get_numpy(fields, bands, size=48, return_index=True)
     at = pa.table({"geometry": shapely.to_wkb(fields), "number": [0, 1, 2]})
     plain = source if time else source.harmonize(bands=bands, units="raw")
     chips = plain.chips(48, at=at, min_coverage=0).load()
@@ -140,7 +140,7 @@ def test_windows_of_one_size_are_chips_at_the_geometries(
 def test_rows_come_by_geometry_then_time_and_the_index_tells_each(
     s2: rd.Collection, fields: list[Any]
 ) -> None:
-    pixels, index = s2.get_numpy(fields[::-1], ["B04"], chip_size=32, return_index=True)
+    pixels, index = s2.get_numpy(fields[::-1], ["B04"], size=32, return_index=True)
     keys = [(row["geometry_number"], row["datetime"]) for row in index.to_pylist()]
     assert keys == sorted(keys)
     assert len(pixels) == len(keys)
@@ -153,7 +153,7 @@ def test_rows_come_by_geometry_then_time_and_the_index_tells_each(
 
 
 def test_a_pass_of_two_tiles_is_one_row(s2: rd.Collection, fields: list[Any]) -> None:
-    _, index = s2.get_numpy(fields[1], ["B04"], chip_size=32, return_index=True)
+    _, index = s2.get_numpy(fields[1], ["B04"], size=32, return_index=True)
     assert any(len(ids) == 2 for ids in index["record_ids"].to_pylist())
     passes = {
         (name.split("_")[0], name.split("_")[2]) for ids in index["record_ids"].to_pylist() for name in ids
@@ -168,13 +168,13 @@ def test_two_sensors_give_the_same_ground_at_one_resolution(
     """As in the guide: both (N, 4, H, W); their own pixels lie 15 m apart."""
     read = {
         name: source.get_numpy(
-            geometries=fields, bands=RGBN[name], resolution=10, chip_size=size, return_index=True
+            geometries=fields, bands=RGBN[name], resolution=10, size=size, return_index=True
         )
         for name, source in (("s2", s2), ("l8", l8))
     }
     assert {pixels.shape[1:] for pixels, _ in read.values()} == {(4, size, size)}
     assert bounds_of(read["s2"][1]) == bounds_of(read["l8"][1])
-    native = l8.get_numpy(fields, RGBN["l8"], chip_size=size, return_index=True)[1]
+    native = l8.get_numpy(fields, RGBN["l8"], size=size, return_index=True)[1]
     assert set(np.stack(native["bounds"].to_pylist())[:, 0] % 30) == {15}
 
 
@@ -240,7 +240,7 @@ def test_windows_across_zones_and_beyond_records_keep_their_rows(
     """Labels stay with their geometries: what no record covers is a row of fill that says so."""
     areas = [shapely.Point(4.9, 52.3).buffer(0.01), fields[1], shapely.Point(151.2, -33.8).buffer(0.01)]
     frame = geopandas.GeoDataFrame({"crop": ["rye", "oats", "maize"]}, geometry=areas, crs=4326)
-    pixels, index = s2.get_numpy(frame, ["B04"], chip_size=16, return_index=True)
+    pixels, index = s2.get_numpy(frame, ["B04"], size=16, return_index=True)
     assert index["geometry_number"].to_pylist() == [0, *[1] * (len(index) - 2), 2]
     assert index["crop"].to_pylist() == ["rye", *["oats"] * (len(index) - 2), "maize"]
     for row in (0, -1):
@@ -250,9 +250,9 @@ def test_windows_across_zones_and_beyond_records_keep_their_rows(
         assert index["valid_fraction"].to_pylist()[row] == 0
     assert pixels[1:-1].any(axis=(1, 2, 3)).all()
     assert index["epsg"].to_pylist()[0] == 32631
-    gdf = s2.get_gdf(frame, ["B04"], chip_size=16)
+    gdf = s2.get_gdf(frame, ["B04"], size=16)
     assert gdf["crop"].tolist() == index["crop"].to_pylist()
-    cube = s2.get_xarray(frame, ["B04"], chip_size=16)
+    cube = s2.get_xarray(frame, ["B04"], size=16)
     assert cube["B04"].shape == (3, len(index) - 2, 16, 16)
     np.testing.assert_array_equal(cube["B04"].values[1], pixels[1:-1, 0])
     assert cube["valid"].any(("time", "y", "x")).values.tolist() == [False, True, False]
@@ -287,9 +287,7 @@ def test_records_that_are_in_no_zone_keep_their_pixels(tmp_path: Path) -> None:
     assert index["epsg"].to_pylist() == [3035]
     lon, lat = lonlat(points[:, 0], points[:, 1], 3035)
     assert dem.sample_points(list(zip(lon, lat, strict=True)), ["B04"])["value"].to_pylist() == wanted
-    metric, index = dem.get_numpy(
-        ground(shape, 3035), ["B04"], resolution=30, chip_size=16, return_index=True
-    )
+    metric, index = dem.get_numpy(ground(shape, 3035), ["B04"], resolution=30, size=16, return_index=True)
     assert metric.shape == (1, 1, 16, 16)
     assert index["epsg"].to_pylist() == [32633]
     assert index["valid_fraction"].to_pylist() == [1]
@@ -297,7 +295,7 @@ def test_records_that_are_in_no_zone_keep_their_pixels(tmp_path: Path) -> None:
 
 def test_a_crs_of_ones_own(s2: rd.Collection, fields: list[Any]) -> None:
     pixels, index = s2.get_numpy(
-        fields[1], ["B04"], resolution=20, target_crs="EPSG:3035", chip_size=32, return_index=True
+        fields[1], ["B04"], resolution=20, target_crs="EPSG:3035", size=32, return_index=True
     )
     assert set(index["epsg"].to_pylist()) == {3035}
     bounds = np.array(index["bounds"].to_pylist()[0])
@@ -320,14 +318,14 @@ def test_one_geometry_is_a_cube_of_time_and_place(s2: rd.Collection, fields: lis
 
 def test_slots_are_rows_too_the_empty_ones_as_well(s2: rd.Collection, fields: list[Any]) -> None:
     source = s2.harmonize(bands=["red"], time="10D", pick="closest", mask="clouds")
-    pixels, index = source.get_numpy(fields[:2], chip_size=16, return_index=True)
+    pixels, index = source.get_numpy(fields[:2], size=16, return_index=True)
     slots = index["slot"].to_pylist()
     assert slots[: len(slots) // 2] == slots[len(slots) // 2 :]
     assert all(a < b for a, b in pairwise(slots[: len(slots) // 2]))
     empty = np.array([not ids for ids in index["record_ids"].to_pylist()])
     assert empty.any()
     assert np.isnan(pixels[empty]).all()
-    assert source.get_xarray(fields[:2], chip_size=16)["red"].shape[:2] == (2, len(slots) // 2)
+    assert source.get_xarray(fields[:2], size=16)["red"].shape[:2] == (2, len(slots) // 2)
 
 
 def test_many_windows_fetch_a_tile_once(server: RangeServer) -> None:
@@ -358,7 +356,7 @@ def test_real_scenes_on_the_southern_hemisphere(data: Path) -> None:
         epsg, box, pixels, transform = ds.crs.to_epsg(), ds.bounds, ds.read(1), ds.transform
     one = collection({"one": ("2019-01-14T12:00:00", {"B04": files[0]})})
     centre = (box.left + box.right) / 2, (box.bottom + box.top) / 2
-    found, index = one.get_numpy(lonlat(*centre, epsg), ["B04"], chip_size=20, return_index=True)
+    found, index = one.get_numpy(lonlat(*centre, epsg), ["B04"], size=20, return_index=True)
     xmin, _, _, ymax = index["bounds"].to_pylist()[0]
     shift = 10_000_000 if 32700 < epsg < 32800 else 0
     col, row = (round(v) for v in ~transform * (xmin, ymax + shift))
@@ -503,27 +501,27 @@ def test_mistakes_are_told_before_anything_is_read(
         return str(caught.value)
 
     shapes = said(rd.PlanError, fields, ["B04"])
-    assert "chip_size=" in shapes
+    assert "size=" in shapes
     assert "get_gdf" in shapes
     assert "get_xarray" in said(rd.PlanError, fields, ["B04"], verb="get_xarray")
     assert "lon/lat" in said(rd.PlanError, [(500_000, 5_500_000)], ["B04"])
     assert "geometry 1" in said(rd.PlanError, [fields[0], "here"], ["B04"])
     assert "geometry 0" in said(rd.PlanError, [shapely.Polygon()], ["B04"])
     assert "at least one" in said(rd.PlanError, [], ["B04"])
-    assert "no record" in said(rd.PlanError, [(0.0, 0.0)], ["B04"], chip_size=8)
-    assert "no such band" in said(rd.BandError, fields, ["B44"], chip_size=8)
-    assert "whole number" in said(rd.PlanError, fields, ["B04"], chip_size=0)
-    assert "whole number" in said(rd.PlanError, fields, ["B04"], chip_size=2.5)
-    assert "positive" in said(rd.PlanError, fields, ["B04"], resolution=-10, chip_size=8)
-    assert "CRS" in said(rd.GridError, fields, ["B04"], target_crs="EPSG:none", chip_size=8)
-    assert "resolution=" in said(rd.GridError, fields, ["B04"], target_crs=4326, chip_size=8)
-    assert "one source" in said(rd.PlanError, fields, source=rd.join(a=s2, b=l8), chip_size=8)
-    assert "map" in said(rd.PlanError, fields, source=s2.map(lambda chips: chips), chip_size=8)
-    assert "on_error" in said(rd.PlanError, fields, ["B04"], chip_size=8, on_error="ignore")
+    assert "no record" in said(rd.PlanError, [(0.0, 0.0)], ["B04"], size=8)
+    assert "no such band" in said(rd.BandError, fields, ["B44"], size=8)
+    assert "whole number" in said(rd.PlanError, fields, ["B04"], size=0)
+    assert "whole number" in said(rd.PlanError, fields, ["B04"], size=2.5)
+    assert "positive" in said(rd.PlanError, fields, ["B04"], resolution=-10, size=8)
+    assert "CRS" in said(rd.GridError, fields, ["B04"], target_crs="EPSG:none", size=8)
+    assert "resolution=" in said(rd.GridError, fields, ["B04"], target_crs=4326, size=8)
+    assert "one source" in said(rd.PlanError, fields, source=rd.join(a=s2, b=l8), size=8)
+    assert "map" in said(rd.PlanError, fields, source=s2.map(lambda chips: chips), size=8)
+    assert "on_error" in said(rd.PlanError, fields, ["B04"], size=8, on_error="ignore")
     assert "a point" in said(rd.PlanError, fields, ["B04"], verb="sample_points")
     labelled = geopandas.GeoDataFrame({"datetime": [1, 2, 3]}, geometry=fields, crs=4326)
-    assert "rename" in said(rd.PlanError, labelled, ["B04"], chip_size=8)
-    assert "set_crs" in said(rd.PlanError, geopandas.GeoSeries(fields), ["B04"], chip_size=8)
+    assert "rename" in said(rd.PlanError, labelled, ["B04"], size=8)
+    assert "set_crs" in said(rd.PlanError, geopandas.GeoSeries(fields), ["B04"], size=8)
     clearest = s2.harmonize(bands=["red"], time="1MS", pick="clearest", mask="clouds")
-    assert "chip_size=" in said(rd.PlanError, fields, source=clearest)
-    assert clearest.get_numpy(fields, chip_size=8).shape[1:] == (1, 8, 8)
+    assert "size=" in said(rd.PlanError, fields, source=clearest)
+    assert clearest.get_numpy(fields, size=8).shape[1:] == (1, 8, 8)

@@ -130,7 +130,7 @@ def check_zarr_is_xarray(chips: rd.Chips, place: Path) -> None:
     assert lazy.sizes == stored.sizes
     for name in ("pixels", "valid_fraction", "bounds", "epsg"):
         assert same(lazy[name], stored[name]), name
-    for name in ("chip_id", "split", "source", "band"):
+    for name in ("chip_id", "split", "member", "band"):
         assert [str(v) for v in lazy[name].values.flat] == [str(v) for v in stored[name].values.flat], name
 
 
@@ -366,7 +366,7 @@ def test_mol_sensors_lie_on_each_other(mol: tuple[rd.Collection, rd.Collection])
     merged = rd.merge(*mol).harmonize(bands=["blue", "green", "red"], resolution=60, time="YS")
     middle = shapely.centroid(shapely.from_wkb(mol[0].to_table().column("geometry")[0].as_py()))
     dataset = computed(merged.chips(size=72, at=[middle]))
-    assert dataset["source"].values.tolist() == [["s2", "l8"]]
+    assert dataset["member"].values.tolist() == [["s2", "l8"]]
     assert dataset["valid_fraction"].values.min() > 0.99
     cube = merged.cube(bounds=tuple(dataset["bounds"].values[0]), epsg=32631, min_coverage=1.0)
     assert same(dataset["pixels"].values[0], cube.values)
@@ -381,7 +381,7 @@ def test_mol_chips_add_no_shift_to_the_files(mol: tuple[rd.Collection, rd.Collec
     dataset = computed(chips)
     folder = data / "s2_l8_same_place_mol_belgium"
     assert len(chips) >= 9
-    assert dataset["source"].values.tolist() == [["s2", "l8"]] * len(chips)
+    assert dataset["member"].values.tolist() == [["s2", "l8"]] * len(chips)
     for chip in range(len(chips)):
         box = dataset["bounds"].values[chip]
         for band, code in enumerate(("B02", "B04")):

@@ -80,7 +80,7 @@ def assert_same(found: xr.Dataset, expected: xr.Dataset) -> None:
     for name in ("pixels", "valid", "valid_fraction", "datetime", "bounds"):
         if name in expected:
             np.testing.assert_array_equal(found[name].values, expected[name].values)
-    for name in ("chip_id", "source", "band"):
+    for name in ("chip_id", "member", "band"):
         assert found[name].values.tolist() == expected[name].values.tolist()
 
 
@@ -667,7 +667,7 @@ def test_clearest_reads_only_the_quality_band_of_losers(
     bands = Counter(Path(path).stem for path in seen.files)
     assert bands["SCL"] >= 4
     assert bands["B04"] <= 2  # the winner's: one granule, or two
-    assert found["source"].values.tolist() == [["s2"]]
+    assert found["member"].values.tolist() == [["s2"]]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from rasteret_dask.errors import PlanError, ReadError, SchemaError
 from rasteret_dask.statistics.measuring import measured
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.storeset import open_chips
-from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.stream import batches
 from rasteret_dask.tasks.batches import arrays_of
@@ -197,7 +197,7 @@ def as_read(chips: rd.Chips) -> list[Callable[..., Any]]:
     """Return the streams of some chips, planned and stored."""
     layout = small(chips)
     reading = planned(layout.job, layout.outputs, {})
-    return [chips.stream, lambda n, **more: batches(reading, Order(reading.sizes, n), **more)]
+    return [chips.stream, lambda n, **more: batches(reading, BatchOrder(reading.sizes, n), **more)]
 
 
 def test_statistics_of_other_bands_are_refused(s2: rd.Collection, tmp_path: Path) -> None:

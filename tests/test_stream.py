@@ -25,9 +25,9 @@ from waiting import PATIENCE_S, until
 import rasteret_dask as rd
 from rasteret_dask.errors import FormatError, JobError, PlanError, ReadError
 from rasteret_dask.streams.ahead import Shelf
+from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.streams.datasets import as_xarray
-from rasteret_dask.streams.epochs import Order
-from rasteret_dask.streams.readings import Reading
+from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.stream import Stream, batches
 from rasteret_dask.tasks.batches import Arrays, arrays_of, take
 
@@ -52,7 +52,7 @@ def train(s2: rd.Collection, aef: rd.Collection) -> rd.Chips:
 
 
 @pytest.fixture(scope="module")
-def reading(train: rd.Chips) -> Reading:
+def reading(train: rd.Chips) -> ChipShards:
     return in_small_shards(train)
 
 
@@ -72,10 +72,10 @@ def test_without_shuffle_batches_are_what_load_returns(train: rd.Chips, loaded: 
     assert found[0]["chip_id"].tolist() == train.table.column("chip_id").to_pylist()[:16]
 
 
-def test_small_shards_shuffled_over_ranks_and_epochs(reading: Reading, loaded: Arrays) -> None:
+def test_small_shards_shuffled_over_ranks_and_epochs(reading: ChipShards, loaded: Arrays) -> None:
     seen: list[list[str]] = [[], []]
     for rank in range(3):
-        order = Order(reading.sizes, 8, seed=5, rank=rank, world_size=3, pad=True)
+        order = BatchOrder(reading.sizes, 8, seed=5, rank=rank, world_size=3, pad=True)
         for number, batch in enumerate(batches(reading, order, epochs=2)):
             padded = batch.pop("padded")
             assert_same(batch, take(loaded, rows_of(loaded, batch["chip_id"].tolist())))
@@ -84,15 +84,15 @@ def test_small_shards_shuffled_over_ranks_and_epochs(reading: Reading, loaded: A
     assert seen[0] != seen[1]
 
 
-def test_batches_are_the_reader_s_to_keep_and_change(reading: Reading, loaded: Arrays) -> None:
-    for batch in batches(reading, Order(reading.sizes, 6)):
+def test_batches_are_the_reader_s_to_keep_and_change(reading: ChipShards, loaded: Arrays) -> None:
+    for batch in batches(reading, BatchOrder(reading.sizes, 6)):
         for values in batch.values():
             assert values.flags.writeable
             assert values.flags.c_contiguous
             assert values.base is None
         batch["optical"][:] = 0
         batch["embeddings"][:] = 7
-    again = concat(list(batches(reading, Order(reading.sizes, 6))))
+    again = concat(list(batches(reading, BatchOrder(reading.sizes, 6))))
     assert_same(again, loaded)
 
 

@@ -24,7 +24,7 @@ from waiting import PATIENCE_S, until
 import rasteret_dask as rd
 from rasteret_dask.errors import JobError, PlanError, StoreError
 from rasteret_dask.streamfrom import save_plan, stream_from
-from rasteret_dask.streams.epochs import Order
+from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.stream import batches
 from rasteret_dask.tasks.batches import Arrays
 
@@ -72,7 +72,7 @@ def test_batches_are_those_of_threads(
     arguments: dict[str, Any],
 ) -> None:
     reading = in_small_shards(train)
-    order = Order(reading.sizes, 16, **arguments)
+    order = BatchOrder(reading.sizes, 16, **arguments)
     here, there = list(batches(reading, order, 2)), list(batches(reading, order, 2, client))
     assert len(here) == len(there) == 2 * order.batches
     for one, other in zip(here, there, strict=True):

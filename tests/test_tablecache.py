@@ -13,21 +13,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rasteret_dask.errors import PlanError, SourceError
-from rasteret_dask.ingest.tablecache import SAID, TABLE, VARIABLE, Shelf, cache_root, key_of, shelf, shelf_of
+from rasteret_dask.ingest.tablecache import (
+    SEARCH_FILE,
+    TABLE,
+    VARIABLE,
+    TableShelf,
+    cache_root,
+    key_of,
+    shelf,
+    shelf_of,
+)
 
 
 def fill(folder: Path, text: str) -> None:
     (folder / TABLE).write_text(text)
-    (folder / SAID).write_text(json.dumps({"what": text}))
+    (folder / SEARCH_FILE).write_text(json.dumps({"what": text}))
 
 
-def put(place: Shelf, text: str, *, after: Path | None = None, replace: bool = False, keep: int = 0) -> Path:
+def put(
+    place: TableShelf, text: str, *, after: Path | None = None, replace: bool = False, keep: int = 0
+) -> Path:
     with place.filling() as folder:
         fill(folder, text)
         return place.commit(folder, after=after, replace=replace, keep=keep)
 
 
-def fail_half_way(place: Shelf) -> None:
+def fail_half_way(place: TableShelf) -> None:
     with place.filling() as folder:
         fill(folder, "second")
         raise RuntimeError("in the middle")
@@ -130,6 +141,6 @@ def test_what_was_searched_for_is_found_beside_the_table(tmp_path: Path) -> None
     folder = put(place, "first")
     assert shelf_of(str(folder / TABLE)) == (place, folder, {"what": "first"})
     assert shelf_of(str(tmp_path / "other.parquet")) is None
-    (folder / SAID).write_text("{")
+    (folder / SEARCH_FILE).write_text("{")
     with pytest.raises(SourceError, match="no JSON"):
         shelf_of(str(folder / TABLE))

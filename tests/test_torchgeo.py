@@ -155,13 +155,12 @@ def test_time_chooses(tmp_path: Path) -> None:
     }
     source = collection(records)
     own = [
-        source.where(id=name).get_numpy([(15.001, 50.19)], ["B04"], chip_size=1)[0, 0, 0, 0]
-        for name in records
+        source.where(id=name).get_numpy([(15.001, 50.19)], ["B04"], size=1)[0, 0, 0, 0] for name in records
     ]
     assert len(set(own)) == 3
     area = shapely.Point(15.001, 50.19).buffer(0.0001)
 
-    _, where = source.get_numpy([(15.001, 50.19)], ["B04"], chip_size=1, return_index=True)
+    _, where = source.get_numpy([(15.001, 50.19)], ["B04"], size=1, return_index=True)
     x, _, _, y = where["bounds"].to_pylist()[0]
 
     def shown(time: Any, source: rd.Collection = source) -> int:

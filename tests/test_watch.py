@@ -232,7 +232,7 @@ def test_a_guard_that_outlives_its_client_lets_everybody_in(
 ) -> None:
     question = Readiness.of(client, "x", {"a": Task("a", rd.build, "x")}).question
     by_value()
-    gate = probe.Gate(question, str(MEANING), "Client-that-was-killed", "topic", frozenset())
+    gate = probe.HostGate(question, str(MEANING), "Client-that-was-killed", "topic", frozenset())
     client.register_plugin(gate, name="left")
     with worker(scheduler, tmp_path, without):
         client.wait_for_workers(1, timeout=START_S)

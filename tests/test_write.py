@@ -116,7 +116,7 @@ def test_plain_xarray_opens_the_tree(trained: Path, joined: rd.Chips) -> None:
             "band",
             "time",
             "datetime",
-            "source",
+            "member",
             "valid_fraction",
         ):
             assert mine[variable].dims == theirs[variable].dims
@@ -153,7 +153,7 @@ def test_integers_decode_to_reflectance_and_nan(trained: Path) -> None:
     share = valid.mean(axis=(2, 3))
     np.testing.assert_allclose(found["valid_fraction"].values, share, atol=1e-7)
     assert found["datetime"].dtype.kind == "M"
-    single = np.isin(found["source"].values, ("s2", "l8"))
+    single = np.isin(found["member"].values, ("s2", "l8"))
     assert np.isnat(found["datetime"].values[~single]).all()  # of several, or none
 
 
@@ -456,7 +456,7 @@ def test_a_file_is_no_store(plain: rd.Chips, tmp_path: Path) -> None:
 def test_a_shard_is_few_objects_each_put_once(single: Path, plain: rd.Chips) -> None:
     """Each variable, a mark that the shard was begun, a report: nothing is listed or asked for on the way."""
     shards = len(list(layout_of(plain).job.shards()))
-    for name in ("pixels", "valid", "valid_fraction", "datetime", "source"):
+    for name in ("pixels", "valid", "valid_fraction", "datetime", "member"):
         assert len([p for p in (single / name / "c").rglob("*") if p.is_file()]) == shards
     assert set(tries(single).values()) == {1}
     assert len(list((single / "_job" / "done").iterdir())) == shards

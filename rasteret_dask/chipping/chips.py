@@ -22,8 +22,8 @@ from rasteret_dask.grid import Lattice, digits, zone_epsg
 from rasteret_dask.planning.names import check_names
 from rasteret_dask.planning.pixelsizes import COARSE, pixels_m
 from rasteret_dask.planning.plan import (
-    Chips,
     ChipSpec,
+    CutChips,
     Filter,
     Function,
     Join,
@@ -39,11 +39,11 @@ from rasteret_dask.planning.scan import Table, as_table
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import TimeAxis
 
-__all__ = ["ChipSet", "lay_chips", "phases", "used_records", "used_rows"]
+__all__ = ["PlannedChips", "lay_chips", "phases", "used_records", "used_rows"]
 
 
 @dataclass(frozen=True)
-class ChipSet:
+class PlannedChips:
     """A planned set of chips."""
 
     table: pa.Table
@@ -60,7 +60,7 @@ class ChipSet:
     """How many chips, windows or records were left out, by reason."""
     outlines: tuple[Outlines, ...] = ()
     """For each source, the covered ground of its records."""
-    screens: tuple[Rule, ...] = ()
+    pixel_rules: tuple[Rule, ...] = ()
     """What pixels must fulfil for their chip to be kept."""
     labels: Labels | None = None
     """Polygons that become masks of the reference source."""
@@ -71,7 +71,7 @@ class ChipSet:
         return self.spec.size * self.resolution
 
 
-def lay_chips(node: Chips, tables: Mapping[str, Table]) -> ChipSet:
+def lay_chips(node: CutChips, tables: Mapping[str, Table]) -> PlannedChips:
     """Carry out a ``chips`` step: resolve its sources, lay windows, keep those that every source covers.
 
     Raises
@@ -242,7 +242,7 @@ def _fill(
     frame: Frame,
     points: pa.Table | None,
     maps: tuple[tuple[str | None, Function], ...],
-) -> ChipSet:
+) -> PlannedChips:
     """Find what feeds each candidate window and keep the windows that every source covers."""
     dropped = {f"record replaced by a newer baseline ({s.plan.name})": s.passes.replaced for s in sources}
     dropped |= {f"record with an unreadable asset ({s.plan.name})": s.unreadable for s in sources}
@@ -259,7 +259,7 @@ def _fill(
     if points is not None:
         table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
     resolution = sources[reference].plan.resolution
-    return ChipSet(table, tuple(sources), reference, spec, None, resolution, maps, dropped, tuple(found))
+    return PlannedChips(table, tuple(sources), reference, spec, None, resolution, maps, dropped, tuple(found))
 
 
 def _table(sources: list[ResolvedSource], platforms: tuple[str, ...], frame: Frame, laid: Laid) -> pa.Table:
@@ -322,13 +322,13 @@ def _feed_column(sources: list[ResolvedSource], feeds: tuple[Feeds, ...], chips:
     return FeedTable(offsets, source, slot, place, row, share, names, ids).to_arrow()
 
 
-def used_rows(chips: ChipSet) -> list[tuple[ResolvedSource, NDArray[np.int64]]]:
+def used_rows(chips: PlannedChips) -> list[tuple[ResolvedSource, NDArray[np.int64]]]:
     """Return each source with the rows of its records that feed a chip."""
     feeds = FeedTable.of(chips.table)
     return [(s, feeds.rows_of(n)) for n, s in enumerate(chips.sources)]
 
 
-def used_records(chips: ChipSet) -> tuple[list[Records], list[NDArray[np.int64]], pa.Table]:
+def used_records(chips: PlannedChips) -> tuple[list[Records], list[NDArray[np.int64]], pa.Table]:
     """Return each source's records that feed a chip, their members, and the chip table with rows counted in those."""
     feeds = FeedTable.of(chips.table)
     used = [feeds.rows_of(n) for n in range(len(chips.sources))]

@@ -188,7 +188,7 @@ def with_columns(table: pa.Table, more: pa.Table) -> pa.Table:
 RESERVED = frozenset(
     {
         *("chip", "time", "band", "y", "x", "corner"),  # dimensions
-        *("pixels", "valid", MASK, "valid_fraction", "datetime", "source", "bounds", "kept", "padded"),
+        *("pixels", "valid", MASK, "valid_fraction", "datetime", "member", "bounds", "kept", "padded"),
         *("_job", "chips.parquet", "manifest.parquet", "zarr.json"),  # what else lies beside a store's arrays
     }
 )

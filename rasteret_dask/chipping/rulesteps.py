@@ -1,4 +1,4 @@
-"""A keep step on planned chips: which sources a rule speaks of, and what it needs of them."""
+"""A filter_pixels step on planned chips: which sources a rule speaks of, and what it needs of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from rasteret_dask.chipping.chips import ChipSet
+from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import Rule
 from rasteret_dask.planning.resolve import Member, ResolvedSource, all_readable, quality_band
@@ -18,7 +18,7 @@ __all__ = ["with_rule"]
 _DECIDED_BY_PIXELS = ("clearest", "mean", "median")
 
 
-def with_rule(chips: ChipSet, rule: Rule) -> ChipSet:
+def with_rule(chips: PlannedChips, rule: Rule) -> PlannedChips:
     """Add a rule that the pixels of chips must fulfil.
 
     Raises
@@ -32,9 +32,9 @@ def with_rule(chips: ChipSet, rule: Rule) -> ChipSet:
     names = [s.plan.name for s in chips.sources]
     known = f"one of {', '.join(names)}"
     if rule.source is not None and rule.source not in names:
-        raise PlanError("keep(source=)", repr(rule.source), known)
+        raise PlanError("filter_pixels(source=)", repr(rule.source), known)
     if rule.function is not None and rule.source is None and len(names) > 1:
-        raise PlanError("keep(source=)", "a function for several joined sources", known)
+        raise PlanError("filter_pixels(source=)", "a function for several joined sources", known)
     sources = chips.sources
     if rule.max_cloud is not None:
         sources = tuple(
@@ -43,10 +43,10 @@ def with_rule(chips: ChipSet, rule: Rule) -> ChipSet:
         )
         if not any(m.quality for s in sources if rule.source in (None, s.plan.name) for m in s.plan.members):
             raise PlanError(
-                "keep(max_cloud=)", f"no quality band in {', '.join(names)}", "a band SCL or qa_pixel",
+                "filter_pixels(max_cloud=)", f"no quality band in {', '.join(names)}", "a band SCL or qa_pixel",
                 "Build the collection with its quality band, or filter records by eo:cloud_cover.",
             )  # fmt: skip
-    return replace(chips, sources=sources, screens=(*chips.screens, rule))
+    return replace(chips, sources=sources, pixel_rules=(*chips.pixel_rules, rule))
 
 
 def _with_quality(source: ResolvedSource, named: bool) -> ResolvedSource:
@@ -58,7 +58,7 @@ def _with_quality(source: ResolvedSource, named: bool) -> ResolvedSource:
         quality, kind = quality_band(records)
         if quality is None and named:
             raise PlanError(
-                f"keep(max_cloud=) of source {plan.name!r}", f"no quality band in {member.name!r}",
+                f"filter_pixels(max_cloud=) of source {plan.name!r}", f"no quality band in {member.name!r}",
                 "a band SCL or qa_pixel", "Build the collection with its quality band.",
             )  # fmt: skip
         if quality is None:
@@ -67,8 +67,9 @@ def _with_quality(source: ResolvedSource, named: bool) -> ResolvedSource:
         tables.append(records)
     if plan.slots is not None and plan.pick in _DECIDED_BY_PIXELS:
         raise PlanError(
-            f"keep(max_cloud=) of source {plan.name!r}", f"pick={plan.pick!r}, which looks at pixels",
-            "a pick that the plan decides", "Mask them instead: harmonize(mask='clouds') and keep(min_valid=).",
+            f"filter_pixels(max_cloud=) of source {plan.name!r}", f"pick={plan.pick!r}, which looks at pixels",
+            "a pick that the plan decides",
+            "Mask them instead: harmonize(mask='clouds') and filter_pixels(min_valid=).",
         )  # fmt: skip
     all_readable(tables, tuple(Member(m.name, (), m.quality, m.quality_kind) for m in members))
     return replace(source, plan=replace(plan, members=tuple(members)))

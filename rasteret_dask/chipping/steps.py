@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import ChipSet, lay_chips
+from rasteret_dask.chipping.chips import PlannedChips, lay_chips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
 from rasteret_dask.chipping.leftover import whole_cell_km
 from rasteret_dask.chipping.rulesteps import with_rule
@@ -23,13 +23,13 @@ from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.grid import Lattice
 from rasteret_dask.planning.optimize import named_bands, optimize
 from rasteret_dask.planning.plan import (
-    Chips,
+    CutChips,
+    FilterChips,
+    FilterPixels,
     Join,
-    Keep,
     Map,
     Node,
     Sample,
-    Screen,
     Select,
     Split,
     SplitSpec,
@@ -51,7 +51,7 @@ FEW_LABELS = 20
 _log = logging.getLogger(__name__)
 
 
-def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = True) -> ChipSet:
+def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = True) -> PlannedChips:
     """Turn a plan that has a ``chips`` step into its chip table.
 
     Parameters
@@ -71,7 +71,7 @@ def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = Tru
     """
     node = optimize(plan) if optimized else named_bands(plan)
     steps: list[Node] = []
-    while not isinstance(node, Chips):
+    while not isinstance(node, CutChips):
         if isinstance(node, Join) or not children(node):
             raise PlanError("plan", "no chips step", "chips(size) before this", "Call .chips(size) first.")
         steps.append(node)
@@ -85,12 +85,12 @@ def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = Tru
     return result
 
 
-def apply_step(chips: ChipSet, step: Node, tables: Mapping[str, Table]) -> ChipSet:
+def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> PlannedChips:
     """Carry out the last step of a plan on the chips that the steps before it made."""
     match step:
         case Split(_, spec):
             return _split(chips, spec)
-        case Keep(_, where):
+        case FilterChips(_, where):
             for column, *_rest in where:
                 if column not in chips.table.column_names:
                     known = ", ".join(chips.table.column_names)
@@ -111,17 +111,17 @@ def apply_step(chips: ChipSet, step: Node, tables: Mapping[str, Table]) -> ChipS
             names = [s.plan.name for s in chips.sources]
             if (source is None and len(names) > 1) or (source is not None and source not in names):
                 raise PlanError("map(source=)", repr(source), f"one of {', '.join(names)}")
-            if chips.screens:
+            if chips.pixel_rules:
                 raise PlanError(
-                    "map", "a keep before it", "maps before keeps", "Chips are kept as they leave."
+                    "map", "a filter_pixels before it", "every map before it", "Chips are kept as they leave."
                 )
             return replace(chips, maps=(*chips.maps, (source, function)))
-        case Screen(_, rule):
+        case FilterPixels(_, rule):
             return with_rule(chips, rule)
     raise PlanError("plan", f"a {type(step).__name__} step after chips", "a step on chips")
 
 
-def _kept(chips: ChipSet, table: pa.Table, step: str) -> ChipSet:
+def _kept(chips: PlannedChips, table: pa.Table, step: str) -> PlannedChips:
     if not table.num_rows:
         names = pc.value_counts(chips.table.column("split")).to_pylist()
         splits = ", ".join(f"{e['values']} {e['counts']:,}" for e in names if e["values"])
@@ -132,7 +132,7 @@ def _kept(chips: ChipSet, table: pa.Table, step: str) -> ChipSet:
     return replace(chips, table=table)
 
 
-def _select(chips: ChipSet, splits: tuple[str, ...]) -> ChipSet:
+def _select(chips: PlannedChips, splits: tuple[str, ...]) -> PlannedChips:
     known = chips.split.names if chips.split else ()
     unknown = [s for s in splits if s not in known]
     if unknown or not known:
@@ -142,7 +142,7 @@ def _select(chips: ChipSet, splits: tuple[str, ...]) -> ChipSet:
     return _kept(chips, table, f"select({', '.join(splits)})")
 
 
-def _split(chips: ChipSet, spec: SplitSpec) -> ChipSet:
+def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
     table = chips.table
     epsg = table.column("epsg").to_numpy().astype(np.int64)
     bounds = bounds_of(table)
@@ -184,7 +184,7 @@ def _split(chips: ChipSet, spec: SplitSpec) -> ChipSet:
 
 
 def _warn_of_empty(
-    chips: ChipSet, spec: SplitSpec, number: NDArray[np.int64], near: NDArray[np.bool_]
+    chips: PlannedChips, spec: SplitSpec, number: NDArray[np.int64], near: NDArray[np.bool_]
 ) -> None:
     """Warn where the buffer leaves a split without a chip, with the split cell that has room for one inside of it."""
     gone = {
@@ -226,7 +226,7 @@ def _cells(table: pa.Table) -> NDArray[np.int64] | None:
     return np.asarray(np.array(distinct, dtype=np.int64).reshape(-1, 2)[cells.indices.to_numpy()])
 
 
-def _by_geometry(chips: ChipSet, spec: SplitSpec) -> NDArray[np.int64]:
+def _by_geometry(chips: PlannedChips, spec: SplitSpec) -> NDArray[np.int64]:
     """Return the split of the records that feed each chip, -1 where they differ."""
     feeds = FeedTable.of(chips.table)
     label = np.empty(len(feeds.row), dtype=np.int64)
@@ -239,7 +239,7 @@ def _by_geometry(chips: ChipSet, spec: SplitSpec) -> NDArray[np.int64]:
     return np.where(low == high, low, -1)
 
 
-def _with_table(chips: ChipSet, more: pa.Table) -> ChipSet:
+def _with_table(chips: PlannedChips, more: pa.Table) -> PlannedChips:
     if "chip_id" not in more.column_names:
         raise SchemaError("with_table", f"columns {', '.join(more.column_names)}", "a column chip_id")
     wanted = more.column("chip_id").to_pylist()

@@ -75,7 +75,7 @@ def harmonized_cube(
     cube = cube.assign_coords(time=("time", np.array(times, dtype="datetime64[ns]")))
     if source.axis is not None:
         cube = cube.assign_coords(datetime=("time", np.array(whens, dtype="datetime64[ns]")))
-    cube = cube.assign_coords(source=("time", np.array(names, dtype=object)))
+    cube = cube.assign_coords(member=("time", np.array(names, dtype=object)))
     return _finished(source, cube.transpose("time", "band", "y", "x"), grid, rows)
 
 
@@ -178,7 +178,7 @@ def _stored(values: xr.DataArray, source: ResolvedSource) -> Any:
 def _finished(source: ResolvedSource, cube: xr.DataArray, grid: Grid, rows: NDArray[Any]) -> xr.DataArray:
     plan = source.plan
     cube = _stored(cube, source)
-    keep = {"time", "band", "y", "x", "source", "datetime"}
+    keep = {"time", "band", "y", "x", "member", "datetime"}
     cube = cube.drop_vars([c for c in cube.coords if c not in keep]).rename(plan.name)
     cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(
         grid.transform(Window(0, 0, *cube.shape[-2:]))

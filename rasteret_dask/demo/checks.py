@@ -143,7 +143,7 @@ def check_pixels(tree: xr.DataTree, world: World, n: int = 8) -> tuple[Check, ..
     for number in np.unique(np.linspace(0, optical.sizes["chip"] - 1, n).round().astype(int)):
         chip, beside = optical.isel(chip=int(number)).load(), embeddings.isel(chip=int(number)).load()
         for t in range(chip.sizes["time"]):
-            source, when = str(chip["source"].values[t]), chip["datetime"].values[t]
+            source, when = str(chip["member"].values[t]), chip["datetime"].values[t]
             found = chip["pixels"].values[t]
             wanted = _expected(scenes, source, when, chip)
             compared[source] += 1

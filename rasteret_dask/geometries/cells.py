@@ -22,7 +22,7 @@ from rasteret_dask.chipping.feeds import source_outlines
 from rasteret_dask.chipping.frame import Frame, candidates
 from rasteret_dask.errors import PlanError, ReadError
 from rasteret_dask.geometries.areas import as_area
-from rasteret_dask.geometries.reading import Asked, Read, read
+from rasteret_dask.geometries.reading import RowsToRead, WindowRequest, read
 from rasteret_dask.geometries.rows import NoRecordError, laid, picked, said, settled, squares, window_job
 from rasteret_dask.geometries.windows import Geometries
 from rasteret_dask.net import remote
@@ -31,7 +31,7 @@ from rasteret_dask.planning.resolve import ResolvedSource, evaluate
 from rasteret_dask.planning.scan import Table
 from rasteret_dask.reader.sharing import SHARED
 from rasteret_dask.table.timing import TimeAxis, half_open
-from rasteret_dask.tasks.filling import Chips
+from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Hierarchy, Job, Shard
 
 __all__ = ["Area", "Cells", "cells_of"]
@@ -126,10 +126,12 @@ class Cells:
             fill = np.full((len(source.plan.bands), height, width), source.plan.fill, source.plan.dtype)
             return fill, np.zeros((height, width), dtype=bool)
         given = Geometries(np.array([shapely.box(*box)], dtype=object), pa.table({}))
-        values = read(Read(rows, self.found, given, None, Asked(None, None, on_error=self.on_error)))
+        values = read(
+            RowsToRead(rows, self.found, given, None, WindowRequest(None, None, on_error=self.on_error))
+        )
         return values.pixels[0], values.valid[0]
 
-    def _picked(self, chip: NDArray[np.int64]) -> Chips:
+    def _picked(self, chip: NDArray[np.int64]) -> ChipPixels:
         whole = Hierarchy(None, 0, 0, len(chip), len(chip))
         own = dataclasses.replace(self.job, chips=self.job.chips.take(pa.array(chip)), hierarchies=(whole,))
         shard = Shard(None, 0, 0, 0, len(chip))

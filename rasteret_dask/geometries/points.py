@@ -21,7 +21,7 @@ from rasteret_dask.grid import northern, transformer, utm_zone, zone_epsg
 from rasteret_dask.planning.plan import Harmonize, HarmonizeSpec, Node
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.planning.scan import Table
-from rasteret_dask.tasks.filling import Chips
+from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Shard
 
 __all__ = ["POINT_SCHEMA", "sample_points"]
@@ -138,7 +138,7 @@ def _sampled(source: ResolvedSource, given: Geometries, on_error: str) -> pa.Tab
     valid = np.zeros((len(rows), 1), dtype=bool)
     when = np.full(len(rows), np.datetime64("NaT", "us"))
 
-    def take(shard: Shard, chips: Chips) -> None:
+    def take(shard: Shard, chips: ChipPixels) -> None:
         own = of_chip[square[shard.start : shard.stop, 0]]
         values[own], valid[own] = chips.values[..., 0, 0], chips.valid[..., 0]
         when[own] = chips.datetime

@@ -25,7 +25,7 @@ from rasteret_dask.extras import needs
 from rasteret_dask.geometries.rows import Rows, laid, run, settled, squares, window_job
 from rasteret_dask.geometries.windows import (
     Geometries,
-    Pixels,
+    PixelGrids,
     codes_of,
     epsg_of,
     frame_of,
@@ -36,13 +36,13 @@ from rasteret_dask.geometries.windows import (
 from rasteret_dask.planning.plan import Node, is_number
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.planning.scan import Table
-from rasteret_dask.tasks.filling import Chips
+from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Shard
 
 __all__ = [
-    "Asked",
+    "WindowRequest",
     "ROW_SCHEMA",
-    "Read",
+    "RowsToRead",
     "as_dataset",
     "as_frame",
     "as_numpy",
@@ -57,7 +57,7 @@ ROW_SCHEMA = pa.schema(
         pa.field(
             "record_ids", pa.list_(pa.string())
         ),  # the nearest record first, others fill; none: all is fill
-        pa.field("source", pa.string()),  # the member of a merge; several of a composite are joined by +
+        pa.field("member", pa.string()),  # the member of a merge; several of a composite are joined by +
         pa.field("datetime", pa.timestamp("us", tz="UTC")),  # start of the acquisition; null where composed
         pa.field("slot", pa.timestamp("us", tz="UTC")),  # start of the slot; null without a time axis
         pa.field("epsg", pa.int32()),  # UTM zones as 326zz on both hemispheres
@@ -73,21 +73,21 @@ _DIMS = ("geometry", "time", "y", "x")
 
 
 @dataclass(frozen=True)
-class Asked:
+class WindowRequest:
     """What a user wants to read."""
 
     geometries: Any
     """In lon/lat, in any form."""
     bands: str | Sequence[str] | None
     resolution: float | None = None
-    chip_size: int | None = None
+    size: int | None = None
     target_crs: Any = None
     all_touched: bool = False
     on_error: str = "raise"
 
 
 @dataclass(frozen=True)
-class Read:
+class RowsToRead:
     """Rows to read, and what they are cut from."""
 
     rows: Rows
@@ -95,7 +95,7 @@ class Read:
     given: Geometries
     mask: NDArray[Any] | None
     """Shape (geometry,). Outlines in their windows' CRS, outside of which all is fill; None for squares."""
-    asked: Asked
+    asked: WindowRequest
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def band_names(bands: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return None if bands is None else (bands,) if isinstance(bands, str) else tuple(bands)
 
 
-def prepared(plan: Node, tables: Mapping[str, Table], asked: Asked) -> Read:
+def prepared(plan: Node, tables: Mapping[str, Table], asked: WindowRequest) -> RowsToRead:
     """Plan which rows a reading has, before any pixel is read.
 
     Raises
@@ -123,9 +123,9 @@ def prepared(plan: Node, tables: Mapping[str, Table], asked: Asked) -> Read:
     PlanError, GridError, BandError, UnreadableAssetsError
         Whatever cannot be carried out.
     """
-    size = asked.chip_size
+    size = asked.size
     if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
-        raise PlanError("chip_size=", repr(size), "a positive whole number of pixels")
+        raise PlanError("size=", repr(size), "a positive whole number of pixels")
     if asked.resolution is not None and not (is_number(asked.resolution) and asked.resolution > 0):
         raise PlanError("resolution=", repr(asked.resolution), "a positive pixel size")
     given = geometries_of(asked.geometries)
@@ -138,7 +138,7 @@ def prepared(plan: Node, tables: Mapping[str, Table], asked: Asked) -> Read:
     found = source_outlines(source)
     target = None if asked.target_crs is None else epsg_of(asked.target_crs)
     codes = codes_of(given, source.records.epsg, target, asked.resolution is not None)
-    pixels = Pixels(source.plan.resolution, {} if asked.resolution else phases(source, found))
+    pixels = PixelGrids(source.plan.resolution, {} if asked.resolution else phases(source, found))
     if target is not None and asked.resolution is None:
         _same_unit(target, source)
     mask = None
@@ -146,11 +146,11 @@ def prepared(plan: Node, tables: Mapping[str, Table], asked: Asked) -> Read:
         bounds = square_bounds(given, codes, pixels, int(size))
     elif source.plan.pick == "clearest" and source.axis is not None:
         raise PlanError("reading windows with pick='clearest'", "windows of any shape", "chips of one size",
-                        "Say chip_size=, or choose another pick.")  # fmt: skip
+                        "Say size=, or choose another pick.")  # fmt: skip
     else:
         mask = given.projected(codes)
         bounds = own_bounds(mask, codes, pixels)
-    return Read(laid(source, found, frame_of(codes, bounds, pixels.size)), found, given, mask, asked)
+    return RowsToRead(laid(source, found, frame_of(codes, bounds, pixels.size)), found, given, mask, asked)
 
 
 def _same_unit(target: int, source: ResolvedSource) -> None:
@@ -161,20 +161,20 @@ def _same_unit(target: int, source: ResolvedSource) -> None:
                         f"a pixel size in {units[0]}", "Say it with resolution=.")  # fmt: skip
 
 
-def read(what: Read) -> Values:
+def read(what: RowsToRead) -> Values:
     """Read all rows; a window of one shape is a part of one array."""
     rows, plan = what.rows, what.rows.source.plan
     shape = rows.shape
     pixels, valid = _room(shape, len(plan.bands), plan.dtype, plan.fill)
     when = np.full(len(rows), np.datetime64("NaT", "us"))
     name = np.full(len(rows), None, dtype=object)
-    side, square = squares(rows, what.asked.chip_size)
+    side, square = squares(rows, what.asked.size)
     job, of_chip = window_job(rows, what.found, side, square), rows.of_chip
 
-    def take(shard: Shard, chips: Chips) -> None:
+    def take(shard: Shard, chips: ChipPixels) -> None:
         for at, (chip, y, x) in enumerate(square[shard.start : shard.stop].tolist()):
             own = of_chip[chip]
-            when[own], name[own] = chips.datetime[at], chips.source[at]
+            when[own], name[own] = chips.datetime[at], chips.member[at]
             for slot, row in enumerate(own.tolist()):
                 h, w = shape[row] - (y, x)
                 pixels[row][:, y : y + side, x : x + side] = chips.values[at, slot][:, :h, :w]
@@ -199,7 +199,7 @@ def _room(
 
 
 def _masked(
-    what: Read, pixels: Sequence[NDArray[Any]], valid: Sequence[NDArray[np.bool_]]
+    what: RowsToRead, pixels: Sequence[NDArray[Any]], valid: Sequence[NDArray[np.bool_]]
 ) -> NDArray[np.float32]:
     """Make what lies outside the geometries fill; return the share of each row's pixels that are valid."""
     rows, fill = what.rows, what.rows.source.plan.fill
@@ -225,7 +225,7 @@ def _transform(rows: Rows, row: int) -> Affine:
 
 
 def _index(
-    what: Read, when: NDArray[np.datetime64], name: NDArray[Any], share: NDArray[np.float32]
+    what: RowsToRead, when: NDArray[np.datetime64], name: NDArray[Any], share: NDArray[np.float32]
 ) -> pa.Table:
     rows, source = what.rows, what.rows.source
     first, last = rows.fed()
@@ -241,7 +241,7 @@ def _index(
         "record_ids": pa.ListArray.from_arrays(
             pa.array(np.append(0, np.cumsum(last - first)), pa.int32()), ids
         ),
-        "source": pa.array([n or None for n in name], pa.string()),
+        "member": pa.array([n or None for n in name], pa.string()),
         "datetime": pa.array(when).cast(stamp),
         "slot": pa.nulls(len(rows), stamp) if slots is None else pa.array(slots).cast(stamp),
         "epsg": pa.array(rows.frame.epsg[rows.window].astype(np.int32)),
@@ -255,25 +255,25 @@ def _index(
     return table
 
 
-def as_numpy(what: Read) -> tuple[NDArray[Any], pa.Table]:
+def as_numpy(what: RowsToRead) -> tuple[NDArray[Any], pa.Table]:
     """Return the pixels of all rows, shape (row, band, y, x), and their index."""
     _one_shape(what, "get_numpy")
     values = read(what)
     return np.asarray(values.pixels), values.index
 
 
-def _one_shape(what: Read, verb: str) -> None:
+def _one_shape(what: RowsToRead, verb: str) -> None:
     shapes = Counter(f"{h} x {w}" for h, w in what.rows.shape.tolist())
     if len(shapes) > 1:
         shown = ", ".join(f"{shape} ({n} rows)" for shape, n in shapes.most_common(5))
         raise PlanError(
             f"{verb} of {len(what.given)} geometries", f"windows of {len(shapes)} shapes: {shown}",
             "one shape, so that they are one array",
-            "Say chip_size= for windows of one size, or take get_gdf(), where each has its own.",
+            "Say size= for windows of one size, or take get_gdf(), where each has its own.",
         )  # fmt: skip
 
 
-def as_dataset(what: Read) -> xr.Dataset:
+def as_dataset(what: RowsToRead) -> xr.Dataset:
     """Return a Dataset with a variable a band, dims (geometry, time, y, x); without ``geometry`` where there is one."""
     _one_shape(what, "get_xarray")
     values = read(what)
@@ -331,7 +331,7 @@ def _steps(rows: Rows) -> tuple[NDArray[np.datetime64], NDArray[np.int64]]:
     return rows.source.passes.start[own], np.where(number >= 0, np.searchsorted(own, number), -1)
 
 
-def as_frame(what: Read) -> Any:
+def as_frame(what: RowsToRead) -> Any:
     """Return a GeoDataFrame in lon/lat with a row for each row and band."""
     with needs("geo", "a GeoDataFrame of pixels"):
         import geopandas

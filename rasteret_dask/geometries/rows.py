@@ -15,7 +15,7 @@ import shapely
 from dask._task_spec import Task
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import ChipSet
+from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.frame import Frame
@@ -38,7 +38,7 @@ from rasteret_dask.planning.scan import Table
 from rasteret_dask.reader.keeping import Later
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.tasks.cuts import Cut, Feed, Harmonized
-from rasteret_dask.tasks.filling import Chips
+from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.picking import Picking
@@ -252,7 +252,7 @@ def window_job(rows: Rows, found: Outlines, side: int, square: NDArray[np.int64]
         "feeds": named.to_arrow(),
     }
     spec = ChipSpec(side, side, at="windows", min_coverage=0.0)
-    chips = ChipSet(
+    chips = PlannedChips(
         pa.table(columns, schema=CHIP_SCHEMA), (source,), 0, spec, None, pixel, outlines=(found,)
     )  # fmt: skip
     job = freeze(chips)
@@ -262,7 +262,7 @@ def window_job(rows: Rows, found: Outlines, side: int, square: NDArray[np.int64]
     return job
 
 
-def run(job: Job, take: Callable[[Shard, Chips], None], on_error: str) -> None:
+def run(job: Job, take: Callable[[Shard, ChipPixels], None], on_error: str) -> None:
     """Read a job's shards on Dask's threads in this process; ``take`` gets each of them as it comes."""
 
     def one(shard: Shard) -> None:
@@ -272,7 +272,7 @@ def run(job: Job, take: Callable[[Shard, Chips], None], on_error: str) -> None:
     dask.threaded.get(tasks, list(tasks))
 
 
-def picked(job: Job, shard: Shard, on_error: str, later: Later | None = None) -> Chips:
+def picked(job: Job, shard: Shard, on_error: str, later: Later | None = None) -> ChipPixels:
     """Read a shard of a job of one source.
 
     Windows may lie anywhere: each member's are windows of one grid a CRS, so that a record's band is one request

@@ -21,7 +21,7 @@ from rasteret_dask.grid import northern, transformer, utm_zone, zone_epsg
 
 __all__ = [
     "Geometries",
-    "Pixels",
+    "PixelGrids",
     "codes_of",
     "epsg_of",
     "frame_of",
@@ -68,7 +68,7 @@ class Geometries:
 
 
 @dataclass(frozen=True)
-class Pixels:
+class PixelGrids:
     """The grids that windows lie on: one pixel size, and in each CRS a corner."""
 
     size: float
@@ -213,7 +213,7 @@ def codes_of(asked: Geometries, records: NDArray[Any], target: int | None, metri
     return np.full(len(asked), own[0], dtype=np.int64)
 
 
-def own_bounds(shapes: NDArray[Any], codes: NDArray[np.int64], pixels: Pixels) -> NDArray[np.float64]:
+def own_bounds(shapes: NDArray[Any], codes: NDArray[np.int64], pixels: PixelGrids) -> NDArray[np.float64]:
     """Return xmin, ymin, xmax, ymax of each geometry, snapped out to pixel edges; shape (geometry, 4).
 
     A point has the pixel that it lies in: that below and right of it where it lies on an edge, as in rasterio.
@@ -230,7 +230,7 @@ def own_bounds(shapes: NDArray[Any], codes: NDArray[np.int64], pixels: Pixels) -
 
 
 def square_bounds(
-    asked: Geometries, codes: NDArray[np.int64], pixels: Pixels, side: int
+    asked: Geometries, codes: NDArray[np.int64], pixels: PixelGrids, side: int
 ) -> NDArray[np.float64]:
     """Return squares of ``side`` pixels round a point in each geometry, as ``chips(at=)`` lays them; shape (n, 4)."""
     lon, lat = asked.inside

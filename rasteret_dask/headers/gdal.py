@@ -14,7 +14,7 @@ from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, Ra
 from rasterio.session import DummySession
 
 from rasteret_dask.errors import ReadError, TrustError
-from rasteret_dask.headers.page import Header, Page, RefusedError, checked, reading_order
+from rasteret_dask.headers.page import Header, HeaderRefusedError, Page, checked, reading_order
 from rasteret_dask.net.gdalfiles import GdalFile
 from rasteret_dask.net.remote import is_local, local_path, redact
 
@@ -71,7 +71,7 @@ def from_gdal(href: str, driver: str, because: str) -> Header | str:
         if file is not None and isinstance(file.failure, ReadError | TrustError):
             return f"{because}; {file.failure.found}"
         return f"{because}; GDAL: {redact(str(error))[:200]}"
-    except RefusedError as error:
+    except HeaderRefusedError as error:
         return f"refused: {error}"
     finally:
         if file is not None:

@@ -9,7 +9,15 @@ import numpy as np
 
 from rasteret_dask.errors import ReadError
 
-__all__ = ["Header", "Page", "RefusedError", "Transform", "UnsupportedError", "checked", "reading_order"]
+__all__ = [
+    "Header",
+    "HeaderRefusedError",
+    "Page",
+    "Transform",
+    "UnsupportedError",
+    "checked",
+    "reading_order",
+]
 
 _MAX_TILE = 256 * 1024 * 1024  # bytes of a decoded tile
 _MAX_TILES = 10_000_000
@@ -22,7 +30,7 @@ class UnsupportedError(Exception):
     """The TIFF path does not serve this file; GDAL may."""
 
 
-class RefusedError(Exception):
+class HeaderRefusedError(Exception):
     """The file asks for more memory than a header may, or for pixels that are not read."""
 
 
@@ -112,21 +120,23 @@ def checked(page: Page) -> Page:
     try:
         itemsize = np.dtype(page.dtype).itemsize
     except TypeError:  # GDAL's CInt16 and CInt32 have no type in NumPy
-        raise RefusedError(f"pixels of {page.dtype}, a type that is not read") from None
+        raise HeaderRefusedError(f"pixels of {page.dtype}, a type that is not read") from None
     if min(page.width, page.height, page.tile_width, page.tile_height, page.samples) < 1:
-        raise RefusedError(f"size {page.width} x {page.height}, tile {page.tile_width} x {page.tile_height}")
+        raise HeaderRefusedError(
+            f"size {page.width} x {page.height}, tile {page.tile_width} x {page.tile_height}"
+        )
     if (
         max(page.width, page.height, page.tile_width, page.tile_height) >= 2**31
         or page.samples > _MAX_SAMPLES
     ):
-        raise RefusedError(f"{page.width} x {page.height} pixels, {page.samples} bands")
+        raise HeaderRefusedError(f"{page.width} x {page.height} pixels, {page.samples} bands")
     chunky = page.samples if page.planar == 1 else 1
     nbytes = page.tile_width * page.tile_height * itemsize * chunky
     strip = page.driver == "GTiff" and not page.tile_offsets and page.tile_width == page.width
     if not strip and nbytes > _MAX_TILE:
-        raise RefusedError(f"tiles of {nbytes / 2**20:.0f} MiB; at most {_MAX_TILE >> 20} MiB")
+        raise HeaderRefusedError(f"tiles of {nbytes / 2**20:.0f} MiB; at most {_MAX_TILE >> 20} MiB")
     if page.tiles * (page.samples if page.planar == 2 else 1) > _MAX_TILES:
-        raise RefusedError(f"more than {_MAX_TILES:,} tiles")
+        raise HeaderRefusedError(f"more than {_MAX_TILES:,} tiles")
     return page
 
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from rasteret_dask.errors import ReadError, TrustError
 from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.gdal import from_gdal
-from rasteret_dask.headers.page import Header, RefusedError, UnsupportedError
+from rasteret_dask.headers.page import Header, HeaderRefusedError, UnsupportedError
 from rasteret_dask.headers.tiff import BROKEN, FIRST, RangeFile, from_tiff
 from rasteret_dask.net.remote import redact
 
@@ -150,7 +150,7 @@ def _parsed(href: str, file: RangeFile) -> Header | str:
         header = from_tiff(file)
     except ReadError as error:
         return error.found
-    except RefusedError as error:
+    except HeaderRefusedError as error:
         return f"refused: {error}"
     except (UnsupportedError, *BROKEN) as error:
         # a broken or georeferenceless TIFF may still be one to GDAL, with its sidecar files

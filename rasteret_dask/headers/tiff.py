@@ -18,8 +18,8 @@ import tifffile
 
 from rasteret_dask.headers.page import (
     Header,
+    HeaderRefusedError,
     Page,
-    RefusedError,
     Transform,
     UnsupportedError,
     checked,
@@ -132,7 +132,7 @@ class RangeFile(io.RawIOBase):
                 return block[start - at : start - at + size]
         wanted = min(max(size, min(4 * self._fetched, 1024 * 1024)), self.head.size - start)
         if self._fetched + wanted > _CAP:
-            raise RefusedError(f"a header of more than {_CAP >> 20} MiB")
+            raise HeaderRefusedError(f"a header of more than {_CAP >> 20} MiB")
         block = bytes(fetch(self._href, start, wanted).data)
         if not block:
             raise ValueError("the file ends before its header")
@@ -172,7 +172,7 @@ def _ifds(tiff: tifffile.TiffFile) -> Iterator[Any]:
             if n == 0:
                 raise UnsupportedError("no image in the file") from None
             return
-    raise RefusedError(f"more than {_MAX_IFDS} images in one file")
+    raise HeaderRefusedError(f"more than {_MAX_IFDS} images in one file")
 
 
 def _kind(ifd: Any) -> str:
@@ -184,7 +184,7 @@ def _kind(ifd: Any) -> str:
 def _page(ifd: Any, kind: str, byteorder: str, transform: Transform, first: Any) -> Page:
     width, height = int(ifd.imagewidth), int(ifd.imagelength)
     if min(width, height) < 1:
-        raise RefusedError(f"size {width} x {height}")
+        raise HeaderRefusedError(f"size {width} x {height}")
     sx, sy = first.imagewidth / width, first.imagelength / height
     a, b, c, d, e, f = transform
     tile_width = int(ifd.tilewidth) if ifd.is_tiled else width
@@ -235,7 +235,7 @@ def _dtype(ifd: Any) -> str:
         return "bool"
     bits = max(_bits(ifd))
     if bits > 128:
-        raise RefusedError(f"{bits} bits per sample")
+        raise HeaderRefusedError(f"{bits} bits per sample")
     size = next(n for n in (8, 16, 32, 64, 128) if bits <= n)
     kinds = ifd.sampleformat if isinstance(ifd.sampleformat, tuple) else (ifd.sampleformat,)
     match int(kinds[0]):

@@ -11,18 +11,18 @@ from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.catalog import find, known_dataset
 from rasteret_dask.errors import SourceError
 from rasteret_dask.ingest.fileindex import index_items
-from rasteret_dask.ingest.pages import Batch, Recipe
+from rasteret_dask.ingest.pages import ItemBatch, Recipe
 from rasteret_dask.ingest.search import Box, Search, boxes_of, fits, pages
 from rasteret_dask.ingest.sources import read_items, remote_item
 from rasteret_dask.ingest.stac import Rules, range_of
 from rasteret_dask.net.remote import is_local, local_path, public
 from rasteret_dask.table.layers import Layer, check_bands
 
-__all__ = ["Order", "check_names", "order_of_json"]
+__all__ = ["BuildOrder", "check_names", "order_of_json"]
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class BuildOrder:
     """A dataset, a place and a time; of ``stac_api``, ``catalog`` and ``index`` the last that is there counts."""
 
     name: str
@@ -97,7 +97,7 @@ class Order:
             self.name, self.rules(), self.headers, self.max_items, self.skip_broken, len(self.boxes) > 1
         )
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[ItemBatch]:
         """Yield the items, as they arrive."""
         if self.index is not None:
             rules = self.rules()
@@ -111,14 +111,14 @@ class Order:
                 boxes=self.boxes,
                 within=rules.within,
             ):
-                yield Batch([i for i in items if fits(i.data, self.query, self.name)])
+                yield ItemBatch([i for i in items if fits(i.data, self.query, self.name)])
         elif self.catalog is not None:
             found = read_items(self.catalog, keep_broken=True)
-            yield Batch([i for i in found if fits(i.data, self.query, self.name)], len(found))
+            yield ItemBatch([i for i in found if fits(i.data, self.query, self.name)], len(found))
         elif self.stac_api is not None:
             search = Search(self.stac_api, self.collection, self.boxes, self.span, self.query, self.filter)
             for page in pages(search, self.max_items):
-                yield Batch([remote_item(data) for data in page.items], page.matched)
+                yield ItemBatch([remote_item(data) for data in page.items], page.matched)
 
     def decides(self) -> dict[str, Any]:
         """Return everything that decides what the table holds: all but its name."""
@@ -138,7 +138,7 @@ class Order:
         return {**said, "dataset": None if self.dataset is None else self.dataset.name}
 
 
-def order_of_json(said: Mapping[str, Any], name: str) -> Order:
+def order_of_json(said: Mapping[str, Any], name: str) -> BuildOrder:
     """Return the order that :meth:`Order.as_json` wrote, with the catalog's present rules.
 
     Raises
@@ -147,7 +147,7 @@ def order_of_json(said: Mapping[str, Any], name: str) -> Order:
         When the catalog has lost its dataset, or it is something else.
     """
     try:
-        own = {k: said[k] for k in Order.__slots__}
+        own = {k: said[k] for k in BuildOrder.__slots__}
         own["dataset"] = known_dataset(own["dataset"]) if own["dataset"] is not None else None
         if own["entry"] is not None:
             entry = find(own["entry"])
@@ -159,7 +159,7 @@ def order_of_json(said: Mapping[str, Any], name: str) -> Order:
         for field in ("corners", "span", "bands"):
             own[field] = None if own[field] is None else tuple(own[field])
         own["columns"] = tuple((str(a), str(b)) for a, b in own["columns"])
-        return Order(**{**own, "name": name})
+        return BuildOrder(**{**own, "name": name})
     except (KeyError, TypeError) as error:
         raise SourceError(
             f"what {name!r} was searched for", f"another form ({error!r})", "search.json beside the table",

@@ -40,7 +40,7 @@ from rasteret_dask.table.layers import Layer, check_bands
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
 from rasteret_dask.table.timing import acquisitions
 
-__all__ = ["Batch", "Known", "Recipe", "Report", "ahead", "ingest"]
+__all__ = ["BuildReport", "EarlierTable", "ItemBatch", "Recipe", "ahead", "ingest"]
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ _KEYS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ItemBatch:
     """Items as they arrive."""
 
     items: Sequence[Item]
@@ -87,7 +87,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class EarlierTable:
     """A table whose rows need not be made again."""
 
     path: Path
@@ -95,7 +95,7 @@ class Known:
     """{id: its :func:`age_of`} of rows that are whole."""
 
     @classmethod
-    def of(cls, path: Path) -> Known:
+    def of(cls, path: Path) -> EarlierTable:
         """Return what a table holds; rows with an unreadable asset are not known, so that they are tried again."""
         file = pq.ParquetFile(path)
         found: dict[str, tuple[Any, ...]] = {}
@@ -117,7 +117,7 @@ class Known:
 
 
 @dataclass(slots=True)
-class Report:
+class BuildReport:
     """What became of the items."""
 
     rows: int = 0
@@ -161,8 +161,12 @@ class Report:
 
 
 def ingest(
-    batches: Iterable[Batch], recipe: Recipe, path: Path, progress: Progress, known: Known | None = None
-) -> Report:
+    batches: Iterable[ItemBatch],
+    recipe: Recipe,
+    path: Path,
+    progress: Progress,
+    known: EarlierTable | None = None,
+) -> BuildReport:
     """Write the table of all items, whole or not at all, in the order of the ground.
 
     Parameters
@@ -185,7 +189,7 @@ def ingest(
     BandError
         When no item has a band that was asked for.
     """
-    report = Report(broken=LeftOut(recipe.skip_broken))
+    report = BuildReport(broken=LeftOut(recipe.skip_broken))
     signed: set[str] = set() if known is None else set(hosts_of(pq.read_schema(known.path)) or ())
 
     def tables() -> Iterator[pa.Table]:
@@ -231,7 +235,11 @@ def age_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _tables(
-    batches: Iterable[Batch], recipe: Recipe, report: Report, progress: Progress, known: Known | None
+    batches: Iterable[ItemBatch],
+    recipe: Recipe,
+    report: BuildReport,
+    progress: Progress,
+    known: EarlierTable | None,
 ) -> Iterator[pa.Table]:
     """Yield the items' rows, a page after its headers are there."""
     coming: deque[tuple[list[Draft], dict[str, Future[Header | str]] | None]] = deque()
@@ -250,7 +258,11 @@ def _tables(
 
 
 def _drafts(
-    batches: Iterable[Batch], recipe: Recipe, report: Report, progress: Progress, known: Known | None
+    batches: Iterable[ItemBatch],
+    recipe: Recipe,
+    report: BuildReport,
+    progress: Progress,
+    known: EarlierTable | None,
 ) -> Iterator[list[Draft]]:
     """Yield at most ROWS drafts at a time."""
     drafts: list[Draft] = []
@@ -289,7 +301,10 @@ def _drafts(
 
 
 def _table(
-    drafts: list[Draft], coming: Mapping[str, Future[Header | str]] | None, recipe: Recipe, report: Report
+    drafts: list[Draft],
+    coming: Mapping[str, Future[Header | str]] | None,
+    recipe: Recipe,
+    report: BuildReport,
 ) -> pa.Table:
     found = None if coming is None else {href: future.result() for href, future in coming.items()}
     for href, header in (found or {}).items():
@@ -317,7 +332,7 @@ def _table(
     return table
 
 
-def _choose(keys: pa.Table, recipe: Recipe, report: Report, known: bool) -> NDArray[np.int64]:
+def _choose(keys: pa.Table, recipe: Recipe, report: BuildReport, known: bool) -> NDArray[np.int64]:
     """Return the rows to keep: of each id, then of each datatake and tile, the newest."""
     baseline = [version_of(text or "") for text in keys.column("baseline").to_pylist()]
     place = {version: n for n, version in enumerate(sorted(set(baseline)))}
@@ -348,7 +363,7 @@ def _failed(assets: pa.Array) -> NDArray[np.bool_]:
     return np.asarray(counted[offsets[1:]] > counted[offsets[:-1]])
 
 
-def _nothing(recipe: Recipe, report: Report) -> SourceError:
+def _nothing(recipe: Recipe, report: BuildReport) -> SourceError:
     if report.broken.items:
         return report.broken.all_of(recipe.name)
     return SourceError(
@@ -359,7 +374,7 @@ def _nothing(recipe: Recipe, report: Report) -> SourceError:
     )
 
 
-def _no_headers(recipe: Recipe, report: Report) -> SourceError:
+def _no_headers(recipe: Recipe, report: BuildReport) -> SourceError:
     href, why = next(iter(report.unreadable.items()))
     return SourceError(
         f"headers of {recipe.name!r}",

@@ -28,7 +28,7 @@ from rasteret_dask.net.remote import public, redact
 from rasteret_dask.net.trust import checked
 from rasteret_dask.net.web import BrokenError, RefusedError
 
-__all__ = ["Box", "Page", "Search", "boxes_of", "fits", "pages"]
+__all__ = ["Box", "ItemPage", "Search", "boxes_of", "fits", "pages"]
 
 Box = tuple[float, float, float, float]
 
@@ -79,7 +79,7 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class ItemPage:
     """Some items, as an API sent them."""
 
     items: tuple[Any, ...]
@@ -104,7 +104,7 @@ def boxes_of(box: Box) -> tuple[Box, ...]:
     return tuple(half for half in halves if half[0] < half[2])
 
 
-def pages(search: Search, most: int | None = None) -> Iterator[Page]:
+def pages(search: Search, most: int | None = None) -> Iterator[ItemPage]:
     """Yield the pages of a search, each when it is asked for.
 
     Parameters
@@ -160,7 +160,7 @@ def pages(search: Search, most: int | None = None) -> Iterator[Page]:
             items = tuple(page["features"])
             if sent is None:
                 items = tuple(i for i in items if fits(i, search.query, search.subject))
-            yield Page(items, _matched(page))
+            yield ItemPage(items, _matched(page))
     if empty:
         _check_collection(client, search)
 

@@ -25,10 +25,10 @@ from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.table.records import RECORD_SCHEMA
 
-__all__ = ["SAID", "TABLE", "VERSION", "Shelf", "cache_root", "key_of", "shelf", "shelf_of"]
+__all__ = ["SEARCH_FILE", "TABLE", "VERSION", "TableShelf", "cache_root", "key_of", "shelf", "shelf_of"]
 
 TABLE = "records.parquet"
-SAID = "search.json"
+SEARCH_FILE = "search.json"
 VARIABLE = "RASTERET_DASK_CACHE"
 
 VERSION = 2
@@ -63,7 +63,7 @@ def key_of(said: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class TableShelf:
     """The place of one search's table; each rebuild or refresh is a folder of its own, the highest number counts."""
 
     folder: Path
@@ -149,16 +149,16 @@ class Shelf:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def shelf(root: Path, label: str, key: str) -> Shelf:
+def shelf(root: Path, label: str, key: str) -> TableShelf:
     """Return the shelf of a key; the label is for people, whatever it holds."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", label).strip("_")[:_LABEL] or "table"
-    return Shelf(root / f"{plain}-{key[:32]}")
+    return TableShelf(root / f"{plain}-{key[:32]}")
 
 
-def shelf_of(file: str) -> tuple[Shelf, Path, dict[str, Any]] | None:
+def shelf_of(file: str) -> tuple[TableShelf, Path, dict[str, Any]] | None:
     """Return the shelf and folder of a table's file, and what was searched for; None where it was not built here."""
     path = Path(file)
-    said = path.with_name(SAID)
+    said = path.with_name(SEARCH_FILE)
     if path.name != TABLE or not said.is_file():
         return None
     try:
@@ -167,11 +167,11 @@ def shelf_of(file: str) -> tuple[Shelf, Path, dict[str, Any]] | None:
         raise SourceError(f"reading {said}", f"no JSON: {error}", "what was searched for") from error
     if "format" in found:
         FORMAT.check(f"reading {said}", found)
-    return Shelf(path.parents[1]), path.parent, dict(found)
+    return TableShelf(path.parents[1]), path.parent, dict(found)
 
 
 def _is_whole(place: Path) -> bool:
-    return (place / TABLE).is_file() and (place / SAID).is_file()
+    return (place / TABLE).is_file() and (place / SEARCH_FILE).is_file()
 
 
 def _touched(path: Path) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 from distributed import WorkerPlugin
 from distributed.protocol.pickle import dumps
 
-__all__ = ["Gate", "look", "obstacle", "versions_here"]
+__all__ = ["HostGate", "look", "obstacle", "versions_here"]
 
 HOME = "rasteret_dask"
 """The package, by name: where this runs it may be missing."""
@@ -81,7 +81,7 @@ def obstacle(answer: dict[str, Any], meaning: str) -> str:
     return ""
 
 
-class Gate(WorkerPlugin):
+class HostGate(WorkerPlugin):
     """Asks a worker that joins; one that cannot run the tasks says so and leaves before it is sent any.
 
     Without it such a worker ends at the first task that reaches it, and the shards that it had been sent count as

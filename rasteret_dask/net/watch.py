@@ -112,7 +112,7 @@ class Watch:
         asked = readiness.check()
         by_value()
         meaning = str(probe.versions_here(())[1])
-        gate = probe.Gate(readiness.question, meaning, str(self.client.id), self._topic, asked)
+        gate = probe.HostGate(readiness.question, meaning, str(self.client.id), self._topic, asked)
         self._guarded = True
         self.client.register_plugin(gate, name=self._topic)
         self._stage = ""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from rasteret_dask.planning.plan import (
-    Chips,
+    CutChips,
     Filter,
+    FilterChips,
+    FilterPixels,
     Harmonize,
     Join,
-    Keep,
     Map,
     Merge,
     Node,
     Predicate,
     Sample,
-    Screen,
     Select,
     Source,
     children,
@@ -65,8 +65,8 @@ def _push(node: Node) -> Node:
             for child in below:
                 flat.extend(child.children if isinstance(child, Merge) else (child,))
             return Merge(tuple(flat))
-        case Keep(Keep(child, inner), outer):
-            return Keep(child, _both(inner, outer))
+        case FilterChips(FilterChips(child, inner), outer):
+            return FilterChips(child, _both(inner, outer))
         case Select(Select(child, inner), outer):
             return Select(child, tuple(s for s in inner if s in outer))
         case Sample(Sample(child, small, seed, None), n, outer_seed, None) if seed == outer_seed:
@@ -92,7 +92,7 @@ def _bands(node: Node, wanted: tuple[str, ...] | None, quality: bool = False, cl
     if isinstance(node, Harmonize):
         quality = quality or bool(node.spec.mask) or node.spec.pick == "clearest"
         wanted = node.spec.bands if wanted is None else wanted
-    if isinstance(node, Screen):
+    if isinstance(node, FilterPixels):
         clouds = clouds or node.spec.max_cloud is not None
     if isinstance(node, Join):  # each source names its own bands
         wanted, quality = None, False
@@ -101,6 +101,6 @@ def _bands(node: Node, wanted: tuple[str, ...] | None, quality: bool = False, cl
 
 def _area(node: Node) -> Node:
     match node:
-        case Chips(child, spec) if (near := near_area(spec)) is not None and not is_filtered(child, near):
-            return Chips(_push(Filter(child, (near,))), spec)
+        case CutChips(child, spec) if (near := near_area(spec)) is not None and not is_filtered(child, near):
+            return CutChips(_push(Filter(child, (near,))), spec)
     return with_children(node, tuple(_area(child) for child in children(node)))

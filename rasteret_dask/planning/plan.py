@@ -20,20 +20,20 @@ from rasteret_dask.planning.rules import Rule
 
 __all__ = [
     "ChipSpec",
-    "Chips",
+    "CutChips",
     "Filter",
+    "FilterChips",
+    "FilterPixels",
     "Function",
     "Harmonize",
     "HarmonizeSpec",
     "Join",
-    "Keep",
     "Map",
     "Merge",
     "Node",
     "Predicate",
     "Rule",
     "Sample",
-    "Screen",
     "Select",
     "Source",
     "Split",
@@ -237,7 +237,7 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
-class Chips:
+class CutChips:
     """Cells of the ground that every source covers."""
 
     child: Node
@@ -253,7 +253,7 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class FilterChips:
     """Only the chips that fulfil all predicates on columns of the chip table."""
 
     child: Node
@@ -269,7 +269,7 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True)
-class Screen:
+class FilterPixels:
     """Only the chips whose pixels fulfil a rule: the task that reads them tells."""
 
     child: Node
@@ -285,14 +285,14 @@ class WithTable:
 
 
 Node: TypeAlias = (
-    "Source | Filter | Sample | Merge | Harmonize | Map | Join | Chips | Split | Keep | Select | Screen"
+    "Source | Filter | Sample | Merge | Harmonize | Map | Join | CutChips | Split | FilterChips | Select | FilterPixels"
     " | WithTable"
 )
 
 _NODES = {
     c.__name__: c
     for c in (
-        Source, Filter, Sample, Merge, Harmonize, Map, Join, Chips, Split, Keep, Select, Screen,
+        Source, Filter, Sample, Merge, Harmonize, Map, Join, CutChips, Split, FilterChips, Select, FilterPixels,
         WithTable, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule,
     )
 }  # fmt: skip

@@ -28,12 +28,12 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.min_valid is None and self.max_cloud is None and self.function is None:
-            raise PlanError("keep", "nothing to go by", "a function, min_valid= or max_cloud=")
+            raise PlanError("filter_pixels", "nothing to go by", "a function, min_valid= or max_cloud=")
         for name in ("min_valid", "max_cloud"):
             share = getattr(self, name)
             good = not isinstance(share, bool) and isinstance(share, int | float) and math.isfinite(share)
             if share is not None and not (good and 0 <= share <= 1):
-                raise PlanError(f"keep({name}=)", repr(share), "a share from 0 to 1")
+                raise PlanError(f"filter_pixels({name}=)", repr(share), "a share from 0 to 1")
 
     @property
     def said(self) -> str:
@@ -52,7 +52,7 @@ class Rule:
         source: str | None,
         version: str | None,
     ) -> Rule:
-        """Describe what a user gave to ``keep``.
+        """Describe what a user gave to ``filter_pixels``.
 
         Raises
         ------
@@ -60,6 +60,6 @@ class Rule:
             When that is nothing, no share, or a function that cannot be told by its text.
         """
         if function is not None and not callable(function):
-            raise PlanError("keep(predicate)", repr(function), "a function of a DataArray")
+            raise PlanError("filter_pixels(predicate)", repr(function), "a function of a DataArray")
         known = None if function is None else Function.of(function, version)
         return cls(min_valid, max_cloud, known, source)

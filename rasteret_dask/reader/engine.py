@@ -17,7 +17,7 @@ from rasteret_dask.errors import PlanError, ReadError
 from rasteret_dask.net.limits import workers
 from rasteret_dask.reader.keeping import Keeping, Later, needed_soon
 from rasteret_dask.reader.pixelgrid import Rect
-from rasteret_dask.reader.placing import Block, Out, Reading
+from rasteret_dask.reader.placing import Block, Out, PendingRead
 from rasteret_dask.reader.ranges import named
 from rasteret_dask.reader.rasterfile import RasterFile
 from rasteret_dask.reader.readplan import Request, plan_read
@@ -133,7 +133,7 @@ class Session:
         self, requests: Sequence[Request], outs: Sequence[Out], keep: Sequence[Request] = ()
     ) -> None:
         """Read all requests in one batch, each straight into memory of the caller's; see :meth:`read_block`."""
-        readings = [Reading.planned(request, out) for request, out in zip(requests, outs, strict=True)]
+        readings = [PendingRead.planned(request, out) for request, out in zip(requests, outs, strict=True)]
         self._count(
             warped_requests=sum(r.bent or r.plan.level > 0 for r in readings),
             gdal_fallback=sum(not is_fast(r.request.asset, r.plan.level) for r in readings),
@@ -143,7 +143,9 @@ class Session:
             rest = [reading for later in groups[at + 1 :] for reading in later]
             self._read(group, rest, keep)
 
-    def _read(self, readings: Sequence[Reading], rest: Sequence[Reading], keep: Sequence[Request]) -> None:
+    def _read(
+        self, readings: Sequence[PendingRead], rest: Sequence[PendingRead], keep: Sequence[Request]
+    ) -> None:
         """Read some of a batch; what the rest of it and ``keep`` need of the same tiles is kept."""
         for reading in readings:
             reading.prepare()
@@ -224,7 +226,7 @@ class _Call:
         self.alive = True
         self.warps: list[Future[None]] = []
 
-    def ready(self, reading: Reading) -> None:
+    def ready(self, reading: PendingRead) -> None:
         """Go on with a reading whose tiles are all there."""
         if reading.bent:
             self.warps.append(workers().submit(reading.finish))
@@ -240,9 +242,9 @@ def _land(want: Want, call: _Call, pixels: Pixels) -> None:
     call.landed(want)
 
 
-def _groups(readings: Sequence[Reading]) -> list[list[Reading]]:
+def _groups(readings: Sequence[PendingRead]) -> list[list[PendingRead]]:
     """Put readings into groups whose source pixels fit SOURCE_BYTES; those that are copied need none."""
-    groups: list[list[Reading]] = [[]]
+    groups: list[list[PendingRead]] = [[]]
     held = 0
     for reading in (part for whole in readings for part in whole.split(SOURCE_BYTES)):
         cost = reading.source_bytes

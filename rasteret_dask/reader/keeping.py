@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.reader.levels import Frame, flipped, rect_tiles
+from rasteret_dask.reader.levels import LevelFrame, flipped, rect_tiles
 from rasteret_dask.reader.pixelgrid import Rect, union
 from rasteret_dask.reader.readplan import ReadPlan, Request
 from rasteret_dask.reader.sharing import SHARED, Keep, Key
@@ -96,7 +96,7 @@ class Keeping:
         return self._ground[known]
 
 
-def _needed(later: Later, frame: Frame, tile: Rect, reach: int) -> Keep | None:
+def _needed(later: Later, frame: LevelFrame, tile: Rect, reach: int) -> Keep | None:
     """Return the part of a tile that later tasks need, their grids being that of the file but for the phase."""
     t, rect = frame.transform, flipped(tile, frame)
     west, east = t.c + t.a * (rect.col0 - reach), t.c + t.a * (rect.col1 + reach)

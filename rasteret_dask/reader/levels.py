@@ -14,7 +14,7 @@ from rasteret_dask.reader.pixelgrid import Grid, Rect, transformed
 from rasteret_dask.table.records import Asset, Level
 
 __all__ = [
-    "Frame",
+    "LevelFrame",
     "flipped",
     "has_mask",
     "is_aligned",
@@ -33,7 +33,7 @@ _FALSE_NORTHING = 10_000_000.0
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class LevelFrame:
     """One level laid out northwards, in the grid's CRS where only a false northing lies between."""
 
     epsg: int
@@ -45,7 +45,7 @@ class Frame:
     width: int
 
     @classmethod
-    def of(cls, asset: Asset, index: int, epsg: int) -> Frame:
+    def of(cls, asset: Asset, index: int, epsg: int) -> LevelFrame:
         """Lay a level out on its way to a grid.
 
         Parameters
@@ -143,17 +143,17 @@ def is_aligned(asset: Asset, grid: Grid) -> bool:
     ReadError
         When the asset has no CRS or no usable transform.
     """
-    return Frame.of(asset, 0, grid.epsg).corner(grid) is not None
+    return LevelFrame.of(asset, 0, grid.epsg).corner(grid) is not None
 
 
-def flipped(rect: Rect, frame: Frame) -> Rect:
+def flipped(rect: Rect, frame: LevelFrame) -> Rect:
     """Turn a rectangle between rows from the north and rows in the file's order."""
     if not frame.flipped:
         return rect
     return Rect(frame.height - rect.row1, frame.height - rect.row0, rect.col0, rect.col1)
 
 
-def rect_tiles(level: Level, frame: Frame, rect: Rect) -> Iterable[int]:
+def rect_tiles(level: Level, frame: LevelFrame, rect: Rect) -> Iterable[int]:
     """Yield the numbers of the tiles that a rectangle touches, in file order."""
     if rect.empty:
         return

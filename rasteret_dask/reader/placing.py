@@ -23,7 +23,7 @@ from rasteret_dask.reader.readplan import ReadPlan, Request, plan_read
 from rasteret_dask.reader.sharing import Pixels
 from rasteret_dask.reader.warp import SourceBlock, valid_pixels, warp_block
 
-__all__ = ["Block", "Out", "Reading"]
+__all__ = ["Block", "Out", "PendingRead"]
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class _Target:
 
 
 @dataclass(slots=True)
-class Reading:
+class PendingRead:
     """One request on its way: its plan, where its pixels go, and how many tiles are still to come."""
 
     request: Request
@@ -115,7 +115,7 @@ class Reading:
     _lock: Lock = field(default_factory=Lock)
 
     @classmethod
-    def planned(cls, request: Request, out: Out) -> Reading:
+    def planned(cls, request: Request, out: Out) -> PendingRead:
         """Plan a request."""
         return cls(request, plan_read(request), out, nodata_of(request.asset))
 
@@ -127,7 +127,7 @@ class Reading:
         size = np.dtype(self.request.asset.dtype).itemsize + int(has_mask(self.request.asset))
         return sum(height * width for height, width in (rect.shape for rect in self.plan.rects)) * size
 
-    def split(self, nbytes: int) -> Iterator[Reading]:
+    def split(self, nbytes: int) -> Iterator[PendingRead]:
         """Yield the reading in parts of some windows, whose source pixels fit; one window is the least."""
         windows = len(self.request.windows)
         most = max(1, windows * nbytes // max(self.source_bytes, 1))
@@ -138,7 +138,7 @@ class Reading:
             some = slice(at, at + most)
             request = replace(self.request, windows=self.request.windows[some])
             plan = replace(self.plan, rects=self.plan.rects[some])
-            yield Reading(request, plan, self.out.part(some), self.nodata)
+            yield PendingRead(request, plan, self.out.part(some), self.nodata)
 
     @property
     def bent(self) -> bool:

@@ -11,7 +11,7 @@ from rasterio.enums import Resampling
 
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.extent import is_geographic
-from rasteret_dask.reader.levels import Frame, rect_tiles, sparse_tiles
+from rasteret_dask.reader.levels import LevelFrame, rect_tiles, sparse_tiles
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, transformed
 from rasteret_dask.table.records import Asset, Level
 
@@ -61,7 +61,7 @@ class ReadPlan:
 
     level: int
     """Index into ``asset.levels``."""
-    frame: Frame
+    frame: LevelFrame
     kernel: str
     scale: tuple[float, float]
     """Grid pixels per pixel of the level, (x, y): GDAL's XSCALE and YSCALE."""
@@ -100,13 +100,13 @@ def plan_read(request: Request) -> ReadPlan:
     over the file opened at the overview that was chosen.)
     """
     asset, grid = request.asset, request.grid
-    image = Frame.of(asset, 0, grid.epsg)
+    image = LevelFrame.of(asset, 0, grid.epsg)
     scale = image.scale(grid)
     kernel = request.resampling or _default_kernel(asset, scale)
     level = 0
     if kernel != "nearest" and request.decode is None and image.corner(grid) is None:
         level = _overview(asset.levels, 1.0 / max(scale))
-    frame = image if level == 0 else Frame.of(asset, level, grid.epsg)
+    frame = image if level == 0 else LevelFrame.of(asset, level, grid.epsg)
     scale = scale if level == 0 else frame.scale(grid)
     corner = frame.corner(grid)
     if corner is None:
@@ -136,7 +136,7 @@ def _overview(levels: tuple[Level, ...], reduction: float) -> int:
     return best
 
 
-def _source_rects(frame: Frame, request: Request, kernel: str, scale: tuple[float, float]) -> list[Rect]:
+def _source_rects(frame: LevelFrame, request: Request, kernel: str, scale: tuple[float, float]) -> list[Rect]:
     """Bounds of each window's pixels in the source, with the kernel's reach round them."""
     grid, windows = request.grid, request.windows
     steps = np.linspace(0.0, 1.0, 9)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rasteret_dask.errors import ReadError
 from rasteret_dask.reader.levels import is_chunky, rect_tiles, sparse_tiles, tile_rect
 from rasteret_dask.reader.pixelgrid import Rect, union
-from rasteret_dask.reader.placing import Reading
+from rasteret_dask.reader.placing import PendingRead
 from rasteret_dask.reader.ranges import subject
 from rasteret_dask.reader.sharing import Key, Pixels
 from rasteret_dask.table.records import Asset
@@ -25,14 +25,14 @@ class Want:
     """Index into ``asset.levels``."""
     rect: Rect
     """The tile's pixels, rows in the file's order."""
-    readings: list[tuple[Reading, int, list[int]]] = field(default_factory=list)
+    readings: list[tuple[PendingRead, int, list[int]]] = field(default_factory=list)
     """Reading, which sample of the tile, and the numbers of its windows."""
 
     def need(self) -> Rect:
         """Return the part that is wanted, rows in the file's order."""
         return union(reading.need(n, self.rect) for reading, _, numbers in self.readings for n in numbers)
 
-    def add(self, reading: Reading, sample: int, number: int) -> None:
+    def add(self, reading: PendingRead, sample: int, number: int) -> None:
         """Want the tile for one more window."""
         if self.readings and self.readings[-1][0] is reading:
             self.readings[-1][2].append(number)
@@ -52,12 +52,12 @@ class Want:
             for number in numbers:
                 reading.void(number, self.rect)
 
-    def landed(self) -> list[Reading]:
+    def landed(self) -> list[PendingRead]:
         """Note that the tile has come, or will not; return the readings for which it was the last."""
         return [reading for reading, _, _ in self.readings if reading.landed()]
 
 
-def wanted(readings: Sequence[Reading]) -> dict[Key, Want]:
+def wanted(readings: Sequence[PendingRead]) -> dict[Key, Want]:
     """Return the tiles that readings want; tiles that are not in the file are filled in on the way.
 
     Raises

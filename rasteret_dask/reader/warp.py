@@ -18,7 +18,7 @@ from rasterio.session import DummySession
 from rasterio.vrt import WarpedVRT
 
 from rasteret_dask.extent import is_geographic
-from rasteret_dask.reader.levels import Frame
+from rasteret_dask.reader.levels import LevelFrame
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, crs_of
 from rasteret_dask.reader.readplan import ReadPlan
 
@@ -114,7 +114,7 @@ def warp_block(
 
 
 def _look_up(
-    block: SourceBlock, frame: Frame, grid: Grid, window: Window
+    block: SourceBlock, frame: LevelFrame, grid: Grid, window: Window
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     rect = block.rect
     sources = _sources(frame, grid, window)
@@ -131,7 +131,7 @@ def _look_up(
     return values, valid
 
 
-def _sources(frame: Frame, grid: Grid, window: Window) -> tuple[NDArray[Any], NDArray[Any]]:
+def _sources(frame: LevelFrame, grid: Grid, window: Window) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return where the centres of a window's rows and columns lie in the level, in its pixels from its corner."""
     t = frame.transform
     xs = grid.x0 + (np.arange(window.col, window.col + window.width) + 0.5) * grid.xres
@@ -140,7 +140,7 @@ def _sources(frame: Frame, grid: Grid, window: Window) -> tuple[NDArray[Any], ND
 
 
 def _interpolate(
-    block: SourceBlock, frame: Frame, grid: Grid, window: Window
+    block: SourceBlock, frame: LevelFrame, grid: Grid, window: Window
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Interpolate between the four nearest pixels, in the order and with the rules of GDAL's bilinear kernel.
 
@@ -250,7 +250,7 @@ def _warp(
 
 
 @contextmanager
-def _dataset(block: SourceBlock, frame: Frame) -> Iterator[DatasetReader]:
+def _dataset(block: SourceBlock, frame: LevelFrame) -> Iterator[DatasetReader]:
     """Open a block as a GDAL dataset: in its own memory, or as a copy with a mask, which MEM cannot be given."""
     values = block.values
     height, width = values.shape

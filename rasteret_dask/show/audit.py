@@ -10,7 +10,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import ChipSet
+from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.chipping.splits import SHARED_M2
 from rasteret_dask.errors import PlanError
@@ -67,7 +67,7 @@ class Audit:
     __repr__ = __str__
 
 
-def audit(chips: ChipSet) -> Audit:
+def audit(chips: PlannedChips) -> Audit:
     """Check the splits of a planned set of chips.
 
     Raises
@@ -99,7 +99,7 @@ def audit(chips: ChipSet) -> Audit:
     )
 
 
-def _between(chips: ChipSet, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[int, float]:
+def _between(chips: PlannedChips, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[int, float]:
     """Return how many pairs share ground, and the smallest distance in metres."""
     epsg = chips.table.column("epsg").to_numpy()
     bounds = np.stack([chips.table.column(n).to_numpy() for n in ("xmin", "ymin", "xmax", "ymax")], -1)
@@ -123,7 +123,7 @@ def _shapes(bounds: NDArray[np.float64]) -> NDArray[Any]:
 
 
 def _others(
-    chips: ChipSet, code: int, chosen: NDArray[np.bool_], epsg: NDArray[Any], bounds: NDArray[np.float64]
+    chips: PlannedChips, code: int, chosen: NDArray[np.bool_], epsg: NDArray[Any], bounds: NDArray[np.float64]
 ) -> NDArray[Any]:
     """Return the chosen chips as shapes of one CRS; chips of the next zones are projected."""
     here = _shapes(bounds[chosen & (epsg == code)])

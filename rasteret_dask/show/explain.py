@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import ChipSet, used_rows
+from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import FeedTable, bounds_of
 from rasteret_dask.chipping.feeds import Feeds, enough
 from rasteret_dask.chipping.frame import Frame
@@ -75,7 +75,7 @@ class Explanation:
         return f"<table>{rows}</table>"
 
 
-def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanation:
+def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Explanation:
     """Report on a planned and frozen job."""
     shards = list(job.shards())
     reading = _reading(job)
@@ -91,7 +91,7 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
         },
         "chips": sum(h.chips for h in job.hierarchies),
         "splits": splits,
-        "keep": [rule.said for rule in job.screens],
+        "filter_pixels": [rule.said for rule in job.pixel_rules],
         "shards": len(shards),
         "chips_per_shard": per_shard,
         "tasks": len(shards),
@@ -122,12 +122,12 @@ def explain(chips: ChipSet, job: Job, outputs: tuple[Output, ...]) -> Explanatio
     return Explanation(facts)
 
 
-def _uncovered(chips: ChipSet) -> dict[str, Any]:
+def _uncovered(chips: PlannedChips) -> dict[str, Any]:
     left = leftover(chips.spec, chips.resolution)
     return {} if left is None else {"share": left.share, "text": left.text, "cell_km": left.cell_km}
 
 
-def _coverage(chips: ChipSet) -> dict[str, dict[str, Any]]:
+def _coverage(chips: PlannedChips) -> dict[str, dict[str, Any]]:
     """Return per source how many chips have a slot whose main acquisition leaves ground open, and how much at most.
 
     The main acquisition is the first of a slot's candidates; with ``fill`` others close what it leaves open.
@@ -156,7 +156,7 @@ def _coverage(chips: ChipSet) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _pixel_shapes(chips: ChipSet) -> dict[str, list[list[float]]]:
+def _pixel_shapes(chips: PlannedChips) -> dict[str, list[list[float]]]:
     """Return per source the width and height of used pixels that are no squares, in units of their CRS."""
     result: dict[str, list[list[float]]] = {}
     for (source, rows), found in zip(used_rows(chips), chips.outlines, strict=True):
@@ -167,7 +167,7 @@ def _pixel_shapes(chips: ChipSet) -> dict[str, list[list[float]]]:
     return result
 
 
-def _native_share(chips: ChipSet) -> dict[str, dict[str, int]]:
+def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
     """Return per source how many used records keep native pixels, are only translated, or are resampled."""
     result: dict[str, dict[str, int]] = {}
     feeds = FeedTable.of(chips.table)
@@ -193,7 +193,7 @@ def _native_share(chips: ChipSet) -> dict[str, dict[str, int]]:
     return result
 
 
-def _times(chips: ChipSet) -> dict[str, list[str]]:
+def _times(chips: PlannedChips) -> dict[str, list[str]]:
     """Return the start of each slot, per source with a time axis."""
     return {
         s.plan.name: [pd.Timestamp(t).isoformat() for t in s.plan.slots]
@@ -339,7 +339,11 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("records", ", ".join(f"{n} {r['used']} of {r['scanned']}" for n, r in f["records"].items())),
         ("chips", f"{f['chips']:,} ({', '.join(f'{k} {v:,}' for k, v in f['splits'].items())})"),
-        *([("keep", f"{'; '.join(f['keep'])}: told by pixels, while they are read")] if f["keep"] else []),
+        *(
+            [("filter_pixels", f"{'; '.join(f['filter_pixels'])}: told by pixels, while they are read")]
+            if f["filter_pixels"]
+            else []
+        ),
         ("shards", f"{f['shards']:,} of up to {f['chips_per_shard']} chips, one task each"),
         (
             "to read",

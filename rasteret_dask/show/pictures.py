@@ -117,8 +117,8 @@ def _slot(name: str, source: xr.Dataset, chip: xr.Dataset, t: int) -> str:
 
 
 def _caption(chip: xr.Dataset, t: int, dated: bool) -> str:
-    parts: Mapping[str, Any] = {k: chip[k].values[t] for k in ("source", "datetime") if k in chip.coords}
-    name, when = str(parts.get("source", "")), pd.Timestamp(parts.get("datetime", pd.NaT))
+    parts: Mapping[str, Any] = {k: chip[k].values[t] for k in ("member", "datetime") if k in chip.coords}
+    name, when = str(parts.get("member", "")), pd.Timestamp(parts.get("datetime", pd.NaT))
     if not name:
         return "no scene"
     return f"{name}, {when.day} {when:%b}" if dated and not pd.isna(when) else name

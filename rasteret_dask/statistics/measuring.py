@@ -16,7 +16,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.statistics.stats import Stats, measure, merged
-from rasteret_dask.streams.readings import Reading
+from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Arrays, Kind
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def recalled(*key: str) -> Stats | None:
 _Part = Callable[[Any, NDArray[np.int64] | None], Arrays]
 
 
-def measured(reading: Reading, client: ClientLike = None) -> Stats:
+def measured(reading: ChipShards, client: ClientLike = None) -> Stats:
     """Measure all chips of what can be read: a task a shard, and one that puts FAN of them together.
 
     What these say comes here at once, so that a worker that is lost later has not read in vain.
@@ -91,7 +91,7 @@ def _none() -> PlanError:
     return PlanError("stats", "no chip", "at least one", "Loosen keep, filter or select.")
 
 
-def kept_sizes(reading: Reading, client: ClientLike = None) -> tuple[int, ...]:
+def kept_sizes(reading: ChipShards, client: ClientLike = None) -> tuple[int, ...]:
     """Return how many chips each shard has once its pixels are looked at.
 
     Parameters
@@ -102,12 +102,12 @@ def kept_sizes(reading: Reading, client: ClientLike = None) -> tuple[int, ...]:
         As in :func:`measured`.
     """
     graph, keys = _on_shards(reading, "size", _size)
-    subject = "counting the chips that keep() keeps"
+    subject = "counting the chips that filter_pixels() keeps"
     return tuple(computed(graph, keys, client, subject, reading.send_signatures))
 
 
 def _on_shards(
-    reading: Reading, verb: str, function: Callable[..., Any], *constants: Any
+    reading: ChipShards, verb: str, function: Callable[..., Any], *constants: Any
 ) -> tuple[dict[Hashable, Any], list[str]]:
     """Return a graph with one task a shard, ``function(result, part, *constants)``, and these tasks' keys."""
     roots, tasks = reading.tasks()

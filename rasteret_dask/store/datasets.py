@@ -19,7 +19,7 @@ from rasteret_dask.store.storeread import read_rows
 __all__ = ["to_xarray"]
 
 _PIXELS = ("pixels", "valid", MASK)
-_PER_CHIP = (*_PIXELS, "valid_fraction", "datetime", "source")
+_PER_CHIP = (*_PIXELS, "valid_fraction", "datetime", "member")
 
 
 def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:

@@ -17,17 +17,17 @@ from rasteret_dask.chipping.chiptable import MASK, label_columns, label_fields
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.store.encode import Compression, compressors
 from rasteret_dask.store.ledger import JOB, TO_ZARR
+from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
-from rasteret_dask.tasks.screening import KEPT
 
 __all__ = ["JOB", "OF_SHARDS", "Layout"]
 
-OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, "datetime": 2, "source": 2}
+OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, "datetime": 2, "member": 2}
 """Arrays that shards' tasks write, and how many dimensions they have."""
 
 _TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 _NAT = np.iinfo(np.int64).min
-_COORDINATES = "chip_id split epsg bounds valid_fraction datetime source"
+_COORDINATES = "chip_id split epsg bounds valid_fraction datetime member"
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class Layout:
             mask.update_attributes(self.job.labels.attrs)
         two = (n, out.times)
         self._array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
-        self._array(group, "source", two, str, ("chip", "time"), (per, out.times), None, "")
+        self._array(group, "member", two, str, ("chip", "time"), (per, out.times), None, "")
         when = self._array(group, "datetime", two, "int64", ("chip", "time"), (per, out.times), None, _NAT)
         when.update_attributes(_TIMES | {"_FillValue": _NAT})
         self._known(group, h, out)
         kept: tuple[str, ...] = ()
-        if self.job.screens:  # what it says is known when all shards are written
+        if self.job.pixel_rules:  # what it says is known when all shards are written
             self._array(group, KEPT, (n,), "bool", ("chip",), (n,), None, False)
             kept = (KEPT,)
         own = [field.name for field in label_fields(self.job.chips.schema)]

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from rasteret_dask.errors import UnreadableTilesWarning
+from rasteret_dask.tasks.filtering import tally
 from rasteret_dask.tasks.job import Job
-from rasteret_dask.tasks.screening import tally
 
 __all__ = ["losses", "manifest_of", "warn_of_masked"]
 
@@ -77,7 +77,9 @@ def losses(manifest: pa.Table) -> str:
         return ""
     reasons = [r for text in manifest["dropped_chips"].to_pylist() for r in json.loads(text).values()]
     planned = sum(manifest["chips"].to_pylist())
-    return f"{dropped} of {planned} chips dropped by keep ({tally(reasons)}; each in manifest.parquet)"
+    return (
+        f"{dropped} of {planned} chips dropped by filter_pixels ({tally(reasons)}; each in manifest.parquet)"
+    )
 
 
 def _of(report: Mapping[str, Any], kind: str) -> dict[str, Any]:

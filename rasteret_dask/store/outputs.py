@@ -17,9 +17,9 @@ from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.tasks import pixels
+from rasteret_dask.tasks.filtering import KEPT, tally
 from rasteret_dask.tasks.job import Job, Output, Shard
 from rasteret_dask.tasks.mapping import Functions
-from rasteret_dask.tasks.screening import KEPT, tally
 from rasteret_dask.tasks.shards import Graph, lower, read_chips
 
 __all__ = ["load", "to_xarray"]
@@ -97,7 +97,7 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
     if kept is not None:
         if not kept.any():
             warnings.warn(
-                f"keep() dropped {len(kept):,} of {len(kept):,} chips ({tally(fallen.values())}): lower what it asks "
+                f"filter_pixels() dropped {len(kept):,} of {len(kept):,} chips ({tally(fallen.values())}): lower what it asks "
                 "for, or remove it",
                 UserWarning,
                 stacklevel=3,
@@ -145,9 +145,9 @@ def _shapes(job: Job, out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int
         ),
         "valid_fraction": (two, (out.times,), np.dtype("float32")),
         "datetime": (two, (out.times,), np.dtype("datetime64[us]")),
-        "source": (two, (out.times,), np.dtype(object)),
+        "member": (two, (out.times,), np.dtype(object)),
     }
-    if job.screens:
+    if job.pixel_rules:
         shapes[KEPT] = (("chip",), (), np.dtype(bool))
     if out.valid:
         shapes["valid"] = (("chip", "time", "y", "x"), (out.times, out.height, out.width), np.dtype(bool))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import bounds_of, label_columns
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import remote
-from rasteret_dask.planning.plan import Keep, Node, Sample, Select, Source, digest
+from rasteret_dask.planning.plan import FilterChips, Node, Sample, Select, Source, digest
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, open_map
 from rasteret_dask.store.storeread import read_rows
@@ -27,11 +27,11 @@ __all__ = ["Stored", "facts", "finite", "read_shard", "sampled", "take"]
 
 _log = logging.getLogger(__name__)
 
-OWN = ("valid_fraction", "source")
+OWN = ("valid_fraction", "member")
 """Variables that shards' tasks write and samples do not carry."""
 
 _ROW = "__row__"
-_NAMES = {Keep: "filter", Select: "select", Sample: "sample"}
+_NAMES = {FilterChips: "filter", Select: "select", Sample: "sample"}
 _CHOOSING = Lock()
 
 
@@ -53,7 +53,7 @@ class Stored:
         """What the store holds."""
         node = self.plan
         while not isinstance(node, Source):
-            assert isinstance(node, Keep | Select | Sample)
+            assert isinstance(node, FilterChips | Select | Sample)
             node = node.child
         return open_map(self.url, node.token)
 
@@ -123,7 +123,7 @@ class Stored:
         more = f" (and {others - 1} more)" if others > 1 else ""
         for shard in self.map.shards:
             if chip in shard.dropped:
-                return f"chip {chip!r}{more}, which keep() dropped: {shard.dropped[chip]}"
+                return f"chip {chip!r}{more}, which filter_pixels() dropped: {shard.dropped[chip]}"
         known = self.map.chips.row_of(chip) is not None
         return f"chip {chip!r}{more}, " + ("which was not selected" if known else "which it never had")
 
@@ -189,12 +189,12 @@ def _digest(plan: Node) -> str:
 
 def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
     """Return the rows, among all of the store, that the last step of a plan leaves of what the others do."""
-    if not isinstance(node, Keep | Select | Sample):
+    if not isinstance(node, FilterChips | Select | Sample):
         return np.flatnonzero(store.kept)
     below = _chosen(store, node.child)
     why = ""
     match node:
-        case Keep(_, where):
+        case FilterChips(_, where):
             from rasteret_dask.planning.scan import (
                 alone,
                 filter_table,

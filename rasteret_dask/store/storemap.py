@@ -47,13 +47,13 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     MASK: (("chip", "y", "x"), None),
     "valid_fraction": (("chip", "time"), ("float32",)),
     "datetime": (("chip", "time"), ("int64",)),
-    "source": (("chip", "time"), ("None",)),
+    "member": (("chip", "time"), ("None",)),
     "bounds": (("chip", "corner"), ("float64",)),
     "band": (("band",), ("None",)),
     "time": (("time",), ("int64",)),
 }
 """Dimensions of arrays, and their dtypes where they are known ("None": text); all others have one value a chip."""
-_NEEDED = {"pixels", "valid_fraction", "datetime", "source", "band"}
+_NEEDED = {"pixels", "valid_fraction", "datetime", "member", "band"}
 
 _OPENING = Lock()
 _NOTHING: Mapping[str, str] = {}
@@ -109,7 +109,7 @@ class StoredShard:
     """Row of its first chip in ``chips.parquet``."""
     chips: int
     dropped: Mapping[str, str]
-    """Id of each chip that ``keep`` left out -> the reason."""
+    """Id of each chip that ``filter_pixels`` left out -> the reason."""
     row: int
     """Counts all shards."""
     objects: pa.ListArray = field(repr=False)
@@ -188,7 +188,7 @@ class StoreMap:
 
     @cached_property
     def kept(self) -> NDArray[np.bool_]:
-        """Shape (chip,). False for the chips that ``keep`` left out."""
+        """Shape (chip,). False for the chips that ``filter_pixels`` left out."""
         kept = np.ones(self.planned, dtype=bool)
         for shard in self.shards:
             if shard.dropped:

@@ -17,7 +17,7 @@ from rasteret_dask.net.sums import Fault, Sums, Whole, document_of, fault_of
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import ledger
 from rasteret_dask.store.storetables import open_manifest
-from rasteret_dask.tasks.screening import KEPT
+from rasteret_dask.tasks.filtering import KEPT
 
 __all__ = ["Verification", "verify"]
 

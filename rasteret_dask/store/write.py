@@ -25,9 +25,9 @@ from rasteret_dask.store.encode import Encoding, Piece, crc32
 from rasteret_dask.store.layout import JOB, OF_SHARDS, Layout
 from rasteret_dask.store.manifest import manifest_of, warn_of_masked
 from rasteret_dask.table import geoparquet
+from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, job_objects, opened
-from rasteret_dask.tasks.screening import KEPT
 
 __all__ = ["commit", "is_committed", "prepare", "write_shard"]
 
@@ -262,7 +262,9 @@ def commit(url: str, job: Job, layout: Layout | None = None) -> pa.Table:
     values = {name: report.values for name, report in reports.items()}
     tries = {name: len(marks) for name, marks in ledger.tries(found).items()}
     manifest = manifest_of(job, values, tries)
-    manifest = ledger.commit(url, found, manifest, reports, _kept(url, job, values) if job.screens else {})
+    manifest = ledger.commit(
+        url, found, manifest, reports, _kept(url, job, values) if job.pixel_rules else {}
+    )
     warn_of_masked(url, manifest)
     return manifest
 

@@ -26,7 +26,7 @@ from rasteret_dask.errors import JobError, PlanError
 from rasteret_dask.net.clusters import workers_of
 from rasteret_dask.net.watch import Watch
 from rasteret_dask.progress import Progress
-from rasteret_dask.streams.readings import Reading
+from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Arrays, InMemory, Part
 
 __all__ = ["OnCluster"]
@@ -84,7 +84,7 @@ class OnCluster:
         When workers cannot be reached from here, so that all data passes the scheduler.
     """
 
-    def __init__(self, reading: Reading, client: Client, share: int = 1, owned: bool = False) -> None:
+    def __init__(self, reading: ChipShards, client: Client, share: int = 1, owned: bool = False) -> None:
         if client.asynchronous:
             raise PlanError(
                 "stream(client=)", "an asynchronous client", "one that waits: Client(asynchronous=False)"

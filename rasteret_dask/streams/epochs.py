@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
 
-__all__ = ["Batch", "Epoch", "Order", "Visit"]
+__all__ = ["Batch", "BatchOrder", "Epoch", "Visit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchOrder:
     """What decides which chip comes when, and to which rank.
 
     An epoch puts the shards in order (a seeded one where there is a ``seed``) and deals their chips out to the ranks:

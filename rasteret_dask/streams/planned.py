@@ -10,11 +10,11 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import ReadError
-from rasteret_dask.streams.readings import Reading
+from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Arrays, InMemory, Kind, arrays_of
+from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Output
 from rasteret_dask.tasks.mapping import Functions
-from rasteret_dask.tasks.screening import KEPT
 from rasteret_dask.tasks.shards import lower, read_chips, renamed
 
 __all__ = ["planned"]
@@ -26,7 +26,7 @@ def planned(
     functions: Functions,
     on_error: str = "raise",
     sizes: tuple[int, ...] | None = None,
-) -> Reading:
+) -> ChipShards:
     """Return the kept chips of a job, in the order of its shards.
 
     Parameters
@@ -62,7 +62,7 @@ def planned(
         roots = {key: task for key, task in graph.items() if key not in named}
         return roots, [(key_of[s.name], graph[key_of[s.name]]) for s in shards]
 
-    return Reading(
+    return ChipShards(
         sizes or tuple(s.stop - s.start for s in shards),
         job.digest,
         kinds,
@@ -86,6 +86,6 @@ def _kept(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None) -> 
 
 def _other(shard: str, found: int, counted: str) -> ReadError:
     return ReadError(
-        f"shard {shard}", f"{found} chips that keep() keeps", f"{counted}, as when they were counted",
+        f"shard {shard}", f"{found} chips that filter_pixels() keeps", f"{counted}, as when they were counted",
         "Its rules must say the same each time: a function is random, or files changed or could not be read.",
     )  # fmt: skip

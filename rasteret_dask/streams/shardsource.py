@@ -13,7 +13,7 @@ import numpy as np
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
-from rasteret_dask.streams.readings import Reading
+from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Held, Part
 
 __all__ = ["OnThreads", "ShardSource"]
@@ -38,7 +38,7 @@ class ShardSource(Protocol):
 class OnThreads:
     """Reads on threads of this process, as many as Dask's ``num_workers`` says."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: ChipShards) -> None:
         threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
         self.ahead = threads
         self._reading = reading

@@ -13,8 +13,8 @@ from rasteret_dask.formats import STATE
 from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.streams.ahead import Shelf, fill
-from rasteret_dask.streams.epochs import Order
-from rasteret_dask.streams.readings import Reading
+from rasteret_dask.streams.chipshards import ChipShards
+from rasteret_dask.streams.epochs import BatchOrder
 from rasteret_dask.streams.shardsource import OnThreads, ShardSource
 from rasteret_dask.tasks.batches import Arrays, Kind
 
@@ -38,8 +38,8 @@ Normalize: TypeAlias = Normalizer | Callable[[Arrays], Arrays]
 
 
 def batches(
-    reading: Reading,
-    order: Order,
+    reading: ChipShards,
+    order: BatchOrder,
     epochs: int = 1,
     client: ClientLike = None,
     prefetch: int = 2,
@@ -109,8 +109,8 @@ class Stream(Iterator[Arrays]):
 
     def __init__(
         self,
-        reading: Reading,
-        order: Order,
+        reading: ChipShards,
+        order: BatchOrder,
         epochs: int,
         client: ClientLike,
         prefetch: int,
@@ -216,7 +216,7 @@ class Stream(Iterator[Arrays]):
         self.close()
         self._position = position
 
-    def with_order(self, order: Order, epochs: int | None = None) -> Stream:
+    def with_order(self, order: BatchOrder, epochs: int | None = None) -> Stream:
         """Return a new stream of these chips in another order, such as another rank's.
 
         Parameters

@@ -55,7 +55,7 @@ def cloud_fractions(
     read = Picking(own, shard, source, pixels.members_of(own, shard, source)).read(on_error, later=_Alone())
     cloudy = np.zeros(len(read.values), dtype=np.int64)
     for member in plan.members:
-        picked = read.source == member.name
+        picked = read.member == member.name
         for chip, slot in np.argwhere(picked).tolist():
             bad = harmonize.bad_pixels(read.values[chip, slot, 0], str(member.quality_kind), ("clouds",))
             cloudy[chip] += np.count_nonzero(bad & read.valid[chip, slot])

@@ -15,14 +15,14 @@ from rasteret_dask.reader.engine import Counts
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.table.records import Asset
 
-__all__ = ["Chips", "Into", "Place", "Seen", "Slot", "Wanted", "clear", "copied", "masked", "put"]
+__all__ = ["ChipPixels", "Into", "Place", "Seen", "Slot", "Wanted", "clear", "copied", "masked", "put"]
 
 Into: TypeAlias = tuple[NDArray[Any], NDArray[np.bool_] | None]
 """Memory for a shard's pixels (chip, time, band, y, x), and for their validity (chip, time, y, x)."""
 
 
 @dataclass
-class Chips:
+class ChipPixels:
     """What a source's shard is made of while slots are read."""
 
     values: NDArray[Any]
@@ -31,7 +31,7 @@ class Chips:
     """Shape (chip, time, y, x). True where every band has a value."""
     datetime: NDArray[np.datetime64]
     """Shape (chip, time). Start of the picked acquisition; NaT where empty or composed of several."""
-    source: NDArray[Any]
+    member: NDArray[Any]
     """Shape (chip, time). Name of the picked member, "" where empty; several are joined by +."""
     clipped: NDArray[np.int64]
     """Shape (band,). Pixels outside the range of an integer dtype."""

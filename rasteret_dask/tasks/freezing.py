@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import ChipSet, used_records
+from rasteret_dask.chipping.chips import PlannedChips, used_records
 from rasteret_dask.chipping.chiptable import FeedTable
 from rasteret_dask.chipping.frame import BLOCK_PX
 from rasteret_dask.chipping.splits import split_numbers
@@ -30,7 +30,7 @@ SHARD_CHIPS = 256
 """Chips of one task, at most."""
 
 
-def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
+def freeze(chips: PlannedChips, shard_bytes: int = SHARD_BYTES) -> Job:
     """Settle shards and keep only what tasks need.
 
     Parameters
@@ -57,13 +57,13 @@ def freeze(chips: ChipSet, shard_bytes: int = SHARD_BYTES) -> Job:
         per_shard,
         [[s, to_json(f)] for s, f in chips.maps],
         MEANING,
-        *chips.screens,
+        *chips.pixel_rules,
         *([chips.spec.labels, chips.spec.rasterize, chips.reference] if chips.labels else []),
     )
     shards = sum(h.shards for h in hierarchies)
     _log.info("plan: %d chips in %d shards of at most %d chips", table.num_rows, shards, per_shard)
     return Job(
-        plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.screens, chips.labels
+        plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels
     )  # fmt: skip
 
 
@@ -79,7 +79,9 @@ def _with_passes(
     return Records(table)
 
 
-def _by_split(chips: ChipSet, table: pa.Table) -> tuple[pa.Table, list[tuple[str | None, int, int, int]]]:
+def _by_split(
+    chips: PlannedChips, table: pa.Table
+) -> tuple[pa.Table, list[tuple[str | None, int, int, int]]]:
     if chips.split is None:
         return table, [(None, 0, 0, table.num_rows)]
     label = split_numbers(table.column("split"), chips.split)
@@ -99,7 +101,7 @@ def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], feeds: F
     return int(min(max(budget // max(cost, work), 1), SHARD_CHIPS))
 
 
-def _whole_blocks(chips: ChipSet, per_shard: int) -> int:
+def _whole_blocks(chips: PlannedChips, per_shard: int) -> int:
     """Round down to the chips of whole tiles, which one shard then reads, or of whole blocks; at most half is lost."""
     if chips.spec.at is not None:
         return per_shard

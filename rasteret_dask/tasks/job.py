@@ -134,7 +134,7 @@ class Job:
     """Digest of what decides the values, without the rows."""
     others: tuple[Hierarchy, ...] = ()
     """The splits of the plan that were not selected; their chips are in the table too."""
-    screens: tuple[Rule, ...] = ()
+    pixel_rules: tuple[Rule, ...] = ()
     """What pixels must fulfil for their chip to be kept."""
     labels: Labels | None = None
     """Polygons that one source's pixels carry as a mask."""

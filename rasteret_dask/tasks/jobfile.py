@@ -55,7 +55,7 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "size_px": list(job.size_px),
         "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard] for h in job.hierarchies],
         "maps": [[s, to_json(f)] for s, f in job.maps],
-        "screens": [to_json(rule) for rule in job.screens],
+        "pixel_rules": [to_json(rule) for rule in job.pixel_rules],
         "labels": None if job.labels is None else job.labels.said,
         "phase": job.phase,
         "digest": job.digest,
@@ -149,7 +149,7 @@ def _read(url: str, digest: str) -> Job:
             tables["chips.arrow"],
             tuple((s, from_json(f)) for s, f in text["maps"]),
             text["phase"],
-            screens=tuple(from_json(rule) for rule in text["screens"]),
+            pixel_rules=tuple(from_json(rule) for rule in text["pixel_rules"]),
             labels=None if text["labels"] is None else Labels.again(tables["labels.arrow"], text["labels"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:

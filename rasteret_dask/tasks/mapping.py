@@ -74,13 +74,13 @@ def kept_by(function: Callable[[xr.DataArray], Any], chips: xr.DataArray) -> NDA
     try:
         answer = function(chips)
     except Exception as error:  # the user's own: it goes on unchanged, but says where it came from
-        error.add_note(f"raised by keep({name}) on {n} chips")
+        error.add_note(f"raised by filter_pixels({name}) on {n} chips")
         raise
     values = np.asarray(answer)
     if values.shape != (n,) or values.dtype != bool:
         dims = f", dims {answer.dims}" if isinstance(answer, xr.DataArray) else ""
         raise PlanError(
-            f"keep({name})", f"{values.dtype} of shape {values.shape}{dims}",
+            f"filter_pixels({name})", f"{values.dtype} of shape {values.shape}{dims}",
             f"True or False for each of {n} chips",
             "Reduce the other dimensions, such as (chips > 0).all(('time', 'band', 'y', 'x')).",
         )  # fmt: skip
@@ -95,7 +95,7 @@ def outputs_of(job: Job, functions: Functions) -> tuple[Output, ...]:
         if job.labels is not None and job.labels.source == number:
             output = replace(output, mask=job.labels.dtype.name)
         own = job.functions(number)
-        rules = [r.function for r in job.screens if r.function and r.source in (None, plan.name)]
+        rules = [r.function for r in job.pixel_rules if r.function and r.source in (None, plan.name)]
         if own or rules:
             dataset = _blank(job, number)
             for function in own:
@@ -110,7 +110,7 @@ def outputs_of(job: Job, functions: Functions) -> tuple[Output, ...]:
 def _blank(job: Job, source: int) -> xr.Dataset:
     plan, size = job.sources[source], job.size_px[source]
     shard = Shard(None, 0, 0, 0, 1)
-    chips = pixels.Chips(
+    chips = pixels.ChipPixels(
         np.zeros((1, plan.times, len(plan.bands), size, size), dtype=plan.dtype),
         np.ones((1, plan.times, size, size), dtype=bool),
         np.full((1, plan.times), np.datetime64("2000-01-01", "us")),

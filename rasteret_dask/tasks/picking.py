@@ -19,7 +19,18 @@ from rasteret_dask.reader.placing import Block, Out
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.table.records import Asset
 from rasteret_dask.tasks.cuts import Cut, Feed, Harmonized
-from rasteret_dask.tasks.filling import Chips, Into, Place, Seen, Slot, Wanted, clear, copied, masked, put
+from rasteret_dask.tasks.filling import (
+    ChipPixels,
+    Into,
+    Place,
+    Seen,
+    Slot,
+    Wanted,
+    clear,
+    copied,
+    masked,
+    put,
+)
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.neighbours import Neighbours
 
@@ -46,7 +57,9 @@ class Picking:
         self._seen: dict[tuple[int, int], Seen] = {}
         """(record, chip) -> the band that ``clearest`` has read of it already."""
 
-    def read(self, on_error: str = "raise", into: Into | None = None, later: Later | None = None) -> Chips:
+    def read(
+        self, on_error: str = "raise", into: Into | None = None, later: Later | None = None
+    ) -> ChipPixels:
         """Read every slot ``into`` memory, or new one; ``later`` are to be read of the same tiles, or shards near."""
         self.job.check_signatures()
         plan, size, n = self.plan, self.size, self.shard.stop - self.shard.start
@@ -56,7 +69,7 @@ class Picking:
         if valid is None:
             valid = np.empty((n, plan.times, size, size), dtype=bool)
         valid[...] = False
-        chips = Chips(
+        chips = ChipPixels(
             values,
             valid,
             np.full((n, plan.times), np.datetime64("NaT", "us"), dtype="datetime64[us]"),
@@ -104,7 +117,7 @@ class Picking:
         for at in range(0, len(slots), most):
             yield slots[at : at + most]
 
-    def _slots(self, session: Session, feed: Feed, slots: list[int], direct: bool, chips: Chips) -> None:
+    def _slots(self, session: Session, feed: Feed, slots: list[int], direct: bool, chips: ChipPixels) -> None:
         plan, n = self.plan, self.shard.stop - self.shard.start
         if plan.slots is not None and plan.pick == "clearest":
             feed = self._clearest(session, feed)
@@ -126,7 +139,7 @@ class Picking:
                     np.logical_and.reduce(valid[slot][chip], axis=0, out=chips.valid[chip, slot])
             best = own.take(_first_of(own.chip))
             chips.datetime[best.chip, slot] = self.job.starts[self.source][best.row]
-            chips.source[best.chip, slot] = self._names(best.row)
+            chips.member[best.chip, slot] = self._names(best.row)
             if self._composed:
                 self._name_composites(own, slot, chips)
         self._seen.clear()
@@ -143,7 +156,7 @@ class Picking:
         feed: Feed,
         slots: list[int],
         ranked: NDArray[np.bool_],
-        chips: Chips,
+        chips: ChipPixels,
         valid: dict[int, NDArray[np.bool_]],
     ) -> None:
         """Read the nearest record of each chip and slot to its place.
@@ -382,14 +395,14 @@ class Picking:
             clipped += put(made, np.isfinite(made), chip, target)
         return clipped
 
-    def _name_composites(self, feed: Feed, slot: int, chips: Chips) -> None:
+    def _name_composites(self, feed: Feed, slot: int, chips: ChipPixels) -> None:
         """Name the members of each chip's candidates; only a single candidate has a time."""
         change = np.diff(feed.chip, prepend=-1) | np.diff(feed.order, prepend=-1)
         leads = feed.take(np.flatnonzero(change))
         names = np.array(self._names(leads.row), dtype=object)
         for chip in np.unique(leads.chip).tolist():
             own = leads.chip == chip
-            chips.source[chip, slot] = "+".join(sorted(set(names[own].tolist())))
+            chips.member[chip, slot] = "+".join(sorted(set(names[own].tolist())))
             if own.sum() > 1:
                 chips.datetime[chip, slot] = np.datetime64("NaT", "us")
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import MASK, label_columns
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.tasks.cuts import Cut, Feed, Harmonized, MemberCubes, cubes, cut, harmonized
-from rasteret_dask.tasks.filling import Chips, Into
+from rasteret_dask.tasks.filling import ChipPixels, Into
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.picking import Picking
 
 __all__ = [
-    "Chips",
+    "ChipPixels",
     "Cut",
     "Harmonized",
     "Into",
@@ -58,7 +58,7 @@ def merged(
     -------
     xarray.Dataset
         ``pixels`` (chip, time, band, y, x); ``valid`` (chip, time, y, x) for integer pixels; ``valid_fraction``,
-        ``datetime`` and ``source`` (chip, time); counts of what was read, and the seconds that it took, in its
+        ``datetime`` and ``member`` (chip, time); counts of what was read, and the seconds that it took, in its
         attributes.
     """
     begun = time.perf_counter()
@@ -73,7 +73,7 @@ def merged(
     return dataset
 
 
-def dataset_of(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
+def dataset_of(job: Job, shard: Shard, source: int, chips: ChipPixels) -> xr.Dataset:
     """Return the chips of one source as :func:`merged` does, with the coordinates that the plan knows."""
     plan = job.sources[source]
     dims = ("chip", "time", "band", "y", "x")
@@ -92,7 +92,7 @@ def dataset_of(job: Job, shard: Shard, source: int, chips: Chips) -> xr.Dataset:
             _fractions(chips.valid),
         ),
         "datetime": (("chip", "time"), chips.datetime),
-        "source": (("chip", "time"), chips.source.astype(object)),
+        "member": (("chip", "time"), chips.member.astype(object)),
     }
     if plan.slots is not None:
         coordinates["time"] = ("time", np.array(plan.slots, dtype="datetime64[ns]"))

@@ -16,10 +16,10 @@ from dask.layers import ArrayBlockIdDep
 from rasteret_dask.errors import PlanError, UnreadableTilesWarning
 from rasteret_dask.planning.plan import Function, digest
 from rasteret_dask.tasks import pixels
+from rasteret_dask.tasks.filtering import filtered
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, opened
 from rasteret_dask.tasks.mapping import Functions, mapped
-from rasteret_dask.tasks.screening import screened
 
 __all__ = ["Graph", "error_policy", "lower", "read_chips", "renamed"]
 
@@ -94,10 +94,10 @@ def lower(
             last = build.layer(f"map-{function.name}-{plan.name}", _map, (), [last], [node])
         sources[plan.name] = last
     name = build.layer("join", _join, (tuple(sources),), list(sources.values()))
-    if job.screens:
-        roots = [build.function(r.function, functions) for r in job.screens if r.function is not None]
-        name = build.layer("keep", _keep, (on_error,), [name], roots)
-        sources = {source: build.layer(f"screened-{source}", _one, (source,), [name]) for source in sources}
+    if job.pixel_rules:
+        roots = [build.function(r.function, functions) for r in job.pixel_rules if r.function is not None]
+        name = build.layer("filter_pixels", _filter_pixels, (on_error,), [name], roots)
+        sources = {source: build.layer(f"filtered-{source}", _one, (source,), [name]) for source in sources}
     if write is not None:
         assert ref is not None
         name = build.layer("write", write, (ref.url,), [name])
@@ -246,13 +246,13 @@ def read_chips(
     Returns
     -------
     dict
-        Source -> its Dataset; see :func:`rasteret_dask.tasks.screening.screened`.
+        Source -> its Dataset; see :func:`rasteret_dask.tasks.filtering.filtered`.
     """
     joined = {
         plan.name: _read_source(job, shard, number, functions, on_error, into[number] if into else None)
         for number, plan in enumerate(job.sources)
     }
-    return screened(job, shard, joined, functions, on_error)
+    return filtered(job, shard, joined, functions, on_error)
 
 
 def _warn(shard: Shard, found: xr.Dataset) -> None:
@@ -276,12 +276,14 @@ def _join(
     return dict(zip(names, datasets, strict=True))
 
 
-def _keep(job: Job | JobRef, block: tuple[int, int], on_error: str, *rest: Any) -> dict[str, xr.Dataset]:
+def _filter_pixels(
+    job: Job | JobRef, block: tuple[int, int], on_error: str, *rest: Any
+) -> dict[str, xr.Dataset]:
     own = opened(job)
     *shipped, joined = rest
-    named = (r.function for r in own.screens if r.function is not None)
+    named = (r.function for r in own.pixel_rules if r.function is not None)
     functions = {function: one.call for function, one in zip(named, shipped, strict=True)}
-    return screened(own, own.shard(*block), joined, functions, on_error)
+    return filtered(own, own.shard(*block), joined, functions, on_error)
 
 
 def _one(

@@ -214,7 +214,7 @@ def work(world: World, shards: int, chips: int, compression: Any) -> Work:
                     {
                         "valid_fraction": (two, mask.mean(axis=(2, 3), dtype=np.float64).astype(np.float32)),
                         "datetime": (two, np.full(take.shape, np.datetime64("2024-04-01T10:00", "us"))),
-                        "source": (two, np.full(take.shape, "s2", dtype=object)),
+                        "member": (two, np.full(take.shape, "s2", dtype=object)),
                     },
                 )
             }

@@ -28,8 +28,8 @@ from rasteret_dask.store.decode import index_nbytes, index_of
 from rasteret_dask.store.encode import ABSENT
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streamfrom import stream_from
+from rasteret_dask.tasks.filtering import tally
 from rasteret_dask.tasks.jobfile import plan_json
-from rasteret_dask.tasks.screening import tally
 
 LIMIT = 0.97
 
@@ -65,13 +65,13 @@ def single(s2: rd.Collection) -> rd.Chips:
 
 
 @pytest.fixture(scope="module")
-def screened(joined: rd.Chips) -> rd.Chips:
-    return joined.keep(min_valid=LIMIT)
+def filtered(joined: rd.Chips) -> rd.Chips:
+    return joined.filter_pixels(min_valid=LIMIT)
 
 
 @pytest.fixture(scope="module")
-def store(screened: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(written(screened, tmp_path_factory.mktemp("kept") / "store"))
+def store(filtered: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(written(filtered, tmp_path_factory.mktemp("kept") / "store"))
 
 
 def expected(joined: rd.Chips) -> NDArray[np.bool_]:
@@ -85,10 +85,10 @@ def expected(joined: rd.Chips) -> NDArray[np.bool_]:
 # Who is kept
 
 
-def test_load_gives_the_chips_that_pass(joined: rd.Chips, screened: rd.Chips) -> None:
+def test_load_gives_the_chips_that_pass(joined: rd.Chips, filtered: rd.Chips) -> None:
     kept = expected(joined)
     assert 0 < kept.sum() < len(kept)
-    found = nodes(outputs.load(small(screened), {}))
+    found = nodes(outputs.load(small(filtered), {}))
     for name, dataset in nodes(outputs.load(small(joined), {})).items():
         xr.testing.assert_identical(found[name], dataset.isel(chip=np.flatnonzero(kept)))
 
@@ -107,7 +107,7 @@ def test_slots_without_records_do_not_count(s2: rd.Collection) -> None:
         seen = whole["valid_fraction"].values
         share = np.array([seen[chip][own].mean() for chip, own in enumerate(fed)])
         for limit in (0.5, float(np.median(share))):
-            found = chips.keep(min_valid=limit).load()
+            found = chips.filter_pixels(min_valid=limit).load()
             assert isinstance(found, xr.Dataset)
             assert found["chip_id"].values.tolist() == whole["chip_id"].values[share >= limit - 1e-9].tolist()
             assert found.sizes["chip"] > 0
@@ -116,12 +116,18 @@ def test_slots_without_records_do_not_count(s2: rd.Collection) -> None:
 def test_an_empty_result_says_which_rule_took_how_many(single: rd.Chips) -> None:
     count = len(single)
     with pytest.warns(
-        UserWarning, match=rf"dropped {count} of {count} chips \({count}: keep\(nothing\)\).*remove it"
+        UserWarning,
+        match=rf"dropped {count} of {count} chips \({count}: filter_pixels\(nothing\)\).*remove it",
     ):
-        empty = single.keep(nothing).load()
+        empty = single.filter_pixels(nothing).load()
     assert empty.sizes["chip"] == 0
-    reasons = ["valid 0.123, below 0.5", "valid 0.451, below 0.5", "cloud of a 0.900, above 0.1", "keep(f)"]
-    assert tally(reasons) == "2: valid, below 0.5; 1: cloud of a, above 0.1; 1: keep(f)"
+    reasons = [
+        "valid 0.123, below 0.5",
+        "valid 0.451, below 0.5",
+        "cloud of a 0.900, above 0.1",
+        "filter_pixels(f)",
+    ]
+    assert tally(reasons) == "2: valid, below 0.5; 1: cloud of a, above 0.1; 1: filter_pixels(f)"
 
 
 def test_a_function_decides(single: rd.Chips) -> None:
@@ -129,9 +135,9 @@ def test_a_function_decides(single: rd.Chips) -> None:
     assert isinstance(whole, xr.Dataset)
     kept = bright(whole["pixels"]).values
     assert 0 < kept.sum() < len(kept)
-    found = single.keep(bright).load()
+    found = single.filter_pixels(bright).load()
     xr.testing.assert_identical(found, whole.isel(chip=np.flatnonzero(kept)))
-    both = single.keep(bright).keep(brighter, min_valid=0.5).load()
+    both = single.filter_pixels(bright).filter_pixels(brighter, min_valid=0.5).load()
     assert both.sizes["chip"] == int(brighter(whole["pixels"]).sum())
 
 
@@ -149,7 +155,7 @@ def test_clouds_are_counted_in_the_quality_band_of_the_same_records(
     limit = float(np.median(share))
     assert 0 < (share <= limit).sum() < len(share)
     alone = optical.chips(size=32, cell_km=0.96).with_table(both.table.select(["chip_id"]))
-    found = alone.keep(max_cloud=limit).load()
+    found = alone.filter_pixels(max_cloud=limit).load()
     assert isinstance(found, xr.Dataset)
     assert found["chip_id"].values.tolist() == classes["chip_id"].values[share <= limit].tolist()
     whole = alone.load()
@@ -161,7 +167,7 @@ def test_members_of_a_merge_are_told_by_their_own_quality_bands(s2: rd.Collectio
     optical = rd.merge(s2, l8).harmonize(bands=["red", "nir"], resolution=10, time="1MS", pick="closest")
     chips = optical.chips(size=32, cell_km=0.96).sample(30)
     limits = [0.0, 0.1, 0.5, 1.0]
-    found = [nodes(chips.keep(max_cloud=limit).load())[""] for limit in limits]
+    found = [nodes(chips.filter_pixels(max_cloud=limit).load())[""] for limit in limits]
     kept = [set(dataset["chip_id"].values.tolist()) for dataset in found]
     assert all(low <= high for low, high in itertools.pairwise(kept))
     assert len(kept[0]) < len(kept[-1]) == len(chips)
@@ -199,23 +205,25 @@ def test_a_dropped_chip_keeps_its_place_unwritten(store: Path, joined: rd.Chips)
     assert absent + empty - short == (~kept).sum()
 
 
-def test_the_manifest_says_why_and_the_store_sees_kept_chips_only(store: Path, screened: rd.Chips) -> None:
+def test_the_manifest_says_why_and_the_store_sees_kept_chips_only(store: Path, filtered: rd.Chips) -> None:
     opened = open_chips(store)
-    assert_same(opened.load(), outputs.load(small(screened), {}))
+    assert_same(opened.load(), outputs.load(small(filtered), {}))
     assert_same(opened.to_xarray().compute(), opened.load())
     manifest = pq.read_table(store / "manifest.parquet")
     assert sum(manifest["kept"].to_pylist()) == len(opened) == opened.stats().chips
-    assert sum(manifest["chips"].to_pylist()) == len(screened)
+    assert sum(manifest["chips"].to_pylist()) == len(filtered)
     dropped = opened.dropped.to_pylist()
-    assert len(dropped) == len(screened) - len(opened)
+    assert len(dropped) == len(filtered) - len(opened)
     assert all(row["reason"].startswith("valid of optical 0.") for row in dropped)
-    with pytest.raises(PlanError, match=r"which keep\(\) dropped: valid of optical 0\.\d+, below 0\.97"):
+    with pytest.raises(
+        PlanError, match=r"which filter_pixels\(\) dropped: valid of optical 0\.\d+, below 0\.97"
+    ):
         opened[dropped[0]["chip_id"]]
     assert 0 in opened.stored.sizes  # a shard of which nothing is kept
 
 
-def test_streams_and_statistics_see_kept_chips_only(store: Path, screened: rd.Chips) -> None:
-    opened, chips = open_chips(store).select("train"), screened.select("train")
+def test_streams_and_statistics_see_kept_chips_only(store: Path, filtered: rd.Chips) -> None:
+    opened, chips = open_chips(store).select("train"), filtered.select("train")
     assert len(opened) < len(chips)
     for shuffle in (None, 7):
         ids = [[*b["chip_id"]] for b in opened.stream(16, shuffle=shuffle)]
@@ -226,14 +234,14 @@ def test_streams_and_statistics_see_kept_chips_only(store: Path, screened: rd.Ch
 
 
 def test_the_lazy_chips_of_a_plan_stay_in_place(single: rd.Chips) -> None:
-    lazy = single.keep(bright).to_xarray()
+    lazy = single.filter_pixels(bright).to_xarray()
     assert isinstance(lazy, xr.Dataset)
     found = lazy.compute()
     assert found.sizes["chip"] == len(single)
     kept = found["kept"].values
     assert np.isnan(found["pixels"].values[~kept]).all()
     xr.testing.assert_identical(
-        found.isel(chip=np.flatnonzero(kept)).drop_vars("kept"), single.keep(bright).load()
+        found.isel(chip=np.flatnonzero(kept)).drop_vars("kept"), single.filter_pixels(bright).load()
     )
 
 
@@ -241,16 +249,16 @@ def test_a_run_says_how_many_it_dropped(
     single: rd.Chips, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
-    single.keep(bright).to_zarr(store)
+    single.filter_pixels(bright).to_zarr(store)
     lost = len(single) - len(open_chips(store))
-    assert f"{lost} of {len(single)} chips dropped by keep" in capsys.readouterr().err
-    single.keep(bright).to_zarr(store)  # finished: nothing is done again
+    assert f"{lost} of {len(single)} chips dropped by filter_pixels" in capsys.readouterr().err
+    single.filter_pixels(bright).to_zarr(store)  # finished: nothing is done again
     with pytest.raises(StoreError, match="chips of another plan"):
-        single.keep(brighter).to_zarr(store)
+        single.filter_pixels(brighter).to_zarr(store)
 
 
 def test_a_store_of_which_nothing_is_kept_is_finished(single: rd.Chips, tmp_path: Path) -> None:
-    opened = open_chips(written(single.keep(nothing), tmp_path / "store"))
+    opened = open_chips(written(single.filter_pixels(nothing), tmp_path / "store"))
     assert len(opened) == 0
     assert opened.dropped.num_rows == len(single)
     with pytest.raises(PlanError, match="no chip"):
@@ -270,16 +278,16 @@ def test_the_rule_is_part_of_what_chips_are(single: rd.Chips, store: Path) -> No
         name: chips.job.digest
         for name, chips in {
             "none": single,
-            "bright": single.keep(bright),
-            "brighter": single.keep(brighter),
-            "valid": single.keep(min_valid=0.5),
-            "more valid": single.keep(min_valid=0.6),
-            "version": single.keep(bright, version="2"),
+            "bright": single.filter_pixels(bright),
+            "brighter": single.filter_pixels(brighter),
+            "valid": single.filter_pixels(min_valid=0.5),
+            "more valid": single.filter_pixels(min_valid=0.6),
+            "version": single.filter_pixels(bright, version="2"),
         }.items()
     }
     assert len(set(digests.values())) == len(digests)
-    assert single.keep(bright).job.digest == digests["bright"]
-    assert not set(single.job.keys.values()) & set(single.keep(bright).job.keys.values())
+    assert single.filter_pixels(bright).job.digest == digests["bright"]
+    assert not set(single.job.keys.values()) & set(single.filter_pixels(bright).job.keys.values())
 
 
 def test_mistakes_are_told_at_the_door(single: rd.Chips, joined: rd.Chips, aef: rd.Collection) -> None:
@@ -290,23 +298,29 @@ def test_mistakes_are_told_at_the_door(single: rd.Chips, joined: rd.Chips, aef: 
         return chips.mean(("time", "band", "y", "x"))
 
     wrong: dict[str, Callable[[], Any]] = {
-        r"keep: found nothing to go by": lambda: single.keep(),
-        r"keep\(min_valid=\): found 50; expected a share": lambda: single.keep(min_valid=50),
-        r"keep\(max_cloud=\): found True": lambda: single.keep(max_cloud=True),
-        r"keep\(predicate\): found 'x'": lambda: single.keep("x"),  # type: ignore[arg-type]
-        r"keep\(source=\): found 'radar'; expected one of optical, embeddings": lambda: (
-            joined.keep(min_valid=0.5, source="radar").table
+        r"filter_pixels: found nothing to go by": lambda: single.filter_pixels(),
+        r"filter_pixels\(min_valid=\): found 50; expected a share": lambda: single.filter_pixels(
+            min_valid=50
         ),
-        r"a function for several joined sources": lambda: joined.keep(bright).table,
-        r"keep\(max_cloud=\) of source 'optical': found pick='median'": lambda: (
-            joined.keep(max_cloud=0.5, source="optical").table
+        r"filter_pixels\(max_cloud=\): found True": lambda: single.filter_pixels(max_cloud=True),
+        r"filter_pixels\(predicate\): found 'x'": lambda: single.filter_pixels("x"),  # type: ignore[arg-type]
+        r"filter_pixels\(source=\): found 'radar'; expected one of optical, embeddings": lambda: (
+            joined.filter_pixels(min_valid=0.5, source="radar").table
         ),
-        r"no quality band in aef": lambda: aef.chips(size=32, cell_km=0.96).keep(max_cloud=0.5).table,
-        r"map: found a keep before it": lambda: single.keep(bright).map(lambda c: c * 2).table,
-        r"per_pixel\): found bool of shape \(1, 1, 2, 32, 32\), dims": lambda: single.keep(
+        r"a function for several joined sources": lambda: joined.filter_pixels(bright).table,
+        r"filter_pixels\(max_cloud=\) of source 'optical': found pick='median'": lambda: (
+            joined.filter_pixels(max_cloud=0.5, source="optical").table
+        ),
+        r"no quality band in aef": lambda: (
+            aef.chips(size=32, cell_km=0.96).filter_pixels(max_cloud=0.5).table
+        ),
+        r"map: found a filter_pixels before it": lambda: (
+            single.filter_pixels(bright).map(lambda c: c * 2).table
+        ),
+        r"per_pixel\): found bool of shape \(1, 1, 2, 32, 32\), dims": lambda: single.filter_pixels(
             per_pixel
         ).to_xarray(),
-        r"numbers\): found float32 of shape \(1,\)": lambda: single.keep(numbers).to_xarray(),
+        r"numbers\): found float32 of shape \(1,\)": lambda: single.filter_pixels(numbers).to_xarray(),
     }
     for message, call in wrong.items():
         with pytest.raises(PlanError, match=message):
@@ -316,7 +330,7 @@ def test_mistakes_are_told_at_the_door(single: rd.Chips, joined: rd.Chips, aef: 
 # Compact
 
 
-def test_a_compact_store_is_the_kept_chips(store: Path, screened: rd.Chips, tmp_path: Path) -> None:
+def test_a_compact_store_is_the_kept_chips(store: Path, filtered: rd.Chips, tmp_path: Path) -> None:
     compact(store, tmp_path / "compact")
     before, after = open_chips(store), open_chips(tmp_path / "compact")
     assert_same(after.load(), before.load())
@@ -336,7 +350,7 @@ def test_a_compact_store_is_the_kept_chips(store: Path, screened: rd.Chips, tmp_
             for name in ("pixels", "chip_id", "bounds", "valid_fraction", "band"):
                 np.testing.assert_array_equal(node[name].values, dataset[name].values)
     with pytest.raises(StoreError, match="what compact writes; expected what to_zarr writes"):
-        screened.to_zarr(tmp_path / "compact", progress=False)
+        filtered.to_zarr(tmp_path / "compact", progress=False)
 
 
 def test_a_split_of_which_nothing_is_kept_is_left_out(single: rd.Chips, tmp_path: Path) -> None:
@@ -348,7 +362,7 @@ def test_a_split_of_which_nothing_is_kept_is_left_out(single: rd.Chips, tmp_path
     def only_train(px: xr.DataArray) -> NDArray[np.bool_]:
         return np.array([i in ids or i == "" for i in px["chip_id"].values])
 
-    written(chips.keep(only_train, version="1"), tmp_path / "store")
+    written(chips.filter_pixels(only_train, version="1"), tmp_path / "store")
     compact(tmp_path / "store", tmp_path / "compact")
     before, after = open_chips(tmp_path / "store"), open_chips(tmp_path / "compact")
     assert sorted(after) == sorted(ids)
@@ -357,14 +371,14 @@ def test_a_split_of_which_nothing_is_kept_is_left_out(single: rd.Chips, tmp_path
     assert "pixels" in xr.open_zarr(tmp_path / "compact").variables
 
 
-def test_a_cluster_keeps_and_compacts_the_same(screened: rd.Chips, store: Path, tmp_path: Path) -> None:
+def test_a_cluster_keeps_and_compacts_the_same(filtered: rd.Chips, store: Path, tmp_path: Path) -> None:
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        screened.select("val").to_zarr(tmp_path / "val", client=client, progress=False)
+        filtered.select("val").to_zarr(tmp_path / "val", client=client, progress=False)
         compact(tmp_path / "val", tmp_path / "compact", client=client)
-        stream = screened.select("val").stream(8, client=client)
+        stream = filtered.select("val").stream(8, client=client)
         ids = [i for batch in stream for i in batch["chip_id"]]
     assert_same(open_chips(tmp_path / "val").load(), open_chips(store, split="val").load())
     assert_same(open_chips(tmp_path / "compact").load(), open_chips(store, split="val").load())
@@ -377,17 +391,17 @@ def test_a_cluster_keeps_and_compacts_the_same(screened: rd.Chips, store: Path, 
 def test_an_optimized_plan_keeps_the_same(s2: rd.Collection, l8: rd.Collection, aef: rd.Collection) -> None:
     optical = rd.merge(s2, l8).subset(cloud_cover_lt=80).harmonize(bands=["red"], resolution=10, time="1MS")
     chips = rd.join(optical=optical, embeddings=aef.harmonize(bands=["A00"])).chips(size=32, cell_km=0.96)
-    plan = chips.keep(max_cloud=0.3).sample(5).plan
+    plan = chips.filter_pixels(max_cloud=0.3).sample(5).plan
     assert optimize(optimize(plan)) == optimize(plan)
     assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
     mine, theirs = (plan_chips(plan, chips._tables, optimized=flag) for flag in (True, False))
     assert mine.table.equals(theirs.table)
-    assert mine.screens == theirs.screens != ()
+    assert mine.pixel_rules == theirs.pixel_rules != ()
     assert [plan_json(s.plan) for s in mine.sources] == [plan_json(s.plan) for s in theirs.sources]
 
 
 def test_a_saved_plan_streams_what_is_kept(single: rd.Chips, tmp_path: Path) -> None:
-    chips = single.keep(bright)
+    chips = single.filter_pixels(bright)
     chips.save_plan(tmp_path / "plan")
     wanted = [i for batch in chips.stream(8) for i in batch["chip_id"]]
     found = stream_from(None, tmp_path / "plan", 8, functions=[bright])
@@ -407,7 +421,7 @@ def test_clouds_of_a_real_cloudy_scene(data: Path) -> None:
     share = cloudy / np.maximum(inside.sum(axis=(1, 2)), 1)
     clear = set(seen["chip_id"].values[share <= 0.25].tolist())
     assert 0 < len(clear) < len(share)
-    assert set(nodes(chips.keep(max_cloud=0.25).load())[""]["chip_id"].values.tolist()) == clear
+    assert set(nodes(chips.filter_pixels(max_cloud=0.25).load())[""]["chip_id"].values.tolist()) == clear
 
 
 def test_a_rule_that_changes_its_mind_is_an_error(single: rd.Chips) -> None:
@@ -417,7 +431,7 @@ def test_a_rule_that_changes_its_mind_is_an_error(single: rd.Chips) -> None:
     def moody(chips: Any) -> Any:
         return np.arange(chips.sizes["chip"]) >= len(kept_now)
 
-    stream = single.keep(moody, version="1").stream(4)
+    stream = single.filter_pixels(moody, version="1").stream(4)
     kept_now += [0, 0]
-    with pytest.raises(ReadError, match=r"keep\(\) keeps.*as when they were counted"):
+    with pytest.raises(ReadError, match=r"filter_pixels\(\) keeps.*as when they were counted"):
         list(stream)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from rasteret_dask.tasks.job import Job
 
-__all__ = ["Reading", "stored_chips"]
+__all__ = ["ChipShards", "stored_chips"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ChipShards:
     """Shards of chips that can be read, in this process or on a cluster."""
 
     sizes: tuple[int, ...]
@@ -60,7 +60,7 @@ class Reading:
         return {name: kind.bands for name, kind in self.kinds.items()}
 
 
-def stored_chips(chips: stored.Stored) -> Reading:
+def stored_chips(chips: stored.Stored) -> ChipShards:
     """Return the chosen and kept chips of a store, in the order of its shards.
 
     Parameters
@@ -75,4 +75,4 @@ def stored_chips(chips: stored.Stored) -> Reading:
         return {}, [(key, Task(key, stored.read_shard, chips, n)) for n, key in enumerate(keys)]
 
     read = partial(hold, chips)
-    return Reading(chips.sizes, chips.digest, chips.map.kinds, read, tasks, take, store=chips.url)
+    return ChipShards(chips.sizes, chips.digest, chips.map.kinds, read, tasks, take, store=chips.url)

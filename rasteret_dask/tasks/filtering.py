@@ -16,7 +16,7 @@ from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.mapping import Functions, kept_by
 
-__all__ = ["KEPT", "screened", "tally"]
+__all__ = ["KEPT", "filtered", "tally"]
 
 KEPT = "kept"
 """Name of the coordinate (chip,) that tells which chips are kept."""
@@ -27,14 +27,14 @@ _NUMBER = re.compile(r" \d\.\d{3}(?=, (below|above) )")
 
 
 def tally(reasons: Iterable[str]) -> str:
-    """Say how many chips fell to which rule, those that took most first: ``40: valid, below 0.9; 3: keep(bright)``."""
+    """Say how many chips fell to which rule, those that took most first: ``40: valid, below 0.9; 3: filter_pixels(bright)``."""
     counts = Counter(_NUMBER.sub("", reason) for reason in reasons)
     return "; ".join(
         f"{n:,}: {rule}" for rule, n in sorted(counts.items(), key=lambda own: (-own[1], own[0]))
     )
 
 
-def screened(
+def filtered(
     job: Job, shard: Shard, joined: Mapping[str, xr.Dataset], functions: Functions, on_error: str = "raise"
 ) -> dict[str, xr.Dataset]:
     """Apply a job's rules to one shard.
@@ -56,10 +56,10 @@ def screened(
         The Datasets with a coordinate ``kept`` (chip,), and ``dropped`` (chip id -> reason) in their attributes. A
         chip that is not kept stays in its place, all fill and invalid.
     """
-    if not job.screens:
+    if not job.pixel_rules:
         return dict(joined)
     reasons: dict[int, str] = {}
-    for rule in job.screens:
+    for rule in job.pixel_rules:
         for name, dataset in joined.items():
             if rule.source in (None, name):
                 found = _failing(job, shard, rule, name, dataset, functions, on_error)
@@ -91,7 +91,7 @@ def _failing(
     found: dict[int, str] = {}
     if rule.function is not None:
         kept = kept_by(functions[rule.function], dataset["pixels"])
-        found |= {int(at): f"keep({rule.function.name}){of}" for at in np.flatnonzero(~kept)}
+        found |= {int(at): f"filter_pixels({rule.function.name}){of}" for at in np.flatnonzero(~kept)}
     if rule.max_cloud is not None and has_clouds(job.sources[number]):
         cloud, unreadable = cloud_fractions(job, shard, number, on_error)
         dataset.attrs["unreadable"] = [*dataset.attrs["unreadable"], *unreadable]
