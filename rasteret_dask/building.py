@@ -442,15 +442,7 @@ def _named(name: str | None, otherwise: str) -> str:
 
 
 def _corners(bbox: Sequence[float] | None) -> tuple[float, float, float, float] | None:
-    if bbox is None:
-        return None
-    try:
-        west, south, east, north = (float(v) for v in bbox)
-    except (TypeError, ValueError):
-        return bbox_of(bbox)  # which says what is wrong
-    turned = 360.0 if west > east and abs(west) <= 180 and abs(east) <= 180 else 0.0
-    bbox_of((west, south, east + turned, north))
-    return west, south, east, north
+    return None if bbox is None else bbox_of(bbox)
 
 
 def _texts(bands: Sequence[str] | None) -> tuple[str, ...] | None:

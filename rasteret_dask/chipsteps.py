@@ -139,7 +139,7 @@ class ChipSteps:
             Gets the pixels of a shard's chips, a DataArray (chip, time, band, y, x) after every ``map``, and returns
             True or False for each chip. What counts as the same function: see :meth:`map`.
         min_valid
-            Smallest share of valid pixels, over all slots.
+            Smallest share of valid pixels, over the slots that have records.
         max_cloud
             Largest share of clouds and their shadows, over all slots, among the pixels that the records' quality band
             (SCL, QA_PIXEL) knows, whether they are masked or not.

@@ -14,6 +14,7 @@ from rasteret_dask.cubes.cubegrid import native_grid
 from rasteret_dask.cubes.lazy import harmonized_cube
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_of
+from rasteret_dask.geometries.rows import spec_field
 from rasteret_dask.pixelreads import PixelReads
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
@@ -91,7 +92,8 @@ class Collection(TableExits, PixelReads):
         Parameters
         ----------
         bbox
-            (west, south, east, north) in degrees: records whose own box touches it.
+            (west, south, east, north) in degrees: records whose outline touches it; of those without one, the box.
+            West is larger than east across the antimeridian, and degrees may be counted from -360 to 360.
         date_range
             (start, end) as ISO 8601, the last day included; either may be None. Sets the range of time slots.
         cloud_cover_lt
@@ -304,7 +306,8 @@ class Collection(TableExits, PixelReads):
         min_coverage
             Share of a chip that the records of a slot must cover together.
         min_slots
-            Slots that must have records, in every source.
+            Slots that must have records, in every source; of a source of intervals (a year's embeddings beside
+            months) at most all of its own.
         reference
             Of a join: the source whose pixels stay native; None: the first.
         labels, rasterize
@@ -352,14 +355,18 @@ class Collection(TableExits, PixelReads):
     ) -> xr.DataArray:
         """Return a lazy cube (time, band, y, x), built with stackstac, on the records' own grid.
 
+        Pixels that are no squares stay as they are, but with ``resolution`` or ``bounds``, which ask for squares.
+
         Parameters
         ----------
         bands, resolution
             As in :meth:`harmonize`; without a harmonize step values stay raw.
         bounds
-            (xmin, ymin, xmax, ymax) in the cube's CRS, taken exactly.
+            (xmin, ymin, xmax, ymax) in the cube's CRS, taken exactly: the cube holds what a chip there would, whose
+            pixels are squares.
         bounds_latlon
-            (west, south, east, north) in degrees, widened to whole pixels of the records' grid.
+            (west, south, east, north) in degrees, widened to whole pixels of the records' grid; west is larger than
+            east across the antimeridian.
         epsg
             The cube's CRS; None: that of the records.
         min_coverage
@@ -389,7 +396,8 @@ class Collection(TableExits, PixelReads):
             raise PlanError(
                 "cube", "a map step, which works on chips", "no map", "Apply the function to the cube."
             )
-        grid, shape = native_grid(source, epsg, bounds, bounds_latlon)
+        square = spec_field(plan, "resolution") is not None
+        grid, shape = native_grid(source, epsg, bounds, bounds_latlon, square=square)
         return harmonized_cube(source, grid, shape, min_coverage, chunks)
 
     def cubes(self, bands: Sequence[str] | None = None, *, resolution: float | None = None) -> xr.DataTree:

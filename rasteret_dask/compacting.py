@@ -38,7 +38,7 @@ from rasteret_dask.store.storemap import (
 )
 from rasteret_dask.store.storeread import StoreObject, read_rows
 from rasteret_dask.table import geoparquet
-from rasteret_dask.tasks.filtering import KEPT
+from rasteret_dask.tasks.filtering import KEPT, tally
 
 __all__ = ["compact"]
 
@@ -77,7 +77,11 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
     opened = open_store(url)
     check_sizes(opened)
     if not opened.kept.any():
-        raise PlanError(f"compact({remote.redact(url)})", "no kept chip", "at least one")
+        reasons = [reason for shard in opened.shards for reason in shard.dropped.values()]
+        raise PlanError(
+            f"compact({remote.redact(url)})", f"0 of {len(reasons):,} chips kept ({tally(reasons)})", "at least one",
+            "Write the store again with a filter_pixels() that asks for less.",
+        )  # fmt: skip
     chips = _Kept(opened, _shards(opened))
     if _is_finished(place, chips.owner):
         return

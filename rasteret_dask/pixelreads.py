@@ -164,7 +164,8 @@ class PixelReads:
         points
             (lon, lat) pairs, or points in any form that :meth:`get_numpy` takes.
         bands
-            As in :meth:`get_numpy`; each is read on its own pixels, whatever their sizes.
+            As in :meth:`get_numpy`. Each is the file's own pixel of full resolution, whatever its size, shape and CRS,
+            as ``sample`` of rasterio gives it: never resampled, whatever ``harmonize`` says of pixel sizes.
         on_error
             As in :meth:`Chips.to_xarray`.
         **filters

@@ -51,7 +51,7 @@ def test_a_frame_of_another_crs_is_projected() -> None:
 @pytest.mark.parametrize(
     "form",
     [None, 3, "14,48,15,49", [], shapely.Polygon(), b"none", {"type": "Nothing"}, shapely.box(0, 0, 500000, 10),
-     FRAME.set_crs(None, allow_override=True), (15.0, 48.0, 14.0, 49.0)],
+     FRAME.set_crs(None, allow_override=True), (15.0, 49.0, 14.0, 48.0)],
 )  # fmt: skip
 def test_what_is_no_area_is_refused(form: Any) -> None:
     with pytest.raises(rd.PlanError):
@@ -59,7 +59,18 @@ def test_what_is_no_area_is_refused(form: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "bbox", [(0, 0, 0, 1), (1, 0, 0, 1), (0, 0, 1), "abcd", (0, 0, 1, 91), (0, 0, 1, float("nan")), 4, None]
+    "bbox",
+    [
+        (0, 0, 0, 1),
+        (1, 1, 0, 0),
+        (190, 0, 170, 1),
+        (0, 0, 1),
+        "abcd",
+        (0, 0, 1, 91),
+        (0, 0, 1, float("nan")),
+        4,
+        None,
+    ],
 )
 def test_a_bad_bbox_is_refused(bbox: Any) -> None:
     with pytest.raises(rd.PlanError):

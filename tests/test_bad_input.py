@@ -237,7 +237,7 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
     # areas and dates
     "bbox of three": (lambda w: w.s2.subset(bbox=(1, 2, 3)), rd.PlanError, ("bbox", "(1, 2, 3)", "west")),
     "bbox turned round": (
-        lambda w: w.s2.subset(bbox=(16, 46, 15, 47)), rd.PlanError, ("(16, 46, 15, 47)", "west < east"),
+        lambda w: w.s2.subset(bbox=(15, 47, 16, 46)), rd.PlanError, ("(15, 47, 16, 46)", "south < north"),
     ),
     "bbox in metres": (
         lambda w: w.s2.subset(bbox=(5e5, 5e6, 6e5, 6e6)), rd.PlanError, ("500000.0", "degrees"),

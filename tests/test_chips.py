@@ -67,6 +67,31 @@ def test_min_slots_of_a_join_asks_a_yearly_source_for_its_year() -> None:
     year = record("y", when="2024-01-01T00:00:00", until="2025-01-01T00:00:00", bands=("data",))
     both = rd.join(s2=own.harmonize(["red"], time="1MS"), year=collection("year", year))
     assert len(both.chips(32, **CELLS, min_slots=2)) == len(both.chips(32, **CELLS))
+    with pytest.raises(rd.PlanError, match="2 slots of source 's2'"):
+        _ = both.chips(32, **CELLS, min_slots=3).table
+
+
+def test_more_slots_than_there_are_are_refused() -> None:
+    own = collection("s2", record("a"), record("b", when="2024-05-10T10:00:00"))
+    for source, slots in (
+        (own, 1),
+        (own.harmonize(["red"], time="1MS"), 2),
+        (own.harmonize(["red"], time="1YS"), 1),
+    ):
+        assert len(source.chips(32, **CELLS, min_slots=slots))
+        with pytest.raises(rd.PlanError, match=f"min_slots={slots + 1}.*{slots} slot.*Lower min_slots"):
+            _ = source.chips(32, **CELLS, min_slots=slots + 1).table
+    year = record("y", when="2024-01-01T00:00:00", until="2025-01-01T00:00:00", bands=("data",))
+    with pytest.raises(rd.PlanError, match="1 slot of source 'y'"):
+        _ = collection("y", year).chips(32, **CELLS, min_slots=2).table
+
+
+def test_an_empty_filter_tells_what_each_condition_leaves() -> None:
+    chips = collection("s2", record("a")).chips(32, **CELLS)
+    with pytest.raises(
+        rd.PlanError, match=r"left of 144 \(xmin > 0 alone leaves 144, ymin > 99999999 alone leaves 0"
+    ):
+        _ = chips.filter(("xmin", ">", 0), ("ymin", ">", 99_999_999)).table
 
 
 # Sizes
@@ -88,7 +113,7 @@ def test_a_size_that_does_not_fit_names_those_that_do() -> None:
     for size in (240, 264, 384):
         chips = pair().chips(size)
         assert len(chips)
-        assert (chips.explain()["unused_strip_m"] == 0) == (size == 384)
+        assert (chips.explain()["uncovered"] == {}) == (size == 384)
 
 
 def test_the_reference_s_pixels_count() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
-from made_records import collection, record
+import shapely
+from made_records import collection, project, record
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
@@ -155,3 +157,71 @@ def test_requests_are_at_most_what_filling_may_need(small_world: World) -> None:
     own = rd.build_from_stac(str(small_world.sentinel2), name="s2", date_range=small_world.date_range)
     chips = own.harmonize(["red"], time="1MS").chips(32, **CELLS)
     assert tiles_read(chips) <= chips.explain()["requests_by_shard"]
+
+
+@pytest.mark.parametrize(
+    ("how", "stride"),
+    [
+        ({"resolution": 10.0}, 32), ({"resolution": 30.0}, 11), ({"resolution": 7.5, "resampling": "cubic"}, 11),
+        ({"resolution": 90.0, "resampling": "nearest"}, 32), ({"resolution": 120.0}, 32),
+    ],
+)  # fmt: skip
+def test_no_more_than_all_pixels_of_the_tiles_are_used(how: dict[str, Any], stride: int) -> None:
+    own = collection(
+        "l8", record("a", pixel=30.0), record("b", pixel=30.0, epsg=32634, when="2024-04-11T10:00:00")
+    )
+    size = how["resolution"] * 32
+    near = shapely.box(14.98, 48.7, 15.06, 48.76)
+    chips = own.harmonize(["red", "nir"], **how).chips(
+        32, stride, cell_km=4 * size / 1000, min_coverage=0.2, aoi=near
+    )
+    said = chips.explain()
+    assert 0 < said["tile_fit"] <= 1
+    assert f"{said['tile_fit']:.0%} of the pixels" in str(said)
+
+
+def test_the_fit_is_the_share_of_pixels_that_chips_lie_on() -> None:
+    """A native chip of 32 px in the corner of a tile of 128, and one whose ground lies in four tiles."""
+    own = collection("s2", record("a", px=(512, 512))).harmonize(["red"])
+    tile = collection("s2", record("a", px=(512, 512))).harmonize(["red"]).chips(128, grid="tiles")
+    assert tile.explain()["tile_fit"] == 1
+    west, north = 500_000.0, 5_400_000.0
+    for offset, fit in ((0, 32 * 32 / 128**2), (112, 32 * 32 / (4 * 128**2))):
+        place = project(shapely.Point(west + 10 * (offset + 16), north - 10 * (offset + 16)), 32633, 4326)
+        assert own.chips(32, at=[place]).explain()["tile_fit"] == pytest.approx(fit, abs=1e-4)
+
+
+def test_chips_with_a_slot_that_is_not_covered_are_counted() -> None:
+    """May's only scene lies over the western half; June has two records of one pass that meet in the middle."""
+    half: dict[str, Any]
+    quarter: dict[str, Any]
+    half, quarter = {"px": (200, 400)}, {"px": (200, 400), "west": 502_000.0, "tile": "e"}
+    rows = [
+        record("april", when="2024-04-10T10:00:00", datatake="a"),
+        record("may", when="2024-05-10T10:00:00", datatake="b", **half),
+        record("june-w", when="2024-06-10T10:00:00", datatake="c", tile="w", **half),
+        record("june-e", when="2024-06-10T10:00:05", datatake="c", **quarter),
+    ]
+    own = collection("s2", *rows).harmonize(["red"], time="1MS")
+    chips = own.chips(32, cell_km=0.32, min_coverage=0.01)
+    table = chips.table
+    share = []
+    for box in zip(*(table.column(n).to_pylist() for n in ("xmin", "ymin", "xmax", "ymax")), strict=True):
+        window = shapely.box(*box)
+        for ground in ((500_000.0, 502_000.0), (500_000.0, 504_000.0), (500_000.0, 504_000.0)):
+            part = window.intersection(shapely.box(ground[0], 5_396_000.0, ground[1], 5_400_000.0))
+            share.append(part.area / window.area)
+    # an outline is a pixel larger than its raster: neighbours meet, and edges are not lost
+    by_chip = np.array(share).reshape(len(chips), 3)
+    said = chips.explain()["coverage"]["s2"]
+    partly = (by_chip > 0.05) & (by_chip < 0.95)
+    assert partly.any()
+    assert said["chips"] == int(partly.any(axis=1).sum())
+    assert said["slots"] == int(partly.sum())
+    assert said["least"] == pytest.approx(by_chip[partly].min(), abs=0.05)
+    assert f"{said['chips']} chips with a slot under 100% covered by its main acquisition" in str(
+        chips.explain()
+    )
+    whole = own.chips(32, cell_km=0.32, min_coverage=1.0)
+    assert whole.explain()["coverage"]["s2"]["slots"] == 0
+    assert "under 100% covered" not in str(whole.explain())

@@ -173,7 +173,7 @@ def test_a_pass_over_midnight_is_in_one_slot() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(PASSES, st.integers(0, 3))
+@given(PASSES, st.integers(0, 2))
 def test_chips_have_as_many_slots_as_asked_for(passes: list[Any], min_slots: int) -> None:
     rows = rows_of(passes)
     own = (

@@ -29,6 +29,7 @@ from rasteret_dask.store.decode import index_nbytes, index_of
 from rasteret_dask.store.encode import ABSENT
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streamfrom import stream_from
+from rasteret_dask.tasks.filtering import tally
 from rasteret_dask.tasks.jobfile import plan_json
 
 LIMIT = 0.97
@@ -91,6 +92,43 @@ def test_load_gives_the_chips_that_pass(joined: rd.Chips, filtered: rd.Chips) ->
     found = nodes(outputs.load(small(filtered), {}))
     for name, dataset in nodes(outputs.load(small(joined), {})).items():
         xr.testing.assert_identical(found[name], dataset.isel(chip=np.flatnonzero(kept)))
+
+
+def test_slots_without_records_do_not_count(s2: rd.Collection) -> None:
+    """June has scenes; December has none, and says nothing of June's pixels."""
+    with_gaps = s2.harmonize(bands=["red"], resolution=10, time="1MS").subset(
+        date_range=("2024-04-01", "2024-12-31")
+    )
+    for dtype in ("float32", "uint16"):
+        chips = with_gaps.harmonize(units="reflectance", dtype=dtype).chips(size=32, cell_km=0.96).sample(20)
+        whole = chips.load()
+        assert isinstance(whole, xr.Dataset)
+        fed = ~np.isnat(whole["datetime"].values)
+        assert 0 < fed.sum() < fed.size
+        seen = whole["valid_fraction"].values
+        share = np.array([seen[chip][own].mean() for chip, own in enumerate(fed)])
+        for limit in (0.5, float(np.median(share))):
+            found = chips.filter_pixels(min_valid=limit).load()
+            assert isinstance(found, xr.Dataset)
+            assert found["chip_id"].values.tolist() == whole["chip_id"].values[share >= limit - 1e-9].tolist()
+            assert found.sizes["chip"] > 0
+
+
+def test_an_empty_result_says_which_rule_took_how_many(single: rd.Chips) -> None:
+    count = len(single)
+    with pytest.warns(
+        UserWarning,
+        match=rf"dropped {count} of {count} chips \({count}: filter_pixels\(nothing\)\).*remove it",
+    ):
+        empty = single.filter_pixels(nothing).load()
+    assert empty.sizes["chip"] == 0
+    reasons = [
+        "valid 0.123, below 0.5",
+        "valid 0.451, below 0.5",
+        "cloud of a 0.900, above 0.1",
+        "filter_pixels(f)",
+    ]
+    assert tally(reasons) == "2: valid, below 0.5; 1: cloud of a, above 0.1; 1: filter_pixels(f)"
 
 
 def test_a_function_decides(single: rd.Chips) -> None:
@@ -226,7 +264,7 @@ def test_a_store_of_which_nothing_is_kept_is_finished(single: rd.Chips, tmp_path
     assert opened.dropped.num_rows == len(single)
     with pytest.raises(PlanError, match="no chip"):
         opened.stats()
-    with pytest.raises(PlanError, match="no kept chip"):
+    with pytest.raises(PlanError, match=r"0 of .* chips kept"):
         compact(tmp_path / "store", tmp_path / "other")
     plain = xr.open_zarr(tmp_path / "store")
     assert not plain["kept"].values.any()

@@ -157,8 +157,8 @@ def test_the_antimeridian_is_a_zone_boundary_like_any_other() -> None:
 def test_a_strip_too_thin_for_a_chip_is_reported() -> None:
     row = record("a", px=(3200, 3200))
     chips = collection("s2", row).chips(224)
-    assert chips.explain()["unused_strip_m"] == 1920.0
-    assert "1920 m of each split cell" in str(chips.explain())
+    assert chips.explain()["uncovered"]["share"] == pytest.approx(1 - (13440 / 15360) ** 2)
+    assert "23.4% of each split cell, a strip of 1920 m on two sides" in str(chips.explain())
     check_lattice(chips, 224, 10.0, 224, 15.36)
 
 
@@ -318,7 +318,7 @@ def test_tiles_are_used_whole() -> None:
     said = chips.explain()
     assert said["tile_fit"] == pytest.approx(1.0)
     assert said["requests"] == 2 * 2 * 6  # each of the tiles once per band
-    assert said["unused_strip_m"] == 0
+    assert said["uncovered"] == {}
 
 
 def test_tiles_in_the_south_are_translated() -> None:

@@ -36,7 +36,7 @@ ORDER = {
     "ingest": "search tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry "
                 "recordtable",
-    "chipping": "coverage chiptable labels frame feeds laying chips splits rulesteps steps",
+    "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",

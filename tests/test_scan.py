@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_records import record, table
@@ -114,12 +115,18 @@ def test_a_table_and_a_file_give_the_same(tmp_path: Any) -> None:
 
 
 def test_a_bbox_touches_or_does_not() -> None:
-    box = ROWS[0]["bbox"]
-    corner = (box["xmax"], box["ymax"], box["xmax"] + 1, box["ymax"] + 1)
-    beyond = (box["xmax"] + 1e-6, *corner[1:])
+    corners = shapely.get_coordinates(shapely.from_wkb(ROWS[0]["geometry"]))
+    east, north = corners[np.argmax(corners.sum(1))]
+    corner = (east, north, east + 1, north + 1)
+    beyond = (east + 1e-6, north + 1e-6, *corner[2:])
     unknown = table(ROWS[0], {**ROWS[1], "bbox": None})
     assert kept((("bbox", "intersects", corner),), unknown) == ["r0"]
     assert kept((("bbox", "intersects", beyond),), unknown) == []
+    bare = table({**ROWS[0], "geometry": None}, ROWS[1])
+    for reach in (0, -1e-6):  # the box decides where there is no outline
+        box = ROWS[0]["bbox"]
+        beside = (box["xmax"] + reach, box["ymax"] + reach, box["xmax"] + 1, box["ymax"] + 1)
+        assert kept((("bbox", "intersects", beside),), bare) == ["r0"]
     assert kept((("bbox", "near", beyond),), unknown) == ["r1"]
 
 

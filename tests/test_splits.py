@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from typing import Any
 
 import geopandas
@@ -406,3 +407,18 @@ def test_few_split_cells_warn_with_the_chance_and_a_remedy() -> None:
 def test_enough_split_cells_do_not_warn() -> None:
     row = record("a", west=1280.0 * 400, north=1280.0 * 4000, px=(128 * 5, 128 * 4))
     assert len(collection("s2", row).chips(128, **CELLS).split().table) == 20
+
+
+def test_a_buffer_that_empties_a_split_names_the_cell_that_would_do() -> None:
+    own = collection("s2", record("a", px=(2000, 2000)))
+    with pytest.warns(UserWarning, match=r"drops every chip of val \(.*\), test \(.*\).*cell_km=") as told:
+        counts = own.chips(32, cell_km=0.64).split(0.7, 0.15, 0.15, seed=3, buffer_m=400).audit().chips
+    assert counts["val"] == counts["test"] == 0 < counts["train"]
+    (text,) = {str(w.message) for w in told}
+    better = float(text.split("cell_km=")[1].split(")")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the remedy does
+        done = own.chips(32, cell_km=better).split(0.7, 0.15, 0.15, seed=3, buffer_m=400).audit()
+    assert min(done.chips.values()) > 0
+    assert min(done.distance_m[f"train-{n}"] for n in ("val", "test")) >= 400
+    assert done.uncovered == ""

@@ -23,6 +23,7 @@ from many_records import pages
 from servers import Fault
 
 import rasteret_dask as rd
+from rasteret_dask.footprint import outline_of
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.scan import pushed_filter
 from rasteret_dask.table.geoparquet import ROWS_PER_GROUP, write_ordered
@@ -380,6 +381,8 @@ def test_a_filtered_dataset_is_another_table(many: Path) -> None:
         ((-179.5, -20.0, -178.0, -10.0), ["across", "west"]),
         ((175.0, -20.0, 182.0, -10.0), ["across", "east", "west"]),
         ((-185.0, -20.0, -179.3, -10.0), ["across", "east", "west"]),
+        ((175.0, -20.0, -178.0, -10.0), ["across", "east", "west"]),
+        ((178.5, -20.0, 179.5, -10.0), ["across"]),
         ((0.0, -20.0, 10.0, -10.0), []),
         ((170.0, 10.0, 179.0, 20.0), []),
     ],
@@ -392,7 +395,12 @@ def test_boxes_across_the_antimeridian(box: tuple[float, ...], expected: list[st
         "far": (40.0, 41.0),
     }
     rows = [
-        {**ROWS[0], "id": n, "bbox": {"xmin": w, "xmax": e, "ymin": -15.0, "ymax": -14.0}}
+        {
+            **ROWS[0],
+            "id": n,
+            "bbox": {"xmin": w, "xmax": e, "ymin": -15.0, "ymax": -14.0},
+            "geometry": outline_of(None, [w, -15.0, e, -14.0]),
+        }
         for n, (w, e) in corners.items()
     ]
     base = rd.as_collection(table(*rows), name="s2")

@@ -99,6 +99,7 @@ def lay_chips(node: CutChips, tables: Mapping[str, Table]) -> PlannedChips:
         raise PlanError("chips(reference=)", repr(node.spec.reference), f"one of {', '.join(names)}")
     reference = names.index(node.spec.reference) if node.spec.reference else 0
     sources = _shared_time(sources)
+    _check_slots(node.spec, sources)
     resolution = sources[reference].plan.resolution
     _check_sizes(node.spec, sources, reference)
     found = [source_outlines(s) for s in sources]
@@ -152,6 +153,20 @@ def _shared_time(sources: list[ResolvedSource]) -> list[ResolvedSource]:
             source = replace(source, axis=axis, plan=replace(source.plan, slots=slots))
         result.append(source)
     return result
+
+
+def _check_slots(spec: ChipSpec, sources: list[ResolvedSource]) -> None:
+    """Refuse to ask for more slots than there are: of each source with slots of its own, intervals fill theirs."""
+    slots = {s.plan.name: 1 if s.axis is None else len(s.axis) for s in sources}
+    own = [s.plan.name for s in sources if not bool(s.passes.is_interval.all())] or list(slots)
+    few = min(own, key=lambda name: slots[name])
+    if spec.min_slots > slots[few]:
+        raise PlanError(
+            f"chips(min_slots={spec.min_slots})",
+            f"{slots[few]} slot{'s' * (slots[few] > 1)} of source {few!r}",
+            f"at most {slots[few]}",
+            "Lower min_slots, or make more slots: harmonize(time='1MS'), a wider date_range.",
+        )
 
 
 def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) -> None:
@@ -212,7 +227,7 @@ def phases(source: ResolvedSource, found: Outlines) -> Phase:
         if settled.setdefault(epsg, member) != member:
             continue
         corner = tuple(
-            np.round(np.mod(found.transform[number][[2, 5]], resolution), digits(resolution)) % resolution
+            np.round(np.mod(found.raster[number][[0, 3]], resolution), digits(resolution)) % resolution
         )
         votes = counted.setdefault(epsg, {})
         votes[corner] = votes.get(corner, 0) + 1

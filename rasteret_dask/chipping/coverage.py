@@ -12,7 +12,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import GridError
-from rasteret_dask.extent import misplaced
+from rasteret_dask.extent import is_geographic, misplaced
 from rasteret_dask.grid import bounds_in, northern, transformer
 from rasteret_dask.table.records import Records
 
@@ -75,6 +75,11 @@ class Outlines:
         for number in np.flatnonzero(~np.isnan(self.bounds[:, 0])):
             result[number] = bounds_in(self.bounds[number], int(self.epsg[number]), 4326)
         across = result[:, 2] < result[:, 0]
+        beyond = (result[:, 0] < -180.0) | (result[:, 2] > 180.0)  # a raster that counts from 0 to 360
+        turns = np.round((result[:, 0] + result[:, 2]) / 720.0)
+        for edge in (0, 2):
+            result[beyond, edge] -= 360.0 * turns[beyond]
+        across |= (result[:, 0] < -180.0) | (result[:, 2] > 180.0)
         result[across, 0], result[across, 2] = -180.0, 180.0
         return result
 
@@ -154,6 +159,8 @@ def _outline(
     if wkb:
         lonlat = shapely.from_wkb(wkb)
         footprint = _projected(lonlat, epsg)
+        if is_geographic(epsg):  # a raster may count from 0 to 360, an outline does not
+            footprint = shapely.union_all([_turned(footprint, turn) for turn in (-360.0, 0.0, 360.0)])
         if np.isfinite(shapely.get_coordinates(footprint)).all():
             ground = shapely.intersection(ground, shapely.make_valid(footprint))
         elif not _meets(shapely.bounds(ground), epsg, lonlat):  # but the poles are nowhere on Mercator's map
@@ -166,6 +173,24 @@ def _outline(
     if shift:
         ground = shapely.transform(ground, lambda p: p + np.array([0.0, shift]))
     return north, ground, (x[0], y[0] + shift, x[1], y[1] + shift)
+
+
+def _turned(shape: Any, degrees: float) -> Any:
+    return shapely.transform(shape, lambda p: p + np.array([degrees, 0.0]))
+
+
+def _near(boxes: NDArray[Any], longitude: NDArray[np.float64]) -> NDArray[Any]:
+    """Return polygons in degrees on that turn of the globe where some longitudes lie, their corners together."""
+    west, _, east, _ = shapely.bounds(boxes).T
+    far = np.flatnonzero((np.abs((west + east) / 2 - longitude) > 180.0) | (east - west > 180.0))
+    result = boxes.copy()
+    for number in far:
+
+        def nearer(p: NDArray[np.float64], middle: float = float(longitude[number])) -> NDArray[np.float64]:
+            return p + np.column_stack([360.0 * np.round((middle - p[:, 0]) / 360.0), np.zeros(len(p))])
+
+        result[number] = shapely.transform(boxes[number], nearer)
+    return result
 
 
 def _leave_out(name: str) -> str:
@@ -204,6 +229,8 @@ def cover(windows: Windows, found: Outlines, pairs: dict[int, NDArray[np.int64]]
         here = np.flatnonzero(found.epsg[outline] == epsg)
         some, place = np.unique(window[here], return_inverse=True)
         shape, box = found.shape[outline[here]], windows.in_crs(int(epsg), some)[place]
+        if is_geographic(int(epsg)):
+            box = _near(box, found.centre[outline[here], 0])
         shapely.prepare(found.shape[np.unique(outline[here])])
         whole = shapely.covers(shape, box)
         share[here[whole]] = 1.0

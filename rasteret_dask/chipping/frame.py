@@ -14,6 +14,7 @@ from rasteret_dask.chipping.chiptable import joined
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.extent import is_geographic
+from rasteret_dask.footprint import box_around, outline_of_ring
 from rasteret_dask.grid import Bounds, Lattice, bounds_in, northern, snap, transformer, utm_zone, zone_epsg
 from rasteret_dask.planning.plan import KM_PER_DEGREE, ChipSpec
 
@@ -135,7 +136,7 @@ def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase)
     per_zone: dict[int, list[NDArray[np.int64]]] = {}
     pending = 0
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
-    limit = None if area is None else _around(shapely.bounds(area), 4 * spec.cell_km / KM_PER_DEGREE)
+    limit = None if area is None else _around(_unwrapped(box_around(area)), 4 * spec.cell_km / KM_PER_DEGREE)
     _in_metres(spec, reference, resolution)
     for name, shape, own in zip(reference.name, reference.shape, reference.epsg.tolist(), strict=True):
         if shapely.is_empty(shape):
@@ -178,8 +179,8 @@ def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase)
 
 def _in_metres(spec: ChipSpec, reference: Outlines, resolution: float) -> None:
     """Refuse degrees for metres."""
-    native = np.isclose(np.abs(reference.transform[:, 0]), resolution, rtol=1e-9, atol=0.0)
-    for number in np.flatnonzero(native):
+    native = np.isclose(np.abs(reference.transform[:, [0, 4]]), resolution, rtol=1e-9, atol=0.0)
+    for number in np.flatnonzero(native.any(axis=1)):
         epsg = int(reference.epsg[number])
         if is_geographic(epsg):
             raise GridError(
@@ -239,8 +240,12 @@ def _around(lonlat: Bounds, degrees: float) -> Bounds:
 
 def _shared_degrees(a: Bounds, b: Bounds) -> Bounds | None:
     """Return what two boxes share, in the degrees of the first, whichever turn of the globe they are in."""
-    turns = (_overlap(a, (b[0] + turn, b[1], b[2] + turn, b[3])) for turn in (0.0, -360.0, 360.0))
-    return next((box for box in turns if box is not None), None)
+    turns = [_overlap(a, (b[0] + turn, b[1], b[2] + turn, b[3])) for turn in (0.0, -360.0, 360.0)]
+    boxes = [box for box in turns if box is not None]  # two where b is the whole circle, less a gap or none
+    if not boxes:
+        return None
+    west, south, east, north = zip(*boxes, strict=True)
+    return min(west), min(south), max(east), max(north)
 
 
 def _zones_of(ground: Bounds) -> list[int]:
@@ -267,6 +272,8 @@ def _within(frame: Frame, area: Any) -> Frame:
     if area is None or not len(frame):
         return frame
     corners = _lonlat_corners(frame)
+    if _across(corners).any():  # such windows lie beyond 180, and so does what they share with the area
+        area = shapely.union(area, shapely.transform(area, lambda p: p + np.array([360.0, 0.0])))
     west, south, east, north = shapely.bounds(area)
     low, high = corners.min(1), corners.max(1)
     near = (low[:, 0] <= east) & (high[:, 0] >= west) & (low[:, 1] <= north) & (high[:, 1] >= south)
@@ -282,25 +289,40 @@ def _within(frame: Frame, area: Any) -> Frame:
 def outline_wkb(frame: Frame) -> pa.BinaryArray:
     """Return each window as a lon/lat polygon in WKB, written as it lies in memory: a million shapes are slow."""
     corners = _lonlat_corners(frame)
+    across = np.flatnonzero(_across(corners))
     layout = [("order", "u1"), ("kind", "<u4"), ("rings", "<u4"), ("points", "<u4"), ("xy", "<f8", (5, 2))]
     polygons = np.empty(len(frame), dtype=layout)
     polygons["order"], polygons["kind"], polygons["rings"], polygons["points"] = 1, 3, 1, 5
     polygons["xy"][:, :4], polygons["xy"][:, 4] = corners, corners[:, 0]
     offsets = np.arange(len(frame) + 1, dtype=np.int32) * np.int32(polygons.itemsize)
-    return pa.BinaryArray.from_buffers(
+    whole = pa.BinaryArray.from_buffers(
         pa.binary(), len(frame), [None, pa.py_buffer(offsets), pa.py_buffer(polygons)]
     )
+    if not len(across):
+        return whole
+    at = np.arange(len(frame))
+    at[across] = len(frame) + np.arange(len(across))
+    halves = pa.array([outline_of_ring(ring) for ring in corners[across]], pa.binary())
+    return pa.concat_arrays([whole, halves]).take(pa.array(at))
+
+
+def _across(corners: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Shape (window,). True where a window reaches beyond 180 degrees."""
+    return np.asarray(corners[:, :, 0].max(1, initial=-180.0) > 180.0)
 
 
 def _lonlat_corners(frame: Frame) -> NDArray[np.float64]:
-    """Shape (window, 4, 2). Corners from the north-west, clockwise, in degrees."""
+    """Shape (window, 4, 2). Corners from the north-west, clockwise, in degrees; beyond 180 across the antimeridian."""
     result = np.empty((len(frame), 4, 2))
     for epsg in np.unique(frame.epsg):
         at = np.flatnonzero(frame.epsg == epsg)
         box = frame.bounds[at]
         x, y = box[:, [0, 2, 2, 0]], box[:, [3, 3, 1, 1]]
         lon, lat = transformer(int(epsg), 4326).transform(x.ravel(), y.ravel())
-        result[at, :, 0], result[at, :, 1] = np.reshape(lon, x.shape), np.reshape(lat, x.shape)
+        lon = np.reshape(lon, x.shape)
+        across = np.ptp(lon, axis=1, keepdims=True) > 180.0
+        result[at, :, 0] = np.where(across & (lon < 0), lon + 360.0, lon)
+        result[at, :, 1] = np.reshape(lat, x.shape)
     return result
 
 
@@ -357,7 +379,7 @@ def _tile_lattice(
             "chips(grid='tiles')", f"size {spec.size}, stride {spec.stride}, tiles of {tile} px",
             "a size that divides the tile, and no stride",
         )  # fmt: skip
-    native = np.abs(reference.transform[own][:, 0])
+    native = np.abs(reference.transform[own][:, [0, 4]])
     if not np.allclose(native, resolution, rtol=1e-9):
         raise GridError("chips(grid='tiles')", f"pixels of {native.min():g} to {native.max():g} m",
                         f"the source's own {resolution:g} m pixels")  # fmt: skip

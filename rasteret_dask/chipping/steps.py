@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, lay_chips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
+from rasteret_dask.chipping.leftover import whole_cell_km
 from rasteret_dask.chipping.rulesteps import with_rule
 from rasteret_dask.chipping.splits import by_geometry, by_ground, column_splits, too_near, warn_if_few
 from rasteret_dask.errors import PlanError, SchemaError
@@ -35,7 +38,7 @@ from rasteret_dask.planning.plan import (
     step_name,
 )
 from rasteret_dask.planning.sampling import sample_rows
-from rasteret_dask.planning.scan import Table, as_table, filter_table
+from rasteret_dask.planning.scan import Table, alone, as_table, filter_table
 
 __all__ = ["apply_step", "plan_chips"]
 
@@ -93,7 +96,11 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
                 if column not in chips.table.column_names:
                     known = ", ".join(chips.table.column_names)
                     raise PlanError(f"filter on chip column {column!r}", "no such column", f"one of {known}")
-            return _kept(chips, filter_table(chips.table, where, "chips"), "filter")
+            table = filter_table(chips.table, where, "chips")
+            if not table.num_rows:
+                found = f"no chip left of {chips.table.num_rows:,} ({alone(chips.table, where, 'chips')})"
+                raise PlanError("filter", found, "at least one", "Ask for less, or remove the step.")
+            return _kept(chips, table, "filter")
         case Select(_, splits):
             return _select(chips, splits)
         case Sample(_, n, seed, by):
@@ -117,9 +124,12 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
 
 def _kept(chips: PlannedChips, table: pa.Table, step: str) -> PlannedChips:
     if not table.num_rows:
+        names = pc.value_counts(chips.table.column("split")).to_pylist()
+        splits = ", ".join(f"{e['values']} {e['counts']:,}" for e in names if e["values"])
         raise PlanError(
-            step, f"no chip left of {chips.table.num_rows}", "at least one", "Ask for less, or leave it out."
-        )
+            step, f"no chip left of {chips.table.num_rows:,}" + (f" ({splits})" if splits else ""), "at least one",
+            "Ask for less, or remove the step.",
+        )  # fmt: skip
     return replace(chips, table=table)
 
 
@@ -167,10 +177,36 @@ def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
     near = too_near(epsg, bounds, number, spec, table.column("geometry"))
     if near.any():
         dropped[f"val or test chip nearer than {spec.buffer_m:g} m to train"] = int(near.sum())
+        _warn_of_empty(chips, spec, number, near)
         number = np.where(near, -1, number)
     names = pa.array(spec.names, pa.string()).take(pa.array(number, mask=number < 0))
     table = replaced(table, "split", names)
     return replace(chips, table=table, split=spec, dropped=dropped)
+
+
+def _warn_of_empty(
+    chips: PlannedChips, spec: SplitSpec, number: NDArray[np.int64], near: NDArray[np.bool_]
+) -> None:
+    """Warn where the buffer leaves a split without a chip, with the split cell that has room for one inside of it."""
+    gone = {
+        name: int(np.sum(number == at))
+        for at, name in enumerate(spec.names)
+        if np.any(number == at) and not np.any((number == at) & ~near)
+    }
+    if not gone:
+        return
+    length, stride = chips.size_m, chips.spec.stride * chips.resolution
+    step = stride if chips.spec.grid == "zone" and chips.spec.at is None else chips.resolution
+    # chips begin at whole strides from the cell's corner, and train may come up to its edge on either side
+    inside = math.ceil(spec.buffer_m / step - 1e-9) * step + length + spec.buffer_m
+    larger = whole_cell_km(length, stride, inside) if spec.by == "ground" else None
+    advice = f"chips(cell_km={larger:g}) has room for one inside of it, or lower" if larger else "Lower"
+    warnings.warn(
+        f"split(buffer_m={spec.buffer_m:g}) drops every chip of {', '.join(f'{n} ({c:,})' for n, c in gone.items())}: "
+        f"each is nearer than that to a chip of train. {advice} buffer_m.",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def _lost_by_label(lost: pa.Table, reason: str) -> dict[str, int]:

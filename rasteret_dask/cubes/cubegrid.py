@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from rasteret_dask.errors import GridError
-from rasteret_dask.grid import northern, transformer
+from rasteret_dask.grid import Bounds, bounds_in, northern
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.reader.pixelgrid import Grid
+from rasteret_dask.table.records import Level
 
 __all__ = ["native_grid"]
 
@@ -17,11 +18,13 @@ def native_grid(
     epsg: int | None,
     bounds: tuple[float, float, float, float] | None,
     bounds_latlon: tuple[float, float, float, float] | None,
+    *,
+    square: bool,
 ) -> tuple[Grid, tuple[int, int]]:
     """Return the grid of a cube and its shape (height, width).
 
-    Explicit ``bounds`` are taken exactly; otherwise the grid is that of the first member's records, so that no
-    pixel is shifted.
+    Explicit ``bounds`` are taken exactly, in squares, as those of a chip; otherwise the grid is that of the first
+    member's records, so that no pixel is shifted. Pixels of another shape then stay as they are, unless ``square``.
 
     Raises
     ------
@@ -39,23 +42,49 @@ def native_grid(
         epsg = int(codes[0])
     if bounds is not None:
         return _exact(epsg, bounds, resolution)
-    first = int(np.flatnonzero(source.records.epsg == epsg)[0]) if epsg in codes else None
-    corner = (0.0, 0.0)
-    if first is not None:
-        transform = source.records.level_field(
-            source.plan.members[source.member[first]].bands[0], "transform"
+    corner, size = (0.0, 0.0), (resolution, resolution)
+    if epsg in codes:
+        first = int(np.flatnonzero(source.records.epsg == epsg)[0])
+        bands = source.plan.members[source.member[first]].bands
+        corner = north_west(source.records.asset(first, bands[0]).image)
+        size = size if square else _shape_of_pixels(source, first, bands)
+    box = _hull(source, epsg) if bounds_latlon is None else _projected(bounds_latlon, epsg)
+    xres, yres = size
+    x0 = corner[0] + np.floor((box[0] - corner[0]) / xres + 1e-6) * xres
+    y0 = corner[1] + np.ceil((box[3] - corner[1]) / yres - 1e-6) * yres
+    width = int(np.ceil((box[2] - x0) / xres - 1e-6))
+    height = int(np.ceil((y0 - box[1]) / yres - 1e-6))
+    return Grid(epsg, float(x0), float(y0), xres, yres), (height, width)
+
+
+def north_west(image: Level) -> tuple[float, float]:
+    """Return the corner (x, y) that a raster's rows and columns begin at when they are counted from the north-west."""
+    a, _, c, _, e, f = image.transform
+    return min(c, c + a * image.width), max(f, f + e * image.height)
+
+
+def _shape_of_pixels(source: ResolvedSource, row: int, bands: tuple[str, ...]) -> tuple[float, float]:
+    """Return width and height of a record's pixels whose finer side is the source's resolution; else a square."""
+    resolution = source.plan.resolution
+    for band in bands:
+        a, _, _, _, e, _ = source.records.asset(row, band).image.transform
+        sides = (abs(a), abs(e))
+        if abs(min(sides) - resolution) <= 1e-9 * resolution:
+            return tuple(resolution if s == min(sides) else s for s in sides)  # type: ignore[return-value]
+    return resolution, resolution
+
+
+def _projected(bounds_latlon: tuple[float, float, float, float], epsg: int) -> Bounds:
+    """Return a box in degrees as one of a CRS; beyond 180 degrees where the CRS counts in them too."""
+    if len(bounds_latlon) != 4 or not bounds_latlon[1] < bounds_latlon[3]:
+        raise GridError(
+            "cube(bounds_latlon=)", repr(bounds_latlon), "(west, south, east, north), south < north"
         )
-        _, _, x, _, _, y = transform[first].as_py()
-        corner = (x, y)
-    if bounds_latlon is not None:
-        box = transformer(4326, epsg).transform_bounds(*bounds_latlon, densify_pts=21)
-    else:
-        box = _hull(source, epsg)
-    x0 = corner[0] + np.floor((box[0] - corner[0]) / resolution + 1e-6) * resolution
-    y0 = corner[1] + np.ceil((box[3] - corner[1]) / resolution - 1e-6) * resolution
-    width = int(np.ceil((box[2] - x0) / resolution - 1e-6))
-    height = int(np.ceil((y0 - box[1]) / resolution - 1e-6))
-    return Grid(epsg, float(x0), float(y0), resolution, resolution), (height, width)
+    return _unwrapped(bounds_in(bounds_latlon, 4326, epsg))
+
+
+def _unwrapped(box: Bounds) -> Bounds:
+    return (box[0], box[1], box[2] + 360.0, box[3]) if box[2] < box[0] else box
 
 
 def _exact(
@@ -86,10 +115,8 @@ def _hull(source: ResolvedSource, epsg: int) -> tuple[float, float, float, float
         box = (x[0], y[0], x[1], y[1])
         if own != epsg:
             code, shift = northern(own)
-            if code == epsg:
-                box = (x[0], y[0] + shift, x[1], y[1] + shift)
-            else:
-                box = transformer(own, epsg).transform_bounds(*box, densify_pts=21)
+            moved = (x[0], y[0] + shift, x[1], y[1] + shift)
+            box = moved if code == epsg else _unwrapped(bounds_in(box, own, epsg))
         boxes.append(box)
     array = np.array(boxes)
     return (*array[:, :2].min(0).tolist(), *array[:, 2:].max(0).tolist())

@@ -12,45 +12,58 @@ import shapely.geometry
 
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import PlanError
+from rasteret_dask.footprint import area_of, within_world
 
 __all__ = ["as_area", "as_labels", "as_points", "bbox_of"]
 
 
 def bbox_of(bbox: Sequence[float]) -> tuple[float, float, float, float]:
-    """Check a (west, south, east, north) box in degrees.
+    """Check a (west, south, east, north) box in degrees; west of its east it crosses the antimeridian.
 
     Raises
     ------
     PlanError
-        When it is not four finite numbers in order.
+        When it is not four finite numbers, or has no width or height.
     """
     try:
         west, south, east, north = (float(v) for v in bbox)
     except (TypeError, ValueError) as error:
         raise PlanError("bbox", repr(bbox), "(west, south, east, north) in degrees") from error
-    ordered = west < east and south < north
+    across = -180 <= east < west <= 180
     inside = abs(west) <= 360 and abs(east) <= 360 and abs(south) <= 90 and abs(north) <= 90
-    if not (ordered and inside and np.isfinite([west, south, east, north]).all()):
+    if not ((west < east or across) and south < north and inside):
         raise PlanError(
-            "bbox", repr(tuple(bbox)), "(west, south, east, north) in degrees, west < east and south < north"
-        )
+            "bbox", repr(tuple(bbox)), "(west, south, east, north) in degrees, south < north and west < east",
+            "Only across the antimeridian west is larger than east: (177, -20, -177, -10).",
+        )  # fmt: skip
     return west, south, east, north
 
 
 def as_area(value: Any) -> str:
     """Return an area as hex WKB in lon/lat: bbox, shapely, GeoJSON, WKB, a GeoDataFrame, or a sequence of them."""
     try:
-        area = shapely.union_all(_shapes(value))
+        shapes = _shapes(value)
+        beyond = next((s for s in shapes if not _in_degrees(s)), None)
+        area = (
+            shapely.union_all([within_world(s) for s in shapes if not s.is_empty])
+            if beyond is None
+            else beyond
+        )
     except (shapely.errors.ShapelyError, AttributeError, KeyError) as error:
         raise PlanError("area", f"{repr(value)[:200]} ({error})", "a geometry that can be read") from error
     if shapely.is_empty(area):
         raise PlanError("area", repr(value)[:200], "a geometry that is not empty")
-    west, south, east, north = shapely.bounds(area)
-    if abs(south) > 90 or abs(north) > 90 or abs(west) > 360 or abs(east) > 360:
+    if beyond is not None:
+        west, south, east, north = shapely.bounds(beyond)
         raise PlanError(
             "area", f"bounds {west:g}, {south:g}, {east:g}, {north:g}", "degrees of lon/lat (EPSG:4326)"
         )
     return str(shapely.to_wkb(shapely.make_valid(area), hex=True))
+
+
+def _in_degrees(area: Any) -> bool:
+    west, south, east, north = shapely.bounds(area)
+    return not (abs(south) > 90 or abs(north) > 90 or abs(west) > 360 or abs(east) > 360)
 
 
 def _shapes(value: Any) -> list[Any]:
@@ -75,7 +88,7 @@ def _shapes(value: Any) -> list[Any]:
         and len(value) == 4
         and all(isinstance(v, int | float | np.number) for v in value)
     ):
-        return [shapely.box(*bbox_of(value))]
+        return [area_of([bbox_of(value)])]
     if isinstance(value, Sequence) and len(value) and not isinstance(value, str):
         return [s for v in value for s in _shapes(v)]
     raise PlanError(

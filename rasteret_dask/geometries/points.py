@@ -1,4 +1,4 @@
-"""Values at points: each the one pixel that it lies in, of every acquisition and band."""
+"""Values at points: each the file's own pixel that it lies in, of every acquisition and band."""
 
 from __future__ import annotations
 
@@ -10,21 +10,16 @@ import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import phases
 from rasteret_dask.chipping.feeds import source_outlines
+from rasteret_dask.chipping.frame import BLOCK_PX
 from rasteret_dask.errors import PlanError
+from rasteret_dask.extent import is_geographic, metres
 from rasteret_dask.geometries.reading import band_names
-from rasteret_dask.geometries.rows import Rows, laid, run, settled, spec_field, squares, window_job
-from rasteret_dask.geometries.windows import (
-    Geometries,
-    PixelGrids,
-    codes_of,
-    frame_of,
-    geometries_of,
-    own_bounds,
-)
+from rasteret_dask.geometries.rows import Rows, laid, run, settled, squares, window_job
+from rasteret_dask.geometries.windows import Geometries, frame_of, geometries_of
+from rasteret_dask.grid import northern, transformer, utm_zone, zone_epsg
 from rasteret_dask.headers.nodata import INEXACT
-from rasteret_dask.planning.plan import Node
+from rasteret_dask.planning.plan import Harmonize, HarmonizeSpec, Node
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.planning.scan import Table
 from rasteret_dask.tasks.filling import ChipPixels
@@ -34,7 +29,7 @@ __all__ = ["POINT_SCHEMA", "sample_points"]
 
 POINT_SCHEMA = pa.schema(
     [
-        pa.field("point_index", pa.int64()),  # place among the points given
+        pa.field("point_index", pa.int64()),  # place among the points places
         pa.field("point_x", pa.float64()),  # degrees
         pa.field("point_y", pa.float64()),
         pa.field("point_crs", pa.int32()),
@@ -43,7 +38,7 @@ POINT_SCHEMA = pa.schema(
         pa.field("collection", pa.string()),
         pa.field("band", pa.string()),
         pa.field("value", pa.float64()),  # null where invalid
-        pa.field("raster_crs", pa.int32()),  # of the pixel grid; UTM zones as 326zz
+        pa.field("raster_crs", pa.int32()),  # of the record's raster; UTM zones as 326zz
     ]
 )
 """What :func:`sample_points` gives; further columns of the points' own table come behind."""
@@ -53,53 +48,91 @@ _ORDER = ("__when__", "__pass__", "__band__")
 POINTS_A_SHARD = 8192
 """Pixels that are read together: few enough to hold, enough that a tile serves many of them."""
 
+LOOK_M = 15_360.0
+"""Side of the squares of ground that points are ordered by, metres."""
+
+GRAIN_PX = 2.0**-16
+"""Side of the window that is read at a point, in pixels of the finest band."""
+
+GRAIN_M = 4e-6
+"""The same, metres, at least: planning takes windows that share less than a micrometre for neighbours."""
+
+UTM_LATITUDES = (-80.0, 84.0)
+UPS_NORTH, UPS_SOUTH = 32661, 32761
+"""EPSG codes of the polar stereographic maps that go on where UTM ends."""
+
 
 def sample_points(
     plan: Node, tables: Mapping[str, Table], points: Any, bands: str | Sequence[str] | None, on_error: str
 ) -> pa.Table:
     """Return a table of POINT_SCHEMA: point by point, then by time, then by band; see ``Collection.sample_points``."""
-    given = geometries_of(points)
-    if set(shapely.get_type_id(given.shape).tolist()) != {0}:
-        at = int(np.flatnonzero(shapely.get_type_id(given.shape) != 0)[0])
-        raise PlanError(f"point {at}", f"a {given.shape[at].geom_type}", "a point",
+    places = geometries_of(points)
+    if set(shapely.get_type_id(places.shape).tolist()) != {0}:
+        at = int(np.flatnonzero(shapely.get_type_id(places.shape) != 0)[0])
+        raise PlanError(f"point {at}", f"a {places.shape[at].geom_type}", "a point",
                         "Take get_numpy() or get_gdf() for areas, or their centroids.")  # fmt: skip
-    taken = [n for n in given.labels.column_names if n in POINT_SCHEMA.names]
+    taken = [n for n in places.labels.column_names if n in POINT_SCHEMA.names]
     if taken:
         raise PlanError("points", f"columns {', '.join(taken)}, which the result has", "other names",
                         "Give them other names: gdf.rename(columns=...).")  # fmt: skip
-    near = shapely.total_bounds(given.shape)
-    whole = settled(plan, tables, band_names(bands), None, near)
-    parts = []
-    same = spec_field(plan, "resolution") is not None or bool(whole.plan.rules.joint_groups)
-    for own in [whole.plan.bands] if same else _alike(whole):  # each band on its own pixels
-        source = whole if len(own) == len(whole.plan.bands) else settled(plan, tables, own, None, near)
-        parts.append(_sampled(source, given, on_error, [whole.plan.bands.index(b) for b in own]))
-    table = pa.concat_tables(parts).sort_by([(name, "ascending") for name in ("point_index", *_ORDER)])
+    near = shapely.total_bounds(places.shape)
+    size = _grain(settled(plan, tables, band_names(bands), None, near))
+    exact = Harmonize(plan, HarmonizeSpec(resampling="nearest"))
+    source = settled(exact, tables, band_names(bands), size, near)
+    table = _sampled(source, places, on_error).sort_by([(n, "ascending") for n in ("point_index", *_ORDER)])
     table = table.drop_columns(list(_ORDER))
-    for field, column in zip(given.labels.schema, given.labels.columns, strict=True):
+    for field, column in zip(places.labels.schema, places.labels.columns, strict=True):
         table = table.append_column(field, column.take(table.column("point_index")))
     return table
 
 
-def _alike(source: ResolvedSource) -> list[tuple[str, ...]]:
-    """Return the bands, those of one native pixel size together."""
-    plan, member = source.plan, source.plan.members[0]
-    finest: dict[str, float] = {}
-    for name, band in zip(plan.bands, member.bands, strict=True):
-        transform = source.records.level_field(band, "transform").filter(pa.array(source.member == 0))
-        finest[name] = float(np.median(np.abs(np.stack(transform.to_numpy())[:, 0])))
-    sizes = dict.fromkeys(round(v, 6) for v in finest.values())
-    return [tuple(n for n, v in finest.items() if round(v, 6) == size) for size in sizes]
+def _grain(source: ResolvedSource) -> float:
+    """Return the side of the window that is read at a point, metres: far smaller than any pixel.
+
+    The nearest pixel of a file to the window's centre is then the one that the point lies in, in whatever CRS the
+    window is laid out, and whatever the size and shape of each band's pixels.
+    """
+    finest = np.inf
+    for member in source.plan.members:
+        for band in member.bands:
+            transform = source.records.level_field(band, "transform")
+            unit = np.array([metres(int(code)) for code in source.records.epsg])
+            present = np.asarray(transform.is_valid())
+            sides = np.abs(np.stack(transform.drop_null().to_numpy())[:, [0, 4]]).min(axis=1)
+            finest = min(finest, float(np.min(sides * unit[present])))
+    return max(finest * GRAIN_PX, GRAIN_M)
 
 
-def _sampled(source: ResolvedSource, points: Geometries, on_error: str, places: list[int]) -> pa.Table:
-    """Read one pixel a point; ``places`` says where the bands stand among those asked for."""
+def _codes(places: Geometries, source: ResolvedSource) -> NDArray[np.int64]:
+    """Return the CRS in metres of each point's window: the records' own where there is one, else the point's zone."""
+    own = sorted({northern(int(code))[0] for code in np.unique(source.records.epsg)})
+    lon, lat = shapely.get_x(places.shape), shapely.get_y(places.shape)
+    zone = zone_epsg(0) + utm_zone(lon, np.clip(lat, *UTM_LATITUDES))
+    zone = np.where(lat > UTM_LATITUDES[1], UPS_NORTH, np.where(lat < UTM_LATITUDES[0], UPS_SOUTH, zone))
+    if len(own) > 1 or is_geographic(own[0]):
+        return np.asarray(zone)
+    there = np.isfinite(transformer(4326, own[0]).transform(lon, lat)).all(axis=0)
+    return np.asarray(np.where(there, own[0], zone))
+
+
+def _windows(places: Geometries, codes: NDArray[np.int64], size: float) -> NDArray[np.float64]:
+    """Return the window of each point: its centre lies by less than two sides of it east and south of the point.
+
+    A point on the edge of two pixels so belongs to the one right and below, as in rasterio, though degrees and metres
+    do not convert to the last digit.
+    """
+    xy = shapely.get_coordinates(places.projected(codes))
+    col, row = np.floor(xy[:, 0] / size) + 1, np.floor(-xy[:, 1] / size) + 1
+    edges = np.stack([col * size, -(row + 1) * size, (col + 1) * size, -row * size], -1)
+    return np.asarray(np.round(edges, 9), dtype=np.float64)
+
+
+def _sampled(source: ResolvedSource, places: Geometries, on_error: str) -> pa.Table:
+    """Read one pixel a point."""
     plan = source.plan
     found = source_outlines(source)
-    codes = codes_of(points, source.records.epsg, None, False)
-    pixels = PixelGrids(plan.resolution, phases(source, found))
-    bounds = own_bounds(points.projected(codes), codes, pixels)
-    rows = laid(source, found, frame_of(codes, bounds, pixels.size))
+    codes = _codes(places, source)
+    rows = laid(source, found, frame_of(codes, _windows(places, codes, plan.resolution), LOOK_M / BLOCK_PX))
     side, square = squares(rows, 1)
     job, of_chip = window_job(rows, found, side, square, POINTS_A_SHARD), rows.of_chip
     values = np.full((len(rows), len(plan.bands)), plan.fill, dtype=plan.dtype)
@@ -113,22 +146,22 @@ def _sampled(source: ResolvedSource, points: Geometries, on_error: str, places: 
 
     run(job, take, on_error)
     said = ~np.isnan(values) if plan.fill != plan.fill else values != plan.fill
-    return _table(points, rows, values, valid | said, when, places)
+    return _table(places, rows, values, valid | said, when)
 
 
 def _table(
-    points: Geometries,
+    places: Geometries,
     rows: Rows,
     values: NDArray[Any],
     valid: NDArray[np.bool_],
     when: NDArray[np.datetime64],
-    places: list[int],
 ) -> pa.Table:
     """Return a row for each (row, band), with what they are sorted by."""
-    source, bands = rows.source, len(places)
+    source, bands = rows.source, len(rows.source.plan.bands)
     row, band = np.divmod(np.arange(len(rows) * bands), bands)
     point, lead = rows.geometry[row], rows.lead[row]
     record = pa.array(lead, mask=lead < 0)
+    own = np.array([northern(int(code))[0] for code in source.records.epsg])
     records, stamp = source.records.table, POINT_SCHEMA.field("datetime").type
     if source.axis is None:
         order = source.passes.start[source.passes.of_record[lead]]
@@ -136,21 +169,23 @@ def _table(
         order = source.axis.start[rows.slot[row]]
     columns = {
         "point_index": pa.array(point),
-        "point_x": pa.array(shapely.get_x(points.shape)[point]),
-        "point_y": pa.array(shapely.get_y(points.shape)[point]),
+        "point_x": pa.array(shapely.get_x(places.shape)[point]),
+        "point_y": pa.array(shapely.get_y(places.shape)[point]),
         "point_crs": pa.array(np.full(len(row), 4326, dtype=np.int32)),
         "record_id": records.column("id").take(record),
         "datetime": pa.array(when[row]).cast(stamp),
         "collection": records.column("collection").take(record),
         "band": pa.array(source.plan.bands, pa.string()).take(pa.array(band)),
         "value": pa.array(_doubles(source.plan.name, values, valid).ravel(), mask=~valid.ravel()),
-        "raster_crs": pa.array(rows.frame.epsg[rows.window[row]].astype(np.int32)),
+        "raster_crs": pa.array(
+            np.where(lead < 0, rows.frame.epsg[rows.window[row]], own[lead]).astype(np.int32)
+        ),
     }
     return (
         pa.table(columns, schema=POINT_SCHEMA)
         .append_column("__when__", pa.array(order))
         .append_column("__pass__", pa.array(source.passes.of_record[lead]))
-        .append_column("__band__", pa.array(np.array(places)[band]))
+        .append_column("__band__", pa.array(band))
     )
 
 

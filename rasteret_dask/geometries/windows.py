@@ -15,6 +15,7 @@ from pyproj.exceptions import CRSError
 
 from rasteret_dask.chipping.frame import BLOCK_PX, STRIP, Frame, Phase
 from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.footprint import within_world
 from rasteret_dask.geometries.areas import as_area
 from rasteret_dask.grid import northern, transformer, utm_zone, zone_epsg
 
@@ -159,7 +160,7 @@ def _checked(shapes: NDArray[Any], labels: pa.Table) -> Geometries:
             f"geometry {far[0]}", f"bounds {west:g}, {south:g}, {east:g}, {north:g}",
             "degrees of lon/lat (EPSG:4326)", "Give it as a GeoDataFrame that knows its CRS.",
         )  # fmt: skip
-    return Geometries(shapes, labels)
+    return Geometries(np.array([within_world(s) for s in shapes], dtype=object), labels)
 
 
 def epsg_of(crs: Any) -> int:

@@ -14,6 +14,7 @@ from pyproj import Transformer
 
 from rasteret_dask.catalogs.bands import Radiometry, Role, radiometry
 from rasteret_dask.extent import misplaced
+from rasteret_dask.footprint import outline_of_ring
 from rasteret_dask.headers.nodata import number_of, spelled, text_of
 from rasteret_dask.headers.reader import Header
 from rasteret_dask.rules.kinds import KindName, quality_kind
@@ -50,7 +51,7 @@ class Described:
         to_lonlat = Transformer.from_crs(self.epsg, 4326, always_xy=True)
         lonlat = np.column_stack(to_lonlat.transform(*shapely.get_coordinates(ring).T))
         lonlat = lonlat[np.isfinite(lonlat).all(axis=1)]  # corners of a whole hemisphere lie beside the Earth
-        return bytes(shapely.to_wkb(shapely.Polygon(lonlat))) if len(lonlat) >= 4 else None
+        return outline_of_ring(lonlat) if len(lonlat) >= 4 else None
 
 
 def describe(

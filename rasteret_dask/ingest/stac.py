@@ -19,7 +19,7 @@ from rasteret_dask.catalogs.catalog import dataset_of, known_dataset
 from rasteret_dask.catalogs.credentials import cleaned
 from rasteret_dask.catalogs.signing import keep_apart
 from rasteret_dask.errors import SchemaError, SourceError, TrustError
-from rasteret_dask.footprint import area_of, corners_of, outline_of
+from rasteret_dask.footprint import area_of, box_of, corners_of, outline_of
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.ingest.describe import contradictions, contradictions_note, describe
 from rasteret_dask.ingest.sources import BROKEN, Item, check_href, read_items, reason_of, short
@@ -379,17 +379,13 @@ def _row(item: Item) -> dict[str, Any]:
         "id": data["id"],
         "collection": collection if isinstance(collection, str) else None,
         "geometry": geometry,
-        "scene_bbox": list(corners) if corners is not None and corners[0] <= corners[2] else None,
+        "scene_bbox": None if corners is None else list(corners),
         "properties": text,
     }
 
 
 def _fill_bbox(row: dict[str, Any]) -> None:
-    # across the antimeridian a box is the whole circle, so that no filter overlooks it
-    box = row["scene_bbox"]
-    if box is None and row["geometry"] is not None:
-        box = [float(v) for v in shapely.from_wkb(row["geometry"]).bounds]
-    row["scene_bbox"] = box
+    row["scene_bbox"] = box = box_of(row["geometry"], row["scene_bbox"])
     row["bbox"] = None if box is None else dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
 
 

@@ -22,6 +22,7 @@ from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.signing import keep_apart
 from rasteret_dask.errors import RasteretDaskError, SchemaError, SourceError
 from rasteret_dask.extent import misplaced
+from rasteret_dask.footprint import box_of, placed_wkb
 from rasteret_dask.headers.nodata import number_of, spelled, text_of
 from rasteret_dask.headers.reader import read_headers
 from rasteret_dask.ingest.describe import Described, contradictions, contradictions_note, describe
@@ -378,9 +379,8 @@ def _is_here(place: str | None) -> bool:
 
 def _cells(row: Mapping[str, Any], outline: bytes | None, described: Described) -> dict[str, Any]:
     """Return a row's id, and the columns that it and its files' headers settle."""
-    outline = outline or described.footprint
-    bounds = None if outline is None else list(map(float, shapely.from_wkb(outline).bounds))
-    box = row.get("scene_bbox") or _corners(row.get("bbox")) or bounds
+    outline = described.footprint if not outline else placed_wkb(outline)
+    box = box_of(outline, row.get("scene_bbox") or _corners(row.get("bbox")))
     facts = _facts(row)
     return {
         "id": str(row["id"]),

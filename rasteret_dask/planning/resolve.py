@@ -642,11 +642,14 @@ def _distinct(
 
 
 def _native_resolution(records: Records, member: Member) -> float:
-    """Return the finest pixel size among the bands, over the records of the first member."""
+    """Return the finest pixel size among the bands, over the records of the first member.
+
+    Of pixels that are no squares it is the shorter side: chips lose nothing of what they show.
+    """
     finest = np.inf
     for band in dict.fromkeys(member.bands):
         transform = records.level_field(band, "transform")
-        pixel = np.sort(np.abs(np.stack(transform.to_numpy())[:, 0]))
+        pixel = np.sort(np.abs(np.stack(transform.to_numpy())[:, [0, 4]]).min(axis=1))
         near = np.round(pixel, digits(pixel[0]))
         _, first, counts = np.unique(near, return_index=True, return_counts=True)
         value = float(pixel[first[np.argmax(counts)]])

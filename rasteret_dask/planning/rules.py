@@ -18,7 +18,7 @@ class Rule:
     """A chip is kept where all hold that are said."""
 
     min_valid: float | None = None
-    """Smallest share of valid pixels, over all slots."""
+    """Smallest share of valid pixels, over the slots that have records."""
     max_cloud: float | None = None
     """Largest share of clouds and their shadows among the pixels that a quality band knows, over all slots."""
     function: Function | None = None

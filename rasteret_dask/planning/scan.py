@@ -17,6 +17,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.footprint import area_of, box_around, placed
 from rasteret_dask.net.remotefs import version_of
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.rules.masks import ANY_QUALITY
@@ -27,6 +28,7 @@ from rasteret_dask.table.timing import stamp_of
 
 __all__ = [
     "Table",
+    "alone",
     "as_table",
     "expression",
     "filter_batches",
@@ -39,6 +41,9 @@ __all__ = [
 ]
 
 Table: TypeAlias = "pa.Table | pads.Dataset"
+
+IN_BOX = ("bbox", "intersects")
+"""Of a predicate on a box: row groups are left out by the records' boxes, records by their outlines."""
 
 _COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
@@ -87,17 +92,29 @@ def filter_table(
     return pa.Table.from_batches(filter_batches(data, where, name, columns), schema)
 
 
+def alone(data: Table, where: Sequence[Predicate], name: str) -> str:
+    """Say how many rows each predicate would leave alone, where all of them together leave none."""
+    left = [filter_table(data, (predicate,), name).num_rows for predicate in where]
+    words = (f"{column} {op} {value!r}" for column, op, value in where)
+    return ", ".join(f"{word} alone leaves {n:,}" for word, n in zip(words, left, strict=True))
+
+
 def filter_batches(
     data: Table, where: Sequence[Predicate], name: str, columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of :func:`filter_table`, some at a time."""
     schema = data.schema
     pushed = pushed_filter(where, schema)
-    late = [p for p in where if expression(p, schema) is None and not _is_on_assets(p, schema)]
+    outlined = "geometry" in schema.names
+    late = [
+        p for p in where
+        if not _is_on_assets(p, schema) and (expression(p, schema) is None or (outlined and p[:2] == IN_BOX))
+    ]  # fmt: skip
     if not late:
         yield from rowgroups.batches(data, pushed, columns)
         return
-    needed = [c for c in ("geometry", "properties") if c in schema.names]
+    wanted = {"geometry" if p[1] == "intersects" else "properties" for p in late}
+    needed = [c for c in sorted(wanted) if c in schema.names]
     met = {p: p[1] == "intersects" for p in late}
 
     def keep(table: pa.Table) -> NDArray[np.bool_]:
@@ -165,24 +182,27 @@ def _misfit(predicate: Predicate, found: str, expected: str) -> PlanError:
 
 
 def _in_box(box: tuple[float, ...], *, unknown: bool) -> pc.Expression:
-    """Return whether a record's box touches (west, south, east, north); degrees may pass 180 either way.
+    """Return whether a record's box touches (west, south, east, north), however their degrees are counted.
 
-    A record's box across the antimeridian has its west east of its east: then it is positive, its east negative,
-    which statistics of row groups can rule out, as they cannot a comparison of two columns.
+    West of its east a box is taken as it is, else it crosses the antimeridian. A record's box across the
+    antimeridian has its west east of its east: then it is positive, its east negative, which statistics of row
+    groups can rule out, as they cannot a comparison of two columns.
     """
     west, south, east, north = box
+    east += 360.0 if west > east else 0.0
     own = {n: pc.field("bbox", n) for n in ("xmin", "ymin", "xmax", "ymax")}
     across = (own["xmin"] > 0) & (own["xmax"] < 0)
     lon = pc.scalar(False)
-    for turn in (0.0, *([360.0] if west < -180 else []), *([-360.0] if east > 180 else [])):
-        starts, ends = own["xmin"] <= east + turn, own["xmax"] >= west + turn
-        lon = lon | (starts & ends) | (across & (starts | ends))
+    for turn in (-360.0, 0.0, 360.0):
+        starts = own["xmin"] <= east + turn
+        lon = lon | (starts & (own["xmax"] >= west + turn))
+        lon = lon | (across & starts & (own["xmax"] >= west + turn - 360.0))
     inside = lon & (own["ymin"] <= north) & (own["ymax"] >= south)
     return inside | own["xmin"].is_null() if unknown else inside
 
 
 def _near(predicate: Predicate) -> pc.Expression:
-    return _in_box(tuple(float(v) for v in shapely.bounds(_area(predicate))), unknown=True)
+    return _in_box(box_around(_area(predicate)), unknown=True)
 
 
 def _area(predicate: Predicate) -> Any:
@@ -221,8 +241,11 @@ def _late(predicate: Predicate, table: pa.Table) -> tuple[NDArray[np.bool_], boo
     """Return which rows fulfil a predicate, and whether any of them has what it names."""
     column, op, value = predicate
     if op == "intersects":
-        shapes = shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False))
-        return np.asarray(shapely.intersects(shapes, _area(predicate)), dtype=bool), True
+        in_box = predicate[:2] == IN_BOX
+        area = area_of([value]) if in_box else _area(predicate)  # type: ignore[list-item]
+        shapes = placed(shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False)))
+        hit = np.asarray(shapely.intersects(shapes, area), dtype=bool)
+        return hit | shapely.is_missing(shapes) if in_box else hit, True
     found = False
     keep = np.zeros(table.num_rows, dtype=bool)
     properties = table.column("properties").to_pylist() if "properties" in table.column_names else []

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rasterio.enums import Resampling
 
 from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.extent import is_geographic
 from rasteret_dask.reader.levels import LevelFrame, rect_tiles, sparse_tiles
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, transformed
 from rasteret_dask.rules.kinds import kind_of
@@ -147,6 +148,9 @@ def _source_rects(frame: LevelFrame, request: Request, kernel: str, scale: tuple
     if bent:
         flat_x, flat_y = transformed(grid.epsg, frame.epsg, xs.ravel(), ys.ravel())
         xs, ys = flat_x.reshape(xs.shape), flat_y.reshape(ys.shape)
+        if is_geographic(frame.epsg):  # the raster may count longitudes from 0 to 360
+            middle = frame.transform.c + frame.transform.a * frame.width / 2
+            xs = xs + 360.0 * np.round((middle - xs) / 360.0)
     inverse = ~frame.transform
     source_cols = inverse.a * xs + inverse.b * ys + inverse.c
     source_rows = inverse.d * xs + inverse.e * ys + inverse.f

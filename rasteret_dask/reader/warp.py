@@ -17,6 +17,7 @@ from rasterio.io import DatasetReader, MemoryFile
 from rasterio.session import DummySession
 from rasterio.vrt import WarpedVRT
 
+from rasteret_dask.extent import is_geographic
 from rasteret_dask.headers.nodata import BEYOND_MEASURE, INEXACT, Number
 from rasteret_dask.reader.levels import LevelFrame
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window, crs_of
@@ -283,6 +284,9 @@ def _dataset(block: SourceBlock, frame: LevelFrame) -> Iterator[DatasetReader]:
     height, width = values.shape
     t, col, row = frame.transform, block.rect.col0, block.rect.row0
     transform = Affine(t.a, t.b, t.a * col + t.b * row + t.c, t.d, t.e, t.d * col + t.e * row + t.f)
+    middle = transform.c + transform.a * width / 2
+    if abs(middle) > 180.0 and is_geographic(frame.epsg):  # PROJ gives longitudes from -180 to 180
+        transform = Affine.translation(-360.0 * round(middle / 360.0), 0.0) @ transform
     if block.mask is None:
         if not values.flags.c_contiguous:
             raise ValueError("a block must be contiguous")

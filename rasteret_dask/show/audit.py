@@ -11,6 +11,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips
+from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.chipping.splits import SHARED_M2
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import transformer
@@ -36,6 +37,8 @@ class Audit:
     """Pairs of chips of two splits that share ground; must be 0."""
     distance_m: dict[str, float]
     """Smallest distance between chips of two splits, metres."""
+    uncovered: str = ""
+    """The share of the ground that no chip of the grid covers, and what would do better; empty where there is none."""
 
     @property
     def ok(self) -> bool:
@@ -58,6 +61,7 @@ class Audit:
             far = self.distance_m[pair]
             lines.append(f"{pair}: {count} overlaps, at least {far:,.0f} m apart")
         lines += [f"lost: {n} ({why})" for why, n in self.lost.items()]
+        lines += [f"not covered: {self.uncovered}"] * bool(self.uncovered)
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -82,6 +86,7 @@ def audit(chips: PlannedChips) -> Audit:
     overlaps, distance = {}, {}
     for a, b in combinations([n for n in names if count[n]], 2):
         overlaps[f"{a}-{b}"], distance[f"{a}-{b}"] = _between(chips, split == a, split == b)
+    left = leftover(chips.spec, chips.resolution)
     return Audit(
         count,
         {n: c / total for n, c in count.items()},
@@ -90,6 +95,7 @@ def audit(chips: PlannedChips) -> Audit:
         dict(chips.dropped),
         overlaps,
         distance,
+        "" if left is None else left.text,
     )
 
 

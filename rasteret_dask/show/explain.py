@@ -11,15 +11,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
+import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import FeedTable, bounds_of
-from rasteret_dask.grid import Lattice, northern, transformer
+from rasteret_dask.chipping.feeds import Feeds, enough
+from rasteret_dask.chipping.frame import Frame
+from rasteret_dask.chipping.leftover import leftover
+from rasteret_dask.grid import northern, transformer
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
-from rasteret_dask.reader.readplan import tiles_of
+from rasteret_dask.reader.pixelgrid import Rect
+from rasteret_dask.reader.readplan import Request, plan_read, tiles_of
 from rasteret_dask.table.records import Asset, Level
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.freezing import task_bytes
@@ -33,6 +39,12 @@ ALIGNED_PX = 1e-4
 
 UTM_SOUTH = 32700
 """EPSG codes above are UTM zones of the southern hemisphere, which are only translated."""
+
+WHOLE = 1.0 - 1e-6
+"""A slot covered to this share counts as covered whole: the chip table keeps shares as float32."""
+
+MOST_SHAPES = 3
+"""Shapes of pixels that are named."""
 
 EXACT_SHARDS = 48
 """Tiles of this many shards are counted one by one; beyond, they are extrapolated from as many, evenly taken."""
@@ -103,8 +115,10 @@ def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Expla
         "pixels": _native_share(chips),
         "kinds": {s.plan.name: [b.kind or "unknown" for b in s.plan.kinds] for s in chips.sources},
         "kernels": _kernels(job),
+        "pixel_shapes": _pixel_shapes(chips),
         "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
-        "unused_strip_m": _strip(chips),
+        "coverage": _coverage(chips),
+        "uncovered": _uncovered(chips),
         "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used_rows(chips)},
         "mask": {s.plan.name: list(s.plan.masks) for s in chips.sources},
         "pick": {s.plan.name: s.plan.pick.name for s in chips.sources},
@@ -123,11 +137,49 @@ def _left_bands(source: ResolvedSource) -> dict[str, int]:
     return left
 
 
-def _strip(chips: PlannedChips) -> float:
-    if chips.spec.grid != "zone" or chips.spec.at is not None:
-        return 0.0
-    stride = chips.spec.stride * chips.resolution
-    return Lattice(1, chips.spec.cell_km * 1000.0, chips.size_m, stride).unused_m
+def _uncovered(chips: PlannedChips) -> dict[str, Any]:
+    left = leftover(chips.spec, chips.resolution)
+    return {} if left is None else {"share": left.share, "text": left.text, "cell_km": left.cell_km}
+
+
+def _coverage(chips: PlannedChips) -> dict[str, dict[str, Any]]:
+    """Return per source how many chips have a slot whose main acquisition leaves ground open, and how much at most.
+
+    The main acquisition is the first of a slot's candidates; with ``fill`` others close what it leaves open.
+    """
+    feeds = FeedTable.of(chips.table)
+    nothing = np.zeros(chips.table.num_rows, dtype=np.int64)
+    frame = Frame(
+        chips.table.column("epsg").to_numpy().astype(np.int64), bounds_of(chips.table), nothing, nothing, None, None,
+        pa.array([""] * len(nothing)),
+    )  # fmt: skip
+    result: dict[str, dict[str, Any]] = {}
+    for number, (source, found) in enumerate(zip(chips.sources, chips.outlines, strict=True)):
+        main = np.flatnonzero((feeds.source == number) & (feeds.order == 0))
+        own = Feeds.of(
+            feeds.chip[main], feeds.slot[main], feeds.order[main], feeds.row[main], feeds.share[main]
+        )
+        _, key, share = enough(own, frame, found, 0.0)
+        open_slot = share < WHOLE
+        slots = int(own.slot.max(initial=0)) + 1
+        result[source.plan.name] = {
+            "chips": len(np.unique(key[open_slot] // slots)),
+            "slots": int(open_slot.sum()),
+            "of_slots": len(key),
+            "least": float(share.min(initial=1.0)),
+        }
+    return result
+
+
+def _pixel_shapes(chips: PlannedChips) -> dict[str, list[list[float]]]:
+    """Return per source the width and height of used pixels that are no squares, in units of their CRS."""
+    result: dict[str, list[list[float]]] = {}
+    for (source, rows), found in zip(used_rows(chips), chips.outlines, strict=True):
+        sides = np.abs(found.transform[np.unique(found.of_record[rows])][:, [0, 4]])
+        other = sides[np.abs(sides[:, 0] - sides[:, 1]) > 1e-9 * sides.max(axis=1, initial=0.0)]
+        if len(other):
+            result[source.plan.name] = np.unique(other, axis=0)[:MOST_SHAPES].tolist()
+    return result
 
 
 def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
@@ -144,7 +196,7 @@ def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
         shift = (corner[own] - transform[:, [2, 5]]) / size
         same = np.abs(shift - np.round(shift)).max(1, initial=0.0) < ALIGNED_PX
         same &= epsg[own] == found.epsg[found.of_record[record]]
-        same &= np.abs(np.abs(transform[:, 0]) - size) < 1e-9 * size
+        same &= (np.abs(np.abs(transform[:, [0, 4]]) - size) < 1e-9 * size).all(axis=1)
         resampled = np.unique(record[~same])
         moved = resolved.records.epsg > UTM_SOUTH
         native = np.setdiff1d(np.unique(record), resampled)
@@ -188,8 +240,8 @@ def _reading(job: Job) -> dict[str, Any]:
     sharing = None if whole else _Sharing(job, chosen)
     for shard in chosen:
         for number in range(len(job.sources)):
-            requests, used = pixels.requests_of(job, shard, number)
-            for (file, level), (wanted, asset) in _by_file(requests).items():
+            requests, _ = pixels.requests_of(job, shard, number)
+            for (file, level), (wanted, asset, rects) in _by_file(requests).items():
                 known, met = asset.levels[level].tile_byte_counts, seen.setdefault((file, level), set())
                 needed = sharing.shards_of(number, asset, level) if sharing else Counter[int]()
                 weight = {t: 1.0 / max(needed[t], 1) for t in wanted if not whole or t not in met}
@@ -198,8 +250,9 @@ def _reading(job: Job) -> dict[str, Any]:
                 unknown |= not known
                 nbytes += sum(w * known[t] for t, w in weight.items()) if known else 0
                 by_shard += len(wanted)
-                pixels_read += len(wanted) * asset.levels[level].tile_width * asset.levels[level].tile_height
-            pixels_used += used
+                held = len(wanted) * asset.levels[level].tile_width * asset.levels[level].tile_height
+                pixels_read += held
+                pixels_used += min(_area(rects), held)  # tiles that are not in the file hold none
     scale = len(shards) / max(len(chosen), 1)
     return {
         "requests": round(once * scale),
@@ -273,19 +326,26 @@ class _Sharing:
         return Counter(tile for _, tile in needed)
 
 
-def _by_file(requests: list[Any]) -> dict[tuple[Any, int], tuple[set[int], Any]]:
-    """Group the tiles of requests by file, plane and level; a chunky file's bands share their tiles."""
-    result: dict[tuple[Any, int], tuple[set[int], Any]] = {}
+def _by_file(requests: list[Request]) -> dict[tuple[Any, int], tuple[set[int], Asset, list[Rect]]]:
+    """Group the tiles of requests, and the pixels that they need of the level, by file, plane and level.
+
+    A chunky file's bands share their tiles.
+    """
+    result: dict[tuple[Any, int], tuple[set[int], Asset, list[Rect]]] = {}
     for request in requests:
         level, tiles = tiles_of(request)
         asset = request.asset
         plane = asset.band_index if asset.image.planar == 2 else 0
-        key = ((asset.href, plane), level)
-        if key in result:
-            result[key][0].update(tiles)
-        else:
-            result[key] = (set(tiles), asset)
+        wanted, _, rects = result.setdefault(((asset.href, plane), level), (set(), asset, []))
+        wanted |= tiles
+        rects += plan_read(request).rects
     return result
+
+
+def _area(rects: list[Rect]) -> int:
+    """Return how many pixels lie in any of some rectangles."""
+    corners = np.array([(r.col0, r.row0, r.col1, r.row1) for r in set(rects) if not r.empty]).reshape(-1, 4)
+    return round(shapely.area(shapely.union_all(shapely.box(*corners.T)))) if len(corners) else 0
 
 
 def _size(nbytes: float | None) -> str:
@@ -338,13 +398,23 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
             bands = [f"{band} ({count} of {total} records)" for band, count in f["left_bands"][name].items()]
             rows.append(("", f"bands left: {', '.join(bands[:8])}{' ...' if len(bands) > 8 else ''}"))
         rows += [("", line) for line in _kernel_lines(f["kinds"][name], f["kernels"][name])]
+        if name in f["pixel_shapes"]:
+            shapes = ", ".join(f"{wide:.6g} x {high:.6g}" for wide, high in f["pixel_shapes"][name])
+            rows.append(
+                ("", f"pixels of {shapes} (width x height) are resampled: those of chips are squares")
+            )
+        cover = f["coverage"][name]
+        if cover["slots"]:
+            slots = f"{cover['slots']:,} of {cover['of_slots']:,} slots, the least {_percent(cover['least'])}"
+            text = f"{cover['chips']:,} chips with a slot under 100% covered by its main acquisition"
+            rows.append(("", f"{text} ({slots})"))
         if name in f["times"]:
             rows.append(
                 ("", f"{len(f['times'][name])} slots from {f['times'][name][0]} to {f['times'][name][-1]}")
             )
         rows += [("", line) for line in _radiometry_lines(f["radiometry"][name])]
-    if f["unused_strip_m"]:
-        rows.append(("unused strip", f"{f['unused_strip_m']:g} m of each split cell"))
+    if f["uncovered"]:
+        rows.append(("not covered", f["uncovered"]["text"]))
     rows += [("dropped", f"{count:,}: {why}") for why, count in f["dropped"].items()]
     return rows
 
@@ -363,6 +433,11 @@ def _kernel_lines(kinds: Sequence[str], kernels: Mapping[str, Mapping[str, Any]]
 
 def _some(bands: Sequence[str]) -> str:
     return ", ".join(bands[:6]) + (" ..." if len(bands) > 6 else "")
+
+
+def _percent(share: float) -> str:
+    """Return a share of less than all, which is never rounded up to 100%."""
+    return f"{np.floor(share * 1000) / 10:g}%"
 
 
 def _radiometry_lines(rules: list[dict[str, Any]]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from rasteret_dask.errors import UnreadableTilesWarning
+from rasteret_dask.tasks.filtering import tally
 from rasteret_dask.tasks.job import Job
 
 __all__ = ["losses", "manifest_of", "warn_of_masked"]
@@ -74,8 +75,11 @@ def losses(manifest: pa.Table) -> str:
     dropped = sum(manifest["chips"].to_pylist()) - sum(manifest["kept"].to_pylist())
     if not dropped:
         return ""
+    reasons = [r for text in manifest["dropped_chips"].to_pylist() for r in json.loads(text).values()]
     planned = sum(manifest["chips"].to_pylist())
-    return f"{dropped} of {planned} chips dropped by filter_pixels (reasons: manifest.parquet)"
+    return (
+        f"{dropped} of {planned} chips dropped by filter_pixels ({tally(reasons)}; each in manifest.parquet)"
+    )
 
 
 def _of(report: Mapping[str, Any], kind: str) -> dict[str, Any]:

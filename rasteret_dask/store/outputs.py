@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks import pixels
-from rasteret_dask.tasks.filtering import KEPT
+from rasteret_dask.tasks.filtering import KEPT, tally
 from rasteret_dask.tasks.job import Job, Output, Shard
 from rasteret_dask.tasks.mapping import Functions
 from rasteret_dask.tasks.shards import Graph, lower, read_chips
@@ -56,7 +57,7 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
     """Read a job's chips into memory, in the order of its shards, by Dask's threads in this process.
 
     Each tile goes to its place in one array a source; nothing is put together afterwards. Chips that a rule drops
-    are left out: then what is kept is copied.
+    are left out: then what is kept is copied. A warning says so where that are all, and which rule took how many.
 
     Parameters
     ----------
@@ -77,14 +78,31 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
         for own in shapes
     ]
     tasks, start = {}, 0
+    fallen: dict[str, str] = {}
     for shard in job.shards():
         stop = start + shard.stop - shard.start
         places = [{name: array[start:stop] for name, array in own.items()} for own in arrays]
-        tasks[shard.name] = Task(shard.name, _fill, DataNode("job", job), shard, functions, places, on_error)
+        tasks[shard.name] = Task(
+            shard.name,
+            _fill,
+            DataNode("job", job),
+            shard,
+            functions,
+            places,
+            on_error,
+            DataNode("fallen", fallen),
+        )
         start = stop
     dask.threaded.get(tasks, list(tasks))
     kept = arrays[0].get(KEPT)
     if kept is not None:
+        if not kept.any():
+            warnings.warn(
+                f"filter_pixels() dropped {len(kept):,} of {len(kept):,} chips ({tally(fallen.values())}): "
+                "lower what it asks for, or remove it",
+                UserWarning,
+                stacklevel=3,
+            )
         arrays = [{n: array[kept] for n, array in own.items() if n != KEPT} for own in arrays]
     nodes = {
         plan.name: _assembled(layout, plan.name, output, {n: (own[n][0], made[n]) for n in made}, kept)
@@ -93,10 +111,18 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
     return _tree(nodes)
 
 
-def _fill(job: Job, shard: Shard, functions: Functions, places: list[dict[str, Any]], on_error: str) -> None:
-    """Read one shard into its part of the arrays."""
+def _fill(
+    job: Job,
+    shard: Shard,
+    functions: Functions,
+    places: list[dict[str, Any]],
+    on_error: str,
+    fallen: dict[str, str],
+) -> None:
+    """Read one shard into its part of the arrays; ``fallen`` gets the chips that rules drop, with the reason."""
     into = [(place["pixels"], place.get("valid")) for place in places]
     read = read_chips(job, shard, functions, on_error, into)
+    fallen |= next(iter(read.values())).attrs.get("dropped", {})
     for dataset, place in zip(read.values(), places, strict=True):
         for name, array in place.items():
             if not np.may_share_memory(dataset[name].values, array):

@@ -191,12 +191,17 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
     if not isinstance(node, FilterChips | Select | Sample):
         return np.flatnonzero(store.kept)
     below = _chosen(store, node.child)
+    why = ""
     match node:
         case FilterChips(_, where):
-            from rasteret_dask.planning.scan import filter_table  # pandas: training workers start without it
+            from rasteret_dask.planning.scan import (
+                alone,
+                filter_table,
+            )  # pandas: training workers start without it
 
             table = _columns(store, "filter", [column for column, *_ in where], below.rows)
             found = filter_table(table, where, "chips").column(_ROW).to_numpy()
+            why = "" if len(found) else f" ({alone(table, where, 'chips')})"
         case Select(_, splits):
             names = list(dict.fromkeys(s.split for s in below.shards if s.split))
             unknown = [s for s in splits if s not in names]
@@ -212,11 +217,9 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
             found = below.rows[sample_rows(table, "chip_id", n, seed, by)]
     if not len(found):
         raise PlanError(
-            step_name(node),
-            f"no chip left of {len(below.rows)}",
-            "at least one",
-            "Ask for less, or leave it out.",
-        )
+            step_name(node), f"no chip left of {len(below.rows):,}{why}", "at least one",
+            "Ask for less, or remove the step.",
+        )  # fmt: skip
     return np.asarray(found)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import xarray as xr
@@ -14,10 +16,22 @@ from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.mapping import Functions, kept_by
 
-__all__ = ["KEPT", "filtered"]
+__all__ = ["KEPT", "filtered", "tally"]
 
 KEPT = "kept"
 """Name of the coordinate (chip,) that tells which chips are kept."""
+
+
+_NUMBER = re.compile(r" \d\.\d{3}(?=, (below|above) )")
+"""A chip's own figure in the reason why it fell."""
+
+
+def tally(reasons: Iterable[str]) -> str:
+    """Say how many chips fell to which rule, most first: ``40: valid, below 0.9; 3: filter_pixels(bright)``."""
+    counts = Counter(_NUMBER.sub("", reason) for reason in reasons)
+    return "; ".join(
+        f"{n:,}: {rule}" for rule, n in sorted(counts.items(), key=lambda own: (-own[1], own[0]))
+    )
 
 
 def filtered(
@@ -86,7 +100,7 @@ def _failing(
             for at in np.flatnonzero(cloud > rule.max_cloud)
         }
     if rule.min_valid is not None:
-        valid = _valid_share(dataset)
+        valid = _valid_share(dataset, _fed(job, shard, number))
         found |= {
             int(at): f"valid{of} {valid[at]:.3f}, below {rule.min_valid:g}"
             for at in np.flatnonzero(valid < rule.min_valid)
@@ -94,14 +108,38 @@ def _failing(
     return found
 
 
-def _valid_share(dataset: xr.Dataset) -> NDArray[np.float64]:
-    """Return the share of valid pixels of each chip, over all slots: where integers say so, or no band is NaN."""
+def _fed(job: Job, shard: Shard, source: int) -> NDArray[np.bool_]:
+    """Shape (chip, slot). True where a slot of a source has any record."""
+    feeds = job.feeds
+    own = slice(feeds.offsets[shard.start], feeds.offsets[shard.stop])
+    chip = np.repeat(
+        np.arange(shard.stop - shard.start), np.diff(feeds.offsets[shard.start : shard.stop + 1])
+    )
+    result = np.zeros((shard.stop - shard.start, job.sources[source].times), dtype=bool)
+    mine = feeds.source[own] == source
+    result[chip[mine], feeds.slot[own][mine]] = True
+    return result
+
+
+def _valid_share(dataset: xr.Dataset, fed: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the share of valid pixels of each chip: where integers say so, or no band is NaN.
+
+    Slots without a record do not count: that nothing was there says nothing of the pixels. Where a user's function
+    changed the number of slots, all of them count.
+    """
     pixels = dataset["pixels"].values
+    known = fed if fed.shape[1] == pixels.shape[1] else np.ones(pixels.shape[:2], dtype=bool)
     if "valid" in dataset.variables:
-        return np.array([np.count_nonzero(v) / v.size for v in dataset["valid"].values])
+        seen = dataset["valid"].values
+        return np.array([np.mean(v[own]) if own.any() else 0.0 for v, own in zip(seen, known, strict=True)])
     if pixels.dtype.kind != "f":
         return np.ones(len(pixels))
-    return np.array([np.mean(np.isfinite(chip).all(axis=1)) for chip in pixels])
+    return np.array(
+        [
+            np.mean(np.isfinite(chip[own]).all(axis=1)) if own.any() else 0.0
+            for chip, own in zip(pixels, known, strict=True)
+        ]
+    )
 
 
 def _blanked(dataset: xr.Dataset, places: list[int], fill: float) -> xr.Dataset:
