@@ -25,6 +25,7 @@ from rasteret_dask.headers.nodata import number_of
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.pixelgrid import Grid, Window, transformed
 from rasteret_dask.reader.readplan import Request
+from rasteret_dask.rules.picks import PickName
 from rasteret_dask.table.records import Asset
 
 SIDE = 64
@@ -228,7 +229,7 @@ def test_kernels_refuse_integers_that_they_would_round(tmp_path: Path, dtype: st
      ("complex64", "mean", True), ("int64", "closest", False), ("int32", "median", False)],
 )  # fmt: skip
 def test_composites_that_mean_nothing_are_refused(
-    tmp_path: Path, dtype: str, pick: str, refused: bool
+    tmp_path: Path, dtype: str, pick: PickName, refused: bool
 ) -> None:
     made, pixels, seen = collection(tmp_path, dtype)
     monthly = made.harmonize(units="raw", time="1MS", pick=pick)

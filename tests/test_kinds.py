@@ -29,6 +29,7 @@ from rasteret_dask.rules.kinds import KINDS, UNKNOWN, Kind, checked_kinds, kind_
 from rasteret_dask.statistics.sketch import measured
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.table.records import ASSET_TYPE
+from rasteret_dask.words import Resampling as Kernel
 
 X0, Y0, SIDE = 500_000.0, 5_200_000.0, 96
 CODES = (10, 20, 40, 80, 95)
@@ -331,7 +332,7 @@ def corner(grid: tuple[int, float, float]) -> tuple[float, float]:
     seed=st.integers(0, 3),
 )
 def test_codes_are_those_of_the_file(
-    tmp_path: Path, kind: Any, dtype: str, kernel: str | None, grid: str, averaged: bool, seed: int
+    tmp_path: Path, kind: Any, dtype: str, kernel: Kernel | None, grid: str, averaged: bool, seed: int
 ) -> None:
     path = tmp_path / f"{dtype}-{averaged}-{seed}.tif"
     if not path.exists():

@@ -150,7 +150,7 @@ def test_a_landsat_band_is_what_its_sensor_measures(
     assert {band: layer.href for band, layer in layers.items()} == expected
     for band, layer in layers.items():
         assert layer.known is not None
-        assert (layer.known.role == "temperature") == (band in ("lwir", "B10"))
+        assert (layer.known.kind == "temperature") == (band in ("lwir", "B10"))
 
 
 def test_a_thermal_band_alone_is_never_swir16() -> None:
@@ -255,7 +255,7 @@ def test_hls_bands_are_in_physical_order(dataset: str) -> None:
     commons = {band.common_name: band.code for band in DATASETS[dataset].bands if band.common_name}
     assert commons["nir08"] == {"hls-s30": "B8A", "hls-l30": "B05"}[dataset]
     assert commons["swir16"] == {"hls-s30": "B11", "hls-l30": "B06"}[dataset]
-    thermal = [band for band in DATASETS[dataset].bands if band.role == "temperature"]
+    thermal = [band for band in DATASETS[dataset].bands if band.kind == "temperature"]
     kelvin = [np.float64(2500) * band.scale + band.offset for band in thermal]  # 25 degrees Celsius
     assert kelvin == pytest.approx([298.15] * {"hls-s30": 0, "hls-l30": 2}[dataset])
 

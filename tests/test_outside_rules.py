@@ -63,7 +63,7 @@ def inner(clear: Array) -> float:
     return float(clear[SIDE // 4 : -(SIDE // 4), SIDE // 4 : -(SIDE // 4)].sum())
 
 
-NEAREST = {"order": lambda own, distance: distance}
+NEAREST: Any = {"order": lambda own, distance: distance}
 RULES: dict[str, tuple[dict[str, Any], Asked, Any]] = {
     "ranked": ({"pick": CloudThenLast()}, Asked(BANDS, order=late, decode=scaled), np.nan),
     "ranked, filled": (

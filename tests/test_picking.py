@@ -22,6 +22,7 @@ from passing import BANDS, CELLS, SIDE, Asked, Passing, Scene, assert_interprete
 
 import rasteret_dask as rd
 from rasteret_dask.rules.picks import PICKS, Composed, Scored
+from rasteret_dask.words import Dtype
 
 Array = np.ndarray[Any, Any]
 
@@ -212,7 +213,7 @@ def test_a_band_s_unit_does_not_depend_on_its_neighbours(
     "bands", [["red", "B10", "nir"], ["B10", "red"], ["red", "qa_pixel"], ["qa_pixel", "B10", "red"]]
 )
 def test_integers_take_one_unit_and_the_line_that_joins_them_works(
-    thermal: rd.Collection, bands: list[str], dtype: str
+    thermal: rd.Collection, bands: list[str], dtype: Dtype
 ) -> None:
     with pytest.raises(rd.PlanError, match="bands of several units: ") as caught:
         _ = thermal.harmonize(bands, dtype=dtype).chips(16, cell_km=0.96).table
@@ -258,7 +259,7 @@ def test_raw_numbers_of_several_scales_are_never_mixed(
         item = {"type": "Feature", "stac_version": "1.0.0", "id": f"i{number}", "collection": "things"}
         items.append({**item, "geometry": None, "properties": properties, "assets": {"x": asset}})
     if where == "members":
-        source = rd.merge(*(rd.build_from_stac([item], name=item["id"]) for item in items))
+        source = rd.merge(*(rd.build_from_stac([item], name=str(item["id"])) for item in items))
     else:
         source = rd.build_from_stac(items, name="x")
     raw = source.harmonize(units="raw", time="1MS", **how).chips(16, cell_km=0.16)

@@ -93,13 +93,13 @@ def collection(job: Job) -> rd.Collection:
 
 def chips(job: Job, records: rd.Collection) -> rd.Chips:
     """Say the job in our words."""
-    warped: dict[str, Any] = {}
+    warped: dict[str, Any] = {"units": job.units}
     if job.grid == "box":
-        warped = {"resolution": job.resolution, "resampling": job.resampling}
+        warped |= {"resolution": job.resolution, "resampling": job.resampling}
     if job.units == "reflectance":
         warped["dtype"] = "uint16"
     source = records.subset(date_range=job.date_range).harmonize(
-        list(job.bands), units=job.units, time=job.slot or None, **warped
+        list(job.bands), time=job.slot or None, **warped
     )
     return source.chips(job.chip_px, grid=_geobox(job) if job.grid == "box" else job.grid, aoi=area(job))
 
