@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.rules.masks import Mask
 from rasteret_dask.rules.picks import Candidates, Composed, Ranked, Scored
+from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.units import Unit
 
 Array = NDArray[Any]

@@ -18,9 +18,10 @@ from rasterio.transform import Affine
 from tiny_tiffs import NORTH, WEST, item, tiff
 
 import rasteret_dask as rd
-from rasteret_dask.catalogs.bands import Band, Radiometry
+from rasteret_dask.catalogs.bands import Band, objection
 from rasteret_dask.chipping import frame
 from rasteret_dask.headers.reader import Header, read_headers
+from rasteret_dask.rules.radiometry import Radiometry
 
 CELL_KM = 0.64
 
@@ -248,13 +249,13 @@ MEANT = [
 @pytest.mark.parametrize(("scale", "offset", "band", "spectral"), ABSURD)
 def test_absurd_scales(scale: float, offset: float, band: Band | None, spectral: bool) -> None:
     assert f"scale {scale:g} and offset {offset:g}" in str(
-        Radiometry(scale, offset, "x").objection(band, spectral)
+        objection(Radiometry(scale, offset, "x"), band, spectral)
     )
 
 
 @pytest.mark.parametrize(("scale", "offset", "band", "spectral"), MEANT)
 def test_scales_that_are_meant(scale: float, offset: float, band: Band | None, spectral: bool) -> None:
-    assert Radiometry(scale, offset, "x").objection(band, spectral) is None
+    assert objection(Radiometry(scale, offset, "x"), band, spectral) is None
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.rules import composing
 from rasteret_dask.rules.masks import Bits, Classes
 from rasteret_dask.rules.picks import Clearest, Closest, Mean, Median, Pick
 from rasteret_dask.rules.pixels import PixelRules
-from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.radiometry import Radiometry
+from rasteret_dask.rules.stored import StoredForm
 from rasteret_dask.rules.units import Decibel, Embedding, Raw, Reflectance, Unit
 
 Array = NDArray[Any]
@@ -27,7 +27,7 @@ PLAIN = Radiometry(1.0, 0.0, "")
 
 def rules_of(*units: Unit, pick: Pick | None = None, kinds: tuple[str | None, ...] = ()) -> PixelRules:
     return PixelRules(
-        units, kinds or (None,) * len(units), pick or Closest(fill=True), Store("float32", None)
+        units, kinds or (None,) * len(units), pick or Closest(fill=True), StoredForm("float32", None)
     )
 
 

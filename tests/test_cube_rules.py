@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from test_cubes import NOON, X0, Y0, dataset, scene
 
 import rasteret_dask as rd
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.rules.masks import Classes, Mask
 from rasteret_dask.rules.picks import Composed, Ranked, Scored
+from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.units import Unit
 
 Array = NDArray[Any]

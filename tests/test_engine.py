@@ -32,7 +32,6 @@ from test_write import layout_of
 from waiting import PATIENCE_S, held_for
 
 import rasteret_dask as rd
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.errors import ReadError
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.net.limits import HOST_REQUESTS
@@ -43,7 +42,8 @@ from rasteret_dask.reader.placing import Block, Out
 from rasteret_dask.reader.ranges import GAP_BYTES, SPAN_BYTES, Part, coalesced
 from rasteret_dask.reader.readplan import Request, tiles_of
 from rasteret_dask.reader.sharing import Keep, Pixels, Sharing, Wish
-from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.radiometry import Radiometry
+from rasteret_dask.rules.stored import StoredForm
 from rasteret_dask.rules.tables import Turn
 from rasteret_dask.rules.units import Scaled
 from rasteret_dask.store.run import run_zarr
@@ -378,7 +378,7 @@ def test_every_pixel_of_given_memory_is_written(
     requests = [Request(a, grid or own_grid(a), wanted) for a in assets]
     rule = None
     if scaled and raster.dtype != "complex64":
-        rule = Turn(Scaled(), Radiometry(1e-4, -0.1, "item"), Store("float32", None))
+        rule = Turn(Scaled(), Radiometry(1e-4, -0.1, "item"), StoredForm("float32", None))
     dtype, fill = ("float32", np.nan) if rule else (raster.dtype, fill)
     shape = (len(assets), len(wanted), wanted[0].height, wanted[0].width)
     values, valid = np.full(shape, garbage, dtype), np.full(shape, bool(garbage))

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "rasteret_dask"
 # fmt: off
 ORDER = {
     "": "_version errors extras words formats progress footprint grid extent",
-    "rules": "kinds values units masks picks stored tables pixels composing",
+    "rules": "kinds radiometry values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
            "awaiting signatureplugin signatures",
@@ -249,7 +249,7 @@ TO_BE_CLEANED = {
     "chipping.labels", "chipping.laying", "chipping.splits", "chipping.steps", "demo.checks", "ingest.fileindex",
     "ingest.pages", "ingest.stac", "ingest.tables", "planning.recordtable", "planning.resolve", "planning.rules",
     "planning.scan", "reader.placing", "reader.ranges", "reader.rasterfile", "table.layers", "table.schema",
-    "table.timing", "tasks.cuts", "tasks.job", "tasks.jobfile", "tasks.shards", "building", "net.probe",
+    "table.timing", "tasks.job", "tasks.jobfile", "tasks.shards", "building", "net.probe",
 }  # fmt: skip
 """Rooms where such names still stand. The list only gets shorter."""
 

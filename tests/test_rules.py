@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.errors import PlanError
 from rasteret_dask.rules.kinds import KINDS, Kind, KindName
 from rasteret_dask.rules.masks import (
@@ -45,7 +44,8 @@ from rasteret_dask.rules.picks import (
     pick_named,
 )
 from rasteret_dask.rules.pixels import PixelRules
-from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.radiometry import Radiometry
+from rasteret_dask.rules.stored import StoredForm
 from rasteret_dask.rules.tables import Turn
 from rasteret_dask.rules.units import (
     UNITS,
@@ -72,12 +72,12 @@ SCALES = st.one_of(
 OFFSETS = st.one_of(st.sampled_from([0.0, -0.1, -0.2, 149.0, -1e20]), st.floats(-1e6, 1e6, allow_nan=False))
 STORES = st.sampled_from(
     [
-        Store("float32", None),
-        Store("uint16", 65535, 1e4),
-        Store("int16", -32768, 1e4),
-        Store("uint16", 65535, 100.0),
-        Store("int16", -32768, 1.0),
-        Store("uint16", 0, 1e4),
+        StoredForm("float32", None),
+        StoredForm("uint16", 65535, 1e4),
+        StoredForm("int16", -32768, 1e4),
+        StoredForm("uint16", 65535, 100.0),
+        StoredForm("int16", -32768, 1.0),
+        StoredForm("uint16", 0, 1e4),
     ]
 )
 
@@ -102,7 +102,7 @@ def decoded(unit: Unit, stored: Array, scale: float, offset: float) -> Array:
     return result
 
 
-def held(store: Store, values: Array) -> tuple[Array, Array]:
+def held(store: StoredForm, values: Array) -> tuple[Array, Array]:
     """Return what the output holds of values, and which are clipped; NaN is invalid."""
     if store.steps is None:
         return values.astype(store.dtype), np.zeros(values.shape, bool)
@@ -153,7 +153,7 @@ def test_larger_types_become_what_the_tables_hold(data: st.DataObject) -> None:
     """The same numbers as 32 bits, as floats, or in another byte order take the way without a table."""
     unit = data.draw(st.sampled_from([u for u in UNITS.values() if not isinstance(u, Raw)]))
     scaling = Radiometry(data.draw(SCALES), data.draw(OFFSETS), "")
-    store = data.draw(STORES) if unit.elementwise else Store("float32", None)
+    store = data.draw(STORES) if unit.elementwise else StoredForm("float32", None)
     stored = every(data.draw(st.sampled_from(SMALL)))
     valid = np.random.default_rng(data.draw(st.integers(0, 9))).random(stored.shape) < 0.7
     turn = Turn(unit, scaling, store)
@@ -175,7 +175,7 @@ def test_tables_of_joint_units_hold_decoded_values(dtype: str, contiguous: bool)
     place = np.zeros((2 * stored.shape[0], stored.shape[1]), np.float32)[:: 1 if contiguous else 2]
     place = place[: stored.shape[0]]
     valid = stored != 3
-    known, clipped = Turn(Embedding(), Radiometry(7.0, 5.0, ""), Store("float32", None)).write(
+    known, clipped = Turn(Embedding(), Radiometry(7.0, 5.0, ""), StoredForm("float32", None)).write(
         place, stored, valid
     )
     expected = decoded(Embedding(), stored, 1.0, 0.0)
@@ -196,8 +196,8 @@ class Sparse(Unit):
 
 
 @pytest.mark.parametrize("dtype", SMALL)
-@pytest.mark.parametrize("store", [Store("float32", None), Store("int16", -32768, 10.0)], ids=str)
-def test_numbers_without_a_value_are_invalid(dtype: str, store: Store) -> None:
+@pytest.mark.parametrize("store", [StoredForm("float32", None), StoredForm("int16", -32768, 10.0)], ids=str)
+def test_numbers_without_a_value_are_invalid(dtype: str, store: StoredForm) -> None:
     stored = every(dtype)
     place = np.zeros(stored.shape, store.dtype)
     known, clipped = Turn(Sparse(), Radiometry(1.0, 0.0, ""), store).write(place, stored, None)
@@ -210,7 +210,7 @@ def test_numbers_without_a_value_are_invalid(dtype: str, store: Store) -> None:
 
 
 def test_an_empty_part_of_a_tile_is_no_mistake() -> None:
-    turn = Turn(Reflectance(), Radiometry(1e-4, -0.1, ""), Store("uint16", 65535, 1e4))
+    turn = Turn(Reflectance(), Radiometry(1e-4, -0.1, ""), StoredForm("uint16", 65535, 1e4))
     assert turn.write(np.zeros((0, 5), np.uint16), np.zeros((0, 5), np.uint16), None) == (None, None)
 
 
@@ -222,7 +222,7 @@ def test_an_empty_part_of_a_tile_is_no_mistake() -> None:
     hnp.arrays(np.float32, (2, 3, 4), elements=st.floats(-10, 10, width=32) | st.just(np.float32(np.nan))),
     STORES,
 )
-def test_stored_forms_clip_count_and_fill(values: Array, store: Store) -> None:
+def test_stored_forms_clip_count_and_fill(values: Array, store: StoredForm) -> None:
     expected, beyond = held(store, values)
     np.testing.assert_array_equal(store.encode(values), expected)
     np.testing.assert_array_equal(store.clips(values), beyond)
@@ -244,13 +244,13 @@ def test_stored_forms_clip_count_and_fill(values: Array, store: Store) -> None:
 )
 def test_reflectance_as_integers(dtype: str, low: int, high: int, fill: int) -> None:
     values = np.array([0.1234, -0.05, -4.0, 7.0, np.nan, 0.0], dtype=np.float32)
-    found = Store(dtype, fill, 1e4).encode(values)
+    found = StoredForm(dtype, fill, 1e4).encode(values)
     assert found.tolist() == [1234, max(-500, low), max(-40000, low), min(70000, high), fill, 0]
 
 
 def test_floats_are_not_copied() -> None:
     values = np.array([[0.1, np.nan]], dtype=np.float32)
-    assert np.shares_memory(Store("float32", None).encode(values), values)
+    assert np.shares_memory(StoredForm("float32", None).encode(values), values)
 
 
 # Units
@@ -259,7 +259,7 @@ def test_floats_are_not_copied() -> None:
 def test_embeddings_have_length_one_and_need_all_bands() -> None:
     stored = np.array([[[-127, 1, 0, 5]], [[127, -128, 0, 5]]], dtype=np.int8)
     valid = np.array([[[True, True, True, False]], [[True, True, True, True]]])
-    rules = PixelRules((Embedding(), Embedding()), ("embedding",) * 2, Closest(), Store("float32", None))
+    rules = PixelRules((Embedding(), Embedding()), ("embedding",) * 2, Closest(), StoredForm("float32", None))
     vectors, known = rules.finish(Embedding().decode(stored, Radiometry(1, 0, "")), valid)
     assert known.tolist() == [[[True, True, False, False]]] * 2  # a vector of length 0 has no direction
     length = np.sqrt((vectors.astype(np.float64) ** 2).sum(axis=0))
@@ -292,7 +292,7 @@ def test_bands_of_several_units_are_finished_apart(names: list[str], seed: int) 
     values = draw.normal(0, 1, (len(names), 3, 4)).astype(np.float32)
     valid = draw.random(values.shape) < 0.8
     rules = PixelRules(
-        tuple(UNITS[n] for n in names), (None,) * len(names), Closest(), Store("float32", None)
+        tuple(UNITS[n] for n in names), (None,) * len(names), Closest(), StoredForm("float32", None)
     )
     found, known = rules.finish(values, valid)
     joint = [i for i, n in enumerate(names) if n == "embedding"]
@@ -536,7 +536,7 @@ def test_each_band_is_composed_as_its_kind_is(
     stack = draw.integers(0, 4, (5, len(kinds), 2, 3)).astype(np.float32)
     valid = draw.random(stack.shape) < 0.7
     ranks = draw.permutation(5).tolist()
-    rules = PixelRules((Raw(),) * len(kinds), tuple(kinds), pick, Store("float32", None))
+    rules = PixelRules((Raw(),) * len(kinds), tuple(kinds), pick, StoredForm("float32", None))
     assert rules.composes
     composition = rules.begin()
     for number, (one, shown) in enumerate(zip(stack, valid, strict=True)):
@@ -559,7 +559,7 @@ def test_each_band_is_composed_as_its_kind_is(
     [("uint8", "float32"), ("uint16", "float32"), ("int32", "float64"), ("float64", "float64")],
 )
 def test_composites_hold_every_stored_number(dtype: str, wanted: str) -> None:
-    rules = PixelRules((Raw(),), (None,), Median(), Store(dtype, 0))
+    rules = PixelRules((Raw(),), (None,), Median(), StoredForm(dtype, 0))
     assert rules.work_dtype() == np.dtype(wanted)
 
 
@@ -603,10 +603,10 @@ class Local(Mask):
 @pytest.mark.parametrize(
     "rule",
     [
-        *UNITS.values(), *PICKS.values(), Store("uint16", 65535, 1e4), Store("float32", None), Nearest(),
+        *UNITS.values(), *PICKS.values(), StoredForm("uint16", 65535, 1e4), StoredForm("float32", None), Nearest(),
         AnyOf((Named(("clouds", "snow")), Bits("qa", (1, 2)), Classes("SCL", (3,)))),
         units_named({"vv": "decibel", "red": "raw"}), units_named("physical"), Local("a", (3.0,), Local("b")),
-        PixelRules((Raw(), Kelvin()), ("class", None), Last(fill=True), Store("float32", None)),
+        PixelRules((Raw(), Kelvin()), ("class", None), Last(fill=True), StoredForm("float32", None)),
     ],
     ids=lambda rule: f"{type(rule).__name__} {rule}",
 )  # fmt: skip

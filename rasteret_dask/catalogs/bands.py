@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
-from rasteret_dask.rules.kinds import KindName
+from rasteret_dask.rules.kinds import REFLECTANCE, KindName
+from rasteret_dask.rules.radiometry import Radiometry
 
-__all__ = ["TM_NUMBERS", "Band", "Dataset", "Radiometry", "Role", "radiometry"]
+__all__ = ["TM_NUMBERS", "Band", "Dataset", "Role", "objection", "radiometry"]
 
 Role = Literal["data", "quality"]
 """``"quality"``: serves the other bands, and is left out where none is named."""
@@ -65,38 +66,33 @@ class Dataset:
     """True where Landsat 4, 5 and 7 give a code to another band (``TM_NUMBERS``)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Radiometry:
-    """How DN become physical values in one record: ``value = DN x scale + offset``."""
+def objection(scaling: Radiometry, band: Band | None, spectral: bool) -> str | None:
+    """Return why a scale and an offset cannot be those of a band, None where they can.
 
-    scale: float
-    offset: float
-    rule: str
-    """Where the two numbers come from, in words; shown by ``explain()`` and kept in the output's attributes."""
-
-    def objection(self, band: Band | None, spectral: bool) -> str | None:
-        """Return why these cannot be the scale and offset of a band, None where they can.
-
-        Parameters
-        ----------
-        band
-            The known band: its own scale may differ by a factor of 1000 (percent for fractions), its offset by 100.
-        spectral
-            True where the item gives the band a common name: light is not counted downwards, nor by the million.
-        """
-        numbers = f"scale {self.scale:g} and offset {self.offset:g}"
-        if not (isfinite(self.offset) and _SMALLEST <= abs(self.scale) <= 1 / _SMALLEST):
-            return f"{numbers}, which give no values"
-        if band is not None:
-            most = _FARTHEST_OFFSET * max(1.0, abs(band.offset))
-            if (
-                not 1 / _FARTHEST_SCALE <= self.scale / band.scale <= _FARTHEST_SCALE
-                or abs(self.offset) > most
-            ):
-                return f"{numbers}, where {band.code} has {band.scale:g} and {band.offset:g}"
-        elif spectral and not (0 < self.scale <= _LARGEST_SPECTRAL and abs(self.offset) <= _LARGEST_SPECTRAL):
-            return f"{numbers}, of a spectral band"
-        return None
+    Parameters
+    ----------
+    scaling
+        The two numbers.
+    band
+        The known band: its own scale may differ by a factor of 1000 (percent for fractions), its offset by 100.
+    spectral
+        True where the item gives the band a common name: light is not counted downwards, nor by the million.
+    """
+    numbers = f"scale {scaling.scale:g} and offset {scaling.offset:g}"
+    if not (isfinite(scaling.offset) and _SMALLEST <= abs(scaling.scale) <= 1 / _SMALLEST):
+        return f"{numbers}, which give no values"
+    if band is not None:
+        most = _FARTHEST_OFFSET * max(1.0, abs(band.offset))
+        if (
+            not 1 / _FARTHEST_SCALE <= scaling.scale / band.scale <= _FARTHEST_SCALE
+            or abs(scaling.offset) > most
+        ):
+            return f"{numbers}, where {band.code} has {band.scale:g} and {band.offset:g}"
+    elif spectral and not (
+        0 < scaling.scale <= _LARGEST_SPECTRAL and abs(scaling.offset) <= _LARGEST_SPECTRAL
+    ):
+        return f"{numbers}, of a spectral band"
+    return None
 
 
 _SMALLEST = 1e-30  # columns of gas reach 1e16 molecules a square centimetre, or 1e-15 of something
@@ -133,7 +129,7 @@ def radiometry(
     if dataset is None or band is None:
         said = "item" if scale is not None or offset is not None else "identity"
         return Radiometry(1.0 if scale is None else scale, 0.0 if offset is None else offset, said)
-    if dataset.radiometry == "sentinel-2" and band.kind == "reflectance":
+    if dataset.radiometry == "sentinel-2" and band.kind == REFLECTANCE.name:
         return _sentinel2(band, properties, scale, offset)
     rule = "item" if scale is not None or offset is not None else f"{dataset.name} default"
     if scale is None and offset is None and (band.scale, band.offset) == (1.0, 0.0):

@@ -16,7 +16,6 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.cubes.cube import CubePlace, Read
 from rasteret_dask.cubes.storedpixels import BandPixels, Prefixes, stored_pixels
 from rasteret_dask.planning.resolve import Member, ResolvedSource
@@ -25,6 +24,7 @@ from rasteret_dask.rules import composing
 from rasteret_dask.rules.masks import Mask
 from rasteret_dask.rules.picks import Scored
 from rasteret_dask.rules.pixels import PixelRules
+from rasteret_dask.rules.radiometry import Radiometry
 
 __all__ = ["SlotGraph", "SlotRecords"]
 

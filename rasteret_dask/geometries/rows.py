@@ -116,9 +116,9 @@ class Rows:
     frame: Frame
     laid: Laid
     window: NDArray[np.int64]
-    """Shape (row,). Place of the row's window in ``frame``."""
+    """Shape (row,). ChipPlace of the row's window in ``frame``."""
     chip: NDArray[np.int64]
-    """Shape (row,). Place in ``laid``; -1 where no record covers the window, so that all is fill."""
+    """Shape (row,). ChipPlace in ``laid``; -1 where no record covers the window, so that all is fill."""
     slot: NDArray[np.int64]
     """Shape (row,). 0 without a time axis."""
 

@@ -12,12 +12,13 @@ import numpy as np
 import shapely
 from pyproj import Transformer
 
-from rasteret_dask.catalogs.bands import Radiometry, Role, radiometry
+from rasteret_dask.catalogs.bands import Role, objection, radiometry
 from rasteret_dask.extent import misplaced
 from rasteret_dask.footprint import outline_of_ring
 from rasteret_dask.headers.nodata import number_of, spelled, text_of
 from rasteret_dask.headers.reader import Header
-from rasteret_dask.rules.kinds import KindName, quality_kind
+from rasteret_dask.rules.kinds import CLASS, KindName, quality_kind
+from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.table.layers import Layer, is_telling
 
 __all__ = ["Described", "contradictions", "contradictions_note", "describe"]
@@ -177,7 +178,7 @@ def _fields(
         scale = tag if scale is None else scale
         offset = header.offset_of(layer.band_index) if offset is None and same else offset
     rule = radiometry(layer.dataset, layer.known, properties, scale, offset)
-    absurd = rule.objection(layer.known, layer.common_name is not None)
+    absurd = objection(rule, layer.known, layer.common_name is not None)
     if absurd is not None:
         error, rule = error or f"refused: {absurd}", Radiometry(1.0, 0.0, "none: refused")
     dtype = header.dtype if header else layer.dtype or _usual_dtype(layer)
@@ -198,7 +199,7 @@ def _fields(
         "dtype": dtype,
         "role": "quality" if alpha == layer.band_index else _role(layer),
         "kind": kind,
-        "classes": _classes(layer, header) if kind == "class" else None,
+        "classes": _classes(layer, header) if kind == CLASS.name else None,
         "size": header.size if header else None,
         "etag": header.etag if header else None,
         "error": error,

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import HarmonizeSpec
-from rasteret_dask.rules.kinds import KindName, kind_of
+from rasteret_dask.rules.kinds import CLASS, KindName, kind_of
 from rasteret_dask.table.assetkinds import check_kind_names, with_kinds
 from rasteret_dask.table.itemkinds import Classes
 from rasteret_dask.table.records import Records
@@ -100,7 +100,7 @@ def _band_kind(source: str, band: str, members: Sequence[tuple[Records, str]]) -
     if not kinds:
         return BandKind("class" if source == LABELS and _is_whole(members) else None)
     first = next(iter(kinds))
-    return BandKind(first, tuple(sorted(classes.items())) if first == "class" else ())
+    return BandKind(first, tuple(sorted(classes.items())) if first == CLASS.name else ())
 
 
 def _is_whole(members: Sequence[tuple[Records, str]]) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.planning.resolve import ResolvedSource
+from rasteret_dask.rules.radiometry import Radiometry
 
 __all__ = ["radiometry_of"]
 

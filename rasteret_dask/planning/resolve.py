@@ -39,7 +39,7 @@ from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.rules.masks import QUALITY, Mask, quality_among, settled, words_of
 from rasteret_dask.rules.picks import Closest, Pick, Scored, pick_named
 from rasteret_dask.rules.pixels import PixelRules
-from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.stored import StoredForm
 from rasteret_dask.rules.units import UNITS, Raw, Unit, Units
 from rasteret_dask.table.barehrefs import hosts_of, marked
 from rasteret_dask.table.meanings import contradict, told_apart
@@ -492,7 +492,7 @@ def _store(
     units: Sequence[Unit],
     tables: list[Records],
     members: tuple[Member, ...],
-) -> Store:
+) -> StoredForm:
     """Return the stored form of a source's values."""
     raw = [isinstance(unit, Raw) for unit in units]
     if all(raw):
@@ -514,7 +514,7 @@ def _store(
                     f"numbers that {dtype.name} holds exactly",
                     "Join it as a source of its own.",
                 )  # fmt: skip
-        return Store(dtype.name, None)
+        return StoredForm(dtype.name, None)
     if len({unit.name for unit in units}) > 1:
         shown = ", ".join(f"{band} in {unit.name}" for band, unit in zip(bands, units, strict=True))
         raise PlanError(
@@ -529,7 +529,7 @@ def _store(
             "float32: there is no usual integer form of them", "Leave dtype out.",
         )  # fmt: skip
     limits = np.iinfo(dtype)
-    return Store(dtype.name, int(limits.max if dtype.kind == "u" else limits.min), steps)
+    return StoredForm(dtype.name, int(limits.max if dtype.kind == "u" else limits.min), steps)
 
 
 def _joined(bands: Sequence[str], units: Sequence[Unit], dtype: str) -> str:
@@ -543,10 +543,10 @@ def _joined(bands: Sequence[str], units: Sequence[Unit], dtype: str) -> str:
     return f"rd.join({', '.join(parts)})"
 
 
-def _raw_store(name: str, tables: list[Records], members: tuple[Member, ...]) -> Store:
+def _raw_store(name: str, tables: list[Records], members: tuple[Member, ...]) -> StoredForm:
     dtype = _common_dtype(name, _distinct(tables, members, "dtype"))
     if dtype.kind in "fc":
-        return Store(dtype.name, None)
+        return StoredForm(dtype.name, None)
     nodata = {
         v
         for records, member in zip(tables, members, strict=True)
@@ -556,7 +556,7 @@ def _raw_store(name: str, tables: list[Records], members: tuple[Member, ...]) ->
     }
     limits = np.iinfo(np.uint8 if dtype.kind == "b" else dtype)
     value = next(iter(nodata)) if len(nodata) == 1 else 0
-    return Store(dtype.name, int(value) if limits.min <= value <= limits.max else 0)
+    return StoredForm(dtype.name, int(value) if limits.min <= value <= limits.max else 0)
 
 
 def _one_scale(

@@ -15,14 +15,14 @@ from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.reader.readplan import Request, plan_read
 from rasteret_dask.table.records import Records
 
-__all__ = ["BandReading", "Place", "band_readings", "warn_averaged"]
+__all__ = ["BandReading", "RecordWindow", "band_readings", "warn_averaged"]
 
 COPIED = "copied"
 """Pixels of the grid are the image's own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RecordWindow:
     """A record, and where its pixels are wanted."""
 
     row: int
@@ -46,7 +46,7 @@ class BandReading:
 
 
 def band_readings(
-    plan: SourcePlan, records: Records, places: Sequence[Place], bands: Iterable[int] | None = None
+    plan: SourcePlan, records: Records, places: Sequence[RecordWindow], bands: Iterable[int] | None = None
 ) -> dict[str, BandReading]:
     """Return how output bands are read.
 
@@ -84,7 +84,7 @@ def band_readings(
     return result
 
 
-def warn_averaged(plan: SourcePlan, records: Records, places: Sequence[Place]) -> None:
+def warn_averaged(plan: SourcePlan, records: Records, places: Sequence[RecordWindow]) -> None:
     """Warn of bands of integers that are averaged although nobody says what they are.
 
     Parameters

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
 from rasterio.errors import RasterioError
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.errors import ReadError
 from rasteret_dask.headers.nodata import INEXACT, Number
 from rasteret_dask.reader.levels import flipped, has_mask
@@ -23,6 +22,7 @@ from rasteret_dask.reader.rasterfile import read_error
 from rasteret_dask.reader.readplan import ReadPlan, Request, plan_read
 from rasteret_dask.reader.sharing import Pixels
 from rasteret_dask.reader.warp import SourceBlock, valid_pixels, warp_block
+from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.tables import Turn
 
 __all__ = ["Block", "Clipped", "Out", "PendingRead"]

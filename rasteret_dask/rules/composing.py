@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.rules.masks import Mask
 from rasteret_dask.rules.picks import Scored
 from rasteret_dask.rules.pixels import PixelRules
+from rasteret_dask.rules.radiometry import Radiometry
 
 __all__ = [
     "DecodedLayer",

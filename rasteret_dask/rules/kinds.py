@@ -10,7 +10,10 @@ from typing import Literal, get_args
 from rasteret_dask.errors import PlanError
 
 __all__ = [
+    "CLASS",
     "KINDS",
+    "REFLECTANCE",
+    "TEMPERATURE",
     "UNKNOWN",
     "Blend",
     "Kind",
@@ -125,6 +128,11 @@ _KINDS = (
         blend="average", statistics="moments", normalized=True, ignored=False,
     ),
 )  # fmt: skip
+
+REFLECTANCE, TEMPERATURE, CLASS = (
+    next(kind for kind in _KINDS if kind.name == name) for name in ("reflectance", "temperature", "class")
+)
+"""Kinds that are told apart where files and catalogs are read."""
 
 KINDS: Mapping[str, Kind] = MappingProxyType({str(kind.name): kind for kind in _KINDS})
 """{name: kind}; :func:`kind_of` also takes None."""

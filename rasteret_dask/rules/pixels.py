@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.rules.kinds import Kind, kind_of
 from rasteret_dask.rules.picks import Composed, Composition, Majority, Nearest, Pick
-from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.radiometry import Radiometry
+from rasteret_dask.rules.stored import StoredForm
 from rasteret_dask.rules.tables import Turn
 from rasteret_dask.rules.units import Raw, Unit
 from rasteret_dask.rules.values import RuleValue
@@ -33,7 +33,7 @@ class PixelRules(RuleValue):
     kinds: tuple[str | None, ...]
     """Per band, its kind's name; None: unknown."""
     pick: Pick
-    store: Store
+    store: StoredForm
     _groups: tuple[tuple[Unit, tuple[int, ...]], ...] = field(
         init=False, compare=False, repr=False, default=()
     )

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from rasteret_dask.rules.values import RuleValue
 
-__all__ = ["Store"]
+__all__ = ["StoredForm"]
 
 
 @dataclass(frozen=True, slots=True)
-class Store(RuleValue):
+class StoredForm(RuleValue):
     """How a source's values are stored."""
 
     dtype: str

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
-from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.radiometry import Radiometry
+from rasteret_dask.rules.stored import StoredForm
 from rasteret_dask.rules.units import Unit
 
 __all__ = ["Turn"]
@@ -22,7 +22,7 @@ class Turn:
 
     unit: Unit
     scaling: Radiometry
-    store: Store
+    store: StoredForm
 
     def write(
         self, place: NDArray[Any], stored: NDArray[Any], valid: NDArray[np.bool_] | None
@@ -123,7 +123,7 @@ class _Table:
 
 
 @lru_cache(maxsize=512)
-def _table(unit: Unit, scaling: Radiometry, store: Store, stored: str) -> _Table | None:
+def _table(unit: Unit, scaling: Radiometry, store: StoredForm, stored: str) -> _Table | None:
     """Return the table of a rule, made by its own functions; None for types of more than 16 bits."""
     dtype = np.dtype(stored)
     if dtype.kind not in "iu" or dtype.itemsize > 2 or not dtype.isnative:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.rules.kinds import Kind
+from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.values import RuleValue, one_of
 
 __all__ = [

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rasteret_dask.errors import BandError, SchemaError
-from rasteret_dask.rules.kinds import KINDS, quality_kind
+from rasteret_dask.rules.kinds import CLASS, KINDS, quality_kind
 
 __all__ = ["check_kind_names", "derived", "with_kinds"]
 
@@ -105,7 +105,7 @@ def _derived(assets: pa.MapArray, name: str) -> pa.MapArray:
     unknown = pc.and_(pc.is_null(kind), pc.or_(quality, older))
     if not (pc.any(unknown).as_py() or pc.any(older).as_py()):
         return assets
-    scenes = [band for band in pc.unique(assets.keys).to_pylist() if quality_kind(band) == "class"]
+    scenes = [band for band in pc.unique(assets.keys).to_pylist() if quality_kind(band) == CLASS.name]
     by_name = pc.if_else(pc.is_in(assets.keys, value_set=pa.array(scenes, pa.string())), "class", "bitfield")
     return _replaced(
         assets,

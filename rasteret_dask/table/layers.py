@@ -13,7 +13,7 @@ from typing import Any
 from rasteret_dask.catalogs.bands import TM_NUMBERS, Band, Dataset
 from rasteret_dask.errors import BandError
 from rasteret_dask.headers.nodata import text_of
-from rasteret_dask.rules.kinds import KindName
+from rasteret_dask.rules.kinds import REFLECTANCE, TEMPERATURE, KindName
 from rasteret_dask.table.itemkinds import Classes, classes_of, kind_said
 from rasteret_dask.table.rasters import LeftAsset, raster_assets
 
@@ -242,7 +242,7 @@ def _offered(
                     for i, b in enumerate(said)
                     if b.get("eo:common_name") or b.get("common_name") or is_telling(b.get("name"))
                 ),
-                thermal=common in _THERMAL or "temperature" in (asset.get("roles") or ()),
+                thermal=common in _THERMAL or TEMPERATURE.name in (asset.get("roles") or ()),
                 pixel=_pixel(key, asset, transform),
             ),
             name if isinstance(name, str) and _CLEAN.match(name) else None,
@@ -374,7 +374,7 @@ def _matches(layer: Layer, name: str | None, dataset: Dataset, tm: bool) -> Iter
         band = _by_code(text, dataset, tm)
         # B4 is near infrared on Landsat 4 to 7, and B6 is thermal: the common name tells
         band = told if dataset.renumbered and told is not None else band
-        if band is not None and not (layer.thermal and band.kind == "reflectance"):
+        if band is not None and not (layer.thermal and band.kind == REFLECTANCE.name):
             yield True, band, layer.band_index
             return
     if told is not None:
@@ -394,7 +394,7 @@ def _by_code(text: str, dataset: Dataset, tm: bool) -> Band | None:
     for one in names:
         for band in dataset.bands:
             if one.casefold() in (band.code.casefold(), band.asset.casefold()) and not (
-                surface_temperature and band.kind == "reflectance"
+                surface_temperature and band.kind == REFLECTANCE.name
             ):
                 return band
     return None

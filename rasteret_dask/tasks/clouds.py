@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.rules.picks import Closest, Ranked
 from rasteret_dask.rules.pixels import PixelRules
-from rasteret_dask.rules.stored import Store
+from rasteret_dask.rules.stored import StoredForm
 from rasteret_dask.rules.units import Raw
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.job import Job, Shard
@@ -53,7 +53,7 @@ def cloud_fractions(
     number = max(len(m.bands) for m in members)
     members = tuple(replace(m, bands=(*m.bands, *m.bands[:1] * (number - len(m.bands)))) for m in members)
     pick = plan.pick if isinstance(plan.pick, Ranked) else Closest()
-    rules = PixelRules((Raw(),) * number, (_QUALITY,) * number, pick, Store("int32", _UNKNOWN))
+    rules = PixelRules((Raw(),) * number, (_QUALITY,) * number, pick, StoredForm("int32", _UNKNOWN))
     bands = tuple(f"quality {at}" for at in range(number))
     bare = replace(plan, members=members, bands=bands, rules=rules, resampling=None, maps=())
     own = replace(job, sources=(*job.sources[:source], bare, *job.sources[source + 1 :]))

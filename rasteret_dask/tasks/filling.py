@@ -20,7 +20,7 @@ from rasteret_dask.table.records import Asset
 __all__ = [
     "ChipPixels",
     "Into",
-    "Place",
+    "ChipPlace",
     "Seen",
     "Slot",
     "Wanted",
@@ -91,7 +91,7 @@ Windows: TypeAlias = "list[Seen]"
 
 
 @dataclass
-class Place:
+class ChipPlace:
     """One chip in one slot."""
 
     values: NDArray[Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rasteret_dask.reader.kernels import BandReading, Place, band_readings, warn_averaged
+from rasteret_dask.reader.kernels import BandReading, RecordWindow, band_readings, warn_averaged
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.tasks.job import Job
 
@@ -26,7 +26,7 @@ def warn_of_job(job: Job) -> None:
             warn_averaged(plan, records, _places(job, number))
 
 
-def _places(job: Job, number: int) -> list[Place]:
+def _places(job: Job, number: int) -> list[RecordWindow]:
     """Return where a source's records are wanted: of equal grids one chip."""
     feeds, plan, side = job.feeds, job.sources[number], job.size_px[number]
     own = feeds.source == number
@@ -38,7 +38,7 @@ def _places(job: Job, number: int) -> list[Place]:
     members = job.members[number]
     window = Window(0, 0, side, side)
     return [
-        Place(
+        RecordWindow(
             int(row[i]),
             int(members[row[i]]),
             Grid(

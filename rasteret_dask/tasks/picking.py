@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.catalogs.bands import Radiometry
 from rasteret_dask.planning.resolve import Member
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.keeping import Later
@@ -16,13 +15,14 @@ from rasteret_dask.reader.placing import Block, Clipped, Out
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.rules import composing
 from rasteret_dask.rules.picks import Scored
+from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.units import Raw, Unit
 from rasteret_dask.table.records import Asset
 from rasteret_dask.tasks.cuts import Feed, MemberCubes
 from rasteret_dask.tasks.filling import (
     ChipPixels,
+    ChipPlace,
     Into,
-    Place,
     Seen,
     Slot,
     Wanted,
@@ -148,9 +148,9 @@ class Picking:
             first.chip.tolist(), first.slot.tolist(), np.searchsorted(slots, first.slot).tolist(), strict=True
         ):
             if several[chip, at]:
-                places.append(Place(chips.values[chip, slot], valid[slot][chip], False))
+                places.append(ChipPlace(chips.values[chip, slot], valid[slot][chip], False))
             else:
-                places.append(Place(chips.values[chip, slot], chips.valid[chip, slot], True))
+                places.append(ChipPlace(chips.values[chip, slot], chips.valid[chip, slot], True))
                 chips.valid[chip, slot] = True
         wanted, outs = self._wanted(first), []
         apart: list[tuple[Wanted, Block]] = []
@@ -172,7 +172,7 @@ class Picking:
         for entry, (place, windows) in enumerate(zip(places, looks, strict=True)):
             self._look(place, windows, self._member(int(first.row[entry])), chips)
 
-    def _out(self, wanted: Wanted, places: Sequence[Place]) -> Out:
+    def _out(self, wanted: Wanted, places: Sequence[ChipPlace]) -> Out:
         band, asset = wanted.bands[0], wanted.asset
         clipped: list[Clipped] = []
         return Out(
@@ -194,7 +194,7 @@ class Picking:
             looks[entry] += self._seen.get((row, chip), [])
         return looks
 
-    def _look(self, place: Place, windows: Sequence[Seen], member: Member, chips: ChipPixels) -> None:
+    def _look(self, place: ChipPlace, windows: Sequence[Seen], member: Member, chips: ChipPixels) -> None:
         """Finish one chip in one slot: bands read apart, those that belong together, masked pixels."""
         for window in windows:
             for band in window.wanted.bands:
@@ -206,7 +206,7 @@ class Picking:
         if where is not None:
             place.hide(where, self.plan.fill)
 
-    def _put_apart(self, place: Place, band: int, window: Seen, chips: ChipPixels) -> None:
+    def _put_apart(self, place: ChipPlace, band: int, window: Seen, chips: ChipPixels) -> None:
         """Write a band whose stored numbers were read for a mask or a score too."""
         turn = self.rules.turn(band, _scaling(window.wanted.asset))
         if turn is None:
