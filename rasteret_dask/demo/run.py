@@ -127,6 +127,7 @@ def demo_chips(world: World, size: DemoSize) -> rd.Chips:
             time="1MS",
             mask="clouds",
             pick="least_cloudy",
+            fill=True,
         )
     )
     return (
