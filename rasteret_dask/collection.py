@@ -201,7 +201,8 @@ class Collection(TableExits, PixelReads):
         pick
             Which acquisition a slot takes: ``"closest"`` to its middle (default), ``"first"``, ``"last"``,
             ``"least_cloudy"``: one that covers the chip before one that does not; ``"clearest"``: the one with the
-            most valid pixels; ``"newest"``: the last, with ``fill``; or a composite of all: ``"median"``,
+            most valid pixels; ``"newest"``: the newest valid pixel, whatever its acquisition covers;
+            or a composite of all: ``"median"``,
             ``"mean"``, ``"majority"``. A pick of your own is a :class:`rasteret_dask.rules.picks.Pick`.
         fill
             Whether what is invalid in the picked acquisition comes from the next in order. ``member`` and

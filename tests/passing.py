@@ -203,6 +203,7 @@ class Asked:
     finish: Callable[[Array], Array] = lambda values: values
     """All bands, shape (band, y, x), NaN where invalid."""
     min_coverage: float = 0.0
+    coverage_first: bool = True
 
 
 @dataclass
@@ -235,7 +236,9 @@ def interpreted(scenes: Sequence[Scene], bounds: Sequence[float], slot: int, ask
         distance = abs((own[0].start - middle).value)
         covered = shapely.union_all([s.box for s in own]).intersection(chip).area / chip.area
         by_pick = asked.order(own, distance) if asked.order else distance
-        covers = covered >= (asked.min_coverage or 1.0) - 1e-9 if asked.order else True
+        covers = (
+            covered >= (asked.min_coverage or 1.0) - 1e-9 if asked.order and asked.coverage_first else True
+        )
         return not covers, by_pick, distance, min(s.id for s in own)
 
     ranked = sorted(passes.values(), key=preference)

@@ -95,7 +95,8 @@ def test_complex_integers_cost_nobody_else(folder: Path) -> None:
     found = errors(built(folder, "good", "complex_int16", "complex64"))
     assert found == {
         "good": None,
-        "complex_int16": "refused: pixels of complex_int16, a type that is not read",
+        "complex_int16": "refused: pixels of complex_int16, a type that NumPy does not have; "
+        "convert the file, e.g. with gdal_translate -ot CFloat32",
         "complex64": None,
     }
 

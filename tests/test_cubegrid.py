@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 
 import rasteret_dask as rd
 
+# What the numbers are does not matter here.
+pytestmark = pytest.mark.filterwarnings("ignore::rasteret_dask.errors.UnknownKindWarning")
+
 HEIGHT, WIDTH = 60, 84
 
 

@@ -28,6 +28,9 @@ from rasteret_dask.reader.readplan import Request
 from rasteret_dask.rules.picks import PickName
 from rasteret_dask.table.records import Asset
 
+# What the numbers are does not matter here.
+pytestmark = pytest.mark.filterwarnings("ignore::rasteret_dask.errors.UnknownKindWarning")
+
 SIDE = 64
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 DTYPES = (*INTEGERS, "float16", "float32", "float64", "complex64", "complex128")

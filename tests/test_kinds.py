@@ -430,7 +430,7 @@ def test_statistics_of_classes_are_counts(joined: rd.Chips, tmp_path: Path) -> N
         assert np.isnan(numbers).all()
     assert np.isfinite(stats["optical"].mean).all()
     rows = stats.class_table.to_pylist()
-    assert [(r["member"], r["value"], r["name"], r["count"]) for r in rows] == [
+    assert [(r["source"], r["value"], r["name"], r["count"]) for r in rows] == [
         ("lc", value, NAMES[value], count) for value, count in expected.items()
     ]
     assert "mangroves" in repr(stats)

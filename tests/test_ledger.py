@@ -473,7 +473,8 @@ def test_another_meaning_is_refused_by_name(
         (store / "zarr.json").unlink(missing_ok=True)
         before = contents(store)
         with pytest.raises(
-            StoreError, match=r"as rasteret_dask 9.9 makes them \(meaning 2\).*Finish it with"
+            StoreError,
+            match=rf"as rasteret_dask 9.9 makes them \(meaning {formats.MEANING + 1}\).*Finish it with",
         ):
             rerun(layout, store)
         assert contents(store) == before

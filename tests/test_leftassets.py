@@ -19,6 +19,9 @@ from rasteret_dask.ingest.stac import Rules
 from rasteret_dask.progress import Progress
 from rasteret_dask.table.leftassets import LeftAssets, without_left_assets
 
+# What the numbers are does not matter here.
+pytestmark = pytest.mark.filterwarnings("ignore::rasteret_dask.errors.UnknownKindWarning")
+
 
 def raster(path: Path, pixel: float = 10, value: int = 1) -> Path:
     size = int(640 / pixel)

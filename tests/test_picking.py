@@ -154,6 +154,7 @@ def test_chips_are_those_of_the_interpreter(worlds: World, case: dict[str, Any])
         encode=encode,
         finish=decibels if units == "decibel" else (lambda values: values),
         min_coverage=min_coverage,
+        coverage_first=word != "newest",
     )
     source = world.source.harmonize(bands, mask="clouds" if masked else None, **how)
     chips = source.chips(SIDE, min_coverage=min_coverage, **CELLS)

@@ -17,6 +17,9 @@ from rasterio.warp import transform
 
 import rasteret_dask as rd
 
+# What the numbers are does not matter here.
+pytestmark = pytest.mark.filterwarnings("ignore::rasteret_dask.errors.UnknownKindWarning")
+
 SIDE = 96
 
 PLACES = {

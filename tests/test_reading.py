@@ -439,10 +439,24 @@ def test_a_band_without_a_value_at_a_point_leaves_the_others(tmp_path: Path) -> 
 # The newest valid pixel
 
 
+def ids_of_one_scale(s2: rd.Collection) -> list[str]:
+    table = s2.to_table(["id", "assets"])
+    offsets = [dict(assets)["B04"]["offset"] for assets in table.column("assets").to_pylist()]
+    return [i for i, o in zip(table.column("id").to_pylist(), offsets, strict=True) if o == max(offsets)]
+
+
+def test_raw_numbers_of_several_scales_are_not_put_together(s2: rd.Collection) -> None:
+    slotted = s2.harmonize(bands=["B04"], units="raw", time="YS", pick="newest")
+    with pytest.raises(rd.PlanError, match=r"different radiometry.*units='physical'"):
+        _ = slotted.chips(64).table
+
+
 @pytest.mark.parametrize("units", ["raw", "reflectance"])
 def test_the_newest_valid_pixel_wins(s2: rd.Collection, fields: list[Any], units: UnitName) -> None:
     """One slot over all months, of acquisitions that are read one by one and put together by NumPy."""
     bands = ["B04", "B08"]
+    if units == "raw":  # of one scale: numbers of several are not put together
+        s2 = s2.where(("id", "in", ids_of_one_scale(s2)))
     each = s2.harmonize(bands=bands, units=units, mask="clouds").chips(64, at=fields, min_coverage=0).load()
     slotted = s2.harmonize(bands=bands, units=units, mask="clouds", time="YS", pick="newest").chips(
         64, at=fields, min_coverage=0

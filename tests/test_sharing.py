@@ -42,6 +42,9 @@ from rasteret_dask.reader.readplan import Request
 from rasteret_dask.reader.sharing import SHARED, Flight, Keep, Key, Pixels, Sharing, Wish
 from rasteret_dask.table.records import Asset
 
+# What the numbers are does not matter here.
+pytestmark = pytest.mark.filterwarnings("ignore::rasteret_dask.errors.UnknownKindWarning")
+
 HEIGHT, WIDTH = 64, 96  # 4 x 3 tiles of 16 x 32
 PIXELS = noise(HEIGHT, WIDTH)
 WHOLE = (Window(0, 0, HEIGHT, WIDTH),)

@@ -457,7 +457,7 @@ def test_numbers_of_a_table_s_bands_are_those_of_records(tmp_path: Path) -> None
     assert {band: own["common_name"] for band, own in found.items()} == {
         "B4": "red", "lwir": "lwir", "my band_20m": None,
     }  # fmt: skip
-    assert (found["lwir"]["role"], found["lwir"]["scale"], found["lwir"]["offset"]) == (
+    assert (found["lwir"]["kind"], found["lwir"]["scale"], found["lwir"]["offset"]) == (
         "temperature",
         0.00341802,
         149,

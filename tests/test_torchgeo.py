@@ -421,7 +421,7 @@ def test_torch_is_imported_by_the_torch_dataset_alone(tmp_path: Path) -> None:
         import rasteret_dask as rd
         from test_reading import collection, scene
         one = collection({"a": ("2024-04-02T10:00:00", {"B04": scene(Path(sys.argv[1]) / "a.tif", 1, px=64)})})
-        one.get_numpy([(15.001, 50.19)], ["B04"], chip_size=4)
+        one.get_numpy([(15.001, 50.19)], ["B04"], size=4)
         one.sample_points([(15.001, 50.19)], ["B04"])
         print("torch" in sys.modules)
         one.to_torchgeo_dataset(["B04"], chip_size=32)

@@ -334,7 +334,11 @@ def pick(
     own = passes_in(source, feeds)
     covers = np.ones(len(own.key), dtype=bool)
     ranked = isinstance(source.plan.pick, Ranked)
-    if ranked and len(own.key) > len(np.unique(own.key)):
+    if (
+        isinstance(source.plan.pick, Ranked)
+        and source.plan.pick.coverage_first
+        and len(own.key) > len(np.unique(own.key))
+    ):
         _, share = _shares_of(feeds, frame, found, own.of_entry)
         covers = share >= min(min_coverage or 1.0, FULL)
     best = np.lexsort(_preference(source, own, covers, int(feeds.slot.max(initial=0)) + 1, axis))

@@ -302,7 +302,7 @@ class SlotGraph:
             Read(
                 band,
                 Kernel(
-                    None if band in member.quality else resampling,
+                    resampling,
                     unit if unit.kernel_on == "decoded" else None,
                 ),
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from rasteret_dask.rules.values import RuleValue, one_of
 
 __all__ = [
     "PICKS", "Candidates", "Clearest", "Closest", "Composed", "Composition", "First", "Last", "LeastCloudy",
-    "Majority", "Mean", "Median", "Nearest", "Pick", "PickName", "Ranked", "Scored", "pick_named",
+    "Majority", "Mean", "Median", "Nearest", "Newest", "Pick", "PickName", "Ranked", "Scored", "pick_named",
 ]  # fmt: skip
 
 
@@ -77,6 +77,8 @@ class Ranked(Pick):
     __slots__ = ()
     fill: bool
     """Whether what is invalid in the first comes from the next in order."""
+    coverage_first: ClassVar[bool] = True
+    """Whether an acquisition that covers the chip comes before one that does not, whatever the order."""
 
     @property
     def fills(self) -> bool:
@@ -195,14 +197,24 @@ class First(Ranked):
 
 @dataclass(frozen=True, slots=True)
 class Last(Ranked):
-    """The latest; with ``fill`` it is what users call ``newest``."""
+    """The latest."""
 
     fill: bool = False
 
-    @property
-    def name(self) -> str:
-        """``newest`` where it is filled."""
-        return "newest" if self.fill else "last"
+    def order(self, candidates: Candidates) -> NDArray[Any]:
+        """By start, backwards."""
+        return -candidates.start
+
+
+@dataclass(frozen=True, slots=True)
+class Newest(Ranked):
+    """The newest valid pixel: the latest acquisition, filled by the ones before it, wherever each of them lies.
+
+    As no acquisition comes first for covering a chip, a part of a chip has the pixels that the whole has there.
+    """
+
+    fill: bool = True
+    coverage_first = False
 
     def order(self, candidates: Candidates) -> NDArray[Any]:
         """By start, backwards."""
@@ -351,7 +363,7 @@ PICKS: dict[str, Pick] = {
     "closest": Closest(),
     "first": First(),
     "last": Last(),
-    "newest": Last(fill=True),
+    "newest": Newest(),
     "least_cloudy": LeastCloudy(),
     "clearest": Clearest(),
     "mean": Mean(),

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import FILLED, MASK
-from rasteret_dask.errors import RasteretDaskError, StoreError
+from rasteret_dask.errors import PlanError, RasteretDaskError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums, changed
 from rasteret_dask.planning.bandkinds import BandKind
@@ -174,7 +174,15 @@ class StoreMap:
     @cached_property
     def pixels(self) -> Mapping[str, SourcePixels]:
         """Source -> what its pixels are."""
-        return {g.source: self._pixels(g) for g in self.first}
+        try:
+            return {g.source: self._pixels(g) for g in self.first}
+        except (*MALFORMED, PlanError) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(
+                f"store {remote.redact(self.url)}", f"attributes that cannot be ({error!r:.200})",
+                "what to_zarr wrote", ledger.DAMAGED,
+            ) from error  # fmt: skip
 
     def _pixels(self, group: StoredGroup) -> SourcePixels:
         pixels = group.arrays["pixels"]
@@ -324,6 +332,10 @@ def _mapped(url: str, token: str, root: ledger.Root) -> StoreMap:
         shards = _shards(file.read(_OF_SHARDS))
     splits = list(dict.fromkeys(s.split for s in shards))
     sources = tuple(root.note["sources"])
+    if not sources:
+        raise StoreError(
+            f"store {remote.redact(url)}", "no source in its zarr.json", "at least one", ledger.DAMAGED
+        )
     nodes = root.document["consolidated_metadata"]["metadata"]
     groups = {
         split: tuple(

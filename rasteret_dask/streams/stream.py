@@ -157,19 +157,18 @@ class Stream(Iterator[Arrays]):
         When chips could not be read.
     """
 
-    def __init__(self, shards: ChipShards, order: BatchOrder, batching: Batching) -> None:
+    def __init__(
+        self, shards: ChipShards, order: BatchOrder, batching: Batching, epochs: int | None = None
+    ) -> None:
         self.order = order
+        self.epochs = batching.epochs if epochs is None else epochs
+        """How often the chips come; 0 where a resumed pass has nothing left."""
         self._shards, self._batching = shards, batching
         self._token = digest(shards.digest, list(shards.sizes))
         self._position = 0
         self._shelf: Shelf | None = None
         self._finalizer: Any = None
         self._taking = threading.Lock()
-
-    @property
-    def epochs(self) -> int:
-        """How often the chips come."""
-        return self._batching.epochs
 
     @property
     def bands(self) -> Mapping[str, tuple[str, ...]]:
@@ -271,8 +270,7 @@ class Stream(Iterator[Arrays]):
         epochs
             How often the chips come; None: as often as here.
         """
-        batching = self._batching if epochs is None else replace(self._batching, epochs=epochs)
-        return Stream(self._shards, order, batching)
+        return Stream(self._shards, order, self._batching, self.epochs if epochs is None else epochs)
 
     def close(self) -> None:
         """Stop reading and let go of everything; ``next()`` begins to read again where the stream stands."""

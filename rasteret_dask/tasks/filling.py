@@ -28,6 +28,7 @@ __all__ = [
     "clear",
     "copied",
     "hidden",
+    "is_as_stored",
     "scored_by",
 ]
 
@@ -203,11 +204,16 @@ def scored_by(member: Member) -> tuple[str, ...]:
     return member.quality or member.bands[:1]
 
 
+def is_as_stored(request: Request) -> bool:
+    """Tell whether a request gives stored numbers by their kind's own kernel, as masks want them."""
+    return request.decode is None and request.resampling is None
+
+
 def _quality(member: Member, windows: Sequence[Seen]) -> list[Seen] | None:
     by_band: Mapping[str, Seen] = {
         window.wanted.asset.band: window
         for window in windows
-        if window.wanted.request.decode is None or not member.quality
+        if not member.quality or is_as_stored(window.wanted.request)
     }
     bands = scored_by(member)
     return [by_band[band] for band in bands] if all(band in by_band for band in bands) else None

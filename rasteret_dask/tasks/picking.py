@@ -16,7 +16,7 @@ from rasteret_dask.reader.readplan import Request
 from rasteret_dask.rules import composing
 from rasteret_dask.rules.picks import Scored
 from rasteret_dask.rules.radiometry import Radiometry
-from rasteret_dask.rules.units import Raw, Unit
+from rasteret_dask.rules.units import Unit
 from rasteret_dask.table.records import Asset
 from rasteret_dask.tasks.cuts import Feed, MemberCubes
 from rasteret_dask.tasks.filling import (
@@ -29,6 +29,7 @@ from rasteret_dask.tasks.filling import (
     clear,
     copied,
     hidden,
+    is_as_stored,
     scored_by,
 )
 from rasteret_dask.tasks.job import Job, Shard
@@ -222,7 +223,8 @@ class Picking:
     def _masks(self, wanted: Wanted) -> bool:
         """Tell whether a band is needed as it stands in the file."""
         member = wanted.member
-        return not wanted.bands or (member.mask is not None and wanted.asset.band in member.quality)
+        shared = member.mask is not None and wanted.asset.band in member.quality
+        return not wanted.bands or (shared and is_as_stored(wanted.request))
 
     def _fill(self, session: Session, feed: Feed, target: Slot, chips: ChipPixels, slot: int) -> None:
         """Fill the pixels that the nearest record of each chip leaves invalid, record by record."""
@@ -328,39 +330,43 @@ class Picking:
                 asset = cube.assets.get((row, band))
                 if asset is None:  # the footprint touches the chip, the raster does not
                     continue
-                decode = unit if unit.kernel_on == "decoded" else None
-                new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), band, decode)]
+                decode = unit if unit is not None and unit.kernel_on == "decoded" else None
+                resampling = None if unit is None else self.plan.resampling
+                how = (band, decode, resampling)
+                new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), how)]
                 if new:
                     windows = tuple(places[e][1] for e in new)
-                    resampling = None if not at else self.plan.resampling
                     request = Request(asset, cube.grid, windows, resampling, decode)
                     wanted.append(Wanted(request, lazy.member, at, new))
         return wanted
 
-    def _has_seen(self, row: int, chip: int, band: str, decode: Unit | None) -> bool:
-        return any(
-            window.wanted.asset.band == band and window.wanted.request.decode == decode
-            for window in self._seen.get((row, chip), ())
-        )
+    def _has_seen(self, row: int, chip: int, how: tuple[str, Unit | None, str | None]) -> bool:
+        requests = (window.wanted.request for window in self._seen.get((row, chip), ()))
+        return any((r.asset.band, r.decode, r.resampling) == how for r in requests)
 
-    def _bands(self, member: Member, scoring: bool) -> list[tuple[str, Unit, list[int]]]:
-        """Return each band to read and its unit, once, with the output bands it becomes."""
-        at: dict[tuple[str, Unit], list[int]] = {}
+    def _bands(self, member: Member, scoring: bool) -> list[tuple[str, Unit | None, list[int]]]:
+        """Return each band to read, once, with its unit and the output bands it becomes.
+
+        A quality band is read with its kind's own kernel, stored numbers: together with an output band only where
+        that is read so too, else apart, without a unit.
+        """
+        at: dict[tuple[str, Unit | None], list[int]] = {}
         for i, (band, unit) in enumerate(zip(member.bands, self.rules.units, strict=True)):
             at.setdefault((band, unit), []).append(i)
-        needed = scored_by(member) if scoring else member.quality if member.mask is not None else ()
-        for band in needed:
-            if all(
-                known != band or (band in member.quality and unit.kernel_on == "decoded")
-                for known, unit in at
-            ):
-                at[band, Raw()] = []
+        if scoring and not member.quality:
+            return [(band, unit, own) for (band, unit), own in at.items() if band in scored_by(member)]
+        for band in member.quality if scoring or member.mask is not None else ():
+            if not any(known == band and self._is_as_stored(unit) for known, unit in at):
+                at[band, None] = []
         return [
             (band, unit, own)
             for (band, unit), own in at.items()
-            if not scoring
-            or (band in needed and not (band in member.quality and unit.kernel_on == "decoded"))
+            if not scoring or (band in member.quality and self._is_as_stored(unit))
         ]
+
+    def _is_as_stored(self, unit: Unit | None) -> bool:
+        """Tell whether bands of a unit are read as quality bands are: stored numbers, by their kind's own kernel."""
+        return unit is None or (unit.kernel_on == "stored" and self.plan.resampling is None)
 
     def _cubes(self, row: int) -> MemberCubes:
         return self.members[int(self.member_of[row])]
