@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributions import ROOT, Distributions, build, checkout, tracked_files
@@ -46,7 +47,8 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(built: Distrib
 
 def test_the_sdist_builds_the_same_wheel(built: Distributions, tmp_path: Path) -> None:
     with tarfile.open(built.sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
+        archive.extractall(tmp_path, **safe)
     again = build(tmp_path / built.sdist.name.removesuffix(".tar.gz"), tmp_path / "dist")
     assert again.wheel.read_bytes() == built.wheel.read_bytes()
 

@@ -135,7 +135,7 @@ class QualityBand:
             raise PlanError(
                 f"mask={missing[0]!r} by band {self.band}", "nothing that it tells",
                 f"one of {', '.join(map(repr, tells))}",
-                "Give a mask of your own: rd.masks.Classes or rd.masks.Bits.",
+                "Give a mask of your own: Classes or Bits of rasteret_dask.rules.masks.",
             )  # fmt: skip
         return self.kind(self.band, tuple(dict.fromkeys(n for word in words for n in tells[word])))
 

@@ -134,7 +134,7 @@ def _table(unit: Unit, scaling: Radiometry, store: StoredForm, stored: str) -> _
         values = unit.finish(values)
     void = np.isnan(values[0, 0])
     clipped = store.clips(values)[0, 0] & ~void
-    made = store.encode(values)[0, 0] if unit.elementwise else values[0, 0]
+    made = store.encode(values)[0, 0] if unit.elementwise else values[0, 0].astype(np.float32)
     order = np.argsort(numbers)
     odd = (clipped | void)[order]
     low, high = _longest_run(odd)
