@@ -107,7 +107,7 @@ def check(environment: Environment) -> None:
         assert "expected the extra 'torch'. Install it: pip install 'torch>=" in text
 
     said = done(environment.run("rasteret-dask", "demo", "--small"))
-    assert "10 checks, none failed" in said
+    assert "12 checks, none failed" in said
     assert said.count("demo/demo.png") == 1
     (environment.folder / "readme.py").write_text("\n".join(README))
     done(environment.run("python", "-W", "error::DeprecationWarning", "readme.py"))
