@@ -326,7 +326,7 @@ def test_words_stand_for_their_values() -> None:
     assert str(units_named("auto")) == "physical"
 
 
-@pytest.mark.parametrize("kind", [*KINDS.values()], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS.values()], ids=lambda kind: kind.name)
 def test_every_kind_has_a_physical_unit_that_fits(kind: Kind) -> None:
     unit = units_named("physical").of({"x"}, kind, False)
     assert unit.name == kind.unit
