@@ -77,6 +77,19 @@ class Greatest(Composed):
 
 
 @dataclass(frozen=True)
+class Brightest(Composed):
+    """A composite that chooses by all bands together."""
+
+    def blend(self, stack: Array, valid: NDArray[np.bool_]) -> tuple[Array, NDArray[np.bool_]]:
+        whole = valid.all(axis=1)
+        light = np.where(whole, np.where(valid, stack, 0.0).astype(np.float64).sum(axis=1), -np.inf)
+        chosen = light.argmax(axis=0)[None, None]
+        return np.take_along_axis(stack, chosen, axis=0)[0], np.broadcast_to(
+            whole.any(axis=0), stack.shape[1:]
+        )
+
+
+@dataclass(frozen=True)
 class Feet(Unit):
     """A unit of one's own in which some numbers have no value."""
 
@@ -160,7 +173,7 @@ def collection(folder: Path, dtype: str, kind: str, nodata: float | None) -> rd.
 
 picks: st.SearchStrategy[Any] = st.sampled_from(
     ["closest", "first", "last", "newest", "least_cloudy", "clearest", "median", "mean", "majority",
-     Oldest(), FewestInFirstRow(), Greatest()]
+     Oldest(), FewestInFirstRow(), Greatest(), Brightest()]
 )  # fmt: skip
 masks: st.SearchStrategy[Any] = st.sampled_from([None, "clouds", Classes("other", (1, 7)), Odd()])
 
@@ -176,10 +189,10 @@ def raw(data: st.DataObject) -> tuple[tuple[str, str, float | None], dict[str, A
     whole, size = np.dtype(dtype).kind in "iu", np.dtype(dtype).itemsize
     kind = data.draw(st.sampled_from([*KINDS]) if whole else st.just("measured"), "kind")
     pick: Any = data.draw(picks, "pick")
-    if dtype == "complex64" and not settled(pick):
-        pick = "closest"  # complex numbers have no order
-    # numbers of 64 bits and complex ones cannot be averaged without loss
+    # numbers of 64 bits and complex ones cannot be averaged without loss, nor composed
     is_exact = dtype == "complex64" or (whole and size == 8)
+    if is_exact and not settled(pick):
+        pick = "closest"
     kernels = ["nearest"] if is_exact else [None, "nearest", "cubic" if kind == "measured" else "mode"]
     return (dtype, kind, data.draw(st.sampled_from([None, 0, 1]), "nodata")), {
         "units": "raw",
@@ -201,7 +214,14 @@ def in_units(data: st.DataObject) -> tuple[tuple[str, str, float | None], dict[s
         ),
         "units",
     )  # fmt: skip
-    return (data.draw(st.sampled_from(["uint8", "int16", "int32", "float32"]), "dtype"), "measured", 1), {
+    quantized = "embedding" in (units[0].values() if isinstance(units[0], dict) else units)
+    dtypes = [
+        "uint8",
+        "int16",
+        "int32",
+        *([] if quantized else ["float32"]),
+    ]  # no float is a quantized number
+    return (data.draw(st.sampled_from(dtypes), "dtype"), "measured", 1), {
         "units": units[0],
         "dtype": units[1],
         "bands": ["other", "data"],
@@ -243,6 +263,21 @@ def test_chip_is_cube_for_stored_numbers(world: World, data: st.DataObject) -> N
 def test_chip_is_cube_in_units(world: World, data: st.DataObject) -> None:
     where, rules = in_units(data)
     assert_law(data, world(*where), rules)
+
+
+@pytest.mark.parametrize("chunks", [5, 64])
+def test_a_composite_of_all_bands_sees_all_of_them_in_cubes(world: World, chunks: int) -> None:
+    source = world("uint8", "measured", 1).harmonize(
+        ["data", "other"], units="raw", time="1MS", pick=Brightest(), resampling="nearest"
+    )
+    chips = dataset(source.chips(size=SIZE, cell_km=0.64, min_coverage=0.1).sample(4))
+    alone = source.harmonize(pick="first").cube(bounds=tuple(chips.isel(chip=0)["bounds"].values.tolist()))
+    chosen = source.cube(bounds=tuple(chips.isel(chip=0)["bounds"].values.tolist()))
+    assert (alone.values != chosen.values).any()
+    for i in range(chips.sizes["chip"]):
+        chip = chips.isel(chip=i)
+        box = tuple(chip["bounds"].values.tolist())
+        same(chip, source.cube(bounds=box, chunks=chunks, min_coverage=0.1))
 
 
 @pytest.mark.slow

@@ -111,8 +111,7 @@ class _Slot:
         if made is None:
             empty = (1, len(rules.units), *shape)
             return np.full(empty, rules.store.fill_value), np.zeros(empty, dtype=bool)
-        stored, _ = rules.encode(made.values, made.valid)
-        return stored[None], made.valid[None]
+        return rules.store.encode(made.values, made.valid)[None], made.valid[None]
 
     def values(
         self, shape: tuple[int, int], arrays: Sequence[NDArray[Any]], order: Sequence[int] | None
@@ -146,8 +145,8 @@ class SlotGraph:
     """Makes the lazy pixels of a source's slots.
 
     Bands are chunks of their own, so that one of them is computed alone; those that only make sense together, such
-    as embeddings of unit length, are one chunk. Quality bands are read apart, so that acquisitions are scored
-    before any other pixel is read.
+    as embeddings of unit length or the bands of a medoid, are one chunk. Quality bands are read apart, so that
+    acquisitions are scored before any other pixel is read.
 
     Parameters
     ----------
@@ -165,7 +164,7 @@ class SlotGraph:
         rows = sorted({row for slot in slots for acquisition in slot for row in acquisition})
         bands = {row: self._reads(self._member(row)) for row in rows}
         quality = {row: [Read(band) for band in self._member(row).quality] for row in rows}
-        every, is_joint = range(len(source.plan.bands)), bool(self.rules.joint_groups)
+        every, is_joint = range(len(source.plan.bands)), not self.rules.is_bandwise
         self.groups = [tuple(every)] if is_joint else [(band,) for band in every]
         self.bands = stored_pixels(source.records, bands, place, together=is_joint)
         self.quality = stored_pixels(source.records, quality, place, together=False)
@@ -301,10 +300,7 @@ class SlotGraph:
         return [
             Read(
                 band,
-                Kernel(
-                    resampling,
-                    unit if unit.kernel_on == "decoded" else None,
-                ),
+                Kernel(resampling, unit if unit.kernel_on == "decoded" else None),
             )
             for band, unit in zip(member.bands, self.rules.units, strict=True)
         ]

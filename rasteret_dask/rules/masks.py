@@ -84,6 +84,10 @@ class Bits(Mask):
     bits: tuple[int, ...]
     """From 0, the least significant."""
 
+    def __post_init__(self) -> None:
+        if any(bit < 0 for bit in self.bits):
+            raise PlanError(f"Bits({self.band!r}, ...)", repr(self.bits), "numbers of bits, from 0 on")
+
     @property
     def needs(self) -> tuple[str, ...]:
         """The bit field."""

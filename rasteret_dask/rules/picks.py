@@ -140,6 +140,8 @@ class Composed(Pick):
     """
 
     __slots__ = ()
+    bandwise: ClassVar[bool] = False
+    """Whether each band is made of itself alone, so that it can be computed without the others."""
 
     @abstractmethod
     def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
@@ -252,6 +254,8 @@ class Clearest(Scored):
 class Mean(Composed):
     """The mean of valid values, summed up in order of start."""
 
+    bandwise = True
+
     def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return means."""
         total = self.begin()
@@ -296,6 +300,8 @@ class _Sum:
 class Median(Composed):
     """The median of valid values; of an even number the mean of the two in the middle."""
 
+    bandwise = True
+
     def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return medians."""
         ordered = np.sort(np.where(valid, stack, np.nan), axis=0)  # NaN comes last
@@ -309,6 +315,8 @@ class Median(Composed):
 @dataclass(frozen=True, slots=True)
 class Majority(Composed):
     """The value that most acquisitions have, the smallest of equals: what classes become under any composite."""
+
+    bandwise = True
 
     def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return the commonest values."""
@@ -324,6 +332,8 @@ class Majority(Composed):
 @dataclass(frozen=True, slots=True)
 class Nearest(Composed):
     """The valid value nearest to the slot's middle: what bit fields become under any composite."""
+
+    bandwise = True
 
     def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return the first valid values."""

@@ -53,6 +53,11 @@ class PixelRules(RuleValue):
         """Whether pixels are made of several acquisitions."""
         return isinstance(self.pick, Composed)
 
+    @property
+    def is_bandwise(self) -> bool:
+        """Whether each band can be computed without the others."""
+        return not self.joint_groups and (not isinstance(self.pick, Composed) or self.pick.bandwise)
+
     def turn(self, band: int, scaling: Radiometry) -> Turn | None:
         """Return what turns a record's stored numbers of a band into the output's; None: they stay as they are."""
         unit = self.units[band]
