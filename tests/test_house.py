@@ -40,7 +40,7 @@ ORDER = {
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
-    "tasks": "job jobkernels jobfile freezing cuts filling neighbours picking pixels clouds mapping filtering shards "
+    "tasks": "job jobkernels jobfile freezing cuts filling keptbytes neighbours picking pixels clouds mapping filtering shards "
              "batches",
     "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
              "holding datasets verifying",
