@@ -38,7 +38,9 @@ def small_shards(chips: rd.Chips, count: int) -> Job:
 def test_chips_know_the_place_of_their_shard(splits: tuple[str, ...]) -> None:
     job = small_shards(over_the_border(), 7).select(splits)
     wanted = np.full(job.chips.num_rows, -1)
-    for place, shard in enumerate(job.shards()):
+    along = {h.number: h.per_shard / h.chips for h in job.hierarchies}
+    shards = sorted(job.shards(), key=lambda s: ((s.number + 0.5) * along[s.hierarchy], s.hierarchy))
+    for place, shard in enumerate(shards):
         wanted[shard.start : shard.stop] = place
     np.testing.assert_array_equal(job.running, wanted)
     assert set(job.epsg[job.running >= 0].tolist()) == {32632, 32633}

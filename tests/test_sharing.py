@@ -460,7 +460,9 @@ class Some:
     def __init__(self, number: int, finished: set[int], west: float, north: float) -> None:
         self.number, self.finished, self._corner = number, finished, (west, north)
 
-    def meeting(self, epsg: int, box: tuple[float, float, float, float]) -> tuple[Any, Any]:
+    kept_bytes = 0
+
+    def meeting(self, record: str, epsg: int, box: tuple[float, float, float, float]) -> tuple[Any, Any]:
         dice, (west, north) = random.Random(self.number), self._corner
         left = [n for n in range(self.number + 1, self.number + 6) if n not in self.finished]
         boxes = [
@@ -469,8 +471,9 @@ class Some:
         ]
         return np.array(left, np.int64), np.array(boxes).reshape(-1, 4)
 
-    def finish(self) -> None:
+    def finish(self) -> list[int]:
         self.finished.add(self.number)
+        return [self.number]
 
 
 def test_whatever_many_sessions_do_at_once_pixels_are_right_and_nothing_stays(server: RangeServer) -> None:

@@ -37,7 +37,6 @@ from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import ChipSpec, Filter, Node, Predicate
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
-from rasteret_dask.reader.sharing import SHARED
 from rasteret_dask.rules.picks import pick_named
 from rasteret_dask.table.timing import TimeAxis, half_open
 from rasteret_dask.tasks.filling import ChipPixels
@@ -195,21 +194,22 @@ class _Rest:
     def finished(self) -> AbstractSet[int]:
         return self._finished
 
+    @property
+    def kept_bytes(self) -> int:
+        return 0
+
     def meeting(
-        self, epsg: int, box: tuple[float, float, float, float]
+        self, record: str, epsg: int, box: tuple[float, float, float, float]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        bounds = self._job.bounds
-        meets = np.flatnonzero(
-            (bounds[:, :2] < box[2:]).all(axis=1)
-            & (bounds[:, 2:] > box[:2]).all(axis=1)
-            & (self._job.epsg == epsg)
-        )
-        rest = [n for n in meets.tolist() if n + self._first not in self._finished | self._now]
+        bounds, fed = self._job.bounds, self._job.chips_of(0, record)
+        fed = fed[self._job.epsg[fed] == epsg]
+        meets = (bounds[fed, :2] < box[2:]).all(axis=1) & (bounds[fed, 2:] > box[:2]).all(axis=1)
+        rest = [n for n in fed[meets].tolist() if n + self._first not in self._finished | self._now]
         return self._first + np.array(rest, dtype=np.int64), bounds[rest]
 
-    def finish(self) -> None:
+    def finish(self) -> list[int]:
         self._finished |= self._now
-        SHARED.finish(*self._now)
+        return sorted(self._now)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class Session:
 
     def __enter__(self) -> Session:
         _bound_gdal_cache()
-        self._reading = SHARED.session()
+        self._reading = SHARED.session(self._keeping.nbytes)
         self._reading.__enter__()
         return self
 

@@ -36,13 +36,17 @@ class Later(Protocol):
     def finished(self) -> AbstractSet[int]:
         """Numbers of those that have read."""
 
-    def meeting(
-        self, epsg: int, box: tuple[float, float, float, float]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return what they read that meets a box: their numbers, and bounds of shape (number, 4)."""
+    @property
+    def kept_bytes(self) -> int:
+        """Pixels that the process keeps at most for all of them."""
 
-    def finish(self) -> None:
-        """Note that this task has read."""
+    def meeting(
+        self, record: str, epsg: int, box: tuple[float, float, float, float]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return what they read of a record that meets a box: their numbers, and bounds of shape (number, 4)."""
+
+    def finish(self) -> list[int]:
+        """Note that this task has read; return the numbers for which nothing need be kept any more."""
 
 
 class Keeping:
@@ -77,31 +81,35 @@ class Keeping:
             return Keep(soon, frozenset([self._number]))
         return Keep(union([found.rect, soon]), found.needs | {self._number}, found.done, found.now)
 
+    @property
+    def nbytes(self) -> int:
+        """Pixels that the process is to keep, at most."""
+        return 0 if self._later is None else self._later.kept_bytes
+
     def finish(self) -> None:
         """Note that the session has read; what was kept for it alone goes."""
         if self._later is not None:
-            self._later.finish()  # first: a tile that lands meanwhile is not kept for it again
-            SHARED.finish(self._later.number)
+            SHARED.finish(*self._later.finish())  # noted first: what lands meanwhile is not kept for it again
         SHARED.finish(self._number)
 
     def _needed_later(self, want: Want, later: Later) -> Keep | None:
         reading = want.readings[0][0]
-        frame, grid = reading.plan.frame, reading.request.grid
+        frame, record = reading.plan.frame, want.asset.record_id
         reach = 0 if not reading.bent else ceil(3 / min(*reading.plan.scale, 1.0)) + 2
-        known = (frame, want.rect, reach)
+        known = (record, frame, want.rect, reach)
         if known not in self._ground:
             self._ground[known] = None
-            if frame.epsg == grid.epsg and frame.upright:
-                self._ground[known] = _needed(later, frame, want.rect, reach)
+            if frame.upright:
+                self._ground[known] = _needed(later, record, frame, want.rect, reach)
         return self._ground[known]
 
 
-def _needed(later: Later, frame: LevelFrame, tile: Rect, reach: int) -> Keep | None:
-    """Return the part of a tile that later tasks need, their grids being that of the file but for the phase."""
+def _needed(later: Later, record: str, frame: LevelFrame, tile: Rect, reach: int) -> Keep | None:
+    """Return the part of a tile that later tasks need."""
     t, rect = frame.transform, flipped(tile, frame)
     west, east = t.c + t.a * (rect.col0 - reach), t.c + t.a * (rect.col1 + reach)
     north, south = t.f + t.e * (rect.row0 - reach), t.f + t.e * (rect.row1 + reach)
-    numbers, boxes = later.meeting(frame.epsg, (west, south, east, north))
+    numbers, boxes = later.meeting(record, frame.epsg, (west, south, east, north))
     if not len(numbers):
         return None
     cols = (boxes[:, [0, 2]] - t.c) / t.a

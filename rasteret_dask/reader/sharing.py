@@ -21,7 +21,7 @@ from rasteret_dask.table.records import Asset
 __all__ = ["SHARED", "Flight", "Keep", "Key", "Pixels", "Sharing", "Wish"]
 
 KEPT_BYTES = 320 * 2**20
-"""Decoded pixels that a process keeps for later reads."""
+"""Decoded pixels that a process keeps for later reads where no plan tells of more."""
 
 IDLE_S = 60.0
 """Seconds after the last session until nothing is kept any more."""
@@ -119,7 +119,7 @@ class Sharing:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
+        self.nbytes = self._least = nbytes
         self._lock = Lock()
         self._flying: dict[Key, Flight] = {}
         self._kept: dict[Key, _Kept] = {}
@@ -189,10 +189,11 @@ class Sharing:
                     self._drop(key)
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Note that somebody reads; once nobody does for a while, nothing is kept any more."""
+    def session(self, nbytes: int = 0) -> Iterator[None]:
+        """Note that somebody reads who keeps so many bytes; once nobody does for a while, nothing is kept any more."""
         with self._lock:
             self._sessions += 1
+            self.nbytes = max(self.nbytes, nbytes)
         try:
             yield
         finally:
@@ -227,7 +228,7 @@ class Sharing:
             self._timer.cancel()
             self._timer = None
         self._kept.clear()
-        self._held = 0
+        self._held, self.nbytes = 0, self._least
 
     def _end(self, flight: Flight) -> list[Wish]:
         """Take a flight off the list; return who waits for it, none where it was over before."""

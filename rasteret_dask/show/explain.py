@@ -31,6 +31,7 @@ from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.freezing import task_bytes
 from rasteret_dask.tasks.job import Job, Output, Shard
 from rasteret_dask.tasks.jobkernels import job_readings
+from rasteret_dask.tasks.keptbytes import kept_bytes
 
 __all__ = ["Explanation", "explain"]
 
@@ -103,6 +104,7 @@ def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Expla
         "requests_counted_on_shards": reading["shards"],
         "write_bytes": out * sum(h.chips for h in job.hierarchies),
         "peak_task_bytes": task_bytes(job, outputs),
+        "kept_bytes": kept_bytes(job),
         "chip_shape": {
             s.name: [o.times, len(o.bands), o.height, o.width]
             for s, o in zip(job.sources, outputs, strict=True)
@@ -378,7 +380,10 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
             ),
         ),
         ("to write", f"{_size(f['write_bytes'])} before compression"),
-        ("peak per task", _size(f["peak_task_bytes"])),
+        (
+            "peak per task",
+            f"{_size(f['peak_task_bytes'])}; a process keeps at most {_size(f['kept_bytes'])} of tiles besides",
+        ),
         (
             "tile fit",
             f"{f['tile_fit']:.0%} of the pixels in those tiles are used" if f["tile_fit"] else "unknown",

@@ -130,7 +130,9 @@ def _submit(
     done = total - len(wanted)
 
     def send(tasks: dict[Any, Any], keys: Sequence[str]) -> list[Future[Any]]:
-        sent: list[Future[Any]] = client.get(tasks, list(keys), sync=False)
+        # neighbours one after another: keys alone would run split by split, each over all of the ground
+        when = dict.fromkeys(tasks, 0) | {key: -int(job.running[shards[key].start]) for key in keys}
+        sent: list[Future[Any]] = client.get(tasks, list(keys), sync=False, priority=when.__getitem__)
         futures.update((str(future.key), future) for future in sent)
         return sent
 

@@ -79,11 +79,14 @@ class _Alone:
     number = -1
     finished: AbstractSet[int] = frozenset()
 
+    kept_bytes = 0
+
     def meeting(
-        self, epsg: int, box: tuple[float, float, float, float]
+        self, record: str, epsg: int, box: tuple[float, float, float, float]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return nothing."""
         return np.zeros(0, dtype=np.int64), np.zeros((0, 4))
 
-    def finish(self) -> None:
-        """Do nothing."""
+    def finish(self) -> list[int]:
+        """Return nothing."""
+        return []

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rasteret_dask.catalogs.signing import check_signatures, host_of
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
 from rasteret_dask.chipping.labels import Labels
+from rasteret_dask.grid import transformer
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import Function, Rule, digest
 from rasteret_dask.planning.resolve import Member, SourcePlan
@@ -232,13 +233,54 @@ class Job:
 
     @cached_property
     def running(self) -> NDArray[np.int64]:
-        """Shape (chip,). Place of each chip's shard among :meth:`shards`, -1 where its split is not selected."""
+        """Shape (chip,). When each chip's shard runs, counted from 0; -1 where its split is not selected.
+
+        All splits lie on the same ground in the same order: their shards take turns, so that a tile is soon used up.
+        """
+        shards = list(self.shards())
+        along = {h.number: h.per_shard / h.chips for h in self.hierarchies if h.chips}
+        order = sorted(shards, key=lambda s: ((s.number + 0.5) * along[s.hierarchy], s.hierarchy))
         place = np.full(self.chips.num_rows, -1, dtype=np.int64)
-        first = 0
-        for h in self.hierarchies:
-            place[h.start : h.stop] = first + np.arange(h.chips) // h.per_shard
-            first += h.shards
+        for number, shard in enumerate(order):
+            place[shard.start : shard.stop] = number
         return place
+
+    @cached_property
+    def _chips_by_record(
+        self,
+    ) -> tuple[tuple[dict[str, list[int]], NDArray[np.int64], NDArray[np.int64]], ...]:
+        """Per source: the rows of each id, the chips sorted by the row that feeds them, and where each row's begin."""
+        result = []
+        for number, records in enumerate(self.records):
+            own = np.flatnonzero(self.feeds.source == number)
+            row = self.feeds.row[own]
+            order = np.argsort(row, kind="stable")
+            first = np.searchsorted(row[order], np.arange(len(records) + 1))
+            rows: dict[str, list[int]] = {}
+            for at, name in enumerate(records.ids):
+                rows.setdefault(name, []).append(at)
+            result.append((rows, self.feeds.chip[own[order]], first))
+        return tuple(result)
+
+    def chips_of(self, source: int, record: str) -> NDArray[np.int64]:
+        """Return the chips that a record of a source feeds, in the order of the chip table."""
+        rows, chips, first = self._chips_by_record[source]
+        parts = [chips[first[row] : first[row + 1]] for row in rows.get(record, ())]
+        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
+
+    def bounds_in(self, chips: NDArray[np.int64], epsg: int) -> NDArray[np.float64]:
+        """Return bounds of some chips in a CRS, shape (chip, 4), inf where that does not show them."""
+        bounds, codes = self.bounds[chips].copy(), self.epsg[chips]
+        for code in np.unique(codes).tolist():
+            if code != epsg:
+                own = codes == code
+                west, south, east, north = bounds[own].T
+                corners = transformer(code, epsg).transform(
+                    [west, east, east, west], [north, north, south, south]
+                )
+                x, y = map(np.asarray, corners)
+                bounds[own] = np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], -1)
+        return bounds
 
     @cached_property
     def first_number(self) -> int:
@@ -249,6 +291,11 @@ class Job:
     def finished(self) -> set[int]:
         """What this process has read of the job, so that it keeps nothing for it: no part of the job itself."""
         return set()
+
+    @cached_property
+    def kept(self) -> dict[int, int]:
+        """Threads -> the bytes of pixels that a process keeps at most: no part of the job itself."""
+        return {}
 
     @cached_property
     def keys(self) -> dict[str, str]:

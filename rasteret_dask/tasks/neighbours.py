@@ -6,15 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.tasks.job import Job, Shard
+from rasteret_dask.tasks.keptbytes import kept_bytes
 
 __all__ = ["Neighbours"]
 
-NEAR = 16
-"""Shards before and behind, in running order, for which a shard looks after parts of its tiles."""
+BEHIND = 16
+"""Shards behind, in running order, that may still be under way; those before them run elsewhere, or failed."""
 
 
 class Neighbours:
-    """The chips of the shards near one in running order, which this process may read too.
+    """The chips of the job's other shards, which this process may read too.
 
     Parameters
     ----------
@@ -23,30 +24,52 @@ class Neighbours:
     """
 
     def __init__(self, job: Job, shard: Shard, source: int) -> None:
-        sources, place = len(job.sources), int(job.running[shard.start])
-        first = job.first_number + source
-        self.number, self.finished = first + place * sources, job.finished
+        self._job, self._source, self._place = job, source, int(job.running[shard.start])
+        self._first, self._sources = job.first_number + source, len(job.sources)
+        self.number, self.finished = self._number(self._place), job.finished
         if self.number in self.finished:  # it is all done anew
             self.finished.clear()
-        near = np.flatnonzero(
-            (np.abs(job.running - place) <= NEAR) & (job.running >= 0) & (job.running != place)
-        )
-        self._number = first + job.running[near] * sources
-        self._epsg, self._bounds = job.epsg[near], job.bounds[near]
+        self._chips: dict[tuple[str, int], tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Pixels that the process keeps at most for all shards of the job."""
+        return kept_bytes(self._job)
 
     def meeting(
-        self, epsg: int, box: tuple[float, float, float, float]
+        self, record: str, epsg: int, box: tuple[float, float, float, float]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the chips of unfinished shards that meet a box: their shards' numbers, and bounds (chip, 4)."""
-        bounds = self._bounds
-        meets = np.flatnonzero(
-            (bounds[:, :2] < box[2:]).all(axis=1)
-            & (bounds[:, 2:] > box[:2]).all(axis=1)
-            & (self._epsg == epsg)
-        )
-        todo = [at for at in meets.tolist() if int(self._number[at]) not in self.finished]
-        return self._number[todo], bounds[todo]
+        """Return the chips of unfinished shards that a record feeds and that meet a box.
 
-    def finish(self) -> None:
-        """Note that this shard is read."""
+        Returns
+        -------
+        tuple
+            Their shards' numbers, and their bounds in ``epsg``, shape (chip, 4).
+        """
+        number, bounds = self._fed_by(record, epsg)
+        meets = np.flatnonzero((bounds[:, :2] < box[2:]).all(axis=1) & (bounds[:, 2:] > box[:2]).all(axis=1))
+        todo = [at for at in meets.tolist() if int(number[at]) not in self.finished]
+        return number[todo], bounds[todo]
+
+    def finish(self) -> list[int]:
+        """Note that this shard is read; return the numbers for which nothing need be kept any more."""
+        behind = self._number(self._place - BEHIND)
         self.finished.add(self.number)
+        return [self.number, *([behind] if behind >= self._first else [])]
+
+    def _number(self, place: int) -> int:
+        return self._first + place * self._sources
+
+    def _fed_by(self, record: str, epsg: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the chips of other shards, not far behind, that a record feeds: numbers of shards, and bounds."""
+        key = (record, epsg)
+        if key not in self._chips:
+            job = self._job
+            chip = job.chips_of(self._source, record)
+            place = job.running[chip]
+            chip = chip[(place >= max(self._place - BEHIND, 0)) & (place != self._place)]
+            self._chips[key] = self._number_of(chip), job.bounds_in(chip, epsg)
+        return self._chips[key]
+
+    def _number_of(self, chip: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(self._first + self._job.running[chip] * self._sources)
