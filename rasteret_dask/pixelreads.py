@@ -12,7 +12,7 @@ from rasteret_dask.geometries import reading
 from rasteret_dask.geometries.cells import Area, cells_of
 from rasteret_dask.geometries.points import sample_points
 from rasteret_dask.planning.plan import Node
-from rasteret_dask.planning.scan import Table
+from rasteret_dask.planning.query import Query
 from rasteret_dask.words import OnError
 
 __all__ = ["PixelReads"]
@@ -22,7 +22,7 @@ class PixelReads:
     """The part of a Collection that reads pixels into memory."""
 
     plan: Node
-    _tables: Mapping[str, Table]
+    query: Query
 
     subset: Callable[..., Any]
     select_split: Callable[..., Any]
@@ -185,7 +185,7 @@ class PixelReads:
             When no record covers any point.
         """
         chosen = self.subset(**filters) if filters else self
-        return sample_points(chosen.plan, chosen._tables, points, bands, on_error)
+        return sample_points(chosen.query, points, bands, on_error)
 
     def to_torchgeo_dataset(
         self,
@@ -263,11 +263,11 @@ class PixelReads:
         chosen = self.subset(**filters) if filters else self
         chosen = chosen if split is None else chosen.select_split(split)
         cells = cells_of(
-            chosen.plan, chosen._tables,
+            chosen.query,
             Area(geometries, chip_size, resolution, cell_km), reading.band_names(bands), time, on_error,
         )  # fmt: skip
         return CellDataset(cells, transforms)
 
     def _prepared(self, request: reading.WindowRequest, filters: Mapping[str, Any]) -> reading.RowsToRead:
         chosen = self.subset(**filters) if filters else self
-        return reading.prepared(chosen.plan, chosen._tables, request)
+        return reading.prepared(chosen.query, request)
