@@ -291,6 +291,39 @@ def test_workers_settle_memory_and_threads() -> None:
     assert values["GDAL_DISABLE_READDIR_ON_OPEN"] == "EMPTY_DIR"
 
 
+BODIES = """
+import resource
+from concurrent.futures import ThreadPoolExecutor
+
+def fetch(number):
+    held = []
+    for i in range(60):
+        held.append(b"x" * (400_000 + 40_000 * ((7 * i + number) % 13)))
+        del held[:-4]
+
+with ThreadPoolExecutor(4) as threads:
+    list(threads.map(fetch, range(8)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+"""Four threads that hold four bodies of requests each, and drop the oldest: the page faults of the process."""
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another allocator")
+def test_workers_take_the_bodies_of_requests_from_memory_that_stays() -> None:
+    """At most half the page faults of a worker that only gives freed blocks back at once, as Dask has it."""
+    malloc = {name: value for name, value in environment(container("worker")).items() if "MALLOC" in name}
+    plain = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    trim = "MALLOC_TRIM_THRESHOLD_"
+
+    def faults(settings: dict[str, str]) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", BODIES], env=plain | settings, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert 2 * faults(malloc) < faults({trim: malloc[trim]})
+
+
 # -- the job's script -------------------------------------------------------------------------------------
 
 

@@ -35,12 +35,13 @@ import rasteret_dask as rd
 from rasteret_dask.errors import ReadError
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.net.limits import HOST_REQUESTS
+from rasteret_dask.reader import layout, placing
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.levels import is_aligned
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window
 from rasteret_dask.reader.placing import Block, Out
 from rasteret_dask.reader.ranges import GAP_BYTES, SPAN_BYTES, Part, coalesced
-from rasteret_dask.reader.readplan import Request, tiles_of
+from rasteret_dask.reader.readplan import Request, plan_read, tiles_of
 from rasteret_dask.reader.sharing import Keep, Pixels, Sharing, Wish
 from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.stored import StoredForm
@@ -396,6 +397,63 @@ def test_every_pixel_of_given_memory_is_written(
             expected = np.where(block.valid, expected, np.array(fill, dtype))
         known = block.valid if fill is None else np.ones(block.valid.shape, bool)
         np.testing.assert_array_equal(values[band][known], expected[known])
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[ONE_FILE])
+@given(raster=rasters(), wanted=windows(), grid=st.one_of(st.none(), grids))
+def test_bands_that_share_their_validity_narrow_it_together(
+    tmp_path: Path, raster: Raster, wanted: tuple[Window, ...], grid: Grid | None
+) -> None:
+    """A chip's validity is where all bands are valid, whether their tiles hold one band or all."""
+    assume(grid is None or raster.dtype in WARPED)
+    assets = indexed(raster.write(tmp_path / "a.tif"))
+    requests = [Request(a, grid or own_grid(a), wanted) for a in assets]
+    shape = (len(wanted), wanted[0].height, wanted[0].width)
+    values, valid = np.empty((len(assets), *shape), raster.dtype), np.ones(shape, bool)
+    common = [True] * len(wanted)
+    with Session() as session:
+        session.read_into(requests, [Out(list(v), list(valid), 9, None, common) for v in values])
+    blocks = read(*requests)
+    np.testing.assert_array_equal(valid, np.logical_and.reduce([block.valid for block in blocks]))
+    for made, block in zip(values, blocks, strict=True):
+        np.testing.assert_array_equal(made, np.where(block.valid, block.values, np.array(9, raster.dtype)))
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """Return a list that takes the arguments of every call of a function."""
+    calls: list[tuple[Any, ...]] = []
+    function = getattr(owner, name)
+
+    def noted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr(owner, name, noted)
+    return calls
+
+
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+@pytest.mark.parametrize("grid", ["own", "shifted"])
+def test_windows_are_laid_out_once_for_all_bands_and_nodata_is_looked_for_once_a_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interleave: str, grid: str
+) -> None:
+    """Eight bands over 36 windows and some tiles: one plan, one layout, one look a tile, none a window."""
+    write(tmp_path / "a.tif", coordinates(64, 64, bands=8), nodata=60_000, interleave=interleave)
+    assets = indexed(tmp_path / "a.tif")
+    wanted = tuple(Window(row, col, 10, 10) for row in range(0, 60, 10) for col in range(0, 60, 10))
+    aligned = own_grid(assets[0])
+    pixels = aligned if grid == "own" else replace(aligned, x0=aligned.x0 + 5)
+    plans, layouts = calls_of(monkeypatch, layout, "plan_read"), calls_of(monkeypatch, layout, "layout")
+    looks = calls_of(monkeypatch, placing, "extremes")
+    scans = calls_of(monkeypatch, placing, "valid_pixels")
+    puts = calls_of(monkeypatch, placing.PendingRead, "put")
+    read(*[Request(asset, pixels, wanted) for asset in assets])
+    assert len(plans) == len(layouts) == 1
+    tiles = layout.layout(plan_read(plans[0][0]), wanted, assets[0].levels[0])
+    assert len(puts) == 8 * sum(len(part.cuts) for part in tiles.values())
+    if grid == "own":
+        assert len(looks) == len(tiles) * (1 if interleave == "pixel" else 8)
+    assert scans == []
 
 
 # Real files with every oddity

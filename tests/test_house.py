@@ -37,7 +37,7 @@ ORDER = {
     "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry query "
                 "recordtable",
     "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps",
-    "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile warp placing tilefile "
+    "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
     "tasks": "context job jobkernels jobfile freezing cuts filling keptbytes neighbours picking pixels clouds mapping "

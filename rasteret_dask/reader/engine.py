@@ -16,11 +16,12 @@ from rasterio.env import set_gdal_config
 from rasteret_dask.errors import PlanError, ReadError
 from rasteret_dask.net.limits import workers
 from rasteret_dask.reader.keeping import Keeping, Later, needed_soon
+from rasteret_dask.reader.layout import Layouts
 from rasteret_dask.reader.pixelgrid import Rect
 from rasteret_dask.reader.placing import Block, Out, PendingRead
 from rasteret_dask.reader.ranges import named
 from rasteret_dask.reader.rasterfile import RasterFile
-from rasteret_dask.reader.readplan import Request, plan_read
+from rasteret_dask.reader.readplan import ReadPlan, Request
 from rasteret_dask.reader.sharing import SHARED, Flight, Key, Pixels, Wish
 from rasteret_dask.reader.tilefile import bring, is_fast
 from rasteret_dask.reader.wants import Want, wanted
@@ -133,25 +134,29 @@ class Session:
         self, requests: Sequence[Request], outs: Sequence[Out], keep: Sequence[Request] = ()
     ) -> None:
         """Read all requests in one batch, each straight into memory of the caller's; see :meth:`read_block`."""
-        readings = [PendingRead.planned(request, out) for request, out in zip(requests, outs, strict=True)]
+        layouts = Layouts()
+        readings = [
+            PendingRead(request, layouts.plan(request), out)
+            for request, out in zip(requests, outs, strict=True)
+        ]
         self._count(
             warped_requests=sum(r.bent or r.plan.level > 0 for r in readings),
             gdal_fallback=sum(not is_fast(r.request.asset, r.plan.level) for r in readings),
         )
-        groups = _groups(readings)
+        groups = _groups(readings, layouts)
+        kept = [(request, layouts.plan(request)) for request in keep]
         for at, group in enumerate(groups):
-            rest = [reading for later in groups[at + 1 :] for reading in later]
-            self._read(group, rest, keep)
+            rest = [(r.request, r.plan) for later in groups[at + 1 :] for r in later]
+            self._read(group, [*rest, *kept], layouts)
 
     def _read(
-        self, readings: Sequence[PendingRead], rest: Sequence[PendingRead], keep: Sequence[Request]
+        self, readings: Sequence[PendingRead], rest: Sequence[tuple[Request, ReadPlan]], layouts: Layouts
     ) -> None:
-        """Read some of a batch; what the rest of it and ``keep`` need of the same tiles is kept."""
+        """Read some of a batch; what the rest needs of the same tiles is kept."""
         for reading in readings:
             reading.prepare()
-        wants = wanted(readings)
-        planned = [(r.request, r.plan) for r in rest] + [(request, plan_read(request)) for request in keep]
-        soon = needed_soon(planned, wants)
+        wants = wanted(readings, layouts)
+        soon = needed_soon(rest, wants, layouts)
         call = _Call()
         try:
             for reading in readings:
@@ -242,11 +247,11 @@ def _land(want: Want, call: _Call, pixels: Pixels) -> None:
     call.landed(want)
 
 
-def _groups(readings: Sequence[PendingRead]) -> list[list[PendingRead]]:
+def _groups(readings: Sequence[PendingRead], layouts: Layouts) -> list[list[PendingRead]]:
     """Put readings into groups whose source pixels fit SOURCE_BYTES; those that are copied need none."""
     groups: list[list[PendingRead]] = [[]]
     held = 0
-    for reading in (part for whole in readings for part in whole.split(SOURCE_BYTES)):
+    for reading in (part for whole in readings for part in whole.split(SOURCE_BYTES, layouts)):
         cost = reading.source_bytes
         if held and held + cost > SOURCE_BYTES:
             groups.append([])

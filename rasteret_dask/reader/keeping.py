@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.reader.levels import LevelFrame, flipped, rect_tiles
+from rasteret_dask.reader.layout import Layouts
+from rasteret_dask.reader.levels import LevelFrame, flipped
 from rasteret_dask.reader.pixelgrid import Rect, union
 from rasteret_dask.reader.readplan import ReadPlan, Request
 from rasteret_dask.reader.sharing import SHARED, Keep, Key
@@ -121,16 +122,14 @@ def _needed(later: Later, record: str, frame: LevelFrame, tile: Rect, reach: int
     return Keep(flipped(part.cut(rect), frame), frozenset(numbers.tolist()), later.finished, later.number)
 
 
-def needed_soon(requests: Iterable[tuple[Request, ReadPlan]], wants: Mapping[Key, Want]) -> dict[Key, Rect]:
+def needed_soon(
+    requests: Iterable[tuple[Request, ReadPlan]], wants: Mapping[Key, Want], layouts: Layouts
+) -> dict[Key, Rect]:
     """Return which part of the wanted tiles further requests need, rows in the file's order."""
     found: dict[Key, Rect] = {}
     for request, plan in requests:
-        asset = request.asset
-        level = asset.levels[plan.level]
-        for rect in plan.rects:
-            for tile in rect_tiles(level, plan.frame, rect):
-                key = key_of(asset, plan.level, tile)
-                if key in wants:
-                    part = flipped(rect, plan.frame).cut(wants[key].rect)
-                    found[key] = union([found[key], part]) if key in found else part
+        for tile, part in layouts.layout(request, plan).items():
+            key = key_of(request.asset, plan.level, tile)
+            if key in wants:
+                found[key] = union([found[key], part.need]) if key in found else part.need
     return found

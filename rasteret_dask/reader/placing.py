@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -15,17 +15,18 @@ from rasterio.errors import RasterioError
 
 from rasteret_dask.errors import ReadError
 from rasteret_dask.headers.nodata import INEXACT, Number
-from rasteret_dask.reader.levels import flipped, has_mask
+from rasteret_dask.reader.layout import Cut, Layouts, TilePart
+from rasteret_dask.reader.levels import has_mask
 from rasteret_dask.reader.pixelgrid import Rect
 from rasteret_dask.reader.ranges import subject
 from rasteret_dask.reader.rasterfile import read_error
-from rasteret_dask.reader.readplan import ReadPlan, Request, plan_read
+from rasteret_dask.reader.readplan import ReadPlan, Request
 from rasteret_dask.reader.sharing import Pixels
 from rasteret_dask.reader.warp import SourceBlock, valid_pixels, warp_block
 from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.tables import Turn
 
-__all__ = ["Block", "Clipped", "Out", "PendingRead"]
+__all__ = ["BandTile", "Block", "Clipped", "LandedTile", "Out", "PendingRead", "place"]
 
 
 @dataclass(slots=True)
@@ -101,20 +102,77 @@ class Clipped(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Target:
-    """An array that tiles are pasted into; its first pixel is (row, col) of the level, rows from the north."""
+class _Source:
+    """Source pixels of a window that is to be warped, rows from the north."""
 
     values: NDArray[Any]
     valid: NDArray[np.bool_] | None
-    """True where valid; None where the array is only to be warped and has no mask."""
-    row: int
-    col: int
-    common: bool = False
-    """Whether others narrow ``valid`` too."""
+    """True where valid; None where the file has no mask."""
 
-    def at(self, rect: Rect) -> tuple[slice, slice]:
-        """Return where a rectangle of the level lies in the array."""
-        return np.s_[rect.row0 - self.row : rect.row1 - self.row, rect.col0 - self.col : rect.col1 - self.col]
+
+class BandTile(NamedTuple):
+    """What windows need of one band of a tile that has come, rows in the file's order."""
+
+    values: NDArray[Any]
+    """Stored numbers, shape (row, col)."""
+    mask: NDArray[np.bool_] | None
+    """Same shape: True where the file's mask says so; None: everywhere."""
+    has_nodata: bool
+    """Whether some of them may be nodata or NaN."""
+    span: tuple[float, float] | None
+    """A least and a greatest number between which all of them lie; None: nobody has looked."""
+
+
+class LandedTile:
+    """What windows need of all bands of a tile that has come; nodata and masks are looked for once, not once a window.
+
+    Parameters
+    ----------
+    pixels
+        The tile, or a part of it.
+    need
+        What windows need of it.
+    bands
+        How many bands are going to be asked for.
+    """
+
+    def __init__(self, pixels: Pixels, need: Rect, bands: int) -> None:
+        row, col = pixels.rect.row0, pixels.rect.col0
+        at = (slice(need.row0 - row, need.row1 - row), slice(need.col0 - col, need.col1 - col))
+        self._values = pixels.values[:, *at]
+        self._mask = None if pixels.mask is None else pixels.mask[..., *at]
+        self._shared = 2 * bands > len(self._values)
+        """Whether one look at all bands, which lie together, is cheaper than a look at each that is wanted."""
+        self._spans: dict[int | None, tuple[float, float]] = {}
+        self._masks: dict[tuple[int, int | None], NDArray[np.bool_] | None] = {}
+
+    def band(self, reading: PendingRead, sample: int) -> BandTile:
+        """Return one band for a reading."""
+        values, mask = self._values[sample], self._seen(sample, reading.request.asset.alpha)
+        if not reading.looks or values.dtype.kind not in "iub":
+            return BandTile(values, mask, reading.looks, None)
+        if reading.nodata is None or not values.size:
+            return BandTile(values, mask, False, None)
+        span = self._span(sample)
+        return BandTile(values, mask, bool(span[0] <= reading.nodata <= span[1]), span)
+
+    def _span(self, sample: int) -> tuple[float, float]:
+        at = None if self._shared else sample
+        if at not in self._spans:
+            values = self._values if at is None else self._values[at]
+            self._spans[at] = extremes(values)
+        return self._spans[at]
+
+    def _seen(self, sample: int, alpha: int | None) -> NDArray[np.bool_] | None:
+        """Return where the file's mask and its alpha channel call pixels valid; None: everywhere."""
+        mask = self._mask if self._mask is None or self._mask.ndim == 2 else self._mask[sample]
+        key = (0 if mask is self._mask else sample, alpha)
+        if key not in self._masks:
+            if alpha is not None and len(self._values) > 1:  # all bands lie in the tile
+                opaque = self._values[alpha] != 0
+                mask = opaque if mask is None else mask & opaque
+            self._masks[key] = None if mask is None or mask.all() else mask
+        return self._masks[key]
 
 
 @dataclass(slots=True)
@@ -124,16 +182,15 @@ class PendingRead:
     request: Request
     plan: ReadPlan
     out: Out
-    nodata: Number | None
-    blocks: list[_Target] = field(default_factory=list)
+    blocks: list[_Source] = field(default_factory=list)
     """Per window, the source pixels that are to be warped; none where pixels are copied."""
     pending: int = 0
     _lock: Lock = field(default_factory=Lock)
 
-    @classmethod
-    def planned(cls, request: Request, out: Out) -> PendingRead:
-        """Plan a request."""
-        return cls(request, plan_read(request), out, request.asset.nodata)
+    @property
+    def nodata(self) -> Number | None:
+        """The number that stands for nothing."""
+        return self.request.asset.nodata
 
     @property
     def source_bytes(self) -> int:
@@ -143,7 +200,7 @@ class PendingRead:
         size = np.dtype(self.request.asset.dtype).itemsize + int(has_mask(self.request.asset))
         return sum(height * width for height, width in (rect.shape for rect in self.plan.rects)) * size
 
-    def split(self, nbytes: int) -> Iterator[PendingRead]:
+    def split(self, nbytes: int, layouts: Layouts) -> Iterator[PendingRead]:
         """Yield the reading in parts of some windows, whose source pixels fit; one window is the least."""
         windows = len(self.request.windows)
         most = max(1, windows * nbytes // max(self.source_bytes, 1))
@@ -152,53 +209,43 @@ class PendingRead:
             return
         for at in range(0, windows, most):
             some = slice(at, at + most)
-            request = replace(self.request, windows=self.request.windows[some])
-            plan = replace(self.plan, rects=self.plan.rects[some])
-            yield PendingRead(request, plan, self.out.part(some), self.nodata)
+            request, plan = layouts.part(self.request, self.plan, some)
+            yield PendingRead(request, plan, self.out.part(some))
 
     @property
     def bent(self) -> bool:
         """Whether pixels are resampled, not copied."""
         return self.plan.corner is None
 
-    def need(self, number: int, tile: Rect) -> Rect:
-        """Return the part of a tile that the window of this number wants, rows in the file's order."""
-        return flipped(self.plan.rects[number], self.plan.frame).cut(tile)
+    @property
+    def looks(self) -> bool:
+        """Whether nodata is looked for as tiles come; without a mask a warp finds it by itself."""
+        return not self.bent or has_mask(self.request.asset)
 
-    def paste(self, number: int, tile: Rect, pixels: Pixels, sample: int) -> None:
-        """Copy a window's part of a tile to its place, turned northwards, with its validity."""
-        own, rect = self.need(number, tile), pixels.rect
-        rows = slice(own.row0 - rect.row0, own.row1 - rect.row0)
-        cols = slice(own.col0 - rect.col0, own.col1 - rect.col0)
-        values, mask = pixels.values[sample, rows, cols], pixels.mask
-        if mask is not None:
-            mask = mask[rows, cols] if mask.ndim == 2 else mask[sample, rows, cols]
-        alpha = self.request.asset.alpha
-        if alpha is not None and len(pixels.values) > 1:  # all bands lie in the tile
-            seen = pixels.values[alpha, rows, cols] != 0
-            mask = seen if mask is None else mask & seen
-        if self.plan.frame.flipped:
-            values, mask = values[::-1], None if mask is None else mask[::-1]
-        self._put(number, own, values, mask)
+    def absent(self, need: Rect) -> BandTile:
+        """Return the pixels of a tile that is not in the file: nodata, or zeros where the file has none."""
+        absent = np.dtype(self.request.asset.dtype).type(0 if self.nodata is None else self.nodata)
+        return BandTile(
+            np.broadcast_to(absent, need.shape), None, self.nodata is not None and self.looks, None
+        )
 
-    def absent(self, number: int, tile: Rect) -> None:
-        """Fill a window's part of a tile that is not in the file: nodata, or zeros where the file has none."""
-        own = self.need(number, tile)
-        absent = 0 if self.nodata is None else self.nodata
-        self._put(number, own, np.full(own.shape, absent, self.request.asset.dtype), None)
-
-    def void(self, number: int, tile: Rect) -> None:
-        """Make a window's part of a tile invalid that cannot be read."""
-        if self.out.lost is not None:
-            self.out.lost.add(self.out.first + number)
-        own, target = self.need(number, tile), self._target(number)
-        at = target.at(flipped(own, self.plan.frame))
-        with self._lock:
-            if target.valid is None and self.nodata is None and target.values.dtype.kind not in "fc":
-                target.valid = np.ones(target.values.shape, np.bool_)
-        if target.valid is not None:
-            _mark(target.valid[at], np.zeros(own.shape, np.bool_), target.common)
-        target.values[at] = self._empty(target.values.dtype)
+    def void(self, part: TilePart) -> None:
+        """Make every window's part of a tile invalid that cannot be read."""
+        for number, _, at in part.cuts:
+            if self.out.lost is not None:
+                self.out.lost.add(self.out.first + number)
+            if not self.bent:
+                values = self.out.values[number][at]
+                _mark(self.out.valid[number][at], np.zeros(values.shape, np.bool_), self.out.shares(number))
+            else:
+                source = self.blocks[number]
+                values = source.values[at]
+                with self._lock:
+                    if source.valid is None and self.nodata is None and values.dtype.kind not in "fc":
+                        source.valid = np.ones(source.values.shape, np.bool_)
+                if source.valid is not None:
+                    source.valid[at] = False
+            values[...] = self._empty(values.dtype)
 
     def landed(self) -> bool:
         """Note that a tile has come, or will not; return whether it was the last."""
@@ -265,20 +312,13 @@ class PendingRead:
         for i, (window, rect) in enumerate(zip(self.request.windows, plan.rects, strict=True)):
             if self.bent:
                 mask = np.zeros(rect.shape, dtype=np.bool_) if has_mask(asset) else None
-                self.blocks.append(_Target(np.empty(rect.shape, asset.dtype), mask, rect.row0, rect.col0))
-            elif rect.shape != (window.height, window.width):
+                self.blocks.append(_Source(np.empty(rect.shape, asset.dtype), mask))
+            elif plan.corner is not None and rect.shape != (window.height, window.width):
                 inside = np.zeros((window.height, window.width), dtype=np.bool_)
-                inside[self._target(i).at(rect)] = not rect.empty
+                row, col = window.row - plan.corner[0], window.col - plan.corner[1]
+                inside[rect.row0 - row : rect.row1 - row, rect.col0 - col : rect.col1 - col] = not rect.empty
                 out.values[i][...] = self._empty(out.values[i].dtype)
                 _mark(out.valid[i], inside, out.shares(i))
-
-    def _target(self, number: int) -> _Target:
-        if self.plan.corner is None:
-            return self.blocks[number]
-        window, out, (row, col) = self.request.windows[number], self.out, self.plan.corner
-        return _Target(
-            out.values[number], out.valid[number], window.row - row, window.col - col, out.shares(number)
-        )
 
     def _empty(self, dtype: np.dtype[Any]) -> Any:
         """Return what a pixel holds that is not there to read."""
@@ -288,28 +328,46 @@ class PendingRead:
             return dtype.type(self.nodata)
         return dtype.type(np.nan if dtype.kind in "fc" else 0)
 
-    def _put(self, number: int, own: Rect, values: NDArray[Any], mask: NDArray[np.bool_] | None) -> None:
-        """Put stored numbers to their place in the output, or into a block that is going to be warped."""
-        target = self._target(number)
-        at = target.at(flipped(own, self.plan.frame))
-        known = mask
-        if not self.bent or target.valid is not None:
-            known = _known(values, self.nodata, mask)
-        if not self.bent:
-            plain = self.out.turn is None and self.request.decode is None and values.dtype.kind in "iub"
-            holds = plain and mask is None and self.nodata == self.out.fill  # what is invalid holds the fill
-            if holds:
-                target.values[at] = values
-            else:
-                known = self._store(number, at, target.values[at], values, known)
-        if target.valid is not None:
-            _mark(target.valid[at], known, target.common)
-        if not self.bent:
-            return
-        target.values[at] = values
-        if target.valid is None and values.dtype.kind in "fc" and self.nodata is not None:
+    def put(self, cut: Cut, tile: BandTile) -> NDArray[np.bool_] | None:
+        """Put a window's part of a band to its place in the output, or into a block that is going to be warped.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            Where its pixels are valid, rows from the north; None: everywhere, or nobody has looked.
+        """
+        number, inside, at = cut
+        values, known = tile.values[inside], None if tile.mask is None else tile.mask[inside]
+        if tile.has_nodata:
+            numbers = valid_pixels(values, self.nodata)
+            known = numbers if known is None else known & numbers
+        if known is not None and known.all():
+            known = None
+        if self.plan.frame.flipped:
+            values, known = values[::-1], None if known is None else known[::-1]
+        if self.bent:
+            self._gather(number, at, values, known)
+            return known
+        place = self.out.values[number][at]
+        plain = self.out.turn is None and self.request.decode is None and values.dtype.kind in "iub"
+        if plain and tile.mask is None and self.nodata == self.out.fill:  # what is invalid holds the fill
+            place[...] = values
+            return known
+        return self._store(number, at, place, values, known, tile.span)
+
+    def _gather(
+        self, number: int, at: tuple[slice, slice], values: NDArray[Any], known: NDArray[np.bool_] | None
+    ) -> None:
+        """Put stored numbers into a block that is going to be warped."""
+        source = self.blocks[number]
+        source.values[at] = values
+        if source.valid is not None:
+            if not self.looks:  # its validity was made because another tile cannot be read
+                known = valid_pixels(values, self.nodata)
+            source.valid[at] = True if known is None else known
+        elif values.dtype.kind in "fc" and self.nodata is not None:
             # or NaN, and other spellings of FLT_MAX, would spread through the kernel
-            target.values[at][~valid_pixels(values, self.nodata)] = self.nodata
+            source.values[at][~valid_pixels(values, self.nodata)] = self.nodata
 
     def _store(
         self,
@@ -318,10 +376,11 @@ class PendingRead:
         place: NDArray[Any],
         values: NDArray[Any],
         valid: NDArray[np.bool_] | None,
+        span: tuple[float, float] | None = None,
     ) -> NDArray[np.bool_] | None:
         """Write stored numbers in the output's terms to a part of a window; return where they are valid, None: all."""
         if self.out.turn is not None:
-            return self._note(number, at, *self.out.turn.write(place, values, valid))
+            return self._note(number, at, *self.out.turn.write(place, values, valid, span))
         if self.request.decode is not None:
             place[...] = _decoded(self.request, values, valid)
             return valid
@@ -356,6 +415,11 @@ def _decoded(request: Request, values: NDArray[Any], valid: NDArray[np.bool_] | 
     return decoded
 
 
+def extremes(values: NDArray[Any]) -> tuple[float, float]:
+    """Return the least and the greatest number: a fraction of the price of comparing all with nodata."""
+    return values.min(), values.max()
+
+
 _COMMON = Lock()
 """Held while shared validity is narrowed: bands of one chip come on several threads."""
 
@@ -368,19 +432,37 @@ def _renew() -> None:
 os.register_at_fork(after_in_child=_renew)
 
 
-def _known(
-    values: NDArray[Any], nodata: Number | None, mask: NDArray[np.bool_] | None
-) -> NDArray[np.bool_] | None:
-    """Return where stored numbers are valid; None: everywhere."""
-    if values.dtype.kind in "iub" and not _reaches(values, nodata):
-        return mask
-    known = valid_pixels(values, nodata)
-    return known if mask is None else known & mask
+def place(readings: Sequence[PendingRead], part: TilePart, tiles: Sequence[BandTile]) -> None:
+    """Put what windows take of a tile to its places: window by window, all bands of each.
 
+    Parameters
+    ----------
+    readings
+        Bands that are read for the same windows.
+    part
+        What the windows take.
+    tiles
+        Per reading, its band.
 
-def _reaches(values: NDArray[Any], number: Number | None) -> bool:
-    """Tell whether a number lies between the least and the greatest value: a fraction of the price of comparing all."""
-    return number is not None and values.size > 0 and bool(values.min() <= number <= values.max())
+    Notes
+    -----
+    Bands that lie together in a tile are taken from the same lines of memory, so the window is the outer loop. Bands
+    that share a window's validity narrow it together, once.
+    """
+    for cut in part.cuts:
+        narrowed: dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
+        for reading, tile in zip(readings, tiles, strict=True):
+            known = reading.put(cut, tile)
+            if reading.bent:
+                continue
+            valid = reading.out.valid[cut.window]
+            if not reading.out.shares(cut.window):
+                valid[cut.place] = True if known is None else known
+            elif known is not None:
+                before = narrowed.get(id(valid))
+                narrowed[id(valid)] = valid, known if before is None else before[1] & known
+        for valid, known in narrowed.values():
+            _mark(valid[cut.place], known, common=True)
 
 
 def _mark(valid: NDArray[np.bool_], known: NDArray[np.bool_] | None, common: bool) -> None:

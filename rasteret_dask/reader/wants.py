@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rasteret_dask.errors import ReadError
-from rasteret_dask.reader.levels import is_chunky, rect_tiles, sparse_tiles, tile_rect
+from rasteret_dask.reader.layout import Layouts, TilePart
+from rasteret_dask.reader.levels import is_chunky, sparse_tiles
 from rasteret_dask.reader.pixelgrid import Rect, union
-from rasteret_dask.reader.placing import PendingRead
+from rasteret_dask.reader.placing import LandedTile, PendingRead, place
 from rasteret_dask.reader.ranges import subject
 from rasteret_dask.reader.sharing import Key, Pixels
 from rasteret_dask.table.records import Asset
@@ -25,40 +26,52 @@ class Want:
     """Index into ``asset.levels``."""
     rect: Rect
     """The tile's pixels, rows in the file's order."""
-    readings: list[tuple[PendingRead, int, list[int]]] = field(default_factory=list)
-    """Reading, which sample of the tile, and the numbers of its windows."""
+    readings: list[tuple[PendingRead, int, TilePart]] = field(default_factory=list)
+    """Reading, which sample of the tile, and what its windows take of it."""
 
     def need(self) -> Rect:
         """Return the part that is wanted, rows in the file's order."""
-        return union(reading.need(n, self.rect) for reading, _, numbers in self.readings for n in numbers)
+        parts = {id(part): part for _, _, part in self.readings}
+        return union(part.need for part in parts.values())
 
-    def add(self, reading: PendingRead, sample: int, number: int) -> None:
-        """Want the tile for one more window."""
-        if self.readings and self.readings[-1][0] is reading:
-            self.readings[-1][2].append(number)
-        else:
-            self.readings.append((reading, sample, [number]))
-            reading.pending += 1
+    def add(self, reading: PendingRead, sample: int, part: TilePart) -> None:
+        """Want the tile for one more reading."""
+        self.readings.append((reading, sample, part))
+        reading.pending += 1
 
     def paste(self, pixels: Pixels) -> None:
-        """Copy every window's part of the tile to its place."""
-        for reading, sample, numbers in self.readings:
-            for number in numbers:
-                reading.paste(number, self.rect, pixels, sample)
+        """Copy every window's part of the tile to its place: window by window, all bands of each."""
+        together: dict[int, list[tuple[PendingRead, int, TilePart]]] = {}
+        for entry in self.readings:
+            together.setdefault(id(entry[2]), []).append(entry)
+        for entries in together.values():
+            part = entries[0][2]
+            tile = LandedTile(pixels, part.need, len(entries))
+            place(
+                [reading for reading, _, _ in entries],
+                part,
+                [tile.band(r, sample) for r, sample, _ in entries],
+            )
 
     def void(self) -> None:
         """Make every window's part of the tile invalid."""
-        for reading, _, numbers in self.readings:
-            for number in numbers:
-                reading.void(number, self.rect)
+        for reading, _, part in self.readings:
+            reading.void(part)
 
     def landed(self) -> list[PendingRead]:
         """Note that the tile has come, or will not; return the readings for which it was the last."""
         return [reading for reading, _, _ in self.readings if reading.landed()]
 
 
-def wanted(readings: Sequence[PendingRead]) -> dict[Key, Want]:
+def wanted(readings: Sequence[PendingRead], layouts: Layouts) -> dict[Key, Want]:
     """Return the tiles that readings want; tiles that are not in the file are filled in on the way.
+
+    Parameters
+    ----------
+    readings
+        Of one batch.
+    layouts
+        Those of the batch.
 
     Raises
     ------
@@ -73,16 +86,15 @@ def wanted(readings: Sequence[PendingRead]) -> dict[Key, Want]:
         if asset.band_index >= max(level.samples, 1):
             raise ReadError(subject(asset, "planning its read"), f"band {asset.band_index + 1}, counted from 1",
                             f"one of the file's {level.samples}", "Build its record anew.")  # fmt: skip
-        for number, rect in enumerate(plan.rects):
-            for tile in rect_tiles(level, plan.frame, rect):
-                if tile in sparse:
-                    reading.absent(number, tile_rect(level, tile))
-                    continue
-                key = key_of(asset, plan.level, tile)
-                want = wants.get(key)
-                if want is None:
-                    want = wants[key] = Want(asset, plan.level, tile_rect(level, tile))
-                want.add(reading, sample, number)
+        for tile, part in layouts.layout(reading.request, plan).items():
+            if tile in sparse:
+                place([reading], part, [reading.absent(part.need)])
+                continue
+            key = key_of(asset, plan.level, tile)
+            want = wants.get(key)
+            if want is None:
+                want = wants[key] = Want(asset, plan.level, part.rect)
+            want.add(reading, sample, part)
     return wants
 
 

@@ -25,7 +25,11 @@ class Turn:
     store: StoredForm
 
     def write(
-        self, place: NDArray[Any], stored: NDArray[Any], valid: NDArray[np.bool_] | None
+        self,
+        place: NDArray[Any],
+        stored: NDArray[Any],
+        valid: NDArray[np.bool_] | None,
+        span: tuple[float, float] | None = None,
     ) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
         """Write stored numbers as the output holds them.
 
@@ -37,6 +41,8 @@ class Turn:
             Same shape, as they stand in the file.
         valid
             Same shape; None: all are. Other pixels become the fill.
+        span
+            A least and a greatest number between which the stored ones lie, where somebody has looked.
 
         Returns
         -------
@@ -55,7 +61,7 @@ class Turn:
         else:
             place[...] = np.take(table.values, number, mode="clip")
         clipped = None
-        if not table.is_plain(stored):
+        if not table.is_plain(stored, span):
             if table.void is not None and (void := table.void[number]).any():
                 valid = ~void if valid is None else valid & ~void
             if table.clipped is not None:
@@ -115,9 +121,11 @@ class _Table:
     """From here to ``high`` no number is clipped or void."""
     high: float
 
-    def is_plain(self, stored: NDArray[Any]) -> bool:
+    def is_plain(self, stored: NDArray[Any], span: tuple[float, float] | None) -> bool:
         """Tell whether none of some numbers is clipped or void: two passes that cost a tenth of looking them up."""
         if self.clipped is None and self.void is None:
+            return True
+        if span is not None and self.low <= span[0] and span[1] <= self.high:
             return True
         return stored.size == 0 or bool(self.low <= stored.min() and stored.max() <= self.high)
 

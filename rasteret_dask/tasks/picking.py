@@ -68,8 +68,9 @@ class Picking:
         if values is None:
             values = np.empty((n, plan.times, len(plan.bands), size, size), dtype=plan.dtype)
         if valid is None:
-            valid = np.empty((n, plan.times, size, size), dtype=bool)
-        valid[...] = False
+            valid = np.zeros((n, plan.times, size, size), dtype=bool)
+        else:
+            valid[...] = False
         chips = ChipPixels(
             values,
             valid,
@@ -325,7 +326,7 @@ class Picking:
         for (row, _), entries in by_cube.items():
             lazy = self._cubes(row)
             places = {e: lazy.window(int(feed.chip[e])) for e in entries}
-            cube = places[entries[0]][0]
+            cube, whole = places[entries[0]][0], tuple(window for _, window in places.values())
             for band, unit, at in self._bands(lazy.member, scoring):
                 asset = cube.assets.get((row, band))
                 if asset is None:  # the footprint touches the chip, the raster does not
@@ -335,7 +336,8 @@ class Picking:
                 how = (band, decode, resampling)
                 new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), how)]
                 if new:
-                    windows = tuple(places[e][1] for e in new)
+                    # one tuple for all bands: they are laid out once
+                    windows = whole if len(new) == len(entries) else tuple(places[e][1] for e in new)
                     request = Request(asset, cube.grid, windows, resampling, decode)
                     wanted.append(Wanted(request, lazy.member, at, new))
         return wanted
