@@ -168,6 +168,8 @@ class StoredChips:
         """Return the chips lazily, a Dask chunk a shard: a Dataset, or a DataTree with a node a source.
 
         Values are as stored, like those of :meth:`Chips.to_xarray`: attributes hold scale and fill.
+        ``xr.open_zarr(store, chunks={"chip": n})`` has the same chunks where n is the attribute ``chips_per_shard`` of
+        the group; without ``chunks`` xarray makes a chunk, and Dask a task, of each chip.
         """
         return self._as_xarray(lazy=True)
 

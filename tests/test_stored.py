@@ -409,3 +409,19 @@ def test_what_is_no_list_of_ids_and_no_batch_is_refused(stores: dict[str, tuple[
         rd.as_xarray(opened.take(ids[:2]), {"s2": ("red",)})
     with pytest.raises(PlanError, match="filter: found no chip left"):
         opened.filter(chip_id="zz")
+
+
+def test_a_group_tells_how_many_chips_a_dask_chunk_needs_to_be_a_shard(
+    stores: dict[str, tuple[rd.Chips, Path]],
+) -> None:
+    _, path = stores["joined"]
+    opened = open_chips(path)
+    for split in ("train", "val", "test"):
+        sizes = tuple(s.chips for s in opened.stored.map.shards if s.split == split)
+        for source in ("optical", "embeddings"):
+            group = f"{split}/{source}"
+            n = zarr.open_group(path, path=group, mode="r").attrs["chips_per_shard"]
+            dataset = xr.open_zarr(path, group=group, chunks={"chip": n})
+            assert dataset["pixels"].chunks[0] == sizes, group
+            assert zarr.open_array(path, path=f"{group}/pixels", mode="r").shards[0] == n
+    assert max(s.number for s in opened.stored.map.shards) > 0  # else the sizes tell nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import urllib.request
 from collections import Counter
@@ -351,9 +352,39 @@ def test_a_chip_is_a_get_an_array_and_a_shard_is_a_get_an_object(
     arrays = ("optical/pixels", "optical/valid", "embeddings/pixels")
     opened.take([ids[2], ids[9], ids[4]])
     times = {("optical/datetime", "whole"): 1, ("embeddings/datetime", "whole"): 1}
-    assert asked() == {**{(name, "part"): 3 + 1 for name in arrays}, **times}
-    opened.take([ids[2], ids[11]])
-    assert asked() == {(name, "part"): 2 for name in arrays}
+    store = folder / "big" / "train"
+    group = json.loads((store / "optical" / "zarr.json").read_text())
+    full = group["attributes"]["chips_per_shard"]
+
+    def spans(name: str, chips: list[int]) -> Counter[int]:
+        """Return the bytes of each request that chosen chips need, as the shard's own index says."""
+        (path,) = (f for f in (store / name / "c" / "0").glob("**/0") if f.is_file())
+        index = np.frombuffer(path.read_bytes()[-16 * full - 4 : -4], "<u8").reshape(-1, 2)
+        stored = sorted(index[c].tolist() for c in chips if index[c, 0] != 2**64 - 1)
+        runs: list[list[int]] = []
+        for start, length in stored:
+            if runs and start - runs[-1][1] <= 32 * 1024:
+                runs[-1][1] = start + length
+            else:
+                runs.append([start, start + length])
+        return Counter(stop - start for start, stop in runs)
+
+    def heard_bytes(name: str) -> Counter[int]:
+        """Return the bytes of each request for an array, its index apart."""
+        tail = 16 * full + 4
+        sent = Counter(a.nbytes for a in log if f"/{name}/c/" in a.path)
+        sent.pop(tail, None)
+        return +sent
+
+    for name in arrays:
+        assert heard_bytes(name) == spans(name, [2, 9, 4]), name
+        assert len(spans(name, [2, 3, 4])) == 1
+    assert times.items() <= asked().items()
+    opened.take([ids[2], ids[len(ids) - 3], ids[4]])
+    for name in arrays:
+        assert heard_bytes(name) == spans(name, [2, len(ids) - 3, 4]), name
+    assert sum(spans("optical/pixels", [2, len(ids) - 3, 4]).values()) == 2  # too far apart for one request
+    assert asked().keys() == {(name, "part") for name in arrays}
     opened.take(ids)
     assert asked() == {(name, "whole"): 1 for name in arrays}
     list(opened.stream(7, shuffle=1, epochs=2))

@@ -12,6 +12,7 @@ from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import FILLED, MASK
+from rasteret_dask.store.encode import CHIPS_PER_SHARD
 from rasteret_dask.store.stored import Stored, facts
 from rasteret_dask.store.storemap import StoredGroup
 from rasteret_dask.store.storeread import read_rows
@@ -20,6 +21,9 @@ __all__ = ["to_xarray"]
 
 _PIXELS = ("pixels", "valid", MASK)
 _PER_CHIP = (*_PIXELS, "valid_fraction", FILLED, "datetime", "member")
+
+_OF_STORE = ("coordinates", "kinds", "rasteret_dask", CHIPS_PER_SHARD)
+"""Attributes of a group that say how it is stored, not what its chips are."""
 
 
 def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:
@@ -62,7 +66,7 @@ def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Da
     if "time" in group.arrays:
         stamps = chips.map.values(group.arrays["time"]).view("datetime64[us]")
         coordinates["time"] = ("time", stamps.astype("datetime64[ns]"))
-    attrs = {k: v for k, v in group.attrs.items() if k not in ("coordinates", "kinds", "rasteret_dask")}
+    attrs = {k: v for k, v in group.attrs.items() if k not in _OF_STORE}
     dataset = xr.Dataset(data, coordinates, attrs)
     for name in ("pixels", MASK):
         if name in data:

@@ -22,6 +22,7 @@ from rasteret_dask.net.limits import workers
 from rasteret_dask.net.sums import crc32_of
 
 __all__ = [
+    "CHIPS_PER_SHARD",
     "MALFORMED",
     "Compression",
     "Encoding",
@@ -44,6 +45,9 @@ MAX_NBYTES = 2**31 - 1
 
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 """What a document raises where it is JSON, but not what was written."""
+
+CHIPS_PER_SHARD = "chips_per_shard"
+"""Attribute of a group: the Dask chunk, in chips, that reads each of its shards in one piece."""
 
 ABSENT = 2**64 - 1  # offset and length of an inner chunk that is not there: all of it is fill
 

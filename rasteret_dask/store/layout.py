@@ -15,7 +15,7 @@ from zarr.storage import MemoryStore
 
 from rasteret_dask.chipping.chiptable import FILLED, MASK, label_columns, label_fields
 from rasteret_dask.formats import MEANING, STORE
-from rasteret_dask.store.encode import Compression, compressors
+from rasteret_dask.store.encode import CHIPS_PER_SHARD, Compression, compressors
 from rasteret_dask.store.ledger import JOB, TO_ZARR
 from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks.filtering import KEPT
@@ -131,6 +131,7 @@ class Layout:
             {
                 "coordinates": " ".join((_COORDINATES, *kept, *own)),
                 **self.attrs.get(self.job.sources[source].name, {}),
+                CHIPS_PER_SHARD: per,
                 "kinds": list(out.kind_names),  # as the array: what opens a store needs no request more
                 **({CLASSES: out.classes} if out.classes else {}),
             }

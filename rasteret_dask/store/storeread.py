@@ -1,4 +1,4 @@
-"""Variables of any chips of a finished store: whole shards, or single gets at the same time."""
+"""Variables of any chips of a finished store: whole shards, or ranges of neighbouring chips at the same time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import BUDGET, host_of, pool, workers
 from rasteret_dask.net.sums import crc32_of
+from rasteret_dask.reader.ranges import Part, Span, coalesced
 from rasteret_dask.store import decode
 from rasteret_dask.store.encode import ABSENT, Encoding
 from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, digest_of
@@ -60,10 +61,8 @@ def read_rows(
     for part, begun, target, at in under_way:
         index = begun.result()
         if index is not None:
-            rest += [
-                threads.submit(_single_into, part, index, number, target, place)
-                for number, place in enumerate(at.tolist())
-            ]
+            target[at[index.absent]] = part.encoding.fill
+            rest += [threads.submit(_span_into, part, index, span, target, at) for span in index.spans()]
     for one in rest:
         one.result()
     return {key: v.view("datetime64[us]") if key[1] == "datetime" else v for key, v in out.items()}
@@ -92,15 +91,19 @@ def fetch(
     parts = _parts(store, shard, chips, names)
     begun = {key: threads.submit(part.begin) for key, part in parts.items()}
     found: dict[tuple[str, str], Packed] = {}
-    rest: dict[tuple[str, str], list[Future[Any]]] = {}
+    rest: dict[tuple[str, str], list[Future[list[tuple[int, Any]]]]] = {}
     for key, future in begun.items():
         first = future.result()
         if isinstance(first, Packed):
             found[key] = first
         else:
-            rest[key] = [threads.submit(parts[key].single, first, number) for number in range(len(chips))]
-    for key, singles in rest.items():
-        found[key] = parts[key].packed([one.result() for one in singles])
+            rest[key] = [threads.submit(parts[key].get, first, span) for span in first.spans()]
+    for key, spans in rest.items():
+        pieces: list[Any] = [None] * len(chips)
+        for one in spans:
+            for number, data in one.result():
+                pieces[number] = data
+        found[key] = parts[key].packed(pieces)
     return found
 
 
@@ -130,8 +133,12 @@ def _begin_into(part: _Part, out: NDArray[Any], places: NDArray[np.int64]) -> _I
     return None
 
 
-def _single_into(part: _Part, index: _Index, number: int, out: NDArray[Any], place: int) -> None:
-    part.packed([part.single(index, number)]).into(0, out, place)
+def _span_into(
+    part: _Part, index: _Index, span: Span[int], out: NDArray[Any], places: NDArray[np.int64]
+) -> None:
+    with BUDGET.hold(span.length):
+        for number, data in part.get(index, span):
+            part.packed([data]).into(0, out, int(places[number]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +200,20 @@ class _Index:
     """Shape (chip, 2): offset and length; ABSENT where a chip is not stored."""
     etag: str | None
     """The version of the object that they are true of."""
+
+    @property
+    def absent(self) -> NDArray[np.bool_]:
+        """Shape (chip,). True for chips that are not stored: all of them is fill."""
+        return self.entries[:, 0] == ABSENT
+
+    def spans(self) -> list[Span[int]]:
+        """Return what to ask for: a request for chips whose bytes lie near each other."""
+        parts = [
+            Part(start, length, number)
+            for number, (start, length) in enumerate(self.entries.tolist())
+            if start != ABSENT
+        ]
+        return list(coalesced(parts))
 
 
 @lru_cache(maxsize=4096)
@@ -274,17 +295,15 @@ class _Part:
         index = decode.index_of(per, tail, item.size, item.subject)[self.chips]
         return self.packed([None if s == ABSENT else data[s : s + n] for s, n in index.tolist()])
 
-    def single(self, index: _Index, number: int) -> Any:
-        """Read the bytes of one chip by a get of its own; None where it is not stored."""
+    def get(self, index: _Index, span: Span[int]) -> list[tuple[int, Any]]:
+        """Read neighbouring chips by one get: the place of each among the chips asked for, and its bytes."""
         assert self.item is not None
-        start, length = index.entries[number].tolist()
-        if start == ABSENT:
-            return None
-        found = self.item.fetch(start, length)
+        found = self.item.fetch(span.start, span.length)
         if found.head.etag != index.etag:  # copied anew, or something else
             _index.cache_clear()
             self.item.check_store()
-        return found.data
+        data = memoryview(found.data)
+        return [(p.what, data[p.start - span.start : p.stop - span.start]) for p in span.parts]
 
     def packed(self, pieces: Sequence[Any]) -> Packed:
         """Return chips of it whose bytes are known."""
