@@ -128,7 +128,8 @@ class ReadmeJob(Work):
     def read(cls, path: Path) -> ReadmeJob:
         """Read what :meth:`write` wrote."""
         values: dict[str, Any] = json.loads(path.read_text())
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        values |= {key: tuple(v) for key, v in values.items() if isinstance(v, list)}
+        return cls(**values)
 
     @property
     def slack(self) -> float:

@@ -156,7 +156,7 @@ def one_band_assets(bands: Sequence[str], items: Sequence[dict[str, Any]]) -> li
     made = []
     for item in items:
         asset = item["assets"]["data"]
-        bands = {
+        own = {
             name: {
                 **asset,
                 "href": f"vrt:///vsicurl/{asset['href']}?bands={number}",
@@ -165,7 +165,7 @@ def one_band_assets(bands: Sequence[str], items: Sequence[dict[str, Any]]) -> li
             }
             for number, name in enumerate(bands, 1)
         }
-        made.append({**item, "assets": bands})
+        made.append({**item, "assets": own})
     return made
 
 

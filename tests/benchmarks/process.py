@@ -35,7 +35,8 @@ class Process:
     def run(
         self, contender: Contender, job: Job | ReadmeJob, settings: Settings, checkout: Path = THIS
     ) -> dict[str, Any]:
-        """Run it once; return what ``contender.measure`` returns, with ``requests``, ``nbytes`` and ``errors`` served.
+        """Run it once; return what ``contender.measure`` returns, with ``requests``, ``nbytes``, ``distinct`` and
+        ``errors`` served.
 
         A first store is kept as the job's layout, for others to write the same.
         """
@@ -58,6 +59,7 @@ class Process:
             digest, _ = started(checkout, sys.executable, "readme_digest.py", str(path))
             found |= usage | {"wall": wall, "digest": digest.strip()}
         found |= {"requests": served.requests, "nbytes": served.nbytes, "errors": served.errors}
+        found["distinct"] = served.distinct
         print(
             f"  {contender.name} {settings or ''}: {found['wall']:.2f} s, {found['cpu']:.2f} s CPU",
             file=sys.stderr,

@@ -19,6 +19,8 @@ from readme_plan import Source
 ASSETS = {"s2": ("red", "green", "blue", "nir", "scl"), "l8": ("red", "green", "blue", "nir08", "qa_pixel")}
 """Asset keys: bands in the output's order, then the quality band."""
 
+ARRAYS = tuple(f"{source}/{array}" for source in ("optical", "embeddings") for array in ("pixels", "valid"))
+
 
 @dataclass(frozen=True)
 class Ground:
@@ -50,6 +52,7 @@ class Ground:
 def write(
     job: ReadmeJob,
     plan: Sequence[tuple[tuple[Source, ...], ...]],
+    items: Mapping[str, Sequence[dict[str, Any]]],
     layers: Mapping[Source, Sequence[NDArray[Any]]],
     vectors: Sequence[NDArray[Any]],
     ground: Ground,
@@ -60,17 +63,18 @@ def write(
     ----------
     plan
         Per chip and month the records that feed it, each filling what those before leave invalid.
+    items
+        Of each sensor, for their scales and offsets.
     layers
         Per record its bands and its quality band, shape (y, x) of the ground.
     vectors
         Bands of the embeddings, shape (y, x) of the ground.
     """
-    items = job.load_items()
     chips = readme_store.bounds(Path(job.layout))
     copy_metadata(Path(job.layout), Path(job.store))
     group = zarr.open_group(job.store, mode="r+")
-    pixels, valid = (group.get(f"optical/{name}") for name in ("pixels", "valid"))
-    embedded, complete = group["embeddings/pixels"], group["embeddings/valid"]
+    arrays: dict[str, Any] = {name: group[name] for name in ARRAYS if name in group}
+    pixels, embedded = arrays["optical/pixels"], arrays["embeddings/pixels"]
     tables = {
         source: _tables(items[source.sensor][source.number], source.sensor, job.dtype) for source in layers
     }
@@ -99,15 +103,15 @@ def write(
         numbers = range(first, min(first + pixels.shards[0], len(chips)))
         block = np.stack([optical(chip) for chip in numbers])
         pixels[first : numbers.stop] = block
-        if valid is not None:
-            valid[first : numbers.stop] = (block != missing).all(2)
+        if "optical/valid" in arrays:  # floats have NaN instead
+            arrays["optical/valid"][first : numbers.stop] = (block != missing).all(2)
 
     def put_vectors(first: int) -> None:
         numbers = range(first, min(first + embedded.shards[0], len(chips)))
         windows = [ground.window(chips[chip]) for chip in numbers]
         block = np.stack([np.stack([band[window] for band in vectors])[None] for window in windows])
         embedded[first : numbers.stop] = block
-        complete[first : numbers.stop] = (block != -128).all(2)
+        arrays["embeddings/valid"][first : numbers.stop] = (block != -128).all(2)
 
     with ThreadPoolExecutor(job.threads) as pool:
         list(pool.map(put, range(0, len(chips), pixels.shards[0])))

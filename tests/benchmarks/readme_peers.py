@@ -121,5 +121,5 @@ def _written(job: ReadmeJob, threads: int, load: Load) -> Path:
     read = compute(wanted, vectors, scheduler="threads", num_workers=threads)
     by_sensor = sorted(feeding, key=lambda s: list(ASSETS).index(s.sensor))
     layers = dict(zip(by_sensor, read[0], strict=True))
-    readme_by_hand.write(job, plan, layers, read[1], ground)
+    readme_by_hand.write(job, plan, items, layers, read[1], ground)
     return Path(job.store)
