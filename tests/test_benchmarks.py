@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import contender
@@ -100,17 +102,20 @@ def test_chips_by_hand_are_masked_then_filled(tmp_path: Path, dtype: str) -> Non
     one, two = np.full((4, 8), 3000, np.uint16), np.full((4, 8), 5000, np.uint16)
     one[0], clouds = 0, np.full((4, 8), 4, np.uint8)
     clouds[1] = 9
-    layers = {first: [one] * 4 + [clouds], second: [two] * 4 + [np.full((4, 8), 4, np.uint8)]}
+    layers: dict[Source, list[NDArray[Any]]] = {
+        first: [one] * 4 + [clouds],
+        second: [two] * 4 + [np.full((4, 8), 4, np.uint8)],
+    }
     vectors = [np.full((4, 8), 5, np.int8), np.full((4, 8), 6, np.int8)]
     vectors[1][3, 7] = -128
     job = JOB.replace(layout=str(layout), store=str(tmp_path / "store"), dtype=dtype)
     plan = [((first, second),), ((first,),)]
     readme_by_hand.write(job, plan, items, layers, vectors, ground)
-    written = zarr.open_group(job.store, mode="r")
+    written: Any = zarr.open_group(job.store, mode="r")
     unit = 1 if dtype == "float32" else 1e4
     want = np.full((2, 1, 4, 4, 4), 0.3 * unit, np.float64)
     want[0, :, :, :2], want[1, :, :, :2] = 0.4 * unit, missing
-    np.testing.assert_allclose(np.asarray(written["optical/pixels"][:]), want, rtol=1e-6)  # type: ignore[index]
-    valid = np.asarray(written["embeddings/valid"][:])  # type: ignore[index]
+    np.testing.assert_allclose(np.asarray(written["optical/pixels"][:]), want, rtol=1e-6)
+    valid = np.asarray(written["embeddings/valid"][:])
     assert valid.sum() == valid.size - 1
     assert not valid[1, 0, 3, 3]
