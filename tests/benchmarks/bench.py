@@ -32,14 +32,33 @@ from process import THIS, Process, apart, build_tables, started
 from python312 import environment
 from scenes import EPSG, ORIGIN, Kind, embeddings, items, landsat, make_files, sentinel2
 
-NAMES = ("J1", "J1-u16", "J1-zarr", "J1-zone", "J2", "J3", "J4", "J4-u16", "memory")
-FILLED = ("J4-fill", "J4-u16-fill")
-"""J4 with ``harmonize(fill=True)``; run where they are named."""
+NAMES = ("J1", "J1-u16", "J1-zarr", "J1-zone", "J2", "J3", "J4", "J4-u16", "J4-fresh", "J5", "memory")
+UNFILLED = ("J4-unfilled", "J4-u16-unfilled")
+"""J4 with ``harmonize(fill=False)``; run where they are named."""
+ABSENT = {
+    "rslearn": "materialize composites by nodata alone: no quality band hides clouds before a scene is filled",
+    "rasteret": "its mosaics take the first pixel that is not nodata: no quality band hides clouds before that",
+    "lazycogs": "its mosaics know nodata alone, no quality band; it has no bilinear kernel",
+}
+"""Who cannot do the README's job, and why."""
+
+_PACKAGE, _LOOP, _ODC, _STACKSTAC = (
+    f"{who} on the README's job" for who in ("rasteret_dask", "bare loop", "odc-stac", "stackstac")
+)
+README_WAYS = {
+    "J4": (_PACKAGE, _LOOP, _ODC, _STACKSTAC),
+    "J4-fresh": (_PACKAGE, _LOOP, _ODC, _STACKSTAC),
+    "J5": (_PACKAGE, _LOOP, *(n for n in CONTENDERS if "worker process" in n)),
+    "others": (_PACKAGE, _LOOP),
+}
+"""Job -> who runs it."""
 
 CHIP_PX = 256
 TILES = (0, 4, 6, 8, 12, 16, 18, 24)
 """The 8 cells of 5 x 5, row by row: no two of them are neighbours in a file."""
 JITTER_MS = 5.0
+DELAYED = ("J1", "J1-zarr", "J4", "J4-fresh")
+"""Jobs that run at every latency, the others at the first."""
 LONG = 10
 """How many times longer the long job is."""
 
@@ -74,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", nargs="+", default=["all"], help=f"{' '.join((*NAMES, *FILLED))}, or all")
+    parser.add_argument("--jobs", nargs="+", default=["all"], help=f"{' '.join((*NAMES, *UNFILLED))}, or all")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--slow-runs", type=int, default=1, help="of contenders that take very long")
     parser.add_argument("--latency", nargs="+", type=float, default=[0.0, 35.0], help="ms, 5 more or less")
@@ -112,12 +131,14 @@ def main() -> None:
                 print(f"\n{pairs.run(pair, Process(server, scratch), arguments.pairs)}", flush=True)
             return
         for bench in benches:
-            latencies = arguments.latency if bench.name in ("J1", "J1-zarr") else arguments.latency[:1]
+            latencies = arguments.latency if bench.name in DELAYED else arguments.latency[:1]
             section = []
             for latency in latencies:
                 server.latency(max(latency - JITTER_MS, 0.0), latency + JITTER_MS if latency else 0.0)
                 names = [n for n in bench.contenders if _is_asked(n, arguments.only)]
                 runner = _Runner(bench, Process(server, scratch, python), why)
+                if bench.name in ("J4", "J4-fresh"):
+                    runner.skipped |= ABSENT
                 runs = runner.run(
                     [CONTENDERS[n] for n in names], arguments.runs, arguments.slow_runs, arguments.untuned
                 )
@@ -156,10 +177,10 @@ def _benches(
 ) -> list[Bench]:
     s2, l8, aef = kinds
     every = asked == ["all"]
-    wanted = [*(n for n in NAMES if every or n in asked), *(n for n in FILLED if n in asked)]
+    wanted = [*(n for n in NAMES if every or n in asked), *(n for n in UNFILLED if n in asked)]
     unknown = set(asked) - {*wanted, "all"}
     if unknown:
-        raise SystemExit(f"no job {', '.join(sorted(unknown))}: {', '.join((*NAMES, *FILLED))}, or all")
+        raise SystemExit(f"no job {', '.join(sorted(unknown))}: {', '.join((*NAMES, *UNFILLED))}, or all")
     made: list[Bench] = []
     if {"J1", "J1-u16", "J1-zarr", "J1-zone"} & set(wanted):
         per_row = 5
@@ -167,7 +188,8 @@ def _benches(
         j1 = _job("J1", s2, 1, url, scratch, python, boxes, grid="tiles", threads=threads)
         size = f"{len(boxes)} cells of 1024 px, {len(s2.bands)} bands, {s2.dates} dates of {s2.size_px} px scenes"
         if "J1" in wanted:
-            peers = [n for n in CONTENDERS if not any(other in n for other in ("Zarr", "README", "rasterio"))]
+            others = ("Zarr", "README", "rasterio", "worker")
+            peers = [n for n in CONTENDERS if not any(other in n for other in others)]
             made.append(Bench("J1", f"J1 to arrays: {j1.count} chips of 256 px, {size}", j1, tuple(peers)))
         if "J1-u16" in wanted:
             stored = j1.replace(name="J1-u16", units="reflectance")
@@ -196,7 +218,7 @@ def _benches(
         title = f"J3: embeddings-like, {len(aef.bands)} bands of int8, {j3.count} chips of 256 px"
         readers = ("rasteret_dask", "bare loop", "stackstac", "odc-stac", "rasteret by block")
         made.append(Bench("J3", title, j3, readers))
-    made += [_readme(name, url, scratch, threads) for name in wanted if name.startswith("J4")]
+    made += [_readme(name, url, scratch, threads) for name in wanted if name.startswith(("J4", "J5"))]
     if "memory" in wanted:
         boxes = tuple(_tile(ORIGIN, *divmod(n, 5), 10240.0) for n in TILES)
         for copies in (1, LONG):
@@ -265,18 +287,22 @@ def _readme(name: str, url: str, scratch: Path, threads: int) -> Bench:
         epsg=EPSG,
         area=readme_world.area(),
         dtype="uint16" if "u16" in name else "float32",
-        fill="fill" in name,
+        fill="unfilled" not in name,
+        fresh="fresh" in name,
         store=str(scratch / "store"),
         layout=str(folder / "layout"),
         threads=threads,
     )
     build_tables(job, scratch)
     filled = ", filled from the next in rank" if job.fill else ""
-    title = (
-        f"{name}: the README's job as {job.dtype}{filled}: Sentinel-2 and Landsat merged, masked, three months, "
-        "joined with 64-band embeddings, train chips, to Zarr"
+    measured = (
+        ", a whole fresh process" if job.fresh else ", on 1, 2 and 4 worker processes" if name == "J5" else ""
     )
-    return Bench(name, title, job, tuple(n for n in CONTENDERS if "README" in n))
+    title = (
+        f"{name}: the README's job as {job.dtype}{filled}{measured}: Sentinel-2 and Landsat merged, masked, three "
+        "months, joined with 64-band embeddings, train chips, to Zarr"
+    )
+    return Bench(name, title, job, README_WAYS[name if name in README_WAYS else "others"])
 
 
 def _pairs(benches: Sequence[Bench], against: Path | None, scratch: Path) -> Iterator[Pair]:

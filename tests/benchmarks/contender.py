@@ -11,7 +11,6 @@ import cProfile
 import gc
 import hashlib
 import json
-import resource
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from jobs import Job, ReadmeJob, read_job
 from numpy.typing import NDArray
+from usage import Usage, usage
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Prepared:
     """Its result as chips (time, band, y, x), in the order of ``Job.chips``; not timed."""
     resampled: Callable[[Any], Iterator[NDArray[Any]]] | None = None
     """What of its result is resampled, so that rounding may differ, where ``chips`` are not; not timed."""
+    others: Callable[[], list[Usage]] | None = None
+    """What other processes that work for it have used so far."""
 
 
 Settings = dict[str, Any]
@@ -55,6 +57,8 @@ class Contender:
     """Needs Python 3.12 or newer, hence an environment of its own."""
     slow: bool = False
     """Takes so long that it runs less often."""
+    code: tuple[str, ...] = ()
+    """What its user has to write, as ``lines.count`` takes it."""
 
 
 def _listed(*contenders: Contender) -> dict[str, Contender]:
@@ -62,6 +66,7 @@ def _listed(*contenders: Contender) -> dict[str, Contender]:
 
 
 _THREADS: tuple[Settings, ...] = ({"threads": 16}, {"threads": 8}, {"threads": 4})
+_FEWER = _THREADS[1:]
 _TILE = [1, 1, 1024, 1024]
 _CHIP: tuple[Settings, ...] = ({"chunks": [1, 1, 256, 256], "threads": 8},)
 _STACKSTAC: tuple[Settings, ...] = (
@@ -77,13 +82,36 @@ _ODC: tuple[Settings, ...] = (
     {"chunks": 0, "threads": 8},
 )
 
+_HAND_CODE = (
+    "readme_peers:_written", "readme_by_hand", "readme_plan", "bare:reflectance", "bare:copy_metadata", "peers:tune",
+)  # fmt: skip
+"""What odc-stac and stackstac leave to their user: choosing, masks, units, filling, cutting, writing."""
+_LOOP_CODE = (
+    "readme_bare", "readme_plan",
+    *(f"bare:{n}" for n in ("Tile", "Sharded", "placing", "tiles_of", "reflectance", "corners", "copy_metadata")),
+)  # fmt: skip
+
 CONTENDERS = _listed(
     Contender("rasteret_dask", "ours", "read"),
     Contender("rasteret_dask to Zarr", "ours", "write"),
     Contender("bare loop", "bare", "read", _THREADS),
     Contender("bare loop to Zarr", "bare", "write", _THREADS),
-    Contender("rasteret_dask on the README's job", "ours", "write_readme"),
-    Contender("bare loop on the README's job", "readme_bare", "write", _THREADS),
+    Contender("rasteret_dask on the README's job", "readme_ours", "write", code=("README",)),
+    Contender("bare loop on the README's job", "readme_bare", "write", _THREADS, code=_LOOP_CODE),
+    Contender(
+        "odc-stac on the README's job", "readme_peers", "write_odc", _FEWER, code=("readme_peers:odc", *_HAND_CODE)
+    ),
+    Contender(
+        "stackstac on the README's job", "readme_peers", "write_stackstac", _FEWER, slow=True,
+        code=("readme_peers:stackstac", "peers:one_band_assets", *_HAND_CODE),
+    ),
+    *(
+        Contender(
+            f"rasteret_dask on {n} worker process{'es' if n > 1 else ''}", "readme_ours", "write_on_workers",
+            ({"workers": n},),
+        )
+        for n in (1, 2, 4)
+    ),
     Contender("stackstac", "peers", "stackstac_boxes", _STACKSTAC),
     Contender("odc-stac", "peers", "odc_boxes", _ODC),
     Contender("lazycogs", "peers312", "lazycogs_boxes", ({"threads": 1}, {"threads": 2}), python312=True, slow=True),
@@ -104,42 +132,48 @@ def measure(
     Returns
     -------
     dict
-        ``wall`` and ``cpu`` in seconds (children included), ``peak_mb`` of this process when the work was done,
-        ``digest``, sha256 of the chips, and ``package``, where rasteret_dask was imported from.
+        ``wall`` and ``cpu`` in seconds (children and other processes included), ``peak_mb`` of this process when the
+        work was done, or of the largest of the others, ``digest``, sha256 of the chips, and ``package``, where
+        rasteret_dask was imported from.
     """
     function = getattr(import_module(contender.module), contender.function)
     prepared: Prepared = function(job, **settings)
     gc.collect()  # what imports and preparation leave behind is nobody's work
+    others = prepared.others or (list)
     profiler = cProfile.Profile() if profile else None
-    wall, cpu = time.perf_counter(), _cpu_s()
+    before = [usage(), *others()]
+    wall = time.perf_counter()
     if profiler is not None:
         threading.setprofile(lambda *_: profiler.enable())
         result = profiler.runcall(prepared.run)
     else:
         result = prepared.run()
-    wall, cpu = time.perf_counter() - wall, _cpu_s() - cpu
-    peak = _peak_mb()
+    wall = time.perf_counter() - wall
+    after = [usage(), *others()]
+    cpu = sum(u.cpu_s for u in after) - sum(u.cpu_s for u in before)
+    peak = max(u.peak_mb for u in after[1:] or after)
     if profiler is not None and profile is not None:
         profiler.dump_stats(profile)
+    digest = leave(job, prepared, result)
+    package = getattr(sys.modules.get("rasteret_dask"), "__file__", "")
+    return {"wall": wall, "cpu": cpu, "peak_mb": peak, "digest": digest, "package": package}
+
+
+def run_whole(contender: Contender, job: ReadmeJob, settings: Settings) -> None:
+    """Run a contender once in a process that whoever started it measures; its pixels stay in the store."""
+    prepared: Prepared = getattr(import_module(contender.module), contender.function)(job, **settings)
+    prepared.run()
+    print(json.dumps({"package": getattr(sys.modules.get("rasteret_dask"), "__file__", "")}))
+
+
+def leave(job: Job | ReadmeJob, prepared: Prepared, result: Any) -> str:
+    """Return the digest of what a contender made; leave its pixels where the job wants them."""
     digest = hashlib.sha256()
     for chip in prepared.chips(result):
         digest.update(np.ascontiguousarray(chip).data)
     if job.pixels:
         np.save(job.pixels, np.stack(list((prepared.resampled or prepared.chips)(result))))
-    package = getattr(sys.modules.get("rasteret_dask"), "__file__", "")
-    return {"wall": wall, "cpu": cpu, "peak_mb": peak, "digest": digest.hexdigest(), "package": package}
-
-
-def _cpu_s() -> float:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-def _peak_mb() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return digest.hexdigest()
 
 
 def main() -> None:
@@ -153,7 +187,11 @@ def main() -> None:
     given = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in arguments.set)}
     contender = CONTENDERS[arguments.name]
     settings = given or contender.tried[0]
-    print(json.dumps(measure(contender, read_job(arguments.job), settings, arguments.profile)))
+    job = read_job(arguments.job)
+    if isinstance(job, ReadmeJob) and job.fresh:
+        run_whole(contender, job, settings)
+        return
+    print(json.dumps(measure(contender, job, settings, arguments.profile)))
     sys.stdout.flush()
 
 

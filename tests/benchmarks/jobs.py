@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,8 +26,9 @@ class Work:
     threads: int = 2
 
     def write(self, path: Path) -> Path:
-        """Write the job as JSON."""
-        path.write_text(json.dumps(asdict(self)))
+        """Write the job as JSON, without what is at its default: an older checkout has fewer fields."""
+        defaults = {field.name: field.default for field in fields(self)}
+        path.write_text(json.dumps({k: v for k, v in asdict(self).items() if v != defaults[k]}))
         return path
 
     def replace(self, **values: Any) -> Self:
@@ -112,8 +113,10 @@ class ReadmeJob(Work):
     """What chips must touch."""
     dtype: str
     """``"float32"``: reflectance, NaN where invalid; ``"uint16"``: x 1e4, 65535 where invalid."""
-    fill: bool = False
+    fill: bool
     """Whether what is invalid in a slot's best acquisition comes from the next in rank."""
+    fresh: bool = False
+    """Whether the whole process is measured, imports and headers included, and not the exit alone."""
     bands: tuple[str, ...] = ("red", "green", "blue", "nir")
     dates: tuple[str, str] = ("2024-04-01", "2024-06-30")
     cloud_cover_lt: int = 30
@@ -125,7 +128,8 @@ class ReadmeJob(Work):
     def read(cls, path: Path) -> ReadmeJob:
         """Read what :meth:`write` wrote."""
         values: dict[str, Any] = json.loads(path.read_text())
-        return cls(**{**values, **{key: tuple(values[key]) for key in ("area", "bands", "dates")}})
+        values |= {key: tuple(v) for key, v in values.items() if isinstance(v, list)}
+        return cls(**values)
 
     @property
     def slack(self) -> float:
@@ -139,5 +143,5 @@ class ReadmeJob(Work):
 
 def read_job(path: Path) -> Job | ReadmeJob:
     """Read a job of either kind."""
-    kind = ReadmeJob if "cell_km" in json.loads(path.read_text()) else Job
+    kind = ReadmeJob if "tables" in json.loads(path.read_text()) else Job
     return kind.read(path)

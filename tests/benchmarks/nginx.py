@@ -28,6 +28,7 @@ error_log {home}/error.log warn;
 events {{ worker_connections 4096; }}
 http {{
   access_log off;
+  log_format ranges '$request_uri $body_bytes_sent $http_range';
   sendfile on;
   tcp_nopush on;
   keepalive_requests 1000000;
@@ -52,6 +53,7 @@ http {{
       ngx.say((c:get("requests") or 0), " ", (c:get("bytes") or 0), " ", (c:get("errors") or 0)) }} }}
     rewrite ^/copy[0-9]+/(.*)$ /$1;
     location / {{
+      access_log {home}/ranges.log ranges;
       access_by_lua_block {{
         local low, high = ngx.shared.counts:get("low") or 0, ngx.shared.counts:get("high") or 0
         if high > 0 then ngx.sleep((low + (high - low) * math.random()) / 1000) end }}
@@ -75,6 +77,8 @@ class Served:
     """Of bodies."""
     errors: int
     """Answers of 400 and above, among them lookups of files that are not there."""
+    distinct: int
+    """Of bodies, each byte of a file counted once."""
 
 
 class Nginx:
@@ -94,6 +98,7 @@ class Nginx:
         install()
         self._home = Path(tempfile.mkdtemp(prefix="rasteret-dask-nginx-"))
         os.chmod(self._home, 0o755)
+        self._log = self._home / "ranges.log"
         (self._home / "tmp").mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -126,10 +131,12 @@ class Nginx:
     def reset(self) -> None:
         """Count from zero."""
         self._get("/_reset")
+        self._log.write_text("")  # nginx appends
 
     def served(self) -> Served:
         """Return the counts since the last reset."""
-        return Served(*(int(n) for n in self._get("/_counts").split()))
+        requests, nbytes, errors = (int(n) for n in self._get("/_counts").split())
+        return Served(requests, nbytes, errors, distinct(self._log.read_text()))
 
     def _get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
@@ -147,6 +154,23 @@ class Nginx:
                     said = log.read_text() if log.exists() else ""
                     raise SystemExit(f"nginx did not start on {self.url}: {said}") from error
                 time.sleep(0.02)
+
+
+def distinct(log: str) -> int:
+    """Return how many bytes a log of ``path sent range`` tells of, each byte of a file counted once."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for line in log.splitlines():
+        path, sent, asked = line.split(" ", 2)
+        first = asked.removeprefix("bytes=").split("-")[0]
+        start = int(first) if first.isdigit() else 0
+        spans.setdefault(path, []).append((start, start + int(sent)))
+    total = 0
+    for ranges in spans.values():
+        end = 0
+        for start, stop in sorted(ranges):
+            total += max(stop - max(start, end), 0)
+            end = max(end, stop)
+    return total
 
 
 def install() -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import dask
 import numpy as np
 import pyarrow.parquet as pq
-import readme_store
 import shapely
 import xarray as xr
 from contender import Prepared
 from distributed import Client
-from jobs import Job, ReadmeJob
+from jobs import Job
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 from pyproj import Transformer
@@ -52,38 +49,6 @@ def write(job: Job) -> Prepared:
         return job.store
 
     return Prepared(run, lambda store: _ordered(job, xr.open_zarr(store, chunks=None)))
-
-
-def write_readme(job: ReadmeJob) -> Prepared:
-    """Prepare the README's job on a client that is there already."""
-    tables = {n: pq.read_table(f"{job.tables}/{n}.parquet") for n in ("s2", "l8", "aef")}
-    client = Client(
-        n_workers=1, threads_per_worker=job.threads, processes=False, dashboard_address=":0", silence_logs=40
-    )
-    client.submit(sum, (1, 2)).result()
-    options: dict[str, Any] = {} if job.dtype == "float32" else {"units": "reflectance", "dtype": job.dtype}
-    if job.fill:
-        options["fill"] = True
-
-    def run() -> Path:
-        s2, l8, aef = (rd.as_collection(table, name=name) for name, table in tables.items())
-        optical = (
-            rd.merge(s2, l8)
-            .subset(date_range=job.dates, cloud_cover_lt=job.cloud_cover_lt)
-            .harmonize(
-                list(job.bands), resolution=job.resolution, time="1MS", mask="clouds", pick="least_cloudy",
-                **options,
-            )
-        )  # fmt: skip
-        made = (
-            rd.join(optical=optical, embeddings=aef)
-            .chips(job.chip_px, cell_km=job.cell_km, aoi=_lonlat(job.epsg, shapely.box(*job.area)))
-            .split(train=0.7, val=0.15, test=0.15, seed=42)
-        )
-        made.select("train").to_zarr(job.store, client=client, progress=False)
-        return Path(job.store)
-
-    return Prepared(run, partial(readme_store.aligned, job), partial(readme_store.resampled, job))
 
 
 def collection(job: Job) -> rd.Collection:

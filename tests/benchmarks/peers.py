@@ -28,7 +28,7 @@ GDAL_SETTINGS: dict[str, Any] = {
 
 def stackstac_boxes(job: Job, chunks: list[int], threads: int) -> Prepared:
     """Prepare one cube over all boxes; the chunks of every box are computed together."""
-    _tune()
+    tune()
     items = job.load_items()
 
     def run() -> tuple[NDArray[Any], ...]:
@@ -41,7 +41,7 @@ def stackstac_boxes(job: Job, chunks: list[int], threads: int) -> Prepared:
 
 def stackstac_chips(job: Job, chunks: list[int], threads: int) -> Prepared:
     """Prepare a lazy cube of which one chip after another is computed, as a loop over training samples does."""
-    _tune()
+    tune()
     items = job.load_items()
 
     def run() -> list[NDArray[Any]]:
@@ -56,7 +56,7 @@ def stackstac_chips(job: Job, chunks: list[int], threads: int) -> Prepared:
 
 def odc_boxes(job: Job, chunks: int, threads: int) -> Prepared:
     """Prepare one lazy load over all boxes (``chunks`` > 0), or an eager load a box with a pool of threads."""
-    _tune()
+    tune()
     import odc.stac
     import pystac
     from odc.geo.geobox import GeoBox
@@ -89,7 +89,7 @@ def odc_boxes(job: Job, chunks: int, threads: int) -> Prepared:
 
 def rasterio_chips(job: Job) -> Prepared:
     """Prepare the oracle: every chip of every file read by rasterio alone, warped exactly where it must be."""
-    _tune()
+    tune()
     items = job.load_items()
     kernel = Resampling[job.resampling]
 
@@ -124,7 +124,8 @@ def cut_boxes(job: Job, boxes: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]
                 yield box[:, :, row : row + size, col : col + size]
 
 
-def _tune() -> None:
+def tune() -> None:
+    """Set GDAL up before it is imported."""
     os.environ.update(GDAL_SETTINGS, GDAL_CACHEMAX="512")
 
 
@@ -133,7 +134,7 @@ def _cube(job: Job, items: list[dict[str, Any]], chunks: list[int]) -> tuple[Any
 
     bounds = _around(job)
     cube = stackstac.stack(
-        _one_band_assets(job, items) if job.planar else items,
+        one_band_assets(job.bands, items) if job.planar else items,
         assets=list(job.bands),
         epsg=job.epsg,
         resolution=job.resolution,
@@ -150,21 +151,21 @@ def _cube(job: Job, items: list[dict[str, Any]], chunks: list[int]) -> tuple[Any
     return cube, bounds
 
 
-def _one_band_assets(job: Job, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def one_band_assets(bands: Sequence[str], items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return items with an asset a band, which is all that stackstac reads."""
     made = []
     for item in items:
         asset = item["assets"]["data"]
-        bands = {
+        own = {
             name: {
                 **asset,
                 "href": f"vrt:///vsicurl/{asset['href']}?bands={number}",
                 "raster:bands": asset["raster:bands"][:1],
                 "eo:bands": [{"name": name}],
             }
-            for number, name in enumerate(job.bands, 1)
+            for number, name in enumerate(bands, 1)
         }
-        made.append({**item, "assets": bands})
+        made.append({**item, "assets": own})
     return made
 
 

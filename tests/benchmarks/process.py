@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ class Process:
     def run(
         self, contender: Contender, job: Job | ReadmeJob, settings: Settings, checkout: Path = THIS
     ) -> dict[str, Any]:
-        """Run it once; return what ``contender.measure`` returns, with ``requests``, ``nbytes`` and ``errors`` served.
+        """Run it once; return what ``contender.measure`` returns, with ``requests``, ``nbytes``, ``distinct`` and
+        ``errors`` served.
 
         A first store is kept as the job's layout, for others to write the same.
         """
@@ -45,12 +48,18 @@ class Process:
             part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")
         ]
         self.server.reset()
-        output = started(checkout, python, "contender.py", contender.name, str(path), *options)
+        start = time.perf_counter()
+        output, usage = started(checkout, python, "contender.py", contender.name, str(path), *options)
+        wall = time.perf_counter() - start
         served = self.server.served()
         found: dict[str, Any] = json.loads(output.splitlines()[-1])
         if found["package"] and not Path(found["package"]).resolve().is_relative_to(checkout):
             raise SystemExit(f"{found['package']} was measured, not {checkout}")
+        if isinstance(job, ReadmeJob) and job.fresh:
+            digest, _ = started(checkout, sys.executable, "readme_digest.py", str(path))
+            found |= usage | {"wall": wall, "digest": digest.strip()}
         found |= {"requests": served.requests, "nbytes": served.nbytes, "errors": served.errors}
+        found["distinct"] = served.distinct
         print(
             f"  {contender.name} {settings or ''}: {found['wall']:.2f} s, {found['cpu']:.2f} s CPU",
             file=sys.stderr,
@@ -65,18 +74,34 @@ def build_tables(job: Job | ReadmeJob, scratch: Path, checkout: Path = THIS) -> 
     started(checkout, sys.executable, "build_tables.py", str(job.write(scratch / "job.json")))
 
 
-def started(checkout: Path, python: str, script: str, *arguments: str) -> str:
-    """Run a script of a checkout's benchmarks; return what it printed."""
+def started(checkout: Path, python: str, script: str, *arguments: str) -> tuple[str, dict[str, float]]:
+    """Run a script of a checkout's benchmarks.
+
+    Returns
+    -------
+    tuple
+        What it printed, and what the whole process took: ``cpu`` in seconds and ``peak_mb``.
+    """
     paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [python, str(checkout / "tests" / "benchmarks" / script), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )
-    if done.returncode:
-        raise SystemExit(f"{script} {' '.join(arguments)} of {checkout} failed:\n{done.stderr}")
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as complained:
+        process = subprocess.Popen(
+            [python, str(checkout / "tests" / "benchmarks" / script), *arguments],
+            stdout=printed,
+            stderr=complained,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        try:
+            _, status, used = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
+        complained.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{script} {' '.join(arguments)} of {checkout} failed:\n{complained.read()}")
+        usage = {"cpu": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss * 1024 / 1e6}
+        return printed.read(), usage
 
 
 def apart(one: Path, other: Path) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -134,13 +133,10 @@ def write(job: ReadmeJob, threads: int) -> Prepared:
             for name, array in arrays.items():
                 put = partial(_put_shard, Path(job.store), array, [c[name] for c in chunks])
                 list(pool.map(put, range(array.shards(len(chips)))))
+        copy_metadata(layout, Path(job.store))
         return Path(job.store)
 
-    def finished(of: Callable[..., Any], target: Path) -> Any:
-        copy_metadata(layout, target)
-        return of(job, target)
-
-    return Prepared(run, partial(finished, readme_store.aligned), partial(finished, readme_store.resampled))
+    return Prepared(run, partial(readme_store.aligned, job), partial(readme_store.resampled, job))
 
 
 def _put_shard(target: Path, array: Sharded, chunks: list[bytes], number: int) -> None:

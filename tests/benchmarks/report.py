@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lines as code
+
 if TYPE_CHECKING:
     from bench import Runs
 
@@ -38,15 +40,21 @@ _NOTES = """## What was tried and did not help
 
 """
 
+_LOOP = "bare loop on the README's job"
+_MORE = (" wall of the loop | CPU of the loop | MB of distinct MB | lines |", "---|---|---|---|")
+"""Columns of the README's job: twice ratios to the bare loop, how often a byte was fetched, lines of code."""
+
 
 def table(latency_ms: float, runs: Sequence[Runs], skipped: Mapping[str, str]) -> str:
     """Return one job at one latency as a Markdown table."""
+    loop = next((r for r in runs if r.contender.name == _LOOP and r.found), None)
     said = "0 ms" if not latency_ms else f"{latency_ms - 5:g} to {latency_ms + 5:g} ms"
     lines = [
         f"First byte after {said}:",
         "",
-        "| contender | wall s | CPU s | peak MB | requests | MB | ratio | runs |",
-        "|---|---|---|---|---|---|---|---|",
+        "| contender | wall s | CPU s | peak MB | requests | MB | ratio | runs |"
+        + (_MORE[0] if loop else ""),
+        "|---|---|---|---|---|---|---|---|" + (_MORE[1] if loop else ""),
     ]
     base = next((r.middle("wall") for r in runs if r.contender.name.startswith("rasteret_dask")), None)
     for entry in runs:
@@ -58,9 +66,19 @@ def table(latency_ms: float, runs: Sequence[Runs], skipped: Mapping[str, str]) -
         lines.append(
             f"| {_called(entry)} | {spread} | {entry.middle('cpu'):.2f} | {entry.middle('peak_mb'):.0f} "
             f"| {entry.middle('requests'):.0f} | {entry.middle('nbytes') / 1e6:.0f} | {ratio} | {len(walls)} |"
+            + (_beside(entry, loop) if loop else "")
         )
-    lines += [f"| {name} | not run: {why} | | | | | | |" for name, why in skipped.items()]
+    lines += [
+        f"| {name} | not run: {why} | | | | | | |{' | | | |' if loop else ''}"
+        for name, why in skipped.items()
+    ]
     return "\n".join(lines)
+
+
+def _beside(entry: Runs, loop: Runs) -> str:
+    wall, cpu = (entry.middle(key) / loop.middle(key) for key in ("wall", "cpu"))
+    nbytes = entry.middle("nbytes") / entry.middle("distinct")
+    return f" {wall:.2f} | {cpu:.2f} | {nbytes:.2f} | {code.count(entry.contender.code) or ''} |"
 
 
 def _called(entry: Runs) -> str:

@@ -1,0 +1,30 @@
+"""What a process has used so far."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Usage:
+    """CPU and memory of one process."""
+
+    cpu_s: float
+    """Children that ended included."""
+    peak_mb: float
+
+
+def usage() -> Usage:
+    """Return what this process has used."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Usage(time.process_time() + children.ru_utime + children.ru_stime, _peak_mb())
+
+
+def _peak_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
