@@ -33,7 +33,7 @@ ORDER = {
     "headers": "nodata page tiff gdal sidecar reader",
     "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
              "layers leftassets facts rowgroups timing",
-    "ingest": "search tablecache describe sources fileindex stac tables pages order",
+    "ingest": "search stacapi tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry "
                 "recordtable",
     "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps",
