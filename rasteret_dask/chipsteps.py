@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
-import xarray as xr
 
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.planning.plan import (
@@ -29,6 +28,9 @@ from rasteret_dask.planning.plan import (
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, SplitBy
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["ChipSteps"]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +14,9 @@ from rasteret_dask.grid import northern
 from rasteret_dask.reader.cogreader import NATURAL, AssetHref, CogReader, Kernel, grid_of
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.table.records import Asset, Level, Records
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 __all__ = [
     "CubePlace",
