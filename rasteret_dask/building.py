@@ -273,7 +273,7 @@ def refresh(collection: Collection, *, stac_api: str | None = None, progress: bo
     if not isinstance(collection, Collection):
         raise PlanError("refresh", f"a {type(collection).__name__}", "a collection that build() made")
     plan = collection.plan
-    held = collection._tables.get(plan.token) if isinstance(plan, Source) else None
+    held = collection.query.tables.get(plan.token) if isinstance(plan, Source) else None
     files = held.files if isinstance(held, pads.FileSystemDataset) else []
     at = shelf_of(files[0]) if len(files) == 1 else None
     if at is None or not isinstance(plan, Source):
@@ -430,7 +430,7 @@ def _ranged(made: Collection, order: BuildOrder) -> Collection:
     if order.span != (None, None):
         where = (("datetime", "overlaps", order.span),)
     assert isinstance(made.plan, Source)
-    return Collection(replace(made.plan, where=where), made._tables)
+    return Collection(made.query.then(replace(made.plan, where=where)))
 
 
 def _named(name: str | None, otherwise: str) -> str:

@@ -21,11 +21,12 @@ from rasteret_dask.show import audit, explain
 from rasteret_dask.store.encode import Compression, checked
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.table import geoparquet
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.mapping import outputs_of
-from rasteret_dask.tasks.shards import error_policy, lower
+from rasteret_dask.tasks.shards import lower
 from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
@@ -47,12 +48,8 @@ class Chips(ChipSteps):
 
     Parameters
     ----------
-    plan
-        The steps so far.
-    tables
-        The tables that the plan names.
-    functions
-        The user's functions that the plan names.
+    query
+        The steps so far, with the tables and the user's functions that they name.
     parent
         The chips that the plan's last step is applied to, so that what is planned already is not planned again.
     """
@@ -70,8 +67,8 @@ class Chips(ChipSteps):
         if self._parent is None or (
             isinstance(self.plan, FilterPixels) and self.plan.spec.max_cloud is not None
         ):
-            return plan_chips(self.plan, self._tables)
-        return apply_step(self._parent.planned, self.plan, self._tables)
+            return plan_chips(self.plan, self.query.tables)
+        return apply_step(self._parent.planned, self.plan, self.query.tables)
 
     @property
     def _unselected(self) -> Chips:
@@ -132,7 +129,10 @@ class Chips(ChipSteps):
     @property
     def dask(self) -> HighLevelGraph:
         """The graph: one named Blockwise layer per step; culled to the selected shards."""
-        return lower(self.job, self._functions).culled()
+        return lower(self.job, self._context()).culled()
+
+    def _context(self, on_error: OnError = "raise") -> ReadContext:
+        return ReadContext(self.query.functions, on_error)
 
     @cached_property
     def _layout(self) -> Layout:
@@ -145,7 +145,7 @@ class Chips(ChipSteps):
                 "pick": source.plan.pick.name,
                 "resolution": source.plan.resolution,
             }
-        return Layout(self.job, outputs_of(self.job, self._functions), attrs)
+        return Layout(self.job, outputs_of(self.job, self.query.functions), attrs)
 
     def to_xarray(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Return the chips lazily: a Dataset, or a DataTree with a node a source.
@@ -160,7 +160,7 @@ class Chips(ChipSteps):
         """
         from rasteret_dask.store.outputs import to_xarray
 
-        return to_xarray(self._layout, self._functions, error_policy(on_error))
+        return to_xarray(self._layout, self._context(on_error))
 
     def load(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Read the chips into memory: what ``to_xarray().load()`` gives, without putting it together from shards.
@@ -174,7 +174,7 @@ class Chips(ChipSteps):
         """
         from rasteret_dask.store.outputs import load
 
-        return load(self._layout, self._functions, error_policy(on_error))
+        return load(self._layout, self._context(on_error))
 
     def to_zarr(
         self,
@@ -219,8 +219,8 @@ class Chips(ChipSteps):
         url = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
         layout = replace(self._layout, compression=checked(compression))
         if not compute:
-            return delayed_zarr(layout, url, self._functions, error_policy(on_error))
-        run_zarr(layout, url, self._functions, client, progress, error_policy(on_error))
+            return delayed_zarr(layout, url, self._context(on_error))
+        run_zarr(layout, url, self._context(on_error), client, progress)
         return None
 
     def stream(
@@ -291,7 +291,7 @@ class Chips(ChipSteps):
             batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,
             ignore_index,
         )  # fmt: skip
-        shards = self._shards(error_policy(on_error), client)
+        shards = self._shards(on_error, client)
         return batching.stream(
             shards,
             lambda: recalled(shards.digest, on_error) or self.stats(client=client, on_error=on_error),
@@ -315,16 +315,16 @@ class Chips(ChipSteps):
         from rasteret_dask.streams.planned import planned
 
         chips = self if sample is None else self.sample(sample)
-        shards = planned(chips.job, chips._layout.outputs, self._functions, error_policy(on_error))
+        shards = planned(chips.job, chips._layout.outputs, self._context(on_error))
         stats = measured(shards, client)
         remember(stats, shards.digest, on_error)
         return stats
 
-    def _shards(self, on_error: str, client: ClientLike = None) -> ChipShards:
+    def _shards(self, on_error: OnError, client: ClientLike = None) -> ChipShards:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""
         from rasteret_dask.streams.planned import planned
 
-        make = partial(planned, self.job, self._layout.outputs, self._functions, on_error)
+        make = partial(planned, self.job, self._layout.outputs, self._context(on_error))
         if not self.job.pixel_rules:
             return make()
         if on_error not in self._sizes:

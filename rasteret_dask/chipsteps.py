@@ -25,6 +25,7 @@ from rasteret_dask.planning.plan import (
     outline,
     predicates,
 )
+from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, SplitBy
@@ -40,26 +41,15 @@ class ChipSteps:
 
     Parameters
     ----------
-    plan
-        The steps so far.
-    tables
-        The tables that the plan names.
-    functions
-        The user's functions that the plan names.
+    query
+        The steps so far, with the tables and the user's functions that they name.
     parent
         The chips that the plan's last step is applied to, so that what is planned already is not planned again.
     """
 
-    def __init__(
-        self,
-        plan: Node,
-        tables: Mapping[str, Table],
-        functions: Mapping[Function, Callable[..., Any]] | None = None,
-        parent: Self | None = None,
-    ) -> None:
-        self.plan = plan
-        self._tables = dict(tables)
-        self._functions = dict(functions or {})
+    def __init__(self, query: Query, parent: Self | None = None) -> None:
+        self.query = query
+        self.plan = query.plan
         self._parent = parent
 
     def split(
@@ -185,8 +175,7 @@ class ChipSteps:
         tables: Mapping[str, Table] | None = None,
         functions: Mapping[Function, Callable[..., Any]] | None = None,
     ) -> Self:
-        more = {**self._functions, **(functions or {})}
-        return type(self)(plan, {**self._tables, **(tables or {})}, more, parent=self)
+        return type(self)(self.query.then(plan, tables, functions), parent=self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>\n" + "\n".join(outline(self.plan))

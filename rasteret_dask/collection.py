@@ -30,7 +30,8 @@ from rasteret_dask.planning.plan import (
     outline,
     predicates,
 )
-from rasteret_dask.planning.resolve import evaluate, resolve_source
+from rasteret_dask.planning.query import Query
+from rasteret_dask.planning.resolve import resolve_source
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.rules.masks import Mask, MaskName, mask_named
@@ -57,23 +58,13 @@ class Collection(TableExits, PixelReads):
 
     Parameters
     ----------
-    plan
-        The steps so far.
-    tables
-        The record tables that the plan's sources name.
-    functions
-        The user's functions that the plan names.
+    query
+        The steps so far, with the record tables and the user's functions that they name.
     """
 
-    def __init__(
-        self,
-        plan: Node,
-        tables: Mapping[str, Table],
-        functions: Mapping[Function, Callable[..., Any]] | None = None,
-    ) -> None:
-        self.plan = plan
-        self._tables = dict(tables)
-        self._functions = dict(functions or {})
+    def __init__(self, query: Query) -> None:
+        self.query = query
+        self.plan = query.plan
 
     # Steps on records
 
@@ -248,7 +239,7 @@ class Collection(TableExits, PixelReads):
             What the function is known by; None: its module, name and source text.
         """
         known = Function.of(function, version)
-        return Collection(Map(self.plan, known, source), self._tables, {**self._functions, known: function})
+        return Collection(self.query.then(Map(self.plan, known, source), functions={known: function}))
 
     def merge(self, *others: Collection) -> Collection:
         """Return the union of this and other collections, as one source."""
@@ -318,7 +309,7 @@ class Collection(TableExits, PixelReads):
             floats). Text is numbered from 1 in alphabetical order; ``mask.attrs["classes"]`` has the names. Edges are
             straight in the CRS that the polygons are given in. Without ``labels``, the polygons are those of ``at``.
         """
-        tables = dict(self._tables)
+        tables: dict[str, Table] = {}
         token = None
         if at is not None:
             points = as_points(at)
@@ -342,7 +333,7 @@ class Collection(TableExits, PixelReads):
         )
         from rasteret_dask.chipset import Chips  # it imports xarray, and what reads pixels
 
-        return Chips(CutChips(self.plan, spec), tables, self._functions)
+        return Chips(self.query.then(CutChips(self.plan, spec), tables))
 
     # Exits
 
@@ -395,7 +386,7 @@ class Collection(TableExits, PixelReads):
         if bands is not None or resolution is not None:
             own = None if bands is None else tuple([bands] if isinstance(bands, str) else bands)
             plan = Harmonize(plan, HarmonizeSpec(bands=own, resolution=resolution))
-        source = resolve_source(self.name, evaluate(optimize(plan), self._tables))
+        source = resolve_source(self.name, self.query.members(optimize(plan)))
         if source.plan.maps:
             raise PlanError(
                 "cube", "a map step, which works on chips", "no map", "Apply the function to the cube."
@@ -410,11 +401,11 @@ class Collection(TableExits, PixelReads):
     def cubes(self, bands: Sequence[str] | None = None, *, resolution: float | None = None) -> xr.DataTree:
         """Return one cube per CRS of the records, as a DataTree with a node ``epsg_32633`` each."""
         codes = sorted(
-            {int(c) for m in evaluate(optimize(self.plan), self._tables) for c in Records(m.table).epsg}
+            {int(c) for m in self.query.members(optimize(self.plan)) for c in Records(m.table).epsg}
         )
         nodes = {}
         for code in codes:
-            own = Collection(Filter(self.plan, (("proj:epsg", "==", code),)), self._tables)
+            own = self._with(Filter(self.plan, (("proj:epsg", "==", code),)))
             cube = own.cube(bands, resolution=resolution, epsg=code)
             nodes[f"/epsg_{code}"] = cube.to_dataset(name="pixels")
         import xarray as xr
@@ -422,7 +413,7 @@ class Collection(TableExits, PixelReads):
         return xr.DataTree.from_dict(nodes, name=self.name)
 
     def _with(self, plan: Node) -> Collection:
-        return Collection(plan, self._tables, self._functions)
+        return Collection(self.query.then(plan))
 
     def __repr__(self) -> str:
         return f"<Collection {self.name}>\n" + "\n".join(outline(self.plan))
@@ -445,9 +436,9 @@ def merge(*collections: Collection) -> Collection:
             raise PlanError(
                 f"merge of {c.name!r}", "a join", "collections of records", "Merge before you join."
             )
-    tables, functions = _together(collections)
     plans = tuple(c.plan for c in collections)
-    return Collection(plans[0] if len(plans) == 1 else Merge(plans), tables, functions)
+    plan = plans[0] if len(plans) == 1 else Merge(plans)
+    return Collection(Query.together(plan, [c.query for c in collections]))
 
 
 def join(**sources: Collection) -> Collection:
@@ -459,8 +450,8 @@ def join(**sources: Collection) -> Collection:
             raise PlanError(f"join of {name!r}", f"a {type(c).__name__}", "collections")
         if isinstance(c.plan, Join):
             raise PlanError(f"join of {name!r}", "a join", "single sources", "Name all sources in one join.")
-    tables, functions = _together(tuple(sources.values()))
-    return Collection(Join(tuple(sources), tuple(c.plan for c in sources.values())), tables, functions)
+    plan = Join(tuple(sources), tuple(c.plan for c in sources.values()))
+    return Collection(Query.together(plan, [c.query for c in sources.values()]))
 
 
 def _sources(collection: Collection) -> dict[str, Collection]:
@@ -468,21 +459,7 @@ def _sources(collection: Collection) -> dict[str, Collection]:
     plan = collection.plan
     if not isinstance(plan, Join):
         return {collection.name: collection}
-    tables, functions = collection._tables, collection._functions
-    return {
-        n: Collection(child, tables, functions) for n, child in zip(plan.names, plan.children, strict=True)
-    }
-
-
-def _together(
-    collections: Sequence[Collection],
-) -> tuple[dict[str, Table], dict[Function, Callable[..., Any]]]:
-    tables: dict[str, Table] = {}
-    functions: dict[Function, Callable[..., Any]] = {}
-    for c in collections:
-        tables |= c._tables
-        functions |= c._functions
-    return tables, functions
+    return {n: collection._with(child) for n, child in zip(plan.names, plan.children, strict=True)}
 
 
 def _polygons(labels: Any, at: Any, column: str | None) -> pa.Table | None:

@@ -28,6 +28,7 @@ from rasteret_dask.net.places import Place
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import Source
+from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.table.anytable import as_arrow
@@ -152,7 +153,7 @@ def as_collection(table: Any, *, name: str | None = None, data_source: str | Non
     if source:
         records = _named_source(records, source)
     token = token_of(records)
-    return Collection(Source(called, token), {token: records})
+    return Collection(Query(Source(called, token), {token: records}))
 
 
 def warn_signed(name: str, hosts: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from rasteret_dask.planning.plan import Node
-from rasteret_dask.planning.scan import Table
+from rasteret_dask.planning.query import Query
 from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class PixelReads:
     """The part of a Collection that reads pixels into memory."""
 
     plan: Node
-    _tables: Mapping[str, Table]
+    query: Query
 
     subset: Callable[..., Any]
     select_split: Callable[..., Any]
@@ -196,7 +196,7 @@ class PixelReads:
         from rasteret_dask.geometries.points import sample_points
 
         chosen = self.subset(**filters) if filters else self
-        return sample_points(chosen.plan, chosen._tables, points, bands, on_error)
+        return sample_points(chosen.query, points, bands, on_error)
 
     def to_torchgeo_dataset(
         self,
@@ -276,7 +276,7 @@ class PixelReads:
         chosen = self.subset(**filters) if filters else self
         chosen = chosen if split is None else chosen.select_split(split)
         cells = cells_of(
-            chosen.plan, chosen._tables,
+            chosen.query,
             Area(geometries, chip_size, resolution, cell_km), reading.band_names(bands), time, on_error,
         )  # fmt: skip
         return CellDataset(cells, transforms)
@@ -285,4 +285,4 @@ class PixelReads:
         from rasteret_dask.geometries import reading
 
         chosen = self.subset(**filters) if filters else self
-        return reading.prepared(chosen.plan, chosen._tables, request)
+        return reading.prepared(chosen.query, request)

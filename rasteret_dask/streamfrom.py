@@ -16,10 +16,10 @@ from rasteret_dask.storeset import open_chips
 from rasteret_dask.streams.chipshards import ChipShards, stored_chips
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.stream import Batching, Normalize, Stream
+from rasteret_dask.tasks.context import Functions, ReadContext
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import JOB_FILE, open_job, read_note, write_job
-from rasteret_dask.tasks.mapping import Functions, outputs_of
-from rasteret_dask.tasks.shards import error_policy
+from rasteret_dask.tasks.mapping import outputs_of
 from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
@@ -131,8 +131,9 @@ def stream_from(
     gives None: its worker's client has the worker's certificates, those of ``Security.temporary()`` too.
     """
     batching = Batching(
-        batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer
-    )
+        batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,
+        ignore_index,
+    )  # fmt: skip
     url = Place.of(plan).url
     if _exists(url, JOB_FILE):
         if split is not None:
@@ -140,7 +141,7 @@ def stream_from(
                 "stream_from(split=)", f"{split!r} of a saved plan", "None",
                 "Save the plan of one split: chips.select('train').save_plan(path).",
             )  # fmt: skip
-        shards = _planned(url, tuple(functions), error_policy(on_error))
+        shards = _planned(url, tuple(functions), on_error)
     elif _exists(url, "zarr.json"):
         shards = stored_chips(_of_one_split(url, split))
     else:
@@ -162,13 +163,12 @@ def _of_one_split(url: str, split: str | None) -> Stored:
     return chips
 
 
-def _planned(url: str, functions: tuple[Callable[..., Any], ...], on_error: str) -> ChipShards:
+def _planned(url: str, functions: tuple[Callable[..., Any], ...], on_error: OnError) -> ChipShards:
     job = open_job(url, str(read_note(url)["digest"]))
     job.check_signatures()
     known = _matched(job, functions)
-    return planned(
-        job, outputs_of(job, known), known, on_error, _sizes(url, job) if job.pixel_rules else None
-    )
+    sizes = _sizes(url, job) if job.pixel_rules else None
+    return planned(job, outputs_of(job, known), ReadContext(known, on_error), sizes)
 
 
 def _sizes(url: str, job: Job) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from rasteret_dask.extras import needs
 from rasteret_dask.formats import table_metadata
 from rasteret_dask.planning import recordtable
 from rasteret_dask.planning.plan import Node, leaves
-from rasteret_dask.planning.scan import Table
+from rasteret_dask.planning.query import Query
 from rasteret_dask.table.barehrefs import marks
 from rasteret_dask.table.export import export as write_export
 from rasteret_dask.table.leftassets import LeftAssets
@@ -30,19 +30,19 @@ class TableExits:
     """The part of a Collection that gives its records away."""
 
     plan: Node
-    _tables: Mapping[str, Table]
+    query: Query
 
     def to_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the records as an Arrow table: RECORD_SCHEMA and the user's further columns, or some of them."""
-        return recordtable.table(self.plan, self._tables, columns)
+        return recordtable.table(self.query, columns)
 
     def to_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the records as Arrow batches, without holding all of them."""
-        return recordtable.batches(self.plan, self._tables, columns)
+        return recordtable.batches(self.query, columns)
 
     def head(self, n: int = 5, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the first ``n`` records."""
-        return recordtable.head(self.plan, self._tables, n, columns)
+        return recordtable.head(self.query, n, columns)
 
     def to_geopandas(self, columns: Sequence[str] | None = None) -> Any:
         """Return the records as a GeoDataFrame in EPSG:4326 (needs geopandas).
@@ -67,17 +67,17 @@ class TableExits:
     @property
     def schema(self) -> pa.Schema:
         """The columns of :meth:`to_table`."""
-        return recordtable.schema(self.plan, self._tables)
+        return recordtable.schema(self.query)
 
     @property
     def dataset(self) -> pads.Dataset:
         """The records as a pyarrow Dataset; lazy where they lie in files and a scan can decide what was asked."""
-        return recordtable.dataset(self.plan, self._tables)
+        return recordtable.dataset(self.query)
 
     def describe(self) -> recordtable.Summary:
         """Return what the collection holds: how many records, when, where, which bands."""
         further = [n for n in self.schema.names if n not in RECORD_SCHEMA.names]
-        return recordtable.summary(self.plan, self._tables, self.name, further)
+        return recordtable.summary(self.query, self.name, further)
 
     def export(
         self,
@@ -112,19 +112,19 @@ class TableExits:
         if layout == "rasteret":
             said["rasteret_collection_version"] = "1"
         metadata = {key.encode(): value.encode() for key, value in said.items()}
-        metadata |= marks(recordtable.signed_hosts(self.plan, self._tables))
+        metadata |= marks(recordtable.signed_hosts(self.query))
         for leaf in leaves(self.plan):
-            metadata |= LeftAssets.of(self._tables[leaf.token].schema).metadata()
+            metadata |= LeftAssets.of(self.query.tables[leaf.token].schema).metadata()
         return metadata if layout == "rasteret" else metadata | table_metadata()
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
-        return recordtable.stream(self.plan, self._tables).__arrow_c_stream__(requested_schema)
+        return recordtable.stream(self.query).__arrow_c_stream__(requested_schema)
 
     def __arrow_c_schema__(self) -> Any:
-        return recordtable.stream_schema(self.plan, self._tables).__arrow_c_schema__()
+        return recordtable.stream_schema(self.query).__arrow_c_schema__()
 
     def __len__(self) -> int:
-        return recordtable.count(self.plan, self._tables)
+        return recordtable.count(self.query)
 
     def left_out(self) -> pa.Table:
         """Return the assets of the items that became no band of any record, and why.
@@ -149,7 +149,7 @@ class TableExits:
         ['quicklook']
         """
         return pa.concat_tables(
-            LeftAssets.of(self._tables[source.token].schema).table(source.name)
+            LeftAssets.of(self.query.tables[source.token].schema).table(source.name)
             for source in leaves(self.plan)
         )
 

@@ -18,6 +18,7 @@ from rasteret_dask.store.encode import Compression
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.store.ledger import OBJECTS
 from rasteret_dask.store.run import delayed_zarr
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import freeze
 
 SHARD_BYTES = 100_000
@@ -34,7 +35,7 @@ def written(
 ) -> str:
     """Write chips in small shards by threads; return the store's path."""
     layout = small(chips, nbytes, compression)
-    delayed_zarr(layout, str(store), chips._functions).compute(scheduler="threads")
+    delayed_zarr(layout, str(store), ReadContext(chips.query.functions)).compute(scheduler="threads")
     return str(store)
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from rasteret_dask.tasks.context import ReadContext
+
 STILL_S = float(os.environ.get("RASTERET_DASK_SOAK_STILL_S", "180"))
 """Seconds without any movement after which the round counts as stuck."""
 
@@ -85,7 +87,7 @@ def write(source: str, store: str, address: str | None) -> None:
     s2 = rd.build_from_stac(source, name="s2", date_range=("2024-04-01", "2024-06-30"))
     harmonized = s2.harmonize(bands=["red", "nir"], time="1MS", units="reflectance", mask="clouds")
     chips = harmonized.chips(size=32, cell_km=0.96).sample(60)
-    run_zarr(layout_of(chips, SHARD_BYTES), store, {}, address, progress=False)
+    run_zarr(layout_of(chips, SHARD_BYTES), store, ReadContext(), address, progress=False)
 
 
 def _begin(log: str) -> None:

@@ -22,6 +22,7 @@ from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.stream import Batching, Stream
 from rasteret_dask.tasks.batches import Arrays, InMemory, SourcePixels, take
+from rasteret_dask.tasks.context import ReadContext
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,6 @@ def train_chips(s2: rd.Collection, aef: rd.Collection) -> rd.Chips:
 def in_small_shards(chips: rd.Chips) -> ChipShards:
     """Return the same chips in several shards."""
     layout = layout_of(chips, 150_000)
-    found = planned(layout.job, layout.outputs, {})
+    found = planned(layout.job, layout.outputs, ReadContext())
     assert len(found.sizes) > 8
     return found

@@ -97,7 +97,7 @@ def test_what_is_exported_is_loaded(tmp_path: Path) -> None:
     again = rd.load(tmp_path / "part.parquet")
     assert again.name == "part"
     assert by_id(again).equals(part.to_table())
-    assert isinstance(again._tables[next(iter(again._tables))], pads.Dataset)
+    assert isinstance(again.query.tables[next(iter(again.query.tables))], pads.Dataset)
     steps: list[Callable[[rd.Collection], rd.Collection]] = [
         lambda c: c.subset(cloud_cover_lt=25),
         lambda c: c.where(label=[0, 2]),

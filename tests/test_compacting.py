@@ -23,6 +23,7 @@ from rasteret_dask.demo.world import World
 from rasteret_dask.errors import StoreError, UnreadableTilesWarning
 from rasteret_dask.store.run import run_zarr
 from rasteret_dask.storeset import open_chips
+from rasteret_dask.tasks.context import ReadContext
 
 SHARD_BYTES = 25_000
 COUNTS = ("requests", "bytes_fetched", "tiles_read", "gdal_fallback")
@@ -60,7 +61,11 @@ def store(chips: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreadableTilesWarning)
         run_zarr(
-            small(chips, SHARD_BYTES), str(place), chips._functions, None, progress=False, on_error="mask"
+            small(chips, SHARD_BYTES),
+            str(place),
+            ReadContext(chips.query.functions, "mask"),
+            None,
+            progress=False,
         )
     return place
 
@@ -137,7 +142,7 @@ def test_what_lies_there_is_left_alone(chips: rd.Chips, store: Path, whole: Path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreadableTilesWarning)
         layout = small(chips.sample(20), SHARD_BYTES)
-        run_zarr(layout, str(other), chips._functions, None, progress=False, on_error="mask")
+        run_zarr(layout, str(other), ReadContext(chips.query.functions, "mask"), None, progress=False)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "text").write_text("mine")
     for target in (whole, store, tmp_path / "notes"):

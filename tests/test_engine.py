@@ -48,6 +48,7 @@ from rasteret_dask.rules.tables import Turn
 from rasteret_dask.rules.units import Scaled
 from rasteret_dask.store.run import run_zarr
 from rasteret_dask.table.records import Asset, Level
+from rasteret_dask.tasks.context import ReadContext
 
 Array = NDArray[Any]
 ONE_FILE = HealthCheck.function_scoped_fixture  # every example overwrites the test's one file
@@ -901,7 +902,7 @@ def test_neighbouring_shards_share_tiles(series: rd.Collection, tmp_path: Path) 
     """On the zone lattice chips cut through tiles; one process fetches each tile about once all the same."""
     raw = series.harmonize(bands=list(BANDS), units="raw", resolution=10, time="1MS")
     layout = layout_of(raw.chips(size=CHIP, cell_km=0.96), shard_bytes=1_000_000)
-    run_zarr(layout, str(tmp_path / "chips.zarr"), {}, client=None, progress=False)
+    run_zarr(layout, str(tmp_path / "chips.zarr"), ReadContext(), client=None, progress=False)
     manifest = pq.read_table(tmp_path / "chips.zarr" / "manifest.parquet")
     touched = MONTHS * len(BANDS) * len(tiles_under(layout.job.bounds))
     assert manifest.num_rows > 4

@@ -29,6 +29,7 @@ from rasteret_dask.store.decode import index_nbytes, index_of
 from rasteret_dask.store.encode import ABSENT
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.streamfrom import stream_from
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filtering import tally
 from rasteret_dask.tasks.jobfile import plan_json
 
@@ -77,7 +78,7 @@ def store(filtered: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected(joined: rd.Chips) -> NDArray[np.bool_]:
     """Return by NumPy which chips have enough valid pixels in each source."""
-    found = nodes(outputs.load(small(joined), {}))
+    found = nodes(outputs.load(small(joined), ReadContext()))
     seen = found["optical"]["valid"].values.mean(axis=(1, 2, 3)) >= LIMIT
     known = ~np.isnan(found["embeddings"]["pixels"].values).any(axis=2)
     return np.asarray(seen & (known.mean(axis=(1, 2, 3)) >= LIMIT))
@@ -89,8 +90,8 @@ def expected(joined: rd.Chips) -> NDArray[np.bool_]:
 def test_load_gives_the_chips_that_pass(joined: rd.Chips, filtered: rd.Chips) -> None:
     kept = expected(joined)
     assert 0 < kept.sum() < len(kept)
-    found = nodes(outputs.load(small(filtered), {}))
-    for name, dataset in nodes(outputs.load(small(joined), {})).items():
+    found = nodes(outputs.load(small(filtered), ReadContext()))
+    for name, dataset in nodes(outputs.load(small(joined), ReadContext())).items():
         xr.testing.assert_identical(found[name], dataset.isel(chip=np.flatnonzero(kept)))
 
 
@@ -180,7 +181,7 @@ def test_members_of_a_merge_are_told_by_their_own_quality_bands(s2: rd.Collectio
 def test_a_dropped_chip_keeps_its_place_unwritten(store: Path, joined: rd.Chips) -> None:
     kept = expected(joined)
     plain = xr.open_datatree(store, engine="zarr", mask_and_scale=False)
-    planned = nodes(outputs.load(small(joined), {}))
+    planned = nodes(outputs.load(small(joined), ReadContext()))
     start = 0
     for split in ("train", "val", "test"):
         for source, whole in planned.items():
@@ -208,7 +209,7 @@ def test_a_dropped_chip_keeps_its_place_unwritten(store: Path, joined: rd.Chips)
 
 def test_the_manifest_says_why_and_the_store_sees_kept_chips_only(store: Path, filtered: rd.Chips) -> None:
     opened = open_chips(store)
-    assert_same(opened.load(), outputs.load(small(filtered), {}))
+    assert_same(opened.load(), outputs.load(small(filtered), ReadContext()))
     assert_same(opened.to_xarray().compute(), opened.load())
     manifest = pq.read_table(store / "manifest.parquet")
     assert sum(manifest["kept"].to_pylist()) == len(opened) == opened.stats().chips
@@ -395,7 +396,7 @@ def test_an_optimized_plan_keeps_the_same(s2: rd.Collection, l8: rd.Collection, 
     plan = chips.filter_pixels(max_cloud=0.3).sample(5).plan
     assert optimize(optimize(plan)) == optimize(plan)
     assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
-    mine, theirs = (plan_chips(plan, chips._tables, optimized=flag) for flag in (True, False))
+    mine, theirs = (plan_chips(plan, chips.query.tables, optimized=flag) for flag in (True, False))
     assert mine.table.equals(theirs.table)
     assert mine.pixel_rules == theirs.pixel_rules != ()
     assert [plan_json(s.plan) for s in mine.sources] == [plan_json(s.plan) for s in theirs.sources]

@@ -34,14 +34,14 @@ ORDER = {
     "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
              "layers leftassets facts rowgroups timing",
     "ingest": "search stacapi tablecache describe sources fileindex stac tables pages order",
-    "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry "
+    "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry query "
                 "recordtable",
     "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
-    "tasks": "job jobkernels jobfile freezing cuts filling neighbours picking pixels clouds mapping filtering shards "
-             "batches",
+    "tasks": "context job jobkernels jobfile freezing cuts filling neighbours picking pixels clouds mapping filtering "
+             "shards batches",
     "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
              "holding datasets verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",

@@ -493,6 +493,16 @@ def test_invalid_pixels_of_classes_become_the_ignored_number(
     assert index not in np.unique(ignoring["optical"])
 
 
+def test_a_saved_plan_and_a_store_ignore_as_the_chips_do(joined: rd.Chips, tmp_path: Path) -> None:
+    wanted = next(joined.stream(100, ignore_index=-100))
+    joined.save_plan(tmp_path / "plan")
+    joined.to_zarr(tmp_path / "store", progress=False)
+    for place in ("plan", "store"):
+        batch = next(rd.stream_from(None, tmp_path / place, 100, ignore_index=-100))
+        np.testing.assert_array_equal(batch["lc"], wanted["lc"])
+        assert -100 in batch["lc"]
+
+
 def test_only_classes_can_be_ignored(joined: rd.Chips) -> None:
     with pytest.raises(PlanError, match="a whole number"):
         joined.stream(4, ignore_index=0.5)  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ from rasteret_dask.streams.datasets import as_xarray
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.stream import Batching
 from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.jobfile import open_job, write_job
 
 CROPS = ("beet", "maize", "wheat")
@@ -383,7 +384,7 @@ def test_label_columns_are_equal_from_every_exit(s2: rd.Collection, tmp_path: Pa
 
     for name, chips in {"all": whole, "train": whole.select("train")}.items():
         layout = small(chips, 60_000)
-        reading = planned(layout.job, layout.outputs, {})
+        reading = planned(layout.job, layout.outputs, ReadContext())
         ids = chips.table.column("chip_id").to_pylist()
         firsts = np.cumsum([0, *reading.sizes])
         nulls = [len(late & set(ids[a:b])) for a, b in pairwise(firsts)]

@@ -27,6 +27,7 @@ from rasteret_dask.store.layout import Layout
 from rasteret_dask.store.run import delayed_zarr
 from rasteret_dask.store.verifying import Verification, verify
 from rasteret_dask.store.write import commit, prepare
+from rasteret_dask.tasks.context import ReadContext
 
 SHARD_BYTES = 12_000
 
@@ -92,7 +93,7 @@ def unfinished(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def rerun(layout: Layout, store: Path) -> None:
-    delayed_zarr(layout, str(store), {}).compute(scheduler="sync")
+    delayed_zarr(layout, str(store), ReadContext()).compute(scheduler="sync")
 
 
 # Before the commit
@@ -445,7 +446,7 @@ def test_another_package_version_goes_on(
 ) -> None:
     """Whether or not something that names the version has to be put again."""
     monkeypatch.setattr(formats, "__version__", "7.1.0")
-    again = small(rd.Chips(chips.plan, chips._tables, chips._functions, chips._parent), SHARD_BYTES)
+    again = small(rd.Chips(chips.query, chips._parent), SHARD_BYTES)
     assert again.job.digest == layout.job.digest
     for lost in (None, "band/c/0", "_job/job.json", "pixels/zarr.json"):
         store = tmp_path / str(lost).replace("/", "-")

@@ -17,6 +17,7 @@ import rasteret_dask as rd
 from rasteret_dask.compacting import compact
 from rasteret_dask.demo.world import World
 from rasteret_dask.store.run import run_zarr
+from rasteret_dask.tasks.context import ReadContext
 
 PACKAGE = Path(rd.__file__).parent
 DATES = ("2024-04-01", "2024-06-30")
@@ -53,7 +54,7 @@ def test_each_phase_is_a_line_and_each_shard_one_more(small_world: World, tmp_pa
     layout, store = layout_of(chips, 40_000), str(tmp_path / "store")
     shards = [shard.name for shard in layout.job.shards()]
     assert len(shards) > 2
-    run_zarr(layout, store, {}, None, False)
+    run_zarr(layout, store, ReadContext(), None, False)
     stored = rd.open_chips(store)
     assert sum(len(batch["chip_id"]) for batch in stored.stream(4)) == 40
     stored.stats()
@@ -94,6 +95,7 @@ def test_a_shard_s_report_says_how_long_each_stage_took(s2: rd.Collection, tmp_p
 SILENT = """
 import sys
 import rasteret_dask as rd
+from rasteret_dask.tasks.context import ReadContext
 s2 = rd.build_from_stac(sys.argv[1], name="s2", date_range=("2024-04-01", "2024-06-30"))
 chips = s2.harmonize(bands=["red"], time="1MS", dtype="uint16").chips(32, cell_km=0.96).sample(10)
 chips.to_zarr(sys.argv[2])

@@ -178,8 +178,8 @@ def plans(draw: st.DrawFn) -> rd.Chips:
 def test_optimized_plans_give_the_same_chips(chips: rd.Chips) -> None:
     better = optimize(chips.plan)
     assert optimize(better) == better
-    plain = carried_out(chips.plan, chips._tables, optimized=False)
-    quick = carried_out(chips.plan, chips._tables, optimized=True)
+    plain = carried_out(chips.plan, chips.query.tables, optimized=False)
+    quick = carried_out(chips.plan, chips.query.tables, optimized=True)
     if isinstance(plain, type) or isinstance(quick, type):
         assert plain == quick
         event(f"refused: {plain}")
@@ -196,7 +196,7 @@ def test_stepwise_planning_is_planning_the_whole() -> None:
         chips.filter(("slots", "==", 2)),
         chips.sample(12).select("train"),
     ):
-        whole = rd.Chips(step.plan, step._tables).planned
+        whole = rd.Chips(step.query).planned
         same(whole, step.planned)
 
 
@@ -227,7 +227,7 @@ def test_filters_of_a_parquet_dataset_are_its_scan(tmp_path: Path) -> None:
     expected = [
         r["id"] for r in S2.to_table().to_pylist() if r["eo:cloud_cover"] < 30 and r["datetime"].month == 4
     ]
-    table = scan(source, lazy._tables)
+    table = scan(source, lazy.query.tables)
     assert sorted(table.column("id").to_pylist()) == sorted(expected)  # a file's rows lie along the ground
     assert 0 < table.num_rows < len(S2)
     where = expression(("eo:cloud_cover", "<", 30.0), rd.RECORD_SCHEMA)
@@ -261,7 +261,7 @@ def test_an_area_prunes_records() -> None:
     (source,) = p.leaves(optimize(chips.plan))
     assert [w[:2] for w in source.where] == [("bbox", "near")]
     assert {r.split("-")[2] for r in chips.planned.sources[0].records.ids} == {"T1", "T2"}
-    plain = plan_chips(chips.plan, chips._tables, optimized=False)
+    plain = plan_chips(chips.plan, chips.query.tables, optimized=False)
     same(plain, chips.planned)
 
 
@@ -299,5 +299,5 @@ def test_records_of_evaluate_are_those_of_a_dull_interpreter() -> None:
     ]
     for plan in (chosen.plan, optimize(chosen.plan)):
         assert [
-            i for m in evaluate(plan, chosen._tables) for i in m.table.column("id").to_pylist()
+            i for m in evaluate(plan, chosen.query.tables) for i in m.table.column("id").to_pylist()
         ] == expected

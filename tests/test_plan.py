@@ -285,11 +285,11 @@ def test_all_lambdas_of_a_chain_are_kept() -> None:
     from made_records import collection, record
 
     chips = collection("a", record("r")).chips(16).map(lambda x: x + 1).map(lambda x: x * 2)
-    assert len(chips._functions) == 2
+    assert len(chips.query.functions) == 2
     outer = chips.plan
     assert isinstance(outer, p.Map)
     assert isinstance(outer.child, p.Map)
-    assert [chips._functions[n.function](3) for n in (outer.child, outer)] == [4, 6]
+    assert [chips.query.functions[n.function](3) for n in (outer.child, outer)] == [4, 6]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ from rasteret_dask.store import presence
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.store.presence import FRESH_S, present
 from rasteret_dask.store.run import delayed_zarr, run_zarr
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import task_bytes
 from rasteret_dask.tasks.shards import lower
 
@@ -160,7 +161,7 @@ def test_to_zarr_on_a_cluster_of_processes(
 ) -> None:
     with Client(cluster, set_as_default=False) as client:
         layout = layout_of(joined.select("train"))
-        run_zarr(layout, str(tmp_path / "x.zarr"), {}, client, progress=False)
+        run_zarr(layout, str(tmp_path / "x.zarr"), ReadContext(), client, progress=False)
         tree = joined.select("train").to_xarray()
         assert_same(tree["embeddings"].to_dataset().compute(scheduler=client), wanted["embeddings"])
     assert_store(tmp_path / "x.zarr", wanted)
@@ -270,7 +271,7 @@ def test_what_a_killed_worker_has_written_is_not_done_again(
             before.update(reports(store))
 
         with once(lambda: len(reports(store)) >= 2 * shards // 3, kill):
-            run_zarr(small_shards, str(store), {}, client, progress=False)
+            run_zarr(small_shards, str(store), ReadContext(), client, progress=False)
         assert victim not in client.run(os.getpid).values()
     assert_store(store, wanted)
     manifest = pq.read_table(store / "manifest.parquet")
@@ -287,7 +288,7 @@ def test_a_task_that_runs_again_looks_before_it_reads(
     small_shards: Layout, wanted: dict[str, xr.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dask runs what it has lost again: results on workers that are gone, and whole graphs that are computed twice."""
-    lazy = delayed_zarr(small_shards, str(tmp_path / "x.zarr"), {})
+    lazy = delayed_zarr(small_shards, str(tmp_path / "x.zarr"), ReadContext())
     lazy.compute(scheduler="threads")
     (tmp_path / "x.zarr" / "zarr.json").unlink()
     lost = next((tmp_path / "x.zarr" / "optical" / "pixels" / "c" / "3").rglob("0"))
@@ -326,7 +327,7 @@ def test_a_written_shard_is_forgotten_by_the_cluster(small_shards: Layout, tmp_p
         scheduler: Any = own.scheduler
         held = Held(scheduler)
         scheduler.add_plugin(held)
-        run_zarr(small_shards, str(tmp_path / "x.zarr"), {}, client, progress=False)
+        run_zarr(small_shards, str(tmp_path / "x.zarr"), ReadContext(), client, progress=False)
         until(lambda: not scheduler.tasks)
     shards = len(list(small_shards.job.shards()))
     assert held.finished == shards
@@ -344,7 +345,7 @@ def test_a_lost_scheduler_is_one_error_that_says_what_is_written(
             once(lambda: len(reports(store)) >= 5, lambda: playing.kill("scheduler")),
             pytest.raises(JobError) as caught,
         ):
-            run_zarr(small_shards, str(store), {}, playing.address, progress=False)
+            run_zarr(small_shards, str(store), ReadContext(), playing.address, progress=False)
         before = reports(store)
     text = str(caught.value)
     assert playing.address in text
@@ -352,7 +353,7 @@ def test_a_lost_scheduler_is_one_error_that_says_what_is_written(
     assert 0 < int(written) <= len(before)
     assert "cancelled" not in text
     assert str(pickle.loads(pickle.dumps(caught.value))) == text
-    run_zarr(small_shards, str(store), {}, None, progress=False)  # as it says
+    run_zarr(small_shards, str(store), ReadContext(), None, progress=False)  # as it says
     assert_store(store, wanted)
     now = reports(store)
     assert {shard: now[shard] for shard in before} == before
@@ -385,7 +386,7 @@ def test_a_full_disk_ends_the_job_at_once(
     monkeypatch.setattr(remote, "BACKOFF_S", 1e6)  # whoever waits for it to pass is never heard of again
     store, total = tiny / "x.zarr", len(list(small_shards.job.shards()))
     with pytest.raises(JobError) as caught:
-        run_zarr(small_shards, str(store), {}, None, progress=False)
+        run_zarr(small_shards, str(store), ReadContext(), None, progress=False)
     text = str(caught.value)
     for part in ("no space left on device (ENOSPC)", "of 614,400 bytes are free at", str(store), "Make room"):
         assert part in text
@@ -396,7 +397,7 @@ def test_a_full_disk_ends_the_job_at_once(
     assert set(tried.values()) <= {0, 1}  # none: its mark did not fit
     assert len(tried.keys() - before.keys()) < total - len(tried)  # most were not begun
     remount(tiny, "size=20m")
-    run_zarr(small_shards, str(store), {}, None, progress=False)
+    run_zarr(small_shards, str(store), ReadContext(), None, progress=False)
     assert_store(store, wanted)
     now = reports(store)
     assert {shard: now[shard] for shard in before} == before
@@ -405,7 +406,7 @@ def test_a_full_disk_ends_the_job_at_once(
 def test_a_disk_that_must_not_be_written(small_shards: Layout, tiny: Path) -> None:
     remount(tiny, "ro")
     with pytest.raises(UnwritableStoreError, match="read-only file system"):
-        run_zarr(small_shards, str(tiny / "x.zarr"), {}, None, progress=False)
+        run_zarr(small_shards, str(tiny / "x.zarr"), ReadContext(), None, progress=False)
 
 
 # Two clients
@@ -440,10 +441,10 @@ def test_a_second_client_is_told_of_the_first(
     chips = source.chips(size=32, cell_km=0.96).sample(60)
     layout = layout_of(chips, 50_000)
     if end == "is killed":
-        run_zarr(layout, str(store), {}, None, progress=False)  # a warning would be an error
+        run_zarr(layout, str(store), ReadContext(), None, progress=False)  # a warning would be an error
     else:
         with pytest.warns(ConcurrentWriteWarning, match=f"process {first.pid} at {platform.node()}"):
-            run_zarr(layout, str(store), {}, None, progress=False)
+            run_zarr(layout, str(store), ReadContext(), None, progress=False)
         first.send_signal(signal.SIGCONT)
         _, err = first.communicate()
         assert first.returncode == 0, err.decode()
@@ -454,7 +455,7 @@ def test_a_second_client_is_told_of_the_first(
 
 
 def test_a_client_elsewhere_is_told_of_while_its_trace_is_fresh(small_shards: Layout, tmp_path: Path) -> None:
-    delayed_zarr(small_shards, str(tmp_path / "x.zarr"), {})  # an unfinished store
+    delayed_zarr(small_shards, str(tmp_path / "x.zarr"), ReadContext())  # an unfinished store
     trace = trace_of(tmp_path / "x.zarr", "elsewhere", 17, 0.0)
     with (
         pytest.warns(ConcurrentWriteWarning, match="process 17 at elsewhere"),
@@ -496,7 +497,7 @@ from test_write import layout_of
 dates = ("2024-04-01", "2024-06-30")
 s2 = rd.build_from_stac(sys.argv[2], name="s2", date_range=dates)
 chips = s2.harmonize(bands=["red", "nir"], time="1MS", units="reflectance", mask="clouds").chips(size=32, cell_km=0.96)
-run_zarr(layout_of(chips.sample(60), 50_000), sys.argv[3], {}, None, progress=False)
+run_zarr(layout_of(chips.sample(60), 50_000), sys.argv[3], ReadContext(), None, progress=False)
 """
 
 
@@ -580,7 +581,7 @@ def test_an_object_store_by_url(
     url = "s3://chips/some/where/train.zarr"
     train = joined.select("train")
     layout = layout_of(train, 300_000)
-    run_zarr(layout, url, {}, None, progress=False)
+    run_zarr(layout, url, ReadContext(), None, progress=False)
     bucket = S3Store("chips", client_options={"allow_http": True}, virtual_hosted_style_request=False)
     store = zarr.storage.ObjectStore(
         S3Store("chips", prefix="some/where/train.zarr", client_options={"allow_http": True}), read_only=True
@@ -590,7 +591,7 @@ def test_an_object_store_by_url(
     # one shard lost, the commit too
     lost = "some/where/train.zarr/optical/pixels/c/1/0/0/0/0"
     obstore.delete(bucket, [lost, "some/where/train.zarr/zarr.json"])
-    run_zarr(layout, url, {}, None, progress=False)
+    run_zarr(layout, url, ReadContext(), None, progress=False)
     assert_store(store, wanted)
     rows = pq.read_table(memory(obstore.get(bucket, "some/where/train.zarr/manifest.parquet").bytes()))
     attempts = dict(zip(rows["shard"].to_pylist(), rows["attempts"].to_pylist(), strict=True))
@@ -635,7 +636,7 @@ def test_a_task_reads_a_tile_once_and_only_of_scenes_that_feed_it(
 ) -> None:
     sources = {"optical": merged(s2, l8, pick=pick), "embeddings": aef.harmonize(bands=["A00", "A01"])}
     job = layout_of(rd.join(**sources).chips(size=32, cell_km=0.96), 1_500_000).job
-    graph = lower(job, {})
+    graph = lower(job, ReadContext())
     assert len(graph.shards) > 2
     tasks = graph.fused()
     root = next(key for key in tasks if str(key[0]).startswith("job-"))  # type: ignore[index]
@@ -777,7 +778,7 @@ def test_a_worker_keeps_within_its_memory(
         LocalCluster(threads_per_worker=threads, **settings) as own,
         Client(own, set_as_default=False) as client,
     ):
-        run_zarr(layout, str(tmp_path / "x.zarr"), {}, client, progress=False)
+        run_zarr(layout, str(tmp_path / "x.zarr"), ReadContext(), client, progress=False)
         (peak,) = client.run(peak_bytes).values()
     assert task_bytes(layout.job, layout.outputs) <= 3 * 128 * MB  # what explain() says
     allowed = 600e6 + threads * 3 * 128 * MB

@@ -23,6 +23,7 @@ import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.errors import PlanError
 from rasteret_dask.store.write import write_shard
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import JobRef, write_job
@@ -71,6 +72,9 @@ def dataset(chips: rd.Chips) -> xr.Dataset:
     return lazy.compute()
 
 
+READ = ReadContext()
+
+
 def split(chips: rd.Chips) -> rd.Chips:
     return chips.split(train=0.6, val=0.2, test=0.2, seed=42)
 
@@ -81,15 +85,13 @@ def small_job(chips: rd.Chips) -> Job:
     return job.select({h.split for h in chips.job.hierarchies})
 
 
-def fused(job: Job, url: str, functions: Any = None) -> dict[Hashable, Any]:
+def fused(job: Job, url: str, context: ReadContext = READ) -> dict[Hashable, Any]:
     ref = JobRef(f"{url}/_job", job.digest)
-    return renamed(lower(job, functions or {}, ref, write_shard), job, "-01234567")[0]
+    return renamed(lower(job, context, ref, write_shard), job, "-01234567")[0]
 
 
 def test_one_named_blockwise_layer_per_step(chips: rd.Chips) -> None:
-    graph = lower(
-        small_job(chips.map(ndvi, source="optical")), dict.fromkeys(chips.map(ndvi)._functions, ndvi)
-    )
+    graph = lower(small_job(chips.map(ndvi, source="optical")), ReadContext(chips.map(ndvi).query.functions))
     kinds = {name.rsplit("-", 1)[0]: type(layer) for name, layer in graph.graph.layers.items()}
     roots = {name for name, kind in kinds.items() if kind is not Blockwise}
     assert set(kinds) - roots == {
@@ -107,7 +109,7 @@ def test_tasks_are_shards_and_one_root(chips: rd.Chips) -> None:
     job = small_job(chips)
     shards = list(job.shards())
     assert len(shards) > 10
-    tasks = lower(job, {}).fused()
+    tasks = lower(job, ReadContext()).fused()
     assert len(tasks) == len(shards) + 1
 
 
@@ -142,7 +144,10 @@ def test_keys_read_well_on_the_dashboard(chips: rd.Chips) -> None:
 
 
 def test_the_train_graph_is_the_full_graph_culled(chips: rd.Chips) -> None:
-    full, train = lower(small_job(chips), {}), lower(small_job(chips.select("train")), {})
+    full, train = (
+        lower(small_job(chips), ReadContext()),
+        lower(small_job(chips.select("train")), ReadContext()),
+    )
     own = [s for s in full.shards if s.split == "train"]
     assert train.keys == [full.key(s) for s in own]
     wanted = dict(full.graph.cull([full.key(s) for s in own]))
@@ -159,8 +164,8 @@ def test_a_graph_in_a_store_is_culled_the_same_way(chips: rd.Chips) -> None:
     """Written tables and all: tasks of one store differ between train and all in nothing."""
     full, train = small_job(chips), small_job(chips.select("train"))
     ref = JobRef("/scratch/_job", full.digest)
-    every = renamed(lower(full, {}, ref, write_shard), full, "-0")[0]
-    some = renamed(lower(train, {}, ref, write_shard), train, "-0")[0]
+    every = renamed(lower(full, ReadContext(), ref, write_shard), full, "-0")[0]
+    some = renamed(lower(train, ReadContext(), ref, write_shard), train, "-0")[0]
     assert some == {key: every[key] for key in some}
     assert 0 < len(some) < len(every)
 
@@ -294,7 +299,7 @@ def test_a_function_is_shipped_once(optical: rd.Collection) -> None:
 
     planned = split(optical.chips(size=32, cell_km=0.96)).map(heavy, version="1")
     job = small_job(planned)
-    tasks = fused(job, "/scratch/x.zarr", planned._functions)
+    tasks = fused(job, "/scratch/x.zarr", ReadContext(planned.query.functions))
     shards = len(list(job.shards()))
     assert len(tasks) == shards + 1
     sizes = sorted(len(cloudpickle.dumps(task)) for task in tasks.values())

@@ -27,6 +27,7 @@ from rasteret_dask.storeset import open_chips
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.stream import Batching
 from rasteret_dask.tasks.batches import arrays_of
+from rasteret_dask.tasks.context import ReadContext
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def valid_values(dataset: Any, band: int) -> NDArray[Any]:
 def test_they_are_numpy_s_over_load(joined: rd.Chips, split: str) -> None:
     chips = joined.select(split)
     layout = small(chips)
-    found = measured(planned(layout.job, layout.outputs, {}))
+    found = measured(planned(layout.job, layout.outputs, ReadContext()))
     assert found.chips == len(chips)
     for name, dataset in nodes(chips.load()).items():
         own = found[name]
@@ -73,7 +74,7 @@ def test_the_size_of_shards_does_not_matter(joined: rd.Chips) -> None:
     chips = joined.select("train")
     one = chips.stats()
     layout = small(chips)
-    many = measured(planned(layout.job, layout.outputs, {}))
+    many = measured(planned(layout.job, layout.outputs, ReadContext()))
     assert len(list(layout.job.shards())) > 16  # so that the tree has two levels
     same(one, many)
 
@@ -181,7 +182,7 @@ def test_masks_are_counted(s2: rd.Collection, tmp_path: Path) -> None:
     numbers, pixels = np.unique(mask, return_counts=True)
     assert len(numbers) == 4
     place = written(chips, tmp_path / "store")
-    for found in (measured(planned(layout.job, layout.outputs, {})), open_chips(place).stats()):
+    for found in (measured(planned(layout.job, layout.outputs, ReadContext())), open_chips(place).stats()):
         assert found["s2/mask"].bands == ("mask",)
         assert found["s2/mask"].total == mask.size
         assert found["s2/mask"].classes == {"mask": dict(zip(numbers.tolist(), pixels.tolist(), strict=True))}
@@ -195,7 +196,7 @@ def test_masks_are_counted(s2: rd.Collection, tmp_path: Path) -> None:
 def as_read(chips: rd.Chips) -> list[Callable[..., Any]]:
     """Return the streams of some chips, planned and stored."""
     layout = small(chips)
-    reading = planned(layout.job, layout.outputs, {})
+    reading = planned(layout.job, layout.outputs, ReadContext())
     return [chips.stream, lambda n, **more: Batching(n, **more).stream(reading)]
 
 
@@ -286,7 +287,7 @@ def test_no_two_measurements_share_a_task(joined: rd.Chips) -> None:
     for how in ("raise", "mask"):
         own = names.setdefault(how, set())
         with Callback(pretask=lambda key, *_, own=own: own.add(key)):
-            measured(planned(layout.job, layout.outputs, {}, on_error=how))
+            measured(planned(layout.job, layout.outputs, ReadContext(on_error=how)))
     assert len(names["raise"]) == len(names["mask"]) > 3
     assert names["raise"].isdisjoint(names["mask"])
 

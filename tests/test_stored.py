@@ -29,6 +29,7 @@ from rasteret_dask.store.storemap import _opened
 from rasteret_dask.storeset import StoredChips, open_chips
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.tasks.batches import assembled, take
+from rasteret_dask.tasks.context import ReadContext
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def copy(stores: dict[str, tuple[rd.Chips, Path]], tmp_path: Path) -> Path:
 def test_a_store_holds_exactly_what_load_gives(name: str, stores: dict[str, tuple[rd.Chips, Path]]) -> None:
     chips, store = stores[name]
     opened = open_chips(store)
-    wanted = outputs.load(small(chips), {})
+    wanted = outputs.load(small(chips), ReadContext())
     assert_same(opened.load(), wanted)
     assert_same(opened.to_xarray().compute(), wanted)
     assert len(opened) == len(chips)
@@ -83,7 +84,7 @@ def test_a_store_holds_exactly_what_load_gives(name: str, stores: dict[str, tupl
 def test_shards_and_chips_are_those_of_the_plan(name: str, stores: dict[str, tuple[rd.Chips, Path]]) -> None:
     chips, store = stores[name]
     layout, opened = small(chips), open_chips(store)
-    plan = planned(layout.job, layout.outputs, {})
+    plan = planned(layout.job, layout.outputs, ReadContext())
     assert opened.stored.sizes == plan.sizes
     assert opened.stored.bands == plan.bands
     first = 0
@@ -124,7 +125,7 @@ def test_plain_zarr_reads_the_same_chips(stores: dict[str, tuple[rd.Chips, Path]
 )
 def test_every_compression_comes_back(codec: Compression, single: rd.Chips, tmp_path: Path) -> None:
     opened = open_chips(written(single, tmp_path / "store", compression=codec))
-    assert_same(opened.load(), outputs.load(small(single), {}))
+    assert_same(opened.load(), outputs.load(small(single), ReadContext()))
     singly = opened.take(list(opened)[::9])
     np.testing.assert_array_equal(singly["s2"], opened.take(list(opened))["s2"][::9])
 

@@ -27,6 +27,7 @@ from rasteret_dask.storeset import StoredChips, open_chips
 from rasteret_dask.streamfrom import stream_from
 from rasteret_dask.streams.stream import Stream
 from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.tasks.context import ReadContext
 
 SHARD_BYTES = 200_000
 
@@ -124,7 +125,7 @@ def web(folder: Path) -> Iterator[RangeServer]:
 def in_bucket(chips: rd.Chips, bucket: Bucket) -> str:
     """Return the store, written to a bucket."""
     url = "s3://chips/some where/small"
-    delayed_zarr(small(chips, SHARD_BYTES), url, {}).compute(scheduler="threads")
+    delayed_zarr(small(chips, SHARD_BYTES), url, ReadContext()).compute(scheduler="threads")
     return url
 
 

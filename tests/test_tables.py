@@ -324,11 +324,11 @@ def test_a_bucket_takes_and_gives_tables(tmp_path: Path, monkeypatch: pytest.Mon
             again = rd.load(url)
             assert names(again.subset(cloud_cover_lt=35)) == ["r0", "r1", "r2", "r3"]
             assert names(pickle.loads(pickle.dumps(again))) == names(own())
-        token = next(iter(rd.load("s3://tables/one.parquet")._tables))
+        token = next(iter(rd.load("s3://tables/one.parquet").query.tables))
         own().subset(cloud_cover_lt=25).export("s3://tables/by time", ("year", "month"))
         assert names(rd.load("s3://tables/by time")) == ["r0", "r1", "r2"]
         own().where(("id", "!=", "r7")).export("s3://tables/one.parquet")
-        assert next(iter(rd.load("s3://tables/one.parquet")._tables)) != token
+        assert next(iter(rd.load("s3://tables/one.parquet").query.tables)) != token
         client.put_object(Bucket="tables", Key="by time/thesis.txt", Body=b"x")
         with pytest.raises(rd.StoreError, match="thesis"):
             own().export("s3://tables/by time", ("year",))

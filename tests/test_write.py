@@ -32,6 +32,7 @@ from rasteret_dask.store.encode import Compression, compressors
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.store.run import _place, delayed_zarr, run_zarr
 from rasteret_dask.store.write import commit, prepare
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.shards import lower
 
@@ -46,7 +47,7 @@ def layout_of(chips: rd.Chips, shard_bytes: int = SHARD_BYTES) -> Layout:
 
 def write(layout: Layout, store: Path | str) -> str:
     url = str(store)
-    delayed_zarr(layout, url, {}).compute(scheduler="threads")
+    delayed_zarr(layout, url, ReadContext()).compute(scheduler="threads")
     return url
 
 
@@ -315,7 +316,7 @@ def test_groups_of_an_unfinished_store_do_not_open(joined: rd.Chips, tmp_path: P
 
 def test_a_finished_store_is_left_alone(single: Path, plain: rd.Chips) -> None:
     before = stamps(single)
-    run_zarr(layout_of(plain), str(single), {}, None, progress=False)
+    run_zarr(layout_of(plain), str(single), ReadContext(), None, progress=False)
     write(layout_of(plain), single)
     assert stamps(single) == before
 
@@ -396,7 +397,7 @@ def test_a_broken_scene_stops_its_own_shards_only(small_world: World, tmp_path: 
     record = path.parent.name
     hidden = path.rename(path.with_suffix(".gone"))
     with pytest.raises(JobError, match=rf"(?s)\d+ of \d+ shards failed.*{record}.*call to_zarr again"):
-        run_zarr(layout, str(store), {}, None, progress=False)
+        run_zarr(layout, str(store), ReadContext(), None, progress=False)
     assert not (store / "zarr.json").exists()
     done = {p.stem for p in (store / "_job" / "done").iterdir()}
     every = {s.name for s in layout.job.shards()}
@@ -404,7 +405,7 @@ def test_a_broken_scene_stops_its_own_shards_only(small_world: World, tmp_path: 
     assert set(tries(store)) == set() or all(tries(store)[name] == 1 for name in done)
     written = {p: m for p, m in stamps(store).items() if p.startswith("pixels/c/")}
     hidden.rename(path)
-    run_zarr(layout, str(store), {}, None, progress=False)
+    run_zarr(layout, str(store), ReadContext(), None, progress=False)
     again = {p: m for p, m in stamps(store).items() if p.startswith("pixels/c/")}
     assert written.items() <= again.items()
     assert all(tries(store)[name] == 1 for name in done)
@@ -421,7 +422,7 @@ def test_a_truncated_scene_is_an_error_not_zeros(small_world: World, tmp_path: P
         if path.suffix in (".tif", ".tiff") and path.stat().st_size > 5_000:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(JobError, match="shards failed"):
-        run_zarr(layout_of(plan), str(tmp_path / "x.zarr"), {}, None, progress=False)
+        run_zarr(layout_of(plan), str(tmp_path / "x.zarr"), ReadContext(), None, progress=False)
     assert not (tmp_path / "x.zarr" / "zarr.json").exists()
 
 
@@ -533,10 +534,10 @@ def test_a_masked_tile_is_counted_listed_and_told(spoilt: tuple[rd.Chips, Path],
     chips, path = spoilt
     store, layout = tmp_path / "x.zarr", layout_of(chips)
     with pytest.raises(JobError, match=path.parent.name):
-        run_zarr(layout, str(store), {}, None, progress=False)
+        run_zarr(layout, str(store), ReadContext(), None, progress=False)
     done = {p.stem for p in (store / "_job" / "done").iterdir()}
     with pytest.warns(UnreadableTilesWarning) as caught:
-        run_zarr(layout, str(store), {}, None, progress=False, on_error="mask")
+        run_zarr(layout, str(store), ReadContext(on_error="mask"), None, progress=False)
     manifest = pq.read_table(store / "manifest.parquet").to_pylist()
     assert all(row["attempts"] == 1 for row in manifest if row["shard"] in done)
     lists = {row["shard"]: json.loads(row["unreadable_tiles"]) for row in manifest}
@@ -578,10 +579,12 @@ def test_lazy_chips_warn_of_masked_tiles(spoilt: tuple[rd.Chips, Path]) -> None:
 
 def test_tasks_that_mask_have_names_of_their_own(spoilt: tuple[rd.Chips, Path]) -> None:
     job = spoilt[0].job
-    strict, masked = lower(job, {}), lower(job, {}, on_error="mask")
+    strict, masked = lower(job, ReadContext()), lower(job, ReadContext(on_error="mask"))
     shared = set(strict.graph.layers) & set(masked.graph.layers)
     assert {name.split("-")[0] for name in shared} == {"job"}
-    assert _place(spoilt[0]._layout, "x", "raise") != _place(spoilt[0]._layout, "x", "mask")
+    assert _place(spoilt[0]._layout, "x", ReadContext()) != _place(
+        spoilt[0]._layout, "x", ReadContext(on_error="mask")
+    )
 
 
 @pytest.mark.parametrize("given", ["ignore", "", None])

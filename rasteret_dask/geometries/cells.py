@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +35,8 @@ from rasteret_dask.geometries.rows import (
 from rasteret_dask.geometries.windows import Geometries
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import ChipSpec, Filter, Node, Predicate
-from rasteret_dask.planning.resolve import ResolvedSource, evaluate
-from rasteret_dask.planning.scan import Table
+from rasteret_dask.planning.query import Query
+from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.reader.sharing import SHARED
 from rasteret_dask.rules.picks import pick_named
 from rasteret_dask.table.timing import TimeAxis, half_open
@@ -226,8 +226,7 @@ class Area:
 
 
 def cells_of(
-    plan: Node,
-    tables: Mapping[str, Table],
+    query: Query,
     where: Area,
     bands: tuple[str, ...] | None,
     time: Any,
@@ -243,14 +242,14 @@ def cells_of(
     if on_error not in ("raise", "mask"):
         raise PlanError("on_error=", repr(on_error), "'raise' or 'mask'")
     size, resolution = where.size, where.resolution
-    wkb = _footprints(plan, tables) if where.geometries is None else as_area(where.geometries)
+    wkb = _footprints(query) if where.geometries is None else as_area(where.geometries)
     spec = ChipSpec(size, size, cell_km=where.cell_km, aoi=wkb)
     area = shapely.from_wkb(bytes.fromhex(wkb))
-    if time is None or spec_field(plan, "time") is not None:
-        source = settled(plan, tables, bands, resolution, area.bounds)
+    if time is None or spec_field(query.plan, "time") is not None:
+        source = settled(query, bands, resolution, area.bounds)
     else:
-        source = settled(Filter(plan, (_until(time),)), tables, bands, resolution, area.bounds)
-    source = _one_slot(source, plan, time)
+        source = settled(query.then(Filter(query.plan, (_until(time),))), bands, resolution, area.bounds)
+    source = _one_slot(source, query.plan, time)
     frame = candidates(spec, _ground(area), source.plan.resolution, {}, None)
     if not len(frame):
         raise PlanError("cells of the area", "none", "at least one", "Is the area smaller than a pixel?")
@@ -266,8 +265,8 @@ def cells_of(
     return cells
 
 
-def _footprints(plan: Node, tables: Mapping[str, Table]) -> str:
-    wkb = [v for m in evaluate(plan, tables) for v in m.table.column("geometry").to_pylist() if v is not None]
+def _footprints(query: Query) -> str:
+    wkb = [v for m in query.members() for v in m.table.column("geometry").to_pylist() if v is not None]
     return as_area(wkb)
 
 

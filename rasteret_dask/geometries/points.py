@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,9 @@ from rasteret_dask.geometries.rows import Rows, laid, run, settled, squares, win
 from rasteret_dask.geometries.windows import Geometries, frame_of, geometries_of
 from rasteret_dask.grid import northern, transformer, utm_zone, zone_epsg
 from rasteret_dask.headers.nodata import INEXACT
-from rasteret_dask.planning.plan import Harmonize, HarmonizeSpec, Node
+from rasteret_dask.planning.plan import Harmonize, HarmonizeSpec
+from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
-from rasteret_dask.planning.scan import Table
 from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Shard
 
@@ -62,9 +62,7 @@ UPS_NORTH, UPS_SOUTH = 32661, 32761
 """EPSG codes of the polar stereographic maps that go on where UTM ends."""
 
 
-def sample_points(
-    plan: Node, tables: Mapping[str, Table], points: Any, bands: str | Sequence[str] | None, on_error: str
-) -> pa.Table:
+def sample_points(query: Query, points: Any, bands: str | Sequence[str] | None, on_error: str) -> pa.Table:
     """Return a table of POINT_SCHEMA: point by point, then by time, then by band; see ``Collection.sample_points``."""
     places = geometries_of(points)
     if set(shapely.get_type_id(places.shape).tolist()) != {0}:
@@ -76,9 +74,9 @@ def sample_points(
         raise PlanError("points", f"columns {', '.join(taken)}, which the result has", "other names",
                         "Give them other names: gdf.rename(columns=...).")  # fmt: skip
     near = shapely.total_bounds(places.shape)
-    size = _grain(settled(plan, tables, band_names(bands), None, near))
-    exact = Harmonize(plan, HarmonizeSpec(resampling="nearest"))
-    source = settled(exact, tables, band_names(bands), size, near)
+    size = _grain(settled(query, band_names(bands), None, near))
+    exact = Harmonize(query.plan, HarmonizeSpec(resampling="nearest"))
+    source = settled(query.then(exact), band_names(bands), size, near)
     table = _sampled(source, places, on_error).sort_by([(n, "ascending") for n in ("point_index", *_ORDER)])
     table = table.drop_columns(list(_ORDER))
     for field, column in zip(places.labels.schema, places.labels.columns, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,9 @@ from rasteret_dask.geometries.windows import (
     own_bounds,
     square_bounds,
 )
-from rasteret_dask.planning.plan import Node, is_number
+from rasteret_dask.planning.plan import is_number
+from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
-from rasteret_dask.planning.scan import Table
 from rasteret_dask.rules.picks import Scored
 from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Shard
@@ -131,7 +131,7 @@ def band_names(bands: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return None if bands is None else (bands,) if isinstance(bands, str) else tuple(bands)
 
 
-def prepared(plan: Node, tables: Mapping[str, Table], request: WindowRequest) -> RowsToRead:
+def prepared(query: Query, request: WindowRequest) -> RowsToRead:
     """Plan which rows a reading has, before any pixel is read.
 
     Raises
@@ -145,7 +145,7 @@ def prepared(plan: Node, tables: Mapping[str, Table], request: WindowRequest) ->
         raise PlanError("geometries", f"columns {', '.join(taken)}, which every index has", "other names",
                         "Give them other names: gdf.rename(columns=...).")  # fmt: skip
     near = shapely.total_bounds(geometries.shape)
-    source = settled(plan, tables, band_names(request.bands), request.resolution, near)
+    source = settled(query, band_names(request.bands), request.resolution, near)
     outlines = source_outlines(source)
     target = None if request.target_crs is None else epsg_of(request.target_crs)
     codes = codes_of(geometries, source.records.epsg, target, request.resolution is not None)

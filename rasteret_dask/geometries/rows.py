@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ from rasteret_dask.planning.plan import (
     children,
     near_area,
 )
-from rasteret_dask.planning.resolve import ResolvedSource, evaluate, resolve_source
-from rasteret_dask.planning.scan import Table
+from rasteret_dask.planning.query import Query
+from rasteret_dask.planning.resolve import ResolvedSource, resolve_source
 from rasteret_dask.reader.keeping import Later
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.tasks.cuts import Feed, MemberCubes
@@ -62,8 +62,7 @@ SQUARE_PX = 64 * 64
 
 
 def settled(
-    plan: Node,
-    tables: Mapping[str, Table],
+    query: Query,
     bands: tuple[str, ...] | None,
     resolution: float | None,
     near: Any,
@@ -72,8 +71,8 @@ def settled(
 
     Parameters
     ----------
-    plan, tables
-        The plan and its tables.
+    query
+        The plan.
     bands, resolution
         As in ``harmonize``; None: as the plan says.
     near
@@ -84,6 +83,7 @@ def settled(
     PlanError, BandError, UnreadableAssetsError
         When there is more than one source, or it cannot be settled.
     """
+    plan = query.plan
     if isinstance(plan, Join):
         raise PlanError("reading windows", f"a join of {', '.join(plan.names)}", "one source",
                         "Read each of them, or take join(...).chips(...).")  # fmt: skip
@@ -93,7 +93,7 @@ def settled(
         plan = Filter(plan, (predicate,))
     if bands is not None or resolution is not None:
         plan = Harmonize(plan, HarmonizeSpec(bands=bands, resolution=resolution))
-    members = evaluate(optimize(plan), tables)
+    members = query.members(optimize(plan))
     source = resolve_source(members[0].name if len(members) == 1 else "merged", members)
     if source.plan.maps:
         raise PlanError("reading windows", "a map step, which works on chips", "no map",

@@ -15,7 +15,7 @@ import pyarrow.dataset as pads
 from rasteret_dask.errors import SchemaError
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import Harmonize, Map, Merge, Node, Source, leaves
-from rasteret_dask.planning.resolve import evaluate
+from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, expression, filter_batches, keep_whole, pushed_filter, scan
 from rasteret_dask.table import rowgroups
 from rasteret_dask.table.barehrefs import hosts_of
@@ -41,7 +41,7 @@ _GEOARROW = {
 }
 
 
-def table(plan: Node, tables: Mapping[str, Table], columns: Sequence[str] | None = None) -> pa.Table:
+def table(query: Query, columns: Sequence[str] | None = None) -> pa.Table:
     """Return the records of a plan, all columns or some.
 
     Raises
@@ -49,80 +49,79 @@ def table(plan: Node, tables: Mapping[str, Table], columns: Sequence[str] | None
     SchemaError
         When there is no such column.
     """
-    whole = _checked(schema(plan, tables), columns, plan)
-    return pa.Table.from_batches(batches(plan, tables, columns), whole)
+    whole = _checked(schema(query), columns, query.plan)
+    return pa.Table.from_batches(batches(query, columns), whole)
 
 
-def schema(plan: Node, tables: Mapping[str, Table]) -> pa.Schema:
+def schema(query: Query) -> pa.Schema:
     """Return the schema of a plan's records: that of its table, or what the tables of a merge have together."""
-    found = [tables[source.token].schema for source in leaves(plan)]
+    found = [query.tables[source.token].schema for source in leaves(query.plan)]
     return found[0] if len(found) == 1 else pa.unify_schemas(found, promote_options="default")
 
 
-def batches(
-    plan: Node, tables: Mapping[str, Table], columns: Sequence[str] | None = None
-) -> Iterator[pa.RecordBatch]:
+def batches(query: Query, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Yield the records of a plan, source by source; a column that one source lacks is null there."""
-    whole = _checked(schema(plan, tables), columns, plan)
-    sources = _scans(optimize(plan))
+    whole = _checked(schema(query), columns, query.plan)
+    sources = _scans(optimize(query.plan))
     if sources is None:
-        for member in evaluate(optimize(plan), tables):
+        for member in query.members(optimize(query.plan)):
             own = member.table.select([c for c in whole.names if c in member.table.column_names])
             yield from _alike(own, whole).to_batches()
         return
     for source in sources:
-        known = tables[source.token].schema.names
+        known = query.tables[source.token].schema.names
         own_columns = [c for c in whole.names if c in known]
-        for part in _parts(source, tables, own_columns):
+        for part in _parts(source, query.tables, own_columns):
             yield from _alike(part, whole).to_batches()
 
 
-def head(plan: Node, tables: Mapping[str, Table], n: int, columns: Sequence[str] | None = None) -> pa.Table:
+def head(query: Query, n: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Return the first ``n`` records of a plan; no more are read than come with them."""
     found: list[pa.RecordBatch] = []
     left = n
-    for batch in batches(plan, tables, columns):
+    for batch in batches(query, columns):
         found.append(batch.slice(0, left))
         left -= len(found[-1])
         if left <= 0:
             break
-    return pa.Table.from_batches(found, _checked(schema(plan, tables), columns, plan))
+    return pa.Table.from_batches(found, _checked(schema(query), columns, query.plan))
 
 
-def stream(plan: Node, tables: Mapping[str, Table]) -> pa.RecordBatchReader:
+def stream(query: Query) -> pa.RecordBatchReader:
     """Return the records of a plan as a reader of :func:`stream_schema`."""
-    marked = stream_schema(plan, tables)
-    found = batches(plan, tables)
+    marked = stream_schema(query)
+    found = batches(query)
     first = list(itertools.islice(found, 1))  # what is wrong with the plan is raised here, as it is
     rows = (pa.RecordBatch.from_arrays(b.columns, schema=marked) for b in itertools.chain(first, found))
     return pa.RecordBatchReader.from_batches(marked, rows)
 
 
-def stream_schema(plan: Node, tables: Mapping[str, Table]) -> pa.Schema:
+def stream_schema(query: Query) -> pa.Schema:
     """Return the schema of a plan's records, ``geometry`` marked as GeoArrow's WKB in OGC:CRS84."""
-    whole = schema(plan, tables)
+    whole = schema(query)
     at = whole.get_field_index("geometry")
     return whole.set(at, whole.field(at).with_metadata(_GEOARROW))
 
 
-def dataset(plan: Node, tables: Mapping[str, Table]) -> pads.Dataset:
+def dataset(query: Query) -> pads.Dataset:
     """Return the records of a plan as a Dataset: lazy where a scan can decide all that was asked for."""
-    sources = _scans(optimize(plan))
-    if sources is None or len(sources) != 1 or not _is_pushed(sources[0], tables) or sources[0].bands:
-        return pads.dataset(table(plan, tables))
-    data = tables[sources[0].token]
+    sources = _scans(optimize(query.plan))
+    if sources is None or len(sources) != 1 or not _is_pushed(sources[0], query.tables) or sources[0].bands:
+        return pads.dataset(table(query))
+    data = query.tables[sources[0].token]
     base = data if isinstance(data, pads.Dataset) else pads.dataset(data)
     where = pushed_filter(sources[0].where, data.schema)
     return base if where is None else base.filter(where)
 
 
-def count(plan: Node, tables: Mapping[str, Table]) -> int:
+def count(query: Query) -> int:
     """Return how many records a plan chooses; only the columns that decide it are read."""
-    sources = _scans(optimize(plan))
-    if sources is None or not all(_is_pushed(s, tables) for s in sources):
-        return sum(batch.num_rows for batch in batches(plan, tables, ["id"]))
+    sources = _scans(optimize(query.plan))
+    if sources is None or not all(_is_pushed(s, query.tables) for s in sources):
+        return sum(batch.num_rows for batch in batches(query, ["id"]))
     return sum(
-        rowgroups.count(tables[s.token], pushed_filter(s.where, tables[s.token].schema)) for s in sources
+        rowgroups.count(query.tables[s.token], pushed_filter(s.where, query.tables[s.token].schema))
+        for s in sources
     )
 
 
@@ -153,9 +152,9 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(plan: Node, tables: Mapping[str, Table], name: str, further: Sequence[str]) -> Summary:
+def summary(query: Query, name: str, further: Sequence[str]) -> Summary:
     """Return what the records of a plan hold; tile tables are not read."""
-    found = table(plan, tables, ["datetime", "collection", "bbox", "proj:epsg", "assets"])
+    found = table(query, ["datetime", "collection", "bbox", "proj:epsg", "assets"])
     time = pc.min_max(found.column("datetime")).as_py()
     boxes = found.column("bbox").combine_chunks()
     edges = [pc.struct_field(boxes, n) for n in ("xmin", "ymin", "xmax", "ymax")]
@@ -174,9 +173,10 @@ def summary(plan: Node, tables: Mapping[str, Table], name: str, further: Sequenc
     )
 
 
-def signed_hosts(plan: Node, tables: Mapping[str, Table]) -> tuple[str, ...]:
+def signed_hosts(query: Query) -> tuple[str, ...]:
     """Return the hosts whose hrefs arrived signed, as the tables of a plan name them."""
-    return tuple(sorted({h for source in leaves(plan) for h in hosts_of(tables[source.token].schema) or ()}))
+    schemas = (query.tables[source.token].schema for source in leaves(query.plan))
+    return tuple(sorted({host for one in schemas for host in hosts_of(one) or ()}))
 
 
 def data_source(found: pa.Table) -> str:

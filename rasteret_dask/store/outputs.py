@@ -18,15 +18,15 @@ from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks import pixels
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filtering import KEPT, tally
 from rasteret_dask.tasks.job import Job, Output, Shard
-from rasteret_dask.tasks.mapping import Functions
 from rasteret_dask.tasks.shards import Graph, lower, read_chips
 
 __all__ = ["load", "to_xarray"]
 
 
-def to_xarray(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
+def to_xarray(layout: Layout, context: ReadContext) -> xr.Dataset | xr.DataTree:
     """Return a job's chips lazily, in the order of its shards: a Dataset, or a DataTree with a node a source.
 
     Chips that a rule drops stay in their places, all fill, and a coordinate ``kept`` (chip,) tells which.
@@ -35,14 +35,12 @@ def to_xarray(layout: Layout, functions: Functions, on_error: str = "raise") -> 
     ----------
     layout
         The job and its layout.
-    functions
-        The user's functions that the job names.
-    on_error
-        See :func:`rasteret_dask.tasks.shards.lower`.
+    context
+        What its shards are read with.
     """
     job = layout.job
     send_to_current(job.hrefs(), job.signed)
-    graph = lower(job, functions, on_error=on_error)
+    graph = lower(job, context)
     nodes = {}
     for plan, output in zip(job.sources, layout.outputs, strict=True):
         of = _Blocks(graph, plan.name, f"{plan.name}-{job.digest[:12]}{graph.tail}")
@@ -53,7 +51,7 @@ def to_xarray(layout: Layout, functions: Functions, on_error: str = "raise") -> 
     return _tree(nodes)
 
 
-def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Dataset | xr.DataTree:
+def load(layout: Layout, context: ReadContext) -> xr.Dataset | xr.DataTree:
     """Read a job's chips into memory, in the order of its shards, by Dask's threads in this process.
 
     Each tile goes to its place in one array a source; nothing is put together afterwards. Chips that a rule drops
@@ -63,10 +61,8 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
     ----------
     layout
         The job and its layout.
-    functions
-        The user's functions that the job names.
-    on_error
-        See :func:`rasteret_dask.tasks.shards.lower`.
+    context
+        What its shards are read with.
     """
     job = layout.job
     shapes = [_shapes(job, output) for output in layout.outputs]
@@ -87,9 +83,8 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
             _fill,
             DataNode("job", job),
             shard,
-            functions,
+            context,
             places,
-            on_error,
             DataNode("fallen", fallen),
         )
         start = stop
@@ -114,14 +109,13 @@ def load(layout: Layout, functions: Functions, on_error: str = "raise") -> xr.Da
 def _fill(
     job: Job,
     shard: Shard,
-    functions: Functions,
+    context: ReadContext,
     places: list[dict[str, Any]],
-    on_error: str,
     fallen: dict[str, str],
 ) -> None:
     """Read one shard into its part of the arrays; ``fallen`` gets the chips that rules drop, with the reason."""
     into = [(place["pixels"], place.get("valid")) for place in places]
-    read = read_chips(job, shard, functions, on_error, into)
+    read = read_chips(job, shard, context, into)
     fallen |= next(iter(read.values())).attrs.get("dropped", {})
     for dataset, place in zip(read.values(), places, strict=True):
         for name, array in place.items():

@@ -29,10 +29,10 @@ from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
 from rasteret_dask.store.presence import forget_clients, present
 from rasteret_dask.store.write import commit, is_committed, prepare, write_shard
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import SHARD_BYTES
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, open_job
-from rasteret_dask.tasks.mapping import Functions
 from rasteret_dask.tasks.shards import lower, renamed
 
 __all__ = ["delayed_zarr", "run_zarr"]
@@ -49,10 +49,9 @@ PROCESS_BYTES = 600e6
 def run_zarr(
     layout: Layout,
     url: str,
-    functions: Functions,
+    context: ReadContext,
     client: ClientLike,
     progress: bool,
-    on_error: str = "raise",
 ) -> None:
     """Write a job's chips to a store; a rerun does what is missing.
 
@@ -62,15 +61,13 @@ def run_zarr(
         The job and its layout.
     url
         The store.
-    functions
-        The user's functions that the job names.
+    context
+        What its shards are read with.
     client
         A Dask client or cluster, or a scheduler's address; None: the current client, else a cluster of this machine's
         size.
     progress
         Whether to show how far it is.
-    on_error
-        See :func:`rasteret_dask.tasks.shards.lower`.
 
     Raises
     ------
@@ -85,7 +82,7 @@ def run_zarr(
             sys.stderr.write(f"store {remote.redact(url)} is finished: nothing to do\n")
         return
     done = prepare(layout, url)
-    tasks, shards = _tasks(layout, url, functions, on_error)
+    tasks, shards = _tasks(layout, url, context)
     wanted = {key: shard for key, shard in shards.items() if shard.name not in done}
     place = remote.redact(url)
     _log.info("to_zarr %s: prepared; %d of %d shards are written", place, len(done), len(shards))
@@ -101,13 +98,11 @@ def run_zarr(
         sys.stderr.write(f"{lost}\n")
 
 
-def _tasks(
-    layout: Layout, url: str, functions: Functions, on_error: str
-) -> tuple[dict[Any, Any], dict[str, Shard]]:
-    place = _place(layout, url, on_error)
+def _tasks(layout: Layout, url: str, context: ReadContext) -> tuple[dict[Any, Any], dict[str, Shard]]:
+    place = _place(layout, url, context)
     write = functools.partial(write_shard, mark=place)
     ref = JobRef(remote.join(url, JOB), layout.job.digest)
-    graph = lower(layout.job, functions, ref, write, on_error)
+    graph = lower(layout.job, context, ref, write)
     return renamed(graph, layout.job, f"-{place}", look=functools.partial(_report, ref))
 
 
@@ -116,9 +111,9 @@ def _report(ref: JobRef, shard: str) -> dict[str, Any] | None:
     return ledger.valid_report(ref.url.removesuffix(f"/{JOB}"), shard, ref.digest)
 
 
-def _place(layout: Layout, url: str, on_error: str) -> str:
+def _place(layout: Layout, url: str, context: ReadContext) -> str:
     """Digest where a task writes, and how: its name says that beside shard and content."""
-    return hashlib.sha256(f"zarr {url} {layout.codec_text} {on_error}".encode()).hexdigest()[:8]
+    return hashlib.sha256(f"zarr {url} {layout.codec_text} {context.on_error}".encode()).hexdigest()[:8]
 
 
 def _submit(
@@ -230,15 +225,15 @@ def _local_cluster() -> LocalCluster:
     )
 
 
-def delayed_zarr(layout: Layout, url: str, functions: Functions, on_error: str = "raise") -> Delayed:
+def delayed_zarr(layout: Layout, url: str, context: ReadContext) -> Delayed:
     """Return the whole job as one lazy object: ``.compute()`` on any scheduler writes and commits the store."""
     signatures.send_to_current(layout.job.hrefs(), layout.job.signed)
     done = prepare(layout, url)
-    tasks, shards = _tasks(layout, url, functions, on_error)
+    tasks, shards = _tasks(layout, url, context)
     wanted = [key for key, shard in shards.items() if shard.name not in done]
     roots = {k: t for k, t in tasks.items() if k not in shards} if wanted else {}
     digest = layout.job.digest
-    name = f"commit-{digest[:12]}-{_place(layout, url, on_error)}"
+    name = f"commit-{digest[:12]}-{_place(layout, url, context)}"
     task = Task(name, _commit, url, digest, layout.codec_text, *(TaskRef(k) for k in wanted))
     return Delayed(
         name, HighLevelGraph.from_collections(name, {**roots, **{k: tasks[k] for k in wanted}, name: task})

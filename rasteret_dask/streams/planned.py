@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import ReadError
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Arrays, InMemory, SourcePixels, arrays_of
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Output
-from rasteret_dask.tasks.mapping import Functions
 from rasteret_dask.tasks.shards import lower, read_chips, renamed
 
 __all__ = ["planned"]
@@ -23,8 +23,7 @@ __all__ = ["planned"]
 def planned(
     job: Job,
     outputs: Sequence[Output],
-    functions: Functions,
-    on_error: str = "raise",
+    context: ReadContext,
     sizes: tuple[int, ...] | None = None,
 ) -> ChipShards:
     """Return the kept chips of a job, in the order of its shards.
@@ -35,10 +34,8 @@ def planned(
         The job.
     outputs
         What each source becomes.
-    functions
-        The user's functions that the job names.
-    on_error
-        See :func:`rasteret_dask.tasks.shards.lower`.
+    context
+        What its shards are read with.
     sizes
         Kept chips of each shard; None: all, as in a job without rules on pixels.
     """
@@ -52,14 +49,13 @@ def planned(
     }
 
     def read(number: int) -> InMemory:
-        found = _kept(read_chips(job, shards[number], functions, on_error), None)
+        found = _kept(read_chips(job, shards[number], context), None)
         if sizes is not None and len(found["chip_id"]) != sizes[number]:
             raise _other(shards[number].name, len(found["chip_id"]), str(sizes[number]))
         return InMemory(found)
 
     def tasks() -> tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]:
-        tail = "" if on_error == "raise" else f"-{on_error}"
-        graph, named = renamed(lower(job, functions, on_error=on_error), job, tail, "read")
+        graph, named = renamed(lower(job, context), job, context.suffix, "read")
         key_of = {shard.name: key for key, shard in named.items()}
         roots = {key: task for key, task in graph.items() if key not in named}
         return roots, [(key_of[s.name], graph[key_of[s.name]]) for s in shards]

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import FILLED, MASK
 from rasteret_dask.planning.rules import Rule
 from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.job import Job, Shard
-from rasteret_dask.tasks.mapping import Functions, kept_by
+from rasteret_dask.tasks.mapping import kept_by
 
 __all__ = ["KEPT", "filtered", "tally"]
 
@@ -35,7 +36,7 @@ def tally(reasons: Iterable[str]) -> str:
 
 
 def filtered(
-    job: Job, shard: Shard, joined: Mapping[str, xr.Dataset], functions: Functions, on_error: str = "raise"
+    job: Job, shard: Shard, joined: Mapping[str, xr.Dataset], context: ReadContext
 ) -> dict[str, xr.Dataset]:
     """Apply a job's rules to one shard.
 
@@ -45,10 +46,8 @@ def filtered(
         What was read.
     joined
         Source -> its chips in memory; the pixels of chips that are not kept are overwritten.
-    functions
-        The user's functions that the rules name.
-    on_error
-        See :func:`rasteret_dask.tasks.shards.lower`.
+    context
+        What the shard is read with.
 
     Returns
     -------
@@ -62,7 +61,7 @@ def filtered(
     for rule in job.pixel_rules:
         for name, dataset in joined.items():
             if rule.source in (None, name):
-                found = _failing(job, shard, rule, name, dataset, functions, on_error)
+                found = _failing(job, shard, rule, name, dataset, context)
                 reasons = {**found, **reasons}  # the first reason stays
     places = sorted(reasons)
     kept = np.ones(shard.stop - shard.start, dtype=bool)
@@ -82,18 +81,17 @@ def _failing(
     rule: Rule,
     name: str,
     dataset: xr.Dataset,
-    functions: Functions,
-    on_error: str,
+    context: ReadContext,
 ) -> dict[int, str]:
     """Return the chips of one source that a rule drops: place in the shard -> reason."""
     of = f" of {name}" if len(job.sources) > 1 else ""
     number = [s.name for s in job.sources].index(name)
     found: dict[int, str] = {}
     if rule.function is not None:
-        kept = kept_by(functions[rule.function], dataset["pixels"])
+        kept = kept_by(context.functions[rule.function], dataset["pixels"])
         found |= {int(at): f"filter_pixels({rule.function.name}){of}" for at in np.flatnonzero(~kept)}
     if rule.max_cloud is not None and has_clouds(job.sources[number]):
-        cloud, unreadable = cloud_fractions(job, shard, number, on_error)
+        cloud, unreadable = cloud_fractions(job, shard, number, context.on_error)
         dataset.attrs["unreadable"] = [*dataset.attrs["unreadable"], *unreadable]
         found |= {
             int(at): f"cloud{of} {cloud[at]:.3f}, above {rule.max_cloud:g}"

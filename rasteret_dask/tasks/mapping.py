@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,14 +12,11 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.errors import PlanError
-from rasteret_dask.planning.plan import Function
 from rasteret_dask.tasks import pixels
+from rasteret_dask.tasks.context import Functions
 from rasteret_dask.tasks.job import Job, Output, Shard
 
-__all__ = ["Functions", "kept_by", "mapped", "outputs_of"]
-
-Functions: TypeAlias = "Mapping[Function, Callable[[xr.DataArray], xr.DataArray]]"
-"""What a plan's functions are in this process."""
+__all__ = ["kept_by", "mapped", "outputs_of"]
 
 
 def mapped(function: Callable[[xr.DataArray], xr.DataArray], dataset: xr.Dataset) -> xr.Dataset:

@@ -14,22 +14,17 @@ from dask.blockwise import blockwise, optimize_blockwise
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.layers import ArrayBlockIdDep
 
-from rasteret_dask.errors import PlanError, UnreadableTilesWarning
+from rasteret_dask.errors import UnreadableTilesWarning
 from rasteret_dask.planning.plan import Function, digest
 from rasteret_dask.tasks import pixels
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filtering import filtered
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, opened
-from rasteret_dask.tasks.mapping import Functions, mapped
+from rasteret_dask.tasks.mapping import mapped
+from rasteret_dask.words import OnError
 
-__all__ = ["Graph", "error_policy", "lower", "read_chips", "renamed"]
-
-
-def error_policy(on_error: str) -> str:
-    """Return ``on_error``, or raise PlanError where it is none."""
-    if on_error not in ("raise", "mask"):
-        raise PlanError("on_error=", repr(on_error), "'raise' or 'mask'")
-    return on_error
+__all__ = ["Graph", "lower", "read_chips", "renamed"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Steps:
     """The place of the step that has all sources."""
 
     @classmethod
-    def of(cls, job: Job, on_error: str, warns: bool) -> Steps:
+    def of(cls, job: Job, on_error: OnError, warns: bool) -> Steps:
         """Return the steps of a job; ``warns`` tells whether tiles that cannot be read become warnings."""
         steps: list[Step] = []
 
@@ -121,10 +116,9 @@ class Steps:
 
 def lower(
     job: Job,
-    functions: Functions,
+    context: ReadContext,
     ref: JobRef | None = None,
     write: Callable[..., Any] | None = None,
-    on_error: str = "raise",
 ) -> Graph:
     """Turn a job into a graph.
 
@@ -132,22 +126,19 @@ def lower(
     ----------
     job
         The job.
-    functions
-        The user's functions that its maps and rules name.
+    context
+        What its shards are read with.
     ref
         Where the job was written; None puts its tables into one root task.
     write
         ``write(job, shard, url, datasets)``: the last step; None ends with the joined datasets.
-    on_error
-        What becomes of a tile that cannot be read: an error (``"raise"``), or invalid pixels (``"mask"``).
     """
-    build = _Builder(job, ref, on_error)
-    todo = Steps.of(
-        job, on_error, warns=ref is None
-    )  # where there is a store, its manifest lists what is unreadable
+    build = _Builder(job, ref, context.suffix)
+    # where there is a store, its manifest lists what is unreadable
+    todo = Steps.of(job, context.on_error, warns=ref is None)
     names: list[str] = []
     for step in todo.steps:
-        roots = [build.function(function, functions) for function in step.functions]
+        roots = [build.function(function, context) for function in step.functions]
         names.append(build.layer(step.name, step.run, step.constants, [names[n] for n in step.below], roots))
     sources, name = {source: names[at] for source, at in todo.sources.items()}, names[todo.joined]
     if write is not None:
@@ -159,16 +150,15 @@ def lower(
 def read_chips(
     job: Job,
     shard: Shard,
-    functions: Functions,
-    on_error: str,
+    context: ReadContext,
     into: Sequence[pixels.Into] | None = None,
 ) -> dict[str, xr.Dataset]:
     """Read all sources of one shard at once, and see which chips are kept: what its task does.
 
     Parameters
     ----------
-    job, shard, functions, on_error
-        What to read, with what, and what becomes of tiles that cannot be read: ``"raise"`` or ``"mask"``.
+    job, shard, context
+        What to read, and with what.
     into
         Memory for the pixels and their validity, a source each; not taken where a function is called on them.
 
@@ -177,11 +167,11 @@ def read_chips(
     dict
         Source -> its Dataset; see :func:`rasteret_dask.tasks.filtering.filtered`.
     """
-    todo = Steps.of(job, on_error, warns=True)
+    todo = Steps.of(job, context.on_error, warns=True)
     results: list[Any] = []
     for step in todo.steps[: todo.joined + 1]:
         run = step.run if step.memory is None or into is None else partial(step.run, into=into[step.memory])
-        calls = [_Shipped(functions[function]) for function in step.functions]
+        calls = [_Shipped(context.functions[function]) for function in step.functions]
         below = [results[at] for at in step.below]
         results.append(run(job, (shard.hierarchy, shard.number), *step.constants, *calls, *below))
     joined: dict[str, xr.Dataset] = results[-1]
@@ -191,7 +181,7 @@ def read_chips(
 class _Builder:
     """Adds layers over (split, shard) blocks."""
 
-    def __init__(self, job: Job, ref: JobRef | None, on_error: str) -> None:
+    def __init__(self, job: Job, ref: JobRef | None, tail: str) -> None:
         self.job, self.ref = job, ref
         whole = job.whole  # so that the graph of some splits is the culled graph of all
         self.blocks = (
@@ -204,18 +194,18 @@ class _Builder:
         # Of the rows too: blocks of other rows must not share names, or Dask takes one for the other.
         self.token = whole.digest[:12]
         self.root = None if ref is not None else self._add_root(f"job-{self.token}", whole)
-        self.tail = "" if on_error == "raise" else f"-{on_error}"
-        self.token += self.tail
+        self.tail = tail
+        self.token += tail
 
     def _add_root(self, name: str, value: Any) -> str:
         self.layers[name] = MaterializedLayer({(name,): DataNode((name,), value)})
         self.needs[name] = set()
         return name
 
-    def function(self, function: Function, functions: Functions) -> str:
+    def function(self, function: Function, context: ReadContext) -> str:
         """Ship a user's function once."""
         name = f"function-{function.name}-{digest(function)[:12]}"
-        return name if name in self.layers else self._add_root(name, _Shipped(functions[function]))
+        return name if name in self.layers else self._add_root(name, _Shipped(context.functions[function]))
 
     def layer(
         self,
@@ -261,7 +251,7 @@ def _merge(
     job: Job | JobRef,
     block: tuple[int, int],
     source: int,
-    on_error: str,
+    on_error: OnError,
     warns: bool,
     *members: pixels.MemberCubes,
     into: pixels.Into | None = None,
@@ -296,13 +286,13 @@ def _join(
 
 
 def _filter_pixels(
-    job: Job | JobRef, block: tuple[int, int], on_error: str, *rest: Any
+    job: Job | JobRef, block: tuple[int, int], on_error: OnError, *rest: Any
 ) -> dict[str, xr.Dataset]:
     own = opened(job)
     *shipped, joined = rest
     named = (r.function for r in own.pixel_rules if r.function is not None)
     functions = {function: one.call for function, one in zip(named, shipped, strict=True)}
-    return filtered(own, own.shard(*block), joined, functions, on_error)
+    return filtered(own, own.shard(*block), joined, ReadContext(functions, on_error))
 
 
 def _one(

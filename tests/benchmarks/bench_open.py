@@ -22,6 +22,7 @@ from rasteret_dask.store import stored, storeread
 from rasteret_dask.store.encode import Compression
 from rasteret_dask.store.run import delayed_zarr
 from rasteret_dask.storeset import StoredChips, open_chips
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import freeze
 
 TAKE = 32
@@ -47,7 +48,7 @@ def write(chips: rd.Chips, store: Path, per: int, codec: Compression) -> None:
     """Write chips in shards of about so many."""
     nbytes = chips._layout.outputs[0].chip_bytes * per
     layout = replace(chips._layout, job=freeze(chips.planned, nbytes), compression=codec)
-    delayed_zarr(layout, str(store), {}).compute(scheduler="threads")
+    delayed_zarr(layout, str(store), ReadContext()).compute(scheduler="threads")
 
 
 def row(opened: StoredChips, size: int, name: str) -> str:

@@ -30,6 +30,7 @@ from synthetic import BANDS, sentinel2_records
 import rasteret_dask as rd
 from rasteret_dask.grid import transformer
 from rasteret_dask.store.write import write_shard
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.jobfile import JobRef
 from rasteret_dask.tasks.shards import lower, renamed
 
@@ -88,7 +89,7 @@ def _plan(name: str, chips: rd.Chips) -> Mapping[Hashable, Any]:
     """Plan, freeze and lower; say what it took."""
     before, wall, cpu = _peak_mb(), time.perf_counter(), time.process_time()
     job = chips.job
-    graph = lower(job, {}, JobRef("s3://bucket/prefix/train.zarr/_job", job.digest), write_shard)
+    graph = lower(job, ReadContext(), JobRef("s3://bucket/prefix/train.zarr/_job", job.digest), write_shard)
     tasks, shards = renamed(graph, job, "-00000000")
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(f"{name}: {job.chips.num_rows:,} chips, {len(chips):,} of them chosen, {len(shards):,} shards")
