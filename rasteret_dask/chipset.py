@@ -192,8 +192,8 @@ class Chips(ChipSteps):
         store
             A local path or a URL of an object store.
         client
-            A Dask client or cluster, or a scheduler's address; None: the current client, else a cluster of this
-            machine's size.
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this
+            process, as many as cores and memory allow.
         compute
             False returns a lazy object: ``.compute()`` on any Dask scheduler writes and commits.
         progress

@@ -42,7 +42,8 @@ ORDER = {
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
     "tasks": "context job jobkernels jobfile freezing cuts filling neighbours picking pixels clouds mapping filtering "
              "shards batches",
-    "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
+    "store": "encode decode ledger layout manifest write presence onthreads oncluster run outputs "
+             "storetables storemap storeread stored "
              "holding datasets verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
