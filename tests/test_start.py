@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import dask
+import psutil
 import pytest
 from dask._task_spec import DataNode, Task, TaskRef
 
@@ -107,7 +108,7 @@ def test_who_interrupts_waits_for_what_runs_and_begins_nothing_more(monkeypatch:
             super().shutdown(wait=wait)
 
     monkeypatch.setattr(onthreads, "ThreadPoolExecutor", Pool)
-    graph = {f"t{n}": Task(f"t{n}", work, n) for n in range(50)}
+    graph: dict[Any, Any] = {f"t{n}": Task(f"t{n}", work, n) for n in range(50)}
     threads = OnThreads(2)
 
     def interrupted() -> None:
@@ -124,7 +125,7 @@ def test_who_interrupts_waits_for_what_runs_and_begins_nothing_more(monkeypatch:
 
 def test_what_stands_still_is_named(caplog: pytest.LogCaptureFixture) -> None:
     said = threading.Event()
-    graph = {"t0": Task("t0", said.wait, 60)}
+    graph: dict[Any, Any] = {"t0": Task("t0", said.wait, 60)}
     threads = OnThreads(1)
 
     class Told(Progress):
@@ -158,5 +159,5 @@ def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     limit.write_text(f"{int(600e6 + 2 * 3 * SHARD_BYTES)}\n")
     monkeypatch.setattr(onthreads, "CPU_COUNT", 64)
     monkeypatch.setattr(onthreads, "_LIMITS", (str(tmp_path / "gone"), str(none), str(limit)))
-    monkeypatch.setattr(onthreads.psutil, "virtual_memory", lambda: SimpleNamespace(total=2**50))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**50))
     assert threads_that_fit() == 2
