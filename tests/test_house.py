@@ -50,7 +50,7 @@ ORDER = {
     "geometries": "areas windows rows reading points cells torchset",
     "show": "explain audit pictures plot",
     "training": "tensors passes",
-    "the face": "compacting storeset streamfrom torchdata chipsteps chipset tableexits pixelreads "
+    "the face": "compacting storeset streamfrom torchdata chipset tableexits pixelreads "
                 "collection openers building __init__",
     "demo": "world checks run",
     "the end": "cli __main__",
