@@ -19,7 +19,7 @@ from dask._task_spec import DataNode, Task, TaskRef
 from rasteret_dask.demo.world import World
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import onthreads
-from rasteret_dask.store.onthreads import OnThreads, threads_that_fit
+from rasteret_dask.store.onthreads import ThreadTasks, threads_that_fit
 from rasteret_dask.tasks.freezing import SHARD_BYTES
 
 # Half a second of CPU and more together; where Jupyter is installed, some bring along all of it.
@@ -81,7 +81,7 @@ def test_threads_compute_in_order_and_each_key_ends_once() -> None:
     graph: dict[Any, Any] = {"double": double}
     graph |= {f"t{n}": Task(f"t{n}", work, TaskRef("double"), n) for n in range(20)}
     keys = [key for key in graph if key != "double"]
-    threads = OnThreads(1)
+    threads = ThreadTasks(1)
     with threads.watched(graph, {}, "a job", Progress("tasks", shown=False)):
         threads.send(graph, keys)
         ended = dict(threads.ended())
@@ -109,7 +109,7 @@ def test_who_interrupts_waits_for_what_runs_and_begins_nothing_more(monkeypatch:
 
     monkeypatch.setattr(onthreads, "ThreadPoolExecutor", Pool)
     graph: dict[Any, Any] = {f"t{n}": Task(f"t{n}", work, n) for n in range(50)}
-    threads = OnThreads(2)
+    threads = ThreadTasks(2)
 
     def interrupted() -> None:
         with threads.watched(graph, {}, "a job", Progress("tasks", shown=False)):
@@ -126,7 +126,7 @@ def test_who_interrupts_waits_for_what_runs_and_begins_nothing_more(monkeypatch:
 def test_what_stands_still_is_named(caplog: pytest.LogCaptureFixture) -> None:
     said = threading.Event()
     graph: dict[Any, Any] = {"t0": Task("t0", said.wait, 60)}
-    threads = OnThreads(1)
+    threads = ThreadTasks(1)
 
     class Told(Progress):
         def note(self, text: str) -> None:
@@ -147,9 +147,7 @@ def test_there_are_no_more_threads_than_memory(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(onthreads, "CPU_COUNT", 64)
     monkeypatch.setattr(onthreads, "_LIMITS", ())
     for total, count in ((2**28, 1), (600e6 + 7 * 3 * SHARD_BYTES, 7), (2**50, 64)):
-        monkeypatch.setattr(
-            onthreads.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total)
-        )
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
         assert threads_that_fit() == count
 
 

@@ -17,10 +17,10 @@ from rasteret_dask.net.watch import watched
 from rasteret_dask.progress import Progress
 from rasteret_dask.tasks.job import Job
 
-__all__ = ["OnCluster"]
+__all__ = ["ClusterTasks"]
 
 
-class OnCluster:
+class ClusterTasks:
     """A cluster that computes tasks.
 
     Parameters

@@ -19,7 +19,7 @@ from rasteret_dask.progress import Progress, seconds
 from rasteret_dask.tasks.freezing import SHARD_BYTES
 from rasteret_dask.tasks.job import Job
 
-__all__ = ["OnThreads", "threads_that_fit"]
+__all__ = ["ThreadTasks", "threads_that_fit"]
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ MAX_NAMED = 5
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-class OnThreads:
+class ThreadTasks:
     """Threads that compute tasks: decoding, warping and compressing leave Python's lock alone.
 
     Each thread calls one fused task at a time, in the order in which they were sent.

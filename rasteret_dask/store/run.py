@@ -22,7 +22,7 @@ from rasteret_dask.progress import Progress
 from rasteret_dask.store import ledger
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
-from rasteret_dask.store.onthreads import OnThreads, threads_that_fit
+from rasteret_dask.store.onthreads import ThreadTasks, threads_that_fit
 from rasteret_dask.store.presence import forget_clients, present
 from rasteret_dask.store.write import commit, is_committed, prepare, write_shard
 from rasteret_dask.tasks.context import ReadContext
@@ -113,7 +113,7 @@ def _place(layout: Layout, url: str, context: ReadContext) -> str:
 
 
 class _Runner(Protocol):
-    """Who computes tasks: :class:`OnCluster` or :class:`OnThreads`."""
+    """Who computes tasks: :class:`ClusterTasks` or :class:`ThreadTasks`."""
 
     def watched(
         self, graph: Mapping[Hashable, Any], names: Mapping[str, str], subject: str, progress: Progress
@@ -131,10 +131,10 @@ class _Runner(Protocol):
 def _runner(client: Client | None) -> _Runner:
     """Return the cluster of a client, or where there is none threads of this process: scripts need no main guard."""
     if client is None:
-        return OnThreads(threads_that_fit())
-    from rasteret_dask.store.oncluster import OnCluster  # it imports distributed
+        return ThreadTasks(threads_that_fit())
+    from rasteret_dask.store.oncluster import ClusterTasks  # it imports distributed
 
-    return OnCluster(client)
+    return ClusterTasks(client)
 
 
 def _submit(
