@@ -6,12 +6,9 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import xarray as xr
-from dask.delayed import Delayed
-from dask.highlevelgraph import HighLevelGraph
 
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.steps import apply_step, plan_chips
@@ -39,16 +36,8 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.show import audit, explain
-from rasteret_dask.statistics.measuring import kept_sizes, measured, recalled, remember
-from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store.encode import Compression, checked
 from rasteret_dask.store.layout import Layout
-from rasteret_dask.store.outputs import load, to_xarray
-from rasteret_dask.store.run import delayed_zarr, run_zarr
-from rasteret_dask.streamfrom import save_plan
-from rasteret_dask.streams.chipshards import ChipShards
-from rasteret_dask.streams.planned import planned
-from rasteret_dask.streams.stream import Batching, Normalize, Stream
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import freeze
@@ -57,6 +46,17 @@ from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.mapping import outputs_of
 from rasteret_dask.tasks.shards import lower
 from rasteret_dask.words import Boundary, OnError, SplitBy
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from dask.delayed import Delayed
+    from dask.highlevelgraph import HighLevelGraph
+
+    from rasteret_dask.statistics.stats import Stats
+    from rasteret_dask.streams.chipshards import ChipShards
+    from rasteret_dask.streams.stream import Normalize, Stream
+
+# What only one exit needs, that exit imports: who looks at a plan does not wait for what writes stores.
 
 __all__ = ["Chips"]
 
@@ -300,6 +300,8 @@ class Chips:
             What becomes of a tile that cannot be read: ``"raise"`` a ReadError, or ``"mask"``: its pixels are
             invalid, and each shard that has such tiles warns of them when it is computed.
         """
+        from rasteret_dask.store.outputs import to_xarray
+
         return to_xarray(self._layout, self._context(on_error))
 
     def load(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
@@ -312,6 +314,8 @@ class Chips:
         on_error
             As in :meth:`to_xarray`.
         """
+        from rasteret_dask.store.outputs import load
+
         return load(self._layout, self._context(on_error))
 
     def to_zarr(
@@ -330,8 +334,8 @@ class Chips:
         store
             A local path or a URL of an object store.
         client
-            A Dask client or cluster, or a scheduler's address; None: the current client, else a cluster of this
-            machine's size.
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this
+            process, as many as cores and memory allow.
         compute
             False returns a lazy object: ``.compute()`` on any Dask scheduler writes and commits.
         progress
@@ -352,6 +356,8 @@ class Chips:
         JobError
             When shards failed; the others are written, and a rerun does only those.
         """
+        from rasteret_dask.store.run import delayed_zarr, run_zarr
+
         url = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
         layout = replace(self._layout, compression=checked(compression))
         if not compute:
@@ -420,6 +426,9 @@ class Chips:
         PlanError
             When an argument cannot be, or some rank would have no batch.
         """
+        from rasteret_dask.statistics.measuring import recalled
+        from rasteret_dask.streams.stream import Batching
+
         batching = Batching(
             batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,
             ignore_index,
@@ -444,6 +453,9 @@ class Chips:
         on_error
             As in :meth:`to_xarray`.
         """
+        from rasteret_dask.statistics.measuring import measured, remember
+        from rasteret_dask.streams.planned import planned
+
         chips = self if sample is None else self.sample(sample)
         shards = planned(chips.job, chips._layout.outputs, self._context(on_error))
         stats = measured(shards, client)
@@ -452,10 +464,14 @@ class Chips:
 
     def _shards(self, on_error: OnError, client: ClientLike = None) -> ChipShards:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""
+        from rasteret_dask.streams.planned import planned
+
         make = partial(planned, self.job, self._layout.outputs, self._context(on_error))
         if not self.job.pixel_rules:
             return make()
         if on_error not in self._sizes:
+            from rasteret_dask.statistics.measuring import kept_sizes
+
             self._sizes[on_error] = kept_sizes(make(), client)
         return make(sizes=self._sizes[on_error])
 
@@ -474,6 +490,8 @@ class Chips:
         StoreError
             When something else lies there.
         """
+        from rasteret_dask.streamfrom import save_plan
+
         sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
         save_plan(self.job, path, sizes)
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import xarray as xr
 
 from rasteret_dask.chipping.labels import Labels, dense
-from rasteret_dask.chipset import Chips
-from rasteret_dask.cubes.cubegrid import native_grid
-from rasteret_dask.cubes.lazy import harmonized_cube
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_of
 from rasteret_dask.geometries.rows import spec_field
@@ -45,6 +41,11 @@ from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import half_open
 from rasteret_dask.tableexits import TableExits
 from rasteret_dask.words import Dtype, Grid, Resampling
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from rasteret_dask.chipset import Chips
 
 __all__ = ["Collection", "join", "merge"]
 
@@ -330,6 +331,8 @@ class Collection(TableExits, PixelReads):
             labels=None if polygons is None else token_of(polygons),
             rasterize=rasterize,
         )
+        from rasteret_dask.chipset import Chips  # it imports xarray, and what reads pixels
+
         return Chips(self.query.then(CutChips(self.plan, spec), tables))
 
     # Exits
@@ -388,6 +391,9 @@ class Collection(TableExits, PixelReads):
             raise PlanError(
                 "cube", "a map step, which works on chips", "no map", "Apply the function to the cube."
             )
+        from rasteret_dask.cubes.cubegrid import native_grid
+        from rasteret_dask.cubes.lazy import harmonized_cube
+
         square = spec_field(plan, "resolution") is not None
         grid, shape = native_grid(source, epsg, bounds, bounds_latlon, square=square)
         return harmonized_cube(source, grid, shape, min_coverage, chunks)
@@ -402,6 +408,8 @@ class Collection(TableExits, PixelReads):
             own = self._with(Filter(self.plan, (("proj:epsg", "==", code),)))
             cube = own.cube(bands, resolution=resolution, epsg=code)
             nodes[f"/epsg_{code}"] = cube.to_dataset(name="pixels")
+        import xarray as xr
+
         return xr.DataTree.from_dict(nodes, name=self.name)
 
     def _with(self, plan: Node) -> Collection:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import xarray as xr
 
-from rasteret_dask.geometries import reading
-from rasteret_dask.geometries.cells import Area, cells_of
-from rasteret_dask.geometries.points import sample_points
 from rasteret_dask.planning.plan import Node
 from rasteret_dask.planning.query import Query
 from rasteret_dask.words import OnError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from rasteret_dask.geometries import reading
+
+# The readers are imported when something is read: a table of records needs none of them.
 
 __all__ = ["PixelReads"]
 
@@ -85,6 +88,8 @@ class PixelReads:
         PlanError
             When windows are of several shapes, or no record covers any geometry.
         """
+        from rasteret_dask.geometries import reading
+
         request = reading.WindowRequest(
             geometries, bands, resolution, size, target_crs, all_touched, on_error
         )
@@ -115,6 +120,8 @@ class PixelReads:
         PlanError
             When windows are of several shapes, or no record covers any geometry.
         """
+        from rasteret_dask.geometries import reading
+
         request = reading.WindowRequest(
             geometries, bands, resolution, size, target_crs, all_touched, on_error
         )
@@ -144,6 +151,8 @@ class PixelReads:
         PlanError
             When no record covers any geometry.
         """
+        from rasteret_dask.geometries import reading
+
         request = reading.WindowRequest(
             geometries, bands, resolution, size, target_crs, all_touched, on_error
         )
@@ -184,6 +193,8 @@ class PixelReads:
         PlanError
             When no record covers any point.
         """
+        from rasteret_dask.geometries.points import sample_points
+
         chosen = self.subset(**filters) if filters else self
         return sample_points(chosen.query, points, bands, on_error)
 
@@ -258,6 +269,8 @@ class PixelReads:
         PlanError, GridError, BandError
             When it cannot be carried out; nothing is read before the first sample.
         """
+        from rasteret_dask.geometries import reading
+        from rasteret_dask.geometries.cells import Area, cells_of
         from rasteret_dask.geometries.torchset import CellDataset
 
         chosen = self.subset(**filters) if filters else self
@@ -269,5 +282,7 @@ class PixelReads:
         return CellDataset(cells, transforms)
 
     def _prepared(self, request: reading.WindowRequest, filters: Mapping[str, Any]) -> reading.RowsToRead:
+        from rasteret_dask.geometries import reading
+
         chosen = self.subset(**filters) if filters else self
         return reading.prepared(chosen.query, request)

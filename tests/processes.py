@@ -9,7 +9,9 @@ __all__ = ["NEW_PROCESSES", "fork_from_one"]
 
 PRELOADED = (
     "distributed", "distributed.nanny", "distributed.worker", "pandas", "xarray", "rasteret_dask.building",
-    "rasteret_dask.chipset", "rasteret_dask.store.run", "rasteret_dask.storeset", "rasteret_dask.streamfrom",
+    "rasteret_dask.chipset", "rasteret_dask.store.run", "rasteret_dask.store.oncluster", "rasteret_dask.store.outputs",
+    "rasteret_dask.storeset", "rasteret_dask.streamfrom", "rasteret_dask.cubes.lazy",
+    "rasteret_dask.geometries.reading",
     "rasteret_dask.torchdata",
 )  # fmt: skip
 """Imported once, by the process that others are forked from; without torch, all but the last."""

@@ -33,7 +33,7 @@ ORDER = {
     "headers": "nodata page tiff gdal sidecar reader",
     "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
              "layers leftassets facts rowgroups timing",
-    "ingest": "search tablecache describe sources fileindex stac tables pages order",
+    "ingest": "search stacapi tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry query "
                 "recordtable",
     "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps",
@@ -42,7 +42,8 @@ ORDER = {
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
     "tasks": "context job jobkernels jobfile freezing cuts filling keptbytes neighbours picking pixels clouds mapping "
              "filtering shards batches",
-    "store": "encode decode ledger layout manifest write presence run outputs storetables storemap storeread stored "
+    "store": "encode decode ledger layout manifest write presence onthreads oncluster run outputs "
+             "storetables storemap storeread stored "
              "holding datasets verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",

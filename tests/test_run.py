@@ -185,7 +185,7 @@ def test_to_zarr_takes_the_current_client(
     assert_store(tmp_path / "x.zarr", wanted)
 
 
-def test_without_a_client_a_cluster_comes_and_goes(
+def test_without_a_client_threads_of_this_process_write(
     joined: rd.Chips, wanted: dict[str, xr.Dataset], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     joined.select("train").to_zarr(tmp_path / "x.zarr")
@@ -493,6 +493,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import rasteret_dask as rd
 from rasteret_dask.store.run import run_zarr
+from rasteret_dask.tasks.context import ReadContext
 from test_write import layout_of
 dates = ("2024-04-01", "2024-06-30")
 s2 = rd.build_from_stac(sys.argv[2], name="s2", date_range=dates)

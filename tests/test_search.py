@@ -17,8 +17,9 @@ from stac_api import ApiFault, Dict, StacServer, changed, generated, serving_sta
 
 from rasteret_dask.errors import SourceError, TrustError
 from rasteret_dask.footprint import area_of
-from rasteret_dask.ingest import search as module
-from rasteret_dask.ingest.search import Search, boxes_of, fits, pages
+from rasteret_dask.ingest import stacapi as module
+from rasteret_dask.ingest.search import Search, boxes_of, fits
+from rasteret_dask.ingest.stacapi import pages
 from rasteret_dask.net import remote
 
 Serve = Callable[[Path], tuple[str, list[tuple[str, str | None]]]]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import dask.array as da
 import numpy as np
-import stackstac
 from numpy.typing import NDArray
-from stackstac.prepare import prepare_items
 
 from rasteret_dask.errors import GridError
 from rasteret_dask.grid import northern
 from rasteret_dask.reader.cogreader import NATURAL, AssetHref, CogReader, Kernel, grid_of
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.table.records import Asset, Level, Records
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 __all__ = [
     "CubePlace",
@@ -144,6 +144,8 @@ def stack(records: Records, reads: Reads, place: CubePlace, form: Form, reads_pe
     reads_per_chunk
         -1: all of a record are read together.
     """
+    import stackstac  # where Jupyter is installed, it brings along all of it: widgets, a dashboard
+
     names = tuple(dict.fromkeys(name for own in reads.values() for name in own))
     items = plain_items(records, reads, place.grid.epsg)
     for item, row in zip(items, reads, strict=True):
@@ -249,6 +251,8 @@ def group_cube(
     resolution
         Pixel size of the source.
     """
+    from stackstac.prepare import prepare_items
+
     box = (bounds[:, 0].min(), bounds[:, 1].min(), bounds[:, 2].max(), bounds[:, 3].max())
     table, spec, _, items = prepare_items(
         plain_items(records, {int(row): {band: Read(band) for band in bands} for row in rows}, epsg),

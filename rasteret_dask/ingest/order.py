@@ -12,7 +12,7 @@ from rasteret_dask.catalogs.catalog import find, known_dataset
 from rasteret_dask.errors import PlanError, SourceError
 from rasteret_dask.ingest.fileindex import index_items
 from rasteret_dask.ingest.pages import ItemBatch, Recipe
-from rasteret_dask.ingest.search import Box, Search, boxes_of, fits, pages
+from rasteret_dask.ingest.search import Box, Search, boxes_of, fits
 from rasteret_dask.ingest.sources import read_items, remote_item
 from rasteret_dask.ingest.stac import Rules, range_of
 from rasteret_dask.net.remote import is_local, local_path, public
@@ -120,6 +120,8 @@ class BuildOrder:
             yield ItemBatch([i for i in found if fits(i.data, self.query, self.name)], len(found))
         elif self.stac_api is not None:
             search = Search(self.stac_api, self.collection, self.boxes, self.span, self.query, self.filter)
+            from rasteret_dask.ingest.stacapi import pages  # it imports pystac_client
+
             for page in pages(search, self.max_items):
                 yield ItemBatch([remote_item(data) for data in page.items], page.matched)
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pystac
 import shapely
 from pyproj.exceptions import CRSError, ProjError
-from pystac_client import Client, CollectionClient
 from shapely.errors import ShapelyError
 from shapely.geometry import mapping
 
@@ -25,6 +24,9 @@ from rasteret_dask.errors import ReadError, SchemaError, SourceError
 from rasteret_dask.net.places import Place
 from rasteret_dask.net.remote import MAX_HREF, MissingError, get, is_local, redact
 from rasteret_dask.net.trust import checked, resolve
+
+if TYPE_CHECKING:
+    import pystac
 
 __all__ = [
     "BROKEN",
@@ -179,16 +181,16 @@ def _from_memory(source: Any) -> Iterator[Item]:
             yield source
         case pa.Table():
             yield from _from_table(source, None)
-        case pystac.Item():
+        case _ if _is_a(source, "pystac", "Item"):
             data = source.to_dict(transform_hrefs=False)
             place = source.get_self_href() or _self_href(data)
             yield Item(data, place, (place is None or is_local(place)) and not is_from_afar(data))
-        case Client() | CollectionClient():
+        case _ if _is_a(source, "pystac_client", "Client", "CollectionClient"):
             raise SourceError(
                 f"STAC API {source.id!r}", "its client", "items",
                 "Give build_from_stac its address (stac_api=..., collection=...), or items of a search.",
             )  # fmt: skip
-        case pystac.Catalog():
+        case _ if _is_a(source, "pystac", "Catalog"):
             yield from _from_links(source)
         case Mapping():
             if source.get("type") in ("Catalog", "Collection"):
@@ -206,6 +208,12 @@ def _from_memory(source: Any) -> Iterator[Item]:
                     yield Item.broken(error)
         case _:
             raise SourceError("STAC items", f"a {type(source).__name__}", "items, a path, a URL or a table")
+
+
+def _is_a(source: Any, module: str, *names: str) -> bool:
+    """Tell whether a source is of a class of a module, without importing it: who has one has imported it."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(source, tuple(getattr(loaded, name) for name in names))
 
 
 def _from_place(href: str) -> list[Item]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from rasteret_dask.catalogs.signing import Carried, carried, check_expired, signed_hosts
+from rasteret_dask.catalogs.signing import Carried, carried, check_expired, lacking_hosts, signed_hosts
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import clusters
 
@@ -18,7 +18,7 @@ __all__ = ["send", "send_place", "send_to_current"]
 _SENT: WeakKeyDictionary[Client, Carried] = WeakKeyDictionary()
 
 
-def send(client: Client, hrefs: Iterable[str], hosts: tuple[str, ...]) -> None:
+def send(client: Client | None, hrefs: Iterable[str], hosts: tuple[str, ...]) -> None:
     """Send a cluster's workers what this process signs hrefs by, before they read; those that join later get it too.
 
     Signatures that hrefs arrived with and ready-made query strings travel over the cluster's connections (encrypted
@@ -27,7 +27,7 @@ def send(client: Client, hrefs: Iterable[str], hosts: tuple[str, ...]) -> None:
     Parameters
     ----------
     client
-        The cluster.
+        The cluster; None: this process reads, and is only looked at.
     hrefs
         Of the hosts that want a signature.
     hosts
@@ -42,6 +42,10 @@ def send(client: Client, hrefs: Iterable[str], hosts: tuple[str, ...]) -> None:
         return
     every = list(hrefs)
     check_expired(every)
+    if client is None:
+        left = lacking_hosts(hosts)
+        _check({"this process": left} if left else {})
+        return
     grants, places = carried(every)
     before = _SENT.get(client, ({}, ()))
     told = ({**before[0], **grants}, tuple(dict.fromkeys((*before[1], *places))))
@@ -49,6 +53,11 @@ def send(client: Client, hrefs: Iterable[str], hosts: tuple[str, ...]) -> None:
 
     lacking = register(client, told, hosts)
     _SENT[client] = told
+    _check(lacking)
+
+
+def _check(lacking: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise PlanError where there are workers that cannot sign for some hosts."""
     if lacking:
         worker, missing = min(lacking.items())
         raise PlanError(
@@ -60,7 +69,7 @@ def send(client: Client, hrefs: Iterable[str], hosts: tuple[str, ...]) -> None:
         )
 
 
-def send_place(client: Client, *urls: str) -> None:
+def send_place(client: Client | None, *urls: str) -> None:
     """Send a cluster's workers what they need to read and write below URLs, as :func:`send`."""
     send(client, urls, signed_hosts(urls))
 

@@ -7,19 +7,20 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import google_crc32c
 import numcodecs
 import numpy as np
 from numcodecs.vlen import VLenUTF8
 from numpy.typing import DTypeLike, NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
-from zarr.dtype import parse_dtype
 
 from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.net.limits import workers
 from rasteret_dask.net.sums import crc32_of
+
+if TYPE_CHECKING:
+    from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 __all__ = [
     "CHIPS_PER_SHARD",
@@ -54,12 +55,12 @@ ABSENT = 2**64 - 1  # offset and length of an inner chunk that is not there: all
 
 def checked(compression: Any) -> Compression:
     """Return a compression, or raise PlanError where it is none that shards are encoded with."""
-    if (
-        compression is None
-        or compression == "auto"
-        or isinstance(compression, BloscCodec | ZstdCodec | GzipCodec)
-    ):
+    if compression is None or compression == "auto":
         return compression  # type: ignore[no-any-return]
+    from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
+
+    if isinstance(compression, BloscCodec | ZstdCodec | GzipCodec):
+        return compression
     raise PlanError(
         "to_zarr(compression=)",
         repr(compression),
@@ -75,6 +76,8 @@ def codec_of(compression: Compression, dtype: DTypeLike) -> BloscCodec | ZstdCod
     """
     if not isinstance(compression, str):
         return compression
+    from zarr.codecs import BloscCodec, ZstdCodec
+
     kind = np.dtype(dtype).kind
     if kind not in "iuf":
         return ZstdCodec(level=1)
@@ -86,6 +89,8 @@ def codec_of(compression: Compression, dtype: DTypeLike) -> BloscCodec | ZstdCod
 
 def compressors(compression: Compression, dtype: DTypeLike) -> tuple[Any, ...]:
     """Return the codecs behind an array's first one: its compression, if any, then a checksum of each chunk."""
+    from zarr.codecs import Crc32cCodec
+
     codec = codec_of(compression, dtype)
     return (Crc32cCodec(),) if codec is None else (codec, Crc32cCodec())
 
@@ -151,6 +156,8 @@ class Encoding:
             fill = node["fill_value"]
             assert isinstance(fill, str), fill
             return cls(chunk, sharded, None, fill, codec)
+        from zarr.dtype import parse_dtype
+
         known = parse_dtype(node["data_type"], zarr_format=3)
         dtype = known.to_native_dtype().newbyteorder("<")
         _check_nbytes(chunk[1:] if sharded else chunk, dtype.itemsize)

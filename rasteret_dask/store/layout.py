@@ -6,12 +6,10 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.storage import MemoryStore
 
 from rasteret_dask.chipping.chiptable import FILLED, MASK, label_columns, label_fields
 from rasteret_dask.formats import MEANING, STORE
@@ -20,6 +18,10 @@ from rasteret_dask.store.ledger import JOB, TO_ZARR
 from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.storage import MemoryStore
 
 __all__ = ["JOB", "OF_SHARDS", "Layout"]
 
@@ -73,6 +75,9 @@ class Layout:
 
     def build(self) -> dict[str, bytes]:
         """Return every metadata document and every plan-known coordinate chunk: path -> bytes."""
+        import zarr
+        from zarr.storage import MemoryStore
+
         store = MemoryStore()
         root = zarr.create_group(store, attributes=self._root_attrs())
         for hierarchy in self.job.hierarchies:
@@ -198,6 +203,8 @@ class Layout:
 
 
 def _consolidate(store: MemoryStore) -> None:
+    import zarr
+
     with warnings.catch_warnings():
         # zarr-python warns that other implementations may not read consolidated metadata; they read the rest.
         warnings.simplefilter("ignore")

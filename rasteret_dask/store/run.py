@@ -6,34 +6,32 @@ import functools
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dask._task_spec import Task, TaskRef
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
-from dask.system import CPU_COUNT
-from distributed import Client, Future, LocalCluster, as_completed
-from distributed.scheduler import KilledWorker
-from distributed.system import MEMORY_LIMIT
 
 from rasteret_dask.errors import JobError, RasteretDaskError, UnwritableStoreError
 from rasteret_dask.net import clusters, remote, signatures
-from rasteret_dask.net.awaiting import out_of_pool, why_cancelled
-from rasteret_dask.net.clusters import ClientLike, address_of
-from rasteret_dask.net.watch import watched
+from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import ledger
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
+from rasteret_dask.store.onthreads import ThreadTasks, threads_that_fit
 from rasteret_dask.store.presence import forget_clients, present
 from rasteret_dask.store.write import commit, is_committed, prepare, write_shard
 from rasteret_dask.tasks.context import ReadContext
-from rasteret_dask.tasks.freezing import SHARD_BYTES
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, open_job
 from rasteret_dask.tasks.shards import lower, renamed
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["delayed_zarr", "run_zarr"]
 
@@ -42,8 +40,6 @@ _log = logging.getLogger(__name__)
 MAX_LISTED = 10
 AGAIN = "-again"
 """What the name of a shard's second task ends in."""
-PROCESS_BYTES = 600e6
-"""A worker's memory beside its shards: each thread takes three times a shard on top."""
 
 
 def run_zarr(
@@ -64,8 +60,8 @@ def run_zarr(
     context
         What its shards are read with.
     client
-        A Dask client or cluster, or a scheduler's address; None: the current client, else a cluster of this machine's
-        size.
+        A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this
+        process, as many as cores and memory allow.
     progress
         Whether to show how far it is.
 
@@ -89,8 +85,8 @@ def run_zarr(
     with present(url):
         if wanted:
             graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
-            with clusters.using(client) as found, _or_local(found) as running:
-                _submit(running, graph, wanted, progress, layout.job, url)
+            with clusters.using(client) as cluster:
+                _submit(_runner(cluster), graph, wanted, progress, layout.job, url)
         lost = losses(commit(url, layout.job, layout))
         forget_clients(url)
     _log.info("to_zarr %s: committed", place)
@@ -116,65 +112,71 @@ def _place(layout: Layout, url: str, context: ReadContext) -> str:
     return hashlib.sha256(f"zarr {url} {layout.codec_text} {context.on_error}".encode()).hexdigest()[:8]
 
 
+class _Runner(Protocol):
+    """Who computes tasks: :class:`ClusterTasks` or :class:`ThreadTasks`."""
+
+    def watched(
+        self, graph: Mapping[Hashable, Any], names: Mapping[str, str], subject: str, progress: Progress
+    ) -> AbstractContextManager[None]: ...
+
+    def sign(self, job: Job, url: str) -> None: ...
+
+    def send(self, tasks: Mapping[Hashable, Any], keys: Sequence[str]) -> None: ...
+
+    def ended(self) -> Iterator[tuple[str, BaseException | None]]: ...
+
+    def may_pass(self, error: BaseException) -> bool: ...
+
+
+def _runner(client: Client | None) -> _Runner:
+    """Return the cluster of a client, or where there is none threads of this process: scripts need no main guard."""
+    if client is None:
+        return ThreadTasks(threads_that_fit())
+    from rasteret_dask.store.oncluster import ClusterTasks  # it imports distributed
+
+    return ClusterTasks(client)
+
+
 def _submit(
-    client: Client, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, job: Job, url: str
+    running: _Runner, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, job: Job, url: str
 ) -> None:
-    """Wait for the tasks of all shards; what is written needs no future any more, as its report is in the store."""
-    scheduler = address_of(client)
+    """Wait for the tasks of all shards; what is written needs no result any more, as its report is in the store."""
     roots = {key: task for key, task in graph.items() if key not in wanted}
     shards = dict(wanted)
     names = {key: shard.name for key, shard in wanted.items()}
-    futures: dict[str, Future[Any]] = {}
     failed: dict[str, BaseException] = {}
     total = sum(1 for _ in job.shards())
     done = total - len(wanted)
-
-    def send(tasks: dict[Any, Any], keys: Sequence[str]) -> list[Future[Any]]:
+    with (
+        Progress("shards", progress, total) as shown,
+        running.watched(graph, names, f"to_zarr {remote.redact(url)}", shown),
+    ):
+        shown.step(done)
+        running.sign(job, url)
         # neighbours one after another: keys alone would run split by split, each over all of the ground
-        when = dict.fromkeys(tasks, 0) | {key: -int(job.running[shards[key].start]) for key in keys}
-        sent: list[Future[Any]] = client.get(tasks, list(keys), sync=False, priority=when.__getitem__)
-        futures.update((str(future.key), future) for future in sent)
-        return sent
-
-    try:
-        with (
-            Progress("shards", progress, total) as shown,
-            watched(client, graph, names, f"to_zarr {remote.redact(url)}", shown),
-            out_of_pool(),
-        ):
-            shown.step(done)
-            signatures.send(client, job.hrefs(), job.signed)
-            signatures.send_place(client, url)
-            waiting = as_completed(send(graph, sorted(wanted)), loop=client.loop)
-            _log.info("to_zarr %s: %d shards submitted", remote.redact(url), len(wanted))
-            for future in waiting:
-                shard = shards[future.key]
-                if future.status == "cancelled":
-                    raise JobError(
-                        f"store {remote.redact(url)}",
-                        f"{why_cancelled(future, scheduler)}; {done} of {total} shards are written",
-                        "a scheduler that stays, with its tasks, until the end",
-                        "Call to_zarr again once there is a scheduler: it does the rest.",
-                    )
-                if future.status == "error":
-                    error = future.exception()
-                    if isinstance(error, UnwritableStoreError):  # the others would end so too
-                        raise _unwritable(url, error, done, total)
-                    if _may_pass(error) and not future.key.endswith(AGAIN):
-                        # not by Dask's retries, which cannot tell errors apart; the new key runs behind the others
-                        key = f"{future.key}{AGAIN}"
-                        shards[key], names[key] = shard, shard.name
-                        waiting.update(send({**roots, key: graph[future.key].substitute({}, key=key)}, [key]))
-                    else:
-                        failed[shard.name] = error
-                else:  # finished; or lost since, with a worker that held the result
-                    done += 1
-                futures.pop(future.key).release()
-                shown.step(done + len(failed) - shown.done, f", {len(failed)} failed" if failed else "")
-    finally:
-        # A traceback that is looked at keeps futures alive, and the cluster then repeats their errors for ever.
-        for future in futures.values():
-            future.release()
+        running.send(graph, sorted(wanted, key=lambda key: int(job.running[shards[key].start])))
+        _log.info("to_zarr %s: %d shards submitted", remote.redact(url), len(wanted))
+        for key, error in running.ended():
+            shard = shards[key]
+            if isinstance(error, CancelledError):
+                raise JobError(
+                    f"store {remote.redact(url)}",
+                    f"{error}; {done} of {total} shards are written",
+                    "a scheduler that stays, with its tasks, until the end",
+                    "Call to_zarr again once there is a scheduler: it does the rest.",
+                )
+            if isinstance(error, UnwritableStoreError):  # the others would end so too
+                raise _unwritable(url, error, done, total)
+            if error is None:
+                done += 1
+            elif running.may_pass(error) and not key.endswith(AGAIN):
+                # not by Dask's retries, which cannot tell errors apart; the new key runs behind the others
+                again = f"{key}{AGAIN}"
+                shards[again], names[again] = shard, shard.name
+                running.send({**roots, again: graph[key].substitute({}, key=again)}, [again])
+            else:
+                failed[shard.name] = error
+            shown.step(done + len(failed) - shown.done, f", {len(failed)} failed" if failed else "")
     if failed:
         lines = [f"{name}: {error}" for name, error in sorted(failed.items())[:MAX_LISTED]]
         more = f"\nand {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
@@ -186,11 +188,6 @@ def _submit(
         ) from next((e for e in failed.values() if isinstance(e, RasteretDaskError)), None)
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Tell whether a shard is to be tried once more; that a shard kills its workers, Dask has tried several times."""
-    return not isinstance(error, KilledWorker)
-
-
 def _unwritable(url: str, error: UnwritableStoreError, done: int, total: int) -> JobError:
     failure = JobError(
         f"store {remote.redact(url)}",
@@ -200,31 +197,6 @@ def _unwritable(url: str, error: UnwritableStoreError, done: int, total: int) ->
     )
     failure.__cause__ = error
     return failure
-
-
-@contextmanager
-def _or_local(client: Client | None) -> Iterator[Client]:
-    """Use a client; where there is none, one of a cluster of this machine's size."""
-    if client is not None:
-        yield client
-        return
-    with _local_cluster() as cluster, Client(cluster, set_as_default=False) as own:
-        yield own
-
-
-def _local_cluster() -> LocalCluster:
-    """One process: decoding, warping and compressing leave Python's lock alone, and scripts need no main guard.
-
-    A thread a core, but no more than the machine has memory for.
-    """
-    fit = int((MEMORY_LIMIT - PROCESS_BYTES) // (3 * SHARD_BYTES))
-    return LocalCluster(
-        n_workers=1,
-        threads_per_worker=max(1, min(CPU_COUNT, fit)),
-        processes=False,
-        dashboard_address=":0",
-        silence_logs=40,
-    )
 
 
 def delayed_zarr(layout: Layout, url: str, context: ReadContext) -> Delayed:

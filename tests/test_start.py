@@ -1,0 +1,161 @@
+"""A script starts soon: what is imported, step by step, and that a job of one process starts no cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import dask
+import psutil
+import pytest
+from dask._task_spec import DataNode, Task, TaskRef
+
+from rasteret_dask.demo.world import World
+from rasteret_dask.progress import Progress
+from rasteret_dask.store import onthreads
+from rasteret_dask.store.onthreads import ThreadTasks, threads_that_fit
+from rasteret_dask.tasks.freezing import SHARD_BYTES
+
+# Half a second of CPU and more together; where Jupyter is installed, some bring along all of it.
+SEARCH = ["pystac_client", "jsonschema"]
+CLUSTER = ["distributed", "bokeh"]
+PIXELS = ["stackstac", "rioxarray", "dask.array", "zarr", "IPython"]
+EVERY = [*SEARCH, *CLUSTER, *PIXELS]
+
+SCRIPT = """
+import sys
+import rasteret_dask as rd
+
+def loaded(step):
+    print(step, *(name for name in sys.argv[3:] if name in sys.modules))
+
+if __name__ == "__main__":
+    rd.build, rd.build_from_table, rd.load
+    loaded("import")
+    s2 = rd.build_from_stac(sys.argv[1], name="s2")
+    loaded("build")
+    chips = s2.harmonize(bands=["red"], units="reflectance").chips(size=32, cell_km=0.96).sample(20)
+    len(chips)
+    loaded("plan")
+    chips.explain()
+    loaded("explain")
+    chips.to_zarr(sys.argv[2], progress=False)
+    loaded("to_zarr")
+"""
+
+
+def test_each_step_imports_what_it_needs(small_world: World, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script, small_world.sentinel2, tmp_path / "x.zarr", *EVERY],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    steps = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
+    assert steps["import"] == set()
+    assert steps["build"] == set()
+    assert steps["plan"] == set()
+    assert steps["explain"].isdisjoint([*SEARCH, *CLUSTER])
+    assert steps["to_zarr"].isdisjoint(["jsonschema", *CLUSTER])
+
+
+# Threads of this process
+
+
+def test_threads_compute_in_order_and_each_key_ends_once() -> None:
+    begun: list[int] = []
+    double = DataNode("double", lambda number: 2 * number)
+
+    def work(function: Callable[[int], int], number: int) -> int:
+        begun.append(number)
+        if number == 3:
+            raise OSError("three")
+        return function(number)
+
+    graph: dict[Any, Any] = {"double": double}
+    graph |= {f"t{n}": Task(f"t{n}", work, TaskRef("double"), n) for n in range(20)}
+    keys = [key for key in graph if key != "double"]
+    threads = ThreadTasks(1)
+    with threads.watched(graph, {}, "a job", Progress("tasks", shown=False)):
+        threads.send(graph, keys)
+        ended = dict(threads.ended())
+    assert list(ended) == keys
+    assert begun == list(range(20))
+    assert {key: str(error) for key, error in ended.items() if error is not None} == {"t3": "three"}
+
+
+def test_who_interrupts_waits_for_what_runs_and_begins_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    ended: list[int] = []
+    go = threading.Event()
+
+    def work(number: int) -> None:
+        begun.append(number)
+        if number > 0:
+            go.wait(60)
+        ended.append(number)
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            go.set()  # what runs goes on only now
+            super().shutdown(wait=wait)
+
+    monkeypatch.setattr(onthreads, "ThreadPoolExecutor", Pool)
+    graph: dict[Any, Any] = {f"t{n}": Task(f"t{n}", work, n) for n in range(50)}
+    threads = ThreadTasks(2)
+
+    def interrupted() -> None:
+        with threads.watched(graph, {}, "a job", Progress("tasks", shown=False)):
+            threads.send(graph, list(graph))
+            next(threads.ended())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert sorted(begun) == sorted(ended)  # nothing goes on behind the caller's back
+    assert len(begun) <= 3
+
+
+def test_what_stands_still_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    said = threading.Event()
+    graph: dict[Any, Any] = {"t0": Task("t0", said.wait, 60)}
+    threads = ThreadTasks(1)
+
+    class Told(Progress):
+        def note(self, text: str) -> None:
+            said.set()
+
+    patience = {"rasteret_dask.watch.look": "5ms", "rasteret_dask.watch.no-progress": "20ms"}
+    with (
+        dask.config.set(patience),
+        caplog.at_level("WARNING", "rasteret_dask"),
+        threads.watched(graph, {"t0": "train-00000"}, "to_zarr x", Told("shards", shown=False)),
+    ):
+        threads.send(graph, ["t0"])
+        assert [error for _, error in threads.ended()] == [None]
+    assert "to_zarr x: nothing has begun or ended for 0 s; running: train-00000 for 0 s" in caplog.text
+
+
+def test_there_are_no_more_threads_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onthreads, "CPU_COUNT", 64)
+    monkeypatch.setattr(onthreads, "_LIMITS", ())
+    for total, count in ((2**28, 1), (600e6 + 7 * 3 * SHARD_BYTES, 7), (2**50, 64)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        assert threads_that_fit() == count
+
+
+def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    none, limit = tmp_path / "max", tmp_path / "limit"
+    none.write_text("max\n")
+    limit.write_text(f"{int(600e6 + 2 * 3 * SHARD_BYTES)}\n")
+    monkeypatch.setattr(onthreads, "CPU_COUNT", 64)
+    monkeypatch.setattr(onthreads, "_LIMITS", (str(tmp_path / "gone"), str(none), str(limit)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**50))
+    assert threads_that_fit() == 2
