@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import geopandas
 import numpy as np
+import pyproj
 import pytest
 import shapely
 from made_records import boxes, collection, record
@@ -89,3 +91,62 @@ def test_an_empty_split_is_shown_and_has_no_pairs() -> None:
     assert found.chips == {"train": found.chips["train"], "val": 0, "test": 0}
     assert found.overlaps == {}
     assert found.ok
+
+
+def dull(chips: rd.Chips, first: str, second: str) -> tuple[int, float]:
+    """Return pairs that share ground and the smallest distance: all chips in the CRS of each of the first."""
+    rows = [r for r in chips.table.to_pylist() if r["split"] in (first, second)]
+    split = np.array([r["split"] for r in rows])
+    epsg = np.array([r["epsg"] for r in rows])
+    box = np.array([shapely.box(*(r[n] for n in ("xmin", "ymin", "xmax", "ymax"))) for r in rows])
+    degrees = shapely.from_wkb([r["geometry"] for r in rows])
+    overlaps, nearest = 0, np.inf
+    for code in np.unique(epsg):
+        to = pyproj.Transformer.from_crs(4326, int(code), always_xy=True)
+        moved = shapely.transform(degrees, lambda p, to=to: np.stack(to.transform(p[:, 0], p[:, 1]), -1))
+        here = np.where(epsg == code, box, moved)
+        for one in here[(split == first) & (epsg == code)]:
+            overlaps += int(np.sum(shapely.area(shapely.intersection(one, here[split == second])) > 1e-3))
+            nearest = min(nearest, float(shapely.distance(one, here[split == second]).min()))
+    return overlaps, nearest
+
+
+def zones(west: tuple[int, float], east: tuple[int, float]) -> rd.Chips:
+    rows = [
+        record(f"{side}{i}", epsg=epsg, west=x, north=5_400_000.0 - i * 12_000.0)
+        for side, (epsg, x) in (("w", west), ("e", east))
+        for i in range(2)
+    ]
+    return collection("s2", *rows).chips(64, cell_km=2.56)
+
+
+WORLDS = {
+    "two zones": ((32632, 716_000.0), (32633, 276_000.0)),
+    "far zones": ((32632, 500_000.0), (32634, 500_000.0)),
+    "antimeridian": ((32660, 716_000.0), (32601, 276_000.0)),
+}
+
+
+@pytest.mark.parametrize("buffer", [0.0, 1_500.0])
+@pytest.mark.parametrize("world", list(WORLDS))
+def test_figures_across_zones_are_those_of_the_dull_way(world: str, buffer: float) -> None:
+    chips = zones(*WORLDS[world]).split(0.5, 0.5, 0.0, seed=4, buffer_m=buffer)
+    found = chips.audit()
+    overlaps, nearest = dull(chips, "train", "val")
+    assert found.overlaps["train-val"] == overlaps
+    assert found.distance_m["train-val"] == pytest.approx(nearest, rel=1e-9, abs=1e-6)
+
+
+def test_only_chips_beside_another_zone_are_projected(monkeypatch: pytest.MonkeyPatch) -> None:
+    chips = zones(*WORLDS["far zones"]).split(0.5, 0.5, 0.0, seed=4)
+    read: list[int] = []
+
+    def counted(wkb: Any) -> Any:
+        read.append(len(wkb))
+        return from_wkb(wkb)
+
+    from_wkb = shapely.from_wkb
+    assert len(chips) == 100
+    monkeypatch.setattr(shapely, "from_wkb", counted)
+    chips.audit()
+    assert sum(read) == 0  # all that touch a chip of the other split are of its own zone

@@ -7,16 +7,24 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips
+from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.chipping.splits import SHARED_M2
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import transformer
 
 __all__ = ["Audit", "audit"]
+
+METRES_PER_DEGREE = 100_000.0
+"""Less than a degree of latitude is long in any CRS of chips: their scale is within 10 % of the ground's."""
+
+FIRST_GUESS = 64
+"""Chips that are asked first for their nearest one."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +86,17 @@ def audit(chips: PlannedChips) -> Audit:
     if chips.split is None:
         raise PlanError("audit", "no split step", "split(...) before audit()")
     names = chips.split.names
-    split = np.array([n or "" for n in chips.table.column("split").to_pylist()], dtype=object)
-    count = {n: int(np.sum(split == n)) for n in names}
+    split = _numbered(chips.table.column("split"))
+    member = {n: split.number == split.place(n) for n in names}
+    count = {n: int(np.sum(m)) for n, m in member.items()}
     total = max(sum(count.values()), 1)
-    cell = np.array([c or "" for c in chips.table.column("cell").to_pylist()], dtype=object)
-    cells = {n: len(set(cell[split == n]) - {""}) for n in names}
+    cell = _numbered(chips.table.column("cell")).number
+    cells = {n: len(np.unique(cell[m & (cell >= 0)])) for n, m in member.items()}
+    ground = _Ground.of(chips)
     overlaps, distance = {}, {}
     for a, b in combinations([n for n in names if count[n]], 2):
-        overlaps[f"{a}-{b}"], distance[f"{a}-{b}"] = _between(chips, split == a, split == b)
+        first, second = np.flatnonzero(member[a]), np.flatnonzero(member[b])
+        overlaps[f"{a}-{b}"], distance[f"{a}-{b}"] = _between(ground, first, second)
     left = leftover(chips.spec, chips.resolution)
     return Audit(
         count,
@@ -99,39 +110,109 @@ def audit(chips: PlannedChips) -> Audit:
     )
 
 
-def _between(chips: PlannedChips, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[int, float]:
-    """Return how many pairs share ground, and the smallest distance in metres."""
-    epsg = chips.table.column("epsg").to_numpy()
-    bounds = np.stack([chips.table.column(n).to_numpy() for n in ("xmin", "ymin", "xmax", "ymax")], -1)
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """A column of texts as numbers."""
+
+    texts: list[str]
+    number: NDArray[np.int64]
+    """Shape (row,). The place of the row's text among ``texts``, -1 where there is none."""
+
+    def place(self, text: str) -> int:
+        """Return a number that rows of this text have, and no others."""
+        return self.texts.index(text) if text in self.texts else len(self.texts)
+
+
+def _numbered(column: pa.ChunkedArray) -> _Numbers:
+    encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    return _Numbers(encoded.dictionary.to_pylist(), encoded.indices.fill_null(-1).to_numpy().astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    """Where chips lie: in their own CRS, and in degrees."""
+
+    epsg: NDArray[np.int64]
+    boxes: NDArray[Any]
+    """Shape (chip,). In the chip's own CRS."""
+    wkb: pa.ChunkedArray
+    """Outlines in degrees."""
+    centre: NDArray[np.float64]
+    """Shape (chip, 2). Longitude and latitude; not asked for, thus zeros, where all chips are of one CRS."""
+    radius_m: float
+    """From the centre to the corner, of the largest chip."""
+
+    @classmethod
+    def of(cls, chips: PlannedChips) -> _Ground:
+        """Take the chip table apart."""
+        epsg, bounds = chips.table.column("epsg").to_numpy().astype(np.int64), bounds_of(chips.table)
+        middle = (bounds[:, :2] + bounds[:, 2:]) / 2
+        centre, zones = np.zeros_like(middle), np.unique(epsg)
+        for code in zones if len(zones) > 1 else ():
+            here = epsg == code
+            centre[here] = np.stack(transformer(int(code), 4326).transform(*middle[here].T), -1)
+        radius = float(np.hypot(*(bounds[:, 2:] - middle).T).max(initial=0.0))
+        boxes = np.asarray(shapely.box(*bounds.T), dtype=object)
+        return cls(epsg, boxes, chips.table.column("geometry"), centre, radius)
+
+    def near(self, own: NDArray[np.int64], others: NDArray[np.int64], distance_m: float) -> NDArray[np.int64]:
+        """Return those of other chips that may lie within a distance of any of some chips; never too few."""
+        reach = (distance_m + 2 * self.radius_m) / METRES_PER_DEGREE
+        low, high = self.centre[own].min(axis=0), self.centre[own].max(axis=0)
+        north = max(abs(low[1]), abs(high[1])) + reach
+        if not np.isfinite(reach) or north >= 90.0:
+            return others
+        lon, lat = self.centre[others].T
+        wider = reach / np.cos(np.radians(north))
+        beside = np.zeros(len(others), dtype=bool)
+        for turn in (-360.0, 0.0, 360.0):
+            beside |= (lon + turn >= low[0] - wider) & (lon + turn <= high[0] + wider)
+        return np.asarray(others[beside & (lat >= low[1] - reach) & (lat <= high[1] + reach)])
+
+    def moved(self, rows: NDArray[np.int64], code: int) -> NDArray[Any]:
+        """Return the outlines of chips in another CRS, without those that it cannot show."""
+        to = transformer(4326, code)
+        shapes = shapely.from_wkb(self.wkb.take(pa.array(rows)).to_numpy(zero_copy_only=False))
+        shapes = shapely.transform(shapes, lambda p: np.stack(to.transform(p[:, 0], p[:, 1]), -1))
+        return np.asarray(shapes[np.isfinite(shapely.bounds(shapes)).all(axis=1)], dtype=object)
+
+
+def _between(ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[int, float]:
+    """Return how many pairs of chips share ground, and the smallest distance in metres.
+
+    Chips of other zones are projected only where they are near enough to matter: to share ground, or to lie nearer
+    than the nearest chips so far. Of chips that touch no distance is asked.
+    """
     overlaps, nearest = 0, np.inf
-    for code in np.unique(epsg[first]):
-        own = _shapes(bounds[first & (epsg == code)])
-        other = _others(chips, int(code), second, epsg, bounds)
-        if not len(other):
-            continue
-        tree = shapely.STRtree(other)
-        pairs = tree.query(own, predicate="intersects")
-        shared = shapely.area(shapely.intersection(own[pairs[0]], other[pairs[1]]))
-        overlaps += int(np.sum(shared > SHARED_M2))
-        _, distance = tree.query_nearest(own, return_distance=True, all_matches=False)
-        nearest = min(nearest, float(distance.min()))
+    zones = [
+        (int(code), first[ground.epsg[first] == code], ground.epsg[second] == code)
+        for code in np.unique(ground.epsg[first])
+    ]
+    for _, own, here in zones:
+        if here.any():
+            count, nearest = _apart(ground.boxes[own], ground.boxes[second[here]], nearest)
+            overlaps += count
+    for code, own, here in zones:
+        there = ground.near(own, second[~here], nearest)
+        if len(there) and len(others := ground.moved(there, code)):
+            count, nearest = _apart(ground.boxes[own], others, nearest)
+            overlaps += count
     return overlaps, nearest
 
 
-def _shapes(bounds: NDArray[np.float64]) -> NDArray[Any]:
-    return np.asarray(shapely.box(*bounds.T), dtype=object)
-
-
-def _others(
-    chips: PlannedChips, code: int, chosen: NDArray[np.bool_], epsg: NDArray[Any], bounds: NDArray[np.float64]
-) -> NDArray[Any]:
-    """Return the chosen chips as shapes of one CRS; chips of the next zones are projected."""
-    here = _shapes(bounds[chosen & (epsg == code)])
-    there = np.flatnonzero(chosen & (epsg != code))
-    if not len(there):
-        return here
-    wkb = chips.table.column("geometry").to_numpy(zero_copy_only=False)[there]
-    to = transformer(4326, code)
-    moved = shapely.transform(shapely.from_wkb(wkb), lambda p: np.stack(to.transform(p[:, 0], p[:, 1]), -1))
-    near = np.isfinite(shapely.bounds(moved)).all(axis=1)
-    return np.concatenate([here, np.asarray(moved, dtype=object)[near]])
+def _apart(own: NDArray[Any], others: NDArray[Any], limit: float) -> tuple[int, float]:
+    """Return how many pairs of shapes share ground, and the smallest distance; ``limit`` where none is nearer."""
+    tree = shapely.STRtree(others)
+    at, other = tree.query(own, predicate="intersects")
+    if len(at):
+        a, b = shapely.bounds(own[at]), shapely.bounds(others[other])
+        sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+        more = np.flatnonzero(sides.prod(axis=1) > SHARED_M2)  # most neighbours only touch
+        shared = shapely.area(shapely.intersection(own[at[more]], others[other[more]]))
+        return int(np.sum(shared > SHARED_M2)), 0.0
+    for some in (own[:: max(len(own) // FIRST_GUESS, 1)], own):  # a few tell how far all need to look
+        if limit > 0:
+            far = None if np.isinf(limit) else limit
+            _, distance = tree.query_nearest(some, max_distance=far, return_distance=True, all_matches=False)
+            limit = min(limit, float(distance.min(initial=np.inf)))
+    return 0, limit

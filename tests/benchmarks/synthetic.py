@@ -84,7 +84,7 @@ def _record(
 def _asset(record: str, band: str) -> dict[str, object]:
     return {
         "href": f"s3://sentinel-cogs/sentinel-s2-l2a-cogs/2024/{record}/{band}.tif", "band_index": 0, "asset": band,
-        "dataset": "sentinel-2-l2a", "common_name": None, "scale": 1e-4, "offset": 0.0, "rule": "item", "nodata": 0.0,
+        "dataset": "sentinel-2-l2a", "common_name": None, "scale": 1e-4, "offset": 0.0, "rule": "item", "nodata": "0",
         "dtype": "uint16", "kind": "reflectance", "size": 200_000_000, "etag": f"{record}{band}",
     }  # fmt: skip
 
