@@ -14,7 +14,7 @@ from typing import Any
 import dask
 import psutil
 import pytest
-from dask._task_spec import DataNode, Task, TaskRef
+from dask._task_spec import Alias, DataNode, Task, TaskRef
 
 from rasteret_dask.demo.world import World
 from rasteret_dask.progress import Progress
@@ -78,9 +78,9 @@ def test_threads_compute_in_order_and_each_key_ends_once() -> None:
             raise OSError("three")
         return function(number)
 
-    graph: dict[Any, Any] = {"double": double}
-    graph |= {f"t{n}": Task(f"t{n}", work, TaskRef("double"), n) for n in range(20)}
-    keys = [key for key in graph if key != "double"]
+    graph: dict[Any, Any] = {"double": double, "alias": Alias("alias", "double")}
+    keys = [f"t{n}" for n in range(20)]
+    graph |= {key: Task(key, work, TaskRef("alias"), n) for n, key in enumerate(keys)}
     threads = ThreadTasks(1)
     with threads.watched(graph, {}, "a job", Progress("tasks", shown=False)):
         threads.send(graph, keys)

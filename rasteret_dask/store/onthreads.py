@@ -71,15 +71,13 @@ class ThreadTasks:
         """Have some keys computed, in this order, behind those that were sent before."""
         for key in keys:
             self._waiting += 1
-            task = tasks[key]
-            needs = {name: tasks[name] for name in task.dependencies}
-            future = self._pool.submit(self._compute, key, task, needs)
+            future = self._pool.submit(self._compute, key, tasks)
             future.add_done_callback(lambda done, key=key: self._ended.put((key, done)))  # type: ignore[misc]
 
-    def _compute(self, key: str, task: Any, needs: Mapping[Hashable, Any]) -> None:
+    def _compute(self, key: str, tasks: Mapping[Hashable, Any]) -> None:
         self._running[key] = time.monotonic()
         try:
-            task({name: root() for name, root in needs.items()})
+            _result(tasks, key)
         finally:
             self._running.pop(key, None)
 
@@ -113,6 +111,12 @@ class ThreadTasks:
     def may_pass(self, error: BaseException) -> bool:
         """Tell whether a task is worth another try."""
         return isinstance(error, Exception)
+
+
+def _result(tasks: Mapping[Hashable, Any], key: Hashable) -> Any:
+    """Return what a task computes, of those below it: a user's functions, each behind an alias."""
+    task = tasks[key]
+    return task({name: _result(tasks, name) for name in task.dependencies})
 
 
 def threads_that_fit() -> int:
