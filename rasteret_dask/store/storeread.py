@@ -204,7 +204,7 @@ class _Index:
     @property
     def absent(self) -> NDArray[np.bool_]:
         """Shape (chip,). True for chips that are not stored: all of them is fill."""
-        return self.entries[:, 0] == ABSENT
+        return np.equal(self.entries[:, 0], ABSENT)
 
     def spans(self) -> list[Span[int]]:
         """Return what to ask for: a request for chips whose bytes lie near each other."""
