@@ -424,5 +424,6 @@ def test_a_group_tells_how_many_chips_a_dask_chunk_needs_to_be_a_shard(
             dataset = xr.open_zarr(path, group=group, chunks={"chip": n})
             assert dataset["pixels"].chunks[0] == sizes, group
             shards = zarr.open_array(path, path=f"{group}/pixels", mode="r").shards
-            assert shards is not None and shards[0] == n
+            assert shards is not None
+            assert shards[0] == n
     assert max(s.number for s in opened.stored.map.shards) > 0  # else the sizes tell nothing
