@@ -35,6 +35,7 @@ from rasteret_dask.net import probe
 from rasteret_dask.net.readiness import LIBRARIES, Readiness, by_value
 from rasteret_dask.statistics.measuring import computed
 from rasteret_dask.store.run import run_zarr
+from rasteret_dask.tasks.context import ReadContext
 
 ROOT = Path(__file__).parents[1]
 QUICK = {
@@ -252,7 +253,9 @@ def test_without_workers_a_line_says_so_and_it_goes_on_once_there_is_one(
 ) -> None:  # fmt: skip
     chips = s2.harmonize(bands=["red"], time="1MS", dtype="uint16").chips(32, cell_km=0.96).sample(20)
     layout = layout_of(chips)
-    writing = threading.Thread(target=run_zarr, args=(layout, str(tmp_path / "store"), {}, client, True))
+    writing = threading.Thread(
+        target=run_zarr, args=(layout, str(tmp_path / "store"), ReadContext(), client, True)
+    )
     writing.start()
     until(lambda: "no workers for" in caplog.text)
     with worker(scheduler, tmp_path):
