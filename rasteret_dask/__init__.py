@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         GridError,
         JobError,
         MissingExtraError,
+        MixedScalesWarning,
         PlanError,
         RasteretDaskError,
         ReadError,
@@ -69,6 +70,7 @@ __all__ = [
     "GridError",
     "JobError",
     "MissingExtraError",
+    "MixedScalesWarning",
     "PlanError",
     "RECORD_SCHEMA",
     "RasteretDaskError",
@@ -117,9 +119,9 @@ _MODULES = {
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",
-    "errors": "BandError ConcurrentWriteWarning FormatError GridError JobError MissingExtraError PlanError "
-    "RasteretDaskError ReadError SchemaError SignedHrefsWarning SourceError StoreError TrustError "
-    "UnknownKindWarning UnreadableAssetsError UnreadableTilesWarning UnwritableStoreError",
+    "errors": "BandError ConcurrentWriteWarning FormatError GridError JobError MissingExtraError "
+    "MixedScalesWarning PlanError RasteretDaskError ReadError SchemaError SignedHrefsWarning SourceError "
+    "StoreError TrustError UnknownKindWarning UnreadableAssetsError UnreadableTilesWarning UnwritableStoreError",
     "net.trust": "trust",
     "openers": "as_collection build_from_table load",
     "reader.cogreader": "CogReader",

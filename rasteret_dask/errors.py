@@ -13,6 +13,7 @@ __all__ = [
     "GridError",
     "JobError",
     "MissingExtraError",
+    "MixedScalesWarning",
     "PlanError",
     "RasteretDaskError",
     "ReadError",
@@ -116,6 +117,10 @@ class JobError(RasteretDaskError):
 
 class MissingExtraError(RasteretDaskError, ImportError):
     """A package that only some exits need is not installed; the remedy is the command that installs it."""
+
+
+class MixedScalesWarning(UserWarning):
+    """Raw numbers that mean different things by scale or offset come into the same array."""
 
 
 class SignedHrefsWarning(UserWarning):

@@ -129,6 +129,7 @@ def test_splits_of_records_are_a_column(built: Any) -> None:
         assert splits[coll.name].bands == coll.bands
 
 
+@pytest.mark.filterwarnings("ignore::rasteret_dask.MixedScalesWarning")  # the guide takes raw numbers
 def test_images_and_embeddings_lie_on_the_same_ground(built: Any, small_world: World) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     s2_collection, _, aef_collection = built

@@ -334,9 +334,10 @@ def test_every_kind_has_a_physical_unit_that_fits(kind: Kind) -> None:
     assert Raw().fits(kind)
     if kind.name in ("class", "bitfield"):
         assert not any(u.fits(kind) for u in UNITS.values() if not isinstance(u, Raw))
-    if kind.name in ("reflectance", "temperature"):
-        assert Reflectance().fits(kind) == (kind.name == "reflectance")
-        assert Kelvin().fits(kind) == (kind.name == "temperature")
+    may_be_anything = kind.name == "continuous"
+    assert Reflectance().fits(kind) == (kind.name == "reflectance" or may_be_anything)
+    assert Kelvin().fits(kind) == (kind.name == "temperature" or may_be_anything)
+    assert Embedding().fits(kind) == (kind.name == "embedding" or may_be_anything)
 
 
 def test_units_by_band_take_any_name_of_it() -> None:

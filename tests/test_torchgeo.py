@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 AEF = [f"A{band:02d}" for band in range(64)]
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasteret_dask.MixedScalesWarning")
+"""The world's Sentinel-2 comes in two baselines, as the real one does, and most of these read its raw numbers."""
 
 
 def dataset(source: rd.Collection, bands: list[str], **more: Any) -> Any:
@@ -352,6 +356,20 @@ def test_a_shuffled_pass_over_what_fits_fetches_a_tile_once_too(server: RangeSer
     for at in range(0, len(numbers), 16):
         found.__getitems__(numbers[at : at + 16])
     assert sum(server.attempts().values()) <= 16
+
+
+def test_raw_numbers_of_several_scales_in_one_cell_are_told(s2: rd.Collection, small_world: World) -> None:
+    area: dict[str, Any] = {"geometries": small_world.bbox, "chip_size": 64}
+    with pytest.warns(
+        rd.MixedScalesWarning, match=r"56 of 56 cells of 's2'.*band 'B04'.*harmonize\(\)"
+    ) as told:
+        dataset(s2, ["B04", "B08"], **area)
+    assert [Path(one.filename) for one in told] == [Path(__file__)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rd.MixedScalesWarning)
+        dataset(s2.harmonize(["B04"]), ["B04"], **area)  # as the warning says
+        dataset(s2, ["SCL"], **area)  # codes have no scale
+        dataset(s2.where(id=s2.head(1).column("id")[0].as_py()), ["B04"], **area)
 
 
 def test_nothing_is_read_before_the_first_sample(server: RangeServer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import os
+import warnings
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.coverage import Outlines
-from rasteret_dask.chipping.feeds import source_outlines
+from rasteret_dask.chipping.feeds import Feeds, source_outlines
 from rasteret_dask.chipping.frame import Frame, candidates
-from rasteret_dask.errors import PlanError, ReadError
+from rasteret_dask.errors import MixedScalesWarning, PlanError, ReadError, user_level
 from rasteret_dask.geometries.areas import as_area
 from rasteret_dask.geometries.reading import RowsToRead, WindowRequest, read
 from rasteret_dask.geometries.rows import (
@@ -257,12 +259,40 @@ def cells_of(
     frame = dataclasses.replace(frame, index=np.arange(len(frame)))
     found = source_outlines(source)
     rows = laid(source, found, frame)
+    _warn_of_scales(source, rows.laid.feeds[0])
     side, square = squares(rows, size)
     chip = np.full(len(frame), -1, dtype=np.int64)
     chip[rows.laid.window] = np.arange(len(rows.laid.window))
     cells = Cells(frame, source, found, size, window_job(rows, found, side, square), chip, on_error)
     cells._home  # noqa: B018  (noted now: a fork keeps it, a pickle does not)
     return cells
+
+
+def _warn_of_scales(source: ResolvedSource, feeds: Feeds) -> None:
+    """Warn where records whose raw numbers mean different things by scale or offset feed one cell."""
+    rules = source.plan.rules
+    for at, (band, unit) in enumerate(zip(source.plan.bands, rules.units, strict=True)):
+        if unit.scales or rules.kind(at).blend != "average":
+            continue
+        scaling = np.zeros((len(source.member), 2))
+        for number, member in enumerate(source.plan.members):
+            rows = np.flatnonzero(source.member == number)
+            for column, (field, usual) in enumerate((("scale", 1.0), ("offset", 0.0))):
+                values = source.records.asset_field(member.bands[at], field).take(pa.array(rows))
+                scaling[rows, column] = pc.fill_null(values, usual).to_numpy()
+        pairs, code = np.unique(scaling, axis=0, return_inverse=True)
+        fed = np.unique(np.stack([feeds.window, code.ravel()[feeds.record]]), axis=1)
+        cells, counts = np.unique(fed[0], return_counts=True)
+        if np.any(counts > 1):
+            shown = ", ".join(f"{scale:g} x DN + {offset:g}" for scale, offset in pairs.tolist())
+            warnings.warn(
+                f"{int(np.sum(counts > 1)):,} of {len(cells):,} cells of {source.plan.name!r} hold raw numbers of band "
+                f"{band!r} by several scales ({shown}): one number means different things there. "
+                "Call harmonize() first, which scales each record by its own.",
+                MixedScalesWarning,
+                stacklevel=user_level(),
+            )
+            return
 
 
 def _footprints(query: Query) -> str:

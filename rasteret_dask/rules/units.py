@@ -71,7 +71,7 @@ class Unit(RuleValue, ABC):
         """Tell whether a band of a kind can be in this unit: codes cannot, and one physical unit is not another."""
         if kind.unit == Raw.name:
             return False
-        return self.name not in _OF_KINDS or kind.unit in (self.name, Scaled.name)
+        return self.name not in _OF_KINDS or kind.unit == self.name or kind.name in (None, "continuous")
 
     def describe(self, scaling: Radiometry) -> str:
         """Return in words what was done to the numbers of a record."""

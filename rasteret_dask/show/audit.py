@@ -155,10 +155,12 @@ class _Ground:
         boxes = np.asarray(shapely.box(*bounds.T), dtype=object)
         return cls(epsg, boxes, chips.table.column("geometry"), centre, radius)
 
-    def near(self, own: NDArray[np.int64], others: NDArray[np.int64], distance_m: float) -> NDArray[np.int64]:
+    def near(
+        self, chips: NDArray[np.int64], others: NDArray[np.int64], distance_m: float
+    ) -> NDArray[np.int64]:
         """Return those of other chips that may lie within a distance of any of some chips; never too few."""
         reach = (distance_m + 2 * self.radius_m) / METRES_PER_DEGREE
-        low, high = self.centre[own].min(axis=0), self.centre[own].max(axis=0)
+        low, high = self.centre[chips].min(axis=0), self.centre[chips].max(axis=0)
         north = max(abs(low[1]), abs(high[1])) + reach
         if not np.isfinite(reach) or north >= 90.0:
             return others
@@ -188,29 +190,29 @@ def _between(ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64
         (int(code), first[ground.epsg[first] == code], ground.epsg[second] == code)
         for code in np.unique(ground.epsg[first])
     ]
-    for _, own, here in zones:
+    for _, chips, here in zones:
         if here.any():
-            count, nearest = _apart(ground.boxes[own], ground.boxes[second[here]], nearest)
+            count, nearest = _apart(ground.boxes[chips], ground.boxes[second[here]], nearest)
             overlaps += count
-    for code, own, here in zones:
-        there = ground.near(own, second[~here], nearest)
+    for code, chips, here in zones:
+        there = ground.near(chips, second[~here], nearest)
         if len(there) and len(others := ground.moved(there, code)):
-            count, nearest = _apart(ground.boxes[own], others, nearest)
+            count, nearest = _apart(ground.boxes[chips], others, nearest)
             overlaps += count
     return overlaps, nearest
 
 
-def _apart(own: NDArray[Any], others: NDArray[Any], limit: float) -> tuple[int, float]:
+def _apart(chips: NDArray[Any], others: NDArray[Any], limit: float) -> tuple[int, float]:
     """Return how many pairs of shapes share ground, and the smallest distance; ``limit`` where none is nearer."""
     tree = shapely.STRtree(others)
-    at, other = tree.query(own, predicate="intersects")
+    at, other = tree.query(chips, predicate="intersects")
     if len(at):
-        a, b = shapely.bounds(own[at]), shapely.bounds(others[other])
+        a, b = shapely.bounds(chips[at]), shapely.bounds(others[other])
         sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
         more = np.flatnonzero(sides.prod(axis=1) > SHARED_M2)  # most neighbours only touch
-        shared = shapely.area(shapely.intersection(own[at[more]], others[other[more]]))
+        shared = shapely.area(shapely.intersection(chips[at[more]], others[other[more]]))
         return int(np.sum(shared > SHARED_M2)), 0.0
-    for some in (own[:: max(len(own) // FIRST_GUESS, 1)], own):  # a few tell how far all need to look
+    for some in (chips[:: max(len(chips) // FIRST_GUESS, 1)], chips):  # a few tell how far all need to look
         if limit > 0:
             far = None if np.isinf(limit) else limit
             _, distance = tree.query_nearest(some, max_distance=far, return_distance=True, all_matches=False)
