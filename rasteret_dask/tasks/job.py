@@ -276,7 +276,7 @@ class Job:
                 own = codes == code
                 west, south, east, north = bounds[own].T
                 corners = transformer(code, epsg).transform(
-                    [west, east, east, west], [north, north, south, south]
+                    np.stack([west, east, east, west]), np.stack([north, north, south, south])
                 )
                 x, y = map(np.asarray, corners)
                 bounds[own] = np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], -1)
