@@ -67,7 +67,7 @@ def test_distinct_bytes_are_a_set(asked: list[tuple[str, int, int]]) -> None:
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_job_comes_back_from_its_file(tmp_path: Path, fresh: bool) -> None:
-    """What is at its default is left out."""
+    """A flag that is off is left out, as an older checkout may not know it."""
     job = JOB.replace(fresh=fresh)
     path = job.write(tmp_path / "job.json")
     assert read_job(path) == job

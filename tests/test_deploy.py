@@ -211,7 +211,7 @@ def test_worker_fits_its_container() -> None:
     worker, resources = options("worker"), container("worker")["resources"]
     limit = nbytes(resources["limits"]["memory"])
     assert parse_bytes(worker["memory_limit"]) + NANNY <= limit
-    assert parse_bytes(worker["memory_limit"]) >= 600e6 + worker["nthreads"] * 3 * SHARD
+    assert parse_bytes(worker["memory_limit"]) >= 800e6 + worker["nthreads"] * 3 * SHARD
     assert worker["nthreads"] <= int(resources["requests"]["cpu"])
     # more than was requested may be taken away at any time
     assert resources["requests"]["memory"] == resources["limits"]["memory"]

@@ -146,7 +146,7 @@ def test_what_stands_still_is_named(caplog: pytest.LogCaptureFixture) -> None:
 def test_there_are_no_more_threads_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onthreads, "CPU_COUNT", 64)
     monkeypatch.setattr(onthreads, "_LIMITS", ())
-    for total, count in ((2**28, 1), (600e6 + 7 * 3 * SHARD_BYTES, 7), (2**50, 64)):
+    for total, count in ((2**28, 1), (800e6 + 7 * 3 * SHARD_BYTES, 7), (2**50, 64)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
         assert threads_that_fit() == count
 
@@ -154,7 +154,7 @@ def test_there_are_no_more_threads_than_memory(monkeypatch: pytest.MonkeyPatch) 
 def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     none, limit = tmp_path / "max", tmp_path / "limit"
     none.write_text("max\n")
-    limit.write_text(f"{int(600e6 + 2 * 3 * SHARD_BYTES)}\n")
+    limit.write_text(f"{int(800e6 + 2 * 3 * SHARD_BYTES)}\n")
     monkeypatch.setattr(onthreads, "CPU_COUNT", 64)
     monkeypatch.setattr(onthreads, "_LIMITS", (str(tmp_path / "gone"), str(none), str(limit)))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**50))

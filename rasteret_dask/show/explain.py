@@ -31,7 +31,7 @@ from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.freezing import task_bytes
 from rasteret_dask.tasks.job import Job, Output, Shard
 from rasteret_dask.tasks.jobkernels import job_readings
-from rasteret_dask.tasks.keptbytes import kept_bytes
+from rasteret_dask.tasks.keptbytes import MOST_KEPT_BYTES, kept_bytes
 
 __all__ = ["Explanation", "explain"]
 
@@ -382,7 +382,8 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("to write", f"{_size(f['write_bytes'])} before compression"),
         (
             "peak per task",
-            f"{_size(f['peak_task_bytes'])}; a process keeps at most {_size(f['kept_bytes'])} of tiles besides",
+            f"{_size(f['peak_task_bytes'])}; a process keeps at most {_size(f['kept_bytes'])} of tiles besides"
+            + (", so some tiles are fetched again" if f["kept_bytes"] >= MOST_KEPT_BYTES else ""),
         ),
         (
             "tile fit",

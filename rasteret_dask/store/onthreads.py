@@ -23,8 +23,8 @@ __all__ = ["ThreadTasks", "threads_that_fit"]
 
 _log = logging.getLogger(__name__)
 
-PROCESS_BYTES = 600e6
-"""A process's memory beside its shards: each thread takes three times a shard on top."""
+PROCESS_BYTES = 800e6
+"""A process's memory beside its shards, kept tiles among it: each thread takes three times a shard on top."""
 MAX_NAMED = 5
 """Tasks that a line names."""
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -17,8 +17,8 @@ from rasteret_dask.tasks.job import Job
 
 __all__ = ["MOST_KEPT_BYTES", "kept_bytes"]
 
-MOST_KEPT_BYTES = 4 * 2**30
-"""Beyond this tiles are fetched again."""
+MOST_KEPT_BYTES = 512 * 2**20
+"""A process keeps no more, as its worker's memory is counted with this: beyond it tiles are fetched again."""
 
 REACH_PX = 6
 """Pixels that resampling reaches beyond a chip."""

@@ -26,9 +26,11 @@ class Work:
     threads: int = 2
 
     def write(self, path: Path) -> Path:
-        """Write the job as JSON, without what is at its default: an older checkout has fewer fields."""
-        defaults = {field.name: field.default for field in fields(self)}
-        path.write_text(json.dumps({k: v for k, v in asdict(self).items() if v != defaults[k]}))
+        """Write the job as JSON, without flags that are off: an older checkout may not know them."""
+        off = {
+            field.name for field in fields(self) if field.default is False and not getattr(self, field.name)
+        }
+        path.write_text(json.dumps({k: v for k, v in asdict(self).items() if k not in off}))
         return path
 
     def replace(self, **values: Any) -> Self:

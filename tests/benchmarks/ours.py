@@ -9,6 +9,7 @@ import dask
 import numpy as np
 import pyarrow.parquet as pq
 import shapely
+import stackstac  # noqa: F401
 import xarray as xr
 from contender import Prepared
 from distributed import Client
@@ -18,6 +19,11 @@ from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 
 import rasteret_dask as rd
+
+# What our exits and tasks import when they are first used: everyone's imports come before the clock.
+import rasteret_dask.chipset
+import rasteret_dask.store.outputs
+import rasteret_dask.store.run
 
 MARGIN_M = 20.0
 """An area's boxes are this much smaller than the chips they name, so that none touches a neighbour."""
