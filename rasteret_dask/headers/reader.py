@@ -15,8 +15,9 @@ from rasteret_dask.errors import ReadError, TrustError
 from rasteret_dask.extent import misplaced
 from rasteret_dask.headers.gdal import from_gdal
 from rasteret_dask.headers.page import Header, HeaderRefusedError, UnsupportedError, unlisted_mask
+from rasteret_dask.headers.rangefile import FIRST, RangeFile
 from rasteret_dask.headers.sidecar import with_sidecar
-from rasteret_dask.headers.tiff import BROKEN, FIRST, RangeFile, from_tiff
+from rasteret_dask.headers.tiff import BROKEN, from_tiff
 from rasteret_dask.net.remote import is_local, local_path, redact
 
 __all__ = ["Header", "HeaderReader", "read_headers"]
