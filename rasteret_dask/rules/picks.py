@@ -142,12 +142,16 @@ class Composed(Pick):
     __slots__ = ()
     bandwise: ClassVar[bool] = False
     """Whether each band is made of itself alone, so that it can be computed without the others."""
+    chooses: ClassVar[bool] = False
+    """Whether each pixel becomes a number that one of the acquisitions has. Such numbers stay in their own type, so
+    that integers of 64 bits are exact; others are calculated as floats."""
 
     @abstractmethod
     def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return values and validity, shape (band, y, x), of acquisitions, shape (candidate, band, y, x).
 
-        Invalid values mean nothing. All bands are measured ones, floats; classes and bit fields go their own way.
+        Invalid values mean nothing. All bands are measured ones, floats unless the pick ``chooses``; classes and bit
+        fields go their own way.
         """
 
     def begin(self) -> Composition:
@@ -317,6 +321,7 @@ class Majority(Composed):
     """The value that most acquisitions have, the smallest of equals: what classes become under any composite."""
 
     bandwise = True
+    chooses = True
 
     def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return the commonest values."""
@@ -334,6 +339,7 @@ class Nearest(Composed):
     """The valid value nearest to the slot's middle: what bit fields become under any composite."""
 
     bandwise = True
+    chooses = True
 
     def blend(self, stack: NDArray[Any], valid: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return the first valid values."""
