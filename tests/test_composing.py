@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -136,6 +137,41 @@ def test_invalid_quality_hides_nothing_and_is_not_clear() -> None:
 def test_the_earlier_of_equal_scores_comes_first() -> None:
     shown = [np.array([[True, False]]), np.array([[True, True]]), np.array([[True, True]])]
     assert composing.by_score(Clearest(), shown) == (1, 2, 0)
+
+
+@given(records(2), st.integers(1, 3))
+def test_what_other_acquisitions_gave_is_told(some: list[tuple[Array, Array]], first: int) -> None:
+    """Band by band: valid in the end, and not valid in any record of the best acquisition."""
+    rules = rules_of(Reflectance(), Raw())
+    own = layers(rules, some, SCALED)
+    found = composing.picked(rules, own[:first], own[first:])
+    assert found is not None
+    best = np.logical_or.reduce([valid for _, valid in some[:first]])
+    wanted = np.logical_or.reduce([valid for _, valid in some]) & ~best
+    given_by = np.zeros(wanted.shape, dtype=bool) if found.filled is None else found.filled
+    np.testing.assert_array_equal(given_by, wanted)
+
+
+@pytest.mark.parametrize("rest", ["best", "others"])
+def test_what_is_hidden_is_not_decoded_and_what_is_in_front_not_copied(rest: str) -> None:
+    rules = rules_of(Raw())
+    values, holes = np.ones((1, *SHAPE), np.int16), np.ones((1, *SHAPE), dtype=bool)
+    holes[0, 0, 0] = False
+    every = np.ones(holes.shape, dtype=bool)
+    decoded: list[composing.DecodedLayer] = []
+
+    def coming() -> Iterator[composing.DecodedLayer]:
+        for valid in (holes, every, holes, every):
+            decoded.extend(layers(rules, [(values, valid)]))
+            yield decoded[-1]
+
+    some = coming()
+    best = some if rest == "best" else [next(some)]
+    found = composing.picked(rules, best, some if rest == "others" else ())
+    assert found is not None
+    assert len(decoded) == 2
+    assert found.values is decoded[0].values
+    assert found.valid is decoded[0].valid
 
 
 def test_nothing_makes_nothing() -> None:
