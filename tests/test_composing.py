@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.rules import composing
 from rasteret_dask.rules.masks import Bits, Classes
-from rasteret_dask.rules.picks import Clearest, Closest, Mean, Median, Pick
+from rasteret_dask.rules.picks import FEW, Clearest, Closest, Mean, Median, Pick
 from rasteret_dask.rules.pixels import PixelRules
 from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.stored import StoredForm
@@ -120,6 +120,23 @@ def test_composites_take_each_acquisition_once(
         assert found.valid[1, y, x] == bool(bits)
         if bits:
             assert found.values[1, y, x] == bits[0]
+
+
+@given(st.data(), st.integers(1, FEW + 3), st.sampled_from(["float32", "float64"]))
+def test_a_median_is_the_middle_of_valid_numbers(data: st.DataObject, candidates: int, dtype: str) -> None:
+    """Bit for bit, infinite ones too: the mean, as doubles, of the two that Python finds in the middle."""
+    some = [0.0, 1.5, -2.25, 0.1, 1e-30, 3e38, np.inf, -np.inf]
+    numbers = st.sampled_from(some) | st.floats(-1e6, 1e6, width=32)
+    shape = (candidates, 2, 2, 3)
+    stack = data.draw(hnp.arrays(dtype, shape, elements=numbers.map(lambda v: v + 0.0)), "stack")
+    valid = data.draw(hnp.arrays(bool, shape), "valid")
+    with np.errstate(invalid="ignore"):
+        middle, known = Median().blend(stack, valid)
+    np.testing.assert_array_equal(known, valid.any(axis=0))
+    for band, y, x in np.argwhere(known).tolist():
+        own = sorted(stack[valid[:, band, y, x], band, y, x].tolist())
+        wanted = np.array((own[(len(own) - 1) // 2] + own[len(own) // 2]) / 2, dtype=dtype)
+        np.testing.assert_array_equal(middle[band, y, x], wanted)
 
 
 def test_invalid_quality_hides_nothing_and_is_not_clear() -> None:
