@@ -302,7 +302,7 @@ def commonest(stack: Pixels, valid: NDArray[np.bool_]) -> tuple[list[list[int]],
         votes = Counter(stack[valid[:, y, x], y, x].tolist())
         if votes:
             made[y][x] = min(votes, key=lambda code: (-votes[code], code))
-    return made, valid.any(axis=0)
+    return made, np.asarray(valid.any(axis=0))
 
 
 @settings(
