@@ -42,6 +42,7 @@ from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.jobfile import check_writable
 from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.mapping import outputs_of
 from rasteret_dask.tasks.shards import lower
@@ -487,11 +488,14 @@ class Chips:
 
         Raises
         ------
+        PlanError
+            When a rule of the plan cannot be imported by another process.
         StoreError
             When something else lies there.
         """
         from rasteret_dask.streamfrom import save_plan
 
+        check_writable(self.job)
         sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
         save_plan(self.job, path, sizes)
 

@@ -170,6 +170,8 @@ def test_a_training_worker_imports_little() -> None:
     code = (
         "import sys, rasteret_dask\n"
         "assert len(sys.modules) < 300, len(sys.modules)\n"
+        "assert not [name for name in sys.modules if name.startswith('rasteret_dask.rules')]\n"
+        "rasteret_dask.masks.Mask, rasteret_dask.picks.Pick, rasteret_dask.units.Unit\n"
         "from rasteret_dask import open_chips\n"
         "from rasteret_dask.storeset import StoredChips\n"
         "import rasteret_dask.store.holding, rasteret_dask.streams.stream\n"
