@@ -14,7 +14,7 @@ from rasteret_dask.errors import StoreError
 from rasteret_dask.net.sums import CHECKSUM
 from rasteret_dask.store.encode import ABSENT, Encoding
 
-__all__ = ["array_of", "chip_into", "chunk_of", "index_nbytes", "index_of"]
+__all__ = ["array_of", "body_into", "chip_into", "chunk_of", "finite_into", "index_nbytes", "index_of"]
 
 _ENTRY = 16  # bytes of an inner chunk's offset and length
 _BROKEN = (RuntimeError, ValueError, OSError, EOFError)  # what codecs raise for bytes that are not theirs
@@ -84,18 +84,36 @@ def chip_into(encoding: Encoding, data: Any, out: NDArray[Any], subject: str) ->
     StoreError
         When the bytes are not of such a chip.
     """
-    if data is None:
+    body_into(encoding, None if data is None else _checked(data, subject), out, subject)
+
+
+def body_into(encoding: Encoding, body: Any, out: NDArray[Any], subject: str) -> None:
+    """Do the same with bytes that were compared already, without the checksum behind them."""
+    if body is None:
         out[...] = encoding.fill
         return
     flat = out.reshape(-1).view(np.uint8)
-    stored = _checked(data, subject)
     try:
         if encoding.codec is None:
-            flat[...] = stored
+            flat[...] = np.frombuffer(body, np.uint8)
         else:
-            encoding.codec.decode(stored, out=flat)
+            encoding.codec.decode(body, out=flat)
     except _BROKEN as error:
         raise _damaged(subject, error) from error
+
+
+def finite_into(pixels: NDArray[Any], valid: NDArray[np.bool_]) -> None:
+    """Note where a chip's pixels are finite in all bands.
+
+    Parameters
+    ----------
+    pixels
+        Shape (time, band, y, x).
+    valid
+        Shape (time, y, x), written.
+    """
+    for values, out in zip(pixels, valid, strict=True):  # a slot at a time stays near the core
+        np.logical_and.reduce(np.isfinite(values), axis=0, out=out)
 
 
 def chunk_of(encoding: Encoding, data: Any, subject: str) -> NDArray[Any]:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from rasteret_dask.net.limits import workers
 from rasteret_dask.store import decode
-from rasteret_dask.store.stored import Stored, facts, finite, sampled
-from rasteret_dask.store.storeread import Packed, fetch
+from rasteret_dask.store.stored import Stored, facts, sampled
+from rasteret_dask.store.storeread import Packed, Target, fetch
 from rasteret_dask.tasks.batches import Arrays
 
 __all__ = ["HeldShard", "hold"]
@@ -41,9 +41,9 @@ class HeldShard:
             out[name] = decode.array_of(packed.encoding, (size, *self.shapes[name]))
             if name.endswith("/datetime"):
                 out[name] = out[name].view("datetime64[us]")
-        for name in self._pixels_only:
-            time, _, y, x = self.shapes[name]
-            out[f"{name}/valid"] = np.empty((size, time, y, x), dtype=bool)
+            if self._is_pixels_only(name):
+                time, _, y, x = self.shapes[name]
+                out[f"{name}/valid"] = np.empty((size, time, y, x), dtype=bool)
         for name, values in self.facts.items():
             out[name] = np.empty((size, *values.shape[1:]), dtype=values.dtype)
         return out
@@ -55,24 +55,28 @@ class HeldShard:
         own = np.arange(len(places)) if rows is None else rows
         for name, values in self.facts.items():
             out[name][places] = values[own]
+        decoded: list[tuple[Packed, Target]] = []
+        for name, packed in self.packed.items():
+            values = out[name].view(np.int64) if name.endswith("/datetime") else out[name]
+            if packed.values is not None:
+                values[places] = packed.values[own]
+            else:
+                valid = out[f"{name}/valid"] if self._is_pixels_only(name) else None
+                decoded.append((packed, Target(values, valid)))
         parts = min(CPU_COUNT, len(own))
         return [
-            workers().submit(self._decode, some.tolist(), out, at.tolist())
+            workers().submit(_decode, decoded, some.tolist(), at.tolist())
             for some, at in zip(np.array_split(own, parts), np.array_split(places, parts), strict=True)
         ]
 
-    @property
-    def _pixels_only(self) -> list[str]:
-        return [name for name in self.packed if "/" not in name and f"{name}/valid" not in self.packed]
+    def _is_pixels_only(self, name: str) -> bool:
+        return "/" not in name and f"{name}/valid" not in self.packed
 
-    def _decode(self, rows: Sequence[int], out: Arrays, places: Sequence[int]) -> None:
-        for name, packed in self.packed.items():
-            target = out[name].view(np.int64) if name.endswith("/datetime") else out[name]
-            for row, place in zip(rows, places, strict=True):
-                packed.into(row, target, place)
-        for name in self._pixels_only:
-            for place in places:
-                out[f"{name}/valid"][place] = finite(out[name][place])
+
+def _decode(decoded: Sequence[tuple[Packed, Target]], rows: Sequence[int], places: Sequence[int]) -> None:
+    for row, place in zip(rows, places, strict=True):
+        for packed, target in decoded:
+            target.put(packed, row, place)
 
 
 def hold(store: Stored, number: int) -> HeldShard:

@@ -23,7 +23,7 @@ from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, ope
 from rasteret_dask.store.storeread import read_rows
 from rasteret_dask.tasks.batches import Arrays
 
-__all__ = ["Stored", "facts", "finite", "read_shard", "sampled", "take"]
+__all__ = ["Stored", "facts", "read_shard", "sampled", "take"]
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,10 @@ class Stored:
 
     def rows_of_table(self, rows: NDArray[np.int64] | slice) -> pa.Table:
         """Return some rows of ``table``, in the order asked for."""
-        return self.map.chips.table.take(pa.array(self.rows[rows]))
+        table, chosen_rows = self.map.chips.table, self.rows[rows]
+        if len(chosen_rows) == 1:  # a view
+            return table.slice(int(chosen_rows[0]), 1)
+        return table.take(pa.array(chosen_rows))
 
     @property
     def place(self) -> Mapping[str, int]:
@@ -268,22 +271,14 @@ def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:
         When an object is missing, damaged, or of another size than the manifest says.
     """
     opened = store.map
-    names = {g.source: sampled(g.arrays) for g in opened.first}
+    names = {g.source: [*dict.fromkeys(("pixels", "valid", *sampled(g.arrays)))] for g in opened.first}
     read = read_rows(opened, store.rows[rows], names)
-    arrays: Arrays = {}
-    for source, variables in names.items():
-        pixels = arrays[source] = read[source, "pixels"]
-        arrays[f"{source}/valid"] = read[source, "valid"] if "valid" in variables else finite(pixels)
-        for name in variables:
-            if name not in ("pixels", "valid"):
-                arrays[f"{source}/{name}"] = read[source, name]
+    arrays = {
+        source if name == "pixels" else f"{source}/{name}": read[source, name]
+        for source, variables in names.items()
+        for name in variables
+    }
     return {**arrays, **facts(store.rows_of_table(rows))}
-
-
-def finite(pixels: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return where pixels (..., time, band, y, x) of an array without ``valid`` are valid: shape (..., time, y, x)."""
-    valid: NDArray[np.bool_] = np.isfinite(pixels).all(axis=-3)
-    return valid
 
 
 def facts(table: pa.Table) -> Arrays:

@@ -23,6 +23,7 @@ from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.store import ledger
+from rasteret_dask.store.bytecache import ByteCache
 from rasteret_dask.store.decode import chunk_of
 from rasteret_dask.store.encode import MALFORMED, Encoding, shape_of
 from rasteret_dask.store.ledger import CHIPS, MANIFEST
@@ -60,6 +61,9 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 }
 """Dimensions of arrays, and their dtypes where they are known ("None": text); all others have one value a chip."""
 _NEEDED = {"pixels", "valid_fraction", "datetime", "member", "band"}
+
+SIZES_BYTES = 8 * 2**20
+"""Sizes and checksums of objects that are kept as Python values, at most."""
 
 _OPENING = Lock()
 _NOTHING: Mapping[str, str] = {}
@@ -160,6 +164,15 @@ class StoreMap:
         """How many chips were planned: those that are kept, and those that were dropped."""
         return sum(s.chips for s in self.shards)
 
+    def sizes_of(self, shard: StoredShard) -> Mapping[str, tuple[int, int]]:
+        """Return the same as :attr:`StoredShard.sizes`, kept for shards that are read again."""
+        sizes = self._sizes.get(shard.row)
+        return self._sizes.put(shard.row, shard.sizes) if sizes is None else sizes
+
+    @cached_property
+    def _sizes(self) -> ByteCache[int, Mapping[str, tuple[int, int]]]:
+        return ByteCache(SIZES_BYTES, _sizes_nbytes)
+
     def objects(self) -> Iterator[tuple[str, int]]:
         """Yield path and bytes of each object of all shards."""
         flat = pa.array([]) if not self.shards else self.shards[0].objects.flatten()
@@ -247,6 +260,10 @@ class StoreMap:
     def first(self) -> tuple[StoredGroup, ...]:
         """The groups of the first split: those of all splits look the same."""
         return next(iter(self.groups.values()))
+
+
+def _sizes_nbytes(sizes: Mapping[str, tuple[int, int]]) -> int:
+    return 300 * len(sizes)
 
 
 def digest_of(url: str) -> str:
