@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,8 @@ def read(path: str, start: int, length: int | None, memory: NDArray[np.uint8] | 
         if start >= size and (start or length is not None):
             raise RefusedError(416, f"{size} bytes")
         due = size - start if length is None else min(length, size - start)
-        data = memoryview(np.empty(due, np.uint8) if memory is None else memory)[:due]
+        place: Any = np.empty(due, np.uint8) if memory is None else memory
+        data = memoryview(place)[:due]
         at = 0
         while at < due:  # one call brings 2 GiB at most
             count = os.preadv(file, [data[at:]], start + at)

@@ -114,7 +114,7 @@ def open_href(href: str) -> tuple[Any, str]:
 
 
 def fetch(
-    href: str, start: int = 0, length: int | None = None, memory: NDArray[np.uint8] | None = None
+    href: str, start: int = 0, length: int | None = None, *, memory: NDArray[np.uint8] | None = None
 ) -> Fetched:
     """Return bytes of an object, and its size and ETag as the same answer tells them.
 

@@ -6,7 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 K = TypeVar("K", bound=Hashable)
@@ -72,7 +72,7 @@ class ByteCache(Generic[K, V]):
         self.clear()
 
 
-_CACHES: WeakSet[ByteCache[object, object]] = WeakSet()
+_CACHES: WeakSet[ByteCache[Any, Any]] = WeakSet()
 
 
 def _renew() -> None:

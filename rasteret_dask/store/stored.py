@@ -19,16 +19,13 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import FilterChips, Node, Sample, Select, Source, digest, step_name
 from rasteret_dask.planning.sampling import sample_rows
-from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, open_map
+from rasteret_dask.store.storemap import StoredShard, StoreMap, open_map
 from rasteret_dask.store.storeread import read_rows
 from rasteret_dask.tasks.batches import Arrays
 
-__all__ = ["Stored", "facts", "read_shard", "sampled", "take"]
+__all__ = ["Stored", "facts", "read_shard", "take"]
 
 _log = logging.getLogger(__name__)
-
-UNSAMPLED = ("valid_fraction", "member")
-"""Variables that shards' tasks write and samples do not carry."""
 
 _ROW = "__row__"
 _CHOOSING = Lock()
@@ -271,7 +268,7 @@ def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:
         When an object is missing, damaged, or of another size than the manifest says.
     """
     opened = store.map
-    names = {g.source: [*dict.fromkeys(("pixels", "valid", *sampled(g.arrays)))] for g in opened.first}
+    names = {g.source: [*dict.fromkeys(("pixels", "valid", *g.sampled))] for g in opened.first}
     read = read_rows(opened, store.rows[rows], names)
     arrays = {
         source if name == "pixels" else f"{source}/{name}": read[source, name]
@@ -290,11 +287,6 @@ def facts(table: pa.Table) -> Arrays:
         "bbox": bounds_of(table),
     }
     return found | {f"labels/{name}": values for name, values in label_columns(table).items()}
-
-
-def sampled(arrays: Mapping[str, StoredArray]) -> list[str]:
-    """Return the variables of a group that a sample carries: those of its own, a value or more a chip."""
-    return [name for name, array in arrays.items() if name not in UNSAMPLED and not array.of_plan]
 
 
 def _texts(table: pa.Table, name: str) -> NDArray[Any]:

@@ -43,6 +43,9 @@ __all__ = [
     "open_store",
 ]
 
+UNSAMPLED = ("valid_fraction", "member")
+"""Variables that shards' tasks write and samples do not carry."""
+
 _OF_SHARDS = ["shard", "split", "number", "chips", "dropped_chips", "objects"]
 
 _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
@@ -105,6 +108,11 @@ class StoredGroup:
     path: str
     arrays: Mapping[str, StoredArray]
     attrs: Mapping[str, Any]
+
+    @cached_property
+    def sampled(self) -> tuple[str, ...]:
+        """The variables that a sample carries: those with a value or more a chip that shards' tasks wrote."""
+        return tuple(n for n, array in self.arrays.items() if n not in UNSAMPLED and not array.of_plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.net.lending import Lender
 from rasteret_dask.net.limits import BUDGET, host_of, pool, scratch, workers
 from rasteret_dask.net.sums import CHECKSUM, crc32_of
 from rasteret_dask.reader.ranges import Part, Span, coalesced
@@ -81,7 +82,11 @@ def read_rows(
 
 
 def fetch(
-    store: StoreMap, shard: StoredShard, chips: NDArray[np.int64], names: Mapping[str, Collection[str]]
+    store: StoreMap,
+    shard: StoredShard,
+    chips: NDArray[np.int64],
+    names: Mapping[str, Collection[str]],
+    memory: Lender,
 ) -> dict[tuple[str, str], Packed]:
     """Read variables of some chips of one shard, and leave them as they are stored.
 
@@ -93,6 +98,8 @@ def fetch(
         Places in the shard.
     names
         As in :func:`read_rows`; what is not stored is left out.
+    memory
+        Where whole shards of a disk lie.
 
     Returns
     -------
@@ -101,7 +108,7 @@ def fetch(
     """
     parts = _parts(store, shard, chips, names)
     if remote.is_local(store.url):  # nothing to wait for
-        return {key: part.packed_of(part.begin()) for key, part in parts.items()}
+        return {key: part.packed_of(part.begin(memory)) for key, part in parts.items()}
     threads = pool(host_of(store.url))
     begun = {key: part.at_hand() or threads.submit(part.begin) for key, part in parts.items()}
     packed: dict[tuple[str, str], Packed] = {}
@@ -298,19 +305,18 @@ class StoreObject:
         sums = store.sizes_of(shard).get(path)
         return None if sums is None else cls(store.url, store.digest, path, *sums)
 
-    @property
-    def subject(self) -> str:
-        """What is read, for errors."""
+    def __str__(self) -> str:
+        """Return what is read, for errors."""
         return f"reading {remote.redact(remote.join(self.url, self.path))}"
 
-    def get(self, start: int, length: int) -> Any:
+    def get(self, start: int, length: int, memory: NDArray[np.uint8] | None = None) -> Any:
         """Return bytes of it, held against the manifest: its size, and all of it by its checksum."""
-        return self.fetch(start, length).data
+        return self.fetch(start, length, memory).data
 
     def fetch(self, start: int, length: int, memory: NDArray[np.uint8] | None = None) -> remote.Fetched:
         """Return the same, with what the store says of the object; a local file's bytes lie in ``memory``."""
         try:
-            found = remote.fetch(remote.join(self.url, self.path), start, length, memory)
+            found = remote.fetch(remote.join(self.url, self.path), start, length, memory=memory)
         except remote.MissingError as error:
             raise self._changed("nothing") from error
         if found.head.size != self.size:
@@ -326,7 +332,7 @@ class StoreObject:
 
     def _changed(self, content: str) -> StoreError:
         return StoreError(
-            self.subject, content, f"the {self.size} bytes that the manifest names",
+            str(self), content, f"the {self.size} bytes that the manifest names",
             "The store was changed after it was written: write it again, or open it again if that was done.",
         )  # fmt: skip
 
@@ -376,8 +382,8 @@ class Packed:
     """Some chips of one array, as they are stored."""
 
     encoding: Encoding
-    subject: str
-    """What was read, for errors."""
+    item: StoreObject | None
+    """What was read, for errors; None where there is none."""
     pieces: Sequence[Any]
     """Bytes of each, None where all of it is fill; empty where ``values`` has them."""
     values: NDArray[Any] | None = None
@@ -390,9 +396,9 @@ class Packed:
         if self.values is not None:
             out[place] = self.values[number]
         elif self.verified:
-            decode.body_into(self.encoding, self.pieces[number], out[place], self.subject)
+            decode.body_into(self.encoding, self.pieces[number], out[place], self.item)
         else:
-            decode.chip_into(self.encoding, self.pieces[number], out[place], self.subject)
+            decode.chip_into(self.encoding, self.pieces[number], out[place], self.item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,30 +431,32 @@ class _Part:
             return self.packed([None] * len(self.chips))
         if not self.encoding.sharded:
             values = _SMALL.get(item)
-            return None if values is None else Packed(self.encoding, item.subject, (), values[self.chips])
+            return None if values is None else Packed(self.encoding, item, (), values[self.chips])
         whole = None if self.nbytes else _INDEXES.get(item)
         return None if whole is None else _Index(whole.entries[self.chips], whole.etag)
 
-    def begin(self) -> Packed | _Index:
-        """Read what one get brings: all of it, or the index that single chips need."""
+    def begin(self, memory: Lender | None = None) -> Packed | _Index:
+        """Read what one get brings: all of it, into memory that is lent, or the index that single chips need."""
         first, item = self.at_hand(), self.item
         if first is not None or item is None:
             assert first is not None
             return first
         if not self.encoding.sharded:
-            values = decode.chunk_of(self.encoding, item.get(0, item.size), item.subject)
-            return Packed(self.encoding, item.subject, (), _SMALL.put(item, values)[self.chips])
+            values = decode.chunk_of(self.encoding, item.get(0, item.size), item)
+            return Packed(self.encoding, item, (), _SMALL.put(item, values)[self.chips])
         per = self.encoding.chunk[0]
         tail = decode.index_nbytes(per)
         if not self.nbytes:
             found = item.fetch(max(0, item.size - tail), tail)
             if self.encoding.codec is None:
                 item.check_store()
-            entries = decode.index_of(per, found.data, item.size, item.subject)
+            entries = decode.index_of(per, found.data, item.size, str(item))
             whole = _INDEXES.put(item, _Index(entries, found.head.etag))
             return _Index(whole.entries[self.chips], whole.etag)
-        data = memoryview(item.get(0, item.size))
-        index = decode.index_of(per, data[-tail:], item.size, item.subject)[self.chips]
+        data = memoryview(
+            item.get(0, item.size, None if memory is None else memory.array((item.size,), np.uint8))
+        )
+        index = decode.index_of(per, data[-tail:], item.size, str(item))[self.chips]
         bodies = [None if s == ABSENT else data[s : s + n - CHECKSUM] for s, n in index.tolist()]
         return self.packed(bodies, verified=True)
 
@@ -466,8 +474,7 @@ class _Part:
 
     def packed(self, pieces: Sequence[Any], verified: bool = False) -> Packed:
         """Return chips of it whose bytes are there."""
-        subject = "" if self.item is None else self.item.subject
-        return Packed(self.encoding, subject, pieces, None, verified)
+        return Packed(self.encoding, self.item, pieces, None, verified)
 
     def packed_of(self, first: Packed | _Index) -> Packed:
         """Return chips of it after what :meth:`begin` returned."""
