@@ -294,8 +294,8 @@ class Work:
 
     reads: list[tuple[str, int]] = field(default_factory=list)
     """Path below the store and bytes of each."""
-    outs: list[Any] = field(default_factory=list)
-    """Where each chip was decoded to."""
+    outs: list[tuple[int, int]] = field(default_factory=list)
+    """Where each chip was decoded to: addresses."""
     checksums: int = 0
     """Chips that were compared with their own checksum."""
 
@@ -317,7 +317,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
 
     def counted_into(encoding: Any, body: Any, out: Any, subject: object) -> None:
         with lock:
-            done.outs.append(out)
+            done.outs.append(np.lib.array_utils.byte_bounds(out))
         into(encoding, body, out, subject)
 
     def counted_checked(data: Any, subject: object) -> Any:
@@ -331,11 +331,10 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     return done
 
 
-def _inside(outs: list[Any], arrays: Arrays) -> bool:
+def _inside(outs: list[tuple[int, int]], arrays: Arrays) -> bool:
     """Tell whether all that was decoded lies in the memory of some arrays."""
     spans = [np.lib.array_utils.byte_bounds(a) for a in arrays.values() if a.dtype != object and a.size]
-    bounds = [np.lib.array_utils.byte_bounds(out) for out in outs]
-    return all(any(a <= start and stop <= b for a, b in spans) for start, stop in bounds)
+    return all(any(a <= start and stop <= b for a, b in spans) for start, stop in outs)
 
 
 @pytest.mark.parametrize("name", ["single", "joined"])
