@@ -28,8 +28,8 @@ ORDER = {
     "": "_version errors extras words formats progress footprint grid extent",
     "rules": "kinds radiometry values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
-           "awaiting signatureplugin signatures",
+    "net": "hrefs places trust gate web localfile lending refusals remote remotefs gdalfiles sums limits clusters "
+           "probe readiness watch awaiting signatureplugin signatures",
     "headers": "nodata page tiff gdal sidecar reader",
     "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
              "layers leftassets facts rowgroups timing",
@@ -43,7 +43,7 @@ ORDER = {
     "tasks": "context job jobkernels jobfile freezing cuts filling keptbytes neighbours picking pixels clouds mapping "
              "filtering shards batches",
     "store": "encode decode ledger layout manifest write presence onthreads oncluster run outputs "
-             "storetables storemap storeread stored "
+             "bytecache storetables storemap storeread stored "
              "holding datasets verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
