@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_records import record, table
 
@@ -32,6 +32,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
     return made.slice(start, draw(st.integers(0, len(rows))))
 
 
+@settings(max_examples=25)
 @given(tables(), st.lists(st.sampled_from([*BANDS, "none"]), min_size=1, unique=True))
 def test_fields_of_bands_are_those_of_their_rows(made: pa.Table, bands: list[str]) -> None:
     records, rows = Records(made), made.to_pylist()
@@ -44,7 +45,10 @@ def test_fields_of_bands_are_those_of_their_rows(made: pa.Table, bands: list[str
         for field in kind:
             column = got(bands, field.name)
             assert column.type == field.type
-            assert column.to_pylist() == [None if one is None else one[field.name] for one in expected]
+            wanted = [None if one is None else one[field.name] for one in expected]
+            assert column.to_pylist() == wanted
+            one_by_one = records.asset_field if kind is ASSET_TYPE else records.level_field
+            assert [v for band in bands for v in one_by_one(band, field.name).to_pylist()] == wanted
 
 
 def test_kept_bytes_ask_for_a_field_once_whatever_the_number_of_bands(

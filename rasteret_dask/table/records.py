@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -27,6 +27,9 @@ NS_RANGE = (np.datetime64("1678-01-01", "us"), np.datetime64("2262-01-01", "us")
 
 KNOWN_ASSETS = 1024
 """Assets that a record table keeps as Python values: neighbouring shards ask for the same ones."""
+
+KNOWN_VALUES = 2**16
+"""Bands times records up to which a field of all bands is kept as an array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class Records:
     def __init__(self, table: pa.Table) -> None:
         self.table = table.combine_chunks()
         self._known: dict[tuple[int, str], Asset] = {}
+        self._columns: dict[tuple[str, str], pa.Array] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Records, (self.table,)  # not what was cached on the way
@@ -148,7 +152,7 @@ class Records:
 
     def asset_field(self, band: str, field: str) -> pa.ChunkedArray:
         """Return one field of ``assets[band]`` for all records; null where a record lacks the band."""
-        return self.asset_fields((band,), field)
+        return self._of_band(self.asset_fields, band, field)
 
     def asset_fields(self, bands: Sequence[str], field: str) -> pa.ChunkedArray:
         """Return the same of several bands, one band after the other: many times the speed of asking for each."""
@@ -157,6 +161,19 @@ class Records:
             for chunk in self.table.column("assets").chunks
         ]
         return _by_band(parts, len(bands), ASSET_TYPE.field(field).type)
+
+    def _of_band(
+        self, fields: Callable[[Sequence[str], str], pa.ChunkedArray], band: str, field: str
+    ) -> pa.ChunkedArray:
+        """Return a field of one band; in small tables all bands are looked up at once, for those who ask next."""
+        rows = len(self)
+        if band not in self.bands or not 0 < rows * len(self.bands) <= KNOWN_VALUES:
+            return fields((band,), field)
+        key = (fields.__name__, field)
+        if key not in self._columns:
+            self._columns[key] = fields(self.bands, field).combine_chunks()
+        values = self._columns[key].slice(self.bands.index(band) * rows, rows)
+        return pa.chunked_array([values])
 
     def nodata_of(self, band: str) -> set[Number | None]:
         """Return what nodata is in a band, over all records: each a number of its dtype; None where it has none."""
@@ -171,7 +188,7 @@ class Records:
 
     def level_field(self, band: str, field: str) -> pa.ChunkedArray:
         """Return one field of the full-resolution level of ``band`` for all records; null where unknown."""
-        return self.level_fields((band,), field)
+        return self._of_band(self.level_fields, band, field)
 
     def level_fields(self, bands: Sequence[str], field: str) -> pa.ChunkedArray:
         """Return the same of several bands, one band after the other."""
