@@ -62,7 +62,7 @@ def test_each_step_imports_what_it_needs(small_world: World, tmp_path: Path) -> 
     assert steps["build"] == set()
     assert steps["plan"] == set()
     assert steps["explain"].isdisjoint([*SEARCH, *CLUSTER])
-    assert steps["to_zarr"].isdisjoint(["jsonschema", "stackstac", *CLUSTER])
+    assert steps["to_zarr"].isdisjoint(["jsonschema", *CLUSTER])
 
 
 # Threads of this process
