@@ -45,6 +45,7 @@ from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import check_writable
 from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.mapping import outputs_of
+from rasteret_dask.tasks.runs import Workforce
 from rasteret_dask.tasks.shards import lower
 from rasteret_dask.words import Boundary, OnError, SplitBy
 
@@ -243,9 +244,28 @@ class Chips:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def explain(self) -> explain.Explanation:
-        """Say what the job will do, before anything is read."""
-        return explain.explain(self.planned, self.job, self._layout.outputs)
+    def explain(self, workers: int | None = None, threads: int = 1) -> explain.Explanation:
+        """Say what the job will do, before anything is read.
+
+        Parameters
+        ----------
+        workers
+            Worker processes: says what they fetch together, at most, as what two of them need is fetched twice.
+        threads
+            Threads of each worker.
+
+        Raises
+        ------
+        PlanError
+            When there are no workers, or no threads.
+        """
+        if min(1 if workers is None else workers, threads) < 1:
+            raise PlanError(
+                "explain(workers=, threads=)", f"{workers} and {threads}", "at least 1 of each",
+                "Leave workers out for what one process fetches.",
+            )  # fmt: skip
+        force = None if workers is None else Workforce(workers, threads)
+        return explain.explain(self.planned, self.job, self._layout.outputs, force)
 
     def audit(self) -> audit.Audit:
         """Check the splits: ratios, losses, overlaps (must be 0) and distances, over all splits of the plan."""

@@ -40,15 +40,15 @@ ORDER = {
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
-    "tasks": "context job jobkernels jobfile freezing cuts filling keptbytes neighbours picking pixels clouds mapping "
-             "filtering shards batches",
-    "store": "encode decode ledger layout manifest write presence onthreads oncluster run outputs "
+    "tasks": "context job jobkernels jobfile freezing cuts filling keptbytes runs neighbours picking pixels clouds "
+             "mapping filtering shards batches",
+    "store": "encode decode ledger layout manifest write presence runtasks onthreads oncluster shardruns run outputs "
              "bytecache storetables storemap storeread stored "
              "holding datasets verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
-    "show": "explain audit pictures plot",
+    "show": "fetching explain audit pictures plot",
     "training": "tensors passes",
     "the face": "compacting storeset streamfrom torchdata chipset tableexits pixelreads "
                 "collection openers building __init__",
