@@ -10,7 +10,6 @@ import pyarrow as pa
 from rasteret_dask.chipping.labels import Labels, dense
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_of
-from rasteret_dask.geometries.rows import spec_field
 from rasteret_dask.pixelreads import PixelReads
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
@@ -29,6 +28,7 @@ from rasteret_dask.planning.plan import (
     is_number,
     outline,
     predicates,
+    spec_field,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import resolve_source

@@ -30,7 +30,7 @@ ORDER = {
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
     "net": "hrefs places trust gate web localfile lending refusals remote remotefs gdalfiles sums limits allocator "
            "clusters probe readiness watch awaiting signatureplugin signatures",
-    "headers": "nodata page tiff gdal sidecar reader",
+    "headers": "nodata page rangefile directories tiff gdal sidecar reader",
     "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
              "layers leftassets facts rowgroups timing",
     "ingest": "search stacapi tablecache describe sources fileindex stac tables pages order",

@@ -30,13 +30,12 @@ from rasteret_dask.geometries.rows import (
     laid,
     picked,
     settled,
-    spec_field,
     squares,
     window_job,
 )
 from rasteret_dask.geometries.windows import Geometries
 from rasteret_dask.net import remote
-from rasteret_dask.planning.plan import ChipSpec, Filter, Node, Predicate
+from rasteret_dask.planning.plan import ChipSpec, Filter, Node, Predicate, spec_field
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.rules.picks import pick_named

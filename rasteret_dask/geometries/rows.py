@@ -29,9 +29,8 @@ from rasteret_dask.planning.plan import (
     Harmonize,
     HarmonizeSpec,
     Join,
-    Node,
-    children,
     near_area,
+    spec_field,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource, resolve_source
@@ -45,7 +44,7 @@ from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.picking import Picking
 
-__all__ = ["NoRecordError", "Rows", "laid", "picked", "run", "settled", "spec_field", "squares", "window_job"]
+__all__ = ["NoRecordError", "Rows", "laid", "picked", "run", "settled", "squares", "window_job"]
 
 
 class NoRecordError(PlanError):
@@ -100,13 +99,6 @@ def settled(
         raise PlanError("reading windows", "a map step, which works on chips", "no map",
                         "Apply the function to what is read, or take chips(...).")  # fmt: skip
     return source
-
-
-def spec_field(node: Node, field: str) -> Any:
-    """Return what a plan's outermost ``harmonize`` step that says it says of a field of its spec, or None."""
-    own = getattr(node.spec, field) if isinstance(node, Harmonize) else None
-    below = (spec_field(child, field) for child in children(node))
-    return own if own is not None else next((found for found in below if found is not None), None)
 
 
 @dataclass(frozen=True)
