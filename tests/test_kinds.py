@@ -398,7 +398,7 @@ def test_azimuths_are_never_averaged(tmp_path: Path, resolution: int, pick: Any)
     source = rd.build_from_stac(items, name="x")
     assert kinds_of(rd.build_from_stac(items[:1], name="x")) == {"vaa": "angle"}
     source = source.harmonize(resolution=resolution, time="1MS", pick=pick)
-    chips = source.chips(16, cell_km=16 * resolution / 1000)
+    chips = source.chips(16, cell_km=16 * resolution / 1000, min_coverage=0.1)
     assert resolution == 10 or "nearest" in str(chips.explain())
     here = chips.load()
     assert isinstance(here, xr.Dataset)
