@@ -271,7 +271,7 @@ class OnCluster:
 
     def _seat_task(self, seat: str) -> Task:
         """Return the task that has all roots where it is computed: where neighbours are read then."""
-        names = self._names()
+        names: dict[Any, Any] = dict(self._names())
         return Task(seat, _sit, tuple(names), *(TaskRef(name) for name in names.values()))
 
     def _sit(self, seat: str) -> None:
