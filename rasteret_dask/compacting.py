@@ -307,7 +307,7 @@ def _stored(old: StoreMap, array: StoredArray, rows: NDArray[np.int64]) -> list[
             found += [[] for _ in chips]
             continue
         data = np.frombuffer(memoryview(item.get(0, item.size)), np.uint8)
-        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.size, item.subject)
+        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.size, str(item))
         for start, length in index[chips].tolist():
             found.append([] if start == ABSENT else [data[start : start + length]])
     return found

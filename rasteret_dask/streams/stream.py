@@ -143,7 +143,7 @@ def _both(first: Callable[[Arrays], Arrays], second: Callable[[Arrays], Arrays],
 class Stream(Iterator[Arrays]):
     """Batches of chips, made by ``chips.stream(...)`` or :func:`rasteret_dask.stream_from`.
 
-    Each batch is a dictionary of new, contiguous arrays with the chips along axis 0: see
+    Each batch is a dictionary of contiguous arrays of its own, with the chips along axis 0: see
     :data:`rasteret_dask.tasks.batches.Arrays`. ``len()`` is the number of batches of all epochs, the same on every
     rank. Reading begins with the first ``next()`` and ends with the last batch, with :meth:`close`, at the end of a
     ``with`` block, or when nobody holds the stream any more.

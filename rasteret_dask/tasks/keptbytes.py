@@ -123,30 +123,37 @@ def _levels(
     records: Records, bands: dict[str, None]
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
     """Yield layouts of pixels and the bytes of a pixel of all files that have them; bands of one file count once."""
+    names, shape = tuple(bands), (len(bands), len(records))
+    transform = pc.list_flatten(_whole(records.level_fields(names, "transform").combine_chunks()))
+    sizes = [_numbers(records, names, field, 0) for field in ("width", "height", "tile_width", "tile_height")]
+    level = np.concatenate(
+        [np.reshape(transform.to_numpy(), (*shape, 6))[..., [0, 2, 4, 5]], np.stack(sizes, -1)], axis=-1
+    )
+    chunky = _numbers(records, names, "planar", 0) == 1
+    hrefs = records.asset_fields(names, "href").combine_chunks().dictionary_encode().indices
+    file = np.reshape(pc.fill_null(hrefs, -1).to_numpy(), shape).astype(np.int64)
+    again = np.ones(shape, dtype=bool)  # files that a band before has brought
+    again.ravel()[np.unique(file * shape[1] + np.arange(shape[1]), return_index=True)[1]] = False
+    dtypes = np.array(records.level_fields(names, "dtype").to_pylist(), dtype=object).reshape(shape)
+    size = np.zeros(shape, dtype=np.int64)
+    for dtype in {d for d in dtypes.ravel() if d}:
+        size[dtypes == dtype] = np.dtype(dtype).itemsize
+    held = np.where(chunky, _numbers(records, names, "samples", 1), 1) * (size + 1)  # a mask may lie beside
+    held = np.where((chunky & again) | (size == 0), 0, held).astype(np.int64)
     layouts: list[tuple[NDArray[np.float64], NDArray[np.int64]]] = []
-    files: list[NDArray[Any]] = []
-    for band in bands:
-        transform = pc.list_flatten(_whole(records.level_field(band, "transform").combine_chunks()))
-        columns = [
-            np.asarray(pc.fill_null(records.level_field(band, name), 0).to_numpy())
-            for name in ("width", "height", "tile_width", "tile_height")
-        ]
-        level = np.column_stack([np.reshape(transform.to_numpy(), (-1, 6))[:, [0, 2, 4, 5]], *columns])
-        href = np.array(records.asset_field(band, "href").to_pylist(), dtype=object)
-        chunky = np.asarray(pc.fill_null(records.level_field(band, "planar"), 0).to_numpy()) == 1
-        again = chunky & np.any([href == other for other in files] or [np.zeros(len(href), bool)], axis=0)
-        files.append(href)
-        samples = np.asarray(pc.fill_null(records.level_field(band, "samples"), 1).to_numpy())
-        dtypes = records.level_field(band, "dtype").to_pylist()
-        size = np.array([np.dtype(d).itemsize if d else 0 for d in dtypes])
-        held = np.where(chunky, samples, 1) * (size + 1)  # a mask may lie beside
-        held = np.where(again | (size == 0), 0, held).astype(np.int64)
-        same = next((total for known, total in layouts if np.array_equal(known, level)), None)
+    for one, nbytes in zip(level, held, strict=True):
+        same = next((total for known, total in layouts if np.array_equal(known, one)), None)
         if same is None:
-            layouts.append((level, held))
+            layouts.append((one, nbytes))
         else:
-            same += held
+            same += nbytes
     yield from layouts
+
+
+def _numbers(records: Records, bands: tuple[str, ...], field: str, missing: int) -> NDArray[Any]:
+    """Return a field of the full-resolution levels, shape (band, record)."""
+    values = pc.fill_null(records.level_fields(bands, field), missing)
+    return np.reshape(np.asarray(values.to_numpy()), (len(bands), len(records)))
 
 
 def _whole(transforms: Any) -> Any:
