@@ -48,7 +48,7 @@ ORDER = {
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
-    "show": "explain audit pictures plot",
+    "show": "tilecount explain audit pictures plot",
     "training": "tensors passes",
     "the face": "compacting storeset streamfrom torchdata chipset tableexits pixelreads "
                 "collection openers building __init__",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -64,6 +65,11 @@ class PlannedChips:
     """What pixels must fulfil for their chip to be kept."""
     labels: Labels | None = None
     """Polygons that become masks of the reference source."""
+
+    @cached_property
+    def feeds(self) -> FeedTable:
+        """The feed entries of all chips, flat."""
+        return FeedTable.of(self.table)
 
     @property
     def size_m(self) -> float:
@@ -326,13 +332,13 @@ def _feed_column(sources: list[ResolvedSource], feeds: tuple[Feeds, ...], chips:
 
 def used_rows(chips: PlannedChips) -> list[tuple[ResolvedSource, NDArray[np.int64]]]:
     """Return each source with the rows of its records that feed a chip."""
-    feeds = FeedTable.of(chips.table)
+    feeds = chips.feeds
     return [(s, feeds.rows_of(n)) for n, s in enumerate(chips.sources)]
 
 
 def used_records(chips: PlannedChips) -> tuple[list[Records], list[NDArray[np.int64]], pa.Table]:
     """Return each source's records that feed a chip, their members, and the chip table with rows counted in those."""
-    feeds = FeedTable.of(chips.table)
+    feeds = chips.feeds
     used = [feeds.rows_of(n) for n in range(len(chips.sources))]
     if all(len(u) == len(s.records) for u, s in zip(used, chips.sources, strict=True)):
         return [s.records for s in chips.sources], [s.member for s in chips.sources], chips.table

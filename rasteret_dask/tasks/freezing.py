@@ -41,7 +41,7 @@ def freeze(chips: PlannedChips, shard_bytes: int = SHARD_BYTES) -> Job:
         Output of one task over all sources, at most; a single chip may be larger.
     """
     records, members, table = used_records(chips)
-    feeds = FeedTable.of(chips.table)
+    feeds = chips.feeds
     tasks_records = tuple(
         _with_passes(r, m, s, feeds.rows_of(n))
         for n, (r, m, s) in enumerate(zip(records, members, chips.sources, strict=True))
