@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from rasteret_dask.rules.units import Unit
 from rasteret_dask.table.records import Asset, Level, Records
 from rasteret_dask.tasks.cuts import Feed, Group, groups
 from rasteret_dask.tasks.job import Job, Shard
+from rasteret_dask.tasks.keptbytes import spread
 from rasteret_dask.tasks.picking import Picking
 
 __all__ = ["TileCount", "tile_count"]
@@ -232,22 +234,11 @@ def _tiles(rects: Ints, level: Level, is_flipped: bool) -> Ints:
     row0, row1, col0, col1 = rects.T
     if is_flipped:
         row0, row1 = level.height - row1, level.height - row0
-    _, row, col = _in_tiles(
-        row0 // level.tile_height,
-        -(-row1 // level.tile_height),
-        col0 // level.tile_width,
-        -(-col1 // level.tile_width),
-    )
-    return _distinct(row * _across(level) + col)
-
-
-def _in_tiles(top: Ints, bottom: Ints, left: Ints, right: Ints) -> tuple[Ints, Ints, Ints]:
-    """Return every place of half-open rectangles: the rectangle's number, row and column."""
-    high, wide = np.maximum(bottom - top, 0), np.maximum(right - left, 0)
-    count = high * wide
-    rect = np.repeat(np.arange(len(count)), count)
-    row, col = np.divmod(np.arange(len(rect)) - (np.cumsum(count) - count)[rect], np.maximum(wide, 1)[rect])
-    return rect, top[rect] + row, left[rect] + col
+    top, left = row0 // level.tile_height, col0 // level.tile_width
+    high, wide = -(-row1 // level.tile_height) - top, -(-col1 // level.tile_width) - left
+    rect, nth = spread(high * wide)
+    row, col = np.divmod(nth, wide[rect])
+    return _distinct((top[rect] + row) * _across(level) + left[rect] + col)
 
 
 def _area(rects: Ints) -> int:
@@ -360,22 +351,31 @@ def _weights(job: Job, needs: Sequence[_Need]) -> list[NDArray[np.float64]]:
     ]
     most = max(_across(need.level) * -(-need.level.height // need.level.tile_height) for need in needs)
     entry, chip = _feeding(job, list(numbers))
-    lattice = np.array([key[3:] for key in numbers])[entry]
-    code, shift = np.array([northern(key[2]) for key in numbers]).T
-    west, south, east, north = _bounds_in(job, chip, code.astype(np.int64)[entry]).T
-    a, c, e, f, width, height, tile_width, tile_height = lattice.T
+    # Records of one place's dates lie alike: what is under a chip is worked out once for all of them.
+    layouts, layout = np.unique(
+        np.array([(*northern(key[2]), *key[3:]) for key in numbers]), axis=0, return_inverse=True
+    )
+    pair, pairs = pd.factorize(layout[entry] * job.chips.num_rows + chip)
+    kind, place_of = np.divmod(pairs, job.chips.num_rows)
+    code, shift, a, c, e, f, width, height, tile_width, tile_height = layouts[kind].T
+    west, south, east, north = _bounds_in(job, place_of, code.astype(np.int64)).T
     spans = []
     for ends, tile, size in (
-        (((north - shift[entry] - f) / e, (south - shift[entry] - f) / e), tile_height, height),
+        (((north - shift - f) / e, (south - shift - f) / e), tile_height, height),
         (((west - c) / a, (east - c) / a), tile_width, width),
     ):
         low = np.floor(np.minimum(*ends) / tile + ALIGNED_PX)
         high = np.ceil(np.maximum(*ends) / tile - ALIGNED_PX)
         spans += [np.clip(edge, 0, np.ceil(size / tile)).astype(np.int64) for edge in (low, high)]
-    of, row, col = _in_tiles(*spans)
-    tile_number = row * np.ceil(width / tile_width).astype(np.int64)[of] + col
+    top, bottom, left, right = spans
+    wide, high = np.maximum(right - left, 0), np.maximum(bottom - top, 0)
+    across = np.ceil(width / tile_width).astype(np.int64)
+    of, nth = spread((wide * high)[pair])
+    row, col = np.divmod(nth, np.maximum(wide, 1)[pair[of]])
+    tile_number = (top[pair] * across[pair] + left[pair])[of] + row * across[pair[of]] + col
     shards = _shard_numbers(job)
-    key = (entry[of] * most + tile_number) * (int(shards.max()) + 1) + shards[chip[of]]
+    key = (entry * most)[of] + tile_number
+    key = key * (int(shards.max()) + 1) + shards[chip][of]
     tiles, count = np.unique(_distinct(key) // (int(shards.max()) + 1), return_counts=True)
     asked = np.concatenate([at * most + need.tiles for at, need in zip(place, needs, strict=True)])
     at = np.minimum(np.searchsorted(tiles, asked), max(len(tiles) - 1, 0))
@@ -411,9 +411,8 @@ def _feeding(job: Job, files: Sequence[tuple[Any, ...]]) -> tuple[Ints, Ints]:
     chosen = _shard_numbers(job)[chip] >= 0
     record, chip = record[chosen], chip[chosen]
     first, last = np.searchsorted(record, records), np.searchsorted(record, records, side="right")
-    file = np.repeat(np.arange(len(files)), last - first)
-    within = np.arange(len(file)) - np.repeat(np.cumsum(last - first) - (last - first), last - first)
-    return file, chip[first[file] + within]
+    file, nth = spread(last - first)
+    return file, chip[first[file] + nth]
 
 
 def _shard_numbers(job: Job) -> Ints:

@@ -163,8 +163,12 @@ class Records:
 
     def level_field(self, band: str, field: str) -> pa.ChunkedArray:
         """Return one field of the full-resolution level of ``band`` for all records; null where unknown."""
+        return self.level_fields(band, (field,))[0]
+
+    def level_fields(self, band: str, fields: Sequence[str]) -> list[pa.ChunkedArray]:
+        """Return several fields as :meth:`level_field` does, with one look for the band."""
         levels = pc.map_lookup(self.table.column("headers_metadata"), pa.scalar(band), "first")
-        return _first_element(levels, field)
+        return _first_elements(levels, fields)
 
     def band_names(self, wanted: str) -> dict[str, str]:
         """Return {dataset or "": band} for what a name means: a band itself, a common name, or an asset key."""
@@ -279,14 +283,17 @@ def _map_item(column: pa.MapArray, row: int, key: str) -> Any:
     return None
 
 
-def _first_element(levels: pa.ChunkedArray, field: str) -> pa.ChunkedArray:
-    chunks = []
+def _first_elements(levels: pa.ChunkedArray, fields: Sequence[str]) -> list[pa.ChunkedArray]:
+    chunks: list[list[pa.Array]] = [[] for _ in fields]
     for chunk in levels.chunks:
         length = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False)
-        at = np.cumsum(length) - length
-        index = pa.array(at, mask=length == 0)
-        chunks.append(pc.struct_field(chunk.flatten(), field).take(index))
-    return pa.chunked_array(chunks, type=LEVEL_TYPE.field(field).type)
+        index = pa.array(np.cumsum(length) - length, mask=length == 0)
+        flat = chunk.flatten()
+        for own, field in zip(chunks, fields, strict=True):
+            own.append(pc.struct_field(flat, field).take(index))
+    return [
+        pa.chunked_array(own, type=LEVEL_TYPE.field(n).type) for own, n in zip(chunks, fields, strict=True)
+    ]
 
 
 def concat(tables: Iterable[pa.Table]) -> pa.Table:

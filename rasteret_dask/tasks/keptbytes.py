@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Job
 
-__all__ = ["MOST_KEPT_BYTES", "kept_bytes"]
+__all__ = ["MOST_KEPT_BYTES", "kept_bytes", "spread"]
 
 MOST_KEPT_BYTES = 512 * 2**20
 """A process keeps no more, as its worker's memory is counted with this: beyond it tiles are fetched again."""
@@ -26,6 +26,9 @@ REACH_PX = 6
 
 ALIGNED_PX = 1e-4
 """Pixel edges nearer than this are the same edge."""
+
+FIELDS = ("transform", "planar", "samples", "dtype", "width", "height", "tile_width", "tile_height")
+"""Of a file's image."""
 
 
 def kept_bytes(job: Job, threads: int = CPU_COUNT) -> int:
@@ -87,19 +90,20 @@ def _levels(
     layouts: list[tuple[NDArray[np.float64], NDArray[np.int64]]] = []
     files: list[NDArray[Any]] = []
     for band in bands:
-        transform = pc.list_flatten(_whole(records.level_field(band, "transform").combine_chunks()))
-        columns = [
-            np.asarray(pc.fill_null(records.level_field(band, name), 0).to_numpy())
-            for name in ("width", "height", "tile_width", "tile_height")
-        ]
-        level = np.column_stack([np.reshape(transform.to_numpy(), (-1, 6))[:, [0, 2, 4, 5]], *columns])
+        transform, planar, samples, dtype, *sizes = records.level_fields(band, FIELDS)
+        flat = pc.list_flatten(_whole(transform.combine_chunks())).to_numpy()
+        level = np.column_stack(
+            [
+                np.reshape(flat, (-1, 6))[:, [0, 2, 4, 5]],
+                *(pc.fill_null(size, 0).to_numpy() for size in sizes),
+            ]
+        )
         href = np.array(records.asset_field(band, "href").to_pylist(), dtype=object)
-        chunky = np.asarray(pc.fill_null(records.level_field(band, "planar"), 0).to_numpy()) == 1
+        chunky = np.asarray(pc.fill_null(planar, 0).to_numpy()) == 1
         again = chunky & np.any([href == other for other in files] or [np.zeros(len(href), bool)], axis=0)
         files.append(href)
-        samples = np.asarray(pc.fill_null(records.level_field(band, "samples"), 1).to_numpy())
-        dtypes = records.level_field(band, "dtype").to_pylist()
-        size = np.array([np.dtype(d).itemsize if d else 0 for d in dtypes])
+        samples = np.asarray(pc.fill_null(samples, 1).to_numpy())
+        size = np.array([np.dtype(d).itemsize if d else 0 for d in dtype.to_pylist()])
         held = np.where(chunky, samples, 1) * (size + 1)  # a mask may lie beside
         held = np.where(again | (size == 0), 0, held).astype(np.int64)
         same = next((total for known, total in layouts if np.array_equal(known, level)), None)
@@ -129,13 +133,13 @@ def _add(change: NDArray[np.int64], job: Job, threads: int, read: _Read) -> None
     low, high = np.floor(spans[:, :, 0] / tile), np.ceil(spans[:, :, 1] / tile)
     count = np.maximum(high - low, 0).astype(np.int64)
     total = count.prod(axis=1)
-    part, nth = _spread(total)
+    part, nth = spread(total)
     at = low[part].astype(np.int64) + np.stack(np.divmod(nth, np.maximum(count[part, 1], 1)), -1)
     corner = at * tile[part]
     begin = np.maximum(spans[part, :, 0], corner)
     end = np.minimum(spans[part, :, 1], corner + tile[part])
     number = at[:, 0] * across[part] + at[:, 1]
-    entry, nth = _spread(total[pair])
+    entry, nth = spread(total[pair])
     if not len(entry):
         return
     part = (np.cumsum(total) - total)[pair][entry] + nth
@@ -152,7 +156,7 @@ def _add(change: NDArray[np.int64], job: Job, threads: int, read: _Read) -> None
     np.add.at(change, until + 1, -held)
 
 
-def _spread(count: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def spread(count: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the numbers 0, 1, ... as often as each is counted, and which of its own each is."""
     number = np.repeat(np.arange(len(count)), count)
     return number, np.arange(len(number)) - np.repeat(np.cumsum(count) - count, count)
