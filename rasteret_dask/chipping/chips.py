@@ -221,19 +221,19 @@ def _fits(length: float, resolutions: list[float]) -> bool:
     return all(abs(length / r - round(length / r)) < 1e-6 for r in resolutions)
 
 
-def phases(source: ResolvedSource, found: Outlines) -> Phase:
+def phases(source: ResolvedSource, footprints: Outlines) -> Phase:
     """Return a pixel corner in each CRS: the first member's that has records there, that of most of them."""
     resolution = source.plan.resolution
-    outline = found.of_record
+    outline = footprints.of_record
     counted: dict[int, dict[tuple[float, float], int]] = {}
     settled: dict[int, int] = {}
     for row in range(len(outline)):
         number = int(outline[row])
-        epsg, member = int(found.epsg[number]), int(source.member[row])
+        epsg, member = int(footprints.epsg[number]), int(source.member[row])
         if settled.setdefault(epsg, member) != member:
             continue
         corner = tuple(
-            np.round(np.mod(found.raster[number][[0, 3]], resolution), digits(resolution)) % resolution
+            np.round(np.mod(footprints.raster[number][[0, 3]], resolution), digits(resolution)) % resolution
         )
         votes = counted.setdefault(epsg, {})
         votes[corner] = votes.get(corner, 0) + 1
@@ -244,7 +244,7 @@ def _fill(
     spec: ChipSpec,
     sources: list[ResolvedSource],
     reference: int,
-    found: list[Outlines],
+    footprints: list[Outlines],
     frame: Frame,
     points: pa.Table | None,
     maps: tuple[tuple[str | None, Function], ...],
@@ -255,7 +255,7 @@ def _fill(
         f"record that lacks a band or has an unreadable asset ({s.plan.name})": s.unreadable for s in sources
     }
     dropped = {k: v for k, v in dropped.items() if v}
-    laid = lay(spec, sources, reference, found, frame)
+    laid = lay(spec, sources, reference, footprints, frame)
     dropped |= {why: count for why, count in laid.lost.items() if count}
     if not len(laid.window):
         reasons = "; ".join(f"{count:,}: {why}" for why, count in dropped.items())
@@ -267,7 +267,9 @@ def _fill(
     if points is not None:
         table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
     resolution = sources[reference].plan.resolution
-    return PlannedChips(table, tuple(sources), reference, spec, None, resolution, maps, dropped, tuple(found))
+    return PlannedChips(
+        table, tuple(sources), reference, spec, None, resolution, maps, dropped, tuple(footprints)
+    )
 
 
 def _table(sources: list[ResolvedSource], platforms: tuple[str, ...], frame: Frame, laid: Laid) -> pa.Table:
