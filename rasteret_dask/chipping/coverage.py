@@ -228,10 +228,13 @@ def cover(windows: Windows, found: Outlines, pairs: dict[int, NDArray[np.int64]]
     for epsg in np.unique(found.epsg[outline]):
         here = np.flatnonzero(found.epsg[outline] == epsg)
         some, place = np.unique(window[here], return_inverse=True)
-        shape, box = found.shape[outline[here]], windows.in_crs(int(epsg), some)[place]
+        own, number = np.unique(outline[here], return_inverse=True)
+        # of this call alone: blocks are planned by several threads, and GEOS prepares a shape under whoever uses it
+        prepared = shapely.from_wkb(shapely.to_wkb(found.shape[own]))
+        shapely.prepare(prepared)
+        shape, box = prepared[number], windows.in_crs(int(epsg), some)[place]
         if is_geographic(int(epsg)):
             box = _near(box, found.centre[outline[here], 0])
-        shapely.prepare(found.shape[np.unique(outline[here])])
         whole = shapely.covers(shape, box)
         share[here[whole]] = 1.0
         partly = np.flatnonzero(~whole)
