@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +38,8 @@ from rasteret_dask.planning.plan import (
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.sampling import hash_unit
 from rasteret_dask.planning.scan import filter_table
+from rasteret_dask.show import audit, explain
+from rasteret_dask.tasks.freezing import chips_per_shard
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -52,6 +54,9 @@ WINDOWS = 65_536
 
 MOST_CHIPS = 2_000_000
 """Chips whose table is taken into memory, at some 1.7 kB each."""
+
+EXPLAINED = 100_000
+"""Chips that are looked at to estimate what is read."""
 
 _ROW = "__row__"
 
@@ -147,8 +152,7 @@ class ChipBlocks:
         """Yield the chosen rows of the chip table, a block at a time, in the order of shards."""
         names = self._blocks.planned.table.column_names
         for facts, rows in self._chosen():
-            table = self._blocks.files.columns(facts, names).take(pa.array(rows))
-            yield whole_feeds(table, self._blocks.planned.sources)
+            yield whole_feeds(self._rows_of(facts, rows, names), self._blocks.planned.sources)
 
     @property
     def table(self) -> pa.Table:
@@ -187,6 +191,60 @@ class ChipBlocks:
             splits = {name: count for name, count in self._parent._split_counts.items() if name}
             raise none_left(self.query.plan, len(self._parent), splits)
         return self._small(self.query, replace(self._blocks.planned, table=table))
+
+    @property
+    def _unselected(self) -> ChipBlocks:
+        """These chips before trailing selects."""
+        blocks = self
+        while isinstance(blocks.query.plan, Select) and blocks._parent is not None:
+            blocks = blocks._parent
+        return blocks
+
+    def audit(self) -> audit.Audit:
+        """Check the splits, as :meth:`Chips.audit`, two neighbouring blocks at a time."""
+        own = self._unselected
+        grounds = [
+            audit.BlockGround(facts.epsg, facts.bounds, partial(own._rows_of, facts, rows))
+            for facts, rows in own._chosen()
+            if facts.bounds is not None
+        ]
+        return audit.audit_blocks(self._blocks.planned, grounds)
+
+    def explain(self) -> explain.Explanation:
+        """Say what the job will do, before anything is read.
+
+        Of more than 100,000 chips, chips, splits, shards and bytes to write are counted; what is read is estimated
+        from blocks that hold some 100,000, evenly taken.
+        """
+        count = len(self)
+        if count <= EXPLAINED:
+            return self.to_chips().explain()
+        chosen = list(self._chosen())
+        step = max(1, round(len(chosen) * EXPLAINED / count))
+        some = [chosen[int((i + 0.5) * len(chosen) / step)] for i in range(step)]
+        names = self._blocks.planned.table.column_names
+        table = whole_feeds(
+            pa.concat_tables([self._rows_of(facts, rows, names) for facts, rows in some]),
+            self._blocks.planned.sources,
+        )
+        told = self._small(self.query, replace(self._blocks.planned, table=table)).explain()
+        candidates = [max(one) for one in zip(*(f.candidates for f in self._blocks.facts), strict=True)]
+        return told.scaled(
+            self._split_counts, chips_per_shard(self._blocks.planned, candidates), self._used()
+        )
+
+    def _used(self) -> dict[str, int]:
+        """Return per source how many records feed a chip of any block."""
+        result = {}
+        for number, source in enumerate(self._blocks.planned.sources):
+            used = np.zeros(len(source.records), dtype=bool)
+            for facts in self._blocks.facts:
+                used[list(facts.used[number])] = True
+            result[source.plan.name] = int(used.sum())
+        return result
+
+    def _rows_of(self, facts: BlockFacts, rows: NDArray[np.int64], names: Sequence[str]) -> pa.Table:
+        return self._blocks.files.columns(facts, names).take(pa.array(rows))
 
     def _chosen(self) -> Iterator[tuple[BlockFacts, NDArray[np.int64]]]:
         """Yield the blocks that have chosen chips, and their rows."""

@@ -129,7 +129,7 @@ STEPS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(steps=st.lists(STEPS, max_size=3))
 def test_steps_choose_lazily_what_they_choose_in_memory(
     halves: tuple[rd.Chips, rd.ChipBlocks], steps: list[tuple[str, tuple[Any, ...], str | None]]
@@ -148,6 +148,52 @@ def test_steps_choose_lazily_what_they_choose_in_memory(
     assert blocks.table.equals(chips.table)
     assert pa.concat_tables(blocks.tables()).equals(chips.table)
     assert blocks.to_chips().job.keys == chips.job.keys
+
+
+@settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(
+    stride=st.sampled_from([None, 48]), boundary=st.sampled_from(["drop", "centre"]), seed=st.integers(0, 5),
+    ratios=st.sampled_from([(0.5, 0.25, 0.25), (0.98, 0.01, 0.01), (0.9, 0.1, 0.0)]), south=st.booleans(),
+)  # fmt: skip
+def test_an_audit_by_blocks_finds_the_same(
+    tmp_path_factory: pytest.TempPathFactory,
+    stride: int | None,
+    boundary: Any,
+    seed: int,
+    ratios: Any,
+    south: bool,
+) -> None:
+    chips = WORLD.chips(96, stride=stride, cell_km=7.68, min_coverage=0.2)
+    chips = chips.split(*ratios, seed=seed, boundary=boundary)
+    if south:  # then no block meets those of the other zone
+        chips = chips.filter("epsg", "==", 32633)
+    blocks = chips.by_blocks(tmp_path_factory.mktemp("audit"), progress=False, windows=500)
+    assert blocks.audit().to_dict() == chips.audit().to_dict()
+
+
+def test_explain_counts_all_and_estimates_what_is_read(
+    halves: tuple[rd.Chips, rd.ChipBlocks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chips, blocks = halves
+    whole = chips.explain()
+    assert blocks.explain().to_dict() == whole.to_dict()
+    monkeypatch.setattr(chipblocks, "EXPLAINED", len(chips) // 3)
+    told = blocks.explain()
+    for name in (
+        "chips",
+        "splits",
+        "shards",
+        "tasks",
+        "chips_per_shard",
+        "records",
+        "write_bytes",
+        "dropped",
+    ):
+        assert told[name] == whole[name], name
+    assert 0.5 < told["requests"] / whole["requests"] < 2
+    assert told["estimated_from_chips"] < len(chips)
+    assert "of these chips" in str(told)
+    assert blocks.select("train").explain()["chips"] == len(chips.select("train"))
 
 
 def test_what_files_say_of_themselves_needs_no_rows(tmp_path: Path) -> None:

@@ -152,11 +152,13 @@ def whole_feeds(table: pa.Table, sources: Sequence[Any]) -> pa.Table:
     ids = tuple(tuple(s.records.ids) for s in sources)
     ends = np.cumsum([0, *(int(f.offsets[-1]) for f in chunks)])
     offsets = np.concatenate([[0], *(f.offsets[1:] + end for f, end in zip(chunks, ends, strict=False))])
-    parts = [
+    source, slot, order, row, share = (
         np.concatenate([getattr(f, n) for f in chunks]) if chunks else np.zeros(0, dtype=np.int8)
         for n in ("source", "slot", "order", "row", "share")
-    ]
-    return replaced(table, "feeds", FeedTable(offsets, *parts, names, ids).to_arrow())
+    )
+    return replaced(
+        table, "feeds", FeedTable(offsets, source, slot, order, row, share, names, ids).to_arrow()
+    )
 
 
 @dataclass(frozen=True, slots=True)
