@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +44,6 @@ from rasteret_dask.tasks.freezing import chips_per_shard
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
-    from rasteret_dask.chipset import Chips
     from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["WINDOWS", "ChipBlocks", "planned_by_blocks"]
@@ -61,7 +60,17 @@ EXPLAINED = 100_000
 _ROW = "__row__"
 
 
-class ChipBlocks:
+class _InMemory(Protocol):
+    """Chips whose table is in memory."""
+
+    def explain(self) -> explain.Explanation:
+        """Say what the job will do."""
+
+
+ChipsT = TypeVar("ChipsT", bound=_InMemory)
+
+
+class ChipBlocks(Generic[ChipsT]):
     """Chips whose table lies in Arrow files, a file a block of ground; made by :meth:`Chips.by_blocks`.
 
     Steps are lazy: a column that decides is read block by block, and the client keeps a bit a chip of it.
@@ -82,28 +91,28 @@ class ChipBlocks:
         self,
         query: Query,
         blocks: PlannedBlocks,
-        small: Callable[[Query, PlannedChips], Chips],
-        parent: ChipBlocks | None = None,
+        small: Callable[[Query, PlannedChips], ChipsT],
+        parent: ChipBlocks[ChipsT] | None = None,
     ) -> None:
         self.query, self._blocks, self._small, self._parent = query, blocks, small, parent
 
     # Steps
 
-    def select(self, *splits: str) -> ChipBlocks:
+    def select(self, *splits: str) -> ChipBlocks[ChipsT]:
         """Keep the chips of these splits."""
         if not splits:
             raise PlanError("select", "no split", "at least one, such as select('train')")
         check_splits(splits, self._blocks.planned.split)
         return self._then(Select(self.query.plan, splits))
 
-    def filter(self, *triples: Predicate | Any, **columns: Any) -> ChipBlocks:
+    def filter(self, *triples: Predicate | Any, **columns: Any) -> ChipBlocks[ChipsT]:
         """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``; as :meth:`Chips.filter`."""
         where = predicates(triples, columns)
         for column, *_rest in where:
             self._check_column(f"filter on chip column {column!r}", column)
         return self._then(FilterChips(self.query.plan, where))
 
-    def sample(self, n: int, seed: int = 0, by: str | None = None) -> ChipBlocks:
+    def sample(self, n: int, seed: int = 0, by: str | None = None) -> ChipBlocks[ChipsT]:
         """Keep ``n`` chips by hash of their id, per stratum of column ``by``: the same ones as :meth:`Chips.sample`."""
         if n < 0:
             raise PlanError("sample(n=)", repr(n), "0 or more")
@@ -116,7 +125,7 @@ class ChipBlocks:
         if column not in names:
             raise PlanError(subject, "no such column", f"one of {', '.join(names)}")
 
-    def _then(self, step: Node) -> ChipBlocks:
+    def _then(self, step: Node) -> ChipBlocks[ChipsT]:
         return ChipBlocks(self.query.then(step), self._blocks, self._small, self)
 
     # What it is
@@ -177,7 +186,7 @@ class ChipBlocks:
             return self._blocks.planned.table
         return whole_feeds(pa.concat_tables(parts), self._blocks.planned.sources)
 
-    def to_chips(self) -> Chips:
+    def to_chips(self) -> ChipsT:
         """Return the chosen chips as :class:`Chips`, whose table is in memory: for any exit, and any further step.
 
         Raises
@@ -193,7 +202,7 @@ class ChipBlocks:
         return self._small(self.query, replace(self._blocks.planned, table=table))
 
     @property
-    def _unselected(self) -> ChipBlocks:
+    def _unselected(self) -> ChipBlocks[ChipsT]:
         """These chips before trailing selects."""
         blocks = self
         while isinstance(blocks.query.plan, Select) and blocks._parent is not None:
@@ -327,7 +336,7 @@ def planned_by_blocks(
     check_by_blocks(node.spec, steps)
     url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
     plan = BlockPlan(chip_sources(node, query.tables), steps)
-    tell_of_coarse(plan.found)
+    tell_of_coarse(plan.ground)
     files = BlockFiles(url, digest(query.plan, MEANING, windows))
     blocks = plan_blocks(plan, files, windows, client, progress)
-    return replace(blocks, planned=replace(blocks.planned, labels=labels_of(plan.found, query.tables)))
+    return replace(blocks, planned=replace(blocks.planned, labels=labels_of(plan.ground, query.tables)))

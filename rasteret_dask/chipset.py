@@ -216,7 +216,7 @@ class Chips:
         client: ClientLike = None,
         progress: bool = True,
         windows: int = WINDOWS,
-    ) -> ChipBlocks:
+    ) -> ChipBlocks[Chips]:
         """Plan block by block, on a Dask cluster, into Arrow files: for more chips than fit into this process.
 
         The chip table is the same as :attr:`table`, row by row: ids, splits and feeds. A call of the same plan goes on

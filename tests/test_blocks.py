@@ -106,7 +106,7 @@ def test_blocks_are_the_plan_in_one_piece(
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[rd.Chips, rd.ChipBlocks]:
+def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[rd.Chips, rd.ChipBlocks[rd.Chips]]:
     """Return the same chips, planned in one piece and by blocks."""
     chips = WORLD.chips(96, cell_km=5.76, min_coverage=0.5).split(0.5, 0.25, 0.25)
     return chips, chips.by_blocks(tmp_path_factory.mktemp("halves"), progress=False, windows=300)
@@ -132,7 +132,7 @@ STEPS = st.one_of(
 @settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(steps=st.lists(STEPS, max_size=3))
 def test_steps_choose_lazily_what_they_choose_in_memory(
-    halves: tuple[rd.Chips, rd.ChipBlocks], steps: list[tuple[str, tuple[Any, ...], str | None]]
+    halves: tuple[rd.Chips, rd.ChipBlocks[rd.Chips]], steps: list[tuple[str, tuple[Any, ...], str | None]]
 ) -> None:
     chips, blocks = halves
     for name, values, by in steps:
@@ -172,7 +172,7 @@ def test_an_audit_by_blocks_finds_the_same(
 
 
 def test_explain_counts_all_and_estimates_what_is_read(
-    halves: tuple[rd.Chips, rd.ChipBlocks], monkeypatch: pytest.MonkeyPatch
+    halves: tuple[rd.Chips, rd.ChipBlocks[rd.Chips]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chips, blocks = halves
     whole = chips.explain()
@@ -207,7 +207,7 @@ def test_what_files_say_of_themselves_needs_no_rows(tmp_path: Path) -> None:
         _ = blocks.table
 
 
-def test_any_reader_of_arrow_reads_the_plan(halves: tuple[rd.Chips, rd.ChipBlocks]) -> None:
+def test_any_reader_of_arrow_reads_the_plan(halves: tuple[rd.Chips, rd.ChipBlocks[rd.Chips]]) -> None:
     chips, blocks = halves
     found = blocks.dataset.to_table(["chip_id", "split"], filter=pc.field("split") == "val")
     assert found.equals(chips.select("val").table.select(["chip_id", "split"]))
@@ -278,7 +278,7 @@ def test_what_needs_other_chips_is_refused_with_what_to_do_instead(tmp_path: Pat
 
 
 def test_a_table_too_large_for_memory_is_refused(
-    halves: tuple[rd.Chips, rd.ChipBlocks], monkeypatch: pytest.MonkeyPatch
+    halves: tuple[rd.Chips, rd.ChipBlocks[rd.Chips]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chipblocks, "MOST_CHIPS", 100)
     with pytest.raises(rd.PlanError, match=r"select, filter, sample"):

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 
-from rasteret_dask.chipping.blocks import Block, BlockPlan
+from rasteret_dask.chipping.blocks import BlockPlan, PlanBlock
 from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.chiptable import FeedTable, bounds_of, replaced
 from rasteret_dask.chipping.splits import FEW_CELLS
@@ -22,6 +22,7 @@ from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.net.sums import crc32_of, document_of, sealed
+from rasteret_dask.planning.resolve import ResolvedSource
 
 __all__ = ["BlockFacts", "BlockFiles", "whole_feeds", "write_block"]
 
@@ -74,7 +75,7 @@ class BlockFacts:
         return cls(**{**values, **lists})
 
 
-def write_block(plan: BlockPlan, block: Block, url: str, digest: str) -> BlockFacts:
+def write_block(plan: BlockPlan, block: PlanBlock, url: str, digest: str) -> BlockFacts:
     """Plan a block and write its part of the chip table; one that is there already is only looked at.
 
     Parameters
@@ -92,11 +93,11 @@ def write_block(plan: BlockPlan, block: Block, url: str, digest: str) -> BlockFa
     there = files.facts(block.number)
     if there is not None:
         return there
-    frame = block.frame(plan.found)
-    made = plan.carried_out(plan.found.lay(frame))
+    frame = block.frame(plan.ground)
+    made = plan.carried_out(plan.ground.lay(frame))
     table = made[-1].table.combine_chunks()
     feeds = FeedTable.of(table)
-    sources = range(len(plan.found.sources))
+    sources = range(len(plan.ground.sources))
     table = replaced(table, "feeds", _narrow(feeds))
     data = _ipc(table)
     box = bounds_of(table)
@@ -143,7 +144,7 @@ def _ipc(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def whole_feeds(table: pa.Table, sources: Sequence[Any]) -> pa.Table:
+def whole_feeds(table: pa.Table, sources: Sequence[ResolvedSource]) -> pa.Table:
     """Return rows of several blocks with one dictionary of record ids, that of a plan made in one piece."""
     chunks = [
         FeedTable.of(pa.table({"feeds": chunk})) for chunk in table.column("feeds").chunks if len(chunk)
@@ -153,8 +154,8 @@ def whole_feeds(table: pa.Table, sources: Sequence[Any]) -> pa.Table:
     ends = np.cumsum([0, *(int(f.offsets[-1]) for f in chunks)])
     offsets = np.concatenate([[0], *(f.offsets[1:] + end for f, end in zip(chunks, ends, strict=False))])
     source, slot, order, row, share = (
-        np.concatenate([getattr(f, n) for f in chunks]) if chunks else np.zeros(0, dtype=np.int8)
-        for n in ("source", "slot", "order", "row", "share")
+        np.concatenate([*(getattr(f, n) for f in chunks), np.zeros(0, dtype=kind)])
+        for n, kind in (("source", "i1"), ("slot", "i2"), ("order", "i2"), ("row", "i4"), ("share", "f4"))
     )
     return replaced(
         table, "feeds", FeedTable(offsets, source, slot, order, row, share, names, ids).to_arrow()
@@ -193,11 +194,11 @@ class BlockFiles:
             remote.put(remote.join(self.url, BEGUN), sealed({**about, "digest": self.digest}))
             return
         if note is None or note.get("digest") != self.digest:
-            found = (
+            other = (
                 "a damaged begun.json" if note is None else f"another plan ({str(note.get('digest'))[:12]})"
             )
             raise StoreError(
-                subject, found, f"this one ({self.digest[:12]})",
+                subject, other, f"this one ({self.digest[:12]})",
                 "Choose another folder, or delete what lies in this one.",
             )  # fmt: skip
 
@@ -266,9 +267,9 @@ class BlockFiles:
             return pa.memory_map(remote.local_path(path))
         return filesystem().open_input_file(path)
 
-    def _damaged(self, facts: BlockFacts, found: str) -> StoreError:
+    def _damaged(self, facts: BlockFacts, content: str) -> StoreError:
         return StoreError(
-            f"plan {remote.redact(self.url)}, {self.name(facts.number)}", found, f"its {facts.chips:,} rows",
+            f"plan {remote.redact(self.url)}, {self.name(facts.number)}", content, f"its {facts.chips:,} rows",
             "It was changed or deleted meanwhile: plan again into another folder.",
         )  # fmt: skip
 

@@ -36,14 +36,14 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.table.records import Records
 
-__all__ = ["Block", "BlockPlan", "blocks_of", "check_by_blocks"]
+__all__ = ["PlanBlock", "BlockPlan", "blocks_of", "check_by_blocks"]
 
 MOST_CELLS = 1_000_000_000
 """Candidate windows of a plan by blocks: beyond, even their split cells would not fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class PlanBlock:
     """A run of strip columns of a zone: all windows whose centres lie there, and no others."""
 
     number: int
@@ -57,30 +57,30 @@ class Block:
     cells: NDArray[np.int16]
     """Shape (cell, 2). Split cells that may have windows there; those at its edges have others too."""
 
-    def frame(self, found: ChipSources) -> Frame:
+    def frame(self, ground: ChipSources) -> Frame:
         """Lay out its windows, in the order that all windows of the plan have."""
         cells = self.cells.astype(np.int64) + np.array(self.corner)
-        frame = zone_frame(found.spec, self.zone, cells, found.resolution, found.phase)
-        row, col = block_of(frame, found.resolution)
+        frame = zone_frame(ground.spec, self.zone, cells, ground.resolution, ground.phase)
+        row, col = block_of(frame, ground.resolution)
         strip = row // STRIP
         begun = (strip > self.first[0]) | ((strip == self.first[0]) & (col >= self.first[1]))
         ended = (strip > self.last[0]) | ((strip == self.last[0]) & (col >= self.last[1]))
-        return in_space(frame.take(begun & ~ended), found.resolution)
+        return in_space(frame.take(begun & ~ended), ground.resolution)
 
 
-def blocks_of(found: ChipSources, windows: int) -> Iterator[Block]:
+def blocks_of(ground: ChipSources, windows: int) -> Iterator[PlanBlock]:
     """Yield the blocks of a plan, in the order of its windows.
 
     Parameters
     ----------
-    found
+    ground
         What the chips are laid out of.
     windows
         About how many windows a block has; a column of a strip is never cut.
     """
-    spec, resolution = found.spec, found.resolution
+    spec, resolution = ground.spec, ground.resolution
     number = 0
-    for zone, cells in zone_cells(spec, found.outlines[found.reference], resolution, MOST_CELLS).items():
+    for zone, cells in zone_cells(spec, ground.outlines[ground.reference], resolution, MOST_CELLS).items():
         lattice = lattice_of(zone, spec, resolution)
         strip, col, cell, share = _columns(lattice.split_bounds(cells), resolution)
         order = np.lexsort((col, strip))
@@ -95,7 +95,7 @@ def blocks_of(found: ChipSources, windows: int) -> Iterator[Block]:
             own = cells[np.unique(cell[start:stop])]
             corner = own.min(0)
             last = (int(strip[stop - 1]), int(col[stop - 1]) + 1)
-            yield Block(
+            yield PlanBlock(
                 number, zone, (int(strip[start]), int(col[start])), last,
                 (int(corner[0]), int(corner[1])), (own - corner).astype(np.int16),
             )  # fmt: skip
@@ -133,9 +133,9 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
         When a step needs chips of other blocks, or there are no blocks.
     """
     if spec.grid != "zone" or spec.at is not None:
-        found = "chips(at=)" if spec.at is not None else f"chips(grid={spec.grid.split(',')[0]!r})"
+        asked = "chips(at=)" if spec.at is not None else f"chips(grid={spec.grid.split(',')[0]!r})"
         raise PlanError(
-            "by_blocks", found, "chips(grid='zone'), whose split cells are the same for any area",
+            "by_blocks", asked, "chips(grid='zone'), whose split cells are the same for any area",
             "Plan it in one piece: the same steps without by_blocks.",
         )  # fmt: skip
     for step in steps:
@@ -171,7 +171,7 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
 class BlockPlan:
     """What every block is planned with."""
 
-    found: ChipSources
+    ground: ChipSources
     steps: tuple[Node, ...]
     """Steps on chips, in the order in which they are carried out."""
 
@@ -180,10 +180,10 @@ class BlockPlan:
         """The same without what only reading needs: what is sent to workers."""
         sources = tuple(
             replace(s, records=Records(s.records.table.select(["id", "geometry"])))
-            for s in self.found.sources
+            for s in self.ground.sources
         )
         steps = tuple(s for s in self.steps if not isinstance(s, Map | FilterPixels))
-        return BlockPlan(replace(self.found, sources=sources), steps)
+        return BlockPlan(replace(self.ground, sources=sources), steps)
 
     def empty(self) -> PlannedChips:
         """Carry out all steps on no chips: what the plan says of every chip, and errors that need none."""
@@ -192,7 +192,7 @@ class BlockPlan:
             nothing, np.zeros((0, 4)), nothing, nothing, np.zeros((0, 2), dtype=np.int64), None,
             pa.array([], pa.string()),
         )  # fmt: skip
-        return self.carried_out(self.found.lay(frame))[-1]
+        return self.carried_out(self.ground.lay(frame))[-1]
 
     def carried_out(self, laid: PlannedChips) -> list[PlannedChips]:
         """Return what is laid, and what each step makes of it; there may be no chip."""

@@ -15,7 +15,7 @@ from dask._task_spec import DataNode, Task, TaskRef
 from dask.system import CPU_COUNT
 
 from rasteret_dask.chipping.blockfiles import BlockFacts, BlockFiles, added, write_block
-from rasteret_dask.chipping.blocks import Block, BlockPlan, blocks_of
+from rasteret_dask.chipping.blocks import BlockPlan, PlanBlock, blocks_of
 from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.splits import FEW_CELLS
 from rasteret_dask.chipping.steps import none_left, warn_of_few
@@ -85,10 +85,10 @@ def plan_blocks(
         begun = time.monotonic()
         light = plan.light
         _ = (
-            light.found.phase,
-            [outlines.degrees for outlines in light.found.outlines],
+            light.ground.phase,
+            [outlines.degrees for outlines in light.ground.outlines],
         )  # here, once for all tasks
-        blocks = blocks_of(plan.found, windows)
+        blocks = blocks_of(plan.ground, windows)
         with Progress("blocks", progress) as shown, using(client) as cluster:
             signatures.send_place(cluster, files.url)
             run = _on_threads if cluster is None else partial(_on_cluster, cluster)
@@ -99,7 +99,7 @@ def plan_blocks(
         _log.info(
             "plan %s: %d chips in %d blocks, %.1f s", remote.redact(files.url), chips, len(facts), passed
         )
-    dropped = plan.found.dropped | added(one.dropped for one in facts)
+    dropped = plan.ground.dropped | added(one.dropped for one in facts)
     _check(plan, facts, dropped)
     files.commit(facts)
     return PlannedBlocks(replace(planned, dropped=dropped), files, tuple(facts))
@@ -113,7 +113,7 @@ def _counted(made: Iterator[BlockFacts], shown: Progress) -> Iterator[BlockFacts
         yield facts
 
 
-def _on_threads(plan: BlockPlan, files: BlockFiles, blocks: Iterator[Block]) -> Iterator[BlockFacts]:
+def _on_threads(plan: BlockPlan, files: BlockFiles, blocks: Iterator[PlanBlock]) -> Iterator[BlockFacts]:
     with ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="rasteret-plan") as pool:
         write = partial(write_block, plan, url=files.url, digest=files.digest)
         while some := list(islice(blocks, 4 * CPU_COUNT)):
@@ -121,7 +121,7 @@ def _on_threads(plan: BlockPlan, files: BlockFiles, blocks: Iterator[Block]) -> 
 
 
 def _on_cluster(
-    client: Client, plan: BlockPlan, files: BlockFiles, blocks: Iterator[Block]
+    client: Client, plan: BlockPlan, files: BlockFiles, blocks: Iterator[PlanBlock]
 ) -> Iterator[BlockFacts]:
     from rasteret_dask.net.awaiting import as_they_end  # it imports distributed
 
@@ -140,12 +140,12 @@ def _check(plan: BlockPlan, facts: Sequence[BlockFacts], dropped: Mapping[str, i
     steps = plan.light.steps
     counts = [added(one.counts[at] for one in facts) for at in range(len(steps) + 1)]
     if not sum(counts[0].values()):
-        raise plan.found.none_laid(sum(one.windows for one in facts), dropped)
+        raise plan.ground.none_laid(sum(one.windows for one in facts), dropped)
     for step, before, after in zip(steps, counts[:-1], counts[1:], strict=True):
         if isinstance(step, Split) and step.spec.by == "ground":
             cells = {cell for one in facts for cell in one.cells}
             if len(cells) < FEW_CELLS:
-                warn_of_few(len(cells), plan.found, step.spec)
+                warn_of_few(len(cells), plan.ground, step.spec)
         if not sum(after.values()):
             splits = {name: count for name, count in before.items() if name}
             raise none_left(step, sum(before.values()), splits)
