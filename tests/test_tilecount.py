@@ -100,7 +100,7 @@ def job_of(*, how: dict[str, Any], size: int, dates: int, shard_bytes: int, join
             when=f"2024-{4 + d:02d}-{10 + n:02d}T10:00:00",
             datatake=f"{n}{d}",
             **{"px": (150, 150), "tile_px": 32, **place},
-        )  # fmt: skip
+        )
         for d in range(dates)
         for n, place in enumerate(places)
     ]

@@ -58,6 +58,38 @@ class Explanation:
         """Return all figures as plain values."""
         return json.loads(json.dumps(self.facts))  # type: ignore[no-any-return]
 
+    def scaled(self, splits: Mapping[str, int], per_shard: int, used: Mapping[str, int]) -> Explanation:
+        """Return the report of a larger plan that this one's chips are a part of.
+
+        Parameters
+        ----------
+        splits
+            Split -> chips of the larger plan, ``""`` for none.
+        per_shard
+            Chips of one of its shards.
+        used
+            Source -> records that feed its chips.
+        """
+        chips, part = sum(splits.values()), sum(self["splits"].values())
+        ratio = chips / part
+        placed = {
+            name: count for name, count in splits.items() if name
+        } or splits  # chips of no split are in no shard
+        shards = sum(-(-count // per_shard) for count in placed.values())
+        estimated = {name: round(self[name] * ratio) for name in ("requests", "requests_by_shard")}
+        estimated["read_bytes"] = None if self["read_bytes"] is None else round(self["read_bytes"] * ratio)
+        counted = {
+            "records": {name: {**told, "used": used[name]} for name, told in self["records"].items()},
+            "chips": sum(placed.values()),
+            "splits": {name or "none": count for name, count in splits.items()},
+            "shards": shards,
+            "tasks": shards,
+            "chips_per_shard": per_shard,
+            "write_bytes": self["write_bytes"] // self["chips"] * sum(placed.values()),
+            "estimated_from_chips": part,
+        }
+        return Explanation({**self.facts, **estimated, **counted})
+
     def __getitem__(self, name: str) -> Any:
         return self.facts[name]
 
@@ -295,6 +327,9 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
                 ("", f"{len(f['times'][name])} slots from {f['times'][name][0]} to {f['times'][name][-1]}")
             )
         rows += [("", line) for line in _radiometry_lines(f["radiometry"][name])]
+    if "estimated_from_chips" in f:
+        text = f"tiles, bytes to read, coverage and kernels from {f['estimated_from_chips']:,} of these chips"
+        rows.append(("estimated", text))
     if f["uncovered"]:
         rows.append(("not covered", f["uncovered"]["text"]))
     rows += [("dropped", f"{count:,}: {why}") for why, count in f["dropped"].items()]
