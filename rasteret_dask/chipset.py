@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from rasteret_dask.chipblocks import WINDOWS, ChipBlocks, planned_by_blocks
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
-from rasteret_dask.chipping.steps import apply_step, plan_chips
+from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
+from rasteret_dask.chipping.steps import apply_step
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
@@ -264,7 +265,20 @@ class Chips:
             )  # fmt: skip
         if self._parent is None or anew:
             return plan_chips(self.plan, self.query.tables)
+        again = isinstance(self.plan, FilterChips) and isinstance(self._parent.plan, Sample)
+        if isinstance(self.plan, Sample | FilterChips) and not (again or self._parent._is_planned):
+            chosen = plan_chosen(self.plan, self.query.tables)
+            if chosen is not None:
+                return chosen
         return apply_step(self._parent.planned, self.plan, self.query.tables)
+
+    @property
+    def _is_planned(self) -> bool:
+        """Whether these chips, or some that they are chosen from, are planned already."""
+        chips: Chips | None = self
+        while chips is not None and chips._in_memory is None and "planned" not in vars(chips):
+            chips = chips._parent
+        return chips is not None
 
     @property
     def _first(self) -> Chips:

@@ -36,7 +36,7 @@ ORDER = {
     "ingest": "search stacapi tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry query "
                 "recordtable",
-    "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps "
+    "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps drawing "
                 "blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing tilefile "
               "wants keeping engine plainhref cogreader",

@@ -287,7 +287,7 @@ def windows_of(bounds: NDArray[np.float64], grid: Grid, resolution: float) -> ND
     """Return the window of each chip in its group's cube, shape (chip, 4): row, col, height, width."""
     offset = (bounds[:, [3, 0]] - [grid.y0, grid.x0]) / [-resolution, resolution]
     size = (bounds[:, [3, 2]] - bounds[:, [1, 0]]) / resolution
-    return np.rint(np.concatenate([offset, size], axis=1)).astype(np.int64)
+    return np.asarray(np.rint(np.concatenate([offset, size], axis=1)), dtype=np.int64)
 
 
 def touches(asset: Asset, epsg: int, box: tuple[float, float, float, float]) -> bool:

@@ -204,4 +204,4 @@ def _spans(values: NDArray[np.float64], reach: int, bent: bool) -> NDArray[np.in
     slack = reach + (0.002 * (high - low) if bent else 0.0)  # what nine points a side miss
     spans = np.stack([np.floor(low - slack), np.ceil(high + slack)], -1)
     spans[nowhere] = 0.0
-    return np.clip(spans, -FAR_PX, FAR_PX).astype(np.int64)
+    return np.asarray(np.clip(spans, -FAR_PX, FAR_PX), dtype=np.int64)

@@ -186,7 +186,7 @@ def _need(file: tuple[Any, ...], source: int, row: int, files: _Files, spots: Se
 def _distinct(values: Ints) -> Ints:
     """Return distinct values, rising: by sorting, which is faster than NumPy's hashing of so many."""
     ordered = np.sort(values)
-    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
+    return np.asarray(ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]])
 
 
 class _Windows(NamedTuple):
@@ -246,11 +246,11 @@ def _area(rects: Ints) -> int:
     if not len(rects):
         return 0
     rows, cols = _distinct(rects[:, :2].ravel()), _distinct(rects[:, 2:].ravel())
-    covered = np.zeros((len(rows), len(cols)), dtype=np.int64)
+    corners = np.zeros((len(rows), len(cols)), dtype=np.int64)
     at = np.searchsorted(rows, rects[:, :2]), np.searchsorted(cols, rects[:, 2:])
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        np.add.at(covered, (at[0][:, down], at[1][:, right]), 1 if down == right else -1)
-    covered = covered.cumsum(0).cumsum(1)[:-1, :-1] > 0
+        np.add.at(corners, (at[0][:, down], at[1][:, right]), 1 if down == right else -1)
+    covered = corners.cumsum(0).cumsum(1)[:-1, :-1] > 0
     return int(np.diff(rows) @ covered @ np.diff(cols))
 
 
