@@ -36,7 +36,8 @@ ORDER = {
     "ingest": "search stacapi tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry query "
                 "recordtable",
-    "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps",
+    "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps drawing "
+                "blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
@@ -48,9 +49,9 @@ ORDER = {
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
-    "show": "fetching explain audit pictures plot",
+    "show": "fetching tilecount explain audit pictures plot",
     "training": "tensors passes",
-    "the face": "compacting storeset streamfrom torchdata chipset tableexits pixelreads "
+    "the face": "compacting storeset streamfrom torchdata chipblocks chipset tableexits pixelreads "
                 "collection openers building __init__",
     "demo": "world checks run",
     "the end": "cli __main__",
