@@ -371,6 +371,10 @@ class Collection(TableExits, PixelReads):
 
         Notes
         -----
+        Integers have a coordinate ``valid`` (time, y, x), True where all bands are valid. Where acquisitions fill each
+        other, ``filled`` (time, y, x) is True where another one than ``member`` gave a pixel: its mean is what chips
+        call ``filled_fraction``. Both need all bands; ``.drop_vars("filled")`` before one band is loaded alone.
+
         ``.rio.crs`` tells the CRS. After a round trip through Zarr, open with ``decode_coords="all"`` to have it.
 
         Raises

@@ -36,6 +36,7 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource, resolve_source
 from rasteret_dask.reader.keeping import Later
 from rasteret_dask.reader.pixelgrid import Grid, Window
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.cuts import Feed, MemberCubes
 from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.freezing import freeze
@@ -258,17 +259,17 @@ def window_job(
     return job
 
 
-def run(job: Job, take: Callable[[Shard, ChipPixels], None], on_error: str) -> None:
+def run(job: Job, take: Callable[[Shard, ChipPixels], None], context: ReadContext) -> None:
     """Read a job's shards on Dask's threads in this process; ``take`` gets each of them as it comes."""
 
     def one(shard: Shard) -> None:
-        take(shard, picked(job, shard, on_error))
+        take(shard, picked(job, shard, context))
 
     tasks = {shard.name: Task(shard.name, one, shard) for shard in job.shards()}
     dask.threaded.get(tasks, list(tasks))
 
 
-def picked(job: Job, shard: Shard, on_error: str, later: Later | None = None) -> ChipPixels:
+def picked(job: Job, shard: Shard, context: ReadContext, later: Later | None = None) -> ChipPixels:
     """Read a shard of a job of one source.
 
     Windows may lie anywhere: each member's are windows of one grid a CRS, so that a record's band is one request
@@ -296,7 +297,7 @@ def picked(job: Job, shard: Shard, on_error: str, later: Later | None = None) ->
             }
             groups.append(GroupCube(grid, assets, windows))
         members.append(MemberCubes(member, number, tuple(groups), group_of))
-    chips = Picking(job, shard, 0, members).read(on_error, later=later)
+    chips = Picking(job, shard, 0, members).read(context.on_error, later=later)
     if chips.unreadable:
         warnings.warn(
             f"{len(chips.unreadable)} tiles could not be read; their pixels are invalid:\n"
