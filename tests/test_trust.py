@@ -468,3 +468,21 @@ def test_a_catalog_in_memory_is_followed_through_the_same_door(hosts: tuple[Answ
         with forbidding(), pytest.raises(TrustError, match=text):
             read_items(catalog)
     assert not bad.clients
+
+
+def test_texts_for_messages_are_made_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+
+    def redacted(text: str) -> str:
+        texts.append(text)
+        return text
+
+    monkeypatch.setattr(trust, "redact", redacted)
+    for n in range(3):  # as for each file of each item
+        trust.checked(f"https://example.com/{n}.tif", local=False, subject="item 'a'")
+    assert texts == []
+    with pytest.raises(TrustError):
+        trust.checked("https://169.254.169.254/a.tif", local=False, subject="item 'a'")
+    with pytest.raises(TrustError):
+        trust.checked("ftp://example.com/a.tif", local=False, subject="item 'a'")
+    assert texts
