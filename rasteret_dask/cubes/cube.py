@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import GridError
-from rasteret_dask.grid import northern, transformer
-from rasteret_dask.reader.cogreader import NATURAL, AssetHref, CogReader, Kernel
+from rasteret_dask.grid import northern
+from rasteret_dask.reader.cogreader import NATURAL, AssetHref, CogReader, Kernel, grid_of
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.table.records import Asset, Level, Records
 
@@ -236,7 +236,7 @@ def group_cube(
     bounds: NDArray[np.float64],
     resolution: float,
 ) -> GroupCube:
-    """Lay the records of a compact group out over the chips' common bounds, as stackstac lays out a cube.
+    """Lay the records of a compact group out as a stackstac cube over the chips' common bounds.
 
     Parameters
     ----------
@@ -250,24 +250,25 @@ def group_cube(
         Shape (chip, 4), in the same order.
     resolution
         Pixel size of the source.
-
-    Notes
-    -----
-    Grid and assets are those of ``stackstac.prepare``: importing it would be a third of a small job's time.
     """
-    low, high = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
-    grid = Grid(epsg, float(low[0]), float(high[1]), float(resolution), float(resolution))
-    assets: dict[tuple[int, str], Asset] = {}
-    touched: dict[tuple[Any, ...], bool] = {}
-    for row in rows:
-        for band in bands:
-            asset = records.asset(int(row), band)
-            image = asset.image
-            place = (asset.epsg, image.transform, image.width, image.height)
-            if place not in touched:
-                touched[place] = _touches(asset, epsg, (*low.tolist(), *high.tolist()))
-            if touched[place]:
-                assets[int(row), band] = asset
+    from stackstac.prepare import prepare_items
+
+    box = (bounds[:, 0].min(), bounds[:, 1].min(), bounds[:, 2].max(), bounds[:, 3].max())
+    table, spec, _, items = prepare_items(
+        plain_items(records, {int(row): {band: Read(band) for band in bands} for row in rows}, epsg),
+        assets=list(bands),
+        epsg=epsg,
+        resolution=resolution,
+        bounds=tuple(float(v) for v in box),
+        snap_bounds=False,
+        rescale=False,
+    )
+    assets = {
+        (int(items[i]["id"]), href.asset.band): href.asset
+        for (i, _), href in np.ndenumerate(table["url"])
+        if href is not None
+    }
+    grid = grid_of(spec)
     offset = np.rint((bounds[:, [3, 0]] - [grid.y0, grid.x0]) / [-resolution, resolution]).astype(np.int64)
     size = np.rint((bounds[:, [3, 2]] - bounds[:, [1, 0]]) / resolution).astype(np.int64)
     windows = {
@@ -275,14 +276,3 @@ def group_cube(
         for chip, (r, c), (h, w) in zip(chips, offset, size, strict=True)
     }
     return GroupCube(grid, assets, windows)
-
-
-def _touches(asset: Asset, epsg: int, box: tuple[float, float, float, float]) -> bool:
-    """Tell whether the corners of a raster, moved to another CRS, span ground of a box; True where nobody can tell."""
-    code, shift = northern(asset.epsg)
-    source, moved = (code, shift) if code == epsg else (asset.epsg, 0.0)
-    west, south, east, north = _outline(asset.image, moved)
-    if source != epsg:
-        xs, ys = transformer(source, epsg).transform([west, west, east, east], [north, south, south, north])
-        west, south, east, north = min(xs), min(ys), max(xs), max(ys)
-    return max(west, box[0]) < min(east, box[2]) and max(south, box[1]) < min(north, box[3])

@@ -172,6 +172,13 @@ class Job:
         return (*plan.maps, *(function for name, function in self.maps if name in (None, plan.name)))
 
     @property
+    def all_functions(self) -> tuple[Function, ...]:
+        """The user's functions of all sources and of rules on pixels, each once."""
+        steps = [function for number in range(len(self.sources)) for function in self.functions(number)]
+        rules = [rule.function for rule in self.pixel_rules if rule.function is not None]
+        return tuple(dict.fromkeys([*steps, *rules]))
+
+    @property
     def whole(self) -> Job:
         """The job before any select: tasks look their shard up in it."""
         if not self.others:

@@ -1,4 +1,4 @@
-"""How many bytes of decoded pixels a process keeps at any time, so that no tile of a job is fetched twice."""
+"""How many bytes of decoded pixels a process keeps so that it fetches no tile twice, and what shards share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Job
 
-__all__ = ["MOST_KEPT_BYTES", "kept_bytes"]
+__all__ = ["MOST_KEPT_BYTES", "kept_bytes", "shared_bytes"]
 
 MOST_KEPT_BYTES = 512 * 2**20
 """A process keeps no more, as its worker's memory is counted with this: beyond it tiles are fetched again."""
@@ -38,10 +38,51 @@ def kept_bytes(job: Job, threads: int = CPU_COUNT) -> int:
     return job.kept[threads]
 
 
+def shared_bytes(job: Job) -> tuple[NDArray[np.int64], int]:
+    """Return the decoded bytes of tiles that are needed on both sides of each border of two shards, and of all tiles.
+
+    Returns
+    -------
+    tuple
+        Shape (shard - 1,), in running order: what is fetched once more where another process goes on at that border.
+        Then the bytes of all tiles of the job.
+    """
+    shards = int(job.running.max(initial=-1)) + 1
+    change, total = np.zeros(shards + 1, dtype=np.int64), 0
+    for number in range(len(job.sources)):
+        for spans in _tile_spans(job, number):
+            np.add.at(change, spans.since, spans.whole)
+            np.add.at(change, spans.until, -spans.whole)
+            total += int(spans.whole.sum())
+    return np.cumsum(change)[: max(shards - 1, 0)], total
+
+
 def _kept(job: Job, source: int, threads: int) -> NDArray[np.int64]:
     """Return the bytes that are kept for one source while each shard is read; shape (shard,)."""
-    feeds, shards = job.feeds, int(job.running.max(initial=-1)) + 1
+    shards = int(job.running.max(initial=-1)) + 1
     change = np.zeros(shards + 1, dtype=np.int64)
+    for spans in _tile_spans(job, source):
+        np.add.at(change, np.maximum(spans.since - threads + 1, 0), spans.held)
+        np.add.at(change, spans.until + 1, -spans.held)
+    return np.cumsum(change)[:shards]
+
+
+@dataclass(frozen=True, slots=True)
+class _Spans:
+    """When the tiles of one source's files are needed; one entry per tile of files whose pixels lie alike."""
+
+    since: NDArray[np.int64]
+    """Shape (tile,). The first shard that needs it, in running order."""
+    until: NDArray[np.int64]
+    """Shape (tile,). The last one."""
+    held: NDArray[np.int64]
+    """Shape (tile,). Decoded bytes of the part that is kept meanwhile."""
+    whole: NDArray[np.int64]
+    """Shape (tile,). Decoded bytes of the tile."""
+
+
+def _tile_spans(job: Job, source: int) -> Iterator[_Spans]:
+    feeds = job.feeds
     of_source = feeds.source == source
     chip, row = feeds.chip[of_source].astype(np.int64), feeds.row[of_source].astype(np.int64)
     here = job.running[chip] >= 0
@@ -59,8 +100,7 @@ def _kept(job: Job, source: int, threads: int) -> NDArray[np.int64]:
             if own.any():
                 warped = again | (np.abs(np.abs(level[:, 0]) - resolution) > ALIGNED_PX * resolution)
                 epsg = job.records[source].epsg
-                _add(change, job, threads, _Read(chip[own], row[own], level, epsg, warped, bytes_px))
-    return np.cumsum(change)[:shards]
+                yield from _spans_of(job, _Read(chip[own], row[own], level, epsg, warped, bytes_px))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +160,8 @@ def _whole(transforms: Any) -> Any:
     return pc.fill_null(transforms, pa.scalar([0.0] * 6, type=transforms.type))
 
 
-def _add(change: NDArray[np.int64], job: Job, threads: int, read: _Read) -> None:
-    """Add the parts that are kept: ``change`` is how many bytes come with each shard, and go."""
+def _spans_of(job: Job, read: _Read) -> Iterator[_Spans]:
+    """Yield when each tile is needed, where any is."""
     spans = _spans(job, read)
     row, place = read.row, job.running[read.chip]
     tile = read.level[row][:, [7, 6]]
@@ -143,11 +183,11 @@ def _add(change: NDArray[np.int64], job: Job, threads: int, read: _Read) -> None
     end = np.maximum.reduceat(end[order], first)
     when = place[entry][order]
     since, until = np.minimum.reduceat(when, first), np.maximum.reduceat(when, first)
-    held = (end - begin).prod(axis=1).astype(np.int64) * read.bytes_px[key[first, 0]]
+    bytes_px = read.bytes_px[key[first, 0]]
+    held = (end - begin).prod(axis=1).astype(np.int64) * bytes_px
     held[(since == until) & ~read.again[key[first, 0]]] = 0
-    since = np.maximum(since - threads + 1, 0)
-    np.add.at(change, since, held)
-    np.add.at(change, until + 1, -held)
+    whole = tile[entry][order][first].prod(axis=1).astype(np.int64) * bytes_px
+    yield _Spans(since, until, held, whole)
 
 
 def _spans(job: Job, read: _Read) -> NDArray[np.float64]:
