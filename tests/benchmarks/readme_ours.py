@@ -26,7 +26,7 @@ def write(job: ReadmeJob) -> Prepared:
     if job.fresh:
         found = job.load_items()
         return _prepared(job, lambda: _write(job, {n: rd.build_from_stac(found[n], name=n) for n in found}))
-    for module in ("rasteret_dask.chipset", "rasteret_dask.store.run", "xarray"):
+    for module in ("rasteret_dask.chipset", "rasteret_dask.store.run", "stackstac", "xarray"):
         import_module(module)  # everyone's imports come before the clock
     records = _collections(job)
     return _prepared(job, lambda: _write(job, records))
