@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rasteret_dask.catalogs.catalog import datasets
     from rasteret_dask.catalogs.catalogwrite import register
     from rasteret_dask.catalogs.signing import sign
+    from rasteret_dask.chipblocks import ChipBlocks
     from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
     from rasteret_dask.chipset import Chips
     from rasteret_dask.collection import Collection, join, merge
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_table, load
     from rasteret_dask.reader.cogreader import CogReader
+    from rasteret_dask.rules import masks, picks, units
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
@@ -61,6 +63,7 @@ __all__ = [
     "Audit",
     "BandError",
     "CHIP_SCHEMA",
+    "ChipBlocks",
     "Chips",
     "CogReader",
     "Collection",
@@ -98,13 +101,16 @@ __all__ = [
     "datasets",
     "join",
     "load",
+    "masks",
     "merge",
     "open_chips",
+    "picks",
     "refresh",
     "register",
     "sign",
     "stream_from",
     "trust",
+    "units",
     "verify",
 ]
 
@@ -116,6 +122,7 @@ _MODULES = {
     "catalogs.catalogwrite": "register",
     "catalogs.signing": "sign",
     "chipping.chiptable": "CHIP_SCHEMA",
+    "chipblocks": "ChipBlocks",
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",
@@ -136,6 +143,8 @@ _MODULES = {
     "table.records": "RECORD_SCHEMA",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+_RULES = {"masks": "rules.masks", "picks": "rules.picks", "units": "rules.units"}
+"""Modules that are names of the package: what to subclass for rules of one's own."""
 
 
 # silent until an application says otherwise: logging.basicConfig(level="INFO")
@@ -143,9 +152,13 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _RULES:
+        found = import_module(f"{__name__}.{_RULES[name]}")
+    elif name in _HOME:
+        found = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found
     return found
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from rasteret_dask.chipblocks import WINDOWS, ChipBlocks, planned_by_blocks
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
-from rasteret_dask.chipping.steps import apply_step, plan_chips
+from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
+from rasteret_dask.chipping.steps import apply_step
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
@@ -35,16 +37,7 @@ from rasteret_dask.planning.plan import (
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.scan import Table, token_of
-from rasteret_dask.show import audit, explain
-from rasteret_dask.store.encode import Compression, checked
-from rasteret_dask.store.layout import Layout
 from rasteret_dask.table import geoparquet
-from rasteret_dask.tasks.context import ReadContext
-from rasteret_dask.tasks.freezing import freeze
-from rasteret_dask.tasks.job import Job
-from rasteret_dask.tasks.jobkernels import warn_of_job
-from rasteret_dask.tasks.mapping import outputs_of
-from rasteret_dask.tasks.shards import lower
 from rasteret_dask.words import Boundary, OnError, SplitBy
 
 if TYPE_CHECKING:
@@ -52,9 +45,15 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
+    from rasteret_dask.show.audit import Audit
+    from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
+    from rasteret_dask.store.encode import Compression
+    from rasteret_dask.store.layout import Layout
     from rasteret_dask.streams.chipshards import ChipShards
     from rasteret_dask.streams.stream import Normalize, Stream
+    from rasteret_dask.tasks.context import ReadContext
+    from rasteret_dask.tasks.job import Job
 
 # What only one exit needs, that exit imports: who looks at a plan does not wait for what writes stores.
 
@@ -76,6 +75,14 @@ class Chips:
         self.query = query
         self.plan = query.plan
         self._parent = parent
+        self._in_memory: PlannedChips | None = None
+
+    @classmethod
+    def _of(cls, query: Query, planned: PlannedChips) -> Chips:
+        """Return chips whose table was made already, and is not made again."""
+        chips = cls(query)
+        chips._in_memory = planned
+        return chips
 
     @cached_property
     def _sizes(self) -> dict[str, tuple[int, ...]]:
@@ -201,16 +208,82 @@ class Chips:
         token = token_of(table)
         return self._with(WithTable(self.plan, token), tables={token: table})
 
+    def by_blocks(
+        self,
+        folder: str | os.PathLike[str],
+        client: ClientLike = None,
+        progress: bool = True,
+        windows: int = WINDOWS,
+    ) -> ChipBlocks[Chips]:
+        """Plan block by block, on a Dask cluster, into Arrow files: for more chips than fit into this process.
+
+        The chip table is the same as :attr:`table`, row by row: ids, splits and feeds. A call of the same plan goes on
+        where another one stopped, and only opens the plan once it is whole.
+
+        Parameters
+        ----------
+        folder
+            A folder of its own: a local path or a URL that all workers reach.
+        client
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
+        progress
+            Show how many blocks are planned.
+        windows
+            About how many candidate windows a block has: what a task holds is some 4 kB each.
+
+        Raises
+        ------
+        PlanError
+            When a step needs chips of other blocks (a buffer between splits, a sample, a user's table), the grid is not
+            ``"zone"``, or no chip is left.
+        StoreError
+            When the folder holds something else.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("s3://bucket/plan/", client=client)  # doctest: +SKIP
+        >>> len(plan), plan.select("train").filter("slots", ">=", 3).sample(10_000).to_chips()  # doctest: +SKIP
+        """
+        blocks = planned_by_blocks(self.query, folder, windows, client, progress)
+        return ChipBlocks(self.query, blocks, Chips._of)
+
     # What it is
 
     @cached_property
     def planned(self) -> PlannedChips:
         """The planned chips: the chip table and what it was made from."""
-        if self._parent is None or (
-            isinstance(self.plan, FilterPixels) and self.plan.spec.max_cloud is not None
-        ):
+        if self._in_memory is not None:
+            return self._in_memory
+        anew = isinstance(self.plan, FilterPixels) and self.plan.spec.max_cloud is not None
+        if anew and self._first._in_memory is not None:
+            raise PlanError(
+                "filter_pixels(max_cloud=)", "chips that were planned without a quality band",
+                "this step before by_blocks", "chips.filter_pixels(max_cloud=...).by_blocks(folder).",
+            )  # fmt: skip
+        if self._parent is None or anew:
             return plan_chips(self.plan, self.query.tables)
+        again = isinstance(self.plan, FilterChips) and isinstance(self._parent.plan, Sample)
+        if isinstance(self.plan, Sample | FilterChips) and not (again or self._parent._is_planned):
+            chosen = plan_chosen(self.plan, self.query.tables)
+            if chosen is not None:
+                return chosen
         return apply_step(self._parent.planned, self.plan, self.query.tables)
+
+    @property
+    def _is_planned(self) -> bool:
+        """Whether these chips, or some that they are chosen from, are planned already."""
+        chips: Chips | None = self
+        while chips is not None and chips._in_memory is None and "planned" not in vars(chips):
+            chips = chips._parent
+        return chips is not None
+
+    @property
+    def _first(self) -> Chips:
+        """The chips before every step that this object knows of."""
+        chips = self
+        while chips._parent is not None:
+            chips = chips._parent
+        return chips
 
     @property
     def _unselected(self) -> Chips:
@@ -242,12 +315,36 @@ class Chips:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def explain(self) -> explain.Explanation:
-        """Say what the job will do, before anything is read."""
-        return explain.explain(self.planned, self.job, self._layout.outputs)
+    def explain(self, workers: int | None = None, threads: int = 1) -> Explanation:
+        """Say what the job will do, before anything is read.
 
-    def audit(self) -> audit.Audit:
+        Parameters
+        ----------
+        workers
+            Worker processes: says what they fetch together, at most, as what two of them need is fetched twice.
+        threads
+            Threads of each worker.
+
+        Raises
+        ------
+        PlanError
+            When there are no workers, or no threads.
+        """
+        from rasteret_dask.show import explain
+        from rasteret_dask.tasks.runs import Workforce
+
+        if min(1 if workers is None else workers, threads) < 1:
+            raise PlanError(
+                "explain(workers=, threads=)", f"{workers} and {threads}", "at least 1 of each",
+                "Leave workers out for what one process fetches.",
+            )  # fmt: skip
+        force = None if workers is None else Workforce(workers, threads)
+        return explain.explain(self.planned, self.job, self._layout.outputs, force)
+
+    def audit(self) -> Audit:
         """Check the splits: ratios, losses, overlaps (must be 0) and distances, over all splits of the plan."""
+        from rasteret_dask.show import audit
+
         return audit.audit(self._unselected.planned)
 
     def plot(self, ax: Any = None) -> Any:
@@ -261,6 +358,9 @@ class Chips:
     @cached_property
     def job(self) -> Job:
         """The frozen plan: shards, the records they need, and their keys."""
+        from rasteret_dask.tasks.freezing import freeze
+        from rasteret_dask.tasks.jobkernels import warn_of_job
+
         job = freeze(self._unselected.planned)
         warn_of_job(job)
         if not isinstance(self.plan, Select):
@@ -271,13 +371,20 @@ class Chips:
     @property
     def dask(self) -> HighLevelGraph:
         """The graph: one named Blockwise layer per step; culled to the selected shards."""
+        from rasteret_dask.tasks.shards import lower
+
         return lower(self.job, self._context()).culled()
 
     def _context(self, on_error: OnError = "raise") -> ReadContext:
+        from rasteret_dask.tasks.context import ReadContext
+
         return ReadContext(self.query.functions, on_error)
 
     @cached_property
     def _layout(self) -> Layout:
+        from rasteret_dask.store.layout import Layout
+        from rasteret_dask.tasks.mapping import outputs_of
+
         attrs = {}
         for source, rows in used_rows(self.planned):
             attrs[source.plan.name] = {
@@ -356,6 +463,7 @@ class Chips:
         JobError
             When shards failed; the others are written, and a rerun does only those.
         """
+        from rasteret_dask.store.encode import checked
         from rasteret_dask.store.run import delayed_zarr, run_zarr
 
         url = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
@@ -487,11 +595,15 @@ class Chips:
 
         Raises
         ------
+        PlanError
+            When a rule of the plan cannot be imported by another process.
         StoreError
             When something else lies there.
         """
         from rasteret_dask.streamfrom import save_plan
+        from rasteret_dask.tasks.jobfile import check_writable
 
+        check_writable(self.job)
         sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
         save_plan(self.job, path, sizes)
 

@@ -66,12 +66,12 @@ class Watch:
     subject
         What is being done: goes before each line.
     names
-        Keys of the job's tasks -> what they are called in lines, such as their shards' names. It may grow.
+        Keys of the job's tasks -> what they are called in lines, such as their shards' names. It may change.
     progress
         Where lines go, beside the log.
     """
 
-    def __init__(self, client: Client, subject: str, names: Mapping[str, str], progress: Progress) -> None:
+    def __init__(self, client: Client, subject: str, names: Mapping[Any, str], progress: Progress) -> None:
         self.client, self.subject, self._names, self._progress = client, subject, names, progress
         self.patience = Patience.configured()
         self.workers: Mapping[str, Mapping[str, Any]] = {}
@@ -133,10 +133,10 @@ class Watch:
         now = time.monotonic()
         self.workers = workers_of(self.client)
         pairs = {
-            (self._names[key], worker)
+            (name, worker)
             for worker, keys in self.client.processing().items()
             for key in keys
-            if key in self._names
+            if (name := self._names.get(key)) is not None
         }
         if pairs != self._since.keys():
             self._moved = now
@@ -174,7 +174,7 @@ class Watch:
                         self.look()
                 except JobError as error:
                     failed.append(error)
-                    self.client.cancel([Future(str(key), self.client) for key in list(self._names)])
+                    self.client.cancel([Future(key, self.client) for key in list(self._names)])
                     return
                 except (OSError, RuntimeError, AttributeError, CancelledError):
                     continue  # the client is closed, or the scheduler lost: whoever waits for tasks hears of that

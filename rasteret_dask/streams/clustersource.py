@@ -62,6 +62,9 @@ class _Part:
 class OnCluster:
     """Reads on a Dask cluster: a task a shard, and one for each part of it; parts travel straight to this process.
 
+    Where shards come in their order, neighbours need the result of one tiny task, and so are read by the worker that
+    has it: as many as it has threads, at least two. A worker restriction would switch Dask's queueing off.
+
     Parameters
     ----------
     reading
@@ -72,6 +75,8 @@ class OnCluster:
         This stream's share of the cluster's threads: one of how many.
     owned
         Whether to close the client in the end.
+    in_order
+        Whether shards come in their order: then neighbours are read by one worker, which fetches what they share once.
 
     Raises
     ------
@@ -84,7 +89,9 @@ class OnCluster:
         When workers cannot be reached from here, so that all data passes the scheduler.
     """
 
-    def __init__(self, reading: ChipShards, client: Client, share: int = 1, owned: bool = False) -> None:
+    def __init__(
+        self, reading: ChipShards, client: Client, share: int = 1, owned: bool = False, in_order: bool = False
+    ) -> None:
         if client.asynchronous:
             raise PlanError(
                 "stream(client=)", "an asynchronous client", "one that waits: Client(asynchronous=False)"
@@ -95,12 +102,14 @@ class OnCluster:
         self._part = reading.part
         self._roots, self._tasks = reading.tasks()
         self._held: list[DaskFuture[Any]] = []
+        self._seat: tuple[str, DaskFuture[Any]] | None = None
         self._open: dict[int, _Part] = {}
-        self._restricted, self._generation, self._threads, self._lost = frozenset[str](), 0, 1, 0
+        self._restricted, self._generation, self._lost = frozenset[str](), 0, 0
+        self._threads = self._readers = 1
         self._looked = self._bare = self._watched = (
             0.0  # when workers were looked at; since when none of them may read
         )
-        self._shards: dict[str, str] = {}  # the shards' tasks that were sent
+        self._shards: dict[Hashable, str] = {}  # the shards' tasks that were sent
         self._watch = Watch(
             client, f"stream from {self._address}", self._shards, Progress("shards", shown=False)
         )
@@ -108,7 +117,11 @@ class OnCluster:
             self._watch.admit({**self._roots, **dict(self._tasks[:1]), "part": Task("part", self._part)})
         self._settle()
         _leave_pool(self._restricted)
-        self.ahead = -(-self._threads // share) + 1
+        # shards of a store have no tiles in common
+        self._beside = (
+            max(-(-self._threads // self._readers), 2) if in_order and reading.job is not None else 1
+        )
+        self.ahead = -(-max(self._threads, self._readers * self._beside) // share) + 1
         self.direct = self._reachable()
         self._hold_roots()
 
@@ -202,6 +215,9 @@ class OnCluster:
         for root in self._held:
             root.release()
         self._held.clear()
+        if self._seat is not None:
+            self._seat[1].release()
+            self._seat = None
         self._watch.leave()
         if self._owned:
             self.client.close()
@@ -226,11 +242,21 @@ class OnCluster:
         return sorted(self._restricted) or None
 
     def _send(self, shard: int, parts: Sequence[_Part]) -> None:
+        key: Hashable
         key, task = self._tasks[shard]
-        if self._generation:
+        graph: dict[Hashable, Any] = {}
+        if self._beside > 1:
+            seat = f"seat-{self._tasks[shard - shard % self._beside][0]}-{self._beside}-{self._generation}"
+            self._sit(seat)
+            # a group of its own: in a large one Dask would take them for roots, and spread them over all workers
+            key = (f"{key}-seated-{self._beside}-{self._generation}", 0)
+            graph[seat] = self._seat_task(seat)
+            graph[key] = Task(key, _seated, TaskRef(seat), _Apart(task))
+        elif self._generation:
             key = f"{key}-{self._generation}"
-            task = task.substitute(self._names(), key=key)
-        graph: dict[Hashable, Any] = {key: task}
+            graph[key] = task.substitute(self._names(), key=key)
+        else:
+            graph[key] = task
         self._shards[key] = f"shard {shard}"
         names = {}
         for part in parts:
@@ -242,6 +268,22 @@ class OnCluster:
         )
         for future in futures:
             names[future.key].future = future
+
+    def _seat_task(self, seat: str) -> Task:
+        """Return the task that has all roots where it is computed: where neighbours are read then."""
+        names: dict[Any, Any] = dict(self._names())
+        return Task(seat, _sit, tuple(names), *(TaskRef(name) for name in names.values()))
+
+    def _sit(self, seat: str) -> None:
+        """Hold what neighbours need, until the next ones are sent: some of them may be long done."""
+        if self._seat is not None and self._seat[0] == seat:
+            return
+        before = self._seat
+        graph = {seat: self._seat_task(seat)}
+        (future,) = self.client.get(graph, [seat], sync=False, fifo_timeout=0, workers=self._workers)
+        self._seat = seat, future
+        if before is not None:
+            before[1].release()
 
     def _ask_again(self) -> None:
         """Wait until the scheduler is there, and send all that is still wanted."""
@@ -303,6 +345,7 @@ class OnCluster:
             return set(workers)
         self._bare = 0.0
         self._restricted = frozenset(readers) if len(readers) < len(workers) else frozenset()
+        self._readers = max(1, len(readers))
         self._threads = max(1, sum(int(workers[a]["nthreads"]) for a in readers))
         return set(workers)
 
@@ -319,6 +362,22 @@ class OnCluster:
             )
             return False
         return True
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """A task as data, so that Dask does not look into it."""
+
+    task: Task
+
+
+def _sit(names: tuple[Hashable, ...], *roots: Any) -> dict[Hashable, Any]:
+    """Hold all roots: what needs this result is computed where it is, without a restriction to that worker."""
+    return dict(zip(names, roots, strict=True))
+
+
+def _seated(roots: dict[Hashable, Any], read: _Apart) -> Any:
+    return read.task(roots)
 
 
 def _leave_pool(readers: frozenset[str]) -> None:

@@ -298,7 +298,7 @@ class Stream(Iterator[Arrays]):
             return OnThreads(self._shards)
         from rasteret_dask.streams.clustersource import OnCluster  # it imports distributed
 
-        return OnCluster(self._shards, client, self.order.world_size, owned)
+        return OnCluster(self._shards, client, self.order.world_size, owned, self.order.seed is None)
 
     def _start(self) -> Shelf:
         """Begin to read where the stream stands."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.jobfile import plan_json
 
-__all__ = ["SHARD_BYTES", "freeze", "task_bytes"]
+__all__ = ["SHARD_BYTES", "chips_per_shard", "freeze", "task_bytes"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,15 +42,15 @@ def freeze(chips: PlannedChips, shard_bytes: int = SHARD_BYTES) -> Job:
         Output of one task over all sources, at most; a single chip may be larger.
     """
     records, members, table = used_records(chips)
-    feeds = FeedTable.of(chips.table)
+    feeds = chips.feeds
     tasks_records = tuple(
         _with_passes(r, m, s, feeds.rows_of(n))
         for n, (r, m, s) in enumerate(zip(records, members, chips.sources, strict=True))
     )
-    size_px = tuple(round(chips.size_m / s.plan.resolution) for s in chips.sources)
+    size_px = _sizes(chips)
     plans = tuple(s.plan for s in chips.sources)
     table, parts = _by_split(chips, table)
-    per_shard = _whole_blocks(chips, _per_shard(plans, size_px, feeds, shard_bytes))
+    per_shard = _whole_blocks(chips, _per_shard(plans, size_px, _most_candidates(feeds), shard_bytes))
     hierarchies = tuple(Hierarchy(s, n, a, b, per_shard) for s, n, a, b in parts)
     phase = digest(
         [plan_json(p) for p in plans],
@@ -65,6 +66,27 @@ def freeze(chips: PlannedChips, shard_bytes: int = SHARD_BYTES) -> Job:
     return Job(
         plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels
     )  # fmt: skip
+
+
+def chips_per_shard(chips: PlannedChips, candidates: Sequence[int], shard_bytes: int = SHARD_BYTES) -> int:
+    """Return how many chips of the zone grid go into a shard.
+
+    Parameters
+    ----------
+    chips
+        What the plan says of all chips.
+    candidates
+        For each source, how many acquisitions compete for a slot at most.
+    shard_bytes
+        Output of one task over all sources, at most; a single chip may be larger.
+    """
+    plans = tuple(s.plan for s in chips.sources)
+    return _whole_blocks(chips, _per_shard(plans, _sizes(chips), candidates, shard_bytes))
+
+
+def _sizes(chips: PlannedChips) -> tuple[int, ...]:
+    """Return the side of a chip in pixels, per source."""
+    return tuple(round(chips.size_m / s.plan.resolution) for s in chips.sources)
 
 
 def _with_passes(
@@ -94,8 +116,9 @@ def _by_split(
     return table.take(pa.array(order[len(order) - sum(count) :])), parts
 
 
-def _per_shard(plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], feeds: FeedTable, budget: int) -> int:
-    most = _most_candidates(feeds)
+def _per_shard(
+    plans: tuple[SourcePlan, ...], size_px: tuple[int, ...], most: Sequence[int], budget: int
+) -> int:
     cost = sum(Output.of(s, n).chip_bytes for s, n in zip(plans, size_px, strict=True))
     work = max(_working_bytes(s, n, c) for s, n, c in zip(plans, size_px, most, strict=True))
     return int(min(max(budget // max(cost, work), 1), SHARD_CHIPS))
