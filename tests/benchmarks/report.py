@@ -108,6 +108,11 @@ def write(name: str, title: str, tables: Sequence[str], tuned: bool, python312: 
     PAGE.write_text(_put(page, name, body))
 
 
+def put(name: str, body: str) -> None:
+    """Put a section that is no job's into the page."""
+    PAGE.write_text(_put(PAGE.read_text(), name, body))
+
+
 def _put(page: str, name: str, body: str) -> str:
     """Replace the section between two comments, or add it before the notes."""
     section = f"<!-- {name} -->\n{body}\n<!-- end of {name} -->"
