@@ -46,10 +46,7 @@ if TYPE_CHECKING:
 
     from rasteret_dask.net.clusters import ClientLike
 
-__all__ = ["WINDOWS", "ChipBlocks", "planned_by_blocks"]
-
-WINDOWS = 65_536
-"""Candidate windows of a block, about."""
+__all__ = ["ChipBlocks", "planned_by_blocks"]
 
 MOST_CHIPS = 2_000_000
 """Chips whose table is taken into memory, at some 1.7 kB each."""

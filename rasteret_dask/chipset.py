@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rasteret_dask.chipblocks import WINDOWS, ChipBlocks, planned_by_blocks
+from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
 from rasteret_dask.chipping.steps import apply_step
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
+    from rasteret_dask.chipblocks import ChipBlocks
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
@@ -244,6 +245,8 @@ class Chips:
         >>> plan = chips.by_blocks("s3://bucket/plan/", client=client)  # doctest: +SKIP
         >>> len(plan), plan.select("train").filter("slots", ">=", 3).sample(10_000).to_chips()  # doctest: +SKIP
         """
+        from rasteret_dask.chipblocks import ChipBlocks, planned_by_blocks
+
         blocks = planned_by_blocks(self.query, folder, windows, client, progress)
         return ChipBlocks(self.query, blocks, Chips._of)
 

@@ -28,8 +28,8 @@ ORDER = {
     "": "_version errors extras words formats progress footprint grid extent",
     "rules": "kinds radiometry values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "hrefs places trust gate web localfile lending refusals remote remotefs gdalfiles sums limits allocator "
-           "clusters probe readiness watch awaiting signatureplugin signatures",
+    "net": "hrefs places trust answers gate web localfile lending refusals remote remotefs gdalfiles sums limits "
+           "allocator clusters probe readiness watch awaiting signatureplugin signatures",
     "headers": "nodata page rangefile directories tiff gdal sidecar reader",
     "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
              "layers leftassets facts rowgroups timing",
