@@ -313,14 +313,14 @@ def _fill(
     before: Path | None,
     replaces: bool,
     progress: bool,
-    known: EarlierTable | None,
+    earlier: EarlierTable | None,
 ) -> Path:
     """Return the folder of a new table; of the old one, where a refresh finds nothing new."""
     begun = time.monotonic()
     _log.info("build %s: reading items", order.name)
     with place.filling() as folder:
         with Progress("items", progress) as shown:
-            report = ingest(order.batches(), order.recipe(), folder / TABLE, shown, known)
+            report = ingest(order.batches(), order.recipe(), folder / TABLE, shown, earlier)
         _log.info(
             "build %s: %d rows, %d of them new, %d items broken; headers of %d files read, %d failed; %.1f s",
             order.name, report.rows, report.added, len(report.broken.items), report.files, report.failed,
@@ -328,16 +328,16 @@ def _fill(
         )  # fmt: skip
         if report.left.counts:
             _log.info("build %s: %s", order.name, report.left.note())
-        if known is not None and before is not None and not report.added:
+        if earlier is not None and before is not None and not report.added:
             return before
-        (folder / SEARCH_FILE).write_text(json.dumps(_said(order, report), indent=1))
+        (folder / SEARCH_FILE).write_text(json.dumps(_search_note(order, report), indent=1))
         made = place.commit(folder, after=before, replace=replaces, keep=0 if replaces else 1)
     for note in report.notes(order.name):
-        warnings.warn(note, UserWarning, stacklevel=_TO_USER - 1 if known is not None else _TO_USER)
+        warnings.warn(note, UserWarning, stacklevel=_TO_USER - 1 if earlier is not None else _TO_USER)
     return made
 
 
-def _said(order: BuildOrder, report: BuildReport) -> dict[str, Any]:
+def _search_note(order: BuildOrder, report: BuildReport) -> dict[str, Any]:
     counts = {
         "rows": report.rows,
         "broken": len(report.broken.items),

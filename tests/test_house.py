@@ -246,15 +246,6 @@ def test_ci_runs_all_tests() -> None:
 NO_NOUNS = {"said", "found", "known", "given", "own", "asked", "told"}
 """Participles and adjectives: what a value is called says what it is."""
 
-TO_BE_CLEANED = {
-    "catalogs.catalogfile", "chipping.chips", "chipping.coverage", "chipping.feeds", "chipping.frame",
-    "chipping.labels", "chipping.laying", "chipping.splits", "chipping.steps", "demo.checks", "ingest.fileindex",
-    "ingest.pages", "ingest.stac", "ingest.tables", "planning.recordtable", "planning.resolve", "planning.rules",
-    "planning.scan", "reader.placing", "reader.ranges", "reader.rasterfile", "table.layers", "table.schema",
-    "table.timing", "tasks.job", "tasks.jobfile", "tasks.shards", "building", "net.probe",
-}  # fmt: skip
-"""Rooms where such names still stand. The list only gets shorter."""
-
 ERRORS = "errors"  # whose ``found`` is the word of every message: "found X; expected Y"
 
 
@@ -273,14 +264,13 @@ def names_that_are_read(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def test_values_have_nouns_for_names() -> None:
-    faults: dict[str, list[str]] = {}
-    for name, path in modules():
-        for line, word in names_that_are_read(ast.parse(path.read_text())):
-            if word.strip("_").lower() in NO_NOUNS and name != ERRORS:
-                faults.setdefault(name, []).append(f"{path.relative_to(ROOT)}:{line}: {word}")
-    new = [line for name, lines in faults.items() if name not in TO_BE_CLEANED for line in lines]
-    assert not new, "\n".join(new)
-    assert not TO_BE_CLEANED - faults.keys(), "clean by now: take it off the list"
+    faults = [
+        f"{path.relative_to(ROOT)}:{line}: {word}"
+        for name, path in modules()
+        for line, word in names_that_are_read(ast.parse(path.read_text()))
+        if word.strip("_").lower() in NO_NOUNS and name != ERRORS
+    ]
+    assert not faults, "\n".join(faults)
 
 
 def test_a_class_name_is_one_class() -> None:

@@ -527,7 +527,7 @@ def test_masks_belong_to_the_plan(
     assert again.labels is not None
     assert train.job.labels is not None
     assert again.labels.table.equals(train.job.labels.table)
-    assert again.labels.said == train.job.labels.said
+    assert again.labels.note == train.job.labels.note
 
 
 def test_dropped_chips_have_no_mask(chips: rd.Chips, tmp_path: Path) -> None:

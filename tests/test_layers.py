@@ -149,8 +149,8 @@ def test_a_landsat_band_is_what_its_sensor_measures(
     expected = {record: f"https://host/{number}.TIF" for number, _, _, record in table}
     assert {band: layer.href for band, layer in layers.items()} == expected
     for band, layer in layers.items():
-        assert layer.known is not None
-        assert (layer.known.kind == "temperature") == (band in ("lwir", "B10"))
+        assert layer.definition is not None
+        assert (layer.definition.kind == "temperature") == (band in ("lwir", "B10"))
 
 
 def test_a_thermal_band_alone_is_never_swir16() -> None:

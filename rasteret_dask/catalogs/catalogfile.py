@@ -191,24 +191,24 @@ def _unlike(
     return fields if like is None else {**_unlike(str(like), raw, where, (*seen, name)), **fields}
 
 
-def _band(said: Any, defaults: Mapping[str, Any], before: list[Band], where: str) -> Band:
-    if not isinstance(said, dict) or "code" not in said:
-        raise SourceError(f"a band of {where}", repr(said), "a code, or a table with code = ...")
-    fields = _checked(said, _BAND, f"band {said['code']!r} of {where}")
+def _band(table: Any, defaults: Mapping[str, Any], before: list[Band], where: str) -> Band:
+    if not isinstance(table, dict) or "code" not in table:
+        raise SourceError(f"a band of {where}", repr(table), "a code, or a table with code = ...")
+    fields = _checked(table, _BAND, f"band {table['code']!r} of {where}")
     if not fields.keys() & {"kind", "role"}:
         fields = {**{k: v for k, v in defaults.items() if k in _PIXELS}, **fields}
     fields.setdefault("asset", defaults.get("asset") or fields["code"])
     fields.setdefault("band_index", sum(band.asset == fields["asset"] for band in before))
-    _one_of(fields.get("role"), get_args(Role), f"role of band {said['code']!r} of {where}")
-    _one_of(fields.get("kind"), tuple(KINDS), f"kind of band {said['code']!r} of {where}")
+    _one_of(fields.get("role"), get_args(Role), f"role of band {table['code']!r} of {where}")
+    _one_of(fields.get("kind"), tuple(KINDS), f"kind of band {table['code']!r} of {where}")
     if fields.get("role") == "quality":
         fields.setdefault("kind", quality_kind(fields["code"]))
     return Band(**fields)
 
 
-def _entry(name: str, said: Mapping[str, Any], datasets: Mapping[str, Dataset], source: str) -> Entry:
+def _entry(name: str, table: Mapping[str, Any], datasets: Mapping[str, Dataset], source: str) -> Entry:
     where = f"entry {name!r} of the catalog {source}"
-    fields = _checked(said, _ENTRY, where)
+    fields = _checked(table, _ENTRY, where)
     _one_of(fields.get("access"), get_args(Access), f"access of {where}")
     for end in ("time_start", "time_end"):
         try:
@@ -252,9 +252,9 @@ def _renamed(dataset: Dataset, assets: Mapping[str, str], where: str) -> Dataset
     return replace(dataset, bands=tuple(bands))
 
 
-def _store(place: str, said: Mapping[str, Any], source: str) -> Store:
+def _store(place: str, table: Mapping[str, Any], source: str) -> Store:
     where = f"store {place!r} of the catalog {source}"
-    fields = _checked(said, _STORE, where)
+    fields = _checked(table, _STORE, where)
     _one_of(fields.get("access"), get_args(Access), f"access of {where}")
     scheme, mark, host = place.partition("://")
     if scheme not in ("s3", "http", "https") or not mark or not host or set(host) & set("/?#@"):
@@ -274,10 +274,10 @@ def _store(place: str, said: Mapping[str, Any], source: str) -> Store:
     return Store(place, **fields)
 
 
-def _checked(said: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> dict[str, Any]:
+def _checked(table: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> dict[str, Any]:
     """Return the fields, numbers as floats where these are due; SourceError for another name or type."""
     fields: dict[str, Any] = {}
-    for key, value in said.items():
+    for key, value in table.items():
         kind = kinds.get(key)
         if kind is None:
             raise SourceError(f"{where}", f"field {key!r}", f"one of {', '.join(kinds)}")
@@ -307,6 +307,6 @@ def _no_secret(url: str, what: str) -> None:
         )
 
 
-def _one_of(value: Any, known: tuple[str, ...], what: str) -> None:
-    if value is not None and value not in known:
-        raise SourceError(what, repr(value), f"one of {', '.join(known)}")
+def _one_of(value: Any, choices: tuple[str, ...], what: str) -> None:
+    if value is not None and value not in choices:
+        raise SourceError(what, repr(value), f"one of {', '.join(choices)}")

@@ -126,8 +126,8 @@ class ChipSources:
         points
             The table of ``at=``, whose columns chips get.
         """
-        sources, found = list(self.sources), list(self.outlines)
-        laid = lay(self.spec, sources, self.reference, found, frame)
+        sources, ground = list(self.sources), list(self.outlines)
+        laid = lay(self.spec, sources, self.reference, ground, frame)
         table = _table(sources, sources[self.reference].passes.platform, frame, laid)
         if points is not None:
             table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
@@ -154,24 +154,24 @@ def lay_chips(node: CutChips, tables: Mapping[str, Table]) -> PlannedChips:
     PlanError, GridError, BandError, UnreadableAssetsError
         Whatever cannot be carried out, before any pixel is read.
     """
-    found = chip_sources(node, tables)
-    reference = found.outlines[found.reference]
+    ground = chip_sources(node, tables)
+    reference = ground.outlines[ground.reference]
     points = None if node.spec.at is None else as_table(tables[node.spec.at])
-    frame = candidates(node.spec, reference, found.resolution, found.phase, points)
-    tell_of_coarse(found)
-    laid = found.lay(frame, points)
-    dropped = found.dropped | dict(laid.dropped)
+    frame = candidates(node.spec, reference, ground.resolution, ground.phase, points)
+    tell_of_coarse(ground)
+    laid = ground.lay(frame, points)
+    dropped = ground.dropped | dict(laid.dropped)
     if not laid.table.num_rows:
-        raise found.none_laid(len(frame), dropped)
-    return replace(laid, dropped=dropped, labels=labels_of(found, tables))
+        raise ground.none_laid(len(frame), dropped)
+    return replace(laid, dropped=dropped, labels=labels_of(ground, tables))
 
 
-def labels_of(found: ChipSources, tables: Mapping[str, Table]) -> Labels | None:
+def labels_of(ground: ChipSources, tables: Mapping[str, Table]) -> Labels | None:
     """Return the polygons of a ``chips`` step that become masks."""
-    spec = found.spec
+    spec = ground.spec
     if spec.labels is None or spec.rasterize is None:
         return None
-    return Labels.of(as_table(tables[spec.labels]), spec.rasterize, found.reference)
+    return Labels.of(as_table(tables[spec.labels]), spec.rasterize, ground.reference)
 
 
 def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
@@ -204,8 +204,8 @@ def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
     sources = _shared_time(sources)
     _check_slots(node.spec, sources)
     _check_sizes(node.spec, sources, reference)
-    found = tuple(source_outlines(s) for s in sources)
-    return ChipSources(node.spec, tuple(sources), reference, found, tuple(reversed(maps)))
+    ground = tuple(source_outlines(s) for s in sources)
+    return ChipSources(node.spec, tuple(sources), reference, ground, tuple(reversed(maps)))
 
 
 def _below_join(node: Node) -> Node:
@@ -287,11 +287,11 @@ def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) 
         )
 
 
-def tell_of_coarse(found: ChipSources) -> None:
+def tell_of_coarse(ground: ChipSources) -> None:
     """Warn of pixels that are far larger than those they are resampled to: meant for weather, and else a slip."""
-    if found.spec.grid != "zone" and found.spec.at is None:
+    if ground.spec.grid != "zone" and ground.spec.at is None:
         return
-    for source in found.sources:
+    for source in ground.sources:
         wanted = source.plan.resolution
         for number, member in enumerate(source.plan.members):
             records = source.records.take(np.flatnonzero(source.member == number))
@@ -310,19 +310,19 @@ def _fits(length: float, resolutions: list[float]) -> bool:
     return all(abs(length / r - round(length / r)) < 1e-6 for r in resolutions)
 
 
-def phases(source: ResolvedSource, found: Outlines) -> Phase:
+def phases(source: ResolvedSource, footprints: Outlines) -> Phase:
     """Return a pixel corner in each CRS: the first member's that has records there, that of most of them."""
     resolution = source.plan.resolution
-    outline = found.of_record
+    outline = footprints.of_record
     counted: dict[int, dict[tuple[float, float], int]] = {}
     settled: dict[int, int] = {}
     for row in range(len(outline)):
         number = int(outline[row])
-        epsg, member = int(found.epsg[number]), int(source.member[row])
+        epsg, member = int(footprints.epsg[number]), int(source.member[row])
         if settled.setdefault(epsg, member) != member:
             continue
         corner = tuple(
-            np.round(np.mod(found.raster[number][[0, 3]], resolution), digits(resolution)) % resolution
+            np.round(np.mod(footprints.raster[number][[0, 3]], resolution), digits(resolution)) % resolution
         )
         votes = counted.setdefault(epsg, {})
         votes[corner] = votes.get(corner, 0) + 1

@@ -210,14 +210,14 @@ def _projected(shape: Any, epsg: int) -> Any:
     return shapely.transform(shape, partial(_moved, transformer(4326, epsg)))
 
 
-def cover(windows: Windows, found: Outlines, pairs: dict[int, NDArray[np.int64]]) -> Cover:
+def cover(windows: Windows, footprints: Outlines, pairs: dict[int, NDArray[np.int64]]) -> Cover:
     """Measure the covered share of candidate pairs.
 
     Parameters
     ----------
     windows
         The windows.
-    found
+    footprints
         The outlines.
     pairs
         For each outline, the numbers of the windows it may touch.
@@ -225,22 +225,22 @@ def cover(windows: Windows, found: Outlines, pairs: dict[int, NDArray[np.int64]]
     outline = np.repeat(np.array([*pairs], dtype=np.int64), [len(at) for at in pairs.values()])
     window = np.concatenate([*pairs.values(), np.zeros(0, dtype=np.int64)])
     share = np.zeros(len(outline))
-    for epsg in np.unique(found.epsg[outline]):
-        here = np.flatnonzero(found.epsg[outline] == epsg)
+    for epsg in np.unique(footprints.epsg[outline]):
+        here = np.flatnonzero(footprints.epsg[outline] == epsg)
         some, place = np.unique(window[here], return_inverse=True)
-        own, number = np.unique(outline[here], return_inverse=True)
+        touched, number = np.unique(outline[here], return_inverse=True)
         # of this call alone: blocks are planned by several threads, and GEOS prepares a shape under whoever uses it
-        prepared = shapely.from_wkb(shapely.to_wkb(found.shape[own]))
+        prepared = shapely.from_wkb(shapely.to_wkb(footprints.shape[touched]))
         shapely.prepare(prepared)
         shape, box = prepared[number], windows.in_crs(int(epsg), some)[place]
         if is_geographic(int(epsg)):
-            box = _near(box, found.centre[outline[here], 0])
+            box = _near(box, footprints.centre[outline[here], 0])
         whole = shapely.covers(shape, box)
         share[here[whole]] = 1.0
         partly = np.flatnonzero(~whole)
         cut = shapely.intersection(shape[partly], box[partly])
         covered = np.minimum(shapely.area(cut) / shapely.area(box[partly]), 1.0)
-        covered *= _shares_pixels(shapely.bounds(box[partly]), found.raster[outline[here[partly]]])
+        covered *= _shares_pixels(shapely.bounds(box[partly]), footprints.raster[outline[here[partly]]])
         share[here[partly]] = covered
     keep = share > 1e-12
     return Cover(window[keep], outline[keep], share[keep])
@@ -253,13 +253,13 @@ def _shares_pixels(boxes: NDArray[np.float64], raster: NDArray[np.float64]) -> N
 
 
 def union_cover(
-    windows: Windows, found: Outlines, window: NDArray[np.int64], numbers: NDArray[np.int64]
+    windows: Windows, footprints: Outlines, window: NDArray[np.int64], numbers: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return the share of windows that several outlines cover together.
 
     Parameters
     ----------
-    windows, found
+    windows, footprints
         The windows and the outlines.
     window
         Shape (n,). Numbers of windows.
@@ -267,13 +267,13 @@ def union_cover(
         Shape (n, outlines). The outlines that count for each; areas are measured in the CRS of the first.
     """
     result = np.zeros(len(window))
-    crs = found.epsg[numbers]
+    crs = footprints.epsg[numbers]
     for epsg in np.unique(crs[:, 0]):
         here = np.flatnonzero(crs[:, 0] == epsg)
-        shapes = found.shape[numbers[here]]
+        shapes = footprints.shape[numbers[here]]
         for other in np.unique(numbers[here][crs[here] != epsg]):
-            move = partial(_moved, transformer(int(found.epsg[other]), int(epsg)))
-            shapes[numbers[here] == other] = shapely.transform(found.shape[other], move)
+            move = partial(_moved, transformer(int(footprints.epsg[other]), int(epsg)))
+            shapes[numbers[here] == other] = shapely.transform(footprints.shape[other], move)
         box = windows.in_crs(int(epsg), window[here])
         parts = shapely.union_all(shapely.intersection(shapes, box[:, None]), axis=1)
         result[here] = np.minimum(shapely.area(parts) / shapely.area(box), 1.0)

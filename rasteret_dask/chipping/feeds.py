@@ -71,7 +71,7 @@ def source_outlines(source: ResolvedSource) -> Outlines:
     return outlines(source.records, bands[source.member])
 
 
-def covered(source: ResolvedSource, found: Outlines, frame: Frame) -> Feeds:
+def covered(source: ResolvedSource, footprints: Outlines, frame: Frame) -> Feeds:
     """Return every (window, record) that share ground, one slot for each of the source's acquisitions.
 
     The slot is the acquisition's number; :func:`slots_of` maps it to the time axis.
@@ -80,21 +80,23 @@ def covered(source: ResolvedSource, found: Outlines, frame: Frame) -> Feeds:
     for epsg in np.unique(frame.epsg):
         here = np.flatnonzero(frame.epsg == epsg)
         windows = Windows(int(epsg), frame.bounds[here])
-        part = cover(windows, found, _candidates(windows, found))
+        part = cover(windows, footprints, _candidates(windows, footprints))
         window.append(here[part.window])
         outline.append(part.outline)
         share.append(part.share)
     if not window:
         return Feeds.of([], [], [], [], [])
-    return _by_record(source, found, np.concatenate(window), np.concatenate(outline), np.concatenate(share))
+    return _by_record(
+        source, footprints, np.concatenate(window), np.concatenate(outline), np.concatenate(share)
+    )
 
 
-def _candidates(windows: Windows, found: Outlines) -> dict[int, NDArray[np.int64]]:
+def _candidates(windows: Windows, footprints: Outlines) -> dict[int, NDArray[np.int64]]:
     """Return for each outline the windows it may touch: by bounds in the same CRS, in degrees elsewhere."""
-    own = found.epsg == windows.epsg
-    pairs = _touching(windows.bounds, found.bounds, own)
+    own = footprints.epsg == windows.epsg
+    pairs = _touching(windows.bounds, footprints.bounds, own)
     if not own.all():  # degrees hold everywhere; the far side of the globe has no northing in a zone
-        pairs |= _touching(_degrees(windows), found.degrees, ~own)
+        pairs |= _touching(_degrees(windows), footprints.degrees, ~own)
     return dict(sorted(pairs.items()))
 
 
@@ -122,15 +124,15 @@ def _degrees(windows: Windows) -> NDArray[np.float64]:
 
 def _by_record(
     source: ResolvedSource,
-    found: Outlines,
+    footprints: Outlines,
     window: NDArray[np.int64],
     outline: NDArray[np.int64],
     share: NDArray[np.float64],
 ) -> Feeds:
     """Spread the pairs of outlines over the records that share them."""
     records = np.flatnonzero(source.passes.of_record >= 0)
-    by_outline = records[np.argsort(found.of_record[records], kind="stable")]
-    count = np.bincount(found.of_record[records], minlength=len(found.shape))
+    by_outline = records[np.argsort(footprints.of_record[records], kind="stable")]
+    count = np.bincount(footprints.of_record[records], minlength=len(footprints.shape))
     first = np.cumsum(count) - count
     repeat = count[outline]
     pair = np.repeat(np.arange(len(outline)), repeat)
@@ -244,7 +246,7 @@ def passes_in(source: ResolvedSource, feeds: Feeds) -> WindowPasses:
 
 
 def enough(
-    feeds: Feeds, frame: Frame, found: Outlines, min_coverage: float
+    feeds: Feeds, frame: Frame, footprints: Outlines, min_coverage: float
 ) -> tuple[Feeds, NDArray[np.int64], NDArray[np.float64]]:
     """Empty the slots whose records together cover too little of the window.
 
@@ -258,14 +260,14 @@ def enough(
         return feeds, np.zeros(0, dtype=np.int64), np.zeros(0)
     slots = int(feeds.slot.max()) + 1
     key = feeds.window.astype(np.int64) * slots + feeds.slot
-    unique, share = _shares_of(feeds, frame, found, key)
+    unique, share = _shares_of(feeds, frame, footprints, key)
     good = share >= min(min_coverage, FULL) if min_coverage > 0 else share > 0
     keep = good[np.searchsorted(unique, key)]
     return feeds.take(keep), unique[good], share[good]
 
 
 def _shares_of(
-    feeds: Feeds, frame: Frame, found: Outlines, key: NDArray[np.int64]
+    feeds: Feeds, frame: Frame, footprints: Outlines, key: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the distinct keys of entries, sorted, and the share of its window that each covers."""
     order = np.argsort(key, kind="stable")
@@ -275,14 +277,14 @@ def _shares_of(
     count = np.diff(np.append(first, len(order)))
     unsure = (best < FULL) & (count > 1) & (total > best)
     share = best.astype(np.float64)
-    for numbers, at in _together(found, feeds, order, first[unsure], count[unsure]):
+    for numbers, at in _together(footprints, feeds, order, first[unsure], count[unsure]):
         place = np.flatnonzero(unsure)[at]
-        share[place] = _shares(frame, found, feeds.window[order[first[place]]].astype(np.int64), numbers)
+        share[place] = _shares(frame, footprints, feeds.window[order[first[place]]].astype(np.int64), numbers)
     return unique, share
 
 
 def _together(
-    found: Outlines,
+    footprints: Outlines,
     feeds: Feeds,
     order: NDArray[np.int64],
     first: NDArray[np.int64],
@@ -294,8 +296,8 @@ def _together(
     """
     slot = np.repeat(np.arange(len(first)), count)
     entry = order[np.repeat(first - np.cumsum(count) + count, count) + np.arange(len(slot))]
-    pair = np.unique(slot * len(found.shape) + found.of_record[feeds.record[entry]])
-    slot, outline = np.divmod(pair, len(found.shape))
+    pair = np.unique(slot * len(footprints.shape) + footprints.of_record[feeds.record[entry]])
+    slot, outline = np.divmod(pair, len(footprints.shape))
     size = np.bincount(slot, minlength=len(first))
     begin = np.cumsum(size) - size
     for several in np.unique(size[size > 1]):
@@ -304,7 +306,7 @@ def _together(
 
 
 def _shares(
-    frame: Frame, found: Outlines, window: NDArray[np.int64], numbers: NDArray[np.int64]
+    frame: Frame, footprints: Outlines, window: NDArray[np.int64], numbers: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return the share of windows that outlines cover together, each distinct question asked once."""
     asked, back = np.unique(np.column_stack([window, numbers]), axis=0, return_inverse=True)
@@ -312,7 +314,7 @@ def _shares(
     for epsg in np.unique(frame.epsg[asked[:, 0]]):
         at = np.flatnonzero(frame.epsg[asked[:, 0]] == epsg)
         alone = Windows(int(epsg), frame.bounds[asked[at, 0]])
-        share[at] = union_cover(alone, found, np.arange(len(at)), asked[at, 1:])
+        share[at] = union_cover(alone, footprints, np.arange(len(at)), asked[at, 1:])
     return share[np.reshape(back, -1)]
 
 
@@ -320,7 +322,7 @@ def pick(
     source: ResolvedSource,
     feeds: Feeds,
     frame: Frame,
-    found: Outlines,
+    footprints: Outlines,
     axis: TimeAxis | None,
     min_coverage: float,
 ) -> Feeds:
@@ -339,7 +341,7 @@ def pick(
         and source.plan.pick.coverage_first
         and len(own.key) > len(np.unique(own.key))
     ):
-        _, share = _shares_of(feeds, frame, found, own.of_entry)
+        _, share = _shares_of(feeds, frame, footprints, own.of_entry)
         covers = share >= min(min_coverage or 1.0, FULL)
     best = np.lexsort(_preference(source, own, covers, int(feeds.slot.max(initial=0)) + 1, axis))
     place = np.empty(len(best), dtype=np.int64)
@@ -352,26 +354,26 @@ def pick(
         feeds, rank, of_entry = feeds.take(keep), rank[keep], own.of_entry[keep]
     else:
         of_entry = own.of_entry
-    nearness = _nearness(frame, found, feeds, own.count[of_entry] > 1)
+    nearness = _nearness(frame, footprints, feeds, own.count[of_entry] > 1)
     order = np.lexsort((source.id_rank[feeds.record], nearness, rank, own.key[of_entry]))
     feeds = feeds.take(order)
     return Feeds.of(feeds.window, feeds.slot, rank[order], feeds.record, feeds.share)
 
 
 def _preference(
-    source: ResolvedSource, own: WindowPasses, covers: NDArray[np.bool_], slots: int, axis: TimeAxis | None
+    source: ResolvedSource, passes: WindowPasses, covers: NDArray[np.bool_], slots: int, axis: TimeAxis | None
 ) -> tuple[NDArray[Any], ...]:
     """Return sort keys of passes, the last counts most: slot, coverage, the pick, nearness to the slot's middle, id."""
-    begin, end = own.start.astype(np.int64), own.end.astype(np.int64)
+    begin, end = passes.start.astype(np.int64), passes.end.astype(np.int64)
     centre = begin // 2 + end // 2
     distance = np.zeros(len(centre), dtype=np.int64)
     if axis is not None:
         middle = axis.start.astype(np.int64) // 2 + axis.end.astype(np.int64) // 2
-        distance = np.abs(centre - middle[own.key % slots])
+        distance = np.abs(centre - middle[passes.key % slots])
     by_pick = distance
     if isinstance(source.plan.pick, Ranked):
-        by_pick = source.plan.pick.order(Candidates(begin, end, own.cloud, distance))
-    return own.first_id, distance, by_pick, ~covers, own.key
+        by_pick = source.plan.pick.order(Candidates(begin, end, passes.cloud, distance))
+    return passes.first_id, distance, by_pick, ~covers, passes.key
 
 
 def _changes(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -382,17 +384,19 @@ def _changes(*columns: NDArray[np.int64]) -> NDArray[np.bool_]:
     return changed
 
 
-def _nearness(frame: Frame, found: Outlines, feeds: Feeds, shared: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _nearness(
+    frame: Frame, footprints: Outlines, feeds: Feeds, shared: NDArray[np.bool_]
+) -> NDArray[np.float64]:
     """Shape (entry,). Distance from the chip's centre to the raster's, metres to the centimetre; 0 where not shared."""
     result = np.zeros(len(feeds.window))
     at = np.flatnonzero(shared)
-    outline = found.of_record[feeds.record[at]]
+    outline = footprints.of_record[feeds.record[at]]
     window = feeds.window[at]
     centre = np.stack([frame.bounds[window][:, [0, 2]].mean(1), frame.bounds[window][:, [1, 3]].mean(1)], -1)
-    pairs = np.stack([frame.epsg[window], found.epsg[outline]], -1)
+    pairs = np.stack([frame.epsg[window], footprints.epsg[outline]], -1)
     for source, target in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0):
         foreign = (pairs[:, 0] == source) & (pairs[:, 1] == target)
         moved = transformer(int(source), int(target)).transform(centre[foreign, 0], centre[foreign, 1])
         centre[foreign] = np.stack(moved, -1)
-    result[at] = np.round(np.hypot(*(centre - found.centre[outline]).T), 2)
+    result[at] = np.round(np.hypot(*(centre - footprints.centre[outline]).T), 2)
     return result

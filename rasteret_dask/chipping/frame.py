@@ -411,9 +411,9 @@ def _tiles_touched(bounds: NDArray[np.float64], x0: float, y0: float, side: floa
 
 
 def _tile_lattice(
-    epsg: int, reference: Outlines, own: NDArray[np.int64], spec: ChipSpec, resolution: float
+    epsg: int, reference: Outlines, rows: NDArray[np.int64], spec: ChipSpec, resolution: float
 ) -> tuple[float, float, float]:
-    pixels = {int(v) for v in np.unique(reference.tile_px[own])}
+    pixels = {int(v) for v in np.unique(reference.tile_px[rows])}
     if len(pixels) != 1:
         raise GridError(
             "chips(grid='tiles')", f"tiles of {sorted(pixels)} px in EPSG:{epsg}", "square tiles of one size"
@@ -424,13 +424,13 @@ def _tile_lattice(
             "chips(grid='tiles')", f"size {spec.size}, stride {spec.stride}, tiles of {tile} px",
             "a size that divides the tile, and no stride",
         )  # fmt: skip
-    native = np.abs(reference.transform[own][:, [0, 4]])
+    native = np.abs(reference.transform[rows][:, [0, 4]])
     if not np.allclose(native, resolution, rtol=1e-9):
         raise GridError("chips(grid='tiles')", f"pixels of {native.min():g} to {native.max():g} m",
                         f"the source's own {resolution:g} m pixels")  # fmt: skip
     side = tile * resolution
-    x0 = np.mod(reference.transform[own][:, 2], side)
-    y0 = np.mod(reference.transform[own][:, 5], side)
+    x0 = np.mod(reference.transform[rows][:, 2], side)
+    y0 = np.mod(reference.transform[rows][:, 5], side)
     if np.ptp(x0) > 1e-6 or np.ptp(y0) > 1e-6:
         raise GridError(
             "chips(grid='tiles')", f"{len(np.unique(np.round(np.stack([x0, y0]), 6), axis=1).T)} tile lattices "

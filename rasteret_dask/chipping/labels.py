@@ -102,12 +102,12 @@ class Labels:
         return cls(plain, column, source, classes)
 
     @classmethod
-    def again(cls, table: pa.Table, said: Mapping[str, Any]) -> Labels:
-        """Return what a table and :attr:`said` were taken from."""
-        return cls(table, said["column"], said["source"], tuple(said["classes"]))
+    def again(cls, table: pa.Table, note: Mapping[str, Any]) -> Labels:
+        """Return what a table and :attr:`note` were taken from."""
+        return cls(table, note["column"], note["source"], tuple(note["classes"]))
 
     @property
-    def said(self) -> dict[str, Any]:
+    def note(self) -> dict[str, Any]:
         """All but the table, as JSON values."""
         return {"column": self.column, "source": self.source, "classes": list(self.classes)}
 
@@ -290,15 +290,15 @@ def _valid(shape: Any) -> Any:
 
 
 def _burn(
-    mask: NDArray[Any], bounds: NDArray[np.float64], found: _Projected, near: NDArray[np.int64]
+    mask: NDArray[Any], bounds: NDArray[np.float64], polygons: _Projected, near: NDArray[np.int64]
 ) -> None:
     """Burn some of the polygons into one chip, shape (y, x)."""
     xmin, ymin, xmax, ymax = bounds.tolist()
     room = (xmax - xmin) / 2
     pairs = []
     for at in near.tolist():
-        shape, value = found.shapes[at], found.values[at].item()
-        if found.cuttable[at]:
+        shape, value = polygons.shapes[at], polygons.values[at].item()
+        if polygons.cuttable[at]:
             shape = shapely.clip_by_rect(shape, xmin - room, ymin - room, xmax + room, ymax + room)
         parts = shapely.get_parts(shape)  # a cut may leave lines, which GDAL would burn too
         pairs += [(p, value) for p in parts if p.geom_type == "Polygon" and not p.is_empty]

@@ -40,7 +40,7 @@ class Laid:
 
 
 def lay(
-    spec: ChipSpec, sources: list[ResolvedSource], reference: int, found: list[Outlines], frame: Frame
+    spec: ChipSpec, sources: list[ResolvedSource], reference: int, footprints: list[Outlines], frame: Frame
 ) -> Laid:
     """Find what feeds each window, and make chips of those that every source covers.
 
@@ -52,18 +52,18 @@ def lay(
         The sources.
     reference
         Place of the one whose acquisitions are chips where there is no time axis.
-    found
+    footprints
         For each source, the outlines of its records.
     frame
         The windows.
     """
     make = _with_slots if sources[reference].axis is not None else _by_acquisition
     laid, chips = [], 0
-    block = blocks(frame, spec, found[reference], sources[reference].plan.resolution)
+    block = blocks(frame, spec, footprints[reference], sources[reference].plan.resolution)
     for first, last in _batches(block):
         some = frame.take(np.arange(first, last))
-        touched = [covered(s, o, some) for s, o in zip(sources, found, strict=True)]
-        part = make(spec, sources, reference, found, some, touched)
+        touched = [covered(s, o, some) for s, o in zip(sources, footprints, strict=True)]
+        part = make(spec, sources, reference, footprints, some, touched)
         feeds = tuple(replace(f, window=f.window + np.int32(chips)) for f in part.feeds)
         laid.append(replace(part, window=part.window + first, feeds=feeds))
         chips += len(part.window)
@@ -102,7 +102,7 @@ def _with_slots(
     spec: ChipSpec,
     sources: list[ResolvedSource],
     reference: int,
-    found: list[Outlines],
+    footprints: list[Outlines],
     frame: Frame,
     touched: list[Feeds],
 ) -> Laid:
@@ -111,7 +111,7 @@ def _with_slots(
     share = np.ones(len(frame))
     result, lost = [], Counter[str]()
     reference_slots = np.zeros(len(frame), dtype=np.int64)
-    for number, (source, outline, feeds) in enumerate(zip(sources, found, touched, strict=True)):
+    for number, (source, outline, feeds) in enumerate(zip(sources, footprints, touched, strict=True)):
         assert source.axis is not None
         slotted = slots_of(source, feeds, source.axis)
         good, key, part = enough(slotted, frame, outline, spec.min_coverage)
@@ -142,19 +142,19 @@ def _by_acquisition(
     spec: ChipSpec,
     sources: list[ResolvedSource],
     reference: int,
-    found: list[Outlines],
+    footprints: list[Outlines],
     frame: Frame,
     touched: list[Feeds],
 ) -> Laid:
     """Make a chip of each (window, acquisition of the reference); others give their nearest acquisition."""
-    good, key, share = enough(touched[reference], frame, found[reference], spec.min_coverage)
+    good, key, share = enough(touched[reference], frame, footprints[reference], spec.min_coverage)
     slots = int(touched[reference].slot.max(initial=0)) + 1
     own = passes_in(sources[reference], good)
     window = key // slots
     alive = np.ones(len(key), dtype=bool)
     lost = Counter({_uncovered(spec, sources[reference], 1): len(frame) - len(np.unique(window))})
     feeds: list[Feeds] = []
-    for number, (source, outline, other) in enumerate(zip(sources, found, touched, strict=True)):
+    for number, (source, outline, other) in enumerate(zip(sources, footprints, touched, strict=True)):
         if number == reference:
             chip = np.searchsorted(key, good.window.astype(np.int64) * slots + good.slot)
             feeds.append(replace(good, window=chip))
@@ -174,13 +174,13 @@ def _by_acquisition(
         feeds.append(_chosen(ready, other_slots, window, chosen))
     place = np.cumsum(alive) - 1
     kept = []
-    for source, outline, f in zip(sources, found, feeds, strict=True):
+    for source, outline, f in zip(sources, footprints, feeds, strict=True):
         f = f.take(alive[f.window])
         # One slot per chip: the chip's number stands in for the window while the pick sorts.
         alone = replace(f, window=place[f.window], slot=np.zeros_like(f.slot))
         kept.append(pick(source, alone, frame.take(window[alive]), outline, None, spec.min_coverage))
     window, start, acquisition = window[alive], own.start[alive], own.acquisition[alive]
-    block = blocks(frame, spec, found[reference], sources[reference].plan.resolution)[window]
+    block = blocks(frame, spec, footprints[reference], sources[reference].plan.resolution)[window]
     order = np.lexsort(
         (own.first_id[alive], window, start, block)
     )  # an acquisition's tiles serve a whole block

@@ -94,15 +94,15 @@ def _zone_of(epsg: int) -> int | None:
 
 
 def _across_zones(
-    zone: int, bounds: NDArray[np.float64], own: NDArray[np.int64], cell_m: float, spec: SplitSpec
+    zone: int, bounds: NDArray[np.float64], split: NDArray[np.int64], cell_m: float, spec: SplitSpec
 ) -> NDArray[np.int64]:
     """Drop chips that reach into the neighbouring zone, onto a split cell of another split."""
-    result = own.copy()
+    result = split.copy()
     epsg = zone_epsg(zone)
     zones = _zones_at(epsg, bounds)
     for chip in np.flatnonzero((zones != zone).any(axis=1)):
         for other in set(zones[chip].tolist()) - {zone}:
-            if _splits_touched(epsg, bounds[chip], other, cell_m, spec) != {own[chip]}:
+            if _splits_touched(epsg, bounds[chip], other, cell_m, spec) != {split[chip]}:
                 result[chip] = -1
     return result
 

@@ -42,7 +42,19 @@ from rasteret_dask.planning.scan import Table, alone, as_table, filter_table
 
 __all__ = ["apply_step", "carried_out", "check_splits", "none_left", "plan_chips", "steps_of", "warn_of_few"]
 
-_GIVEN = ("epsg", "row", "col", "cell", "xmin", "ymin", "xmax", "ymax", "datetime", "acquisition", "split")
+_PLANNED_COLUMNS = (
+    "epsg",
+    "row",
+    "col",
+    "cell",
+    "xmin",
+    "ymin",
+    "xmax",
+    "ymax",
+    "datetime",
+    "acquisition",
+    "split",
+)
 """Columns that the plan decides: a user's table may not say otherwise."""
 
 FEW_LABELS = 20
@@ -313,7 +325,7 @@ def _with_table(chips: PlannedChips, more: pa.Table) -> PlannedChips:
     own, theirs = chips.table.take(pa.array(rows)), more.take(at)
     changed = [
         n
-        for n in _GIVEN
+        for n in _PLANNED_COLUMNS
         if n in theirs.column_names and own.column(n).to_pylist() != theirs.column(n).to_pylist()
     ]
     if changed:

@@ -332,8 +332,8 @@ def _grid(chip: xr.Dataset) -> tuple[Affine, int]:
     return Affine(pixel, 0, west, 0, -pixel, north), size
 
 
-def _same(found: Pixels, wanted: Pixels, slack: NDArray[np.float64]) -> bool:
+def _same(pixels: Pixels, wanted: Pixels, slack: NDArray[np.float64]) -> bool:
     """Tell whether no value is further from the wanted one than its slack, and the same are NaN."""
-    if not np.array_equal(np.isnan(found), np.isnan(wanted)):
+    if not np.array_equal(np.isnan(pixels), np.isnan(wanted)):
         return False
-    return bool(np.all(np.abs(found - wanted)[np.isfinite(wanted)] <= slack[np.isfinite(wanted)]))
+    return bool(np.all(np.abs(pixels - wanted)[np.isfinite(wanted)] <= slack[np.isfinite(wanted)]))

@@ -121,7 +121,7 @@ def _expanded(layers: Sequence[Layer], headers: Mapping[str, Header | str]) -> I
     """
     for layer in layers:
         header = headers.get(layer.href)
-        if layer.declared or layer.known or not isinstance(header, Header) or header.samples == 1:
+        if layer.declared or layer.definition or not isinstance(header, Header) or header.samples == 1:
             yield layer
             continue
         alone = header.samples == 2 and header.alpha is not None
@@ -134,8 +134,10 @@ def _is_measured(position: int | None, layer: Layer, layers: Sequence[Layer]) ->
     """Tell whether the item or the dataset says that a band of a layer's file is measured."""
     if position in layer.measured:
         return True
-    if layer.dataset is not None and layer.known is not None:
-        same = [b for b in layer.dataset.bands if (b.asset, b.band_index) == (layer.known.asset, position)]
+    if layer.dataset is not None and layer.definition is not None:
+        same = [
+            b for b in layer.dataset.bands if (b.asset, b.band_index) == (layer.definition.asset, position)
+        ]
         if any(b.role != "quality" for b in same):
             return True
     return any(
@@ -177,8 +179,8 @@ def _fields(
         same = scale is None or tag is None or _is_near(scale, tag)
         scale = tag if scale is None else scale
         offset = header.offset_of(layer.band_index) if offset is None and same else offset
-    rule = radiometry(layer.dataset, layer.known, properties, scale, offset)
-    absurd = objection(rule, layer.known, layer.common_name is not None)
+    rule = radiometry(layer.dataset, layer.definition, properties, scale, offset)
+    absurd = objection(rule, layer.definition, layer.common_name is not None)
     if absurd is not None:
         error, rule = error or f"refused: {absurd}", Radiometry(1.0, 0.0, "none: refused")
     dtype = header.dtype if header else layer.dtype or _usual_dtype(layer)
@@ -212,15 +214,15 @@ def _is_near(a: float, b: float) -> bool:
 
 
 def _role(layer: Layer) -> Role:
-    if layer.known is not None:
-        return layer.known.role
+    if layer.definition is not None:
+        return layer.definition.role
     return "quality" if layer.band.casefold() in _QUALITY else "data"
 
 
 def _kind(layer: Layer, header: Header | None) -> KindName | None:
     """Return what the numbers are: as the catalog says, else the item, else its name, else the file."""
-    kind = (layer.known.kind if layer.known else None) or layer.kind
-    if kind is None and layer.known is None and layer.thermal:
+    kind = (layer.definition.kind if layer.definition else None) or layer.kind
+    if kind is None and layer.definition is None and layer.thermal:
         return "temperature"
     if kind is None and _role(layer) == "quality":
         return quality_kind(layer.band)
@@ -236,7 +238,7 @@ def _classes(layer: Layer, header: Header | None) -> list[dict[str, Any]] | None
 def _nodata(layer: Layer, header: Header | None, dtype: str | None) -> tuple[str | None, list[str]]:
     """Return nodata as tables keep it, and what is to be said of it."""
     file = None if header is None else header.nodata_tag
-    usual = text_of(layer.known.nodata) if layer.known else None
+    usual = text_of(layer.definition.nodata) if layer.definition else None
     words = {"the file": file, "the item": layer.nodata, "the dataset": usual}
     if header is not None and header.samples > 1 and layer.nodata is not None:
         words = {"the item": layer.nodata, "the file": file, "the dataset": usual}
@@ -264,7 +266,7 @@ def _nodata(layer: Layer, header: Header | None, dtype: str | None) -> tuple[str
 
 def _usual_dtype(layer: Layer) -> str | None:
     """Return the type in which a known dataset stores a band, where the item is silent."""
-    return layer.known.dtype if layer.known else None
+    return layer.definition.dtype if layer.definition else None
 
 
 def _unplaced(layer: Layer, epsg: int | None) -> str | None:

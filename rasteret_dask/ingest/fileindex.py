@@ -161,7 +161,7 @@ def _item(
     return Item(data, place, is_local(place))
 
 
-def _epsg(said: Mapping[str, Any]) -> int | None:
+def _epsg(row: Mapping[str, Any]) -> int | None:
     """Return the EPSG code of a column that says 32610 or "EPSG:32610"."""
-    text = str(said.get("proj:epsg") or "").upper().removeprefix("EPSG:")
+    text = str(row.get("proj:epsg") or "").upper().removeprefix("EPSG:")
     return int(text) if text.isdigit() else None

@@ -176,7 +176,7 @@ def ingest(
     recipe: Recipe,
     path: Path,
     progress: Progress,
-    known: EarlierTable | None = None,
+    earlier: EarlierTable | None = None,
 ) -> BuildReport:
     """Write the table of all items, whole or not at all, in the order of the ground.
 
@@ -190,7 +190,7 @@ def ingest(
         The file.
     progress
         Counts items.
-    known
+    earlier
         A table whose rows go into this one; headers of its items are read only where an item is newer.
 
     Raises
@@ -201,22 +201,22 @@ def ingest(
         When no item has a band that was asked for.
     """
     report = BuildReport(broken=LeftOut(recipe.skip_broken))
-    before = None if known is None else pq.read_schema(known.path)
+    before = None if earlier is None else pq.read_schema(earlier.path)
     signed: set[str] = set() if before is None else set(hosts_of(before) or ())
     if before is not None:
         report.left = LeftAssets.of(before)
 
     def tables() -> Iterator[pa.Table]:
-        if known is not None:
-            yield from known.tables()
-        for table in _tables(batches, recipe, report, progress, known):
+        if earlier is not None:
+            yield from earlier.tables()
+        for table in _tables(batches, recipe, report, progress, earlier):
             signed.update(signed_in(table))
             metadata.update(marks(tuple(signed)))
             metadata.update(report.left.metadata())
             yield table
 
     def choose(staged: pa.Table) -> NDArray[np.int64]:
-        return _choose(staged.select(list(_KEYS)), recipe, report, known is not None)
+        return _choose(staged.select(list(_KEYS)), recipe, report, earlier is not None)
 
     metadata = table_metadata() | marks(
         tuple(signed)
@@ -254,12 +254,12 @@ def _tables(
     recipe: Recipe,
     report: BuildReport,
     progress: Progress,
-    known: EarlierTable | None,
+    earlier: EarlierTable | None,
 ) -> Iterator[pa.Table]:
     """Yield the items' rows, a page after its headers are there."""
     coming: deque[tuple[list[Draft], dict[str, Future[Header | str]] | None]] = deque()
     with HeaderReader() as reader:
-        for drafts in _drafts(batches, recipe, report, progress, known):
+        for drafts in _drafts(batches, recipe, report, progress, earlier):
             hrefs = dict.fromkeys(layer.href for draft in drafts for layer in draft.layers)
             coming.append((drafts, {h: reader.submit(h) for h in hrefs} if recipe.headers else None))
             if len(coming) > AHEAD:
@@ -268,7 +268,7 @@ def _tables(
             yield _table(*coming.popleft(), reader, recipe, report)
     if recipe.headers and report.files and report.failed == report.files:
         raise _no_headers(recipe, report)
-    if not report.added and known is None:
+    if not report.added and earlier is None:
         raise _nothing(recipe, report)
 
 
@@ -277,7 +277,7 @@ def _drafts(
     recipe: Recipe,
     report: BuildReport,
     progress: Progress,
-    known: EarlierTable | None,
+    earlier: EarlierTable | None,
 ) -> Iterator[list[Draft]]:
     """Yield at most ROWS drafts at a time."""
     drafts: list[Draft] = []
@@ -293,7 +293,7 @@ def _drafts(
                 if draft is None:
                     continue
                 offered |= draft.offered
-                if known is not None and known.holds(draft.row):
+                if earlier is not None and earlier.holds(draft.row):
                     continue
                 drafts.append(draft)
                 count += 1
@@ -358,7 +358,7 @@ def _table(
     return table
 
 
-def _choose(keys: pa.Table, recipe: Recipe, report: BuildReport, known: bool) -> NDArray[np.int64]:
+def _choose(keys: pa.Table, recipe: Recipe, report: BuildReport, refreshed: bool) -> NDArray[np.int64]:
     """Return the rows to keep: of each id, then of each datatake and tile, the newest."""
     baseline = [version_of(text or "") for text in keys.column("baseline").to_pylist()]
     place = {version: n for n, version in enumerate(sorted(set(baseline)))}
@@ -372,7 +372,7 @@ def _choose(keys: pa.Table, recipe: Recipe, report: BuildReport, known: bool) ->
     # the later of equals wins: a refresh brings what changed in other ways
     newest = frame.sort_values(["version", "created"], kind="stable").drop_duplicates("id", keep="last")
     rows = np.sort(newest.index.to_numpy())
-    if not known and not recipe.overlapping:
+    if not refreshed and not recipe.overlapping:
         report.twice = len(frame) - len(rows)
     gone = acquisitions(Records(keys.take(pa.array(rows)))).of_record < 0
     report.replaced = int(gone.sum())

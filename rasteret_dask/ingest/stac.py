@@ -290,23 +290,23 @@ def _unasked(offered: Mapping[str, Layer], kept: Mapping[str, Layer]) -> list[Le
     assets = {layer.asset for layer in kept.values()}
     unasked = {layer.asset: layer for layer in offered.values() if layer.asset not in assets}
     return [
-        (key, f"band {layer.band!r} is kept only where bands= names it" if layer.known is not None
-        and layer.known.optional else f"band {layer.band!r} is not among bands=")
+        (key, f"band {layer.band!r} is kept only where bands= names it" if layer.definition is not None
+        and layer.definition.optional else f"band {layer.band!r} is not among bands=")
         for key, layer in unasked.items()
     ]  # fmt: skip
 
 
-def spare_hrefs(drafts: Iterable[Draft], found: Mapping[str, Header | str]) -> list[str]:
+def spare_hrefs(drafts: Iterable[Draft], headers: Mapping[str, Header | str]) -> list[str]:
     """Return the files to look at as well: copies of bands whose files have no readable header."""
-    layers = (layer for draft in drafts for layer in draft.layers if isinstance(found.get(layer.href), str))
-    return [copy.href for layer in layers for copy in layer.copies if copy.href not in found]
+    layers = (layer for draft in drafts for layer in draft.layers if isinstance(headers.get(layer.href), str))
+    return [copy.href for layer in layers for copy in layer.copies if copy.href not in headers]
 
 
-def with_copies(draft: Draft, found: Mapping[str, Header | str]) -> Draft:
+def with_copies(draft: Draft, headers: Mapping[str, Header | str]) -> Draft:
     """Return a draft that takes each band from the first of its files that has a readable header."""
     layers, left = [], dict(draft.left)
     for layer in draft.layers:
-        readable = [one for one in (layer, *layer.copies) if isinstance(found.get(one.href), Header)]
+        readable = [one for one in (layer, *layer.copies) if isinstance(headers.get(one.href), Header)]
         best = readable[0] if readable else layer
         if best is not layer:
             left.pop(best.asset, None)
@@ -315,14 +315,14 @@ def with_copies(draft: Draft, found: Mapping[str, Header | str]) -> Draft:
     return replace(draft, layers=tuple(layers), left=tuple(left.items()))
 
 
-def completed(draft: Draft, found: Mapping[str, Header | str] | None) -> dict[str, Any]:
+def completed(draft: Draft, headers: Mapping[str, Header | str] | None) -> dict[str, Any]:
     """Return a draft's row with what its files' headers tell.
 
     Parameters
     ----------
     draft
         The row.
-    found
+    headers
         {href: header or why it is unreadable}; None: no header was read.
 
     Raises
@@ -332,7 +332,7 @@ def completed(draft: Draft, found: Mapping[str, Header | str] | None) -> dict[st
     """
     row = dict(draft.row)
     try:
-        described = describe(draft.layers, draft.properties, found)
+        described = describe(draft.layers, draft.properties, headers)
         row["assets"], row["headers_metadata"] = list(described.assets), list(described.levels)
         row["proj:epsg"] = described.epsg or row["proj:epsg"]
         row["geometry"] = row["geometry"] or described.footprint

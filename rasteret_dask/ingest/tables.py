@@ -350,12 +350,12 @@ def _layers(row: Mapping[str, Any], dataset: str | None, place: str | None) -> l
     return layers
 
 
-def _layer(row: Mapping[str, Any], band: str, cell: Mapping[str, Any], known: Dataset | None) -> Layer:
+def _layer(row: Mapping[str, Any], band: str, cell: Mapping[str, Any], dataset: Dataset | None) -> Layer:
     # a table's band is one band of its file, whatever the file is called
     asset = {**cell, "type": "image/tiff", "bands": [{"name": band}]}
     # and in records Landsat's numbers are OLI's, whatever the platform
     item = {"assets": {band: asset}, "properties": {**row, "platform": None, "eo:platform": None}}
-    layer = next(iter(layers_of(item, known).values()), None)
+    layer = next(iter(layers_of(item, dataset).values()), None)
     if layer is None:
         layer = replace(next(iter(layers_of(item, None).values())), band=band)
     return replace(layer, asset=cell.get("asset") or band, kind=_kind(band, cell) or layer.kind)

@@ -97,19 +97,19 @@ class HostGate(WorkerPlugin):
         The id of the Dask client: once it is gone, all are let in.
     topic
         Where to say so: ``client.get_events(topic)``.
-    asked
+    seen
         Addresses of workers that have answered before.
     """
 
     def __init__(
-        self, question: tuple[Any, Any], meaning: str, client: str, topic: str, asked: frozenset[str]
+        self, question: tuple[Any, Any], meaning: str, client: str, topic: str, seen: frozenset[str]
     ) -> None:
         self.question, self.meaning = question, meaning
-        self.client, self.topic, self.asked = client, topic, asked
+        self.client, self.topic, self.seen = client, topic, seen
 
     async def setup(self, worker: Any) -> None:
         """Ask the worker; Dask waits for this before it opens the first task."""
-        if worker.address in self.asked:
+        if worker.address in self.seen:
             return
         answer = await look(*self.question)
         trouble = obstacle(answer, self.meaning)

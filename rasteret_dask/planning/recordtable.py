@@ -179,12 +179,12 @@ def signed_hosts(query: Query) -> tuple[str, ...]:
     return tuple(sorted({host for one in schemas for host in hosts_of(one) or ()}))
 
 
-def data_source(found: pa.Table) -> str:
+def data_source(records: pa.Table) -> str:
     """Return what a table's metadata says its records come from, else its collections, joined by ``+``."""
-    said = (found.schema.metadata or {}).get(b"data_source")
+    said = (records.schema.metadata or {}).get(b"data_source")
     if said:
         return str(said.decode())
-    names = found.column("collection").unique().drop_null().to_pylist()
+    names = records.column("collection").unique().drop_null().to_pylist()
     return "+".join(names)
 
 

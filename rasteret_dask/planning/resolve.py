@@ -292,10 +292,10 @@ def _not_empty(name: str, members: list[MemberTable]) -> None:
     raise PlanError(f"source {name!r}", f"no record left ({filters})", "at least one", "Loosen the filters.")
 
 
-def _common(name: str, step: str, found: Sequence[Any]) -> Any:
-    if all(f == found[0] for f in found):
-        return found[0]
-    shown = " and ".join(str(f) for f in dict.fromkeys(found))
+def _common(name: str, step: str, values: Sequence[Any]) -> Any:
+    if all(f == values[0] for f in values):
+        return values[0]
+    shown = " and ".join(str(f) for f in dict.fromkeys(values))
     raise PlanError(
         f"{step} in the members of source {name!r}",
         shown,
@@ -437,20 +437,22 @@ def _rules(
     return PixelRules(tuple(units), tuple(kinds), pick, store)
 
 
-_Own: TypeAlias = "list[tuple[Records, str]]"
+_BandRecords: TypeAlias = "list[tuple[Records, str]]"
 """Each member's records, and its own code of a band."""
 
 
-def _values(own: _Own, field: str) -> set[Any]:
+def _values(band_records: _BandRecords, field: str) -> set[Any]:
     """Return the distinct values of a field over all records of a band."""
-    return {v for records, code in own for v in pc.unique(records.asset_field(code, field)).to_pylist()}
+    return {
+        v for records, code in band_records for v in pc.unique(records.asset_field(code, field)).to_pylist()
+    }
 
 
-def _pairs(own: _Own, *fields: str) -> set[tuple[Any, ...]]:
+def _pairs(band_records: _BandRecords, *fields: str) -> set[tuple[Any, ...]]:
     """Return the distinct values of some fields together."""
     return {
         pair
-        for records, code in own
+        for records, code in band_records
         for pair in zip(*(records.asset_field(code, f).to_pylist() for f in fields), strict=True)
     }
 

@@ -36,7 +36,7 @@ class Rule:
                 raise PlanError(f"filter_pixels({name}=)", repr(share), "a share from 0 to 1")
 
     @property
-    def said(self) -> str:
+    def words(self) -> str:
         """The rule in words."""
         function = None if self.function is None else self.function.name
         parts = {"min_valid": self.min_valid, "max_cloud": self.max_cloud, "function": function}

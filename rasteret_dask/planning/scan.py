@@ -176,9 +176,9 @@ def _typed(value: Any, kind: pa.DataType) -> Any:
     return stamp.date() if pa.types.is_date(kind) else stamp
 
 
-def _misfit(predicate: Predicate, found: str, expected: str) -> PlanError:
+def _misfit(predicate: Predicate, trouble: str, expected: str) -> PlanError:
     column, op, value = predicate
-    return PlanError(f"where({column!r}, {op!r}, {value!r})"[:200], found, expected)
+    return PlanError(f"where({column!r}, {op!r}, {value!r})"[:200], trouble, expected)
 
 
 def _in_box(box: tuple[float, ...], *, unknown: bool) -> pc.Expression:
@@ -263,12 +263,12 @@ def _late(predicate: Predicate, table: pa.Table) -> tuple[NDArray[np.bool_], boo
     return keep, found
 
 
-def _compare(found: Any, op: str, value: Any) -> bool:
+def _compare(cell: Any, op: str, value: Any) -> bool:
     if op in ("in", "not in"):
-        return bool((found in value) == (op == "in"))
+        return bool((cell in value) == (op == "in"))
     if value is None:
-        return bool((found is None) == (op == "=="))
-    return found is not None and bool(_COMPARE[op](found, value))
+        return bool((cell is None) == (op == "=="))
+    return cell is not None and bool(_COMPARE[op](cell, value))
 
 
 def _only_bands(table: pa.Table, wanted: tuple[str, ...]) -> pa.Table:

@@ -356,15 +356,15 @@ class PendingRead:
         return self._store(number, at, place, values, known, tile.span)
 
     def _gather(
-        self, number: int, at: tuple[slice, slice], values: NDArray[Any], known: NDArray[np.bool_] | None
+        self, number: int, at: tuple[slice, slice], values: NDArray[Any], valid: NDArray[np.bool_] | None
     ) -> None:
         """Put stored numbers into a block that is going to be warped."""
         source = self.blocks[number]
         source.values[at] = values
         if source.valid is not None:
             if not self.looks:  # its validity was made because another tile cannot be read
-                known = valid_pixels(values, self.nodata)
-            source.valid[at] = True if known is None else known
+                valid = valid_pixels(values, self.nodata)
+            source.valid[at] = True if valid is None else valid
         elif values.dtype.kind in "fc" and self.nodata is not None:
             # or NaN, and other spellings of FLT_MAX, would spread through the kernel
             source.values[at][~valid_pixels(values, self.nodata)] = self.nodata
@@ -465,10 +465,10 @@ def place(readings: Sequence[PendingRead], part: TilePart, tiles: Sequence[BandT
             _mark(valid[cut.place], known, common=True)
 
 
-def _mark(valid: NDArray[np.bool_], known: NDArray[np.bool_] | None, common: bool) -> None:
+def _mark(valid: NDArray[np.bool_], part: NDArray[np.bool_] | None, common: bool) -> None:
     """Note which pixels are valid; None: all."""
     if not common:
-        valid[...] = True if known is None else known
-    elif known is not None and not known.all():
+        valid[...] = True if part is None else part
+    elif part is not None and not part.all():
         with _COMMON:
-            np.logical_and(valid, known, out=valid)
+            np.logical_and(valid, part, out=valid)

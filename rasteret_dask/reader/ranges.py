@@ -107,7 +107,7 @@ def _typed(ask: Callable[..., T], asset: Asset, doing: str, *arguments: Any) -> 
         remedy = "Restore the file, or leave the record out."
         failure = ReadError(doing, "nothing there (404)", "the file that was indexed", remedy)
     except (ReadError, TrustError, OSError, ValueError) as error:
-        found = error.found if isinstance(error, ReadError | TrustError) else _said(error)
+        found = error.found if isinstance(error, ReadError | TrustError) else _reason(error)
         remedy = "Check that this worker may read it; try again if the store was busy."
         failure = ReadError(doing, found, "its bytes", _ANEW if found == remote.NO_RANGE else remedy)
     try:
@@ -116,7 +116,7 @@ def _typed(ask: Callable[..., T], asset: Asset, doing: str, *arguments: Any) -> 
         del failure  # a frame that holds its own error is a cycle, and this one leads to the output
 
 
-def _said(error: OSError | ValueError) -> str:
+def _reason(error: OSError | ValueError) -> str:
     """Return what went wrong, without the path."""
     return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
 

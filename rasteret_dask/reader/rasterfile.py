@@ -286,9 +286,9 @@ def read_error(asset: Asset, doing: str, error: Exception, expected: str, remedy
     return failure
 
 
-def _changed(asset: Asset, found: str, expected: str) -> ReadError:
+def _changed(asset: Asset, difference: str, expected: str) -> ReadError:
     remedy = "The file has changed since it was indexed: build its record anew."
-    return ReadError(subject(asset, "opening it"), found, expected, remedy)
+    return ReadError(subject(asset, "opening it"), difference, expected, remedy)
 
 
 def _redacted(text: str, href: str) -> str:

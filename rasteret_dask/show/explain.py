@@ -126,7 +126,7 @@ def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Expla
         },
         "chips": sum(h.chips for h in job.hierarchies),
         "splits": splits,
-        "filter_pixels": [rule.said for rule in job.pixel_rules],
+        "filter_pixels": [rule.words for rule in job.pixel_rules],
         "shards": len(shards),
         "chips_per_shard": per_shard,
         "tasks": len(shards),

@@ -53,7 +53,7 @@ class Layer:
     asset: str
     """The provider's key."""
     dataset: Dataset | None = None
-    known: Band | None = None
+    definition: Band | None = None
     """What the dataset says of the band."""
     common_name: str | None = None
     scale: float | None = None
@@ -133,7 +133,11 @@ def offer_of(item: Mapping[str, Any], dataset: Dataset | None) -> Offer:
 def restrict(layers: Mapping[str, Layer], bands: Sequence[str] | None) -> dict[str, Layer]:
     """Keep the layers whose band, common name or asset key is asked for; None: all but optional bands."""
     if bands is None:
-        return {b: layer for b, layer in layers.items() if layer.known is None or not layer.known.optional}
+        return {
+            b: layer
+            for b, layer in layers.items()
+            if layer.definition is None or not layer.definition.optional
+        }
     wanted = set(bands)
     return {band: layer for band, layer in layers.items() if wanted & set(_names(layer))}
 
@@ -183,8 +187,8 @@ def _names(layer: Layer) -> Iterator[str]:
     yield from (layer.band, layer.asset)
     if layer.common_name:
         yield layer.common_name
-    if layer.known:
-        yield layer.known.asset
+    if layer.definition:
+        yield layer.definition.asset
 
 
 def _properties(item: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -339,7 +343,7 @@ def _by_dataset(
     for layer, name in offered:
         for sure, band, index in _matches(layer, name, dataset, tm):
             named = replace(
-                layer, band=band.code, dataset=dataset, known=band, band_index=index,
+                layer, band=band.code, dataset=dataset, definition=band, band_index=index,
                 common_name=band.common_name or layer.common_name,
             )  # fmt: skip
             found[band.code].append((sure, named))

@@ -201,7 +201,7 @@ def _derive(columns: dict[str, pa.ChunkedArray]) -> None:
 
 
 def _fill(
-    columns: dict[str, pa.ChunkedArray], name: str, found: Callable[[pa.Array], pa.ChunkedArray]
+    columns: dict[str, pa.ChunkedArray], name: str, values_of: Callable[[pa.Array], pa.ChunkedArray]
 ) -> None:
     """Put what a function finds for the rows without a value in their places."""
     column = columns[name].combine_chunks()
@@ -210,7 +210,7 @@ def _fill(
     rows = np.flatnonzero(column.is_null())
     at = np.arange(len(column))
     at[rows] = len(column) + np.arange(len(rows))
-    both = pa.chunked_array([column, *found(pa.array(rows)).chunks], type=column.type)
+    both = pa.chunked_array([column, *values_of(pa.array(rows)).chunks], type=column.type)
     columns[name] = both.combine_chunks().take(pa.array(at))
 
 

@@ -204,16 +204,16 @@ def acquisitions(records: Records) -> Acquisitions:
 
     A datatake and tile that stands twice (reprocessed, or listed by two catalogs) keeps its newest baseline.
     """
-    said = _Said.of(records)
-    replaced = _replaced(said)
-    order = np.lexsort((said.id, said.start, said.group))
+    keys = _RecordKeys.of(records)
+    replaced = _replaced(keys)
+    order = np.lexsort((keys.id, keys.start, keys.group))
     order = order[~replaced[order]]
     label = np.full(len(records), -1, dtype=np.int64)
     starts: list[int] = []
     ends: list[int] = []
     leads: list[int] = []
     group = -1
-    rows = (v[order].tolist() for v in (said.group, said.start, said.end))
+    rows = (v[order].tolist() for v in (keys.group, keys.start, keys.end))
     for at, key, start, end in zip(order.tolist(), *rows, strict=True):
         if key != group or start - starts[-1] > SAME_PASS.value:
             group = key
@@ -230,16 +230,16 @@ def acquisitions(records: Records) -> Acquisitions:
         rank[label],
         np.array(starts, dtype=np.int64)[by_start].astype("datetime64[ns]"),
         np.array(ends, dtype=np.int64)[by_start].astype("datetime64[ns]"),
-        tuple(said.platform[leads[i]] for i in by_start),
+        tuple(keys.platform[leads[i]] for i in by_start),
         int(replaced.sum()),
-        said.start.astype("datetime64[ns]"),
-        said.end.astype("datetime64[ns]"),
+        keys.start.astype("datetime64[ns]"),
+        keys.end.astype("datetime64[ns]"),
         np.asarray(records.table.column("eo:cloud_cover").to_numpy(), dtype=np.float64),
     )
 
 
 @dataclass(frozen=True)
-class _Said:
+class _RecordKeys:
     """What records say of themselves; all have one entry per record. Texts are numbered in their order."""
 
     id: NDArray[np.int64]
@@ -257,7 +257,7 @@ class _Said:
     platform: list[str]
 
     @classmethod
-    def of(cls, records: Records) -> _Said:
+    def of(cls, records: Records) -> _RecordKeys:
         def stamps(name: str) -> NDArray[np.datetime64]:
             times = np.asarray(records.table.column(name).cast(pa.timestamp("us", "UTC")).to_numpy())
             return np.asarray(np.clip(times, *NS_RANGE), dtype="datetime64[ns]")
@@ -299,14 +299,14 @@ def _numbered(texts: list[str]) -> NDArray[np.int64]:
     return np.unique(np.array(texts, dtype=str), return_inverse=True)[1].astype(np.int64)
 
 
-def _replaced(said: _Said) -> NDArray[np.bool_]:
+def _replaced(keys: _RecordKeys) -> NDArray[np.bool_]:
     """Shape (record,). True where the same datatake and tile stands again with a newer baseline."""
-    gone = np.zeros(len(said.id), dtype=bool)
-    twice = np.lexsort((said.start, said.scene))
-    twice = twice[said.scene[twice] >= 0]
+    gone = np.zeros(len(keys.id), dtype=bool)
+    twice = np.lexsort((keys.start, keys.scene))
+    twice = twice[keys.scene[twice] >= 0]
     # A relative orbit comes back after days; the starts of one scene differ by seconds between catalogs.
-    apart = np.diff(said.start[twice], prepend=0) > SAME_PASS.value
-    scene = np.cumsum(apart | (np.diff(said.scene[twice], prepend=-1) != 0))
-    newest = np.lexsort((said.id[twice], said.created[twice], said.version[twice], scene))
+    apart = np.diff(keys.start[twice], prepend=0) > SAME_PASS.value
+    scene = np.cumsum(apart | (np.diff(keys.scene[twice], prepend=-1) != 0))
+    newest = np.lexsort((keys.id[twice], keys.created[twice], keys.version[twice], scene))
     gone[twice[newest[:-1]]] = scene[newest[:-1]] == scene[newest[1:]]
     return gone

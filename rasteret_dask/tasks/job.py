@@ -364,10 +364,10 @@ def _labels(job: Job) -> str:
     return hashlib.sha256(ipc_bytes(job.chosen_chips().select(own))).hexdigest() if own else ""
 
 
-def _marks(records: Records, members: NDArray[np.int64], known: tuple[Member, ...]) -> NDArray[Any]:
+def _marks(records: Records, members: NDArray[np.int64], plans: tuple[Member, ...]) -> NDArray[Any]:
     """Digest each record's assets that its member reads; shape (record,), 32 bytes each."""
     result = np.zeros(len(records), dtype="V32")
-    for number, member in enumerate(known):
+    for number, member in enumerate(plans):
         rows = np.flatnonzero(members == number)
         if not len(rows):
             continue

@@ -56,7 +56,7 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard] for h in job.hierarchies],
         "maps": [[s, to_json(f)] for s, f in job.maps],
         "pixel_rules": [to_json(rule) for rule in job.pixel_rules],
-        "labels": None if job.labels is None else job.labels.said,
+        "labels": None if job.labels is None else job.labels.note,
         "phase": job.phase,
         "digest": job.digest,
         "tables": {name: [len(data), crc32_of(data)] for name, data in objects.items()},
@@ -122,9 +122,9 @@ def _note(data: bytes) -> dict[str, Any] | None:
     return text if isinstance(text, dict) and "digest" in text else None
 
 
-def _damaged(url: str, found: str) -> StoreError:
+def _damaged(url: str, damage: str) -> StoreError:
     return StoreError(
-        f"plan {remote.redact(url)}", found, "what save_plan or to_zarr wrote",
+        f"plan {remote.redact(url)}", damage, "what save_plan or to_zarr wrote",
         "It was changed or damaged after it was written: write it again.",
     )  # fmt: skip
 

@@ -264,8 +264,8 @@ def _merge(
     return merged
 
 
-def _warn(shard: Shard, found: xr.Dataset) -> None:
-    unreadable = found.attrs["unreadable"]
+def _warn(shard: Shard, dataset: xr.Dataset) -> None:
+    unreadable = dataset.attrs["unreadable"]
     if unreadable:
         warnings.warn(
             f"{len(unreadable)} tiles of shard {shard.name} could not be read; their pixels are invalid:\n"
