@@ -39,7 +39,9 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.sampling import hash_unit
 from rasteret_dask.planning.scan import filter_table
 from rasteret_dask.show import audit, explain
-from rasteret_dask.tasks.freezing import chips_per_shard
+from rasteret_dask.tasks.freezing import chips_per_shard, freeze_part
+from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.jobparts import parts_of
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -241,6 +243,59 @@ class ChipBlocks(Generic[ChipsT]):
         return told.scaled(
             self._split_counts, chips_per_shard(self._blocks.planned, candidates), self._used()
         )
+
+    def job_parts(self, chips: int = WINDOWS) -> Iterator[Job]:
+        """Freeze the plan part by part: shards are numbered over all, and each is in one part, with its own key.
+
+        Parameters
+        ----------
+        chips
+            About how many chips a part has: what is in memory at a time.
+
+        Raises
+        ------
+        PlanError
+            When chips were chosen otherwise than by their splits.
+        """
+        if self._unselected._parent is not None:
+            raise PlanError(
+                "job_parts", "a filter or a sample after by_blocks", "all chips of the plan, or of some splits",
+                "Filter before by_blocks; or take some into memory: to_chips().",
+            )  # fmt: skip
+        planned, names = self._blocks.planned, self._blocks.planned.table.column_names
+        split = planned.split
+        every = self._split_counts
+        counts: dict[str | None, int] = (
+            {None: sum(every.values())}
+            if split is None
+            else {n: every[n] for n in split.names if every.get(n)}
+        )
+        per_shard = chips_per_shard(planned, self._candidates)
+        facts = self._blocks.facts
+        ends = {
+            name: np.cumsum([0, *(one.chips if name is None else one.splits.get(name, 0) for one in facts)])
+            for name in counts
+        }
+        for spans in parts_of(counts, per_shard, chips):
+            tables = []
+            for at, one in enumerate(facts):
+                within = [
+                    (span.split, *np.clip([span.start, span.stop] - ends[span.split][at], 0, None).tolist())
+                    for span in spans
+                    if span.start < ends[span.split][at + 1] and span.stop > ends[span.split][at]
+                ]
+                if within:
+                    table = self._blocks.files.columns(one, names)
+                    for name, start, stop in within:
+                        rows = table if name is None else table.filter(pc.equal(table.column("split"), name))
+                        tables.append(rows.slice(start, stop - start))
+            table = whole_feeds(pa.concat_tables(tables), planned.sources)
+            yield freeze_part(replace(planned, table=table), per_shard, {s.split: s.first for s in spans})
+
+    @property
+    def _candidates(self) -> list[int]:
+        """For each source, how many acquisitions compete for a slot at most."""
+        return [max(one) for one in zip(*(facts.candidates for facts in self._blocks.facts), strict=True)]
 
     def _used(self) -> dict[str, int]:
         """Return per source how many records feed a chip of any block."""

@@ -53,12 +53,13 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "meaning": MEANING,
         "sources": [plan_json(s) for s in job.sources],
         "size_px": list(job.size_px),
-        "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard] for h in job.hierarchies],
+        "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard, h.first] for h in job.hierarchies],
         "maps": [[s, to_json(f)] for s, f in job.maps],
         "pixel_rules": [to_json(rule) for rule in job.pixel_rules],
         "labels": None if job.labels is None else job.labels.note,
         "phase": job.phase,
         "digest": job.digest,
+        "part_of": job.part_of,
         "tables": {name: [len(data), crc32_of(data)] for name, data in objects.items()},
     }
     return {**objects, JOB_FILE: sealed(text)}
@@ -151,6 +152,7 @@ def _read(url: str, digest: str) -> Job:
             text["phase"],
             pixel_rules=tuple(from_json(rule) for rule in text["pixel_rules"]),
             labels=None if text["labels"] is None else Labels.again(tables["labels.arrow"], text["labels"]),
+            part_of=text.get("part_of", ""),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
         if isinstance(error, RasteretDaskError):
