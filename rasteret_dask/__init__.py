@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_table, load
     from rasteret_dask.reader.cogreader import CogReader
+    from rasteret_dask.rules import masks, picks, units
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
@@ -100,13 +101,16 @@ __all__ = [
     "datasets",
     "join",
     "load",
+    "masks",
     "merge",
     "open_chips",
+    "picks",
     "refresh",
     "register",
     "sign",
     "stream_from",
     "trust",
+    "units",
     "verify",
 ]
 
@@ -139,6 +143,8 @@ _MODULES = {
     "table.records": "RECORD_SCHEMA",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+_RULES = {"masks": "rules.masks", "picks": "rules.picks", "units": "rules.units"}
+"""Modules that are names of the package: what to subclass for rules of one's own."""
 
 
 # silent until an application says otherwise: logging.basicConfig(level="INFO")
@@ -146,9 +152,13 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _RULES:
+        found = import_module(f"{__name__}.{_RULES[name]}")
+    elif name in _HOME:
+        found = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found
     return found
 
 

@@ -36,16 +36,7 @@ from rasteret_dask.planning.plan import (
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.scan import Table, token_of
-from rasteret_dask.show import audit, explain
-from rasteret_dask.store.encode import Compression, checked
-from rasteret_dask.store.layout import Layout
 from rasteret_dask.table import geoparquet
-from rasteret_dask.tasks.context import ReadContext
-from rasteret_dask.tasks.freezing import freeze
-from rasteret_dask.tasks.job import Job
-from rasteret_dask.tasks.jobkernels import warn_of_job
-from rasteret_dask.tasks.mapping import outputs_of
-from rasteret_dask.tasks.shards import lower
 from rasteret_dask.words import Boundary, OnError, SplitBy
 
 if TYPE_CHECKING:
@@ -53,9 +44,15 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
+    from rasteret_dask.show.audit import Audit
+    from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
+    from rasteret_dask.store.encode import Compression
+    from rasteret_dask.store.layout import Layout
     from rasteret_dask.streams.chipshards import ChipShards
     from rasteret_dask.streams.stream import Normalize, Stream
+    from rasteret_dask.tasks.context import ReadContext
+    from rasteret_dask.tasks.job import Job
 
 # What only one exit needs, that exit imports: who looks at a plan does not wait for what writes stores.
 
@@ -304,12 +301,36 @@ class Chips:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def explain(self) -> explain.Explanation:
-        """Say what the job will do, before anything is read."""
-        return explain.explain(self.planned, self.job, self._layout.outputs)
+    def explain(self, workers: int | None = None, threads: int = 1) -> Explanation:
+        """Say what the job will do, before anything is read.
 
-    def audit(self) -> audit.Audit:
+        Parameters
+        ----------
+        workers
+            Worker processes: says what they fetch together, at most, as what two of them need is fetched twice.
+        threads
+            Threads of each worker.
+
+        Raises
+        ------
+        PlanError
+            When there are no workers, or no threads.
+        """
+        from rasteret_dask.show import explain
+        from rasteret_dask.tasks.runs import Workforce
+
+        if min(1 if workers is None else workers, threads) < 1:
+            raise PlanError(
+                "explain(workers=, threads=)", f"{workers} and {threads}", "at least 1 of each",
+                "Leave workers out for what one process fetches.",
+            )  # fmt: skip
+        force = None if workers is None else Workforce(workers, threads)
+        return explain.explain(self.planned, self.job, self._layout.outputs, force)
+
+    def audit(self) -> Audit:
         """Check the splits: ratios, losses, overlaps (must be 0) and distances, over all splits of the plan."""
+        from rasteret_dask.show import audit
+
         return audit.audit(self._unselected.planned)
 
     def plot(self, ax: Any = None) -> Any:
@@ -323,6 +344,9 @@ class Chips:
     @cached_property
     def job(self) -> Job:
         """The frozen plan: shards, the records they need, and their keys."""
+        from rasteret_dask.tasks.freezing import freeze
+        from rasteret_dask.tasks.jobkernels import warn_of_job
+
         job = freeze(self._unselected.planned)
         warn_of_job(job)
         if not isinstance(self.plan, Select):
@@ -333,13 +357,20 @@ class Chips:
     @property
     def dask(self) -> HighLevelGraph:
         """The graph: one named Blockwise layer per step; culled to the selected shards."""
+        from rasteret_dask.tasks.shards import lower
+
         return lower(self.job, self._context()).culled()
 
     def _context(self, on_error: OnError = "raise") -> ReadContext:
+        from rasteret_dask.tasks.context import ReadContext
+
         return ReadContext(self.query.functions, on_error)
 
     @cached_property
     def _layout(self) -> Layout:
+        from rasteret_dask.store.layout import Layout
+        from rasteret_dask.tasks.mapping import outputs_of
+
         attrs = {}
         for source, rows in used_rows(self.planned):
             attrs[source.plan.name] = {
@@ -418,6 +449,7 @@ class Chips:
         JobError
             When shards failed; the others are written, and a rerun does only those.
         """
+        from rasteret_dask.store.encode import checked
         from rasteret_dask.store.run import delayed_zarr, run_zarr
 
         url = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
@@ -549,11 +581,14 @@ class Chips:
 
         Raises
         ------
+        PlanError
+            When a rule of the plan cannot be imported by another process.
         StoreError
             When something else lies there.
         """
         from rasteret_dask.streamfrom import save_plan
 
+        check_writable(self.job)
         sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
         save_plan(self.job, path, sizes)
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 from rasteret_dask.chipping.labels import Labels, dense
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_of
-from rasteret_dask.geometries.rows import spec_field
 from rasteret_dask.pixelreads import PixelReads
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
@@ -29,6 +28,7 @@ from rasteret_dask.planning.plan import (
     is_number,
     outline,
     predicates,
+    spec_field,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import resolve_source
@@ -371,6 +371,10 @@ class Collection(TableExits, PixelReads):
 
         Notes
         -----
+        Integers have a coordinate ``valid`` (time, y, x), True where all bands are valid. Where acquisitions fill each
+        other, ``filled`` (time, y, x) is True where another one than ``member`` gave a pixel: its mean is what chips
+        call ``filled_fraction``. Both need all bands; ``.drop_vars("filled")`` before one band is loaded alone.
+
         ``.rio.crs`` tells the CRS. After a round trip through Zarr, open with ``decode_coords="all"`` to have it.
 
         Raises

@@ -7,14 +7,13 @@ import logging
 import os
 import platform
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from dask._task_spec import Task
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import JobError, PlanError, StoreError
@@ -23,10 +22,11 @@ from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import digest
-from rasteret_dask.statistics.measuring import computed
 from rasteret_dask.store import decode, ledger
 from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32
 from rasteret_dask.store.presence import forget_clients, present
+from rasteret_dask.store.runtasks import Work
+from rasteret_dask.store.shardruns import Exit, Shards, runner, write_shards
 from rasteret_dask.store.storemap import (
     StoredArray,
     StoredGroup,
@@ -39,6 +39,10 @@ from rasteret_dask.store.storemap import (
 from rasteret_dask.store.storeread import StoreObject, read_rows
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.filtering import KEPT, tally
+from rasteret_dask.tasks.runs import Cuts
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["compact"]
 
@@ -71,6 +75,8 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
         When the store is not finished or was changed, or something else lies at the target.
     PlanError
         When no chip is kept.
+    JobError
+        When shards could not be copied; the others are, and a rerun does only those.
     """
     clusters.check(client, "compact(client=)")
     url, place = Place.of(store).url, Place.of(target).url
@@ -87,15 +93,11 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
         return
     reports = ledger.reports(place, ledger.begin(place, chips), chips.keys)
     missing = [shard for shard in chips.shards if shard.name not in reports]
-    names = {f"compact-{digest(chips.owner.digest, place)[:16]}-{s.name}": s for s in missing}
-    tasks: dict[Hashable, Any] = {
-        k: Task(k, _copied, url, opened.digest, place, shard) for k, shard in names.items()
-    }
     subject = f"compact {remote.redact(place)}"
     with present(place):
-        computed(
-            tasks, list(names), client, subject, lambda cluster: signatures.send_place(cluster, url, place)
-        )
+        if missing:
+            with clusters.using(client) as cluster:
+                _write(opened, url, place, chips, missing, cluster)
         _log.info("%s: %d shards written; committing", subject, len(chips.shards))
         found = ledger.restored(place, chips)
         reports = ledger.reports(place, found, chips.keys)
@@ -111,6 +113,24 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
             place, found, _manifest(opened, chips.shards, reports, ledger.tries(found)), reports, {}
         )
         forget_clients(place)
+
+
+def _write(
+    old: StoreMap, url: str, place: str, chips: _Kept, missing: Sequence[_NewShard], cluster: Client | None
+) -> None:
+    """Have shards written, by a cluster, or by threads of this process where there is none."""
+    shards = Shards(
+        Work(partial(_copied, url, old.digest, place), chips.owner.digest, {}),
+        [shard.name for shard in missing],
+        missing,
+        [shard.key for shard in missing],
+        range(len(missing)),
+        Cuts.free(len(missing)),
+        digest(chips.owner.digest, place)[:16],
+        "compact",
+    )
+    caller = Exit("compact", remote.redact(place), len(chips.shards))
+    write_shards(runner(cluster), shards, caller, lambda: signatures.send_place(cluster, url, place))
 
 
 def _is_finished(place: str, owner: ledger.Owner) -> bool:
@@ -287,7 +307,7 @@ def _stored(old: StoreMap, array: StoredArray, rows: NDArray[np.int64]) -> list[
             found += [[] for _ in chips]
             continue
         data = np.frombuffer(memoryview(item.get(0, item.size)), np.uint8)
-        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.size, item.subject)
+        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.size, str(item))
         for start, length in index[chips].tolist():
             found.append([] if start == ABSENT else [data[start : start + length]])
     return found

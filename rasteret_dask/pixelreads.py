@@ -89,9 +89,10 @@ class PixelReads:
             When windows are of several shapes, or no record covers any geometry.
         """
         from rasteret_dask.geometries import reading
+        from rasteret_dask.tasks.context import ReadContext
 
         request = reading.WindowRequest(
-            geometries, bands, resolution, size, target_crs, all_touched, on_error
+            geometries, bands, resolution, size, target_crs, all_touched, ReadContext(on_error=on_error)
         )
         pixels, index = reading.as_numpy(self._prepared(request, filters))
         return (pixels, index) if return_index else pixels
@@ -121,9 +122,10 @@ class PixelReads:
             When windows are of several shapes, or no record covers any geometry.
         """
         from rasteret_dask.geometries import reading
+        from rasteret_dask.tasks.context import ReadContext
 
         request = reading.WindowRequest(
-            geometries, bands, resolution, size, target_crs, all_touched, on_error
+            geometries, bands, resolution, size, target_crs, all_touched, ReadContext(on_error=on_error)
         )
         return reading.as_dataset(self._prepared(request, filters))
 
@@ -152,9 +154,10 @@ class PixelReads:
             When no record covers any geometry.
         """
         from rasteret_dask.geometries import reading
+        from rasteret_dask.tasks.context import ReadContext
 
         request = reading.WindowRequest(
-            geometries, bands, resolution, size, target_crs, all_touched, on_error
+            geometries, bands, resolution, size, target_crs, all_touched, ReadContext(on_error=on_error)
         )
         return reading.as_frame(self._prepared(request, filters))
 
@@ -194,9 +197,10 @@ class PixelReads:
             When no record covers any point.
         """
         from rasteret_dask.geometries.points import sample_points
+        from rasteret_dask.tasks.context import ReadContext
 
         chosen = self.subset(**filters) if filters else self
-        return sample_points(chosen.query, points, bands, on_error)
+        return sample_points(chosen.query, points, bands, ReadContext(on_error=on_error))
 
     def to_torchgeo_dataset(
         self,
@@ -272,12 +276,13 @@ class PixelReads:
         from rasteret_dask.geometries import reading
         from rasteret_dask.geometries.cells import Area, cells_of
         from rasteret_dask.geometries.torchset import CellDataset
+        from rasteret_dask.tasks.context import ReadContext
 
         chosen = self.subset(**filters) if filters else self
         chosen = chosen if split is None else chosen.select_split(split)
         cells = cells_of(
-            chosen.query,
-            Area(geometries, chip_size, resolution, cell_km), reading.band_names(bands), time, on_error,
+            chosen.query, Area(geometries, chip_size, resolution, cell_km), reading.band_names(bands), time,
+            ReadContext(on_error=on_error),
         )  # fmt: skip
         return CellDataset(cells, transforms)
 

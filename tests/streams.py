@@ -75,7 +75,7 @@ class Shards:
             self.sizes,
             f"made {self.sizes}",
             {"s2": SourcePixels(("red", "nir"), "float32")},
-            lambda shard: InMemory(self.read(shard)),
+            lambda shard, _: InMemory(self.read(shard)),
             lambda: ({}, tasks),
             take,
         )

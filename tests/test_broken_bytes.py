@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import struct
 import subprocess
 import sys
@@ -194,7 +193,7 @@ print(sum(isinstance(h, str) for h in read_headers(sys.argv[1:]).values()))
 
 
 def broken_headers(folder: Path) -> list[str]:
-    """Return files of which tifffile logs much."""
+    """Return files whose tags make no sense, each in a way of its own."""
     paths = []
     for n, changes in enumerate(
         (
@@ -212,21 +211,11 @@ def broken_headers(folder: Path) -> list[str]:
     return paths
 
 
-def test_the_terminal_is_quiet_and_a_users_own_log_of_tifffile_is_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_broken_headers_write_nothing_to_the_terminal(tmp_path: Path) -> None:
     paths = broken_headers(tmp_path)
     done = subprocess.run([sys.executable, "-c", QUIET, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    with caplog.at_level(logging.DEBUG):
-        read_headers(paths)
-        ours = [r for r in caplog.records if r.name == "rasteret_dask.headers.tiff"]
-        assert ours
-        assert {r.levelname for r in ours} == {"DEBUG"}
-        assert not [r for r in caplog.records if r.name == "tifffile"]
-        logging.getLogger("tifffile").error("of a user's file")
-        assert [r.getMessage() for r in caplog.records if r.name == "tifffile"] == ["of a user's file"]
 
 
 # --- scale and offset ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.rules import composing
 from rasteret_dask.rules.masks import Bits, Classes
-from rasteret_dask.rules.picks import Clearest, Closest, Mean, Median, Pick
+from rasteret_dask.rules.picks import FEW, Clearest, Closest, Mean, Median, Pick
 from rasteret_dask.rules.pixels import PixelRules
 from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.stored import StoredForm
@@ -121,6 +122,23 @@ def test_composites_take_each_acquisition_once(
             assert found.values[1, y, x] == bits[0]
 
 
+@given(st.data(), st.integers(1, FEW + 3), st.sampled_from(["float32", "float64"]))
+def test_a_median_is_the_middle_of_valid_numbers(data: st.DataObject, candidates: int, dtype: str) -> None:
+    """Bit for bit, infinite ones too: the mean, as doubles, of the two that Python finds in the middle."""
+    some = [0.0, 1.5, -2.25, 0.1, 1e-30, 3e38, np.inf, -np.inf]
+    numbers = st.sampled_from(some) | st.floats(-1e6, 1e6, width=32)
+    shape = (candidates, 2, 2, 3)
+    stack = data.draw(hnp.arrays(dtype, shape, elements=numbers.map(lambda v: v + 0.0)), "stack")
+    valid = data.draw(hnp.arrays(bool, shape), "valid")
+    with np.errstate(invalid="ignore"):
+        middle, known = Median().blend(stack, valid)
+    np.testing.assert_array_equal(known, valid.any(axis=0))
+    for band, y, x in np.argwhere(known).tolist():
+        own = sorted(stack[valid[:, band, y, x], band, y, x].tolist())
+        wanted = np.array((own[(len(own) - 1) // 2] + own[len(own) // 2]) / 2, dtype=dtype)
+        np.testing.assert_array_equal(middle[band, y, x], wanted)
+
+
 def test_invalid_quality_hides_nothing_and_is_not_clear() -> None:
     codes, valid = np.array([[3, 3, 4]], np.uint8), np.array([[True, False, True]])
     mask = Classes("scl", (3,))
@@ -136,6 +154,41 @@ def test_invalid_quality_hides_nothing_and_is_not_clear() -> None:
 def test_the_earlier_of_equal_scores_comes_first() -> None:
     shown = [np.array([[True, False]]), np.array([[True, True]]), np.array([[True, True]])]
     assert composing.by_score(Clearest(), shown) == (1, 2, 0)
+
+
+@given(records(2), st.integers(1, 3))
+def test_what_other_acquisitions_gave_is_told(some: list[tuple[Array, Array]], first: int) -> None:
+    """Band by band: valid in the end, and not valid in any record of the best acquisition."""
+    rules = rules_of(Reflectance(), Raw())
+    own = layers(rules, some, SCALED)
+    found = composing.picked(rules, own[:first], own[first:])
+    assert found is not None
+    best = np.logical_or.reduce([valid for _, valid in some[:first]])
+    wanted = np.logical_or.reduce([valid for _, valid in some]) & ~best
+    given_by = np.zeros(wanted.shape, dtype=bool) if found.filled is None else found.filled
+    np.testing.assert_array_equal(given_by, wanted)
+
+
+@pytest.mark.parametrize("rest", ["best", "others"])
+def test_what_is_hidden_is_not_decoded_and_what_is_in_front_not_copied(rest: str) -> None:
+    rules = rules_of(Raw())
+    values, holes = np.ones((1, *SHAPE), np.int16), np.ones((1, *SHAPE), dtype=bool)
+    holes[0, 0, 0] = False
+    every = np.ones(holes.shape, dtype=bool)
+    decoded: list[composing.DecodedLayer] = []
+
+    def coming() -> Iterator[composing.DecodedLayer]:
+        for valid in (holes, every, holes, every):
+            decoded.extend(layers(rules, [(values, valid)]))
+            yield decoded[-1]
+
+    some = coming()
+    best = some if rest == "best" else [next(some)]
+    found = composing.picked(rules, best, some if rest == "others" else ())
+    assert found is not None
+    assert len(decoded) == 2
+    assert found.values is decoded[0].values
+    assert found.valid is decoded[0].valid
 
 
 def test_nothing_makes_nothing() -> None:

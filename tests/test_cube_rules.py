@@ -295,6 +295,10 @@ def same(chip: xr.Dataset, cube: xr.DataArray) -> None:
     assert computed.dtype == pixels.dtype
     np.testing.assert_array_equal(pixels.values, computed.values)
     assert computed["band"].values.tolist() == chip["band"].values.tolist()
+    assert ("filled_fraction" in chip.coords) == ("filled" in computed.coords)
+    if "filled" in computed.coords:
+        share = computed["filled"].mean(("y", "x")).values.astype(np.float32)
+        np.testing.assert_array_equal(chip["filled_fraction"].values, share)
     if "valid" in chip:
         np.testing.assert_array_equal(chip["valid"].values, computed["valid"].values)
         if "nodata" in computed.attrs:
@@ -395,12 +399,27 @@ def test_nothing_is_read_before_it_is_computed_nor_what_is_not_asked_for(
     assert len(counted.bands) > 2 * few
 
 
-def test_pixels_and_validity_are_read_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fill", [False, True])
+def test_pixels_and_what_is_told_of_them_are_read_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, fill: bool
+) -> None:
     counted = Counted(monkeypatch)
-    cube = cube_of(world("uint16", "measured", None), resampling="nearest")
+    cube = cube_of(world("uint16", "measured", None), resampling="nearest", fill=fill, time="1MS")
+    assert {"valid", "filled"} & set(cube.coords) == ({"valid", "filled"} if fill else {"valid"})
     blocks = int(np.prod(cube.data.numblocks[2:]))
     cube.compute(scheduler="sync")
     assert 0 < len(counted.bands) <= 4 * blocks
+
+
+def test_what_is_told_of_bands_is_the_same_for_all_of_them(world: World) -> None:
+    """So that arithmetic between bands compares no pixels of it: xarray takes arrays of one name as equal."""
+    cube = cube_of(world("uint16", "measured", 0), bands=["data", "other"], fill=True, time="1MS")
+    one, other = cube.sel(band="data"), cube.sel(band="other")
+    for name in ("valid", "filled"):
+        assert one[name].data.name == other[name].data.name
+        assert (one - other)[name].chunks is not None
+    part = one["filled"].isel(y=slice(0, 10), x=slice(0, 10)).data
+    assert len(part.dask.cull(part.__dask_keys__())) < len(one["filled"].data.dask)
 
 
 def test_cubes_are_called_alike_only_where_they_are_alike(world: World) -> None:

@@ -324,6 +324,14 @@ def test_workers_take_the_bodies_of_requests_from_memory_that_stays() -> None:
     assert 2 * faults(malloc) < faults({trim: malloc[trim]})
 
 
+def test_the_image_settles_the_allocator_as_the_workers_do() -> None:
+    """For those who run it elsewhere than by these manifests."""
+    image = dict(re.findall(r"(MALLOC_\w+)=(\d+)", (DEPLOY / "Dockerfile").read_text()))
+    worker = {name: value for name, value in environment(container("worker")).items() if "MALLOC" in name}
+    assert image
+    assert image.items() <= worker.items()
+
+
 # -- the job's script -------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
-from hypothesis import HealthCheck, given, settings
+import xarray as xr
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rasterio.transform import Affine
@@ -25,6 +27,7 @@ from rasteret_dask.headers.nodata import number_of
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.pixelgrid import Grid, Window, transformed
 from rasteret_dask.reader.readplan import Request
+from rasteret_dask.rules.kinds import KindName
 from rasteret_dask.rules.picks import PickName
 from rasteret_dask.table.records import Asset
 
@@ -260,3 +263,92 @@ def test_complex_numbers_have_no_reflectance(tmp_path: Path) -> None:
     made, _, _ = collection(tmp_path, "complex64")
     with pytest.raises(PlanError, match=r"pixels of complex64.*units='raw'"):
         made.harmonize(units="reflectance").cube(bounds=BOX)
+
+
+@st.composite
+def big_codes(draw: st.DrawFn) -> tuple[str, list[int]]:
+    """A type of 64 bits, and some codes of it that are the same as floats."""
+    dtype = draw(st.sampled_from(["int64", "uint64"]))
+    limits = np.iinfo(dtype)
+    near = st.sampled_from([2**53, 2**60, limits.max - 8, *([limits.min] if dtype == "int64" else [])])
+    first = draw(near)
+    return dtype, [first, first + 1, first + 3]
+
+
+def monthly_scenes(
+    folder: Path, dtype: str, codes: list[int], scenes: int, seed: int
+) -> tuple[rd.Collection, Pixels, Pixels, NDArray[np.bool_]]:
+    """Return passes of one month of codes beside 16-bit numbers; both stacks, and where codes are valid."""
+    rng, items = np.random.default_rng(seed), []
+    stack = np.array(codes, dtype)[rng.integers(0, len(codes), (scenes, SIDE, SIDE))]
+    beside = rng.integers(1, 2**16, (scenes, SIDE, SIDE)).astype("uint16")
+    valid = rng.random(stack.shape) > 0.3
+    stack[~valid] = 7
+    for day, (one, other) in enumerate(zip(stack, beside, strict=True)):
+        scene = item(
+            write(folder / f"{day}.tif", one[np.newaxis]), f"s{day}", asset={"raster:bands": [{"nodata": 7}]}
+        )
+        other_path = write(folder / f"{day}b.tif", other[np.newaxis])
+        scene["assets"]["other"] = {**item(other_path)["assets"]["image"], "raster:bands": [{"nodata": 0}]}
+        scene["properties"]["datetime"] = f"2023-06-{day + 1:02}T10:00:00Z"
+        items.append(scene)
+    return rd.build_from_stac(items, name="x"), stack, beside, valid
+
+
+def commonest(stack: Pixels, valid: NDArray[np.bool_]) -> tuple[list[list[int]], NDArray[np.bool_]]:
+    """Return what most scenes have, the smallest of equals, counted by Python."""
+    made = [[0] * SIDE for _ in range(SIDE)]
+    for y, x in np.ndindex(SIDE, SIDE):
+        votes = Counter(stack[valid[:, y, x], y, x].tolist())
+        if votes:
+            made[y][x] = min(votes, key=lambda code: (-votes[code], code))
+    return made, np.asarray(valid.any(axis=0))
+
+
+@settings(
+    max_examples=8, deadline=None, phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(
+    big_codes(),
+    st.integers(2, 4),
+    st.integers(0, 99),
+    st.sampled_from(["median", "mean", "majority"]),
+    st.booleans(),
+)
+def test_big_classes_are_composed_exactly(
+    tmp_path: Path, codes: tuple[str, list[int]], scenes: int, seed: int, pick: PickName, beside: bool
+) -> None:
+    """Numbers that no float tells apart: chips and cubes have the code that most scenes have."""
+    made, stack, numbers16, valid = monthly_scenes(tmp_path, *codes, scenes, seed)
+    bands = ["image", "other"] if beside else ["image"]
+    kinds: dict[str, KindName] = {"image": "class", "other": "class" if pick == "majority" else "continuous"}
+    monthly = made.harmonize(bands, units="raw", time="1MS", pick=pick, kinds=kinds)
+    wanted, known = commonest(stack, valid)
+    cube = monthly.cube(bounds=BOX).compute()
+    assert cube.dtype == codes[0]
+    chips = monthly.chips(16, cell_km=0.16).load()
+    assert isinstance(chips, xr.Dataset)
+    at = [(int(Y0 - top) // 10, int(left - X0) // 10) for left, _, _, top in chips["bounds"].values]
+    assert len(at) > 4
+    for number, (row, col) in enumerate(at):
+        here = slice(row, row + 16), slice(col, col + 16)
+        pixels = chips["pixels"].values[number, 0]
+        own = np.array(wanted, codes[0])[here]
+        assert pixels.dtype == codes[0]
+        assert pixels[0][known[here]].tolist() == own[known[here]].tolist()
+        assert np.array_equal(pixels, cube.values[0][:, *here])
+        assert np.array_equal(chips["valid"].values[number, 0], known[here])
+        assert np.array_equal(cube["valid"].values[0][here], known[here])
+    if beside and pick != "majority":
+        middle = (np.median if pick == "median" else np.mean)(numbers16, axis=0)
+        assert np.abs(cube.values[0, 1] - middle.astype(np.int64)).max() <= 1
+
+
+def test_the_remedy_for_big_numbers_under_a_composite_works(tmp_path: Path) -> None:
+    made, _, _, _ = monthly_scenes(tmp_path, "int64", [2**60, 2**60 + 1], 2, 0)
+    bands = ["image", "other"]
+    with pytest.raises(PlanError, match=r"band 'image': pixels of int64.*kinds=\{'image': 'class'\}"):
+        made.harmonize(bands, units="raw", time="1MS", pick="median").cube(bounds=BOX)
+    named = made.harmonize(bands, units="raw", time="1MS", pick="median", kinds={"image": "class"})
+    assert named.cube(bounds=BOX).dtype == "int64"

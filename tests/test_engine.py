@@ -35,7 +35,7 @@ import rasteret_dask as rd
 from rasteret_dask.errors import ReadError
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.net.limits import HOST_REQUESTS
-from rasteret_dask.reader import layout, placing
+from rasteret_dask.reader import layout, placing, warp
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.levels import is_aligned
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window
@@ -447,6 +447,7 @@ def test_windows_are_laid_out_once_for_all_bands_and_nodata_is_looked_for_once_a
     looks = calls_of(monkeypatch, placing, "extremes")
     scans = calls_of(monkeypatch, placing, "valid_pixels")
     puts = calls_of(monkeypatch, placing.PendingRead, "put")
+    warp._pairs.cache_clear()
     read(*[Request(asset, pixels, wanted) for asset in assets])
     assert len(plans) == len(layouts) == 1
     tiles = layout.layout(plan_read(plans[0][0]), wanted, assets[0].levels[0])
@@ -454,6 +455,9 @@ def test_windows_are_laid_out_once_for_all_bands_and_nodata_is_looked_for_once_a
     if grid == "own":
         assert len(looks) == len(tiles) * (1 if interleave == "pixel" else 8)
     assert scans == []
+    assert warp._pairs.cache_info().currsize == (
+        0 if grid == "own" else len(wanted)
+    )  # a kernel's weights, a window
 
 
 # Real files with every oddity

@@ -6,11 +6,15 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
 from servers import Fault, RangeServer
@@ -98,6 +102,76 @@ def test_every_file_agrees_with_gdal(data: Path) -> None:
                 assert (overview["width"], overview["height"]) == (gdal.width, gdal.height), name
                 np.testing.assert_allclose(overview["transform"], tuple(gdal.transform)[:6], rtol=1e-12)
     assert refused <= set(UNREADABLE)
+
+
+def levels_by_tifffile(path: str) -> list[tuple[Any, ...]]:
+    """Return what another parser tells of the levels that have tile tables, as ``levels_by_us`` does."""
+    with tifffile.TiffFile(path) as file:
+        pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
+        levels = [
+            (
+                p.imagewidth, p.imagelength, p.tilewidth, p.tilelength, int(p.compression), int(p.predictor),
+                int(p.planarconfig), p.samplesperpixel, file.byteorder, tuple(p.dataoffsets), tuple(p.databytecounts),
+            )
+            for p in pages
+        ]  # fmt: skip
+    return sorted(levels)
+
+
+def levels_by_us(header: Header) -> list[tuple[Any, ...]]:
+    return sorted(
+        (
+            p.width, p.height, p.tile_width, p.tile_height, p.compression, p.predictor, p.planar, p.samples,
+            p.byteorder, p.tile_offsets, p.tile_byte_counts,
+        )
+        for p in header.pages
+        if p.tile_offsets
+    )  # fmt: skip
+
+
+def test_tile_tables_of_every_file_agree_with_tifffile(data: Path) -> None:
+    compared = 0
+    for path, ours in read_headers(rasters(data)).items():
+        if isinstance(ours, Header) and (told := levels_by_us(ours)):
+            compared += len(told)
+            assert set(told) <= set(levels_by_tifffile(path)), path
+            unlisted = [page for page in ours.pages if not page.tile_offsets and page.compression]
+            assert unlisted or len(told) == len(levels_by_tifffile(path)), path
+    assert compared > 150
+
+
+@given(
+    dtype=st.sampled_from(["uint8", "int8", "uint16", "int32", "float32", "float64", "complex64", "uint64"]),
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    bands=st.integers(1, 5),
+    tiled=st.booleans(),
+    options=st.fixed_dictionaries(
+        {
+            "interleave": st.sampled_from(["pixel", "band"]),
+            "BIGTIFF": st.sampled_from(["YES", "NO"]),
+            "ENDIANNESS": st.sampled_from(["LITTLE", "BIG"]),
+            "compress": st.sampled_from(["none", "deflate", "lzw", "zstd"]),
+            "SPARSE_OK": st.sampled_from(["TRUE", "FALSE"]),
+            "nodata": st.sampled_from([None, 0, 7]),
+            "crs": st.sampled_from(["EPSG:32631", "EPSG:3035"]),
+        }
+    ),
+)
+@settings(max_examples=25, deadline=None)
+def test_whatever_gdal_writes_agrees_with_two_other_parsers(
+    dtype: str, size: tuple[int, int], bands: int, tiled: bool, options: dict[str, Any]
+) -> None:
+    with TemporaryDirectory() as folder:
+        blocks = {"tiled": True, "blockxsize": 32, "blockysize": 16} if tiled else {"tiled": False}
+        path = write(Path(folder) / "a.tif", np.ones((bands, *size), dtype), **blocks, **options)
+        ours = header(path)
+        assert levels_by_us(ours) == levels_by_tifffile(str(path))
+        with rasterio.open(path) as gdal:
+            assert [ours.dtype] * bands == list(gdal.dtypes)
+            assert (ours.samples, ours.epsg, ours.nodata) == (gdal.count, gdal.crs.to_epsg(), gdal.nodata)
+            assert (ours.pages[0].height, ours.pages[0].width) == gdal.shape
+            if tiled:  # of strips without compression GDAL makes others
+                assert (ours.pages[0].tile_height, ours.pages[0].tile_width) == gdal.block_shapes[0]
 
 
 def test_levels_have_the_fields_of_the_schema(data: Path) -> None:
@@ -330,17 +404,39 @@ def test_absurd_sizes_are_refused_before_allocation(
     assert "refused" in reason(path)
 
 
+# rasterio fails to log what GDAL tells in bytes that are no text
+@pytest.mark.filterwarnings("ignore:Exception ignored in. 'rasterio._env.log_error'")
 def test_cut_and_scrambled_headers_never_escape(data: Path, tmp_path: Path) -> None:
-    whole = (data / "edge_cases" / "gdal_byte_ZSTD_tiled.tif").read_bytes()
+    sources = (
+        "gdal_byte_ZSTD_tiled.tif",
+        "riotiler_cog_uint8_rgb_mask.tif",
+        "gdal_byte_bigtiff_strip5lines.tif",
+    )
+    wholes = [(data / "edge_cases" / name).read_bytes()[:20_000] for name in sources]
     noise = np.random.default_rng(0)
     paths = []
-    for n in range(60):
+    for n in range(300):
+        whole = wholes[n % 3]
         broken = bytearray(whole[: noise.integers(4, len(whole))])
         for at in noise.integers(4, len(broken), 8) if len(broken) > 4 else ():
             broken[at] = noise.integers(256)
         paths.append(tmp_path / f"{n}.tif")
         paths[-1].write_bytes(bytes(broken))
-    assert len(read_headers([str(p) for p in paths], workers=2)) == 60
+    assert len(read_headers([str(p) for p in paths], workers=2)) == 300
+
+
+def test_a_directory_that_gdal_cannot_read_either_is_a_reason(tmp_path: Path) -> None:
+    # GDAL opens such a file, and fails when it is asked for more: by an error without a public name in rasterio
+    path = write(tmp_path / "a.tif", np.ones((1, 64, 64), "uint8"), blockxsize=16, blockysize=16)
+    with rasterio.open(path, "r+") as to:
+        to.build_overviews([2])
+    data = bytearray(path.read_bytes())
+    (first,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, first)
+    (second,) = struct.unpack_from("<I", data, first + 2 + 12 * count)
+    data[second : second + 2] = b"\xff\xff"
+    path.write_bytes(bytes(data))
+    assert "TIFFReadDirectory" in reason(path)
 
 
 def test_a_warning_of_gdal_stays_inside(tmp_path: Path) -> None:

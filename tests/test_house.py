@@ -28,9 +28,9 @@ ORDER = {
     "": "_version errors extras words formats progress footprint grid extent",
     "rules": "kinds radiometry values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "hrefs places trust gate web refusals remote remotefs gdalfiles sums limits clusters probe readiness watch "
-           "awaiting signatureplugin signatures",
-    "headers": "nodata page tiff gdal sidecar reader",
+    "net": "hrefs places trust gate web localfile lending refusals remote remotefs gdalfiles sums limits allocator "
+           "clusters probe readiness watch awaiting signatureplugin signatures",
+    "headers": "nodata page rangefile directories tiff gdal sidecar reader",
     "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
              "layers leftassets facts rowgroups timing",
     "ingest": "search stacapi tablecache describe sources fileindex stac tables pages order",
@@ -41,15 +41,15 @@ ORDER = {
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
-    "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes neighbours picking "
-             "pixels clouds mapping filtering shards batches",
-    "store": "encode decode ledger layout manifest write presence onthreads oncluster run outputs "
-             "storetables storemap storeread stored "
+    "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes runs neighbours picking pixels "
+             "clouds mapping filtering shards batches",
+    "store": "encode decode ledger layout manifest write presence runtasks onthreads oncluster shardruns run outputs "
+             "bytecache storetables storemap storeread stored "
              "holding datasets verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
-    "show": "explain audit pictures plot",
+    "show": "fetching explain audit pictures plot",
     "training": "tensors passes",
     "the face": "compacting storeset streamfrom torchdata chipblocks chipset tableexits pixelreads "
                 "collection openers building __init__",
@@ -171,6 +171,8 @@ def test_a_training_worker_imports_little() -> None:
     code = (
         "import sys, rasteret_dask\n"
         "assert len(sys.modules) < 300, len(sys.modules)\n"
+        "assert not [name for name in sys.modules if name.startswith('rasteret_dask.rules')]\n"
+        "rasteret_dask.masks.Mask, rasteret_dask.picks.Pick, rasteret_dask.units.Unit\n"
         "from rasteret_dask import open_chips\n"
         "from rasteret_dask.storeset import StoredChips\n"
         "import rasteret_dask.store.holding, rasteret_dask.streams.stream\n"

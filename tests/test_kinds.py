@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rasteret_dask.rules.kinds import KINDS, UNKNOWN, Kind, checked_kinds, kind_
 from rasteret_dask.statistics.sketch import measured
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.table.records import ASSET_TYPE
+from rasteret_dask.tasks.batches import SourcePixels
 from rasteret_dask.words import Resampling as Kernel
 
 X0, Y0, SIDE = 500_000.0, 5_200_000.0, 96
@@ -468,6 +470,49 @@ def test_classes_beside_measured_bands_keep_their_numbers() -> None:
     assert made[:, 0, 0].tolist() == [-1, -1]
     assert set(made[1].ravel()[1:]) == {40.0}
     assert made[0].ravel()[1:].mean() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("code", [2**24, 2**24 + 1, 2**40])
+def test_codes_that_float32_would_change_are_not_normalized_beside_measured_bands(code: int) -> None:
+    kinds, seen = (BandKind("continuous"), BandKind("class")), np.ones((1, 1, 8, 8), dtype=bool)
+    pixels = np.stack([np.arange(64).reshape(8, 8), np.full((8, 8), -code)])[None, None]
+    stats = Stats({"a": measured(pixels, seen, ("red", "map"), kinds=kinds)}, 1)
+    if code == 2**24:
+        made = stats.normalize({"a": pixels, "a/valid": seen})["a"][0, 0, 1]
+        assert set(made.astype(int).ravel().tolist()) == {-code}
+        return
+    with pytest.raises(PlanError, match=rf"'map' of codes up to {code}.*rd\.join"):
+        stats.normalize({"a": pixels, "a/valid": seen})
+    with pytest.raises(PlanError, match=rf"'map' of codes up to {code}.*rd\.join"):
+        stats.check({"a": SourcePixels(("red", "map"), "int64")})
+    alone = Stats({"a": measured(pixels[:, :, 1:], seen, ("map",), kinds=kinds[1:])}, 1)  # the remedy
+    assert np.array_equal(alone.normalize({"a": pixels[:, :, 1:], "a/valid": seen})["a"], pixels[:, :, 1:])
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_big_codes_stay_what_they_are_in_statistics_and_batches(tmp_path: Path, dtype: str) -> None:
+    """Codes that floats do not tell apart, beside the number that a loss ignores."""
+    codes = 2**60 + np.random.default_rng(0).integers(0, 4, (SIDE, SIDE)).astype(dtype)
+    codes[codes == 2**60] = 0
+    stac = item({"map": write(tmp_path / "m.tif", codes)})
+    chips = rd.build_from_stac([stac], name="lc").harmonize(kinds={"map": "class"}).chips(16, cell_km=0.16)
+    here = chips.load()
+    assert isinstance(here, xr.Dataset)
+    seen, pixels = here["valid"].values[:, :, None], here["pixels"].values
+    wanted = Counter(pixels[seen].tolist())
+    stats = chips.stats()
+    assert stats["lc"].classes == {"map": dict(wanted)}
+    assert all(str(2**60 + n) in str(stats) for n in (1, 2, 3))
+    index = -100
+    if dtype == "uint64":
+        with pytest.raises(PlanError, match=rf"classes of uint64.*Choose one that no class has: {2**64 - 1}"):
+            chips.stream(4, ignore_index=index)
+        index = 2**64 - 1
+    batch = next(chips.stream(len(pixels), ignore_index=index))["lc"]
+    assert batch.dtype == dtype
+    known = np.broadcast_to(seen, pixels.shape)
+    assert batch[known].tolist() == pixels[known].tolist()
+    assert set(batch[~known].tolist()) == {index}
 
 
 def test_a_source_called_mask_holds_classes(tmp_path: Path) -> None:

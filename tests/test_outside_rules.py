@@ -25,6 +25,7 @@ import rasteret_dask as rd
 from rasteret_dask.errors import PlanError
 from rasteret_dask.rules.masks import Mask
 from rasteret_dask.rules.picks import Candidates, Ranked
+from rasteret_dask.rules.units import Unit
 from rasteret_dask.rules.values import from_json
 from rasteret_dask.streamfrom import stream_from
 from rasteret_dask.tasks.jobfile import open_job, write_job
@@ -246,6 +247,57 @@ def test_what_is_no_rule_is_refused(name: str) -> None:
 def test_what_cannot_be_imported_is_told(name: str) -> None:
     with pytest.raises(PlanError, match="no such type in this process"):
         from_json({"rule": name, "source": "", "fields": {}})
+
+
+@dataclasses.dataclass(frozen=True)
+class Shallow(Unit):
+    """The same as one that is written inside a function."""
+
+    name = "shallow"
+
+    def decode(self, stored: Array, scaling: Any) -> Array:
+        return stored.astype(np.float32) / 2
+
+
+def test_a_rule_inside_a_function_works_here_and_is_refused_where_it_is_written(
+    world: Passing, tmp_path: Path
+) -> None:
+    """A plan that nobody could open again is not written; the remedy is tried."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Deep(Unit):
+        name = "shallow"
+
+        def decode(self, stored: Array, scaling: Any) -> Array:
+            return stored.astype(np.float32) / 2
+
+    def chips_in(unit: Unit) -> rd.Chips:
+        source = world.source.harmonize(BANDS[:1], units={BANDS[0]: unit})
+        return source.chips(SIDE, min_coverage=0.0, **CELLS)
+
+    inside = chips_in(Deep())
+    here = inside.load()
+    assert isinstance(here, xr.Dataset)
+    lazy = inside.to_xarray()
+    assert isinstance(lazy, xr.Dataset)
+    xr.testing.assert_identical(here, lazy.compute(scheduler="threads"))
+    (key,) = {k for k, v in next(iter(inside.stream(4))).items() if v.ndim == 5}
+    streamed = np.concatenate([batch[key] for batch in inside.stream(4)])
+    np.testing.assert_array_equal(streamed, here["pixels"].values)
+    writes: list[tuple[str, Any]] = [
+        ("store", lambda: inside.to_zarr(tmp_path / "store", progress=False)),
+        ("plan", lambda: inside.save_plan(tmp_path / "plan")),
+    ]
+    for name, write in writes:
+        with pytest.raises(PlanError, match=r"Deep.*Move the class Deep out of .*to the top of its module"):
+            write()
+        assert not list((tmp_path / name).rglob("*")), f"something of {name} was written"
+    moved = chips_in(Shallow())
+    moved.save_plan(tmp_path / "plan")
+    moved.to_zarr(tmp_path / "store", progress=False)
+    stored = rd.open_chips(tmp_path / "store").load()
+    assert isinstance(stored, xr.Dataset)
+    np.testing.assert_array_equal(stored["pixels"].values, here["pixels"].values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -533,6 +533,7 @@ def test_mistakes_are_told_before_anything_is_read(
     assert "one source" in said(rd.PlanError, fields, source=rd.join(a=s2, b=l8), size=8)
     assert "map" in said(rd.PlanError, fields, source=s2.map(lambda chips: chips), size=8)
     assert "on_error" in said(rd.PlanError, fields, ["B04"], size=8, on_error="ignore")
+    assert "on_error" in said(rd.PlanError, [(0.0, 0.0)], ["B04"], verb="sample_points", on_error="ignore")
     assert "a point" in said(rd.PlanError, fields, ["B04"], verb="sample_points")
     labelled = geopandas.GeoDataFrame({"datetime": [1, 2, 3]}, geometry=fields, crs=4326)
     assert "rename" in said(rd.PlanError, labelled, ["B04"], size=8)

@@ -9,24 +9,27 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import dask
 import psutil
 import pytest
-from dask._task_spec import Alias, DataNode, Task, TaskRef
 
 from rasteret_dask.demo.world import World
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import onthreads
 from rasteret_dask.store.onthreads import ThreadTasks, threads_that_fit
+from rasteret_dask.store.runtasks import Run, Work
 from rasteret_dask.tasks.freezing import SHARD_BYTES
 
 # Half a second of CPU and more together; where Jupyter is installed, some bring along all of it.
 SEARCH = ["pystac_client", "jsonschema"]
 CLUSTER = ["distributed", "bokeh"]
-PIXELS = ["stackstac", "rioxarray", "dask.array", "zarr", "IPython"]
-EVERY = [*SEARCH, *CLUSTER, *PIXELS]
+PIXELS = [
+    "stackstac", "rioxarray", "rasterio", "boto3", "xarray", "imagecodecs", "dask.array", "zarr", "IPython", "tifffile",
+]  # fmt: skip
+ROOMS = ["reader", "cubes", "tasks", "store", "streams", "statistics", "show", "training", "demo"]
+"""Rooms of the package that a plan of chips has no use for."""
+EVERY = [*SEARCH, *CLUSTER, *PIXELS, *(f"rasteret_dask.{room}" for room in ROOMS)]
 
 SCRIPT = """
 import sys
@@ -36,10 +39,15 @@ def loaded(step):
     print(step, *(name for name in sys.argv[3:] if name in sys.modules))
 
 if __name__ == "__main__":
+    loaded("bare")
+    print("modules", sum(name.startswith("rasteret_dask.") for name in sys.modules))
     rd.build, rd.build_from_table, rd.load
     loaded("import")
     s2 = rd.build_from_stac(sys.argv[1], name="s2")
     loaded("build")
+    s2.export(sys.argv[2] + ".parquet")
+    rd.load(sys.argv[2] + ".parquet")
+    loaded("load")
     chips = s2.harmonize(bands=["red"], units="reflectance").chips(size=32, cell_km=0.96).sample(20)
     len(chips)
     loaded("plan")
@@ -58,9 +66,9 @@ def test_each_step_imports_what_it_needs(small_world: World, tmp_path: Path) -> 
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     steps = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
-    assert steps["import"] == set()
-    assert steps["build"] == set()
-    assert steps["plan"] == set()
+    assert steps["modules"] == {"1"}  # _version
+    for step in ("bare", "import", "build", "load", "plan"):
+        assert steps[step] == set(), step
     assert steps["explain"].isdisjoint([*SEARCH, *CLUSTER])
     assert steps["to_zarr"].isdisjoint(["jsonschema", *CLUSTER])
 
@@ -68,38 +76,46 @@ def test_each_step_imports_what_it_needs(small_world: World, tmp_path: Path) -> 
 # Threads of this process
 
 
-def test_threads_compute_in_order_and_each_key_ends_once() -> None:
-    begun: list[int] = []
-    double = DataNode("double", lambda number: 2 * number)
+def runs_of(count: int) -> list[Run]:
+    return [Run(f"t{n}", (f"train-{n:05d}",), (n,), (n,), True) for n in range(count)]
 
-    def work(function: Callable[[int], int], number: int) -> int:
-        begun.append(number)
+
+def ended(threads: ThreadTasks) -> dict[str, BaseException | None]:
+    """Return what each shard has ended with, in the order of their ends."""
+    result: dict[str, BaseException | None] = {}
+    while threads.unfinished:
+        result |= {news.name: news.error for news in threads.news()}
+    return result
+
+
+def test_threads_compute_in_order_and_each_shard_ends_once() -> None:
+    begun: list[int] = []
+
+    def compute(number: int, function: Callable[[int], int]) -> None:
+        begun.append(function(number))
         if number == 3:
             raise OSError("three")
-        return function(number)
 
-    graph: dict[Any, Any] = {"double": double, "alias": Alias("alias", "double")}
-    keys = [f"t{n}" for n in range(20)]
-    graph |= {key: Task(key, work, TaskRef("alias"), n) for n, key in enumerate(keys)}
+    work, runs = Work(compute, "digest", {"double": lambda number: 2 * number}), runs_of(20)
     threads = ThreadTasks(1)
-    with threads.watched(graph, {}, "a job", Progress("tasks", shown=False)):
-        threads.send(graph, keys)
-        ended = dict(threads.ended())
-    assert list(ended) == keys
-    assert begun == list(range(20))
-    assert {key: str(error) for key, error in ended.items() if error is not None} == {"t3": "three"}
+    with threads.watched(work, runs[0], "a job", Progress("shards", shown=False)):
+        threads.send(work, runs)
+        ends = ended(threads)
+    assert list(ends) == [run.names[0] for run in runs]
+    assert begun == list(range(0, 40, 2))
+    assert {name: str(error) for name, error in ends.items() if error is not None} == {"train-00003": "three"}
 
 
 def test_who_interrupts_waits_for_what_runs_and_begins_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
-    ended: list[int] = []
+    done: list[int] = []
     go = threading.Event()
 
-    def work(number: int) -> None:
+    def compute(number: int) -> None:
         begun.append(number)
         if number > 0:
             go.wait(60)
-        ended.append(number)
+        done.append(number)
 
     class Pool(ThreadPoolExecutor):
         def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -108,38 +124,42 @@ def test_who_interrupts_waits_for_what_runs_and_begins_nothing_more(monkeypatch:
             super().shutdown(wait=wait)
 
     monkeypatch.setattr(onthreads, "ThreadPoolExecutor", Pool)
-    graph: dict[Any, Any] = {f"t{n}": Task(f"t{n}", work, n) for n in range(50)}
+    work, runs = Work(compute, "digest", {}), runs_of(50)
     threads = ThreadTasks(2)
 
     def interrupted() -> None:
-        with threads.watched(graph, {}, "a job", Progress("tasks", shown=False)):
-            threads.send(graph, list(graph))
-            next(threads.ended())
+        with threads.watched(work, runs[0], "a job", Progress("shards", shown=False)):
+            threads.send(work, runs)
+            threads.news()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert sorted(begun) == sorted(ended)  # nothing goes on behind the caller's back
+    assert sorted(begun) == sorted(done)  # nothing goes on behind the caller's back
     assert len(begun) <= 3
 
 
 def test_what_stands_still_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    said = threading.Event()
-    graph: dict[Any, Any] = {"t0": Task("t0", said.wait, 60)}
+    told = threading.Event()
+
+    def compute(number: int) -> None:
+        told.wait(60)
+
+    work, runs = Work(compute, "digest", {}), runs_of(1)
     threads = ThreadTasks(1)
 
     class Told(Progress):
         def note(self, text: str) -> None:
-            said.set()
+            told.set()
 
     patience = {"rasteret_dask.watch.look": "5ms", "rasteret_dask.watch.no-progress": "20ms"}
     with (
         dask.config.set(patience),
         caplog.at_level("WARNING", "rasteret_dask"),
-        threads.watched(graph, {"t0": "train-00000"}, "to_zarr x", Told("shards", shown=False)),
+        threads.watched(work, runs[0], "to_zarr x", Told("shards", shown=False)),
     ):
-        threads.send(graph, ["t0"])
-        assert [error for _, error in threads.ended()] == [None]
+        threads.send(work, runs)
+        assert ended(threads) == {"train-00000": None}
     assert "to_zarr x: nothing has begun or ended for 0 s; running: train-00000 for 0 s" in caplog.text
 
 

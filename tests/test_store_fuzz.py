@@ -43,8 +43,7 @@ def store(s2: rd.Collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def everything(store: Path) -> dict[str, NDArray[Any]]:
     """Read a store in every way: all of it, single chips, its tables, filters, xarray."""
     _opened.cache_clear()
-    storeread._index.cache_clear()
-    storeread._small.cache_clear()
+    storeread.forget()
     opened = open_chips(store)
     ids = list(opened)
     values = {f"all/{k}": v for k, v in opened.take(ids).items()}

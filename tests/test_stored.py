@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,13 +25,15 @@ from zarr.codecs import GzipCodec, ZstdCodec
 
 import rasteret_dask as rd
 from rasteret_dask.errors import PlanError, StoreError
-from rasteret_dask.store import outputs, stored
+from rasteret_dask.net import lending, localfile
+from rasteret_dask.net.lending import Lender
+from rasteret_dask.store import decode, outputs, stored, storeread
 from rasteret_dask.store.encode import Compression
 from rasteret_dask.store.holding import hold
 from rasteret_dask.store.storemap import _opened
 from rasteret_dask.storeset import StoredChips, open_chips
 from rasteret_dask.streams.planned import planned
-from rasteret_dask.tasks.batches import assembled, take
+from rasteret_dask.tasks.batches import Arrays, assembled, take
 from rasteret_dask.tasks.context import ReadContext
 
 
@@ -87,16 +92,18 @@ def test_shards_and_chips_are_those_of_the_plan(name: str, stores: dict[str, tup
     plan = planned(layout.job, layout.outputs, ReadContext())
     assert opened.stored.sizes == plan.sizes
     assert opened.stored.bands == plan.bands
-    first = 0
+    first, memory = 0, Lender()
     for number, size in enumerate(plan.sizes[:5]):
         ids, forth = list(opened)[first : first + size], np.arange(size)
-        wanted = assembled([(forth, (plan.read(number), None))], size)
-        held, half = hold(opened.stored, number), size // 2
+        wanted = assembled([(forth, (plan.read(number, memory), None))], size, memory)
+        held, half = hold(opened.stored, number, memory), size // 2
         ways = {
             "shard": stored.read_shard(opened.stored, number),
             "singly": take(opened.take(ids[::-1]), forth[::-1]),
-            "held": assembled([(forth, (held, None))], size),
-            "in two parts": assembled([(at, (held, at)) for at in (forth[half:][::-1], forth[:half])], size),
+            "held": assembled([(forth, (held, None))], size, memory),
+            "in two parts": assembled(
+                [(at, (held, at)) for at in (forth[half:][::-1], forth[:half])], size, memory
+            ),
         }
         for way, found in ways.items():
             assert found.keys() == wanted.keys(), way
@@ -279,6 +286,129 @@ def test_a_chip_costs_one_request_once_its_shard_is_known(
     seen.clear()
     assert_same(opened.load(), open_chips(stores["single"][1]).load())
     assert sum("/pixels/" in path for path, _ in seen) == len(opened.stored.sizes)
+
+
+@dataclass
+class Work:
+    """What reading a store on disk took."""
+
+    reads: list[tuple[str, int]] = field(default_factory=list)
+    """Path below the store and bytes of each."""
+    outs: list[tuple[int, int]] = field(default_factory=list)
+    """Where each chip was decoded to: addresses."""
+    checksums: int = 0
+    """Chips that were compared with their own checksum."""
+
+    def forget(self) -> None:
+        self.reads, self.outs, self.checksums = [], [], 0
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+    """Count what is done from now on."""
+    done, lock = Work(), Lock()
+    read, into, checked = localfile.read, decode.body_into, decode._checked
+
+    def counted_read(path: str, start: int, length: int | None, memory: Any = None) -> localfile.Fetched:
+        answer = read(path, start, length, memory)
+        with lock:
+            done.reads.append((path, len(answer.data)))
+        return answer
+
+    def counted_into(encoding: Any, body: Any, out: Any, subject: object) -> None:
+        with lock:
+            done.outs.append(np.lib.array_utils.byte_bounds(out))
+        into(encoding, body, out, subject)
+
+    def counted_checked(data: Any, subject: object) -> Any:
+        with lock:
+            done.checksums += 1
+        return checked(data, subject)
+
+    monkeypatch.setattr(localfile, "read", counted_read)
+    monkeypatch.setattr(decode, "body_into", counted_into)
+    monkeypatch.setattr(decode, "_checked", counted_checked)
+    return done
+
+
+def _inside(outs: list[tuple[int, int]], arrays: Arrays) -> bool:
+    """Tell whether all that was decoded lies in the memory of some arrays."""
+    spans = [np.lib.array_utils.byte_bounds(a) for a in arrays.values() if a.dtype != object and a.size]
+    return all(any(a <= start and stop <= b for a, b in spans) for start, stop in outs)
+
+
+@pytest.mark.parametrize("name", ["single", "joined"])
+def test_chips_on_a_disk_are_decoded_once_to_where_they_stay(
+    name: str, stores: dict[str, tuple[rd.Chips, Path]], work: Work
+) -> None:
+    opened = open_chips(stores[name][1])
+    ids, groups = list(opened), opened.stored.map.first
+    sharded = [a for g in groups for n, a in g.arrays.items() if n in g.sampled and a.encoding.sharded]
+    first, second = ids[: opened.stored.sizes[0]], ids[opened.stored.sizes[0] :]
+    some = [first[0], first[1], second[0]]
+    storeread.forget()
+    work.forget()
+    chips = opened.take(some)
+    objects = Counter(path.split("/c/")[0] for path, _ in work.reads)
+    small = sum(count for name, count in objects.items() if name.endswith("/datetime"))
+    # of each of two shards an index, and one read of neighbours; nothing where all of a shard is fill
+    assert all(count <= 4 for count in objects.values()), objects
+    assert len(work.outs) == 3 * len(sharded)
+    assert _inside(work.outs, chips)
+    assert work.checksums <= len(work.outs) + small
+    reads = len(work.reads)
+    work.forget()
+    again = opened.take(some)
+    assert len(work.reads) < reads
+    assert {n for _, n in work.reads}.isdisjoint({decode.index_nbytes(a.encoding.chunk[0]) for a in sharded})
+    work.forget()
+    one = opened[some[2]]
+    assert len(work.reads) <= len(sharded) == len(work.outs)
+    opened.take(ids)  # times of the other shards, which are kept
+    work.forget()
+    whole = opened.take(ids)
+    assert len({path for path, _ in work.reads}) == len(work.reads) == opened_objects(opened)
+    assert work.checksums == 0  # the objects were compared as such
+    assert len(work.outs) == len(ids) * len(sharded)
+    assert _inside(work.outs, whole)
+    for key, values in chips.items():
+        np.testing.assert_array_equal(values, again[key])
+        np.testing.assert_array_equal(values[2], one[key])
+        np.testing.assert_array_equal(values, whole[key][[ids.index(i) for i in some]])
+
+
+def opened_objects(opened: StoredChips) -> int:
+    """Return how many objects the pixels of all shards are, and what is stored like them."""
+    store = opened.stored.map
+    arrays = [(s, g, n, a) for s in store.shards for g in store.groups_of(s) for n, a in g.arrays.items()]
+    return sum(
+        a.object(s.number) in s.sizes for s, g, n, a in arrays if n in g.sampled and a.encoding.sharded
+    )
+
+
+def test_a_stream_decodes_to_its_batches_whose_memory_is_used_again(
+    stores: dict[str, tuple[rd.Chips, Path]], work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lending, "LARGE", 1)
+    opened = open_chips(stores["single"][1])
+    ids = list(opened)
+    kept = list(
+        opened.stream(5, shuffle=1, epochs=2)
+    )  # times too; nothing is used again while somebody holds it
+    assert [i for b in kept for i in b["chip_id"].tolist()] == [
+        i for b in opened.stream(5, shuffle=1, epochs=2) for i in b["chip_id"].tolist()
+    ]
+    alone = dict(zip(ids, opened.take(ids)["s2"], strict=True))
+    for batch in kept:
+        np.testing.assert_array_equal(batch["s2"], np.stack([alone[i] for i in batch["chip_id"]]))
+    work.forget()
+    places = set()
+    stream = opened.stream(5, shuffle=1, epochs=4, prefetch=2, drop_last=True)
+    for batch in stream:
+        places.add(batch["s2"].__array_interface__["data"][0])
+        del batch
+    assert work.checksums == 0
+    assert len(places) <= 2 + 2  # those ahead, the one that was taken last, and the one that is made
 
 
 # Other processes

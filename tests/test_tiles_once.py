@@ -22,13 +22,18 @@ from rasteret_dask.tasks.mapping import outputs_of
 pytestmark = pytest.mark.filterwarnings("ignore::rasteret_dask.errors.UnknownKindWarning")
 
 
-def readme_job(s2: rd.Collection, l8: rd.Collection, aef: rd.Collection, fill: bool) -> Job:
-    """Return two sensors joined with embeddings, resampled in part, in three splits of many shards."""
+def readme_chips(s2: rd.Collection, l8: rd.Collection, aef: rd.Collection, fill: bool) -> rd.Chips:
+    """Return two sensors joined with embeddings, resampled in part, in three splits."""
     optical = rd.merge(s2, l8).harmonize(
         ["red", "nir"], resolution=10, time="1MS", mask="clouds", pick="least_cloudy", fill=fill
     )
     joined = rd.join(optical=optical, embeddings=aef.harmonize(["A00", "A01"]))
-    chips = joined.chips(32, cell_km=0.96).split(0.6, 0.2, 0.2, seed=4)
+    return joined.chips(32, cell_km=0.96).split(0.6, 0.2, 0.2, seed=4)
+
+
+def readme_job(s2: rd.Collection, l8: rd.Collection, aef: rd.Collection, fill: bool) -> Job:
+    """Return these chips in many shards."""
+    chips = readme_chips(s2, l8, aef, fill)
     job = freeze(chips.planned, shard_bytes=600_000)
     assert len(list(job.shards())) > 8
     said = explain(chips.planned, job, outputs_of(job, {}))

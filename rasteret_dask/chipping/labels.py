@@ -14,8 +14,6 @@ import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 from pyproj import CRS
-from rasterio.features import rasterize
-from rasterio.transform import from_bounds
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import transformer
@@ -303,6 +301,11 @@ def _burn(
         parts = shapely.get_parts(shape)  # a cut may leave lines, which GDAL would burn too
         pairs += [(p, value) for p in parts if p.geom_type == "Polygon" and not p.is_empty]
     if pairs:
+        from rasterio.features import (
+            rasterize,  # rasterio takes a while to load: only who has labels waits for it
+        )
+        from rasterio.transform import from_bounds
+
         height, width = mask.shape
         grid = from_bounds(xmin, ymin, xmax, ymax, width, height)
         with _BURNING:

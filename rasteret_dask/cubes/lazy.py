@@ -70,14 +70,19 @@ def harmonized_cube(
     if source.axis is not None:
         whens = np.array([_start(source, slot) for slot in slots], dtype="datetime64[ns]")
         coords["datetime"] = ("time", whens)
-    if np.dtype(source.plan.dtype).kind in "fc":
+    is_whole, ground = np.dtype(source.plan.dtype).kind not in "fc", ("time", "y", "x")
+    if source.plan.pick.fills:
+        pixels, valid, filled = graph.told()
+        coords |= {"valid": (ground, valid)} if is_whole else {}
+        coords["filled"] = (ground, filled)
+    elif is_whole and _is_told_by_fill(source, rows):
         pixels = graph.pixels()
-    elif _is_told_by_fill(source, rows):
-        pixels = graph.pixels()
-        coords["valid"] = (("time", "y", "x"), graph.told_by_fill(pixels))
+        coords["valid"] = (ground, graph.told_by_fill(pixels))
+    elif is_whole:
+        pixels, valid, _ = graph.told()
+        coords["valid"] = (ground, valid)
     else:
-        pixels, valid = graph.pixels_and_valid()
-        coords["valid"] = (("time", "y", "x"), valid)
+        pixels = graph.pixels()
     cube: xr.DataArray = xr.DataArray(pixels, coords, ("time", "band", "y", "x"), source.plan.name)
     transform = grid.transform(Window(0, 0, *shape))
     cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(transform)

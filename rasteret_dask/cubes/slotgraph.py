@@ -34,6 +34,10 @@ SlotRecords: TypeAlias = tuple[tuple[int, ...], ...]
 Tasks: TypeAlias = dict[Any, Any]
 """Key -> task."""
 
+_Told: TypeAlias = "tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]"
+"""Pixels of some bands, shape (1, band, y, x); where they are valid; where another acquisition than the best gave them,
+None: nowhere."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Band:
@@ -83,10 +87,10 @@ class _Slot:
     rules: PixelRules
     acquisitions: tuple[_Acquisition, ...]
 
-    def pixels(
+    def told(
         self, shape: tuple[int, int], arrays: Sequence[NDArray[Any]], order: Sequence[int] | None
-    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Return one block as it is stored, shape (1, band, y, x), and where it is valid.
+    ) -> _Told:
+        """Return one block as it is stored, and what is told of its pixels.
 
         Parameters
         ----------
@@ -107,17 +111,18 @@ class _Slot:
             made = composing.composed(rules, ((one.rank, layers([one])) for one in by_start))
         else:
             ranked = self.acquisitions if order is None else [self.acquisitions[n] for n in order]
-            made = composing.picked(rules, layers(ranked if rules.pick.fills else ranked[:1]))
+            made = composing.picked(rules, layers(ranked[:1]), layers(ranked[1:] if rules.pick.fills else ()))
         if made is None:
             empty = (1, len(rules.units), *shape)
-            return np.full(empty, rules.store.fill_value), np.zeros(empty, dtype=bool)
-        return rules.store.encode(made.values, made.valid)[None], made.valid[None]
+            return np.full(empty, rules.store.fill_value), np.zeros(empty, dtype=bool), None
+        filled = None if made.filled is None else made.filled[None]
+        return rules.store.encode(made.values, made.valid)[None], made.valid[None], filled
 
     def values(
         self, shape: tuple[int, int], arrays: Sequence[NDArray[Any]], order: Sequence[int] | None
     ) -> NDArray[Any]:
         """Return one block as it is stored, shape (1, band, y, x)."""
-        return self.pixels(shape, arrays, order)[0]
+        return self.told(shape, arrays, order)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,21 +193,28 @@ class SlotGraph:
 
     def told_by_fill(self, pixels: da.Array) -> da.Array:
         """Return where no band of :meth:`pixels` holds the fill, dims (time, y, x)."""
-        return self._over_bands(pixels, partial(_none_is, self.source.plan.fill))
+        return self._over_bands("valid", pixels, partial(_none_is, self.source.plan.fill))
 
-    def pixels_and_valid(self) -> tuple[da.Array, da.Array]:
-        """Return the pixels, dims (time, band, y, x), and where all bands are valid, dims (time, y, x)."""
-        both = self._slots(f"slot-{self.token}", _Slot.pixels)
+    def told(self) -> tuple[da.Array, da.Array, da.Array]:
+        """Return the pixels, where all bands are valid, and where another acquisition than the best gave one of them.
+
+        Dims (time, band, y, x), and twice (time, y, x).
+        """
+        slots = self._slots(f"slot-{self.token}", _Slot.told)
         name = f"cube-{self.token}"
-        first = {(name, *at): (itemgetter(0), (both.name, *at)) for at in np.ndindex(both.numblocks)}
-        return _array(name, first, [both], both.chunks, both.dtype), self._over_bands(both, _all_valid)
+        first = {(name, *at): (itemgetter(0), (slots.name, *at)) for at in np.ndindex(slots.numblocks)}
+        return (
+            _array(name, first, [slots], slots.chunks, slots.dtype),
+            self._over_bands("valid", slots, _all_valid),
+            self._over_bands("filled", slots, _any_filled),
+        )
 
     def _slots(self, name: str, make: Callable[..., Any]) -> da.Array:
         chunks = ((1,) * len(self.slots), tuple(len(group) for group in self.groups), *self.chunks)
         return _array(name, self._tasks(name, make), self._stacks(), chunks, np.dtype(self.source.plan.dtype))
 
-    def _over_bands(self, bands: da.Array, make: Callable[..., Any]) -> da.Array:
-        name, (times, groups, *blocks) = f"valid-{self.token}", bands.numblocks
+    def _over_bands(self, what: str, bands: da.Array, make: Callable[..., Any]) -> da.Array:
+        name, (times, groups, *blocks) = f"{what}-{self.token}", bands.numblocks
         tasks = {
             (name, slot, *block): (make, [(bands.name, slot, group, *block) for group in range(groups)])
             for slot, *block in np.ndindex(times, *blocks)
@@ -346,9 +358,16 @@ def _order_of(
     return composing.by_score(pick, list(ground))
 
 
-def _all_valid(parts: Sequence[tuple[NDArray[Any], NDArray[np.bool_]]]) -> NDArray[np.bool_]:
+def _all_valid(parts: Sequence[_Told]) -> NDArray[np.bool_]:
     """Return where all bands are valid, shape (1, y, x), of groups of bands."""
-    return np.asarray(np.logical_and.reduce([valid.all(axis=1) for _, valid in parts]))
+    return np.asarray(np.logical_and.reduce([valid.all(axis=1) for _, valid, _ in parts]))
+
+
+def _any_filled(parts: Sequence[_Told]) -> NDArray[np.bool_]:
+    """Return where all bands are valid and another acquisition gave one of them, shape (1, y, x)."""
+    valid = _all_valid(parts)
+    some = [filled.any(axis=1) for _, _, filled in parts if filled is not None]
+    return np.asarray(valid & np.logical_or.reduce(some)) if some else np.zeros(valid.shape, dtype=bool)
 
 
 def _none_is(fill: Any, parts: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:

@@ -30,17 +30,17 @@ from rasteret_dask.geometries.rows import (
     laid,
     picked,
     settled,
-    spec_field,
     squares,
     window_job,
 )
 from rasteret_dask.geometries.windows import Geometries
 from rasteret_dask.net import remote
-from rasteret_dask.planning.plan import ChipSpec, Filter, Node, Predicate
+from rasteret_dask.planning.plan import ChipSpec, Filter, Node, Predicate, spec_field
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.rules.picks import pick_named
 from rasteret_dask.table.timing import TimeAxis, half_open
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Hierarchy, Job, Shard
 
@@ -63,7 +63,7 @@ class Cells:
     """A chip for each cell that records cover."""
     chip: NDArray[np.int64]
     """Shape (cell,). Its chip in the job, -1 where no record covers it."""
-    on_error: str
+    context: ReadContext
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -137,7 +137,7 @@ class Cells:
             return fill, np.zeros((height, width), dtype=bool)
         given = Geometries(np.array([shapely.box(*box)], dtype=object), pa.table({}))
         values = read(
-            RowsToRead(rows, self.outlines, given, None, WindowRequest(None, None, on_error=self.on_error))
+            RowsToRead(rows, self.outlines, given, None, WindowRequest(None, None, context=self.context))
         )
         return values.pixels[0], values.valid[0]
 
@@ -145,7 +145,7 @@ class Cells:
         whole = Hierarchy(None, 0, 0, len(chip), len(chip))
         own = dataclasses.replace(self.job, chips=self.job.chips.take(pa.array(chip)), hierarchies=(whole,))
         shard = Shard(None, 0, 0, 0, len(chip))
-        return picked(own, shard, self.on_error, _Rest(self.job, self._done, chip))
+        return picked(own, shard, self.context, _Rest(self.job, self._done, chip))
 
     @cached_property
     def _done(self) -> set[int]:
@@ -232,7 +232,7 @@ def cells_of(
     where: Area,
     bands: tuple[str, ...] | None,
     time: Any,
-    on_error: str,
+    context: ReadContext,
 ) -> Cells:
     """Lay cells over an area; see ``Collection.to_torchgeo_dataset``.
 
@@ -241,8 +241,6 @@ def cells_of(
     PlanError, GridError, BandError, UnreadableAssetsError
         Whatever cannot be carried out, before any pixel is read.
     """
-    if on_error not in ("raise", "mask"):
-        raise PlanError("on_error=", repr(on_error), "'raise' or 'mask'")
     size, resolution = where.size, where.resolution
     wkb = _footprints(query) if where.geometries is None else as_area(where.geometries)
     spec = ChipSpec(size, size, cell_km=where.cell_km, aoi=wkb)
@@ -263,7 +261,7 @@ def cells_of(
     side, square = squares(rows, size)
     chip = np.full(len(frame), -1, dtype=np.int64)
     chip[rows.laid.window] = np.arange(len(rows.laid.window))
-    cells = Cells(frame, source, found, size, window_job(rows, found, side, square), chip, on_error)
+    cells = Cells(frame, source, found, size, window_job(rows, found, side, square), chip, context)
     cells._home  # noqa: B018  (noted now: a fork keeps it, a pickle does not)
     return cells
 

@@ -22,6 +22,7 @@ from rasteret_dask.headers.nodata import INEXACT
 from rasteret_dask.planning.plan import Harmonize, HarmonizeSpec
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Shard
 
@@ -62,7 +63,9 @@ UPS_NORTH, UPS_SOUTH = 32661, 32761
 """EPSG codes of the polar stereographic maps that go on where UTM ends."""
 
 
-def sample_points(query: Query, points: Any, bands: str | Sequence[str] | None, on_error: str) -> pa.Table:
+def sample_points(
+    query: Query, points: Any, bands: str | Sequence[str] | None, context: ReadContext
+) -> pa.Table:
     """Return a table of POINT_SCHEMA: point by point, then by time, then by band; see ``Collection.sample_points``."""
     places = geometries_of(points)
     if set(shapely.get_type_id(places.shape).tolist()) != {0}:
@@ -77,7 +80,7 @@ def sample_points(query: Query, points: Any, bands: str | Sequence[str] | None, 
     size = _grain(settled(query, band_names(bands), None, near))
     exact = Harmonize(query.plan, HarmonizeSpec(resampling="nearest"))
     source = settled(query.then(exact), band_names(bands), size, near)
-    table = _sampled(source, places, on_error).sort_by([(n, "ascending") for n in ("point_index", *_ORDER)])
+    table = _sampled(source, places, context).sort_by([(n, "ascending") for n in ("point_index", *_ORDER)])
     table = table.drop_columns(list(_ORDER))
     for field, column in zip(places.labels.schema, places.labels.columns, strict=True):
         table = table.append_column(field, column.take(table.column("point_index")))
@@ -125,7 +128,7 @@ def _windows(places: Geometries, codes: NDArray[np.int64], size: float) -> NDArr
     return np.asarray(np.round(edges, 9), dtype=np.float64)
 
 
-def _sampled(source: ResolvedSource, places: Geometries, on_error: str) -> pa.Table:
+def _sampled(source: ResolvedSource, places: Geometries, context: ReadContext) -> pa.Table:
     """Read one pixel a point."""
     plan = source.plan
     found = source_outlines(source)
@@ -142,7 +145,7 @@ def _sampled(source: ResolvedSource, places: Geometries, on_error: str) -> pa.Ta
         values[own], valid[own] = chips.values[..., 0, 0], chips.valid[..., 0]
         when[own] = chips.datetime
 
-    run(job, take, on_error)
+    run(job, take, context)
     said = ~np.isnan(values) if plan.fill != plan.fill else values != plan.fill
     return _table(places, rows, values, valid | said, when)
 

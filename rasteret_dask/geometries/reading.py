@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from rasteret_dask.planning.plan import is_number
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.rules.picks import Scored
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Shard
 
@@ -90,7 +91,7 @@ class WindowRequest:
     size: int | None = None
     target_crs: Any = None
     all_touched: bool = False
-    on_error: str = "raise"
+    context: ReadContext = field(default_factory=ReadContext)
 
     def __post_init__(self) -> None:
         size = self.size
@@ -194,7 +195,7 @@ def read(what: RowsToRead) -> Values:
                 pixels[row][:, y : y + side, x : x + side] = chips.values[at, slot][:, :h, :w]
                 valid[row][y : y + side, x : x + side] = chips.valid[at, slot][:h, :w]
 
-    run(job, take, what.request.on_error)
+    run(job, take, what.request.context)
     share = _masked(what, pixels, valid)
     return Values(pixels, valid, _index(what, when, name, share))
 
@@ -266,8 +267,8 @@ def _index(
         "valid_fraction": pa.array(share),
     }
     table = pa.table(columns, schema=ROW_SCHEMA)
-    for field, column in zip(what.geometries.labels.schema, what.geometries.labels.columns, strict=True):
-        table = table.append_column(field, column.take(pa.array(rows.geometry)))
+    for one, column in zip(what.geometries.labels.schema, what.geometries.labels.columns, strict=True):
+        table = table.append_column(one, column.take(pa.array(rows.geometry)))
     return table
 
 

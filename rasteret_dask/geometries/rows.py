@@ -29,14 +29,14 @@ from rasteret_dask.planning.plan import (
     Harmonize,
     HarmonizeSpec,
     Join,
-    Node,
-    children,
     near_area,
+    spec_field,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource, resolve_source
 from rasteret_dask.reader.keeping import Later
 from rasteret_dask.reader.pixelgrid import Grid, Window
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.cuts import Feed, MemberCubes
 from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.freezing import freeze
@@ -44,7 +44,7 @@ from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.picking import Picking
 
-__all__ = ["NoRecordError", "Rows", "laid", "picked", "run", "settled", "spec_field", "squares", "window_job"]
+__all__ = ["NoRecordError", "Rows", "laid", "picked", "run", "settled", "squares", "window_job"]
 
 
 class NoRecordError(PlanError):
@@ -99,13 +99,6 @@ def settled(
         raise PlanError("reading windows", "a map step, which works on chips", "no map",
                         "Apply the function to what is read, or take chips(...).")  # fmt: skip
     return source
-
-
-def spec_field(node: Node, field: str) -> Any:
-    """Return what a plan's outermost ``harmonize`` step that says it says of a field of its spec, or None."""
-    own = getattr(node.spec, field) if isinstance(node, Harmonize) else None
-    below = (spec_field(child, field) for child in children(node))
-    return own if own is not None else next((found for found in below if found is not None), None)
 
 
 @dataclass(frozen=True)
@@ -266,17 +259,17 @@ def window_job(
     return job
 
 
-def run(job: Job, take: Callable[[Shard, ChipPixels], None], on_error: str) -> None:
+def run(job: Job, take: Callable[[Shard, ChipPixels], None], context: ReadContext) -> None:
     """Read a job's shards on Dask's threads in this process; ``take`` gets each of them as it comes."""
 
     def one(shard: Shard) -> None:
-        take(shard, picked(job, shard, on_error))
+        take(shard, picked(job, shard, context))
 
     tasks = {shard.name: Task(shard.name, one, shard) for shard in job.shards()}
     dask.threaded.get(tasks, list(tasks))
 
 
-def picked(job: Job, shard: Shard, on_error: str, later: Later | None = None) -> ChipPixels:
+def picked(job: Job, shard: Shard, context: ReadContext, later: Later | None = None) -> ChipPixels:
     """Read a shard of a job of one source.
 
     Windows may lie anywhere: each member's are windows of one grid a CRS, so that a record's band is one request
@@ -304,7 +297,7 @@ def picked(job: Job, shard: Shard, on_error: str, later: Later | None = None) ->
             }
             groups.append(GroupCube(grid, assets, windows))
         members.append(MemberCubes(member, number, tuple(groups), group_of))
-    chips = Picking(job, shard, 0, members).read(on_error, later=later)
+    chips = Picking(job, shard, 0, members).read(context.on_error, later=later)
     if chips.unreadable:
         warnings.warn(
             f"{len(chips.unreadable)} tiles could not be read; their pixels are invalid:\n"

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.session import DummySession
@@ -67,7 +68,7 @@ def from_gdal(href: str, driver: str, because: str) -> Header | str:
     try:
         with _QUIET, rasterio.Env(DummySession(), **options):
             return read() if file is None else file.call(read)
-    except (RasterioError, RasterioIOError, CRSError, OSError, ValueError) as error:
+    except (CPLE_BaseError, RasterioError, RasterioIOError, CRSError, OSError, ValueError) as error:
         if file is not None and isinstance(file.failure, ReadError | TrustError):
             return f"{because}; {file.failure.found}"
         return f"{because}; GDAL: {redact(str(error))[:200]}"

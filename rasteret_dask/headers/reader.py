@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 from rasteret_dask.errors import ReadError, TrustError
 from rasteret_dask.extent import misplaced
-from rasteret_dask.headers.gdal import from_gdal
 from rasteret_dask.headers.page import Header, HeaderRefusedError, UnsupportedError, unlisted_mask
+from rasteret_dask.headers.rangefile import FIRST, RangeFile
 from rasteret_dask.headers.sidecar import with_sidecar
-from rasteret_dask.headers.tiff import BROKEN, FIRST, RangeFile, from_tiff
+from rasteret_dask.headers.tiff import BROKEN, from_tiff
 from rasteret_dask.net.remote import is_local, local_path, redact
 
 __all__ = ["Header", "HeaderReader", "read_headers"]
@@ -156,6 +156,8 @@ def _parsed(href: str, file: RangeFile) -> Header | str:
         return f"refused: {error}"
     except (UnsupportedError, *BROKEN) as error:
         # a broken or georeferenceless TIFF may still be one to GDAL, with its sidecar files
+        from rasteret_dask.headers.gdal import from_gdal  # it imports rasterio, which few files need here
+
         header = from_gdal(href, file.driver, redact(str(error)) or type(error).__name__)
         if isinstance(header, Header):
             header = replace(header, size=file.head.size, etag=file.head.etag)

@@ -1,21 +1,16 @@
-"""A TIFF's header, parsed by tifffile from the bytes at its beginning."""
+"""A TIFF's header: what its directories say, brought to the levels of a record."""
 
 from __future__ import annotations
 
-import io
-import logging
-import os
 import struct
-import threading
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import islice
 
 import numpy as np
-import tifffile
 
+from rasteret_dask.headers.directories import Directory, directories
 from rasteret_dask.headers.nodata import Number, number_of, spelled, text_of
 from rasteret_dask.headers.page import (
     Header,
@@ -27,230 +22,131 @@ from rasteret_dask.headers.page import (
     reading_order,
     unlisted_mask,
 )
-from rasteret_dask.net.remote import fetch
+from rasteret_dask.headers.rangefile import RangeFile
 
-__all__ = ["BROKEN", "FIRST", "RangeFile", "from_tiff"]
+__all__ = ["BROKEN", "from_tiff"]
 
-FIRST = 32 * 1024
-"""Bytes of a first request: the header of nearly every COG (Landsat 15 kB, WorldCover 27 kB)."""
-
-_CAP = 16 * 1024 * 1024  # bytes of header a file may make us fetch
 _MAX_IFDS = 128
+_OLD_JPEG = 6  # compression whose other tags follow rules of their own
 _PALETTE = 3  # PhotometricInterpretation, TIFF 6.0, tag 262
 _COLOURS = 320  # ColorMap; files of USDA's have one under another interpretation, and GDAL takes it, too
-_MAGIC = {
-    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "GTiff"),
-    **dict.fromkeys((b"\0\0\0\x0c", b"\xff\x4f\xff\x51"), "JP2OpenJPEG"),
-}
-"""First four bytes -> the one GDAL driver that may open the file, whatever its name says."""
-# what tifffile raises on broken or hostile bytes
-BROKEN = (tifffile.TiffFileError, struct.error, ValueError, LookupError, TypeError, ArithmeticError, OSError)
-
-
-class _Parsing(logging.Filter):
-    """Keeps what tifffile logs of our files from the user: a broken header is hundreds of lines, and ours tells it.
-
-    What it logs of other files, on other threads, passes as the user configured it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.local()
-        self._log = logging.getLogger(__name__)
-
-    @contextmanager
-    def here(self) -> Iterator[None]:
-        """Take the lines that this thread makes tifffile log."""
-        logging.getLogger("tifffile").addFilter(self)  # once, however often: logging may be configured anew
-        self._thread.inside = True
-        try:
-            yield
-        finally:
-            self._thread.inside = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a line is none of ours; ours goes to this module's log."""
-        if not getattr(self._thread, "inside", False):
-            return True
-        self._log.debug("tifffile: %s", record.getMessage())
-        return False
-
-
-_PARSING = _Parsing()
-
-
-class RangeFile(io.RawIOBase):
-    """A seekable file over the first bytes of an href, which fetches more as they are asked for."""
-
-    def __init__(self, href: str, first_bytes: int = FIRST) -> None:
-        self._href = href
-        first = fetch(href, 0, first_bytes)
-        self.head = first.head
-        self._blocks: list[tuple[int, bytes]] = [(0, bytes(first.data))]
-        self._fetched = len(first.data)
-        self._at = 0
-        self._end = 0
-
-    @property
-    def driver(self) -> str | None:
-        """GDAL's name of the format that the first four bytes tell, None for any but TIFF and JPEG 2000."""
-        return _MAGIC.get(self._blocks[-1][1][:4])
-
-    @property
-    def needed(self) -> int:
-        """Bytes, from the file's beginning, that one request would have had to bring; 0 where they lie apart."""
-        return self._end if self._fetched >= self._end else 0
-
-    def readable(self) -> bool:
-        """Tell that it can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Tell that it can be sought."""
-        return True
-
-    def tell(self) -> int:
-        """Return the place of the next byte."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to another place."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.head.size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer with the next bytes, as far as they are there or one request brings them; return how many."""
-        data = self._bytes(self._at, min(len(buffer), max(0, self.head.size - self._at)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        self._end = max(self._end, self._at)
-        return len(data)
-
-    def _bytes(self, start: int, size: int) -> bytes:
-        """Return some of the bytes from a place on: a buffer reads ahead, and must not cause a request for it."""
-        if size == 0:
-            return b""
-        for at, block in self._blocks:
-            if at <= start < at + len(block):
-                return block[start - at : start - at + size]
-        wanted = min(max(size, min(4 * self._fetched, 1024 * 1024)), self.head.size - start)
-        if self._fetched + wanted > _CAP:
-            raise HeaderRefusedError(f"a header of more than {_CAP >> 20} MiB")
-        block = bytes(fetch(self._href, start, wanted).data)
-        if not block:
-            raise ValueError("the file ends before its header")
-        self._fetched += len(block)
-        self._blocks.insert(0, (start, block))
-        return block[:size]
+BROKEN = (struct.error, ValueError, LookupError, TypeError, ArithmeticError, OSError)
+"""What broken or hostile bytes raise."""
 
 
 def from_tiff(file: RangeFile) -> Header:
-    """Parse all levels; UnsupportedError or one of BROKEN where tifffile does not make sense of them."""
-    with _PARSING.here(), tifffile.TiffFile(io.BufferedReader(file)) as tiff:
-        ifds = list(_ifds(tiff))
-        first = ifds[0]
-        epsg = _epsg(first)
-        transform = _transform(first)
-        pages = [checked(_page(ifd, "image" if n == 0 else _kind(ifd), tiff.byteorder, transform, first))
-                 for n, ifd in enumerate(ifds) if n == 0 or _kind(ifd)]  # fmt: skip
-        items = _metadata(first)
-        if any(item.get("name") == "NODATA_VALUES" for item in items) and not any(
-            p.kind == "mask" for p in pages
-        ):
-            pages.append(unlisted_mask(pages[0]))
-        nodata = text_of(first.tags.valueof(42113))
-        return Header(
-            pages=tuple(sorted(pages, key=reading_order)),
-            epsg=epsg,
-            nodata=_nodata(nodata, first, pages[0].dtype),
-            dtype=pages[0].dtype,
-            samples=int(first.samplesperpixel),
-            size=file.head.size,
-            etag=file.head.etag,
-            scales=_per_sample(items, "scale", int(first.samplesperpixel)),
-            offsets=_per_sample(items, "offset", int(first.samplesperpixel)),
-            nodata_tag=nodata,
-            alpha=_alpha(first, items),
-            thematic=_thematic(first, items),
-        )
+    """Parse all levels; UnsupportedError or one of BROKEN where they make no sense."""
+    ifds = list(islice(directories(file), _MAX_IFDS + 1))
+    if not ifds:
+        raise UnsupportedError("no image in the file")
+    if len(ifds) > _MAX_IFDS:
+        raise HeaderRefusedError(f"more than {_MAX_IFDS} images in one file")
+    first = ifds[0]
+    epsg = _epsg(first)
+    transform = _transform(first)
+    image = _page(first, "image", transform, None)
+    pages = [image]
+    pages += [_page(ifd, kind, transform, image) for ifd in ifds[1:] if (kind := _kind(ifd))]
+    items = _metadata(first)
+    if any(item.get("name") == "NODATA_VALUES" for item in items) and not any(
+        p.kind == "mask" for p in pages
+    ):
+        pages.append(unlisted_mask(image))
+    nodata = text_of(first.text(42113))
+    return Header(
+        pages=tuple(sorted(pages, key=reading_order)),
+        epsg=epsg,
+        nodata=_nodata(nodata, first, image.dtype),
+        dtype=image.dtype,
+        samples=image.samples,
+        size=file.head.size,
+        etag=file.head.etag,
+        scales=_per_sample(items, "scale", image.samples),
+        offsets=_per_sample(items, "offset", image.samples),
+        nodata_tag=nodata,
+        alpha=_alpha(first, items, image.samples),
+        thematic=_thematic(first, items, image.samples),
+    )
 
 
-def _ifds(tiff: tifffile.TiffFile) -> Iterator[Any]:
-    for n in range(_MAX_IFDS):
-        try:
-            yield tiff.pages[n]
-        except IndexError:
-            if n == 0:
-                raise UnsupportedError("no image in the file") from None
-            return
-    raise HeaderRefusedError(f"more than {_MAX_IFDS} images in one file")
+def _subfile(ifd: Directory) -> int:
+    """Return NewSubfileType (TIFF 6.0, tag 254), where it is 0 by the older tag 255: 1 reduced, 4 a mask."""
+    return ifd.integer(254, 0) or {2: 1, 3: 2}.get(ifd.integer(255, 0), 0)
 
 
-def _kind(ifd: Any) -> str:
-    """Return what NewSubfileType (TIFF 6.0, tag 254) says of an IFD; "": a further page, not read."""
-    reduced, mask = bool(ifd.subfiletype & 1), bool(ifd.subfiletype & 4)
+def _kind(ifd: Directory) -> str:
+    """Return what the subfile's type says of an IFD; "": a further page, not read."""
+    subfile = _subfile(ifd)
+    reduced, mask = bool(subfile & 1), bool(subfile & 4)
     return {(0, 0): "", (1, 0): "overview", (0, 1): "mask", (1, 1): "overview_mask"}[reduced, mask]
 
 
-def _page(ifd: Any, kind: str, byteorder: str, transform: Transform, first: Any) -> Page:
-    width, height = int(ifd.imagewidth), int(ifd.imagelength)
+def _page(ifd: Directory, kind: str, transform: Transform, image: Page | None) -> Page:
+    """Return one level; ``transform`` is that of the image, which an overview is compared with."""
+    width, height, samples = ifd.integer(256, 0), ifd.integer(257, 0), ifd.integer(277, 1)
+    compression = ifd.integer(259, 1)
     if min(width, height) < 1:
         raise HeaderRefusedError(f"size {width} x {height}")
-    sx, sy = first.imagewidth / width, first.imagelength / height
+    if compression == _OLD_JPEG:
+        raise UnsupportedError("compression 6, JPEG of old")
+    sx, sy = (1.0, 1.0) if image is None else (image.width / width, image.height / height)
     a, b, c, d, e, f = transform
-    tile_width = int(ifd.tilewidth) if ifd.is_tiled else width
-    tile_height = int(ifd.tilelength) if ifd.is_tiled else min(int(ifd.rowsperstrip) or height, height)
+    tiled = 322 in ifd.tags
+    bits = _bits(ifd, samples)
+    one_bit_mask = bits == (1,) and bool(_subfile(ifd) & 4)
+    dtype = "bool" if one_bit_mask else _dtype(ifd, bits, samples)
     page = checked(
         Page(
             kind=kind,
             driver="GTiff",
             width=width,
             height=height,
-            tile_width=tile_width,
-            tile_height=tile_height,
-            dtype=_dtype(ifd),
-            byteorder=byteorder,
-            compression=int(ifd.compression),
-            predictor=int(ifd.predictor),
-            planar=int(ifd.planarconfig),
-            samples=int(ifd.samplesperpixel),
+            tile_width=ifd.integer(322, 0) if tiled else width,
+            tile_height=ifd.integer(323, 0) if tiled else _rows(ifd, height),
+            dtype=dtype,
+            byteorder=ifd.order,
+            compression=compression,
+            predictor=ifd.integer(317, 1),
+            planar=ifd.integer(284, 1),
+            samples=samples,
             transform=(a * sx, b * sy, c, d * sx, e * sy, f),
             tile_offsets=(),
             tile_byte_counts=(),
         )
     )
-    if not ifd.is_tiled or not _plain_bits(ifd) or ifd.fillorder != 1:
+    plain = one_bit_mask or set(bits) == {8 * np.dtype(dtype).itemsize}
+    if not tiled or not plain or ifd.integer(266, 1) != 1:
         return page
-    offsets, counts = ifd.dataoffsets, ifd.databytecounts
-    due = page.tiles * (page.samples if page.planar == 2 else 1)
+    offsets = ifd.integers(324 if 324 in ifd.tags else 273)
+    counts = ifd.integers(325 if 325 in ifd.tags else 279)
+    due = page.tiles * (samples if page.planar == 2 else 1)
     if len(offsets) != due or len(counts) != due:
         raise UnsupportedError(f"{len(offsets)} tile offsets and {len(counts)} byte counts for {due} tiles")
     return checked(replace(page, tile_offsets=offsets, tile_byte_counts=counts))
 
 
-def _bits(ifd: Any) -> tuple[int, ...]:
-    bits = ifd.bitspersample
-    return tuple(bits) if isinstance(bits, tuple) else (int(bits),)
+def _rows(ifd: Directory, height: int) -> int:
+    """Return the rows of a strip."""
+    rows = ifd.integers(278)
+    return min(rows[0], height) or height if len(rows) == 1 else height
 
 
-def _plain_bits(ifd: Any) -> bool:
-    bits = _bits(ifd)
-    one_bit_mask = bits == (1,) and ifd.subfiletype & 4
-    whole = _dtype(ifd) != "bool" and set(bits) == {8 * np.dtype(_dtype(ifd)).itemsize}
-    return whole or bool(one_bit_mask)
+def _bits(ifd: Directory, samples: int) -> tuple[int, ...]:
+    """Return BitsPerSample: one number where all samples have the same."""
+    bits = ifd.integers(258)[:samples] or (1,)
+    return bits[:1] if len(set(bits)) == 1 else bits
 
 
-def _dtype(ifd: Any) -> str:
-    """Return the NumPy type in which GDAL gives the pixels; "bool" for masks of one bit, eight to a byte."""
-    if _bits(ifd) == (1,) and ifd.subfiletype & 4:
-        return "bool"
-    bits = max(_bits(ifd))
-    if bits > 128:
-        raise HeaderRefusedError(f"{bits} bits per sample")
-    size = next(n for n in (8, 16, 32, 64, 128) if bits <= n)
-    kinds = ifd.sampleformat if isinstance(ifd.sampleformat, tuple) else (ifd.sampleformat,)
-    match int(kinds[0]):
+def _dtype(ifd: Directory, bits: tuple[int, ...], samples: int) -> str:
+    """Return the NumPy type in which GDAL gives the pixels."""
+    most = max(bits)
+    if most > 128:
+        raise HeaderRefusedError(f"{most} bits per sample")
+    size = next(n for n in (8, 16, 32, 64, 128) if most <= n)
+    formats = set(ifd.integers(339)[:samples] or (1,))
+    if len(formats) > 1:
+        raise UnsupportedError(f"sample formats {sorted(formats)} in one file")
+    match formats.pop():
         case 1 | 4:
             return f"uint{size}" if size <= 64 else f"complex{size}"
         case 2:
@@ -263,11 +159,9 @@ def _dtype(ifd: Any) -> str:
             raise UnsupportedError(f"sample format {other}")
 
 
-def _transform(ifd: Any) -> Transform:
+def _transform(ifd: Directory) -> Transform:
     """Return pixel -> CRS from ModelPixelScale + ModelTiepoint or ModelTransformation (GeoTIFF 1.1, 7.1)."""
-    scale = _numbers(ifd, 33550)
-    tie = _numbers(ifd, 33922)
-    matrix = _numbers(ifd, 34264)
+    scale, tie, matrix = ifd.numbers(33550), ifd.numbers(33922), ifd.numbers(34264)
     if len(scale) >= 2 and scale[0] and scale[1] and len(tie) >= 6:
         a, b, d, e = scale[0], 0.0, 0.0, -abs(scale[1])
         c, f = tie[3] - tie[0] * a, tie[4] - tie[1] * e
@@ -284,21 +178,16 @@ def _transform(ifd: Any) -> Transform:
     return a, b, c, d, e, f
 
 
-def _numbers(ifd: Any, tag: int) -> tuple[float, ...]:
-    value = ifd.tags.valueof(tag)
-    return tuple(map(float, value)) if isinstance(value, tuple) else ()
-
-
-def _geokeys(ifd: Any) -> dict[int, int]:
+def _geokeys(ifd: Directory) -> dict[int, int]:
     """Return the GeoKeys that are single numbers (GeoTIFF 1.1, 7.1.2)."""
-    words = ifd.tags.valueof(34735)
-    if not isinstance(words, tuple) or len(words) < 4:
+    words = ifd.integers(34735)
+    if len(words) < 4:
         return {}
     entries = (words[4 + 4 * n : 8 + 4 * n] for n in range(words[3]))
-    return {int(e[0]): int(e[3]) for e in entries if len(e) == 4 and e[1] == 0}
+    return {e[0]: e[3] for e in entries if len(e) == 4 and e[1] == 0}
 
 
-def _epsg(ifd: Any) -> int:
+def _epsg(ifd: Directory) -> int:
     keys = _geokeys(ifd)
     code = keys.get({1: 3072, 2: 2048}.get(keys.get(1024, 0), 0), 32767)
     # units other than a code's own make it another CRS, which GDAL works out
@@ -308,15 +197,15 @@ def _epsg(ifd: Any) -> int:
     return code
 
 
-def _nodata(text: str | None, ifd: Any, dtype: str) -> Number | None:
-    half = dtype == "float32" and max(_bits(ifd)) == 16  # GDAL gives such pixels as float32
+def _nodata(text: str | None, ifd: Directory, dtype: str) -> Number | None:
+    half = dtype == "float32" and max(ifd.integers(258)) == 16  # GDAL gives such pixels as float32
     return number_of(spelled(number_of(text, "float16")) if half else text, dtype)
 
 
-def _metadata(ifd: Any) -> list[ElementTree.Element]:
+def _metadata(ifd: Directory) -> list[ElementTree.Element]:
     """Return the items of the GDAL_METADATA tag."""
-    text = ifd.tags.valueof(42112)
-    if not isinstance(text, str) or "<!" in text:  # no document types: they can expand without bound
+    text = ifd.text(42112)
+    if text is None or "<!" in text:  # no document types: they can expand without bound
         return []
     try:
         return ElementTree.fromstring(text.strip("\0 \n")).findall("Item")
@@ -341,10 +230,9 @@ def _number(text: str | None) -> float | None:
         return float("nan") if "nan" in str(text).lower() else None
 
 
-def _thematic(ifd: Any, items: Sequence[ElementTree.Element]) -> tuple[bool, ...]:
+def _thematic(ifd: Directory, items: Sequence[ElementTree.Element], samples: int) -> tuple[bool, ...]:
     """Return whether each band holds classes: a colour table, or a layer type as ERDAS tells it; empty: none does."""
-    samples = int(ifd.samplesperpixel)
-    if int(ifd.photometric) == _PALETTE or _COLOURS in ifd.tags:
+    if ifd.integer(262, 0) == _PALETTE or _COLOURS in ifd.tags:
         return (True,) * samples
     thematic = [False] * samples
     for item in items:
@@ -355,15 +243,13 @@ def _thematic(ifd: Any, items: Sequence[ElementTree.Element]) -> tuple[bool, ...
     return tuple(thematic) if any(thematic) else ()
 
 
-def _alpha(ifd: Any, items: Sequence[ElementTree.Element]) -> int | None:
+def _alpha(ifd: Directory, items: Sequence[ElementTree.Element], samples: int) -> int | None:
     """Return the sample that is the alpha channel: by ExtraSamples (TIFF 6.0, tag 338), or GDAL's colour names.
 
     1 is associated and 2 unassociated alpha; 0 says nothing, as of the near infrared of an orthophoto. Files that
     call several samples alpha have none.
     """
-    samples = int(ifd.samplesperpixel)
-    extra = ifd.tags.valueof(338)
-    extra = extra if isinstance(extra, tuple) else () if extra is None else (int(extra),)
+    extra = ifd.integers(338)
     alphas = {n for n, what in enumerate(extra, samples - len(extra)) if what in (1, 2) and n >= 0}
     for item in items:
         sample = item.get("sample", "")

@@ -55,7 +55,7 @@ def local_path(href: str) -> str:
     path = os.path.abspath(path)
     if path.startswith("/vsi"):
         raise TrustError(f"opening {redact(href)}", "a path of GDAL's virtual file systems", "a plain path")
-    return PurePath(path).as_posix()
+    return path if os.sep == "/" else PurePath(path).as_posix()
 
 
 def host_of(href: str) -> str:

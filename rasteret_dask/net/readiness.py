@@ -26,7 +26,7 @@ __all__ = ["LIBRARIES", "Readiness", "is_this_process"]
 
 LIBRARIES = (
     "google-crc32c", "imagecodecs", "numcodecs", "numpy", "obstore", "pandas", "pyarrow", "pyproj", "rasterio",
-    "stackstac", "tifffile", "xarray", "zarr",
+    "stackstac", "xarray", "zarr",
 )  # fmt: skip
 """Distributions that touch bytes, beside Dask's own."""
 

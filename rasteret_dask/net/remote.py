@@ -1,4 +1,4 @@
-"""Bytes at a URL, synchronously: http and https by urllib3; local paths, s3, gs and az by obstore."""
+"""Bytes at a URL, synchronously: http and https by urllib3; s3, gs, az and what is written by obstore."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import numpy as np
 import obstore
+from numpy.typing import NDArray
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
@@ -20,9 +21,10 @@ from rasteret_dask.catalogs.access import environment, has_keys, remedy
 from rasteret_dask.catalogs.catalogfile import Store
 from rasteret_dask.catalogs.signing import renew, rule_of, signed
 from rasteret_dask.errors import ReadError, StoreError, TrustError
-from rasteret_dask.net import gate, web
+from rasteret_dask.net import gate, localfile, web
 from rasteret_dask.net.gate import ROUNDS, ThrottledError
 from rasteret_dask.net.hrefs import SCHEMES, host_of, is_local, join, local_path, public, redact
+from rasteret_dask.net.localfile import Fetched, Head
 from rasteret_dask.net.refusals import is_refusal, refusal
 from rasteret_dask.net.trust import check_host
 from rasteret_dask.net.web import Answer, BrokenError, RefusedError
@@ -78,24 +80,6 @@ class MissingError(ReadError):
     """There is nothing at this URL."""
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What a store says of an object."""
-
-    size: int
-    """Bytes."""
-    etag: str | None
-    """The store's version of the object, or None where it keeps none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """Some bytes of an object, with what the store says of the whole."""
-
-    data: memoryview
-    head: Head
-
-
 def open_href(href: str) -> tuple[Any, str]:
     """Return the obstore store that holds an href, and the href's path in it.
 
@@ -129,7 +113,9 @@ def open_href(href: str) -> tuple[Any, str]:
         raise _failure(href, error) from None
 
 
-def fetch(href: str, start: int = 0, length: int | None = None) -> Fetched:
+def fetch(
+    href: str, start: int = 0, length: int | None = None, *, memory: NDArray[np.uint8] | None = None
+) -> Fetched:
     """Return bytes of an object, and its size and ETag as the same answer tells them.
 
     Parameters
@@ -140,6 +126,8 @@ def fetch(href: str, start: int = 0, length: int | None = None) -> Fetched:
         First byte.
     length
         Bytes; None for all that follow. Fewer come where the object ends.
+    memory
+        Where a local file's bytes go, at least ``length`` of them; other stores bring memory of their own.
 
     Raises
     ------
@@ -154,6 +142,8 @@ def fetch(href: str, start: int = 0, length: int | None = None) -> Fetched:
     if length == 0:
         return Fetched(memoryview(b""), head(href))
     try:
+        if is_local(href):
+            return localfile.read(local_path(href), start, length, memory)
         if _is_web(href):
             return _retried(href, lambda url: _ranged(url, start, length))
         store, path = open_href(href)

@@ -66,7 +66,7 @@ class Watch:
     subject
         What is being done: goes before each line.
     names
-        Keys of the job's tasks -> what they are called in lines, such as their shards' names. It may grow.
+        Keys of the job's tasks -> what they are called in lines, such as their shards' names. It may change.
     progress
         Where lines go, beside the log.
     """
@@ -133,10 +133,10 @@ class Watch:
         now = time.monotonic()
         self.workers = workers_of(self.client)
         pairs = {
-            (self._names[key], worker)
+            (name, worker)
             for worker, keys in self.client.processing().items()
             for key in keys
-            if key in self._names
+            if (name := self._names.get(key)) is not None
         }
         if pairs != self._since.keys():
             self._moved = now

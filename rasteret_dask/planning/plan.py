@@ -54,6 +54,7 @@ __all__ = [
     "near_area",
     "outline",
     "predicates",
+    "spec_field",
     "step_name",
     "to_json",
     "with_children",
@@ -316,6 +317,13 @@ def children(node: Node) -> tuple[Node, ...]:
     if isinstance(node, Merge | Join):
         return node.children
     return () if isinstance(node, Source) else (node.child,)
+
+
+def spec_field(node: Node, field: str) -> Any:
+    """Return a field of the outermost ``harmonize`` step of a plan that sets it, or None where none does."""
+    value = getattr(node.spec, field) if isinstance(node, Harmonize) else None
+    below = (spec_field(child, field) for child in children(node))
+    return value if value is not None else next((one for one in below if one is not None), None)
 
 
 def with_children(node: Node, below: tuple[Node, ...]) -> Node:

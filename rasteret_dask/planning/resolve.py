@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -256,7 +256,9 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     for table, one in zip(tables, resolved, strict=True):
         alike(one.name, table, one.bands)
     rules = _rules(name, spec, bands, kinds, tables, resolved)
-    _check_pixels(name, rules, _distinct(tables, resolved, "dtype"))
+    _check_pixels(
+        name, bands, rules, [_distinct(tables, resolved, "dtype", band) for band in range(len(bands))]
+    )
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
     passes = acquisitions(records)
@@ -614,22 +616,30 @@ def _common_dtype(name: str, dtypes: set[str]) -> np.dtype[Any]:
     return dtype
 
 
-def _check_pixels(name: str, rules: PixelRules, dtypes: set[str]) -> None:
-    """Raise a PlanError where units or a composite of pixels of these types would lose what they say."""
-    unordered = {d for d in dtypes if np.dtype(d).kind == "c"}
+def _check_pixels(
+    name: str, bands: tuple[str, ...], rules: PixelRules, dtypes: Sequence[Collection[str]]
+) -> None:
+    """Raise a PlanError where units or a composite would lose what a band's pixels say; ``dtypes`` are per band."""
+    unordered = {d for of_band in dtypes for d in of_band if np.dtype(d).kind == "c"}
     if unordered and not all(isinstance(unit, Raw) for unit in rules.units):
         raise PlanError(
             f"units of source {name!r}", f"pixels of {', '.join(sorted(unordered))}", "real numbers",
             "Use units='raw', and map() for what is made of complex numbers.",
         )  # fmt: skip
-    lost = dtypes & INEXACT | unordered
-    if rules.composes and lost:
-        raise PlanError(
-            f"harmonize(pick={rules.pick.name!r}) of source {name!r}",
-            f"pixels of {', '.join(sorted(lost))}",
-            "real numbers that floats hold",
-            "Choose a pick that takes pixels as they are, such as 'closest' or 'clearest'.",
-        )
+    if not rules.composes:
+        return
+    for band, (title, of_band) in enumerate(zip(bands, dtypes, strict=True)):
+        lost = unordered.intersection(of_band)
+        if not rules.composite(band).chooses:  # what is chosen keeps its type
+            lost |= INEXACT.intersection(of_band)
+        if lost:
+            raise PlanError(
+                f"harmonize(pick={rules.pick.name!r}) of source {name!r}",
+                f"band {title!r}: pixels of {', '.join(sorted(lost))}",
+                "real numbers that floats hold",
+                "Choose a pick that takes pixels as they are, such as 'closest' or 'clearest'; where the numbers are "
+                f"classes, say so: harmonize(kinds={{{title!r}: 'class'}}).",
+            )
 
 
 def _distinct(

@@ -14,6 +14,7 @@ from typing import Any
 from rasterio.env import set_gdal_config
 
 from rasteret_dask.errors import PlanError, ReadError
+from rasteret_dask.net.allocator import settle
 from rasteret_dask.net.limits import workers
 from rasteret_dask.reader.keeping import Keeping, Later, needed_soon
 from rasteret_dask.reader.layout import Layouts
@@ -87,6 +88,7 @@ class Session:
 
     def __enter__(self) -> Session:
         _bound_gdal_cache()
+        settle()
         self._reading = SHARED.session(self._keeping.nbytes)
         self._reading.__enter__()
         return self

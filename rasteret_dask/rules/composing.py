@@ -16,6 +16,7 @@ from rasteret_dask.rules.radiometry import Radiometry
 
 __all__ = [
     "DecodedLayer",
+    "Front",
     "StoredBand",
     "by_score",
     "clear",
@@ -49,6 +50,33 @@ class DecodedLayer:
     """Shape (band, y, x)."""
     valid: NDArray[np.bool_]
     """Shape (band, y, x). True where the pixel is valid and not hidden."""
+    filled: NDArray[np.bool_] | None = None
+    """Same shape. True where another acquisition than the best gave the pixel; None: nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """Pixels of one window while layers are laid behind each other: what is valid in front stays."""
+
+    values: NDArray[Any]
+    """Shape (band, y, x)."""
+    valid: NDArray[np.bool_]
+    """Shape (band, y, x)."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing behind it is to be seen."""
+        return bool(self.valid.all())
+
+    def behind(self, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Lay a layer behind, in place: it fills, band by band, what is invalid. Return where it is seen.
+
+        Bands that only have a meaning together are taken together: they are valid together in each layer.
+        """
+        take = np.asarray(valid & ~self.valid)
+        np.copyto(self.values, values, where=take, casting="unsafe")
+        np.logical_or(self.valid, take, out=self.valid)
+        return take
 
 
 def decoded(
@@ -122,45 +150,54 @@ def by_score(pick: Scored, shown: Sequence[NDArray[np.bool_]]) -> tuple[int, ...
     return tuple(np.argsort(-scores, kind="stable").tolist())
 
 
-def filled(rules: PixelRules, layers: Iterable[DecodedLayer], finish: bool) -> DecodedLayer | None:
-    """Return layers put one behind the other: each fills, band by band, what those before it leave invalid.
-
-    Bands that only have a meaning together are taken together: they are valid together in each layer.
+def filled(rules: PixelRules, layers: Iterable[DecodedLayer], finish: bool) -> Front | None:
+    """Return layers laid one behind the other, as far as they are to be seen.
 
     Parameters
     ----------
     layers
-        Decoded, the first in front.
+        Decoded, the first in front; its arrays may be written to.
     finish
         Whether to finish each layer first. Then a number that has no value in its unit is filled too.
 
     Returns
     -------
-    DecodedLayer or None
-        None where there is no layer. Its arrays may be those of a layer.
+    Front or None
+        None where there is no layer.
     """
-    values: NDArray[Any] | None = None
-    valid: NDArray[np.bool_] | None = None
+    front: Front | None = None
     for layer in layers:
-        own, known = rules.finish(layer.values, layer.valid) if finish else (layer.values, layer.valid)
-        if values is None or valid is None:
-            values, valid = own, known
-            continue
-        take = known & ~valid
-        values, valid = np.where(take, own, values), valid | known
-    return None if values is None or valid is None else DecodedLayer(values, valid)
+        values, valid = rules.finish(layer.values, layer.valid) if finish else (layer.values, layer.valid)
+        if front is None:
+            front = Front(np.require(values, requirements="W"), valid)
+        else:
+            front.behind(values, valid)
+        if front.is_complete:
+            break
+    return front
 
 
-def picked(rules: PixelRules, layers: Iterable[DecodedLayer]) -> DecodedLayer | None:
+def picked(
+    rules: PixelRules, best: Iterable[DecodedLayer], others: Iterable[DecodedLayer] = ()
+) -> DecodedLayer | None:
     """Return the finished pixels of a slot that takes them as they stand.
 
     Parameters
     ----------
-    layers
-        Of the best acquisition, the record that is nearest to the window first; behind them those of the next
-        best, where the pick fills.
+    best
+        Of the best acquisition, the record that is nearest to the window first; its arrays may be written to.
+    others
+        Those of the next best, where the pick fills: they lie behind.
     """
-    return filled(rules, layers, finish=True)
+    front = filled(rules, best, finish=True)
+    if front is None:
+        return None
+    filled_at: NDArray[np.bool_] | None = None
+    rest = iter(others)
+    while not front.is_complete and (layer := next(rest, None)) is not None:
+        take = front.behind(*rules.finish(layer.values, layer.valid))
+        filled_at = take if filled_at is None else np.logical_or(filled_at, take, out=filled_at)
+    return DecodedLayer(front.values, front.valid, filled_at)
 
 
 def composed(

@@ -116,17 +116,21 @@ class PixelRules(RuleValue):
         stored = self.store.encode(values, valid)
         return stored, None if self.store.steps is None else self.store.clips(values) & valid
 
+    def composite(self, band: int) -> Composed:
+        """Return what a band is composed by: the pick where it is measured, else what its kind allows."""
+        blend = self.kind(band).blend
+        if blend != "average":
+            return _BLENDS[blend]
+        assert isinstance(self.pick, Composed)
+        return self.pick
+
     def begin(self) -> Composition:
         """Return where the acquisitions of one slot and chip go, decoded: each band as its kind is composed."""
-        pick = self.pick
-        assert isinstance(pick, Composed)
         ways: dict[Composed, list[int]] = {}
         for band in range(len(self.units)):
-            blend = self.kind(band).blend
-            ways.setdefault(pick if blend == "average" else _BLENDS[blend], []).append(band)
-        # what is only chosen stays as it is: numbers of 64 bits are no floats
+            ways.setdefault(self.composite(band), []).append(band)
         parts = [
-            (bands, way.begin() if isinstance(way, Majority | Nearest) else _Calculated(way.begin(), self))
+            (bands, way.begin() if way.chooses else _Calculated(way.begin(), self))
             for way, bands in ways.items()
         ]
         return parts[0][1] if len(parts) == 1 else _Apart(parts)

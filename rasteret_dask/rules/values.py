@@ -12,7 +12,7 @@ from typing import Any
 
 from rasteret_dask.errors import PlanError
 
-__all__ = ["RuleValue", "from_json", "one_of"]
+__all__ = ["RuleValue", "check_importable", "from_json", "one_of"]
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -44,6 +44,36 @@ class RuleValue:
             f"{name}={value}" for name, value in fields.items() if value not in (False, None, ())
         )
         return f"{type(self).__name__}({shown})"
+
+
+def check_importable(written: Any) -> None:
+    """Refuse rules whose type lies inside a function: nobody who reads them again could import it.
+
+    Parameters
+    ----------
+    written
+        JSON values, with what :meth:`RuleValue.to_json` wrote anywhere among them.
+
+    Raises
+    ------
+    PlanError
+        When one of them is such a rule.
+    """
+    if isinstance(written, Mapping):
+        module, _, path = str(written.get("rule", "")).partition(":")
+        function, inside, name = path.rpartition(".<locals>.")
+        if inside:
+            raise PlanError(
+                f"writing a plan with rule {module}:{path}",
+                f"a type inside the function {function}, which no other process can import",
+                "a type that stands in a module",
+                f"Move the class {name} out of {function}, to the top of its module. "
+                "load(), stream() and to_xarray() in this process take it as it is.",
+            )
+        written = list(written.values())
+    if isinstance(written, list):
+        for part in written:
+            check_importable(part)
 
 
 def from_json(value: Mapping[str, Any]) -> RuleValue:

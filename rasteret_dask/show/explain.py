@@ -6,7 +6,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,14 @@ from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.reader.pixelgrid import Rect
 from rasteret_dask.reader.readplan import Request, plan_read, tiles_of
+from rasteret_dask.show.fetching import fetching
 from rasteret_dask.table.records import Asset, Level
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.freezing import task_bytes
 from rasteret_dask.tasks.job import Job, Output, Shard
 from rasteret_dask.tasks.jobkernels import job_readings
 from rasteret_dask.tasks.keptbytes import MOST_KEPT_BYTES, kept_bytes
+from rasteret_dask.tasks.runs import Workforce
 
 __all__ = ["Explanation", "explain"]
 
@@ -110,8 +112,10 @@ class Explanation:
         return f"<table>{rows}</table>"
 
 
-def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Explanation:
-    """Report on a planned and frozen job."""
+def explain(
+    chips: PlannedChips, job: Job, outputs: tuple[Output, ...], force: Workforce | None = None
+) -> Explanation:
+    """Report on a planned and frozen job, and on what processes fetch where it is said how many there are."""
     shards = list(job.shards())
     reading = _reading(job)
     out = sum(o.chip_bytes for o in outputs)
@@ -158,7 +162,14 @@ def explain(chips: PlannedChips, job: Job, outputs: tuple[Output, ...]) -> Expla
         "pick": {s.plan.name: s.plan.pick.name for s in chips.sources},
         "dropped": dict(chips.dropped),
     }
+    if force is not None:
+        facts["workers"] = _on_workers(job, force, reading["requests"], reading["bytes"])
     return Explanation(facts)
+
+
+def _on_workers(job: Job, force: Workforce, tiles: int, nbytes: int | None) -> dict[str, Any]:
+    fetched = fetching(job, force, tiles, nbytes)
+    return {"processes": force.processes, "threads": force.threads, **asdict(fetched)}
 
 
 def _left_bands(source: ResolvedSource) -> dict[str, int]:
@@ -391,6 +402,14 @@ def _size(nbytes: float | None) -> str:
     return f"{nbytes:.0f} B"
 
 
+def _workers_line(w: Mapping[str, Any]) -> str:
+    exact = "" if w["exact"] else " (estimated)"
+    return (
+        f"at most {w['requests']:,} tiles, {_size(w['read_bytes'])}{exact} by {w['processes']} processes of "
+        f"{w['threads']} threads, in {w['tasks']:,} tasks of neighbouring shards"
+    )
+
+
 def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
     exact = "" if f["requests_counted_on_shards"] >= f["shards"] else " (estimated)"
     rows = [
@@ -411,6 +430,7 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
                 else f"{f['requests_by_shard']:,} if no two shards share one"
             ),
         ),
+        *([("on workers", _workers_line(f["workers"]))] if "workers" in f else []),
         ("to write", f"{_size(f['write_bytes'])} before compression"),
         (
             "peak per task",

@@ -76,6 +76,7 @@ class Stats:
                 _same(name, f"{values.dtype.name} pixels", f"{own.dtype} pixels")
                 if own.kept.all():
                     continue
+                _keeps(name, own)
                 valid = result[f"{name}/valid"] = _valid(name, arrays)
                 result[name] = _scaled(values, valid, own, fill)
         return result
@@ -91,12 +92,14 @@ class Stats:
         Raises
         ------
         PlanError
-            When a source was not measured, with other bands or another order of them, or in another dtype or units.
+            When a source was not measured, with other bands or another order of them, or in another dtype or units; or
+            when codes beside measured bands are beyond what float32 holds.
         """
         for name, given in pixels.items():
             own = self[name]
             _same(name, f"bands {', '.join(given.bands)}", f"bands {', '.join(own.bands)}")
             _same(name, f"{given.dtype} pixels", f"{own.dtype} pixels")
+            _keeps(name, own)
             if given.units and own.units:
                 _same(name, f"units {given.units!r}", f"units {own.units!r}")
             if given.kinds and own.kinds:
@@ -213,7 +216,7 @@ def _shown(table: pa.Table) -> list[str]:
     """Return a table as lines of text; none where it is empty."""
     rows = table.to_pylist()
     head = list(rows[0]) if rows else []
-    texts = [head, *([v if isinstance(v, str) else f"{v:.6g}" for v in row.values()] for row in rows)]
+    texts = [head, *([f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
     width = [max(len(line[i]) for line in texts) for i in range(len(head))]
     return ["  ".join(t.rjust(w) for t, w in zip(line, width, strict=True)) for line in texts if line]
 
@@ -233,6 +236,23 @@ def _same(name: str, value: str, wanted: str) -> None:
             f"normalizing source {name!r}", value, f"the {wanted} that were measured",
             "Give the statistics of these chips' train split, measured by stats().",
         )  # fmt: skip
+
+
+def _keeps(name: str, stats: SourceStats) -> None:
+    """Raise PlanError where float32, which measured bands become, would change the codes of bands beside them."""
+    if stats.kept.all():
+        return
+    for band, kept, low, high in zip(stats.bands, stats.kept, stats.min, stats.max, strict=True):
+        if kept and max(-low, high) > _EXACT:
+            raise PlanError(
+                f"normalizing source {name!r}", f"band {band!r} of codes up to {int(max(-low, high))}",
+                "codes that float32 holds, as measured bands become (up to 2**24)",
+                f"Join it as a source of its own: rd.join({name}=..., classes=source.harmonize([{band!r}])).",
+            )  # fmt: skip
+
+
+_EXACT = 2.0**24
+"""Whole numbers up to this are exact in float32."""
 
 
 def _valid(name: str, arrays: Arrays) -> NDArray[np.bool_]:

@@ -11,18 +11,20 @@ from numcodecs.vlen import VLenUTF8
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import StoreError
+from rasteret_dask.net.lending import Lender
 from rasteret_dask.net.sums import CHECKSUM
 from rasteret_dask.store.encode import ABSENT, Encoding
 
-__all__ = ["array_of", "chip_into", "chunk_of", "index_nbytes", "index_of"]
+__all__ = ["array_of", "body_into", "chip_into", "chunk_of", "finite_into", "index_nbytes", "index_of"]
 
 _ENTRY = 16  # bytes of an inner chunk's offset and length
 _BROKEN = (RuntimeError, ValueError, OSError, EOFError)  # what codecs raise for bytes that are not theirs
 
 
-def array_of(encoding: Encoding, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return new memory for values of an encoding, shape (n, ...); text becomes objects."""
-    return np.empty(shape, dtype=object if encoding.dtype is None else np.dtype(encoding.dtype.str))
+def array_of(encoding: Encoding, shape: tuple[int, ...], memory: Lender | None = None) -> NDArray[Any]:
+    """Return memory, lent or new, for values of an encoding, shape (n, ...); text becomes objects."""
+    dtype = np.dtype(object if encoding.dtype is None else encoding.dtype.str)
+    return np.empty(shape, dtype) if memory is None else memory.array(shape, dtype)
 
 
 def index_nbytes(chips: int) -> int:
@@ -65,7 +67,7 @@ def index_of(chips: int, tail: Any, size: int, subject: str) -> NDArray[np.uint6
     return index
 
 
-def chip_into(encoding: Encoding, data: Any, out: NDArray[Any], subject: str) -> None:
+def chip_into(encoding: Encoding, data: Any, out: NDArray[Any], subject: object) -> None:
     """Decode one chip into its place.
 
     Parameters
@@ -77,28 +79,46 @@ def chip_into(encoding: Encoding, data: Any, out: NDArray[Any], subject: str) ->
     out
         Shape ``encoding.chunk[1:]``, contiguous.
     subject
-        What is read, for errors.
+        What is read, for errors: its text is made only for one.
 
     Raises
     ------
     StoreError
         When the bytes are not of such a chip.
     """
-    if data is None:
+    body_into(encoding, None if data is None else _checked(data, subject), out, subject)
+
+
+def body_into(encoding: Encoding, body: Any, out: NDArray[Any], subject: object) -> None:
+    """Do the same with bytes that were compared already, without the checksum behind them."""
+    if body is None:
         out[...] = encoding.fill
         return
     flat = out.reshape(-1).view(np.uint8)
-    stored = _checked(data, subject)
     try:
         if encoding.codec is None:
-            flat[...] = stored
+            flat[...] = np.frombuffer(body, np.uint8)
         else:
-            encoding.codec.decode(stored, out=flat)
+            encoding.codec.decode(body, out=flat)
     except _BROKEN as error:
         raise _damaged(subject, error) from error
 
 
-def chunk_of(encoding: Encoding, data: Any, subject: str) -> NDArray[Any]:
+def finite_into(pixels: NDArray[Any], valid: NDArray[np.bool_]) -> None:
+    """Note where a chip's pixels are finite in all bands.
+
+    Parameters
+    ----------
+    pixels
+        Shape (time, band, y, x).
+    valid
+        Shape (time, y, x), written.
+    """
+    for values, out in zip(pixels, valid, strict=True):  # a slot at a time stays near the core
+        np.logical_and.reduce(np.isfinite(values), axis=0, out=out)
+
+
+def chunk_of(encoding: Encoding, data: Any, subject: object) -> NDArray[Any]:
     """Decode a chunk that is no shard.
 
     Parameters
@@ -131,7 +151,7 @@ def chunk_of(encoding: Encoding, data: Any, subject: str) -> NDArray[Any]:
     return values
 
 
-def _checked(data: Any, subject: str) -> NDArray[np.uint8]:
+def _checked(data: Any, subject: object) -> NDArray[np.uint8]:
     """Return the bytes of a chunk without their checksum; StoreError where they do not match it."""
     stored = np.frombuffer(data, np.uint8)
     body, checksum = stored[:-CHECKSUM], stored[-CHECKSUM:].tobytes()
@@ -140,8 +160,8 @@ def _checked(data: Any, subject: str) -> NDArray[np.uint8]:
     return body
 
 
-def _damaged(subject: str, reason: Exception | str) -> StoreError:
+def _damaged(subject: object, reason: Exception | str) -> StoreError:
     return StoreError(
-        subject, f"bytes that do not decode ({reason})", "what the manifest says",
+        str(subject), f"bytes that do not decode ({reason})", "what the manifest says",
         "The store was changed or damaged after it was written: write it again.",
     )  # fmt: skip

@@ -12,10 +12,11 @@ import numpy as np
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
+from rasteret_dask.net.lending import Lender
 from rasteret_dask.net.limits import workers
 from rasteret_dask.store import decode
-from rasteret_dask.store.stored import Stored, facts, finite, sampled
-from rasteret_dask.store.storeread import Packed, fetch
+from rasteret_dask.store.stored import Stored, facts
+from rasteret_dask.store.storeread import Packed, Target, fetch
 from rasteret_dask.tasks.batches import Arrays
 
 __all__ = ["HeldShard", "hold"]
@@ -34,16 +35,16 @@ class HeldShard:
     facts: Arrays
     """What the chip table says of them."""
 
-    def empty(self, size: int) -> Arrays:
+    def empty(self, size: int, memory: Lender) -> Arrays:
         """Return memory for a batch of so many such chips."""
         out: Arrays = {}
         for name, packed in self.packed.items():
-            out[name] = decode.array_of(packed.encoding, (size, *self.shapes[name]))
+            out[name] = decode.array_of(packed.encoding, (size, *self.shapes[name]), memory)
             if name.endswith("/datetime"):
                 out[name] = out[name].view("datetime64[us]")
-        for name in self._pixels_only:
-            time, _, y, x = self.shapes[name]
-            out[f"{name}/valid"] = np.empty((size, time, y, x), dtype=bool)
+            if self._is_pixels_only(name):
+                time, _, y, x = self.shapes[name]
+                out[f"{name}/valid"] = memory.array((size, time, y, x), bool)
         for name, values in self.facts.items():
             out[name] = np.empty((size, *values.shape[1:]), dtype=values.dtype)
         return out
@@ -55,27 +56,31 @@ class HeldShard:
         own = np.arange(len(places)) if rows is None else rows
         for name, values in self.facts.items():
             out[name][places] = values[own]
+        decoded: list[tuple[Packed, Target]] = []
+        for name, packed in self.packed.items():
+            values = out[name].view(np.int64) if name.endswith("/datetime") else out[name]
+            if packed.values is not None:
+                values[places] = packed.values[own]
+            else:
+                valid = out[f"{name}/valid"] if self._is_pixels_only(name) else None
+                decoded.append((packed, Target(values, valid)))
         parts = min(CPU_COUNT, len(own))
         return [
-            workers().submit(self._decode, some.tolist(), out, at.tolist())
+            workers().submit(_decode, decoded, some.tolist(), at.tolist())
             for some, at in zip(np.array_split(own, parts), np.array_split(places, parts), strict=True)
         ]
 
-    @property
-    def _pixels_only(self) -> list[str]:
-        return [name for name in self.packed if "/" not in name and f"{name}/valid" not in self.packed]
-
-    def _decode(self, rows: Sequence[int], out: Arrays, places: Sequence[int]) -> None:
-        for name, packed in self.packed.items():
-            target = out[name].view(np.int64) if name.endswith("/datetime") else out[name]
-            for row, place in zip(rows, places, strict=True):
-                packed.into(row, target, place)
-        for name in self._pixels_only:
-            for place in places:
-                out[f"{name}/valid"][place] = finite(out[name][place])
+    def _is_pixels_only(self, name: str) -> bool:
+        return "/" not in name and f"{name}/valid" not in self.packed
 
 
-def hold(store: Stored, number: int) -> HeldShard:
+def _decode(decoded: Sequence[tuple[Packed, Target]], rows: Sequence[int], places: Sequence[int]) -> None:
+    for row, place in zip(rows, places, strict=True):
+        for packed, target in decoded:
+            target.put(packed, row, place)
+
+
+def hold(store: Stored, number: int, memory: Lender) -> HeldShard:
     """Fetch the chosen chips of one shard.
 
     Parameters
@@ -84,6 +89,8 @@ def hold(store: Stored, number: int) -> HeldShard:
         The chips.
     number
         Place of the shard among ``store.shards``.
+    memory
+        Where the bytes of a store on disk lie.
 
     Raises
     ------
@@ -94,7 +101,7 @@ def hold(store: Stored, number: int) -> HeldShard:
     opened, shard = store.map, store.shards[number]
     groups = opened.groups_of(shard)
     own = slice(store.offsets[number], store.offsets[number + 1])
-    found = fetch(opened, shard, store.rows[own] - shard.start, {g.source: sampled(g.arrays) for g in groups})
+    found = fetch(opened, shard, store.rows[own] - shard.start, {g.source: g.sampled for g in groups}, memory)
     _log.debug("shard %s: fetched in %.2f s", shard.name, time.perf_counter() - begun)
     arrays = {g.source: g.arrays for g in groups}
     names = {key: key[0] if key[1] == "pixels" else "/".join(key) for key in found}

@@ -6,40 +6,34 @@ import functools
 import hashlib
 import logging
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
 from dask._task_spec import Task, TaskRef
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
-from rasteret_dask.errors import JobError, RasteretDaskError, UnwritableStoreError
 from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
-from rasteret_dask.progress import Progress
+from rasteret_dask.planning.plan import Function, digest
 from rasteret_dask.store import ledger
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.manifest import losses
-from rasteret_dask.store.onthreads import ThreadTasks, threads_that_fit
 from rasteret_dask.store.presence import forget_clients, present
+from rasteret_dask.store.runtasks import Work
+from rasteret_dask.store.shardruns import Exit, Shards, runner, write_shards
 from rasteret_dask.store.write import commit, is_committed, prepare, write_shard
 from rasteret_dask.tasks.context import ReadContext
-from rasteret_dask.tasks.job import Job, Shard
-from rasteret_dask.tasks.jobfile import JobRef, open_job
-from rasteret_dask.tasks.shards import lower, renamed
-
-if TYPE_CHECKING:
-    from distributed import Client
+from rasteret_dask.tasks.job import Shard
+from rasteret_dask.tasks.jobfile import JobRef, open_job, opened
+from rasteret_dask.tasks.runs import Cuts
+from rasteret_dask.tasks.shards import Shipped, lower, read_chips, renamed
+from rasteret_dask.words import OnError
 
 __all__ = ["delayed_zarr", "run_zarr"]
 
 _log = logging.getLogger(__name__)
-
-MAX_LISTED = 10
-AGAIN = "-again"
-"""What the name of a shard's second task ends in."""
 
 
 def run_zarr(
@@ -78,15 +72,18 @@ def run_zarr(
             sys.stderr.write(f"store {remote.redact(url)} is finished: nothing to do\n")
         return
     done = prepare(layout, url)
-    tasks, shards = _tasks(layout, url, context)
-    wanted = {key: shard for key, shard in shards.items() if shard.name not in done}
-    place = remote.redact(url)
-    _log.info("to_zarr %s: prepared; %d of %d shards are written", place, len(done), len(shards))
+    place, total = remote.redact(url), sum(1 for _ in layout.job.shards())
+    _log.info("to_zarr %s: prepared; %d of %d shards are written", place, len(done), total)
     with present(url):
-        if wanted:
-            graph = {k: t for k, t in tasks.items() if k not in shards or k in wanted}
+        if len(done) < total:
+            shards = _shards(layout, url, context, done)
             with clusters.using(client) as cluster:
-                _submit(_runner(cluster), graph, wanted, progress, layout.job, url)
+
+                def sign() -> None:
+                    signatures.send(cluster, layout.job.hrefs(), layout.job.signed)
+                    signatures.send_place(cluster, url)
+
+                write_shards(runner(cluster), shards, Exit("to_zarr", place, total, progress), sign)
         lost = losses(commit(url, layout.job, layout))
         forget_clients(url)
     _log.info("to_zarr %s: committed", place)
@@ -112,91 +109,47 @@ def _place(layout: Layout, url: str, context: ReadContext) -> str:
     return hashlib.sha256(f"zarr {url} {layout.codec_text} {context.on_error}".encode()).hexdigest()[:8]
 
 
-class _Runner(Protocol):
-    """Who computes tasks: :class:`ClusterTasks` or :class:`ThreadTasks`."""
+@dataclass(frozen=True)
+class _Writing:
+    """What a task does with each shard of its run."""
 
-    def watched(
-        self, graph: Mapping[Hashable, Any], names: Mapping[str, str], subject: str, progress: Progress
-    ) -> AbstractContextManager[None]: ...
+    ref: JobRef
+    on_error: OnError
+    mark: str
+    """Tells stores apart, as :func:`write_shard` wants it."""
+    functions: tuple[Function, ...]
+    """The user's, whose code comes as roots."""
 
-    def sign(self, job: Job, url: str) -> None: ...
-
-    def send(self, tasks: Mapping[Hashable, Any], keys: Sequence[str]) -> None: ...
-
-    def ended(self) -> Iterator[tuple[str, BaseException | None]]: ...
-
-    def may_pass(self, error: BaseException) -> bool: ...
-
-
-def _runner(client: Client | None) -> _Runner:
-    """Return the cluster of a client, or where there is none threads of this process: scripts need no main guard."""
-    if client is None:
-        return ThreadTasks(threads_that_fit())
-    from rasteret_dask.store.oncluster import ClusterTasks  # it imports distributed
-
-    return ClusterTasks(client)
+    def __call__(self, block: tuple[int, int], *shipped: Shipped) -> None:
+        """Write a shard, unless it is written: what is computed again, as a worker was lost, costs no pixels."""
+        job = opened(self.ref)
+        shard = job.shard(*block)
+        if _report(self.ref, shard.name) is not None:
+            return
+        calls = {function: one.call for function, one in zip(self.functions, shipped, strict=True)}
+        # its manifest lists what is unreadable
+        chips = read_chips(job, shard, ReadContext(calls, self.on_error), warns=False)
+        write_shard(job, block, self.ref.url, chips, self.mark)
 
 
-def _submit(
-    running: _Runner, graph: dict[Any, Any], wanted: Mapping[str, Shard], progress: bool, job: Job, url: str
-) -> None:
-    """Wait for the tasks of all shards; what is written needs no result any more, as its report is in the store."""
-    roots = {key: task for key, task in graph.items() if key not in wanted}
-    shards = dict(wanted)
-    names = {key: shard.name for key, shard in wanted.items()}
-    failed: dict[str, BaseException] = {}
-    total = sum(1 for _ in job.shards())
-    done = total - len(wanted)
-    with (
-        Progress("shards", progress, total) as shown,
-        running.watched(graph, names, f"to_zarr {remote.redact(url)}", shown),
-    ):
-        shown.step(done)
-        running.sign(job, url)
-        # neighbours one after another: keys alone would run split by split, each over all of the ground
-        running.send(graph, sorted(wanted, key=lambda key: int(job.running[shards[key].start])))
-        _log.info("to_zarr %s: %d shards submitted", remote.redact(url), len(wanted))
-        for key, error in running.ended():
-            shard = shards[key]
-            if isinstance(error, CancelledError):
-                raise JobError(
-                    f"store {remote.redact(url)}",
-                    f"{error}; {done} of {total} shards are written",
-                    "a scheduler that stays, with its tasks, until the end",
-                    "Call to_zarr again once there is a scheduler: it does the rest.",
-                )
-            if isinstance(error, UnwritableStoreError):  # the others would end so too
-                raise _unwritable(url, error, done, total)
-            if error is None:
-                done += 1
-            elif running.may_pass(error) and not key.endswith(AGAIN):
-                # not by Dask's retries, which cannot tell errors apart; the new key runs behind the others
-                again = f"{key}{AGAIN}"
-                shards[again], names[again] = shard, shard.name
-                running.send({**roots, again: graph[key].substitute({}, key=again)}, [again])
-            else:
-                failed[shard.name] = error
-            shown.step(done + len(failed) - shown.done, f", {len(failed)} failed" if failed else "")
-    if failed:
-        lines = [f"{name}: {error}" for name, error in sorted(failed.items())[:MAX_LISTED]]
-        more = f"\nand {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
-        raise JobError(
-            f"store {remote.redact(url)}",
-            f"{len(failed)} of {total} shards failed:\n" + "\n".join(lines) + more + "\n",
-            "every shard written",
-            "The others are written and the store is not committed: mend the cause and call to_zarr again.",
-        ) from next((e for e in failed.values() if isinstance(e, RasteretDaskError)), None)
-
-
-def _unwritable(url: str, error: UnwritableStoreError, done: int, total: int) -> JobError:
-    failure = JobError(
-        f"store {remote.redact(url)}",
-        f"that it takes no more, {done} of {total} shards being written:\n{error.subject}: {error.found}\n",
-        error.expected,
-        f"No further shard was tried. {error.remedy}",
+def _shards(layout: Layout, url: str, context: ReadContext, done: Collection[str]) -> Shards:
+    """Return the shards that are not written."""
+    job, place = layout.job, _place(layout, url, context)
+    order = sorted(
+        (shard for shard in job.shards() if shard.name not in done), key=lambda s: int(job.running[s.start])
     )
-    failure.__cause__ = error
-    return failure
+    functions = job.all_functions
+    ref = JobRef(remote.join(url, JOB), job.digest)
+    roots = {f"function-{f.name}-{digest(f)[:12]}": Shipped(context.functions[f]) for f in functions}
+    return Shards(
+        Work(_Writing(ref, context.on_error, place, functions), job.digest, roots),
+        [shard.name for shard in order],
+        [(shard.hierarchy, shard.number) for shard in order],
+        [job.keys[shard.name] for shard in order],
+        [int(job.running[shard.start]) for shard in order],
+        Cuts.of(job),
+        place,
+    )
 
 
 def delayed_zarr(layout: Layout, url: str, context: ReadContext) -> Delayed:
@@ -206,15 +159,15 @@ def delayed_zarr(layout: Layout, url: str, context: ReadContext) -> Delayed:
     tasks, shards = _tasks(layout, url, context)
     wanted = [key for key, shard in shards.items() if shard.name not in done]
     roots = {k: t for k, t in tasks.items() if k not in shards} if wanted else {}
-    digest = layout.job.digest
-    name = f"commit-{digest[:12]}-{_place(layout, url, context)}"
-    task = Task(name, _commit, url, digest, layout.codec_text, *(TaskRef(k) for k in wanted))
+    content = layout.job.digest
+    name = f"commit-{content[:12]}-{_place(layout, url, context)}"
+    task = Task(name, _commit, url, content, layout.codec_text, *(TaskRef(k) for k in wanted))
     return Delayed(
         name, HighLevelGraph.from_collections(name, {**roots, **{k: tasks[k] for k in wanted}, name: task})
     )
 
 
-def _commit(url: str, digest: str, compression: str, *_reports: Any) -> str:
-    if not is_committed(url, digest, compression):
-        commit(url, open_job(remote.join(url, JOB), digest))
+def _commit(url: str, content: str, compression: str, *_reports: Any) -> str:
+    if not is_committed(url, content, compression):
+        commit(url, open_job(remote.join(url, JOB), content))
     return url

@@ -19,16 +19,13 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import FilterChips, Node, Sample, Select, Source, digest, step_name
 from rasteret_dask.planning.sampling import sample_rows
-from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, open_map
+from rasteret_dask.store.storemap import StoredShard, StoreMap, open_map
 from rasteret_dask.store.storeread import read_rows
 from rasteret_dask.tasks.batches import Arrays
 
-__all__ = ["Stored", "facts", "finite", "read_shard", "sampled", "take"]
+__all__ = ["Stored", "facts", "read_shard", "take"]
 
 _log = logging.getLogger(__name__)
-
-UNSAMPLED = ("valid_fraction", "member")
-"""Variables that shards' tasks write and samples do not carry."""
 
 _ROW = "__row__"
 _CHOOSING = Lock()
@@ -93,7 +90,10 @@ class Stored:
 
     def rows_of_table(self, rows: NDArray[np.int64] | slice) -> pa.Table:
         """Return some rows of ``table``, in the order asked for."""
-        return self.map.chips.table.take(pa.array(self.rows[rows]))
+        table, chosen_rows = self.map.chips.table, self.rows[rows]
+        if len(chosen_rows) == 1:  # a view
+            return table.slice(int(chosen_rows[0]), 1)
+        return table.take(pa.array(chosen_rows))
 
     @property
     def place(self) -> Mapping[str, int]:
@@ -268,22 +268,14 @@ def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:
         When an object is missing, damaged, or of another size than the manifest says.
     """
     opened = store.map
-    names = {g.source: sampled(g.arrays) for g in opened.first}
+    names = {g.source: [*dict.fromkeys(("pixels", "valid", *g.sampled))] for g in opened.first}
     read = read_rows(opened, store.rows[rows], names)
-    arrays: Arrays = {}
-    for source, variables in names.items():
-        pixels = arrays[source] = read[source, "pixels"]
-        arrays[f"{source}/valid"] = read[source, "valid"] if "valid" in variables else finite(pixels)
-        for name in variables:
-            if name not in ("pixels", "valid"):
-                arrays[f"{source}/{name}"] = read[source, name]
+    arrays = {
+        source if name == "pixels" else f"{source}/{name}": read[source, name]
+        for source, variables in names.items()
+        for name in variables
+    }
     return {**arrays, **facts(store.rows_of_table(rows))}
-
-
-def finite(pixels: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return where pixels (..., time, band, y, x) of an array without ``valid`` are valid: shape (..., time, y, x)."""
-    valid: NDArray[np.bool_] = np.isfinite(pixels).all(axis=-3)
-    return valid
 
 
 def facts(table: pa.Table) -> Arrays:
@@ -295,11 +287,6 @@ def facts(table: pa.Table) -> Arrays:
         "bbox": bounds_of(table),
     }
     return found | {f"labels/{name}": values for name, values in label_columns(table).items()}
-
-
-def sampled(arrays: Mapping[str, StoredArray]) -> list[str]:
-    """Return the variables of a group that a sample carries: those of its own, a value or more a chip."""
-    return [name for name, array in arrays.items() if name not in UNSAMPLED and not array.of_plan]
 
 
 def _texts(table: pa.Table, name: str) -> NDArray[Any]:

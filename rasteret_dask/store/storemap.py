@@ -23,6 +23,7 @@ from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.store import ledger
+from rasteret_dask.store.bytecache import ByteCache
 from rasteret_dask.store.decode import chunk_of
 from rasteret_dask.store.encode import MALFORMED, Encoding, shape_of
 from rasteret_dask.store.ledger import CHIPS, MANIFEST
@@ -42,6 +43,9 @@ __all__ = [
     "open_store",
 ]
 
+UNSAMPLED = ("valid_fraction", "member")
+"""Variables that shards' tasks write and samples do not carry."""
+
 _OF_SHARDS = ["shard", "split", "number", "chips", "dropped_chips", "objects"]
 
 _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
@@ -60,6 +64,9 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 }
 """Dimensions of arrays, and their dtypes where they are known ("None": text); all others have one value a chip."""
 _NEEDED = {"pixels", "valid_fraction", "datetime", "member", "band"}
+
+SIZES_BYTES = 8 * 2**20
+"""Sizes and checksums of objects that are kept as Python values, at most."""
 
 _OPENING = Lock()
 _NOTHING: Mapping[str, str] = {}
@@ -101,6 +108,11 @@ class StoredGroup:
     path: str
     arrays: Mapping[str, StoredArray]
     attrs: Mapping[str, Any]
+
+    @cached_property
+    def sampled(self) -> tuple[str, ...]:
+        """The variables that a sample carries: those with a value or more a chip that shards' tasks wrote."""
+        return tuple(n for n, array in self.arrays.items() if n not in UNSAMPLED and not array.of_plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +171,15 @@ class StoreMap:
     def planned(self) -> int:
         """How many chips were planned: those that are kept, and those that were dropped."""
         return sum(s.chips for s in self.shards)
+
+    def sizes_of(self, shard: StoredShard) -> Mapping[str, tuple[int, int]]:
+        """Return the same as :attr:`StoredShard.sizes`, kept for shards that are read again."""
+        sizes = self._sizes.get(shard.row)
+        return self._sizes.put(shard.row, shard.sizes) if sizes is None else sizes
+
+    @cached_property
+    def _sizes(self) -> ByteCache[int, Mapping[str, tuple[int, int]]]:
+        return ByteCache(SIZES_BYTES, _sizes_nbytes)
 
     def objects(self) -> Iterator[tuple[str, int]]:
         """Yield path and bytes of each object of all shards."""
@@ -247,6 +268,10 @@ class StoreMap:
     def first(self) -> tuple[StoredGroup, ...]:
         """The groups of the first split: those of all splits look the same."""
         return next(iter(self.groups.values()))
+
+
+def _sizes_nbytes(sizes: Mapping[str, tuple[int, int]]) -> int:
+    return 300 * len(sizes)
 
 
 def digest_of(url: str) -> str:

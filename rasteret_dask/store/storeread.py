@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import repeat
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
-from rasteret_dask.net.limits import BUDGET, host_of, pool, workers
-from rasteret_dask.net.sums import crc32_of
+from rasteret_dask.net.lending import Lender
+from rasteret_dask.net.limits import BUDGET, host_of, pool, scratch, workers
+from rasteret_dask.net.sums import CHECKSUM, crc32_of
 from rasteret_dask.reader.ranges import Part, Span, coalesced
 from rasteret_dask.store import decode
+from rasteret_dask.store.bytecache import ByteCache
 from rasteret_dask.store.encode import ABSENT, Encoding
-from rasteret_dask.store.storemap import StoredArray, StoredShard, StoreMap, digest_of
+from rasteret_dask.store.storemap import StoredArray, StoredGroup, StoredShard, StoreMap, digest_of
 
-__all__ = ["Packed", "StoreObject", "fetch", "read_rows"]
+__all__ = ["Packed", "StoreObject", "Target", "fetch", "forget", "read_rows"]
+
+ALONE = 2**20
+"""Bytes of chips on a disk up to which the thread that asks reads them itself: to wake another one takes as long."""
+
+INDEX_BYTES = 32 * 2**20
+"""Indexes of shards that a process keeps, at most: 16 bytes a chip and array, so those of two million."""
+
+SMALL_BYTES = 16 * 2**20
+"""Small arrays (times) that a process keeps, at most."""
 
 
 def read_rows(
@@ -36,40 +48,45 @@ def read_rows(
     rows
         Rows among all chips of the store, in any order.
     names
-        Source -> variables with a first dimension ``chip``, whose chunks are shards or parts of as many chips.
+        Source -> variables with a first dimension ``chip``, whose chunks are shards or parts of as many chips; and
+        ``valid``, whether it is stored or follows from the pixels beside it.
 
     Returns
     -------
     dict
         (source, variable) -> values, shape (row, ...); ``datetime`` as datetime64[us].
     """
-    shard_of = np.searchsorted(store.starts, rows, side="right") - 1
-    out = {
-        (g.source, name): decode.array_of(g.arrays[name].encoding, (len(rows), *g.arrays[name].shape[1:]))
-        for g in store.first
-        for name in names.get(g.source, ())
+    targets = {
+        (group.source, name): Target.new(group, name, len(rows), "valid" in names[group.source])
+        for group in store.first
+        for name in names.get(group.source, ())
+        if name in group.arrays
     }
-    threads = pool(host_of(store.url))
-    under_way: list[tuple[_Part, Future[Any], NDArray[Any], NDArray[np.int64]]] = []
+    shard_of = np.searchsorted(store.starts, rows, side="right") - 1
+    pieces: list[_Piece] = []
     for number in np.unique(shard_of).tolist():
         at = np.flatnonzero(shard_of == number)
         shard = store.shards[number]
-        for (source, name), part in _parts(store, shard, rows[at] - shard.start, names).items():
-            target = out[source, name]
-            under_way.append((part, threads.submit(_begin_into, part, target, at), target, at))
-    rest: list[Future[None]] = []
-    for part, begun, target, at in under_way:
-        index = begun.result()
-        if index is not None:
-            target[at[index.absent]] = part.encoding.fill
-            rest += [threads.submit(_span_into, part, index, span, target, at) for span in index.spans()]
-    for one in rest:
-        one.result()
-    return {key: v.view("datetime64[us]") if key[1] == "datetime" else v for key, v in out.items()}
+        parts = _parts(store, shard, rows[at] - shard.start, names)
+        pieces += [_Piece(part, targets[key], at) for key, part in parts.items()]
+    if remote.is_local(store.url):
+        _from_disk(pieces)
+    else:
+        _from_host(store.url, pieces)
+    read: dict[tuple[str, str], NDArray[Any]] = {}
+    for (source, name), target in targets.items():
+        read[source, name] = target.values.view("datetime64[us]") if name == "datetime" else target.values
+        if target.valid is not None:
+            read[source, "valid"] = target.valid
+    return read
 
 
 def fetch(
-    store: StoreMap, shard: StoredShard, chips: NDArray[np.int64], names: Mapping[str, Collection[str]]
+    store: StoreMap,
+    shard: StoredShard,
+    chips: NDArray[np.int64],
+    names: Mapping[str, Collection[str]],
+    memory: Lender,
 ) -> dict[tuple[str, str], Packed]:
     """Read variables of some chips of one shard, and leave them as they are stored.
 
@@ -80,31 +97,41 @@ def fetch(
     chips
         Places in the shard.
     names
-        As in :func:`read_rows`.
+        As in :func:`read_rows`; what is not stored is left out.
+    memory
+        Where whole shards of a disk lie.
 
     Returns
     -------
     dict
         (source, variable) -> the chips.
     """
-    threads = pool(host_of(store.url))
     parts = _parts(store, shard, chips, names)
-    begun = {key: threads.submit(part.begin) for key, part in parts.items()}
-    found: dict[tuple[str, str], Packed] = {}
+    if remote.is_local(store.url):  # nothing to wait for
+        return {key: part.packed_of(part.begin(memory)) for key, part in parts.items()}
+    threads = pool(host_of(store.url))
+    begun = {key: part.at_hand() or threads.submit(part.begin) for key, part in parts.items()}
+    packed: dict[tuple[str, str], Packed] = {}
     rest: dict[tuple[str, str], list[Future[list[tuple[int, Any]]]]] = {}
     for key, future in begun.items():
-        first = future.result()
+        first = future.result() if isinstance(future, Future) else future
         if isinstance(first, Packed):
-            found[key] = first
+            packed[key] = first
         else:
             rest[key] = [threads.submit(parts[key].get, first, span) for span in first.spans()]
     for key, spans in rest.items():
-        pieces: list[Any] = [None] * len(chips)
+        bodies: list[Any] = [None] * len(chips)
         for one in spans:
             for number, data in one.result():
-                pieces[number] = data
-        found[key] = parts[key].packed(pieces)
-    return found
+                bodies[number] = data
+        packed[key] = parts[key].packed(bodies)
+    return packed
+
+
+def forget() -> None:
+    """Keep nothing of what was read: indexes of shards and small arrays."""
+    _INDEXES.clear()
+    _SMALL.clear()
 
 
 def _parts(
@@ -114,31 +141,150 @@ def _parts(
         (group.source, name): _Part.make(store, shard, group.arrays[name], chips)
         for group in store.groups_of(shard)
         for name in names.get(group.source, ())
+        if name in group.arrays
     }
 
 
-def _begin_into(part: _Part, out: NDArray[Any], places: NDArray[np.int64]) -> _Index | None:
-    """Read and decode what one get brings, on the process's threads for such work; else return the index."""
-    with BUDGET.hold(part.nbytes):
-        found = part.begin()
-        if not isinstance(found, Packed):
-            return found
-        if part.nbytes:
-            for _ in workers().map(found.into, range(len(places)), repeat(out), places.tolist()):
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where chips of one array go."""
+
+    values: NDArray[Any]
+    """Shape (row, ...), dtype as stored."""
+    valid: NDArray[np.bool_] | None
+    """Shape (row, time, y, x). Where pixels are finite in all bands; None where that is stored, or not asked for."""
+
+    @classmethod
+    def new(cls, group: StoredGroup, name: str, size: int, valid: bool) -> Target:
+        """Return memory for so many chips of a variable, and for validity that follows from pixels."""
+        array = group.arrays[name]
+        values = decode.array_of(array.encoding, (size, *array.shape[1:]))
+        if name != "pixels" or not valid or "valid" in group.arrays:
+            return cls(values, None)
+        time, _, y, x = array.shape[1:]
+        return cls(values, np.empty((size, time, y, x), bool))
+
+    def put(self, packed: Packed, number: int, row: int) -> None:
+        """Decode one chip to its row."""
+        packed.into(number, self.values, row)
+        if self.valid is not None:  # now, while the core still has the pixels at hand
+            decode.finite_into(self.values[row], self.valid[row])
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some chips of one array in one shard, and where they go."""
+
+    part: _Part
+    target: Target
+    rows: NDArray[np.int64]
+
+    def settle(self, first: Packed | _Index) -> list[_Bite]:
+        """Put what is there to its rows; return what is still to be read."""
+        if isinstance(first, Packed):
+            self._put_small(first)
+            return []
+        target = self.target
+        for row in self.rows[first.absent].tolist():
+            target.put(self.part.packed([None]), 0, row)
+        return [_Bite(self, first, span) for span in first.spans()]
+
+    def read_whole(self) -> None:
+        """Read all of the shard, and decode the chips on the process's threads for such work."""
+        with BUDGET.hold(self.part.nbytes):
+            packed = self.part.begin()
+            assert isinstance(packed, Packed)
+            groups = np.array_split(np.arange(len(self.rows)), CPU_COUNT)
+            for _ in workers().map(self._decode, [packed] * CPU_COUNT, groups):
                 pass
-        elif found.values is not None:
-            out[places] = found.values
+
+    def _decode(self, packed: Packed, numbers: NDArray[np.int64]) -> None:
+        for number in numbers.tolist():
+            self.target.put(packed, number, int(self.rows[number]))
+
+    def _put_small(self, packed: Packed) -> None:
+        if packed.values is not None:
+            self.target.values[self.rows] = packed.values
         else:
-            out[places] = part.encoding.fill
-    return None
+            self._decode(packed, np.arange(len(self.rows)))
 
 
-def _span_into(
-    part: _Part, index: _Index, span: Span[int], out: NDArray[Any], places: NDArray[np.int64]
-) -> None:
-    with BUDGET.hold(span.length):
-        for number, data in part.get(index, span):
-            part.packed([data]).into(0, out, int(places[number]))
+@dataclass(frozen=True, slots=True)
+class _Bite:
+    """Neighbouring chips of one array in one shard, which one read brings."""
+
+    piece: _Piece
+    index: _Index
+    span: Span[int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its chips, decoded."""
+        return int(self.piece.target.values[:1].nbytes) * len(self.span.parts)
+
+    def from_disk(self) -> None:
+        """Read it into memory that this thread keeps, and decode it from there."""
+        self._decode(scratch(self.span.length))
+
+    def from_host(self) -> None:
+        """Fetch it, and decode it."""
+        with BUDGET.hold(self.span.length):
+            self._decode(None)
+
+    def _decode(self, memory: NDArray[np.uint8] | None) -> None:
+        part, target = self.piece.part, self.piece.target
+        for number, data in part.get(self.index, self.span, memory):
+            target.put(part.packed([data]), 0, int(self.piece.rows[number]))
+
+
+def _from_disk(pieces: Sequence[_Piece]) -> None:
+    """Read pieces from files: little by this thread alone, else a run of bites by a thread a core."""
+    threads = pool("")
+    under_way: list[Future[None]] = []
+    bites: list[_Bite] = []
+    for piece in pieces:
+        if piece.part.nbytes:
+            under_way.append(threads.submit(piece.read_whole))
+        else:
+            bites += piece.settle(piece.part.begin())
+    first, *others = _runs(bites)
+    under_way += [threads.submit(_read_all, run) for run in others]
+    _read_all(first)
+    for one in under_way:
+        one.result()
+
+
+def _runs(bites: Sequence[_Bite]) -> list[Sequence[_Bite]]:
+    """Return a run of bites for each thread, of about as many bytes."""
+    ends = list(accumulate(bite.nbytes for bite in bites))
+    if CPU_COUNT == 1 or not ends or ends[-1] <= ALONE:
+        return [bites]
+    cuts = [bisect_left(ends, ends[-1] * n / CPU_COUNT) for n in range(1, CPU_COUNT)]
+    return [bites[start:stop] for start, stop in pairwise([0, *cuts, len(bites)])]
+
+
+def _read_all(bites: Sequence[_Bite]) -> None:
+    for bite in bites:
+        bite.from_disk()
+
+
+def _from_host(url: str, pieces: Sequence[_Piece]) -> None:
+    """Read pieces from a server, all requests at the same time; those of shards whose index is at hand go first."""
+    threads = pool(host_of(url))
+    under_way: list[Future[None]] = []
+    begun: list[tuple[_Piece, Future[Packed | _Index]]] = []
+    for piece in pieces:
+        first = piece.part.at_hand()
+        if first is not None:
+            under_way += [threads.submit(bite.from_host) for bite in piece.settle(first)]
+        elif piece.part.nbytes:
+            under_way.append(threads.submit(piece.read_whole))
+        else:
+            begun.append((piece, threads.submit(piece.part.begin)))
+    for piece, future in begun:
+        under_way += [threads.submit(bite.from_host) for bite in piece.settle(future.result())]
+    for one in under_way:
+        one.result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,22 +302,21 @@ class StoreObject:
     def of(cls, store: StoreMap, shard: StoredShard, array: StoredArray) -> StoreObject | None:
         """Return the object of a shard's chips, or None where all of them are fill, and there is none."""
         path = array.object(shard.number)
-        known = shard.sizes.get(path)
-        return None if known is None else cls(store.url, store.digest, path, *known)
+        sums = store.sizes_of(shard).get(path)
+        return None if sums is None else cls(store.url, store.digest, path, *sums)
 
-    @property
-    def subject(self) -> str:
-        """What is read, for errors."""
+    def __str__(self) -> str:
+        """Return what is read, for errors."""
         return f"reading {remote.redact(remote.join(self.url, self.path))}"
 
-    def get(self, start: int, length: int) -> Any:
+    def get(self, start: int, length: int, memory: NDArray[np.uint8] | None = None) -> Any:
         """Return bytes of it, held against the manifest: its size, and all of it by its checksum."""
-        return self.fetch(start, length).data
+        return self.fetch(start, length, memory).data
 
-    def fetch(self, start: int, length: int) -> remote.Fetched:
-        """Return the same, with what the store says of the object."""
+    def fetch(self, start: int, length: int, memory: NDArray[np.uint8] | None = None) -> remote.Fetched:
+        """Return the same, with what the store says of the object; a local file's bytes lie in ``memory``."""
         try:
-            found = remote.fetch(remote.join(self.url, self.path), start, length)
+            found = remote.fetch(remote.join(self.url, self.path), start, length, memory=memory)
         except remote.MissingError as error:
             raise self._changed("nothing") from error
         if found.head.size != self.size:
@@ -187,7 +332,7 @@ class StoreObject:
 
     def _changed(self, content: str) -> StoreError:
         return StoreError(
-            self.subject, content, f"the {self.size} bytes that the manifest names",
+            str(self), content, f"the {self.size} bytes that the manifest names",
             "The store was changed after it was written: write it again, or open it again if that was done.",
         )  # fmt: skip
 
@@ -216,23 +361,20 @@ class _Index:
         return list(coalesced(parts))
 
 
-@lru_cache(maxsize=4096)
-def _index(item: StoreObject, chips: int, compressed: bool) -> _Index:
-    """Read a shard's index, once per process.
-
-    Of a store written anew in the same place, the sizes of compressed objects tell; of one without compression they
-    are the same, and so is the index.
-    """
-    tail = decode.index_nbytes(chips)
-    found = item.fetch(max(0, item.size - tail), tail)
-    if not compressed:
-        item.check_store()
-    return _Index(decode.index_of(chips, found.data, item.size, item.subject), found.head.etag)
+def _index_nbytes(index: _Index) -> int:
+    return index.entries.nbytes + 512  # with the objects around it
 
 
-@lru_cache(maxsize=4096)
-def _small(item: StoreObject) -> bytes:
-    return bytes(item.get(0, item.size))
+def _values_nbytes(values: NDArray[Any]) -> int:
+    return values.nbytes + 512
+
+
+_INDEXES: ByteCache[StoreObject, _Index] = ByteCache(INDEX_BYTES, _index_nbytes)
+"""Indexes of shards. Of a store written anew in the same place, the sizes of compressed objects tell; of one without
+compression they are the same, and so is the index."""
+
+_SMALL: ByteCache[StoreObject, NDArray[Any]] = ByteCache(SMALL_BYTES, _values_nbytes)
+"""Arrays that are no shards, decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,19 +382,23 @@ class Packed:
     """Some chips of one array, as they are stored."""
 
     encoding: Encoding
-    subject: str
-    """What was read, for errors."""
+    item: StoreObject | None
+    """What was read, for errors; None where there is none."""
     pieces: Sequence[Any]
     """Bytes of each, None where all of it is fill; empty where ``values`` has them."""
     values: NDArray[Any] | None = None
     """The chips of an array whose chunks are not made of single ones."""
+    verified: bool = False
+    """Whether the whole object was compared with the manifest: then no chip's own checksum is looked at."""
 
     def into(self, number: int, out: NDArray[Any], place: int) -> None:
         """Decode one chip to its place in an array."""
         if self.values is not None:
             out[place] = self.values[number]
+        elif self.verified:
+            decode.body_into(self.encoding, self.pieces[number], out[place], self.item)
         else:
-            decode.chip_into(self.encoding, self.pieces[number], out[place], self.subject)
+            decode.chip_into(self.encoding, self.pieces[number], out[place], self.item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,37 +420,68 @@ class _Part:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that :meth:`begin` brings and keeps."""
+        """Bytes that :meth:`begin` brings and keeps: 0 where only some chips of the shard are wanted."""
         single = self.item is None or not self.encoding.sharded or 2 * len(self.chips) < self.of
         return 0 if single or self.item is None else self.item.size
 
-    def begin(self) -> Packed | _Index:
-        """Read what one get brings: all of it, or the index that single chips need."""
+    def at_hand(self) -> Packed | _Index | None:
+        """Return what :meth:`begin` would, where it has nothing to read; else None."""
         item = self.item
         if item is None:
             return self.packed([None] * len(self.chips))
         if not self.encoding.sharded:
-            values = decode.chunk_of(self.encoding, _small(item), item.subject)
-            return Packed(self.encoding, item.subject, (), values[self.chips])
-        per = self.encoding.chunk[0]
-        if not self.nbytes:
-            whole = _index(item, per, self.encoding.codec is not None)
-            return _Index(whole.entries[self.chips], whole.etag)
-        data = memoryview(item.get(0, item.size))
-        tail = data[-decode.index_nbytes(per) :]
-        index = decode.index_of(per, tail, item.size, item.subject)[self.chips]
-        return self.packed([None if s == ABSENT else data[s : s + n] for s, n in index.tolist()])
+            values = _SMALL.get(item)
+            return None if values is None else Packed(self.encoding, item, (), values[self.chips])
+        whole = None if self.nbytes else _INDEXES.get(item)
+        return None if whole is None else _Index(whole.entries[self.chips], whole.etag)
 
-    def get(self, index: _Index, span: Span[int]) -> list[tuple[int, Any]]:
+    def begin(self, memory: Lender | None = None) -> Packed | _Index:
+        """Read what one get brings: all of it, into memory that is lent, or the index that single chips need."""
+        first, item = self.at_hand(), self.item
+        if first is not None or item is None:
+            assert first is not None
+            return first
+        if not self.encoding.sharded:
+            values = decode.chunk_of(self.encoding, item.get(0, item.size), item)
+            return Packed(self.encoding, item, (), _SMALL.put(item, values)[self.chips])
+        per = self.encoding.chunk[0]
+        tail = decode.index_nbytes(per)
+        if not self.nbytes:
+            found = item.fetch(max(0, item.size - tail), tail)
+            if self.encoding.codec is None:
+                item.check_store()
+            entries = decode.index_of(per, found.data, item.size, str(item))
+            whole = _INDEXES.put(item, _Index(entries, found.head.etag))
+            return _Index(whole.entries[self.chips], whole.etag)
+        data = memoryview(
+            item.get(0, item.size, None if memory is None else memory.array((item.size,), np.uint8))
+        )
+        index = decode.index_of(per, data[-tail:], item.size, str(item))[self.chips]
+        bodies = [None if s == ABSENT else data[s : s + n - CHECKSUM] for s, n in index.tolist()]
+        return self.packed(bodies, verified=True)
+
+    def get(
+        self, index: _Index, span: Span[int], memory: NDArray[np.uint8] | None = None
+    ) -> list[tuple[int, Any]]:
         """Read neighbouring chips by one get: the place of each among the chips asked for, and its bytes."""
         assert self.item is not None
-        found = self.item.fetch(span.start, span.length)
+        found = self.item.fetch(span.start, span.length, memory)
         if found.head.etag != index.etag:  # copied anew, or something else
-            _index.cache_clear()
+            _INDEXES.clear()
             self.item.check_store()
         data = memoryview(found.data)
         return [(p.what, data[p.start - span.start : p.stop - span.start]) for p in span.parts]
 
-    def packed(self, pieces: Sequence[Any]) -> Packed:
-        """Return chips of it whose bytes are known."""
-        return Packed(self.encoding, "" if self.item is None else self.item.subject, pieces)
+    def packed(self, pieces: Sequence[Any], verified: bool = False) -> Packed:
+        """Return chips of it whose bytes are there."""
+        return Packed(self.encoding, self.item, pieces, None, verified)
+
+    def packed_of(self, first: Packed | _Index) -> Packed:
+        """Return chips of it after what :meth:`begin` returned."""
+        if isinstance(first, Packed):
+            return first
+        bodies: list[Any] = [None] * len(self.chips)
+        for span in first.spans():
+            for number, data in self.get(first, span):
+                bodies[number] = data
+        return self.packed(bodies)

@@ -27,7 +27,7 @@ from rasteret_dask.store.manifest import manifest_of, warn_of_masked
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Shard
-from rasteret_dask.tasks.jobfile import JobRef, job_objects, opened
+from rasteret_dask.tasks.jobfile import JobRef, check_writable, job_objects, opened
 
 __all__ = ["commit", "is_committed", "prepare", "write_shard"]
 
@@ -78,11 +78,14 @@ def prepare(layout: Layout, url: str) -> set[str]:
 
     Raises
     ------
+    PlanError
+        When a rule of the plan cannot be imported by another process.
     StoreError
         When the store holds something else, another plan's leftovers, or these chips in another compression.
     FormatError
         When a newer version of the package writes it.
     """
+    check_writable(layout.job)
     chips = _Chips(layout)
     found = ledger.begin(url, chips)
     return set(ledger.reports(url, found, chips.keys))

@@ -9,6 +9,7 @@ from itertools import tee
 from typing import Any
 
 from rasteret_dask.errors import JobError, PlanError
+from rasteret_dask.net.lending import Lender
 from rasteret_dask.streams.epochs import Batch, Epoch
 from rasteret_dask.streams.shardsource import ShardSource
 from rasteret_dask.tasks.batches import Arrays, Part, assembled
@@ -42,6 +43,7 @@ def fill(
     """
     try:
         handles: dict[tuple[int, int], list[Any]] = {}
+        memory = Lender()  # of batches that the consumer let go of
         sent = wanted = 0
         # shards of an epoch are read while the last batches of the one before are made
         now, ahead = tee(plan)
@@ -64,7 +66,7 @@ def fill(
                     if shelf.stopped:
                         return
                 del parts
-                made = _made(batch, found_parts, pad)
+                made = _made(batch, found_parts, pad, memory)
                 del found_parts
                 shelf.put(made if normalize is None else _normalized(made, normalize))
                 del made
@@ -77,9 +79,9 @@ def fill(
         source.close()
 
 
-def _made(batch: Batch, parts: list[Part], pad: bool) -> Arrays:
+def _made(batch: Batch, parts: list[Part], pad: bool, memory: Lender) -> Arrays:
     places = [places for _, _, places in batch.parts]
-    made = assembled(list(zip(places, parts, strict=True)), batch.size)
+    made = assembled(list(zip(places, parts, strict=True)), batch.size, memory)
     return {**made, "padded": batch.padded} if pad else made
 
 

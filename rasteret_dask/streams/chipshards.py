@@ -11,6 +11,7 @@ import numpy as np
 from dask._task_spec import Task
 from numpy.typing import NDArray
 
+from rasteret_dask.net.lending import Lender
 from rasteret_dask.net.signatures import send, send_place
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import stored
@@ -35,8 +36,8 @@ class ChipShards:
     """Tells these chips from others; goes into states."""
     pixels: Mapping[str, SourcePixels]
     """Source -> what its pixels are."""
-    read: Callable[[int], Held]
-    """Reads a shard in this process, to make batches of it."""
+    read: Callable[[int, Lender], Held]
+    """Reads a shard in this process, to make batches of it; its bytes may lie in memory that is lent."""
     tasks: Callable[[], tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]]
     """Returns root tasks, and each shard's key and task, of whose result ``part`` makes arrays."""
     part: Callable[[Any, NDArray[np.int64] | None], Arrays]

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from itertools import count
@@ -62,6 +62,9 @@ class _Part:
 class OnCluster:
     """Reads on a Dask cluster: a task a shard, and one for each part of it; parts travel straight to this process.
 
+    Where shards come in their order, neighbours need the result of one tiny task, and so are read by the worker that
+    has it: as many as it has threads, at least two. A worker restriction would switch Dask's queueing off.
+
     Parameters
     ----------
     reading
@@ -72,6 +75,8 @@ class OnCluster:
         This stream's share of the cluster's threads: one of how many.
     owned
         Whether to close the client in the end.
+    in_order
+        Whether shards come in their order: then neighbours are read by one worker, which fetches what they share once.
 
     Raises
     ------
@@ -84,7 +89,9 @@ class OnCluster:
         When workers cannot be reached from here, so that all data passes the scheduler.
     """
 
-    def __init__(self, reading: ChipShards, client: Client, share: int = 1, owned: bool = False) -> None:
+    def __init__(
+        self, reading: ChipShards, client: Client, share: int = 1, owned: bool = False, in_order: bool = False
+    ) -> None:
         if client.asynchronous:
             raise PlanError(
                 "stream(client=)", "an asynchronous client", "one that waits: Client(asynchronous=False)"
@@ -96,7 +103,8 @@ class OnCluster:
         self._roots, self._tasks = reading.tasks()
         self._held: list[DaskFuture[Any]] = []
         self._open: dict[int, _Part] = {}
-        self._restricted, self._generation, self._threads, self._lost = frozenset[str](), 0, 1, 0
+        self._restricted, self._generation, self._lost = frozenset[str](), 0, 0
+        self._threads = self._readers = 1
         self._looked = self._bare = self._watched = (
             0.0  # when workers were looked at; since when none of them may read
         )
@@ -108,7 +116,11 @@ class OnCluster:
             self._watch.admit({**self._roots, **dict(self._tasks[:1]), "part": Task("part", self._part)})
         self._settle()
         _leave_pool(self._restricted)
-        self.ahead = -(-self._threads // share) + 1
+        # shards of a store have no tiles in common
+        self._beside = (
+            max(-(-self._threads // self._readers), 2) if in_order and reading.job is not None else 1
+        )
+        self.ahead = -(-max(self._threads, self._readers * self._beside) // share) + 1
         self.direct = self._reachable()
         self._hold_roots()
 
@@ -230,7 +242,13 @@ class OnCluster:
         if self._generation:
             key = f"{key}-{self._generation}"
             task = task.substitute(self._names(), key=key)
-        graph: dict[Hashable, Any] = {key: task}
+        graph: dict[Hashable, Any] = {}
+        if self._beside > 1:
+            seat = f"seat-{self._tasks[shard - shard % self._beside][0]}-{self._beside}-{self._generation}"
+            key = f"{key}-seated-{self._beside}"
+            graph[seat] = Task(seat, _sit)
+            task = Task(key, _seated, TaskRef(seat), task.func, *task.args, **task.kwargs)
+        graph[key] = task
         self._shards[key] = f"shard {shard}"
         names = {}
         for part in parts:
@@ -303,6 +321,7 @@ class OnCluster:
             return set(workers)
         self._bare = 0.0
         self._restricted = frozenset(readers) if len(readers) < len(workers) else frozenset()
+        self._readers = max(1, len(readers))
         self._threads = max(1, sum(int(workers[a]["nthreads"]) for a in readers))
         return set(workers)
 
@@ -319,6 +338,14 @@ class OnCluster:
             )
             return False
         return True
+
+
+def _sit() -> None:
+    """Be somewhere: what needs this result is computed where it is, without a restriction to that worker."""
+
+
+def _seated(_: None, read: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return read(*args, **kwargs)
 
 
 def _leave_pool(readers: frozenset[str]) -> None:

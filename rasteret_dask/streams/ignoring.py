@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,8 @@ class Ignoring:
         Raises
         ------
         PlanError
-            When it is no whole number, or no source has a band of classes.
+            When it is no whole number, no source has a band of classes, or none of NumPy's types holds it beside the
+            codes of one.
         """
         if not is_number(index) or int(index) != index:
             raise PlanError("ignore_index=", repr(index), "a whole number, such as -100 or 255")
@@ -55,6 +57,13 @@ class Ignoring:
                 "at least one",
                 "Say which hold classes: harmonize(kinds={'map': 'class'}).",
             )
+        for name in (name for name, own in bands.items() if own):
+            dtype = np.dtype(pixels[name].dtype)
+            if dtype.kind in "iu" and _with(index, dtype).kind == "f":
+                raise PlanError(
+                    f"ignore_index={index}", f"classes of {dtype} in source {name!r}, which floats would round",
+                    f"a number that {dtype} holds", f"Choose one that no class has: {np.iinfo(dtype).max}.",
+                )  # fmt: skip
         return cls(int(index), tuple((name, own) for name, own in bands.items() if own))
 
     def __call__(self, arrays: Arrays) -> Arrays:
@@ -64,9 +73,14 @@ class Ignoring:
             if name not in arrays:
                 continue
             values, valid = arrays[name], arrays[f"{name}/valid"]
-            dtype = np.result_type(values.dtype, np.min_scalar_type(self.index))
+            dtype = _with(self.index, values.dtype)
             filled = values.astype(dtype, copy=False)  # a batch is new: nobody else has it
             for band in bands:
                 np.copyto(filled[:, :, band], dtype.type(self.index), where=~valid)
             result[name] = filled
         return result
+
+
+def _with(index: int, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the narrowest type that holds a number beside those of a type."""
+    return np.result_type(dtype, np.min_scalar_type(int(index)))

@@ -10,6 +10,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import ReadError
+from rasteret_dask.net.lending import Lender
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Arrays, InMemory, SourcePixels, arrays_of
 from rasteret_dask.tasks.context import ReadContext
@@ -48,7 +49,7 @@ def planned(
         for number, (plan, out) in enumerate(zip(job.sources, outputs, strict=True))
     }
 
-    def read(number: int) -> InMemory:
+    def read(number: int, _: Lender) -> InMemory:
         found = _kept(read_chips(job, shards[number], context), None)
         if sizes is not None and len(found["chip_id"]) != sizes[number]:
             raise _other(shards[number].name, len(found["chip_id"]), str(sizes[number]))

@@ -13,6 +13,7 @@ import numpy as np
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
+from rasteret_dask.net.lending import Lender
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Held, Part
 
@@ -42,6 +43,7 @@ class OnThreads:
         threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
         self.ahead = threads
         self._reading = reading
+        self._memory = Lender()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rasteret-stream")
 
     def submit(self, shard: int, rows: Sequence[NDArray[np.int64]]) -> list[Any]:
@@ -52,7 +54,7 @@ class OnThreads:
     def _read(self, shard: int) -> Held:
         if not threading.main_thread().is_alive():  # the process ends: it need not wait for what is queued
             raise CancelledError
-        return self._reading.read(shard)
+        return self._reading.read(shard, self._memory)
 
     def collect(self, handles: Sequence[Any], timeout: float) -> list[Part] | None:
         """Return parts, or None where a shard is not read in time."""

@@ -143,7 +143,7 @@ def _both(first: Callable[[Arrays], Arrays], second: Callable[[Arrays], Arrays],
 class Stream(Iterator[Arrays]):
     """Batches of chips, made by ``chips.stream(...)`` or :func:`rasteret_dask.stream_from`.
 
-    Each batch is a dictionary of new, contiguous arrays with the chips along axis 0: see
+    Each batch is a dictionary of contiguous arrays of its own, with the chips along axis 0: see
     :data:`rasteret_dask.tasks.batches.Arrays`. ``len()`` is the number of batches of all epochs, the same on every
     rank. Reading begins with the first ``next()`` and ends with the last batch, with :meth:`close`, at the end of a
     ``with`` block, or when nobody holds the stream any more.
@@ -298,7 +298,7 @@ class Stream(Iterator[Arrays]):
             return OnThreads(self._shards)
         from rasteret_dask.streams.clustersource import OnCluster  # it imports distributed
 
-        return OnCluster(self._shards, client, self.order.world_size, owned)
+        return OnCluster(self._shards, client, self.order.world_size, owned, self.order.seed is None)
 
     def _start(self) -> Shelf:
         """Begin to read where the stream stands."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import is_label
+from rasteret_dask.net.lending import Lender
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.rules.kinds import Kind, kind_of
 
@@ -64,7 +65,7 @@ class SourcePixels:
 class Held(Protocol):
     """Chips of a shard that were read, as they are held until their batches are made."""
 
-    def empty(self, size: int) -> Arrays:
+    def empty(self, size: int, memory: Lender) -> Arrays:
         """Return memory for a batch of so many such chips."""
 
     def put(
@@ -122,8 +123,8 @@ def take(arrays: Arrays, rows: NDArray[np.int64] | None) -> Arrays:
     return {name: _rows(values, rows) for name, values in arrays.items()}
 
 
-def assembled(parts: Sequence[tuple[NDArray[np.int64], Part]], size: int) -> Arrays:
-    """Return the chips of parts, each at its places, in new contiguous arrays.
+def assembled(parts: Sequence[tuple[NDArray[np.int64], Part]], size: int, memory: Lender) -> Arrays:
+    """Return the chips of parts, each at its places, in contiguous arrays of their own.
 
     Parameters
     ----------
@@ -131,8 +132,10 @@ def assembled(parts: Sequence[tuple[NDArray[np.int64], Part]], size: int) -> Arr
         (places, part): together the places are 0 to ``size`` - 1.
     size
         Number of chips.
+    memory
+        Where large arrays lie.
     """
-    result = parts[0][1][0].empty(size)
+    result = parts[0][1][0].empty(size, memory)
     under_way = [one for places, (held, rows) in parts for one in held.put(rows, result, places)]
     for one in under_way:
         one.result()
@@ -145,9 +148,9 @@ class InMemory:
 
     arrays: Arrays
 
-    def empty(self, size: int) -> Arrays:
+    def empty(self, size: int, memory: Lender) -> Arrays:
         """Return memory for a batch of so many such chips."""
-        return {name: np.empty((size, *v.shape[1:]), dtype=v.dtype) for name, v in self.arrays.items()}
+        return {name: memory.array((size, *v.shape[1:]), v.dtype) for name, v in self.arrays.items()}
 
     def put(
         self, rows: NDArray[np.int64] | None, out: Arrays, places: NDArray[np.int64]

@@ -22,7 +22,6 @@ __all__ = [
     "Into",
     "ChipPlace",
     "Seen",
-    "Slot",
     "Wanted",
     "Windows",
     "clear",
@@ -51,7 +50,8 @@ class ChipPixels:
     clipped: NDArray[np.int64]
     """Shape (band,). Pixels outside the range of an integer dtype."""
     filled: NDArray[np.float32] | None = None
-    """Shape (chip, time). Share of the pixels that other acquisitions than the picked one gave; None: none may."""
+    """Shape (chip, time). Share of the pixels, valid in all bands, that another acquisition than the picked one gave
+    any band of; None: none may."""
     counts: Counts = field(default_factory=Counts)
     unreadable: list[str] = field(default_factory=list)
     """One line a tile that could not be read and is masked instead."""
@@ -151,23 +151,6 @@ class ChipPlace:
         for band, part in self.clipped:
             shown = part.pixels if where is None else part.pixels & ~where[part.rows, part.cols]
             counts[band] += np.count_nonzero(shown)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The chips of one slot while records are read into it."""
-
-    values: NDArray[Any]
-    """Shape (chip, band, y, x)."""
-    valid: NDArray[np.bool_]
-    """Shape (chip, band, y, x)."""
-
-    def put(self, chip: int, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Write what is valid to a chip's pixels that are not yet; return where, shape (band, y, x)."""
-        take = np.asarray(valid & ~self.valid[chip])
-        np.copyto(self.values[chip], values, where=take, casting="unsafe")
-        np.logical_or(self.valid[chip], take, out=self.valid[chip])
-        return take
 
 
 def copied(window: Seen) -> Seen:

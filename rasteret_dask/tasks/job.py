@@ -176,6 +176,13 @@ class Job:
         return (*plan.maps, *(function for name, function in self.maps if name in (None, plan.name)))
 
     @property
+    def all_functions(self) -> tuple[Function, ...]:
+        """The user's functions of all sources and of rules on pixels, each once."""
+        steps = [function for number in range(len(self.sources)) for function in self.functions(number)]
+        rules = [rule.function for rule in self.pixel_rules if rule.function is not None]
+        return tuple(dict.fromkeys([*steps, *rules]))
+
+    @property
     def whole(self) -> Job:
         """The job before any select: tasks look their shard up in it."""
         if not self.others:
@@ -384,8 +391,13 @@ def _marks(records: Records, members: NDArray[np.int64], plans: tuple[Member, ..
         if not len(rows):
             continue
         own = records if len(rows) == len(records) else records.take(rows)
-        said = [own.asset_field(band, name).to_pylist() for band in member.reads for name in _DECIDING]
-        digests = b"".join(hashlib.sha256(repr(v).encode()).digest() for v in zip(*said, strict=True))
+        fields = {name: own.asset_fields(member.reads, name).to_pylist() for name in _DECIDING}
+        columns = [
+            fields[name][band * len(own) : (band + 1) * len(own)]
+            for band in range(len(member.reads))
+            for name in _DECIDING
+        ]
+        digests = b"".join(hashlib.sha256(repr(v).encode()).digest() for v in zip(*columns, strict=True))
         result[rows] = np.frombuffer(digests, dtype="V32")
     return result
 

@@ -18,10 +18,13 @@ from rasteret_dask.net.sums import crc32_of, document_of, sealed
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import from_json, to_json
 from rasteret_dask.planning.resolve import Member, SourcePlan
+from rasteret_dask.rules.values import check_importable
 from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, ipc_bytes
 
-__all__ = ["JOB_FILE", "JobRef", "job_objects", "open_job", "opened", "plan_json", "read_note", "write_job"]
+__all__ = [
+    "JOB_FILE", "JobRef", "check_writable", "job_objects", "open_job", "opened", "plan_json", "read_note", "write_job",
+]  # fmt: skip
 
 JOB_FILE = "job.json"
 """What is put last: a folder with it is a whole plan."""
@@ -63,6 +66,11 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "tables": {name: [len(data), crc32_of(data)] for name, data in objects.items()},
     }
     return {**objects, JOB_FILE: sealed(text)}
+
+
+def check_writable(job: Job) -> None:
+    """Raise PlanError where nobody who opens the job could import one of its rules."""
+    check_importable([plan_json(s) for s in job.sources])
 
 
 def write_job(job: Job, url: str) -> None:

@@ -1,4 +1,4 @@
-"""How many bytes of decoded pixels a process keeps at any time, so that no tile of a job is fetched twice."""
+"""How many bytes of decoded pixels a process keeps so that it fetches no tile twice, and what shards share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Job
 
-__all__ = ["MOST_KEPT_BYTES", "kept_bytes"]
+__all__ = ["MOST_KEPT_BYTES", "kept_bytes", "shared_bytes"]
 
 MOST_KEPT_BYTES = 512 * 2**20
 """A process keeps no more, as its worker's memory is counted with this: beyond it tiles are fetched again."""
@@ -38,10 +38,51 @@ def kept_bytes(job: Job, threads: int = CPU_COUNT) -> int:
     return job.kept[threads]
 
 
+def shared_bytes(job: Job) -> tuple[NDArray[np.int64], int]:
+    """Return the decoded bytes of tiles that are needed on both sides of each border of two shards, and of all tiles.
+
+    Returns
+    -------
+    tuple
+        Shape (shard - 1,), in running order: what is fetched once more where another process goes on at that border.
+        Then the bytes of all tiles of the job.
+    """
+    shards = int(job.running.max(initial=-1)) + 1
+    change, total = np.zeros(shards + 1, dtype=np.int64), 0
+    for number in range(len(job.sources)):
+        for spans in _tile_spans(job, number):
+            np.add.at(change, spans.since, spans.whole)
+            np.add.at(change, spans.until, -spans.whole)
+            total += int(spans.whole.sum())
+    return np.cumsum(change)[: max(shards - 1, 0)], total
+
+
 def _kept(job: Job, source: int, threads: int) -> NDArray[np.int64]:
     """Return the bytes that are kept for one source while each shard is read; shape (shard,)."""
-    feeds, shards = job.feeds, int(job.running.max(initial=-1)) + 1
+    shards = int(job.running.max(initial=-1)) + 1
     change = np.zeros(shards + 1, dtype=np.int64)
+    for spans in _tile_spans(job, source):
+        np.add.at(change, np.maximum(spans.since - threads + 1, 0), spans.held)
+        np.add.at(change, spans.until + 1, -spans.held)
+    return np.cumsum(change)[:shards]
+
+
+@dataclass(frozen=True, slots=True)
+class _Spans:
+    """When the tiles of one source's files are needed; one entry per tile of files whose pixels lie alike."""
+
+    since: NDArray[np.int64]
+    """Shape (tile,). The first shard that needs it, in running order."""
+    until: NDArray[np.int64]
+    """Shape (tile,). The last one."""
+    held: NDArray[np.int64]
+    """Shape (tile,). Decoded bytes of the part that is kept meanwhile."""
+    whole: NDArray[np.int64]
+    """Shape (tile,). Decoded bytes of the tile."""
+
+
+def _tile_spans(job: Job, source: int) -> Iterator[_Spans]:
+    feeds = job.feeds
     of_source = feeds.source == source
     chip, row = feeds.chip[of_source].astype(np.int64), feeds.row[of_source].astype(np.int64)
     here = job.running[chip] >= 0
@@ -59,8 +100,7 @@ def _kept(job: Job, source: int, threads: int) -> NDArray[np.int64]:
             if own.any():
                 warped = again | (np.abs(np.abs(level[:, 0]) - resolution) > ALIGNED_PX * resolution)
                 epsg = job.records[source].epsg
-                _add(change, job, threads, _Read(chip[own], row[own], level, epsg, warped, bytes_px))
-    return np.cumsum(change)[:shards]
+                yield from _spans_of(job, _Read(chip[own], row[own], level, epsg, warped, bytes_px))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,38 +123,45 @@ def _levels(
     records: Records, bands: dict[str, None]
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
     """Yield layouts of pixels and the bytes of a pixel of all files that have them; bands of one file count once."""
+    names, shape = tuple(bands), (len(bands), len(records))
+    transform = pc.list_flatten(_whole(records.level_fields(names, "transform").combine_chunks()))
+    sizes = [_numbers(records, names, field, 0) for field in ("width", "height", "tile_width", "tile_height")]
+    level = np.concatenate(
+        [np.reshape(transform.to_numpy(), (*shape, 6))[..., [0, 2, 4, 5]], np.stack(sizes, -1)], axis=-1
+    )
+    chunky = _numbers(records, names, "planar", 0) == 1
+    hrefs = records.asset_fields(names, "href").combine_chunks().dictionary_encode().indices
+    file = np.reshape(pc.fill_null(hrefs, -1).to_numpy(), shape).astype(np.int64)
+    again = np.ones(shape, dtype=bool)  # files that a band before has brought
+    again.ravel()[np.unique(file * shape[1] + np.arange(shape[1]), return_index=True)[1]] = False
+    dtypes = np.array(records.level_fields(names, "dtype").to_pylist(), dtype=object).reshape(shape)
+    size = np.zeros(shape, dtype=np.int64)
+    for dtype in {d for d in dtypes.ravel() if d}:
+        size[dtypes == dtype] = np.dtype(dtype).itemsize
+    held = np.where(chunky, _numbers(records, names, "samples", 1), 1) * (size + 1)  # a mask may lie beside
+    held = np.where((chunky & again) | (size == 0), 0, held).astype(np.int64)
     layouts: list[tuple[NDArray[np.float64], NDArray[np.int64]]] = []
-    files: list[NDArray[Any]] = []
-    for band in bands:
-        transform = pc.list_flatten(_whole(records.level_field(band, "transform").combine_chunks()))
-        columns = [
-            np.asarray(pc.fill_null(records.level_field(band, name), 0).to_numpy())
-            for name in ("width", "height", "tile_width", "tile_height")
-        ]
-        level = np.column_stack([np.reshape(transform.to_numpy(), (-1, 6))[:, [0, 2, 4, 5]], *columns])
-        href = np.array(records.asset_field(band, "href").to_pylist(), dtype=object)
-        chunky = np.asarray(pc.fill_null(records.level_field(band, "planar"), 0).to_numpy()) == 1
-        again = chunky & np.any([href == other for other in files] or [np.zeros(len(href), bool)], axis=0)
-        files.append(href)
-        samples = np.asarray(pc.fill_null(records.level_field(band, "samples"), 1).to_numpy())
-        dtypes = records.level_field(band, "dtype").to_pylist()
-        size = np.array([np.dtype(d).itemsize if d else 0 for d in dtypes])
-        held = np.where(chunky, samples, 1) * (size + 1)  # a mask may lie beside
-        held = np.where(again | (size == 0), 0, held).astype(np.int64)
-        same = next((total for known, total in layouts if np.array_equal(known, level)), None)
+    for one, nbytes in zip(level, held, strict=True):
+        same = next((total for known, total in layouts if np.array_equal(known, one)), None)
         if same is None:
-            layouts.append((level, held))
+            layouts.append((one, nbytes))
         else:
-            same += held
+            same += nbytes
     yield from layouts
+
+
+def _numbers(records: Records, bands: tuple[str, ...], field: str, missing: int) -> NDArray[Any]:
+    """Return a field of the full-resolution levels, shape (band, record)."""
+    values = pc.fill_null(records.level_fields(bands, field), missing)
+    return np.reshape(np.asarray(values.to_numpy()), (len(bands), len(records)))
 
 
 def _whole(transforms: Any) -> Any:
     return pc.fill_null(transforms, pa.scalar([0.0] * 6, type=transforms.type))
 
 
-def _add(change: NDArray[np.int64], job: Job, threads: int, read: _Read) -> None:
-    """Add the parts that are kept: ``change`` is how many bytes come with each shard, and go."""
+def _spans_of(job: Job, read: _Read) -> Iterator[_Spans]:
+    """Yield when each tile is needed, where any is."""
     spans = _spans(job, read)
     row, place = read.row, job.running[read.chip]
     tile = read.level[row][:, [7, 6]]
@@ -136,11 +183,11 @@ def _add(change: NDArray[np.int64], job: Job, threads: int, read: _Read) -> None
     end = np.maximum.reduceat(end[order], first)
     when = place[entry][order]
     since, until = np.minimum.reduceat(when, first), np.maximum.reduceat(when, first)
-    held = (end - begin).prod(axis=1).astype(np.int64) * read.bytes_px[key[first, 0]]
+    bytes_px = read.bytes_px[key[first, 0]]
+    held = (end - begin).prod(axis=1).astype(np.int64) * bytes_px
     held[(since == until) & ~read.again[key[first, 0]]] = 0
-    since = np.maximum(since - threads + 1, 0)
-    np.add.at(change, since, held)
-    np.add.at(change, until + 1, -held)
+    whole = tile[entry][order][first].prod(axis=1).astype(np.int64) * bytes_px
+    yield _Spans(since, until, held, whole)
 
 
 def _spans(job: Job, read: _Read) -> NDArray[np.float64]:

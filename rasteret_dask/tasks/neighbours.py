@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.keptbytes import kept_bytes
+from rasteret_dask.tasks.runs import CREW
 
 __all__ = ["Neighbours"]
 
@@ -29,6 +30,7 @@ class Neighbours:
         self.number, self.finished = self._number(self._place), job.finished
         if self.number in self.finished:  # it is all done anew
             self.finished.clear()
+        self._coming = CREW.places(lambda: job.digest)
         self._chips: dict[tuple[str, int], tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
 
     @property
@@ -67,7 +69,10 @@ class Neighbours:
             job = self._job
             chip = job.chips_of(self._source, record)
             place = job.running[chip]
-            chip = chip[(place >= max(self._place - BEHIND, 0)) & (place != self._place)]
+            here = (place >= max(self._place - BEHIND, 0)) & (place != self._place)
+            if self._coming is not None:  # others are for other processes
+                here &= np.isin(place, list(self._coming))
+            chip = chip[here]
             self._chips[key] = self._number_of(chip), job.bounds_in(chip, epsg)
         return self._chips[key]
 

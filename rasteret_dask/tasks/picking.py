@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from rasteret_dask.reader.keeping import Later
 from rasteret_dask.reader.placing import Block, Clipped, Out
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.rules import composing
+from rasteret_dask.rules.composing import Front
 from rasteret_dask.rules.picks import Scored
 from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.units import Unit
@@ -24,7 +25,6 @@ from rasteret_dask.tasks.filling import (
     ChipPlace,
     Into,
     Seen,
-    Slot,
     Wanted,
     clear,
     copied,
@@ -117,9 +117,15 @@ class Picking:
         for at, slot in enumerate(slots):
             own = feed.take(feed.slot == slot)
             if slot in valid:
-                self._fill(session, own, Slot(chips.values[:, slot], valid[slot]), chips, slot)
-                for chip in np.flatnonzero(several[:, at]).tolist():
-                    np.logical_and.reduce(valid[slot][chip], axis=0, out=chips.valid[chip, slot])
+                fronts = {
+                    chip: Front(chips.values[chip, slot], valid[slot][chip])
+                    for chip in np.flatnonzero(several[:, at]).tolist()
+                }
+                by_others = self._fill(session, own, fronts, chips)
+                for chip, front in fronts.items():
+                    shown = np.logical_and.reduce(front.valid, axis=0, out=chips.valid[chip, slot])
+                    if chips.filled is not None and chip in by_others:
+                        chips.filled[chip, slot] = np.count_nonzero(by_others[chip] & shown) / shown.size
             self._name(own, slot, chips)
 
     def _several(self, feed: Feed, slots: list[int]) -> NDArray[np.bool_]:
@@ -227,43 +233,74 @@ class Picking:
         shared = member.mask is not None and wanted.asset.band in member.quality
         return not wanted.bands or (shared and is_as_stored(wanted.request))
 
-    def _fill(self, session: Session, feed: Feed, target: Slot, chips: ChipPixels, slot: int) -> None:
-        """Fill the pixels that the nearest record of each chip leaves invalid, record by record."""
+    def _fill(
+        self, session: Session, feed: Feed, fronts: Mapping[int, Front], chips: ChipPixels
+    ) -> dict[int, NDArray[np.bool_]]:
+        """Fill the pixels that the nearest record of each chip leaves invalid, record by record.
+
+        Parameters
+        ----------
+        fronts
+            Each chip with several records, with the pixels of the nearest.
+
+        Returns
+        -------
+        dict
+            Chip -> where another acquisition than the best gave a band its pixel, shape (y, x); none: nowhere.
+        """
         first = _first_of(feed.chip)
-        rank = _rank_in(feed.chip, first)
-        main = np.full(len(target.valid), -1, dtype=np.int64)
-        main[feed.chip[first]] = self.pass_of[feed.row[first]]
-        for level in range(1, int(rank.max(initial=0)) + 1):
-            here = feed.take(rank == level)
-            here = here.take(np.flatnonzero(~target.valid[here.chip].all(axis=(1, 2, 3))))
-            for entry, windows in self._windows(session, here, keep=feed.take(rank > level)):
-                chip, row = int(here.chip[entry]), int(here.row[entry])
-                values, valid = self.rules.finish(*self._decoded(windows, self._member(row)))
-                stored, clipped = self.rules.encode(values, valid)
-                before = target.valid[chip].all(axis=0) if chips.filled is not None else None
-                take = target.put(chip, stored, valid)
-                if clipped is not None:
-                    chips.clipped += np.count_nonzero(clipped & take, axis=(1, 2))
-                if chips.filled is not None and before is not None and self.pass_of[row] != main[chip]:
-                    more = np.count_nonzero(target.valid[chip].all(axis=0) & ~before)
-                    chips.filled[chip, slot] += more / before.size
+        main = dict(zip(feed.chip[first].tolist(), self.pass_of[feed.row[first]].tolist(), strict=True))
+        by_others: dict[int, NDArray[np.bool_]] = {}
+        for chip, row, windows in self._behind(session, feed, fronts, level=1):
+            values, valid = self.rules.finish(*self._decoded(windows, self._member(row)))
+            stored, clipped = self.rules.encode(values, valid)
+            take = fronts[chip].behind(stored, valid)
+            if clipped is not None:
+                chips.clipped += np.count_nonzero(clipped & take, axis=(1, 2))
+            if chips.filled is not None and self.pass_of[row] != main[chip]:
+                shown = by_others.setdefault(chip, np.zeros(take.shape[1:], dtype=bool))
+                shown |= take.any(axis=0)
+        return by_others
+
+    def _behind(
+        self, session: Session, feed: Feed, fronts: Mapping[int, Front], level: int = 0
+    ) -> Iterator[tuple[int, int, list[Seen]]]:
+        """Yield (chip, record, its windows), nearest records first, while some of the chip's pixels are invalid.
+
+        Parameters
+        ----------
+        fronts
+            By chip: what lies in front of these records by now.
+        level
+            How many of the nearest records of each chip are left out.
+        """
+        rank = _rank_in(feed.chip, _first_of(feed.chip))
+        for number in range(level, int(rank.max(initial=-1)) + 1):
+            here = feed.take(rank == number)
+            shows = [chip not in fronts or not fronts[chip].is_complete for chip in here.chip.tolist()]
+            here = here.take(np.flatnonzero(shows))
+            for entry, windows in self._windows(session, here, keep=feed.take(rank > number)):
+                yield int(here.chip[entry]), int(here.row[entry]), windows
 
     def _compose(self, session: Session, feed: Feed, slot: int, chips: ChipPixels) -> None:
         """Compose all candidates of a slot.
 
         Candidates are taken by the start of their acquisition, so that a tile is read for all chips at once.
         """
-        shape, work = (len(self.plan.bands), self.size, self.size), self.rules.decoded_dtype()
         made = {int(chip): self.rules.begin() for chip in np.unique(feed.chip)}
         passes = self.pass_of[feed.row]
         for number in np.unique(passes).tolist():
             own = feed.take(passes == number)
-            here = np.unique(own.chip)
-            one = Slot(np.zeros((len(here), *shape), work), np.zeros((len(here), *shape), dtype=bool))
-            self._mosaic(session, own, one, here)
-            lead = own.order[_first_of(own.chip)]
-            for at, (chip, order) in enumerate(zip(here.tolist(), lead.tolist(), strict=True)):
-                made[chip].add(one.values[at], one.valid[at], order)
+            fronts: dict[int, Front] = {}
+            for chip, row, windows in self._behind(session, own, fronts):
+                layer = self._decoded(windows, self._member(row))
+                if chip in fronts:
+                    fronts[chip].behind(*layer)
+                else:
+                    fronts[chip] = Front(*layer)
+            lead = own.take(_first_of(own.chip))
+            for chip, order in zip(lead.chip.tolist(), lead.order.tolist(), strict=True):
+                made[chip].add(fronts[chip].values, fronts[chip].valid, order)
         for chip, composition in made.items():
             values, valid = self.rules.finish(*composition.result())
             stored, clipped = self.rules.encode(values, valid)
@@ -273,19 +310,6 @@ class Picking:
                 chips.clipped += np.count_nonzero(clipped, axis=(1, 2))
         self._name(feed, slot, chips)
         self._name_composites(feed, slot, chips)
-
-    def _mosaic(self, session: Session, feed: Feed, target: Slot, places: NDArray[np.int64]) -> None:
-        """Read the records of one acquisition, nearest first, decoded; ``places`` are the chips of ``target``."""
-        rank = _rank_in(feed.chip, _first_of(feed.chip))
-        for level in range(int(rank.max(initial=-1)) + 1):
-            here = feed.take(rank == level)
-            at = np.searchsorted(places, here.chip)
-            if level:
-                open_ = np.flatnonzero(~target.valid[at].all(axis=(1, 2, 3)))
-                here, at = here.take(open_), at[open_]
-            for entry, windows in self._windows(session, here, keep=feed.take(rank > level)):
-                values, valid = self._decoded(windows, self._member(int(here.row[entry])))
-                target.put(int(at[entry]), values, valid)
 
     def _windows(
         self, session: Session, feed: Feed, keep: Feed | None = None, scoring: bool = False
@@ -387,13 +411,11 @@ class Picking:
             if shown is not None:
                 seen[chip, order] |= shown
             read[row, chip] = windows
-        scores = np.full(shape, -np.inf)
-        for chip, order in {*zip(feed.chip.tolist(), feed.order.tolist(), strict=True)}:
-            scores[chip, order] = pick.score(seen[chip, order])
         place = np.empty(shape, dtype=np.int64)
-        np.put_along_axis(
-            place, np.argsort(-scores, axis=1, kind="stable"), np.arange(shape[1])[None], axis=1
-        )
+        for chip in np.unique(feed.chip).tolist():
+            orders = np.unique(feed.order[feed.chip == chip])
+            best = orders[list(composing.by_score(pick, seen[chip, orders]))]
+            place[chip, best] = np.arange(len(best))
         rank = place[feed.chip, feed.order]
         chosen = np.flatnonzero(rank == 0) if not pick.fill else np.lexsort((rank, feed.slot, feed.chip))
         feed = feed.take(chosen)

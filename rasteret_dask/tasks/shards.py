@@ -24,7 +24,7 @@ from rasteret_dask.tasks.jobfile import JobRef, opened
 from rasteret_dask.tasks.mapping import mapped
 from rasteret_dask.words import OnError
 
-__all__ = ["Graph", "lower", "read_chips", "renamed"]
+__all__ = ["Graph", "Shipped", "lower", "read_chips", "renamed"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ def read_chips(
     shard: Shard,
     context: ReadContext,
     into: Sequence[pixels.Into] | None = None,
+    warns: bool = True,
 ) -> dict[str, xr.Dataset]:
     """Read all sources of one shard at once, and see which chips are kept: what its task does.
 
@@ -161,17 +162,19 @@ def read_chips(
         What to read, and with what.
     into
         Memory for the pixels and their validity, a source each; not taken where a function is called on them.
+    warns
+        Whether tiles that cannot be read become warnings.
 
     Returns
     -------
     dict
         Source -> its Dataset; see :func:`rasteret_dask.tasks.filtering.filtered`.
     """
-    todo = Steps.of(job, context.on_error, warns=True)
+    todo = Steps.of(job, context.on_error, warns)
     results: list[Any] = []
     for step in todo.steps[: todo.joined + 1]:
         run = step.run if step.memory is None or into is None else partial(step.run, into=into[step.memory])
-        calls = [_Shipped(context.functions[function]) for function in step.functions]
+        calls = [Shipped(context.functions[function]) for function in step.functions]
         below = [results[at] for at in step.below]
         results.append(run(job, (shard.hierarchy, shard.number), *step.constants, *calls, *below))
     joined: dict[str, xr.Dataset] = results[-1]
@@ -205,7 +208,7 @@ class _Builder:
     def function(self, function: Function, context: ReadContext) -> str:
         """Ship a user's function once."""
         name = f"function-{function.name}-{digest(function)[:12]}"
-        return name if name in self.layers else self._add_root(name, _Shipped(context.functions[function]))
+        return name if name in self.layers else self._add_root(name, Shipped(context.functions[function]))
 
     def layer(
         self,
@@ -236,7 +239,7 @@ class _Builder:
 
 
 @dataclass(frozen=True)
-class _Shipped:
+class Shipped:
     """A user's function as data, so that Dask does not take it for a task."""
 
     call: Callable[[xr.DataArray], xr.DataArray]
@@ -275,7 +278,7 @@ def _warn(shard: Shard, dataset: xr.Dataset) -> None:
         )
 
 
-def _map(job: Job | JobRef, block: tuple[int, int], function: _Shipped, dataset: xr.Dataset) -> xr.Dataset:
+def _map(job: Job | JobRef, block: tuple[int, int], function: Shipped, dataset: xr.Dataset) -> xr.Dataset:
     return mapped(function.call, dataset)
 
 

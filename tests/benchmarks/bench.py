@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=5120, help="pixels of a Sentinel-2-like scene, or 10980")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "rasteret-dask-bench")
     parser.add_argument("--python312", help="a Python 3.12 or newer, for rasteret and lazycogs")
+    parser.add_argument("--rslearn", type=Path, help="the interpreter of an environment that has rslearn")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     parser.add_argument(
         "--serve", action="store_true", help="make jobs and serve their files until interrupted"
@@ -121,6 +122,9 @@ def main() -> None:
     python, why = None, "not in pairs"
     if arguments.pairs is None:
         python, why = environment(arguments.folder / "python312", arguments.python312)
+    there = {"python312": python, "rslearn": arguments.rslearn}
+    pythons = {name: path for name, path in there.items() if path is not None}
+    missing = {"python312": why, "rslearn": "no --rslearn= was named"}
     with Nginx(arguments.folder) as server, _scratch(arguments.folder) as scratch:
         benches = _benches(kinds, server.url, scratch, python, arguments.threads, arguments.jobs)
         if arguments.serve:
@@ -136,7 +140,7 @@ def main() -> None:
             for latency in latencies:
                 server.latency(max(latency - JITTER_MS, 0.0), latency + JITTER_MS if latency else 0.0)
                 names = [n for n in bench.contenders if _is_asked(n, arguments.only)]
-                runner = _Runner(bench, Process(server, scratch, python), why)
+                runner = _Runner(bench, Process(server, scratch, pythons), missing)
                 if bench.name in ("J4", "J4-fresh"):
                     runner.skipped |= ABSENT
                 runs = runner.run(
@@ -188,7 +192,7 @@ def _benches(
         j1 = _job("J1", s2, 1, url, scratch, python, boxes, grid="tiles", threads=threads)
         size = f"{len(boxes)} cells of 1024 px, {len(s2.bands)} bands, {s2.dates} dates of {s2.size_px} px scenes"
         if "J1" in wanted:
-            others = ("Zarr", "README", "rasterio", "worker")
+            others = ("Zarr", "README", "rasterio", "worker", "rslearn")
             peers = [n for n in CONTENDERS if not any(other in n for other in others)]
             made.append(Bench("J1", f"J1 to arrays: {j1.count} chips of 256 px, {size}", j1, tuple(peers)))
         if "J1-u16" in wanted:
@@ -196,9 +200,9 @@ def _benches(
             title = "J1 as reflectance x 1e4 in uint16: the same files and chips"
             made.append(Bench("J1-u16", title, stored, ("rasteret_dask", "bare loop")))
         if "J1-zarr" in wanted:
-            two = ("rasteret_dask to Zarr", "bare loop to Zarr")
+            three = ("rasteret_dask to Zarr", "bare loop to Zarr", "rslearn to GeoTIFFs")
             store = j1.replace(name="J1-zarr", store=str(scratch / "store"), layout=str(scratch / "layout"))
-            made.append(Bench("J1-zarr", "J1 to Zarr: the same shards, codec and threads", store, two))
+            made.append(Bench("J1-zarr", "J1 to Zarr: the same shards, codec and threads", store, three))
         if "J1-zone" in wanted:
             zone = _on_zone(j1.replace(name="J1-zone", grid="zone"))
             title = f"J1 on the zone lattice: the whole scenes, {zone.count} chips of 256 px"
@@ -348,9 +352,10 @@ def _on_zone(job: Job) -> Job:
 class _Runner:
     """Runs contenders on one job in turn, and compares their pixels."""
 
-    def __init__(self, bench: Bench, process: Process, why: str) -> None:
+    def __init__(self, bench: Bench, process: Process, missing: Mapping[str, str]) -> None:
         self.bench, self.process = bench, process
-        self.why = why
+        self.missing = missing
+        """Name of an environment -> why it may not be there."""
         self.skipped: dict[str, str] = {}
         """Contender -> why it did not run."""
         self._first: dict[str, str] = {}
@@ -366,8 +371,8 @@ class _Runner:
         return chosen
 
     def _tune(self, contender: Contender, untuned: bool) -> Runs | None:
-        if contender.python312 and self.process.python312 is None:
-            self.skipped[contender.name] = self.why
+        if contender.environment and contender.environment not in self.process.pythons:
+            self.skipped[contender.name] = self.missing[contender.environment]
             return None
         if untuned or (contender.slow and len(contender.tried) == 1):
             return Runs(contender, contender.tried[0])

@@ -54,8 +54,7 @@ def write(chips: rd.Chips, store: Path, per: int, codec: Compression) -> None:
 def row(opened: StoredChips, size: int, name: str) -> str:
     """Measure one store."""
     ids, rng = np.array(list(opened)), np.random.default_rng(0)
-    storeread._index.cache_clear()
-    storeread._small.cache_clear()
+    storeread.forget()
     first = seconds(lambda: opened.take(rng.choice(ids, TAKE, replace=False).tolist()), 1)
     whole = int(np.argmax(opened.stored.sizes))
     shard = seconds(lambda: stored.read_shard(opened.stored, whole), ROUNDS)

@@ -53,8 +53,8 @@ class Contender:
     """Takes the job and the settings, returns :class:`Prepared`."""
     tried: tuple[Settings, ...] = ({},)
     """Settings to choose from, likely ones first: the fastest on the job at hand is taken."""
-    python312: bool = False
-    """Needs Python 3.12 or newer, hence an environment of its own."""
+    environment: str = ""
+    """``"python312"`` or ``"rslearn"``: whose packages it needs, in an environment of their own."""
     slow: bool = False
     """Takes so long that it runs less often."""
     code: tuple[str, ...] = ()
@@ -114,9 +114,11 @@ CONTENDERS = _listed(
     ),
     Contender("stackstac", "peers", "stackstac_boxes", _STACKSTAC),
     Contender("odc-stac", "peers", "odc_boxes", _ODC),
-    Contender("lazycogs", "peers312", "lazycogs_boxes", ({"threads": 1}, {"threads": 2}), python312=True, slow=True),
-    Contender("rasteret by block", "peers312", "rasteret_blocks", python312=True, slow=True),
-    Contender("rasteret by chip", "peers312", "rasteret_chips", python312=True, slow=True),
+    Contender("lazycogs", "peers312", "lazycogs_boxes", ({"threads": 1}, {"threads": 2}),
+        environment="python312", slow=True),
+    Contender("rasteret by block", "peers312", "rasteret_blocks", environment="python312", slow=True),
+    Contender("rasteret by chip", "peers312", "rasteret_chips", environment="python312", slow=True),
+    Contender("rslearn to GeoTIFFs", "peers_rslearn", "windows", ({"processes": 2},), environment="rslearn", slow=True),
     Contender("stackstac, chunks of a chip", "peers", "stackstac_boxes", _CHIP, slow=True),
     Contender("stackstac, one compute a chip", "peers", "stackstac_chips", _STACKSTAC[1:2], slow=True),
     Contender("rasterio by chip", "peers", "rasterio_chips", slow=True),

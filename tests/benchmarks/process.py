@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class Process:
 
     server: Nginx
     scratch: Path
-    python312: Path | None = None
-    """Interpreter of those that need their own."""
+    pythons: Mapping[str, Path] = field(default_factory=dict)
+    """Name of an environment -> its interpreter."""
 
     def run(
         self, contender: Contender, job: Job | ReadmeJob, settings: Settings, checkout: Path = THIS
@@ -43,7 +44,7 @@ class Process:
         if job.store:
             shutil.rmtree(job.store, ignore_errors=True)
         path = job.write(self.scratch / "job.json")
-        python = str(self.python312) if contender.python312 else sys.executable
+        python = str(self.pythons[contender.environment]) if contender.environment else sys.executable
         options = [
             part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")
         ]
