@@ -587,6 +587,7 @@ class Chips:
             When something else lies there.
         """
         from rasteret_dask.streamfrom import save_plan
+        from rasteret_dask.tasks.jobfile import check_writable
 
         check_writable(self.job)
         sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
