@@ -21,7 +21,7 @@ from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.jobfile import plan_json
 
-__all__ = ["SHARD_BYTES", "chips_per_shard", "freeze", "freeze_part", "task_bytes"]
+__all__ = ["SHARD_BYTES", "chips_per_shard", "freeze", "freeze_part", "read_records", "task_bytes"]
 
 _log = logging.getLogger(__name__)
 
@@ -75,11 +75,8 @@ def freeze_part(chips: PlannedChips, per_shard: int, first: Mapping[str | None, 
 
 
 def _frozen(chips: PlannedChips, feeds: FeedTable, per_shard: int) -> Job:
-    records, members, table = used_records(chips)
-    tasks_records = tuple(
-        _with_passes(r, m, s, feeds.rows_of(n))
-        for n, (r, m, s) in enumerate(zip(records, members, chips.sources, strict=True))
-    )
+    used = [feeds.rows_of(n) for n in range(len(chips.sources))]
+    tasks_records, table = read_records(chips, used)
     size_px, plans = _sizes(chips), tuple(s.plan for s in chips.sources)
     table, parts = _by_split(chips, table)
     hierarchies = tuple(Hierarchy(s, n, a, b, per_shard) for s, n, a, b in parts)
@@ -95,6 +92,23 @@ def _frozen(chips: PlannedChips, feeds: FeedTable, per_shard: int) -> Job:
     return Job(
         plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels
     )  # fmt: skip
+
+
+def read_records(
+    chips: PlannedChips, used: Sequence[NDArray[np.int64]]
+) -> tuple[tuple[Records, ...], pa.Table]:
+    """Return what tasks need of each source's records, and the chip table with rows counted in those.
+
+    Parameters
+    ----------
+    chips
+        The chips.
+    used
+        Per source, the rows of its records that feed a chip.
+    """
+    records, members, table = used_records(chips, used)
+    parts = zip(records, members, chips.sources, used, strict=True)
+    return tuple(_with_passes(*part) for part in parts), table
 
 
 def chips_per_shard(chips: PlannedChips, candidates: Sequence[int], shard_bytes: int = SHARD_BYTES) -> int:

@@ -341,6 +341,10 @@ class Job:
         """Digest of all shards: two jobs of one digest write the same store."""
         return self.part_of or job_digest(self.phase, self.keys, _labels(self))
 
+    def chip_tables(self) -> Iterator[pa.Table]:
+        """Yield the rows of :meth:`chosen_chips`, as many at a time as are at hand."""
+        yield self.chosen_chips()
+
     def chosen_chips(self) -> pa.Table:
         """Return the rows of the chip table that the job's splits hold, in their order."""
         parts = [self.chips.slice(h.start, h.chips) for h in self.hierarchies]

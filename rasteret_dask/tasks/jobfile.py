@@ -62,7 +62,6 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "labels": None if job.labels is None else job.labels.note,
         "phase": job.phase,
         "digest": job.digest,
-        "part_of": job.part_of,
         "tables": {name: [len(data), crc32_of(data)] for name, data in objects.items()},
     }
     return {**objects, JOB_FILE: sealed(text)}
@@ -160,7 +159,6 @@ def _read(url: str, digest: str) -> Job:
             text["phase"],
             pixel_rules=tuple(from_json(rule) for rule in text["pixel_rules"]),
             labels=None if text["labels"] is None else Labels.again(tables["labels.arrow"], text["labels"]),
-            part_of=text.get("part_of", ""),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
         if isinstance(error, RasteretDaskError):
