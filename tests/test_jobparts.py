@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from distributed import Client, LocalCluster
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until
 
 import rasteret_dask as rd
 from rasteret_dask import chipblocks
 from rasteret_dask.chipping import blocks, frame
+from rasteret_dask.demo.world import World
 from rasteret_dask.tasks import freezing
 from rasteret_dask.tasks.jobparts import parts_of
 
@@ -38,7 +43,7 @@ def plan(s2: rd.Collection, l8: rd.Collection) -> rd.Chips:
 
 
 def contents(store: Path) -> dict[str, str]:
-    """Return path -> digest of all that readers of a store see, but for what its manifest says of the job's own files."""
+    """Return path -> digest of all that readers of a store see, but for the manifest: see :func:`rows`."""
     files = (path for path in store.rglob("*") if path.is_file() and "_job" not in path.parts)
     return {
         str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -98,3 +103,37 @@ def test_a_store_of_parts_is_the_store_of_the_plan_in_one_piece(
         planned.select("train").to_zarr(tmp_path / "train.zarr", progress=False)
     planned.select("train").to_chips().to_zarr(tmp_path / "train.zarr", progress=False)
     assert len(rd.open_chips(tmp_path / "train.zarr")) > 0
+
+
+def test_a_cluster_writes_the_same_and_a_killed_client_leaves_what_another_goes_on_with(
+    small_world: World, s2: rd.Collection, l8: rd.Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import pytest, rasteret_dask as rd
+from test_jobparts import plan, shrink
+shrink(pytest.MonkeyPatch())
+dates = ("2024-04-01", "2024-06-30")
+s2 = rd.build_from_stac({str(small_world.sentinel2)!r}, name="s2", date_range=dates)
+l8 = rd.build_from_stac({str(small_world.landsat)!r}, name="l8", date_range=dates)
+blocks = plan(s2, l8).by_blocks({str(tmp_path / "plan")!r}, progress=False, windows=40)
+blocks.to_zarr({str(tmp_path / "parts.zarr")!r}, progress=False)
+"""
+    done = tmp_path / "parts.zarr" / "_job" / "done"
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", code]) as client:
+        until(lambda: done.is_dir() and len(list(done.iterdir())) >= 3)
+        client.kill()
+    assert not (tmp_path / "parts.zarr" / "zarr.json").exists()
+    whole = {path: path.stat().st_mtime_ns for path in done.glob("*.json")}
+    shrink(monkeypatch)
+    chips = plan(s2, l8)
+    planned = chips.by_blocks(tmp_path / "plan", progress=False, windows=40)
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None) as cluster,
+        Client(cluster) as writers,
+    ):
+        planned.to_zarr(tmp_path / "parts.zarr", client=writers, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in whole} == whole
+    chips.to_zarr(tmp_path / "one.zarr", progress=False)
+    assert contents(tmp_path / "parts.zarr") == contents(tmp_path / "one.zarr")
+    assert rows(tmp_path / "parts.zarr") == rows(tmp_path / "one.zarr")
