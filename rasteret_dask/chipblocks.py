@@ -318,7 +318,7 @@ class ChipBlocks(Generic[ChipsT]):
         """Write all chips of the plan to a store, as :meth:`Chips.to_zarr` does; a rerun does what is missing.
 
         Tasks read parts of some 65,536 chips, which are frozen first, beside the plan: workers must reach its folder.
-        The client holds what a store's coordinates say of a chip (some 300 bytes), but no part of its feeds.
+        The client holds what a store's coordinates say of a chip (some 500 bytes), but no part of its feeds.
 
         Parameters
         ----------
