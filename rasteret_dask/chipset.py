@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rasteret_dask.chipblocks import WINDOWS, ChipBlocks, layout_of, planned_by_blocks
+from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
-from rasteret_dask.chipping.steps import apply_step, plan_chips
+from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
+from rasteret_dask.chipping.steps import apply_step
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
+    from rasteret_dask.chipblocks import ChipBlocks
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
@@ -242,6 +244,8 @@ class Chips:
         >>> plan = chips.by_blocks("s3://bucket/plan/", client=client)  # doctest: +SKIP
         >>> len(plan), plan.select("train").filter("slots", ">=", 3).sample(10_000).to_chips()  # doctest: +SKIP
         """
+        from rasteret_dask.chipblocks import ChipBlocks, planned_by_blocks
+
         blocks = planned_by_blocks(self.query, folder, windows, client, progress)
         return ChipBlocks(self.query, blocks, Chips._of)
 
@@ -260,7 +264,20 @@ class Chips:
             )  # fmt: skip
         if self._parent is None or anew:
             return plan_chips(self.plan, self.query.tables)
+        again = isinstance(self.plan, FilterChips) and isinstance(self._parent.plan, Sample)
+        if isinstance(self.plan, Sample | FilterChips) and not (again or self._parent._is_planned):
+            chosen = plan_chosen(self.plan, self.query.tables)
+            if chosen is not None:
+                return chosen
         return apply_step(self._parent.planned, self.plan, self.query.tables)
+
+    @property
+    def _is_planned(self) -> bool:
+        """Whether these chips, or some that they are chosen from, are planned already."""
+        chips: Chips | None = self
+        while chips is not None and chips._in_memory is None and "planned" not in vars(chips):
+            chips = chips._parent
+        return chips is not None
 
     @property
     def _first(self) -> Chips:
@@ -367,6 +384,7 @@ class Chips:
 
     @cached_property
     def _layout(self) -> Layout:
+        from rasteret_dask.store.layout import layout_of
 
         return layout_of(self.job, used_rows(self.planned), self.query)
 

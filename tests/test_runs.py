@@ -13,13 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import until
+from streams import assert_same, in_small_shards, until
 from test_tiles_once import readme_chips
 from test_write import layout_of, tries
 
@@ -30,6 +31,7 @@ from rasteret_dask.store import shardruns
 from rasteret_dask.store.run import run_zarr
 from rasteret_dask.store.runtasks import Work
 from rasteret_dask.store.shardruns import Exit, Shards, runner, write_shards
+from rasteret_dask.streams.stream import Batching
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.runs import Crew, Cuts, Workforce
 
@@ -311,3 +313,51 @@ def test_any_number_of_shards_is_sent_in_windows(count: int, monkeypatch: pytest
         until(lambda: not scheduler.tasks)
     assert ahead.finished == count
     assert ahead.most <= count // 20 + 8  # a round of four runs may begin below it
+
+
+# Streams
+
+
+class Readers(SchedulerPlugin):
+    """Notes which worker has read each shard."""
+
+    name = "readers"
+
+    def __init__(self) -> None:
+        self.worker: dict[str, str] = {}
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        if finish == "memory" and "read-" in str(key)[:8]:
+            self.worker[str(key).strip("('")] = kwargs["worker"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_neighbours_of_a_stream_in_order_are_read_by_one_worker(chips: rd.Chips, threads: int) -> None:
+    """A shuffled one has none; batches are those of threads."""
+    reading = in_small_shards(chips.select("train"))
+    settings: dict[str, Any] = {"processes": False, "n_workers": 2, "threads_per_worker": threads}
+    together: dict[int | None, int] = {}
+    with (
+        dask.config.set(
+            {"distributed.scheduler.work-stealing": False}
+        ),  # it gives idle workers something to do
+        LocalCluster(**settings, dashboard_address=":0") as own,
+        Client(own, set_as_default=False) as client,
+    ):
+        for shuffle in (None, 4):
+            readers = Readers()
+            scheduler: Any = own.scheduler
+            scheduler.add_plugin(readers)
+            here, there = (
+                list(Batching(16, client=c, shuffle=shuffle).stream(reading)) for c in (None, client)
+            )
+            scheduler.remove_plugin(readers.name)
+            assert len(here) == len(there)
+            for one, other in zip(here, there, strict=True):
+                assert_same(one, other)
+            workers = [readers.worker[key] for key in sorted(readers.worker)]
+            assert len(workers) == len(reading.sizes) > 8
+            together[shuffle] = sum(a == b for a, b in zip(workers[::2], workers[1::2], strict=False))
+            pairs = len(workers) // 2
+        until(lambda: not scheduler.tasks)
+    assert together[None] == pairs > together[4]

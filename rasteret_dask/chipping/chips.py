@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, joined, replaced, with_columns
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import Feeds, source_outlines
-from rasteret_dask.chipping.frame import Frame, Phase, candidates, outline_wkb
+from rasteret_dask.chipping.frame import Frame, Phase, outline_wkb
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.chipping.laying import Laid, lay
 from rasteret_dask.errors import GridError, PlanError
@@ -45,7 +45,6 @@ __all__ = [
     "PlannedChips",
     "chip_sources",
     "labels_of",
-    "lay_chips",
     "phases",
     "tell_of_coarse",
     "used_records",
@@ -75,6 +74,11 @@ class PlannedChips:
     """What pixels must fulfil for their chip to be kept."""
     labels: Labels | None = None
     """Polygons that become masks of the reference source."""
+
+    @cached_property
+    def feeds(self) -> FeedTable:
+        """The feed entries of all chips, flat."""
+        return FeedTable.of(self.table)
 
     @property
     def size_m(self) -> float:
@@ -144,26 +148,6 @@ class ChipSources:
             "chips", f"no chip of {windows:,} candidate windows ({reasons or 'no record is there'})",
             "at least one chip", "Lower min_coverage, change the area, or check that the sources overlap in time.",
         )  # fmt: skip
-
-
-def lay_chips(node: CutChips, tables: Mapping[str, Table]) -> PlannedChips:
-    """Carry out a ``chips`` step: resolve its sources, lay windows, keep those that every source covers.
-
-    Raises
-    ------
-    PlanError, GridError, BandError, UnreadableAssetsError
-        Whatever cannot be carried out, before any pixel is read.
-    """
-    ground = chip_sources(node, tables)
-    reference = ground.outlines[ground.reference]
-    points = None if node.spec.at is None else as_table(tables[node.spec.at])
-    frame = candidates(node.spec, reference, ground.resolution, ground.phase, points)
-    tell_of_coarse(ground)
-    laid = ground.lay(frame, points)
-    dropped = ground.dropped | dict(laid.dropped)
-    if not laid.table.num_rows:
-        raise ground.none_laid(len(frame), dropped)
-    return replace(laid, dropped=dropped, labels=labels_of(ground, tables))
 
 
 def labels_of(ground: ChipSources, tables: Mapping[str, Table]) -> Labels | None:
@@ -391,7 +375,7 @@ def _feed_column(sources: list[ResolvedSource], feeds: tuple[Feeds, ...], chips:
 
 def used_rows(chips: PlannedChips) -> list[tuple[ResolvedSource, NDArray[np.int64]]]:
     """Return each source with the rows of its records that feed a chip."""
-    feeds = FeedTable.of(chips.table)
+    feeds = chips.feeds
     return [(s, feeds.rows_of(n)) for n, s in enumerate(chips.sources)]
 
 
@@ -407,7 +391,7 @@ def used_records(
     used
         Per source, the rows of its records that count; None: of those that feed one of these chips.
     """
-    feeds = FeedTable.of(chips.table)
+    feeds = chips.feeds
     if used is None:
         used = [feeds.rows_of(n) for n in range(len(chips.sources))]
     if all(len(u) == len(s.records) for u, s in zip(used, chips.sources, strict=True)):

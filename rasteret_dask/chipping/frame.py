@@ -22,7 +22,11 @@ __all__ = [
     "Frame",
     "block_of",
     "candidates",
+    "chip_cells",
+    "concatenated",
+    "id_head",
     "in_space",
+    "laid_out",
     "lattice_of",
     "outline_wkb",
     "zone_cells",
@@ -145,7 +149,7 @@ def _label(spec: ChipSpec, resolution: float) -> str:
 
 def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase) -> Frame:
     cells = zone_cells(spec, reference, resolution)
-    return _concat([zone_frame(spec, zone, cells[zone], resolution, phase) for zone in cells])
+    return concatenated([zone_frame(spec, zone, cells[zone], resolution, phase) for zone in cells])
 
 
 def zone_cells(
@@ -212,9 +216,28 @@ def zone_frame(
     spec: ChipSpec, zone: int, split_cells: NDArray[np.int64], resolution: float, phase: Phase
 ) -> Frame:
     """Lay out the windows of some split cells of a zone, as far as they lie in the area, in the cells' order."""
-    lattice = lattice_of(zone, spec, resolution)
+    cells = lattice_of(zone, spec, resolution).chip_cells(split_cells)
+    return laid_out(spec, zone, cells, resolution, phase)
+
+
+def laid_out(spec: ChipSpec, zone: int, cells: NDArray[np.int64], resolution: float, phase: Phase) -> Frame:
+    """Lay out the windows of some chip cells of a zone, as far as they lie in it and in the area."""
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
-    return _within(_lay_out(zone, lattice, lattice.chip_cells(split_cells), spec, resolution, phase), area)
+    lattice = lattice_of(zone, spec, resolution)
+    return _within(_lay_out(zone, lattice, cells, spec, resolution, phase), area)
+
+
+def chip_cells(spec: ChipSpec, reference: Outlines, resolution: float) -> dict[int, NDArray[np.int64]]:
+    """Return for each zone, rising, the chip cells (row, col) that the reference source may touch."""
+    return {
+        zone: lattice_of(zone, spec, resolution).chip_cells(cells)
+        for zone, cells in zone_cells(spec, reference, resolution).items()
+    }
+
+
+def id_head(spec: ChipSpec, zone: int, resolution: float) -> str:
+    """Return what the ids of a zone's windows begin with."""
+    return f"{zone:02d}_{_label(spec, resolution)}"
 
 
 def _in_metres(spec: ChipSpec, reference: Outlines, resolution: float) -> None:
@@ -260,7 +283,7 @@ def _lay_out(
     mine = utm_zone(lon, lat) == zone
     cells, bounds = cells[mine], bounds[mine]
     bounds = snap(bounds, phase.get(epsg, (0.0, 0.0)), resolution)
-    head = f"{zone:02d}_{_label(spec, resolution)}"
+    head = id_head(spec, zone, resolution)
     return Frame(
         np.full(len(cells), epsg),
         bounds,
@@ -397,7 +420,7 @@ def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
         prefix = joined(head, cells[:, 0], cells[:, 1])
         frames.append(Frame(np.full(len(cells), epsg), bounds, cells[:, 0], cells[:, 1], None, None, prefix))
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
-    return _within(_concat(frames), area)
+    return _within(concatenated(frames), area)
 
 
 def _tiles_touched(bounds: NDArray[np.float64], x0: float, y0: float, side: float) -> NDArray[np.int64]:
@@ -505,7 +528,8 @@ def _boxes(west: NDArray[Any], north: NDArray[Any], length: float) -> NDArray[np
     return np.asarray(np.round(box.astype(np.float64), 9), dtype=np.float64)
 
 
-def _concat(frames: list[Frame]) -> Frame:
+def concatenated(frames: list[Frame]) -> Frame:
+    """Return the windows of lattices, one behind the other."""
     frames = [f for f in frames if len(f)]
     if not frames:
         nothing = np.zeros(0, dtype=np.int64)

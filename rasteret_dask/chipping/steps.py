@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,14 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import ChipSources, PlannedChips, lay_chips
+from rasteret_dask.chipping.chips import ChipSources, PlannedChips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
 from rasteret_dask.chipping.leftover import whole_cell_km
 from rasteret_dask.chipping.rulesteps import with_rule
 from rasteret_dask.chipping.splits import by_geometry, by_ground, column_splits, too_near, warn_if_few
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.grid import Lattice
-from rasteret_dask.planning.optimize import named_bands, optimize
 from rasteret_dask.planning.plan import (
     CutChips,
     FilterChips,
@@ -40,7 +37,7 @@ from rasteret_dask.planning.plan import (
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, alone, as_table, filter_table
 
-__all__ = ["apply_step", "carried_out", "check_splits", "none_left", "plan_chips", "steps_of", "warn_of_few"]
+__all__ = ["apply_step", "carried_out", "check_splits", "none_left", "steps_of", "warn_of_few"]
 
 _PLANNED_COLUMNS = (
     "epsg",
@@ -59,37 +56,6 @@ _PLANNED_COLUMNS = (
 
 FEW_LABELS = 20
 """Losses are reported per value of a user's column that has at most this many."""
-
-
-_log = logging.getLogger(__name__)
-
-
-def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = True) -> PlannedChips:
-    """Turn a plan that has a ``chips`` step into its chip table.
-
-    Parameters
-    ----------
-    plan
-        The plan.
-    tables
-        The tables that its tokens name.
-    optimized
-        False carries the plan out as it is written (but for the bands each source needs, which decide what is
-        ``readable``); the result is the same.
-
-    Raises
-    ------
-    PlanError, GridError, BandError, UnreadableAssetsError
-        Whatever cannot be carried out, before any pixel is read.
-    """
-    node, steps = steps_of(optimize(plan) if optimized else named_bands(plan))
-    begun = time.monotonic()
-    result = lay_chips(node, tables)
-    for step in steps:
-        result = apply_step(result, step, tables)
-    passed = time.monotonic() - begun
-    _log.info("plan: %d chips of %d sources, %.1f s", result.table.num_rows, len(result.sources), passed)
-    return result
 
 
 def steps_of(plan: Node) -> tuple[CutChips, tuple[Node, ...]]:

@@ -134,7 +134,7 @@ def _look_up(
         np.searchsorted(cols, (0, frame.width)),
     )
     at = rows[top:bottom] - block.rect.row0, cols[left:right] - block.rect.col0
-    values, valid = _taken(block.values, *at), _taken(_known(block), *at)
+    values, valid = _taken(block.values, *at), _taken(_valid_source(block), *at)
     if values.shape == (window.height, window.width):
         return values, valid
     whole = np.full((window.height, window.width), block.fill)
@@ -143,7 +143,7 @@ def _look_up(
     return whole, inside
 
 
-def _known(block: SourceBlock) -> NDArray[np.bool_]:
+def _valid_source(block: SourceBlock) -> NDArray[np.bool_]:
     """Return where a block is valid: at the pixels of the source, which are fewer where it is coarser than the grid."""
     valid = valid_pixels(block.values, block.nodata)
     return valid if block.mask is None else valid & block.mask
@@ -163,14 +163,17 @@ def _sources(frame: LevelFrame, grid: Grid, window: Window) -> tuple[NDArray[Any
     t = frame.transform
     xs = grid.x0 + (np.arange(window.col, window.col + window.width) + 0.5) * grid.xres
     ys = grid.y0 - (np.arange(window.row, window.row + window.height) + 0.5) * grid.yres
-    return _fixed((ys - t.f) / t.e, (xs - t.c) / t.a)
+    rows, cols = (ys - t.f) / t.e, (xs - t.c) / t.a
+    _fix(rows, cols)
+    return rows, cols
 
 
 @lru_cache(maxsize=512)
 def _nearest(frame: LevelFrame, grid: Grid, window: Window) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the pixels that a window's rows and columns lie in, ascending, from the level's corner."""
     rows, cols = (np.floor(at + _TIE_PX).astype(np.int64) for at in _sources(frame, grid, window))
-    return _fixed(rows, cols)
+    _fix(rows, cols)
+    return rows, cols
 
 
 @lru_cache(maxsize=512)
@@ -180,18 +183,16 @@ def _pairs(
     """Return the first of the two rows on either side of each row and its weight; then the same of columns."""
     rows, cols = _sources(frame, grid, window)
     first_row, first_col = np.floor(rows - 0.5), np.floor(cols - 0.5)
-    return _fixed(
-        first_row.astype(np.int64),
-        1.5 - (rows - first_row),
-        first_col.astype(np.int64),
-        1.5 - (cols - first_col),
-    )
+    row, col = first_row.astype(np.int64), first_col.astype(np.int64)
+    row_weight, col_weight = 1.5 - (rows - first_row), 1.5 - (cols - first_col)
+    _fix(row, row_weight, col, col_weight)
+    return row, row_weight, col, col_weight
 
 
-def _fixed(*arrays: NDArray[Any]) -> Any:
+def _fix(*arrays: NDArray[Any]) -> None:
+    """Keep arrays that callers share from being written to."""
     for array in arrays:
         array.flags.writeable = False
-    return arrays
 
 
 def _interpolate(
@@ -205,7 +206,7 @@ def _interpolate(
     rows, row_weight, cols, col_weight = _pairs(frame, grid, window)
     rows, cols = rows - block.rect.row0, cols - block.rect.col0
     height, width = block.rect.shape
-    values, known = block.values, _known(block)
+    values, known = block.values, _valid_source(block)
     if not known.any():
         shape = (window.height, window.width)
         return np.full(shape, block.fill), np.zeros(shape, np.bool_)
