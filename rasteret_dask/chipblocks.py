@@ -37,20 +37,17 @@ from rasteret_dask.planning.plan import (
     step_name,
 )
 from rasteret_dask.planning.query import Query
-from rasteret_dask.planning.radiometry import radiometry_of
-from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.planning.sampling import hash_unit
 from rasteret_dask.planning.scan import filter_table
 from rasteret_dask.show import audit, explain
 from rasteret_dask.store.encode import Compression, checked
-from rasteret_dask.store.layout import Layout
+from rasteret_dask.store.layout import layout_of
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import chips_per_shard, freeze_part, read_records
 from rasteret_dask.tasks.job import Job, job_digest
 from rasteret_dask.tasks.jobfile import JOB_FILE, JobRef, write_job
 from rasteret_dask.tasks.jobkernels import warn_of_job
 from rasteret_dask.tasks.jobparts import JobOfParts, JobPart, parts_of
-from rasteret_dask.tasks.mapping import outputs_of
 from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
@@ -58,7 +55,7 @@ if TYPE_CHECKING:
 
     from rasteret_dask.net.clusters import ClientLike
 
-__all__ = ["ChipBlocks", "layout_of", "planned_by_blocks"]
+__all__ = ["ChipBlocks", "planned_by_blocks"]
 
 MOST_CHIPS = 2_000_000
 """Chips whose table is taken into memory, at some 1.7 kB each."""
@@ -315,7 +312,7 @@ class ChipBlocks(Generic[ChipsT]):
         """Write all chips of the plan to a store, as :meth:`Chips.to_zarr` does; a rerun does what is missing.
 
         Tasks read parts of some 65,536 chips, which are frozen first, beside the plan: workers must reach its folder.
-        The client holds what a store's coordinates say of a chip (some 300 bytes), but no part of its feeds.
+        The client holds what a store's coordinates say of a chip (some 500 bytes), but no part of its feeds.
 
         Parameters
         ----------
@@ -478,30 +475,6 @@ class ChipBlocks(Generic[ChipsT]):
         chips, url = sum(one.chips for one in facts), redact(self._blocks.files.url)
         head = f"<ChipBlocks: {chips:,} chips in {len(facts):,} blocks at {url}>"
         return "\n".join((head, *outline(self.query.plan)))
-
-
-def layout_of(job: Job, used: Sequence[tuple[ResolvedSource, NDArray[np.int64]]], query: Query) -> Layout:
-    """Return where everything of a job goes inside a store.
-
-    Parameters
-    ----------
-    job
-        The job.
-    used
-        Each source, with the rows of its records that feed a chip.
-    query
-        The plan, with the user's functions.
-    """
-    attrs = {}
-    for source, rows in used:
-        attrs[source.plan.name] = {
-            "units": source.plan.unit or dict(zip(source.plan.bands, source.plan.units, strict=True)),
-            "radiometry": radiometry_of(source, rows),
-            "mask": list(source.plan.masks),
-            "pick": source.plan.pick.name,
-            "resolution": source.plan.resolution,
-        }
-    return Layout(job, outputs_of(job, query.functions), attrs)
 
 
 def planned_by_blocks(

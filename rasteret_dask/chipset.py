@@ -384,7 +384,7 @@ class Chips:
 
     @cached_property
     def _layout(self) -> Layout:
-        from rasteret_dask.chipblocks import layout_of
+        from rasteret_dask.store.layout import layout_of
 
         return layout_of(self.job, used_rows(self.planned), self.query)
 

@@ -42,9 +42,8 @@ def freeze(chips: PlannedChips, shard_bytes: int = SHARD_BYTES) -> Job:
     shard_bytes
         Output of one task over all sources, at most; a single chip may be larger.
     """
-    feeds = chips.feeds
-    per_shard = chips_per_shard(chips, _most_candidates(feeds), shard_bytes)
-    job = _frozen(chips, feeds, per_shard)
+    per_shard = chips_per_shard(chips, _most_candidates(chips.feeds), shard_bytes)
+    job = _frozen(chips, per_shard)
     shards = sum(h.shards for h in job.hierarchies)
     _log.info("plan: %d chips in %d shards of at most %d chips", job.chips.num_rows, shards, per_shard)
     return job
@@ -62,7 +61,7 @@ def freeze_part(chips: PlannedChips, per_shard: int, first: Mapping[str | None, 
     first
         Split -> the number of its first shard here, for each split of the whole.
     """
-    job = _frozen(chips, chips.feeds, per_shard)
+    job = _frozen(chips, per_shard)
     there = {h.split: h for h in job.hierarchies}
     names = chips.split.names if chips.split else (None,)
     hierarchies, stop = [], 0
@@ -74,7 +73,8 @@ def freeze_part(chips: PlannedChips, per_shard: int, first: Mapping[str | None, 
     return replace(job, hierarchies=tuple(hierarchies))
 
 
-def _frozen(chips: PlannedChips, feeds: FeedTable, per_shard: int) -> Job:
+def _frozen(chips: PlannedChips, per_shard: int) -> Job:
+    feeds = chips.feeds
     used = [feeds.rows_of(n) for n in range(len(chips.sources))]
     tasks_records, table = read_records(chips, used)
     size_px, plans = _sizes(chips), tuple(s.plan for s in chips.sources)
