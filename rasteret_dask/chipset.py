@@ -35,7 +35,6 @@ from rasteret_dask.planning.plan import (
     predicates,
 )
 from rasteret_dask.planning.query import Query
-from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
@@ -385,19 +384,9 @@ class Chips:
 
     @cached_property
     def _layout(self) -> Layout:
-        from rasteret_dask.store.layout import Layout
-        from rasteret_dask.tasks.mapping import outputs_of
+        from rasteret_dask.store.layout import layout_of
 
-        attrs = {}
-        for source, rows in used_rows(self.planned):
-            attrs[source.plan.name] = {
-                "units": source.plan.unit or dict(zip(source.plan.bands, source.plan.units, strict=True)),
-                "radiometry": radiometry_of(source, rows),
-                "mask": list(source.plan.masks),
-                "pick": source.plan.pick.name,
-                "resolution": source.plan.resolution,
-            }
-        return Layout(self.job, outputs_of(self.job, self.query.functions), attrs)
+        return layout_of(self.job, used_rows(self.planned), self.query)
 
     def to_xarray(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Return the chips lazily: a Dataset, or a DataTree with a node a source.

@@ -41,8 +41,8 @@ ORDER = {
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
-    "tasks": "context job jobkernels jobfile freezing cuts filling keptbytes runs neighbours picking pixels clouds "
-             "mapping filtering shards batches",
+    "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes runs neighbours picking pixels "
+             "clouds mapping filtering shards batches",
     "store": "encode decode ledger layout manifest write presence runtasks onthreads oncluster shardruns run outputs "
              "bytecache storetables storemap storeread stored "
              "holding datasets verifying",
