@@ -28,7 +28,7 @@ from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.pixelgrid import Grid, Window, transformed
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.rules.kinds import KindName
-from rasteret_dask.rules.picks import PickName
+from rasteret_dask.rules.picks import Composed, PickName
 from rasteret_dask.table.records import Asset
 
 # What the numbers are does not matter here.
@@ -343,6 +343,27 @@ def test_big_classes_are_composed_exactly(
     if beside and pick != "majority":
         middle = (np.median if pick == "median" else np.mean)(numbers16, axis=0)
         assert np.abs(cube.values[0, 1] - middle.astype(np.int64)).max() <= 1
+
+
+@dataclass(frozen=True)
+class Smallest(Composed):
+    """A pick of a user's that chooses: its numbers stay in their type."""
+
+    bandwise = True
+    chooses = True
+
+    def blend(self, stack: Pixels, valid: NDArray[np.bool_]) -> tuple[Pixels, NDArray[np.bool_]]:
+        most = np.iinfo(stack.dtype).max
+        return np.where(valid, stack, most).min(axis=0), np.asarray(valid.any(axis=0))
+
+
+def test_a_user_s_pick_that_chooses_keeps_big_numbers(tmp_path: Path) -> None:
+    made, stack, _, valid = monthly_scenes(tmp_path, "int64", [2**60, 2**60 + 1, 2**60 + 2], 3, 0)
+    cube = made.harmonize(["image"], units="raw", time="1MS", pick=Smallest()).cube(bounds=BOX).compute()
+    known = valid.any(axis=0)
+    wanted = np.where(valid, stack, 2**62).min(axis=0)
+    assert cube.values[0, 0][known].tolist() == wanted[known].tolist()
+    assert np.array_equal(cube["valid"].values[0], known)
 
 
 def test_the_remedy_for_big_numbers_under_a_composite_works(tmp_path: Path) -> None:

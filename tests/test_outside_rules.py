@@ -24,7 +24,7 @@ from test_picking import cloud_of, scaled
 import rasteret_dask as rd
 from rasteret_dask.errors import PlanError
 from rasteret_dask.rules.masks import Mask
-from rasteret_dask.rules.picks import Candidates, Ranked
+from rasteret_dask.rules.picks import Candidates, Composed, Ranked
 from rasteret_dask.rules.units import Unit
 from rasteret_dask.rules.values import from_json
 from rasteret_dask.streamfrom import stream_from
@@ -298,6 +298,67 @@ def test_a_rule_inside_a_function_works_here_and_is_refused_where_it_is_written(
     stored = rd.open_chips(tmp_path / "store").load()
     assert isinstance(stored, xr.Dataset)
     np.testing.assert_array_equal(stored["pixels"].values, here["pixels"].values)
+
+
+@pytest.mark.parametrize("kernel_on", ["stored", "decoded"])
+def test_rules_inside_a_function_reach_the_workers_of_a_cluster(
+    world: Passing, client: Client, kernel_on: Any
+) -> None:
+    """As those of a notebook: workers can import none of them."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Deep(Unit):
+        name = "deep"
+
+        def decode(self, stored: Array, scaling: Any) -> Array:
+            return stored.astype(np.float32) / 2
+
+    Deep.kernel_on = kernel_on
+
+    @dataclasses.dataclass(frozen=True)
+    class Bright(Mask):
+        most: int = 3000
+
+        @property
+        def needs(self) -> tuple[str, ...]:
+            return (BANDS[0],)
+
+        def hidden(self, *stored: Array) -> Array:
+            return np.asarray(stored[0] > self.most)
+
+    @dataclasses.dataclass(frozen=True)
+    class Latest(Ranked):
+        fill: bool = True
+
+        def order(self, candidates: Candidates) -> Array:
+            return -candidates.start
+
+    @dataclasses.dataclass(frozen=True)
+    class Greatest(Composed):
+        def blend(self, stack: Array, valid: Array) -> tuple[Array, Array]:
+            return np.where(valid, stack, -np.inf).max(axis=0), np.asarray(valid.any(axis=0))
+
+    for pick in (Latest(), Greatest()):
+        source = world.source.harmonize(BANDS, time="1MS", pick=pick, mask=Bright(), units=Deep())
+        chips = source.chips(SIDE, min_coverage=0.0, **CELLS)
+        here = chips.load()
+        assert isinstance(here, xr.Dataset)
+        batches = list(chips.stream(8, client=client))
+        (key,) = {k for k, v in batches[0].items() if v.ndim == 5}
+        np.testing.assert_array_equal(np.concatenate([b[key] for b in batches]), here["pixels"].values)
+        cube = source.cube(bounds=tuple(here["bounds"].values[0].tolist()))
+        with client.as_current():
+            np.testing.assert_array_equal(cube.compute().values, here["pixels"].values[0])
+
+
+def test_a_unit_without_a_name_cannot_exist() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Nameless(Unit):
+        def decode(self, stored: Array, scaling: Any) -> Array:
+            return stored
+
+    with pytest.raises(TypeError, match="Nameless has no name: write name"):
+        Nameless()
 
 
 @dataclasses.dataclass(frozen=True)

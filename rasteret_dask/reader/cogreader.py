@@ -75,13 +75,17 @@ class AssetHref(str):
         if kernel.decode is not None:
             parts += [asset.scale, asset.offset]
         read = "/".join(str(part) for part in parts)
-        self = super().__new__(cls, f"{asset.href}#{asset.record_id}/{asset.band}/{read}")
-        self.asset = asset
-        self.kernel = kernel
+        return cls._of(f"{asset.href}#{asset.record_id}/{asset.band}/{read}", asset, kernel)
+
+    @classmethod
+    def _of(cls, text: str, asset: Asset, kernel: Kernel) -> AssetHref:
+        self = super().__new__(cls, text)
+        self.asset, self.kernel = asset, kernel
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return AssetHref, (self.asset, self.kernel)
+        # with its text: the source of a unit's methods, which is in it, may not be readable where this is opened
+        return AssetHref._of, (str(self), self.asset, self.kernel)
 
 
 class CogReader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,10 +54,14 @@ class Unit(RuleValue, ABC):
     steps: ClassVar[float | None] = None
     """Integers a unit where values are stored as integers (10,000 for reflectance); None: they cannot be."""
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Refuse a unit whose class has no name.
+
+        Not when the class is made: a class of a notebook arrives at a worker empty, and is filled then.
+        """
         if not isinstance(getattr(cls, "name", None), str):
             raise TypeError(f"{cls.__qualname__} has no name: write name = '...' in it")
+        return super().__new__(cls)
 
     @abstractmethod
     def decode(self, stored: NDArray[Any], scaling: Radiometry) -> NDArray[Any]:
