@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rasteret_dask.catalogs.catalog import datasets
     from rasteret_dask.catalogs.catalogwrite import register
     from rasteret_dask.catalogs.signing import sign
+    from rasteret_dask.chipblocks import ChipBlocks
     from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
     from rasteret_dask.chipset import Chips
     from rasteret_dask.collection import Collection, join, merge
@@ -62,6 +63,7 @@ __all__ = [
     "Audit",
     "BandError",
     "CHIP_SCHEMA",
+    "ChipBlocks",
     "Chips",
     "CogReader",
     "Collection",
@@ -120,6 +122,7 @@ _MODULES = {
     "catalogs.catalogwrite": "register",
     "catalogs.signing": "sign",
     "chipping.chiptable": "CHIP_SCHEMA",
+    "chipblocks": "ChipBlocks",
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",

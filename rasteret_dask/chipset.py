@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
-from rasteret_dask.chipping.steps import apply_step, plan_chips
+from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
+from rasteret_dask.chipping.steps import apply_step
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
@@ -33,7 +35,6 @@ from rasteret_dask.planning.plan import (
     predicates,
 )
 from rasteret_dask.planning.query import Query
-from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
+    from rasteret_dask.chipblocks import ChipBlocks
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
@@ -73,6 +75,14 @@ class Chips:
         self.query = query
         self.plan = query.plan
         self._parent = parent
+        self._in_memory: PlannedChips | None = None
+
+    @classmethod
+    def _of(cls, query: Query, planned: PlannedChips) -> Chips:
+        """Return chips whose table was made already, and is not made again."""
+        chips = cls(query)
+        chips._in_memory = planned
+        return chips
 
     @cached_property
     def _sizes(self) -> dict[str, tuple[int, ...]]:
@@ -198,16 +208,84 @@ class Chips:
         token = token_of(table)
         return self._with(WithTable(self.plan, token), tables={token: table})
 
+    def by_blocks(
+        self,
+        folder: str | os.PathLike[str],
+        client: ClientLike = None,
+        progress: bool = True,
+        windows: int = WINDOWS,
+    ) -> ChipBlocks[Chips]:
+        """Plan block by block, on a Dask cluster, into Arrow files: for more chips than fit into this process.
+
+        The chip table is the same as :attr:`table`, row by row: ids, splits and feeds. A call of the same plan goes on
+        where another one stopped, and only opens the plan once it is whole.
+
+        Parameters
+        ----------
+        folder
+            A folder of its own: a local path or a URL that all workers reach.
+        client
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
+        progress
+            Show how many blocks are planned.
+        windows
+            About how many candidate windows a block has: what a task holds is some 4 kB each.
+
+        Raises
+        ------
+        PlanError
+            When a step needs chips of other blocks (a buffer between splits, a sample, a user's table), the grid is not
+            ``"zone"``, or no chip is left.
+        StoreError
+            When the folder holds something else.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("s3://bucket/plan/", client=client)  # doctest: +SKIP
+        >>> len(plan), plan.select("train").filter("slots", ">=", 3).sample(10_000).to_chips()  # doctest: +SKIP
+        """
+        from rasteret_dask.chipblocks import ChipBlocks, planned_by_blocks
+
+        blocks = planned_by_blocks(self.query, folder, windows, client, progress)
+        return ChipBlocks(self.query, blocks, Chips._of)
+
     # What it is
 
     @cached_property
     def planned(self) -> PlannedChips:
         """The planned chips: the chip table and what it was made from."""
-        if self._parent is None or (
-            isinstance(self.plan, FilterPixels) and self.plan.spec.max_cloud is not None
-        ):
+        if self._in_memory is not None:
+            return self._in_memory
+        anew = isinstance(self.plan, FilterPixels) and self.plan.spec.max_cloud is not None
+        if anew and self._first._in_memory is not None:
+            raise PlanError(
+                "filter_pixels(max_cloud=)", "chips that were planned without a quality band",
+                "this step before by_blocks", "chips.filter_pixels(max_cloud=...).by_blocks(folder).",
+            )  # fmt: skip
+        if self._parent is None or anew:
             return plan_chips(self.plan, self.query.tables)
+        again = isinstance(self.plan, FilterChips) and isinstance(self._parent.plan, Sample)
+        if isinstance(self.plan, Sample | FilterChips) and not (again or self._parent._is_planned):
+            chosen = plan_chosen(self.plan, self.query.tables)
+            if chosen is not None:
+                return chosen
         return apply_step(self._parent.planned, self.plan, self.query.tables)
+
+    @property
+    def _is_planned(self) -> bool:
+        """Whether these chips, or some that they are chosen from, are planned already."""
+        chips: Chips | None = self
+        while chips is not None and chips._in_memory is None and "planned" not in vars(chips):
+            chips = chips._parent
+        return chips is not None
+
+    @property
+    def _first(self) -> Chips:
+        """The chips before every step that this object knows of."""
+        chips = self
+        while chips._parent is not None:
+            chips = chips._parent
+        return chips
 
     @property
     def _unselected(self) -> Chips:
@@ -306,19 +384,9 @@ class Chips:
 
     @cached_property
     def _layout(self) -> Layout:
-        from rasteret_dask.store.layout import Layout
-        from rasteret_dask.tasks.mapping import outputs_of
+        from rasteret_dask.store.layout import layout_of
 
-        attrs = {}
-        for source, rows in used_rows(self.planned):
-            attrs[source.plan.name] = {
-                "units": source.plan.unit or dict(zip(source.plan.bands, source.plan.units, strict=True)),
-                "radiometry": radiometry_of(source, rows),
-                "mask": list(source.plan.masks),
-                "pick": source.plan.pick.name,
-                "resolution": source.plan.resolution,
-            }
-        return Layout(self.job, outputs_of(self.job, self.query.functions), attrs)
+        return layout_of(self.job, used_rows(self.planned), self.query)
 
     def to_xarray(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Return the chips lazily: a Dataset, or a DataTree with a node a source.

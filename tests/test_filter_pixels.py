@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from small_stores import assert_same, nodes, small, written
 
 import rasteret_dask as rd
-from rasteret_dask.chipping.steps import plan_chips
+from rasteret_dask.chipping.drawing import plan_chips
 from rasteret_dask.compacting import compact
 from rasteret_dask.errors import PlanError, ReadError, StoreError
 from rasteret_dask.planning.optimize import optimize

@@ -28,29 +28,30 @@ ORDER = {
     "": "_version errors extras words formats progress footprint grid extent",
     "rules": "kinds radiometry values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "hrefs places trust gate web localfile lending refusals remote remotefs gdalfiles sums limits allocator "
-           "clusters probe readiness watch awaiting signatureplugin signatures",
+    "net": "hrefs places trust answers gate web localfile lending refusals remote remotefs gdalfiles sums limits "
+           "allocator clusters probe readiness watch awaiting signatureplugin signatures",
     "headers": "nodata page rangefile directories tiff gdal sidecar reader",
     "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
              "layers leftassets facts rowgroups timing",
     "ingest": "search stacapi tablecache describe sources fileindex stac tables pages order",
     "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry query "
                 "recordtable",
-    "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps",
+    "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps drawing "
+                "blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
-    "tasks": "context job jobkernels jobfile freezing cuts filling keptbytes runs neighbours picking pixels clouds "
-             "mapping filtering shards batches",
+    "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes runs neighbours picking pixels "
+             "clouds mapping filtering shards batches",
     "store": "encode decode ledger layout manifest write presence runtasks onthreads oncluster shardruns run outputs "
              "bytecache storetables storemap storeread stored "
              "holding datasets verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
-    "show": "fetching explain audit pictures plot",
+    "show": "fetching tilecount explain audit pictures plot",
     "training": "tensors passes",
-    "the face": "compacting storeset streamfrom torchdata chipset tableexits pixelreads "
+    "the face": "compacting storeset streamfrom torchdata chipblocks chipset tableexits pixelreads "
                 "collection openers building __init__",
     "demo": "world checks run",
     "the end": "cli __main__",

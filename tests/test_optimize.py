@@ -14,7 +14,7 @@ from made_records import collection, project, record
 
 import rasteret_dask as rd
 from rasteret_dask.chipping.chips import PlannedChips
-from rasteret_dask.chipping.steps import plan_chips
+from rasteret_dask.chipping.drawing import plan_chips
 from rasteret_dask.planning import plan as p
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.resolve import evaluate

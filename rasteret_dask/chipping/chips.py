@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, joined, replaced, with_columns
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import Feeds, source_outlines
-from rasteret_dask.chipping.frame import Frame, Phase, candidates, outline_wkb
+from rasteret_dask.chipping.frame import Frame, Phase, outline_wkb
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.chipping.laying import Laid, lay
 from rasteret_dask.errors import GridError, PlanError
@@ -39,7 +40,16 @@ from rasteret_dask.planning.scan import Table, as_table
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import TimeAxis
 
-__all__ = ["PlannedChips", "lay_chips", "phases", "used_records", "used_rows"]
+__all__ = [
+    "ChipSources",
+    "PlannedChips",
+    "chip_sources",
+    "labels_of",
+    "phases",
+    "tell_of_coarse",
+    "used_records",
+    "used_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -65,19 +75,96 @@ class PlannedChips:
     labels: Labels | None = None
     """Polygons that become masks of the reference source."""
 
+    @cached_property
+    def feeds(self) -> FeedTable:
+        """The feed entries of all chips, flat."""
+        return FeedTable.of(self.table)
+
     @property
     def size_m(self) -> float:
         """Side of a chip on the ground, metres."""
         return self.spec.size * self.resolution
 
 
-def lay_chips(node: CutChips, tables: Mapping[str, Table]) -> PlannedChips:
-    """Carry out a ``chips`` step: resolve its sources, lay windows, keep those that every source covers.
+@dataclass(frozen=True)
+class ChipSources:
+    """What a ``chips`` step is laid out of, settled before there is any window."""
+
+    spec: ChipSpec
+    sources: tuple[ResolvedSource, ...]
+    reference: int
+    outlines: tuple[Outlines, ...]
+    """For each source, the covered ground of its records."""
+    maps: tuple[tuple[str | None, Function], ...] = ()
+    """Functions over chips after the join, with the source each applies to."""
+
+    @property
+    def resolution(self) -> float:
+        """Pixel size of the reference source."""
+        return self.sources[self.reference].plan.resolution
+
+    @cached_property
+    def phase(self) -> Phase:
+        """For each EPSG code, a pixel corner of the reference source's grid."""
+        return phases(self.sources[self.reference], self.outlines[self.reference])
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Records that were left out, by reason."""
+        replaced = {
+            f"record replaced by a newer baseline ({s.plan.name})": s.passes.replaced for s in self.sources
+        }
+        unreadable = {
+            f"record that lacks a band or has an unreadable asset ({s.plan.name})": s.unreadable
+            for s in self.sources
+        }
+        return {why: count for why, count in (replaced | unreadable).items() if count}
+
+    def lay(self, frame: Frame, points: pa.Table | None = None) -> PlannedChips:
+        """Find what feeds each candidate window and keep those that every source covers; there may be none.
+
+        Parameters
+        ----------
+        frame
+            The windows.
+        points
+            The table of ``at=``, whose columns chips get.
+        """
+        sources, ground = list(self.sources), list(self.outlines)
+        laid = lay(self.spec, sources, self.reference, ground, frame)
+        table = _table(sources, sources[self.reference].passes.platform, frame, laid)
+        if points is not None:
+            table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
+        dropped = {why: count for why, count in laid.lost.items() if count}
+        return PlannedChips(
+            table, self.sources, self.reference, self.spec, None, self.resolution, self.maps, dropped,
+            self.outlines,
+        )  # fmt: skip
+
+    def none_laid(self, windows: int, dropped: Mapping[str, int]) -> PlanError:
+        """Return the error of a plan whose windows all are left out."""
+        reasons = "; ".join(f"{count:,}: {why}" for why, count in dropped.items())
+        return PlanError(
+            "chips", f"no chip of {windows:,} candidate windows ({reasons or 'no record is there'})",
+            "at least one chip", "Lower min_coverage, change the area, or check that the sources overlap in time.",
+        )  # fmt: skip
+
+
+def labels_of(ground: ChipSources, tables: Mapping[str, Table]) -> Labels | None:
+    """Return the polygons of a ``chips`` step that become masks."""
+    spec = ground.spec
+    if spec.labels is None or spec.rasterize is None:
+        return None
+    return Labels.of(as_table(tables[spec.labels]), spec.rasterize, ground.reference)
+
+
+def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
+    """Resolve the sources of a ``chips`` step.
 
     Raises
     ------
     PlanError, GridError, BandError, UnreadableAssetsError
-        Whatever cannot be carried out, before any pixel is read.
+        Whatever cannot be carried out.
     """
     near = near_area(node.spec)
     settled = near is None or is_filtered(node.child, near)
@@ -100,19 +187,9 @@ def lay_chips(node: CutChips, tables: Mapping[str, Table]) -> PlannedChips:
     reference = names.index(node.spec.reference) if node.spec.reference else 0
     sources = _shared_time(sources)
     _check_slots(node.spec, sources)
-    resolution = sources[reference].plan.resolution
     _check_sizes(node.spec, sources, reference)
-    found = [source_outlines(s) for s in sources]
-    phase = phases(sources[reference], found[reference])
-    points = None if node.spec.at is None else as_table(tables[node.spec.at])
-    frame = candidates(node.spec, found[reference], resolution, phase, points)
-    if node.spec.grid == "zone" or points is not None:
-        _tell_of_coarse(sources)
-    laid = _fill(node.spec, sources, reference, found, frame, points, tuple(reversed(maps)))
-    if node.spec.labels is None or node.spec.rasterize is None:
-        return laid
-    polygons = as_table(tables[node.spec.labels])
-    return replace(laid, labels=Labels.of(polygons, node.spec.rasterize, reference))
+    ground = tuple(source_outlines(s) for s in sources)
+    return ChipSources(node.spec, tuple(sources), reference, ground, tuple(reversed(maps)))
 
 
 def _below_join(node: Node) -> Node:
@@ -194,9 +271,11 @@ def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) 
         )
 
 
-def _tell_of_coarse(sources: list[ResolvedSource]) -> None:
+def tell_of_coarse(ground: ChipSources) -> None:
     """Warn of pixels that are far larger than those they are resampled to: meant for weather, and else a slip."""
-    for source in sources:
+    if ground.spec.grid != "zone" and ground.spec.at is None:
+        return
+    for source in ground.sources:
         wanted = source.plan.resolution
         for number, member in enumerate(source.plan.members):
             records = source.records.take(np.flatnonzero(source.member == number))
@@ -232,38 +311,6 @@ def phases(source: ResolvedSource, footprints: Outlines) -> Phase:
         votes = counted.setdefault(epsg, {})
         votes[corner] = votes.get(corner, 0) + 1
     return {e: max(sorted(v), key=lambda c, v=v: v[c]) for e, v in counted.items()}  # type: ignore[misc]
-
-
-def _fill(
-    spec: ChipSpec,
-    sources: list[ResolvedSource],
-    reference: int,
-    footprints: list[Outlines],
-    frame: Frame,
-    points: pa.Table | None,
-    maps: tuple[tuple[str | None, Function], ...],
-) -> PlannedChips:
-    """Find what feeds each candidate window and keep the windows that every source covers."""
-    dropped = {f"record replaced by a newer baseline ({s.plan.name})": s.passes.replaced for s in sources}
-    dropped |= {
-        f"record that lacks a band or has an unreadable asset ({s.plan.name})": s.unreadable for s in sources
-    }
-    dropped = {k: v for k, v in dropped.items() if v}
-    laid = lay(spec, sources, reference, footprints, frame)
-    dropped |= {why: count for why, count in laid.lost.items() if count}
-    if not len(laid.window):
-        reasons = "; ".join(f"{count:,}: {why}" for why, count in dropped.items())
-        raise PlanError(
-            "chips", f"no chip of {len(frame):,} candidate windows ({reasons or 'no record is there'})",
-            "at least one chip", "Lower min_coverage, change the area, or check that the sources overlap in time.",
-        )  # fmt: skip
-    table = _table(sources, sources[reference].passes.platform, frame, laid)
-    if points is not None:
-        table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
-    resolution = sources[reference].plan.resolution
-    return PlannedChips(
-        table, tuple(sources), reference, spec, None, resolution, maps, dropped, tuple(footprints)
-    )
 
 
 def _table(sources: list[ResolvedSource], platforms: tuple[str, ...], frame: Frame, laid: Laid) -> pa.Table:
@@ -328,14 +375,25 @@ def _feed_column(sources: list[ResolvedSource], feeds: tuple[Feeds, ...], chips:
 
 def used_rows(chips: PlannedChips) -> list[tuple[ResolvedSource, NDArray[np.int64]]]:
     """Return each source with the rows of its records that feed a chip."""
-    feeds = FeedTable.of(chips.table)
+    feeds = chips.feeds
     return [(s, feeds.rows_of(n)) for n, s in enumerate(chips.sources)]
 
 
-def used_records(chips: PlannedChips) -> tuple[list[Records], list[NDArray[np.int64]], pa.Table]:
-    """Return each source's records that feed a chip, their members, and the chip table with rows counted in those."""
-    feeds = FeedTable.of(chips.table)
-    used = [feeds.rows_of(n) for n in range(len(chips.sources))]
+def used_records(
+    chips: PlannedChips, used: Sequence[NDArray[np.int64]] | None = None
+) -> tuple[list[Records], list[NDArray[np.int64]], pa.Table]:
+    """Return each source's records that feed a chip, their members, and the chip table with rows counted in those.
+
+    Parameters
+    ----------
+    chips
+        The chips.
+    used
+        Per source, the rows of its records that count; None: of those that feed one of these chips.
+    """
+    feeds = chips.feeds
+    if used is None:
+        used = [feeds.rows_of(n) for n in range(len(chips.sources))]
     if all(len(u) == len(s.records) for u, s in zip(used, chips.sources, strict=True)):
         return [s.records for s in chips.sources], [s.member for s in chips.sources], chips.table
     row = np.empty_like(feeds.row)
@@ -346,5 +404,6 @@ def used_records(chips: PlannedChips) -> tuple[list[Records], list[NDArray[np.in
         row[own] = place[feeds.row[own]]
     kept = [s.records.take(u) for s, u in zip(chips.sources, used, strict=True)]
     members = [s.member[u] for s, u in zip(chips.sources, used, strict=True)]
-    column = replace(feeds, row=row, ids=tuple(tuple(r.ids) for r in kept)).to_arrow()
+    names = tuple(s.plan.name for s in chips.sources)
+    column = replace(feeds, row=row, names=names, ids=tuple(tuple(r.ids) for r in kept)).to_arrow()
     return kept, members, replaced(chips.table, "feeds", column)

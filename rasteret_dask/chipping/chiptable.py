@@ -132,7 +132,7 @@ class FeedTable:
         place = row if len(self.ids) == 1 else pa.array(self.row + base[self.source])
         fields = [
             pa.DictionaryArray.from_arrays(
-                pa.array(self.source.astype(np.int8, copy=False)), pa.array(self.names)
+                pa.array(self.source.astype(np.int8, copy=False)), pa.array(self.names, pa.string())
             ),
             pa.array(self.slot.astype(np.int16, copy=False)),
             pa.array(self.order.astype(np.int16, copy=False)),

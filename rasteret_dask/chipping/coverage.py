@@ -228,10 +228,13 @@ def cover(windows: Windows, footprints: Outlines, pairs: dict[int, NDArray[np.in
     for epsg in np.unique(footprints.epsg[outline]):
         here = np.flatnonzero(footprints.epsg[outline] == epsg)
         some, place = np.unique(window[here], return_inverse=True)
-        shape, box = footprints.shape[outline[here]], windows.in_crs(int(epsg), some)[place]
+        touched, number = np.unique(outline[here], return_inverse=True)
+        # of this call alone: blocks are planned by several threads, and GEOS prepares a shape under whoever uses it
+        prepared = shapely.from_wkb(shapely.to_wkb(footprints.shape[touched]))
+        shapely.prepare(prepared)
+        shape, box = prepared[number], windows.in_crs(int(epsg), some)[place]
         if is_geographic(int(epsg)):
             box = _near(box, footprints.centre[outline[here], 0])
-        shapely.prepare(footprints.shape[np.unique(outline[here])])
         whole = shapely.covers(shape, box)
         share[here[whole]] = 1.0
         partly = np.flatnonzero(~whole)

@@ -18,7 +18,20 @@ from rasteret_dask.footprint import box_around, outline_of_ring
 from rasteret_dask.grid import Bounds, Lattice, bounds_in, northern, snap, transformer, utm_zone, zone_epsg
 from rasteret_dask.planning.plan import KM_PER_DEGREE, ChipSpec
 
-__all__ = ["Frame", "candidates", "outline_wkb"]
+__all__ = [
+    "Frame",
+    "block_of",
+    "candidates",
+    "chip_cells",
+    "concatenated",
+    "id_head",
+    "in_space",
+    "laid_out",
+    "lattice_of",
+    "outline_wkb",
+    "zone_cells",
+    "zone_frame",
+]
 
 SHARED_WITH_AREA = 1e-3
 """A cell belongs to an area of interest when more than this share of it lies inside."""
@@ -97,12 +110,12 @@ def candidates(
     or not at all. Blocks of ``grid="tiles"`` are whole tiles.
     """
     if points is not None:
-        return _in_space(_at_points(spec, points, resolution, phase), resolution)
+        return in_space(_at_points(spec, points, resolution, phase), resolution)
     if spec.grid == "zone":
-        return _in_space(_zones(spec, reference, resolution, phase), resolution)
+        return in_space(_zones(spec, reference, resolution, phase), resolution)
     if spec.grid == "tiles":
         return _tiles(spec, reference, resolution)
-    return _in_space(_geobox(spec, resolution), resolution)
+    return in_space(_geobox(spec, resolution), resolution)
 
 
 def blocks(frame: Frame, spec: ChipSpec, reference: Outlines, resolution: float) -> NDArray[np.int64]:
@@ -111,19 +124,21 @@ def blocks(frame: Frame, spec: ChipSpec, reference: Outlines, resolution: float)
         per_tile = max(int(reference.tile_px.max()) // spec.size, 1)
         place = np.stack([frame.epsg, frame.row // per_tile, frame.col // per_tile], -1)
     else:
-        place = np.stack([frame.epsg, *_block(frame, resolution)], -1)
+        place = np.stack([frame.epsg, *block_of(frame, resolution)], -1)
     return np.cumsum(np.diff(place, axis=0, prepend=place[:1]).any(axis=1))
 
 
-def _block(frame: Frame, resolution: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def block_of(frame: Frame, resolution: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return row and column of each window's block: squares of BLOCK_PX, southwards and eastwards."""
     side = BLOCK_PX * resolution
     col = np.floor(frame.bounds[:, [0, 2]].mean(1) / side)
     row = np.floor(-frame.bounds[:, [1, 3]].mean(1) / side)
     return row, col
 
 
-def _in_space(frame: Frame, resolution: float) -> Frame:
-    row, col = _block(frame, resolution)
+def in_space(frame: Frame, resolution: float) -> Frame:
+    """Return windows in their order of space: see :func:`candidates`."""
+    row, col = block_of(frame, resolution)
     return frame.take(np.lexsort((frame.col, frame.row, row, col, row // STRIP, frame.epsg)))
 
 
@@ -133,6 +148,31 @@ def _label(spec: ChipSpec, resolution: float) -> str:
 
 
 def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase) -> Frame:
+    cells = zone_cells(spec, reference, resolution)
+    return concatenated([zone_frame(spec, zone, cells[zone], resolution, phase) for zone in cells])
+
+
+def zone_cells(
+    spec: ChipSpec, reference: Outlines, resolution: float, most: int | None = None
+) -> dict[int, NDArray[np.int64]]:
+    """Return for each zone, rising, the split cells (row, col) that the reference source may touch.
+
+    Parameters
+    ----------
+    spec
+        Size, stride, grid, area.
+    reference
+        Outlines of the reference source's records.
+    resolution
+        Its pixel size, metres.
+    most
+        Candidate windows that the plan may have; None: as many as fit into memory.
+
+    Raises
+    ------
+    GridError
+        When there are more, before they are made.
+    """
     per_zone: dict[int, list[NDArray[np.int64]]] = {}
     pending = 0
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
@@ -151,30 +191,53 @@ def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase)
             if own == zone_epsg(zone) and box is not None:
                 box = _overlap(shapely.bounds(shape), box)
             if box is not None:
-                lattice = _lattice(zone, spec, resolution)
-                _countable(lattice.windows_in(box), spec, resolution, name)
+                lattice = lattice_of(zone, spec, resolution)
+                _countable(lattice.windows_in(box), spec, resolution, name, most)
                 cells = lattice.split_cells(box)
                 per_zone.setdefault(zone, []).append(cells)
                 pending += len(cells) * lattice.per_side**2
         if pending > 4 * MOST_WINDOWS:  # of many records over the same ground: each cell once
-            per_zone = {z: [np.unique(np.concatenate(c), axis=0)] for z, c in per_zone.items()}
-            pending = sum(
-                len(c[0]) * _lattice(z, spec, resolution).per_side ** 2 for z, c in per_zone.items()
-            )
-            _countable(pending, spec, resolution)
-    per_zone = {z: [np.unique(np.concatenate(c), axis=0)] for z, c in per_zone.items()}
-    frames = []
-    _countable(
-        sum(len(c[0]) * _lattice(z, spec, resolution).per_side ** 2 for z, c in per_zone.items()),
-        spec,
-        resolution,
-    )
-    for zone in sorted(per_zone):
-        lattice = _lattice(zone, spec, resolution)
-        split_cells = per_zone[zone][0]
-        cells = lattice.chip_cells(split_cells)
-        frames.append(_lay_out(zone, lattice, cells, spec, resolution, phase))
-    return _within(_concat(frames), area)
+            per_zone, pending = _once(per_zone, spec, resolution)
+            _countable(pending, spec, resolution, None, most)
+    per_zone, pending = _once(per_zone, spec, resolution)
+    _countable(pending, spec, resolution, None, most)
+    return {zone: per_zone[zone][0] for zone in sorted(per_zone)}
+
+
+def _once(
+    per_zone: dict[int, list[NDArray[np.int64]]], spec: ChipSpec, resolution: float
+) -> tuple[dict[int, list[NDArray[np.int64]]], int]:
+    """Return each zone's cells once, and how many windows they hold."""
+    once = {zone: [np.unique(np.concatenate(cells), axis=0)] for zone, cells in per_zone.items()}
+    return once, sum(len(c[0]) * lattice_of(z, spec, resolution).per_side ** 2 for z, c in once.items())
+
+
+def zone_frame(
+    spec: ChipSpec, zone: int, split_cells: NDArray[np.int64], resolution: float, phase: Phase
+) -> Frame:
+    """Lay out the windows of some split cells of a zone, as far as they lie in the area, in the cells' order."""
+    cells = lattice_of(zone, spec, resolution).chip_cells(split_cells)
+    return laid_out(spec, zone, cells, resolution, phase)
+
+
+def laid_out(spec: ChipSpec, zone: int, cells: NDArray[np.int64], resolution: float, phase: Phase) -> Frame:
+    """Lay out the windows of some chip cells of a zone, as far as they lie in it and in the area."""
+    area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
+    lattice = lattice_of(zone, spec, resolution)
+    return _within(_lay_out(zone, lattice, cells, spec, resolution, phase), area)
+
+
+def chip_cells(spec: ChipSpec, reference: Outlines, resolution: float) -> dict[int, NDArray[np.int64]]:
+    """Return for each zone, rising, the chip cells (row, col) that the reference source may touch."""
+    return {
+        zone: lattice_of(zone, spec, resolution).chip_cells(cells)
+        for zone, cells in zone_cells(spec, reference, resolution).items()
+    }
+
+
+def id_head(spec: ChipSpec, zone: int, resolution: float) -> str:
+    """Return what the ids of a zone's windows begin with."""
+    return f"{zone:02d}_{_label(spec, resolution)}"
 
 
 def _in_metres(spec: ChipSpec, reference: Outlines, resolution: float) -> None:
@@ -191,18 +254,23 @@ def _in_metres(spec: ChipSpec, reference: Outlines, resolution: float) -> None:
             )
 
 
-def _countable(count: float, spec: ChipSpec, resolution: float, record: str | None = None) -> None:
+def _countable(
+    count: float, spec: ChipSpec, resolution: float, record: str | None = None, most: int | None = None
+) -> None:
     """Refuse more windows than a plan can hold, before they are made."""
-    if count > MOST_WINDOWS:
+    most = MOST_WINDOWS if most is None else most
+    if count > most:
         raise GridError(
             f"chips(size={spec.size})" + ("" if record is None else f" over record {record!r}"),
             f"{count:,.0f} windows of {spec.size * resolution:g} m",
-            f"at most {MOST_WINDOWS:,}",
-            "Plan one area at a time (aoi=), with larger chips, or a coarser harmonize(resolution=...).",
+            f"at most {most:,}",
+            "Plan one area at a time (aoi=), with larger chips, or a coarser harmonize(resolution=...)"
+            + ("; or by blocks: chips(...).by_blocks(folder)." if spec.grid == "zone" else "."),
         )
 
 
-def _lattice(zone: int, spec: ChipSpec, resolution: float) -> Lattice:
+def lattice_of(zone: int, spec: ChipSpec, resolution: float) -> Lattice:
+    """Return the lattice of a zone's chips."""
     return Lattice(zone, spec.cell_km * 1000.0, spec.size * resolution, spec.stride * resolution)
 
 
@@ -215,7 +283,7 @@ def _lay_out(
     mine = utm_zone(lon, lat) == zone
     cells, bounds = cells[mine], bounds[mine]
     bounds = snap(bounds, phase.get(epsg, (0.0, 0.0)), resolution)
-    head = f"{zone:02d}_{_label(spec, resolution)}"
+    head = id_head(spec, zone, resolution)
     return Frame(
         np.full(len(cells), epsg),
         bounds,
@@ -352,7 +420,7 @@ def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
         prefix = joined(head, cells[:, 0], cells[:, 1])
         frames.append(Frame(np.full(len(cells), epsg), bounds, cells[:, 0], cells[:, 1], None, None, prefix))
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
-    return _within(_concat(frames), area)
+    return _within(concatenated(frames), area)
 
 
 def _tiles_touched(bounds: NDArray[np.float64], x0: float, y0: float, side: float) -> NDArray[np.int64]:
@@ -460,7 +528,8 @@ def _boxes(west: NDArray[Any], north: NDArray[Any], length: float) -> NDArray[np
     return np.asarray(np.round(box.astype(np.float64), 9), dtype=np.float64)
 
 
-def _concat(frames: list[Frame]) -> Frame:
+def concatenated(frames: list[Frame]) -> Frame:
+    """Return the windows of lattices, one behind the other."""
     frames = [f for f in frames if len(f)]
     if not frames:
         nothing = np.zeros(0, dtype=np.int64)

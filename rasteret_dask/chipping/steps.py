@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,14 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import PlannedChips, lay_chips
+from rasteret_dask.chipping.chips import ChipSources, PlannedChips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
 from rasteret_dask.chipping.leftover import whole_cell_km
 from rasteret_dask.chipping.rulesteps import with_rule
 from rasteret_dask.chipping.splits import by_geometry, by_ground, column_splits, too_near, warn_if_few
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.grid import Lattice
-from rasteret_dask.planning.optimize import named_bands, optimize
 from rasteret_dask.planning.plan import (
     CutChips,
     FilterChips,
@@ -40,7 +37,7 @@ from rasteret_dask.planning.plan import (
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, alone, as_table, filter_table
 
-__all__ = ["apply_step", "plan_chips"]
+__all__ = ["apply_step", "carried_out", "check_splits", "none_left", "steps_of", "warn_of_few"]
 
 _PLANNED_COLUMNS = (
     "epsg",
@@ -61,45 +58,56 @@ FEW_LABELS = 20
 """Losses are reported per value of a user's column that has at most this many."""
 
 
-_log = logging.getLogger(__name__)
-
-
-def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = True) -> PlannedChips:
-    """Turn a plan that has a ``chips`` step into its chip table.
-
-    Parameters
-    ----------
-    plan
-        The plan.
-    tables
-        The tables that its tokens name.
-    optimized
-        False carries the plan out as it is written (but for the bands each source needs, which decide what is
-        ``readable``); the result is the same.
+def steps_of(plan: Node) -> tuple[CutChips, tuple[Node, ...]]:
+    """Return the ``chips`` step of a plan, and the steps on chips in the order in which they are carried out.
 
     Raises
     ------
-    PlanError, GridError, BandError, UnreadableAssetsError
-        Whatever cannot be carried out, before any pixel is read.
+    PlanError
+        When there is no ``chips`` step.
     """
-    node = optimize(plan) if optimized else named_bands(plan)
-    steps: list[Node] = []
+    node, steps = plan, list[Node]()
     while not isinstance(node, CutChips):
         if isinstance(node, Join) or not children(node):
             raise PlanError("plan", "no chips step", "chips(size) before this", "Call .chips(size) first.")
         steps.append(node)
         node = children(node)[0]
-    begun = time.monotonic()
-    result = lay_chips(node, tables)
-    for step in reversed(steps):
-        result = apply_step(result, step, tables)
-    passed = time.monotonic() - begun
-    _log.info("plan: %d chips of %d sources, %.1f s", result.table.num_rows, len(result.sources), passed)
-    return result
+    return node, tuple(reversed(steps))
 
 
 def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> PlannedChips:
-    """Carry out the last step of a plan on the chips that the steps before it made."""
+    """Carry out the last step of a plan on the chips that the steps before it made.
+
+    Raises
+    ------
+    PlanError
+        When it cannot be carried out, or leaves no chip.
+
+    Warns
+    -----
+    UserWarning
+        When there are so few split cells that ratios are a matter of luck.
+    """
+    result = carried_out(chips, step, tables)
+    if isinstance(step, Split) and step.spec.by == "ground" and not chips.table.column("cell").null_count:
+        warn_of_few(pc.count_distinct(chips.table.column("cell")).as_py(), chips, step.spec)
+    if not result.table.num_rows and not isinstance(step, Split):
+        where = step.where if isinstance(step, FilterChips) else ()
+        counted = pc.value_counts(chips.table.column("split")).to_pylist()
+        splits = {e["values"]: e["counts"] for e in counted if e["values"]}
+        reason = alone(chips.table, where, "chips") if where else ""
+        raise none_left(step, chips.table.num_rows, splits, reason)
+    return result
+
+
+def carried_out(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> PlannedChips:
+    """Carry out a step; it may leave no chip.
+
+    Raises
+    ------
+    PlanError
+        When it cannot be carried out.
+    """
     match step:
         case Split(_, spec):
             return _split(chips, spec)
@@ -108,16 +116,14 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
                 if column not in chips.table.column_names:
                     known = ", ".join(chips.table.column_names)
                     raise PlanError(f"filter on chip column {column!r}", "no such column", f"one of {known}")
-            table = filter_table(chips.table, where, "chips")
-            if not table.num_rows:
-                found = f"no chip left of {chips.table.num_rows:,} ({alone(chips.table, where, 'chips')})"
-                raise PlanError("filter", found, "at least one", "Ask for less, or remove the step.")
-            return _kept(chips, table, "filter")
+            return replace(chips, table=filter_table(chips.table, where, "chips"))
         case Select(_, splits):
-            return _select(chips, splits)
+            check_splits(splits, chips.split)
+            chosen = pc.is_in(chips.table.column("split"), value_set=pa.array(list(splits)))
+            return replace(chips, table=chips.table.filter(chosen))
         case Sample(_, n, seed, by):
             rows = sample_rows(chips.table, "chip_id", n, seed, by)
-            return _kept(chips, chips.table.take(pa.array(rows)), "sample")
+            return replace(chips, table=chips.table.take(pa.array(rows)))
         case WithTable(_, token):
             return _with_table(chips, as_table(tables[token]))
         case Map(_, function, source):
@@ -134,25 +140,45 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
     raise PlanError("plan", f"a {step_name(step)} step after chips", "a step on chips")
 
 
-def _kept(chips: PlannedChips, table: pa.Table, step: str) -> PlannedChips:
-    if not table.num_rows:
-        names = pc.value_counts(chips.table.column("split")).to_pylist()
-        splits = ", ".join(f"{e['values']} {e['counts']:,}" for e in names if e["values"])
-        raise PlanError(
-            step, f"no chip left of {chips.table.num_rows:,}" + (f" ({splits})" if splits else ""), "at least one",
-            "Ask for less, or remove the step.",
-        )  # fmt: skip
-    return replace(chips, table=table)
+def none_left(step: Node, chips: int, splits: Mapping[str, int], reason: str = "") -> PlanError:
+    """Return the error of a step that leaves no chip.
+
+    Parameters
+    ----------
+    step
+        The step.
+    chips, splits
+        How many chips it was given, and of which splits.
+    reason
+        Which of its rules leave how many, where that is known.
+    """
+    name = f"select({', '.join(step.splits)})" if isinstance(step, Select) else step_name(step)
+    counted = reason or ", ".join(f"{split} {count:,}" for split, count in splits.items())
+    return PlanError(
+        name, f"no chip left of {chips:,}" + (f" ({counted})" if counted else ""), "at least one",
+        "Ask for less, or remove the step.",
+    )  # fmt: skip
 
 
-def _select(chips: PlannedChips, splits: tuple[str, ...]) -> PlannedChips:
-    known = chips.split.names if chips.split else ()
-    unknown = [s for s in splits if s not in known]
-    if unknown or not known:
+def check_splits(splits: tuple[str, ...], spec: SplitSpec | None) -> None:
+    """Refuse to select splits that a plan does not have.
+
+    Raises
+    ------
+    PlanError
+        When there are some.
+    """
+    names = spec.names if spec else ()
+    unknown = [s for s in splits if s not in names]
+    if unknown or not names:
         found = f"split {', '.join(map(repr, unknown or splits))}"
-        raise PlanError("select", found, f"one of {', '.join(known)}" if known else "a split step before it")
-    table = chips.table.filter(pc.is_in(chips.table.column("split"), value_set=pa.array(list(splits))))
-    return _kept(chips, table, f"select({', '.join(splits)})")
+        raise PlanError("select", found, f"one of {', '.join(names)}" if names else "a split step before it")
+
+
+def warn_of_few(cells: int, chips: PlannedChips | ChipSources, spec: SplitSpec) -> None:
+    """Warn when there are so few split cells that a split's ratios are a matter of luck."""
+    length = chips.spec.size * chips.resolution
+    warn_if_few(cells, spec, Lattice(1, chips.spec.cell_km * 1000.0, length, length))
 
 
 def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
@@ -166,12 +192,6 @@ def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
         # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
         wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
         number = by_ground(epsg, bounds + wider, cell_m, spec, inside)
-        if inside is not None:
-            warn_if_few(
-                pc.count_distinct(table.column("cell")).as_py(),
-                spec,
-                Lattice(1, cell_m, chips.size_m, chips.size_m),
-            )
         reason = "chip on the ground of two splits"
     elif spec.by == "geometry":
         number = _by_geometry(chips, spec)
@@ -279,5 +299,4 @@ def _with_table(chips: PlannedChips, more: pa.Table) -> PlannedChips:
             "with_table", f"other values in column {', '.join(changed)} than the plan's",
             "the plan's own values", "Put yours in a column of another name, such as split(by='my_split').",
         )  # fmt: skip
-    table = with_columns(own, theirs)
-    return _kept(chips, table, "with_table")
+    return replace(chips, table=with_columns(own, theirs))

@@ -26,8 +26,11 @@ __all__ = [
     "Reads",
     "Stack",
     "compact_groups",
+    "group_box",
     "group_cube",
     "stack",
+    "touches",
+    "windows_of",
 ]
 
 SPREAD = 1.5
@@ -253,13 +256,12 @@ def group_cube(
     """
     from stackstac.prepare import prepare_items
 
-    box = (bounds[:, 0].min(), bounds[:, 1].min(), bounds[:, 2].max(), bounds[:, 3].max())
     table, spec, _, items = prepare_items(
         plain_items(records, {int(row): {band: Read(band) for band in bands} for row in rows}, epsg),
         assets=list(bands),
         epsg=epsg,
         resolution=resolution,
-        bounds=tuple(float(v) for v in box),
+        bounds=group_box(bounds),
         snap_bounds=False,
         rescale=False,
     )
@@ -269,10 +271,29 @@ def group_cube(
         if href is not None
     }
     grid = grid_of(spec)
-    offset = np.rint((bounds[:, [3, 0]] - [grid.y0, grid.x0]) / [-resolution, resolution]).astype(np.int64)
-    size = np.rint((bounds[:, [3, 2]] - bounds[:, [1, 0]]) / resolution).astype(np.int64)
-    windows = {
-        int(chip): Window(int(r), int(c), int(h), int(w))
-        for chip, (r, c), (h, w) in zip(chips, offset, size, strict=True)
-    }
-    return GroupCube(grid, assets, windows)
+    windows = windows_of(bounds, grid, resolution).tolist()
+    return GroupCube(
+        grid, assets, {chip: Window(*own) for chip, own in zip(chips.tolist(), windows, strict=True)}
+    )
+
+
+def group_box(bounds: NDArray[np.float64]) -> tuple[float, float, float, float]:
+    """Return the common bounds of a group's chips, those of its cube."""
+    low, high = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
+    return (*low.tolist(), *high.tolist())
+
+
+def windows_of(bounds: NDArray[np.float64], grid: Grid, resolution: float) -> NDArray[np.int64]:
+    """Return the window of each chip in its group's cube, shape (chip, 4): row, col, height, width."""
+    offset = (bounds[:, [3, 0]] - [grid.y0, grid.x0]) / [-resolution, resolution]
+    size = (bounds[:, [3, 2]] - bounds[:, [1, 0]]) / resolution
+    return np.asarray(np.rint(np.concatenate([offset, size], axis=1)), dtype=np.int64)
+
+
+def touches(asset: Asset, epsg: int, box: tuple[float, float, float, float]) -> bool:
+    """Tell whether a raster shares ground with a cube, as stackstac does: by its corners in the cube's CRS."""
+    from stackstac.geom_utils import bounds_overlap, reproject_bounds
+
+    code, shift = northern(asset.epsg)
+    own, moved = (code, shift) if code == epsg else (asset.epsg, 0.0)
+    return bool(bounds_overlap(reproject_bounds(_outline(asset.image, moved), own, epsg), box))

@@ -20,7 +20,7 @@ from rasteret_dask.grid import northern
 from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
-from rasteret_dask.reader.kernels import RecordWindow, warn_averaged
+from rasteret_dask.reader.kernels import RecordGrid, warn_averaged
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.rules.picks import Ranked
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
@@ -50,8 +50,7 @@ def harmonized_cube(
     if not len(feeds.record):
         raise PlanError(f"cube of {source.plan.name!r}", "no record in these bounds", "at least one")
     rows = np.unique(feeds.record)
-    window = Window(0, 0, *shape)
-    places = [RecordWindow(int(row), int(source.member[row]), grid, window) for row in rows]
+    places = [RecordGrid(int(row), int(source.member[row]), grid) for row in rows]
     warn_averaged(source.plan, source.records, places)
     numbers = range(len(source.axis)) if source.axis is not None else np.unique(feeds.slot).tolist()
     slots = [_records_of(source, feeds.take(feeds.slot == number)) for number in numbers]
@@ -72,14 +71,14 @@ def harmonized_cube(
         coords["datetime"] = ("time", whens)
     is_whole, ground = np.dtype(source.plan.dtype).kind not in "fc", ("time", "y", "x")
     if source.plan.pick.fills:
-        pixels, valid, filled = graph.described()
+        pixels, valid, filled = graph.pixels_valid_filled()
         coords |= {"valid": (ground, valid)} if is_whole else {}
         coords["filled"] = (ground, filled)
     elif is_whole and _is_told_by_fill(source, rows):
         pixels = graph.pixels()
         coords["valid"] = (ground, graph.told_by_fill(pixels))
     elif is_whole:
-        pixels, valid, _ = graph.described()
+        pixels, valid, _ = graph.pixels_valid_filled()
         coords["valid"] = (ground, valid)
     else:
         pixels = graph.pixels()

@@ -13,11 +13,19 @@ from distributed.threadpoolexecutor import thread_state
 from rasteret_dask.errors import JobError
 from rasteret_dask.net.clusters import address_of
 
-__all__ = ["out_of_pool", "results", "why_cancelled"]
+__all__ = ["as_they_end", "out_of_pool", "results", "why_cancelled"]
 
 
 def results(client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str], subject: str) -> list[Any]:
-    """Return the results of some keys. The cluster forgets each as soon as it is here.
+    """Return the results of some keys: see :func:`as_they_end`."""
+    taken = dict(as_they_end(client, graph, keys, subject))
+    return [taken[key] for key in keys]
+
+
+def as_they_end(
+    client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str], subject: str
+) -> Iterator[tuple[str, Any]]:
+    """Yield some keys with their results as they end. The cluster forgets each as soon as it is here.
 
     A worker that is lost later takes nothing of it along, so that it is not computed again.
 
@@ -38,8 +46,7 @@ def results(client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str], 
         When the scheduler is lost.
     """
     scheduler = address_of(client)
-    place = {key: at for at, key in enumerate(keys)}
-    taken: dict[str, Any] = {}
+    done = 0
     futures: list[Future[Any]] = []
     try:
         with out_of_pool():
@@ -48,17 +55,17 @@ def results(client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str], 
                 if isinstance(result, CancelledError):
                     raise JobError(
                         subject,
-                        f"{why_cancelled(future, scheduler)}; {len(taken)} of {len(keys)} parts were done",
+                        f"{why_cancelled(future, scheduler)}; {done} of {len(keys)} parts were done",
                         "a scheduler that stays, with its tasks, until the end",
                         "Call it again once there is a scheduler.",
                     ) from result
-                taken[future.key] = result
+                done += 1
+                yield future.key, result
                 future.release()
     finally:
         # a traceback that is looked at keeps futures alive, and the cluster then repeats their errors for ever
         for future in futures:
             future.release()
-    return [taken[key] for key in sorted(taken, key=place.__getitem__)]
 
 
 def why_cancelled(future: Future[Any], scheduler: str) -> str:

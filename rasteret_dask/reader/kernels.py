@@ -11,18 +11,18 @@ import numpy as np
 
 from rasteret_dask.errors import UnknownKindWarning, user_level
 from rasteret_dask.planning.resolve import SourcePlan
-from rasteret_dask.reader.pixelgrid import Grid, Window
-from rasteret_dask.reader.readplan import Request, plan_read
+from rasteret_dask.reader.pixelgrid import Grid
+from rasteret_dask.reader.readplan import choose
 from rasteret_dask.table.records import Records
 
-__all__ = ["BandReading", "RecordWindow", "band_readings", "warn_averaged"]
+__all__ = ["BandReading", "RecordGrid", "band_readings", "warn_averaged"]
 
 COPIED = "copied"
 """Pixels of the grid are the image's own."""
 
 
 @dataclass(frozen=True, slots=True)
-class RecordWindow:
+class RecordGrid:
     """A record, and where its pixels are wanted."""
 
     row: int
@@ -30,7 +30,6 @@ class RecordWindow:
     member: int
     """The member of the source that the record belongs to."""
     grid: Grid
-    window: Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class BandReading:
 
 
 def band_readings(
-    plan: SourcePlan, records: Records, places: Sequence[RecordWindow], bands: Iterable[int] | None = None
+    plan: SourcePlan, records: Records, places: Sequence[RecordGrid], bands: Iterable[int] | None = None
 ) -> dict[str, BandReading]:
     """Return how output bands are read.
 
@@ -75,7 +74,7 @@ def band_readings(
             asset = records.asset(place.row, code)
             unit = plan.rules.units[at]
             decode = unit if unit.kernel_on == "decoded" else None
-            read = plan_read(Request(asset, place.grid, (place.window,), plan.resampling, decode))
+            read = choose(asset, place.grid, plan.resampling, decode)
             own = read.corner is not None and read.level == 0
             kernels.add(COPIED if own else read.kernel)
             overviews |= read.level > 0
@@ -84,7 +83,7 @@ def band_readings(
     return result
 
 
-def warn_averaged(plan: SourcePlan, records: Records, places: Sequence[RecordWindow]) -> None:
+def warn_averaged(plan: SourcePlan, records: Records, places: Sequence[RecordGrid]) -> None:
     """Warn of bands of integers that are averaged although nobody says what they are.
 
     Parameters

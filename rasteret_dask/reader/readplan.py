@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,14 @@ from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.rules.units import Unit
 from rasteret_dask.table.records import Asset, Level
 
-__all__ = ["ReadPlan", "Request", "plan_read", "tiles_of"]
+__all__ = ["LevelChoice", "ReadPlan", "Request", "choose", "plan_read", "tiles_of"]
 
 _KERNELS = frozenset(r.name for r in Resampling if r is not Resampling.gauss)
 _RADIUS = {"nearest": 1, "bilinear": 1, "cubic": 2, "cubic_spline": 2, "lanczos": 3}
 """Source pixels a kernel reaches, GDAL's ``GWKGetFilterRadius``; the others use a pixel's own footprint."""
+
+FAR_PX = 2.0**52
+"""Farther from a raster than any pixel is: PROJ may say that a place of the globe's far side is."""
 
 _OVERVIEW_SLACK = 1.01
 """GDAL's own slack (``vrtwarped.cpp``): 10980 / 1373 is 7.997, 5490 / 687 is 7.991."""
@@ -92,39 +95,70 @@ def tiles_of(request: Request) -> tuple[int, set[int]]:
 
 
 def plan_read(request: Request) -> ReadPlan:
-    """Choose level and kernel, and find the source pixels of every window.
+    """Choose level and kernel, and find the source pixels of every window."""
+    choice = choose(request.asset, request.grid, request.resampling, request.decode)
+    windows = np.array([(w.row, w.col, w.height, w.width) for w in request.windows], dtype=np.int64)
+    rects = tuple(Rect(*edges) for edges in choice.rects(request.grid, windows).tolist())
+    return ReadPlan(choice.level, choice.frame, choice.kernel, choice.scale, choice.corner, rects)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelChoice:
+    """Which level of an asset a grid is read from, and how: the same for all windows."""
+
+    level: int
+    """Index into ``asset.levels``."""
+    frame: LevelFrame
+    kernel: str
+    scale: tuple[float, float]
+    """As in :class:`ReadPlan`, and so is ``corner``."""
+    corner: tuple[int, int] | None
+
+    def rects(self, grid: Grid, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the level's pixels that windows need, clipped to the raster.
+
+        Parameters
+        ----------
+        grid
+            The grid that the level was chosen for.
+        windows
+            Shape (window, 4): row, col, height, width.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (window, 4): row0, row1, col0, col1, as in :class:`Rect`.
+        """
+        if self.corner is None:
+            spans = _source_spans(self, grid, windows)
+        else:
+            first = windows[:, :2] - np.array(self.corner)
+            spans = np.stack([first, first + windows[:, 2:]], -1)
+        low = np.maximum(spans[:, :, 0], 0)
+        high = np.minimum(spans[:, :, 1], [self.frame.height, self.frame.width])
+        return np.stack([low, high], -1).reshape(-1, 4)
+
+
+def choose(asset: Asset, grid: Grid, resampling: str | None, decode: Unit | None) -> LevelChoice:
+    """Choose level and kernel; parameters are those of :class:`Request`.
 
     Overviews are chosen as ``gdalwarp -ovr AUTO`` does: the coarsest whose reduction is at most the grid's
     (with GDAL's 1 %), unless the kernel is nearest or the band holds classes or bits. These take the image itself,
     under ``mode`` too: an overview's class is whatever its maker's kernel made of it. (A plain ``WarpedVRT`` never
     takes an overview; ours equals one over the file opened at the overview that was chosen.)
     """
-    asset, grid = request.asset, request.grid
     image = LevelFrame.of(asset, 0, grid.epsg)
     scale = image.scale(grid)
     kind = kind_of(asset.kind)
-    kernel = kind.kernel(request.resampling, min(scale))
-    level = 0
-    if (
-        kernel != "nearest"
-        and kind.averaged_overviews
-        and request.decode is None
-        and image.corner(grid) is None
-    ):
-        level = _overview(asset.levels, 1.0 / max(scale))
-    frame = image if level == 0 else LevelFrame.of(asset, level, grid.epsg)
-    scale = scale if level == 0 else frame.scale(grid)
-    corner = frame.corner(grid)
-    if corner is None:
-        rects = _source_rects(frame, request, kernel, scale)
-    else:
-        row, col = corner
-        rects = [
-            Rect(w.row - row, w.row - row + w.height, w.col - col, w.col - col + w.width)
-            for w in request.windows
-        ]
-    clipped = tuple(r.clip(frame.height, frame.width) for r in rects)
-    return ReadPlan(level, frame, kernel, scale, corner, clipped)
+    kernel = kind.kernel(resampling, min(scale))
+    corner = image.corner(grid)
+    if kernel == "nearest" or not kind.averaged_overviews or decode is not None or corner is not None:
+        return LevelChoice(0, image, kernel, scale, corner)
+    level = _overview(asset.levels, 1.0 / max(scale))
+    if level == 0:
+        return LevelChoice(0, image, kernel, scale, corner)
+    frame = LevelFrame.of(asset, level, grid.epsg)
+    return LevelChoice(level, frame, kernel, frame.scale(grid), frame.corner(grid))
 
 
 def _overview(levels: tuple[Level, ...], reduction: float) -> int:
@@ -136,14 +170,16 @@ def _overview(levels: tuple[Level, ...], reduction: float) -> int:
     return best
 
 
-def _source_rects(frame: LevelFrame, request: Request, kernel: str, scale: tuple[float, float]) -> list[Rect]:
-    """Bounds of each window's pixels in the source, with the kernel's reach round them."""
-    grid, windows = request.grid, request.windows
+def _source_spans(choice: LevelChoice, grid: Grid, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each window's pixels in the source, with the kernel's reach round them, shape (window, 2, 2).
+
+    Rows, then columns; from, to.
+    """
+    frame = choice.frame
     steps = np.linspace(0.0, 1.0, 9)
     down, across = (g.ravel() for g in np.meshgrid(steps, steps, indexing="ij"))
-    rows = np.array([w.row + w.height * down for w in windows])
-    cols = np.array([w.col + w.width * across for w in windows])
-    xs, ys = grid.x0 + cols * grid.xres, grid.y0 - rows * grid.yres
+    row, col, height, width = windows.T[:, :, None]
+    xs, ys = grid.x0 + (col + width * across) * grid.xres, grid.y0 - (row + height * down) * grid.yres
     bent = frame.epsg != grid.epsg
     if bent:
         flat_x, flat_y = transformed(grid.epsg, frame.epsg, xs.ravel(), ys.ravel())
@@ -154,17 +190,18 @@ def _source_rects(frame: LevelFrame, request: Request, kernel: str, scale: tuple
     inverse = ~frame.transform
     source_cols = inverse.a * xs + inverse.b * ys + inverse.c
     source_rows = inverse.d * xs + inverse.e * ys + inverse.f
-    reach = [ceil(_RADIUS.get(kernel, 1) / min(s, 1.0)) + 2 for s in scale]
-    return [
-        Rect(*_span(r, reach[1], bent), *_span(c, reach[0], bent))
-        for r, c in zip(source_rows, source_cols, strict=True)
-    ]
+    reach = [ceil(_RADIUS.get(choice.kernel, 1) / min(s, 1.0)) + 2 for s in choice.scale]
+    return np.stack([_spans(source_rows, reach[1], bent), _spans(source_cols, reach[0], bent)], 1)
 
 
-def _span(values: NDArray[np.float64], reach: int, bent: bool) -> tuple[int, int]:
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return 0, 0
-    low, high = float(values.min()), float(values.max())
+def _spans(values: NDArray[np.float64], reach: int, bent: bool) -> NDArray[np.int64]:
+    """Return from where to where pixels reach, shape (window, 2), of their places, shape (window, place)."""
+    there = np.isfinite(values)
+    low = values.min(1, initial=np.inf, where=there)
+    high = values.max(1, initial=-np.inf, where=there)
+    nowhere = low > high
+    low[nowhere] = high[nowhere] = 0.0
     slack = reach + (0.002 * (high - low) if bent else 0.0)  # what nine points a side miss
-    return floor(low - slack), ceil(high + slack)
+    spans = np.stack([np.floor(low - slack), np.ceil(high + slack)], -1)
+    spans[nowhere] = 0.0
+    return np.asarray(np.clip(spans, -FAR_PX, FAR_PX), dtype=np.int64)

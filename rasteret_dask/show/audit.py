@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
@@ -16,9 +18,9 @@ from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.chipping.splits import SHARED_M2
 from rasteret_dask.errors import PlanError
-from rasteret_dask.grid import transformer
+from rasteret_dask.grid import bounds_in, transformer
 
-__all__ = ["Audit", "audit"]
+__all__ = ["Audit", "BlockGround", "audit", "audit_blocks"]
 
 METRES_PER_DEGREE = 100_000.0
 """Less than a degree of latitude is long in any CRS of chips: their scale is within 10 % of the ground's."""
@@ -108,6 +110,121 @@ def audit(chips: PlannedChips) -> Audit:
         distance,
         "" if left is None else left.text,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGround:
+    """A block of chips, looked at when it is needed."""
+
+    epsg: int
+    bounds: tuple[float, float, float, float]
+    """Of all its chips: xmin, ymin, xmax, ymax."""
+    table: Callable[[Sequence[str]], pa.Table]
+    """Returns some columns of its chips."""
+
+    def degrees(self) -> tuple[float, float, float, float]:
+        """Return its bounds in degrees."""
+        return bounds_in(self.bounds, self.epsg, 4326)
+
+
+def audit_blocks(chips: PlannedChips, blocks: Sequence[BlockGround]) -> Audit:
+    """Check the splits of chips that are planned by blocks, two neighbouring blocks at a time.
+
+    Parameters
+    ----------
+    chips
+        What the plan says of all of them.
+    blocks
+        The blocks that have chips.
+
+    Raises
+    ------
+    PlanError
+        When the plan has no split step.
+    """
+    if chips.split is None:
+        raise PlanError("audit", "no split step", "split(...) before audit()")
+    names = chips.split.names
+    count, cells = dict.fromkeys(names, 0), {name: set[str]() for name in names}
+    for block in blocks:
+        rows = block.table(["split", "cell"])
+        for name in names:
+            own = rows.filter(pc.equal(rows.column("split"), name)).column("cell")
+            count[name] += len(own)
+            cells[name] |= set(pc.unique(own).to_pylist())
+    pairs = [f"{a}-{b}" for a, b in combinations([n for n in names if count[n]], 2)]
+    overlaps, distance = dict.fromkeys(pairs, 0), dict.fromkeys(pairs, np.inf)
+    for gap, first, second in _by_gap(blocks):
+        wanted = [pair for pair in pairs if gap == 0.0 or gap < distance[pair]]
+        if not wanted:
+            break
+        ground, split, before = _two(chips, first, second)
+        for pair in wanted:
+            a, b = (split == name for name in pair.split("-"))
+            sides = [(a, b)] if before is None else [(a & before, b & ~before), (a & ~before, b & before)]
+            for one, other in sides:
+                near = _beside(ground, np.flatnonzero(one), np.flatnonzero(other), distance[pair])
+                if near is not None:
+                    shared, nearest = _between(ground, *near)
+                    overlaps[pair] += shared
+                    distance[pair] = min(distance[pair], nearest)
+    total = max(sum(count.values()), 1)
+    left = leftover(chips.spec, chips.resolution)
+    return Audit(
+        count, {n: c / total for n, c in count.items()}, dict(chips.split.ratios),
+        {n: len(c) for n, c in cells.items()}, dict(chips.dropped), overlaps, distance,
+        "" if left is None else left.text,
+    )  # fmt: skip
+
+
+def _by_gap(blocks: Sequence[BlockGround]) -> Iterator[tuple[float, BlockGround, BlockGround]]:
+    """Yield each block with itself, then pairs of blocks, those nearest to each other first; the gap in metres."""
+    for block in blocks:
+        yield 0.0, block, block
+    degrees = np.array([block.degrees() for block in blocks]).reshape(-1, 4)
+    first, second = np.triu_indices(len(blocks), 1)
+    low = np.maximum(degrees[first, :2], degrees[second, :2]) - np.minimum(
+        degrees[first, 2:], degrees[second, 2:]
+    )
+    turned = (
+        np.abs(degrees[:, [0, 2]]).max() > 170.0
+    )  # near 180 degrees, places may be near though their numbers are not
+    north = np.cos(np.radians(np.abs(degrees[:, [1, 3]]).max(initial=0.0)))
+    east = np.zeros(len(first)) if turned else np.maximum(low[:, 0], 0.0) * north
+    gap = np.hypot(east, np.maximum(low[:, 1], 0.0)) * METRES_PER_DEGREE
+    for at in np.argsort(gap, kind="stable").tolist():
+        yield float(gap[at]), blocks[int(first[at])], blocks[int(second[at])]
+
+
+def _two(
+    chips: PlannedChips, first: BlockGround, second: BlockGround
+) -> tuple[_Ground, NDArray[Any], NDArray[np.bool_] | None]:
+    """Return the ground of one or two blocks, each chip's split, and which chips are of the first of two."""
+    names = ["epsg", "xmin", "ymin", "xmax", "ymax", "geometry", "split"]
+    tables = [block.table(names) for block in ([first] if first is second else [first, second])]
+    table = pa.concat_tables(tables)
+    split = np.array(table.column("split").fill_null("").to_pylist(), dtype=object)
+    before = None if len(tables) == 1 else np.arange(table.num_rows) < tables[0].num_rows
+    return _Ground.of(replace(chips, table=table)), split, before
+
+
+def _beside(
+    ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64], limit: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Return those chips of two sets that may lie within a distance of the other set; None where there are none."""
+    for _ in range(2):
+        if not len(first) or not len(second):
+            return None
+        codes = np.unique(ground.epsg[np.append(first, second)])
+        if len(codes) == 1 and np.isfinite(limit):
+            box = shapely.buffer(
+                shapely.box(*shapely.total_bounds(ground.boxes[second])), limit, join_style="mitre"
+            )
+            first = first[shapely.intersects(ground.boxes[first], box)]
+        elif np.isfinite(limit):
+            first = ground.near(second, first, limit)
+        first, second = second, first
+    return (first, second) if len(first) and len(second) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,38 +4,35 @@ from __future__ import annotations
 
 import html
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
-from rasteret_dask.chipping.chiptable import FeedTable, bounds_of
+from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.feeds import Feeds, enough
 from rasteret_dask.chipping.frame import Frame
 from rasteret_dask.chipping.leftover import leftover
-from rasteret_dask.grid import northern, transformer
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
-from rasteret_dask.reader.pixelgrid import Rect
-from rasteret_dask.reader.readplan import Request, plan_read, tiles_of
 from rasteret_dask.show.fetching import fetching
-from rasteret_dask.table.records import Asset, Level
-from rasteret_dask.tasks import pixels
+from rasteret_dask.show.tilecount import tile_count
 from rasteret_dask.tasks.freezing import task_bytes
-from rasteret_dask.tasks.job import Job, Output, Shard
-from rasteret_dask.tasks.jobkernels import job_readings
+from rasteret_dask.tasks.job import Job, Output
+from rasteret_dask.tasks.jobkernels import grids_alike, job_readings
 from rasteret_dask.tasks.keptbytes import MOST_KEPT_BYTES, kept_bytes
 from rasteret_dask.tasks.runs import Workforce
 
 __all__ = ["Explanation", "explain"]
+
+Used: TypeAlias = "list[tuple[ResolvedSource, NDArray[np.int64]]]"
+"""Each source with the rows of its records that feed a chip."""
 
 ALIGNED_PX = 1e-4
 """Pixel edges nearer than this are the same edge."""
@@ -63,6 +60,38 @@ class Explanation:
         """Return all figures as plain values."""
         return json.loads(json.dumps(self.facts))  # type: ignore[no-any-return]
 
+    def scaled(self, splits: Mapping[str, int], per_shard: int, used: Mapping[str, int]) -> Explanation:
+        """Return the report of a larger plan that this one's chips are a part of.
+
+        Parameters
+        ----------
+        splits
+            Split -> chips of the larger plan, ``""`` for none.
+        per_shard
+            Chips of one of its shards.
+        used
+            Source -> records that feed its chips.
+        """
+        chips, part = sum(splits.values()), sum(self["splits"].values())
+        ratio = chips / part
+        placed = {
+            name: count for name, count in splits.items() if name
+        } or splits  # chips of no split are in no shard
+        shards = sum(-(-count // per_shard) for count in placed.values())
+        estimated = {name: round(self[name] * ratio) for name in ("requests", "requests_by_shard")}
+        estimated["read_bytes"] = None if self["read_bytes"] is None else round(self["read_bytes"] * ratio)
+        counted = {
+            "records": {name: {**told, "used": used[name]} for name, told in self["records"].items()},
+            "chips": sum(placed.values()),
+            "splits": {name or "none": count for name, count in splits.items()},
+            "shards": shards,
+            "tasks": shards,
+            "chips_per_shard": per_shard,
+            "write_bytes": self["write_bytes"] // self["chips"] * sum(placed.values()),
+            "estimated_from_chips": part,
+        }
+        return Explanation({**self.facts, **estimated, **counted})
+
     def __getitem__(self, name: str) -> Any:
         return self.facts[name]
 
@@ -85,16 +114,16 @@ def explain(
 ) -> Explanation:
     """Report on a planned and frozen job, and on what processes fetch where it is said how many there are."""
     shards = list(job.shards())
-    reading = _reading(job)
+    reading = tile_count(job, EXACT_SHARDS)
     out = sum(o.chip_bytes for o in outputs)
     per_shard = max((h.per_shard for h in job.hierarchies), default=1)
     counted = pc.value_counts(chips.table.column("split")).to_pylist()
     splits = {entry["values"] or "none": int(entry["counts"]) for entry in counted}
-    used = [len(r) for r in job.records]
+    used = used_rows(chips)
     facts = {
         "records": {
             s.plan.name: {"scanned": len(s.records), "used": n}
-            for s, n in zip(chips.sources, used, strict=True)
+            for s, n in zip(chips.sources, map(len, job.records), strict=True)
         },
         "chips": sum(h.chips for h in job.hierarchies),
         "splits": splits,
@@ -102,10 +131,10 @@ def explain(
         "shards": len(shards),
         "chips_per_shard": per_shard,
         "tasks": len(shards),
-        "requests": reading["requests"],
-        "requests_by_shard": reading["by_shard"],
-        "read_bytes": reading["bytes"],
-        "requests_counted_on_shards": reading["shards"],
+        "requests": reading.requests,
+        "requests_by_shard": reading.by_shard,
+        "read_bytes": reading.nbytes,
+        "requests_counted_on_shards": reading.shards,
         "write_bytes": out * sum(h.chips for h in job.hierarchies),
         "peak_task_bytes": task_bytes(job, outputs),
         "kept_bytes": kept_bytes(job),
@@ -117,21 +146,21 @@ def explain(
         "bands": {s.name: list(o.bands) for s, o in zip(job.sources, outputs, strict=True)},
         "left_bands": {s.plan.name: _left_bands(s) for s in chips.sources},
         "times": _times(chips),
-        "tile_fit": reading["fit"],
+        "tile_fit": reading.fit,
         "pixels": _native_share(chips),
         "kinds": {s.plan.name: [b.kind or "unknown" for b in s.plan.kinds] for s in chips.sources},
         "kernels": _kernels(job),
-        "pixel_shapes": _pixel_shapes(chips),
+        "pixel_shapes": _pixel_shapes(chips, used),
         "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
         "coverage": _coverage(chips),
         "uncovered": _uncovered(chips),
-        "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used_rows(chips)},
+        "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used},
         "mask": {s.plan.name: list(s.plan.masks) for s in chips.sources},
         "pick": {s.plan.name: s.plan.pick.name for s in chips.sources},
         "dropped": dict(chips.dropped),
     }
     if force is not None:
-        facts["workers"] = _on_workers(job, force, reading["requests"], reading["bytes"])
+        facts["workers"] = _on_workers(job, force, reading.requests, reading.nbytes)
     return Explanation(facts)
 
 
@@ -160,18 +189,17 @@ def _coverage(chips: PlannedChips) -> dict[str, dict[str, Any]]:
 
     The main acquisition is the first of a slot's candidates; with ``fill`` others close what it leaves open.
     """
-    feeds = FeedTable.of(chips.table)
+    feeds = chips.feeds
     nothing = np.zeros(chips.table.num_rows, dtype=np.int64)
     frame = Frame(
         chips.table.column("epsg").to_numpy().astype(np.int64), bounds_of(chips.table), nothing, nothing, None, None,
         pa.array([""] * len(nothing)),
     )  # fmt: skip
+    of_chip = feeds.chip
     result: dict[str, dict[str, Any]] = {}
     for number, (source, found) in enumerate(zip(chips.sources, chips.outlines, strict=True)):
         main = np.flatnonzero((feeds.source == number) & (feeds.order == 0))
-        own = Feeds.of(
-            feeds.chip[main], feeds.slot[main], feeds.order[main], feeds.row[main], feeds.share[main]
-        )
+        own = Feeds.of(of_chip[main], feeds.slot[main], feeds.order[main], feeds.row[main], feeds.share[main])
         _, key, share = enough(own, frame, found, 0.0)
         open_slot = share < WHOLE
         slots = int(own.slot.max(initial=0)) + 1
@@ -184,10 +212,10 @@ def _coverage(chips: PlannedChips) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _pixel_shapes(chips: PlannedChips) -> dict[str, list[list[float]]]:
+def _pixel_shapes(chips: PlannedChips, used: Used) -> dict[str, list[list[float]]]:
     """Return per source the width and height of used pixels that are no squares, in units of their CRS."""
     result: dict[str, list[list[float]]] = {}
-    for (source, rows), found in zip(used_rows(chips), chips.outlines, strict=True):
+    for (source, rows), found in zip(used, chips.outlines, strict=True):
         sides = np.abs(found.transform[np.unique(found.of_record[rows])][:, [0, 4]])
         other = sides[np.abs(sides[:, 0] - sides[:, 1]) > 1e-9 * sides.max(axis=1, initial=0.0)]
         if len(other):
@@ -198,17 +226,20 @@ def _pixel_shapes(chips: PlannedChips) -> dict[str, list[list[float]]]:
 def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
     """Return per source how many used records keep native pixels, are only translated, or are resampled."""
     result: dict[str, dict[str, int]] = {}
-    feeds = FeedTable.of(chips.table)
-    epsg = chips.table.column("epsg").to_numpy()[feeds.chip]
-    corner = bounds_of(chips.table)[feeds.chip][:, [0, 3]]
+    feeds, of_chip = chips.feeds, chips.feeds.chip
+    epsg = chips.table.column("epsg").to_numpy()
+    corner = bounds_of(chips.table)[:, [0, 3]]
     for number, (resolved, found) in enumerate(zip(chips.sources, chips.outlines, strict=True)):
-        own = feeds.source == number
-        record = feeds.row[own]
-        transform = found.transform[found.of_record[record]]
         size = resolved.plan.resolution
-        shift = (corner[own] - transform[:, [2, 5]]) / size
+        group = grids_alike(epsg, corner, size)
+        own = feeds.source == number if len(chips.sources) > 1 else slice(None)
+        pair = feeds.row[own].astype(np.int64) * (int(group.max(initial=0)) + 1) + group[of_chip[own]]
+        first = np.flatnonzero(~pd.Series(pair).duplicated().to_numpy())
+        record, chip = feeds.row[own][first], of_chip[own][first]
+        transform = found.transform[found.of_record[record]]
+        shift = (corner[chip] - transform[:, [2, 5]]) / size
         same = np.abs(shift - np.round(shift)).max(1, initial=0.0) < ALIGNED_PX
-        same &= epsg[own] == found.epsg[found.of_record[record]]
+        same &= epsg[chip] == found.epsg[found.of_record[record]]
         same &= (np.abs(np.abs(transform[:, [0, 4]]) - size) < 1e-9 * size).all(axis=1)
         resampled = np.unique(record[~same])
         moved = resolved.records.epsg > UTM_SOUTH
@@ -236,129 +267,6 @@ def _times(chips: PlannedChips) -> dict[str, list[str]]:
         for s in chips.sources
         if s.plan.slots is not None
     }
-
-
-def _reading(job: Job) -> dict[str, Any]:
-    """Count the tiles that shards need and their compressed bytes, from the cached tile tables.
-
-    A tile that n of the job's shards need counts as 1 / n in each of them, so that a sample of shards tells how many
-    distinct tiles there are.
-    """
-    shards = list(job.shards())
-    step = max(len(shards) / EXACT_SHARDS, 1.0)
-    chosen = [shards[int(i * step)] for i in range(min(len(shards), EXACT_SHARDS))]
-    whole = len(chosen) == len(shards)
-    seen: dict[tuple[Any, int], set[int]] = {}
-    once, nbytes, by_shard, pixels_read, pixels_used, unknown = 0.0, 0.0, 0, 0, 0, False
-    sharing = None if whole else _Sharing(job, chosen)
-    for shard in chosen:
-        for number in range(len(job.sources)):
-            requests, _ = pixels.requests_of(job, shard, number)
-            for (file, level), (wanted, asset, rects) in _by_file(requests).items():
-                known, met = asset.levels[level].tile_byte_counts, seen.setdefault((file, level), set())
-                needed = sharing.shards_of(number, asset, level) if sharing else Counter[int]()
-                weight = {t: 1.0 / max(needed[t], 1) for t in wanted if not whole or t not in met}
-                met |= wanted
-                once += sum(weight.values())
-                unknown |= not known
-                nbytes += sum(w * known[t] for t, w in weight.items()) if known else 0
-                by_shard += len(wanted)
-                held = len(wanted) * asset.levels[level].tile_width * asset.levels[level].tile_height
-                pixels_read += held
-                pixels_used += min(_area(rects), held)  # tiles that are not in the file hold none
-    scale = len(shards) / max(len(chosen), 1)
-    return {
-        "requests": round(once * scale),
-        "by_shard": round(by_shard * scale),
-        "bytes": None if unknown else round(nbytes * scale),
-        "shards": len(chosen),
-        "fit": round(pixels_used / pixels_read, 4) if pixels_read else None,
-    }
-
-
-class _Sharing:
-    """Tells how many shards need a tile: those with a chip on its ground that its record feeds."""
-
-    def __init__(self, job: Job, chosen: Sequence[Shard]) -> None:
-        self._job = job
-        feeds = job.feeds
-        wanted = [np.zeros(len(r), dtype=bool) for r in job.records]
-        for shard in chosen:
-            own = slice(feeds.offsets[shard.start], feeds.offsets[shard.stop])
-            for number, flags in enumerate(wanted):
-                flags[feeds.row[own][feeds.source[own] == number]] = True
-        base = np.cumsum([0, *(len(r) for r in job.records)])
-        record = base[feeds.source] + feeds.row
-        at = np.flatnonzero(np.concatenate(wanted)[record])
-        at = at[np.argsort(record[at], kind="stable")]
-        self._record, self._chip = record[at], feeds.chip[at]
-        self._base = base
-        self._row = [{name: row for row, name in enumerate(r.ids)} for r in job.records]
-        self._shard = np.full(job.chips.num_rows, -1)
-        for running, shard in enumerate(job.shards()):
-            self._shard[shard.start : shard.stop] = running
-        self._known: dict[Any, Counter[int]] = {}
-
-    def shards_of(self, source: int, asset: Asset, level: int) -> Counter[int]:
-        """Return tile -> how many of the job's shards need it."""
-        found = asset.levels[level]
-        record = int(self._base[source]) + self._row[source][asset.record_id]
-        key = (record, found.transform, found.width, found.tile_width, found.tile_height)
-        if key not in self._known:
-            first, last = np.searchsorted(self._record, [record, record + 1])
-            chip = np.unique(self._chip[first:last])
-            self._known[key] = self._counted(chip[self._shard[chip] >= 0], asset.epsg, found)
-        return self._known[key]
-
-    def _counted(self, chip: NDArray[np.int64], epsg: int, level: Level) -> Counter[int]:
-        needed: set[tuple[int, int]] = set()
-        across = -(-level.width // level.tile_width)
-        code, shift = northern(epsg)
-        for own in np.unique(self._job.epsg[chip]):
-            here = chip[self._job.epsg[chip] == own]
-            box = self._job.bounds[here]
-            x, y = transformer(int(own), code).transform(box[:, [0, 2, 2, 0]], box[:, [3, 3, 1, 1]])
-            a, _, c, _, e, f = level.transform
-            cols, rows = (x - c) / a, (np.asarray(y) - shift - f) / e
-            spans = [
-                (
-                    np.floor(v.min(1) / tile + ALIGNED_PX),
-                    np.ceil(v.max(1) / tile - ALIGNED_PX),
-                    -(-size // tile),
-                )
-                for v, tile, size in (
-                    (rows, level.tile_height, level.height),
-                    (cols, level.tile_width, level.width),
-                )
-            ]
-            (top, bottom), (left, right) = (
-                np.clip([lo, hi], 0, n).astype(int).tolist() for lo, hi, n in spans
-            )
-            for shard, t, b, le, r in zip(self._shard[here].tolist(), top, bottom, left, right, strict=True):
-                needed.update((shard, row * across + col) for row in range(t, b) for col in range(le, r))
-        return Counter(tile for _, tile in needed)
-
-
-def _by_file(requests: list[Request]) -> dict[tuple[Any, int], tuple[set[int], Asset, list[Rect]]]:
-    """Group the tiles of requests, and the pixels that they need of the level, by file, plane and level.
-
-    A chunky file's bands share their tiles.
-    """
-    result: dict[tuple[Any, int], tuple[set[int], Asset, list[Rect]]] = {}
-    for request in requests:
-        level, tiles = tiles_of(request)
-        asset = request.asset
-        plane = asset.band_index if asset.image.planar == 2 else 0
-        wanted, _, rects = result.setdefault(((asset.href, plane), level), (set(), asset, []))
-        wanted |= tiles
-        rects += plan_read(request).rects
-    return result
-
-
-def _area(rects: list[Rect]) -> int:
-    """Return how many pixels lie in any of some rectangles."""
-    corners = np.array([(r.col0, r.row0, r.col1, r.row1) for r in set(rects) if not r.empty]).reshape(-1, 4)
-    return round(shapely.area(shapely.union_all(shapely.box(*corners.T)))) if len(corners) else 0
 
 
 def _size(nbytes: float | None) -> str:
@@ -439,6 +347,9 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
                 ("", f"{len(f['times'][name])} slots from {f['times'][name][0]} to {f['times'][name][-1]}")
             )
         rows += [("", line) for line in _radiometry_lines(f["radiometry"][name])]
+    if "estimated_from_chips" in f:
+        text = f"tiles, bytes to read, coverage and kernels from {f['estimated_from_chips']:,} of these chips"
+        rows.append(("estimated", text))
     if f["uncovered"]:
         rows.append(("not covered", f["uncovered"]["text"]))
     rows += [("dropped", f"{count:,}: {why}") for why, count in f["dropped"].items()]

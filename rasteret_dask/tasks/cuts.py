@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from rasteret_dask.planning.resolve import Member
 from rasteret_dask.reader.pixelgrid import Window
 from rasteret_dask.tasks.job import Job, Shard
 
-__all__ = ["Feed", "MemberCubes", "cubes"]
+__all__ = ["Feed", "Group", "MemberCubes", "cubes", "groups"]
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,40 @@ class MemberCubes:
         return group, group.windows[chip]
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A compact group of a shard's chips, with what one member of a source feeds them."""
+
+    epsg: int
+    chips: NDArray[np.int64]
+    """Places in the shard, rising."""
+    bounds: NDArray[np.float64]
+    """Shape (chip, 4): xmin, ymin, xmax, ymax, of ``chips``."""
+    feed: Feed
+
+
+def groups(job: Job, shard: Shard, source: int, member: int) -> Iterator[Group]:
+    """Yield the compact groups of the shard's chips that this member feeds."""
+    feed = Feed.of(job, shard, source)
+    if len(job.sources[source].members) > 1:
+        feed = feed.take(job.members[source][feed.row] == member)
+    chips = np.flatnonzero(np.bincount(feed.chip))
+    bounds, epsg = job.bounds[shard.start : shard.stop], job.epsg[shard.start : shard.stop]
+    for run in compact_groups(epsg[chips], bounds[chips]):
+        inside = chips[run]
+        some = feed if len(inside) == len(chips) else feed.take(np.isin(feed.chip, inside))
+        yield Group(int(epsg[inside[0]]), inside, bounds[inside], some)
+
+
 def cubes(job: Job, shard: Shard, source: int, member: int) -> MemberCubes:
     """Make a stackstac cube per compact group of the shard's chips that this member feeds."""
     plan, records = job.sources[source], job.records[source]
     own = plan.members[member]
-    feed = Feed.of(job, shard, source)
-    feed = feed.take(job.members[source][feed.row] == member)
-    chips = np.unique(feed.chip)
-    bounds, epsg = job.bounds[shard.start : shard.stop], job.epsg[shard.start : shard.stop]
-    groups = []
-    for run in compact_groups(epsg[chips], bounds[chips]):
-        inside = chips[run]
-        rows = np.unique(feed.row[np.isin(feed.chip, inside)]).tolist()
-        code = int(epsg[inside[0]])
-        groups.append(group_cube(records, rows, own.reads, code, inside, bounds[inside], plan.resolution))
-    return MemberCubes.of(own, member, groups)
+    made = [
+        group_cube(
+            records, np.unique(group.feed.row).tolist(), own.reads, group.epsg, group.chips, group.bounds,
+            plan.resolution,
+        )
+        for group in groups(job, shard, source, member)
+    ]  # fmt: skip
+    return MemberCubes.of(own, member, made)

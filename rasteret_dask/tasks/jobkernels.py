@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
-from rasteret_dask.reader.kernels import BandReading, RecordWindow, band_readings, warn_averaged
-from rasteret_dask.reader.pixelgrid import Grid, Window
+from rasteret_dask.reader.kernels import BandReading, RecordGrid, band_readings, warn_averaged
+from rasteret_dask.reader.pixelgrid import Grid
 from rasteret_dask.tasks.job import Job
 
-__all__ = ["job_readings", "warn_of_job"]
+__all__ = ["grids_alike", "job_readings", "warn_of_job"]
 
 
 def job_readings(job: Job) -> dict[str, dict[str, BandReading]]:
@@ -26,29 +28,46 @@ def warn_of_job(job: Job) -> None:
             warn_averaged(plan, records, _places(job, number))
 
 
-def _places(job: Job, number: int) -> list[RecordWindow]:
+def grids_alike(epsg: NDArray[np.int64], corner: NDArray[np.float64], resolution: float) -> NDArray[np.int64]:
+    """Return a number for each chip, the same where pixel edges of a CRS meet, to a millionth of a pixel.
+
+    Parameters
+    ----------
+    epsg
+        Shape (chip,).
+    corner
+        Shape (chip, 2). x and y of one corner of each.
+    resolution
+        Pixel size, in units of the CRS.
+    """
+    phase = np.round(corner / resolution % 1.0, 6) % 1.0
+    group = np.zeros(len(epsg), dtype=np.int64)
+    for values in (epsg, *phase.T):
+        group = pd.factorize(group * len(epsg) + pd.factorize(values)[0])[0]
+    return group
+
+
+def _places(job: Job, number: int) -> list[RecordGrid]:
     """Return where a source's records are wanted: of equal grids one chip."""
-    feeds, plan, side = job.feeds, job.sources[number], job.size_px[number]
-    own = feeds.source == number
+    feeds, plan = job.feeds, job.sources[number]
+    own = feeds.source == number if len(job.sources) > 1 else slice(None)
     row, chip = feeds.row[own], feeds.chip[own]
-    corner = job.bounds[chip][:, [0, 3]]
-    phase = np.round(corner / plan.resolution % 1.0, 6) % 1.0
-    key = np.column_stack([row, job.epsg[chip], phase])
-    _, first = np.unique(key, axis=0, return_index=True)
+    corner = job.bounds[:, [0, 3]]
+    group = grids_alike(job.epsg, corner, plan.resolution)
+    key = row.astype(np.int64) * (int(group.max(initial=0)) + 1) + group[chip]
+    first = np.flatnonzero(~pd.Series(key).duplicated().to_numpy())
     members = job.members[number]
-    window = Window(0, 0, side, side)
     return [
-        RecordWindow(
+        RecordGrid(
             int(row[i]),
             int(members[row[i]]),
             Grid(
                 int(job.epsg[chip[i]]),
-                float(corner[i, 0]),
-                float(corner[i, 1]),
+                float(corner[chip[i], 0]),
+                float(corner[chip[i], 1]),
                 plan.resolution,
                 plan.resolution,
             ),
-            window,
         )
-        for i in np.sort(first)
+        for i in first.tolist()
     ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from dask.system import CPU_COUNT
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Job
 
-__all__ = ["MOST_KEPT_BYTES", "kept_bytes", "shared_bytes"]
+__all__ = ["MOST_KEPT_BYTES", "kept_bytes", "shared_bytes", "spread"]
 
 MOST_KEPT_BYTES = 512 * 2**20
 """A process keeps no more, as its worker's memory is counted with this: beyond it tiles are fetched again."""
@@ -162,32 +163,55 @@ def _whole(transforms: Any) -> Any:
 
 def _spans_of(job: Job, read: _Read) -> Iterator[_Spans]:
     """Yield when each tile is needed, where any is."""
-    spans = _spans(job, read)
-    row, place = read.row, job.running[read.chip]
-    tile = read.level[row][:, [7, 6]]
+    # Records of one place's dates lie alike: what is under a chip is worked out once for all of them.
+    layouts, example, layout = np.unique(
+        np.column_stack([read.level, read.epsg]), axis=0, return_index=True, return_inverse=True
+    )
+    chips = job.chips.num_rows
+    pair, pairs = pd.factorize(layout[read.row] * chips + read.chip)
+    kind, chip = np.divmod(pairs, chips)
+    tile = layouts[kind][:, [7, 6]]
+    across = np.ceil(layouts[kind][:, 4] / tile[:, 1]).astype(np.int64)
+    spans = _spans(job, replace(read, chip=chip, row=example[kind]))
     low, high = np.floor(spans[:, :, 0] / tile), np.ceil(spans[:, :, 1] / tile)
     count = np.maximum(high - low, 0).astype(np.int64)
     total = count.prod(axis=1)
-    entry = np.repeat(np.arange(len(row)), total)
+    part, nth = spread(total)
+    at = low[part].astype(np.int64) + np.stack(np.divmod(nth, np.maximum(count[part, 1], 1)), -1)
+    corner = at * tile[part]
+    begin = np.maximum(spans[part, :, 0], corner)
+    end = np.minimum(spans[part, :, 1], corner + tile[part])
+    number = at[:, 0] * across[part] + at[:, 1]
+    entry, nth = spread(total[pair])
     if not len(entry):
         return
-    nth = np.arange(len(entry)) - np.repeat(np.cumsum(total) - total, total)
-    at = low[entry].astype(np.int64) + np.stack(np.divmod(nth, count[entry, 1]), -1)
-    corner = at * tile[entry]
-    begin = np.maximum(spans[entry, :, 0], corner)
-    end = np.minimum(spans[entry, :, 1], corner + tile[entry])
-    order = np.lexsort((at[:, 1], at[:, 0], row[entry]))
-    key = np.column_stack([row[entry], at])[order]
-    first = np.flatnonzero(np.diff(key, axis=0, prepend=key[:1] - 1).any(axis=1))
-    begin = np.minimum.reduceat(begin[order], first)
-    end = np.maximum.reduceat(end[order], first)
-    when = place[entry][order]
-    since, until = np.minimum.reduceat(when, first), np.maximum.reduceat(when, first)
-    bytes_px = read.bytes_px[key[first, 0]]
-    held = (end - begin).prod(axis=1).astype(np.int64) * bytes_px
-    held[(since == until) & ~read.again[key[first, 0]]] = 0
-    whole = tile[entry][order][first].prod(axis=1).astype(np.int64) * bytes_px
+    part = (np.cumsum(total) - total)[pair][entry] + nth
+    tiles = int(number.max()) + 1
+    key, keys = pd.factorize(read.row[entry].astype(np.int64) * tiles + number[part])
+    first = [_extreme(np.minimum, begin[:, axis][part], key, len(keys)) for axis in (0, 1)]
+    last = [_extreme(np.maximum, end[:, axis][part], key, len(keys)) for axis in (0, 1)]
+    when = job.running[read.chip][entry]
+    since, until = (_extreme(which, when, key, len(keys)) for which in (np.minimum, np.maximum))
+    row = keys // tiles
+    bytes_px = read.bytes_px[row]
+    held = ((last[0] - first[0]) * (last[1] - first[1])).astype(np.int64) * bytes_px
+    held[(since == until) & ~read.again[row]] = 0
+    whole = read.level[row][:, 6:].prod(axis=1).astype(np.int64) * bytes_px
     yield _Spans(since, until, held, whole)
+
+
+def spread(count: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the numbers 0, 1, ... as often as each is counted, and which of its own each is."""
+    number = np.repeat(np.arange(len(count)), count)
+    return number, np.arange(len(number)) - np.repeat(np.cumsum(count) - count, count)
+
+
+def _extreme(which: np.ufunc, values: NDArray[Any], key: NDArray[np.int64], keys: int) -> NDArray[Any]:
+    """Return the smallest or largest value of each key."""
+    result = np.empty(keys, dtype=values.dtype)
+    result[key] = values
+    which.at(result, key, values)
+    return result
 
 
 def _spans(job: Job, read: _Read) -> NDArray[np.float64]:

@@ -341,6 +341,10 @@ class Picking:
         """Return every read that some entries may ask for."""
         return [wanted.request for wanted in self._wanted(feed)]
 
+    def bands_of(self, member: Member) -> list[tuple[str, Unit | None]]:
+        """Return each band of a member that is read, once, with its unit; None: as its kind is, stored numbers."""
+        return [(band, unit) for band, unit, _ in self._bands(member, scoring=False)]
+
     def _wanted(self, feed: Feed, scoring: bool = False) -> list[Wanted]:
         """Return one request per (record, cube, band) that has not been seen yet."""
         by_cube: dict[tuple[int, int], list[int]] = {}
