@@ -25,7 +25,8 @@ from test_tiles_once import readme_chips
 from test_write import layout_of, tries
 
 import rasteret_dask as rd
-from rasteret_dask.errors import JobError
+from rasteret_dask.errors import JobError, PlanError
+from rasteret_dask.show import fetching as explained
 from rasteret_dask.show.fetching import fetching
 from rasteret_dask.store import shardruns
 from rasteret_dask.store.run import run_zarr
@@ -361,3 +362,32 @@ def test_neighbours_of_a_stream_in_order_are_read_by_one_worker(chips: rd.Chips,
             pairs = len(workers) // 2
         until(lambda: not scheduler.tasks)
     assert together[None] == pairs > together[4]
+
+
+# What explain() says
+
+
+def test_explain_tells_what_workers_fetch(chips: rd.Chips) -> None:
+    alone, two, many = chips.explain(), chips.explain(workers=2, threads=1), chips.explain(workers=500)
+    assert "workers" not in alone.to_dict()
+    assert two["workers"]["processes"] == 2
+    assert two["workers"]["threads"] == 1
+    assert alone["requests"] <= two["workers"]["requests"] <= many["workers"]["requests"]
+    assert many["workers"]["requests"] == alone["requests_by_shard"]
+    assert many["workers"]["tasks"] == alone["shards"]
+    assert "by 2 processes of 1 threads" in str(two)
+    for workers, threads in ((0, 1), (2, 0)):
+        with pytest.raises(PlanError, match="at least 1 of each"):
+            chips.explain(workers=workers, threads=threads)
+
+
+def test_what_many_shards_fetch_is_estimated_from_what_borders_share(
+    chips: rd.Chips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, force = layout_of(chips, SHARD_BYTES).job, Workforce(4, 1)
+    once, exact = (fetching(job, f, 0, None) for f in (Workforce(1, 1), force))
+    monkeypatch.setattr(explained, "EXACT_SHARDS", 1)
+    estimate = fetching(job, force, once.requests, once.read_bytes)
+    assert not estimate.exact
+    assert estimate.tasks == exact.tasks
+    assert exact.requests * 0.8 <= estimate.requests <= exact.requests * 1.5

@@ -160,7 +160,7 @@ def explain(
         "dropped": dict(chips.dropped),
     }
     if force is not None:
-        facts["workers"] = _on_workers(job, force, reading["requests"], reading["bytes"])
+        facts["workers"] = _on_workers(job, force, reading.requests, reading.nbytes)
     return Explanation(facts)
 
 

@@ -52,9 +52,9 @@ def table(latency_ms: float, runs: Sequence[Runs], skipped: Mapping[str, str]) -
     lines = [
         f"First byte after {said}:",
         "",
-        "| contender | wall s | CPU s | peak MB | requests | MB | ratio | runs |"
+        "| contender | wall s | CPU s | peak MB | 1000 page faults | requests | MB | ratio | runs |"
         + (_MORE[0] if loop else ""),
-        "|---|---|---|---|---|---|---|---|" + (_MORE[1] if loop else ""),
+        "|---|---|---|---|---|---|---|---|---|" + (_MORE[1] if loop else ""),
     ]
     base = next((r.middle("wall") for r in runs if r.contender.name.startswith("rasteret_dask")), None)
     for entry in runs:
@@ -65,11 +65,12 @@ def table(latency_ms: float, runs: Sequence[Runs], skipped: Mapping[str, str]) -
         spread = f"{entry.middle('wall'):.2f} ({min(walls):.2f} to {max(walls):.2f})"
         lines.append(
             f"| {_called(entry)} | {spread} | {entry.middle('cpu'):.2f} | {entry.middle('peak_mb'):.0f} "
+            f"| {entry.middle('faults') / 1e3:.0f} "
             f"| {entry.middle('requests'):.0f} | {entry.middle('nbytes') / 1e6:.0f} | {ratio} | {len(walls)} |"
             + (_beside(entry, loop) if loop else "")
         )
     lines += [
-        f"| {name} | not run: {why} | | | | | | |{' | | | |' if loop else ''}"
+        f"| {name} | not run: {why} | | | | | | | |{' | | | |' if loop else ''}"
         for name, why in skipped.items()
     ]
     return "\n".join(lines)
