@@ -40,8 +40,9 @@ pytest: $(VENV)/.test-installed  ## The tests alone, e.g. make pytest ARGS="-k g
 bench: $(VENV)/.bench-installed  ## The benchmark against the peers, e.g. make bench ARGS="--jobs J1 --runs 5 --write"
 	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)
 
-bench-training: $(VENV)/.bench-installed $(VENV)/.torch-installed  ## Streams against bare loops, xbatcher and to_zarr
+bench-training: $(VENV)/.bench-installed $(VENV)/.torch-installed  ## Streams against bare loops, xbatcher and to_zarr; stores against tensorstore and others
 	@$(BIN)/python tests/benchmarks/bench_train.py --rounds 5
+	@$(BIN)/python tests/benchmarks/bench_store.py --rounds 5
 	@$(BIN)/python tests/benchmarks/bench_starts.py
 	@$(BIN)/python tests/benchmarks/bench_stream.py --rounds 5
 
