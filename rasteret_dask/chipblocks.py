@@ -20,7 +20,7 @@ from rasteret_dask.chipping.planblocks import PlannedBlocks, plan_blocks
 from rasteret_dask.chipping.steps import check_splits, none_left, steps_of
 from rasteret_dask.errors import PlanError
 from rasteret_dask.formats import MEANING
-from rasteret_dask.net import clusters
+from rasteret_dask.net import clusters, remote
 from rasteret_dask.net.hrefs import redact
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.optimize import optimize
@@ -34,30 +34,41 @@ from rasteret_dask.planning.plan import (
     is_number,
     outline,
     predicates,
+    step_name,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.sampling import hash_unit
 from rasteret_dask.planning.scan import filter_table
 from rasteret_dask.show import audit, explain
-from rasteret_dask.tasks.freezing import chips_per_shard
+from rasteret_dask.store.encode import Compression, checked
+from rasteret_dask.store.layout import layout_of
+from rasteret_dask.tasks.context import ReadContext
+from rasteret_dask.tasks.freezing import chips_per_shard, freeze_part, read_records
+from rasteret_dask.tasks.job import Job, job_digest
+from rasteret_dask.tasks.jobfile import JOB_FILE, JobRef, write_job
+from rasteret_dask.tasks.jobkernels import warn_of_job
+from rasteret_dask.tasks.jobparts import JobOfParts, JobPart, parts_of
+from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
     from rasteret_dask.net.clusters import ClientLike
 
-__all__ = ["WINDOWS", "ChipBlocks", "planned_by_blocks"]
-
-WINDOWS = 65_536
-"""Candidate windows of a block, about."""
+__all__ = ["ChipBlocks", "planned_by_blocks"]
 
 MOST_CHIPS = 2_000_000
 """Chips whose table is taken into memory, at some 1.7 kB each."""
+
+PART_CHIPS = 65_536
+"""Chips of a part of a job, about: what a worker process holds of the chip table, twice or three times."""
 
 EXPLAINED = 100_000
 """Chips that are looked at to estimate what is read."""
 
 _ROW = "__row__"
+_COORDINATES = ["chip_id", "split", "epsg", "xmin", "ymin", "xmax", "ymax"]
+"""What a store's coordinates say of a chip."""
 
 
 class _InMemory(Protocol):
@@ -241,6 +252,147 @@ class ChipBlocks(Generic[ChipsT]):
         return told.scaled(
             self._split_counts, chips_per_shard(self._blocks.planned, candidates), self._used()
         )
+
+    def job_parts(self, chips: int = PART_CHIPS) -> Iterator[Job]:
+        """Freeze the plan part by part: shards are numbered over all, and each is in one part, with its own key.
+
+        Parameters
+        ----------
+        chips
+            About how many chips a part has: what is in memory at a time.
+
+        Raises
+        ------
+        PlanError
+            When chips were chosen otherwise than by their splits.
+        """
+        if self._unselected._parent is not None:
+            raise PlanError(
+                "job_parts", "a filter or a sample after by_blocks", "all chips of the plan, or of some splits",
+                "Filter before by_blocks; or take some into memory: to_chips().",
+            )  # fmt: skip
+        planned, names = self._blocks.planned, self._blocks.planned.table.column_names
+        split = planned.split
+        every = self._split_counts
+        counts: dict[str | None, int] = (
+            {None: sum(every.values())}
+            if split is None
+            else {n: every[n] for n in split.names if every.get(n)}
+        )
+        per_shard = chips_per_shard(planned, self._candidates)
+        facts = self._blocks.facts
+        ends = {
+            name: np.cumsum([0, *(one.chips if name is None else one.splits.get(name, 0) for one in facts)])
+            for name in counts
+        }
+        for spans in parts_of(counts, per_shard, chips):
+            tables = []
+            for at, one in enumerate(facts):
+                within = [
+                    (span.split, *np.clip([span.start, span.stop] - ends[span.split][at], 0, None).tolist())
+                    for span in spans
+                    if span.start < ends[span.split][at + 1] and span.stop > ends[span.split][at]
+                ]
+                if within:
+                    table = self._blocks.files.columns(one, names)
+                    for name, start, stop in within:
+                        rows = table if name is None else table.filter(pc.equal(table.column("split"), name))
+                        tables.append(rows.slice(start, stop - start))
+            table = whole_feeds(pa.concat_tables(tables), planned.sources)
+            yield freeze_part(replace(planned, table=table), per_shard, {s.split: s.first for s in spans})
+
+    def to_zarr(
+        self,
+        store: str | os.PathLike[str],
+        client: ClientLike = None,
+        progress: bool = True,
+        compression: Compression = "auto",
+        on_error: OnError = "raise",
+    ) -> None:
+        """Write all chips of the plan to a store, as :meth:`Chips.to_zarr` does; a rerun does what is missing.
+
+        Tasks read parts of some 65,536 chips, which are frozen first, beside the plan: workers must reach its folder.
+        The client holds what a store's coordinates say of a chip (some 500 bytes), but no part of its feeds.
+
+        Parameters
+        ----------
+        store, client, progress, compression, on_error
+            As in :meth:`Chips.to_zarr`.
+
+        Raises
+        ------
+        PlanError
+            When some of the chips were chosen: take them into memory, ``to_chips()``.
+        """
+        from rasteret_dask.store.run import run_zarr
+
+        if self._parent is not None:
+            raise PlanError(
+                "to_zarr of a plan by blocks", f"a {step_name(self.query.plan)} after by_blocks",
+                "all chips of the plan",
+                "Put the step before by_blocks; or take some chips into memory: to_chips().to_zarr(...).",
+            )  # fmt: skip
+        place = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
+        used = [
+            np.unique(np.concatenate([np.array(one.used[n], dtype=np.int64) for one in self._blocks.facts]))
+            for n in range(len(self._blocks.planned.sources))
+        ]
+        rows = list(zip(self._blocks.planned.sources, used, strict=True))
+        layout = layout_of(self._frozen(used), rows, self.query)
+        context = ReadContext(self.query.functions, on_error)
+        run_zarr(replace(layout, compression=checked(compression)), place, context, client, progress)
+
+    def _frozen(self, used: Sequence[NDArray[np.int64]]) -> JobOfParts:
+        """Freeze all parts, beside the plan, and return what they are together."""
+        folder = remote.join(self._blocks.files.url, f"job-{self._blocks.files.digest[:12]}")
+        keys: dict[str, str] = {}
+        parts: list[JobPart] = []
+        light: dict[int, list[pa.Table]] = {}
+        last: Job | None = None
+        for number, job in enumerate(self.job_parts(PART_CHIPS)):
+            if last is None:
+                warn_of_job(job)
+            last, url = job, remote.join(folder, f"{number:06d}")
+            if not remote.exists(remote.join(url, JOB_FILE)):
+                write_job(job, url)
+            keys |= job.keys
+            order = sorted(job.shards(), key=lambda shard: int(job.running[shard.start]))
+            parts.append(JobPart(JobRef(url, job.digest), tuple(order)))
+            for h in job.hierarchies:
+                light.setdefault(h.number, []).append(job.chips.select(_COORDINATES).slice(h.start, h.chips))
+        if last is None:
+            raise PlanError("to_zarr", "no chip that has a split", "at least one", "Change the split.")
+        tables = {h.number: pa.concat_tables(light[h.number]) for h in last.hierarchies}
+        stops = np.cumsum([table.num_rows for table in tables.values()]).tolist()
+        hierarchies = tuple(
+            replace(h, start=stop - tables[h.number].num_rows, stop=stop, first=0)
+            for h, stop in zip(last.hierarchies, stops, strict=True)
+        )
+        planned = self._blocks.planned
+        records, _ = read_records(planned, used)
+        return JobOfParts(
+            last.sources, last.size_px, hierarchies, records, pa.concat_tables(tables.values()), last.maps,
+            last.phase, (), last.pixel_rules, last.labels, job_digest(last.phase, keys), tuple(parts), keys,
+            partial(self._whole_tables, used),
+        )  # fmt: skip
+
+    def _whole_tables(self, used: Sequence[NDArray[np.int64]]) -> Iterator[pa.Table]:
+        """Yield the table of chips split by split, as a store has it, a block at a time."""
+        planned, names = self._blocks.planned, self._blocks.planned.table.column_names
+        for split in planned.split.names if planned.split else (None,):
+            for facts in self._blocks.facts:
+                if not (facts.chips if split is None else facts.splits.get(split)):
+                    continue
+                table = self._blocks.files.columns(facts, names)
+                if split is not None:
+                    table = table.filter(pc.equal(table.column("split"), split))
+                part = replace(planned, table=whole_feeds(table, planned.sources))
+                yield read_records(part, used)[1]
+
+    @property
+    def _candidates(self) -> list[int]:
+        """For each source, how many acquisitions compete for a slot at most."""
+        return [max(one) for one in zip(*(facts.candidates for facts in self._blocks.facts), strict=True)]
 
     def _used(self) -> dict[str, int]:
         """Return per source how many records feed a chip of any block."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from rasteret_dask.chipblocks import WINDOWS, ChipBlocks, planned_by_blocks
+from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
 from rasteret_dask.chipping.steps import apply_step
@@ -35,7 +35,6 @@ from rasteret_dask.planning.plan import (
     predicates,
 )
 from rasteret_dask.planning.query import Query
-from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from dask.delayed import Delayed
     from dask.highlevelgraph import HighLevelGraph
 
+    from rasteret_dask.chipblocks import ChipBlocks
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
@@ -244,6 +244,8 @@ class Chips:
         >>> plan = chips.by_blocks("s3://bucket/plan/", client=client)  # doctest: +SKIP
         >>> len(plan), plan.select("train").filter("slots", ">=", 3).sample(10_000).to_chips()  # doctest: +SKIP
         """
+        from rasteret_dask.chipblocks import ChipBlocks, planned_by_blocks
+
         blocks = planned_by_blocks(self.query, folder, windows, client, progress)
         return ChipBlocks(self.query, blocks, Chips._of)
 
@@ -382,19 +384,9 @@ class Chips:
 
     @cached_property
     def _layout(self) -> Layout:
-        from rasteret_dask.store.layout import Layout
-        from rasteret_dask.tasks.mapping import outputs_of
+        from rasteret_dask.store.layout import layout_of
 
-        attrs = {}
-        for source, rows in used_rows(self.planned):
-            attrs[source.plan.name] = {
-                "units": source.plan.unit or dict(zip(source.plan.bands, source.plan.units, strict=True)),
-                "radiometry": radiometry_of(source, rows),
-                "mask": list(source.plan.masks),
-                "pick": source.plan.pick.name,
-                "resolution": source.plan.resolution,
-            }
-        return Layout(self.job, outputs_of(self.job, self.query.functions), attrs)
+        return layout_of(self.job, used_rows(self.planned), self.query)
 
     def to_xarray(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Return the chips lazily: a Dataset, or a DataTree with a node a source.

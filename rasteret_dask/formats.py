@@ -13,7 +13,7 @@ from rasteret_dask.errors import FormatError
 
 __all__ = ["MEANING", "PLAN", "STATE", "STORE", "TABLE", "Format", "check_table", "table_metadata"]
 
-MEANING = 2
+MEANING = 3
 """Version of what a plan makes: part of the digest of every job and shard, in place of the package's version.
 
 Raise it where the same plan and files give other pixels, or the same pixels another place or encoding in a store.

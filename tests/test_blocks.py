@@ -20,6 +20,7 @@ from waiting import until
 
 import rasteret_dask as rd
 from rasteret_dask import chipblocks
+from rasteret_dask.tasks.jobfile import open_job, write_job
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
 
@@ -82,9 +83,13 @@ def refusal(call: Callable[[], Any]) -> rd.PlanError | None:
 
 
 @settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
-@given(chips=plans(), windows=st.sampled_from([1, 200, 1000, 65_536]))
+@given(
+    chips=plans(),
+    windows=st.sampled_from([1, 200, 1000, 65_536]),
+    size=st.sampled_from([1, 300, 1500, 100_000]),
+)
 def test_blocks_are_the_plan_in_one_piece(
-    tmp_path_factory: pytest.TempPathFactory, chips: rd.Chips, windows: int
+    tmp_path_factory: pytest.TempPathFactory, chips: rd.Chips, windows: int, size: int
 ) -> None:
     folder = tmp_path_factory.mktemp("plan")
     error = refusal(lambda: chips.table)
@@ -103,6 +108,17 @@ def test_blocks_are_the_plan_in_one_piece(
     ]
     assert again.job.keys == chips.job.keys
     assert again.job.digest == chips.job.digest
+    parts = list(planned.job_parts(size))
+    keys = [part.keys for part in parts]
+    assert {name: key for part in keys for name, key in part.items()} == chips.job.keys
+    assert sum(map(len, keys)) == len(chips.job.keys)
+    assert all(part.phase == chips.job.phase for part in parts)
+    for part in parts[-1:]:  # it is read where it was written
+        place = tmp_path_factory.mktemp("part")
+        write_job(part, str(place))
+        reread = open_job(str(place), part.digest)
+        assert reread.keys == part.keys
+        assert list(reread.shards()) == list(part.shards())
 
 
 @pytest.fixture(scope="module")

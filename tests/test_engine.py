@@ -451,7 +451,8 @@ def test_windows_are_laid_out_once_for_all_bands_and_nodata_is_looked_for_once_a
     read(*[Request(asset, pixels, wanted) for asset in assets])
     assert len(plans) == len(layouts) == 1
     tiles = layout.layout(plan_read(plans[0][0]), wanted, assets[0].levels[0])
-    assert len(puts) == 8 * sum(len(part.cuts) for part in tiles.values())
+    # what is copied as it stands needs no look at all
+    assert len(puts) == (0 if grid == "own" else 8 * sum(len(part.cuts) for part in tiles.values()))
     if grid == "own":
         assert len(looks) == len(tiles) * (1 if interleave == "pixel" else 8)
     assert scans == []

@@ -281,6 +281,23 @@ def test_large_tile_tables_take_one_request_each_once_the_first_are_known(
     assert tables == {header(first).levels_of(63)[0]["tile_offsets"]}
 
 
+def test_one_large_header_does_not_make_the_others_first_requests_large(
+    tmp_path: Path, server: RangeServer
+) -> None:
+    options: dict[str, Any] = {"dtype": "int8", "compress": "zstd", "interleave": "band", "BIGTIFF": "YES"}
+    large = sparse(tmp_path / "large.tif", 8192, 600, 1024, **options)  # as much of tile tables
+    assert large.stat().st_size > 400_000
+    small = sparse(tmp_path / "0.tif", 1024, 1, 1024, dtype="int8", compress="zstd").read_bytes()
+    for n in range(40):
+        (tmp_path / f"{n}.tif").write_bytes(small + bytes(100_000))
+    with HeaderReader(workers=1) as reader:
+        reader.read([server.url(f"{n}.tif") for n in range(20)])
+        assert isinstance(reader.submit(server.url("large.tif")).result(), Header)
+        reader.read([server.url(f"{n}.tif") for n in range(20, 40)])
+    assert [len(server.asked(f"{n}.tif")) for n in range(40)] == [1] * 40
+    assert {asked.nbytes for n in range(40) for asked in server.asked(f"{n}.tif")} == {32 * 1024}
+
+
 def test_a_directory_far_away_does_not_make_others_first_requests_large(
     tmp_path: Path, server: RangeServer
 ) -> None:

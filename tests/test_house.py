@@ -28,8 +28,8 @@ ORDER = {
     "": "_version errors extras words formats progress footprint grid extent",
     "rules": "kinds radiometry values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "hrefs places trust gate web localfile lending refusals remote remotefs gdalfiles sums limits allocator "
-           "clusters probe readiness watch awaiting signatureplugin signatures",
+    "net": "hrefs places trust answers gate web localfile lending refusals remote remotefs gdalfiles sums limits "
+           "allocator clusters probe readiness watch awaiting signatureplugin signatures",
     "headers": "nodata page rangefile directories tiff gdal sidecar reader",
     "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
              "layers leftassets facts rowgroups timing",
@@ -41,8 +41,8 @@ ORDER = {
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing tilefile "
               "wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
-    "tasks": "context job jobkernels jobfile freezing cuts filling keptbytes runs neighbours picking pixels clouds "
-             "mapping filtering shards batches",
+    "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes runs neighbours picking pixels "
+             "clouds mapping filtering shards batches",
     "store": "encode decode ledger layout manifest write presence runtasks onthreads oncluster shardruns run outputs "
              "bytecache storetables storemap storeread stored "
              "holding datasets verifying",

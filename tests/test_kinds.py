@@ -133,10 +133,12 @@ def test_kernels_of_kinds(name: str | None) -> None:
                 assert kernel == wanted or wanted is None
             else:
                 assert kernel in ("nearest", "mode")
-                assert (kernel == "mode") == (wanted == "mode")
+                assert (kernel == "mode") == (wanted == "mode" and name != "angle")
     codes = name in ("class", "bitfield")
-    assert codes == (not kind.averaged_overviews) == (not kind.normalized) == (kind.statistics == "counts")
-    assert kind.blend == {"class": "majority", "bitfield": "closest"}.get(str(name), "average")
+    assert codes == (not kind.normalized) == kind.is_coded
+    assert (codes or name == "angle") == (not kind.averaged_overviews)
+    blends = {"class": "majority", "bitfield": "closest", "angle": "closest"}
+    assert kind.blend == blends.get(str(name), "average")
     assert kind.ignored == (name == "class")
 
 
@@ -380,6 +382,32 @@ def test_a_kernel_for_all_bands_leaves_classes_and_is_told(tmp_path: Path) -> No
     assert "harmonize(kinds=" in told.value.remedy
     measured_map = both.harmonize(["map"], resolution=20, resampling="average", kinds={"map": "continuous"})
     assert not set(np.unique(measured_map.cube())) <= {0, *CODES}
+
+
+@pytest.mark.parametrize(
+    ("resolution", "pick"), [(20, None), (5, None), (10, "median"), (10, "mean"), (40, None)]
+)
+def test_azimuths_are_never_averaged(tmp_path: Path, resolution: int, pick: Any) -> None:
+    """Between 359.9 and 0.1 degrees lies 0, and the mean of the numbers is south."""
+    drawn = np.random.default_rng(0).choice(np.array([10, 35990], "uint16"), (2, SIDE, SIDE))
+    items = []
+    for day, pixels in enumerate(drawn):
+        href = str(write(tmp_path / f"{day}.tif", pixels, averaged=True))
+        asset = {"href": href, "roles": ["azimuth"], "raster:bands": [{"scale": 0.01, "nodata": 0}]}
+        items.append(item({"vaa": asset}, f"s{day}", day + 14))
+    source = rd.build_from_stac(items, name="x")
+    assert kinds_of(rd.build_from_stac(items[:1], name="x")) == {"vaa": "angle"}
+    source = source.harmonize(resolution=resolution, time="1MS", pick=pick)
+    chips = source.chips(16, cell_km=16 * resolution / 1000, min_coverage=0.1)
+    assert resolution == 10 or "nearest" in str(chips.explain())
+    here = chips.load()
+    assert isinstance(here, xr.Dataset)
+    for values in (here["pixels"].values, source.cube().values):
+        assert set(np.unique(values[~np.isnan(values)])) == {np.float32(0.1), np.float32(359.9)}
+    with pytest.raises(PlanError, match="angle, whose numbers must not be averaged"):
+        source.harmonize(resampling="average").cube()
+    zenith = source.harmonize(resampling="average", kinds={"vaa": "continuous"})
+    assert float(zenith.cube().mean()) > 0  # the remedy
 
 
 def test_integers_of_unknown_kind_are_told(tmp_path: Path) -> None:

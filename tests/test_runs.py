@@ -13,23 +13,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import until
+from streams import assert_same, in_small_shards, until
 from test_tiles_once import readme_chips
 from test_write import layout_of, tries
 
 import rasteret_dask as rd
-from rasteret_dask.errors import JobError
+from rasteret_dask.errors import JobError, PlanError
+from rasteret_dask.show import fetching as explained
 from rasteret_dask.show.fetching import fetching
 from rasteret_dask.store import shardruns
 from rasteret_dask.store.run import run_zarr
 from rasteret_dask.store.runtasks import Work
 from rasteret_dask.store.shardruns import Exit, Shards, runner, write_shards
+from rasteret_dask.streams.stream import Batching
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.runs import Crew, Cuts, Workforce
 
@@ -311,3 +314,80 @@ def test_any_number_of_shards_is_sent_in_windows(count: int, monkeypatch: pytest
         until(lambda: not scheduler.tasks)
     assert ahead.finished == count
     assert ahead.most <= count // 20 + 8  # a round of four runs may begin below it
+
+
+# Streams
+
+
+class Readers(SchedulerPlugin):
+    """Notes which worker has read each shard."""
+
+    name = "readers"
+
+    def __init__(self) -> None:
+        self.worker: dict[str, str] = {}
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        if finish == "memory" and "read-" in str(key)[:8]:
+            self.worker[str(key).strip("('")] = kwargs["worker"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_neighbours_of_a_stream_in_order_are_read_by_one_worker(chips: rd.Chips, threads: int) -> None:
+    """A shuffled one has none; batches are those of threads."""
+    reading = in_small_shards(chips.select("train"))
+    settings: dict[str, Any] = {"processes": False, "n_workers": 2, "threads_per_worker": threads}
+    together: dict[int | None, int] = {}
+    with (
+        dask.config.set(
+            {"distributed.scheduler.work-stealing": False}
+        ),  # it gives idle workers something to do
+        LocalCluster(**settings, dashboard_address=":0") as own,
+        Client(own, set_as_default=False) as client,
+    ):
+        for shuffle in (None, 4):
+            readers = Readers()
+            scheduler: Any = own.scheduler
+            scheduler.add_plugin(readers)
+            here, there = (
+                list(Batching(16, client=c, shuffle=shuffle).stream(reading)) for c in (None, client)
+            )
+            scheduler.remove_plugin(readers.name)
+            assert len(here) == len(there)
+            for one, other in zip(here, there, strict=True):
+                assert_same(one, other)
+            workers = [readers.worker[key] for key in sorted(readers.worker)]
+            assert len(workers) == len(reading.sizes) > 8
+            together[shuffle] = sum(a == b for a, b in zip(workers[::2], workers[1::2], strict=False))
+            pairs = len(workers) // 2
+        until(lambda: not scheduler.tasks)
+    assert together[None] == pairs > together[4]
+
+
+# What explain() says
+
+
+def test_explain_tells_what_workers_fetch(chips: rd.Chips) -> None:
+    alone, two, many = chips.explain(), chips.explain(workers=2, threads=1), chips.explain(workers=500)
+    assert "workers" not in alone.to_dict()
+    assert two["workers"]["processes"] == 2
+    assert two["workers"]["threads"] == 1
+    assert alone["requests"] <= two["workers"]["requests"] <= many["workers"]["requests"]
+    assert many["workers"]["requests"] == alone["requests_by_shard"]
+    assert many["workers"]["tasks"] == alone["shards"]
+    assert "by 2 processes of 1 threads" in str(two)
+    for workers, threads in ((0, 1), (2, 0)):
+        with pytest.raises(PlanError, match="at least 1 of each"):
+            chips.explain(workers=workers, threads=threads)
+
+
+def test_what_many_shards_fetch_is_estimated_from_what_borders_share(
+    chips: rd.Chips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, force = layout_of(chips, SHARD_BYTES).job, Workforce(4, 1)
+    once, exact = (fetching(job, f, 0, None) for f in (Workforce(1, 1), force))
+    monkeypatch.setattr(explained, "EXACT_SHARDS", 1)
+    estimate = fetching(job, force, once.requests, once.read_bytes)
+    assert not estimate.exact
+    assert estimate.tasks == exact.tasks
+    assert exact.requests * 0.8 <= estimate.requests <= exact.requests * 1.5

@@ -25,7 +25,8 @@ from rasteret_dask.tasks.freezing import SHARD_BYTES
 SEARCH = ["pystac_client", "jsonschema"]
 CLUSTER = ["distributed", "bokeh"]
 PIXELS = [
-    "stackstac", "rioxarray", "rasterio", "boto3", "xarray", "imagecodecs", "dask.array", "zarr", "IPython", "tifffile",
+    "stackstac", "rioxarray", "rasterio", "boto3", "xarray", "imagecodecs", "dask.array", "zarr", "IPython",
+    "urllib3",
 ]  # fmt: skip
 ROOMS = ["reader", "cubes", "tasks", "store", "streams", "statistics", "show", "training", "demo"]
 """Rooms of the package that a plan of chips has no use for."""

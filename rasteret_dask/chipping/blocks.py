@@ -36,7 +36,10 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.table.records import Records
 
-__all__ = ["PlanBlock", "BlockPlan", "blocks_of", "check_by_blocks"]
+__all__ = ["WINDOWS", "PlanBlock", "BlockPlan", "blocks_of", "check_by_blocks"]
+
+WINDOWS = 65_536
+"""Candidate windows of a block, about, where nobody says how many."""
 
 MOST_CELLS = 1_000_000_000
 """Candidate windows of a plan by blocks: beyond, even their split cells would not fit into memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -379,10 +379,21 @@ def used_rows(chips: PlannedChips) -> list[tuple[ResolvedSource, NDArray[np.int6
     return [(s, feeds.rows_of(n)) for n, s in enumerate(chips.sources)]
 
 
-def used_records(chips: PlannedChips) -> tuple[list[Records], list[NDArray[np.int64]], pa.Table]:
-    """Return each source's records that feed a chip, their members, and the chip table with rows counted in those."""
+def used_records(
+    chips: PlannedChips, used: Sequence[NDArray[np.int64]] | None = None
+) -> tuple[list[Records], list[NDArray[np.int64]], pa.Table]:
+    """Return each source's records that feed a chip, their members, and the chip table with rows counted in those.
+
+    Parameters
+    ----------
+    chips
+        The chips.
+    used
+        Per source, the rows of its records that count; None: of those that feed one of these chips.
+    """
     feeds = chips.feeds
-    used = [feeds.rows_of(n) for n in range(len(chips.sources))]
+    if used is None:
+        used = [feeds.rows_of(n) for n in range(len(chips.sources))]
     if all(len(u) == len(s.records) for u, s in zip(used, chips.sources, strict=True)):
         return [s.records for s in chips.sources], [s.member for s in chips.sources], chips.table
     row = np.empty_like(feeds.row)
@@ -393,5 +404,6 @@ def used_records(chips: PlannedChips) -> tuple[list[Records], list[NDArray[np.in
         row[own] = place[feeds.row[own]]
     kept = [s.records.take(u) for s, u in zip(chips.sources, used, strict=True)]
     members = [s.member[u] for s, u in zip(chips.sources, used, strict=True)]
-    column = replace(feeds, row=row, ids=tuple(tuple(r.ids) for r in kept)).to_arrow()
+    names = tuple(s.plan.name for s in chips.sources)
+    column = replace(feeds, row=row, names=names, ids=tuple(tuple(r.ids) for r in kept)).to_arrow()
     return kept, members, replaced(chips.table, "feeds", column)

@@ -71,14 +71,14 @@ def harmonized_cube(
         coords["datetime"] = ("time", whens)
     is_whole, ground = np.dtype(source.plan.dtype).kind not in "fc", ("time", "y", "x")
     if source.plan.pick.fills:
-        pixels, valid, filled = graph.described()
+        pixels, valid, filled = graph.pixels_valid_filled()
         coords |= {"valid": (ground, valid)} if is_whole else {}
         coords["filled"] = (ground, filled)
     elif is_whole and _is_told_by_fill(source, rows):
         pixels = graph.pixels()
         coords["valid"] = (ground, graph.told_by_fill(pixels))
     elif is_whole:
-        pixels, valid, _ = graph.described()
+        pixels, valid, _ = graph.pixels_valid_filled()
         coords["valid"] = (ground, valid)
     else:
         pixels = graph.pixels()

@@ -34,7 +34,7 @@ SlotRecords: TypeAlias = tuple[tuple[int, ...], ...]
 Tasks: TypeAlias = dict[Any, Any]
 """Key -> task."""
 
-_Described: TypeAlias = "tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]"
+_Pixels: TypeAlias = "tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_] | None]"
 """Pixels of some bands, shape (1, band, y, x); where they are valid; where another acquisition than the best gave them,
 None: nowhere."""
 
@@ -87,9 +87,9 @@ class _Slot:
     rules: PixelRules
     acquisitions: tuple[_Acquisition, ...]
 
-    def described(
+    def pixels(
         self, shape: tuple[int, int], arrays: Sequence[NDArray[Any]], order: Sequence[int] | None
-    ) -> _Described:
+    ) -> _Pixels:
         """Return one block as it is stored, and what is told of its pixels.
 
         Parameters
@@ -122,7 +122,7 @@ class _Slot:
         self, shape: tuple[int, int], arrays: Sequence[NDArray[Any]], order: Sequence[int] | None
     ) -> NDArray[Any]:
         """Return one block as it is stored, shape (1, band, y, x)."""
-        return self.described(shape, arrays, order)[0]
+        return self.pixels(shape, arrays, order)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +199,12 @@ class SlotGraph:
         """Return where no band of :meth:`pixels` holds the fill, dims (time, y, x)."""
         return self._over_bands("valid", pixels, partial(_none_is, self.source.plan.fill))
 
-    def described(self) -> tuple[da.Array, da.Array, da.Array]:
+    def pixels_valid_filled(self) -> tuple[da.Array, da.Array, da.Array]:
         """Return the pixels, where all bands are valid, and where another acquisition than the best gave one of them.
 
         Dims (time, band, y, x), and twice (time, y, x).
         """
-        slots = self._slots(f"slot-{self.token}", _Slot.described)
+        slots = self._slots(f"slot-{self.token}", _Slot.pixels)
         name = f"cube-{self.token}"
         first = {(name, *at): (itemgetter(0), (slots.name, *at)) for at in np.ndindex(slots.numblocks)}
         return (
@@ -362,12 +362,12 @@ def _order_of(
     return composing.by_score(pick, list(ground))
 
 
-def _all_valid(parts: Sequence[_Described]) -> NDArray[np.bool_]:
+def _all_valid(parts: Sequence[_Pixels]) -> NDArray[np.bool_]:
     """Return where all bands are valid, shape (1, y, x), of groups of bands."""
     return np.asarray(np.logical_and.reduce([valid.all(axis=1) for _, valid, _ in parts]))
 
 
-def _any_filled(parts: Sequence[_Described]) -> NDArray[np.bool_]:
+def _any_filled(parts: Sequence[_Pixels]) -> NDArray[np.bool_]:
     """Return where all bands are valid and another acquisition gave one of them, shape (1, y, x)."""
     valid = _all_valid(parts)
     some = [filled.any(axis=1) for _, _, filled in parts if filled is not None]

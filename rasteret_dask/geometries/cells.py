@@ -270,7 +270,7 @@ def _warn_of_scales(source: ResolvedSource, feeds: Feeds) -> None:
     """Warn where records whose raw numbers mean different things by scale or offset feed one cell."""
     rules = source.plan.rules
     for at, (band, unit) in enumerate(zip(source.plan.bands, rules.units, strict=True)):
-        if unit.scales or rules.kind(at).blend != "average":
+        if unit.scales or rules.kind(at).is_coded:
             continue
         scaling = np.zeros((len(source.member), 2))
         for number, member in enumerate(source.plan.members):

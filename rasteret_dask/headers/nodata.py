@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,6 +33,7 @@ def text_of(value: Any) -> str | None:
     return repr(value.item() if isinstance(value, np.generic) else value)
 
 
+@lru_cache(maxsize=1024)  # all files of a collection spell the same
 def number_of(text: str | None, dtype: str) -> Number | None:
     """Return nodata as the number that a pixel of a dtype holds.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from threading import Lock
@@ -24,7 +24,10 @@ __all__ = ["Header", "HeaderReader", "read_headers"]
 WORKERS = 48
 """Headers under way: at 30 ms to the first byte, 15 % more files a second than 32; 64 only get in each other's way."""
 
-_FIRST_MOST = 1024 * 1024  # bytes that a first request grows to
+_FIRSTS = tuple(FIRST << n for n in range(6))
+"""Bytes that a first request may ask for: up to 1 MiB."""
+_ROUND_TRIP = 1024 * 1024
+"""Bytes that come in the time of a further request: 30 ms at 35 MB/s."""
 
 
 class HeaderReader:
@@ -39,8 +42,9 @@ class HeaderReader:
 
     Notes
     -----
-    The first request of a file asks for as much as the headers of that host's files have needed so far, so files
-    with large tile tables take one request each, too, but for the first few.
+    How much the first request of a file asks for follows from what the headers of that host's files have needed so
+    far: files with large tile tables take one request each, too, but for the first few, and a single large header
+    does not make the requests of all others large.
     """
 
     def __init__(self, workers: int = WORKERS, keep_tiles: int = 500_000) -> None:
@@ -49,7 +53,7 @@ class HeaderReader:
         self._held = 0
         self._coming: dict[str, Future[Header | str]] = {}
         self._kept: OrderedDict[str, Future[Header | str]] = OrderedDict()
-        self._first: dict[str, int] = {}
+        self._needs: dict[str, Counter[int]] = {}
         self._lock = Lock()
 
     def __enter__(self) -> HeaderReader:
@@ -92,12 +96,13 @@ class HeaderReader:
 
     def _read(self, href: str) -> Header | str:
         host = _host(href)
-        before = self._first.get(host, FIRST)
-        header, needed = _read_header(href, before)
-        if before < needed <= _FIRST_MOST:
-            grown = 1 << (needed - 1).bit_length()
+        with self._lock:
+            first = _first_bytes(self._needs.get(host, Counter()))
+        header, needed = _read_header(href, first)
+        fitting = next((size for size in _FIRSTS if needed <= size), None)
+        if fitting is not None and isinstance(header, Header):
             with self._lock:
-                self._first[host] = max(grown, self._first.get(host, FIRST))
+                self._needs.setdefault(host, Counter())[fitting] += 1
         return header
 
     def _remember(self, href: str, done: Future[Header | str]) -> None:
@@ -131,6 +136,21 @@ def read_headers(hrefs: Sequence[str], workers: int = WORKERS) -> dict[str, Head
         return {}
     with HeaderReader(min(workers, len(distinct))) as reader:
         return reader.read(distinct)
+
+
+def _first_bytes(needs: Mapping[int, int]) -> int:
+    """Return how much to ask for at first: what costs least over headers like those before, by size.
+
+    Each file costs its first request's bytes, and a round trip more where its header is larger.
+    """
+    beyond = sum(needs.values())
+    if not beyond:
+        return FIRST
+    costs = {}
+    for size in _FIRSTS:
+        beyond -= needs.get(size, 0)
+        costs[size] = size * sum(needs.values()) + beyond * _ROUND_TRIP
+    return min(costs, key=lambda size: costs[size])
 
 
 def _read_header(href: str, first: int) -> tuple[Header | str, int]:

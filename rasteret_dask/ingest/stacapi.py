@@ -25,10 +25,10 @@ from requests.exceptions import RequestException
 from rasteret_dask.errors import RasteretDaskError, SourceError
 from rasteret_dask.ingest.search import Search, conditions, fits
 from rasteret_dask.net import remote
+from rasteret_dask.net.answers import BrokenError, RefusedError
 from rasteret_dask.net.gate import ThrottledError
 from rasteret_dask.net.remote import public, redact
 from rasteret_dask.net.trust import checked
-from rasteret_dask.net.web import BrokenError, RefusedError
 
 __all__ = ["ItemPage", "pages"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.net.web import BrokenError, RefusedError
+from rasteret_dask.net.answers import BrokenError, RefusedError
 
 __all__ = ["Fetched", "Head", "read"]
 

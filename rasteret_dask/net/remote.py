@@ -21,13 +21,13 @@ from rasteret_dask.catalogs.access import environment, has_keys, remedy
 from rasteret_dask.catalogs.catalogfile import Store
 from rasteret_dask.catalogs.signing import renew, rule_of, signed
 from rasteret_dask.errors import ReadError, StoreError, TrustError
-from rasteret_dask.net import gate, localfile, web
+from rasteret_dask.net import gate, localfile
+from rasteret_dask.net.answers import Answer, BrokenError, RefusedError
 from rasteret_dask.net.gate import ROUNDS, ThrottledError
 from rasteret_dask.net.hrefs import SCHEMES, host_of, is_local, join, local_path, public, redact
 from rasteret_dask.net.localfile import Fetched, Head
 from rasteret_dask.net.refusals import is_refusal, refusal
 from rasteret_dask.net.trust import check_host
-from rasteret_dask.net.web import Answer, BrokenError, RefusedError
 
 T = TypeVar("T")
 
@@ -190,6 +190,8 @@ def request(
     TrustError, RefusedError, ThrottledError, BrokenError
         As ``ask`` does, when patience has ended.
     """
+    from rasteret_dask.net import web
+
     return _retried(url, lambda full: web.ask(full, method, headers, body, read_s))
 
 
@@ -274,6 +276,8 @@ def _writable(href: str, doing: str) -> tuple[Any, str]:
 
 def _ranged(url: str, start: int, length: int | None) -> Fetched:
     """Return a range by http, after a look whether it is the one that was asked for."""
+    from rasteret_dask.net import web  # urllib3: local files and stores do without
+
     if start == 0 and length is None:
         answer = web.ask(url)
         size = len(answer.body)
@@ -298,6 +302,8 @@ def _ranged(url: str, start: int, length: int | None) -> Fetched:
 
 
 def _web_head(url: str) -> Head:
+    from rasteret_dask.net import web
+
     answer = web.ask(url, "HEAD")
     size = answer.headers.get("Content-Length", "")
     if not size.isdecimal():

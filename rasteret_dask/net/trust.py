@@ -143,18 +143,17 @@ def check_host(href: str, subject: str) -> None:
 
     Names are resolved when they are connected to: see :func:`check_address`.
     """
-    shown = f"href {redact(href)[:120]!r}"
     try:
         url = urlsplit(href)
         scheme = url.scheme.lower()
         if scheme not in SCHEMES or not url.netloc:
-            raise TrustError(subject, shown, _ONE_OF)
+            raise TrustError(subject, _shown(href), _ONE_OF)
         host = url.netloc.rpartition("@")[2]
         if scheme.startswith("http"):
             host = plain_host(url.hostname or "")
             _ = url.port  # a ValueError where it is no number
     except ValueError as error:  # UnicodeError too
-        raise TrustError(subject, f"{shown}: {str(error)[:120]}", "a URL with a host") from None
+        raise TrustError(subject, f"{_shown(href)}: {str(error)[:120]}", "a URL with a host") from None
     if scheme.startswith("http"):
         if host in _FORBIDDEN_NAMES:
             raise TrustError(
@@ -174,6 +173,10 @@ def check_host(href: str, subject: str) -> None:
             f"one of rasteret_dask.trust.hosts: {', '.join(allowed) or 'none'}",
             "Add it by rd.trust(hosts=[...]), here and on every worker, if you trust it.",
         )
+
+
+def _shown(href: str) -> str:
+    return f"href {redact(href)[:120]!r}"
 
 
 def check_address(address: str, host: str, subject: str) -> None:

@@ -71,7 +71,7 @@ class Watch:
         Where lines go, beside the log.
     """
 
-    def __init__(self, client: Client, subject: str, names: Mapping[str, str], progress: Progress) -> None:
+    def __init__(self, client: Client, subject: str, names: Mapping[Any, str], progress: Progress) -> None:
         self.client, self.subject, self._names, self._progress = client, subject, names, progress
         self.patience = Patience.configured()
         self.workers: Mapping[str, Mapping[str, Any]] = {}
@@ -174,7 +174,7 @@ class Watch:
                         self.look()
                 except JobError as error:
                     failed.append(error)
-                    self.client.cancel([Future(str(key), self.client) for key in list(self._names)])
+                    self.client.cancel([Future(key, self.client) for key in list(self._names)])
                     return
                 except (OSError, RuntimeError, AttributeError, CancelledError):
                     continue  # the client is closed, or the scheduler lost: whoever waits for tasks hears of that

@@ -36,11 +36,12 @@ from urllib3.util import create_urllib3_context
 
 from rasteret_dask._version import __version__
 from rasteret_dask.errors import TrustError
+from rasteret_dask.net.answers import Answer, BrokenError, RefusedError
 from rasteret_dask.net.gate import HOST_CONNECTIONS, ThrottledError, seconds
 from rasteret_dask.net.hrefs import plain_host, public, redact
 from rasteret_dask.net.trust import check_address, check_host
 
-__all__ = ["CONNECT_S", "READ_S", "WHOLE_S", "Answer", "BrokenError", "RefusedError", "ask"]
+__all__ = ["CONNECT_S", "READ_S", "WHOLE_S", "ask"]
 
 CONNECT_S = 10.0
 """Seconds to connect, to each address of a host."""
@@ -62,48 +63,6 @@ _ENVIRONMENT = (
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
 )  # fmt: skip
 _SLOW_DOWN = re.compile(r"\bSlowDown\b|\bServerBusy\b|\bTooManyRequests\b")
-
-
-class BrokenError(Exception):
-    """No answer, or a part of one: the connection failed or broke, or the body ended early. It may pass.
-
-    Parameters
-    ----------
-    text
-        What happened.
-    final
-        Whether another try would end the same, as with a certificate that is not trusted.
-    """
-
-    def __init__(self, text: str, final: bool = False) -> None:
-        super().__init__(text, final)
-        self.text, self.final = text, final
-
-
-class RefusedError(Exception):
-    """An answer without what was asked for.
-
-    Parameters
-    ----------
-    status
-        Of HTTP.
-    text
-        What the answer says, for messages.
-    """
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(status, text)
-        self.status, self.text = status, text
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A good answer (2xx)."""
-
-    status: int
-    headers: Mapping[str, str]
-    """Looked up in any case."""
-    body: bytes
 
 
 def ask(

@@ -147,7 +147,7 @@ def check_kernel(source: str, resampling: str | None, kinds: Sequence[BandKind])
     both = sorted(frozenset.intersection(*(k for k in allowed if k is not None)))
     raise PlanError(
         f"harmonize(resampling={resampling!r}) of source {source!r}",
-        f"bands of kind {names}, whose codes must not be averaged",
+        f"bands of kind {names}, whose numbers must not be averaged",
         f"resampling {' or '.join(map(repr, both))}",
         "Leave resampling out; where the numbers are measured, say so: harmonize(kinds={'band': 'continuous'}).",
     )

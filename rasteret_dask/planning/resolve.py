@@ -577,7 +577,7 @@ def _one_scale(
     """
     mixed = len(tables) > 1 or rules.composes or rules.pick.fills
     for at, (band, unit) in enumerate(zip(bands, rules.units, strict=True)):
-        if not isinstance(unit, Raw) or rules.kind(at).blend != "average":
+        if not isinstance(unit, Raw) or rules.kind(at).is_coded:
             continue
         scales = [
             (1.0 if scale is None else scale, offset or 0.0)

@@ -328,6 +328,11 @@ class PendingRead:
             return dtype.type(self.nodata)
         return dtype.type(np.nan if dtype.kind in "fc" else 0)
 
+    def copies(self, tile: BandTile) -> bool:
+        """Tell whether a band's pixels go to the output as they stand, and all of them are valid."""
+        as_stored = self.out.turn is None and self.request.decode is None and not self.bent
+        return as_stored and tile.mask is None and not tile.has_nodata
+
     def put(self, cut: Cut, tile: BandTile) -> NDArray[np.bool_] | None:
         """Put a window's part of a band to its place in the output, or into a block that is going to be warped.
 
@@ -449,20 +454,28 @@ def place(readings: Sequence[PendingRead], part: TilePart, tiles: Sequence[BandT
     Bands that lie together in a tile are taken from the same lines of memory, so the window is the outer loop. Bands
     that share a window's validity narrow it together, once.
     """
+    plain = [(r.out, tile.values) for r, tile in zip(readings, tiles, strict=True) if r.copies(tile)]
+    others = [(r, tile) for r, tile in zip(readings, tiles, strict=True) if not r.copies(tile)]
+    step = -1 if readings[0].plan.frame.flipped else 1
     for cut in part.cuts:
+        number, inside, at = cut
+        for out, values in plain:  # most of a job's pieces: 64 bands of embeddings for each chip
+            out.values[number][at] = values[inside][::step]
+            if not out.shares(number):
+                out.valid[number][at] = True
         narrowed: dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
-        for reading, tile in zip(readings, tiles, strict=True):
+        for reading, tile in others:
             known = reading.put(cut, tile)
             if reading.bent:
                 continue
-            valid = reading.out.valid[cut.window]
-            if not reading.out.shares(cut.window):
-                valid[cut.place] = True if known is None else known
+            valid = reading.out.valid[number]
+            if not reading.out.shares(number):
+                valid[at] = True if known is None else known
             elif known is not None:
                 before = narrowed.get(id(valid))
                 narrowed[id(valid)] = valid, known if before is None else before[1] & known
         for valid, known in narrowed.values():
-            _mark(valid[cut.place], known, common=True)
+            _mark(valid[at], known, common=True)
 
 
 def _mark(valid: NDArray[np.bool_], part: NDArray[np.bool_] | None, common: bool) -> None:

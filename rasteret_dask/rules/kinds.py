@@ -71,6 +71,11 @@ class Kind:
                 f"one of {sorted(self.kernels)}",
             )
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether its numbers are codes, which are counted and have no scale."""
+        return self.statistics == "counts"
+
     def kernel(self, wanted: str | None, scale: float) -> str:
         """Return the kernel that a band of this kind is resampled with.
 
@@ -97,9 +102,7 @@ COARSER = 0.99
 _CODES = frozenset({"nearest", "mode"})
 
 
-def _measured(
-    name: Literal["reflectance", "temperature", "backscatter", "continuous", "angle"], unit: str
-) -> Kind:
+def _measured(name: Literal["reflectance", "temperature", "backscatter", "continuous"], unit: str) -> Kind:
     """Return a kind whose numbers can be averaged."""
     return Kind(
         name=name, coarser="average", finer="bilinear", kernels=None, averaged_overviews=True, unit=unit,
@@ -121,7 +124,12 @@ _KINDS = (
         name="bitfield", coarser="nearest", finer="nearest", kernels=_CODES, averaged_overviews=False, unit="raw",
         blend="closest", statistics="counts", normalized=False, ignored=False,
     ),
-    _measured("angle", "scaled"),
+    # an azimuth is one that was measured: between 359 and 1 degrees lies 0, and their mean is 180
+    Kind(
+        name="angle", coarser="nearest", finer="nearest", kernels=frozenset({"nearest"}), averaged_overviews=False,
+        unit="scaled",
+        blend="closest", statistics="moments", normalized=True, ignored=False,
+    ),
     # quantized numbers are no lengths: nearest, unless they are decoded first; overviews hold averages of them
     Kind(
         name="embedding", coarser="nearest", finer="nearest", kernels=None, averaged_overviews=True, unit="embedding",

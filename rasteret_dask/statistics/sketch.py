@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.bandkinds import BandKind
-from rasteret_dask.rules.kinds import Kind, kind_of
+from rasteret_dask.rules.kinds import kind_of
 
 __all__ = ["SourceStats", "added", "measured", "valid_pixels"]
 
@@ -73,7 +73,7 @@ class SourceStats:
     @property
     def coded(self) -> NDArray[np.bool_]:
         """Where a band holds codes (classes, bit fields): these have counts, but no mean, deviation or percentiles."""
-        return np.array([is_coded(kind_of(kind.kind)) for kind in self._kinds], dtype=bool)
+        return np.array([kind_of(kind.kind).is_coded for kind in self._kinds], dtype=bool)
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -190,11 +190,6 @@ def valid_pixels(pixels: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.b
     return np.asarray(valid & np.isfinite(pixels).all(axis=-3))
 
 
-def is_coded(kind: Kind) -> bool:
-    """Return whether a kind's numbers are codes, which are counted."""
-    return kind.statistics == "counts"
-
-
 def measured(
     pixels: NDArray[Any],
     valid: NDArray[np.bool_],
@@ -217,7 +212,7 @@ def measured(
     kinds
         What the numbers of each band are; () where nobody knows.
     """
-    coded = [is_coded(kind_of(kind.kind)) for kind in kinds] or [False] * len(bands)
+    coded = [kind_of(kind.kind).is_coded for kind in kinds] or [False] * len(bands)
     seen = [valid_pixels(*one) for one in zip(pixels, valid, strict=True)]
     found: list[_Band] = []
     for band in range(len(bands)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,21 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import FILLED, MASK, label_columns, label_fields
 from rasteret_dask.formats import MEANING, STORE
+from rasteret_dask.planning.query import Query
+from rasteret_dask.planning.radiometry import radiometry_of
+from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.store.encode import CHIPS_PER_SHARD, Compression, compressors
 from rasteret_dask.store.ledger import JOB, TO_ZARR
 from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
+from rasteret_dask.tasks.mapping import outputs_of
 
 if TYPE_CHECKING:
     import zarr
     from zarr.storage import MemoryStore
 
-__all__ = ["JOB", "OF_SHARDS", "Layout"]
+__all__ = ["JOB", "OF_SHARDS", "Layout", "layout_of"]
 
 OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, FILLED: 2, "datetime": 2, "member": 2}
 """Arrays that shards' tasks write, and how many dimensions they have."""
@@ -209,3 +213,27 @@ def _consolidate(store: MemoryStore) -> None:
         # zarr-python warns that other implementations may not read consolidated metadata; they read the rest.
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(store)
+
+
+def layout_of(job: Job, used: Sequence[tuple[ResolvedSource, NDArray[np.int64]]], query: Query) -> Layout:
+    """Return where everything of a job goes inside a store.
+
+    Parameters
+    ----------
+    job
+        The job.
+    used
+        Each source, with the rows of its records that feed a chip.
+    query
+        The plan, with the user's functions.
+    """
+    attrs = {}
+    for source, rows in used:
+        attrs[source.plan.name] = {
+            "units": source.plan.unit or dict(zip(source.plan.bands, source.plan.units, strict=True)),
+            "radiometry": radiometry_of(source, rows),
+            "mask": list(source.plan.masks),
+            "pick": source.plan.pick.name,
+            "resolution": source.plan.resolution,
+        }
+    return Layout(job, outputs_of(job, query.functions), attrs)

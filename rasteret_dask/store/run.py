@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ from rasteret_dask.store.runtasks import Work
 from rasteret_dask.store.shardruns import Exit, Shards, runner, write_shards
 from rasteret_dask.store.write import commit, is_committed, prepare, write_shard
 from rasteret_dask.tasks.context import ReadContext
-from rasteret_dask.tasks.job import Shard
+from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, open_job, opened
+from rasteret_dask.tasks.jobparts import JobOfParts, part_job
 from rasteret_dask.tasks.runs import Cuts
 from rasteret_dask.tasks.shards import Shipped, lower, read_chips, renamed
 from rasteret_dask.words import OnError
@@ -76,12 +77,14 @@ def run_zarr(
     _log.info("to_zarr %s: prepared; %d of %d shards are written", place, len(done), total)
     with present(url):
         if len(done) < total:
+            job = layout.job
+            plans = [job.parts[0].ref.url] if isinstance(job, JobOfParts) else []
             shards = _shards(layout, url, context, done)
             with clusters.using(client) as cluster:
 
                 def sign() -> None:
                     signatures.send(cluster, layout.job.hrefs(), layout.job.signed)
-                    signatures.send_place(cluster, url)
+                    signatures.send_place(cluster, url, *plans)
 
                 write_shards(runner(cluster), shards, Exit("to_zarr", place, total, progress), sign)
         lost = losses(commit(url, layout.job, layout))
@@ -122,7 +125,9 @@ class _Writing:
 
     def __call__(self, block: tuple[int, int], *shipped: Shipped) -> None:
         """Write a shard, unless it is written: what is computed again, as a worker was lost, costs no pixels."""
-        job = opened(self.ref)
+        self._write(opened(self.ref), block, shipped)
+
+    def _write(self, job: Job, block: tuple[int, int], shipped: Sequence[Shipped]) -> None:
         shard = job.shard(*block)
         if _report(self.ref, shard.name) is not None:
             return
@@ -132,8 +137,40 @@ class _Writing:
         write_shard(job, block, self.ref.url, chips, self.mark)
 
 
+@dataclass(frozen=True)
+class _WritingParts(_Writing):
+    """The same with shards of a job that is read part by part; ``ref`` says only what the whole is known by."""
+
+    def __call__(self, block: Any, *shipped: Shipped) -> None:
+        part, number = block
+        self._write(part_job(part, self.ref.digest), number, shipped)
+
+
+def _part_shards(
+    job: JobOfParts, layout: Layout, url: str, context: ReadContext, done: Collection[str]
+) -> Shards:
+    """Return the shards that are not written, part by part."""
+    place, ref = _place(layout, url, context), JobRef(remote.join(url, JOB), job.digest)
+    every = [(part.ref, shard) for part in job.parts for shard in part.shards]
+    todo = [(at, part, shard) for at, (part, shard) in enumerate(every) if shard.name not in done]
+    functions = job.all_functions
+    roots = {f"function-{f.name}-{digest(f)[:12]}": Shipped(context.functions[f]) for f in functions}
+    return Shards(
+        # not the job's digest: places count over all parts, and those of one part over its own shards
+        Work(_WritingParts(ref, context.on_error, place, functions), f"{job.digest}-parts", roots),
+        [shard.name for _, _, shard in todo],
+        [(part, (shard.hierarchy, shard.number)) for _, part, shard in todo],
+        [job.keys[shard.name] for _, _, shard in todo],
+        [at for at, _, _ in todo],
+        Cuts.free(len(every)),
+        place,
+    )
+
+
 def _shards(layout: Layout, url: str, context: ReadContext, done: Collection[str]) -> Shards:
     """Return the shards that are not written."""
+    if isinstance(layout.job, JobOfParts):
+        return _part_shards(layout.job, layout, url, context, done)
     job, place = layout.job, _place(layout, url, context)
     order = sorted(
         (shard for shard in job.shards() if shard.name not in done), key=lambda s: int(job.running[s.start])

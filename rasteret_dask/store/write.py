@@ -28,6 +28,7 @@ from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, check_writable, job_objects, opened
+from rasteret_dask.tasks.jobparts import JobOfParts
 
 __all__ = ["commit", "is_committed", "prepare", "write_shard"]
 
@@ -57,8 +58,11 @@ class _Chips:
         job, built = self.layout.job, self.layout.build()
         groups = {path: data.decode() for path, data in built.items() if _kind(path, data) == "group"}
         objects = {path: data for path, data in built.items() if path not in groups}
-        objects[ledger.CHIPS] = geoparquet.to_bytes(job.chosen_chips())
+        schema = next(job.chip_tables()).schema
+        objects[ledger.CHIPS] = geoparquet.joined_bytes(schema, job.chip_tables)
         objects[ledger.GROUPS] = json.dumps(groups).encode()
+        if isinstance(job, JobOfParts):  # they lie with the plan
+            return objects
         return objects | {f"{JOB}/{name}": data for name, data in job_objects(job).items()}
 
     def places(self) -> dict[str, str]:

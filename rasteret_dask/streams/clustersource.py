@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from itertools import count
@@ -102,13 +102,14 @@ class OnCluster:
         self._part = reading.part
         self._roots, self._tasks = reading.tasks()
         self._held: list[DaskFuture[Any]] = []
+        self._seat: tuple[str, DaskFuture[Any]] | None = None
         self._open: dict[int, _Part] = {}
         self._restricted, self._generation, self._lost = frozenset[str](), 0, 0
         self._threads = self._readers = 1
         self._looked = self._bare = self._watched = (
             0.0  # when workers were looked at; since when none of them may read
         )
-        self._shards: dict[str, str] = {}  # the shards' tasks that were sent
+        self._shards: dict[Hashable, str] = {}  # the shards' tasks that were sent
         self._watch = Watch(
             client, f"stream from {self._address}", self._shards, Progress("shards", shown=False)
         )
@@ -214,6 +215,9 @@ class OnCluster:
         for root in self._held:
             root.release()
         self._held.clear()
+        if self._seat is not None:
+            self._seat[1].release()
+            self._seat = None
         self._watch.leave()
         if self._owned:
             self.client.close()
@@ -238,17 +242,21 @@ class OnCluster:
         return sorted(self._restricted) or None
 
     def _send(self, shard: int, parts: Sequence[_Part]) -> None:
+        key: Hashable
         key, task = self._tasks[shard]
-        if self._generation:
-            key = f"{key}-{self._generation}"
-            task = task.substitute(self._names(), key=key)
         graph: dict[Hashable, Any] = {}
         if self._beside > 1:
             seat = f"seat-{self._tasks[shard - shard % self._beside][0]}-{self._beside}-{self._generation}"
-            key = f"{key}-seated-{self._beside}"
-            graph[seat] = Task(seat, _sit)
-            task = Task(key, _seated, TaskRef(seat), task.func, *task.args, **task.kwargs)
-        graph[key] = task
+            self._sit(seat)
+            # a group of its own: in a large one Dask would take them for roots, and spread them over all workers
+            key = (f"{key}-seated-{self._beside}-{self._generation}", 0)
+            graph[seat] = self._seat_task(seat)
+            graph[key] = Task(key, _seated, TaskRef(seat), _Apart(task))
+        elif self._generation:
+            key = f"{key}-{self._generation}"
+            graph[key] = task.substitute(self._names(), key=key)
+        else:
+            graph[key] = task
         self._shards[key] = f"shard {shard}"
         names = {}
         for part in parts:
@@ -260,6 +268,22 @@ class OnCluster:
         )
         for future in futures:
             names[future.key].future = future
+
+    def _seat_task(self, seat: str) -> Task:
+        """Return the task that has all roots where it is computed: where neighbours are read then."""
+        names: dict[Any, Any] = dict(self._names())
+        return Task(seat, _sit, tuple(names), *(TaskRef(name) for name in names.values()))
+
+    def _sit(self, seat: str) -> None:
+        """Hold what neighbours need, until the next ones are sent: some of them may be long done."""
+        if self._seat is not None and self._seat[0] == seat:
+            return
+        before = self._seat
+        graph = {seat: self._seat_task(seat)}
+        (future,) = self.client.get(graph, [seat], sync=False, fifo_timeout=0, workers=self._workers)
+        self._seat = seat, future
+        if before is not None:
+            before[1].release()
 
     def _ask_again(self) -> None:
         """Wait until the scheduler is there, and send all that is still wanted."""
@@ -340,12 +364,20 @@ class OnCluster:
         return True
 
 
-def _sit() -> None:
-    """Be somewhere: what needs this result is computed where it is, without a restriction to that worker."""
+@dataclass(frozen=True)
+class _Apart:
+    """A task as data, so that Dask does not look into it."""
+
+    task: Task
 
 
-def _seated(_: None, read: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return read(*args, **kwargs)
+def _sit(names: tuple[Hashable, ...], *roots: Any) -> dict[Hashable, Any]:
+    """Hold all roots: what needs this result is computed where it is, without a restriction to that worker."""
+    return dict(zip(names, roots, strict=True))
+
+
+def _seated(roots: dict[Hashable, Any], read: _Apart) -> Any:
+    return read.task(roots)
 
 
 def _leave_pool(readers: frozenset[str]) -> None:

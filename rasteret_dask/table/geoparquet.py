@@ -22,10 +22,22 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import SchemaError
 
-__all__ = ["ROWS_PER_GROUP", "Staged", "read", "replacing", "to_bytes", "write", "write_ordered"]
+__all__ = [
+    "ROWS_PER_GROUP",
+    "Staged",
+    "joined_bytes",
+    "read",
+    "replacing",
+    "to_bytes",
+    "write",
+    "write_ordered",
+]
 
 ROWS_PER_GROUP = 256
 """Rows that a filter reads or skips together: 1 to 4 MB of tile tables."""
+
+GROUP_ROWS = 131_072
+"""Rows of a group of a table of chips: some 200 MB in memory."""
 
 GROUP_NBYTES = 8 << 20
 """Bytes in memory that a row group should not pass: embeddings have 64 bands of tiles a row."""
@@ -63,10 +75,34 @@ def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
 
 def to_bytes(table: pa.Table) -> bytes:
     """Return a table as the bytes of a GeoParquet file; see :func:`write`."""
-    outline = _Outline(table.schema)
-    outline.add(table)
+    return joined_bytes(table.schema, lambda: [table])
+
+
+def joined_bytes(schema: pa.Schema, tables: Callable[[], Iterable[pa.Table]]) -> bytes:
+    """Return tables, one behind the other, as the bytes of one GeoParquet file: the same however they are cut.
+
+    Parameters
+    ----------
+    schema
+        Of all of them.
+    tables
+        Returns them, twice the same; one at a time is in memory.
+    """
+    outline = _Outline(schema)
+    for table in tables():
+        outline.add(table)
     sink = io.BytesIO()
-    pq.write_table(table.cast(outline.tagged({})), sink, compression="zstd")
+    tagged = outline.tagged({})
+    with pq.ParquetWriter(sink, tagged, compression="zstd") as writer:
+        waiting: list[pa.Table] = []
+        for table in tables():
+            waiting.append(table.cast(tagged))
+            while sum(part.num_rows for part in waiting) >= GROUP_ROWS:
+                rows = pa.concat_tables(waiting)
+                writer.write_table(rows.slice(0, GROUP_ROWS).combine_chunks(), row_group_size=GROUP_ROWS)
+                waiting = [rows.slice(GROUP_ROWS)]
+        rows = pa.concat_tables(waiting or [tagged.empty_table()]).combine_chunks()
+        writer.write_table(rows, row_group_size=GROUP_ROWS)
     return sink.getvalue()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.jobfile import plan_json
 
-__all__ = ["SHARD_BYTES", "chips_per_shard", "freeze", "task_bytes"]
+__all__ = ["SHARD_BYTES", "chips_per_shard", "freeze", "freeze_part", "read_records", "task_bytes"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,16 +42,43 @@ def freeze(chips: PlannedChips, shard_bytes: int = SHARD_BYTES) -> Job:
     shard_bytes
         Output of one task over all sources, at most; a single chip may be larger.
     """
-    records, members, table = used_records(chips)
+    per_shard = chips_per_shard(chips, _most_candidates(chips.feeds), shard_bytes)
+    job = _frozen(chips, per_shard)
+    shards = sum(h.shards for h in job.hierarchies)
+    _log.info("plan: %d chips in %d shards of at most %d chips", job.chips.num_rows, shards, per_shard)
+    return job
+
+
+def freeze_part(chips: PlannedChips, per_shard: int, first: Mapping[str | None, int]) -> Job:
+    """Freeze some of the shards of a plan, under the numbers that they have in the whole.
+
+    Parameters
+    ----------
+    chips
+        The chips of these shards.
+    per_shard
+        Chips of a shard of the whole.
+    first
+        Split -> the number of its first shard here, for each split of the whole.
+    """
+    job = _frozen(chips, per_shard)
+    there = {h.split: h for h in job.hierarchies}
+    names = chips.split.names if chips.split else (None,)
+    hierarchies, stop = [], 0
+    for number, split in enumerate(names):
+        if split in first:
+            h = there.get(split, Hierarchy(split, number, stop, stop, per_shard))
+            hierarchies.append(replace(h, first=first[split]))
+            stop = h.stop
+    return replace(job, hierarchies=tuple(hierarchies))
+
+
+def _frozen(chips: PlannedChips, per_shard: int) -> Job:
     feeds = chips.feeds
-    tasks_records = tuple(
-        _with_passes(r, m, s, feeds.rows_of(n))
-        for n, (r, m, s) in enumerate(zip(records, members, chips.sources, strict=True))
-    )
-    size_px = _sizes(chips)
-    plans = tuple(s.plan for s in chips.sources)
+    used = [feeds.rows_of(n) for n in range(len(chips.sources))]
+    tasks_records, table = read_records(chips, used)
+    size_px, plans = _sizes(chips), tuple(s.plan for s in chips.sources)
     table, parts = _by_split(chips, table)
-    per_shard = _whole_blocks(chips, _per_shard(plans, size_px, _most_candidates(feeds), shard_bytes))
     hierarchies = tuple(Hierarchy(s, n, a, b, per_shard) for s, n, a, b in parts)
     phase = digest(
         [plan_json(p) for p in plans],
@@ -61,15 +89,30 @@ def freeze(chips: PlannedChips, shard_bytes: int = SHARD_BYTES) -> Job:
         *chips.pixel_rules,
         *([chips.spec.labels, chips.spec.rasterize, chips.reference] if chips.labels else []),
     )
-    shards = sum(h.shards for h in hierarchies)
-    _log.info("plan: %d chips in %d shards of at most %d chips", table.num_rows, shards, per_shard)
     return Job(
         plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels
     )  # fmt: skip
 
 
+def read_records(
+    chips: PlannedChips, used: Sequence[NDArray[np.int64]]
+) -> tuple[tuple[Records, ...], pa.Table]:
+    """Return what tasks need of each source's records, and the chip table with rows counted in those.
+
+    Parameters
+    ----------
+    chips
+        The chips.
+    used
+        Per source, the rows of its records that feed a chip.
+    """
+    records, members, table = used_records(chips, used)
+    parts = zip(records, members, chips.sources, used, strict=True)
+    return tuple(_with_passes(*part) for part in parts), table
+
+
 def chips_per_shard(chips: PlannedChips, candidates: Sequence[int], shard_bytes: int = SHARD_BYTES) -> int:
-    """Return how many chips of the zone grid go into a shard.
+    """Return how many chips go into a shard.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import count
@@ -24,7 +24,7 @@ from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 from rasteret_dask.table.records import Records
 
-__all__ = ["Hierarchy", "Job", "Output", "Shard", "ipc_bytes", "shard_keys"]
+__all__ = ["Hierarchy", "Job", "Output", "Shard", "ipc_bytes", "job_digest", "shard_keys"]
 
 _DECIDING = ("href", "band_index", "size", "etag", "scale", "offset", "nodata", "alpha", "kind")
 """What of an asset decides its pixels' values."""
@@ -43,6 +43,8 @@ class Hierarchy:
     """First row in the job's chip table."""
     stop: int
     per_shard: int
+    first: int = 0
+    """Number of its first shard: above 0 in a part of a job."""
 
     @property
     def shards(self) -> int:
@@ -161,6 +163,8 @@ class Job:
     """What pixels must fulfil for their chip to be kept."""
     labels: Labels | None = None
     """Polygons that one source's pixels carry as a mask."""
+    part_of: str = ""
+    """Digest of the job that this is a part of: some of its shards, under their own numbers. Empty: it is whole."""
 
     def __getstate__(self) -> dict[str, Any]:
         state = {f.name: getattr(self, f.name) for f in fields(self)}  # not what was cached on the way
@@ -229,13 +233,13 @@ class Job:
     def shards(self) -> Iterator[Shard]:
         """Yield all shards, split by split."""
         for h in self.hierarchies:
-            for number in range(h.shards):
+            for number in range(h.first, h.first + h.shards):
                 yield self.shard(h.number, number)
 
     def shard(self, hierarchy: int, number: int) -> Shard:
         """Return one shard."""
         h = next(h for h in (*self.hierarchies, *self.others) if h.number == hierarchy)
-        start = h.start + number * h.per_shard
+        start = h.start + (number - h.first) * h.per_shard
         return Shard(h.split, hierarchy, number, start, min(start + h.per_shard, h.stop))
 
     @cached_property
@@ -246,7 +250,10 @@ class Job:
         """
         shards = list(self.shards())
         along = {h.number: h.per_shard / h.chips for h in self.hierarchies if h.chips}
-        order = sorted(shards, key=lambda s: ((s.number + 0.5) * along[s.hierarchy], s.hierarchy))
+        first = {h.number: h.first for h in self.hierarchies}
+        order = sorted(
+            shards, key=lambda s: ((s.number - first[s.hierarchy] + 0.5) * along[s.hierarchy], s.hierarchy)
+        )
         place = np.full(self.chips.num_rows, -1, dtype=np.int64)
         for number, shard in enumerate(order):
             place[shard.start : shard.stop] = number
@@ -332,12 +339,21 @@ class Job:
     @cached_property
     def digest(self) -> str:
         """Digest of all shards: two jobs of one digest write the same store."""
-        return digest(self.phase, sorted(self.keys.items()), _labels(self))
+        return self.part_of or job_digest(self.phase, self.keys, _labels(self))
+
+    def chip_tables(self) -> Iterator[pa.Table]:
+        """Yield the rows of :meth:`chosen_chips`, as many at a time as are at hand."""
+        yield self.chosen_chips()
 
     def chosen_chips(self) -> pa.Table:
         """Return the rows of the chip table that the job's splits hold, in their order."""
         parts = [self.chips.slice(h.start, h.chips) for h in self.hierarchies]
         return pa.concat_tables(parts)
+
+
+def job_digest(phase: str, keys: Mapping[str, str], labels: str = "") -> str:
+    """Return the digest of a job's shards: of their keys, and of the user's own columns."""
+    return digest(phase, sorted(keys.items()), labels)
 
 
 def shard_keys(job: Job) -> dict[str, str]:

@@ -56,7 +56,7 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "meaning": MEANING,
         "sources": [plan_json(s) for s in job.sources],
         "size_px": list(job.size_px),
-        "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard] for h in job.hierarchies],
+        "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard, h.first] for h in job.hierarchies],
         "maps": [[s, to_json(f)] for s, f in job.maps],
         "pixel_rules": [to_json(rule) for rule in job.pixel_rules],
         "labels": None if job.labels is None else job.labels.note,

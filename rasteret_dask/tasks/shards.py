@@ -189,7 +189,7 @@ class _Builder:
         whole = job.whole  # so that the graph of some splits is the culled graph of all
         self.blocks = (
             max(h.number for h in whole.hierarchies) + 1,
-            max(h.shards for h in whole.hierarchies),
+            max(h.first + h.shards for h in whole.hierarchies),
         )
         self.ids = ArrayBlockIdDep(tuple((1,) * n for n in self.blocks))
         self.layers: dict[str, Any] = {}

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -30,10 +29,10 @@ import numpy as np
 import xarray as xr
 import xbatcher
 from dask.system import CPU_COUNT
+from store_made import HOW, made_store, planned_chips, scenes
 from zarr.codecs import ZstdCodec
 
 import rasteret_dask as rd
-from rasteret_dask.demo.world import WorldSize, make_world
 from rasteret_dask.storeset import open_chips
 from rasteret_dask.torchdata import ChipDataset
 
@@ -110,20 +109,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="pixels of a chip's side")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench-train")
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    world = make_world(given.folder / "world", size=WorldSize(2400, 2880, 1584))
-    s2 = rd.build_from_stac(world.sentinel2, name="s2", date_range=("2024-04-01", "2024-06-30"))
-    how: dict[str, Any] = {"bands": ["red", "green", "blue", "nir"], "time": "1MS", "mask": "clouds"}
-    optical = s2.harmonize(**how, dtype="uint16")
-    chips = optical.chips(given.size, cell_km=given.size / 100)
-    store = given.folder / f"chips-{given.size}.zarr"
-    if not (store / "zarr.json").is_file():
-        shutil.rmtree(store, ignore_errors=True)
-        chips.to_zarr(store, progress=False, compression=ZstdCodec(level=1))
+    s2 = scenes(given.folder)
+    chips = planned_chips(s2, given.size)
+    store = made_store(given.folder, given.size, ZstdCodec(level=1))
     opened = open_chips(store)
     sizes = opened.stored.sizes
     print(f"{len(opened)} chips of {given.size} px in {len(sizes)} shards of {max(sizes)}, {CPU_COUNT} cores")
-    cube = s2.harmonize(**how).cube()
+    cube = s2.harmonize(**HOW).cube()
     seeds = itertools.count()
     ways: dict[str, Callable[[], int]] = {
         "bare": lambda: sum(bare(store) for _ in range(EPOCHS)),

@@ -135,8 +135,8 @@ def measure(
     -------
     dict
         ``wall`` and ``cpu`` in seconds (children and other processes included), ``peak_mb`` of this process when the
-        work was done, or of the largest of the others, ``digest``, sha256 of the chips, and ``package``, where
-        rasteret_dask was imported from.
+        work was done, or of the largest of the others, ``faults``, pages touched for the first time, ``digest``,
+        sha256 of the chips, and ``package``, where rasteret_dask was imported from.
     """
     function = getattr(import_module(contender.module), contender.function)
     prepared: Prepared = function(job, **settings)
@@ -153,12 +153,15 @@ def measure(
     wall = time.perf_counter() - wall
     after = [usage(), *others()]
     cpu = sum(u.cpu_s for u in after) - sum(u.cpu_s for u in before)
+    faults = sum(u.faults for u in after) - sum(u.faults for u in before)
     peak = max(u.peak_mb for u in after[1:] or after)
     if profiler is not None and profile is not None:
         profiler.dump_stats(profile)
     digest = leave(job, prepared, result)
     package = getattr(sys.modules.get("rasteret_dask"), "__file__", "")
-    return {"wall": wall, "cpu": cpu, "peak_mb": peak, "digest": digest, "package": package}
+    return {
+        "wall": wall, "cpu": cpu, "peak_mb": peak, "faults": faults, "digest": digest, "package": package
+    }  # fmt: skip
 
 
 def run_whole(contender: Contender, job: ReadmeJob, settings: Settings) -> None:

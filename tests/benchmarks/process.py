@@ -81,7 +81,7 @@ def started(checkout: Path, python: str, script: str, *arguments: str) -> tuple[
     Returns
     -------
     tuple
-        What it printed, and what the whole process took: ``cpu`` in seconds and ``peak_mb``.
+        What it printed, and what the whole process took: ``cpu`` in seconds, ``peak_mb`` and ``faults``.
     """
     paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as complained:
@@ -101,7 +101,10 @@ def started(checkout: Path, python: str, script: str, *arguments: str) -> tuple[
         complained.seek(0)
         if process.returncode:
             raise SystemExit(f"{script} {' '.join(arguments)} of {checkout} failed:\n{complained.read()}")
-        usage = {"cpu": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss * 1024 / 1e6}
+        usage = {
+            "cpu": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss * 1024 / 1e6,
+            "faults": used.ru_minflt,
+        }  # fmt: skip
         return printed.read(), usage
 
 

@@ -52,9 +52,9 @@ def table(latency_ms: float, runs: Sequence[Runs], skipped: Mapping[str, str]) -
     lines = [
         f"First byte after {said}:",
         "",
-        "| contender | wall s | CPU s | peak MB | requests | MB | ratio | runs |"
+        "| contender | wall s | CPU s | peak MB | 1000 page faults | requests | MB | ratio | runs |"
         + (_MORE[0] if loop else ""),
-        "|---|---|---|---|---|---|---|---|" + (_MORE[1] if loop else ""),
+        "|---|---|---|---|---|---|---|---|---|" + (_MORE[1] if loop else ""),
     ]
     base = next((r.middle("wall") for r in runs if r.contender.name.startswith("rasteret_dask")), None)
     for entry in runs:
@@ -65,11 +65,12 @@ def table(latency_ms: float, runs: Sequence[Runs], skipped: Mapping[str, str]) -
         spread = f"{entry.middle('wall'):.2f} ({min(walls):.2f} to {max(walls):.2f})"
         lines.append(
             f"| {_called(entry)} | {spread} | {entry.middle('cpu'):.2f} | {entry.middle('peak_mb'):.0f} "
+            f"| {entry.middle('faults') / 1e3:.0f} "
             f"| {entry.middle('requests'):.0f} | {entry.middle('nbytes') / 1e6:.0f} | {ratio} | {len(walls)} |"
             + (_beside(entry, loop) if loop else "")
         )
     lines += [
-        f"| {name} | not run: {why} | | | | | | |{' | | | |' if loop else ''}"
+        f"| {name} | not run: {why} | | | | | | | |{' | | | |' if loop else ''}"
         for name, why in skipped.items()
     ]
     return "\n".join(lines)
@@ -105,6 +106,11 @@ def write(name: str, title: str, tables: Sequence[str], tuned: bool, python312: 
     body = "\n\n".join((f"## {title}", *note, *tables))
     page = _put(page, "machine", f"{_machine()}\n\n{_versions(python312)}")
     PAGE.write_text(_put(page, name, body))
+
+
+def put(name: str, body: str) -> None:
+    """Put a section that is no job's into the page."""
+    PAGE.write_text(_put(PAGE.read_text(), name, body))
 
 
 def _put(page: str, name: str, body: str) -> str:

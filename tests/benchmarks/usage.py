@@ -15,12 +15,15 @@ class Usage:
     cpu_s: float
     """Children that ended included."""
     peak_mb: float
+    faults: int
+    """Pages of memory touched for the first time, children included."""
 
 
 def usage() -> Usage:
     """Return what this process has used."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Usage(time.process_time() + children.ru_utime + children.ru_stime, _peak_mb())
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt + children.ru_minflt
+    return Usage(time.process_time() + children.ru_utime + children.ru_stime, _peak_mb(), faults)
 
 
 def _peak_mb() -> float:
