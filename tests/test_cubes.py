@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import made_records
 import numpy as np
+import pyproj
 import pytest
 import rasterio
 import xarray as xr
@@ -23,7 +26,10 @@ from shapely.geometry import mapping
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.errors import GridError, PlanError, ReadError
+from rasteret_dask.reader.cogreader import AssetHref
 from rasteret_dask.rules.picks import PickName
+from rasteret_dask.table import records
+from rasteret_dask.table.records import Records
 from rasteret_dask.words import Resampling as Kernel
 
 Array = NDArray[Any]
@@ -474,3 +480,40 @@ def test_two_zones_make_two_cubes(two_tiles: Pass, tmp_path: Path) -> None:
     assert tree["epsg_32632/pixels"].rio.crs.to_epsg() == 32632
     one = both.cube(epsg=32633, bounds=(X0, Y0 - 320, X0 + 320, Y0))
     assert one.rio.crs.to_epsg() == 32633
+
+
+def test_building_a_cube_takes_a_header_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per item and band one asset and one href, made once; places of rasters in the same CRS are not projected."""
+
+    def calls(items: int) -> Counter[str]:
+        counted: Counter[str] = Counter()
+
+        def counting(kind: Any, name: str) -> None:
+            plain = getattr(kind, name)
+
+            def function(*args: Any, **more: Any) -> Any:
+                counted[name] += 1
+                return plain(*args, **more)
+
+            patch.setattr(kind, name, staticmethod(function) if name == "__new__" else function)
+
+        rows = [
+            made_records.record(f"r{n}", when=f"2024-04-{1 + n:02d}T10:00:00", datatake=str(n))
+            for n in range(items)
+        ]
+        own = made_records.collection("s2", *rows).harmonize(["red", "nir"], mask="clouds")
+        with monkeypatch.context() as patch:
+            counting(Records, "_asset")
+            counting(Records, "_described")
+            counting(AssetHref, "__new__")
+            counting(pyproj.Transformer, "transform")
+            cube = own.cube(bounds_latlon=(15.0, 48.70, 15.02, 48.72))
+        assert cube.sizes["time"] == items
+        return counted
+
+    monkeypatch.setattr(records, "KNOWN_ASSETS", 4)
+    few, many = calls(3), calls(24)
+    assert few["_described"] == few["__new__"] == 3 * 3
+    assert many["_described"] == many["__new__"] == 24 * 3
+    assert few["_asset"] == many["_asset"] <= 1
+    assert few["transform"] == many["transform"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import GridError
 from rasteret_dask.grid import northern
-from rasteret_dask.reader.cogreader import NATURAL, AssetHref, CogReader, Kernel, grid_of
+from rasteret_dask.reader.cogreader import NATURAL, AssetHref, CogReader, Kernel, grid_of, named_by_text
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.table.records import Asset, Level, Records
 
@@ -153,24 +153,25 @@ def stack(records: Records, reads: Reads, place: CubePlace, form: Form, reads_pe
     items = plain_items(records, reads, place.grid.epsg)
     for item, row in zip(items, reads, strict=True):
         item["properties"]["datetime"] = records.starts[row]
-    cube = stackstac.stack(
-        items,
-        assets=list(names),
-        epsg=place.grid.epsg,
-        resolution=(place.grid.xres, place.grid.yres),
-        bounds=place.bounds,
-        snap_bounds=False,
-        rescale=False,
-        dtype=form.dtype,
-        fill_value=form.dtype.type(form.fill),
-        sortby_date=False,
-        xy_coords="center",
-        properties=False,
-        band_coords=False,
-        chunksize=(1, reads_per_chunk, place.chunks, place.chunks),
-        errors_as_nodata=(),  # stackstac's default makes nodata of what is not there
-        reader=form.reader,
-    )
+    with named_by_text():
+        cube = stackstac.stack(
+            items,
+            assets=list(names),
+            epsg=place.grid.epsg,
+            resolution=(place.grid.xres, place.grid.yres),
+            bounds=place.bounds,
+            snap_bounds=False,
+            rescale=False,
+            dtype=form.dtype,
+            fill_value=form.dtype.type(form.fill),
+            sortby_date=False,
+            xy_coords="center",
+            properties=False,
+            band_coords=False,
+            chunksize=(1, reads_per_chunk, place.chunks, place.chunks),
+            errors_as_nodata=(),  # stackstac's default makes nodata of what is not there
+            reader=form.reader,
+        )
     if cube.shape[2:] != place.shape:
         raise GridError(
             "cube", f"{cube.shape[2:]} pixels from stackstac", f"{place.shape} on the grid asked for"

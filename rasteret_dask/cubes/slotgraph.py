@@ -167,7 +167,11 @@ class SlotGraph:
         self.source, self.slots, self.rules = source, slots, source.plan.rules
         self.shape = place.shape
         rows = sorted({row for slot in slots for acquisition in slot for row in acquisition})
-        bands = {row: self._reads(self._member(row)) for row in rows}
+        for number, member in enumerate(source.plan.members):
+            of_member = [row for row in rows if source.member[row] == number]
+            source.records.look_up(of_member, (*member.bands, *member.quality))
+        reads = [self._reads(member) for member in source.plan.members]
+        bands = {row: reads[int(source.member[row])] for row in rows}
         quality = {row: [Read(band) for band in self._member(row).quality] for row in rows}
         every, is_joint = range(len(source.plan.bands)), not self.rules.is_bandwise
         self.groups = [tuple(every)] if is_joint else [(band,) for band in every]

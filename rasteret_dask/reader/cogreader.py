@@ -9,6 +9,8 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from rasteret_dask.reader.readplan import Request, tiles_of
 from rasteret_dask.rules.units import Unit
 from rasteret_dask.table.records import Asset
 
-__all__ = ["NATURAL", "AssetHref", "CogReader", "Kernel", "ValidityReader", "grid_of"]
+__all__ = ["NATURAL", "AssetHref", "CogReader", "Kernel", "ValidityReader", "grid_of", "named_by_text"]
 
 AHEAD_BYTES = 64 * 2**20
 """Pixels, and their validity, that one read may fetch for those after it."""
@@ -84,8 +86,23 @@ class AssetHref(str):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if _BY_TEXT.get():
+            return str, (str(self),)
         # with its text: the source of a unit's methods, which is in it, may not be readable where this is opened
         return AssetHref._of, (str(self), self.asset, self.kernel)
+
+
+_BY_TEXT = ContextVar("_BY_TEXT", default=False)
+
+
+@contextmanager
+def named_by_text() -> Iterator[None]:
+    """Let Dask make tokens of hrefs by their text, which tells apart what is read: not by all that a header says."""
+    token = _BY_TEXT.set(True)
+    try:
+        yield
+    finally:
+        _BY_TEXT.reset(token)
 
 
 class CogReader:

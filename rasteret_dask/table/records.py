@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,7 @@ class Records:
     def __init__(self, table: pa.Table) -> None:
         self.table = table.combine_chunks()
         self._known: dict[tuple[int, str], Asset] = {}
+        self._room = KNOWN_ASSETS
         self._columns: dict[tuple[str, str], pa.Array] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -258,7 +260,7 @@ class Records:
             When its header could not be read while the table was built.
         """
         if (row, band) not in self._known:
-            if len(self._known) >= KNOWN_ASSETS:
+            if len(self._known) >= self._room:
                 self._known.clear()
             self._known[row, band] = self._asset(row, band)
         return self._known[row, band]
@@ -277,8 +279,25 @@ class Records:
                 "a header read while the table was built",
                 "Leave such records out with where(readable=True).",
             )
+        return self._described(row, band, item, tuple(_level(x) for x in levels))
+
+    def look_up(self, rows: Sequence[int], bands: Iterable[str]) -> None:
+        """Have these bands of these records at hand for :meth:`asset`, all looked up together; they stay."""
+        names, wanted = tuple(dict.fromkeys(bands)), tuple(dict.fromkeys(rows))
+        if not names or not wanted:
+            return
+        self._room = max(self._room, len(self._known) + len(names) * len(wanted))
+        some = self.table.select(["assets", "headers_metadata"]).take(pa.array(wanted)).combine_chunks()
+        assets, headers = (column.chunk(0) for column in some.columns)
+        items = assets.items.take(_places(assets, names)).to_pylist()
+        levels = _levels(headers.items.take(_places(headers, names)))
+        for (band, row), item, listed in zip(product(names, wanted), items, levels, strict=True):
+            if (row, band) not in self._known and item is not None and item["error"] is None and listed:
+                self._known[row, band] = self._described(row, band, item, listed)
+
+    def _described(self, row: int, band: str, item: Mapping[str, Any], levels: tuple[Level, ...]) -> Asset:
         return Asset(
-            record_id=record,
+            record_id=self.ids[row],
             band=band,
             href=item["href"],
             band_index=item["band_index"] or 0,
@@ -292,7 +311,7 @@ class Records:
             kind=item["kind"],
             size=item["size"],
             etag=item["etag"],
-            levels=tuple(_level(x) for x in levels),
+            levels=levels,
             alpha=item["alpha"],
         )
 
@@ -306,6 +325,26 @@ def _level(values: dict[str, Any]) -> Level:
     for name in ("transform", "tile_offsets", "tile_byte_counts"):
         values[name] = tuple(values[name] or ())
     return Level(**values)
+
+
+def _levels(lists: pa.ListArray) -> list[tuple[Level, ...]]:
+    """Return the levels of several files, field by field, as they list every tile; none where they are unknown."""
+    flat = lists.flatten()
+    return _cut(list(map(Level, *(_values(flat.field(f.name)) for f in fields(Level)))), lists)
+
+
+def _values(values: pa.Array) -> list[Any]:
+    """Return a field of levels as Python values: lists become tuples, empty where they are null."""
+    if pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
+        return _cut(values.flatten().to_numpy(zero_copy_only=False).tolist(), values)
+    return list(values.to_pylist())
+
+
+def _cut(flat: list[Any], lists: pa.Array) -> list[tuple[Any, ...]]:
+    """Return what each of some lists holds, of their values one behind the other."""
+    counts = pc.fill_null(pc.list_value_length(lists), 0).to_pylist()
+    stops = np.cumsum(counts, dtype=np.int64).tolist()
+    return [tuple(flat[stop - count : stop]) for count, stop in zip(counts, stops, strict=True)]
 
 
 def _map_item(column: pa.MapArray, row: int, key: str) -> Any:
