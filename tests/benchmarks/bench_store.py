@@ -138,7 +138,6 @@ def by_zarr(url: str, place: str, rust: bool) -> Way:
 
     def take(rows: Sequence[int] | NDArray[np.int64]) -> Pixels:
         with zarr.config.set({"codec_pipeline.path": pipeline}):
-            # one by one: all at once by ``oindex`` took several times as long
             return _with_valid([np.stack([array[int(row)] for row in rows]) for array in arrays])
 
     def stream(order: Sequence[NDArray[np.int64]], seed: int) -> Iterator[Pixels]:
@@ -324,10 +323,8 @@ def ways_at(url: str, place: str, missing: dict[str, str]) -> list[Way]:
     for name, make in makers.items():
         if importlib.util.find_spec(NEEDS[name]) is None:
             missing[name] = "not installed"
-        elif place != "local" and name == "xbatcher":
-            missing[f"{name}, {place}"] = "reads through zarr-python, as above"
-        elif place != "local" and name == "zarrs":
-            missing[f"{name}, {place}"] = "reads zarr-python's object stores in Python, as above"
+        elif place != "local" and name in ("xbatcher", "zarrs"):
+            missing[f"{name}, {place}"] = "not tried there"
         else:
             ways.append(make())
     return ways
