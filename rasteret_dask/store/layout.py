@@ -32,6 +32,9 @@ __all__ = ["JOB", "OF_SHARDS", "Layout", "layout_of"]
 OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, FILLED: 2, "datetime": 2, "member": 2}
 """Arrays that shards' tasks write, and how many dimensions they have."""
 
+COORDINATE_CHIPS = 1_048_576
+"""Chips of a chunk of a coordinate, at most: opening a smaller store costs one request a coordinate."""
+
 _TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 _NAT = np.iinfo(np.int64).min
 _COORDINATES = "chip_id split epsg bounds valid_fraction datetime member band_kind"
@@ -148,15 +151,18 @@ class Layout:
 
     def _planned_arrays(self, group: zarr.Group, h: Hierarchy, out: Output) -> None:
         rows = self.job.chips.slice(h.start, h.chips)
+        few = (min(h.chips, COORDINATE_CHIPS),)
         for name in ("chip_id", "split"):
-            values = np.array([v or "" for v in rows.column(name).to_pylist()], dtype=object)
-            self._array(group, name, (h.chips,), str, ("chip",), (h.chips,), None, "")[:] = values
+            texts = self._array(group, name, (h.chips,), str, ("chip",), few, None, "")
+            for at in range(
+                0, h.chips, COORDINATE_CHIPS
+            ):  # a million of Python's strings at a time, not all of them
+                part = rows.column(name).slice(at, COORDINATE_CHIPS).to_pylist()
+                texts[at : at + len(part)] = np.array([v or "" for v in part], dtype=object)
         epsg = self.job.epsg[h.start : h.stop].astype(np.int32)
-        self._array(group, "epsg", (h.chips,), "int32", ("chip",), (h.chips,), None, 0)[:] = epsg
+        self._array(group, "epsg", (h.chips,), "int32", ("chip",), few, None, 0)[:] = epsg
         bounds = self.job.bounds[h.start : h.stop]
-        box = self._array(
-            group, "bounds", (h.chips, 4), "float64", ("chip", "corner"), (h.chips, 4), None, 0.0
-        )
+        box = self._array(group, "bounds", (h.chips, 4), "float64", ("chip", "corner"), (*few, 4), None, 0.0)
         box[:] = bounds
         for name, values in label_columns(rows).items():
             self._label(group, name, values)

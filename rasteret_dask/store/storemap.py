@@ -92,11 +92,11 @@ class StoredArray:
 
     @property
     def of_plan(self) -> bool:
-        """Whether the plan knew it: one chunk for all chips of the split, which no shard's task wrote."""
+        """Whether the plan knew it: no shard's task wrote it."""
         return self.dims[0] != "chip" or len(self.dims) == 1 or self.path.endswith("bounds")
 
     def object(self, number: int) -> str:
-        """Return the path of the chunk or shard that holds shard ``number`` of the chips."""
+        """Return the path of a chunk, or of a shard: the one of its number in the first dimension."""
         return "/".join((self.path, "c", str(number), *["0"] * (len(self.shape) - 1)))
 
 
@@ -244,14 +244,18 @@ class StoreMap:
         return self.groups[shard.split]
 
     def values(self, array: StoredArray) -> NDArray[Any]:
-        """Read an array of a single chunk that the plan knew (bands, times): a copy.
+        """Read an array that the plan knew (bands, times, coordinates of chips): a copy.
 
         Raises
         ------
         StoreError
-            When its object is missing or damaged.
+            When an object of it is missing or damaged.
         """
-        path = "/".join((array.path, "c", *["0"] * len(array.shape)))
+        count = -(-array.shape[0] // array.encoding.chunk[0])
+        chunks = [self._planned_chunk(array, array.object(number)) for number in range(count)]
+        return np.concatenate(chunks)[: array.shape[0]]
+
+    def _planned_chunk(self, array: StoredArray, path: str) -> NDArray[Any]:
         place, sums = remote.join(self.url, path), self.others.get(path)
         subject = f"reading {remote.redact(place)}"
         data: bytes | None = None
@@ -262,7 +266,7 @@ class StoreMap:
                 raise changed(subject, "nothing", sums.size) from error
             if not sums.is_of(data):
                 raise changed(subject, f"{len(data)} other bytes", sums.size)
-        return chunk_of(array.encoding, data, subject).copy()
+        return chunk_of(array.encoding, data, subject)
 
     @property
     def first(self) -> tuple[StoredGroup, ...]:
@@ -387,7 +391,8 @@ def _check_chips(url: str, group: StoredGroup, chips: int) -> None:
             array.dims == dims
             and len(shape) == len(encoding.chunk) == len(dims)
             and all(size > 0 for size in encoding.chunk)
-            and (encoding.chunk == shape if array.of_plan else encoding.chunk[1:] == shape[1:])
+            and encoding.chunk[1:] == shape[1:]
+            and (encoding.chunk[0] <= shape[0] or not array.of_plan)
             and all(sizes.setdefault(dim, size) == size for dim, size in zip(dims, shape, strict=True))
             and (dtypes is None or str(encoding.dtype) in dtypes)
             and isinstance(array.node["attributes"], dict)
