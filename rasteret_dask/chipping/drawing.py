@@ -320,9 +320,9 @@ class _Cells:
 
     def unit(self, seed: int) -> NDArray[np.float64]:
         """Return the number in [0, 1) that each is drawn by: that of its id, which is not made."""
-        spec, parts = self.ground.spec, [np.zeros(0)]
-        for zone in np.unique(self.zone).tolist():
-            cells = self.cells[self.zone == zone]
+        spec, parts = self.ground.spec, list[NDArray[np.float64]]()
+        zones, begin = np.unique(self.zone, return_index=True)
+        for zone, cells in zip(zones.tolist(), np.split(self.cells, begin[1:]), strict=True):
             head = text_hash(pa.array([id_head(spec, zone, self.ground.resolution)]), salt_hash(seed))
             parts.append(unit_of(_then(cells[:, 1], _then(cells[:, 0], head))))
         return np.concatenate(parts)

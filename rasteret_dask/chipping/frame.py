@@ -211,8 +211,16 @@ def _once(
     per_zone: dict[int, list[NDArray[np.int64]]], spec: ChipSpec, resolution: float
 ) -> tuple[dict[int, list[NDArray[np.int64]]], int]:
     """Return each zone's cells once, and how many windows they hold."""
-    once = {zone: [np.unique(np.concatenate(cells), axis=0)] for zone, cells in per_zone.items()}
+    once = {zone: [_distinct(np.concatenate(cells))] for zone, cells in per_zone.items()}
     return once, sum(len(c[0]) * lattice_of(z, spec, resolution).per_side ** 2 for z, c in once.items())
+
+
+def _distinct(cells: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return distinct cells (row, col), rising."""
+    numbers = np.sort(cells[:, 0] * 2**32 + cells[:, 1])  # a column is no more than 2**31 away
+    numbers = numbers[np.append(True, np.diff(numbers) > 0)[: len(numbers)]]
+    row = (numbers + 2**31) >> 32
+    return np.stack([row, numbers - row * 2**32], -1)
 
 
 def zone_frame(
