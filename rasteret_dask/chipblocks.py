@@ -37,7 +37,7 @@ from rasteret_dask.planning.plan import (
     step_name,
 )
 from rasteret_dask.planning.query import Query
-from rasteret_dask.planning.sampling import hash_unit
+from rasteret_dask.planning.sampling import sample_unit
 from rasteret_dask.planning.scan import filter_table
 from rasteret_dask.show import audit, explain
 from rasteret_dask.store.encode import Compression, checked
@@ -454,7 +454,7 @@ class ChipBlocks(Generic[ChipsT]):
         assert self._parent is not None
         best: dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
         for facts, table in self._parent._columns(["chip_id", *([] if by in (None, "chip_id") else [by])]):
-            rank = hash_unit(table.column("chip_id").to_pylist(), "sample", seed)
+            rank = sample_unit(table.column("chip_id"), seed)
             place = (np.int64(facts.number) << 32) + table.column(_ROW).to_numpy()
             values = np.array([""] if by is None else [str(v) for v in table.column(by).to_pylist()])
             strata, stratum = np.unique(values, return_inverse=True)

@@ -16,7 +16,7 @@ from made_records import boxes, collection, fed_by, ids, project, record
 import rasteret_dask as rd
 from rasteret_dask.chipping import laying
 from rasteret_dask.chipping.chiptable import FeedTable
-from rasteret_dask.planning.sampling import hash_unit
+from rasteret_dask.planning.sampling import sample_unit
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
 
@@ -213,7 +213,9 @@ def test_samples_of_chips_grow() -> None:
         found = ids(chips.sample(n, seed=4))
         assert before <= set(found)
         assert found == [i for i in ids(chips) if i in set(found)]
-        assert set(found) == set(sorted(ids(chips), key=lambda i: float(hash_unit([i], "sample", 4)[0]))[:n])
+        assert set(found) == set(
+            sorted(ids(chips), key=lambda i: float(sample_unit(pa.array([i]), 4)[0]))[:n]
+        )
         before = set(found)
     strata = chips.sample(3, by="split").table.column("split").to_pylist()
     assert {s: strata.count(s) for s in strata} == dict.fromkeys(set(chips.table["split"].to_pylist()), 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import shapely
@@ -14,10 +15,11 @@ from made_records import collection, record
 from shapely.affinity import translate
 
 import rasteret_dask as rd
-from rasteret_dask.chipping import drawing
+from rasteret_dask.chipping import drawing, frame
 from rasteret_dask.chipping.chips import ChipSources, PlannedChips, chip_sources
 from rasteret_dask.chipping.frame import Frame
 from rasteret_dask.errors import PlanError
+from rasteret_dask.grid import utm_zone
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
 
@@ -197,3 +199,52 @@ def test_looking_at_a_fresh_plan_makes_the_table_once(monkeypatch: pytest.Monkey
         assert train.job.hierarchies
         train.plot()
     assert plans == 1
+
+
+def test_windows_that_are_not_drawn_get_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = 0
+    made = drawing.joined
+
+    def counting(*parts: Any, by: str = "_") -> pa.Array:
+        nonlocal texts
+        result = made(*parts, by=by)
+        texts += len(result) if isinstance(result, pa.Array) else 1
+        return result
+
+    for module in (drawing, frame):
+        monkeypatch.setattr(module, "joined", counting)
+    windows = len(fresh().table)
+    texts = 0
+    assert len(fresh().sample(7).table) == 7
+    assert 0 < texts < windows, "one for each row and column of cells, and for windows that are drawn"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    west=st.floats(-180, 180), wide=st.one_of(st.just(0.0), st.floats(0, 40)), south=st.floats(-80, 70),
+    high=st.floats(0, 14),
+)  # fmt: skip
+def test_zones_of_a_box_are_those_of_its_points(west: float, wide: float, south: float, high: float) -> None:
+    box = (west, south, west + wide, south + high)
+    lon, lat = np.meshgrid(np.linspace(west, west + wide, 97), np.linspace(south, south + high, 97))
+    assert set(np.unique(utm_zone(lon, lat)).tolist()) <= set(frame._zones_of(box))
+    ends = utm_zone(lon[[0, 0, -1, -1], [0, -1, 0, -1]], lat[[0, 0, -1, -1], [0, -1, 0, -1]])
+    assert len(frame._zones_of(box)) <= wide // 3 + 2 + len(set(ends.tolist()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 5)] * 4, st.sampled_from([32633, 32634])), max_size=12))
+def test_boxes_inside_others_are_not_looked_at(drawn: list[tuple[int, ...]]) -> None:
+    numbers = np.array(drawn, dtype=np.int64).reshape(-1, 5)
+    boxes = np.concatenate([numbers[:, :2], numbers[:, :2] + 1 + numbers[:, 2:4]], axis=1).astype(float)
+    epsg = numbers[:, 4]
+    kept = frame._widest(boxes, epsg)
+    assert kept == sorted(set(kept))
+
+    def within(one: int, other: int) -> bool:
+        inside = (boxes[one, :2] >= boxes[other, :2]).all() and (boxes[one, 2:] <= boxes[other, 2:]).all()
+        return bool(inside and epsg[one] == epsg[other])
+
+    for number in range(len(boxes)):
+        assert any(within(number, other) for other in kept)
+    assert not any(within(one, other) for one in kept for other in kept if one != other)

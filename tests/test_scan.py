@@ -19,7 +19,7 @@ from made_records import record, table
 
 import rasteret_dask as rd
 from rasteret_dask.planning.plan import Predicate, Source
-from rasteret_dask.planning.sampling import hash_unit, sample_rows
+from rasteret_dask.planning.sampling import hash_unit, sample_rows, sample_unit, text_hash
 from rasteret_dask.planning.scan import filter_table, keep_whole, scan, token_of
 from rasteret_dask.table.records import Records
 
@@ -187,6 +187,46 @@ def test_hashes_are_what_the_documentation_says() -> None:
     assert len(np.unique(units)) == 4000
 
 
+def drawn_by(name: str, seed: int) -> float:
+    """An independent reader: FNV-1a and the last step of MurmurHash3, in whole numbers of any size."""
+    number = 0xCBF29CE484222325
+    for byte in f"sample|{seed}|{name}".encode():
+        number = ((number ^ byte) * 0x100000001B3) % 2**64
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        number = ((number ^ (number >> 33)) * factor) % 2**64
+    return float(((number ^ (number >> 33)) >> 11) / 2**53)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(max_size=12), max_size=9), st.integers(-3, 2**40), st.integers(0, 3))
+def test_a_sample_is_drawn_by_the_bytes_of_ids(names: list[str], seed: int, before: int) -> None:
+    whole = pa.array(["x", "yy", "zzz", *names])
+    ids = whole.slice(before)
+    expected = [drawn_by(name, seed) for name in ids.to_pylist()]
+    assert sample_unit(ids, seed).tolist() == expected
+    assert sample_unit(pa.chunked_array([ids[:1], ids[1:]]), seed).tolist() == expected
+    assert sample_unit(ids.cast(pa.large_string()), seed).tolist() == expected
+    ends = pa.array([name[1:] for name in ids.to_pylist()])
+    heads = text_hash(pa.array([name[:1] for name in ids.to_pylist()], pa.string()))
+    assert text_hash(ends.cast(pa.string()), heads).tolist() == text_hash(ids).tolist()
+
+
+def test_seeds_draw_independently_of_each_other_and_evenly() -> None:
+    ids = pa.array(
+        [f"33_10.24km_256px_10m_{row}_{col}" for row in range(-1200, -1000) for col in range(100, 200)]
+    )
+    units = np.stack([sample_unit(ids, seed) for seed in (0, 1, 2, 256, 10**9)])
+    assert len(np.unique(units)) == units.size
+    counts = np.apply_along_axis(lambda u: np.histogram(u, 100, (0, 1))[0], 1, units)
+    assert (
+        ((counts - 200.0) ** 2 / 200.0).sum(axis=1) < 170.0
+    ).all()  # chi-square of 99 degrees: 1 in 10,000
+    assert np.abs(np.corrcoef(units) - np.eye(len(units))).max() < 0.03
+    neighbours = units.reshape(len(units), 200, 100)
+    for one, other in ((neighbours[..., 1:], neighbours[..., :-1]), (neighbours[:, 1:], neighbours[:, :-1])):
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.02
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 5), st.randoms(), st.booleans())
 def test_a_larger_sample_contains_the_smaller(a: int, b: int, seed: int, random: Any, strata: bool) -> None:
@@ -206,7 +246,7 @@ def test_a_larger_sample_contains_the_smaller(a: int, b: int, seed: int, random:
     expected: set[str] = set()
     for kind in {r["kind"] for r in rows} if strata else {0}:
         own = [str(r["id"]) for r in rows if not strata or r["kind"] == kind]
-        expected |= set(sorted(own, key=lambda i: float(hash_unit([i], "sample", seed)[0]))[: min(a, b)])
+        expected |= set(sorted(own, key=lambda i: drawn_by(i, seed))[: min(a, b)])
     assert set(small) == expected
 
 

@@ -278,8 +278,8 @@ def tell_of_coarse(ground: ChipSources) -> None:
     for source in ground.sources:
         wanted = source.plan.resolution
         for number, member in enumerate(source.plan.members):
-            records = source.records.take(np.flatnonzero(source.member == number))
-            pixel = max(float(np.nanmedian(pixels_m(records, band))) for band in member.bands)
+            own = source.member == number
+            pixel = max(float(np.nanmedian(pixels_m(source.records, band)[own])) for band in member.bands)
             if pixel > COARSE * wanted:
                 warnings.warn(
                     f"source {source.plan.name!r}: pixels of {pixel:.6g} m ({member.name}) are resampled to "
@@ -297,20 +297,17 @@ def _fits(length: float, resolutions: list[float]) -> bool:
 def phases(source: ResolvedSource, footprints: Outlines) -> Phase:
     """Return a pixel corner in each CRS: the first member's that has records there, that of most of them."""
     resolution = source.plan.resolution
-    outline = footprints.of_record
-    counted: dict[int, dict[tuple[float, float], int]] = {}
-    settled: dict[int, int] = {}
-    for row in range(len(outline)):
-        number = int(outline[row])
-        epsg, member = int(footprints.epsg[number]), int(source.member[row])
-        if settled.setdefault(epsg, member) != member:
-            continue
-        corner = tuple(
-            np.round(np.mod(footprints.raster[number][[0, 3]], resolution), digits(resolution)) % resolution
-        )
-        votes = counted.setdefault(epsg, {})
-        votes[corner] = votes.get(corner, 0) + 1
-    return {e: max(sorted(v), key=lambda c, v=v: v[c]) for e, v in counted.items()}  # type: ignore[misc]
+    corner = np.round(np.mod(footprints.raster[:, [0, 3]], resolution), digits(resolution)) % resolution
+    facts = np.column_stack([footprints.epsg, corner])[footprints.of_record]
+    result: Phase = {}
+    for epsg in np.unique(footprints.epsg).tolist():
+        own = np.flatnonzero(facts[:, 0] == epsg)
+        if len(own):
+            own = own[source.member[own] == source.member[own[0]]]
+            corners, votes = np.unique(facts[own, 1:], axis=0, return_counts=True)
+            x, y = corners[np.argmax(votes)].tolist()  # of equally many, the smallest
+            result[epsg] = x, y
+    return result
 
 
 def _table(sources: list[ResolvedSource], platforms: tuple[str, ...], frame: Frame, laid: Laid) -> pa.Table:

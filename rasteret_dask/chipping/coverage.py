@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -132,47 +133,71 @@ def outlines(records: Records, band_of_record: NDArray[Any]) -> Outlines:
             keys[key] = len(first)
             first.append(row)
         of_record[row] = keys[key]
-    made = [_outline(records.ids[i], wkb[i], int(records.epsg[i]), transform[i], size[i]) for i in first]
-    shapes = np.array([m[1] for m in made], dtype=object)
+    names, own = tuple(records.ids[i] for i in first), records.epsg[first].astype(np.int64)
+    epsg, shift = np.array([northern(int(code)) for code in own]).reshape(-1, 2).T
+    edges = transform[first][:, [2, 5]]
+    edges = np.sort(
+        [edges, edges + transform[first][:, [0, 4]] * size[first]], axis=0
+    )  # left and low, right and high
+    raster = edges.transpose(1, 0, 2).reshape(-1, 4)
+    for name, code, place, pixels in zip(
+        names, own.tolist(), transform[first], size[first].tolist(), strict=True
+    ):
+        reason = misplaced(code, place, *pixels)
+        if reason is not None:
+            raise GridError(f"record {name!r}", reason, "a raster on Earth", _leave_out(name))
+    shapes = np.empty(len(first), dtype=object)
+    for code in np.unique(own).tolist():
+        at = np.flatnonzero(own == code)
+        shapes[at] = _grounds([names[i] for i in at], wkb[np.array(first)[at]], code, raster[at])
+    pixel = np.abs(transform[first][:, [0, 4]]).max(axis=1, initial=0.0)
+    shapes = shapely.buffer(shapes, pixel, join_style="mitre", cap_style="square")
+    south = np.flatnonzero(shift)
+    for metres in np.unique(shift[south]).tolist():
+        at = np.flatnonzero(shift == metres)
+        shapes[at] = shapely.transform(shapes[at], lambda p, metres=metres: p + np.array([0.0, metres]))
+    raster[:, [1, 3]] += shift[:, None]
     moved = transform[first].copy()
-    moved[:, 5] += [northern(int(records.epsg[i]))[1] for i in first]
-    raster = np.array([m[2] for m in made]).reshape(-1, 4)
+    moved[:, 5] += shift
     centre = (raster[:, :2] + raster[:, 2:]) / 2
-    epsg = np.array([m[0] for m in made], dtype=np.int64)
-    return Outlines(
-        of_record, epsg, shapes, raster, centre, tile[first], moved, tuple(records.ids[i] for i in first)
-    )
+    return Outlines(of_record, epsg.astype(np.int64), shapes, raster, centre, tile[first], moved, names)
 
 
-def _outline(
-    name: str, wkb: bytes | None, epsg: int, transform: NDArray[np.float64], size: NDArray[np.int64]
-) -> tuple[int, Any, tuple[float, float, float, float]]:
-    reason = misplaced(epsg, transform, *size.tolist())
-    if reason is not None:
-        raise GridError(f"record {name!r}", reason, "a raster on Earth", _leave_out(name))
-    a, _, c, _, e, f = transform
-    x = sorted((c, c + a * size[0]))
-    y = sorted((f, f + e * size[1]))
-    north, shift = northern(epsg)
-    pixel = max(abs(a), abs(e))
-    ground = shapely.box(x[0], y[0], x[1], y[1])
-    if wkb:
-        lonlat = shapely.from_wkb(wkb)
-        footprint = _projected(lonlat, epsg)
-        if is_geographic(epsg):  # a raster may count from 0 to 360, an outline does not
-            footprint = shapely.union_all([_turned(footprint, turn) for turn in (-360.0, 0.0, 360.0)])
-        if np.isfinite(shapely.get_coordinates(footprint)).all():
-            ground = shapely.intersection(ground, shapely.make_valid(footprint))
-        elif not _meets(shapely.bounds(ground), epsg, lonlat):  # but the poles are nowhere on Mercator's map
-            place = ", ".join(f"{v:.6g}" for v in shapely.bounds(lonlat))
+def _grounds(names: Sequence[str], wkb: NDArray[Any], epsg: int, raster: NDArray[np.float64]) -> NDArray[Any]:
+    """Return what rasters of one CRS and their records' outlines in lon/lat share; all of a raster without one.
+
+    Parameters
+    ----------
+    names
+        Ids of the records.
+    wkb
+        Shape (record,). Their outlines, or None.
+    epsg
+        The CRS.
+    raster
+        Shape (record, 4): xmin, ymin, xmax, ymax.
+    """
+    ground, lonlat = shapely.box(*raster.T), shapely.from_wkb(np.where(wkb == b"", None, wkb))
+    there = np.flatnonzero(~shapely.is_missing(lonlat))
+    footprint = _projected(lonlat[there], epsg)
+    if is_geographic(epsg):  # a raster may count from 0 to 360, an outline does not
+        turns = [_turned(footprint, turn) for turn in (-360.0, 0.0, 360.0)]
+        footprint = shapely.union_all(np.stack(turns, -1), axis=1)
+    points, of_shape = shapely.get_coordinates(footprint, return_index=True)
+    shown = np.ones(len(there), dtype=bool)
+    shown[of_shape[~np.isfinite(points).all(axis=1)]] = False
+    for number in there[~shown].tolist():
+        if not _meets(raster[number], epsg, lonlat[number]):  # but the poles are nowhere on Mercator's map
+            place = ", ".join(f"{v:.6g}" for v in shapely.bounds(lonlat[number]))
             raise GridError(
-                f"record {name!r}", f"an outline at ({place}) in lon/lat and a raster in EPSG:{epsg}",
-                "a raster within its outline", _leave_out(name),
-            )  # fmt: skip
-    ground = shapely.buffer(ground, pixel, join_style="mitre", cap_style="square")
-    if shift:
-        ground = shapely.transform(ground, lambda p: p + np.array([0.0, shift]))
-    return north, ground, (x[0], y[0] + shift, x[1], y[1] + shift)
+                f"record {names[number]!r}",
+                f"an outline at ({place}) in lon/lat and a raster in EPSG:{epsg}",
+                "a raster within its outline",
+                _leave_out(names[number]),
+            )
+    at = there[shown]
+    ground[at] = shapely.intersection(ground[at], shapely.make_valid(footprint[shown]))
+    return np.asarray(ground)
 
 
 def _turned(shape: Any, degrees: float) -> Any:

@@ -34,7 +34,7 @@ from rasteret_dask.chipping.steps import apply_step, carried_out, steps_of
 from rasteret_dask.grid import zone_epsg
 from rasteret_dask.planning.optimize import named_bands, optimize
 from rasteret_dask.planning.plan import FilterChips, FilterPixels, Map, Node, Sample, Select, Split
-from rasteret_dask.planning.sampling import salt_of, sample_rows, unit_of
+from rasteret_dask.planning.sampling import salt_hash, sample_rows, sample_unit, text_hash, unit_of
 from rasteret_dask.planning.scan import Table, as_table
 
 __all__ = ["plan_chips", "plan_chosen"]
@@ -289,7 +289,7 @@ class _Laid:
 
     def unit(self, seed: int) -> NDArray[np.float64]:
         """Return the number in [0, 1) that each is drawn by."""
-        return unit_of(joined(salt_of(seed), self.windows.prefix, by="|"))
+        return sample_unit(self.windows.prefix, seed)
 
     def frame(self, at: NDArray[np.int64]) -> Frame:
         """Return some of them, in their order of space."""
@@ -319,12 +319,12 @@ class _Cells:
         return len(self.zone)
 
     def unit(self, seed: int) -> NDArray[np.float64]:
-        """Return the number in [0, 1) that each is drawn by."""
-        spec, parts = self.ground.spec, [np.zeros(0)]
-        for zone in np.unique(self.zone).tolist():
-            cells = self.cells[self.zone == zone]
-            head = f"{salt_of(seed)}|{id_head(spec, zone, self.ground.resolution)}"
-            parts.append(unit_of(joined(head, cells[:, 0], cells[:, 1])))
+        """Return the number in [0, 1) that each is drawn by: that of its id, which is not made."""
+        spec, parts = self.ground.spec, list[NDArray[np.float64]]()
+        zones, begin = np.unique(self.zone, return_index=True)
+        for zone, cells in zip(zones.tolist(), np.split(self.cells, begin[1:]), strict=True):
+            head = text_hash(pa.array([id_head(spec, zone, self.ground.resolution)]), salt_hash(seed))
+            parts.append(unit_of(_then(cells[:, 1], _then(cells[:, 0], head))))
         return np.concatenate(parts)
 
     def frame(self, at: NDArray[np.int64]) -> Frame:
@@ -335,3 +335,13 @@ class _Cells:
             for number in np.unique(zone).tolist()
         ]
         return in_space(concatenated(frames), ground.resolution)
+
+
+def _then(numbers: NDArray[np.int64], before: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the hashes of texts that go on with a ``_`` and a number of a cell; ``before``: one for all, or each."""
+    least = int(numbers.min())
+    texts = joined("", np.arange(least, int(numbers.max()) + 1))
+    at = numbers - least
+    if len(before) == 1:
+        return np.asarray(text_hash(texts, before[0])[at])
+    return text_hash(texts.take(pa.array(at)), before)

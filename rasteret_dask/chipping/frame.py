@@ -45,6 +45,9 @@ STRIP = 4
 ZONE_REACH = 6.5
 """Degrees from a zone's central meridian to its farthest cell: 6 in Svalbard, and half a wide cell's length."""
 
+WIDE_CELLS = 56.0
+"""Degrees north, where zones other than 6 degrees wide begin: those of Norway and Svalbard."""
+
 MOST_WINDOWS = 20_000_000
 """Candidate windows of a plan; more than fit into memory, at 2 kB a chip."""
 
@@ -178,10 +181,10 @@ def zone_cells(
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
     limit = None if area is None else _around(_unwrapped(box_around(area)), 4 * spec.cell_km / KM_PER_DEGREE)
     _in_metres(spec, reference, resolution)
-    for name, shape, own in zip(reference.name, reference.shape, reference.epsg.tolist(), strict=True):
-        if shapely.is_empty(shape):
-            continue
-        ground: Bounds | None = _unwrapped(bounds_in(shapely.bounds(shape), own, 4326))
+    boxes = shapely.bounds(reference.shape)
+    for number in _widest(boxes, reference.epsg):
+        name, box_of_record, own = reference.name[number], boxes[number], int(reference.epsg[number])
+        ground: Bounds | None = _unwrapped(bounds_in(box_of_record, own, 4326))
         if limit is not None and ground is not None:
             ground = _shared_degrees(ground, limit)
         if ground is None:
@@ -189,7 +192,7 @@ def zone_cells(
         for zone in _zones_of(ground):
             box = _zone_box(ground, zone)
             if own == zone_epsg(zone) and box is not None:
-                box = _overlap(shapely.bounds(shape), box)
+                box = _overlap(box_of_record, box)
             if box is not None:
                 lattice = lattice_of(zone, spec, resolution)
                 _countable(lattice.windows_in(box), spec, resolution, name, most)
@@ -208,8 +211,16 @@ def _once(
     per_zone: dict[int, list[NDArray[np.int64]]], spec: ChipSpec, resolution: float
 ) -> tuple[dict[int, list[NDArray[np.int64]]], int]:
     """Return each zone's cells once, and how many windows they hold."""
-    once = {zone: [np.unique(np.concatenate(cells), axis=0)] for zone, cells in per_zone.items()}
+    once = {zone: [_distinct(np.concatenate(cells))] for zone, cells in per_zone.items()}
     return once, sum(len(c[0]) * lattice_of(z, spec, resolution).per_side ** 2 for z, c in once.items())
+
+
+def _distinct(cells: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return distinct cells (row, col), rising."""
+    numbers = np.sort(cells[:, 0] * 2**32 + cells[:, 1])  # a column is no more than 2**31 away
+    numbers = numbers[np.append(True, np.diff(numbers) > 0)[: len(numbers)]]
+    row = (numbers + 2**31) >> 32
+    return np.stack([row, numbers - row * 2**32], -1)
 
 
 def zone_frame(
@@ -316,9 +327,29 @@ def _shared_degrees(a: Bounds, b: Bounds) -> Bounds | None:
     return min(west), min(south), max(east), max(north)
 
 
+def _widest(boxes: NDArray[np.float64], epsg: NDArray[np.int64]) -> list[int]:
+    """Return the numbers, rising, of boxes that lie in no other of their CRS: what these touch, the others do."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    result: list[int] = []
+    for code in np.unique(epsg).tolist():
+        own = np.flatnonzero((epsg == code) & ~np.isnan(boxes).any(axis=1))  # an empty outline has no box
+        own = own[np.argsort(-sides[own].prod(axis=1), kind="stable")]
+        kept, count = np.empty((len(own), 4)), 0
+        for number in own.tolist():
+            box = boxes[number]
+            inside = (kept[:count, :2] <= box[:2]) & (kept[:count, 2:] >= box[2:])
+            if not inside.all(axis=1).any():
+                kept[count], count = box, count + 1
+                result.append(number)
+    return sorted(result)
+
+
 def _zones_of(ground: Bounds) -> list[int]:
     """Return the zones of a box in degrees; a zone is at least 3 degrees wide."""
     west, south, east, north = ground
+    if south >= -80.0 and north < WIDE_CELLS:
+        first, last = (int(np.floor((lon + 180.0) / 6.0)) for lon in (west, east))
+        return sorted({turn % 60 + 1 for turn in range(first, last + 1)})
     lon = np.linspace(west, east, int(east - west) + 9)
     lat = np.linspace(south, north, int(north - south) + 9)
     return [int(z) for z in np.unique(utm_zone(*np.meshgrid(lon, lat)))]

@@ -8,30 +8,73 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
 
-__all__ = ["hash_unit", "salt_of", "sample_rows", "unit_of"]
+__all__ = ["hash_unit", "salt_hash", "sample_rows", "sample_unit", "text_hash", "unit_of"]
+
+BASIS, PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x00000100000001B3)
+"""Of FNV-1a, http://www.isthe.com/chongo/tech/comp/fnv/."""
+
+MIXING = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
+"""Factors of ``fmix64`` of MurmurHash3."""
 
 
 def hash_unit(values: Sequence[Any], *salt: Any) -> NDArray[np.float64]:
-    """Return a number in [0, 1) for each value: sha256 of salt and value, the same everywhere and always."""
+    """Return a number in [0, 1) for each value: sha256 of salt and value, the same everywhere and always.
+
+    For the few cells that splits are made of; ids, which are many, are drawn by :func:`sample_unit`.
+    """
     prefix = "|".join(str(s) for s in salt).encode()
     digests = b"".join(hashlib.sha256(prefix + b"|" + str(v).encode()).digest()[:8] for v in values)
     return np.frombuffer(digests, dtype=">u8").astype(np.float64) / 2.0**64
 
 
-def salt_of(seed: int) -> str:
-    """Return what stands before an id, and a ``|``, where a sample is drawn by its hash."""
-    return f"sample|{seed}"
+def text_hash(
+    texts: pa.Array | pa.ChunkedArray, before: NDArray[np.uint64] | np.uint64 = BASIS
+) -> NDArray[np.uint64]:
+    """Return the 64-bit FNV-1a hash of the UTF-8 bytes of each text.
+
+    Parameters
+    ----------
+    texts
+        Shape (text,).
+    before
+        The hash of what stands before each text, or before all of them: a byte changes the hash of those before it,
+        so that what many texts begin with is hashed once.
+    """
+    texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    _, places, data = texts.cast(pa.string()).buffers()
+    result = np.array(np.broadcast_to(before, len(texts)))
+    if not len(texts) or data is None:
+        return result
+    stops = np.frombuffer(places, dtype=np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    begin, length = stops[:-1], np.diff(stops)
+    least, codes = int(length.min()), np.frombuffer(data, dtype=np.uint8)
+    for at in range(int(length.max())):
+        some = slice(None) if at < least else np.flatnonzero(length > at)
+        result[some] = (result[some] ^ codes[begin[some] + at]) * PRIME
+    return result
 
 
-def unit_of(texts: pa.Array) -> NDArray[np.float64]:
-    """Return a number in [0, 1) for each text, its salt included: what :func:`hash_unit` makes of them."""
-    digests = b"".join([hashlib.sha256(text).digest() for text in texts.cast(pa.binary()).to_pylist()])
-    return np.frombuffer(digests, dtype=">u8")[::4].astype(np.float64) / 2.0**64
+def unit_of(hashes: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return a number in [0, 1) for each hash: MurmurHash3's last step, without which alike texts lie near."""
+    mixed = hashes
+    for factor in MIXING:
+        mixed = (mixed ^ (mixed >> np.uint64(33))) * factor
+    mixed = mixed ^ (mixed >> np.uint64(33))
+    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def salt_hash(seed: int) -> np.uint64:
+    """Return the hash of what stands before an id where a sample is drawn by it: ``sample|<seed>|``."""
+    return np.uint64(text_hash(pa.array([f"sample|{seed}|"]))[0])
+
+
+def sample_unit(ids: pa.Array | pa.ChunkedArray, seed: int) -> NDArray[np.float64]:
+    """Return the number in [0, 1) that each id is drawn by: of the text ``sample|<seed>|<id>``, the same everywhere."""
+    return unit_of(text_hash(ids, salt_hash(seed)))
 
 
 def sample_rows(table: pa.Table, id_column: str, n: int, seed: int, by: str | None) -> NDArray[np.int64]:
@@ -43,8 +86,7 @@ def sample_rows(table: pa.Table, id_column: str, n: int, seed: int, by: str | No
         raise PlanError("sample(n=)", repr(n), "0 or more")
     if by is not None and by not in table.column_names:
         raise PlanError("sample(by=)", repr(by), f"one of {', '.join(table.column_names)}")
-    ids = table.column(id_column).combine_chunks()
-    rank = unit_of(pc.binary_join_element_wise(salt_of(seed), ids, "|"))
+    rank = sample_unit(table.column(id_column), seed)
     strata = np.zeros(table.num_rows, dtype=np.int64)
     if by is not None:
         values = [str(v) for v in table.column(by).to_pylist()]

@@ -199,6 +199,8 @@ def _coverage(chips: PlannedChips) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
     for number, (source, found) in enumerate(zip(chips.sources, chips.outlines, strict=True)):
         main = np.flatnonzero((feeds.source == number) & (feeds.order == 0))
+        slots = int(feeds.slot[main].max(initial=0)) + 1
+        main, whole = _less_whole(main, of_chip[main] * slots + feeds.slot[main], feeds.share[main])
         own = Feeds.of(of_chip[main], feeds.slot[main], feeds.order[main], feeds.row[main], feeds.share[main])
         _, key, share = enough(own, frame, found, 0.0)
         open_slot = share < WHOLE
@@ -206,10 +208,33 @@ def _coverage(chips: PlannedChips) -> dict[str, dict[str, Any]]:
         result[source.plan.name] = {
             "chips": len(np.unique(key[open_slot] // slots)),
             "slots": int(open_slot.sum()),
-            "of_slots": len(key),
+            "of_slots": whole + len(key),
             "least": float(share.min(initial=1.0)),
         }
     return result
+
+
+def _less_whole(
+    entries: NDArray[np.int64], slot: NDArray[np.int64], share: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], int]:
+    """Return the entries of slots that no record alone covers whole, and how many slots the others are.
+
+    Parameters
+    ----------
+    entries
+        Shape (entry,).
+    slot
+        Shape (entry,). A number for the slot of each; mostly rising.
+    share
+        Shape (entry,). How much of the chip its record covers.
+    """
+    if not len(entries):
+        return entries, 0
+    order = np.argsort(slot, kind="stable")
+    begin = np.flatnonzero(np.diff(slot[order], prepend=-1))
+    whole = np.maximum.reduceat(share[order], begin) >= 1.0
+    left = np.repeat(~whole, np.diff(np.append(begin, len(order))))
+    return np.sort(entries[order[left]]), int(whole.sum())
 
 
 def _pixel_shapes(chips: PlannedChips, used: Used) -> dict[str, list[list[float]]]:

@@ -76,6 +76,11 @@ class Shard:
         return f"{self.split or 'all'}-{self.number:05d}"
 
 
+def _shard(part: Hierarchy, number: int) -> Shard:
+    start = part.start + (number - part.first) * part.per_shard
+    return Shard(part.split, part.number, number, start, min(start + part.per_shard, part.stop))
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """What one source looks like when it leaves a task."""
@@ -234,13 +239,12 @@ class Job:
         """Yield all shards, split by split."""
         for h in self.hierarchies:
             for number in range(h.first, h.first + h.shards):
-                yield self.shard(h.number, number)
+                yield _shard(h, number)
 
     def shard(self, hierarchy: int, number: int) -> Shard:
         """Return one shard."""
         h = next(h for h in (*self.hierarchies, *self.others) if h.number == hierarchy)
-        start = h.start + (number - h.first) * h.per_shard
-        return Shard(h.split, hierarchy, number, start, min(start + h.per_shard, h.stop))
+        return _shard(h, number)
 
     @cached_property
     def running(self) -> NDArray[np.int64]:
@@ -248,15 +252,18 @@ class Job:
 
         All splits lie on the same ground in the same order: their shards take turns, so that a tile is soon used up.
         """
-        shards = list(self.shards())
-        along = {h.number: h.per_shard / h.chips for h in self.hierarchies if h.chips}
-        first = {h.number: h.first for h in self.hierarchies}
-        order = sorted(
-            shards, key=lambda s: ((s.number - first[s.hierarchy] + 0.5) * along[s.hierarchy], s.hierarchy)
-        )
         place = np.full(self.chips.num_rows, -1, dtype=np.int64)
-        for number, shard in enumerate(order):
-            place[shard.start : shard.stop] = number
+        parts = [h for h in self.hierarchies if h.chips]
+        if not parts:
+            return place
+        along = np.concatenate([(np.arange(h.shards) + 0.5) * (h.per_shard / h.chips) for h in parts])
+        of_part = np.repeat([h.number for h in parts], [h.shards for h in parts])
+        when = np.empty(len(along), dtype=np.int64)
+        when[np.lexsort((of_part, along))] = np.arange(len(along))
+        begun = 0
+        for h in parts:
+            place[h.start : h.stop] = np.repeat(when[begun : begun + h.shards], h.per_shard)[: h.chips]
+            begun += h.shards
         return place
 
     @cached_property
