@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from threading import Condition
 
@@ -52,7 +53,7 @@ class Cuts:
         """Return those of shards that have nothing in common."""
         return cls(np.zeros(max(shards - 1, 0), dtype=np.int64), 0)
 
-    @property
+    @cached_property
     def enough(self) -> int:
         """Shards of a run at whose border no more than :data:`REPEATED` of its bytes are fetched again."""
         if not self.shared.any():
