@@ -17,6 +17,7 @@ from shapely.affinity import translate
 import rasteret_dask as rd
 from rasteret_dask.chipping import drawing, frame
 from rasteret_dask.chipping.chips import ChipSources, PlannedChips, chip_sources
+from rasteret_dask.chipping.chiptable import joined
 from rasteret_dask.chipping.frame import Frame
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import utm_zone
@@ -203,11 +204,10 @@ def test_looking_at_a_fresh_plan_makes_the_table_once(monkeypatch: pytest.Monkey
 
 def test_windows_that_are_not_drawn_get_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = 0
-    made = drawing.joined
 
     def counting(*parts: Any, by: str = "_") -> pa.Array:
         nonlocal texts
-        result = made(*parts, by=by)
+        result = joined(*parts, by=by)
         texts += len(result) if isinstance(result, pa.Array) else 1
         return result
 

@@ -17,6 +17,7 @@ from rasteret_dask.grid import northern, transformer
 from rasteret_dask.reader import pixelgrid, readplan
 from rasteret_dask.reader.readplan import plan_read, tiles_of
 from rasteret_dask.show import tilecount
+from rasteret_dask.show.explain import _less_whole
 from rasteret_dask.show.tilecount import TileCount, tile_count
 from rasteret_dask.table.records import Level, Records
 from rasteret_dask.tasks import pixels
@@ -183,3 +184,13 @@ def test_what_a_header_says_is_not_there_is_not_counted() -> None:
     job = collection("s2", *rows).harmonize(["red"]).chips(128, grid="tiles").job
     assert tile_count(job, 48).requests == 8
     assert tile_count(job, 48).nbytes is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.4, 0.999999, 1.0])), max_size=12))
+def test_slots_that_a_record_covers_whole_are_not_looked_at_again(drawn: list[tuple[int, float]]) -> None:
+    slot, share = np.array([s for s, _ in drawn], dtype=np.int64), np.array([c for _, c in drawn], np.float32)
+    whole = {s for s, c in drawn if c == 1.0}
+    entries, count = _less_whole(np.arange(len(drawn)) + 100, slot, share)
+    assert entries.tolist() == [100 + at for at, (s, _) in enumerate(drawn) if s not in whole]
+    assert count == len(whole)

@@ -133,23 +133,23 @@ def outlines(records: Records, band_of_record: NDArray[Any]) -> Outlines:
             keys[key] = len(first)
             first.append(row)
         of_record[row] = keys[key]
-    names, own = tuple(records.ids[i] for i in first), records.epsg[first].astype(np.int64)
+    ids, own = tuple(records.ids[i] for i in first), records.epsg[first].astype(np.int64)
     epsg, shift = np.array([northern(int(code)) for code in own]).reshape(-1, 2).T
     edges = transform[first][:, [2, 5]]
     edges = np.sort(
         [edges, edges + transform[first][:, [0, 4]] * size[first]], axis=0
     )  # left and low, right and high
     raster = edges.transpose(1, 0, 2).reshape(-1, 4)
-    for name, code, place, pixels in zip(
-        names, own.tolist(), transform[first], size[first].tolist(), strict=True
+    for record, code, place, pixels in zip(
+        ids, own.tolist(), transform[first], size[first].tolist(), strict=True
     ):
         reason = misplaced(code, place, *pixels)
         if reason is not None:
-            raise GridError(f"record {name!r}", reason, "a raster on Earth", _leave_out(name))
+            raise GridError(f"record {record!r}", reason, "a raster on Earth", _leave_out(record))
     shapes = np.empty(len(first), dtype=object)
     for code in np.unique(own).tolist():
         at = np.flatnonzero(own == code)
-        shapes[at] = _grounds([names[i] for i in at], wkb[np.array(first)[at]], code, raster[at])
+        shapes[at] = _grounds([ids[i] for i in at], wkb[np.array(first)[at]], code, raster[at])
     pixel = np.abs(transform[first][:, [0, 4]]).max(axis=1, initial=0.0)
     shapes = shapely.buffer(shapes, pixel, join_style="mitre", cap_style="square")
     south = np.flatnonzero(shift)
@@ -160,7 +160,7 @@ def outlines(records: Records, band_of_record: NDArray[Any]) -> Outlines:
     moved = transform[first].copy()
     moved[:, 5] += shift
     centre = (raster[:, :2] + raster[:, 2:]) / 2
-    return Outlines(of_record, epsg.astype(np.int64), shapes, raster, centre, tile[first], moved, names)
+    return Outlines(of_record, epsg.astype(np.int64), shapes, raster, centre, tile[first], moved, ids)
 
 
 def _grounds(names: Sequence[str], wkb: NDArray[Any], epsg: int, raster: NDArray[np.float64]) -> NDArray[Any]:
@@ -177,7 +177,8 @@ def _grounds(names: Sequence[str], wkb: NDArray[Any], epsg: int, raster: NDArray
     raster
         Shape (record, 4): xmin, ymin, xmax, ymax.
     """
-    ground, lonlat = shapely.box(*raster.T), shapely.from_wkb(np.where(wkb == b"", None, wkb))
+    ground = shapely.box(*raster.T)
+    lonlat = shapely.from_wkb(np.array([one or None for one in wkb], dtype=object))
     there = np.flatnonzero(~shapely.is_missing(lonlat))
     footprint = _projected(lonlat[there], epsg)
     if is_geographic(epsg):  # a raster may count from 0 to 360, an outline does not
