@@ -65,7 +65,7 @@ def test_each_phase_is_a_line_and_each_shard_one_more(small_world: World, tmp_pa
         r"plan: \d+ chips of 1 sources",
         rf"plan: 40 chips in {len(shards)} shards",
         rf"to_zarr {store}: prepared; 0 of {len(shards)} shards are written",
-        rf"to_zarr {store}: {len(shards)} shards submitted",
+        rf"to_zarr {store}: {len(shards)} shards to write",
         rf"to_zarr {store}: committed",
         r"<Stream of 40 chips.*next: epoch 0, batch 0>: reading begins",
         r"<Stream of 40 chips.*ended",

@@ -269,7 +269,7 @@ def trivial(count: int, compute: Any, enough: int = 10) -> Shards:
 
 
 def test_shards_that_fail_do_so_by_themselves(two: LocalCluster, tmp_path: Path) -> None:
-    """A failing shard of a run is tried once more, by itself; so are those whose worker another has killed."""
+    """A failing shard is tried once more, by itself; one lost with its worker once more at the end, alone."""
     work = Noted(str(tmp_path), once=(5, 6), always=(9,), deadly=(30,))
     with Client(two, set_as_default=False) as client, pytest.raises(JobError) as caught:
         write_shards(runner(client), trivial(40, work), Exit("to_zarr", "x", 40), lambda: None)
@@ -281,7 +281,8 @@ def test_shards_that_fail_do_so_by_themselves(two: LocalCluster, tmp_path: Path)
         str(n) for n in range(40) if n not in (9, 30)
     }
     tries_of = Counter(int(path.stem) for path in tmp_path.iterdir() if path.suffix)
-    assert tries_of[5] == tries_of[6] == tries_of[9] == 2
+    deaths = tries_of[30]  # which may each take a shard along that is under way
+    assert all(2 <= tries_of[n] <= 2 + deaths for n in (5, 6, 9))
 
 
 class Ahead(SchedulerPlugin):

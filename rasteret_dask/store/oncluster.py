@@ -156,8 +156,8 @@ class ClusterTasks:
             error = future.exception()
         future.release()
         if len(sent.run.names) == 1 or isinstance(error, UnwritableStoreError):
-            # what kills its workers, Dask has tried several times
-            return [ShardNews(name, error, not isinstance(error, KilledWorker)) for name in sent.left[:1]]
+            killed = isinstance(error, KilledWorker)  # Dask has tried it several times
+            return [ShardNews(name, error, not killed, killed) for name in sent.left[:1]]
         # by themselves, so that only those fail that must
         failure = "its run ended without it" if error is None else f"its run ended with {error}"
         return [ShardNews(name, _failure(name, failure), may_pass=True) for name in sent.left]

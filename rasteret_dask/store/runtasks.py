@@ -46,3 +46,5 @@ class ShardNews:
     """What computing it ended with; None: it is written."""
     may_pass: bool = False
     """Whether it is worth another try."""
+    killed: bool = False
+    """Whether its worker was lost each time: because of it, or of another shard that the worker computed beside it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Exit", "Shards", "runner", "write_shards"]
 
+_log = logging.getLogger(__name__)
+
 AHEAD = 1024
 """Tasks that are sent and have not ended, at most; more are sent once half of them have."""
 
 MAX_LISTED = 10
-AGAIN = "-again"
-"""What the name of a shard's second task ends in."""
+AGAIN, ALONE = "-again", "-alone"
+"""What the name of a shard's second task ends in, and that of one which nothing runs beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,11 @@ class Shards:
     verb: str = "write"
     """What the keys begin with."""
 
-    def run(self, at: Sequence[int], whole: bool, again: bool = False) -> Run:
+    def run(self, at: Sequence[int], whole: bool, mark: str = "") -> Run:
         """Return the run of some of the shards."""
         names, contents = [self.names[n] for n in at], "".join(self.contents[n] for n in at)
         content = contents[:16] if len(at) == 1 else hashlib.sha256(contents.encode()).hexdigest()[:16]
-        key = f"{self.verb}-{names[0]}-{content}-{self.tail}{AGAIN if again else ''}"
+        key = f"{self.verb}-{names[0]}-{content}-{self.tail}{mark}"
         return Run(
             key, tuple(names), tuple(self.items[n] for n in at), tuple(self.places[n] for n in at), whole
         )
@@ -121,7 +124,9 @@ def write_shards(running: _Runner, shards: Shards, caller: Exit, sign: Callable[
     number = {name: at for at, name in enumerate(shards.names)}
     failed: dict[str, BaseException] = {}
     again: deque[str] = deque()
+    alone: deque[str] = deque()
     tried: set[str] = set()
+    tried_alone: set[str] = set()
     done = caller.total - len(number)
     with (
         Progress("shards", caller.progress, caller.total) as shown,
@@ -129,6 +134,7 @@ def write_shards(running: _Runner, shards: Shards, caller: Exit, sign: Callable[
     ):
         shown.step(done)
         sign()
+        _log.info("%s %s: %d shards to write", caller.name, caller.place, len(number))
         at_place = {place: at for at, place in enumerate(shards.places)}
         begun = 0
         while True:
@@ -142,7 +148,10 @@ def write_shards(running: _Runner, shards: Shards, caller: Exit, sign: Callable[
                         break
                 # by itself, and not by Dask's retries, which cannot tell errors apart; behind all others
                 while again and begun == len(shards.places):
-                    window.append(shards.run([number[again.popleft()]], whole=False, again=True))
+                    window.append(shards.run([number[again.popleft()]], whole=False, mark=AGAIN))
+                # at the very end, one at a time: only what kills its worker with nothing beside it has done so
+                if alone and not window and not running.unfinished:
+                    window.append(shards.run([number[alone.popleft()]], whole=False, mark=ALONE))
                 if window:
                     running.send(shards.work, window)
             if not running.unfinished:
@@ -164,6 +173,9 @@ def write_shards(running: _Runner, shards: Shards, caller: Exit, sign: Callable[
                 elif shard.may_pass and shard.name not in tried:
                     tried.add(shard.name)
                     again.append(shard.name)
+                elif shard.killed and shard.name not in tried_alone:
+                    tried_alone.add(shard.name)
+                    alone.append(shard.name)
                 else:
                     failed[shard.name] = shard.error
             shown.step(done + len(failed) - shown.done, f", {len(failed)} failed" if failed else "")
