@@ -61,6 +61,7 @@ TESTING = (
     "stac-fastapi-api",
     "stac-fastapi-extensions",
     "stac-fastapi-types",
+    "tifffile",
     "uvicorn",
 )
 """What those import."""
