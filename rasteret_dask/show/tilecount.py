@@ -355,6 +355,7 @@ def _weights(job: Job, needs: Sequence[_Need]) -> list[NDArray[np.float64]]:
     layouts, layout = np.unique(
         np.array([(*northern(key[2]), *key[3:]) for key in numbers]), axis=0, return_inverse=True
     )
+    layout = np.ravel(layout)  # NumPy 2.0 gives it a second dimension
     pair, pairs = pd.factorize(layout[entry] * job.chips.num_rows + chip)
     kind, place_of = np.divmod(pairs, job.chips.num_rows)
     code, shift, a, c, e, f, width, height, tile_width, tile_height = layouts[kind].T

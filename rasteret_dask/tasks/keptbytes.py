@@ -168,6 +168,7 @@ def _spans_of(job: Job, read: _Read) -> Iterator[_Spans]:
         np.column_stack([read.level, read.epsg]), axis=0, return_index=True, return_inverse=True
     )
     chips = job.chips.num_rows
+    layout = np.ravel(layout)  # NumPy 2.0 gives it a second dimension
     pair, pairs = pd.factorize(layout[read.row] * chips + read.chip)
     kind, chip = np.divmod(pairs, chips)
     tile = layouts[kind][:, [7, 6]]
