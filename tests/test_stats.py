@@ -176,7 +176,7 @@ def test_masks_are_counted(s2: rd.Collection, tmp_path: Path) -> None:
     fields = bare.to_geopandas()[["geometry"]].iloc[::3]
     fields["crop"] = ["rye", "oats", "flax"] * (len(fields) // 3) + ["rye"] * (len(fields) % 3)
     chips = s2.harmonize(bands=["red"], time="1MS").chips(32, cell_km=0.96, labels=fields, rasterize="crop")
-    chips = chips.sample(20)
+    chips = chips.sample(40)
     layout = small(chips)
     mask = nodes(chips.load())[""]["mask"].values
     numbers, pixels = np.unique(mask, return_counts=True)
@@ -186,7 +186,7 @@ def test_masks_are_counted(s2: rd.Collection, tmp_path: Path) -> None:
         assert found["s2/mask"].bands == ("mask",)
         assert found["s2/mask"].total == mask.size
         assert found["s2/mask"].classes == {"mask": dict(zip(numbers.tolist(), pixels.tolist(), strict=True))}
-    batch = next(open_chips(place).stream(20, normalize=True))
+    batch = next(open_chips(place).stream(40, normalize=True))
     np.testing.assert_array_equal(np.sort(batch["s2/mask"].ravel()), np.sort(mask.ravel()))
 
 
