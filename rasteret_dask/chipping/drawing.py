@@ -33,7 +33,7 @@ from rasteret_dask.chipping.frame import (
 from rasteret_dask.chipping.steps import apply_step, carried_out, steps_of
 from rasteret_dask.grid import zone_epsg
 from rasteret_dask.planning.optimize import named_bands, optimize
-from rasteret_dask.planning.plan import FilterChips, FilterPixels, Map, Node, Sample, Select, Split
+from rasteret_dask.planning.plan import CutChips, FilterChips, FilterPixels, Map, Node, Sample, Select, Split
 from rasteret_dask.planning.sampling import salt_hash, sample_rows, sample_unit, text_hash, unit_of
 from rasteret_dask.planning.scan import Table, as_table
 
@@ -74,10 +74,11 @@ def plan_chips(plan: Node, tables: Mapping[str, Table], *, optimized: bool = Tru
         Whatever cannot be carried out, before any pixel is read.
     """
     begun = time.monotonic()
-    result = plan_chosen(plan, tables) if optimized else None
+    node, steps = steps_of(optimize(plan) if optimized else named_bands(plan))
+    ground = chip_sources(node, tables)
+    result = _chosen(ground, steps, tables) if optimized and _pays(node, steps) else None
     if result is None:
-        node, steps = steps_of(optimize(plan) if optimized else named_bands(plan))
-        result = _planned(_all_laid(chip_sources(node, tables), tables), steps, tables)
+        result = _planned(_all_laid(ground, tables), steps, tables)
     passed = time.monotonic() - begun
     _log.info("plan: %d chips of %d sources, %.1f s", result.table.num_rows, len(result.sources), passed)
     return result
@@ -90,10 +91,12 @@ def plan_chosen(plan: Node, tables: Mapping[str, Table]) -> PlannedChips | None:
     alone come before records are looked for; so do the hashes of a sample, see :func:`drawn`.
     """
     node, steps = steps_of(optimize(plan))
-    if node.spec.at is not None or not _pays(steps):
-        return None
-    ground = chip_sources(node, tables)
-    frame = None if node.spec.grid == "zone" else _candidates(ground, None)
+    return _chosen(chip_sources(node, tables), steps, tables) if _pays(node, steps) else None
+
+
+def _chosen(ground: ChipSources, steps: Sequence[Node], tables: Mapping[str, Table]) -> PlannedChips | None:
+    """Plan what is kept; None where that needs all chips."""
+    frame = None if ground.spec.grid == "zone" else _candidates(ground, None)
     sample = drawn(ground, steps, frame)
     if sample is not None:
         tell_of_coarse(ground)
@@ -130,8 +133,10 @@ def _all_laid(ground: ChipSources, tables: Mapping[str, Table]) -> PlannedChips:
     return replace(laid, dropped=dropped, labels=labels_of(ground, tables))
 
 
-def _pays(steps: Sequence[Node]) -> bool:
+def _pays(node: CutChips, steps: Sequence[Node]) -> bool:
     """Tell whether steps may be carried out on some windows only."""
+    if node.spec.at is not None:
+        return False
     for step in steps:
         if isinstance(step, Sample):
             return step.by is None

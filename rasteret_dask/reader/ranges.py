@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -122,26 +121,22 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _range(href: str, start: int, length: int) -> tuple[Any, int, str | None]:
-    if not remote.is_local(href):
-        found = remote.fetch(href, start, length)
-        return found.data, found.head.size, found.head.etag
-    file = os.open(remote.local_path(href), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
-        stat, parts = os.fstat(file), []  # no ETag: a local one is inode and time, which a copy does not keep
-        while length > 0 and (part := os.pread(file, length, start)):
-            parts.append(part)
-            start, length = start + len(part), length - len(part)
-    finally:
-        os.close(file)
-    return parts[0] if len(parts) == 1 else b"".join(parts), stat.st_size, None
+        found = remote.fetch(href, start, length)
+    except ReadError as error:
+        if error.found != remote.NO_RANGE:
+            raise
+        return b"", *_head(href)  # its size says more than that
+    return found.data, *_version(href, found.head)
 
 
 def _head(href: str) -> tuple[int, str | None]:
-    if remote.is_local(href):
-        stat = os.stat(remote.local_path(href))
-        return stat.st_size, None
-    found = remote.head(href)
-    return found.size, found.etag
+    return _version(href, remote.head(href))
+
+
+def _version(href: str, head: remote.Head) -> tuple[int, str | None]:
+    """Return what a file is held against; a local ETag is inode and time, which a copy does not keep."""
+    return head.size, None if remote.is_local(href) else head.etag
 
 
 def _check(asset: Asset, size: int, etag: str | None, doing: str) -> None:

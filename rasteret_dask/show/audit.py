@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -85,31 +85,8 @@ def audit(chips: PlannedChips) -> Audit:
     PlanError
         When the plan has no split step.
     """
-    if chips.split is None:
-        raise PlanError("audit", "no split step", "split(...) before audit()")
-    names = chips.split.names
-    split = _numbered(chips.table.column("split"))
-    member = {n: split.number == split.place(n) for n in names}
-    count = {n: int(np.sum(m)) for n, m in member.items()}
-    total = max(sum(count.values()), 1)
-    cell = _numbered(chips.table.column("cell")).number
-    cells = {n: len(np.unique(cell[m & (cell >= 0)])) for n, m in member.items()}
-    ground = _Ground.of(chips)
-    overlaps, distance = {}, {}
-    for a, b in combinations([n for n in names if count[n]], 2):
-        first, second = np.flatnonzero(member[a]), np.flatnonzero(member[b])
-        overlaps[f"{a}-{b}"], distance[f"{a}-{b}"] = _between(ground, first, second)
-    left = leftover(chips.spec, chips.resolution)
-    return Audit(
-        count,
-        {n: c / total for n, c in count.items()},
-        dict(chips.split.ratios),
-        cells,
-        dict(chips.dropped),
-        overlaps,
-        distance,
-        "" if left is None else left.text,
-    )
+    whole = chips.table.select
+    return _audited(chips, [whole], [(0.0, whole, whole)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,25 +119,47 @@ def audit_blocks(chips: PlannedChips, blocks: Sequence[BlockGround]) -> Audit:
     PlanError
         When the plan has no split step.
     """
+    pairs = ((gap, first.table, second.table) for gap, first, second in _by_gap(blocks))
+    return _audited(chips, [block.table for block in blocks], pairs)
+
+
+_Part: TypeAlias = Callable[[Sequence[str]], pa.Table]
+"""Some chips: gives columns of theirs."""
+
+
+def _audited(
+    chips: PlannedChips, parts: Sequence[_Part], pairs_of_parts: Iterable[tuple[float, _Part, _Part]]
+) -> Audit:
+    """Check the splits of chips that are looked at in parts.
+
+    Parameters
+    ----------
+    chips
+        What the plan says of all of them.
+    parts
+        All chips.
+    pairs_of_parts
+        Each part with itself, then two of them, those nearest to each other first, with the gap between them, metres.
+    """
     if chips.split is None:
         raise PlanError("audit", "no split step", "split(...) before audit()")
     names = chips.split.names
     count, cells = dict.fromkeys(names, 0), {name: set[str]() for name in names}
-    for block in blocks:
-        rows = block.table(["split", "cell"])
+    for part in parts:
+        rows = part(["split", "cell"])
         for name in names:
             own = rows.filter(pc.equal(rows.column("split"), name)).column("cell")
             count[name] += len(own)
-            cells[name] |= set(pc.unique(own).to_pylist())
-    pairs = [f"{a}-{b}" for a, b in combinations([n for n in names if count[n]], 2)]
+            cells[name] |= set(pc.unique(own.drop_null()).to_pylist())
+    pairs = list(combinations([name for name in names if count[name]], 2))
     overlaps, distance = dict.fromkeys(pairs, 0), dict.fromkeys(pairs, np.inf)
-    for gap, first, second in _by_gap(blocks):
+    for gap, first, second in pairs_of_parts:
         wanted = [pair for pair in pairs if gap == 0.0 or gap < distance[pair]]
         if not wanted:
             break
         ground, split, before = _two(chips, first, second)
         for pair in wanted:
-            a, b = (split == name for name in pair.split("-"))
+            a, b = (split.number == split.place(name) for name in pair)
             sides = [(a, b)] if before is None else [(a & before, b & ~before), (a & ~before, b & before)]
             for one, other in sides:
                 near = _beside(ground, np.flatnonzero(one), np.flatnonzero(other), distance[pair])
@@ -172,9 +171,13 @@ def audit_blocks(chips: PlannedChips, blocks: Sequence[BlockGround]) -> Audit:
     left = leftover(chips.spec, chips.resolution)
     return Audit(
         count, {n: c / total for n, c in count.items()}, dict(chips.split.ratios),
-        {n: len(c) for n, c in cells.items()}, dict(chips.dropped), overlaps, distance,
+        {n: len(c) for n, c in cells.items()}, dict(chips.dropped), _named(overlaps), _named(distance),
         "" if left is None else left.text,
     )  # fmt: skip
+
+
+def _named(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
+    return {f"{a}-{b}": value for (a, b), value in values.items()}
 
 
 def _by_gap(blocks: Sequence[BlockGround]) -> Iterator[tuple[float, BlockGround, BlockGround]]:
@@ -197,15 +200,14 @@ def _by_gap(blocks: Sequence[BlockGround]) -> Iterator[tuple[float, BlockGround,
 
 
 def _two(
-    chips: PlannedChips, first: BlockGround, second: BlockGround
-) -> tuple[_Ground, NDArray[Any], NDArray[np.bool_] | None]:
-    """Return the ground of one or two blocks, each chip's split, and which chips are of the first of two."""
+    chips: PlannedChips, first: _Part, second: _Part
+) -> tuple[_Ground, _Numbers, NDArray[np.bool_] | None]:
+    """Return the ground of one or two parts, each chip's split, and which chips are of the first of two."""
     names = ["epsg", "xmin", "ymin", "xmax", "ymax", "geometry", "split"]
-    tables = [block.table(names) for block in ([first] if first is second else [first, second])]
+    tables = [part(names) for part in ([first] if first is second else [first, second])]
     table = pa.concat_tables(tables)
-    split = np.array(table.column("split").fill_null("").to_pylist(), dtype=object)
     before = None if len(tables) == 1 else np.arange(table.num_rows) < tables[0].num_rows
-    return _Ground.of(replace(chips, table=table)), split, before
+    return _Ground.of(replace(chips, table=table)), _numbered(table.column("split")), before
 
 
 def _beside(

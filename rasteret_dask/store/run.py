@@ -79,8 +79,8 @@ def run_zarr(
         if len(done) < total:
             job = layout.job
             plans = [job.parts[0].ref.url] if isinstance(job, JobOfParts) else []
-            shards = _shards(layout, url, context, done)
             with clusters.using(client) as cluster:
+                shards = _shards(layout, url, context, done, alone=cluster is None)
 
                 def sign() -> None:
                     signatures.send(cluster, layout.job.hrefs(), layout.job.signed)
@@ -167,8 +167,8 @@ def _part_shards(
     )
 
 
-def _shards(layout: Layout, url: str, context: ReadContext, done: Collection[str]) -> Shards:
-    """Return the shards that are not written."""
+def _shards(layout: Layout, url: str, context: ReadContext, done: Collection[str], *, alone: bool) -> Shards:
+    """Return the shards that are not written; one process alone need not know what two of them have in common."""
     if isinstance(layout.job, JobOfParts):
         return _part_shards(layout.job, layout, url, context, done)
     job, place = layout.job, _place(layout, url, context)
@@ -184,7 +184,7 @@ def _shards(layout: Layout, url: str, context: ReadContext, done: Collection[str
         [(shard.hierarchy, shard.number) for shard in order],
         [job.keys[shard.name] for shard in order],
         [int(job.running[shard.start]) for shard in order],
-        Cuts.of(job),
+        Cuts.free(int(job.running.max(initial=-1)) + 1) if alone else Cuts.of(job),
         place,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -121,39 +121,18 @@ def write_shards(running: _Runner, shards: Shards, caller: Exit, sign: Callable[
     JobError
         When shards failed, the store takes no more, or the scheduler was lost.
     """
-    number = {name: at for at, name in enumerate(shards.names)}
-    failed: dict[str, BaseException] = {}
-    again: deque[str] = deque()
-    alone: deque[str] = deque()
-    tried: set[str] = set()
-    tried_alone: set[str] = set()
-    done = caller.total - len(number)
+    state = _State(shards, caller.total - len(shards.names))
     with (
         Progress("shards", caller.progress, caller.total) as shown,
         running.watched(shards.work, shards.run([0], whole=False), f"{caller.name} {caller.place}", shown),
     ):
-        shown.step(done)
+        shown.step(state.done)
         sign()
-        _log.info("%s %s: %d shards to write", caller.name, caller.place, len(number))
-        at_place = {place: at for at, place in enumerate(shards.places)}
-        begun = 0
+        _log.info("%s %s: %d shards to write", caller.name, caller.place, len(shards.names))
         while True:
-            if running.unfinished <= AHEAD // 2:
-                window: list[Run] = []
-                force = running.force  # workers come and go
-                for places in shards.cuts.rounds(shards.places[begun:], force):
-                    window += [shards.run([at_place[p] for p in run], force.processes == 1) for run in places]
-                    begun += sum(map(len, places))
-                    if running.unfinished + len(window) >= AHEAD:
-                        break
-                # by itself, and not by Dask's retries, which cannot tell errors apart; behind all others
-                while again and begun == len(shards.places):
-                    window.append(shards.run([number[again.popleft()]], whole=False, mark=AGAIN))
-                # at the very end, one at a time: only what kills its worker with nothing beside it has done so
-                if alone and not window and not running.unfinished:
-                    window.append(shards.run([number[alone.popleft()]], whole=False, mark=ALONE))
-                if window:
-                    running.send(shards.work, window)
+            window = state.window(running)
+            if window:
+                running.send(shards.work, window)
             if not running.unfinished:
                 break
             try:
@@ -161,33 +140,82 @@ def write_shards(running: _Runner, shards: Shards, caller: Exit, sign: Callable[
             except CancelledError as error:
                 raise JobError(
                     f"store {caller.place}",
-                    f"{error}; {done} of {caller.total} shards are written",
+                    f"{error}; {state.done} of {caller.total} shards are written",
                     "a scheduler that stays, with its tasks, until the end",
                     f"Call {caller.name} again once there is a scheduler: it does the rest.",
                 ) from error
             for shard in news:
                 if isinstance(shard.error, UnwritableStoreError):  # the others would end so too
-                    raise _unwritable(caller, shard.error, done)
-                if shard.error is None:
-                    done += 1
-                elif shard.may_pass and shard.name not in tried:
-                    tried.add(shard.name)
-                    again.append(shard.name)
-                elif shard.killed and shard.name not in tried_alone:
-                    tried_alone.add(shard.name)
-                    alone.append(shard.name)
-                else:
-                    failed[shard.name] = shard.error
-            shown.step(done + len(failed) - shown.done, f", {len(failed)} failed" if failed else "")
-    if failed:
-        lines = [f"{name}: {error}" for name, error in sorted(failed.items())[:MAX_LISTED]]
-        more = f"\nand {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
-        raise JobError(
-            f"store {caller.place}",
-            f"{len(failed)} of {caller.total} shards failed:\n" + "\n".join(lines) + more + "\n",
-            "every shard written",
-            f"The others are written and the store is not committed: mend the cause and call {caller.name} again.",
-        ) from next((e for e in failed.values() if isinstance(e, RasteretDaskError)), None)
+                    raise _unwritable(caller, shard.error, state.done)
+                state.take(shard)
+            failed = len(state.failed)
+            shown.step(state.done + failed - shown.done, f", {failed} failed" if failed else "")
+    if state.failed:
+        raise _failures(caller, state.failed)
+
+
+class _State:
+    """Which shards are to be sent next, and what became of those that were."""
+
+    def __init__(self, shards: Shards, done: int) -> None:
+        self.done = done
+        """Shards that are written."""
+        self.failed: dict[str, BaseException] = {}
+        self._shards = shards
+        self._number = {name: at for at, name in enumerate(shards.names)}
+        self._at_place = {place: at for at, place in enumerate(shards.places)}
+        self._begun = 0
+        self._again: deque[str] = deque()
+        self._alone: deque[str] = deque()
+        self._tried = {AGAIN: set[str](), ALONE: set[str]()}
+
+    def window(self, running: _Runner) -> list[Run]:
+        """Return the runs to send now: none while so many are under way."""
+        shards, window = self._shards, list[Run]()
+        if running.unfinished > AHEAD // 2:
+            return window
+        force = running.force  # workers come and go
+        for places in shards.cuts.rounds(shards.places[self._begun :], force):
+            window += [shards.run([self._at_place[p] for p in run], force.processes == 1) for run in places]
+            self._begun += sum(map(len, places))
+            if running.unfinished + len(window) >= AHEAD:
+                break
+        # by itself, and not by Dask's retries, which cannot tell errors apart; behind all others
+        while self._again and self._begun == len(shards.places):
+            window.append(self._by_itself(self._again.popleft(), AGAIN))
+        # at the very end, one at a time: only what kills its worker with nothing beside it has done so
+        if self._alone and not window and not running.unfinished:
+            window.append(self._by_itself(self._alone.popleft(), ALONE))
+        return window
+
+    def _by_itself(self, name: str, mark: str) -> Run:
+        return self._shards.run([self._number[name]], whole=False, mark=mark)
+
+    def take(self, shard: ShardNews) -> None:
+        """Note how a shard has ended, and whether it is tried once more."""
+        if shard.error is None:
+            self.done += 1
+        elif shard.may_pass and shard.name not in self._tried[AGAIN]:
+            self._tried[AGAIN].add(shard.name)
+            self._again.append(shard.name)
+        elif shard.killed and shard.name not in self._tried[ALONE]:
+            self._tried[ALONE].add(shard.name)
+            self._alone.append(shard.name)
+        else:
+            self.failed[shard.name] = shard.error
+
+
+def _failures(caller: Exit, failed: Mapping[str, BaseException]) -> JobError:
+    lines = [f"{name}: {error}" for name, error in sorted(failed.items())[:MAX_LISTED]]
+    more = f"\nand {len(failed) - MAX_LISTED} more" if len(failed) > MAX_LISTED else ""
+    failure = JobError(
+        f"store {caller.place}",
+        f"{len(failed)} of {caller.total} shards failed:\n" + "\n".join(lines) + more + "\n",
+        "every shard written",
+        f"The others are written and the store is not committed: mend the cause and call {caller.name} again.",
+    )
+    failure.__cause__ = next((e for e in failed.values() if isinstance(e, RasteretDaskError)), None)
+    return failure
 
 
 def _unwritable(caller: Exit, error: UnwritableStoreError, done: int) -> JobError:
