@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
 INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types pytest bench bench-training clean distclean
+.PHONY: help demo test test-slow docs lint types pytest bench bench-training clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +24,12 @@ demo: $(VENV)/.demo-installed  ## Make a small world, write its train chips, che
 
 test: lint types pytest  ## Lint, type-check and run the tests, but for the slow ones
 
-test-slow: $(VENV)/.test-installed  ## The slow tests: wheels on each Python, lowest and newest versions, notebooks
+test-slow: $(VENV)/.test-installed $(VENV)/.docs-installed  ## The slow tests: wheels on each Python, lowest and newest versions, notebooks, site
 	@$(BIN)/python $(PYTEST) -m slow $(ARGS)
+
+docs: $(VENV)/.docs-installed  ## Build the documentation site, strictly (output: docs/_build/html)
+	@$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 lint: $(VENV)/.test-installed  ## ruff check and ruff format --check
 	@$(BIN)/ruff check .
@@ -48,6 +52,7 @@ bench-training: $(VENV)/.bench-installed $(VENV)/.torch-installed  ## Streams ag
 
 clean:  ## Remove what builds, tests and the demo leave behind
 	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis dask-worker-space
+	rm -rf docs/_build docs/_made docs/api
 	find rasteret_dask tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## The same, and the virtual environment

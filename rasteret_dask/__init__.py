@@ -1,8 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
 """Distributed dataflow on Dask for multi-collection satellite training data.
 
 The main path: :func:`build` makes a :class:`Collection`; ``merge``, ``subset``, ``harmonize``, ``join``
 and ``chips`` add steps to its plan; ``split`` and ``select`` choose chips; ``explain`` tells what would be done;
 ``to_zarr``, ``stream``, ``to_xarray`` and ``cube`` do it. :func:`open_chips` opens what was written.
+
+In the examples of docstrings, ``collection`` is the Sentinel-2 scenes of the demo's world
+(``rd.build("demo/sentinel-2-l2a")``), ``landsat`` and ``embeddings`` are its other two collections, ``chips`` is what
+``collection.harmonize(["red", "nir"], mask="clouds", time="1MS").chips(32, cell_km=0.96).split(seed=1)`` returns, and
+``stored`` these chips in a store, ``train.zarr``.
 
 What happens is logged below ``logging.getLogger("rasteret_dask")``: a line a phase at INFO, a line a shard at DEBUG, a
 job that stands still at WARNING. Nothing is shown unless the application configures logging.
@@ -27,14 +33,18 @@ if TYPE_CHECKING:
     from rasteret_dask.errors import (
         BandError,
         ConcurrentWriteWarning,
+        CredentialsError,
+        EmptyError,
         FormatError,
         GridError,
+        IncompleteError,
         JobError,
         MissingExtraError,
         MixedScalesWarning,
         PlanError,
         RasteretDaskError,
         ReadError,
+        RecipeError,
         SchemaError,
         SignedHrefsWarning,
         SourceError,
@@ -43,21 +53,30 @@ if TYPE_CHECKING:
         UnknownKindWarning,
         UnreadableAssetsError,
         UnreadableTilesWarning,
+        UntiledFilesWarning,
         UnwritableStoreError,
     )
+    from rasteret_dask.launching.cluster import cluster
+    from rasteret_dask.launching.request import WorkerSize
     from rasteret_dask.net.trust import trust
-    from rasteret_dask.openers import as_collection, build_from_table, load
+    from rasteret_dask.openers import as_collection, build_from_files, build_from_table, load
     from rasteret_dask.reader.cogreader import CogReader
+    from rasteret_dask.recipes.recipe import Recipe, load_recipe
+    from rasteret_dask.reportpage import report
     from rasteret_dask.rules import masks, picks, units
+    from rasteret_dask.runlimits import RunLimits
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
+    from rasteret_dask.store.committing import commit
+    from rasteret_dask.store.jobreport import JobReport, job_report
     from rasteret_dask.store.verifying import Verification, verify
     from rasteret_dask.storeset import StoredChips, open_chips
     from rasteret_dask.streamfrom import stream_from
     from rasteret_dask.streams.datasets import as_xarray
     from rasteret_dask.streams.stream import Stream
     from rasteret_dask.table.records import RECORD_SCHEMA
+    from rasteret_dask.tasks.usage import Cost, Usage
 
 __all__ = [
     "Audit",
@@ -68,16 +87,24 @@ __all__ = [
     "CogReader",
     "Collection",
     "ConcurrentWriteWarning",
+    "Cost",
+    "CredentialsError",
+    "EmptyError",
     "Explanation",
     "FormatError",
     "GridError",
+    "IncompleteError",
     "JobError",
+    "JobReport",
     "MissingExtraError",
     "MixedScalesWarning",
     "PlanError",
     "RECORD_SCHEMA",
     "RasteretDaskError",
     "ReadError",
+    "Recipe",
+    "RecipeError",
+    "RunLimits",
     "SchemaError",
     "SignedHrefsWarning",
     "SourceError",
@@ -89,24 +116,33 @@ __all__ = [
     "UnknownKindWarning",
     "UnreadableAssetsError",
     "UnreadableTilesWarning",
+    "UntiledFilesWarning",
     "UnwritableStoreError",
+    "Usage",
     "Verification",
+    "WorkerSize",
     "__version__",
     "as_collection",
     "as_xarray",
     "build",
+    "build_from_files",
     "build_from_stac",
     "build_from_table",
+    "cluster",
+    "commit",
     "compact",
     "datasets",
+    "job_report",
     "join",
     "load",
+    "load_recipe",
     "masks",
     "merge",
     "open_chips",
     "picks",
     "refresh",
     "register",
+    "report",
     "sign",
     "stream_from",
     "trust",
@@ -126,21 +162,30 @@ _MODULES = {
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",
-    "errors": "BandError ConcurrentWriteWarning FormatError GridError JobError MissingExtraError "
-    "MixedScalesWarning PlanError RasteretDaskError ReadError SchemaError SignedHrefsWarning SourceError "
-    "StoreError TrustError UnknownKindWarning UnreadableAssetsError UnreadableTilesWarning UnwritableStoreError",
+    "errors": "BandError ConcurrentWriteWarning CredentialsError EmptyError FormatError GridError IncompleteError "
+    "JobError MissingExtraError MixedScalesWarning PlanError RasteretDaskError ReadError RecipeError SchemaError "
+    "SignedHrefsWarning SourceError StoreError TrustError UnknownKindWarning UnreadableAssetsError "
+    "UnreadableTilesWarning UntiledFilesWarning UnwritableStoreError",
+    "launching.cluster": "cluster",
+    "launching.request": "WorkerSize",
     "net.trust": "trust",
-    "openers": "as_collection build_from_table load",
+    "openers": "as_collection build_from_files build_from_table load",
     "reader.cogreader": "CogReader",
+    "recipes.recipe": "Recipe load_recipe",
+    "reportpage": "report",
+    "runlimits": "RunLimits",
     "show.audit": "Audit",
     "show.explain": "Explanation",
     "statistics.stats": "Stats",
+    "store.committing": "commit",
+    "store.jobreport": "JobReport job_report",
     "store.verifying": "Verification verify",
     "storeset": "StoredChips open_chips",
     "streamfrom": "stream_from",
     "streams.datasets": "as_xarray",
     "streams.stream": "Stream",
     "table.records": "RECORD_SCHEMA",
+    "tasks.usage": "Cost Usage",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 _RULES = {"masks": "rules.masks", "picks": "rules.picks", "units": "rules.units"}

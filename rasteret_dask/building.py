@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scenes of a catalog's datasets, of STAC APIs and of STAC items become collections."""
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from rasteret_dask.catalogs.catalog import find, known_dataset
+from rasteret_dask.catalogs.catalog import Entry, find, known_dataset
 from rasteret_dask.catalogs.signing import expired, lacking
 from rasteret_dask.collection import Collection
+from rasteret_dask.crs import number, wkt2
 from rasteret_dask.errors import PlanError, SourceError
 from rasteret_dask.formats import TABLE as FORMAT
 from rasteret_dask.geometries.areas import bbox_of
@@ -38,12 +40,14 @@ from rasteret_dask.ingest.tablecache import (
 from rasteret_dask.net.remote import is_local
 from rasteret_dask.net.trust import resolve
 from rasteret_dask.openers import as_collection, warn_signed
+from rasteret_dask.planning.origins import BuildCall
 from rasteret_dask.planning.plan import Predicate, Source
 from rasteret_dask.progress import Progress
 from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 from rasteret_dask.table.leftassets import LeftAssets
 from rasteret_dask.table.rowgroups import hrefs
+from rasteret_dask.table.terms import Terms
 from rasteret_dask.table.timing import half_open
 from rasteret_dask.words import OnBroken
 
@@ -71,13 +75,15 @@ def build(
     on_error: OnBroken = "skip",
     progress: bool = True,
     kinds: Mapping[str, KindName] | None = None,
+    static: bool | None = None,
+    crs: Any = None,
 ) -> Collection:
     """Build a collection from a dataset of the catalog, or open it where the same was built before.
 
     Items are searched for page by page, the headers of their files are read while further pages arrive, and rows
-    go to a table on disk, which the collection reads lazily. The same call again opens that table: what decides
-    its content (the entry, place, dates, query, ...) is what it is known by. Static catalogs on this machine are read
-    anew each time, into memory: their files may have changed.
+    go to a table on disk, which the collection reads lazily. The same call again opens that table: it is
+    cached under a hash of every argument that affects its content (entry, place, dates, query, ...). Static catalogs
+    on this machine are read anew each time, into memory: their files may have changed.
 
     Parameters
     ----------
@@ -113,6 +119,12 @@ def build(
     kinds
         What bands are, where nothing tells, or something else does: ``{"map": "class"}``; see
         :meth:`Collection.harmonize`. Else the catalog, the items or the files tell, the first of them that does.
+    static
+        Whether scenes hold at any time, whatever time their items have: elevation, soil. They are searched for without
+        ``date_range``, are in every range, and join with anything. None: as the catalog's entry says.
+    crs
+        The CRS of files that have none, where their items state none either: a code, WKT, PROJJSON or a CRS object.
+        What files and items state is never replaced.
 
     Raises
     ------
@@ -122,7 +134,14 @@ def build(
         When there is no such band.
     PlanError
         When bbox, dates or another argument make no sense.
+
+    Examples
+    --------
+    >>> s2 = rd.build("demo/sentinel-2-l2a", date_range=("2024-04-01", "2024-06-30"))
+    >>> len(s2), s2.bands
+    (8, ('B02', 'B03', 'B04', 'B08', 'SCL'))
     """
+    origin = BuildCall.of(build, locals())
     entry = find(dataset)
     named = checked_kinds(kinds, "build(kinds=)")
     check_names(entry.dataset, bands)
@@ -145,11 +164,23 @@ def build(
         headers=headers,
         skip_broken=_skips(on_error),
         kinds=named,
+        static=entry.static if static is None else static,
+        crs=None if crs is None else wkt2(number(crs)),
     )
     if order.catalog is not None and is_local(order.catalog):
         # files of this machine change: they are read again, not remembered
-        return _from_items(order, _catalog_items(order))
-    return _built(order, cache_dir, force, progress)
+        return _with_terms(_from_items(order, _catalog_items(order)), entry, origin)
+    return _with_terms(_built(order, cache_dir, force, progress), entry, origin)
+
+
+def _with_terms(made: Collection, entry: Entry, origin: BuildCall) -> Collection:
+    """Return a collection that keeps the licence and attribution of its catalog, and how it was built.
+
+    Its table's token stays.
+    """
+    terms = Terms(entry.id, entry.licence or "", entry.licence_url or "", entry.attribution or "")
+    tables = {token: terms.marked(table) for token, table in made.query.tables.items()}
+    return Collection(replace(made.query, tables=tables).made_by(origin))
 
 
 def build_from_stac(
@@ -173,6 +204,8 @@ def build_from_stac(
     on_error: OnBroken | None = None,
     progress: bool = True,
     kinds: Mapping[str, KindName] | None = None,
+    static: bool = False,
+    crs: Any = None,
 ) -> Collection:
     """Build a collection from STAC items; COG headers are read once, concurrently, and kept in the rows.
 
@@ -202,8 +235,10 @@ def build_from_stac(
         that is opened later must lie where its item says, else a ReadError names both places.
     workspace_dir
         Another name of ``cache_dir``.
-    kinds
-        What bands are: see :func:`build`.
+    kinds, crs
+        What bands are, and where files without a CRS lie: see :func:`build`.
+    static
+        Whether items hold at any time, whatever time they have, if any: see :func:`build`.
 
     Raises
     ------
@@ -221,7 +256,14 @@ def build_from_stac(
     several bands the item's comes first, as a TIFF has one for all. All spellings of FLT_MAX are the same number.
     One warning tells where files and items contradict each other (nodata, scale), or nodata is no number of the
     dtype; each asset keeps it as ``note``.
+
+    Examples
+    --------
+    >>> s2 = rd.build_from_stac("demo/world/sentinel-2-l2a/collection.json", name="s2", bands=["B04", "B08"])
+    >>> len(s2), s2.bands
+    (8, ('B04', 'B08'))
     """
+    origin = BuildCall.of(build_from_stac, locals())
     order = BuildOrder(
         name=_named(name, ""),
         dataset=known_dataset(dataset or data_source) if dataset or data_source else None,
@@ -236,16 +278,20 @@ def build_from_stac(
         headers=headers,
         skip_broken=_skips(("raise" if stac_api is None else "skip") if on_error is None else on_error),
         kinds=checked_kinds(kinds, "build_from_stac(kinds=)"),
+        static=static,
+        crs=None if crs is None else wkt2(number(crs)),
     )
     if stac_api is None and source is None:
         raise SourceError(f"collection {name!r}", "neither a source nor a stac_api", "one of them")
     if stac_api is None:
-        return _from_items(order, read_items(source, keep_broken=order.skip_broken))
+        items = read_items(source, keep_broken=order.skip_broken)
+        return Collection(_from_items(order, items).query.made_by(origin))
     if collection is None:
         raise SourceError(
             f"search of {order.where}", "no collection", "the id of one of the API's collections"
         )
-    return _built(order, cache_dir or workspace_dir, force, progress)
+    made = _built(order, cache_dir or workspace_dir, force, progress)
+    return Collection(made.query.made_by(origin))
 
 
 def refresh(collection: Collection, *, stac_api: str | None = None, progress: bool = True) -> Collection:
@@ -269,6 +315,14 @@ def refresh(collection: Collection, *, stac_api: str | None = None, progress: bo
         When the collection was not built from a search, or steps were added to it.
     SourceError
         When the API cannot be asked.
+
+    Examples
+    --------
+    >>> s2 = rd.build(
+    ...     "earthsearch/sentinel-2-l2a", date_range=("2024-01-01", "2024-12-31"),
+    ...     stac_api=stac_api, headers=False, progress=False,
+    ... )
+    >>> s2 = rd.refresh(s2, progress=False)  # tomorrow: with what is new since
     """
     if not isinstance(collection, Collection):
         raise PlanError("refresh", f"a {type(collection).__name__}", "a collection that build() made")
@@ -289,7 +343,8 @@ def refresh(collection: Collection, *, stac_api: str | None = None, progress: bo
     if stac_api is not None:
         order = replace(order, stac_api=stac_api)
     folder = _fill(order, place, folder, False, progress, EarlierTable.of(folder / TABLE))
-    return _opened(folder, replace(order, name=plan.name))
+    new = _opened(folder, replace(order, name=plan.name))
+    return Collection(new.query.made_by(collection.query.origins.get(plan)))
 
 
 def _built(
@@ -320,7 +375,7 @@ def _fill(
     _log.info("build %s: reading items", order.name)
     with place.filling() as folder:
         with Progress("items", progress) as shown:
-            report = ingest(order.batches(), order.recipe(), folder / TABLE, shown, earlier)
+            report = ingest(order.batches(), order.table_spec(), folder / TABLE, shown, earlier)
         _log.info(
             "build %s: %d rows, %d of them new, %d items broken; headers of %d files read, %d failed; %.1f s",
             order.name, report.rows, report.added, len(report.broken.items), report.files, report.failed,
@@ -410,11 +465,13 @@ def _from_items(order: BuildOrder, items: Sequence[Item]) -> Collection:
         dataset=order.dataset,
         headers=order.headers,
         bbox=order.corners,
-        date_range=None if order.span == (None, None) else order.span,
+        date_range=None if order.searched == (None, None) else order.searched,
         most=order.max_items,
         broken=broken,
         kinds=order.kinds,
         left=left,
+        static=order.static,
+        crs=order.rules().crs,
     )
     _log.info("build %s: %d rows of %d items", order.name, table.num_rows, len(items))
     if left.counts:

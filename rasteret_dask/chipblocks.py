@@ -1,11 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chips that are planned by blocks: a chip table in files, chosen from lazily, of which little is ever in memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -16,9 +18,10 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.blockfiles import BlockFacts, BlockFiles, added, whole_feeds
 from rasteret_dask.chipping.blocks import BlockPlan, check_by_blocks
 from rasteret_dask.chipping.chips import PlannedChips, chip_sources, labels_of, tell_of_coarse
+from rasteret_dask.chipping.chiptable import FeedTable
 from rasteret_dask.chipping.planblocks import PlannedBlocks, plan_blocks
 from rasteret_dask.chipping.steps import check_splits, none_left, steps_of
-from rasteret_dask.errors import PlanError
+from rasteret_dask.errors import PlanError, StoreError
 from rasteret_dask.formats import MEANING
 from rasteret_dask.net import clusters, remote
 from rasteret_dask.net.hrefs import redact
@@ -32,36 +35,47 @@ from rasteret_dask.planning.plan import (
     Select,
     digest,
     is_number,
-    outline,
     predicates,
-    step_name,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.sampling import sample_unit
 from rasteret_dask.planning.scan import filter_table
+from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.show import audit, explain
 from rasteret_dask.store.encode import Compression, checked
-from rasteret_dask.store.layout import layout_of
+from rasteret_dask.store.layout import COORDINATE_CHIPS, layout_of
+from rasteret_dask.store.limits import begun
 from rasteret_dask.tasks.context import ReadContext
-from rasteret_dask.tasks.freezing import chips_per_shard, freeze_part, read_records
+from rasteret_dask.tasks.freezing import chips_per_shard, freeze_part, most_candidates, read_records
 from rasteret_dask.tasks.job import Job, job_digest
 from rasteret_dask.tasks.jobfile import JOB_FILE, JobRef, write_job
 from rasteret_dask.tasks.jobkernels import warn_of_job
-from rasteret_dask.tasks.jobparts import JobOfParts, JobPart, parts_of
+from rasteret_dask.tasks.jobparts import JobOfParts, JobPart, PartSpan, parts_of
 from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
+    from rasteret_dask.display.card import Card
     from rasteret_dask.net.clusters import ClientLike
+    from rasteret_dask.store.jobreport import JobReport
 
 __all__ = ["ChipBlocks", "planned_by_blocks"]
 
 MOST_CHIPS = 2_000_000
-"""Chips whose table is taken into memory, at some 1.7 kB each."""
+"""Chips whose table is taken into memory, at some :data:`CHIP_BYTES` each."""
 
 PART_CHIPS = 65_536
 """Chips of a part of a job, about: what a worker process holds of the chip table, twice or three times."""
+
+PART_BYTES, TABLE_BYTES, SHARD_NOTES = 200e6, 300e6, 1_500
+"""Bytes that writing a plan by blocks takes here: for a part, for a million chips' coordinates, for a shard."""
+
+CHIP_BYTES = 1_700
+"""What a chip takes in memory where the whole table is."""
+
+CHIP_SECONDS = 15e-6
+"""CPU seconds of the client for each chip that is written: freezing parts, putting coordinates and the chip table."""
 
 EXPLAINED = 100_000
 """Chips that are looked at to estimate what is read."""
@@ -74,7 +88,9 @@ _COORDINATES = ["chip_id", "split", "epsg", "xmin", "ymin", "xmax", "ymax"]
 class _InMemory(Protocol):
     """Chips whose table is in memory."""
 
-    def explain(self) -> explain.Explanation:
+    def explain(
+        self, workers: int | None, threads: int, *, probe: bool, rate: str | float | JobReport | None
+    ) -> explain.Explanation:
         """Say what the job will do."""
 
 
@@ -96,6 +112,18 @@ class ChipBlocks(Generic[ChipsT]):
         Makes chips of a plan and a chip table in memory.
     parent
         The chips that the plan's last step is applied to; None: those of all blocks.
+
+    Examples
+    --------
+    >>> plan = chips.by_blocks("plan", progress=False)
+    >>> some = plan.select("train").filter("coverage", ">", 0.99)
+    >>> len(some) < len(plan)
+    True
+    >>> report = some.to_zarr("train.zarr", progress=False)
+    >>> len(rd.open_chips("train.zarr")) == len(some)
+    True
+    >>> some.sample(10).to_chips().table.num_rows
+    10
     """
 
     def __init__(
@@ -110,21 +138,42 @@ class ChipBlocks(Generic[ChipsT]):
     # Steps
 
     def select(self, *splits: str) -> ChipBlocks[ChipsT]:
-        """Keep the chips of these splits."""
+        """Keep the chips of these splits.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("plan", progress=False)
+        >>> len(plan.select("val")) == len(chips.select("val"))
+        True
+        """
         if not splits:
             raise PlanError("select", "no split", "at least one, such as select('train')")
         check_splits(splits, self._blocks.planned.split)
         return self._then(Select(self.query.plan, splits))
 
     def filter(self, *triples: Predicate | Any, **columns: Any) -> ChipBlocks[ChipsT]:
-        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``; as :meth:`Chips.filter`."""
+        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``; as :meth:`Chips.filter`.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("plan", progress=False)
+        >>> len(plan.filter(("ymax", "<", 5_558_000)))
+        56
+        """
         where = predicates(triples, columns)
         for column, *_rest in where:
             self._check_column(f"filter on chip column {column!r}", column)
         return self._then(FilterChips(self.query.plan, where))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> ChipBlocks[ChipsT]:
-        """Keep ``n`` chips by hash of their id, per stratum of column ``by``: the same ones as :meth:`Chips.sample`."""
+        """Keep ``n`` chips by hash of their id, per stratum of column ``by``: the same ones as :meth:`Chips.sample`.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("plan", progress=False)
+        >>> len(plan.sample(5, by="split"))
+        15
+        """
         if n < 0:
             raise PlanError("sample(n=)", repr(n), "0 or more")
         if by is not None:
@@ -146,30 +195,50 @@ class ChipBlocks(Generic[ChipsT]):
 
     @cached_property
     def _split_counts(self) -> dict[str, int]:
-        """Split -> chosen chips, ``""`` for none; nothing is read where only splits are selected."""
+        """Split -> chosen chips, ``""`` for none."""
+        return added(iter(self._block_splits))
+
+    @cached_property
+    def _block_splits(self) -> tuple[Mapping[str, int], ...]:
+        """The same of each block; nothing is read where only splits are selected."""
         if self._parent is None:
-            return added(one.splits for one in self._blocks.facts)
+            return tuple(facts.splits for facts in self._blocks.facts)
         if isinstance(step := self.query.plan, Select):
-            counts = self._parent._split_counts
-            return {name: count for name, count in counts.items() if name in step.splits}
-        total: dict[str, int] = {}
-        for facts, rows in self._chosen():
-            column = self._blocks.files.columns(facts, ["split"]).column("split").take(pa.array(rows))
-            for entry in pc.value_counts(column).to_pylist():
-                total[entry["values"] or ""] = total.get(entry["values"] or "", 0) + int(entry["counts"])
-        return total
+            return tuple(
+                {name: count for name, count in splits.items() if name in step.splits}
+                for splits in self._parent._block_splits
+            )
+        result: list[dict[str, int]] = [{} for _ in self._blocks.facts]
+        for at, rows in self._chosen_at():
+            column = self._blocks.files.columns(self._blocks.facts[at], ["split"]).column("split")
+            for entry in pc.value_counts(column.take(pa.array(rows))).to_pylist():
+                result[at][entry["values"] or ""] = int(entry["counts"])
+        return tuple(result)
 
     @property
     def dataset(self) -> ds.Dataset:
         """The chip table of all blocks as a ``pyarrow.dataset``, before any step of this object.
 
         Whatever reads such a dataset (DuckDB, Polars, ``dataset.scanner()``) reads the plan.
+
+        Examples
+        --------
+        >>> dataset = chips.by_blocks("plan", progress=False).dataset
+        >>> dataset.count_rows() == len(chips)
+        True
         """
         numbers = [one.number for one in self._blocks.facts if one.chips]
         return self._blocks.files.dataset(numbers, self._blocks.planned.table.schema)
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yield the chosen rows of the chip table, a block at a time, in the order of shards."""
+        """Yield the chosen rows of the chip table, a block at a time, in the order of shards.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("plan", progress=False)
+        >>> sum(table.num_rows for table in plan.tables()) == len(chips)
+        True
+        """
         names = self._blocks.planned.table.column_names
         for facts, rows in self._chosen():
             yield whole_feeds(self._rows_of(facts, rows, names), self._blocks.planned.sources)
@@ -182,12 +251,19 @@ class ChipBlocks(Generic[ChipsT]):
         ------
         PlanError
             When there are more than two million of them.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("plan", progress=False)
+        >>> plan.table["chip_id"].equals(chips.table["chip_id"])
+        True
         """
         count = len(self)
         if count > MOST_CHIPS:
             raise PlanError(
-                "chip table in memory", f"{count:,} chips", f"at most {MOST_CHIPS:,}",
-                "Choose some: select, filter, sample; or take tables() one by one, or dataset.",
+                "chip table in memory", f"{count:,} chips, some {count * CHIP_BYTES / 1e9:.1f} GB",
+                f"at most {MOST_CHIPS:,}",
+                "Choose some: select, filter, sample; or take tables() one by one, or dataset; to_zarr needs no table.",
             )  # fmt: skip
         names = self._blocks.planned.table.column_names
         parts = [
@@ -204,13 +280,22 @@ class ChipBlocks(Generic[ChipsT]):
         ------
         PlanError
             When no chip is left, or more than two million.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("plan", progress=False)
+        >>> plan.select("val").to_chips().load()["pixels"].sizes["chip"]
+        9
         """
+        self._check_some()
         table = self.table
-        if not table.num_rows:
+        return self._small(self.query, replace(self._blocks.planned, table=table))
+
+    def _check_some(self) -> None:
+        if not len(self):
             assert self._parent is not None  # all blocks together have chips
             splits = {name: count for name, count in self._parent._split_counts.items() if name}
             raise none_left(self.query.plan, len(self._parent), splits)
-        return self._small(self.query, replace(self._blocks.planned, table=table))
 
     @property
     def _unselected(self) -> ChipBlocks[ChipsT]:
@@ -221,7 +306,13 @@ class ChipBlocks(Generic[ChipsT]):
         return blocks
 
     def audit(self) -> audit.Audit:
-        """Check the splits, as :meth:`Chips.audit`, two neighbouring blocks at a time."""
+        """Check the splits, as :meth:`Chips.audit`, two neighbouring blocks at a time.
+
+        Examples
+        --------
+        >>> chips.by_blocks("plan", progress=False).audit().ok
+        True
+        """
         own = self._unselected
         grounds = [
             audit.BlockGround(facts.epsg, facts.bounds, partial(own._rows_of, facts, rows))
@@ -230,15 +321,38 @@ class ChipBlocks(Generic[ChipsT]):
         ]
         return audit.audit_blocks(self._blocks.planned, grounds)
 
-    def explain(self) -> explain.Explanation:
+    def explain(
+        self,
+        workers: int | None = None,
+        threads: int = 1,
+        *,
+        probe: bool = False,
+        rate: str | float | JobReport | None = None,
+    ) -> explain.Explanation:
         """Say what the job will do, before anything is read.
 
-        Of more than 100,000 chips, chips, splits, shards and bytes to write are counted; what is read is estimated
-        from blocks that hold some 100,000, evenly taken.
+        Of more than 100,000 chips, chips, splits, shards and bytes to write are counted; what is read, and how long
+        that takes, is estimated from blocks that hold some 100,000, evenly taken. ``client`` says what this process
+        takes, beside its imports and the records.
+
+        Parameters
+        ----------
+        workers, threads, probe, rate
+            As in :meth:`Chips.explain`.
+
+        Raises
+        ------
+        PlanError, ReadError
+            As in :meth:`Chips.explain`.
+
+        Examples
+        --------
+        >>> chips.by_blocks("plan", progress=False).explain()["chips"] == len(chips)
+        True
         """
         count = len(self)
         if count <= EXPLAINED:
-            return self.to_chips().explain()
+            return self.to_chips().explain(workers, threads, probe=probe, rate=rate)
         chosen = list(self._chosen())
         step = max(1, round(len(chosen) * EXPLAINED / count))
         some = [chosen[int((i + 0.5) * len(chosen) / step)] for i in range(step)]
@@ -247,11 +361,18 @@ class ChipBlocks(Generic[ChipsT]):
             pa.concat_tables([self._rows_of(facts, rows, names) for facts, rows in some]),
             self._blocks.planned.sources,
         )
-        told = self._small(self.query, replace(self._blocks.planned, table=table)).explain()
-        candidates = [max(one) for one in zip(*(f.candidates for f in self._blocks.facts), strict=True)]
-        return told.scaled(
-            self._split_counts, chips_per_shard(self._blocks.planned, candidates), self._used()
+        part = self._small(self.query, replace(self._blocks.planned, table=table))
+        told = part.explain(workers, threads, probe=probe, rate=rate)
+        whole = told.scaled(self._split_counts, self._per_shard, self._used())
+        written = (
+            PART_BYTES + TABLE_BYTES * min(count, COORDINATE_CHIPS) / 1e6 + SHARD_NOTES * whole["shards"]
         )
+        client = {
+            "to_zarr_bytes": round(written),
+            "to_zarr_cpu_s": round(count * CHIP_SECONDS),
+            "to_chips_bytes": round(count * CHIP_BYTES),
+        }
+        return explain.Explanation({**whole.facts, "client": client})
 
     def job_parts(self, chips: int = PART_CHIPS) -> Iterator[Job]:
         """Freeze the plan part by part: shards are numbered over all, and each is in one part, with its own key.
@@ -264,42 +385,89 @@ class ChipBlocks(Generic[ChipsT]):
         Raises
         ------
         PlanError
-            When chips were chosen otherwise than by their splits.
+            When no chip is left.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("plan", progress=False)
+        >>> sum(job.chips.num_rows for job in plan.job_parts(chips=64)) == len(chips)
+        True
         """
-        if self._unselected._parent is not None:
-            raise PlanError(
-                "job_parts", "a filter or a sample after by_blocks", "all chips of the plan, or of some splits",
-                "Filter before by_blocks; or take some into memory: to_chips().",
-            )  # fmt: skip
-        planned, names = self._blocks.planned, self._blocks.planned.table.column_names
-        split = planned.split
-        every = self._split_counts
-        counts: dict[str | None, int] = (
-            {None: sum(every.values())}
-            if split is None
-            else {n: every[n] for n in split.names if every.get(n)}
-        )
-        per_shard = chips_per_shard(planned, self._candidates)
-        facts = self._blocks.facts
-        ends = {
-            name: np.cumsum([0, *(one.chips if name is None else one.splits.get(name, 0) for one in facts)])
-            for name in counts
+        for _, job in self._parts(chips):
+            yield job
+
+    def _parts(self, chips: int) -> Iterator[tuple[PlannedChips, Job]]:
+        """Yield the chips of each part, and their job."""
+        self._check_some()
+        planned, per_shard = self._blocks.planned, self._per_shard
+        for spans in parts_of(self._job_counts, per_shard, chips):
+            table = whole_feeds(self._rows_in(spans, planned.table.column_names), planned.sources)
+            part = replace(planned, table=table)
+            yield part, freeze_part(part, per_shard, {span.split: span.first for span in spans})
+
+    @property
+    def _job_counts(self) -> dict[str | None, int]:
+        """Split -> chips, of those splits that have some; None where there are no splits."""
+        counts, split = self._split_counts, self._blocks.planned.split
+        if split is None:
+            return {None: sum(counts.values())}
+        return {name: counts[name] for name in split.names if counts.get(name)}
+
+    @cached_property
+    def _ends(self) -> Mapping[str | None, NDArray[np.int64]]:
+        """Split -> shape (block + 1,): how many of its chips lie before each block."""
+        return {
+            name: np.cumsum(
+                [0, *(sum(s.values()) if name is None else s.get(name, 0) for s in self._block_splits)]
+            )
+            for name in self._job_counts
         }
-        for spans in parts_of(counts, per_shard, chips):
-            tables = []
-            for at, one in enumerate(facts):
-                within = [
-                    (span.split, *np.clip([span.start, span.stop] - ends[span.split][at], 0, None).tolist())
-                    for span in spans
-                    if span.start < ends[span.split][at + 1] and span.stop > ends[span.split][at]
-                ]
-                if within:
-                    table = self._blocks.files.columns(one, names)
-                    for name, start, stop in within:
-                        rows = table if name is None else table.filter(pc.equal(table.column("split"), name))
-                        tables.append(rows.slice(start, stop - start))
-            table = whole_feeds(pa.concat_tables(tables), planned.sources)
-            yield freeze_part(replace(planned, table=table), per_shard, {s.split: s.first for s in spans})
+
+    def _rows_in(self, spans: Sequence[PartSpan], names: Sequence[str]) -> pa.Table:
+        """Return some columns of chosen chips, block by block; of each split those of its span, in their order."""
+        tables = [self._blocks.planned.table.select(list(names))]
+        base = self._unselected  # what is selected is left out by its split
+        kept = (None,) * len(self._blocks.facts) if base._parent is None else base._kept
+        first, last = (
+            min(self._block_of(s, s.start) for s in spans),
+            max(self._block_of(s, s.stop - 1) for s in spans),
+        )
+        for at in range(first, last + 1):
+            within = [
+                (span.split, *np.clip([span.start, span.stop] - self._ends[span.split][at], 0, None).tolist())
+                for span in spans
+                if span.start < self._ends[span.split][at + 1] and span.stop > self._ends[span.split][at]
+            ]
+            if not within:
+                continue
+            facts, bits = self._blocks.facts[at], kept[at]
+            table = self._blocks.files.columns(facts, list(dict.fromkeys([*names, "split"])))
+            if bits is not None:
+                table = table.take(pa.array(np.flatnonzero(np.unpackbits(bits, count=facts.chips))))
+            for name, start, stop in within:
+                rows = table if name is None else table.filter(pc.equal(table.column("split"), name))
+                tables.append(rows.slice(start, stop - start).select(list(names)))
+        return pa.concat_tables(tables)
+
+    def _block_of(self, span: PartSpan, chip: int) -> int:
+        """Return the block that a chip of a span's split lies in."""
+        at = int(np.searchsorted(self._ends[span.split], chip, side="right")) - 1
+        return min(max(at, 0), len(self._blocks.facts) - 1)
+
+    @cached_property
+    def _per_shard(self) -> int:
+        """Chips of a shard; feeds are read only where it depends on how many candidates the chosen chips have."""
+        planned, most = self._blocks.planned, self._candidates
+        per_shard = chips_per_shard(planned, most)
+        base = self._unselected  # shards of a split are those of the plan with all splits
+        if base._parent is None or per_shard == chips_per_shard(planned, [1] * len(most)):
+            return per_shard
+        found = [1] * len(most)
+        for facts, rows in base._chosen():
+            if any(count < here for count, here in zip(found, facts.candidates, strict=True)):
+                table = whole_feeds(self._rows_of(facts, rows, ["feeds"]), planned.sources)
+                found = [max(pair) for pair in zip(found, most_candidates(FeedTable.of(table)), strict=True)]
+        return chips_per_shard(planned, found)
 
     def to_zarr(
         self,
@@ -308,48 +476,59 @@ class ChipBlocks(Generic[ChipsT]):
         progress: bool = True,
         compression: Compression = "auto",
         on_error: OnError = "raise",
-    ) -> None:
-        """Write all chips of the plan to a store, as :meth:`Chips.to_zarr` does; a rerun does what is missing.
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport:
+        """Write the chosen chips to a store, as :meth:`Chips.to_zarr` does; a rerun does what is missing.
 
         Tasks read parts of some 65,536 chips, which are frozen first, beside the plan: workers must reach its folder.
-        The client holds what a store's coordinates say of a chip (some 500 bytes), but no part of its feeds.
+        The store is the one that ``to_chips().to_zarr(store)`` writes, byte for byte, for any number of chips: the
+        client holds a part, or a million chips' coordinates, at a time.
 
         Parameters
         ----------
-        store, client, progress, compression, on_error
+        store, client, progress, compression, on_error, limits
             As in :meth:`Chips.to_zarr`.
+
+        Returns
+        -------
+        JobReport
+            What was written, what it took and what became of the chips.
 
         Raises
         ------
         PlanError
-            When some of the chips were chosen: take them into memory, ``to_chips()``.
+            When no chip is left.
+
+        Examples
+        --------
+        >>> plan = chips.by_blocks("plan", progress=False)
+        >>> report = plan.select("val").to_zarr("val.zarr", progress=False)
+        >>> len(rd.open_chips("val.zarr"))
+        9
         """
         from rasteret_dask.store.run import run_zarr
 
-        if self._parent is not None:
-            raise PlanError(
-                "to_zarr of a plan by blocks", f"a {step_name(self.query.plan)} after by_blocks",
-                "all chips of the plan",
-                "Put the step before by_blocks; or take some chips into memory: to_chips().to_zarr(...).",
-            )  # fmt: skip
         place = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
-        used = [
-            np.unique(np.concatenate([np.array(one.used[n], dtype=np.int64) for one in self._blocks.facts]))
-            for n in range(len(self._blocks.planned.sources))
-        ]
-        rows = list(zip(self._blocks.planned.sources, used, strict=True))
-        layout = layout_of(self._frozen(used), rows, self.query)
-        context = ReadContext(self.query.functions, on_error)
-        run_zarr(replace(layout, compression=checked(compression)), place, context, client, progress)
+        with begun(limits) as bounds:
+            job, used = self._frozen()
+            planned = self._blocks.planned
+            layout = layout_of(
+                job, list(zip(planned.sources, used, strict=True)), self.query, planned.dropped
+            )
+            layout = replace(layout, compression=checked(compression))
+            context = ReadContext(self.query.functions, on_error)
+            return run_zarr(layout, place, context, client, progress, bounds)
 
-    def _frozen(self, used: Sequence[NDArray[np.int64]]) -> JobOfParts:
-        """Freeze all parts, beside the plan, and return what they are together."""
-        folder = remote.join(self._blocks.files.url, f"job-{self._blocks.files.digest[:12]}")
+    def _frozen(self) -> tuple[JobOfParts, list[NDArray[np.int64]]]:
+        """Freeze all parts, beside the plan; return what they are together, and the records that feed each source."""
+        files, planned = self._blocks.files, self._blocks.planned
+        name = digest(self.query.plan, files.digest, self._per_shard, PART_CHIPS)
+        folder = remote.join(files.url, f"job-{name[:12]}")
         keys: dict[str, str] = {}
         parts: list[JobPart] = []
-        light: dict[int, list[pa.Table]] = {}
+        feeding = [np.zeros(len(source.records), dtype=bool) for source in planned.sources]
         last: Job | None = None
-        for number, job in enumerate(self.job_parts(PART_CHIPS)):
+        for number, (chips, job) in enumerate(self._parts(PART_CHIPS)):
             if last is None:
                 warn_of_job(job)
             last, url = job, remote.join(folder, f"{number:06d}")
@@ -358,36 +537,38 @@ class ChipBlocks(Generic[ChipsT]):
             keys |= job.keys
             order = sorted(job.shards(), key=lambda shard: int(job.running[shard.start]))
             parts.append(JobPart(JobRef(url, job.digest), tuple(order)))
-            for h in job.hierarchies:
-                light.setdefault(h.number, []).append(job.chips.select(_COORDINATES).slice(h.start, h.chips))
+            feeds = chips.feeds
+            for source, rows in enumerate(feeding):
+                rows[feeds.rows_of(source)] = True
         if last is None:
             raise PlanError("to_zarr", "no chip that has a split", "at least one", "Change the split.")
-        tables = {h.number: pa.concat_tables(light[h.number]) for h in last.hierarchies}
-        stops = np.cumsum([table.num_rows for table in tables.values()]).tolist()
-        hierarchies = tuple(
-            replace(h, start=stop - tables[h.number].num_rows, stop=stop, first=0)
-            for h, stop in zip(last.hierarchies, stops, strict=True)
-        )
-        planned = self._blocks.planned
-        records, _ = read_records(planned, used)
-        return JobOfParts(
-            last.sources, last.size_px, hierarchies, records, pa.concat_tables(tables.values()), last.maps,
-            last.phase, (), last.pixel_rules, last.labels, job_digest(last.phase, keys), tuple(parts), keys,
-            partial(self._whole_tables, used),
+        counts, stop = self._job_counts, 0
+        hierarchies = []
+        for h in last.hierarchies:
+            start, stop = stop, stop + counts[h.split]
+            hierarchies.append(replace(h, start=start, stop=stop, first=0))
+        used = [np.flatnonzero(rows) for rows in feeding]
+        records, empty = read_records(planned, used)
+        job = JobOfParts(
+            last.sources, last.size_px, tuple(hierarchies), records, empty, last.maps, last.phase, (),
+            last.pixel_rules, last.labels, job_digest(last.phase, keys), tuple(parts), keys,
+            partial(self._whole_tables, used), lru_cache(maxsize=1)(self._coordinates),
         )  # fmt: skip
+        return job, used
+
+    def _coordinates(self, split: str | None, start: int, stop: int) -> pa.Table:
+        """Return what a store's coordinates say of some chips, counted within their split."""
+        return self._rows_in([PartSpan(split, 0, start, stop)], _COORDINATES)
 
     def _whole_tables(self, used: Sequence[NDArray[np.int64]]) -> Iterator[pa.Table]:
         """Yield the table of chips split by split, as a store has it, a block at a time."""
-        planned, names = self._blocks.planned, self._blocks.planned.table.column_names
-        for split in planned.split.names if planned.split else (None,):
-            for facts in self._blocks.facts:
-                if not (facts.chips if split is None else facts.splits.get(split)):
-                    continue
-                table = self._blocks.files.columns(facts, names)
-                if split is not None:
-                    table = table.filter(pc.equal(table.column("split"), split))
-                part = replace(planned, table=whole_feeds(table, planned.sources))
-                yield read_records(part, used)[1]
+        planned = self._blocks.planned
+        for split, ends in self._ends.items():
+            for start, stop in pairwise(ends.tolist()):
+                if start < stop:
+                    table = self._rows_in([PartSpan(split, 0, start, stop)], planned.table.column_names)
+                    part = replace(planned, table=whole_feeds(table, planned.sources))
+                    yield read_records(part, used)[1]
 
     @property
     def _candidates(self) -> list[int]:
@@ -409,14 +590,18 @@ class ChipBlocks(Generic[ChipsT]):
 
     def _chosen(self) -> Iterator[tuple[BlockFacts, NDArray[np.int64]]]:
         """Yield the blocks that have chosen chips, and their rows."""
-        for facts, kept in zip(self._blocks.facts, self._kept, strict=True):
+        for at, rows in self._chosen_at():
+            yield self._blocks.facts[at], rows
+
+    def _chosen_at(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        for at, (facts, kept) in enumerate(zip(self._blocks.facts, self._kept, strict=True)):
             rows = (
                 np.arange(facts.chips)
                 if kept is None
                 else np.flatnonzero(np.unpackbits(kept, count=facts.chips))
             )
             if len(rows):
-                yield facts, rows
+                yield at, rows
 
     @cached_property
     def _kept(self) -> tuple[NDArray[np.uint8] | None, ...]:
@@ -470,11 +655,31 @@ class ChipBlocks(Generic[ChipsT]):
         block, row = places >> 32, places & 0xFFFFFFFF
         return {int(number): row[block == number] for number in np.unique(block)}
 
+    @property
+    def _card(self) -> Card:
+        from rasteret_dask.show.cards import BlocksFacts, blocks_card
+
+        told = [one for one in self._blocks.facts if one.bounds is not None]
+        facts = BlocksFacts(
+            self._blocks.files.url,
+            self._split_counts if self._is_counted else None,
+            sum(one.chips for one in told),
+            [(one.epsg, one.bounds) for one in told if one.bounds is not None],
+        )
+        return blocks_card(self.query, self._blocks.planned, facts)
+
+    @property
+    def _is_counted(self) -> bool:
+        """Whether chips of each split can be told without reading a file."""
+        if self._parent is None or "_block_splits" in vars(self):
+            return True
+        return isinstance(self.query.plan, Select) and self._parent._is_counted
+
     def __repr__(self) -> str:
-        facts = self._blocks.facts
-        chips, url = sum(one.chips for one in facts), redact(self._blocks.files.url)
-        head = f"<ChipBlocks: {chips:,} chips in {len(facts):,} blocks at {url}>"
-        return "\n".join((head, *outline(self.query.plan)))
+        return self._card.text
+
+    def _repr_html_(self) -> str:
+        return self._card.html
 
 
 def planned_by_blocks(
@@ -487,6 +692,11 @@ def planned_by_blocks(
     node, steps = steps_of(optimize(query.plan))
     check_by_blocks(node.spec, steps)
     url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
+    if url.startswith(("http://", "https://")):  # before it is asked for what it will not take
+        raise StoreError(
+            f"plan {redact(url)}", "a web server", "a store: a local path, s3://, gs:// or az://",
+            "Web servers are only read from; they neither list nor take files.",
+        )  # fmt: skip
     plan = BlockPlan(chip_sources(node, query.tables), steps)
     tell_of_coarse(plan.ground)
     files = BlockFiles(url, digest(query.plan, MEANING, windows))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A lazy set of chips: split, filter and select them, look at the plan, write them out."""
 
 from __future__ import annotations
@@ -6,7 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pyarrow as pa
 
@@ -31,11 +33,11 @@ from rasteret_dask.planning.plan import (
     Split,
     SplitSpec,
     WithTable,
-    outline,
     predicates,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
+from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
 
@@ -45,10 +47,14 @@ if TYPE_CHECKING:
     from dask.highlevelgraph import HighLevelGraph
 
     from rasteret_dask.chipblocks import ChipBlocks
+    from rasteret_dask.display.card import Card
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
+    from rasteret_dask.show.losses import Tracer
+    from rasteret_dask.show.why import Why
     from rasteret_dask.statistics.stats import Stats
     from rasteret_dask.store.encode import Compression
+    from rasteret_dask.store.jobreport import JobReport
     from rasteret_dask.store.layout import Layout
     from rasteret_dask.streams.chipshards import ChipShards
     from rasteret_dask.streams.stream import Normalize, Stream
@@ -69,6 +75,15 @@ class Chips:
         The steps so far, with the tables and the user's functions that they name.
     parent
         The chips that the plan's last step is applied to, so that what is planned already is not planned again.
+
+    Examples
+    --------
+    >>> chips = collection.harmonize(["red", "nir"], time="1MS").chips(32, cell_km=0.96)
+    >>> len(chips), chips.table["chip_id"][0].as_py()
+    (154, '33_0.96km_32px_10m_-17375_1557')
+    >>> train = chips.split(seed=1).select("train")  # a new one: the first stays as it is
+    >>> len(train) < len(chips)
+    True
     """
 
     def __init__(self, query: Query, parent: Chips | None = None) -> None:
@@ -76,6 +91,7 @@ class Chips:
         self.plan = query.plan
         self._parent = parent
         self._in_memory: PlannedChips | None = None
+        self._recipe: str | None = None  # the text that said these very chips; further steps are other chips
 
     @classmethod
     def _of(cls, query: Query, planned: PlannedChips) -> Chips:
@@ -117,12 +133,28 @@ class Chips:
             Drop val and test chips nearer than this to train.
         boundary
             What happens to windows that touch two splits: ``"drop"``, or ``"centre"`` decides by their centre.
+
+        Examples
+        --------
+        >>> dealt = chips.split(train=0.6, val=0.2, test=0.2, seed=7)
+        >>> sorted(set(dealt.table["split"].to_pylist()))
+        ['test', 'train', 'val']
+        >>> apart = chips.split(train=0.6, val=0.2, test=0.2, seed=7, buffer_m=400)
+        >>> len(dealt.select("test")), len(apart.select("test"))
+        (37, 3)
         """
         ratios = (("train", train), ("val", val), ("test", test))
         return self._with(Split(self.plan, SplitSpec(ratios, seed, by, buffer_m, boundary)))
 
     def select(self, *splits: str) -> Chips:
-        """Keep the chips of these splits."""
+        """Keep the chips of these splits.
+
+        Examples
+        --------
+        >>> train = chips.select("train")
+        >>> set(train.table["split"].to_pylist())
+        {'train'}
+        """
         if not splits:
             raise PlanError("select", "no split", "at least one, such as select('train')")
         return self._with(Select(self.plan, splits))
@@ -131,11 +163,34 @@ class Chips:
         """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``; as Collection.filter.
 
         For rules on pixels see :meth:`filter_pixels`.
+
+        Examples
+        --------
+        >>> south = chips.filter(("ymax", "<", 5_558_000))
+        >>> len(south), len(chips)
+        (56, 154)
+        >>> len(chips.filter(split="val")) == len(chips.select("val"))
+        True
         """
         return self._with(FilterChips(self.plan, predicates(triples, columns)))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> Chips:
-        """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
+        """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller.
+
+        Notes
+        -----
+        Of chips that nobody has looked at, a small sample is drawn before records are looked for, and the others are
+        never planned. What only all of them tell is then not told: ``explain()`` counts what was dropped among the
+        windows that were looked at, and a ``split`` before the sample does not warn of few split cells. Look at
+        ``len(chips)`` before the sample to plan all of them.
+
+        Examples
+        --------
+        >>> len(chips.sample(10, seed=1))
+        10
+        >>> len(chips.sample(5, by="split"))  # five of each split
+        15
+        """
         return self._with(Sample(self.plan, n, seed, by))
 
     def map(
@@ -145,7 +200,15 @@ class Chips:
         source: str | None = None,
         version: str | None = None,
     ) -> Chips:
-        """Apply a function to the chips of each group: a DataArray (chip, time, band, y, x); see Collection.map."""
+        """Apply a function to the chips of each group: a DataArray (chip, time, band, y, x); see Collection.map.
+
+        Examples
+        --------
+        >>> def brighter(pixels):
+        ...     return pixels * 1.1
+        >>> chips.sample(2).map(brighter).load()["pixels"].sizes["chip"]
+        2
+        """
         known = Function.of(function, version)
         return self._with(Map(self.plan, known, source), functions={known: function})
 
@@ -173,7 +236,7 @@ class Chips:
             Smallest share of valid pixels, over the slots that have records.
         max_cloud
             Largest share of clouds and their shadows, over all slots, among the pixels that the records' quality band
-            (SCL, QA_PIXEL) knows, whether they are masked or not.
+            (SCL, QA_PIXEL, Fmask, ...) knows, whether they are masked or not.
         source
             The joined source this is about; None: the only one, or each that has such numbers.
         version
@@ -183,6 +246,12 @@ class Chips:
         ------
         PlanError
             When no rule is given, or a share is not from 0 to 1.
+
+        Examples
+        --------
+        >>> clear = chips.sample(20).filter_pixels(min_valid=0.9)
+        >>> len(clear), clear.load().sizes["chip"]  # planned, kept
+        (20, 12)
         """
         rule = Rule.of(function, min_valid, max_cloud, source, version)
         functions = {rule.function: function} if function is not None and rule.function is not None else {}
@@ -198,6 +267,13 @@ class Chips:
         ------
         SchemaError
             When it is no table, names chips of another plan, or changes what the plan decides.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> table = chips.table.append_column("fold", pa.array([n % 5 for n in range(len(chips))]))
+        >>> chips.with_table(table).filter(fold=0).table.num_rows
+        31
         """
         if isinstance(table, str | os.PathLike):
             table = geoparquet.read(table)
@@ -235,14 +311,16 @@ class Chips:
         ------
         PlanError
             When a step needs chips of other blocks (a buffer between splits, a sample, a user's table), the grid is not
-            ``"zone"``, or no chip is left.
+            UTM's or one of a CRS, or no chip is left.
         StoreError
             When the folder holds something else.
 
         Examples
         --------
-        >>> plan = chips.by_blocks("s3://bucket/plan/", client=client)  # doctest: +SKIP
-        >>> len(plan), plan.select("train").filter("slots", ">=", 3).sample(10_000).to_chips()  # doctest: +SKIP
+        >>> plan = chips.by_blocks("plan", progress=False)
+        >>> len(plan) == len(chips)
+        True
+        >>> report = plan.select("train").to_zarr("train.zarr", progress=False)
         """
         from rasteret_dask.chipblocks import ChipBlocks, planned_by_blocks
 
@@ -253,7 +331,13 @@ class Chips:
 
     @cached_property
     def planned(self) -> PlannedChips:
-        """The planned chips: the chip table and what it was made from."""
+        """The planned chips: the chip table and what it was made from.
+
+        Examples
+        --------
+        >>> chips.planned.table is chips.table
+        True
+        """
         if self._in_memory is not None:
             return self._in_memory
         anew = isinstance(self.plan, FilterPixels) and self.plan.spec.max_cloud is not None
@@ -297,11 +381,26 @@ class Chips:
 
     @property
     def table(self) -> pa.Table:
-        """The chip table: one row per chip, CHIP_SCHEMA and the user's further columns."""
+        """The chip table: one row per chip, CHIP_SCHEMA and the user's further columns.
+
+        Examples
+        --------
+        >>> chips.table.column_names[:6]
+        ['chip_id', 'epsg', 'row', 'col', 'cell', 'xmin']
+        >>> chips.table["coverage"].to_pylist()[:2]
+        [1.0, 1.0]
+        """
         return self.planned.table
 
     def to_geopandas(self) -> Any:
-        """Return the chip table as a GeoDataFrame in lon/lat, without ``feeds``."""
+        """Return the chip table as a GeoDataFrame in lon/lat, without ``feeds``.
+
+        Examples
+        --------
+        >>> frame = chips.to_geopandas()
+        >>> sorted(frame.groupby("split").size().to_dict().items())
+        [('test', 21), ('train', 124), ('val', 9)]
+        """
         with needs("geo", "a GeoDataFrame of chips"):
             import geopandas
         import shapely
@@ -311,14 +410,31 @@ class Chips:
         return geopandas.GeoDataFrame(plain, geometry=shapely.from_wkb(wkb), crs=4326)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the chip table as GeoParquet."""
+        """Write the chip table as GeoParquet.
+
+        Examples
+        --------
+        >>> chips.save("chips.parquet")  # GeoParquet: QGIS and DuckDB open it
+        >>> len(chips.with_table("chips.parquet")) == len(chips)
+        True
+        """
         geoparquet.write(self.table, path)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def explain(self, workers: int | None = None, threads: int = 1) -> Explanation:
+    def explain(
+        self,
+        workers: int | None = None,
+        threads: int = 1,
+        *,
+        probe: bool = False,
+        rate: str | float | JobReport | None = None,
+    ) -> Explanation:
         """Say what the job will do, before anything is read.
+
+        With ``probe`` or ``rate`` it also estimates the time and the hours of all workers together, which
+        :attr:`Explanation.usage` brings to a price.
 
         Parameters
         ----------
@@ -326,13 +442,32 @@ class Chips:
             Worker processes: says what they fetch together, at most, as what two of them need is fetched twice.
         threads
             Threads of each worker.
+        probe
+            Estimate the time from a few tiles, at most 12, which this process reads now from where they lie. Workers
+            in another place read at another rate.
+        rate
+            Estimate the time from what one worker process fetches in a second: ``"50 MB/s"``, or a number of bytes;
+            or from the report of a finished job of the same kind, such as a sample's. Only a report tells what masks,
+            your functions and writing take. Nothing is read.
 
         Raises
         ------
         PlanError
-            When there are no workers, or no threads.
+            When there are no workers, or no threads; when both ``probe`` and ``rate`` are given, or that is no rate.
+        ReadError
+            When a tile of the probe cannot be read.
+
+        Examples
+        --------
+        >>> told = chips.select("train").explain(workers=4, threads=2)
+        >>> told["chips"], told["splits"], told["pixels"]["s2"]["native"]
+        (124, {'train': 124}, 5)
+        >>> print(told)
+        records ...
+        chips ...
+        ...
         """
-        from rasteret_dask.show import explain
+        from rasteret_dask.show import explain, probing
         from rasteret_dask.tasks.runs import Workforce
 
         if min(1 if workers is None else workers, threads) < 1:
@@ -340,26 +475,164 @@ class Chips:
                 "explain(workers=, threads=)", f"{workers} and {threads}", "at least 1 of each",
                 "Leave workers out for what one process fetches.",
             )  # fmt: skip
+        if probe and rate is not None:
+            raise PlanError("explain(probe=, rate=)", "both", "one of them: measured, or stated")
         force = None if workers is None else Workforce(workers, threads)
-        return explain.explain(self.planned, self.job, self._layout.outputs, force)
+        speed = None if rate is None else probing.rate_of(rate)
+        measured = probing.probed(self.job) if probe else speed
+        return explain.explain(self.planned, self.job, self._layout.outputs, force, measured)
 
     def audit(self) -> Audit:
-        """Check the splits: ratios, losses, overlaps (must be 0) and distances, over all splits of the plan."""
+        """Check the splits: ratios, losses, overlaps (must be 0) and distances, over all splits of the plan.
+
+        Examples
+        --------
+        >>> audit = chips.audit()
+        >>> audit.ok  # no ground in two splits
+        True
+        >>> print(audit)
+        ok: no two splits share ground
+        ...
+        """
         from rasteret_dask.show import audit
 
         return audit.audit(self._unselected.planned)
 
+    def why(self, chip_id: str | None = None, *, lon: float | None = None, lat: float | None = None) -> Why:
+        """Say why a chip is as it is, or why there is none at a place.
+
+        Of a chip: which records compete for each slot, with the share of the chip that each covers, that is valid and
+        that is cloudy, which one was picked and why, and why the chip is in its split. The pixels of this one chip are
+        read, of each record for itself. Of a place: what each step of the plan leaves there, up to the first that
+        leaves no chip, and why. No pixel is read; steps that look at all chips (a sample, a buffer) plan all of them.
+
+        Parameters
+        ----------
+        chip_id
+            The chip, as in column ``chip_id`` of :attr:`table`.
+        lon, lat
+            The place, degrees.
+
+        Raises
+        ------
+        PlanError
+            When neither is given or both are, or no step of the plan ever had such a chip.
+
+        Examples
+        --------
+        >>> print(chips.why(chips.table["chip_id"][3].as_py()))
+        chip 33_0.96km_32px_10m_-17375_1560
+          split train
+          split cell 33/-5792/520: its hash with seed 1 is 0.1049, in train (0 to 0.7)
+          s2, slot 2024-04: S2A_33UVR_20240409_0_L2A: 6.6 days from the slot's middle, and the next 8.4; 100.0% valid
+          s2, slot 2024-06: S2B_33UVR_20240623_0_L2A: 7.4 days from the slot's middle, and the next 7.6; 100.0% valid
+          source  slot_name  record                    datetime          coverage  valid   cloudy  role
+          s2      2024-04    S2A_33UVR_20240409_0_L2A  2024-04-09 10:04  100.0%    100.0%  0.0%    picked
+          s2      2024-04    S2B_33UVR_20240424_0_L2A  2024-04-24 10:04  100.0%    0.0%    100.0%  not used
+          s2      2024-06    S2B_33UVR_20240623_0_L2A  2024-06-23 10:04  100.0%    100.0%  0.0%    picked
+          s2      2024-06    S2A_33UVR_20240608_0_L2A  2024-06-08 10:04  100.0%    100.0%  0.0%    not used
+        >>> why = chips.why(lon=14.975, lat=50.17)
+        >>> why.chips, why.step[:5]
+        ((), 'chips')
+        >>> why.reasons
+        ('covered to 78.1% at most by s2, in slot 2024-04; min_coverage asks for 100%',)
+        """
+        from rasteret_dask.show import why
+
+        return why.why(self._tracer, chip_id, lon, lat)
+
+    @cached_property
+    def _tracer(self) -> Tracer:
+        """Who asks about one place asks about others: what they have in common is worked out once."""
+        from rasteret_dask.show.losses import Tracer
+
+        return Tracer(self.query, self._staged)
+
+    def _staged(self, plan: Node) -> PlannedChips:
+        """Return the planned chips behind a step of the plan."""
+        chips: Chips | None = self
+        while chips is not None and chips.plan is not plan:
+            chips = chips._parent
+        return (chips or Chips(self.query.then(plan))).planned
+
     def plot(self, ax: Any = None) -> Any:
-        """Draw the map of chips, coloured by split."""
+        """Draw the map of chips, coloured by split, with a legend that counts them; returns Matplotlib axes.
+
+        Examples
+        --------
+        >>> axes = chips.plot()
+        >>> axes.get_xlabel()
+        'Easting, UTM zone 33N (km)'
+        >>> axes.figure.savefig("chips.png")
+        """
         from rasteret_dask.show.plot import plot_chips
 
         return plot_chips(self.table, ax=ax)
+
+    def preview(self, n: int = 6) -> Any:
+        """Draw some chips, chosen as by :meth:`sample`: all slots and sources, masks and labels; reads only these.
+
+        Parameters
+        ----------
+        n
+            How many chips.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            A row a chip. It shows where it is the last value of a notebook's cell; ``.savefig(path)`` writes it.
+
+        Raises
+        ------
+        PlanError
+            When there is no chip to draw.
+        MissingExtraError
+            When matplotlib is not installed.
+
+        Examples
+        --------
+        >>> figure = chips.preview(2)
+        >>> figure.savefig("preview.png")
+        """
+        from rasteret_dask.show.plot import preview
+
+        return preview(self, n)
+
+    def explore(self, tiles: str | None = "OpenStreetMap") -> Any:
+        """Return an interactive map of the chips, coloured by split, with their columns as popups (needs folium).
+
+        Parameters
+        ----------
+        tiles
+            What folium draws behind them, which the reader's browser asks for; None: nothing.
+
+        Raises
+        ------
+        PlanError
+            When there are no chips.
+        MissingExtraError
+            When folium is not installed.
+
+        Examples
+        --------
+        >>> chips.explore(tiles=None).save("chips.html")
+        """
+        from rasteret_dask.show.maps import explore_chips
+
+        return explore_chips(self.table, tiles)
 
     # Exits
 
     @cached_property
     def job(self) -> Job:
-        """The frozen plan: shards, the records they need, and their keys."""
+        """The frozen plan: shards, the records they need, and their keys.
+
+        Examples
+        --------
+        >>> job = chips.select("train").job
+        >>> sum(1 for _ in job.shards())
+        1
+        """
         from rasteret_dask.tasks.freezing import freeze
         from rasteret_dask.tasks.jobkernels import warn_of_job
 
@@ -372,7 +645,14 @@ class Chips:
 
     @property
     def dask(self) -> HighLevelGraph:
-        """The graph: one named Blockwise layer per step; culled to the selected shards."""
+        """The graph: one named Blockwise layer per step; culled to the selected shards.
+
+        Examples
+        --------
+        >>> graph = chips.dask
+        >>> sorted(name.split("-")[0] for name in graph.layers)
+        ['cube', 'job', 'join', 'merge']
+        """
         from rasteret_dask.tasks.shards import lower
 
         return lower(self.job, self._context()).culled()
@@ -386,7 +666,7 @@ class Chips:
     def _layout(self) -> Layout:
         from rasteret_dask.store.layout import layout_of
 
-        return layout_of(self.job, used_rows(self.planned), self.query)
+        return layout_of(self.job, used_rows(self.planned), self.query, self.planned.dropped)
 
     def to_xarray(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Return the chips lazily: a Dataset, or a DataTree with a node a source.
@@ -398,6 +678,12 @@ class Chips:
         on_error
             What becomes of a tile that cannot be read: ``"raise"`` a ReadError, or ``"mask"``: its pixels are
             invalid, and each shard that has such tiles warns of them when it is computed.
+
+        Examples
+        --------
+        >>> lazy = chips.select("val").to_xarray()
+        >>> lazy["pixels"].dims, lazy["pixels"].dtype
+        (('chip', 'time', 'band', 'y', 'x'), dtype('float32'))
         """
         from rasteret_dask.store.outputs import to_xarray
 
@@ -412,10 +698,41 @@ class Chips:
         ----------
         on_error
             As in :meth:`to_xarray`.
+
+        Examples
+        --------
+        >>> val = chips.select("val").load()
+        >>> val["pixels"].shape, round(float(val["valid_fraction"].mean()), 2)
+        ((9, 3, 2, 32, 32), 0.55)
         """
         from rasteret_dask.store.outputs import load
 
         return load(self._layout, self._context(on_error))
+
+    @overload
+    def to_zarr(
+        self,
+        store: str | os.PathLike[str],
+        client: ClientLike = None,
+        compute: Literal[True] = True,
+        progress: bool = True,
+        compression: Compression = "auto",
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport: ...
+
+    @overload
+    def to_zarr(
+        self,
+        store: str | os.PathLike[str],
+        client: ClientLike = None,
+        *,
+        compute: Literal[False],
+        progress: bool = True,
+        compression: Compression = "auto",
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+    ) -> Delayed: ...
 
     def to_zarr(
         self,
@@ -425,7 +742,8 @@ class Chips:
         progress: bool = True,
         compression: Compression = "auto",
         on_error: OnError = "raise",
-    ) -> Delayed | None:
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport | Delayed:
         """Write the chips to a sharded Zarr v3 store on a Dask cluster; a rerun does what is missing.
 
         Parameters
@@ -445,25 +763,44 @@ class Chips:
         on_error
             What becomes of a tile that cannot be read: ``"raise"`` fails its shard, ``"mask"`` makes its pixels
             invalid; ``manifest.parquet`` lists such tiles, and an UnreadableTilesWarning counts them at the end.
+        limits
+            What this run does of the job: a part of an array job, how long it may take, a file that shows it is
+            alive. See :class:`RunLimits`.
+
+        Returns
+        -------
+        JobReport
+            What was written, what it took and what became of the chips; a lazy object with ``compute=False``.
 
         Raises
         ------
         PlanError
-            When ``compression`` or ``on_error`` is none of these.
+            When ``compression`` or ``on_error`` is none of these, or there are limits and ``compute`` is False.
         StoreError
             When the store holds something else, or these chips in another compression.
         JobError
             When shards failed; the others are written, and a rerun does only those.
+        IncompleteError
+            When ``limits.max_time`` is over before all shards are written; a rerun does the rest.
+
+        Examples
+        --------
+        >>> report = chips.select("train").to_zarr("train.zarr", progress=False)
+        >>> import xarray as xr
+        >>> xr.open_zarr("train.zarr")["pixels"].dims
+        ('chip', 'time', 'band', 'y', 'x')
         """
         from rasteret_dask.store.encode import checked
+        from rasteret_dask.store.limits import begun
         from rasteret_dask.store.run import delayed_zarr, run_zarr
 
         url = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
-        layout = replace(self._layout, compression=checked(compression))
-        if not compute:
-            return delayed_zarr(layout, url, self._context(on_error))
-        run_zarr(layout, url, self._context(on_error), client, progress)
-        return None
+        limits.check_computed(compute)
+        with begun(limits) as bounds:
+            layout = replace(self._layout, compression=checked(compression), recipe=self._recipe)
+            if not compute:
+                return delayed_zarr(layout, url, self._context(on_error))
+            return run_zarr(layout, url, self._context(on_error), client, progress, bounds)
 
     def stream(
         self,
@@ -525,6 +862,13 @@ class Chips:
         ------
         PlanError
             When an argument cannot be, or some rank would have no batch.
+
+        Examples
+        --------
+        >>> stream = chips.select("train").stream(batch_size=16, shuffle=7)
+        >>> batch = next(stream)
+        >>> batch["s2"].shape, batch["chip_id"].shape
+        ((16, 3, 2, 32, 32), (16,))
         """
         from rasteret_dask.statistics.measuring import recalled
         from rasteret_dask.streams.stream import Batching
@@ -540,7 +884,11 @@ class Chips:
         )
 
     def stats(
-        self, sample: int | None = None, client: ClientLike = None, on_error: OnError = "raise"
+        self,
+        sample: int | None = None,
+        client: ClientLike = None,
+        on_error: OnError = "raise",
+        progress: bool = True,
     ) -> Stats:
         """Measure the pixels of these chips in one pass: per source and band counts, moments, percentiles, classes.
 
@@ -552,13 +900,21 @@ class Chips:
             A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
         on_error
             As in :meth:`to_xarray`.
+        progress
+            Show how many shards are measured.
+
+        Examples
+        --------
+        >>> stats = chips.select("train").stats(sample=20)
+        >>> stats.table["band"].to_pylist(), stats.table["mean"].to_pylist()[0] < 0.2
+        (['red', 'nir'], True)
         """
         from rasteret_dask.statistics.measuring import measured, remember
         from rasteret_dask.streams.planned import planned
 
         chips = self if sample is None else self.sample(sample)
         shards = planned(chips.job, chips._layout.outputs, self._context(on_error))
-        stats = measured(shards, client)
+        stats = measured(shards, client, progress)
         remember(stats, shards.digest, on_error)
         return stats
 
@@ -572,8 +928,36 @@ class Chips:
         if on_error not in self._sizes:
             from rasteret_dask.statistics.measuring import kept_sizes
 
-            self._sizes[on_error] = kept_sizes(make(), client)
+            self._sizes[on_error] = kept_sizes(make(), client, progress=True)
         return make(sizes=self._sizes[on_error])
+
+    def to_recipe(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the recipe of these chips: TOML that :func:`load_recipe` reads, and that makes the same chips.
+
+        Parameters
+        ----------
+        path
+            A local file to write it to. What lies only in this process's memory (a table of records, points, labels)
+            goes into GeoParquet files beside it. None: nothing is written, and such chips are refused.
+
+        Raises
+        ------
+        PlanError
+            When a table or a function of these chips has no name that a file could hold: a lambda, say.
+
+        Examples
+        --------
+        >>> s2 = rd.build("demo/sentinel-2-l2a", name="s2")
+        >>> text = s2.harmonize(["red"], time="1MS").chips(32, cell_km=0.96).to_recipe()
+        >>> "[chips]" in text
+        True
+        """
+        from rasteret_dask.show.recipetext import recipe_text
+
+        text = recipe_text(self.query, path)
+        if path is not None:
+            Path(path).expanduser().write_text(text, encoding="utf-8")
+        return text
 
     def save_plan(self, path: str | os.PathLike[str], client: ClientLike = None) -> None:
         """Write the plan, JSON and Arrow tables, to a new folder, from which :func:`stream_from` reads it elsewhere.
@@ -591,6 +975,12 @@ class Chips:
             When a rule of the plan cannot be imported by another process.
         StoreError
             When something else lies there.
+
+        Examples
+        --------
+        >>> chips.select("train").save_plan("plan")
+        >>> next(rd.stream_from(None, "plan", batch_size=8))["s2"].shape
+        (8, 3, 2, 32, 32)
         """
         from rasteret_dask.streamfrom import save_plan
         from rasteret_dask.tasks.jobfile import check_writable
@@ -607,5 +997,14 @@ class Chips:
     ) -> Chips:
         return Chips(self.query.then(plan, tables, functions), parent=self)
 
+    @property
+    def _card(self) -> Card:
+        from rasteret_dask.show.cards import chips_card
+
+        return chips_card(self.query, vars(self).get("planned", self._in_memory))
+
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}>\n" + "\n".join(outline(self.plan))
+        return self._card.text
+
+    def _repr_html_(self) -> str:
+        return self._card.html

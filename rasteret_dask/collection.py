@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The face: verbs that add a step to a plan, and the exits."""
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from rasteret_dask.chipping.labels import Labels, dense
+from rasteret_dask.crs import number
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_of
 from rasteret_dask.pixelreads import PixelReads
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
+    CELL_KM,
     ChipSpec,
     CutChips,
     Filter,
@@ -26,7 +29,6 @@ from rasteret_dask.planning.plan import (
     Predicate,
     Sample,
     is_number,
-    outline,
     predicates,
     spec_field,
 )
@@ -41,11 +43,13 @@ from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import half_open
 from rasteret_dask.tableexits import TableExits
 from rasteret_dask.words import Dtype, Grid, Resampling
+from rasteret_dask.zones import chip_grid, tile_km
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from rasteret_dask.chipset import Chips
+    from rasteret_dask.display.card import Card
 
 __all__ = ["Collection", "join", "merge"]
 
@@ -60,6 +64,14 @@ class Collection(TableExits, PixelReads):
     ----------
     query
         The steps so far, with the record tables and the user's functions that they name.
+
+    Examples
+    --------
+    >>> collection.name, len(collection), collection.bands
+    ('s2', 8, ('B02', 'B03', 'B04', 'B08', 'SCL'))
+    >>> clear = collection.subset(cloud_cover_lt=30)  # a new one: the first stays as it is
+    >>> len(clear) < len(collection)
+    True
     """
 
     def __init__(self, query: Query) -> None:
@@ -97,6 +109,14 @@ class Collection(TableExits, PixelReads):
         **columns
             Equality on any column or STAC property; a list or tuple means any of its values. ``readable=True`` and
             ``has_bands=[...]`` as in :meth:`where`.
+
+        Examples
+        --------
+        >>> april = collection.subset(date_range=("2024-04-01", "2024-04-30"), cloud_cover_lt=30)
+        >>> len(april)
+        2
+        >>> len(collection.subset(bbox=(14.98, 50.17, 14.99, 50.18), platform="sentinel-2a"))
+        2
         """
         where: list[Predicate] = []
         if bbox is not None:
@@ -137,15 +157,37 @@ class Collection(TableExits, PixelReads):
         return self._with(Filter(self.plan, predicates(triples, columns)))
 
     def where(self, *triples: Predicate | Any, **columns: Any) -> Collection:
-        """Keep the records that fulfil all predicates: rasteret's name of :meth:`filter`."""
+        """Keep the records that fulfil all predicates: rasteret's name of :meth:`filter`.
+
+        Examples
+        --------
+        >>> len(collection.where("eo:cloud_cover", "<", 20)) == len(collection.filter(("eo:cloud_cover", "<", 20)))
+        True
+        """
         return self.filter(*triples, **columns)
 
     def select_split(self, split: str, *, split_column: str = "split") -> Collection:
-        """Keep the records whose column ``split_column`` holds ``split``."""
+        """Keep the records whose column ``split_column`` holds ``split``.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> table = collection.to_table()
+        >>> table = table.append_column("split", pa.array(["train", "test"] * (len(table) // 2)))
+        >>> len(rd.as_collection(table, name="s2").select_split("train"))
+        4
+        """
         return self.subset(split=split, split_column=split_column)
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> Collection:
-        """Keep ``n`` records by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
+        """Keep ``n`` records by hash of their id, per stratum of column ``by``; a larger n contains the smaller.
+
+        Examples
+        --------
+        >>> len(collection.sample(3, seed=1))
+        3
+        >>> few = collection.sample(1, by="orbit")  # one of each orbit
+        """
         return self._with(Sample(self.plan, n, seed, by))
 
     # Steps on pixels
@@ -159,6 +201,7 @@ class Collection(TableExits, PixelReads):
         resampling: Resampling | None = None,
         mask: MaskName | Mask | Sequence[MaskName | Mask] | None = None,
         time: str | None = None,
+        tolerance: str | None = None,
         pick: PickName | Pick | None = None,
         fill: bool | None = None,
         dtype: Dtype | None = None,
@@ -175,7 +218,8 @@ class Collection(TableExits, PixelReads):
             ``"physical"`` (or ``"auto"``): each band in the unit of its kind, with the scale and offset of each
             record: reflectance, kelvin, unit vectors of embeddings; classes and bit fields as they are. ``"raw"``:
             numbers as they stand in the files. ``"reflectance"``, ``"kelvin"``, ``"scaled"``, ``"decibel"``,
-            ``"embedding"``: all bands so. ``{"vv": "decibel"}``: these so, the others physical. A unit of your own
+            ``"embedding"``: all bands so. ``"oli_reflectance"``: Sentinel-2's reflectance as OLI would measure it,
+            by HLS's coefficients. ``{"vv": "decibel"}``: these so, the others physical. A unit of your own
             is a :class:`rasteret_dask.rules.units.Unit`.
         resolution
             Metres a pixel; None: the first member's own.
@@ -189,7 +233,14 @@ class Collection(TableExits, PixelReads):
             ``"clouds"`` (and their shadows), ``"snow"``, ``"water"``: pixels made invalid, by the collection's quality
             band; or a :class:`rasteret_dask.rules.masks.Mask` of any band: ``Classes("SCL", (3, 8))``.
         time
-            Length of a slot as a pandas offset (``"1MS"``, ``"10D"``); None: a chip is one acquisition.
+            Length of a slot as a pandas offset (``"1MS"``, ``"10D"``); ``"static"``: the records hold at any time
+            (elevation, soil, land cover of one year), with or without a time of their own: one slot, which joins with
+            anything. None: a chip is one acquisition.
+        tolerance
+            Of records that are intervals, such as land cover of several years: how far from a moment that none holds
+            an interval may lie, as ``"400D"``. Beside a source with slots, they then take its slots: each slot the
+            interval that holds its middle, else the nearest so far. Beside single acquisitions, each of these likewise.
+            None: intervals beside slots have slots of their own, and acquisitions that none holds make no chip.
         pick
             Which acquisition a slot takes: ``"closest"`` to its middle (default), ``"first"``, ``"last"``,
             ``"least_cloudy"``: one that covers the chip before one that does not; ``"clearest"``: the one with the
@@ -203,8 +254,15 @@ class Collection(TableExits, PixelReads):
             ``"uint16"`` or ``"int16"`` stores reflectance x 1e4, kelvin or decibel x 100; None: float32.
         kinds
             What bands are, where nothing tells, or something else does: ``{"map": "class"}``. A kind
-            (``"reflectance"``, ``"temperature"``, ``"backscatter"``, ``"continuous"``, ``"class"``, ``"bitfield"``,
-            ``"angle"``, ``"embedding"``) decides kernel, overviews, composites, statistics and normalizing.
+            (``"reflectance"``, ``"temperature"``, ``"backscatter"``, ``"amplitude"``, ``"continuous"``, ``"class"``,
+            ``"bitfield"``, ``"angle"``, ``"embedding"``, ``"vector"``) decides kernel,
+            overviews, composites, statistics and normalizing.
+
+        Examples
+        --------
+        >>> monthly = collection.harmonize(["red", "nir"], mask="clouds", time="1MS")
+        >>> monthly.chips(32, cell_km=0.96).load()["pixels"].dims
+        ('chip', 'time', 'band', 'y', 'x')
         """
         spec = HarmonizeSpec(
             bands=None if bands is None else tuple([bands] if isinstance(bands, str) else bands),
@@ -213,6 +271,7 @@ class Collection(TableExits, PixelReads):
             resampling=resampling,
             mask=mask_named(mask),
             time=time,
+            tolerance=tolerance,
             pick=None if pick is None else pick_named(pick),
             fill=fill,
             dtype=dtype,
@@ -237,19 +296,43 @@ class Collection(TableExits, PixelReads):
             Of a join: the source it applies to.
         version
             What the function is known by; None: its module, name and source text.
+
+        Examples
+        --------
+        >>> def ndvi(pixels):
+        ...     red, nir = pixels.sel(band=["red"]), pixels.sel(band=["nir"])
+        ...     return ((nir - red.values) / (nir + red.values)).assign_coords(band=["ndvi"])
+        >>> greenness = collection.harmonize(["red", "nir"], time="1MS").map(ndvi)
+        >>> greenness.chips(32, cell_km=0.96).sample(2).load()["pixels"].sizes["band"]
+        1
         """
         known = Function.of(function, version)
         return Collection(self.query.then(Map(self.plan, known, source), functions={known: function}))
 
     def merge(self, *others: Collection) -> Collection:
-        """Return the union of this and other collections, as one source."""
+        """Return the union of this and other collections, as one source.
+
+        Examples
+        --------
+        >>> both = collection.merge(landsat)  # or: collection | landsat
+        >>> both.name, len(both) == len(collection) + len(landsat)
+        ('s2+l8', True)
+        """
         return merge(self, *others)
 
     def __or__(self, other: Collection) -> Collection:
         return merge(self, other)
 
     def join(self, **others: Collection) -> Collection:
-        """Put other collections beside this one, each a variable of its own on the same ground."""
+        """Put other collections beside this one, each a variable of its own on the same ground.
+
+        Examples
+        --------
+        >>> optical = collection.harmonize(["red", "nir"], time="1MS")
+        >>> pair = optical.join(embeddings=embeddings.harmonize(units="embedding"))
+        >>> sorted(pair.chips(32, cell_km=0.96).sample(2).load().children)
+        ['embeddings', 's2']
+        """
         own = _sources(self)
         twice = own.keys() & others.keys()
         if twice:
@@ -271,8 +354,8 @@ class Collection(TableExits, PixelReads):
         *,
         aoi: Any = None,
         at: Any = None,
-        grid: Grid | Any = "zone",
-        cell_km: float = 15.36,
+        grid: Grid | Any = "utm",
+        cell_km: float | None = None,
         min_coverage: float = 1.0,
         min_slots: int = 1,
         reference: str | None = None,
@@ -293,9 +376,13 @@ class Collection(TableExits, PixelReads):
             values. With a null in any row integers and booleans become float64 with NaN, text ``""``, times NaT. A
             warning names columns that stay in ``table`` only (lists, bytes, names such as ``time``).
         grid
-            ``"zone"`` (the fixed lattice of each UTM zone), ``"tiles"`` (the source's own tiles), or a GeoBox.
+            Where chips lie, one choice for all of them. ``"utm"`` (also called ``"zone"``): the fixed lattice of each
+            UTM zone, and of UPS beyond 84 N and 80 S. A CRS in metres (``"EPSG:3035"``, WKT, a ``pyproj.CRS``): one
+            lattice in it, from (0, 0) on. An odc-geo GridSpec: one lattice in its CRS, from its origin on, whose split
+            cells are its tiles. ``"tiles"``: the source's own tiles. An odc-geo GeoBox: from its corner on, and
+            nothing beyond it. See ``docs/grids.md``.
         cell_km
-            Side of a split cell.
+            Side of a split cell, kilometres on the map; None: a GridSpec's tile, else 15.36.
         min_coverage
             Share of a chip that the records of a slot must cover together.
         min_slots
@@ -308,6 +395,15 @@ class Collection(TableExits, PixelReads):
             source's pixels: the value of the last polygon that holds a pixel's centre, else 0 (NaN for a column of
             floats). Text is numbered from 1 in alphabetical order; ``mask.attrs["classes"]`` has the names. Edges are
             straight in the CRS that the polygons are given in. Without ``labels``, the polygons are those of ``at``.
+
+        Examples
+        --------
+        >>> red = collection.harmonize(["red"], time="1MS")
+        >>> chips = red.chips(32, cell_km=0.96).split(0.7, 0.15, 0.15, seed=1)
+        >>> sorted(set(chips.table["split"].drop_null().to_pylist())) <= ["test", "train", "val"]
+        True
+        >>> red.chips(32, cell_km=0.96, grid="EPSG:3035").table["chip_id"][0].as_py().split("_")[0]
+        'epsg3035'
         """
         tables: dict[str, Table] = {}
         token = None
@@ -321,8 +417,8 @@ class Collection(TableExits, PixelReads):
         spec = ChipSpec(
             size=size,
             stride=size if stride is None else stride,
-            grid=grid if isinstance(grid, str) else _geobox(grid),
-            cell_km=cell_km,
+            grid=chip_grid(grid),
+            cell_km=tile_km(grid) or CELL_KM if cell_km is None else cell_km,
             min_coverage=min_coverage,
             min_slots=min_slots,
             reference=reference,
@@ -344,7 +440,7 @@ class Collection(TableExits, PixelReads):
         resolution: float | None = None,
         bounds: tuple[float, float, float, float] | None = None,
         bounds_latlon: tuple[float, float, float, float] | None = None,
-        epsg: int | None = None,
+        crs: Any = None,
         min_coverage: float = 0.0,
         chunks: int = 1024,
     ) -> xr.DataArray:
@@ -362,8 +458,9 @@ class Collection(TableExits, PixelReads):
         bounds_latlon
             (west, south, east, north) in degrees, widened to whole pixels of the records' grid; west is larger than
             east across the antimeridian.
-        epsg
-            The cube's CRS; None: that of the records.
+        crs
+            The cube's CRS, an EPSG code or any other form of one (``"ESRI:54009"``, WKT, a CRS object); None: that of
+            the records.
         min_coverage
             Leave out acquisitions (or empty slots) that cover a smaller share of the bounds.
         chunks
@@ -380,7 +477,15 @@ class Collection(TableExits, PixelReads):
         Raises
         ------
         GridError
-            When the records lie in several CRSs and no ``epsg`` is given: see :meth:`cubes`.
+            When the records lie in several CRSs and no ``crs`` is given: see :meth:`cubes`; when PROJ does not know
+            ``crs``, or the pixel size is in another unit than its own: say ``resolution``.
+
+        Examples
+        --------
+        >>> collection.cube(["red"]).dims
+        ('time', 'band', 'y', 'x')
+        >>> collection.cube(["red"], crs="EPSG:3035", resolution=30).dims
+        ('time', 'band', 'y', 'x')
         """
         if isinstance(self.plan, Join):
             raise PlanError(
@@ -399,28 +504,125 @@ class Collection(TableExits, PixelReads):
         from rasteret_dask.cubes.lazy import harmonized_cube
 
         square = spec_field(plan, "resolution") is not None
-        grid, shape = native_grid(source, epsg, bounds, bounds_latlon, square=square)
+        grid, shape = native_grid(
+            source, None if crs is None else number(crs), bounds, bounds_latlon, square=square
+        )
         return harmonized_cube(source, grid, shape, min_coverage, chunks)
 
     def cubes(self, bands: Sequence[str] | None = None, *, resolution: float | None = None) -> xr.DataTree:
-        """Return one cube per CRS of the records, as a DataTree with a node ``epsg_32633`` each."""
+        """Return one cube per CRS of the records, as a DataTree with a node ``epsg_32633`` each.
+
+        A CRS without an EPSG code has a node ``crs_<its number>``.
+
+        Examples
+        --------
+        >>> list(collection.cubes(["red", "nir"]).children)
+        ['epsg_32633']
+        """
         codes = sorted(
             {int(c) for m in self.query.members(optimize(self.plan)) for c in Records(m.table).epsg}
         )
         nodes = {}
         for code in codes:
             own = self._with(Filter(self.plan, (("proj:epsg", "==", code),)))
-            cube = own.cube(bands, resolution=resolution, epsg=code)
-            nodes[f"/epsg_{code}"] = cube.to_dataset(name="pixels")
+            cube = own.cube(bands, resolution=resolution, crs=code)
+            nodes[f"/epsg_{code}" if code > 0 else f"/crs_{-code}"] = cube.to_dataset(name="pixels")
         import xarray as xr
 
         return xr.DataTree.from_dict(nodes, name=self.name)
 
+    # Pictures
+
+    def plot(self) -> Any:
+        """Draw the records' footprints, and a calendar of what each day covers, clear and cloudy.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            It shows where it is the last value of a notebook's cell; ``.savefig(path)`` writes it.
+
+        Raises
+        ------
+        PlanError
+            When no record has an outline.
+        MissingExtraError
+            When matplotlib is not installed.
+
+        Examples
+        --------
+        >>> collection.plot().savefig("records.png")
+        """
+        from rasteret_dask.show.plotrecords import COLUMNS, plot_records
+
+        members = self.query.members(optimize(self.plan))
+        return plot_records([(member.name, member.table.select(COLUMNS)) for member in members])
+
+    def plot_spectra(self, at: Any) -> Any:
+        """Draw the spectra of a few points: as each member stores them, and as :meth:`harmonize` makes them.
+
+        Parameters
+        ----------
+        at
+            (lon, lat) pairs, or points in any form that :meth:`sample_points` takes; at most six.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            A row a point. Thin lines are acquisitions, thick ones their median; a colour a member.
+
+        Raises
+        ------
+        PlanError
+            When this is a join, no record covers a point, or there are too many points.
+        MissingExtraError
+            When matplotlib is not installed.
+
+        Examples
+        --------
+        >>> figure = collection.harmonize(["red", "nir"]).plot_spectra(at=[(15.0, 50.16)])
+        """
+        from rasteret_dask.show.spectra import plot_spectra
+
+        return plot_spectra(self.query, at)
+
+    def explore(self, tiles: str | None = "OpenStreetMap") -> Any:
+        """Return an interactive map of the records' outlines, with id, date and clouds as popups (needs folium).
+
+        Parameters
+        ----------
+        tiles
+            What folium draws behind them, which the reader's browser asks for; None: nothing.
+
+        Raises
+        ------
+        PlanError
+            When no record has an outline, or there are more than 5,000.
+        MissingExtraError
+            When folium is not installed.
+
+        Examples
+        --------
+        >>> collection.explore(tiles=None).save("records.html")
+        """
+        from rasteret_dask.show.maps import explore_records
+
+        columns = ["id", "collection", "datetime", "eo:cloud_cover", "platform", "geometry"]
+        return explore_records(self.to_table(columns), tiles)
+
     def _with(self, plan: Node) -> Collection:
         return Collection(self.query.then(plan))
 
+    @property
+    def _card(self) -> Card:
+        from rasteret_dask.show.cards import collection_card
+
+        return collection_card(self.name, self.query)
+
     def __repr__(self) -> str:
-        return f"<Collection {self.name}>\n" + "\n".join(outline(self.plan))
+        return self._card.text
+
+    def _repr_html_(self) -> str:
+        return self._card.html
 
 
 def merge(*collections: Collection) -> Collection:
@@ -430,6 +632,12 @@ def merge(*collections: Collection) -> Collection:
     ------
     PlanError
         When fewer than one is given, or one of them is a join.
+
+    Examples
+    --------
+    >>> both = rd.merge(collection, landsat).harmonize(["red", "nir"], resolution=10, time="1MS")
+    >>> both.chips(32, cell_km=0.96).sample(2).load()["member"].dims
+    ('chip', 'time')
     """
     if not collections:
         raise PlanError("merge", "no collection", "at least one")
@@ -446,7 +654,15 @@ def merge(*collections: Collection) -> Collection:
 
 
 def join(**sources: Collection) -> Collection:
-    """Put collections side by side over the same ground, each a variable of its own, called by its keyword."""
+    """Put collections side by side over the same ground, each a variable of its own, called by its keyword.
+
+    Examples
+    --------
+    >>> optical = collection.harmonize(["red", "nir"], time="1MS")
+    >>> pair = rd.join(optical=optical, embeddings=embeddings).chips(32, cell_km=0.96)
+    >>> sorted(pair.sample(2).load().children)
+    ['embeddings', 'optical']
+    """
     if not sources:
         raise PlanError("join", "no source", "at least one: join(optical=..., embeddings=...)")
     for name, c in sources.items():
@@ -484,12 +700,3 @@ def _polygons(labels: Any, at: Any, column: str | None) -> pa.Table | None:
     table = as_labels(dense(at if labels is None else labels))
     Labels.of(table, column)  # so that a mistake is told here
     return table.select(["geometry", column]).combine_chunks()
-
-
-def _geobox(grid: Any) -> str:
-    crs, transform, shape = (getattr(grid, n, None) for n in ("crs", "transform", "shape"))
-    if crs is None or transform is None or shape is None:
-        raise PlanError("chips(grid=)", repr(grid), "'zone', 'tiles' or a GeoBox with a CRS")
-    if transform.b or transform.d or abs(transform.a + transform.e) > 1e-12 * abs(transform.a):
-        raise PlanError("chips(grid=)", repr(transform), "a north-up GeoBox with square pixels")
-    return f"{int(crs.to_epsg())},{transform.c!r},{transform.f!r},{transform.a!r},{shape[1]},{shape[0]}"

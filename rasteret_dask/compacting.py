@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A store rewritten with its kept chips only: bytes of chips are copied, not decoded."""
 
 from __future__ import annotations
@@ -5,17 +6,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
+import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rasteret_dask import activity
 from rasteret_dask.errors import JobError, PlanError, StoreError
 from rasteret_dask.formats import STORE
 from rasteret_dask.net import clusters, remote, signatures
@@ -24,9 +27,12 @@ from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import decode, ledger
 from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32
+from rasteret_dask.store.jobreport import JobReport, job_report
+from rasteret_dask.store.manifest import stamp, table_of, timing
+from rasteret_dask.store.paging import Paging
 from rasteret_dask.store.presence import forget_clients, present
-from rasteret_dask.store.runtasks import Work
-from rasteret_dask.store.shardruns import Exit, Shards, runner, write_shards
+from rasteret_dask.store.runtasks import Shards, Work
+from rasteret_dask.store.shardruns import Exit, runner, write_shards
 from rasteret_dask.store.storemap import (
     StoredArray,
     StoredGroup,
@@ -41,9 +47,6 @@ from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.filtering import KEPT, tally
 from rasteret_dask.tasks.runs import Cuts
 
-if TYPE_CHECKING:
-    from distributed import Client
-
 __all__ = ["compact"]
 
 _log = logging.getLogger(__name__)
@@ -52,7 +55,12 @@ _COUNTS = ("requests", "bytes_fetched", "tiles_read", "gdal_fallback")
 """Columns of the manifest that say what reading cost."""
 
 
-def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], client: ClientLike = None) -> None:
+def compact(
+    store: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    client: ClientLike = None,
+    progress: bool = True,
+) -> JobReport:
     """Write the kept chips of a store to another place, as a store of its own.
 
     Chips keep their order; shards are filled up. A split of which nothing is kept is left out. Called again after it
@@ -68,6 +76,13 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
         A local path or a URL: an empty place, or one where this was begun.
     client
         A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
+    progress
+        Show how far it is.
+
+    Returns
+    -------
+    JobReport
+        What was written and what it took.
 
     Raises
     ------
@@ -77,8 +92,17 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
         When no chip is kept.
     JobError
         When shards could not be copied; the others are, and a rerun does only those.
+
+    Examples
+    --------
+    >>> clear = chips.select("train").filter_pixels(min_valid=0.6)
+    >>> report = clear.to_zarr("all.zarr", progress=False)
+    >>> report = rd.compact("all.zarr", "kept.zarr")
+    >>> len(rd.open_chips("kept.zarr")) == len(rd.open_chips("all.zarr")) < len(clear)
+    True
     """
     clusters.check(client, "compact(client=)")
+    start = time.monotonic()
     url, place = Place.of(store).url, Place.of(target).url
     opened = open_store(url)
     check_sizes(opened)
@@ -90,17 +114,25 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
         )  # fmt: skip
     chips = _Kept(opened, _shards(opened))
     if _is_finished(place, chips.owner):
-        return
-    reports = ledger.reports(place, ledger.begin(place, chips), chips.keys)
-    missing = [shard for shard in chips.shards if shard.name not in reports]
+        if progress:
+            sys.stderr.write(f"store {remote.redact(place)} is finished: nothing to do\n")
+        return job_report(place)
+    done = _reports(place, ledger.begin(place, chips), chips)
     subject = f"compact {remote.redact(place)}"
-    with present(place):
+    with present(place) as presence:
+        paging = Paging(presence, chips.keys)
+        there = done.keys() | paging.since({shard: report.place for shard, report in done.items()})
+        missing = [shard for shard in chips.shards if shard.name not in there]
         if missing:
             with clusters.using(client) as cluster:
-                _write(opened, url, place, chips, missing, cluster)
+                shards = _missing(opened, url, place, chips, missing)
+                count = sum(len(shard.rows) for shard in chips.shards)
+                caller = Exit("compact", remote.redact(place), len(chips.shards), count, progress)
+                sign = partial(signatures.send_place, cluster, url, place)
+                write_shards(runner(cluster), shards, caller, sign, paging.settle)
         _log.info("%s: %d shards written; committing", subject, len(chips.shards))
         found = ledger.restored(place, chips)
-        reports = ledger.reports(place, found, chips.keys)
+        reports = _reports(place, found, chips)
         lost = [shard.name for shard in chips.shards if shard.name not in reports]
         if lost:
             raise JobError(
@@ -109,17 +141,25 @@ def compact(store: str | os.PathLike[str], target: str | os.PathLike[str], clien
                 "all shards",
                 "They were deleted or damaged meanwhile: call compact again, which does these.",
             )
-        ledger.commit(
-            place, found, _manifest(opened, chips.shards, reports, ledger.tries(found)), reports, {}
-        )
+        places = {shard: report.place for shard, report in reports.items()}
+        manifest = _manifest(opened, chips.shards, reports, ledger.tries(found))
+        ledger.commit(place, found, manifest, places, {})
         forget_clients(place)
+    return JobReport.of_manifest(
+        remote.redact(place), manifest, written=len(missing), seconds=round(time.monotonic() - start, 3)
+    )
 
 
-def _write(
-    old: StoreMap, url: str, place: str, chips: _Kept, missing: Sequence[_NewShard], cluster: Client | None
-) -> None:
-    """Have shards written, by a cluster, or by threads of this process where there is none."""
-    shards = Shards(
+def _reports(place: str, objects: Mapping[str, int], chips: _Kept) -> dict[str, ledger.Report]:
+    """Return the valid reports of all shards."""
+    return {
+        shard: report for some in ledger.reports(place, objects, chips.keys) for shard, report in some.items()
+    }
+
+
+def _missing(old: StoreMap, url: str, place: str, chips: _Kept, missing: Sequence[_NewShard]) -> Shards:
+    """Return the shards that are not there, as they are to be written."""
+    return Shards(
         Work(partial(_copied, url, old.digest, place), chips.owner.digest, {}),
         [shard.name for shard in missing],
         missing,
@@ -128,9 +168,8 @@ def _write(
         Cuts.free(len(missing)),
         digest(chips.owner.digest, place)[:16],
         "compact",
+        [len(shard.rows) for shard in missing],
     )
-    caller = Exit("compact", remote.redact(place), len(chips.shards))
-    write_shards(runner(cluster), shards, caller, lambda: signatures.send_place(cluster, url, place))
 
 
 def _is_finished(place: str, owner: ledger.Owner) -> bool:
@@ -159,8 +198,8 @@ class _Kept:
         """For each shard's name, the key of its valid report: what it is made of."""
         return {shard.name: shard.key for shard in self.shards}
 
-    def objects(self) -> dict[str, bytes]:
-        """Make the arrays' metadata, the chunks that the plan knew, and the chip table."""
+    def objects(self) -> dict[str, ledger.Maker]:
+        """Return what makes the arrays' metadata, the chunks that the plan knew, and the chip table."""
         old, nodes = self.old, self.old.root["consolidated_metadata"]["metadata"]
         objects: dict[str, bytes] = {}
         documents: dict[str, Any] = {}
@@ -193,8 +232,12 @@ class _Kept:
         groups = {p: text for p, text in texts.items() if json.loads(text)["node_type"] == "group"}
         objects |= {path: text.encode() for path, text in texts.items() if path not in groups}
         objects[ledger.GROUPS] = json.dumps(groups).encode()
+        for path in (ledger.PROVENANCE, ledger.RECIPE):  # for people; where they are kept
+            if path in old.others:
+                objects[path] = remote.get(remote.join(old.url, path))
         table = old.chips.whole().take(pa.array(np.concatenate([s.rows for s in self.shards])))
-        return {**objects, ledger.CHIPS: geoparquet.to_bytes(table)}
+        objects[ledger.CHIPS] = geoparquet.to_bytes(table)
+        return {path: ledger.whole(data) for path, data in objects.items()}
 
     def places(self) -> dict[str, str]:
         """Return the path of every object that shards may have -> the shard's name."""
@@ -266,11 +309,12 @@ def _rows(old: StoreMap, split: str | None) -> NDArray[np.int64]:
 
 def _copied(url: str, source: str, place: str, shard: _NewShard) -> None:
     """Write one new shard, then its report; nothing where that is done, whoever held its result."""
+    start = time.perf_counter()
     if ledger.valid_report(place, shard.name, shard.key) is not None:
         return
     old = open_map(url, source)
     mark = ledger.tried(place, shard.name, shard.key)
-    written = []
+    written, shown = [], activity.current()
     for group in old.groups[shard.split]:
         at = group_path(shard.split, shard.splits, group.source, len(old.sources))
         for name, array in group.arrays.items():
@@ -280,8 +324,11 @@ def _copied(url: str, source: str, place: str, shard: _NewShard) -> None:
             if pieces:
                 path = replace(array, path=f"{at}/{name}" if at else name).object(shard.number)
                 remote.put(remote.join(place, path), pieces)
+                if shown is not None:
+                    shown.written += sum(map(len, pieces))
                 written.append({"path": path, "size": sum(map(len, pieces)), "crc32": crc32(pieces)})
-    report = {"process": f"{platform.node()}:{os.getpid()}", "objects": written}
+    seconds = time.perf_counter() - start
+    report = {"objects": written, **stamp(seconds, {"copy": seconds})}
     ledger.done(place, shard.name, shard.key, mark, report)
 
 
@@ -298,11 +345,12 @@ def _stored(old: StoreMap, array: StoredArray, rows: NDArray[np.int64]) -> list[
     """Return the bytes of some chips as they are stored, their checksums with them; nothing where they are not."""
     per = array.encoding.chunk[0]
     shard_of = np.searchsorted(old.starts, rows, side="right") - 1
+    folder = remote.Folder.of(old.url)
     found: list[list[Piece]] = []
     for number in np.unique(shard_of).tolist():
         shard = old.shards[number]
         chips = rows[shard_of == number] - shard.start
-        item = StoreObject.of(old, shard, array)
+        item = StoreObject.of(old, folder, shard, array)
         if item is None:
             found += [[] for _ in chips]
             continue
@@ -367,8 +415,8 @@ def _manifest(
                 "chips": len(shard.rows),
                 "kept": len(shard.rows),
                 "dropped_chips": "{}",
-                "attempts": max(1, len(tries.get(shard.name, ()))),
-                "process": report["process"],
+                "attempts": reports[shard.name].place.attempts(tries.get(shard.name, ())),
+                **timing(report),
                 "bytes": sum(o["size"] for o in report["objects"]),
                 "objects": report["objects"],
                 **counts,
@@ -378,4 +426,4 @@ def _manifest(
                 "key": shard.key,
             }
         )
-    return pa.Table.from_pylist(rows)
+    return table_of(rows)

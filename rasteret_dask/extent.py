@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a raster may lie: a code that is a map, pixels that have a size, and no more ground than the map holds."""
 
 from __future__ import annotations
@@ -5,17 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import hypot, inf, isfinite, nan, pi
+from math import ceil, hypot, inf, isfinite, nan, pi, sqrt
 from typing import Any
 
-import pyproj
 from numpy.typing import NDArray
-from pyproj.exceptions import CRSError
 
+from rasteret_dask.crs import crs_of, text
 from rasteret_dask.errors import GridError
 from rasteret_dask.grid import Bounds, bounds_in
 
-__all__ = ["is_geographic", "metres", "misplaced"]
+__all__ = ["MOST_PX", "is_geographic", "metres", "misplaced", "north_up", "unit_of"]
 
 MERIDIAN_M = 10_001_966.0
 """From the equator to a pole along the WGS 84 ellipsoid, metres."""
@@ -26,7 +26,8 @@ EQUATOR_M = 40_075_017.0
 _FINEST_M = 1e-4  # a tenth of a millimetre: drones give centimetres
 _FINEST_TURN = 1e-12  # the same, as a share of a full turn
 _STRAY_TURN = 1 / 72  # 5 degrees: grids of points at every 10 degrees stick out by half a pixel
-_MOST_PX = 2**31 - 1  # TIFF counts further, GDAL and the records' columns do not
+MOST_PX = 2**31 - 1
+"""Along a side of a raster: TIFF counts further, GDAL and the records' columns do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def misplaced(epsg: int, transform: Sequence[float] | NDArray[Any], width: int, 
     Parameters
     ----------
     epsg
-        Code of the CRS.
+        The CRS, as :func:`rasteret_dask.crs.number` counts it.
     transform
         (a, b, c, d, e, f): pixel to CRS.
     width, height
@@ -62,7 +63,7 @@ def misplaced(epsg: int, transform: Sequence[float] | NDArray[Any], width: int, 
     in northern UTM zones, and mosaics of a continent in one zone. Longitudes may count from -360 to 360 degrees. A
     raster may stick out by a pixel, as global grids of points do.
     """
-    if not (1 <= width <= _MOST_PX and 1 <= height <= _MOST_PX):
+    if not (1 <= width <= MOST_PX and 1 <= height <= MOST_PX):
         return f"size of {width:.7g} x {height:.7g} pixels"
     a, b, c, d, e, f = (float(v) for v in transform)
     if not all(isfinite(v) for v in (a, b, c, d, e, f)) or a * e - b * d == 0:
@@ -82,9 +83,20 @@ def misplaced(epsg: int, transform: Sequence[float] | NDArray[Any], width: int, 
     if wide or far:
         return (
             f"{width} x {height} pixels of {hypot(a, d):.6g} x {hypot(b, e):.6g} {reach.unit}, from "
-            f"({min(x):.7g}, {min(y):.7g}) to ({max(x):.7g}, {max(y):.7g}), which is beyond EPSG:{epsg}"
+            f"({min(x):.7g}, {min(y):.7g}) to ({max(x):.7g}, {max(y):.7g}), which is beyond {text(epsg)}"
         )
     return None
+
+
+def north_up(transform: Sequence[float], shape: tuple[int, int]) -> tuple[tuple[float, ...], tuple[int, int]]:
+    """Return the north-up raster around a turned one: its transform and (height, width), with pixels as large."""
+    a, b, c, d, e, f = (float(v) for v in transform[:6])
+    height, width = shape
+    x = [c + i * a + j * b for i in (0, width) for j in (0, height)]
+    y = [f + i * d + j * e for i in (0, width) for j in (0, height)]
+    side = sqrt(abs(a * e - b * d))
+    size = ceil((max(y) - min(y)) / side - 1e-9), ceil((max(x) - min(x)) / side - 1e-9)
+    return (side, 0.0, min(x), 0.0, -side, max(y)), size
 
 
 def is_geographic(epsg: int) -> bool:
@@ -99,19 +111,25 @@ def metres(epsg: int) -> float:
     return nan if isinstance(reach, str) else EQUATOR_M / reach.span
 
 
+def unit_of(epsg: int) -> str:
+    """Return what the unit of a CRS is called: ``"m"``, ``"degrees"``; ``"units"`` of an unknown CRS."""
+    reach = _reach(int(epsg))
+    return "units" if isinstance(reach, str) else reach.unit
+
+
 @lru_cache(maxsize=1024)
 def _reach(epsg: int) -> _Reach | str:
     """Return the reach of a CRS, or why it has none."""
     try:
-        crs = pyproj.CRS.from_epsg(epsg)
-    except CRSError:
-        return f"EPSG:{epsg}, a code that PROJ does not know"
+        crs = crs_of(epsg)
+    except GridError as error:
+        return f"{text(epsg)}, a code that PROJ does not know" if epsg > 0 else error.found
     if crs.is_geographic:
         turn = 2 * pi / _factor(crs)
         bounds = (-turn, -turn / 4, turn, turn / 4)
         return _Reach(bounds, turn, turn * _STRAY_TURN, turn * _FINEST_TURN, _unit(crs), True)
     if not crs.is_projected:
-        return f"EPSG:{epsg} ({crs.name}), which is no map"
+        return f"{text(epsg)} ({crs.name}), which is no map"
     unit = _factor(crs)
     round_earth, quarter = EQUATOR_M / unit, MERIDIAN_M / unit
     bounds = _used(crs, epsg) or (-inf, -inf, inf, inf)

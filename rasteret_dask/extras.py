@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages that only some exits need, and how one that is missing is installed."""
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from rasteret_dask.errors import MissingExtraError
 __all__ = ["EXTRAS", "how_to_install", "needs"]
 
 EXTRAS = {
+    "gateway": {"aiohttp": "aiohttp", "dask_gateway": "dask-gateway>=2025.4"},
     "geo": {"geopandas": "geopandas>=1.0"},
+    "kubernetes": {"dask_kubernetes": "dask-kubernetes>=2025.7", "httpx": "httpx", "kr8s": "kr8s"},
+    "map": {"folium": "folium>=0.18"},
     "pc": {"planetary_computer": "planetary-computer>=1.0"},
     "plot": {"matplotlib": "matplotlib>=3.9"},
+    "slurm": {"cryptography": "cryptography", "dask_jobqueue": "dask-jobqueue>=0.9"},
     "torch": {"torch": "torch>=2.4"},
 }
 """{extra: {module: what pip installs it by}}, as in ``pyproject.toml``."""

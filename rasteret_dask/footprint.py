@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ground outlines in lon/lat, also across the antimeridian and over the poles."""
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 from shapely.geometry import shape
+
+from rasteret_dask.grid import is_utm
 
 __all__ = [
     "area_of",
@@ -57,8 +60,7 @@ def outline_of(geometry: Any, bbox: Any, epsg: int | None = None) -> bytes | Non
     points = shapely.get_coordinates(outline)
     if not np.isfinite(points).all() or np.abs(points[:, 0]).max() > 360 or np.abs(points[:, 1]).max() > 90:
         raise ValueError(f"a geometry that reaches to {_extremes(points)}, which are no degrees of lon/lat")
-    utm = epsg is not None and (32601 <= epsg <= 32660 or 32701 <= epsg <= 32760)
-    crosses = utm or (corners is not None and corners[0] > corners[2])
+    crosses = (epsg is not None and is_utm(epsg)) or (corners is not None and corners[0] > corners[2])
 
     def short(ring: NDArray[np.float64]) -> bool:
         return crosses or _goes_round(ring)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Versions of what is written: a format says how it is read, the meaning which pixels it holds."""
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Exact arithmetic between cells, bounds and pixel edges of a UTM zone's lattice."""
+# SPDX-License-Identifier: Apache-2.0
+"""Exact arithmetic between cells, bounds and pixel edges of a zone's lattice."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import floor, log10
+from math import floor, isfinite, log10
 from typing import TypeAlias
 
 import numpy as np
@@ -13,14 +14,18 @@ import pyproj
 from numpy.typing import ArrayLike, NDArray
 from pyproj.exceptions import ProjError
 
+from rasteret_dask.crs import crs_of, text
 from rasteret_dask.errors import GridError
 
 __all__ = [
     "FALSE_NORTHING_M",
+    "UPS_NORTH",
+    "UPS_SOUTH",
     "Bounds",
     "Lattice",
     "bounds_in",
     "digits",
+    "is_utm",
     "northern",
     "snap",
     "transformer",
@@ -34,6 +39,9 @@ Bounds: TypeAlias = tuple[float, float, float, float]
 FALSE_NORTHING_M = 10_000_000.0
 """Northing of the equator in a southern UTM zone (327zz); 0 in a northern one (326zz). EPSG guidance note 7-2."""
 
+UPS_NORTH, UPS_SOUTH = 32661, 32761
+"""EPSG codes of the polar stereographic maps that go on where UTM ends."""
+
 _EDGE = 1e-6
 """Pixels. Two edges nearer than this are the same edge."""
 
@@ -45,22 +53,21 @@ def digits(resolution: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Lattice:
-    """The fixed grid of one UTM zone: split cells from (0, 0), chip cells inside each from its north-west corner.
+    """A fixed grid: split cells from an origin on, chip cells inside each from its north-west corner.
 
-    All lengths are metres in EPSG 326zz, on both hemispheres. Rows count southwards and columns eastwards.
+    All lengths are metres in the CRS of a zone. Rows count southwards and columns eastwards.
     """
 
-    zone: int
     cell_m: float
     """Side of a split cell."""
     chip_m: float
     """Side of a chip cell."""
     stride_m: float
     """From one chip cell to the next."""
+    origin: tuple[float, float] = (0.0, 0.0)
+    """North-west corner (x, y) of split cell (0, 0)."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.zone <= 60:
-            raise GridError("lattice", f"zone {self.zone}", "a UTM zone from 1 to 60")
         if not 0 < self.chip_m <= self.cell_m + _EDGE:
             raise GridError(
                 "chip size",
@@ -83,17 +90,27 @@ class Lattice:
 
     def windows_in(self, bounds: Bounds) -> float:
         """Return how many chip cells the split cells that touch ``bounds`` hold, without making any."""
-        xmin, ymin, xmax, ymax = bounds
-        rows = np.ceil(-ymin / self.cell_m) - np.floor(-ymax / self.cell_m)
-        cols = np.ceil(xmax / self.cell_m) - np.floor(xmin / self.cell_m)
-        return float(rows * cols) * float(self.per_side) ** 2
+        row0, row1, col0, col1 = self._range(bounds)
+        return (row1 - row0) * (col1 - col0) * float(self.per_side) ** 2
 
     def split_cells(self, bounds: tuple[float, float, float, float]) -> NDArray[np.int64]:
         """Return the split cells that touch ``bounds`` (xmin, ymin, xmax, ymax), shape (cell, 2) as row, col."""
-        xmin, ymin, xmax, ymax = bounds
-        rows = np.arange(np.floor(-ymax / self.cell_m), np.ceil(-ymin / self.cell_m), dtype=np.int64)
-        cols = np.arange(np.floor(xmin / self.cell_m), np.ceil(xmax / self.cell_m), dtype=np.int64)
+        row0, row1, col0, col1 = self._range(bounds)
+        rows, cols = np.arange(row0, row1, dtype=np.int64), np.arange(col0, col1, dtype=np.int64)
         return np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2)
+
+    def _range(self, bounds: Bounds) -> tuple[float, float, float, float]:
+        """Return the first row of split cells that bounds touch, the one behind the last, and the same of columns."""
+        (xmin, ymin, xmax, ymax), (x0, y0), side = bounds, self.origin, self.cell_m
+        rows = np.floor((y0 - ymax) / side), np.ceil((y0 - ymin) / side)
+        cols = np.floor((xmin - x0) / side), np.ceil((xmax - x0) / side)
+        return float(rows[0]), float(rows[1]), float(cols[0]), float(cols[1])
+
+    def split_cells_at(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the split cell (row, col) that holds each place, shape (place, 2)."""
+        x0, y0 = self.origin
+        cells = np.stack([np.floor((y0 - y) / self.cell_m), np.floor((x - x0) / self.cell_m)], -1)
+        return cells.astype(np.int64)
 
     def chip_cells(self, split_cells: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the chip cells inside split cells, shape (cell x per_side^2, 2) as row, col."""
@@ -108,14 +125,14 @@ class Lattice:
     def bounds(self, cells: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return xmin, ymin, xmax, ymax of chip cells, shape (cell, 4)."""
         split, inner = np.divmod(cells, self.per_side)
-        ymax = -(split[:, 0] * self.cell_m + inner[:, 0] * self.stride_m)
-        xmin = split[:, 1] * self.cell_m + inner[:, 1] * self.stride_m
+        ymax = self.origin[1] - (split[:, 0] * self.cell_m + inner[:, 0] * self.stride_m)
+        xmin = self.origin[0] + (split[:, 1] * self.cell_m + inner[:, 1] * self.stride_m)
         return np.stack([xmin, ymax - self.chip_m, xmin + self.chip_m, ymax], -1).astype(np.float64)
 
     def split_bounds(self, split_cells: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return xmin, ymin, xmax, ymax of split cells, shape (cell, 4)."""
-        ymax = -split_cells[:, 0] * self.cell_m
-        xmin = split_cells[:, 1] * self.cell_m
+        ymax = self.origin[1] - split_cells[:, 0] * self.cell_m
+        xmin = self.origin[0] + split_cells[:, 1] * self.cell_m
         return np.stack([xmin, ymax - self.cell_m, xmin + self.cell_m, ymax], -1).astype(np.float64)
 
 
@@ -174,17 +191,31 @@ def zone_epsg(zone: int) -> int:
     return 32600 + zone
 
 
+def is_utm(code: int) -> bool:
+    """Return whether a CRS is a UTM zone on WGS 84, EPSG 326zz or 327zz; their neighbours 32661 to 32667 are none."""
+    return 1 <= code - 32600 <= 60 or 1 <= code - 32700 <= 60
+
+
 def northern(epsg: int) -> tuple[int, float]:
     """Return (EPSG 326zz, metres to add to northings) for a UTM code, and (code, 0) for any other."""
-    if 32701 <= epsg <= 32760:
+    if is_utm(epsg) and epsg > 32700:
         return epsg - 100, -FALSE_NORTHING_M
     return epsg, 0.0
 
 
 @lru_cache(maxsize=256)
 def transformer(source: int, target: int) -> pyproj.Transformer:
-    """Return the x/y-ordered transformer between two EPSG codes, made once a process."""
-    return pyproj.Transformer.from_crs(source, target, always_xy=True)
+    """Return the x/y-ordered transformer between two CRSs (:mod:`rasteret_dask.crs`), made once a process.
+
+    Raises
+    ------
+    GridError
+        When PROJ does not know one of them, or no way between them: the Moon, say, and the Earth.
+    """
+    try:
+        return pyproj.Transformer.from_crs(crs_of(source), crs_of(target), always_xy=True)
+    except ProjError as error:
+        raise GridError(f"{text(source)} in {text(target)}", str(error), "two CRSs of one planet") from None
 
 
 def bounds_in(bounds: Sequence[float] | NDArray[np.float64], source: int, target: int) -> Bounds:
@@ -201,10 +232,10 @@ def bounds_in(bounds: Sequence[float] | NDArray[np.float64], source: int, target
             moved = transformer(source, target).transform_bounds(xmin, ymin, xmax, ymax, densify_pts=21)
         except ProjError:
             moved = (np.nan,) * 4
-        if not np.isfinite(moved).all():
+        if not all(map(isfinite, moved)):  # NumPy takes as long for four numbers as PROJ
             raise GridError(
-                f"bounds ({xmin:.7g}, {ymin:.7g}, {xmax:.7g}, {ymax:.7g}) of EPSG:{source}",
-                f"no such place in EPSG:{target}", "bounds that both can show",
+                f"bounds ({xmin:.7g}, {ymin:.7g}, {xmax:.7g}, {ymax:.7g}) of {text(source)}",
+                f"no such place in {text(target)}", "bounds that both can show",
             )  # fmt: skip
         xmin, ymin, xmax, ymax = (float(v) for v in moved)
     return xmin, ymin, xmax, ymax

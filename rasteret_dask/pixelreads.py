@@ -1,10 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """A collection's pixels, read at once for geometries, points and cells: the ways people know from rasteret."""
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from rasteret_dask.planning.plan import Node
@@ -87,6 +90,15 @@ class PixelReads:
         ------
         PlanError
             When windows are of several shapes, or no record covers any geometry.
+
+        Examples
+        --------
+        >>> fields = [(14.99, 50.17), (15.0, 50.18)]  # points; boxes and polygons too
+        >>> pixels, index = collection.get_numpy(fields, ["red", "nir"], size=16, return_index=True)
+        >>> pixels.shape, pixels.dtype  # (row, band, y, x)
+        ((8, 2, 16, 16), dtype('uint16'))
+        >>> index["geometry_number"].to_pylist()
+        [0, 0, 0, 0, 1, 1, 1, 1]
         """
         from rasteret_dask.geometries import reading
         from rasteret_dask.tasks.context import ReadContext
@@ -120,6 +132,12 @@ class PixelReads:
         ------
         PlanError
             When windows are of several shapes, or no record covers any geometry.
+
+        Examples
+        --------
+        >>> cube = collection.get_xarray((14.99, 50.17, 15.0, 50.18), ["red", "nir"], cloud_cover_lt=20)
+        >>> sorted(cube.data_vars), cube.sizes["time"]
+        (['nir', 'red', 'valid'], 3)
         """
         from rasteret_dask.geometries import reading
         from rasteret_dask.tasks.context import ReadContext
@@ -152,6 +170,12 @@ class PixelReads:
         ------
         PlanError
             When no record covers any geometry.
+
+        Examples
+        --------
+        >>> frame = collection.get_gdf([(14.99, 50.17)], ["red"], size=8)
+        >>> frame["data"][0].shape, frame["band"].unique().tolist()
+        ((8, 8), ['red'])
         """
         from rasteret_dask.geometries import reading
         from rasteret_dask.tasks.context import ReadContext
@@ -195,6 +219,12 @@ class PixelReads:
         ------
         PlanError
             When no record covers any point.
+
+        Examples
+        --------
+        >>> table = collection.sample_points([(14.99, 50.17)], ["red", "nir"], cloud_cover_lt=20)
+        >>> table.select(["band", "value"]).slice(0, 2).to_pylist()
+        [{'band': 'red', 'value': 1491.0}, {'band': 'nir', 'value': 5393.0}]
         """
         from rasteret_dask.geometries.points import sample_points
         from rasteret_dask.tasks.context import ReadContext
@@ -208,7 +238,7 @@ class PixelReads:
         geometries: Any = None,
         chip_size: int = 256,
         resolution: float | None = None,
-        time: Any = None,
+        time: str | Sequence[str | None] | dt.datetime | np.datetime64 | None = None,
         split: str | None = None,
         transforms: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         *,
@@ -272,6 +302,14 @@ class PixelReads:
             When torch is not installed.
         PlanError, GridError, BandError
             When it cannot be carried out; nothing is read before the first sample.
+
+        Examples
+        --------
+        >>> scaled = collection.harmonize(["red", "nir"])
+        >>> cells = scaled.to_torchgeo_dataset(chip_size=64, cell_km=1.28)
+        >>> sample = cells[0]
+        >>> sample["image"].shape, sample["crs"]
+        (torch.Size([2, 64, 64]), 'EPSG:32633')
         """
         from rasteret_dask.geometries import reading
         from rasteret_dask.geometries.cells import Area, cells_of

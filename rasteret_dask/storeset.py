@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chips of a finished store: choose, read, look them up by id."""
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from rasteret_dask.display.tableview import TableView
 from rasteret_dask.errors import PlanError, SchemaError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
-from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Select, outline, predicates
+from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Select, predicates
 from rasteret_dask.statistics.measuring import measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
@@ -27,6 +29,7 @@ from rasteret_dask.tasks.batches import Arrays
 if TYPE_CHECKING:
     import xarray as xr
 
+    from rasteret_dask.display.card import Card
     from rasteret_dask.net.clusters import ClientLike
 
 __all__ = ["StoredChips", "open_chips"]
@@ -50,11 +53,17 @@ def open_chips(store: str | os.PathLike[str], split: str | None = None) -> Store
         it is read).
     PlanError
         When it has no such split.
+
+    Examples
+    --------
+    >>> stored = rd.open_chips("train.zarr", split="train")
+    >>> len(stored)
+    124
     """
     url = Place.of(store).folder("a folder that to_zarr wrote", "Give the store's folder.")
     opened = open_store(url)
     check_sizes(opened)
-    chips = StoredChips(Stored.of(url, opened.digest))
+    chips = StoredChips(Stored.of(url, opened.digest), opened=True)
     return chips if split is None else chips.select(split)
 
 
@@ -67,10 +76,20 @@ class StoredChips:
     ----------
     stored
         The store, and the steps so far.
+    opened
+        Whether this process has opened the store.
+
+    Examples
+    --------
+    >>> stored = rd.open_chips("train.zarr")
+    >>> ids = list(stored)
+    >>> stored[ids[0]]["s2"].shape, ids[0] in stored
+    ((3, 2, 32, 32), True)
     """
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: Stored, opened: bool = False) -> None:
         self.stored = stored
+        self._opened = opened
 
     def __reduce__(self) -> tuple[type[StoredChips], tuple[Stored]]:
         return StoredChips, (self.stored,)  # not the table
@@ -78,21 +97,39 @@ class StoredChips:
     # Steps
 
     def select(self, *splits: str) -> StoredChips:
-        """Keep the chips of these splits."""
+        """Keep the chips of these splits.
+
+        Examples
+        --------
+        >>> len(stored.select("train", "val")) < len(stored)
+        True
+        """
         if not splits:
             raise PlanError("select", "no split", "at least one, such as select('train')")
         return self._with(Select(self.stored.plan, splits))
 
     def filter(self, *triples: Predicate | Any, **columns: Any) -> StoredChips:
-        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``."""
+        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``.
+
+        Examples
+        --------
+        >>> len(stored.filter(("ymax", "<", 5_558_000), split="train"))
+        47
+        """
         return self._with(FilterChips(self.stored.plan, predicates(triples, columns)))
 
     def sample(self, n: int, seed: int = 0, by: str | None = None) -> StoredChips:
-        """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller."""
+        """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller.
+
+        Examples
+        --------
+        >>> len(stored.sample(4, by="split"))
+        12
+        """
         return self._with(Sample(self.stored.plan, n, seed, by))
 
     def _with(self, plan: Node) -> StoredChips:
-        chosen = StoredChips(Stored(self.stored.url, plan))
+        chosen = StoredChips(Stored(self.stored.url, plan), opened=True)
         len(chosen)  # so that a mistake is told where it is made
         return chosen
 
@@ -100,12 +137,24 @@ class StoredChips:
 
     @cached_property
     def table(self) -> pa.Table:
-        """The chip table: one row per chip, CHIP_SCHEMA and the user's further columns."""
+        """The chip table: one row per chip, CHIP_SCHEMA and the user's further columns.
+
+        Examples
+        --------
+        >>> stored.table.schema.names[:4]
+        ['chip_id', 'epsg', 'row', 'col']
+        """
         return self.stored.map.chips.whole().take(pa.array(self.stored.rows))
 
     @property
     def digest(self) -> str:
-        """What these chips are known by: the store's digest and the steps."""
+        """What these chips are known by: the store's digest and the steps.
+
+        Examples
+        --------
+        >>> stored.digest == stored.select("val").digest
+        False
+        """
         return self.stored.digest
 
     def __len__(self) -> int:
@@ -155,6 +204,12 @@ class StoredChips:
             When there is no such chip here.
         StoreError
             When an object is missing, damaged, or of another size than the manifest says.
+
+        Examples
+        --------
+        >>> arrays = stored.take(list(stored)[:4])
+        >>> {name: values.shape for name, values in arrays.items() if name.startswith("s2")}
+        {'s2': (4, 3, 2, 32, 32), 's2/valid': (4, 3, 32, 32), 's2/datetime': (4, 3)}
         """
         wrong = [ids] if isinstance(ids, str) else [i for i in ids if not isinstance(i, str)]
         if wrong:
@@ -170,11 +225,22 @@ class StoredChips:
         Values are as stored, like those of :meth:`Chips.to_xarray`: attributes hold scale and fill.
         ``xr.open_zarr(store, chunks={"chip": n})`` has the same chunks where n is the attribute ``chips_per_shard`` of
         the group; without ``chunks`` xarray makes a chunk, and Dask a task, of each chip.
+
+        Examples
+        --------
+        >>> stored.to_xarray()["pixels"].dims
+        ('chip', 'time', 'band', 'y', 'x')
         """
         return self._as_xarray(lazy=True)
 
     def load(self) -> xr.Dataset | xr.DataTree:
-        """Read the chips into memory: what ``to_xarray().load()`` gives, without putting it together from shards."""
+        """Read the chips into memory: what ``to_xarray().load()`` gives, without putting it together from shards.
+
+        Examples
+        --------
+        >>> stored.select("val").load()["pixels"].shape
+        (9, 3, 2, 32, 32)
+        """
         return self._as_xarray(lazy=False)
 
     def _as_xarray(self, lazy: bool) -> xr.Dataset | xr.DataTree:
@@ -182,7 +248,7 @@ class StoredChips:
 
         return to_xarray(self.stored, lazy)
 
-    def stats(self, sample: int | None = None, client: ClientLike = None) -> Stats:
+    def stats(self, sample: int | None = None, client: ClientLike = None, progress: bool = True) -> Stats:
         """Measure the pixels of these chips in one pass, or say what was measured before.
 
         What is found stays with the store, below ``_job/stats/``, where it can be written to.
@@ -193,25 +259,73 @@ class StoredChips:
             Measure so many chips, chosen as by :meth:`sample`; None: all.
         client
             A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
+        progress
+            Show how many shards are measured.
+
+        Examples
+        --------
+        >>> stats = stored.select("train").stats()
+        >>> stats.table["band"].to_pylist()
+        ['red', 'nir']
         """
         chips = self if sample is None else self.sample(sample)
         place = remote.join(self.stored.url, JOB, "stats", f"{chips.digest}.json")
         try:
             return Stats.load(place)
         except (remote.MissingError, SchemaError):  # none, damaged, or of a version that measured otherwise
-            found = measured(stored_chips(chips.stored), client)
+            found = measured(stored_chips(chips.stored), client, progress)
         remember(found, self.stored.url, chips.digest)
         with suppress(StoreError):  # a store that cannot be written to is measured each time
             found.save(place)
         return found
 
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the map of chips: see :meth:`Chips.plot`.
+
+        Examples
+        --------
+        >>> stored.plot().figure.savefig("chips.png")
+        """
+        from rasteret_dask.show.plot import plot_chips
+
+        return plot_chips(self.table, ax=ax)
+
+    def preview(self, n: int = 6) -> Any:
+        """Draw some chips, as :meth:`Chips.preview` does; reads only these.
+
+        Examples
+        --------
+        >>> stored.preview(2).savefig("preview.png")
+        """
+        from rasteret_dask.show.plot import preview
+
+        return preview(self, n)
+
+    def explore(self, tiles: str | None = "OpenStreetMap") -> Any:
+        """Return an interactive map of the chips: see :meth:`Chips.explore`.
+
+        Examples
+        --------
+        >>> stored.explore(tiles=None).save("chips.html")
+        """
+        from rasteret_dask.show.maps import explore_chips
+
+        return explore_chips(self.table, tiles)
+
     @property
-    def dropped(self) -> pa.Table:
-        """The chips of the store that ``filter_pixels`` left out: chip_id, split and reason."""
+    def dropped(self) -> TableView:
+        """The chips of the store that ``filter_pixels`` left out: chip_id, split and reason.
+
+        Examples
+        --------
+        >>> stored.dropped.num_rows  # no filter_pixels in this store's plan
+        0
+        """
         shards = self.stored.map.shards
         rows = [(chip, s.split, reason) for s in shards for chip, reason in s.dropped.items()]
         names = ("chip_id", "split", "reason")
-        return pa.table({n: pa.array([row[i] for row in rows], pa.string()) for i, n in enumerate(names)})
+        columns = {n: pa.array([row[i] for row in rows], pa.string()) for i, n in enumerate(names)}
+        return TableView(pa.table(columns))
 
     def stream(
         self,
@@ -229,7 +343,13 @@ class StoredChips:
         buffer: int = 4,
         ignore_index: int | None = None,
     ) -> Stream:
-        """Return the chips as batches for a training loop: the parameters are those of :meth:`Chips.stream`."""
+        """Return the chips as batches for a training loop: the parameters are those of :meth:`Chips.stream`.
+
+        Examples
+        --------
+        >>> for batch in stored.select("train").stream(batch_size=32, shuffle=7, drop_last=True):
+        ...     assert batch["s2"].shape == (32, 3, 2, 32, 32)
+        """
         batching = Batching(
             batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,
             ignore_index,
@@ -239,7 +359,14 @@ class StoredChips:
             lambda: recalled(self.stored.url, self.digest) or self.stats(client=client),
         )
 
+    @property
+    def _card(self) -> Card:
+        from rasteret_dask.show.cards import stored_card
+
+        return stored_card(self.stored, self._opened)
+
     def __repr__(self) -> str:
-        steps = list(outline(self.stored.plan))[:-1]
-        head = f"<StoredChips {remote.redact(self.stored.url)}: {len(self)} chips>"
-        return "\n".join([head, *(f"  {line.strip()}" for line in steps)])
+        return self._card.text
+
+    def _repr_html_(self) -> str:
+        return self._card.html

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams for processes that did not make the plan: training workers, from a saved plan or a store."""
 
 from __future__ import annotations
@@ -129,6 +130,15 @@ def stream_from(
 
     or gives a client: ``stream_from(Client(address, security=Security(...)), plan, ...)``. A task on a Dask worker
     gives None: its worker's client has the worker's certificates, those of ``Security.temporary()`` too.
+
+    Examples
+    --------
+    >>> chips.select("train").save_plan("plan")
+    >>> stream = rd.stream_from(None, "plan", batch_size=32, shuffle=7)  # None: no cluster, threads of this process
+    >>> next(stream)["s2"].shape
+    (32, 3, 2, 32, 32)
+    >>> len(rd.stream_from(None, "train.zarr", batch_size=32, split="train"))
+    4
     """
     batching = Batching(
         batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,

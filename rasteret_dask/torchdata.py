@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams and stores of chips as torch Datasets of plain tensors."""
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rasteret_dask.extras import needs
 from rasteret_dask.store import stored
 from rasteret_dask.storeset import StoredChips
 from rasteret_dask.streams.epochs import BatchOrder, Epoch
-from rasteret_dask.streams.stream import Stream, prepared
+from rasteret_dask.streams.stream import Normalize, Stream, prepared
 from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.training.passes import Passes
 from rasteret_dask.training.tensors import Sample, as_tensors, check_image
@@ -92,6 +93,16 @@ class ChipDataset(IterableDataset[Sample]):
     ------
     PlanError
         When the stream has begun; in a worker, when it is a fork, or the stream holds what no other process can have.
+
+    Examples
+    --------
+    >>> from torch.utils.data import DataLoader
+    >>> from rasteret_dask.torchdata import ChipDataset
+    >>> stream = chips.select("train").stream(batch_size=32, shuffle=7)
+    >>> for batch in DataLoader(ChipDataset(stream, image="s2"), batch_size=None):
+    ...     images = batch["image"]  # (chip, time, band, y, x)
+    >>> images.dtype
+    torch.float32
     """
 
     def __init__(
@@ -137,6 +148,15 @@ class ChipDataset(IterableDataset[Sample]):
         ------
         PlanError
             When it is not a whole number from 0 on.
+
+        Examples
+        --------
+        >>> from rasteret_dask.torchdata import ChipDataset
+        >>> dataset = ChipDataset(chips.stream(batch_size=32, shuffle=7))
+        >>> dataset.set_epoch(3)
+        >>> batch = next(iter(dataset))
+        >>> dataset.state_dict()["stream"]["epoch"]
+        3
         """
         if not _whole(epoch):
             raise PlanError("set_epoch", repr(epoch), "a whole number from 0 on")
@@ -174,7 +194,14 @@ class ChipDataset(IterableDataset[Sample]):
         return self._running
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where this process's pass stands, as JSON values."""
+        """Return where this process's pass stands, as JSON values.
+
+        Examples
+        --------
+        >>> from rasteret_dask.torchdata import ChipDataset
+        >>> ChipDataset(chips.stream(batch_size=32)).state_dict()
+        {'stop': 0, 'stream': None}
+        """
         if self._resumed is not None:
             return dict(self._resumed)
         if self._running is None:
@@ -191,6 +218,17 @@ class ChipDataset(IterableDataset[Sample]):
         ------
         PlanError
             When it is none, or one of other chips, of a stream with other arguments, or of another worker.
+
+        Examples
+        --------
+        >>> from rasteret_dask.torchdata import ChipDataset
+        >>> dataset = ChipDataset(chips.stream(batch_size=32, shuffle=7))
+        >>> batches = iter(dataset)
+        >>> batch = next(batches)
+        >>> again = ChipDataset(chips.stream(batch_size=32, shuffle=7))
+        >>> again.load_state_dict(dataset.state_dict())
+        >>> next(iter(again))["chip_id"] == next(batches)["chip_id"]
+        True
         """
         given = state if isinstance(state, Mapping) else {}
         if given.keys() != {"stop", "stream"} or not _whole(given["stop"]):
@@ -269,6 +307,15 @@ class ChipStore(Dataset[Sample]):
         As in :meth:`StoredChips.stream`.
     transforms
         Gets and returns each sample.
+
+    Examples
+    --------
+    >>> from torch.utils.data import DataLoader
+    >>> from rasteret_dask.torchdata import ChipStore
+    >>> dataset = ChipStore(rd.open_chips("train.zarr", split="train"), image="s2", normalize=True)
+    >>> batch = next(iter(DataLoader(dataset, batch_size=8)))
+    >>> batch["image"].shape
+    torch.Size([8, 3, 2, 32, 32])
     """
 
     def __init__(
@@ -276,7 +323,7 @@ class ChipStore(Dataset[Sample]):
         chips: StoredChips,
         *,
         image: str | None = None,
-        normalize: Any = None,
+        normalize: Normalize | bool | None = None,
         ignore_index: int | None = None,
         transforms: Transforms | None = None,
     ) -> None:
@@ -337,6 +384,16 @@ def forkserver() -> BaseContext:
     """Return a context for ``DataLoader(multiprocessing_context=...)`` whose workers start with all modules imported.
 
     A spawned worker imports torch and this package for seconds; here one clean process does so once for all workers.
+
+    Examples
+    --------
+    >>> from torch.utils.data import DataLoader
+    >>> from rasteret_dask.torchdata import ChipStore, forkserver
+    >>> loader = DataLoader(
+    ...     ChipStore(stored), batch_size=8, num_workers=2, multiprocessing_context=forkserver()
+    ... )
+    >>> len(loader)
+    20
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "rasteret_dask.torchdata"])  # the first is Python's default

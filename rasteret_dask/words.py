@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The words that arguments take, as types: editors complete them, mypy compares them; what uses a word checks it."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ __all__ = [
     "OnError",
     "Resampling",
     "SplitBy",
-    "SplitName",
+    "TableLayout",
 ]
 
 Resampling: TypeAlias = Literal["nearest", "bilinear", "cubic", "average", "mode"]
@@ -21,11 +22,9 @@ Resampling: TypeAlias = Literal["nearest", "bilinear", "cubic", "average", "mode
 Dtype: TypeAlias = Literal["float32", "uint16", "int16"]
 """What reflectance is stored as."""
 
-Grid: TypeAlias = Literal["zone", "tiles"]
+Grid: TypeAlias = Literal["utm", "zone", "tiles"]
 """Where chips lie; a GeoBox is taken too."""
 
-SplitName: TypeAlias = Literal["train", "val", "test"]
-"""The splits that :meth:`Chips.split` deals the ground out to."""
 
 SplitBy: TypeAlias = Literal["ground", "geometry"]
 """What decides a chip's split; a column of the chip table is taken too."""
@@ -35,6 +34,9 @@ Boundary: TypeAlias = Literal["drop", "centre"]
 
 OnError: TypeAlias = Literal["raise", "mask"]
 """What becomes of a tile that cannot be read."""
+
+TableLayout: TypeAlias = Literal["geoparquet", "rasteret"]
+"""How records are written."""
 
 OnBroken: TypeAlias = Literal["skip", "raise"]
 """What becomes of an item that cannot be read."""

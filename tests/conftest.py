@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import dask.config
 import locket
 import pytest
 from processes import fork_from_one
@@ -23,12 +26,27 @@ from rasteret_dask.demo.world import World, WorldSize, make_world
 DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+def pytest_configure() -> None:
+    """Let processes that tests start hear Ctrl-C: what a shell runs in the background ignores it, children too."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_finish() -> None:
     """Start the workers of Dask clusters in the short way; a test that needs the long one asks for it.
 
     Not before all modules are imported: there is one list of what is preloaded, and torch's tests set it.
     """
     fork_from_one()
+
+
+@pytest.fixture(autouse=True)
+def _settings_pass() -> Iterator[None]:
+    """Bring Dask's configuration back to what it was: a page that trusts one host only leaves others to later tests."""
+    before = copy.deepcopy(dask.config.config)
+    yield
+    dask.config.config.clear()
+    dask.config.config.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -85,10 +85,12 @@ class RangeServer:
     ----------
     folder
         What is served. Files may be replaced meanwhile; their ETag then changes.
+    address
+        Where it listens: host, and port or 0.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        self.folder, self.address = folder, address
         self.log: list[Asked] = []
         """Every request, in the order in which they came in."""
         self.most = 0
@@ -224,7 +226,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, owner: RangeServer) -> None:
         self.owner = owner
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(owner.address, _Handler)
 
 
 class _Handler(BaseHTTPRequestHandler):

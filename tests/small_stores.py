@@ -42,7 +42,7 @@ def written(
 def contents(store: Path) -> dict[str, bytes]:
     """Return path -> bytes of all that two runs of a job have in common: not who tried what, and how often."""
     found = {p.relative_to(store).as_posix(): p for p in store.rglob("*") if p.is_file()}
-    own = ("_job/tried/", "_job/done/", "manifest.parquet")
+    own = ("_job/tried/", "_job/done/", "_job/pages/", "manifest.parquet")
     return {path: file.read_bytes() for path, file in sorted(found.items()) if not path.startswith(own)}
 
 

@@ -329,7 +329,7 @@ def objects(store: Path) -> dict[str, bytes]:
     """Return the objects of a store that do not tell how often or by whom it was written."""
     files = (path for path in store.rglob("*") if path.is_file())
     named = {str(path.relative_to(store)): path for path in files}
-    told = ("_job/tried/", "_job/done/", "manifest.parquet")
+    told = ("_job/tried/", "_job/done/", "_job/pages/", "manifest.parquet")
     return {
         name: path.read_bytes()
         for name, path in named.items()

@@ -175,7 +175,7 @@ def test_kernels_leave_out_what_is_not_to_be_seen(masked: Path, size: float) -> 
         kernel = Resampling.bilinear
     box = (grid.c, grid.f - height * size, grid.c + width * size, grid.f)
     even = source.harmonize(bands=[source.bands[0]], units="raw", resolution=size, resampling=kernel.name)
-    cube = even.cube(bounds=box, epsg=zone).isel(time=0, band=0).compute()
+    cube = even.cube(bounds=box, crs=zone).isel(time=0, band=0).compute()
     with rasterio.open(masked) as file:
         profile = {**file.profile, "count": 1, "driver": "GTiff", "compress": "deflate", "interleave": "band"}
         profile.pop("photometric", None)
@@ -257,9 +257,7 @@ def test_a_table_s_own_names_make_no_alpha(tmp_path: Path) -> None:
     whole = photos(path).to_table()
     table = whole.select(["id", "datetime", "geometry"]).append_column("url", [[str(path)]])
     for names, alpha in ((("r", "g", "b", "nir"), None), (("r", "g", "b", "alpha"), 3)):
-        made = rd.build_from_table(
-            table, name="x", href_column="url", band_index_map={n: i for i, n in enumerate(names)}
-        )
+        made = rd.build_from_files(table, name="x", column_map={"url": "href"}, bands=names)
         assets = dict(made.to_table().column("assets")[0].as_py())
         assert assets["r"]["alpha"] == alpha
 

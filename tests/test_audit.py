@@ -14,7 +14,7 @@ from made_records import boxes, collection, record
 
 import rasteret_dask as rd
 
-pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
 
 def lattice_chips() -> rd.Chips:
@@ -46,7 +46,9 @@ def test_figures_are_those_of_brute_force(kind: str) -> None:
     assert found.chips == {n: len(s) for n, s in own.items()}
     total = sum(map(len, own.values()))
     assert found.ratios == pytest.approx({n: len(s) / total for n, s in own.items()})
-    assert found.targets == {"train": 0.5, "val": 0.3, "test": 0.2}
+    assert found.targets == ({} if kind == "fold" else {"train": 0.5, "val": 0.3, "test": 0.2})
+    for text in (str(found), found._repr_html_()):  # a column asked for no shares
+        assert ("50.0%" in text) == (kind != "fold")
     for n in own:
         assert found.cells[n] == len({r["cell"] for r in rows if r["split"] == n and r["cell"]})
     for a, b in combinations(own, 2):

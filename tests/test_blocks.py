@@ -22,7 +22,7 @@ import rasteret_dask as rd
 from rasteret_dask import chipblocks
 from rasteret_dask.tasks.jobfile import open_job, write_job
 
-pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
 PX = (2600, 2600)
 """Of a record: two columns of a strip and more."""
@@ -209,6 +209,10 @@ def test_explain_counts_all_and_estimates_what_is_read(
     assert 0.5 < told["requests"] / whole["requests"] < 2
     assert told["estimated_from_chips"] < len(chips)
     assert "of these chips" in str(told)
+    client = told["client"]
+    assert client["to_chips_bytes"] == len(chips) * chipblocks.CHIP_BYTES
+    assert client["to_zarr_bytes"] < 600e6
+    assert "in this process" in str(told)
     assert blocks.select("train").explain()["chips"] == len(chips.select("train"))
 
 
@@ -305,7 +309,7 @@ def test_a_table_too_large_for_memory_is_refused(
 def test_a_cluster_plans_the_same(tmp_path: Path) -> None:
     chips = WORLD.harmonize(["red"], time="1MS").chips(96, cell_km=5.76).split().filter("coverage", ">", 0.5)
     with (
-        LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         blocks = chips.by_blocks(tmp_path, client=client, progress=False, windows=300)

@@ -353,14 +353,14 @@ def test_a_table_with_broken_rows(folder: Path) -> None:
             "url": hrefs,
         }
     )
-    options: dict[str, Any] = {"name": "x", "href_column": "url", "band_index_map": {"x": 0}}
-    with pytest.warns(UserWarning, match="x: 3 broken items are left out: 'bracket'.*'long'.*'too'"):
-        made = rd.build_from_table(table, on_error="skip", **options)
-    assert made.to_table(["id", "url"]).to_pylist() == [{"id": "good", "url": hrefs[0]}]
-    with pytest.raises(rd.SourceError, match="record 'bracket', asset 'x'"):
-        rd.build_from_table(table, **options)
+    options: dict[str, Any] = {"name": "x", "column_map": {"url": "href"}, "bands": ["x"]}
+    with pytest.warns(UserWarning, match=r"x: 3 broken items are left out: 'a\.tif'.*a{90}.*'too'"):
+        made = rd.build_from_files(table, on_error="skip", **options)
+    assert made.to_table(["id"]).to_pylist() == [{"id": "good"}]
+    with pytest.raises(rd.SourceError, match=r"file 'http://\[::1/a\.tif' of 'x'"):
+        rd.build_from_files(table, **options)
     with pytest.raises(rd.SourceError, match="all 3 of them broken"):
-        rd.build_from_table(table.slice(1), on_error="skip", **options)
+        rd.build_from_files(table.slice(1), on_error="skip", **options)
 
 
 def test_a_good_file_among_them(folder: Path) -> None:

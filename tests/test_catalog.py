@@ -30,7 +30,9 @@ IDS = {
     "earthsearch/sentinel-2-l2a", "earthsearch/sentinel-2-c1-l2a", "earthsearch/landsat-c2-l2", "earthsearch/naip",
     "earthsearch/cop-dem-glo-30", "earthsearch/cop-dem-glo-90", "pc/sentinel-2-l2a", "pc/landsat-c2-l2",
     "pc/esa-worldcover", "pc/io-lulc-annual-v02", "pc/nasadem", "aef/v1-annual", "demo/sentinel-2-l2a",
-    "demo/landsat-c2-l2", "demo/aef-v1-annual",
+    "demo/landsat-c2-l2", "demo/aef-v1-annual", "earthsearch/sentinel-2-l1c", "earthsearch/sentinel-1-grd",
+    "pc/sentinel-1-rtc", "pc/sentinel-1-grd", "pc/hls2-s30", "pc/hls2-l30", "pc/modis-09A1-061", "pc/modis-09Q1-061",
+    "pc/modis-13Q1-061", "pc/modis-13A1-061", "cdse/sentinel-2-l2a",
 }  # fmt: skip
 
 
@@ -89,7 +91,9 @@ def test_endpoints_are_the_published_ones() -> None:
         if provider in ("earthsearch", "pc"):
             assert row["collection"] == name
     paid = {id_ for id_, row in rows.items() if row["access"] == "requester-pays"}
-    assert paid == {"earthsearch/landsat-c2-l2", "earthsearch/naip"}
+    assert paid == {
+        "earthsearch/landsat-c2-l2", "earthsearch/naip", "earthsearch/sentinel-2-l1c", "earthsearch/sentinel-1-grd",
+    }  # fmt: skip
 
 
 def test_the_finest_band_gives_the_resolution() -> None:
@@ -507,6 +511,6 @@ def test_values_are_plain_and_errors_are_ours(own: Path) -> None:
     entry = catalog.find("aef/v1-annual")
     assert isinstance(entry, Entry)
     assert hash(entry) == hash(catalog.find("aef/v1-annual"))
-    assert isinstance(catalog.datasets(), pa.Table)
+    assert pa.table(catalog.datasets()) == catalog.datasets().arrow
     assert isinstance(known("earthsearch/naip").bands[0], Band)
     assert issubclass(SourceError, RasteretDaskError)

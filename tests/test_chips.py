@@ -18,7 +18,7 @@ from rasteret_dask.chipping import laying
 from rasteret_dask.chipping.chiptable import FeedTable
 from rasteret_dask.planning.sampling import sample_unit
 
-pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
 CELLS: dict[str, Any] = {"cell_km": 1.28}
 

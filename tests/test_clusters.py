@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import socketserver
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
+import distributed
 import pytest
 from distributed import Client, LocalCluster
 from streams import until
@@ -91,6 +96,44 @@ def test_an_address_of_a_gateway_says_what_to_give(chips: rd.Chips, tmp_path: Pa
         assert "secret" not in str(raised.value)
 
 
+@pytest.fixture
+def others() -> Iterator[dict[str, str]]:
+    """Serve what is no scheduler: one says nothing, and one speaks HTTP, as a scheduler's dashboard does."""
+
+    class Dashboard(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            self.request.recv(1)
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dashboard) as web,
+    ):
+        threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+        yield {
+            "says nothing": f"tcp://127.0.0.1:{silent.getsockname()[1]}",
+            "such as HTTP": f"tcp://127.0.0.1:{web.server_address[1]}",
+            "missing port": "nonsense",
+            "scheme": "http://127.0.0.1:8787",
+        }
+        web.shutdown()
+
+
+def test_an_address_of_something_else_is_told_and_no_client_is_begun(
+    others: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a client waits for ever, or keeps its process for a minute at the end."""
+    monkeypatch.setattr(distributed, "Client", None)
+    monkeypatch.setattr(clusters, "GREETING_S", 0.2)
+    with dask.config.set({"distributed.comm.timeouts.connect": "2s"}):
+        for words, address in others.items():
+            with (
+                pytest.raises(JobError, match=rf"{address}.*{words}.*8787 is its dashboard"),
+                clusters.using(address),
+            ):
+                pass
+
+
 @pytest.mark.parametrize("strange", [5, object(), ["tcp://127.0.0.1:8786"]])
 def test_what_is_none_of_these_is_refused(chips: rd.Chips, strange: Any, tmp_path: Path) -> None:
     for leave in (
@@ -100,18 +143,3 @@ def test_what_is_none_of_these_is_refused(chips: rd.Chips, strange: Any, tmp_pat
     ):
         with pytest.raises(PlanError, match="a Dask client or cluster, a scheduler's address, or None"):
             leave()
-
-
-def test_a_real_gateway_serves_every_exit(chips: rd.Chips, tmp_path: Path) -> None:
-    """Where dask-gateway's client is installed and its configuration names a gateway that answers."""
-    gateway = pytest.importorskip("dask_gateway", reason="dask-gateway is not installed")
-    import dask
-
-    if not dask.config.get("gateway.address", None):
-        pytest.skip("no gateway.address in Dask's configuration")
-    with gateway.Gateway() as found, found.new_cluster() as running:
-        running.scale(1)
-        chips.to_zarr(tmp_path / "store", client=running, progress=False)
-        assert sum(len(b["chip_id"]) for b in chips.stream(4, client=running)) == 20
-        with pytest.raises(JobError, match=running.name):
-            next(chips.stream(4, client=running.scheduler_address))

@@ -41,10 +41,9 @@ def test_verbs_return_new_collections_and_read_nothing() -> None:
 
 def test_repr_is_a_report() -> None:
     text = repr(own().subset(cloud_cover_lt=30).harmonize(["red"], resolution=20))
-    assert text.startswith("<Collection s2>\nharmonize(")
-    assert "eo:cloud_cover" in text
-    assert "resolution=20" in text
-    assert repr(own().chips(32).split()).startswith("<Chips>\nsplit(")
+    assert text.startswith("<Collection s2: 3 records\n dates:")
+    assert 's2 > subset(cloud_cover_lt=30) > harmonize(["red"], resolution=20)>' in text
+    assert repr(own().chips(32).split()).startswith("<Chips of 32 px\n chips: not planned yet")
 
 
 def test_tables_of_a_collection() -> None:

@@ -15,7 +15,7 @@ import rasteret_dask as rd
 from rasteret_dask.chipping.coverage import Windows, cover, outlines, union_cover
 from rasteret_dask.table.records import Records
 
-pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
 WEST, NORTH = 500_000.0, 5_400_000.0
 

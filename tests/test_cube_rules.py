@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from test_cubes import NOON, X0, Y0, dataset, scene
 
 import rasteret_dask as rd
+from rasteret_dask.cubes import slotgraph
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.rules.masks import Classes, Mask
 from rasteret_dask.rules.picks import Composed, Ranked, Scored
@@ -432,6 +434,37 @@ def test_cubes_are_called_alike_only_where_they_are_alike(world: World) -> None:
     assert len(set(names)) == len(names)
     assert names == [cube_of(collection, **how).data.name for how in rules]
     assert cube_of(other).data.name not in names
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_tasks_are_made_of_what_is_computed_and_not_before(
+    world: World, monkeypatch: pytest.MonkeyPatch, fill: bool
+) -> None:
+    """A cube of years has tens of thousands of chunks, of which one place or one slot is looked at."""
+    made: list[tuple[int, ...]] = []
+    plain = slotgraph._SlotTasks.__call__
+
+    def counted(tasks: Any, at: tuple[int, ...]) -> Any:
+        made.append(at)
+        return plain(tasks, at)
+
+    monkeypatch.setattr(slotgraph._SlotTasks, "__call__", counted)
+    how: dict[str, Any] = {"bands": ["data", "other"], "mask": "clouds", "time": "1MS", "fill": fill}
+    own = world("uint16", "measured", 0).harmonize(units="raw", resampling="nearest", **how)
+    cube = own.cube(chunks=24)
+    assert cube.data.npartitions > 8
+    assert not made
+    pickle.dumps(cube.data.dask)
+    assert not made, "a cluster gets them as they are, and makes those that it needs"
+    part = cube.isel(y=slice(0, 10), x=slice(0, 10)).sel(band="data")
+    part.drop_vars(["valid", "filled"], errors="ignore").compute(scheduler="sync")
+    assert {(band, *block) for _, band, *block in made} == {(0, 0, 0)}
+    layer: Any = cube.data.dask.layers[cube.data.name]
+    assert len(layer) == len(set(layer)) == len(dict(layer))
+    for key in ((cube.data.name, 0), (cube.data.name, 0, 0, 0, 10**6), ("other", 0, 0, 0, 0), "other"):
+        assert key not in layer
+        with pytest.raises(KeyError):
+            layer[key]
 
 
 def test_a_cube_has_few_tasks(world: World) -> None:

@@ -56,7 +56,7 @@ def dataset(chips: rd.Chips, source: str | None = None) -> xr.Dataset:
 def cube_of(source: rd.Collection, chips: xr.Dataset, i: int) -> xr.DataArray:
     """Return the cube over one chip's bounds; the chip's own acquisition where there is no time axis."""
     bounds = chips["bounds"].values[i].tolist()
-    cube = source.cube(bounds=tuple(bounds), epsg=int(chips["epsg"][i]), min_coverage=1.0)
+    cube = source.cube(bounds=tuple(bounds), crs=int(chips["epsg"][i]), min_coverage=1.0)
     if "time" in chips.coords:
         return cube
     return cube.sel(time=chips["datetime"].values[i])
@@ -478,7 +478,7 @@ def test_two_zones_make_two_cubes(two_tiles: Pass, tmp_path: Path) -> None:
     tree = both.cubes()
     assert sorted(tree.children) == ["epsg_32632", "epsg_32633"]
     assert tree["epsg_32632/pixels"].rio.crs.to_epsg() == 32632
-    one = both.cube(epsg=32633, bounds=(X0, Y0 - 320, X0 + 320, Y0))
+    one = both.cube(crs=32633, bounds=(X0, Y0 - 320, X0 + 320, Y0))
     assert one.rio.crs.to_epsg() == 32633
 
 

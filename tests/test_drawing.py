@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,9 @@ from rasteret_dask.chipping.chiptable import joined
 from rasteret_dask.chipping.frame import Frame
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import utm_zone
+from rasteret_dask.zones import UTM
 
-pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
 Step = Callable[[rd.Chips], rd.Chips]
 
@@ -155,6 +157,17 @@ def test_a_sample_says_how_many_windows_it_looked_at(looked: Looked) -> None:
     assert number in str(chips.explain())
 
 
+def test_a_sample_does_not_tell_what_only_all_chips_tell() -> None:
+    """Its docstring says so, and what to do."""
+    chips = fresh(stride=8, cell_km=2.56).split(0.5, 0.25, 0.25, seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = chips.sample(40).table
+    with pytest.warns(UserWarning, match="only .* split cell"):
+        assert len(chips) > 40
+    assert chips.sample(40).table.equals(drawn)
+
+
 def test_a_filter_on_windows_comes_before_records_are_looked_for(looked: Looked) -> None:
     part = fresh(stride=8).filter(("xmin", "<", 500_300.0), ("epsg", "==", 32633))
     everything = whole(fresh(stride=8))
@@ -227,9 +240,9 @@ def test_windows_that_are_not_drawn_get_no_id(monkeypatch: pytest.MonkeyPatch) -
 def test_zones_of_a_box_are_those_of_its_points(west: float, wide: float, south: float, high: float) -> None:
     box = (west, south, west + wide, south + high)
     lon, lat = np.meshgrid(np.linspace(west, west + wide, 97), np.linspace(south, south + high, 97))
-    assert set(np.unique(utm_zone(lon, lat)).tolist()) <= set(frame._zones_of(box))
+    assert set(np.unique(utm_zone(lon, lat)).tolist()) <= {code - 32600 for code in UTM.near(box)}
     ends = utm_zone(lon[[0, 0, -1, -1], [0, -1, 0, -1]], lat[[0, 0, -1, -1], [0, -1, 0, -1]])
-    assert len(frame._zones_of(box)) <= wide // 3 + 2 + len(set(ends.tolist()))
+    assert len(UTM.near(box)) <= wide // 3 + 2 + len(set(ends.tolist()))
 
 
 @settings(max_examples=100, deadline=None)

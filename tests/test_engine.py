@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier, Thread, current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,15 @@ import rasteret_dask as rd
 from rasteret_dask.errors import ReadError
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.net.limits import HOST_REQUESTS
-from rasteret_dask.reader import layout, placing, warp
+from rasteret_dask.reader import engine, layout, placing, tilefile, warp
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.levels import is_aligned
 from rasteret_dask.reader.pixelgrid import Grid, Rect, Window
 from rasteret_dask.reader.placing import Block, Out
 from rasteret_dask.reader.ranges import GAP_BYTES, SPAN_BYTES, Part, coalesced
 from rasteret_dask.reader.readplan import Request, plan_read, tiles_of
-from rasteret_dask.reader.sharing import Keep, Pixels, Sharing, Wish
+from rasteret_dask.reader.sharing import SHARED, Keep, Key, Pixels, Sharing, Wish
+from rasteret_dask.reader.wants import Want
 from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.stored import StoredForm
 from rasteret_dask.rules.tables import Turn
@@ -61,7 +62,7 @@ def indexed(href: str | Path, kind: str | None = "reflectance", record: str = "r
     assert isinstance(header, Header), header
     return [
         Asset(
-            record, f"B{i + 1}", str(href), i, header.epsg, 1.0, 0.0, "identity", header.nodata, header.dtype,
+            record, f"B{i + 1}", str(href), i, header.epsg or 0, 1.0, 0.0, "identity", header.nodata, header.dtype,
             "data", kind, header.size, header.etag, tuple(Level(**fields) for fields in header.levels_of(i)),
         )
         for i in range(header.samples)
@@ -461,6 +462,72 @@ def test_windows_are_laid_out_once_for_all_bands_and_nodata_is_looked_for_once_a
     )  # a kernel's weights, a window
 
 
+@pytest.mark.parametrize("nodata", [0, 65535])
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_nodata_at_the_end_of_a_dtype_takes_one_look_at_a_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interleave: str, nodata: int
+) -> None:
+    """The least and the greatest number are asked for only where both can tell something."""
+    pixels = coordinates(64, 64, bands=3)
+    pixels[1, 20:30] = nodata
+    write(tmp_path / "a.tif", pixels, nodata=nodata, interleave=interleave)
+    assets = indexed(tmp_path / "a.tif")
+    windows = tuple(Window(row, 0, 16, 64) for row in range(0, 64, 16))
+    masked = calls_of(monkeypatch, placing, "has_mask")
+    both, one = (
+        calls_of(monkeypatch, placing, "extremes"),
+        calls_of(monkeypatch, placing.LandedTile, "_touches"),
+    )
+    blocks = read(*[Request(asset, own_grid(asset), windows) for asset in assets])
+    assert both == []
+    assert len(masked) == len(assets)  # not for every tile and window again
+    tiles = len(
+        layout.layout(plan_read(Request(assets[0], own_grid(assets[0]), windows)), windows, assets[0].image)
+    )
+    assert len(one) == tiles * len(assets)
+    for block, band in zip(blocks, pixels, strict=True):
+        np.testing.assert_array_equal(block.valid.reshape(64, 64), band != nodata)
+        np.testing.assert_array_equal(block.values.reshape(64, 64), band)
+
+
+def test_a_file_is_sent_for_before_the_next_ones_tiles_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there already is put to its places after all have been sent for, and when others may depart again."""
+    requests, order = [], list[str]()
+    for name in "ab":
+        write(tmp_path / f"{name}.tif", coordinates(64, 64))
+        (asset,) = indexed(tmp_path / f"{name}.tif")
+        requests.append(Request(asset, own_grid(asset), (Window(0, 0, 64, 64),)))
+    tiles = len(tiles_of(requests[0])[1])
+    asked, sent, put = Sharing.join, tilefile.bring, Want.paste
+
+    def join(self: Sharing, key: Key, *rest: Any) -> Any:
+        order.append(Path(key[0]).stem)
+        return asked(self, key, *rest)
+
+    def bring(asset: Asset, *rest: Any) -> None:
+        order.append(f"send for {Path(asset.href).stem}")
+        sent(asset, *rest)
+
+    def paste(self: Want, pixels: Pixels) -> None:
+        departing.append(SHARED.departure.locked() and current_thread() is main_thread())
+        put(self, pixels)
+
+    departing: list[bool] = []
+    monkeypatch.setattr(Sharing, "join", join)
+    monkeypatch.setattr(engine, "bring", bring)
+    monkeypatch.setattr(Want, "paste", paste)
+    with Session() as session:
+        session.read_block(requests, keep=requests)
+        assert order == [*["a"] * tiles, "send for a", *["b"] * tiles, "send for b"]
+        order.clear()
+        session.read_block(requests)
+    assert order == [*["a"] * tiles, *["b"] * tiles]  # all of it had been kept
+    assert len(departing) == 4 * tiles
+    assert not any(departing)
+
+
 # Real files with every oddity
 
 
@@ -468,11 +535,11 @@ EDGE_CASES = Path(
     os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"), "edge_cases"
 )
 NOT_SERVED = {
-    "odcgeo_au-3577-rotated.tif": "rotated",
-    "odcgeo_au-gcp.tif": "ground control points",
-    "gdal_cog_sparse_strile_arrays_zeroified_when_possible.tif": "no EPSG code",
+    "odcgeo_au-3577-rotated.tif": "placement='rotated'",
+    "odcgeo_au-gcp.tif": "placement='gcps'",
+    "gdal_cog_sparse_strile_arrays_zeroified_when_possible.tif": "no geotransform",
 }
-"""Files whose pixels are on no north-up grid that is known, and how the header says so."""
+"""Files whose pixels are on no north-up grid, and how the header says so; of the first two, see test_turned.py."""
 
 
 @pytest.mark.parametrize("path", sorted(EDGE_CASES.glob("*.[tj][ip][f2]")), ids=lambda p: p.name)

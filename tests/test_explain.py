@@ -12,14 +12,16 @@ from made_records import collection, project, record
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
+from rasteret_dask.reader.sharing import SHARED
 from rasteret_dask.show import explain as module
 from rasteret_dask.show.explain import explain
+from rasteret_dask.table.records import Records
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.mapping import outputs_of
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning"),
+    pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning"),
     pytest.mark.filterwarnings("ignore:Use `@` matmul:PendingDeprecationWarning"),
 ]
 
@@ -61,6 +63,38 @@ def test_figures_are_the_plan_s() -> None:
     assert part["requests"] <= said["requests"]
 
 
+def test_no_list_of_all_shards_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan has tens of thousands: their number is a sum, and those that are looked at have known places."""
+
+    def listed(job: Any) -> None:
+        raise AssertionError(f"all {job.shard_count} shards are listed")
+
+    chips = plan()
+    shards = len(list(chips.job.shards()))
+    monkeypatch.setattr(type(chips.job), "shards", listed)
+    assert chips.explain()["shards"] == shards
+
+
+def test_a_layout_s_header_is_looked_up_once_and_never_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the count of tiles and by the kernels together, however many records and bands have it."""
+    looked_up: list[int] = []
+    plain = Records.look_up
+
+    def look_up(records: Records, rows: Any, bands: Any) -> None:
+        looked_up.append(len(rows) * len(bands))
+        plain(records, rows, bands)
+
+    def alone(records: Records, row: int, band: str) -> None:
+        raise AssertionError(f"{band} of record {row} is looked up alone")
+
+    chips = plan()
+    assert len(chips.job.layouts[0].records) > 2
+    monkeypatch.setattr(Records, "look_up", look_up)
+    monkeypatch.setattr(Records, "_asset", alone)
+    chips.explain()
+    assert sum(looked_up) == 2  # places of granules
+
+
 def test_it_is_text_html_and_json() -> None:
     said = plan().explain()
     assert json.loads(json.dumps(said.to_dict())) == said.to_dict()
@@ -68,7 +102,7 @@ def test_it_is_text_html_and_json() -> None:
     for part in ("records", "to read", "peak per task", "dropped", "window not covered to 100% by s2"):
         assert part in text
         assert part in page
-    assert page.startswith("<table>")
+    assert page.startswith("<div class=rd-card>")
     assert "<script" not in page
     assert repr(said) == text
 
@@ -133,6 +167,7 @@ def test_all_that_is_dropped_is_told_with_its_reason() -> None:
 
 def tiles_read(chips: rd.Chips) -> int:
     """Read every shard of a plan and add up what its sessions took from files."""
+    SHARED.clear()  # a job that was stopped a moment ago leaves the parts of tiles that its next shards wanted
     total = 0
     for shard in chips.job.shards():
         for number in range(len(chips.job.sources)):

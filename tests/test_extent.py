@@ -128,6 +128,8 @@ def test_no_real_file_is_refused(data: Path) -> None:
 
 def test_no_real_item_is_refused(data: Path) -> None:
     documents: list[Any] = [*data.rglob("*.parquet"), *(p for p in data.rglob("*.json") if is_stac(p))]
+    # an example of the specification: metres in a CRS of Mars that counts in degrees
+    documents = [p for p in documents if p.name != "projection_item_custom_proj.json"]
     assert len(documents) > 10
     count = 0
     for document in documents:

@@ -135,12 +135,12 @@ def test_tables_of_far_years(raster: Path) -> None:
         "id": ["a", "b"], "datetime": pa.array([9999, 800], pa.int32()), "href": [str(raster)] * 2,
         "geometry": pa.array([None, None], pa.binary()),
     })  # fmt: skip
-    c = rd.build_from_table(years, name="years", href_column="href", band_index_map={"x": 0})
+    c = rd.build_from_files(years, name="years", bands={"x": 0})
     times = c.to_table(["start_datetime", "end_datetime"]).to_pylist()
     assert [t["start_datetime"].year for t in times] == [9999, 800]
     assert [t["end_datetime"].year for t in times] == [9999, 801]
     texts = years.set_column(1, "datetime", pa.array(["2016-12-31 23:59:60z", "1066-10-14t09:00:00z"]))
-    c = rd.build_from_table(texts, name="texts", href_column="href", band_index_map={"x": 0})
+    c = rd.build_from_files(texts, name="texts", bands={"x": 0})
     assert [t.year for t in c.to_table(["datetime"]).column(0).to_pylist()] == [2016, 1066]
     assert len(c.chips(16, cell_km=0.16).table)
 

@@ -118,6 +118,7 @@ def rings(draw: st.DrawFn) -> tuple[list[tuple[float, float]], bool]:
     angle = (turns - turns[0]) / turns[-1] * 2 * math.pi
     around_pole = draw(st.booleans()) and corners >= 4
     if around_pole:
+        assume(np.diff([*angle, 2 * math.pi]).max() < 3)  # an edge of half a turn goes round either way
         south = draw(st.booleans())
         lat = np.array(draw(st.lists(st.floats(60, 89), min_size=corners, max_size=corners)))
         lon = draw(st.floats(-180, 180)) + np.degrees(angle)
@@ -178,7 +179,9 @@ def test_the_same_ground_is_the_same_outline_however_it_is_spelled(ring: Any, da
         assert -180 <= outline.bounds[0] <= outline.bounds[2] <= 180
         assert shapely.symmetric_difference(outline, wanted).area < 1e-6
         if around_pole:
-            assert at(outline, data.draw(st.floats(-180, 180)), math.copysign(89.5, corners[0][1]))
+            # off whole degrees, so that no seam between two parts, of 1e-60 degrees say, lies just there
+            lon = data.draw(st.integers(-180, 179)) + 0.4321
+            assert at(outline, lon, math.copysign(89.5, corners[0][1]))
 
 
 @given(rings(), st.floats(0.2, 0.8))

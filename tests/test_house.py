@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -25,39 +27,46 @@ PACKAGE = ROOT / "rasteret_dask"
 # Reading order = dependency order, of packages as of the modules in them: each imports only from those before it.
 # fmt: off
 ORDER = {
-    "": "_version errors extras words formats progress footprint grid extent",
+    "": "_version errors extras words lists formats runlimits activity progress crs grid footprint extent zones",
+    "display": "colours html card tableview",
     "rules": "kinds radiometry values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "hrefs places trust answers gate web localfile lending refusals remote remotefs gdalfiles sums limits "
+    "net": "hrefs places trust answers gate localfile web wave lending refusals remote remotefs gdalfiles sums limits "
            "allocator clusters probe readiness watch awaiting signatureplugin signatures",
-    "headers": "nodata page rangefile directories tiff gdal sidecar reader",
-    "table": "assetkinds itemkinds schema barehrefs anytable meanings records rasteretio geoparquet export rasters "
-             "layers leftassets facts rowgroups timing",
-    "ingest": "search stacapi tablecache describe sources fileindex stac tables pages order",
-    "planning": "functions rules names plan bandkinds sampling scan optimize pixelsizes resolve radiometry query "
-                "recordtable",
-    "chipping": "coverage chiptable labels frame leftover feeds laying chips splits rulesteps steps drawing "
+    "headers": "nodata page rangefile directories geokeys tiff gdal sidecar reader",
+    "table": "assetkinds itemkinds itemcrs schema barehrefs anytable meanings records filelayouts rasteretio "
+             "geoparquet export rasters layers leftassets terms facts rowgroups timing",
+    "ingest": "search stacapi tablecache describe sources fileindex filelist filenames validareas stac tables files "
+              "pages order",
+    "planning": "functions rules names plan calls bandkinds bandpass sampling scan optimize pixelsizes "
+                "resolve radiometry origins query recordtable",
+    "chipping": "coverage chiptable labels frame leftover distances feeds laying chips splits rulesteps steps drawing "
                 "blocks blockfiles planblocks",
-    "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing tilefile "
-              "wants keeping engine plainhref cogreader",
+    "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
+              "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
-    "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes runs neighbours picking pixels "
-             "clouds mapping filtering shards batches",
-    "store": "encode decode ledger layout manifest write presence runtasks onthreads oncluster shardruns run outputs "
-             "bytecache storetables storemap storeread stored "
-             "holding datasets verifying",
+    "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes workermemory runs "
+             "neighbours picking pixels clouds mapping filtering shards batches usage",
+    "store": "heartbeat limits stopping encode decode ledger provenance bytecache storetables jobreport "
+             "layout manifest write presence committing paging runtasks onthreads oncluster shardruns run "
+             "outputs storemap storeread stored holding datasets rereading verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
-    "show": "fetching tilecount explain audit pictures plot",
+    "show": "fetching tilecount probing explain audit recipetext losses contenders why cards maps pictures "
+            "plot plotrecords spectra",
+    "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors passes",
-    "the face": "compacting storeset streamfrom torchdata chipblocks chipset tableexits pixelreads "
-                "collection openers building __init__",
+    "the face": "compacting storeset reportpage streamfrom torchdata chipblocks chipset tableexits pixelreads "
+                "collection openers building",
+    "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
+    "the names": "__init__",
     "demo": "world checks run",
-    "the end": "cli __main__",
+    "cli": "exitcodes printing options data recipes stores information trial app",
+    "the end": "__main__",
 }
 # fmt: on
-ROOT_ROOMS = ("", "the face", "the end")
+ROOT_ROOMS = ("", "the face", "the names", "the end")
 
 # A folder that only one machine has. Spelled in pieces, so that this file passes its own test.
 MACHINE_PATH = re.compile(
@@ -243,6 +252,25 @@ def test_ci_runs_all_tests() -> None:
     assert "set -euo pipefail" in script.read_text(), "it must stop at what fails"
 
 
+# Coordinate systems
+
+BY_NUMBER = re.compile(r"from_epsg\(|f\"EPSG:\{|(?<!EPSG:)(?<!, )\b32[67]\d\d\b|\b32[67]\b")
+"""A CRS taken for an EPSG code, or a zone of UTM for a sum."""
+
+
+@pytest.mark.parametrize("room", ["chipping", "show", "geometries", "cubes", "tasks", "zones.py"])
+def test_a_zone_is_a_value(room: str) -> None:
+    """What a number stands for is known in ``crs``, the arithmetic of UTM's in ``grid``: others ask these."""
+    paths = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
+    faults = [
+        f"{path.relative_to(ROOT)}:{line}: {text.strip()}"
+        for path in paths
+        for line, text in enumerate(path.read_text().splitlines(), 1)
+        if BY_NUMBER.search(text)
+    ]
+    assert not faults, "\n".join(faults)
+
+
 # Words
 
 NO_NOUNS = {"said", "found", "known", "given", "own", "asked", "told"}
@@ -290,6 +318,8 @@ WORDS = {*PICKS, *UNITS, *MASKS, *KINDS, "physical", "auto"}
 OTHER_MEANINGS = (
     "statistics/stats.py: 'mean'",  # of a histogram
     "store/encode.py: 'auto'",  # compression
+    "launching/request.py: 'auto'",  # memory of a worker
+    "recipes/assembling.py: 'auto'",  # compression, in a recipe
     "table/itemkinds.py: 'kelvin'",  # as STAC writes raster:bands.unit
 )
 
@@ -341,3 +371,103 @@ def test_a_compared_rule_is_seen(text: str) -> None:
 )
 def test_other_uses_of_a_rule_s_name_are_left_alone(text: str) -> None:
     assert not list(rule_words(ast.parse(text)))
+
+
+CRS_FORMS = re.compile(r"""from_epsg\(|f["'][^"']*EPSG:\{|CRS\.from_|to_epsg\(|Transformer\.from_crs\(""")
+CRS_OWN = {"crs.py", "grid.py", "reader/pixelgrid.py"}
+"""Where codes become CRSs, transformers and GDAL's CRSs; everybody else asks these."""
+
+
+def test_a_crs_is_made_and_named_in_one_place() -> None:
+    faults = {
+        f"{path.relative_to(PACKAGE)}:{number}: {line.strip()}"
+        for name, path in modules()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if CRS_FORMS.search(line)
+        and name.partition(".")[0] != "demo"
+        and str(path.relative_to(PACKAGE)) not in CRS_OWN
+    }
+
+    assert not faults, "\n".join(sorted(faults))
+
+
+ANY_TAKEN = {
+    "options": "what only one kind of cluster takes: texts, numbers, lists, objects of its library",
+    "aoi": "an area in any form: a bbox, shapely, GeoJSON, WKB, a GeoDataFrame",
+    "geometries": "the same, or several of them, or points",
+    "points": "points in any of these forms",
+    "at": "a table of points or polygons of any library",
+    "labels": "a table of polygons of any library",
+    "grid": "a CRS in any form, an odc-geo GridSpec or GeoBox, beside its words",
+    "crs": "a CRS in any form: a code, WKT, PROJJSON, an object of any library",
+    "target_crs": "the same",
+    "table": "a table of any library that Arrow can take",
+    "files": "a path, a pattern, a list, a table of any library",
+    "source": "STAC items of any library, a path, a table",
+    "columns": "the value of a column: whatever the column holds",
+    "filters": "the same",
+    "triples": "the three parts of a predicate, the last of which is a column's value",
+    "query": "STAC's own JSON",
+    "filter": "CQL2, as text or JSON",
+    "bands": "of register: a TOML table's values",
+    "overrides": "values of TOML",
+    "state": "JSON that state_dict() made",
+    "facts": "figures that become JSON",
+    "arrays": "arrays and texts of a batch",
+    "ax": "Axes of matplotlib, which need not be installed",
+    "function": "a user's function returns whatever it does",
+    "functions": "users' functions",
+    "transforms": "samples of torch, whose values are tensors, texts and numbers",
+    "spec": "stackstac's, which calls the reader",
+    "dtype": "the same",
+    "fill_value": "the same",
+    "gdal_env": "the same",
+    "window": "rasterio's, or of whatever has its four numbers",
+}
+"""Public arguments that really take anything, or come from a library, and why."""
+
+
+def arguments_typed_any() -> dict[str, str]:
+    """Return argument -> one public name that has it, of those whose annotation says Any; arrays of any dtype aside."""
+    from test_docexamples import PUBLIC
+
+    found: dict[str, str] = {}
+    for name, documented in PUBLIC.items():
+        thing = documented.thing
+        if isinstance(thing, type) and not isinstance(vars(thing).get("__init__"), FunctionType):
+            continue
+        for argument, parameter in inspect.signature(thing).parameters.items():
+            text = str(parameter.annotation).replace("NDArray[Any]", "")
+            if re.search(r"\bAny\b", text):
+                found[argument] = name
+    return found
+
+
+def test_a_public_argument_is_any_for_a_reason() -> None:
+    found = arguments_typed_any()
+    unknown = {argument: name for argument, name in found.items() if argument not in ANY_TAKEN}
+    assert not unknown, f"say what they take, or why that is anything: {unknown}"
+    assert not ANY_TAKEN.keys() - found.keys(), "no public argument of that name is Any"
+
+
+def test_words_are_types_where_arguments_take_them() -> None:
+    """Each word's type of words.py is the type of some public argument."""
+    from test_docexamples import PUBLIC
+
+    from rasteret_dask import words
+
+    texts = " ".join(
+        str(parameter.annotation)
+        for documented in PUBLIC.values()
+        if not isinstance(documented.thing, type)
+        for parameter in inspect.signature(documented.thing).parameters.values()
+    )
+    unused = [name for name in words.__all__ if not re.search(rf"\b{name}\b", texts)]
+    assert not unused
+
+
+def test_files_of_the_package_name_their_licence() -> None:
+    line = "# SPDX-License-Identifier: Apache-2.0\n"
+    files = (path for path in tracked() if path.is_relative_to(PACKAGE) and path.suffix == ".py")
+    bare = [str(path.relative_to(ROOT)) for path in files if not path.read_text().startswith(line)]
+    assert not bare, f"they begin with {line!r}: sed -i '1i {line.strip()}' {' '.join(bare)}"

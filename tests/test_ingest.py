@@ -15,7 +15,7 @@ from stac_api import Dict, changed, generated
 
 from rasteret_dask.errors import SourceError
 from rasteret_dask.ingest import pages as module
-from rasteret_dask.ingest.pages import EarlierTable, ItemBatch, Recipe, ahead, ingest
+from rasteret_dask.ingest.pages import EarlierTable, ItemBatch, TableSpec, ahead, ingest
 from rasteret_dask.ingest.sources import remote_item
 from rasteret_dask.ingest.stac import Rules, completed
 from rasteret_dask.progress import Progress
@@ -28,8 +28,8 @@ def batches(*pages: list[Dict]) -> Iterator[ItemBatch]:
 
 
 def table(path: Path, *pages: list[Dict], known: EarlierTable | None = None, **options: Any) -> Any:
-    recipe = Recipe("test", Rules(), **{"headers": False, **options})
-    report = ingest(batches(*pages), recipe, path, Progress("items", False), known)
+    spec = TableSpec("test", Rules(), **{"headers": False, **options})
+    report = ingest(batches(*pages), spec, path, Progress("items", False), known)
     return report, {row["id"]: row for row in pq.read_table(path).to_pylist()}
 
 
@@ -91,7 +91,7 @@ def test_no_more_pages_are_held_than_are_ahead(tmp_path: Path, monkeypatch: pyte
             yield ItemBatch([remote_item(i) for i in ITEMS[n : n + 2]])
 
     monkeypatch.setattr(module, "completed", counted)
-    ingest(pages(), Recipe("test", Rules(), False), tmp_path / "t.parquet", Progress("items", False))
+    ingest(pages(), TableSpec("test", Rules(), False), tmp_path / "t.parquet", Progress("items", False))
     assert done == 40
     # pages that were asked for in advance, those whose headers are awaited, and the one at hand
     assert most <= 2 * (2 * module.AHEAD + 2)
@@ -127,10 +127,8 @@ def test_known_rows_are_kept_and_newer_ones_replace_them(tmp_path: Path) -> None
 def test_progress_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("items", True, 10) as shown:
         shown.step(4)
-        shown.step(6, ", 1 headers failed")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("[############..................] 4/10 items")
-    assert lines[-1].startswith("[##############################] 10/10 items")
+        shown.step(6, "1 headers failed")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("10/10 items, 1 headers failed, ")
     with Progress("items", True) as shown:
         shown.step(4)
     assert capsys.readouterr().err.splitlines()[-1].startswith("4 items")

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from distributions import ROOT, Distributions, Environment, build, checkout
 
+from rasteret_dask.extras import how_to_install
+
 pytestmark = pytest.mark.slow
 
 CONSTRAINTS = ("--constraint", ROOT / "constraints.txt")
@@ -74,6 +76,9 @@ NEED_TORCH = {
 }
 """Modules that are about torch from their first line; others import an extra where they use it."""
 
+NEEDS_SLURM = "rasteret_dask.launching.slurmjobs"
+"""The module whose class is one of dask-jobqueue's."""
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
@@ -103,9 +108,10 @@ def check(environment: Environment) -> None:
     outcome = json.loads(done(environment.run("python", "-c", IMPORTS)))
     assert outcome.keys() == modules
     missing = {name: text for name, text in outcome.items() if not text.startswith(str(environment.prefix))}
-    assert missing.keys() == NEED_TORCH
-    for text in missing.values():
-        assert "expected the extra 'torch'. Install it: pip install 'torch>=" in text
+    assert missing.keys() == {*NEED_TORCH, NEEDS_SLURM}
+    for name, text in missing.items():
+        extra = "slurm" if name == NEEDS_SLURM else "torch"
+        assert f"expected the extra '{extra}'. Install it: {how_to_install(extra)}" in text
 
     said = done(environment.run("rasteret-dask", "demo", "--small"))
     assert "12 checks, none failed" in said
@@ -136,7 +142,7 @@ def test_readme_has_blocks_to_run() -> None:
     assert [block.split("\n", 1)[0] for block in README] == [
         "import rasteret_dask as rd",
         "import xarray as xr",
-        "for batch in train.stream(batch_size=32, shuffle=7):  # from the cluster, or threads: a dict of arrays",
+        "for batch in train.stream(batch_size=32, shuffle=7):  # from the scenes: a dictionary of arrays",
     ]
 
 

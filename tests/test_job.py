@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_records import collection, record
 
 import rasteret_dask as rd
+from rasteret_dask.grid import transformer
+from rasteret_dask.tasks import job as module
 from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
 
-pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
 CELLS: dict[str, Any] = {"cell_km": 1.28}
 
 
+@cache
 def over_the_border() -> rd.Chips:
     """Chips of two zones, in three splits."""
     rows = [
@@ -44,6 +52,49 @@ def test_chips_know_the_place_of_their_shard(splits: tuple[str, ...]) -> None:
         wanted[shard.start : shard.stop] = place
     np.testing.assert_array_equal(job.running, wanted)
     assert set(job.epsg[job.running >= 0].tolist()) == {32632, 32633}
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_shard_is_told_by_its_place_alone(first: int) -> None:
+    job = small_shards(over_the_border(), 7).select({"train", "test"})
+    job = replace(job, hierarchies=tuple(replace(h, first=first) for h in job.hierarchies))
+    shards = list(job.shards())
+    assert job.shard_count == len(shards) > 2
+    assert [job.nth_shard(place) for place in range(len(shards))] == shards
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_bounds_in_another_zone_are_those_of_each_chip_and_a_corner_is_moved_once(
+    data: st.DataObject,
+) -> None:
+    job = over_the_border().job
+    chips = np.array(data.draw(st.lists(st.integers(0, job.chips.num_rows - 1))), dtype=np.int64)
+    moved = list[int]()
+
+    def counted(source: int, target: int) -> Any:
+        def transform(x: Any, y: Any) -> Any:
+            assert len(set(zip(x.tolist(), y.tolist(), strict=True))) == len(x)
+            moved.append(len(x))
+            return transformer(source, target).transform(x, y)
+
+        return SimpleNamespace(transform=transform)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "transformer", counted)
+        found = job.bounds_in(chips, 32633)
+    corners = set()
+    for chip, box in zip(chips.tolist(), found.tolist(), strict=True):
+        west, south, east, north = job.bounds[chip].tolist()
+        move = transformer(int(job.epsg[chip]), 32633).transform
+        places = [(x, y) for x in (west, east) for y in (south, north)]
+        if job.epsg[chip] == 32633:
+            assert box == [west, south, east, north]
+            continue
+        corners |= set(places)
+        xs, ys = zip(*(move(x, y) for x, y in places), strict=True)
+        assert box == [min(xs), min(ys), max(xs), max(ys)]
+    assert sum(moved) == len(corners)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client, LocalCluster
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from waiting import until
 
@@ -21,7 +23,7 @@ from rasteret_dask.demo.world import World
 from rasteret_dask.tasks import freezing
 from rasteret_dask.tasks.jobparts import parts_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
 SMALL = {(frame, "BLOCK_PX"): 96, (blocks, "BLOCK_PX"): 96, (freezing, "BLOCK_PX"): 96, (freezing, "SHARD_CHIPS"): 5,
          (chipblocks, "PART_CHIPS"): 60}  # fmt: skip
@@ -99,10 +101,51 @@ def test_a_store_of_parts_is_the_store_of_the_plan_in_one_piece(
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "parts.zarr").rglob("*")}
     planned.to_zarr(tmp_path / "parts.zarr", progress=False)  # it is finished
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "parts.zarr").rglob("*")} == before
-    with pytest.raises(rd.PlanError, match=r"to_chips\(\).to_zarr"):
-        planned.select("train").to_zarr(tmp_path / "train.zarr", progress=False)
-    planned.select("train").to_chips().to_zarr(tmp_path / "train.zarr", progress=False)
-    assert len(rd.open_chips(tmp_path / "train.zarr")) > 0
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("select"), st.sampled_from([("train",), ("val", "test"), ("train", "val")])),
+    st.tuples(st.just("filter"), st.sampled_from([("col", ">", 2445), ("coverage", ">", 0.99), ("cell", "!=", "")])),
+    st.tuples(st.just("sample"), st.sampled_from([(40, 0), (70, 1)])),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def halves(
+    s2: rd.Collection, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[rd.Chips, rd.ChipBlocks[rd.Chips]]]:
+    """Return the same chips, planned in one piece and by blocks, in small shards and parts."""
+    chips = s2.harmonize(["red"], time="3MS", dtype="uint16", pick="median").chips(16, cell_km=0.64)
+    chips = chips.split(0.5, 0.3, 0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        yield chips, chips.by_blocks(tmp_path_factory.mktemp("halves"), progress=False, windows=60)
+
+
+@settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(steps=st.lists(STEPS, min_size=1, max_size=3))
+def test_what_is_chosen_lazily_is_written_as_in_one_piece(
+    halves: tuple[rd.Chips, rd.ChipBlocks[rd.Chips]],
+    tmp_path_factory: pytest.TempPathFactory,
+    steps: list[tuple[str, tuple[Any, ...]]],
+) -> None:
+    folder = tmp_path_factory.mktemp("chosen")
+    chips, blocks = halves
+    for name, values in steps:
+        chips, blocks = getattr(chips, name)(*values), getattr(blocks, name)(*values)
+    if not len(blocks):
+        with pytest.raises(rd.PlanError) as in_one:
+            chips.to_zarr(folder / "one.zarr", progress=False)
+        with pytest.raises(rd.PlanError) as in_blocks:
+            blocks.to_zarr(folder / "parts.zarr", progress=False)
+        assert str(in_blocks.value) == str(in_one.value)
+        return
+    blocks.to_zarr(folder / "parts.zarr", progress=False)
+    chips.to_zarr(folder / "one.zarr", progress=False)
+    assert contents(folder / "parts.zarr") == contents(folder / "one.zarr")
+    assert rows(folder / "parts.zarr") == rows(folder / "one.zarr")
+    assert rd.verify(folder / "parts.zarr").ok
+    assert len(rd.open_chips(folder / "parts.zarr")) == len(chips)
 
 
 def test_a_cluster_writes_the_same_and_a_killed_client_leaves_what_another_goes_on_with(
@@ -129,7 +172,7 @@ blocks.to_zarr({str(tmp_path / "parts.zarr")!r}, progress=False)
     chips = plan(s2, l8)
     planned = chips.by_blocks(tmp_path / "plan", progress=False, windows=40)
     with (
-        LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0") as cluster,
         Client(cluster) as writers,
     ):
         planned.to_zarr(tmp_path / "parts.zarr", client=writers, progress=False)

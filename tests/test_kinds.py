@@ -173,7 +173,7 @@ SAID: dict[str, tuple[dict[str, Any], str | None]] = {
     "a common name": ({"eo:bands": [{"name": "map", "common_name": "red"}]}, "continuous"),
     "kelvin": ({"raster:bands": [{"unit": "kelvin"}]}, "temperature"),
     "an angle": ({"roles": ["data", "sun-azimuth"]}, "angle"),
-    "a polarization": ({"sar:polarizations": ["VV"]}, "backscatter"),
+    "a polarization of an 8-bit file": ({"sar:polarizations": ["VV"]}, "amplitude"),
 }
 
 
@@ -345,7 +345,7 @@ def test_codes_are_those_of_the_file(
     epsg, size, _ = GRIDS[grid]
     (x0, y0), side = corner(GRIDS[grid]), int(SIDE * 10 / size) - 2
     bounds = (x0, y0 - side * size, x0 + side * size, y0)
-    cube = source.harmonize(resampling=kernel, resolution=size).cube(bounds=bounds, epsg=epsg)
+    cube = source.harmonize(resampling=kernel, resolution=size).cube(bounds=bounds, crs=epsg)
     values = cube.values[0, 0]
     wanted = oracle(path, kernel or "nearest", GRIDS[grid], (side, side))
     assert set(np.unique(values[np.isfinite(values)])) <= {0, *CODES}
@@ -425,6 +425,11 @@ def test_integers_of_unknown_kind_are_told(tmp_path: Path) -> None:
     assert said[0].filename == __file__
     with pytest.warns(UnknownKindWarning, match="bilinear"):
         assert source.harmonize(resolution=5).chips(16, cell_km=0.32).job
+    both = {key: write(tmp_path / f"{key}.tif", classes()) for key in ("first", "second")}
+    several = rd.build_from_stac([item(both)], name="y")
+    with pytest.warns(UnknownKindWarning, match="bands 'first', 'second' of 'y'") as said:
+        several.cube(resolution=20)
+    assert len(said) == 1
     floats = rd.build_from_stac([item({"map": write(tmp_path / "f.tif", classes("float32"))})], name="x")
     floats.cube(resolution=20)
 

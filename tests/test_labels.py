@@ -493,7 +493,7 @@ def test_label_rasters_join_without_mixing_classes(
             "end_datetime": pa.array(year[1:]), "geometry": shapely.to_wkb(ground.to_numpy()), "href": [path],
         }
     )  # fmt: skip
-    labels = rd.build_from_table(table, name="labels", href_column="href", band_index_map={"class": 0})
+    labels = rd.build_from_files(table, name="labels", bands=["class"])
     joined = rd.join(
         optical=s2.harmonize(bands=["red"], time="1MS"),
         classes=labels.harmonize(resolution=10, resampling="nearest", units="raw"),

@@ -13,7 +13,7 @@ from rasterio.transform import Affine
 from rasterio.warp import transform_bounds
 
 import rasteret_dask as rd
-from rasteret_dask.ingest.pages import ItemBatch, Recipe, ingest
+from rasteret_dask.ingest.pages import ItemBatch, TableSpec, ingest
 from rasteret_dask.ingest.sources import read_items
 from rasteret_dask.ingest.stac import Rules
 from rasteret_dask.progress import Progress
@@ -81,7 +81,7 @@ def test_left_out_is_listed_kept_and_no_part_of_the_identity(
 
 def test_pages_count_what_they_leave_out(tmp_path: Path, items: list[dict[str, Any]]) -> None:
     batches = [ItemBatch([item]) for item in read_items(items)]
-    report = ingest(batches, Recipe("c", Rules()), tmp_path / "t.parquet", Progress("items", False))
+    report = ingest(batches, TableSpec("c", Rules()), tmp_path / "t.parquet", Progress("items", False))
     assert {key: count for (key, _), (count, _) in report.left.counts.items()} == {"look": 2, "red_20m": 2}
     c = rd.load(tmp_path / "t.parquet")
     assert c.left_out().column("records").to_pylist() == [2, 2]
@@ -99,7 +99,7 @@ def test_a_copy_stands_in_for_a_file_that_cannot_be_read(tmp_path: Path, paged: 
     )
     if paged:
         ingest(
-            [ItemBatch(read_items([whole, gone, lost]))], Recipe("c", Rules()), tmp_path / "t.parquet",
+            [ItemBatch(read_items([whole, gone, lost]))], TableSpec("c", Rules()), tmp_path / "t.parquet",
             Progress("items", False),
         )  # fmt: skip
         c = rd.load(tmp_path / "t.parquet", name="c")

@@ -14,6 +14,7 @@ from odc.geo.geobox import GeoBox
 
 from rasteret_dask.chipping.leftover import leftover, whole_cell_km
 from rasteret_dask.planning.plan import ChipSpec
+from rasteret_dask.zones import BoxGrid
 
 CELLS: dict[str, Any] = {"cell_km": 1.28}
 
@@ -30,7 +31,7 @@ def open_share(side: tuple[int, int], size: int, stride: int) -> float:
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 90), st.integers(0, 90))
 def test_what_is_left_of_a_geobox_is_counted(size: int, stride: int, wide: int, high: int) -> None:
     width, height = size + wide, size + high
-    spec = ChipSpec(size, stride, grid=f"32633,500000,5400000,10,{width},{height}")
+    spec = ChipSpec(size, stride, grid=BoxGrid("EPSG:32633", 5e5, 5.4e6, 10.0, width, height))
     left = leftover(spec, 10.0)
     share = open_share((height, width), size, stride)
     assert (left is None) == (share == 0)

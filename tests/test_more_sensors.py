@@ -73,8 +73,18 @@ EXPECTED: dict[str, dict[str, Facts]] = {
     "sentinel2_l1c/S2A_T01LAC_20200717T221944_L1C": L1C,
     "sentinel2_l1c/S2A_T46RER_20210908_L1C": L1C,
     "modis/09Q1/MOD09Q1.A2022033.h10v10.061": {
-        "sur_refl_b01": ("red", D, 1e-4, 0), "sur_refl_b02": ("nir08", D, 1e-4, 0),
-        "sur_refl_qc_250m": (None, D, 1, 0), "sur_refl_state_250m": (None, D, 1, 0),
+        "sur_refl_b01": ("red", R, 1e-4, 0), "sur_refl_b02": ("nir08", R, 1e-4, 0),
+        "sur_refl_state_250m": (None, Q, 1, 0),
+    },
+    "modis/09A1/MOD09A1.A2022033.h19v10.061": {
+        **{f"sur_refl_b0{n}": (common, R, 1e-4, 0) for n, common in enumerate(
+            ("red", "nir08", "blue", "green", None, "swir16", "swir22"), 1)},
+        "sur_refl_state_500m": (None, Q, 1, 0),
+    },
+    "modis/13Q1/MOD13Q1.A2022017.h12v11.061": {
+        "NDVI": (None, D, 1e-4, 0), "EVI": (None, D, 1e-4, 0), "red": ("red", R, 1e-4, 0),
+        "nir": ("nir08", R, 1e-4, 0), "blue": ("blue", R, 1e-4, 0), "MIR": ("swir22", R, 1e-4, 0),
+        "pixel_reliability": (None, Q, 1, 0),
     },
     "naip/pc/pr_m_1806550_ne_20_030_20221212_20230329": {
         "R": ("red", D, 1, 0), "G": ("green", D, 1, 0), "B": ("blue", D, 1, 0), "NIR": ("nir", D, 1, 0),
@@ -83,7 +93,10 @@ EXPECTED: dict[str, dict[str, Facts]] = {
         "vv": (None, D, 1, 0), "vh": (None, D, 1, 0),
     },
     "sentinel1_rtc/aws/S1A_20200103_17RMJ_ASC": {
-        "gamma0_vv": (None, D, 1, 0), "gamma0_vh": (None, D, 1, 0), "incidence": (None, D, 0.01, 0),
+        "vv": (None, D, 1, 0), "vh": (None, D, 1, 0),
+    },
+    "sentinel1_grd/pc/S1A_IW_GRDH_1SDV_20220428T034417_20220428T034442_042968_05213C": {
+        "vv": (None, D, 1, 0), "vh": (None, D, 1, 0),
     },
     "esa_worldcover/ESA_WorldCover_10m_2021_v200_N00E006": {"MAP": (None, "class", 1, 0)},
     "cop_dem/pc/Copernicus_DSM_COG_10_S90_00_W180_00_DEM": {"DEM": (None, D, 1, 0)},

@@ -138,7 +138,7 @@ def test_flt_max_in_any_spelling(tmp_path: Path, text: str, by: str, strips: boo
         n = 1280 // size
         box = (grid.c, grid.f - n * size, grid.c + n * size, grid.f)
         even = made.harmonize(units="raw", resolution=size, resampling=kernel.name)
-        cube = even.cube(bounds=box, epsg=epsg).isel(time=0, band=0).values
+        cube = even.cube(bounds=box, crs=epsg).isel(time=0, band=0).values
         with rasterio.open(exact) as file, WarpedVRT(
             file, crs=f"EPSG:{epsg}", transform=grid, width=n, height=n, resampling=kernel, tolerance=1e-6,
             XSCALE=10 / size, YSCALE=10 / size,
@@ -308,7 +308,7 @@ def test_without_headers_a_file_must_lie_where_its_item_says(tmp_path: Path, whe
     with pytest.raises(
         ReadError, match=r"asset 'image' of record 'a'.*as the item says.*headers=True"
     ) as raised:
-        made.cube(bounds=BOX, epsg=epsg).compute()
+        made.cube(bounds=BOX, crs=epsg).compute()
     said = str(raised.value)
     assert "north-west corner (500000, 5540000), pixels of 10 x 10 in EPSG:32633 in the file" in said
     assert f"in EPSG:{epsg}, as the item says" in said

@@ -8,11 +8,26 @@ import pytest
 from nbclient import NotebookClient
 from waiting import PATIENCE_S
 
+from rasteret_dask.demo.world import World
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
 def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+
+
+def test_the_first_picture_of_a_notebook_is_shown(
+    small_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matplotlib tells IPython how to show figures when its backend is loaded, which ``import`` does not do."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's profile
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    cell = f"import rasteret_dask as rd\nrd.build_from_stac({str(small_world.sentinel2)!r}, name='s2').plot()"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])  # type: ignore[no-untyped-call]
+    NotebookClient(notebook, timeout=PATIENCE_S, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert ["image/png" in output.get("data", {}) for output in notebook.cells[0].outputs] == [True]
 
 
 def test_there_are_notebooks() -> None:

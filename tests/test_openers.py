@@ -130,11 +130,9 @@ def test_one_file_a_row(small_world: Any, aef: rd.Collection, tmp_path: Path) ->
     index = pa.table(
         {"fid": list(range(len(href))), "year": years, "path": href, "geom": whole.column("geometry")}
     )
-    names = {"fid": "id", "year": "datetime", "geom": "geometry"}
+    names = {"fid": "id", "year": "datetime", "geom": "geometry", "path": "href"}
     bands = {f"A{i:02d}": i for i in range(64)}
-    made = rd.build_from_table(
-        index, name="aef", dataset="aef-v1-annual", column_map=names, href_column="path", band_index_map=bands
-    )
+    made = rd.build_from_files(index, name="aef", dataset="aef-v1-annual", column_map=names, bands=bands)
     assert made.bands == tuple(bands)
     again = made.to_table()
     assert again.column("start_datetime").equals(whole.column("start_datetime"))
@@ -147,11 +145,10 @@ def test_one_file_a_row(small_world: Any, aef: rd.Collection, tmp_path: Path) ->
         ours = [dict(v)["A07"] for v in whole.column(column).to_pylist()]
         assert [dict(v)["A07"] for v in again.column(column).to_pylist()] == ours
     pq.write_table(index, tmp_path / "index.parquet")
-    with pytest.raises(rd.SchemaError, match="href_column='path'"):
+    with pytest.raises(
+        rd.SchemaError, match=r"build_from_files\(path, name='index', column_map={'path': 'href'}\)"
+    ):
         rd.load(tmp_path / "index.parquet")
-    for column, given in (("nothing", bands), ("path", None)):
-        with pytest.raises(rd.SchemaError, match="band_index_map"):
-            rd.build_from_table(index, name="a", column_map=names, href_column=column, band_index_map=given)
 
 
 def test_stac_geoparquet_loads(data: Path) -> None:

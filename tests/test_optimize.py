@@ -21,7 +21,7 @@ from rasteret_dask.planning.resolve import evaluate
 from rasteret_dask.planning.scan import expression, scan
 from rasteret_dask.table.records import Records
 
-pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
 FAR_M = 200_000.0
 """East of the others: beyond what an area of interest reaches."""

@@ -181,8 +181,8 @@ def test_rules_from_outside_reach_every_exit(world: Passing, client: Client, tmp
 
 def test_plans_name_rules_from_outside_and_come_back(world: Passing, tmp_path: Path) -> None:
     chips = medoid_chips(world)
-    assert "pick=medoid" in repr(chips)
-    assert "units=metres" in repr(chips)
+    assert "pick=Medoid()" in repr(chips)
+    assert "units=Feet(per_foot=0.3048)" in repr(chips)
     shown = str(chips.explain())
     assert "pick medoid, mask DarkWater(below=2000)" in shown
     write_job(chips.job, str(tmp_path / "job"))

@@ -214,7 +214,7 @@ def test_windows_of_any_shape_are_cubes_over_their_bounds(s2: rd.Collection, fie
     own = s2.harmonize(bands=["B04", "B08"], units="raw")
     for (number, when), rows in frame.groupby(["geometry_number", "datetime"]):
         bounds, code = rows["bounds"].iloc[0], int(rows["epsg"].iloc[0])
-        cube = own.cube(bounds=bounds, epsg=code).sel(time=np.datetime64(when.tz_localize(None))).compute()
+        cube = own.cube(bounds=bounds, crs=code).sel(time=np.datetime64(when.tz_localize(None))).compute()
         there = pyproj.Transformer.from_crs(4326, code, always_xy=True).transform
         shape = shapely.transform(
             shapely.segmentize(areas[number], 0.001),
@@ -302,7 +302,7 @@ def test_a_crs_of_ones_own(s2: rd.Collection, fields: list[Any]) -> None:
     bounds = np.array(index["bounds"].to_pylist()[0])
     assert not (bounds % 20).any()
     own = s2.harmonize(bands=["B04"], units="raw", resolution=20)
-    cube = own.cube(bounds=tuple(bounds.tolist()), epsg=3035).compute()
+    cube = own.cube(bounds=tuple(bounds.tolist()), crs=3035).compute()
     np.testing.assert_array_equal(pixels, cube.values)
 
 
@@ -480,7 +480,7 @@ def test_the_newest_valid_pixel_wins(s2: rd.Collection, fields: list[Any], units
     assert filled
     chip = found.isel(chip=0)
     source = s2.harmonize(bands=bands, units=units, mask="clouds", time="YS", pick="newest")
-    cube = source.cube(bounds=tuple(chip["bounds"].values.tolist()), epsg=int(chip["epsg"])).compute()
+    cube = source.cube(bounds=tuple(chip["bounds"].values.tolist()), crs=int(chip["epsg"])).compute()
     np.testing.assert_array_equal(cube.values, chip["pixels"].values)
     assert "newest" in str(slotted.explain())
 

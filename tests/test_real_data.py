@@ -103,7 +103,7 @@ def check_chip_is_cube(source: rd.Collection, chips: rd.Chips, every: int, chose
     for chip in range(0, dataset.sizes["chip"], every):
         pixels = dataset["pixels"][chip]
         box = dataset["bounds"].values[chip]
-        cube = source.cube(bounds=tuple(box), epsg=int(dataset["epsg"][chip]), min_coverage=1.0)
+        cube = source.cube(bounds=tuple(box), crs=int(dataset["epsg"][chip]), min_coverage=1.0)
         col, row = round((box[0] - left) / size), round((top - box[3]) / size)
         part = wide[..., row : row + pixels.sizes["y"], col : col + pixels.sizes["x"]]
         if "time" not in dataset.coords:  # a chip is one acquisition
@@ -120,7 +120,7 @@ def check_chip_is_cube(source: rd.Collection, chips: rd.Chips, every: int, chose
 def check_chip_is_cube_at_its_bounds(source: rd.Collection, dataset: xr.Dataset) -> None:
     for chip in range(0, dataset.sizes["chip"], 7):
         box = tuple(dataset["bounds"].values[chip])
-        cube = source.cube(bounds=box, epsg=int(dataset["epsg"][chip]), min_coverage=1.0)
+        cube = source.cube(bounds=box, crs=int(dataset["epsg"][chip]), min_coverage=1.0)
         assert same(dataset["pixels"][chip], cube.sel(time=dataset["datetime"].values[chip]))
 
 
@@ -368,7 +368,7 @@ def test_mol_sensors_lie_on_each_other(mol: tuple[rd.Collection, rd.Collection])
     dataset = computed(merged.chips(size=72, at=[middle]))
     assert dataset["member"].values.tolist() == [["s2", "l8"]]
     assert dataset["valid_fraction"].values.min() > 0.99
-    cube = merged.cube(bounds=tuple(dataset["bounds"].values[0]), epsg=32631, min_coverage=1.0)
+    cube = merged.cube(bounds=tuple(dataset["bounds"].values[0]), crs=32631, min_coverage=1.0)
     assert same(dataset["pixels"].values[0], cube.values)
     for first, second in np.swapaxes(dataset["pixels"].values[0], 0, 1):
         assert peak(correlation(clear(first), clear(second))) == (0, 0)
@@ -421,7 +421,7 @@ def test_mol_resampled_sensor_stays_in_place(
     chips = joined.chips(size=192, cell_km=1.92).table
     for chip in range(0, len(rough), 3):  # the resampled source, too, is its own cube over the chip's bounds
         box = tuple(chips.column(n)[chip].as_py() for n in ("xmin", "ymin", "xmax", "ymax"))
-        cube = other.harmonize(bands=["red"]).cube(bounds=box, epsg=32631, min_coverage=1.0)
+        cube = other.harmonize(bands=["red"]).cube(bounds=box, crs=32631, min_coverage=1.0)
         assert same(rough[chip], cube.values)
     assert abs(total[4, 3] - total[4, 5]) < 0.02 * total.max()  # it leans to no side
     assert abs(total[3, 4] - total[5, 4]) < 0.02 * total.max()

@@ -49,6 +49,24 @@ def test_fields_of_bands_are_those_of_their_rows(made: pa.Table, bands: list[str
             assert column.to_pylist() == wanted
             one_by_one = records.asset_field if kind is ASSET_TYPE else records.level_field
             assert [v for band in bands for v in one_by_one(band, field.name).to_pylist()] == wanted
+    for kept in (records, larger := Records(made)):
+        larger._is_small = False
+        for field in ASSET_TYPE:
+            for band in bands:
+                values = records.asset_field(band, field.name).to_pylist()
+                assert kept.asset_values(band, field.name) == values
+                if not pa.types.is_nested(field.type):
+                    assert kept.distinct(band, field.name) == list(dict.fromkeys(values))
+
+
+def test_assets_that_are_at_hand_are_not_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard asks for the assets of its records, and most of a job's shards share records."""
+    records = Records(table(record("r", bands=BANDS)))
+    records.look_up([0], BANDS)
+    first = records.asset(0, BANDS[0])
+    monkeypatch.setattr(records, "table", None)
+    records.look_up([0, 0], BANDS[:2])
+    assert records.asset(0, BANDS[0]) is first
 
 
 def test_kept_bytes_ask_for_a_field_once_whatever_the_number_of_bands(

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rasteret_dask.errors import UnwritableStoreError
+from rasteret_dask.errors import CredentialsError, ReadError, UnwritableStoreError
 from rasteret_dask.net import remote
 
 
@@ -78,7 +78,7 @@ def test_a_folder_of_somebody_else(tmp_path: Path, name: str) -> None:
 
 
 class Refuses(BaseHTTPRequestHandler):
-    """Answers every PUT with one status, and counts them."""
+    """Answers every request with one status, and counts them."""
 
     def __init__(self, *args: Any, status: int, code: str, seen: list[str], **kwargs: Any) -> None:
         self.status, self.code, self.seen = status, code, seen
@@ -87,9 +87,15 @@ class Refuses(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         return
 
+    def do_GET(self) -> None:
+        self.do_PUT()
+
+    def do_POST(self) -> None:
+        self.do_PUT()
+
     def do_PUT(self) -> None:
         self.seen.append(self.path)
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
         body = f"<?xml version='1.0'?><Error><Code>{self.code}</Code></Error>".encode()
         self.send_response(self.status)
         self.send_header("Content-Length", str(len(body)))
@@ -103,11 +109,28 @@ class Refuses(BaseHTTPRequestHandler):
         (507, "XMinioStorageFull", "no room (507), XMinioStorageFull; expected room for 5 bytes"),
         (403, "QuotaExceeded", "access denied (401 or 403), QuotaExceeded"),
         (403, "AccessDenied", "expected a place that may be written"),
+        (
+            404,
+            "NoSuchBucket",
+            "no such bucket (404); expected one that is there. Make it, or correct its name",
+        ),
+        (400, "ExpiredToken", "keys that have expired (ExpiredToken); expected keys that the store accepts"),
+        (403, "InvalidAccessKeyId", "keys that the store does not accept (InvalidAccessKeyId)"),
     ],
 )
 def test_an_object_store_that_refuses(
     monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str
 ) -> None:
+    with refusing(status, code, monkeypatch) as seen, pytest.raises(UnwritableStoreError) as caught:
+        remote.put("s3://bucket/some/where", b"12345")
+    assert words in str(caught.value)
+    assert "free" not in str(caught.value)
+    assert len(seen) == 1
+
+
+@contextmanager
+def refusing(status: int, code: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Let ``s3://`` lead to a server that refuses, for the length of a block; the list is of what was asked of it."""
     seen: list[str] = []
     handler = functools.partial(Refuses, status=status, code=code, seen=seen)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -117,12 +140,39 @@ def test_an_object_store_that_refuses(
             "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1",
         }.items():  # fmt: skip
             monkeypatch.setenv(name, value)
-        with pytest.raises(UnwritableStoreError) as caught:
-            remote.put("s3://bucket/some/where", b"12345")
-        server.shutdown()
-    assert words in str(caught.value)
-    assert "free" not in str(caught.value)
+        try:
+            yield seen
+        finally:
+            server.shutdown()
+
+
+ASKED: dict[str, Callable[[str], Any]] = {
+    "get": remote.get, "range": lambda url: remote.get(url, 0, 5), "listing": remote.listing,
+    "put": lambda url: remote.put(url, b"1"), "put_new": lambda url: remote.put_new(url, b"1"),
+    "put_stream": lambda url: remote.put_stream(url, lambda: iter([b"1"])), "delete": remote.delete,
+    "delete_all": lambda url: remote.delete_all(url, ["a", "b"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, "ExpiredToken"), (403, "InvalidAccessKeyId"), (403, "SignatureDoesNotMatch")]
+)
+def test_keys_that_a_store_refuses_are_one_kind_of_error_whatever_is_asked(
+    monkeypatch: pytest.MonkeyPatch, status: int, code: str, asked: str
+) -> None:
+    with refusing(status, code, monkeypatch) as seen, pytest.raises(CredentialsError, match=code) as caught:
+        ASKED[asked]("s3://bucket/some/where")
     assert len(seen) == 1
+    assert "test" not in str(caught.value)  # no key
+    assert not isinstance(caught.value, ReadError)  # no pixel is masked because of it
+
+
+@pytest.mark.parametrize("asked", ["get", "listing"])
+def test_a_bucket_that_is_not_there_is_no_missing_object(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    for code, words in {"NoSuchBucket": "no such bucket", "NoSuchKey": "nothing there"}.items():
+        with refusing(404, code, monkeypatch), pytest.raises(remote.MissingError, match=words):
+            ASKED[asked]("s3://bucket/NoSuchBucket")
 
 
 def test_a_file_where_a_folder_is_wanted(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +29,9 @@ import shapely
 import xarray as xr
 import zarr
 from affine import Affine
+from bucket_host import Control, Rule, serving_bucket
 from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin, get_client
+from obstore.store import S3Store
 from processes import NEW_PROCESSES
 from soak import stage
 from streams import until
@@ -38,7 +40,7 @@ from test_write import layout_of, stamps, tries
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
-from rasteret_dask.errors import ConcurrentWriteWarning, JobError, UnwritableStoreError
+from rasteret_dask.errors import ConcurrentWriteWarning, CredentialsError, JobError, UnwritableStoreError
 from rasteret_dask.grid import transformer
 from rasteret_dask.net import remote
 from rasteret_dask.reader import engine as reader
@@ -409,6 +411,49 @@ def test_a_disk_that_must_not_be_written(small_shards: Layout, tiny: Path) -> No
         run_zarr(small_shards, str(tiny / "x.zarr"), ReadContext(), None, progress=False)
 
 
+@pytest.mark.parametrize("where", ["threads", "cluster"])
+def test_keys_that_expire_in_mid_job_end_it_at_once(
+    joined: rd.Chips,
+    wanted: dict[str, xr.Dataset],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    layout, control, url = layout_of(joined.select("train"), 400_000), Control(tmp_path), f"s3://mine/{where}"
+    total = len(list(layout.job.shards()))
+    assert total > 5
+    with ExitStack() as stack:
+        port = stack.enter_context(serving_bucket(control, "mine"))
+        keys = {"ENDPOINT_URL": f"http://127.0.0.1:{port}", "SECRET_ACCESS_KEY": "s", "REGION": "us-east-1"}
+        for name, value in {**keys, "ACCESS_KEY_ID": "old"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        options: Any = {
+            "n_workers": 2,
+            "threads_per_worker": 1,
+            "processes": False,
+            "dashboard_address": ":0",
+        }
+        cluster = stack.enter_context(LocalCluster(**options)) if where == "cluster" else None
+        control.rule(where, Rule(after=2, status=400, code="ExpiredToken", key="old"))
+        with pytest.raises(JobError) as caught:
+            run_zarr(layout, url, ReadContext(), cluster, progress=False)
+        assert isinstance(caught.value.__cause__, CredentialsError)
+        text, before = str(caught.value), control.done(where)
+        assert text.count("keys that have expired (ExpiredToken)") == 1
+        for part in (
+            f"of {total} shards are written",
+            "No further shard was tried. Start this process",
+            "fresh",
+        ):
+            assert part in text
+        assert 2 <= before.total() < total
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "new")
+        run_zarr(layout, url, ReadContext(), cluster, progress=False)
+        assert control.done(where) == Counter({shard.name: 1 for shard in layout.job.shards()})
+        s3 = S3Store("mine", prefix=where, client_options={"allow_http": True})
+        assert_store(zarr.storage.ObjectStore(s3, read_only=True), wanted)
+
+
 # Two clients
 
 
@@ -476,6 +521,16 @@ def test_a_trace_is_renewed_while_its_client_runs(tmp_path: Path, monkeypatch: p
         (trace,) = traces(tmp_path)
         first = trace.stat().st_mtime_ns
         until(lambda: trace.stat().st_mtime_ns > first)
+
+
+def test_a_trace_that_a_killed_client_left_in_a_finished_store_goes(
+    small_shards: Layout, tmp_path: Path
+) -> None:
+    store = tmp_path / "x.zarr"
+    run_zarr(small_shards, str(store), ReadContext(), None, progress=False)
+    trace_of(store, "elsewhere", 17, 0.0)
+    run_zarr(small_shards, str(store), ReadContext(), None, progress=False)
+    assert not traces(store)
 
 
 def test_a_finished_store_says_so(
@@ -568,7 +623,6 @@ def test_an_object_store_by_url(
     joined: rd.Chips, wanted: dict[str, xr.Dataset], s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import obstore
-    from obstore.store import S3Store
 
     keys = {
         "AWS_ENDPOINT_URL": s3, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1",

@@ -20,21 +20,24 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin
 from hypothesis import given
 from hypothesis import strategies as st
+from servers import serving
 from streams import assert_same, in_small_shards, until
 from test_tiles_once import readme_chips
 from test_write import layout_of, tries
 
 import rasteret_dask as rd
+from rasteret_dask.demo.world import World
 from rasteret_dask.errors import JobError, PlanError
 from rasteret_dask.show import fetching as explained
 from rasteret_dask.show.fetching import fetching
 from rasteret_dask.store import shardruns
 from rasteret_dask.store.run import run_zarr
-from rasteret_dask.store.runtasks import Work
-from rasteret_dask.store.shardruns import Exit, Shards, runner, write_shards
+from rasteret_dask.store.runtasks import Shards, Work
+from rasteret_dask.store.shardruns import Exit, runner, write_shards
 from rasteret_dask.streams.stream import Batching
+from rasteret_dask.tasks import runs as cutting
 from rasteret_dask.tasks.context import ReadContext
-from rasteret_dask.tasks.runs import Crew, Cuts, Workforce
+from rasteret_dask.tasks.runs import LONGEST, SLACK, TILES_SHARE, Crew, Cuts, Workforce
 
 # What the numbers are does not matter here.
 pytestmark = pytest.mark.filterwarnings("ignore::rasteret_dask.errors.UnknownKindWarning")
@@ -68,34 +71,78 @@ def test_every_shard_is_in_one_run_of_neighbours(
     assert begin == len(places)
 
 
-@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 2000))
-def test_nobody_idles_at_the_end(processes: int, threads: int, count: int) -> None:
-    """No run is longer than half a share of what was left, but for the last shards, a run or two for each thread."""
-    cuts = Cuts(np.full(count - 1, 10, dtype=np.int64), count)
+@given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 6000))
+def test_a_process_gets_its_share_in_one_piece(processes: int, threads: int, count: int) -> None:
+    cuts = Cuts(np.full(count - 1, 10, dtype=np.int64), 100 * count)
     left = count
     for runs in cuts.rounds(range(count), Workforce(processes, threads)):
-        longest, last = max(map(len, runs)), left <= 2 * processes * threads
-        share = -(-left // (processes * threads))
-        assert longest <= (share if last else -(-share * 3 // 4) + 1)
+        share = min(-(-left // processes), LONGEST * threads)
+        assert max(map(len, runs)) <= -(-(share + 2 * share // SLACK) // threads)
+        assert len(runs) == min(left, processes * threads) or share < threads
         left -= sum(map(len, runs))
-
-
-def test_runs_are_as_long_as_tiles_need_and_no_longer() -> None:
-    force = Workforce(4, 1)
-    nothing_shared = [len(run) for runs in Cuts.free(500).rounds(range(500), force) for run in runs]
-    assert set(nothing_shared) == {1}
-    a_shard_more = Cuts(np.full(499, 100, dtype=np.int64), 500 * 100)
-    lengths = [len(run) for runs in a_shard_more.rounds(range(500), force) for run in runs]
-    assert a_shard_more.enough == max(lengths) == 10
-    assert lengths[-4:] <= [2] * 4
 
 
 def test_a_run_ends_where_little_is_shared() -> None:
     borders = np.full(99, 100, dtype=np.int64)
-    borders[9::11] = 1
+    borders[4::5] = 1
     cuts = Cuts(borders, 100 * 100)
-    ends = {run[-1] for runs in cuts.rounds(range(100), Workforce(2, 1)) for run in runs}
-    assert {9, 20, 31} <= ends
+    for processes in (2, 4):
+        (runs,) = cuts.rounds(range(100), Workforce(processes, 1))
+        assert len(runs) == processes
+        assert cuts.paid(runs) == processes - 1
+
+
+many_shared = st.lists(st.integers(0, 400), min_size=1, max_size=120)
+
+
+@given(many_shared, st.integers(1, 3), st.integers(0, 500), st.data())
+def test_taking_over_pays(borders: list[int], threads: int, spare: int, data: st.DataObject) -> None:
+    """What an idle process takes is the end of what waits; it is done sooner by more than tiles of both cost."""
+    count = len(borders) + 1
+    cuts = Cuts(np.array(borders, dtype=np.int64), 100 * count)
+    first = data.draw(st.integers(0, count - 1))
+    places = list(range(first, count))
+
+    def gain(at: int) -> float:
+        cost = TILES_SHARE * borders[places[at] - 1] / 100
+        sooner = len(places) / threads - max(at / threads, len(places) - at + cost)
+        return sooner if sooner >= cost and borders[places[at] - 1] <= spare else 0
+
+    gains = [gain(at) for at in range(threads, len(places))]
+    end = cuts.takeover(places, threads, spare)
+    if end is None:
+        assert max(gains, default=0) <= 0
+    else:
+        assert list(end.places) == places[len(places) - len(end.places) :]
+        assert end.gain == pytest.approx(max(gains)) == pytest.approx(gains[-len(end.places)])
+
+
+@given(many_shared, st.lists(st.integers(1, 9), min_size=2, max_size=5), st.booleans())
+def test_processes_of_any_speed(borders: list[int], speeds: list[int], free: bool) -> None:
+    """Nobody idles while a shard waits that costs nothing; what processes fetch once more is never above its limit."""
+    count, force = len(borders) + 1, Workforce(len(speeds), 1)
+    cuts = Cuts.free(count) if free else Cuts(np.array(borders, dtype=np.int64), 100 * count)
+    (runs,) = cuts.rounds(range(count), force)
+    paid, limit = cuts.paid(runs), cuts.allowance(range(count), force)
+    left = [list(run) for run in [*runs, *[()] * (len(speeds) - len(runs))]]
+    ends = [1 / speed if own else 0.0 for speed, own in zip(speeds, left, strict=True)]
+    order: list[int] = []
+    now = 0.0
+    while any(left):
+        now, number = min((end, at) for at, end in enumerate(ends) if left[at])
+        order.append(left[number].pop(0))
+        ends[number] = now + 1 / speeds[number]
+        for idle in (at for at, own in enumerate(left) if not own):
+            parts = [(cuts.takeover(own, 1, limit - paid), at) for at, own in enumerate(left) if own]
+            best = max(((end, at) for end, at in parts if end), key=lambda part: part[0].gain, default=None)
+            if best is not None:
+                left[best[1]] = left[best[1]][: -len(best[0].places)]
+                left[idle], ends[idle] = list(best[0].places), now + 1 / speeds[idle]
+                paid += cuts.paid([best[0].places])
+    assert sorted(order) == list(range(count))
+    assert paid <= limit
+    if free:
+        assert now <= count / sum(speeds) + 1 / min(speeds) + 1e-9
 
 
 # Threads of a process
@@ -143,6 +190,28 @@ def test_what_a_run_ends_with_is_raised_where_the_run_is() -> None:
     assert done == [0, 1, 2, 8, 9]
 
 
+def test_shards_that_wait_can_be_left_to_others() -> None:
+    crew, done = Crew(), list[int]()
+    begun, go = threading.Event(), threading.Event()
+
+    def compute(place: int) -> None:
+        begun.set()
+        go.wait(60)
+        done.append(place)
+
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(crew.compute, "job", range(4, 12), compute, lambda: True)
+        begun.wait(60)
+        assert crew.give_up("another", range(20)) == ()
+        assert crew.give_up("job", (2, 3, 4, 9, 10, 11)) == (9, 10, 11)  # 4 has begun, others it never had
+        assert crew.places(lambda: "job") == frozenset(range(4, 9))
+        assert crew.given_up("job") == {9, 10, 11}
+        go.set()
+        end.result()
+    assert done == [4, 5, 6, 7, 8]
+    assert crew.given_up("job") == frozenset()
+
+
 # On a cluster
 
 
@@ -162,9 +231,11 @@ def four() -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def two() -> Iterator[LocalCluster]:
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
-    ) as running:
+    settings: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "silence_logs": 50}
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),  # each takes a new process
+        LocalCluster(n_workers=2, dashboard_address=":0", **settings) as running,
+    ):
         yield running
 
 
@@ -199,6 +270,36 @@ def test_processes_fetch_no_more_than_explain_says(
     assert len(set(process.values())) == 4
     borders = sum(process[a.name] != process[b.name] for a, b in pairwise(shards))
     assert borders < most.tasks < len(shards)
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_servers_send_no_more_bytes_than_explain_says(
+    fill: bool, small_world: World, two: LocalCluster, tmp_path: Path
+) -> None:
+    """By one process, and by two that each compute a run or take over from each other; counted by the server."""
+    root = Path(os.path.commonpath([small_world.sentinel2, small_world.landsat, small_world.embeddings]))
+    with serving(root) as server:
+        places = {"s2": small_world.sentinel2, "l8": small_world.landsat, "aef": small_world.embeddings}
+        s2, l8, aef = (
+            rd.build_from_stac(
+                server.url(place.relative_to(root).as_posix()),
+                name=name,
+                date_range=("2024-04-01", "2024-06-30"),
+            )
+            for name, place in places.items()
+        )
+        chips = readme_chips(s2, l8, aef, fill=fill)
+        layout = layout_of(chips, SHARD_BYTES)
+        with Client(two, set_as_default=False) as client:
+            for processes, running in ((1, None), (2, client)):
+                most = fetching(layout.job, Workforce(processes, 1), 0, None)
+                server.forget()
+                run_zarr(layout, str(tmp_path / f"{processes}.zarr"), ReadContext(), running, progress=False)
+                asked = server.asked("*.tif")
+                sent = sum(one.nbytes for one in asked)
+                assert 0 < len(asked) <= most.requests
+                assert most.read_bytes is not None
+                assert most.read_bytes / 4 < sent <= most.read_bytes
 
 
 def test_what_a_run_has_written_is_not_read_again_where_its_worker_is_killed(
@@ -272,7 +373,9 @@ def test_shards_that_fail_do_so_by_themselves(two: LocalCluster, tmp_path: Path)
     """A failing shard is tried once more, by itself; one lost with its worker once more at the end, alone."""
     work = Noted(str(tmp_path), once=(5, 6), always=(9,), deadly=(30,))
     with Client(two, set_as_default=False) as client, pytest.raises(JobError) as caught:
-        write_shards(runner(client), trivial(40, work), Exit("to_zarr", "x", 40), lambda: None)
+        write_shards(
+            runner(client), trivial(40, work), Exit("to_zarr", "x", 40), lambda: None, lambda *_: None
+        )
     text = str(caught.value)
     assert "2 of 40 shards failed" in text
     assert "all-00009: shard 9" in text
@@ -283,6 +386,38 @@ def test_shards_that_fail_do_so_by_themselves(two: LocalCluster, tmp_path: Path)
     tries_of = Counter(int(path.stem) for path in tmp_path.iterdir() if path.suffix)
     deaths = tries_of[30]  # which may each take a shard along that is under way
     assert all(2 <= tries_of[n] <= 2 + deaths for n in (5, 6, 9))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Work that leaves a file a shard and try; the first shard does not end before all others have."""
+
+    folder: str
+    others: int
+
+    def __call__(self, item: int) -> None:
+        folder = Path(self.folder)
+        if item == 0:
+            until(lambda: len({path.stem for path in folder.iterdir()}) == self.others)
+        Path(folder, f"{item}.{os.getpid()}").touch()
+
+
+def test_who_is_done_sooner_takes_over_what_another_has_left(two: LocalCluster, tmp_path: Path) -> None:
+    """A process that stands still loses all that waits for it; nothing is computed twice."""
+    shards, settled = trivial(40, Standing(str(tmp_path), 39), 0), list[str]()
+    with Client(two, set_as_default=False) as client:
+        write_shards(
+            runner(client),
+            shards,
+            Exit("to_zarr", "x", 40),
+            lambda: None,
+            lambda names, _: settled.extend(names),
+        )
+    assert sorted(settled) == sorted(shards.names)
+    process = {int(path.stem): path.suffix for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == len(process) == 40
+    slow = [item for item in process if process[item] == process[0]]
+    assert slow == [0]
 
 
 class Ahead(SchedulerPlugin):
@@ -303,6 +438,7 @@ def nothing(item: int) -> None:
 @pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_any_number_of_shards_is_sent_in_windows(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shardruns, "AHEAD", count // 20)
+    monkeypatch.setattr(cutting, "LONGEST", 1)
     settings: dict[str, Any] = {"processes": False, "n_workers": 2, "threads_per_worker": 2}
     with (
         LocalCluster(**settings, dashboard_address=":0") as own,
@@ -311,7 +447,13 @@ def test_any_number_of_shards_is_sent_in_windows(count: int, monkeypatch: pytest
         scheduler: Any = own.scheduler
         ahead = Ahead(scheduler)
         scheduler.add_plugin(ahead)
-        write_shards(runner(client), trivial(count, nothing, 1), Exit("to_zarr", "x", count), lambda: None)
+        write_shards(
+            runner(client),
+            trivial(count, nothing, 1),
+            Exit("to_zarr", "x", count),
+            lambda: None,
+            lambda *_: None,
+        )
         until(lambda: not scheduler.tasks)
     assert ahead.finished == count
     assert ahead.most <= count // 20 + 8  # a round of four runs may begin below it

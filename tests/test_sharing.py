@@ -93,7 +93,7 @@ def test_a_tile_goes_once_to_all_who_wish_for_it_and_to_nobody_who_gave_up(asset
     flight = fly(shared, asset, *wishes)
     shared.land(flight, RAMP)
     assert flight.over
-    assert [wish.done.done() for wish in wishes] == [True] * 3
+    assert [wish.done.has_ended for wish in wishes] == [True] * 3
     assert got == [0, 2]
 
 

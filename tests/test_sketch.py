@@ -222,3 +222,14 @@ def test_pixels_are_valid_in_one_sense(bad: float, constant: bool) -> None:
         assert np.isfinite(made["a"].transpose(0, 1, 3, 4, 2)[good]).all()
     assert arrays["a/valid"].sum() >= good.sum()
     assert np.isinf(pixels).any() == np.isinf(bad)
+
+
+def test_histograms_of_parts_in_one_range_add_up() -> None:
+    """Splits are drawn on one axis."""
+    numbers = np.random.default_rng(3).normal(100, 60, 800).astype("int16").reshape(2, 1, 1, 20, 20)
+    ends = np.array([[-20.0, 180.0]])
+    whole, *parts = (measure(chips_of(some), of("red"))["a"] for some in (numbers, numbers[:1], numbers[1:]))
+    found = whole.histogram(10, ends)
+    np.testing.assert_array_equal(found, sum(part.histogram(10, ends) for part in parts))
+    np.testing.assert_array_equal(found[0], np.histogram(numbers, 10, (-20.0, 180.0))[0])
+    assert not whole.histogram(10, np.array([[np.nan, np.nan]])).any()

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from made_records import boxes, collection, ids, project, record
 
 import rasteret_dask as rd
-from rasteret_dask.chipping.splits import by_ground, choose, split_of_cells
+from rasteret_dask.chipping.splits import SplitCells, by_ground, choose, split_of_cells
 from rasteret_dask.planning.plan import SplitSpec
+from rasteret_dask.zones import UTM
 
-pytestmark = pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
 CELLS: dict[str, Any] = {"cell_km": 1.28}
 RATIOS = (("train", 0.7), ("val", 0.15), ("test", 0.15))
@@ -82,11 +83,11 @@ def test_another_seed_deals_anew() -> None:
 def test_ratios_hold_over_many_cells() -> None:
     cells = np.stack(np.meshgrid(np.arange(200), np.arange(200), indexing="ij"), -1).reshape(-1, 2)
     for ratios in (RATIOS, (("train", 0.5), ("val", 0.5), ("test", 0.0)), (("train", 1.0),)):
-        number = split_of_cells(33, cells, SplitSpec(ratios, 7))
+        number = split_of_cells("33", cells, SplitSpec(ratios, 7))
         for i, (_, share) in enumerate(ratios):
             sigma = np.sqrt(share * (1 - share) / len(cells))
             assert abs(np.mean(number == i) - share) <= 4 * sigma
-    zones = [split_of_cells(z, cells, SplitSpec(RATIOS, 7)) for z in (32, 33)]
+    zones = [split_of_cells(z, cells, SplitSpec(RATIOS, 7)) for z in ("32", "33")]
     assert 0.3 < np.mean(zones[0] != zones[1]) < 0.6
 
 
@@ -173,7 +174,7 @@ def test_chips_of_any_zone_boundary_keep_apart(lat: float, pixel: float, seed: i
     epsg, bounds, inside = [], [], []
     for z, phase in ((zone, 0.0), (zone + 1, pixel / 2)):
         x, y = transformer(4326, 32600 + z).transform(meridian, lat)
-        lattice = Lattice(z, 1920.0, 32 * pixel, 32 * pixel)
+        lattice = Lattice(1920.0, 32 * pixel, 32 * pixel)
         cells = lattice.chip_cells(lattice.split_cells((x - 3000, y - 3000, x + 3000, y + 3000)))
         box = lattice.bounds(cells)
         lon, la = transformer(32600 + z, 4326).transform(box[:, [0, 2]].mean(1), box[:, [1, 3]].mean(1))
@@ -184,7 +185,7 @@ def test_chips_of_any_zone_boundary_keep_apart(lat: float, pixel: float, seed: i
     code, box, cell = np.concatenate(epsg), np.concatenate(bounds), np.concatenate(inside)
     spec = SplitSpec((("train", 0.5), ("val", 0.5)), seed)
     wider = np.array([-1, -1, 1, 1]) * 1.5 * pixel
-    number = by_ground(code, box + wider, 1920.0, spec, cell)
+    number = by_ground(code, box + wider, SplitCells(UTM, 1920.0), spec, cell)
     left, right = (code == 32600 + zone) & (number >= 0), (code == 32601 + zone) & (number >= 0)
     if not left.any() or not right.any():
         return
@@ -245,7 +246,7 @@ def test_windows_on_two_splits_belong_to_none() -> None:
                     touched.add(
                         int(
                             split_of_cells(
-                                33,
+                                "33",
                                 np.array([[r, c]]),
                                 SplitSpec((("train", 0.5), ("val", 0.25), ("test", 0.25)), 5),
                             )[0]
@@ -263,7 +264,7 @@ def test_windows_may_be_split_by_their_centre() -> None:
     for row in chips.table.to_pylist():
         x, y = (row["xmin"] + row["xmax"]) / 2, (row["ymin"] + row["ymax"]) / 2
         cell = np.array([[int(-y // 2560), int(x // 2560)]])
-        assert row["split"] == spec.names[int(split_of_cells(33, cell, spec)[0])]
+        assert row["split"] == spec.names[int(split_of_cells("33", cell, spec)[0])]
     dropped, _ = windows()
     for one, other in zip(chips.table["split"].to_pylist(), dropped.table["split"].to_pylist(), strict=True):
         assert other in (None, one)
@@ -380,7 +381,7 @@ def test_an_unknown_or_missing_split_is_told() -> None:
 
 def warned(cells: int, ratios: tuple[float, float, float], size: int = 128) -> str:
     row = record("a", west=1280.0 * 400, north=1280.0 * 4000, px=(128 * cells, 128))
-    with pytest.warns(UserWarning, match="split cells") as caught:
+    with pytest.warns(UserWarning, match="split cell") as caught:
         _ = collection("s2", row).chips(size, **CELLS).split(*ratios, seed=1).table
     return str(caught[0].message)
 
@@ -401,6 +402,28 @@ def test_few_split_cells_warn_with_the_chance_and_a_remedy() -> None:
         assert f"is {1 - full:.0%}," in text
         assert "chips(cell_km=0." in text
     assert "smaller chips or a larger area" in warned(3, (0.7, 0.15, 0.15))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("pixel", "px", "size"), [(0.2, (1400, 1200), 128), (10.0, (1200, 900), 64), (0.5, (999, 400), 30)]
+)
+def test_the_cell_that_the_warning_names_is_enough_for_a_field_in_the_corner_of_a_cell(
+    pixel: float, px: tuple[int, int], size: int
+) -> None:
+    days = ("2024-04-10", "2024-05-10", "2024-06-10")  # the same ground thrice is no more ground
+    rows = [record(day, pixel=pixel, px=px, when=f"{day}T10:00:00") for day in days]
+    source = collection("drone", *rows)
+    with pytest.warns(UserWarning, match="split cell") as caught:
+        _ = source.chips(size).split().table
+    advice = float(str(caught[0].message).split("chips(cell_km=")[1].split(")")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(source.chips(size, cell_km=advice).split().table["split"].to_pylist()) == {
+            "train",
+            "val",
+            "test",
+        }
 
 
 @pytest.mark.filterwarnings("error")

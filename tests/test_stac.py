@@ -329,8 +329,13 @@ def test_box_and_range(data: Path) -> None:
     assert ids(date_range="2023-08") == ["20230813", "20230815", "20230818"]
     assert ids(date_range="2023-08-15T00:00:00Z/..") == ["20230815", "20230818"]
     assert ids(bbox=(15.0, 46.0, 15.1, 46.1))
-    with pytest.raises(SourceError, match="none of 3"):
+    with pytest.raises(
+        SourceError, match=r"none of 3.*They are of 2023-08-13 to 2023-08-18, in 1\d\."
+    ) as told:
         ids(bbox=(0.0, 0.0, 1.0, 1.0))
+    box = tuple(float(edge) for edge in told.value.remedy.split(" in ")[1].split(" (")[0].split(", "))
+    days = told.value.remedy.split("of ")[1].split(",")[0].split(" to ")
+    assert ids(bbox=box, date_range=days) == ["20230813", "20230815", "20230818"]  # the remedy
 
 
 def test_repeated_ids_keep_the_newest(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from rasteret_dask.progress import Progress
 from rasteret_dask.store import onthreads
 from rasteret_dask.store.onthreads import ThreadTasks, threads_that_fit
 from rasteret_dask.store.runtasks import Run, Work
+from rasteret_dask.tasks import workermemory
 from rasteret_dask.tasks.freezing import SHARD_BYTES
 
 # Half a second of CPU and more together; where Jupyter is installed, some bring along all of it.
@@ -164,19 +165,26 @@ def test_what_stands_still_is_named(caplog: pytest.LogCaptureFixture) -> None:
     assert "to_zarr x: nothing has begun or ended for 0 s; running: train-00000 for 0 s" in caplog.text
 
 
-def test_there_are_no_more_threads_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_are_no_more_threads_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onthreads, "CPU_COUNT", 64)
-    monkeypatch.setattr(onthreads, "_LIMITS", ())
+    monkeypatch.setattr(workermemory, "CGROUPS", tmp_path)  # no limit of a container
     for total, count in ((2**28, 1), (800e6 + 7 * 3 * SHARD_BYTES, 7), (2**50, 64)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
         assert threads_that_fit() == count
 
 
-def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    none, limit = tmp_path / "max", tmp_path / "limit"
-    none.write_text("max\n")
-    limit.write_text(f"{int(800e6 + 2 * 3 * SHARD_BYTES)}\n")
+def test_whoever_says_how_many_threads_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onthreads, "CPU_COUNT", 64)
-    monkeypatch.setattr(onthreads, "_LIMITS", (str(tmp_path / "gone"), str(none), str(limit)))
+    for count in (1, 3):
+        with dask.config.set(num_workers=count):
+            assert threads_that_fit() == count
+
+
+def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{int(800e6 + 2 * 3 * SHARD_BYTES)}\n")
+    monkeypatch.setattr(onthreads, "CPU_COUNT", 64)
+    monkeypatch.setattr(workermemory, "CGROUPS", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**50))
     assert threads_that_fit() == 2

@@ -473,7 +473,7 @@ def test_what_cannot_be_is_said_at_once(shards: Shards, arguments: dict[str, Any
 
 def test_it_says_what_it_is(shards: Shards) -> None:
     stream: Stream = shards.stream(6, shuffle=2, rank=1, world_size=3, epochs=4)
-    assert repr(stream) == (
+    assert str(stream) == (
         "<Stream of 72 chips, shuffled by seed 2, 4 x 4 batches of 6, rank 1 of 3; next: epoch 0, batch 0>"
     )
     assert len(stream) == 16

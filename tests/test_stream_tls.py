@@ -31,7 +31,7 @@ def cluster() -> Iterator[SpecCluster]:
         name: {"cls": Nanny, "options": {**common, "nthreads": 1, "resources": own}}
         for name, own in {"read": {}, "train": {"train": 1}}.items()
     }
-    scheduler = {"cls": Scheduler, "options": {**common, "port": 0}}
+    scheduler = {"cls": Scheduler, "options": {**common, "dashboard_address": ":0", "port": 0}}
     with SpecCluster(workers=workers, scheduler=scheduler, security=security) as running:
         assert running.scheduler_address.startswith("tls://")
         yield running

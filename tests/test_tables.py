@@ -208,9 +208,9 @@ def test_the_schema_crosses_alone() -> None:
 
 def test_describe() -> None:
     said = own().describe()
-    assert (said.records, said.epsg, said.bands, said.columns) == (
+    assert (said.records, said.crs, said.bands, said.columns) == (
         8,
-        (32633,),
+        ("EPSG:32633",),
         ("B04", "B08", "SCL"),
         ("label",),
     )
@@ -264,7 +264,7 @@ def test_export_replaces_only_what_it_wrote(tmp_path: Path) -> None:
     with pytest.raises(rd.PlanError, match="platform"):
         own().export(tmp_path / "u", ("platform",))
     with pytest.raises(rd.PlanError, match="rasteret"):
-        own().export(tmp_path / "u", format="shapefile")
+        own().export(tmp_path / "u", format="shapefile")  # type: ignore[arg-type]
     with pytest.raises(rd.PlanError, match="nothing"):
         own().where(nothing=1).export(tmp_path / "u")
     with pytest.raises(rd.StoreError, match="can be written"):

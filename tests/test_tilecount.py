@@ -10,7 +10,7 @@ import pytest
 import shapely
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_records import collection, record
+from made_records import collection, project, record
 
 import rasteret_dask as rd
 from rasteret_dask.grid import northern, transformer
@@ -25,7 +25,7 @@ from rasteret_dask.tasks.freezing import freeze
 from rasteret_dask.tasks.job import Job
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:only .* split cells:UserWarning"),
+    pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning"),
     pytest.mark.filterwarnings("ignore::rasteret_dask.errors.UnknownKindWarning"),
 ]
 
@@ -171,6 +171,33 @@ def test_looking_grows_with_the_places_of_files_and_not_with_their_dates(
     few, many = calls(1), calls(4)
     assert few["choose"] > 0
     assert few == many
+
+
+def test_places_of_several_cubes_are_joined_once_for_all_dates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chips far apart lie in cubes of their own, all over the same files."""
+
+    def joined(dates: int) -> int:
+        rows = [
+            record(f"r{d}", px=(3000, 3000), when=f"2024-{4 + d:02d}-10T10:00:00", datatake=str(d))
+            for d in range(dates)
+        ]
+        places = [
+            project(shapely.Point(500_000.0 + x, 5_400_000.0 - x), 32633, 4326) for x in (1000.0, 28_000.0)
+        ]
+        own = collection("s2", *rows).harmonize(["red", "nir"], time="1MS")
+        job = freeze(own.chips(32, at=places).planned, 10**7)
+        counted, plain = list[int](), tilecount._area
+
+        def area(rects: Any) -> int:
+            counted.append(len(rects))
+            return plain(rects)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tilecount, "_area", area)
+            assert tile_count(job, 48).shards == 1
+        return len(counted)
+
+    assert joined(1) == joined(4) == 3  # of each cube, and of both
 
 
 def test_what_a_header_says_is_not_there_is_not_counted() -> None:

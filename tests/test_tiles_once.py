@@ -93,6 +93,8 @@ def test_tiles_of_a_join_come_once_and_what_is_kept_was_planned(
             fetched += attrs["counts"]["bytes_fetched"]
     assert set(landed.tiles.values()) == {1}
     assert counted == len(landed.tiles) <= len(wanted)
+    needed = sum(wanted[href, level, plane, tile] for href, _, _, level, plane, tile in landed.tiles)
+    assert needed <= fetched <= sum(wanted.values())
     assert {(href, level, plane, tile) for href, _, _, level, plane, tile in landed.tiles} <= set(wanted)
     assert 0 < landed.held <= kept_bytes(job, 1) <= kept_bytes(job)
     assert not SHARED._kept

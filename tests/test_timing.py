@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from made_records import collection, ids, record, table
 
 import rasteret_dask as rd
+from rasteret_dask.table import timing
+from rasteret_dask.table.facts import version_of
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import Acquisitions, acquisitions, half_open, intervals, narrowest, regular
 
@@ -80,6 +82,18 @@ def test_the_newest_baseline_of_a_scene_stays(old: str | None, new: str) -> None
     )
     assert own == [{"a-new"}]
     assert passes.replaced == 1
+
+
+def test_a_baseline_is_taken_apart_once_however_many_records_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+
+    def counting(text: str) -> Any:
+        counted.append(text)
+        return version_of(text)
+
+    monkeypatch.setattr(timing, "version_of", counting)
+    acquisitions(Records(table(*(record(f"r{n}", baseline=("05.09", "05.10")[n % 2]) for n in range(20)))))
+    assert sorted(counted) == ["05.09", "05.10"]
 
 
 def test_of_equal_baselines_the_last_made_stays() -> None:

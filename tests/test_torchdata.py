@@ -441,7 +441,7 @@ def test_mistakes_are_told_where_they_are_made(chips: rd.Chips, store: StoredChi
         with pytest.raises(rd.PlanError, match="one of optical, embeddings"):
             make()
     with pytest.raises(rd.PlanError, match="what stats"):
-        ChipStore(store, normalize="std")
+        ChipStore(store, normalize="std")  # type: ignore[arg-type]
     stats = store.stats()
     own = stats["optical"]
     others = replace(stats, sources={**stats.sources, "optical": replace(own, bands=own.bands[::-1])})
@@ -458,7 +458,7 @@ def test_mistakes_are_told_where_they_are_made(chips: rd.Chips, store: StoredChi
 def test_a_client_stays_where_it_is(store: StoredChips) -> None:
     from distributed import Client
 
-    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as client:
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as client:
         dataset = ChipDataset(store.stream(30, client=client))
         assert len(list(dataset)) == 2
         loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")

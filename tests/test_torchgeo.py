@@ -134,7 +134,7 @@ def test_a_sample_is_the_newest_valid_pixel_of_the_cube(
     for number in range(0, len(found), 5):
         sample = found[number]
         cube = (
-            source.cube(bounds=tuple(sample["bbox"].tolist()), epsg=32633)
+            source.cube(bounds=tuple(sample["bbox"].tolist()), crs=32633)
             .compute()
             .sortby("time", ascending=False)
         )

@@ -33,7 +33,9 @@ from rasteret_dask.compacting import compact
 from rasteret_dask.errors import JobError
 from rasteret_dask.net import probe
 from rasteret_dask.net.readiness import LIBRARIES, Readiness, by_value
-from rasteret_dask.statistics.measuring import computed
+from rasteret_dask.net.watch import Watch
+from rasteret_dask.progress import Progress
+from rasteret_dask.statistics.measuring import Pass, computed
 from rasteret_dask.store.run import run_zarr
 from rasteret_dask.tasks.context import ReadContext
 
@@ -114,7 +116,8 @@ def shards(folder: Path, count: int, **more: Any) -> Shards:
 def compute(made: Shards, client: Client) -> list[int]:
     """Compute made-up shards as statistics are; return the chips of each."""
     _, tasks = made.reading.tasks()
-    return [len(found["chip_id"]) for found in computed(dict(tasks), [key for key, _ in tasks], client)]
+    parts = {key: (key,) for key, _ in tasks}
+    return [len(found["chip_id"]) for found in computed(dict(tasks), parts, client, Pass())]
 
 
 class Computing(threading.Thread):
@@ -291,6 +294,24 @@ def test_a_worker_that_is_stopped_is_named_with_what_it_has(
     standing = next(own.getMessage() for own in caplog.records if "; running: read-" in own.getMessage())
     assert "nothing has begun or ended for" in standing
     assert f" on {address}" in standing
+
+
+def test_a_worker_that_is_lost_is_named_with_what_it_had(caplog: pytest.LogCaptureFixture) -> None:
+    """Once; one that had nothing is not."""
+    workers = {address: {"name": f"w{address}", "host": "h"} for address in ("a", "b", "c")}
+    processing = {"a": ["k"], "b": ["other"], "c": []}
+    answers: Any = SimpleNamespace(
+        scheduler_info=lambda n_workers: {"workers": dict(workers)}, processing=lambda: dict(processing)
+    )
+    watch = Watch(answers, "to_zarr x", {"k": "train-00003"}, Progress("shards", shown=False))
+    watch.look()
+    for address in ("a", "b"):
+        del workers[address], processing[address]
+    watch.look()
+    watch.look()
+    assert caplog.messages == [
+        "to_zarr x: worker a (wa at h) is gone; it had train-00003, which another one does"
+    ]
 
 
 # Versions, with answers of a cluster that is made up

@@ -7,7 +7,9 @@ import os
 import shutil
 import struct
 import tempfile
+import weakref
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,11 @@ from rasteret_dask.errors import JobError, PlanError, StoreError, UnreadableTile
 from rasteret_dask.store.encode import Compression, compressors
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.store.run import _place, delayed_zarr, run_zarr
-from rasteret_dask.store.write import commit, prepare
+from rasteret_dask.store.write import commit, prepare, write_sources
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import freeze
-from rasteret_dask.tasks.shards import lower
+from rasteret_dask.tasks.job import Shard
+from rasteret_dask.tasks.shards import lower, read_sources
 
 SHARD_BYTES = 100_000
 
@@ -301,7 +304,7 @@ def test_shards_without_a_valid_pixel_take_no_object(tmp_path: Path, dtype: str,
     np.testing.assert_array_equal(found["valid_fraction"].values[:, 0], west.astype(np.float32))
     objects = [p for p in (store / "pixels" / "c").rglob("*") if p.is_file()]
     assert 0 < len(objects) < len(list(layout.job.shards()))
-    assert prepare(layout, str(store)) == {s.name for s in layout.job.shards()}
+    assert prepare(layout, str(store)).keys() == {s.name for s in layout.job.shards()}
 
 
 # Commit
@@ -310,7 +313,7 @@ def test_shards_without_a_valid_pixel_take_no_object(tmp_path: Path, dtype: str,
 def test_an_unfinished_store_does_not_open(plain: rd.Chips, tmp_path: Path) -> None:
     store = tmp_path / "x.zarr"
     layout = layout_of(plain)
-    assert prepare(layout, str(store)) == set()
+    assert prepare(layout, str(store)) == {}
     with pytest.raises((FileNotFoundError, ValueError)):
         xr.open_zarr(store)
     with pytest.raises((FileNotFoundError, ValueError)):
@@ -326,6 +329,36 @@ def test_groups_of_an_unfinished_store_do_not_open(joined: rd.Chips, tmp_path: P
     for group in ("optical", "embeddings"):
         with pytest.raises((FileNotFoundError, ValueError)):
             xr.open_zarr(store, group=group)
+
+
+def test_pixels_of_a_source_are_let_go_of_before_the_next_is_read(joined: rd.Chips, tmp_path: Path) -> None:
+    layout, store = layout_of(joined), str(tmp_path / "store")
+    job, names = layout.job, [source.name for source in layout.job.sources]
+    held, first = set[int](), set[str]()
+    prepare(layout, store)
+
+    def watched(shard: Shard) -> Iterator[tuple[str, xr.Dataset]]:
+        pixels: list[weakref.ref[Any]] = []
+        for name, dataset in read_sources(job, shard, ReadContext()):
+            first.update([name][len(pixels) :])
+            pixels.append(weakref.ref(dataset["pixels"].values))
+            yield name, dataset
+            del dataset
+            held.add(sum(one() is not None for one in pixels))
+
+    for shard in job.shards():
+        report = write_sources(job, (shard.hierarchy, shard.number), f"{store}/_job", watched(shard))
+        places = [
+            names.index(next(part for part in o["path"].split("/") if part in names))
+            for o in report["objects"]
+        ]
+        assert places == sorted(places)
+    assert held == {0}
+    assert first == set(names)  # neighbours begin with different ones
+    commit(store, job, layout)
+    other = write(layout, tmp_path / "other")
+    one, two = (xr.open_datatree(s, engine="zarr").load() for s in (store, other))
+    xr.testing.assert_identical(one, two)
 
 
 def test_a_finished_store_is_left_alone(single: Path, plain: rd.Chips) -> None:
@@ -608,5 +641,5 @@ def test_on_error_is_checked_at_the_door(plain: rd.Chips, tmp_path: Path, given:
     with pytest.raises(PlanError, match="'raise' or 'mask'"):
         plain.to_xarray(on_error=given)
     with pytest.raises(PlanError, match="compression="):
-        plain.to_zarr(tmp_path / "x.zarr", compression="fast")
+        plain.to_zarr(tmp_path / "x.zarr", compression="fast")  # type: ignore[call-overload]
     assert not (tmp_path / "x.zarr").exists()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a request is let in: signed, paid for by the requester, or anonymous; told by the host.
 
 Stored hrefs hold no credentials. Those are resolved at read time, in the process that reads: the catalog's ``store``
@@ -46,6 +47,11 @@ def remedy(href: str) -> str:
             f"If it needs a signature: rd.sign('https://{host}', 'module:name')."
             if host and not signs_for(host)
             else ""
+        )
+    if rule.access == "keys":
+        return (
+            "This bucket is read with the keys of an account: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY here and "
+            "on every worker."
         )
     if rule.access == "requester-pays":
         where = f" (transfer within {rule.region} is free)" if rule.region else ""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each sensor's bands are called and measure: common names, scale, offset, nodata, quality bits."""
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Band:
     """See ``scale``."""
     nodata: float | None = None
     """DN that means no data, None where the file tells."""
+    valid_min: float | None = None
+    """The least DN that is a measurement: what is less is nodata, as other fill values and border noise are."""
+    valid_max: float | None = None
+    """The greatest DN that is a measurement."""
     dtype: str | None = None
     """NumPy name of the type it is stored in, None where unknown."""
     gsd_m: float | None = None
@@ -59,7 +64,7 @@ class Dataset:
     name: str
     """What its records call it."""
     bands: tuple[Band, ...]
-    """All bands that records keep. Clouds are told by one called ``SCL`` or ``qa_pixel``."""
+    """All bands that records keep. Clouds are told by those of ``rules.masks.QUALITY``."""
     radiometry: str | None = None
     """Name of a rule of :func:`radiometry` that needs an item's properties, or None."""
     renumbered: bool = False

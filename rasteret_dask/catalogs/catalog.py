@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Datasets by name: the package's catalog and a user's own file, read whenever it is asked for.
 
 The user's file is named by ``RASTERET_DASK_CATALOG``, else it is ``catalog.toml`` in the user's folder of settings
@@ -20,6 +21,7 @@ import pyarrow as pa
 
 from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.catalogfile import Catalog, Entry, Raw, Store, catalog_of, parse_toml
+from rasteret_dask.display.tableview import Columns, TableView
 from rasteret_dask.errors import SourceError
 
 __all__ = [
@@ -53,6 +55,7 @@ _COLUMNS = pa.schema(
         pa.field("access", pa.string()),
         pa.field("licence", pa.string()),
         pa.field("licence_url", pa.string()),
+        pa.field("attribution", pa.string()),
         pa.field("time_start", pa.string()),
         pa.field("time_end", pa.string()),
         pa.field("bbox", pa.list_(pa.float64())),
@@ -83,21 +86,44 @@ def find(name: str) -> Entry:
         f"dataset {name!r}",
         "no such id",
         f"{' or '.join(map(repr, near))}" if near else f"one of {', '.join(entries)}",
-        "rd.datasets() lists them; rd.register(...) adds one, build_from_stac(...) takes any STAC API.",
+        "rd.datasets() and `rasteret-dask datasets` list them; rd.register(...) adds one, build_from_stac(...) takes "
+        "any STAC API.",
     )
 
 
-def datasets() -> pa.Table:
+def datasets() -> TableView:
     """Return all known datasets: a row each, the package's first.
 
     Returns
     -------
-    pyarrow.Table
+    TableView
+        An Arrow table that prints what each is, its bands, pixel size, time and licence. Its columns:
         id, title, stac_api, collection, catalog, index, bands, common_names, resolution_m (metres), access,
-        licence, licence_url, time_start, time_end (days; null: still going on), bbox (west, south, east, north,
-        degrees), source.
+        licence, licence_url, attribution, time_start, time_end (days; null: still going on), bbox (west, south, east,
+        north, degrees), source.
+
+    Examples
+    --------
+    >>> known = rd.datasets()
+    >>> "earthsearch/sentinel-2-l2a" in known["id"].to_pylist()
+    True
     """
-    return pa.Table.from_pylist([_row(entry) for entry in catalog().entries.values()], schema=_COLUMNS)
+    rows = [_row(entry) for entry in catalog().entries.values()]
+    return TableView(pa.Table.from_pylist(rows, schema=_COLUMNS), _looks)
+
+
+def _looks(entries: pa.Table) -> Columns:
+    """Return what is printed of datasets."""
+    rows = entries.to_pylist()
+    return {
+        "id": [row["id"] for row in rows],
+        "title": [row["title"] for row in rows],
+        "bands": [len(row["bands"]) for row in rows],
+        "pixel, m": [row["resolution_m"] for row in rows],
+        "since": [row["time_start"] for row in rows],
+        "until": [row["time_end"] or "now" for row in rows],
+        "licence": [row["licence"] for row in rows],
+    }
 
 
 def known_dataset(dataset: str | Dataset | None, collection: str | None = None) -> Dataset | None:
@@ -136,7 +162,7 @@ def dataset_of(collection: str | None) -> Dataset | None:
 
 
 def store_of(place: str) -> Store | None:
-    """Return how a store (``s3://bucket``, ``https://host``) lets one in, None where no file says."""
+    """Return how a store (``s3://bucket``, ``https://host``) is accessed; None where no file says."""
     path = user_file()
     return _store_of(path, _stamp(path), place.lower())
 

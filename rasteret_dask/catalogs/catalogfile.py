@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A catalog's TOML text as checked values: what pixels are, where they lie, how stores let one in."""
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
+from math import inf
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -16,8 +18,9 @@ from rasteret_dask.rules.kinds import KINDS, quality_kind
 
 __all__ = ["Access", "Catalog", "Entry", "Store", "catalog_of", "id_checked", "parse_toml"]
 
-Access = Literal["anonymous", "requester-pays", "planetary-computer"]
-"""Who may read: everybody; who pays for the transfer; who has asked Planetary Computer for a token."""
+Access = Literal["anonymous", "keys", "requester-pays", "planetary-computer"]
+"""Who may read: everybody; who has keys of an account; who pays for the transfer; who has asked Planetary Computer for
+a token."""
 
 Raw = dict[str, dict[str, Any]]
 """Tables of a TOML file: {"dataset" | "entry" | "store" | "alias": {name: fields}}."""
@@ -26,16 +29,17 @@ _TABLES = ("dataset", "entry", "store", "alias")
 _RULES = ("sentinel-2",)
 _ID = re.compile(r"[A-Za-z0-9_][\w.\-]*(/[A-Za-z0-9_][\w.\-]*)*", re.ASCII)
 _PIXELS = {
-    "kind": str, "role": str, "scale": float, "offset": float, "nodata": float, "dtype": str, "gsd_m": float,
+    "kind": str, "role": str, "scale": float, "offset": float, "nodata": float, "valid_min": float, "valid_max": float,
+    "dtype": str, "gsd_m": float,
 }  # fmt: skip
 _BAND = {"code": str, "asset": str, "common_name": str, "band_index": int, "optional": bool, **_PIXELS}
 _DATASET = {"like": str, "bands": list, "radiometry": str, "renumbered": bool, "asset": str, **_PIXELS}
 _ENTRY = {
     "title": str, "dataset": str, "stac_api": str, "collection": str, "catalog": str, "index": str, "columns": dict,
-    "assets": dict, "access": str, "licence": str, "licence_url": str, "resolution_m": float, "time_start": str,
-    "time_end": str, "bbox": list,
+    "assets": dict, "access": str, "licence": str, "licence_url": str, "attribution": str, "resolution_m": float,
+    "time_start": str, "time_end": str, "bbox": list, "static": bool,
 }  # fmt: skip
-_STORE = {"access": str, "region": str, "signer": str}
+_STORE = {"access": str, "region": str, "endpoint": str, "signer": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class Entry:
     licence: str | None = None
     """An SPDX id, "public domain" or "proprietary"."""
     licence_url: str | None = None
+    attribution: str | None = None
+    """The sentence that the licence asks for, or that the provider wishes."""
     resolution_m: float | None = None
     """Of the finest band, metres."""
     time_start: str | None = None
@@ -69,18 +75,22 @@ class Entry:
     """Last day, ISO 8601; None while it goes on."""
     bbox: tuple[float, float, float, float] | None = None
     """West, south, east, north, degrees."""
+    static: bool = False
+    """Whether its scenes hold at any time, whatever time their items have: elevation, soil."""
     source: str = "package"
     """"package", or the file that names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """How a store lets one in."""
+    """How a store is accessed: with which credentials, if any."""
 
     place: str
     """``s3://bucket`` or ``https://host``; ``*`` is any text."""
     access: Access = "anonymous"
     region: str | None = None
+    endpoint: str | None = None
+    """URL of the S3 service that has the bucket; None: AWS, or the one of the environment."""
     signer: str | None = None
     """``module:name`` of a function that takes an href and returns the URL to request; of https only."""
 
@@ -201,9 +211,17 @@ def _band(table: Any, defaults: Mapping[str, Any], before: list[Band], where: st
     fields.setdefault("band_index", sum(band.asset == fields["asset"] for band in before))
     _one_of(fields.get("role"), get_args(Role), f"role of band {table['code']!r} of {where}")
     _one_of(fields.get("kind"), tuple(KINDS), f"kind of band {table['code']!r} of {where}")
+    _check_range(fields, f"band {table['code']!r} of {where}")
     if fields.get("role") == "quality":
         fields.setdefault("kind", quality_kind(fields["code"]))
     return Band(**fields)
+
+
+def _check_range(fields: Mapping[str, Any], what: str) -> None:
+    """Raise SourceError where no number is valid."""
+    least, most = fields.get("valid_min", -inf), fields.get("valid_max", inf)
+    if least > most:
+        raise SourceError(f"valid_min and valid_max of {what}", f"{least:g} > {most:g}", "a range")
 
 
 def _entry(name: str, table: Mapping[str, Any], datasets: Mapping[str, Dataset], source: str) -> Entry:
@@ -266,8 +284,14 @@ def _store(place: str, table: Mapping[str, Any], source: str) -> Store:
         "anonymous",
     ):
         raise SourceError(
-            f"access of {where}", fields["access"], "requester-pays for s3, planetary-computer for https"
+            f"access of {where}",
+            fields["access"],
+            "keys or requester-pays for s3, planetary-computer for https",
         )
+    endpoint = fields.get("endpoint")
+    if endpoint is not None and (scheme != "s3" or not endpoint.startswith(("http://", "https://"))):
+        raise SourceError(f"endpoint of {where}", repr(endpoint), "the http(s) URL of an S3 service, for s3")
+    _no_secret(endpoint or "", f"endpoint of {where}")
     signer = fields.get("signer")
     if signer is not None and (scheme == "s3" or not re.fullmatch(r"[\w.]+:[\w.]+", signer)):
         raise SourceError(f"signer of {where}", repr(signer), "'module:name', for http and https")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a dataset into the user's own catalog file."""
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rasteret_dask.rules.kinds import KindName
 __all__ = ["Fields", "register"]
 
 _WAIT_S = 30
-_PIXELS = ("scale", "offset", "nodata", "kind", "role", "dtype")
+_PIXELS = ("scale", "offset", "nodata", "valid_min", "valid_max", "kind", "role", "dtype")
 
 
 class Fields(TypedDict, total=False):
@@ -36,16 +37,20 @@ class Fields(TypedDict, total=False):
     scale: float
     offset: float
     nodata: float
+    valid_min: float
+    valid_max: float
     kind: KindName
     role: Role
     dtype: str
     access: Access
     licence: str
     licence_url: str
+    attribution: str
     resolution_m: float
     time_start: str
     time_end: str
     bbox: Sequence[float]
+    static: bool
 
 
 def register(
@@ -55,6 +60,7 @@ def register(
     bands: Sequence[str | Mapping[str, Any]] | None = None,
     stores: Sequence[str] = (),
     region: str | None = None,
+    endpoint: str | None = None,
     signer: str | None = None,
     path: str | os.PathLike[str] | None = None,
     **fields: Unpack[Fields],
@@ -70,12 +76,14 @@ def register(
         Take bands and rules of this dataset or id (``"sentinel-2-l2a"``, ``"pc/landsat-c2-l2"``).
     bands
         Bands, as codes (``["R", "G", "B"]``: one file each, or with ``index`` one file of all) or as dicts of code,
-        asset, common_name, kind, role, band_index, scale, offset, nodata, dtype, gsd_m, optional (kept only where it
-        is asked for). Neither ``like`` nor ``bands``: each item names its own.
+        asset, common_name, kind, role, band_index, scale, offset, nodata, valid_min, valid_max, dtype, gsd_m, optional
+        (kept only where it is asked for). Neither ``like`` nor ``bands``: each item names its own.
     stores
-        Places (``s3://bucket``, ``https://host``) to which ``access``, ``region`` and ``signer`` apply.
+        Places (``s3://bucket``, ``https://host``) to which ``access``, ``region``, ``endpoint`` and ``signer`` apply.
     region
         Of the buckets.
+    endpoint
+        URL of the S3 service that has the buckets, where it is not AWS.
     signer
         ``"module:name"`` of a function that takes an href of these hosts and returns the URL to request: see
         :func:`rasteret_dask.sign`. Only its name is written.
@@ -84,9 +92,9 @@ def register(
     **fields
         Where scenes are found: ``stac_api=`` with ``collection=``, ``catalog=`` (a static STAC catalog) or
         ``index=`` (a Parquet table of files) with ``columns=``. What holds for all bands: ``scale, offset, nodata,
-        kind, role, dtype``; ``assets={code: asset key}``. What to know: ``title, access`` ("anonymous",
-        "requester-pays", "planetary-computer"), ``licence, licence_url, resolution_m, time_start, time_end,
-        bbox``.
+        valid_min, valid_max, kind, role, dtype``; ``assets={code: asset key}``. What to know: ``title, access``
+        ("anonymous", "keys", "requester-pays", "planetary-computer"), ``licence, licence_url, attribution,
+        resolution_m, time_start, time_end, bbox``, and ``static=True`` of what does not change: elevation, soil.
 
     Returns
     -------
@@ -99,10 +107,20 @@ def register(
         When a field does not make sense, or the file is broken; then nothing is written.
     StoreError
         When the file cannot be written.
+
+    Examples
+    --------
+    >>> entry = rd.register(
+    ...     "me/scenes", like="sentinel-2-l2a", catalog="demo/world/sentinel-2-l2a/collection.json"
+    ... )
+    >>> len(rd.build("me/scenes"))
+    8
     """
     place = user_file() if path is None else Path(path)
     entry, dataset = _tables(id_checked(id), like, bands, fields)
-    rules = _stores(id, stores, fields.get("access"), {"region": region, "signer": signer})
+    rules = _stores(
+        id, stores, fields.get("access"), {"region": region, "endpoint": endpoint, "signer": signer}
+    )
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with lock_file(f"{place}.lock", timeout=_WAIT_S):

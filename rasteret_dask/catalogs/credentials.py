@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of an href identifies the file, and what is a credential: stored hrefs hold only the first."""
 
 from __future__ import annotations
@@ -125,14 +126,15 @@ def without_credentials(text: str) -> str:
     if text[:1] in "{[":
         try:
             values = json.loads(text)
-        except ValueError:
-            values = text
+        except ValueError:  # it only begins like JSON, as a table of TOML does
+            return _bare_urls(text)
         clean = cleaned(values)
-        if clean == values:
-            return text
-        if not isinstance(clean, str):
-            return json.dumps(clean)
-    return _URL.sub(lambda found: bare(found[0]), text)
+        return text if clean == values else json.dumps(clean)
+    return _bare_urls(text)
+
+
+def _bare_urls(text: str) -> str:
+    return _URL.sub(lambda match: bare(match[0]), text)
 
 
 def cleaned(value: Any) -> Any:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planetary Computer's tokens: asked for when a container is read, kept in the memory of the process that reads."""
 
 from __future__ import annotations

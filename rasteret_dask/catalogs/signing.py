@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The URL to request for an href: with the signature, password or token that this process has for it.
 
 Stored hrefs hold no credentials (:mod:`rasteret_dask.catalogs.credentials`). This module holds them, in the memory of
@@ -252,6 +253,13 @@ def signs_for(host: str) -> bool:
     return rule is not None and rule.signer is not None
 
 
+def signs_below(href: str) -> bool:
+    """Return whether anything may be added to hrefs below this one before they are requested."""
+    host, rule = host_of(href), rule_of(href)
+    named = rule is not None and (rule.signer is not None or rule.access == "planetary-computer")
+    return named or bool(_GRANTS.get(host) or _PLACES.get(host))
+
+
 def signed_hosts(hrefs: Iterable[str]) -> tuple[str, ...]:
     """Return the hosts of those hrefs that arrived signed or have a signer here, sorted."""
     return tuple(sorted({host for href in hrefs if _has(host := host_of(href), href)}))
@@ -359,7 +367,7 @@ def adopt(signatures: Carried) -> None:
 
 
 def rule_of(href: str) -> Store | None:
-    """Return how the store of an absolute URL lets one in; None where no catalog says, or the href is signed."""
+    """Return how the store of an absolute URL is accessed; None where no catalog says, or the href is signed."""
     url = urlsplit(href)
     if url.scheme.lower() not in ("s3", "http", "https") or bare(href) != href.partition("#")[0]:
         return None

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the chips lie, which records feed them, and which split each belongs to."""

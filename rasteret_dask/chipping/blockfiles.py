@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chip table of a plan as Arrow files, one a block: written by whoever plans the block, read by column."""
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def write_block(plan: BlockPlan, block: PlanBlock, url: str, digest: str) -> Blo
         tuple(tuple(feeds.rows_of(n).tolist()) for n in sources),
         tuple(int(feeds.order[feeds.source == n].max(initial=0)) + 1 for n in sources),
         tuple(pc.unique(made[0].table.column("cell")).to_pylist()[:FEW_CELLS]),
-        32600 + block.zone,
+        block.zone,
         (*box[:, :2].min(0).tolist(), *box[:, 2:].max(0).tolist()) if len(box) else None,
         len(data),
         crc32_of(data),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Split cells in blocks of about as many windows each, which are planned apart and add up to the whole plan."""
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class PlanBlock:
 
     number: int
     zone: int
+    """Number of its CRS."""
     first: tuple[int, int]
     """Strip and column of its first squares: see :data:`rasteret_dask.chipping.frame.STRIP`."""
     last: tuple[int, int]
@@ -84,7 +86,7 @@ def blocks_of(ground: ChipSources, windows: int) -> Iterator[PlanBlock]:
     spec, resolution = ground.spec, ground.resolution
     number = 0
     for zone, cells in zone_cells(spec, ground.outlines[ground.reference], resolution, MOST_CELLS).items():
-        lattice = lattice_of(zone, spec, resolution)
+        lattice = lattice_of(spec, resolution)
         strip, col, cell, share = _columns(lattice.split_bounds(cells), resolution)
         order = np.lexsort((col, strip))
         strip, col, cell = strip[order], col[order], cell[order]
@@ -135,10 +137,10 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
     PlanError
         When a step needs chips of other blocks, or there are no blocks.
     """
-    if spec.grid != "zone" or spec.at is not None:
-        asked = "chips(at=)" if spec.at is not None else f"chips(grid={spec.grid.split(',')[0]!r})"
+    if not spec.in_cells:
+        asked = "chips(at=)" if spec.at is not None else f"chips(grid={str(spec.grid)!r})"
         raise PlanError(
-            "by_blocks", asked, "chips(grid='zone'), whose split cells are the same for any area",
+            "by_blocks", asked, "chips(grid='utm') or a CRS, whose split cells are the same for any area",
             "Plan it in one piece: the same steps without by_blocks.",
         )  # fmt: skip
     for step in steps:
@@ -153,7 +155,7 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
                     "by_blocks", "a with_table step before it", "steps that look at one chip at a time",
                     "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().with_table(table).",
                 )  # fmt: skip
-            case Split(_, split) if split.by not in ("ground", "geometry"):
+            case Split(_, split) if split.column is not None:
                 raise PlanError(
                     "by_blocks", f"split(by={split.by!r})", "split(by='ground') or split(by='geometry')",
                     "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().split(by=...).",

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An optimized plan and its records become the planned chips."""
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, joined, replaced, with_columns
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import Feeds, source_outlines
-from rasteret_dask.chipping.frame import Frame, Phase, outline_wkb
+from rasteret_dask.chipping.frame import Frame, Phase, cell_names, outline_wkb
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.chipping.laying import Laid, lay
-from rasteret_dask.errors import GridError, PlanError
-from rasteret_dask.grid import Lattice, digits, zone_epsg
+from rasteret_dask.errors import EmptyError, GridError, PlanError
+from rasteret_dask.grid import Lattice, digits
 from rasteret_dask.planning.names import check_names
 from rasteret_dask.planning.pixelsizes import COARSE, pixels_m
 from rasteret_dask.planning.plan import (
@@ -35,14 +36,16 @@ from rasteret_dask.planning.plan import (
     is_filtered,
     near_area,
 )
-from rasteret_dask.planning.resolve import ResolvedSource, evaluate, resolve_source
+from rasteret_dask.planning.resolve import ResolvedSource, evaluate, in_metres, resolve_source
 from rasteret_dask.planning.scan import Table, as_table
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import TimeAxis
+from rasteret_dask.zones import BoxGrid, CrsGrid, TileGrid
 
 __all__ = [
     "ChipSources",
     "PlannedChips",
+    "below_join",
     "chip_sources",
     "labels_of",
     "phases",
@@ -132,7 +135,7 @@ class ChipSources:
         """
         sources, ground = list(self.sources), list(self.outlines)
         laid = lay(self.spec, sources, self.reference, ground, frame)
-        table = _table(sources, sources[self.reference].passes.platform, frame, laid)
+        table = _table(self.spec, sources, sources[self.reference].passes.platform, frame, laid)
         if points is not None:
             table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
         dropped = {why: count for why, count in laid.lost.items() if count}
@@ -144,8 +147,16 @@ class ChipSources:
     def none_laid(self, windows: int, dropped: Mapping[str, int]) -> PlanError:
         """Return the error of a plan whose windows all are left out."""
         reasons = "; ".join(f"{count:,}: {why}" for why, count in dropped.items())
-        return PlanError(
-            "chips", f"no chip of {windows:,} candidate windows ({reasons or 'no record is there'})",
+        grid, name = self.spec.grid, self.sources[self.reference].plan.name
+        if not windows and isinstance(grid, CrsGrid):
+            return PlanError(
+                f"chips(grid={str(grid)!r})", f"no record of {name!r} on the ground of that CRS",
+                "records within 10 degrees of its area of use",
+                "Choose a CRS that is made for that ground, or grid='utm', which has a zone for any place.",
+            )  # fmt: skip
+        subject = f"chips(grid={str(grid)!r})" if isinstance(grid, BoxGrid) else "chips"
+        return EmptyError(
+            subject, f"no chip of {windows:,} candidate windows ({reasons or 'no record is there'})",
             "at least one chip", "Lower min_coverage, change the area, or check that the sources overlap in time.",
         )  # fmt: skip
 
@@ -168,7 +179,7 @@ def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
     """
     near = near_area(node.spec)
     settled = near is None or is_filtered(node.child, near)
-    child: Node = _below_join(node.child if settled or near is None else Filter(node.child, (near,)))
+    child: Node = below_join(node.child if settled or near is None else Filter(node.child, (near,)))
     maps: list[tuple[str | None, Function]] = []
     while isinstance(child, Map) and isinstance(child.child, Join):
         maps.append((child.source, child.function))
@@ -185,46 +196,77 @@ def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
     if node.spec.reference is not None and node.spec.reference not in names:
         raise PlanError("chips(reference=)", repr(node.spec.reference), f"one of {', '.join(names)}")
     reference = names.index(node.spec.reference) if node.spec.reference else 0
-    sources = _shared_time(sources)
+    by_tiles = node.spec.at is None and isinstance(
+        node.spec.grid, TileGrid
+    )  # the only grid that may count in degrees
+    sources = [
+        source if by_tiles and n == reference else in_metres(source, f"chips(size={node.spec.size})")
+        for n, source in enumerate(sources)
+    ]
+    sources = _shared_time(sources, reference)
+    if sources[reference].is_static and sources[reference].axis is None:
+        moving = next(name for name, s in zip(names, sources, strict=True) if not s.is_static)
+        raise PlanError(
+            f"chips of {', '.join(names)}", f"source {names[reference]!r}, which holds at any time, as their reference",
+            "one whose acquisitions become chips",
+            f"Say chips(reference={moving!r}), or give {moving!r} slots: harmonize(time='1MS').",
+        )  # fmt: skip
     _check_slots(node.spec, sources)
     _check_sizes(node.spec, sources, reference)
     ground = tuple(source_outlines(s) for s in sources)
     return ChipSources(node.spec, tuple(sources), reference, ground, tuple(reversed(maps)))
 
 
-def _below_join(node: Node) -> Node:
+def below_join(node: Node) -> Node:
     """Return an equal plan whose filters of a join stand in each of its sources."""
     match node:
-        case Filter(child, where) if isinstance(below := _below_join(child), Join):
+        case Filter(child, where) if isinstance(below := below_join(child), Join):
             return replace(below, children=tuple(Filter(c, where) for c in below.children))
-        case Filter(child, where) if isinstance(below := _below_join(child), Map):
-            return replace(below, child=_below_join(Filter(below.child, where)))
+        case Filter(child, where) if isinstance(below := below_join(child), Map):
+            return replace(below, child=below_join(Filter(below.child, where)))
         case Map(child):
-            return replace(node, child=_below_join(child))
+            return replace(node, child=below_join(child))
     return node
 
 
-def _shared_time(sources: list[ResolvedSource]) -> list[ResolvedSource]:
-    """Give sources of intervals their own slots where another source has a time axis."""
-    axes = [s.axis for s in sources if s.axis is not None]
+def _shared_time(sources: list[ResolvedSource], reference: int) -> list[ResolvedSource]:
+    """Give sources of intervals their own slots where another source has a time axis; none where none has one.
+
+    What holds at any time has one slot, beside slots as beside single acquisitions. Intervals with a tolerance take
+    the slots of the reference, or of the first other source that has some.
+    """
+    sources = [
+        replace(s, axis=None, plan=replace(s.plan, slots=None)) if s.tolerance is not None else s
+        for s in sources
+    ]
+    axes = [s.axis for s in sources if s.axis is not None and not s.is_static]
+    composed = [s.plan.name for s in sources if s.is_static and s.plan.rules.composes]
+    if not axes and (composed or all(s.axis is not None for s in sources)):
+        axes = [s.axis for s in sources if s.axis is not None]
     if not axes:
-        return sources
+        return [replace(s, axis=None, plan=replace(s.plan, slots=None)) for s in sources]
     start, end = min(a.span[0] for a in axes), max(a.span[1] for a in axes)
     result = []
     for source in sources:
-        if source.axis is None:
+        if source.axis is None and source.tolerance is not None:
+            own = sources[reference]
+            axis = axes[0] if own.axis is None or own.is_static else own.axis
+            slots = tuple(int(t) for t in axis.start.astype(np.int64))
+            source = replace(source, axis=axis, plan=replace(source.plan, slots=slots))
+        elif source.axis is None:
             if not bool(source.passes.is_interval.all()):
                 raise PlanError(
                     f"source {source.plan.name!r}", "records of instants and no time=",
                     "a time axis of its own, since another joined source has one",
-                    "Add harmonize(time=...) to it.",
+                    "Add harmonize(time=...) to it: an offset such as '1MS', or 'static' for what does not change.",
                 )  # fmt: skip
             pairs = sorted(set(zip(source.passes.start.tolist(), source.passes.end.tolist(), strict=True)))
             stamps = np.array(pairs, dtype=np.int64).reshape(-1, 2).astype("datetime64[ns]")
             keep = (stamps[:, 0] < end) & (stamps[:, 1] > start)
             if not keep.any():
                 raise PlanError(f"source {source.plan.name!r}", f"intervals {stamps.min()} to {stamps.max()}",
-                                f"one that overlaps {start} to {end}")  # fmt: skip
+                                f"one that overlaps {start} to {end}",
+                                "harmonize(time='static') lets it hold at any time.")  # fmt: skip
             axis = TimeAxis(stamps[keep, 0], stamps[keep, 1], (start, end))
             slots = tuple(int(t) for t in axis.start.astype(np.int64))
             source = replace(source, axis=axis, plan=replace(source.plan, slots=slots))
@@ -249,8 +291,15 @@ def _check_slots(spec: ChipSpec, sources: list[ResolvedSource]) -> None:
 def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) -> None:
     resolution = sources[reference].plan.resolution
     length = spec.size * resolution
-    if spec.grid == "zone" and spec.at is None:
-        Lattice(1, spec.cell_km * 1000.0, length, spec.stride * resolution)
+    if isinstance(spec.grid, CrsGrid) and spec.grid.pixel is not None:
+        pixel = spec.grid.pixel
+        if abs(pixel - resolution) > 1e-9 * pixel:
+            raise GridError(
+                "chips(grid=GridSpec)", f"pixels of {pixel:g} m", f"the reference source's {resolution:g} m",
+                f"harmonize(resolution={pixel:g}) gives it these pixels.",
+            )  # fmt: skip
+    if spec.in_cells:
+        Lattice(spec.cell_km * 1000.0, length, spec.stride * resolution)
     others = [s.plan.resolution for s in sources]
     for source in sources:
         pixels = length / source.plan.resolution
@@ -273,7 +322,7 @@ def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) 
 
 def tell_of_coarse(ground: ChipSources) -> None:
     """Warn of pixels that are far larger than those they are resampled to: meant for weather, and else a slip."""
-    if ground.spec.grid != "zone" and ground.spec.at is None:
+    if ground.spec.at is None and not ground.spec.in_cells:
         return
     for source in ground.sources:
         wanted = source.plan.resolution
@@ -310,7 +359,9 @@ def phases(source: ResolvedSource, footprints: Outlines) -> Phase:
     return result
 
 
-def _table(sources: list[ResolvedSource], platforms: tuple[str, ...], frame: Frame, laid: Laid) -> pa.Table:
+def _table(
+    spec: ChipSpec, sources: list[ResolvedSource], platforms: tuple[str, ...], frame: Frame, laid: Laid
+) -> pa.Table:
     frame = frame.take(laid.window)
     n = len(frame)
     names = _acquisition_names(laid, platforms)
@@ -319,9 +370,7 @@ def _table(sources: list[ResolvedSource], platforms: tuple[str, ...], frame: Fra
         "epsg": pa.array(frame.epsg.astype(np.int32)),
         "row": pa.array(frame.row),
         "col": pa.array(frame.col),
-        "cell": pa.nulls(n, pa.string())
-        if frame.cell is None
-        else joined(frame.epsg - zone_epsg(0), frame.cell[:, 0], frame.cell[:, 1], by="/"),
+        "cell": pa.nulls(n, pa.string()) if frame.cell is None else cell_names(spec, frame),
         **{name: pa.array(frame.bounds[:, i]) for i, name in enumerate(("xmin", "ymin", "xmax", "ymax"))},
         "datetime": pa.array(laid.start.astype("datetime64[us]")).cast(pa.timestamp("us", tz="UTC")),
         "acquisition": names,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chip table: one row per chip, its schema, and the records that feed it."""
 
 from __future__ import annotations
@@ -5,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -119,10 +121,55 @@ class FeedTable:
         """Shape (entry,). The chip of each entry."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
+    @cached_property
+    def alike(self) -> NDArray[np.int64]:
+        """Shape (run + 1,). Where runs of chips begin whose entries are the same but for their shares; then all chips.
+
+        Neighbours mostly are: what depends on records alone is worked out once a run.
+        """
+        count = np.diff(self.offsets)
+        same = np.append(False, count[1:] == count[:-1])[: len(count)]
+        entry = np.arange(len(self.row), dtype=self.offsets.dtype)
+        before = entry - np.repeat(np.where(same, count, 0), count)
+        differ = self.row != self.row[before]
+        for field in (self.slot, self.order, *([self.source] if len(self.names) > 1 else [])):
+            differ |= field != field[before]
+        same[np.searchsorted(self.offsets, np.flatnonzero(differ), side="right") - 1] = False
+        return np.append(np.flatnonzero(~same), len(count))
+
     def rows_of(self, source: int) -> NDArray[np.int64]:
         """Return the rows of a source's records that feed any chip, rising."""
         row = self.row[self.source == source] if len(self.names) > 1 else self.row
-        return np.flatnonzero(np.bincount(row))
+        there = np.zeros(int(row.max(initial=-1)) + 1, dtype=bool)
+        there[row] = True
+        return np.flatnonzero(there)
+
+    def wanted(self, source: int, group: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return each record of a source with the first chip of every group that it feeds: rows, and chips.
+
+        Parameters
+        ----------
+        source
+            Number of the source.
+        group
+            Shape (chip,). A number for each chip.
+        """
+        first = np.zeros(len(group), dtype=bool)
+        first[self.alike[:-1]] = True
+        first[1:] |= group[1:] != group[:-1]
+        chip = np.flatnonzero(first)
+        count = self.offsets[chip + 1] - self.offsets[chip]
+        entry = np.arange(int(count.sum())) + np.repeat(
+            self.offsets[chip] - (np.cumsum(count) - count), count
+        )
+        chip = np.repeat(chip, count)
+        if len(self.names) > 1:
+            own = self.source[entry] == source
+            entry, chip = entry[own], chip[own]
+        row = self.row[entry].astype(np.int64)
+        pair = row * (int(group.max(initial=0)) + 1) + group[chip]
+        once = np.sort(np.unique(pair, return_index=True)[1])
+        return row[once], chip[once]
 
     def to_arrow(self) -> pa.ListArray:
         """Return the column."""

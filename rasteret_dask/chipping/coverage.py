@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of each window of the ground each record covers, compared in the raster's own CRS."""
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pyproj
 import shapely
 from numpy.typing import NDArray
 
+from rasteret_dask.crs import text
 from rasteret_dask.errors import GridError
 from rasteret_dask.extent import is_geographic, misplaced
 from rasteret_dask.grid import bounds_in, northern, transformer
@@ -123,16 +125,14 @@ def outlines(records: Records, band_of_record: NDArray[Any]) -> Outlines:
             f"record {records.ids[bad]!r}", "a rotated raster", "rows and columns along the CRS axes"
         )
     wkb = records.table.column("geometry").to_numpy(zero_copy_only=False)
-    keys: dict[tuple[Any, ...], int] = {}
-    of_record = np.empty(n, dtype=np.int64)
-    first: list[int] = []
-    for row in range(n):
-        raster = transform[row].tobytes() + size[row].tobytes() + tile[row].tobytes()
-        key = (wkb[row], int(records.epsg[row]), raster)
-        if key not in keys:
-            keys[key] = len(first)
-            first.append(row)
-        of_record[row] = keys[key]
+    facts = np.column_stack([records.epsg, transform, size, tile]).astype(np.float64)
+    keys: dict[tuple[Any, bytes], int] = {}
+    places = [
+        keys.setdefault(key, len(keys))
+        for key in zip(wkb, facts.view(f"V{facts[:1].nbytes}").ravel().tolist(), strict=True)
+    ]
+    of_record = np.array(places, dtype=np.int64)
+    first: list[int] = np.unique(of_record, return_index=True)[1].tolist()
     ids, own = tuple(records.ids[i] for i in first), records.epsg[first].astype(np.int64)
     epsg, shift = np.array([northern(int(code)) for code in own]).reshape(-1, 2).T
     edges = transform[first][:, [2, 5]]
@@ -192,7 +192,7 @@ def _grounds(names: Sequence[str], wkb: NDArray[Any], epsg: int, raster: NDArray
             place = ", ".join(f"{v:.6g}" for v in shapely.bounds(lonlat[number]))
             raise GridError(
                 f"record {names[number]!r}",
-                f"an outline at ({place}) in lon/lat and a raster in EPSG:{epsg}",
+                f"an outline at ({place}) in lon/lat and a raster in {text(epsg)}",
                 "a raster within its outline",
                 _leave_out(names[number]),
             )

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan becomes its chip table, without looking for records of windows that a sample or a filter leaves out."""
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, joined
 from rasteret_dask.chipping.frame import (
     Frame,
     candidates,
+    cell_names,
     chip_cells,
     concatenated,
     id_head,
@@ -31,11 +33,11 @@ from rasteret_dask.chipping.frame import (
     laid_out,
 )
 from rasteret_dask.chipping.steps import apply_step, carried_out, steps_of
-from rasteret_dask.grid import zone_epsg
 from rasteret_dask.planning.optimize import named_bands, optimize
 from rasteret_dask.planning.plan import CutChips, FilterChips, FilterPixels, Map, Node, Sample, Select, Split
 from rasteret_dask.planning.sampling import salt_hash, sample_rows, sample_unit, text_hash, unit_of
 from rasteret_dask.planning.scan import Table, as_table
+from rasteret_dask.zones import CrsGrid, UtmGrid
 
 __all__ = ["plan_chips", "plan_chosen"]
 
@@ -46,7 +48,10 @@ MOST_SHARE = 0.25
 """A sample of more than this share of all windows is taken of the planned chips."""
 
 SPARE = 1.1
-"""Windows that are looked at for each chip that is missing, times the share of those before that became none."""
+"""Windows that are looked at for each chip that is missing, over the share of those before that became one."""
+
+PROBED = 512
+"""Windows that tell how many of them lie in their zone and in the area, before records of many are looked for."""
 
 WINDOW_COLUMNS = ("epsg", "row", "col", "cell", "xmin", "ymin", "xmax", "ymax", "split")
 """Columns of the chip table that are known before records are looked for."""
@@ -96,7 +101,7 @@ def plan_chosen(plan: Node, tables: Mapping[str, Table]) -> PlannedChips | None:
 
 def _chosen(ground: ChipSources, steps: Sequence[Node], tables: Mapping[str, Table]) -> PlannedChips | None:
     """Plan what is kept; None where that needs all chips."""
-    frame = None if ground.spec.grid == "zone" else _candidates(ground, None)
+    frame = None if isinstance(ground.spec.grid, UtmGrid | CrsGrid) else _candidates(ground, None)
     sample = drawn(ground, steps, frame)
     if sample is not None:
         tell_of_coarse(ground)
@@ -209,11 +214,13 @@ def drawn(
     if windows.count < FEW_WINDOWS or sample.n > MOST_SHARE * windows.count:
         return None
     unit = windows.unit(sample.seed)
+    probe = np.flatnonzero(unit < min(PROBED, sample.n // 8) / windows.count)
+    likely = max(len(_kept(windows.frame(probe), before, ground)[0]), 1) / max(len(probe), 1)
     parts: list[PlannedChips] = []
     dropped: Counter[str] = Counter()
     chips, looked, edge = 0, 0, 0.0
     while chips < sample.n and edge < 1.0:
-        share = max(chips, 1) / looked if looked else 1.0
+        share = max(chips, 1) / looked if looked else likely
         more = (SPARE * (sample.n - chips) / share + np.sqrt(sample.n) + 64) / windows.count
         stop = edge + more if edge + more < 0.5 else 1.0
         at = np.flatnonzero((unit >= edge) & (unit < stop))
@@ -260,7 +267,7 @@ def _kept(frame: Frame, steps: Sequence[Node], ground: ChipSources) -> tuple[Fra
         **{name: pa.array(frame.bounds[:, at]) for at, name in enumerate(("xmin", "ymin", "xmax", "ymax"))},
     }
     if frame.cell is not None:
-        columns["cell"] = joined(frame.epsg - zone_epsg(0), frame.cell[:, 0], frame.cell[:, 1], by="/")
+        columns["cell"] = cell_names(ground.spec, frame)
     nothing = {field.name: pa.nulls(count, field.type) for field in CHIP_SCHEMA}
     table = pa.table({**nothing, **columns, "__window__": np.arange(count)})
     chips = PlannedChips(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which records feed which slot of which window: coverage, time and pick, decided while planning."""
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "WindowPasses",
     "covered",
     "enough",
+    "nearest_intervals",
     "passes_in",
     "pick",
     "slots_of",
@@ -31,6 +33,13 @@ Ints: TypeAlias = "NDArray[np.integer[Any]]"
 
 SAGITTA_DEG = 0.01
 """Degrees that the edge of a window of 100 km bends out of the box of its corners, at most (72 N)."""
+
+
+POLAR_DEG = 80.0
+"""Latitude from which meridians run together so fast that a window's edges may leave the box of its corners."""
+
+METRES_PER_DEGREE = 111_000.0
+"""A degree of latitude, rounded down."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,17 @@ def _degrees(windows: Windows) -> NDArray[np.float64]:
     """Return a box in degrees around each window, with room for edges that bend; shape (window, 4)."""
     x, y = windows.bounds[:, [0, 2, 2, 0]], windows.bounds[:, [3, 3, 1, 1]]
     corners = np.stack(transformer(windows.epsg, 4326).transform(x, y), -1)
-    return np.concatenate([corners.min(1) - SAGITTA_DEG, corners.max(1) + SAGITTA_DEG], axis=1)
+    boxes = np.concatenate([corners.min(1) - SAGITTA_DEG, corners.max(1) + SAGITTA_DEG], axis=1)
+    polar = np.flatnonzero(np.abs(corners[..., 1]).max(axis=1, initial=0.0) > POLAR_DEG)
+    if len(
+        polar
+    ):  # edges bend farther there, and a window may hold the pole, where corners tell no longitudes
+        reach = np.hypot(*(windows.bounds[polar, 2:] - windows.bounds[polar, :2]).T) / METRES_PER_DEGREE
+        boxes[polar, 1] -= reach
+        boxes[polar, 3] += reach
+        near = (boxes[polar, 3] >= 90.0) | (boxes[polar, 1] <= -90.0)
+        boxes[polar[near], 0], boxes[polar[near], 2] = -180.0, 180.0
+    return boxes
 
 
 def _by_record(
@@ -163,6 +182,29 @@ def slots_of(source: ResolvedSource, feeds: Feeds, axis: TimeAxis) -> Feeds:
     within = np.arange(len(at)) - np.repeat(np.cumsum(count) - count, count)
     spread = feeds.take(at)
     return Feeds.of(spread.window, first[at] + within, spread.order, spread.record, spread.share)
+
+
+def nearest_intervals(source: ResolvedSource, feeds: Feeds, axis: TimeAxis) -> Feeds:
+    """Put into each slot of a window the interval that holds the slot's middle, else the nearest within tolerance."""
+    assert source.tolerance is not None
+    start, end, slot_start, slot_end = (
+        times.astype("datetime64[us]").astype(
+            np.int64
+        )  # nanoseconds over centuries would take more than 64 bits
+        for times in (source.passes.record_start, source.passes.record_end, axis.start, axis.end)
+    )
+    most = source.tolerance.astype("timedelta64[us]").astype(np.int64)
+    record, windows = feeds.record, int(feeds.window.max(initial=-1)) + 1
+    parts = []
+    for slot, middle in enumerate((slot_start + (slot_end - slot_start) // 2).tolist()):
+        gap = np.maximum(np.maximum(start - middle, middle - (end - 1)), 0)[record]
+        nearest = np.full(windows, np.iinfo(np.int64).max)
+        np.minimum.at(nearest, feeds.window, gap)
+        kept = feeds.take(np.flatnonzero((gap == nearest[feeds.window]) & (gap <= most)))
+        parts.append(
+            Feeds.of(kept.window, np.full(len(kept.window), slot), kept.order, kept.record, kept.share)
+        )
+    return Feeds.joined(parts)
 
 
 def _slots_between(

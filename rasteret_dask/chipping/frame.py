@@ -1,27 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
 """The candidate windows of a plan: lattice cells, the cells of a source's tiles or a GeoBox, or windows at points."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyproj
 import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import joined
 from rasteret_dask.chipping.coverage import Outlines
+from rasteret_dask.crs import crs_of, text
 from rasteret_dask.errors import GridError, PlanError
-from rasteret_dask.extent import is_geographic
+from rasteret_dask.extent import EQUATOR_M, is_geographic, metres
 from rasteret_dask.footprint import box_around, outline_of_ring
-from rasteret_dask.grid import Bounds, Lattice, bounds_in, northern, snap, transformer, utm_zone, zone_epsg
+from rasteret_dask.grid import Bounds, Lattice, bounds_in, snap, transformer
 from rasteret_dask.planning.plan import KM_PER_DEGREE, ChipSpec
+from rasteret_dask.zones import BoxGrid, CrsGrid, TileGrid, overlap, shared_degrees
 
 __all__ = [
     "Frame",
     "block_of",
     "candidates",
+    "cell_names",
     "chip_cells",
     "concatenated",
     "id_head",
@@ -36,17 +43,17 @@ __all__ = [
 SHARED_WITH_AREA = 1e-3
 """A cell belongs to an area of interest when more than this share of it lies inside."""
 
+POLAR_DEG = 84.5
+"""Latitude beyond which windows are compared with an area on their own map."""
+
+CAP_DEG = 60.0
+"""Latitude down to which an area is brought onto that map: farther than any window there reaches."""
+
 BLOCK_PX = 1536
 """Side of the squares of ground that windows are ordered by, in pixels of the reference source."""
 
 STRIP = 4
 """Blocks from the north to the south edge of a strip."""
-
-ZONE_REACH = 6.5
-"""Degrees from a zone's central meridian to its farthest cell: 6 in Svalbard, and half a wide cell's length."""
-
-WIDE_CELLS = 56.0
-"""Degrees north, where zones other than 6 degrees wide begin: those of Norway and Svalbard."""
 
 MOST_WINDOWS = 20_000_000
 """Candidate windows of a plan; more than fit into memory, at 2 kB a chip."""
@@ -114,16 +121,17 @@ def candidates(
     """
     if points is not None:
         return in_space(_at_points(spec, points, resolution, phase), resolution)
-    if spec.grid == "zone":
-        return in_space(_zones(spec, reference, resolution, phase), resolution)
-    if spec.grid == "tiles":
-        return _tiles(spec, reference, resolution)
-    return in_space(_geobox(spec, resolution), resolution)
+    match spec.grid:
+        case TileGrid():
+            return _tiles(spec, reference, resolution)
+        case BoxGrid() as box:
+            return in_space(_geobox(spec, box, resolution), resolution)
+    return in_space(_zones(spec, reference, resolution, phase), resolution)
 
 
 def blocks(frame: Frame, spec: ChipSpec, reference: Outlines, resolution: float) -> NDArray[np.int64]:
     """Return the number of each window's block, in their order; with ``grid="tiles"`` each tile is a block."""
-    if spec.grid == "tiles" and spec.at is None:
+    if isinstance(spec.grid, TileGrid) and spec.at is None:
         per_tile = max(int(reference.tile_px.max()) // spec.size, 1)
         place = np.stack([frame.epsg, frame.row // per_tile, frame.col // per_tile], -1)
     else:
@@ -176,29 +184,33 @@ def zone_cells(
     GridError
         When there are more, before they are made.
     """
-    per_zone: dict[int, list[NDArray[np.int64]]] = {}
+    zones, per_zone = spec.grid.zones, dict[int, list[NDArray[np.int64]]]()
     pending = 0
+    lattice = lattice_of(spec, resolution)
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
     limit = None if area is None else _around(_unwrapped(box_around(area)), 4 * spec.cell_km / KM_PER_DEGREE)
-    _in_metres(spec, reference, resolution)
     boxes = shapely.bounds(reference.shape)
     for number in _widest(boxes, reference.epsg):
         name, box_of_record, own = reference.name[number], boxes[number], int(reference.epsg[number])
         ground: Bounds | None = _unwrapped(bounds_in(box_of_record, own, 4326))
         if limit is not None and ground is not None:
-            ground = _shared_degrees(ground, limit)
+            ground = shared_degrees(ground, limit)
         if ground is None:
             continue
-        for zone in _zones_of(ground):
-            box = _zone_box(ground, zone)
-            if own == zone_epsg(zone) and box is not None:
-                box = _overlap(box_of_record, box)
-            if box is not None:
-                lattice = lattice_of(zone, spec, resolution)
+        for zone in zones.near(ground):
+            if isinstance(spec.grid, CrsGrid):
+                most_of_record = partial(_countable, spec=spec, resolution=resolution, record=name, most=most)
+                cells = cells_under(spec.grid, lattice, _Piece(box_of_record, own, ground), most_of_record)
+            else:
+                box = zones.box(ground, zone)
+                if box is not None and own == zone:
+                    box = overlap(box_of_record, box)
+                if box is None:
+                    continue
                 _countable(lattice.windows_in(box), spec, resolution, name, most)
                 cells = lattice.split_cells(box)
-                per_zone.setdefault(zone, []).append(cells)
-                pending += len(cells) * lattice.per_side**2
+            per_zone.setdefault(zone, []).append(cells)
+            pending += len(cells) * lattice.per_side**2
         if pending > 4 * MOST_WINDOWS:  # of many records over the same ground: each cell once
             per_zone, pending = _once(per_zone, spec, resolution)
             _countable(pending, spec, resolution, None, most)
@@ -207,12 +219,68 @@ def zone_cells(
     return {zone: per_zone[zone][0] for zone in sorted(per_zone)}
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """The ground of a record."""
+
+    box: Bounds
+    """In its CRS."""
+    epsg: int
+    degrees: Bounds
+    """What counts of it; east may lie beyond 180."""
+
+    def places(self, step_m: float) -> NDArray[np.float64]:
+        """Return places (lon, lat) of it, no two neighbours farther apart than a step, all edges with it."""
+        box, step = self.box, step_m / metres(self.epsg)
+        if is_geographic(self.epsg):
+            turn = EQUATOR_M / metres(self.epsg) / 360.0  # grads
+            west, south, east, north = self.degrees
+            box = overlap(box, (west * turn, south * turn, east * turn, north * turn)) or box
+        x, y = (np.linspace(box[at], box[at + 2], int((box[at + 2] - box[at]) / step) + 2) for at in (0, 1))
+        places = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+        lonlat = np.stack(transformer(self.epsg, 4326).transform(places[:, 0], places[:, 1]), -1)
+        west, south, east, north = self.degrees
+        high = step_m / KM_PER_DEGREE / 1000.0
+        wide = high / max(np.cos(np.radians(min(max(abs(south), abs(north)) + high, 89.9))), 1e-3)
+        near = np.mod(lonlat[:, 0] - (west - wide), 360.0) <= east - west + 2 * wide
+        near &= (lonlat[:, 1] >= south - high) & (lonlat[:, 1] <= north + high)
+        return np.asarray(lonlat[near & np.isfinite(lonlat).all(axis=1)])
+
+
+def cells_under(
+    grid: CrsGrid, lattice: Lattice, piece: _Piece, countable: Callable[[float], None]
+) -> NDArray[np.int64]:
+    """Return split cells of one CRS that a record may touch, shape (cell, 2) as row, col.
+
+    What is together on the ground may lie apart on the map (across the antimeridian), so the record is asked place
+    by place, and the neighbours of cells that hold one are looked at too.
+    """
+    corners = np.array(
+        [[x, y] for x in piece.degrees[::2] for y in np.clip(piece.degrees[1::2], -89.9, 89.9)]
+    )
+    factors = pyproj.Proj(crs_of(grid.code)).get_factors(corners[:, 0], corners[:, 1])
+    sizes = np.asarray(factors.tissot_semimajor)
+    scale = float(sizes[np.isfinite(sizes)].max(initial=1.0))
+    west, south, east, north = piece.box
+    area = (east - west) * (north - south) * metres(piece.epsg) ** 2
+    if not is_geographic(piece.epsg):
+        countable(area / lattice.cell_m**2 * lattice.per_side**2)
+    places = piece.places(lattice.cell_m / (2.0 * scale))
+    places = places[grid.codes(*places.T) == grid.code]
+    x, y = transformer(4326, grid.code).transform(*places.T)
+    there = np.isfinite(x) & np.isfinite(y)
+    cells = np.unique(lattice.split_cells_at(x[there], y[there]), axis=0)
+    countable(float(len(cells)) * lattice.per_side**2)
+    around = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), -1).reshape(1, -1, 2)
+    return np.unique((cells[:, None] + around).reshape(-1, 2), axis=0)
+
+
 def _once(
     per_zone: dict[int, list[NDArray[np.int64]]], spec: ChipSpec, resolution: float
 ) -> tuple[dict[int, list[NDArray[np.int64]]], int]:
     """Return each zone's cells once, and how many windows they hold."""
     once = {zone: [_distinct(np.concatenate(cells))] for zone, cells in per_zone.items()}
-    return once, sum(len(c[0]) * lattice_of(z, spec, resolution).per_side ** 2 for z, c in once.items())
+    return once, sum(len(cells[0]) for cells in once.values()) * lattice_of(spec, resolution).per_side ** 2
 
 
 def _distinct(cells: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -227,42 +295,35 @@ def zone_frame(
     spec: ChipSpec, zone: int, split_cells: NDArray[np.int64], resolution: float, phase: Phase
 ) -> Frame:
     """Lay out the windows of some split cells of a zone, as far as they lie in the area, in the cells' order."""
-    cells = lattice_of(zone, spec, resolution).chip_cells(split_cells)
+    cells = lattice_of(spec, resolution).chip_cells(split_cells)
     return laid_out(spec, zone, cells, resolution, phase)
 
 
 def laid_out(spec: ChipSpec, zone: int, cells: NDArray[np.int64], resolution: float, phase: Phase) -> Frame:
     """Lay out the windows of some chip cells of a zone, as far as they lie in it and in the area."""
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
-    lattice = lattice_of(zone, spec, resolution)
-    return _within(_lay_out(zone, lattice, cells, spec, resolution, phase), area)
+    return _within(_lay_out(zone, cells, spec, resolution, phase), area)
 
 
 def chip_cells(spec: ChipSpec, reference: Outlines, resolution: float) -> dict[int, NDArray[np.int64]]:
     """Return for each zone, rising, the chip cells (row, col) that the reference source may touch."""
     return {
-        zone: lattice_of(zone, spec, resolution).chip_cells(cells)
+        zone: lattice_of(spec, resolution).chip_cells(cells)
         for zone, cells in zone_cells(spec, reference, resolution).items()
     }
 
 
 def id_head(spec: ChipSpec, zone: int, resolution: float) -> str:
     """Return what the ids of a zone's windows begin with."""
-    return f"{zone:02d}_{_label(spec, resolution)}"
+    return f"{spec.grid.zones.name(zone)}_{_label(spec, resolution)}"
 
 
-def _in_metres(spec: ChipSpec, reference: Outlines, resolution: float) -> None:
-    """Refuse degrees for metres."""
-    native = np.isclose(np.abs(reference.transform[:, [0, 4]]), resolution, rtol=1e-9, atol=0.0)
-    for number in np.flatnonzero(native.any(axis=1)):
-        epsg = int(reference.epsg[number])
-        if is_geographic(epsg):
-            raise GridError(
-                f"chips(size={spec.size}) over record {reference.name[number]!r}",
-                f"pixels of {resolution:g} degrees (EPSG:{epsg})",
-                "a size in metres, as the zones' lattice has",
-                "harmonize(resolution=...) says how many metres a chip's pixels have.",
-            )
+def cell_names(spec: ChipSpec, frame: Frame) -> pa.StringArray:
+    """Return the name of the split cell that each window was laid out in: ``"33/-4000/120"``."""
+    assert frame.cell is not None
+    codes, place = np.unique(frame.epsg, return_inverse=True)
+    names = pa.array([spec.grid.zones.cell_name(code) for code in codes.tolist()], pa.string())
+    return joined(names.take(pa.array(place)), frame.cell[:, 0], frame.cell[:, 1], by="/")
 
 
 def _countable(
@@ -276,27 +337,25 @@ def _countable(
             f"{count:,.0f} windows of {spec.size * resolution:g} m",
             f"at most {most:,}",
             "Plan one area at a time (aoi=), with larger chips, or a coarser harmonize(resolution=...)"
-            + ("; or by blocks: chips(...).by_blocks(folder)." if spec.grid == "zone" else "."),
+            + ("; or by blocks: chips(...).by_blocks(folder)." if spec.in_cells else "."),
         )
 
 
-def lattice_of(zone: int, spec: ChipSpec, resolution: float) -> Lattice:
-    """Return the lattice of a zone's chips."""
-    return Lattice(zone, spec.cell_km * 1000.0, spec.size * resolution, spec.stride * resolution)
+def lattice_of(spec: ChipSpec, resolution: float) -> Lattice:
+    """Return the lattice that chips have in every zone."""
+    length, stride = spec.size * resolution, spec.stride * resolution
+    return Lattice(spec.cell_km * 1000.0, length, stride, spec.grid.zones.origin)
 
 
-def _lay_out(
-    zone: int, lattice: Lattice, cells: NDArray[np.int64], spec: ChipSpec, resolution: float, phase: Phase
-) -> Frame:
+def _lay_out(zone: int, cells: NDArray[np.int64], spec: ChipSpec, resolution: float, phase: Phase) -> Frame:
+    zones, lattice = spec.grid.zones, lattice_of(spec, resolution)
     bounds = lattice.bounds(cells)
-    epsg = zone_epsg(zone)
-    lon, lat = transformer(epsg, 4326).transform(bounds[:, [0, 2]].mean(1), bounds[:, [1, 3]].mean(1))
-    mine = utm_zone(lon, lat) == zone
-    cells, bounds = cells[mine], bounds[mine]
-    bounds = snap(bounds, phase.get(epsg, (0.0, 0.0)), resolution)
+    inside = zones.holds(zone, bounds)
+    cells, bounds = cells[inside], bounds[inside]
+    bounds = snap(bounds, phase.get(zone, zones.origin), resolution)
     head = id_head(spec, zone, resolution)
     return Frame(
-        np.full(len(cells), epsg),
+        np.full(len(cells), zone),
         bounds,
         cells[:, 0],
         cells[:, 1],
@@ -317,16 +376,6 @@ def _around(lonlat: Bounds, degrees: float) -> Bounds:
     return west - degrees, south - degrees, east + degrees, north + degrees
 
 
-def _shared_degrees(a: Bounds, b: Bounds) -> Bounds | None:
-    """Return what two boxes share, in the degrees of the first, whichever turn of the globe they are in."""
-    turns = [_overlap(a, (b[0] + turn, b[1], b[2] + turn, b[3])) for turn in (0.0, -360.0, 360.0)]
-    boxes = [box for box in turns if box is not None]  # two where b is the whole circle, less a gap or none
-    if not boxes:
-        return None
-    west, south, east, north = zip(*boxes, strict=True)
-    return min(west), min(south), max(east), max(north)
-
-
 def _widest(boxes: NDArray[np.float64], epsg: NDArray[np.int64]) -> list[int]:
     """Return the numbers, rising, of boxes that lie in no other of their CRS: what these touch, the others do."""
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -344,45 +393,49 @@ def _widest(boxes: NDArray[np.float64], epsg: NDArray[np.int64]) -> list[int]:
     return sorted(result)
 
 
-def _zones_of(ground: Bounds) -> list[int]:
-    """Return the zones of a box in degrees; a zone is at least 3 degrees wide."""
-    west, south, east, north = ground
-    if south >= -80.0 and north < WIDE_CELLS:
-        first, last = (int(np.floor((lon + 180.0) / 6.0)) for lon in (west, east))
-        return sorted({turn % 60 + 1 for turn in range(first, last + 1)})
-    lon = np.linspace(west, east, int(east - west) + 9)
-    lat = np.linspace(south, north, int(north - south) + 9)
-    return [int(z) for z in np.unique(utm_zone(*np.meshgrid(lon, lat)))]
-
-
-def _zone_box(ground: Bounds, zone: int) -> Bounds | None:
-    """Return a box in degrees as bounds of a zone's CRS, as far as cells of the zone may lie there."""
-    middle = 6.0 * zone - 183.0
-    near = _shared_degrees((middle - ZONE_REACH, -81.0, middle + ZONE_REACH, 85.0), ground)
-    return None if near is None else bounds_in(near, 4326, zone_epsg(zone))
-
-
-def _overlap(a: Bounds, b: Bounds) -> Bounds | None:
-    box = (max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    return box if box[0] < box[2] and box[1] < box[3] else None
-
-
 def _within(frame: Frame, area: Any) -> Frame:
     if area is None or not len(frame):
         return frame
     corners = _lonlat_corners(frame)
+    polar = np.abs(corners[..., 1]).max(axis=1) > POLAR_DEG
+    if polar.any():  # degrees tell no shapes there
+        inside = np.zeros(len(frame), dtype=bool)
+        plain = np.flatnonzero(~polar)
+        inside[plain[_inside(area, corners[plain])]] = True
+        for code in np.unique(frame.epsg[polar]).tolist():
+            at = np.flatnonzero(polar & (frame.epsg == code))
+            box = frame.bounds[at]
+            squares = np.stack([box[:, [0, 2, 2, 0]], box[:, [3, 3, 1, 1]]], -1)
+            cap = _polar_area(area, code, bool(corners[at[0], 0, 1] > 0))
+            inside[at[_inside(cap, squares)]] = True
+        return frame.take(inside)
     if _across(corners).any():  # such windows lie beyond 180, and so does what they share with the area
         area = shapely.union(area, shapely.transform(area, lambda p: p + np.array([360.0, 0.0])))
+    return frame.take(_inside(area, corners))
+
+
+def _inside(area: Any, corners: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the numbers of windows, shape (window, 4, 2), that belong to an area."""
     west, south, east, north = shapely.bounds(area)
     low, high = corners.min(1), corners.max(1)
     near = (low[:, 0] <= east) & (high[:, 0] >= west) & (low[:, 1] <= north) & (high[:, 1] >= south)
-    frame, shapes = frame.take(near), shapely.polygons(corners[near])
+    shapes = shapely.polygons(corners[near])
     shapely.prepare(area)
     inside = shapely.contains_properly(area, shapes)
     edge = np.flatnonzero(~inside & shapely.intersects(area, shapes))
     share = shapely.area(shapely.intersection(area, shapes[edge])) / shapely.area(shapes[edge])
     inside[edge[share > SHARED_WITH_AREA]] = True
-    return frame.take(inside)
+    return np.asarray(np.flatnonzero(near)[inside])
+
+
+def _polar_area(area: Any, code: int, north: bool) -> Any:
+    """Return what of an area lies round a pole on the map of a CRS; parallels bend there."""
+    cap = shapely.box(-180.0, CAP_DEG, 180.0, 90.0) if north else shapely.box(-180.0, -90.0, 180.0, -CAP_DEG)
+    near = shapely.segmentize(shapely.intersection(area, cap), 0.1)
+    move = transformer(4326, code).transform
+    parts = shapely.get_parts(shapely.transform(near, lambda p: np.stack(move(p[:, 0], p[:, 1]), -1)))
+    parts = parts[np.isfinite(shapely.bounds(parts)).all(axis=1)]
+    return shapely.union_all(shapely.make_valid(shapely.buffer(parts, 0.01)))
 
 
 def outline_wkb(frame: Frame) -> pa.BinaryArray:
@@ -470,7 +523,7 @@ def _tile_lattice(
     pixels = {int(v) for v in np.unique(reference.tile_px[rows])}
     if len(pixels) != 1:
         raise GridError(
-            "chips(grid='tiles')", f"tiles of {sorted(pixels)} px in EPSG:{epsg}", "square tiles of one size"
+            "chips(grid='tiles')", f"tiles of {sorted(pixels)} px in {text(epsg)}", "square tiles of one size"
         )
     tile = pixels.pop()
     if tile % spec.size or spec.stride != spec.size:
@@ -488,28 +541,27 @@ def _tile_lattice(
     if np.ptp(x0) > 1e-6 or np.ptp(y0) > 1e-6:
         raise GridError(
             "chips(grid='tiles')", f"{len(np.unique(np.round(np.stack([x0, y0]), 6), axis=1).T)} tile lattices "
-            f"in EPSG:{epsg}", "records of one CRS that share one tile lattice", "Use grid='zone'.",
+            f"in {text(epsg)}", "records of one CRS that share one tile lattice", "Use grid='utm'.",
         )  # fmt: skip
     return float(x0[0]), float(y0[0]), float(side)
 
 
-def _geobox(spec: ChipSpec, resolution: float) -> Frame:
-    epsg, x0, y0, pixel, width, height = (float(v) for v in spec.grid.split(","))
+def _geobox(spec: ChipSpec, box: BoxGrid, resolution: float) -> Frame:
+    pixel, code = box.pixel, box.code
     if abs(pixel - resolution) > 1e-9 * pixel:
         raise GridError(
             "chips(grid=GeoBox)", f"pixels of {pixel:g}", f"the reference source's {resolution:g}",
             "Harmonize to the GeoBox's resolution, or give a GeoBox of the source's.",
         )  # fmt: skip
-    code, shift = northern(int(epsg))
-    across, down = (int(width) - spec.size) // spec.stride + 1, (int(height) - spec.size) // spec.stride + 1
+    across, down = ((side - spec.size) // spec.stride + 1 for side in (box.width, box.height))
     _countable(float(across) * float(down), spec, resolution)
     cells = np.stack(np.meshgrid(np.arange(down), np.arange(across), indexing="ij"), -1).reshape(-1, 2)
-    west = x0 + cells[:, 1] * spec.stride * pixel
-    north = y0 + shift - cells[:, 0] * spec.stride * pixel
+    west = box.x0 + cells[:, 1] * spec.stride * pixel
+    north = box.y0 - cells[:, 0] * spec.stride * pixel
     length = spec.size * pixel
     bounds = _boxes(west, north, length)
     stride = "" if spec.stride == spec.size else f"s{spec.stride}"
-    head = f"{code}_box{x0:.12g}_{y0 + shift:.12g}_{spec.size}px{stride}_{pixel:g}m"
+    head = f"{code}_box{box.x0:.12g}_{box.y0:.12g}_{spec.size}px{stride}_{pixel:g}m"
     prefix = joined(head, cells[:, 0], cells[:, 1])
     frame = Frame(np.full(len(cells), code), bounds, cells[:, 0], cells[:, 1], None, None, prefix)
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
@@ -525,14 +577,20 @@ def _at_points(spec: ChipSpec, points: pa.Table, resolution: float, phase: Phase
     lon, lat = shapely.get_x(inside), shapely.get_y(inside)
     if np.any(np.abs(lon) > 360) or np.any(np.abs(lat) > 90):
         raise PlanError("chips(at=)", "coordinates beyond degrees", "geometries in lon/lat (EPSG:4326)")
-    zones = utm_zone(lon, lat)
+    zones = spec.grid.zones
+    codes = zones.codes(lon, lat)
+    if not codes.all():
+        bad = int(np.flatnonzero(codes == 0)[0])
+        raise PlanError(
+            f"chips(at=, grid={str(spec.grid)!r}), row {bad}", f"a place at ({lon[bad]:.5g}, {lat[bad]:.5g})",
+            "places on the ground of that CRS", "Leave it out, or choose another grid.",
+        )  # fmt: skip
     length = spec.size * resolution
     bounds = np.empty((len(points), 4))
-    for zone in np.unique(zones):
-        at = np.flatnonzero(zones == zone)
-        epsg = zone_epsg(int(zone))
+    for epsg in np.unique(codes).tolist():
+        at = np.flatnonzero(codes == epsg)
         x, y = transformer(4326, epsg).transform(lon[at], lat[at])
-        px, py = phase.get(epsg, (0.0, 0.0))
+        px, py = phase.get(epsg, zones.origin)
         west = px + np.round((np.asarray(x) - length / 2 - px) / resolution) * resolution
         north = py + np.round((np.asarray(y) + length / 2 - py) / resolution) * resolution
         bounds[at] = _boxes(west, north, length)
@@ -541,14 +599,14 @@ def _at_points(spec: ChipSpec, points: pa.Table, resolution: float, phase: Phase
     )
     prefix = pa.array(
         (
-            f"{zone:02d}_{spec.size}px_{resolution:g}m_{box[0]:.3f}_{box[3]:.3f}_{name}"
-            for zone, box, name in zip(zones.tolist(), bounds.tolist(), index, strict=True)
+            f"{zones.name(code)}_{spec.size}px_{resolution:g}m_{box[0]:.3f}_{box[3]:.3f}_{name}"
+            for code, box, name in zip(codes.tolist(), bounds.tolist(), index, strict=True)
         ),
         pa.string(),
     )
     whole = np.round(bounds / resolution).astype(np.int64)
     frame = Frame(
-        np.asarray(zones + 32600), bounds, -whole[:, 3], whole[:, 0], None,
+        codes, bounds, -whole[:, 3], whole[:, 0], None,
         np.arange(len(points), dtype=np.int64), prefix,
     )  # fmt: skip
     return _within(frame, None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi)))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Polygons with a class each, burned into masks on the pixels of chips."""
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
-from pyproj import CRS
 
+from rasteret_dask.crs import crs_of
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import transformer
 
@@ -250,7 +251,7 @@ def _projected(labels: Labels, epsg: int) -> _Projected:
 
 def _surroundings(epsg: int) -> tuple[float, float, float, float]:
     """Return west, south, east, north of the ground on which a CRS's coordinates mean something, degrees."""
-    area = CRS.from_epsg(epsg).area_of_use
+    area = crs_of(epsg).area_of_use
     west, south, east, north = area.bounds if area is not None else (-180.0, -90.0, 180.0, 90.0)
     east += 360.0 * (east < west)
     reach = min(REACH_DEG, (360.0 - (east - west)) / 2)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Windows that every source covers become chips: one a window with a time axis, else one an acquisition."""
 
 from __future__ import annotations
@@ -10,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.coverage import Outlines
-from rasteret_dask.chipping.feeds import Feeds, WindowPasses, covered, enough, passes_in, pick, slots_of
+from rasteret_dask.chipping.feeds import (
+    Feeds,
+    WindowPasses,
+    covered,
+    enough,
+    nearest_intervals,
+    passes_in,
+    pick,
+    slots_of,
+)
 from rasteret_dask.chipping.frame import Frame, blocks
 from rasteret_dask.planning.plan import ChipSpec
 from rasteret_dask.planning.resolve import ResolvedSource
@@ -113,7 +123,10 @@ def _with_slots(
     reference_slots = np.zeros(len(frame), dtype=np.int64)
     for number, (source, outline, feeds) in enumerate(zip(sources, footprints, touched, strict=True)):
         assert source.axis is not None
-        slotted = slots_of(source, feeds, source.axis)
+        if source.tolerance is None:
+            slotted = slots_of(source, feeds, source.axis)
+        else:
+            slotted = nearest_intervals(source, feeds, source.axis)
         good, key, part = enough(slotted, frame, outline, spec.min_coverage)
         slots = int(slotted.slot.max()) + 1 if len(slotted.slot) else 1
         filled = np.bincount(key // slots, minlength=len(frame))
@@ -162,8 +175,9 @@ def _by_acquisition(
         ready, other_key, other_share = enough(other, frame, outline, spec.min_coverage)
         other_slots = int(other.slot.max(initial=0)) + 1
         theirs = passes_in(source, ready)
-        inside = bool(source.passes.is_interval.all())
-        chosen = _nearest(theirs, own.start, window, other_key // other_slots, inside)
+        most = np.timedelta64(0, "ns") if source.tolerance is None else source.tolerance
+        limit = most if bool(source.passes.is_interval.all()) else None
+        chosen = _nearest(theirs, own.start, window, other_key // other_slots, limit)
         lost[f"chip of {sources[reference].plan.name} without an acquisition of {source.plan.name}"] = int(
             np.sum(alive & (chosen < 0))
         )
@@ -199,7 +213,7 @@ def _nearest(
     when: NDArray[np.datetime64],
     window: NDArray[np.int64],
     other_window: NDArray[np.int64],
-    inside: bool,
+    limit: np.timedelta64 | None,
 ) -> NDArray[np.int64]:
     """Return for each chip the other source's pass in its window: the interval that contains it, else the nearest.
 
@@ -211,16 +225,18 @@ def _nearest(
         Shape (chip,). Start of each chip's acquisition, and its window.
     other_window
         Shape (pass,), sorted. Window of each pass.
-    inside
-        Whether the pass must contain the moment.
+    limit
+        How far the pass may lie from the moment; None: as far as it does.
 
     Returns
     -------
     numpy.ndarray
         Shape (chip,). Number of the pass, -1 where there is none.
     """
-    start, end = theirs.start.astype(np.int64), theirs.end.astype(np.int64)
-    moment = when.astype(np.int64)
+    # in microseconds: of 64 bits, nanoseconds between 1678 and today would take more
+    start, end, moment = (
+        t.astype("datetime64[us]").astype(np.int64) for t in (theirs.start, theirs.end, when)
+    )
     first = np.searchsorted(other_window, window, side="left")
     last = np.searchsorted(other_window, window, side="right")
     chip = np.repeat(np.arange(len(window)), last - first)
@@ -230,8 +246,8 @@ def _nearest(
     result = np.full(len(window), -1, dtype=np.int64)
     order = np.lexsort((theirs.first_id[other], start[other], gap, chip))
     best = order[np.flatnonzero(np.diff(chip[order], prepend=-1))]
-    if inside:
-        best = best[gap[best] == 0]
+    if limit is not None:
+        best = best[gap[best] <= limit.astype("timedelta64[us]").astype(np.int64)]
     result[chip[best]] = other[best]
     return result
 

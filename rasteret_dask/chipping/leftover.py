@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ground of a grid that none of its windows covers: strips of split cells, and what is left of a GeoBox."""
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from math import ceil, floor
 
 from rasteret_dask.grid import Lattice
 from rasteret_dask.planning.plan import MAX_CELL_KM, ChipSpec
+from rasteret_dask.zones import BoxGrid
 
 __all__ = ["Leftover", "leftover", "whole_cell_km"]
 
@@ -36,11 +38,11 @@ def leftover(spec: ChipSpec, resolution: float) -> Leftover | None:
     resolution
         Pixel size of the reference source.
     """
-    if spec.at is not None or spec.grid == "tiles":
-        return None
-    if spec.grid == "zone":
+    if spec.in_cells:
         return _of_cells(spec, resolution)
-    width, height = (int(float(v)) for v in spec.grid.split(",")[4:])
+    if spec.at is not None or not isinstance(spec.grid, BoxGrid):
+        return None
+    width, height = spec.grid.width, spec.grid.height
     covered = _covered(width, spec) * _covered(height, spec)
     share = 1.0 - covered / (width * height)
     if share < NOTHING:
@@ -70,7 +72,7 @@ def whole_cell_km(length_m: float, stride_m: float, at_least_m: float) -> float 
 
 def _of_cells(spec: ChipSpec, resolution: float) -> Leftover | None:
     length, stride, cell = spec.size * resolution, spec.stride * resolution, spec.cell_km * 1000.0
-    lattice = Lattice(1, cell, length, stride)
+    lattice = Lattice(cell, length, stride)
     covered = (lattice.per_side - 1) * min(stride, length) + length
     share = 1.0 - (covered / cell) ** 2
     if share < NOTHING:

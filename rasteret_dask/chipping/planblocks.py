@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans all blocks of a plan, on a Dask cluster or threads of this process, and commits what they add up to."""
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def _counted(made: Iterator[BlockFacts], shown: Progress) -> Iterator[BlockFacts
     chips = 0
     for facts in made:
         chips += facts.chips
-        shown.step(1, f", {chips:,} chips")
+        shown.step(1, f"{chips:,} chips")
         yield facts
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A filter_pixels step on planned chips: which sources a rule speaks of, and what it needs of them."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import Rule
 from rasteret_dask.planning.resolve import Member, ResolvedSource, all_readable
-from rasteret_dask.rules.masks import clouds_of
+from rasteret_dask.rules.masks import QUALITY, clouds_of
 from rasteret_dask.rules.picks import Ranked
 from rasteret_dask.table.records import Records
 
@@ -43,7 +44,8 @@ def with_rule(chips: PlannedChips, rule: Rule) -> PlannedChips:
         )
         if not any(m.clouds for s in sources if rule.source in (None, s.plan.name) for m in s.plan.members):
             raise PlanError(
-                "filter_pixels(max_cloud=)", f"no quality band in {', '.join(names)}", "a band SCL or qa_pixel",
+                "filter_pixels(max_cloud=)", f"no quality band in {', '.join(names)}",
+                f"a band {', '.join(q.band for q in QUALITY)}",
                 "Build the collection with its quality band, or filter records by eo:cloud_cover.",
             )  # fmt: skip
     return replace(chips, sources=sources, pixel_rules=(*chips.pixel_rules, rule))
@@ -59,7 +61,7 @@ def _with_quality(source: ResolvedSource, named: bool) -> ResolvedSource:
         if clouds is None and named:
             raise PlanError(
                 f"filter_pixels(max_cloud=) of source {plan.name!r}", f"no quality band in {member.name!r}",
-                "a band SCL or qa_pixel", "Build the collection with its quality band.",
+                f"a band {', '.join(q.band for q in QUALITY)}", "Build the collection with its quality band.",
             )  # fmt: skip
         if clouds is None:
             return source

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same ground always lands in the same split; what touches two splits belongs to none."""
 
 from __future__ import annotations
@@ -6,6 +7,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
@@ -15,12 +17,24 @@ import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.distances import apart_m, stretch
 from rasteret_dask.errors import PlanError
-from rasteret_dask.grid import Lattice, transformer, utm_zone, zone_epsg
+from rasteret_dask.grid import Lattice, transformer
 from rasteret_dask.planning.plan import SplitSpec
 from rasteret_dask.planning.sampling import hash_unit
+from rasteret_dask.zones import Zones
 
-__all__ = ["by_geometry", "by_ground", "choose", "split_numbers", "split_of_cells", "too_near"]
+__all__ = [
+    "SplitCells",
+    "by_geometry",
+    "by_ground",
+    "cell_units",
+    "cells_touched",
+    "choose",
+    "split_numbers",
+    "split_of_cells",
+    "too_near",
+]
 
 FEW_CELLS = 20
 """Below this many split cells the achieved ratios are a matter of luck."""
@@ -32,6 +46,23 @@ SHARED_M2 = 1e-3
 """Windows and cells that share less ground than this only touch."""
 
 
+@dataclass(frozen=True, slots=True)
+class SplitCells:
+    """The squares of ground that get one split each."""
+
+    zones: Zones
+    side_m: float
+
+    @property
+    def lattice(self) -> Lattice:
+        """The lattice that has nothing but split cells."""
+        return Lattice(self.side_m, self.side_m, self.side_m, self.zones.origin)
+
+    def splits(self, code: int, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.int64]:
+        """Return the split number of cells (row, col) of a zone."""
+        return split_of_cells(self.zones.cell_name(code), cells, spec)
+
+
 def choose(unit: NDArray[np.float64], spec: SplitSpec) -> NDArray[np.int64]:
     """Return the number of the split that each value of [0, 1) falls in, by cumulative ratios."""
     edges = np.cumsum([float(share) for _, share in spec.ratios])
@@ -39,11 +70,15 @@ def choose(unit: NDArray[np.float64], spec: SplitSpec) -> NDArray[np.int64]:
     return np.asarray(np.searchsorted(edges, unit, side="right"), dtype=np.int64)
 
 
-def split_of_cells(zone: int, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.int64]:
-    """Return the split number of split cells (row, col) of a zone: a hash of (seed, zone, row, col)."""
+def split_of_cells(zone: str, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.int64]:
+    """Return the split number of split cells (row, col) of a zone: a hash of (seed, the zone's name, row, col)."""
     _, first, back = np.unique(cells[:, 0] * 2**32 + cells[:, 1], return_index=True, return_inverse=True)
-    unit = hash_unit([f"{zone}|{row}|{col}" for row, col in cells[first].tolist()], "ground", spec.seed)
-    return choose(unit, spec)[back]
+    return choose(cell_units(zone, cells[first], spec), spec)[back]
+
+
+def cell_units(zone: str, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.float64]:
+    """Return the hash of each split cell (row, col) of a zone, in [0, 1)."""
+    return hash_unit([f"{zone}|{row}|{col}" for row, col in cells.tolist()], "ground", spec.seed)
 
 
 def split_numbers(column: pa.ChunkedArray, spec: SplitSpec) -> NDArray[np.int64]:
@@ -55,7 +90,7 @@ def split_numbers(column: pa.ChunkedArray, spec: SplitSpec) -> NDArray[np.int64]
 def by_ground(
     epsg: NDArray[np.int64],
     bounds: NDArray[np.float64],
-    cell_m: float,
+    cells: SplitCells,
     spec: SplitSpec,
     inside: NDArray[np.int64] | None,
 ) -> NDArray[np.int64]:
@@ -67,8 +102,8 @@ def by_ground(
         Shape (chip,). CRS of each chip's bounds.
     bounds
         Shape (chip, 4): xmin, ymin, xmax, ymax.
-    cell_m
-        Side of a split cell, metres.
+    cells
+        The split cells.
     spec
         The ratios, the seed and what to do at a boundary.
     inside
@@ -77,57 +112,52 @@ def by_ground(
         cells by a pixel: give bounds that are so much wider.
     """
     result = np.full(len(bounds), -1, dtype=np.int64)
-    for code in np.unique(epsg):
+    for code in np.unique(epsg).tolist():
         at = np.flatnonzero(epsg == code)
-        zone = _zone_of(int(code))
-        if inside is not None and zone is not None:
-            result[at] = split_of_cells(zone, inside[at], spec)
+        if inside is not None and cells.zones.has(code):
+            result[at] = cells.splits(code, inside[at], spec)
             if spec.boundary == "drop":
-                result[at] = _across_zones(zone, bounds[at], result[at], cell_m, spec)
+                result[at] = _across_zones(code, bounds[at], result[at], cells, spec)
             continue
-        result[at] = _freely(int(code), bounds[at], cell_m, spec)
+        result[at] = _freely(code, bounds[at], cells, spec)
     return result
 
 
-def _zone_of(epsg: int) -> int | None:
-    return epsg - 32600 if 32601 <= epsg <= 32660 else None
-
-
 def _across_zones(
-    zone: int, bounds: NDArray[np.float64], split: NDArray[np.int64], cell_m: float, spec: SplitSpec
+    code: int, bounds: NDArray[np.float64], split: NDArray[np.int64], cells: SplitCells, spec: SplitSpec
 ) -> NDArray[np.int64]:
     """Drop chips that reach into the neighbouring zone, onto a split cell of another split."""
     result = split.copy()
-    epsg = zone_epsg(zone)
-    zones = _zones_at(epsg, bounds)
-    for chip in np.flatnonzero((zones != zone).any(axis=1)):
-        for other in set(zones[chip].tolist()) - {zone}:
-            if _splits_touched(epsg, bounds[chip], other, cell_m, spec) != {split[chip]}:
+    zones = cells.zones.touched(code, bounds)
+    for chip in np.flatnonzero((zones != code).any(axis=1)):
+        for other in set(zones[chip].tolist()) - {code}:
+            if _splits_touched(code, bounds[chip], other, cells, spec) != {split[chip]}:
                 result[chip] = -1
     return result
 
 
-def _freely(epsg: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec) -> NDArray[np.int64]:
+def _freely(code: int, bounds: NDArray[np.float64], cells: SplitCells, spec: SplitSpec) -> NDArray[np.int64]:
     if spec.boundary == "centre":
-        return _split_at_centre(epsg, bounds, cell_m, spec)
-    zone, zones = _zone_of(epsg), _zones_at(epsg, bounds)
-    plain = (zones == zone).all(axis=1) & (bounds[:, 2:] - bounds[:, :2] <= cell_m).all(axis=1)
+        return _split_at_centre(code, bounds, cells, spec)
+    zones = cells.zones.touched(code, bounds)
+    plain = (zones == code).all(axis=1) & (bounds[:, 2:] - bounds[:, :2] <= cells.side_m).all(axis=1)
     result = np.full(len(bounds), -1, dtype=np.int64)
-    if zone is not None:
-        result[plain] = _small_in_zone(zone, bounds[plain], cell_m, spec)
+    if plain.any():
+        result[plain] = _small_in_zone(code, bounds[plain], cells, spec)
     for chip in np.flatnonzero(~plain):
-        splits = [_splits_touched(epsg, bounds[chip], z, cell_m, spec) for z in set(zones[chip].tolist())]
+        splits = [_splits_touched(code, bounds[chip], z, cells, spec) for z in set(zones[chip].tolist())]
         touched = set[int]().union(*splits)
         result[chip] = touched.pop() if len(touched) == 1 else -1
     return result
 
 
 def _small_in_zone(
-    zone: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec
+    code: int, bounds: NDArray[np.float64], cells: SplitCells, spec: SplitSpec
 ) -> NDArray[np.int64]:
     """Return the split of windows of one zone that are no larger than a cell, -1 where two to four cells differ."""
-    start = np.stack([-bounds[:, 3], bounds[:, 0]], -1)  # southwards, eastwards
-    stop = np.stack([-bounds[:, 1], bounds[:, 2]], -1)
+    (x0, y0), cell_m = cells.zones.origin, cells.side_m
+    start = np.stack([y0 - bounds[:, 3], bounds[:, 0] - x0], -1)  # southwards, eastwards
+    stop = np.stack([y0 - bounds[:, 1], bounds[:, 2] - x0], -1)
     first = np.floor(start / cell_m).astype(np.int64)
     edge = (first + 1) * cell_m
     shared = np.stack(
@@ -136,51 +166,54 @@ def _small_in_zone(
     low, high = np.full(len(bounds), len(spec.names)), np.full(len(bounds), -1)
     for down, right in product((0, 1), repeat=2):
         touched = shared[down, :, 0] * shared[right, :, 1] > SHARED_M2
-        split = split_of_cells(zone, first[touched] + (down, right), spec)
+        split = cells.splits(code, first[touched] + (down, right), spec)
         low[touched] = np.minimum(low[touched], split)
         high[touched] = np.maximum(high[touched], split)
     return np.where(low == high, low, -1)
 
 
 def _split_at_centre(
-    epsg: int, bounds: NDArray[np.float64], cell_m: float, spec: SplitSpec
+    code: int, bounds: NDArray[np.float64], cells: SplitCells, spec: SplitSpec
 ) -> NDArray[np.int64]:
-    lon, lat = transformer(epsg, 4326).transform(bounds[:, [0, 2]].mean(1), bounds[:, [1, 3]].mean(1))
-    zones = utm_zone(lon, lat)
+    lon, lat = transformer(code, 4326).transform(bounds[:, [0, 2]].mean(1), bounds[:, [1, 3]].mean(1))
+    zones = cells.zones.codes(lon, lat)
     result = np.full(len(bounds), -1, dtype=np.int64)
-    for zone in np.unique(zones):
+    for zone in np.unique(zones[zones != 0]).tolist():
         at = np.flatnonzero(zones == zone)
-        x, y = transformer(4326, zone_epsg(int(zone))).transform(lon[at], lat[at])
-        cells = np.stack([np.floor(-np.asarray(y) / cell_m), np.floor(np.asarray(x) / cell_m)], -1)
-        result[at] = split_of_cells(int(zone), cells.astype(np.int64), spec)
+        x, y = transformer(4326, zone).transform(lon[at], lat[at])
+        result[at] = cells.splits(zone, cells.lattice.split_cells_at(np.asarray(x), np.asarray(y)), spec)
     return result
 
 
-def _zones_at(epsg: int, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Shape (chip, 5). The zones that the corners and the centre of each chip lie in.
-
-    A meridian that cuts a convex window always leaves one of its corners on the far side.
-    """
-    x = np.concatenate([bounds[:, [0, 2, 0, 2]], bounds[:, [0, 2]].mean(1, keepdims=True)], 1)
-    y = np.concatenate([bounds[:, [1, 1, 3, 3]], bounds[:, [1, 3]].mean(1, keepdims=True)], 1)
-    lon, lat = transformer(epsg, 4326).transform(x.ravel(), y.ravel())
-    return utm_zone(lon, lat).reshape(x.shape)
-
-
 def _splits_touched(
-    epsg: int, bounds: NDArray[np.float64], zone: int, cell_m: float, spec: SplitSpec
+    code: int, bounds: NDArray[np.float64], zone: int, cells: SplitCells, spec: SplitSpec
 ) -> set[int]:
     """Return the splits of all cells of a zone's lattice that share ground with one window."""
+    return set(cells.splits(zone, cells_touched(code, bounds, zone, cells), spec).tolist())
+
+
+def cells_touched(code: int, bounds: NDArray[np.float64], zone: int, cells: SplitCells) -> NDArray[np.int64]:
+    """Return the split cells (row, col) of a zone's lattice that share ground with one window.
+
+    Parameters
+    ----------
+    code, bounds
+        The window's CRS, and its xmin, ymin, xmax, ymax.
+    zone
+        The zone.
+    cells
+        The split cells.
+    """
     box = shapely.box(*bounds)
-    if zone_epsg(zone) != epsg:
+    if zone != code:
         dense = shapely.segmentize(box, float(bounds[2] - bounds[0]) / 8)
-        move = transformer(epsg, zone_epsg(zone)).transform
+        move = transformer(code, zone).transform
         box = shapely.transform(dense, lambda p: np.stack(move(p[:, 0], p[:, 1]), -1))
-    lattice = Lattice(zone, cell_m, cell_m, cell_m)
+    lattice = cells.lattice
     xmin, ymin, xmax, ymax = shapely.bounds(box)
-    cells = lattice.split_cells((xmin, ymin, xmax, ymax))
-    shared = shapely.area(shapely.intersection(box, shapely.box(*lattice.split_bounds(cells).T)))
-    return set(split_of_cells(zone, cells[shared > SHARED_M2], spec).tolist())
+    near = lattice.split_cells((xmin, ymin, xmax, ymax))
+    shared = shapely.area(shapely.intersection(box, shapely.box(*lattice.split_bounds(near).T)))
+    return np.asarray(near[shared > SHARED_M2])
 
 
 def by_geometry(geometries: Sequence[bytes], spec: SplitSpec) -> NDArray[np.int64]:
@@ -200,7 +233,7 @@ def too_near(
     spec: SplitSpec,
     wkb: pa.ChunkedArray,
 ) -> NDArray[np.bool_]:
-    """Tell which val and test chips lie closer to a train chip than ``buffer_m``; shape (chip,).
+    """Tell which val and test chips lie closer to a train chip than ``buffer_m`` on the ground; shape (chip,).
 
     Parameters
     ----------
@@ -223,9 +256,10 @@ def too_near(
         tree = shapely.STRtree(shapes)
         others = np.flatnonzero((epsg == code) & (split > 0))
         position = np.searchsorted(np.flatnonzero(epsg == code), others)
-        hits = tree.query(here[position], predicate="dwithin", distance=spec.buffer_m * (1 - 1e-12))
+        on_map = spec.buffer_m * stretch(int(code), bounds[epsg == code])
+        hits = tree.query(here[position], predicate="dwithin", distance=on_map * (1 - 1e-12))
         touched = np.unique(hits[0])
-        distance = shapely.distance(here[position[hits[0]]], shapes[hits[1]])
+        distance = apart_m(int(code), here[position[hits[0]]], shapes[hits[1]])
         closer = np.unique(hits[0][distance < spec.buffer_m])
         near[others[np.intersect1d(touched, closer)]] = True
     return near
@@ -251,8 +285,18 @@ def _into(
     return shapes
 
 
-def warn_if_few(cells: int, spec: SplitSpec, lattice: Lattice) -> None:
-    """Warn when there are so few split cells that the ratios are a matter of luck; propose a smaller cell."""
+def warn_if_few(cells: int, spec: SplitSpec, lattice: Lattice, ground_m2: float | None = None) -> None:
+    """Warn when there are so few split cells that the ratios are a matter of luck; propose a smaller cell.
+
+    Parameters
+    ----------
+    cells
+        How many there are.
+    spec, lattice
+        The splits' ratios, and the sizes of cells and chips.
+    ground_m2
+        Ground that chips lie on, m², where it is counted: a field may fill but a corner of its cell.
+    """
     if cells >= FEW_CELLS:
         return
     shares = [share for _, share in spec.ratios if share > 0]
@@ -270,15 +314,20 @@ def warn_if_few(cells: int, spec: SplitSpec, lattice: Lattice) -> None:
     whole = [k for k in smaller if abs(k * 1000 / lattice.chip_m - round(k * 1000 / lattice.chip_m)) < 1e-9]
     smaller = whole or smaller  # without a strip that no chip reaches
     wanted = lattice.cell_m / 1000 * math.sqrt(max(cells, 1) / FEW_CELLS)
-    proposed = next((k for k in smaller if k <= wanted), smaller[-1] if smaller else None)
+    if ground_m2 is not None:
+        wanted = min(wanted, math.sqrt(ground_m2 / FEW_CELLS) / 1000)
+    # where no round number is small enough: whole chips
+    chips_km = max(1, int(wanted * 1000 / lattice.chip_m + 1e-9)) * lattice.chip_m / 1000
+    least = chips_km if chips_km * 1000 < lattice.cell_m * (1 - 1e-9) else None
+    proposed = next((k for k in smaller if k <= wanted), least)
     advice = (
-        f"chips(cell_km={proposed:g}) gives more of them"
+        f"chips(cell_km={proposed:.10g}) gives more of them"
         if proposed
         else "use smaller chips or a larger area"
     )
     warnings.warn(
-        f"only {cells} split cells of {lattice.cell_m / 1000:g} km: the chance that some split stays empty is "
-        f"{min(max(empty, 0.0), 1.0):.0%}, and ratios will be rough; {advice}.",
+        f"only {cells} split cell{'s' * (cells != 1)} of {lattice.cell_m / 1000:g} km: the chance that some split "
+        f"stays empty is {min(max(empty, 0.0), 1.0):.0%}, and ratios will be rough; {advice}.",
         UserWarning,
         stacklevel=4,
     )

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps on planned chips: split, filter, select, sample, a user's table, a user's function."""
 
 from __future__ import annotations
@@ -16,8 +17,16 @@ from rasteret_dask.chipping.chips import ChipSources, PlannedChips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
 from rasteret_dask.chipping.leftover import whole_cell_km
 from rasteret_dask.chipping.rulesteps import with_rule
-from rasteret_dask.chipping.splits import by_geometry, by_ground, column_splits, too_near, warn_if_few
-from rasteret_dask.errors import PlanError, SchemaError
+from rasteret_dask.chipping.splits import (
+    FEW_CELLS,
+    SplitCells,
+    by_geometry,
+    by_ground,
+    column_splits,
+    too_near,
+    warn_if_few,
+)
+from rasteret_dask.errors import EmptyError, PlanError, SchemaError
 from rasteret_dask.grid import Lattice
 from rasteret_dask.planning.plan import (
     CutChips,
@@ -154,7 +163,7 @@ def none_left(step: Node, chips: int, splits: Mapping[str, int], reason: str = "
     """
     name = f"select({', '.join(step.splits)})" if isinstance(step, Select) else step_name(step)
     counted = reason or ", ".join(f"{split} {count:,}" for split, count in splits.items())
-    return PlanError(
+    return EmptyError(
         name, f"no chip left of {chips:,}" + (f" ({counted})" if counted else ""), "at least one",
         "Ask for less, or remove the step.",
     )  # fmt: skip
@@ -177,21 +186,26 @@ def check_splits(splits: tuple[str, ...], spec: SplitSpec | None) -> None:
 
 def warn_of_few(cells: int, chips: PlannedChips | ChipSources, spec: SplitSpec) -> None:
     """Warn when there are so few split cells that a split's ratios are a matter of luck."""
+    if cells >= FEW_CELLS:
+        return
     length = chips.spec.size * chips.resolution
-    warn_if_few(cells, spec, Lattice(1, chips.spec.cell_km * 1000.0, length, length))
+    ground = None
+    if isinstance(chips, PlannedChips):  # many acquisitions may show the same ground
+        ground = len(np.unique(bounds_of(chips.table), axis=0)) * length**2
+    warn_if_few(cells, spec, Lattice(chips.spec.cell_km * 1000.0, length, length), ground)
 
 
 def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
     table = chips.table
     epsg = table.column("epsg").to_numpy().astype(np.int64)
     bounds = bounds_of(table)
-    cell_m = chips.spec.cell_km * 1000.0
+    cells = SplitCells(chips.spec.grid.zones, chips.spec.cell_km * 1000.0)
     dropped = dict(chips.dropped)
     if spec.by == "ground":
         inside = _cells(table)
         # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
         wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
-        number = by_ground(epsg, bounds + wider, cell_m, spec, inside)
+        number = by_ground(epsg, bounds + wider, cells, spec, inside)
         reason = "chip on the ground of two splits"
     elif spec.by == "geometry":
         number = _by_geometry(chips, spec)
@@ -228,7 +242,7 @@ def _warn_of_empty(
     if not gone:
         return
     length, stride = chips.size_m, chips.spec.stride * chips.resolution
-    step = stride if chips.spec.grid == "zone" and chips.spec.at is None else chips.resolution
+    step = stride if chips.spec.in_cells else chips.resolution
     # chips begin at whole strides from the cell's corner, and train may come up to its edge on either side
     inside = math.ceil(spec.buffer_m / step - 1e-9) * step + length + spec.buffer_m
     larger = whole_cell_km(length, stride, inside) if spec.by == "ground" else None

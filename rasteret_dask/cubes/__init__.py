@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records as lazy xarray cubes, built by stackstac."""

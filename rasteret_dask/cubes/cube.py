@@ -1,19 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records on a grid become a stackstac cube; the one module that touches stackstac."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import GridError
-from rasteret_dask.grid import northern
+from rasteret_dask.grid import Bounds, bounds_in, northern
 from rasteret_dask.reader.cogreader import NATURAL, AssetHref, CogReader, Kernel, grid_of, named_by_text
 from rasteret_dask.reader.pixelgrid import Grid, Window
-from rasteret_dask.table.records import Asset, Level, Records
+from rasteret_dask.table.records import Asset, Records
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -56,30 +59,38 @@ Reads: TypeAlias = "Mapping[int, Mapping[str, Read]]"
 def plain_items(records: Records, reads: Reads, epsg: int) -> list[dict[str, Any]]:
     """Return the STAC items, as plain dicts, that stackstac needs to know of some records; ids are row numbers.
 
-    UTM south is told as its northern twin where the cube is in that, so that bounds stay exact.
+    Their bounds are told in the cube's CRS, which stackstac could not bring them to from a CRS without EPSG code.
     """
     items = []
     for row, own in reads.items():
         assets = {}
         for name, (band, kernel) in own.items():
             asset = records.asset(row, band)
-            code, shift = northern(asset.epsg)
-            asset_epsg, moved = (code, shift) if code == epsg else (asset.epsg, 0.0)
-            assets[name] = {
-                "href": AssetHref(asset, kernel),
-                "proj:epsg": asset_epsg,
-                "proj:bbox": _outline(asset.image, moved),
-            }
+            box = _box_in(asset.image.transform, asset.image.width, asset.image.height, asset.epsg, epsg)
+            assets[name] = {"href": AssetHref(asset, kernel), "proj:epsg": epsg, "proj:bbox": box}
         items.append({"id": str(row), "properties": {}, "assets": assets})
     return items
 
 
-def _outline(image: Level, moved: float) -> tuple[float, float, float, float]:
-    """Return the bounds of a raster; stackstac takes 4 times as long to make them of its transform and shape."""
-    a, b, c, d, e, f = image.transform
-    xs = [c + a * col + b * row for col in (0, image.width) for row in (0, image.height)]
-    ys = [f + d * col + e * row + moved for col in (0, image.width) for row in (0, image.height)]
-    return min(xs), min(ys), max(xs), max(ys)
+@lru_cache(maxsize=4096)
+def _box_in(transform: tuple[float, ...], width: int, height: int, source: int, epsg: int) -> Bounds:
+    """Return the bounds of a raster in the CRS of a cube; without ends where that cannot show all of it.
+
+    UTM south and its northern twin are one but for a translation, so that bounds stay exact.
+    """
+    code, shift = northern(source)
+    moved = shift if code == epsg else 0.0
+    a, b, c, d, e, f = transform
+    xs = [c + a * col + b * row for col in (0, width) for row in (0, height)]
+    ys = [f + d * col + e * row + moved for col in (0, width) for row in (0, height)]
+    box = min(xs), min(ys), max(xs), max(ys)
+    if epsg in (source, code):
+        return box
+    try:
+        xmin, ymin, xmax, ymax = bounds_in(box, source, epsg)
+    except GridError:
+        return -inf, -inf, inf, inf
+    return (-inf, ymin, inf, ymax) if xmax < xmin else (xmin, ymin, xmax, ymax)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +303,8 @@ def windows_of(bounds: NDArray[np.float64], grid: Grid, resolution: float) -> ND
 
 
 def touches(asset: Asset, epsg: int, box: tuple[float, float, float, float]) -> bool:
-    """Tell whether a raster shares ground with a cube, as stackstac does: by its corners in the cube's CRS."""
-    from stackstac.geom_utils import bounds_overlap, reproject_bounds
+    """Tell whether a raster shares ground with a cube, as stackstac does: by its bounds in the cube's CRS."""
+    from stackstac.geom_utils import bounds_overlap
 
-    code, shift = northern(asset.epsg)
-    own, moved = (code, shift) if code == epsg else (asset.epsg, 0.0)
-    return bool(bounds_overlap(reproject_bounds(_outline(asset.image, moved), own, epsg), box))
+    image = asset.image
+    return bool(bounds_overlap(_box_in(image.transform, image.width, image.height, asset.epsg, epsg), box))

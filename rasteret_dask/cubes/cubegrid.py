@@ -1,13 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
 """The grid of a cube: where the records' own pixels lie, so that none is shifted."""
 
 from __future__ import annotations
 
-import numpy as np
+from math import isclose
 
+import numpy as np
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import RasterioError
+from rasterio.warp import calculate_default_transform
+
+from rasteret_dask.crs import text
 from rasteret_dask.errors import GridError
+from rasteret_dask.extent import MOST_PX, metres, unit_of
 from rasteret_dask.grid import Bounds, bounds_in, northern
+from rasteret_dask.net.remote import redact
 from rasteret_dask.planning.resolve import ResolvedSource
-from rasteret_dask.reader.pixelgrid import Grid
+from rasteret_dask.reader.pixelgrid import Grid, crs_of
 from rasteret_dask.table.records import Level
 
 __all__ = ["native_grid"]
@@ -25,21 +34,26 @@ def native_grid(
 
     Explicit ``bounds`` are taken exactly, in squares, as those of a chip; otherwise the grid is that of the first
     member's records, so that no pixel is shifted. Pixels of another shape then stay as they are, unless ``square``.
+    In a CRS of another unit than the records' own, pixels are as large as GDAL would make them, unless the plan says
+    a size.
 
     Raises
     ------
     GridError
-        When the records have several CRSs and none is asked for, or bounds hold no whole number of pixels.
+        When the records have several CRSs and none is asked for, bounds hold no whole number of pixels, or there would
+        be more pixels than a raster may have.
     """
     resolution = source.plan.resolution
     codes = np.unique(source.records.epsg)
     if epsg is None:
         if len(codes) > 1:
             raise GridError(
-                f"cube of {source.plan.name!r}", f"records in {', '.join(f'EPSG:{c}' for c in codes)}", "one CRS",
-                "Choose one with epsg=, or use cubes() for one cube a zone.",
+                f"cube of {source.plan.name!r}", f"records in {', '.join(map(text, codes.tolist()))}", "one CRS",
+                "Choose one with crs=, or use cubes() for one cube a zone.",
             )  # fmt: skip
         epsg = int(codes[0])
+    if source.native and not any(isclose(metres(epsg), metres(int(code)), rel_tol=1e-9) for code in codes):
+        resolution = _resolution_in(source, epsg)
     if bounds is not None:
         return _exact(epsg, bounds, resolution)
     corner, size = (0.0, 0.0), (resolution, resolution)
@@ -54,7 +68,39 @@ def native_grid(
     y0 = corner[1] + np.ceil((box[3] - corner[1]) / yres - 1e-6) * yres
     width = int(np.ceil((box[2] - x0) / xres - 1e-6))
     height = int(np.ceil((y0 - box[1]) / yres - 1e-6))
+    _countable(source, epsg, (height, width), size)
     return Grid(epsg, float(x0), float(y0), xres, yres), (height, width)
+
+
+def _countable(source: ResolvedSource, epsg: int, shape: tuple[int, int], size: tuple[float, float]) -> None:
+    """Refuse more pixels than a raster may have, before anything is made of them."""
+    if not 0 < max(shape) <= MOST_PX:
+        raise GridError(
+            f"cube of {source.plan.name!r}",
+            f"{shape[1]:,} x {shape[0]:,} pixels of {size[0]:g} x {size[1]:g} {unit_of(epsg)} ({text(epsg)})",
+            f"at most {MOST_PX:,} a side",
+            "Say a pixel size in that unit, resolution=, or less ground, bounds=.",
+        )
+
+
+def _resolution_in(source: ResolvedSource, epsg: int) -> float:
+    """Return how large GDAL would make the pixels of the first record in a CRS of another unit."""
+    image = source.records.asset(0, source.plan.members[source.member[0]].bands[0]).image
+    a, _, c, _, e, f = image.transform
+    (west, east), (south, north) = sorted((c, c + a * image.width)), sorted((f, f + e * image.height))
+    crs = crs_of(int(source.records.epsg[0])), crs_of(epsg)
+    try:
+        transform, _, _ = calculate_default_transform(
+            *crs, image.width, image.height, west, south, east, north
+        )
+    except (RasterioError, CPLE_BaseError) as error:
+        failure = GridError(
+            f"cube of {source.plan.name!r} in {text(epsg)}", redact(str(error)), "a CRS that shows the records",
+            "Say bounds= and resolution= in it.",
+        )  # fmt: skip
+    else:
+        return float(transform.a)
+    raise failure  # outside of the except block: what rasterio chains to its errors does not unpickle
 
 
 def north_west(image: Level) -> tuple[float, float]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A collection as a lazy xarray cube; its bounds are treated as one chip."""
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.feeds import Feeds, covered, enough, pick, slots_of, source_outlines
 from rasteret_dask.chipping.frame import Frame
+from rasteret_dask.crs import spelled
 from rasteret_dask.cubes.cube import CubePlace
 from rasteret_dask.cubes.slotgraph import SlotGraph, SlotRecords
 from rasteret_dask.errors import PlanError
@@ -20,10 +22,11 @@ from rasteret_dask.grid import northern
 from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
-from rasteret_dask.reader.kernels import RecordGrid, warn_averaged
+from rasteret_dask.reader.kernels import Places, warn_averaged
 from rasteret_dask.reader.pixelgrid import Grid, Window
 from rasteret_dask.rules.picks import Ranked
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
+from rasteret_dask.table.filelayouts import FileLayouts
 
 __all__ = ["harmonized_cube"]
 
@@ -49,9 +52,10 @@ def harmonized_cube(
     feeds = _feeds(source, grid, shape, min_coverage)
     if not len(feeds.record):
         raise PlanError(f"cube of {source.plan.name!r}", "no record in these bounds", "at least one")
-    rows = np.unique(feeds.record)
-    places = [RecordGrid(int(row), int(source.member[row]), grid) for row in rows]
-    warn_averaged(source.plan, source.records, places)
+    rows = np.unique(feeds.record).astype(np.int64)
+    corner = np.tile([grid.x0, grid.y0], (len(rows), 1))
+    places = Places(rows, source.member[rows], np.full(len(rows), grid.epsg), corner, (grid.xres, grid.yres))
+    warn_averaged(source.plan, FileLayouts(source.records), places)
     numbers = range(len(source.axis)) if source.axis is not None else np.unique(feeds.slot).tolist()
     slots = [_records_of(source, feeds.take(feeds.slot == number)) for number in numbers]
     graph = SlotGraph(source, CubePlace(grid, shape, chunks), slots)
@@ -84,7 +88,7 @@ def harmonized_cube(
         pixels = graph.pixels()
     cube: xr.DataArray = xr.DataArray(pixels, coords, ("time", "band", "y", "x"), source.plan.name)
     transform = grid.transform(Window(0, 0, *shape))
-    cube = cube.rio.write_crs(f"EPSG:{grid.epsg}").rio.write_transform(transform)
+    cube = cube.rio.write_crs(spelled(grid.epsg)).rio.write_transform(transform)
     cube.attrs = _attributes(source, rows)
     return cube
 

@@ -1,19 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Dask graph of a cube's slots: one task a slot, block and band, or all bands that only make sense together."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from operator import itemgetter
 from typing import Any, TypeAlias
 
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
+from dask.highlevelgraph import HighLevelGraph, Layer
 from numpy.typing import NDArray
 
 from rasteret_dask.cubes.cube import CubePlace, Read
@@ -170,19 +172,28 @@ class SlotGraph:
         for number, member in enumerate(source.plan.members):
             of_member = [row for row in rows if source.member[row] == number]
             source.records.look_up(of_member, (*member.bands, *member.quality))
-        reads = [self._reads(member) for member in source.plan.members]
-        bands = {row: reads[int(source.member[row])] for row in rows}
+        # Worked out once for all records and chunks: there are tens of thousands of these.
+        self._reads_of = [self._reads(member) for member in source.plan.members]
+        bands = {row: self._reads_of[int(source.member[row])] for row in rows}
         quality = {row: [Read(band) for band in self._member(row).quality] for row in rows}
         every, is_joint = range(len(source.plan.bands)), not self.rules.is_bandwise
         self.groups = [tuple(every)] if is_joint else [(band,) for band in every]
+        self._rules_of = [_of_bands(self.rules, group) for group in self.groups]
+        self._scalings_of = {row: self._scalings(row) for row in rows}
         self.bands = stored_pixels(source.records, bands, place, together=is_joint)
         self.quality = stored_pixels(source.records, quality, place, together=False)
         self.chunks: tuple[tuple[int, ...], ...] = da.core.normalize_chunks((place.chunks,) * 2, place.shape)
+        self._blocks = [
+            ((i, j), (height, width))
+            for i, height in enumerate(self.chunks[0])
+            for j, width in enumerate(self.chunks[1])
+        ]
+        """(block, shape) along (y, x)."""
         masks = [None if member.mask is None else member.mask.to_json() for member in source.plan.members]
         self.token = tokenize(
             json.dumps([self.rules.to_json(), masks], sort_keys=True), slots, source.member[rows].tolist(),
             source.passes.of_record[rows].tolist(), [array.name for array in self._stacks()],
-            [(s.scale, s.offset) for row in rows for s in self._scalings(row)],
+            [(s.scale, s.offset) for row in rows for s in self._scalings_of[row]],
         )  # fmt: skip
 
     @property
@@ -205,52 +216,53 @@ class SlotGraph:
         Dims (time, band, y, x), and twice (time, y, x).
         """
         slots = self._slots(f"slot-{self.token}", _Slot.pixels)
-        name = f"cube-{self.token}"
-        first = {(name, *at): (itemgetter(0), (slots.name, *at)) for at in np.ndindex(slots.numblocks)}
+        first = _OnDemand(f"cube-{self.token}", slots.numblocks, partial(_first_of, slots.name))
         return (
-            _array(name, first, [slots], slots.chunks, slots.dtype),
+            _array(first, [slots], slots.chunks, slots.dtype),
             self._over_bands("valid", slots, _all_valid),
             self._over_bands("filled", slots, _any_filled),
         )
 
     def _slots(self, name: str, make: Callable[..., Any]) -> da.Array:
         chunks = ((1,) * len(self.slots), tuple(len(group) for group in self.groups), *self.chunks)
-        return _array(name, self._tasks(name, make), self._stacks(), chunks, np.dtype(self.source.plan.dtype))
+        others: Tasks = {}
+        parts: dict[tuple[int, ...], _Part] = {
+            (number, group): self._part(number, group, others)
+            for number in range(len(self.slots))
+            for group in range(len(self.groups))
+        }
+        tasks = _SlotTasks(make, parts, dict(self._blocks))
+        layer = _OnDemand(name, tuple(map(len, chunks)), tasks, others)
+        return _array(layer, self._stacks(), chunks, np.dtype(self.source.plan.dtype))
 
     def _over_bands(self, what: str, bands: da.Array, make: Callable[..., Any]) -> da.Array:
-        name, (times, groups, *blocks) = f"{what}-{self.token}", bands.numblocks
-        tasks = {
-            (name, slot, *block): (make, [(bands.name, slot, group, *block) for group in range(groups)])
-            for slot, *block in np.ndindex(times, *blocks)
-        }
-        return _array(name, tasks, [bands], (bands.chunks[0], *self.chunks), np.dtype(bool))
+        times, groups, *blocks = bands.numblocks
+        task = partial(_over_bands_of, make, bands.name, groups)
+        layer = _OnDemand(f"{what}-{self.token}", (times, *blocks), task)
+        return _array(layer, [bands], (bands.chunks[0], *self.chunks), np.dtype(bool))
 
-    def _tasks(self, name: str, make: Callable[..., Any]) -> Tasks:
-        """Return the tasks that make all slots of the chunks of stacks."""
-        tasks: Tasks = {}
-        for number, records in enumerate(self.slots):
-            order = self._order(number, records, tasks)
-            for at, group in enumerate(self.groups):
-                prefixes: Prefixes = {}
-                slot = self._slot(records, group, prefixes, tasks)
-                for block, shape in self._blocks():
-                    arrays = [(*prefix, *block) for prefix in prefixes]
-                    tasks[name, number, at, *block] = (make, slot, shape, arrays, order)
-        return tasks
+    def _part(self, number: int, group: int, others: Tasks) -> _Part:
+        """Return what a group of bands of a slot is made of; tasks that others share go to ``others``."""
+        prefixes: Prefixes = {}
+        order = self._order(number, self.slots[number], others)
+        slot = self._slot(self.slots[number], group, prefixes, others)
+        return _Part(slot, tuple(prefixes), order)
 
-    def _slot(self, records: SlotRecords, group: tuple[int, ...], prefixes: Prefixes, tasks: Tasks) -> _Slot:
-        """Return what some bands of a slot are made of; the chunks they need go to ``prefixes``."""
+    def _slot(self, records: SlotRecords, group: int, prefixes: Prefixes, tasks: Tasks) -> _Slot:
+        """Return what a group of bands of a slot is made of; the chunks it needs go to ``prefixes``."""
         number = self.source.passes.of_record
         acquisitions = tuple(
             _Acquisition(
-                tuple(self._record(row, group, prefixes, tasks) for row in rows), rank, int(number[rows[0]])
+                tuple(self._record(row, self.groups[group], prefixes, tasks) for row in rows),
+                rank,
+                int(number[rows[0]]),
             )
             for rank, rows in enumerate(records)
         )
-        return _Slot(_of_bands(self.rules, group), acquisitions)
+        return _Slot(self._rules_of[group], acquisitions)
 
     def _record(self, row: int, group: tuple[int, ...], prefixes: Prefixes, tasks: Tasks) -> _Record:
-        reads, scalings = self._reads(self._member(row)), self._scalings(row)
+        reads, scalings = self._reads_of[int(self.source.member[row])], self._scalings_of[row]
         bands = []
         for at in group:
             pixels = self.bands.among(row, reads[at], prefixes)
@@ -290,21 +302,15 @@ class SlotGraph:
         if member.quality:
             bands = [self.quality.among(row, Read(band), prefixes) for band in member.quality]
         else:
-            bands = [self.bands.among(row, self._reads(member)[0], prefixes)]
+            bands = [self.bands.among(row, self._reads_of[int(self.source.member[row])][0], prefixes)]
         there = tuple(band for band in bands if band is not None)
         if len(there) < len(bands):
             return None
-        for block, _ in self._blocks():
+        for block, _ in self._blocks:
             if (name, row, *block) not in tasks:
                 arrays = [(*prefix, *block) for prefix in prefixes]
                 tasks[name, row, *block] = (look, _Quality(member.mask, there), arrays)
         return name, row
-
-    def _blocks(self) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        """Yield (block, shape) along (y, x)."""
-        for i, height in enumerate(self.chunks[0]):
-            for j, width in enumerate(self.chunks[1]):
-                yield (i, j), (height, width)
 
     def _member(self, row: int) -> Member:
         member: Member = self.source.plan.members[int(self.source.member[row])]
@@ -329,9 +335,103 @@ class SlotGraph:
         return [*self.bands.arrays(), *self.quality.arrays()]
 
 
-def _array(name: str, tasks: Tasks, below: Sequence[da.Array], chunks: Any, dtype: np.dtype[Any]) -> da.Array:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What some bands of a slot are made of, and of which arrays."""
+
+    slot: _Slot
+    prefixes: tuple[tuple[Any, ...], ...]
+    """First part of the keys of the arrays, before their block (y, x)."""
+    order: tuple[str, int] | None
+    """Key of the order of its acquisitions; None: as they stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class _SlotTasks:
+    """Makes the task of each block of slots."""
+
+    make: Callable[..., Any]
+    parts: dict[tuple[int, ...], _Part]
+    """(slot, group of bands) -> what it is made of."""
+    shapes: dict[tuple[int, ...], tuple[int, int]]
+    """Block (y, x) -> its shape."""
+
+    def __call__(self, at: tuple[int, ...]) -> Any:
+        """Return the task of (slot, group, block along y, block along x)."""
+        part, block = self.parts[at[:2]], at[2:]
+        arrays = [(*prefix, *block) for prefix in part.prefixes]
+        return self.make, part.slot, self.shapes[block], arrays, part.order
+
+
+class _OnDemand(Layer):
+    """Tasks of an array's chunks, each made when it is asked for: a cube has tens of thousands, and few are computed.
+
+    Parameters
+    ----------
+    name
+        First part of their keys.
+    numblocks
+        Chunks along each dimension.
+    task
+        Returns the task of a chunk, by its numbers.
+    others
+        Tasks that these share.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        numblocks: tuple[int, ...],
+        task: Callable[[tuple[int, ...]], Any],
+        others: Mapping[Any, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self._numblocks, self._task, self._others = name, numblocks, task, others or {}
+
+    def is_materialized(self) -> bool:
+        """Return False: tasks are not there yet."""
+        return False
+
+    def get_output_keys(self) -> set[Any]:
+        """Return the keys of all tasks."""
+        return set(self)
+
+    def __getitem__(self, key: Any) -> Any:
+        if key in self._others:
+            return self._others[key]
+        if key not in self:
+            raise KeyError(key)
+        return self._task(key[1:])
+
+    def __contains__(self, key: Any) -> bool:
+        if not isinstance(key, tuple) or len(key) != 1 + len(self._numblocks) or key[0] != self.name:
+            return key in self._others
+        return all(0 <= at < count for at, count in zip(key[1:], self._numblocks, strict=True))
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._others
+        for at in np.ndindex(self._numblocks):
+            yield (self.name, *at)
+
+    def __len__(self) -> int:
+        return len(self._others) + prod(self._numblocks)
+
+
+def _array(layer: _OnDemand, below: Sequence[da.Array], chunks: Any, dtype: np.dtype[Any]) -> da.Array:
     needs: Any = below
-    return da.Array(HighLevelGraph.from_collections(name, tasks, dependencies=needs), name, chunks, dtype)
+    graph = HighLevelGraph.from_collections(layer.name, layer, dependencies=needs)
+    return da.Array(graph, layer.name, chunks, dtype)
+
+
+def _first_of(name: str, at: tuple[int, ...]) -> Any:
+    """Return the task of the first of what a chunk of an array is a tuple of."""
+    return itemgetter(0), (name, *at)
+
+
+def _over_bands_of(make: Callable[..., Any], name: str, groups: int, at: tuple[int, ...]) -> Any:
+    """Return the task over all groups of bands of a chunk (slot, block along y, block along x) of an array."""
+    slot, *block = at
+    return make, [(name, slot, group, *block) for group in range(groups)]
 
 
 def _of_bands(rules: PixelRules, bands: tuple[int, ...]) -> PixelRules:

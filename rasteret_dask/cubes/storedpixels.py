@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stored numbers with their validity, in stacks of one stored type each."""
 
 from __future__ import annotations

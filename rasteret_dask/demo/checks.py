@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks the demo's result by other means: plain xarray opens it, rasterio alone reads the same pixels."""
 
 from __future__ import annotations

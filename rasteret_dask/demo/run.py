@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job on a made-up world: three collections become train chips in a Zarr store."""
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def _write(train: rd.Chips, store: Path, say: Say) -> bool:
         raise StoreError(error.subject, error.found, error.expected, remedy) from error
     taken = time.monotonic() - started
     nbytes = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    shards = sum(1 for _ in train.job.shards())
+    shards = train.job.shard_count
     many = "shard" if shards == 1 else "shards"
     say(f"  {store}: {len(train)} chips in {shards} {many}, {nbytes / 1e6:.0f} MB, {taken:.0f} s")
     return True

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pixels of the places that one names: geometries, points, lattice cells."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Areas and points in whatever form the user has them, as WKB in lon/lat."""
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def as_area(value: Any) -> str:
         raise PlanError(
             "area", f"bounds {west:g}, {south:g}, {east:g}, {north:g}", "degrees of lon/lat (EPSG:4326)"
         )
-    return str(shapely.to_wkb(shapely.make_valid(area), hex=True))
+    # in one order of parts and corners: the same area is the same plan, also when it is read from a recipe again
+    return str(shapely.to_wkb(shapely.normalize(shapely.make_valid(area)), hex=True))
 
 
 def _in_degrees(area: Any) -> bool:
@@ -122,6 +124,8 @@ def as_points(value: Any) -> pa.Table:
         When there is no geometry, or no row.
     """
     table, index = _table_of(value, "chips(at=)")
+    if "__index__" in table.column_names:  # it was such a table before
+        index, table = table.column("__index__").to_pylist(), table.drop_columns(["__index__"])
     taken = [n for n in table.column_names if n in CHIP_SCHEMA.names and n != "geometry"]
     if taken:
         raise PlanError(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cells of the lattice over an area, numbered row by row, and one source's pixels in any of them."""
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from rasteret_dask.geometries.windows import Geometries
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import ChipSpec, Filter, Node, Predicate, spec_field
 from rasteret_dask.planning.query import Query
-from rasteret_dask.planning.resolve import ResolvedSource
+from rasteret_dask.planning.resolve import ResolvedSource, in_metres
 from rasteret_dask.rules.picks import pick_named
 from rasteret_dask.table.timing import TimeAxis, half_open
 from rasteret_dask.tasks.context import ReadContext
@@ -249,7 +250,7 @@ def cells_of(
         source = settled(query, bands, resolution, area.bounds)
     else:
         source = settled(query.then(Filter(query.plan, (_until(time),))), bands, resolution, area.bounds)
-    source = _one_slot(source, query.plan, time)
+    source = in_metres(_one_slot(source, query.plan, time), f"cells of {size} pixels")
     frame = candidates(spec, _ground(area), source.plan.resolution, {}, None)
     if not len(frame):
         raise PlanError("cells of the area", "none", "at least one", "Is the area smaller than a pixel?")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values at points: each the file's own pixel that it lies in, of every acquisition and band."""
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rasteret_dask.extent import is_geographic, metres
 from rasteret_dask.geometries.reading import band_names
 from rasteret_dask.geometries.rows import Rows, laid, run, settled, squares, window_job
 from rasteret_dask.geometries.windows import Geometries, frame_of, geometries_of
-from rasteret_dask.grid import northern, transformer, utm_zone, zone_epsg
+from rasteret_dask.grid import northern, transformer
 from rasteret_dask.headers.nodata import INEXACT
 from rasteret_dask.planning.plan import Harmonize, HarmonizeSpec
 from rasteret_dask.planning.query import Query
@@ -25,6 +26,7 @@ from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filling import ChipPixels
 from rasteret_dask.tasks.job import Shard
+from rasteret_dask.zones import UTM
 
 __all__ = ["POINT_SCHEMA", "sample_points"]
 
@@ -57,10 +59,6 @@ GRAIN_PX = 2.0**-16
 
 GRAIN_M = 4e-6
 """The same, metres, at least: planning takes windows that share less than a micrometre for neighbours."""
-
-UTM_LATITUDES = (-80.0, 84.0)
-UPS_NORTH, UPS_SOUTH = 32661, 32761
-"""EPSG codes of the polar stereographic maps that go on where UTM ends."""
 
 
 def sample_points(
@@ -108,10 +106,9 @@ def _codes(places: Geometries, source: ResolvedSource) -> NDArray[np.int64]:
     """Return the CRS in metres of each point's window: the records' own where there is one, else the point's zone."""
     own = sorted({northern(int(code))[0] for code in np.unique(source.records.epsg)})
     lon, lat = shapely.get_x(places.shape), shapely.get_y(places.shape)
-    zone = zone_epsg(0) + utm_zone(lon, np.clip(lat, *UTM_LATITUDES))
-    zone = np.where(lat > UTM_LATITUDES[1], UPS_NORTH, np.where(lat < UTM_LATITUDES[0], UPS_SOUTH, zone))
+    zone = UTM.codes(lon, lat)
     if len(own) > 1 or is_geographic(own[0]):
-        return np.asarray(zone)
+        return zone
     there = np.isfinite(transformer(4326, own[0]).transform(lon, lat)).all(axis=0)
     return np.asarray(np.where(there, own[0], zone))
 

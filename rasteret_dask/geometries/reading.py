@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pixels of geometries, read at once: as one array, as a Dataset, or as a frame of arrays of any shape."""
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyproj
 import rioxarray  # noqa: F401  (registers the .rio accessor)
 import shapely
 import xarray as xr
@@ -20,6 +20,7 @@ from rasterio.features import geometry_mask
 from rasteret_dask.chipping.chips import phases
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import source_outlines
+from rasteret_dask.crs import crs_of, spelled, text
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.extras import needs
 from rasteret_dask.geometries.rows import Rows, laid, run, settled, squares, window_job
@@ -170,9 +171,9 @@ def prepared(query: Query, request: WindowRequest) -> RowsToRead:
 
 def _same_unit(target: int, source: ResolvedSource) -> None:
     own = int(source.records.epsg[0])
-    units = [pyproj.CRS.from_epsg(code).axis_info[0].unit_name for code in (target, own)]
+    units = [crs_of(code).axis_info[0].unit_name for code in (target, own)]
     if units[0] != units[1]:
-        raise GridError(f"target_crs=EPSG:{target}", f"pixels of {source.plan.resolution:g} {units[1]}",
+        raise GridError(f"target_crs={text(target)}", f"pixels of {source.plan.resolution:g} {units[1]}",
                         f"a pixel size in {units[0]}", "Say it with resolution=.")  # fmt: skip
 
 
@@ -336,7 +337,7 @@ def _alone(dataset: xr.Dataset) -> xr.Dataset:
     one = one.assign_coords(x=("x", one["x_centre"].values), y=("y", one["y_centre"].values))
     code = int(one["epsg"])
     one = one.drop_vars(["geometry", "x_centre", "y_centre", "epsg"])
-    return one.rio.write_crs(f"EPSG:{code}")  # type: ignore[no-any-return]
+    return one.rio.write_crs(spelled(code))  # type: ignore[no-any-return]
 
 
 def _steps(rows: Rows) -> tuple[NDArray[np.datetime64], NDArray[np.int64]]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Windows become rows, one a window and acquisition (or slot), and rows a job that the engine reads."""
 
 from __future__ import annotations

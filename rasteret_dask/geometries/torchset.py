@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cells of an area as a torch Dataset, by number or, as TorchGeo's samplers ask, by bounds."""
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pyproj
 import shapely
 from numpy.typing import NDArray
 
+from rasteret_dask.crs import crs_of, spelled, text
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.extras import needs
 from rasteret_dask.geometries.cells import Cells
@@ -126,7 +128,7 @@ class CellDataset(Dataset[Sample]):
             "image": torch.from_numpy(np.ascontiguousarray(pixels.astype(_kind(pixels.dtype), copy=False))),
             "valid": torch.from_numpy(np.ascontiguousarray(valid)),
             "bbox": torch.from_numpy(bounds.astype(np.float64)),
-            "crs": f"EPSG:{epsg}",
+            "crs": spelled(epsg),
             "id": name,
         }
         return sample if self.transforms is None else self.transforms(sample)
@@ -135,7 +137,7 @@ class CellDataset(Dataset[Sample]):
 
     @property
     def epsg(self) -> int:
-        """EPSG code of all cells.
+        """CRS of all cells, as :func:`rasteret_dask.crs.number` counts it.
 
         Raises
         ------
@@ -145,7 +147,7 @@ class CellDataset(Dataset[Sample]):
         codes = np.unique(self.cells.frame.epsg).tolist()
         if len(codes) > 1:
             raise GridError(
-                "CRS of a dataset", f"cells in {', '.join(f'EPSG:{c}' for c in codes)}", "one UTM zone",
+                "CRS of a dataset", f"cells in {', '.join(map(text, codes))}", "one UTM zone",
                 "Index it by number, or make a dataset a zone.",
             )  # fmt: skip
         return int(codes[0])
@@ -153,7 +155,7 @@ class CellDataset(Dataset[Sample]):
     @property
     def crs(self) -> pyproj.CRS:
         """CRS of all cells."""
-        return pyproj.CRS.from_epsg(self.epsg)
+        return crs_of(self.epsg)
 
     @property
     def res(self) -> tuple[float, float]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Geometries in any form become windows of pixels: each its own, or squares of one size."""
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyproj
 import shapely
 from numpy.typing import NDArray
-from pyproj.exceptions import CRSError
 
 from rasteret_dask.chipping.frame import BLOCK_PX, STRIP, Frame, Phase
+from rasteret_dask.crs import number, text
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.footprint import within_world
 from rasteret_dask.geometries.areas import as_area
-from rasteret_dask.grid import northern, transformer, utm_zone, zone_epsg
+from rasteret_dask.grid import northern, transformer
+from rasteret_dask.zones import UTM
 
 __all__ = [
     "Geometries",
@@ -74,7 +75,7 @@ class PixelGrids:
     size: float
     """Side of a pixel, in units of the CRS."""
     phase: Phase
-    """EPSG code -> (x, y) of a pixel's corner; (0, 0) for any other."""
+    """CRS -> (x, y) of a pixel's corner; (0, 0) for any other."""
 
     def corner(self, code: int) -> tuple[float, float]:
         """Return a pixel's corner in a CRS."""
@@ -96,11 +97,11 @@ def geometries_of(value: Any) -> Geometries:
         return _checked(shapely.from_wkb(wkb), value.drop_columns(["geometry"]))
     found = _parts(value)
     shapes = np.empty(len(found), dtype=object)
-    for number, part in enumerate(found):
+    for index, part in enumerate(found):
         try:
-            shapes[number] = _shape(part)
+            shapes[index] = _shape(part)
         except PlanError as error:
-            raise PlanError(f"geometry {number}", error.found, error.expected, error.remedy) from error
+            raise PlanError(f"geometry {index}", error.found, error.expected, error.remedy) from error
     return _checked(shapes, pa.table({}))
 
 
@@ -164,20 +165,17 @@ def _checked(shapes: NDArray[Any], labels: pa.Table) -> Geometries:
 
 
 def epsg_of(crs: Any) -> int:
-    """Return the EPSG code of a CRS in any form; 327zz becomes its northern twin 326zz.
+    """Return the number of a CRS in any form; 327zz becomes its northern twin 326zz.
 
     Raises
     ------
     GridError
-        When it has none.
+        When PROJ does not know it.
     """
     try:
-        code = pyproj.CRS.from_user_input(crs).to_epsg()
-    except CRSError as error:
-        raise GridError("target_crs=", repr(crs), "a CRS, such as 'EPSG:32633'") from error
-    if code is None:
-        raise GridError("target_crs=", repr(crs), "a CRS that has an EPSG code")
-    return northern(int(code))[0]
+        return northern(number(crs))[0]
+    except GridError as error:
+        raise GridError("target_crs=", f"{crs!r:.80}, {error.found}", "a CRS, such as 'EPSG:3035'") from error
 
 
 def codes_of(
@@ -190,7 +188,7 @@ def codes_of(
     geometries
         The geometries.
     records
-        EPSG codes of the records.
+        CRSs of the records.
     target
         The CRS asked for, or None: the UTM zone (326zz) that the geometry lies in; where records are not in UTM,
         their own CRS.
@@ -205,11 +203,11 @@ def codes_of(
     if target is not None:
         return np.full(len(geometries), target, dtype=np.int64)
     own = sorted({northern(int(code))[0] for code in np.unique(records)})
-    if metric or all(zone_epsg(1) <= code <= zone_epsg(60) for code in own):
-        return np.asarray(utm_zone(*geometries.inside) + zone_epsg(0))
+    if metric or all(UTM.has(code) for code in own):
+        return UTM.codes(*geometries.inside)
     if len(own) > 1:
         raise GridError(
-            "geometries", f"records in {', '.join(f'EPSG:{c}' for c in own)}", "one CRS, or UTM zones",
+            "geometries", f"records in {', '.join(map(text, own))}", "one CRS, or UTM zones",
             "Choose one with target_crs= and resolution=.",
         )  # fmt: skip
     return np.full(len(geometries), own[0], dtype=np.int64)

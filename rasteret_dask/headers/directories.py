@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The directories of a TIFF (IFDs), and the values of their tags: TIFF 6.0, section 2, and BigTIFF."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodata in the pixel's own dtype: what a tag, an item or a table spells becomes the number that pixels hold."""
 
 from __future__ import annotations

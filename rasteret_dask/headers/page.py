@@ -1,9 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a header says: the levels of a file with their tile tables, within bounds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -12,9 +13,11 @@ from rasteret_dask.headers.nodata import Number
 from rasteret_dask.rules.kinds import KindName
 
 __all__ = [
+    "LONGEST_TAG",
     "Header",
     "HeaderRefusedError",
     "Page",
+    "Placement",
     "Transform",
     "UnsupportedError",
     "checked",
@@ -25,6 +28,11 @@ __all__ = [
 _MAX_TILE = 256 * 1024 * 1024  # bytes of a decoded tile
 _MAX_TILES = 10_000_000
 _MAX_SAMPLES = 65_535
+LONGEST_TAG = 100
+"""Characters of a tag that is kept: dates and names, no documents."""
+
+Placement = Literal["rotated", "gcps"]
+"""How a file lies whose rows and columns are no axes of its CRS: by a turned transform, or by ground control points."""
 
 Transform: TypeAlias = tuple[float, float, float, float, float, float]
 
@@ -79,7 +87,8 @@ class Header:
 
     pages: tuple[Page, ...]
     """The image, its overviews from fine to coarse, then masks."""
-    epsg: int
+    epsg: int | None
+    """The CRS, as :func:`rasteret_dask.crs.number` counts it; None: the file has none."""
     nodata: Number | None
     """What pixels hold that are nodata, a number of their own dtype; see :mod:`rasteret_dask.headers.nodata`."""
     dtype: str
@@ -101,6 +110,15 @@ class Header:
     """How the file spells its nodata; also what no pixel of its dtype can hold."""
     alpha: int | None = None
     """Position of the band that is the file's alpha channel, from 0: pixels are valid where it is more than 0."""
+    placement: Placement | None = None
+    """None: rows and columns run along the axes of the CRS. Else the image page tells of the north-up raster that GDAL
+    would warp the file to, and each window of another grid is warped from the file itself."""
+    outline: tuple[tuple[float, float], ...] = ()
+    """(x, y) of the corners in the CRS, where ``placement`` says that they are no rectangle's."""
+    descriptions: tuple[str | None, ...] = ()
+    """What the file calls each band; empty where it names none."""
+    tags: tuple[tuple[str, str], ...] = ()
+    """(name, text) of the file's own metadata, as GDAL names it: ``TIFFTAG_DATETIME``, items of GDAL_METADATA."""
 
     def levels_of(self, band_index: int) -> tuple[dict[str, Any], ...]:
         """Return one dict per level, matching ``records.LEVEL_TYPE``, with the tile tables of one band.

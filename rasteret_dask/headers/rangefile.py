@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file of which the first bytes are there, and others are fetched as they are asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COG headers, parsed once, many at once."""
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def _parsed(href: str, file: RangeFile) -> Header | str:
         if isinstance(header, Header):
             header = replace(header, size=file.head.size, etag=file.head.etag)
     if isinstance(header, Header):
-        return _objection(header) or with_sidecar(_with_mask(href, header), href)
+        header = with_sidecar(_with_mask(href, header), href)
+        return _objection(header) or header
     return header
 
 
@@ -196,12 +198,10 @@ def _with_mask(href: str, header: Header) -> Header:
 
 def _objection(header: Header) -> str | None:
     image = header.pages[0]
-    _, b, _, d, _, _ = image.transform
-    reason = misplaced(header.epsg, image.transform, image.width, image.height)
-    if reason is not None:
-        return f"refused: {reason}"
-    if b or d:
-        return f"rotated: transform {header.pages[0].transform}; only north-up and south-up grids are served"
+    if header.epsg is not None:  # else the record's CRS is held against it, once it is settled
+        reason = misplaced(header.epsg, image.transform, image.width, image.height)
+        if reason is not None:
+            return f"refused: {reason}"
     return None
 
 

@@ -1,11 +1,15 @@
-"""What GDAL's sidecar file (``.aux.xml``) of a local raster says of its bands: names of classes, attribute tables."""
+# SPDX-License-Identifier: Apache-2.0
+"""What GDAL's sidecar file (``.aux.xml``) of a local raster says of it: names of classes, attribute tables, a CRS."""
 
 from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from dataclasses import replace
 
+from rasteret_dask.crs import number
+from rasteret_dask.errors import GridError
 from rasteret_dask.headers.page import Header
 from rasteret_dask.net.remote import is_local, local_path
 
@@ -15,7 +19,7 @@ _MOST = 16 * 1024 * 1024  # bytes of a sidecar that are read: 65,536 names take 
 
 
 def with_sidecar(header: Header, href: str) -> Header:
-    """Return a header with the classes that a local file's sidecar names.
+    """Return a header with the classes that a local file's sidecar names, and the CRS where the file has none.
 
     Parameters
     ----------
@@ -34,18 +38,22 @@ def with_sidecar(header: Header, href: str) -> Header:
     try:
         with open(place, "rb") as file:
             text = file.read()
-        bands = [] if b"<!" in text else ElementTree.fromstring(text).findall("PAMRasterBand")
+        root = ElementTree.fromstring(b"<PAMDataset/>" if b"<!" in text else text)
     except (OSError, ElementTree.ParseError):
         return header  # GDAL, too, reads the raster then
+    srs = root.findtext("SRS")
+    if header.epsg is None and srs:
+        with suppress(GridError):  # GDAL, too, has no CRS then
+            header = replace(header, epsg=number(srs))
     thematic = list(header.thematic or (False,) * header.samples)
     categories = list(header.categories or ((),) * header.samples)
-    for band in bands:
-        number = band.get("band", "")
-        if not number.isdigit() or not 1 <= int(number) <= header.samples:
+    for band in root.findall("PAMRasterBand"):
+        index = band.get("band", "")
+        if not index.isdigit() or not 1 <= int(index) <= header.samples:
             continue
         names = [item.text or "" for item in band.findall("CategoryNames/Category")]
         table = band.find("GDALRasterAttributeTable")
-        at = int(number) - 1
+        at = int(index) - 1
         thematic[at] |= any(names) or (table is not None and table.get("tableType") == "thematic")
         categories[at] = tuple((n, name) for n, name in enumerate(names) if name) or categories[at]
     if not any(thematic):

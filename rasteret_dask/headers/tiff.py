@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A TIFF's header: what its directories say, brought to the levels of a record."""
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from itertools import islice
 import numpy as np
 
 from rasteret_dask.headers.directories import Directory, directories
+from rasteret_dask.headers.geokeys import crs_of_keys, geokeys
 from rasteret_dask.headers.nodata import Number, number_of, spelled, text_of
 from rasteret_dask.headers.page import (
+    LONGEST_TAG,
     Header,
     HeaderRefusedError,
     Page,
@@ -30,6 +33,7 @@ _MAX_IFDS = 128
 _OLD_JPEG = 6  # compression whose other tags follow rules of their own
 _PALETTE = 3  # PhotometricInterpretation, TIFF 6.0, tag 262
 _COLOURS = 320  # ColorMap; files of USDA's have one under another interpretation, and GDAL takes it, too
+_DATETIME = 306  # TIFF 6.0: "YYYY:MM:DD HH:MM:SS"
 BROKEN = (struct.error, ValueError, LookupError, TypeError, ArithmeticError, OSError)
 """What broken or hostile bytes raise."""
 
@@ -42,7 +46,7 @@ def from_tiff(file: RangeFile) -> Header:
     if len(ifds) > _MAX_IFDS:
         raise HeaderRefusedError(f"more than {_MAX_IFDS} images in one file")
     first = ifds[0]
-    epsg = _epsg(first)
+    epsg = crs_of_keys(first)
     transform = _transform(first)
     image = _page(first, "image", transform, None)
     pages = [image]
@@ -66,6 +70,8 @@ def from_tiff(file: RangeFile) -> Header:
         nodata_tag=nodata,
         alpha=_alpha(first, items, image.samples),
         thematic=_thematic(first, items, image.samples),
+        descriptions=_descriptions(items, image.samples),
+        tags=_tags(first, items),
     )
 
 
@@ -171,30 +177,13 @@ def _transform(ifd: Directory) -> Transform:
         raise UnsupportedError(
             "ground control points instead of a geotransform" if len(tie) > 6 else "no geotransform"
         )
-    if _geokeys(ifd).get(1025) == 2:  # RasterPixelIsPoint: the tiepoint is the centre of a pixel
+    if b or d:
+        raise UnsupportedError("rows and columns that are turned")
+    if geokeys(ifd).get(1025) == 2:  # RasterPixelIsPoint: the tiepoint is the centre of a pixel
         c, f = c - 0.5 * (a + b), f - 0.5 * (d + e)
     if not np.all(np.isfinite((a, b, c, d, e, f))) or a * e - b * d == 0:
         raise UnsupportedError(f"no invertible geotransform: {(a, b, c, d, e, f)}")
     return a, b, c, d, e, f
-
-
-def _geokeys(ifd: Directory) -> dict[int, int]:
-    """Return the GeoKeys that are single numbers (GeoTIFF 1.1, 7.1.2)."""
-    words = ifd.integers(34735)
-    if len(words) < 4:
-        return {}
-    entries = (words[4 + 4 * n : 8 + 4 * n] for n in range(words[3]))
-    return {e[0]: e[3] for e in entries if len(e) == 4 and e[1] == 0}
-
-
-def _epsg(ifd: Directory) -> int:
-    keys = _geokeys(ifd)
-    code = keys.get({1: 3072, 2: 2048}.get(keys.get(1024, 0), 0), 32767)
-    # units other than a code's own make it another CRS, which GDAL works out
-    units = keys.get(3076, 9001) != 9001 or keys.get(2054, 9102) != 9102
-    if not 1024 <= code < 32767 or units:
-        raise UnsupportedError("no EPSG code")
-    return code
 
 
 def _nodata(text: str | None, ifd: Directory, dtype: str) -> Number | None:
@@ -221,6 +210,26 @@ def _per_sample(items: Sequence[ElementTree.Element], role: str, samples: int) -
         if item.get("role") == role and sample.isdigit() and int(sample) < samples:
             values[int(sample)] = _number(item.text)
     return tuple(values.get(n) for n in range(samples)) if values else ()
+
+
+def _descriptions(items: Sequence[ElementTree.Element], samples: int) -> tuple[str | None, ...]:
+    """Return what the file calls each sample; none where it names none."""
+    names: dict[int, str | None] = {}
+    for item in items:
+        sample = item.get("sample", "0")
+        if item.get("role") == "description" and sample.isdigit() and int(sample) < samples:
+            names[int(sample)] = item.text
+    return tuple(names.get(n) for n in range(samples)) if names else ()
+
+
+def _tags(ifd: Directory, items: Sequence[ElementTree.Element]) -> tuple[tuple[str, str], ...]:
+    """Return the file's own metadata, short texts only: they are kept while other headers are read."""
+    tags = {item.get("name", ""): item.text or "" for item in items if item.get("sample") is None}
+    try:
+        tags["TIFFTAG_DATETIME"] = ifd.text(_DATETIME) or ""
+    except (UnsupportedError, *BROKEN):
+        pass  # a broken date breaks no image
+    return tuple((name, text) for name, text in tags.items() if 0 < len(text) <= LONGEST_TAG)
 
 
 def _number(text: str | None) -> float | None:

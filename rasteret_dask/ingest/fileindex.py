@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Parquet table of files, a row each, read as STAC items: only the rows and columns that are asked for."""
 
 from __future__ import annotations

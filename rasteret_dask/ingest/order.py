@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is to be built: where items are, which of them, and how they become rows."""
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from typing import Any
 
 from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.catalog import find, known_dataset
+from rasteret_dask.crs import number
 from rasteret_dask.errors import PlanError, SourceError
 from rasteret_dask.ingest.fileindex import index_items
-from rasteret_dask.ingest.pages import ItemBatch, Recipe
+from rasteret_dask.ingest.pages import ItemBatch, TableSpec
 from rasteret_dask.ingest.search import Box, Search, boxes_of, fits
 from rasteret_dask.ingest.sources import read_items, remote_item
 from rasteret_dask.ingest.stac import Rules, range_of
@@ -56,6 +58,10 @@ class BuildOrder:
     skip_broken: bool = True
     kinds: tuple[tuple[str, KindName], ...] = ()
     """(band, kind) pairs: what the user says of bands, by any of their names."""
+    static: bool = False
+    """Whether records hold at any time, whatever time their items have."""
+    crs: str | None = None
+    """WKT2 of the CRS of files that have none, of items that state none."""
 
     @property
     def where(self) -> str:
@@ -67,13 +73,18 @@ class BuildOrder:
         """The corners as boxes that do not cross the antimeridian."""
         return () if self.corners is None else boxes_of(self.corners)
 
+    @property
+    def searched(self) -> tuple[str | None, str | None]:
+        """The range that is searched: what holds at any time is in every range, whatever time its items have."""
+        return (None, None) if self.static else self.span
+
     def check(self) -> None:
         """Raise SourceError where all of an archive would be searched, or there is nothing to search."""
         if self.index is None and self.catalog is None and self.stac_api is None:
             raise SourceError(
                 f"dataset {self.entry!r}", "no STAC API, catalog or index", "one of them: stac_api="
             )
-        whole = self.corners is None and self.span == (None, None) and self.max_items is None
+        whole = self.corners is None and self.searched == (None, None) and self.max_items is None
         if whole and self.catalog is None:
             raise SourceError(
                 f"{self.name!r} from {self.where}",
@@ -91,12 +102,13 @@ class BuildOrder:
 
     def rules(self) -> Rules:
         """Return how items become rows."""
-        within = range_of(None if self.span == (None, None) else self.span)
-        return Rules(self.bands, self.dataset, self.boxes, within, self.kinds)
+        within = range_of(None if self.searched == (None, None) else self.searched)
+        crs = None if self.crs is None else number(self.crs)
+        return Rules(self.bands, self.dataset, self.boxes, within, self.kinds, self.static, crs)
 
-    def recipe(self) -> Recipe:
+    def table_spec(self) -> TableSpec:
         """Return how items become a table."""
-        return Recipe(
+        return TableSpec(
             self.name, self.rules(), self.headers, self.max_items, self.skip_broken, len(self.boxes) > 1
         )
 
@@ -119,7 +131,9 @@ class BuildOrder:
             found = read_items(self.catalog, keep_broken=True)
             yield ItemBatch([i for i in found if fits(i.data, self.query, self.name)], len(found))
         elif self.stac_api is not None:
-            search = Search(self.stac_api, self.collection, self.boxes, self.span, self.query, self.filter)
+            search = Search(
+                self.stac_api, self.collection, self.boxes, self.searched, self.query, self.filter
+            )
             from rasteret_dask.ingest.stacapi import pages  # it imports pystac_client
 
             for page in pages(search, self.max_items):
@@ -152,7 +166,7 @@ def order_of_json(document: Mapping[str, Any], name: str) -> BuildOrder:
         When the catalog has lost its dataset, or it is something else.
     """
     try:
-        fields = {k: document[k] for k in BuildOrder.__slots__}
+        fields = {k: {"crs": None, **document}[k] for k in BuildOrder.__slots__}
         fields["kinds"] = tuple((band, kind_of(kind).name) for band, kind in fields["kinds"])
         fields["dataset"] = known_dataset(fields["dataset"]) if fields["dataset"] is not None else None
         if fields["entry"] is not None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of items become one table on disk, while they arrive."""
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rasteret_dask.errors import SourceError
+from rasteret_dask.errors import EmptyError, SourceError
 from rasteret_dask.formats import table_metadata
 from rasteret_dask.headers.reader import Header, HeaderReader
 from rasteret_dask.ingest.describe import contradictions, contradictions_note
@@ -42,10 +43,10 @@ from rasteret_dask.table.assetkinds import with_kinds
 from rasteret_dask.table.barehrefs import hosts_of, marks, signed_in
 from rasteret_dask.table.layers import Layer, check_bands, check_kinds
 from rasteret_dask.table.leftassets import LeftAssets
-from rasteret_dask.table.records import RECORD_SCHEMA, Records
+from rasteret_dask.table.records import RECORD_SCHEMA, Records, conform
 from rasteret_dask.table.timing import acquisitions
 
-__all__ = ["BuildReport", "EarlierTable", "ItemBatch", "Recipe", "ahead", "ingest"]
+__all__ = ["BuildReport", "EarlierTable", "ItemBatch", "TableSpec", "ahead", "ingest"]
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ class ItemBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TableSpec:
     """How items become a table."""
 
     name: str
@@ -118,7 +119,12 @@ class EarlierTable:
     def tables(self) -> Iterator[pa.Table]:
         """Yield the rows."""
         for batch in pq.ParquetFile(self.path).iter_batches(ROWS):
-            yield pa.Table.from_batches([batch]).replace_schema_metadata(None).cast(RECORD_SCHEMA)
+            table = pa.Table.from_batches([batch]).replace_schema_metadata(None)
+            yield (
+                table.cast(RECORD_SCHEMA)
+                if table.column_names == RECORD_SCHEMA.names
+                else conform(table, "earlier")
+            )
 
 
 @dataclass(slots=True)
@@ -173,7 +179,7 @@ class BuildReport:
 
 def ingest(
     batches: Iterable[ItemBatch],
-    recipe: Recipe,
+    spec: TableSpec,
     path: Path,
     progress: Progress,
     earlier: EarlierTable | None = None,
@@ -184,7 +190,7 @@ def ingest(
     ----------
     batches
         Items as they arrive; closed when enough of them are there.
-    recipe
+    spec
         How they become rows.
     path
         The file.
@@ -200,7 +206,7 @@ def ingest(
     BandError
         When no item has a band that was asked for.
     """
-    report = BuildReport(broken=LeftOut(recipe.skip_broken))
+    report = BuildReport(broken=LeftOut(spec.skip_broken))
     before = None if earlier is None else pq.read_schema(earlier.path)
     signed: set[str] = set() if before is None else set(hosts_of(before) or ())
     if before is not None:
@@ -209,14 +215,14 @@ def ingest(
     def tables() -> Iterator[pa.Table]:
         if earlier is not None:
             yield from earlier.tables()
-        for table in _tables(batches, recipe, report, progress, earlier):
+        for table in _tables(batches, spec, report, progress, earlier):
             signed.update(signed_in(table))
             metadata.update(marks(tuple(signed)))
             metadata.update(report.left.metadata())
             yield table
 
     def choose(staged: pa.Table) -> NDArray[np.int64]:
-        return _choose(staged.select(list(_KEYS)), recipe, report, earlier is not None)
+        return _choose(staged.select(list(_KEYS)), spec, report, earlier is not None)
 
     metadata = table_metadata() | marks(
         tuple(signed)
@@ -251,7 +257,7 @@ def age_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _tables(
     batches: Iterable[ItemBatch],
-    recipe: Recipe,
+    spec: TableSpec,
     report: BuildReport,
     progress: Progress,
     earlier: EarlierTable | None,
@@ -259,22 +265,22 @@ def _tables(
     """Yield the items' rows, a page after its headers are there."""
     coming: deque[tuple[list[Draft], dict[str, Future[Header | str]] | None]] = deque()
     with HeaderReader() as reader:
-        for drafts in _drafts(batches, recipe, report, progress, earlier):
+        for drafts in _drafts(batches, spec, report, progress, earlier):
             hrefs = dict.fromkeys(layer.href for draft in drafts for layer in draft.layers)
-            coming.append((drafts, {h: reader.submit(h) for h in hrefs} if recipe.headers else None))
+            coming.append((drafts, {h: reader.submit(h) for h in hrefs} if spec.headers else None))
             if len(coming) > AHEAD:
-                yield _table(*coming.popleft(), reader, recipe, report)
+                yield _table(*coming.popleft(), reader, spec, report)
         while coming:
-            yield _table(*coming.popleft(), reader, recipe, report)
-    if recipe.headers and report.files and report.failed == report.files:
-        raise _no_headers(recipe, report)
+            yield _table(*coming.popleft(), reader, spec, report)
+    if spec.headers and report.files and report.failed == report.files:
+        raise _no_headers(spec, report)
     if not report.added and earlier is None:
-        raise _nothing(recipe, report)
+        raise _nothing(spec, report)
 
 
 def _drafts(
     batches: Iterable[ItemBatch],
-    recipe: Recipe,
+    spec: TableSpec,
     report: BuildReport,
     progress: Progress,
     earlier: EarlierTable | None,
@@ -285,11 +291,11 @@ def _drafts(
     count = 0
     with closing(ahead(batches)) as arriving:
         for batch in arriving:
-            progress.total = batch.total if recipe.max_items is None else recipe.max_items
+            progress.total = batch.total if spec.max_items is None else spec.max_items
             for item in batch.items:
                 draft = None
                 with report.broken.of(item.id):
-                    draft = draft_of(item, recipe.rules)
+                    draft = draft_of(item, spec.rules)
                 if draft is None:
                     continue
                 offered |= draft.offered
@@ -297,21 +303,19 @@ def _drafts(
                     continue
                 drafts.append(draft)
                 count += 1
-                if count == recipe.max_items:
+                if count == spec.max_items:
                     break
                 if len(drafts) >= ROWS or sum(len(one.layers) for one in drafts) >= BANDS:
                     if not any(one.layers for one in drafts):
-                        check_bands(
-                            [offered], recipe.rules.bands
-                        )  # before the headers of all others are read
+                        check_bands([offered], spec.rules.bands)  # before the headers of all others are read
                     yield drafts
                     drafts = []
-            progress.step(len(batch.items), f", {report.failed} headers failed" if report.failed else "")
-            if count == recipe.max_items:
+            progress.step(len(batch.items), f"{report.failed} headers failed" if report.failed else "")
+            if count == spec.max_items:
                 break
     if offered:
-        check_bands([offered], recipe.rules.bands)
-        check_kinds([offered], recipe.rules.kinds)
+        check_bands([offered], spec.rules.bands)
+        check_kinds([offered], spec.rules.kinds)
     if drafts:
         yield drafts
 
@@ -320,7 +324,7 @@ def _table(
     drafts: list[Draft],
     coming: Mapping[str, Future[Header | str]] | None,
     reader: HeaderReader,
-    recipe: Recipe,
+    spec: TableSpec,
     report: BuildReport,
 ) -> pa.Table:
     found = None if coming is None else {href: future.result() for href, future in coming.items()}
@@ -337,28 +341,28 @@ def _table(
             if len(report.unreadable) < _LISTED:
                 report.unreadable[public(href)] = header
     if report.failed == report.files >= GIVE_UP_AFTER:
-        raise _no_headers(recipe, report)
+        raise _no_headers(spec, report)
     rows = []
     for draft in drafts:
         with report.broken.of(draft.row["id"]):
-            row = completed(draft, found)
+            row = completed(draft, found, spec.rules.crs)
             if row["geometry"] is None:
                 raise SourceError(
                     f"item {row['id']!r}",
                     "neither geometry nor bbox, and no header that tells",
                     "a footprint",
                 )
-            if draft.row["geometry"] is not None or meets(row, recipe.rules):
+            if draft.row["geometry"] is not None or meets(row, spec.rules):
                 rows.append(row)
     made, _ = rows_to_table(rows, report.broken)
-    table = with_kinds(made, recipe.rules.kinds)
+    table = with_kinds(made, spec.rules.kinds)
     report.added += table.num_rows
     for row in rows:
         report.contradictions += contradictions(row["assets"])
     return table
 
 
-def _choose(keys: pa.Table, recipe: Recipe, report: BuildReport, refreshed: bool) -> NDArray[np.int64]:
+def _choose(keys: pa.Table, spec: TableSpec, report: BuildReport, refreshed: bool) -> NDArray[np.int64]:
     """Return the rows to keep: of each id, then of each datatake and tile, the newest."""
     baseline = [version_of(text or "") for text in keys.column("baseline").to_pylist()]
     place = {version: n for n, version in enumerate(sorted(set(baseline)))}
@@ -372,7 +376,7 @@ def _choose(keys: pa.Table, recipe: Recipe, report: BuildReport, refreshed: bool
     # the later of equals wins: a refresh brings what changed in other ways
     newest = frame.sort_values(["version", "created"], kind="stable").drop_duplicates("id", keep="last")
     rows = np.sort(newest.index.to_numpy())
-    if not refreshed and not recipe.overlapping:
+    if not refreshed and not spec.overlapping:
         report.twice = len(frame) - len(rows)
     gone = acquisitions(Records(keys.take(pa.array(rows)))).of_record < 0
     report.replaced = int(gone.sum())
@@ -389,21 +393,21 @@ def _failed(assets: pa.Array) -> NDArray[np.bool_]:
     return np.asarray(counted[offsets[1:]] > counted[offsets[:-1]])
 
 
-def _nothing(recipe: Recipe, report: BuildReport) -> SourceError:
+def _nothing(spec: TableSpec, report: BuildReport) -> SourceError:
     if report.broken.items:
-        return report.broken.all_of(recipe.name)
-    return SourceError(
-        f"items of {recipe.name!r}",
+        return report.broken.all_of(spec.name)
+    return EmptyError(
+        f"items of {spec.name!r}",
         "none in the box and range asked for",
         "at least one item",
         "Widen bbox and date_range, or loosen query and filter.",
     )
 
 
-def _no_headers(recipe: Recipe, report: BuildReport) -> SourceError:
+def _no_headers(spec: TableSpec, report: BuildReport) -> SourceError:
     href, why = next(iter(report.unreadable.items()))
     return SourceError(
-        f"headers of {recipe.name!r}",
+        f"headers of {spec.name!r}",
         f"none of {report.files} files readable ({href}: {why})",
         "files that can be read",
         "Are the network and credentials there? headers=False builds the table without them.",

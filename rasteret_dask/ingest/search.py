@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a STAC API is asked for, and which items fulfil a query."""
 
 from __future__ import annotations

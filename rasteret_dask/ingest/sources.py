@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """STAC items, from wherever they are: memory, JSON files, static catalogs, STAC GeoParquet."""
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ __all__ = [
     "read_table",
     "reason_of",
     "remote_item",
+    "rename_columns",
     "short",
 ]
 
@@ -173,6 +175,34 @@ def read_table(place: str) -> pa.Table:
         raise SourceError(f"table {redact(place)}", "nothing there", "a Parquet file") from error
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"table {redact(place)}", redact(str(error)), "a Parquet file") from None
+
+
+def rename_columns(table: pa.Table, column_map: Mapping[str, str] | None, name: str) -> pa.Table:
+    """Call a user's columns as they are called here.
+
+    Parameters
+    ----------
+    table
+        The user's table.
+    column_map
+        {name in the table: name here}; None: as they are.
+    name
+        What the collection is called in messages.
+
+    Raises
+    ------
+    SchemaError
+        When the table has no such column.
+    """
+    names = dict(column_map or {})
+    unknown = [c for c in names if c not in table.column_names]
+    if unknown:
+        raise SchemaError(
+            f"column_map of {name!r}",
+            f"no column {', '.join(unknown)} (columns: {', '.join(table.column_names)})",
+            "{name in the table: name here}",
+        )
+    return table.rename_columns([names.get(c, c) for c in table.column_names])
 
 
 def _from_memory(source: Any) -> Iterator[Item]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """STAC items become records."""
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from rasteret_dask.catalogs.bands import Dataset
 from rasteret_dask.catalogs.catalog import dataset_of, known_dataset
 from rasteret_dask.catalogs.credentials import cleaned
 from rasteret_dask.catalogs.signing import keep_apart
-from rasteret_dask.errors import SchemaError, SourceError, TrustError
+from rasteret_dask.errors import EmptyError, SchemaError, SourceError, TrustError
 from rasteret_dask.footprint import area_of, box_of, corners_of, outline_of
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.ingest.describe import contradictions, contradictions_note, describe
 from rasteret_dask.ingest.sources import BROKEN, Item, check_href, read_items, reason_of, short
+from rasteret_dask.lists import first_of
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
 from rasteret_dask.rules.kinds import KindName
 from rasteret_dask.table.assetkinds import with_kinds
-from rasteret_dask.table.facts import Range, facts_of, instant, range_of, version_of
+from rasteret_dask.table.facts import ENDLESS, Range, facts_of, instant, range_of, version_of
+from rasteret_dask.table.itemcrs import crs_columns
 from rasteret_dask.table.layers import Layer, check_bands, check_kinds, offer_of, restrict
 from rasteret_dask.table.leftassets import LeftAssets
 from rasteret_dask.table.rasters import LeftAsset
@@ -57,7 +60,7 @@ __all__ = [
 _LANDSATLOOK = "https://landsatlook.usgs.gov/data/"  # asks for a login; the same files lie in a public bucket
 _IN_COLUMNS = (
     "datetime", "start_datetime", "end_datetime", "eo:cloud_cover", "platform", "eo:platform", "proj:epsg",
-    "proj:code", "created", "eo:bands",
+    "proj:code", "proj:wkt2", "created", "eo:bands",
 )  # fmt: skip
 
 _LISTED = 5
@@ -77,6 +80,8 @@ def items_to_table(
     broken: LeftOut | None = None,
     kinds: tuple[tuple[str, KindName], ...] = (),
     left: LeftAssets | None = None,
+    static: bool = False,
+    crs: int | None = None,
 ) -> pa.Table:
     """Turn STAC items into a record table.
 
@@ -107,6 +112,10 @@ def items_to_table(
         (band, kind) pairs: what the user says of bands.
     left
         Takes the assets that become no band.
+    static
+        Whether rows hold at any time, whatever time their items have, if any.
+    crs
+        The CRS of files that have none, of items that state none.
 
     Returns
     -------
@@ -129,6 +138,8 @@ def items_to_table(
         () if bbox is None else (bbox,),
         range_of(date_range),
         kinds,
+        static,
+        crs,
     )
     broken = LeftOut(False) if broken is None else broken
     drafts = []
@@ -137,7 +148,7 @@ def items_to_table(
             draft = draft_of(item, rules)
             drafts += [] if draft is None else [draft]
     if not drafts:
-        raise _none_left(name, len(items), broken)
+        raise _none_left(name, items, broken)
     drafts = _newest(drafts, name)[:most]
     check_bands([d.offered for d in drafts], bands)
     check_kinds([d.offered for d in drafts], kinds)
@@ -149,7 +160,7 @@ def items_to_table(
     rows = []
     for draft in drafts:
         with broken.of(draft.row["id"]):
-            rows.append(completed(draft, found))
+            rows.append(completed(draft, found, rules.crs))
     counts = sum((contradictions(row["assets"]) for row in rows), Counter[str]())
     if counts:
         warnings.warn(contradictions_note(name, counts), UserWarning, stacklevel=4)
@@ -157,16 +168,37 @@ def items_to_table(
         left.add(drafts)
     table, _ = rows_to_table(rows, broken)
     if not table.num_rows:
-        raise _none_left(name, len(items), broken)
+        raise _none_left(name, items, broken)
     return with_kinds(conform(table, name), kinds)
 
 
-def _none_left(name: str, count: int, broken: LeftOut) -> SourceError:
+def _none_left(name: str, items: Sequence[Item], broken: LeftOut) -> SourceError:
     if broken.items:
         return broken.all_of(name)
-    return SourceError(
-        f"items of {name!r}", f"none of {count} in the box and range asked for", "at least one item"
+    return EmptyError(
+        f"items of {name!r}",
+        f"none of {len(items)} in the box and range asked for",
+        "at least one item",
+        _where_they_are(items),
     )
+
+
+def _where_they_are(items: Iterable[Item]) -> str:
+    """Return the dates and the bounds of items, as far as they can be read."""
+    rows = []
+    for item in items:
+        with suppress(SourceError, *BROKEN):
+            rows.append(_row(item, True))
+    days = [
+        row[key] for row in rows for key in ("datetime", "start_datetime", "end_datetime") if row.get(key)
+    ]
+    boxes = [row["scene_bbox"] for row in rows if row["scene_bbox"]]
+    dates = [f"of {min(days):%Y-%m-%d} to {max(days):%Y-%m-%d}"] if days else []
+    if boxes:
+        west, south, east, north = zip(*boxes, strict=True)
+        box = (min(west), min(south), max(east), max(north))
+        dates.append(f"in {', '.join(f'{value:.4f}' for value in box)} (west, south, east, north)")
+    return f"They are {', '.join(dates)}." if dates else ""
 
 
 def rows_to_table(
@@ -211,9 +243,8 @@ class LeftOut:
 
     def note(self, name: str) -> str:
         """Return how many there are and the first of them, as a sentence."""
-        listed = "; ".join(f"{n!r} ({why})" for n, why in self.items[:_LISTED])
-        more = f"; and {len(self.items) - _LISTED} more" if len(self.items) > _LISTED else ""
-        return f"{name}: {len(self.items)} broken items are left out: {listed}{more}"
+        first = first_of((f"{n!r} ({why})" for n, why in self.items), _LISTED, "; ")
+        return f"{name}: {len(self.items)} broken items are left out: {first}"
 
     def all_of(self, name: str) -> SourceError:
         """Return the error that says that no others are left."""
@@ -240,6 +271,10 @@ class Rules:
     """Half-open; items whose time does not meet it are left out."""
     kinds: tuple[tuple[str, KindName], ...] = ()
     """(band, kind) pairs: what the user says of bands, by any of their names."""
+    static: bool = False
+    """Whether rows hold at any time, whatever time their items have, if any."""
+    crs: int | None = None
+    """The CRS of files that have none, of items that state none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,10 +302,12 @@ def draft_of(item: Item, rules: Rules) -> Draft | None:
     TrustError
         When it names a place that its origin must not name.
     """
-    row = _row(item)
+    row = _row(item, rules.static)
     try:
         if not meets(row, rules):
             return None
+        if rules.static:
+            row["start_datetime"], row["end_datetime"] = ENDLESS
         offer = offer_of(item.data, rules.dataset or dataset_of(row["collection"]))
         layers = restrict(offer.layers, rules.bands)
         for layer in layers.values():
@@ -315,7 +352,9 @@ def with_copies(draft: Draft, headers: Mapping[str, Header | str]) -> Draft:
     return replace(draft, layers=tuple(layers), left=tuple(left.items()))
 
 
-def completed(draft: Draft, headers: Mapping[str, Header | str] | None) -> dict[str, Any]:
+def completed(
+    draft: Draft, headers: Mapping[str, Header | str] | None, crs: int | None = None
+) -> dict[str, Any]:
     """Return a draft's row with what its files' headers tell.
 
     Parameters
@@ -324,6 +363,8 @@ def completed(draft: Draft, headers: Mapping[str, Header | str] | None) -> dict[
         The row.
     headers
         {href: header or why it is unreadable}; None: no header was read.
+    crs
+        As :class:`Rules` has it.
 
     Raises
     ------
@@ -332,9 +373,9 @@ def completed(draft: Draft, headers: Mapping[str, Header | str] | None) -> dict[
     """
     row = dict(draft.row)
     try:
-        described = describe(draft.layers, draft.properties, headers)
+        described = describe(draft.layers, draft.properties, headers, crs)
         row["assets"], row["headers_metadata"] = list(described.assets), list(described.levels)
-        row["proj:epsg"] = described.epsg or row["proj:epsg"]
+        row |= crs_columns(described.epsg or row["proj:epsg"])
         row["geometry"] = row["geometry"] or described.footprint
         _fill_bbox(row)
     except BROKEN as error:
@@ -344,7 +385,7 @@ def completed(draft: Draft, headers: Mapping[str, Header | str] | None) -> dict[
     return row
 
 
-def _row(item: Item) -> dict[str, Any]:
+def _row(item: Item, static: bool) -> dict[str, Any]:
     """Return one row without what headers tell."""
     if item.error is not None:
         raise item.error
@@ -371,8 +412,11 @@ def _row(item: Item) -> dict[str, Any]:
             f"item {item.id!r}", reason_of(error), "valid times, numbers and geometry"
         ) from error
     row["datetime"] = row["datetime"] or row["start_datetime"]
-    if row["datetime"] is None:
-        raise SourceError(f"item {item.id!r}", "neither datetime nor start_datetime", "one of them")
+    if row["datetime"] is None and not static:
+        raise SourceError(
+            f"item {item.id!r}", "neither datetime nor start_datetime", "one of them",
+            "static=True builds what holds at any time: elevation, soil.",
+        )  # fmt: skip
     return {
         **row,
         **facts,
@@ -392,6 +436,8 @@ def _fill_bbox(row: dict[str, Any]) -> None:
 def meets(row: Mapping[str, Any], rules: Rules) -> bool:
     """Return whether a row lies in the boxes and the range of the rules, as far as it is known where it lies."""
     start, end = rules.within
+    if row["datetime"] is None:  # it holds at any time
+        start = end = None
     first = row["start_datetime"] or row["datetime"]
     last = row["end_datetime"] or row["datetime"]
     if start is not None and (last < start or first < last == start):  # an interval's end is not part of it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pages of items that a STAC API answers a search with.
 
 It imports pystac_client, and with that JSON Schema and its grammars: half a second that only a search is worth.

@@ -1,4 +1,5 @@
-"""Built tables on disk: each whole or not at all, known by everything that decides what is in it."""
+# SPDX-License-Identifier: Apache-2.0
+"""Built tables on disk: each whole or not at all, cached under a hash of every argument that affects its content."""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any Arrow or Parquet table of scenes becomes records; further columns stay."""
 
 from __future__ import annotations
@@ -5,7 +6,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,14 +24,23 @@ from rasteret_dask.errors import RasteretDaskError, SchemaError, SourceError
 from rasteret_dask.extent import misplaced
 from rasteret_dask.footprint import box_of, placed_wkb
 from rasteret_dask.headers.nodata import number_of, spelled, text_of
-from rasteret_dask.headers.reader import read_headers
+from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.ingest.describe import Described, contradictions, contradictions_note, describe
-from rasteret_dask.ingest.sources import BROKEN, check_href, is_from_afar, read_table, reason_of, short
+from rasteret_dask.ingest.sources import (
+    BROKEN,
+    check_href,
+    is_from_afar,
+    read_table,
+    reason_of,
+    rename_columns,
+    short,
+)
 from rasteret_dask.ingest.stac import LeftOut, facts_of, instant, known_dataset, rows_to_table
 from rasteret_dask.net.remote import redact
 from rasteret_dask.net.trust import checked, resolve
 from rasteret_dask.rules.kinds import KINDS, KindName, quality_kind
 from rasteret_dask.table.anytable import as_arrow
+from rasteret_dask.table.itemcrs import crs_columns, stated_crs
 from rasteret_dask.table.layers import Layer, layers_of
 from rasteret_dask.table.rasteretio import header_columns, level_of
 from rasteret_dask.table.records import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
@@ -49,11 +58,10 @@ def table_to_records(
     name: str,
     dataset: str | None = None,
     column_map: Mapping[str, str] | None = None,
-    href_column: str | None = None,
-    band_index_map: Mapping[str, int] | None = None,
-    headers: bool = True,
+    headers: bool | Mapping[str, Header | str] = True,
     workers: int = 16,
     broken: LeftOut | None = None,
+    crs: int | None = None,
 ) -> pa.Table:
     """Turn a table of scenes into a record table.
 
@@ -69,16 +77,16 @@ def table_to_records(
         Name of a known dataset, where the ``collection`` column does not say it.
     column_map
         {name in the table: name in RECORD_SCHEMA}.
-    href_column, band_index_map
-        For tables of one file a row: the column with its URL, and {band: position in the file, from 0}. They stand
-        in for ``assets``.
     headers
-        Read the headers of assets that have none in the table. Without, rasteret's header columns serve, which
-        tell of the full resolution only: no overviews, no masks.
+        Read the headers of assets that have none in the table; or {href: header, or why it is unreadable}, where they
+        were read before. Without, rasteret's header columns serve, which tell of the full resolution only: no
+        overviews, no masks.
     workers
         Requests in flight.
     broken
         Takes the broken rows, where they are to be left out; None: the first one is an error.
+    crs
+        The CRS of files that have none, where the table states none.
 
     Returns
     -------
@@ -99,7 +107,12 @@ def table_to_records(
     place = os.fspath(table_or_path) if isinstance(table_or_path, str | os.PathLike) else None
     found_table = read_table(place) if place is not None else as_arrow(table_or_path, name)
     table = found_table if isinstance(found_table, pa.Table) else found_table.to_table()
-    table = _renamed(table, column_map, href_column, band_index_map, name)
+    table = rename_columns(table, column_map, name)
+    check_columns(
+        table,
+        name,
+        "Say what yours are called: column_map={'my_name': 'name'}; build_from_files takes a table of one file a row.",
+    )
     if _is_complete(table) or (not headers and "headers_metadata" in table.column_names):
         check_hrefs(table.column("assets"), place)
         return conform(table, name)
@@ -115,11 +128,13 @@ def table_to_records(
     for n, row in enumerate(rows):
         with broken.of(str(row["id"])), _told_of(row):
             layers[n] = _layers(row, dataset, place)
-    found = read_headers([x.href for own in layers.values() for x in own], workers) if headers else None
+    found = headers if isinstance(headers, Mapping) else None
+    if headers is True:
+        found = read_headers([x.href for own in layers.values() for x in own], workers)
     cells: dict[int, dict[str, Any]] = {}
     for n, own in layers.items():
         with broken.of(str(rows[n]["id"])), _told_of(rows[n]):
-            described = describe(own, rows[n], found)
+            described = describe(own, rows[n], found, _stated(rows[n]) or crs)
             described = described if told is None else _served(described, told[n])
             cells[n] = _cells(rows[n], outlines[n], described)
     counts = sum((contradictions(cell["assets"]) for cell in cells.values()), Counter[str]())
@@ -179,7 +194,7 @@ def _served(described: Described, row: Mapping[str, Any]) -> Described:
             )
             nodata = spelled(number_of(text_of(header.get("nodata")), level["dtype"]))
             reason = misplaced(
-                described.epsg or _epsg(row) or 0, level["transform"], level["width"], level["height"]
+                described.epsg or _stated(row) or 0, level["transform"], level["width"], level["height"]
             )
             refused = asset["error"] if str(asset["error"]).startswith("refused") else None
             refused = refused or (reason and f"refused: {reason}")
@@ -189,50 +204,6 @@ def _served(described: Described, row: Mapping[str, Any]) -> Described:
         assets.append((band, asset))
         levels.append((band, own))
     return replace(described, assets=tuple(assets), levels=tuple(levels))
-
-
-def _renamed(
-    table: pa.Table,
-    column_map: Mapping[str, str] | None,
-    href_column: str | None,
-    band_index_map: Mapping[str, int] | None,
-    name: str,
-) -> pa.Table:
-    names = dict(column_map or {})
-    unknown = [c for c in names if c not in table.column_names]
-    if unknown:
-        raise SchemaError(
-            f"column_map of {name!r}",
-            f"no column {', '.join(unknown)} (columns: {', '.join(table.column_names)})",
-            "{name in the table: name in the records}",
-        )
-    table = table.rename_columns([names.get(c, c) for c in table.column_names])
-    if href_column is not None:
-        table = _with_assets(table, names.get(href_column, href_column), band_index_map, name)
-    check_columns(
-        table,
-        name,
-        "Say what yours are called: column_map={'my_name': 'name'}; for one file a row, href_column='my_url'.",
-    )
-    return table
-
-
-def _with_assets(
-    table: pa.Table, column: str, band_index_map: Mapping[str, int] | None, name: str
-) -> pa.Table:
-    """Return the table with ``assets`` made of a column of URLs."""
-    if column not in table.column_names or not band_index_map:
-        raise SchemaError(
-            f"build_from_table of {name!r}",
-            f"href_column={column!r}, band_index_map={band_index_map!r}",
-            f"a column among {', '.join(table.column_names)} and {{band: position in the file}}",
-        )
-    kind = pa.map_(pa.string(), pa.struct([("href", pa.string()), ("band_index", pa.int64())]))
-    assets = [
-        [(band, {"href": href, "band_index": at}) for band, at in band_index_map.items()] if href else None
-        for href in table.column(column).to_pylist()
-    ]
-    return table.append_column("assets", pa.array(assets, kind))
 
 
 def _is_complete(table: pa.Table) -> bool:
@@ -386,7 +357,7 @@ def _cells(row: Mapping[str, Any], outline: bytes | None, described: Described) 
         "id": str(row["id"]),
         "assets": list(described.assets),
         "headers_metadata": list(described.levels),
-        "proj:epsg": described.epsg or _epsg(row),
+        **crs_columns(described.epsg or _stated(row)),
         "geometry": outline,
         "scene_bbox": box,
         "bbox": None if box is None else dict(zip(_CORNERS, box, strict=True)),
@@ -397,7 +368,16 @@ def _cells(row: Mapping[str, Any], outline: bytes | None, described: Described) 
     }
 
 
-_SETTLED = ("assets", "headers_metadata", "proj:epsg", "geometry", "scene_bbox", "bbox", *_DERIVED)
+_SETTLED = (
+    "assets",
+    "headers_metadata",
+    "proj:epsg",
+    "proj:wkt2",
+    "geometry",
+    "scene_bbox",
+    "bbox",
+    *_DERIVED,
+)
 """Columns of RECORD_SCHEMA that a row and the headers of its files settle."""
 
 
@@ -414,12 +394,9 @@ def _filled(table: pa.Table, cells: Mapping[int, Mapping[str, Any]], broken: Lef
     return table
 
 
-def _epsg(row: Mapping[str, Any]) -> int | None:
-    """Return the code that a row says: as STAC does, or as rasteret's ``crs`` column."""
-    if row.get("proj:epsg") is not None:
-        return int(row["proj:epsg"])
-    code = re.fullmatch(r"(?i)EPSG:(\d+)", str(row.get("proj:code") or row.get("crs") or ""))
-    return None if code is None else int(code[1])
+def _stated(row: Mapping[str, Any]) -> int | None:
+    """Return the CRS that a row states: as STAC does, or as rasteret's ``crs`` column."""
+    return stated_crs(row) or stated_crs({"proj:code": row.get("crs")})
 
 
 def _facts(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Freed blocks stay with the process for the next ones: settings of glibc's allocator, where nobody has made any."""
 
 from __future__ import annotations

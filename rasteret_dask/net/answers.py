@@ -1,9 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a web server answers, and how an answer fails: known without loading what asks for it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Answer", "BrokenError", "RefusedError"]
 
@@ -45,6 +46,6 @@ class Answer:
     """A good answer (2xx)."""
 
     status: int
-    headers: Mapping[str, str]
-    """Looked up in any case."""
+    headers: Any
+    """Of the library that asked: ``get`` looks names up in any case."""
     body: bytes

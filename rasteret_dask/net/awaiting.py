@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Waits for tasks of a cluster: each result is taken once it is there, and a lost scheduler is an error at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which Dask cluster is meant: the one in ``client=``, the current one, or none.
 
 ``distributed`` is imported only where there is a cluster: a process that reads by itself, such as a training
@@ -6,13 +7,15 @@ worker, starts sooner without it.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, cast
 from urllib.parse import urlsplit
 
 import dask.config
+from dask.utils import parse_timedelta
 
 from rasteret_dask.errors import JobError, PlanError
 from rasteret_dask.net import remote
@@ -20,7 +23,13 @@ from rasteret_dask.net import remote
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["ClientLike", "address_of", "check", "meant", "using", "workers_of"]
+__all__ = ["ClientLike", "address_of", "check", "meant", "using", "worker_name", "workers_of"]
+
+
+ANSWERS = "a Dask scheduler that answers"
+
+GREETING_S = 5.0
+"""Seconds that a scheduler which takes a connection has to greet."""
 
 
 class HasScheduler(Protocol):
@@ -71,7 +80,8 @@ def meant(client: ClientLike) -> tuple[Client | None, bool]:
     if isinstance(client, str):
         _check_gateway(client)
         _check_certificates(client)
-        subject, expected = f"scheduler {remote.redact(client)}", "a Dask scheduler that answers"
+        _check_answer(client)
+        subject, expected = _named(client), ANSWERS
     elif _is_cluster(client):
         subject, expected = f"cluster {client!r:.100}", "one that runs"
     else:
@@ -98,6 +108,44 @@ def _check_gateway(address: str) -> None:
             "a cluster or a client of dask-gateway",
             f"Give client=Gateway().connect({name!r}) (from dask_gateway import Gateway), or its get_client().",
         )  # fmt: skip
+
+
+def _named(address: str) -> str:
+    return f"scheduler {remote.redact(address)}"
+
+
+def _check_answer(address: str) -> None:
+    """Raise JobError where no Dask scheduler answers at an address.
+
+    A Client that asks something else waits for ever for the answer, or takes the first bytes of it for the size of a
+    message; and one that has begun without connecting keeps the process for a minute at its end.
+    """
+    from distributed.comm.core import connect
+    from distributed.security import Security
+    from distributed.utils import LoopRunner
+
+    if address.startswith("inproc://") or dask.config.get("distributed.client.security-loader", None):
+        return
+    patience = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"), default="s")
+
+    async def ask() -> None:
+        asked = connect(address, patience, **Security().get_connection_args("client"))
+        (await asyncio.wait_for(asked, patience + GREETING_S)).abort()
+
+    try:
+        LoopRunner(asynchronous=False).run_sync(ask)
+    except TimeoutError:
+        found = "something that takes connections and says nothing that Dask understands"
+    except MemoryError:
+        found = "something that speaks another protocol, such as HTTP"
+    except (OSError, ValueError, RuntimeError) as error:
+        found = str(error)
+    else:
+        return
+    raise JobError(
+        _named(address), found, ANSWERS,
+        "Start one, or give the address that it logs, such as tcp://HOST:8786: port 8787 is its dashboard.",
+    )  # fmt: skip
 
 
 def _check_certificates(address: str) -> None:
@@ -140,6 +188,17 @@ def workers_of(client: Client) -> dict[str, dict[str, Any]]:
     return workers
 
 
+def worker_name() -> str | None:
+    """Return the name of the Dask worker that runs the current task; None outside of tasks."""
+    loaded = sys.modules.get("distributed")
+    if loaded is None:  # a task's worker has imported it
+        return None
+    try:
+        return str(loaded.get_worker().name)
+    except ValueError:
+        return None
+
+
 @contextmanager
 def using(client: ClientLike) -> Iterator[Client | None]:
     """Use the client that is meant, or None, for the length of a block."""
@@ -148,7 +207,15 @@ def using(client: ClientLike) -> Iterator[Client | None]:
         yield running
     finally:
         if made_here and running is not None:
-            running.close()
+            _close(running)
+
+
+def _close(client: Client) -> None:
+    """Close a client; one that looks for a scheduler that is gone would log a traceback of that."""
+    from distributed.utils import silence_logging_cmgr
+
+    with nullcontext() if client.status == "running" else silence_logging_cmgr("CRITICAL"):
+        client.close()
 
 
 def _current() -> Client | None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may ask a host, and when: one gate a host, which all threads of the process pass, and which a refusal narrows."""
 
 from __future__ import annotations
@@ -96,12 +97,12 @@ class Gate:
         try:
             yield
         except ThrottledError as refusal:
-            self._leave(began, refusal, backoff_s)
+            self.leave(began, refusal, backoff_s)
             raise
         except BaseException:
-            self._leave(began, None, backoff_s, answered=False)
+            self.leave(began, None, backoff_s, answered=False)
             raise
-        self._leave(began, None, backoff_s)
+        self.leave(began, None, backoff_s)
 
     def _enter(self, refusals: Sequence[ThrottledError]) -> float:
         rank = len(refusals)
@@ -122,9 +123,19 @@ class Gate:
                 if self._waiting:
                     self._changed.notify_all()
 
-    def _leave(
+    def free_turn(self) -> float | None:
+        """Take a turn where one is free at once, and return when, for :meth:`leave`; None where one had to wait."""
+        with self._changed:
+            now = self._clock()
+            if self._waiting or now < self._opens_at or self._under >= max(1, int(self.width)):
+                return None
+            self._under += 1
+            return now
+
+    def leave(
         self, began: float, refusal: ThrottledError | None, backoff_s: float, answered: bool = True
     ) -> None:
+        """End a turn that began then: with an answer, a refusal, or neither."""
         with self._changed:
             self._under -= 1
             if refusal is not None:

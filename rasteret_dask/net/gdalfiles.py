@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Remote files as GDAL opens them: their bytes come through :mod:`rasteret_dask.net.remote`, as all others do.
 
 No request leaves by GDAL's own network code (``/vsicurl``, ``/vsis3``), which knows nothing of the checks on hosts and

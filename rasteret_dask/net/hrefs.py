@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the text of an href tells: whether it is local, its path, what of it may be shown, its host."""
 
 from __future__ import annotations

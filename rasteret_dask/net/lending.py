@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory for large arrays that is used again once nobody holds them any more."""
 
 from __future__ import annotations

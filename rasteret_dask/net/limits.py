@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a process does at the same time: threads a host, workers a core, and bytes under way."""
 
 from __future__ import annotations

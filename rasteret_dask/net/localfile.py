@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranges of local files, each by one system call, into memory of the caller where there is some."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where something lies: a path of this machine or a URL, decided once; the process keeps a URL's credentials."""
 
 from __future__ import annotations

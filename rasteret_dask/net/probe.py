@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is sent to hosts that may lack this package, to ask them: standard library and Dask only, pickled by value."""
 
 from __future__ import annotations

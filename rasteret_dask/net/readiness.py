@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether scheduler and workers can run the tasks of this process, asked before the first one is sent."""
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from distributed.protocol.pickle import dumps
 
 from rasteret_dask._version import __version__
 from rasteret_dask.errors import JobError
+from rasteret_dask.lists import first_of
 from rasteret_dask.net import probe
 from rasteret_dask.net.clusters import workers_of
 
@@ -131,7 +133,7 @@ class Readiness:
         if differences:
             warnings.warn(
                 f"{self.subject}: versions differ from this process's; that the job runs does not say that its pixels "
-                f"or its store are the same: {_some(differences)}",
+                f"or its store are the same: {first_of(differences, MAX_NAMED, '; ')}",
                 stacklevel=2,
             )
         asked.update((address, token) for address in answers)
@@ -151,10 +153,13 @@ class Readiness:
 
     def _error(self, broken: Mapping[str, str], hosts: int, differences: Sequence[str]) -> JobError:
         lines = [f"{host}: {trouble}" for host, trouble in sorted(broken.items())]
-        also = f"\nversions that differ: {_some(differences)}" if differences else ""
+        also = f"\nversions that differ: {first_of(differences, MAX_NAMED, '; ')}" if differences else ""
         return JobError(
             self.subject,
-            f"{len(broken)} of {hosts} hosts that cannot run its tasks:\n" + _some(lines, "\n") + also + "\n",
+            f"{len(broken)} of {hosts} hosts that cannot run its tasks:\n"
+            + first_of(lines, MAX_NAMED, "\n")
+            + also
+            + "\n",
             f"a scheduler and workers with what this process has (rasteret_dask {__version__})",
             "Start them in the same environment or image as this process (each needs the package, its dependencies "
             "and the modules of your own functions), then call this again.",
@@ -196,11 +201,6 @@ def _differences(
             if theirs != version and (name != "gdal" or (theirs and version)):
                 other[name, str(theirs)].append(address)
     return [
-        f"{name} {version} at {_some(addresses, ', ')} (here {wanted[name]})"
+        f"{name} {version} at {first_of(addresses, MAX_NAMED)} (here {wanted[name]})"
         for (name, version), addresses in sorted(other.items())
     ]
-
-
-def _some(items: Sequence[str], between: str = "; ") -> str:
-    more = [f"and {len(items) - MAX_NAMED} more"] if len(items) > MAX_NAMED else []
-    return between.join([*items[:MAX_NAMED], *more])

@@ -1,4 +1,5 @@
-"""Refusals that last: a full disk, a quota, a place that must not be written. Trying again does not help."""
+# SPDX-License-Identifier: Apache-2.0
+"""Refusals that last: a full disk, a quota, a place that must not be written, keys that have expired."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import shutil
 
 from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
-from rasteret_dask.errors import UnwritableStoreError
+from rasteret_dask.errors import CredentialsError, UnwritableStoreError
 
-__all__ = ["is_refusal", "refusal"]
+__all__ = ["FIND_BUCKET", "is_refusal", "keys_refusal", "lacks_bucket", "refusal"]
 
 _FULL = {"ENOSPC", "EDQUOT", "EFBIG"}
 _FORBIDDEN = {"EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP"}
@@ -24,12 +25,60 @@ _FULL_STATUS = re.compile(r"status code: 507")  # Insufficient Storage, as MinIO
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 """The reason in an S3 answer: ``QuotaExceeded``, say."""
 
+_EXPIRED = re.compile(
+    r"<Code>(ExpiredToken|ExpiredTokenException|TokenRefreshRequired)</Code>"
+    # Azure's details of a token, and of a shared access signature
+    r"|Lifetime validation failed|Signature not valid in the specified time frame"
+)
+"""S3 answers such a request with status 400, which says nothing."""
+
+_UNACCEPTED = re.compile(r"<Code>(InvalidAccessKeyId|InvalidToken|SignatureDoesNotMatch)</Code>")
+
+_NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>|The specified bucket does not exist")
+"""As S3, Azure and Google say it."""
+
+FIND_BUCKET = "Make it, or correct its name, the region or the endpoint (AWS_REGION, AWS_ENDPOINT_URL)."
+
 _STAYS = "What is written stays, and a rerun does the rest."
 
 
 def is_refusal(error: BaseException) -> bool:
     """Tell whether a store refuses for good: no room, no permission, read-only, or no such place."""
-    return _is_full(error) or _name(error) in _FORBIDDEN or _is_denied(error)
+    return (
+        _is_full(error)
+        or _name(error) in _FORBIDDEN
+        or _is_denied(error)
+        or lacks_bucket(error)
+        or keys_refusal("", error) is not None
+    )
+
+
+def lacks_bucket(error: BaseException) -> bool:
+    """Tell whether there is no bucket, rather than no object in it."""
+    return _NO_BUCKET.search(str(error)) is not None
+
+
+def keys_refusal(subject: str, error: BaseException) -> CredentialsError | None:
+    """Return the error that says that a store refuses the keys of this process, or None where it refuses otherwise.
+
+    Parameters
+    ----------
+    subject
+        What was being read or written, fit for messages.
+    error
+        What obstore raised.
+    """
+    expired, unaccepted = _EXPIRED.search(str(error)), _UNACCEPTED.search(str(error))
+    match = expired or unaccepted
+    if match is None:
+        return None
+    code = f" ({match[1]})" if match[1] else ""
+    return CredentialsError(
+        subject,
+        f"keys that have expired{code}" if expired else f"keys that the store does not accept{code}",
+        "keys that the store accepts",
+        "Start this process and every worker anew with fresh ones, then run the same again: what is written stays.",
+    )
 
 
 def refusal(
@@ -50,6 +99,11 @@ def refusal(
     """
     if not is_refusal(error):
         return None
+    refused = keys_refusal(subject, error)
+    if refused is not None:
+        return refused
+    if lacks_bucket(error):
+        return UnwritableStoreError(subject, "no such bucket (404)", "one that is there", FIND_BUCKET)
     free = "" if folder is None else _free(folder)
     if _is_full(error):
         remedy = f"Make room, raise the quota, or choose another place. {_STAYS}"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes at a URL, synchronously: http and https by urllib3; s3, gs, az and what is written by obstore."""
 
 from __future__ import annotations
@@ -6,28 +7,40 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import obstore
 from numpy.typing import NDArray
-from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    GenericError,
+    NotSupportedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from rasteret_dask.catalogs.access import environment, has_keys, remedy
 from rasteret_dask.catalogs.catalogfile import Store
-from rasteret_dask.catalogs.signing import renew, rule_of, signed
-from rasteret_dask.errors import ReadError, StoreError, TrustError
+from rasteret_dask.catalogs.signing import renew, rule_of, signed, signs_below
+from rasteret_dask.errors import CredentialsError, ReadError, StoreError, TrustError
 from rasteret_dask.net import gate, localfile
 from rasteret_dask.net.answers import Answer, BrokenError, RefusedError
 from rasteret_dask.net.gate import ROUNDS, ThrottledError
 from rasteret_dask.net.hrefs import SCHEMES, host_of, is_local, join, local_path, public, redact
 from rasteret_dask.net.localfile import Fetched, Head
-from rasteret_dask.net.refusals import is_refusal, refusal
+from rasteret_dask.net.refusals import FIND_BUCKET, is_refusal, keys_refusal, lacks_bucket, refusal
 from rasteret_dask.net.trust import check_host
+
+if TYPE_CHECKING:
+    from rasteret_dask.net.wave import Wave
+    from rasteret_dask.net.web import Host
 
 T = TypeVar("T")
 
@@ -35,9 +48,11 @@ __all__ = [
     "MAX_HREF",
     "SCHEMES",
     "Fetched",
+    "Folder",
     "Head",
     "MissingError",
     "delete",
+    "delete_all",
     "exists",
     "fetch",
     "get",
@@ -50,6 +65,8 @@ __all__ = [
     "open_href",
     "public",
     "put",
+    "put_new",
+    "put_stream",
     "redact",
     "request",
 ]
@@ -145,12 +162,56 @@ def fetch(
         if is_local(href):
             return localfile.read(local_path(href), start, length, memory)
         if _is_web(href):
-            return _retried(href, lambda url: _ranged(url, start, length))
+            from rasteret_dask.net import web  # urllib3: local files and stores do without
+
+            return _retried(href, lambda url: web.ranged(web.get, url, start, length))
         store, path = open_href(href)
         options: Any = None if length is None and start == 0 else {"range": _range(start, length)}
         return _retried(href, lambda _: _gotten(store, path, options, start, length))
     except _FAILURES as error:
         raise _failure(href, error) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Objects below one URL, or the one there, for the reads of one call: what all share is looked at once."""
+
+    url: str
+    _host: Host | None
+    """Its web server; None where there is none, or each URL is signed."""
+
+    @classmethod
+    def of(cls, url: str) -> Folder:
+        """Look at a URL; TrustError where its host is not to be opened."""
+        _check_length(url)
+        if not _is_web(url) or signs_below(url):
+            return cls(url, None)
+        from rasteret_dask.net import web
+
+        try:
+            return cls(url, web.Host.of(url))
+        except BrokenError:  # certificates, a proxy: whoever reads is told
+            return cls(url, None)
+
+    def fetch(
+        self, path: str, start: int, length: int, *, memory: NDArray[np.uint8] | None = None
+    ) -> Fetched:
+        """Return bytes of an object below it, "" for itself; see :func:`fetch`."""
+        href, host = join(self.url, path) if path else self.url, self._host
+        if host is None or length == 0:
+            return fetch(href, start, length, memory=memory)
+        try:
+            return _retried(href, lambda url: host.fetch(url, start, length), unsigned=True)
+        except _FAILURES as error:
+            raise _failure(href, error) from None
+
+    def wave(self) -> Wave | None:
+        """Return what asks its web server for many ranges at the same time; None where there is none."""
+        if self._host is None:
+            return None
+        from rasteret_dask.net.wave import Wave
+
+        return Wave(self._host, gate.at(host_of(self.url)), BACKOFF_S)
 
 
 def get(href: str, start: int = 0, length: int | None = None) -> bytes:
@@ -209,11 +270,65 @@ def put(href: str, data: bytes | Sequence[Any]) -> str | None:
     try:
         answer = _retried(href, lambda _: obstore.put(store, path, data, use_multipart=False))
     except _FAILURES as error:
-        folder = os.path.dirname("/" + path) if is_local(href) else None
-        nbytes = len(data) if isinstance(data, bytes) else sum(map(len, data))
-        lasting = refusal(f"writing {redact(href)}", error.__cause__ or error, folder, nbytes)
-        raise lasting or StoreError(f"writing {redact(href)}", _reason(error)) from None
+        raise _unwritten(
+            href, path, error, len(data) if isinstance(data, bytes) else sum(map(len, data))
+        ) from None
     return answer["e_tag"]
+
+
+def put_new(href: str, data: bytes) -> bool:
+    """Write an object where there is none, in one step with looking; tell whether it was written.
+
+    S3, Google Cloud Storage, Azure and local disks look and write in one step. Of an S3 server that does not know
+    ``If-None-Match``, it either refuses, and the object is looked for before it is put, or writes over what is there:
+    whoever puts what others may put too, puts the same bytes.
+
+    Raises
+    ------
+    StoreError
+        As :func:`put`.
+    """
+    store, path = _writable(href, "writing")
+    try:
+        _retried(href, lambda _: obstore.put(store, path, data, use_multipart=False, mode="create"))
+    except AlreadyExistsError:
+        return False
+    except _FAILURES as error:
+        if not (isinstance(error, NotSupportedError) or _status(error) == 501):
+            raise _unwritten(href, path, error, len(data)) from None
+        if exists(href):
+            return False
+        put(href, data)
+    return True
+
+
+def put_stream(href: str, pieces: Callable[[], Iterator[bytes]]) -> None:
+    """Write a large object piece by piece, in several requests; it is there when all are, as :func:`put` says.
+
+    Parameters
+    ----------
+    href
+        Where.
+    pieces
+        Returns its bytes in pieces, the same each time: it is called again where the store fails for a moment.
+
+    Raises
+    ------
+    StoreError
+        As :func:`put`.
+    """
+    store, path = _writable(href, "writing")
+    try:
+        _retried(href, lambda _: obstore.put(store, path, pieces(), use_multipart=True))
+    except _FAILURES as error:
+        raise _unwritten(href, path, error, 0) from None
+
+
+def _unwritten(href: str, path: str, error: BaseException, nbytes: int) -> StoreError:
+    """Return the error of an object that could not be written: a lasting one where trying again cannot help."""
+    folder = os.path.dirname("/" + path) if is_local(href) else None
+    lasting = refusal(f"writing {redact(href)}", error.__cause__ or error, folder, nbytes)
+    return lasting or StoreError(f"writing {redact(href)}", _reason(error))
 
 
 def delete(href: str) -> None:
@@ -224,7 +339,31 @@ def delete(href: str) -> None:
     except FileNotFoundError:
         return
     except _FAILURES as error:
-        raise StoreError(f"deleting {redact(href)}", _reason(error)) from None
+        subject = f"deleting {redact(href)}"
+        refused = keys_refusal(subject, error.__cause__ or error)
+        raise refused or StoreError(subject, _reason(error)) from None
+
+
+def delete_all(url: str, paths: Sequence[str]) -> None:
+    """Remove objects below a base URL, a thousand a request where the store can; those that are not there are not told.
+
+    Raises
+    ------
+    StoreError
+        When the store refuses.
+    """
+    if not paths:
+        return
+    store, base = _writable(url, "deleting below")
+    names = [join(base, path) for path in paths]
+    try:
+        _retried(url, lambda _: obstore.delete(store, names))
+    except FileNotFoundError:  # of the others, none is left
+        return
+    except _FAILURES as error:
+        subject = f"deleting {len(paths)} objects below {redact(url)}"
+        refused = keys_refusal(subject, error.__cause__ or error)
+        raise refused or StoreError(subject, _reason(error)) from None
 
 
 def listing(url: str) -> dict[str, int]:
@@ -232,23 +371,24 @@ def listing(url: str) -> dict[str, int]:
 
     Web servers do not list: a ReadError says so.
     """
-    return {path: meta["size"] for path, meta in _listed(url).items()}
+    return _listed(url, lambda meta: int(meta["size"]))
 
 
 def modified(url: str) -> dict[str, float]:
     """Return {path relative to ``url``: when it was written, in seconds since 1970 by the store's own clock}."""
-    return {path: meta["last_modified"].timestamp() for path, meta in _listed(url).items()}
+    return _listed(url, lambda meta: float(meta["last_modified"].timestamp()))
 
 
-def _listed(url: str) -> dict[str, Any]:
+def _listed(url: str, fact: Callable[[Any], T]) -> dict[str, T]:
+    """Return path -> a fact of each object: what else is told of it is not held, as there may be a million."""
     store, prefix = open_href(url)
     prefix = prefix.rstrip("/")
     if is_local(url) and not os.path.isdir("/" + prefix):
         return {}
 
-    def once(_: str) -> dict[str, Any]:
+    def once(_: str) -> dict[str, T]:
         objects = (meta for batch in obstore.list(store, prefix=prefix or None) for meta in batch)
-        return {meta["path"][len(prefix) :].lstrip("/"): meta for meta in objects}
+        return {meta["path"][len(prefix) :].lstrip("/"): fact(meta) for meta in objects}
 
     try:
         return dict(sorted(_retried(url, once).items()))
@@ -274,33 +414,6 @@ def _writable(href: str, doing: str) -> tuple[Any, str]:
         raise StoreError(f"{doing} {redact(href)}", error.found, error.expected, error.remedy) from None
 
 
-def _ranged(url: str, start: int, length: int | None) -> Fetched:
-    """Return a range by http, after a look whether it is the one that was asked for."""
-    from rasteret_dask.net import web  # urllib3: local files and stores do without
-
-    if start == 0 and length is None:
-        answer = web.ask(url)
-        size = len(answer.body)
-    else:
-        last = "" if length is None else start + length - 1
-        answer = web.ask(url, headers={"Range": f"bytes={start}-{last}"})
-        told = answer.headers.get("Content-Range", "")
-        parts = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", told.strip())
-        if parts is None:
-            raise RefusedError(
-                answer.status, f"a range without its place in the file (Content-Range {told[:80]!r})"
-            )
-        first, size = int(parts[1]), int(parts[3])
-        due = min(size, size if length is None else start + length) - start
-        if first != start or len(answer.body) > due:
-            raise RefusedError(
-                answer.status, f"another range than bytes {start}-{last} (Content-Range {told[:80]!r})"
-            )
-        if len(answer.body) < due:
-            raise BrokenError("a body shorter than announced")
-    return Fetched(memoryview(answer.body), Head(size, answer.headers.get("ETag")))
-
-
 def _web_head(url: str) -> Head:
     from rasteret_dask.net import web
 
@@ -320,7 +433,7 @@ def _gotten(store: Any, path: str, options: Any, start: int, length: int | None)
     return Fetched(data, Head(meta["size"], meta["e_tag"]))
 
 
-def _retried(href: str, call: Callable[[str], T]) -> T:
+def _retried(href: str, call: Callable[[str], T], unsigned: bool = False) -> T:
     """Call with the URL to request until it works, a bounded number of times, in the host's turns.
 
     Refusals that pass, broken connections and cut bodies are tried again after a pause of this thread's; a host that
@@ -331,7 +444,7 @@ def _retried(href: str, call: Callable[[str], T]) -> T:
     renewed = False
     attempt = 1
     while True:
-        url = signed(href)
+        url = href if unsigned else signed(href)
         try:
             if not host:
                 return call(url)
@@ -388,7 +501,10 @@ def _store(scheme: str, netloc: str, variables: tuple[tuple[str, str], ...], rul
         case "file":
             return LocalStore("/")
         case "s3":
-            if names.get("AWS_ENDPOINT_URL", names.get("AWS_ENDPOINT", "")).startswith("http://"):
+            endpoint = names.get("AWS_ENDPOINT_URL", names.get("AWS_ENDPOINT", ""))
+            if rule is not None and rule.endpoint is not None:
+                endpoint = options["endpoint"] = rule.endpoint
+            if endpoint.startswith("http://"):
                 options["client_options"]["allow_http"] = True
             if rule is not None and rule.region:
                 options["region"] = rule.region
@@ -407,12 +523,18 @@ def _store(scheme: str, netloc: str, variables: tuple[tuple[str, str], ...], rul
             return AzureStore(netloc, **options)
 
 
-def _failure(href: str, error: BaseException) -> ReadError | TrustError:
+def _failure(href: str, error: BaseException) -> ReadError | TrustError | CredentialsError:
     if isinstance(error, TrustError):  # a ValueError
         return error
+    subject, cause = f"reading {redact(href)[:300]}", error.__cause__ or error
+    refused = None if _is_web(href) else keys_refusal(subject, cause)
+    if refused is not None:
+        return refused
+    if lacks_bucket(cause):
+        return MissingError(subject, "no such bucket (404)", "one that is there", FIND_BUCKET)
     gone = isinstance(error, FileNotFoundError | NotADirectoryError) or _status(error) == 404
     return (MissingError if gone else ReadError)(
-        f"reading {redact(href)[:300]}", _reason(error), "", remedy(href) if _is_denied(error) else ""
+        subject, _reason(error), "", remedy(href) if _is_denied(error) else ""
     )
 
 

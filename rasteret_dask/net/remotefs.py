@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects at URLs as a pyarrow filesystem, by our own transport: its retries, signatures and catalog's rules."""
 
 from __future__ import annotations

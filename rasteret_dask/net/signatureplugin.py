@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin by which a cluster's workers get signatures: in memory, over the cluster's own connections."""
 
 from __future__ import annotations

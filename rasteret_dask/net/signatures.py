@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a cluster's workers need to sign hrefs is sent to them before they read."""
 
 from __future__ import annotations

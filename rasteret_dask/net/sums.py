@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checksums: of documents, inside themselves, and of files of which only parts are read, block by block."""
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rasteret_dask.net import remote
 __all__ = [
     "BLOCK",
     "Fault",
+    "Summing",
     "Sums",
     "Whole",
     "changed",
@@ -93,6 +95,32 @@ class Sums:
     def is_of(self, data: Any) -> bool:
         """Tell whether bytes are the whole object."""
         return len(memoryview(data)) == self.size and self.match(data)
+
+
+class Summing:
+    """The sums of an object whose bytes come piece by piece."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._crcs: list[int] = []
+
+    def add(self, piece: Any) -> None:
+        """Count further bytes."""
+        view = memoryview(piece)
+        while len(view):
+            inside = self._size % BLOCK
+            part = view[: BLOCK - inside]
+            if inside:
+                self._crcs[-1] = crc32_of(part, self._crcs[-1])
+            else:
+                self._crcs.append(crc32_of(part))
+            self._size += len(part)
+            view = view[len(part) :]
+
+    @property
+    def sums(self) -> Sums:
+        """Those of all bytes so far."""
+        return Sums(self._size, tuple(self._crcs))
 
 
 @dataclass(frozen=True, slots=True)

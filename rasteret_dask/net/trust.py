@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which hosts and paths this package may open: by what an item's origin is, and by the user's list of hosts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says what a job on a cluster waits for, and lets no worker have its tasks that cannot run them."""
 
 from __future__ import annotations
@@ -6,16 +7,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from distributed import Client, Future
 
 from rasteret_dask.errors import JobError
+from rasteret_dask.lists import first_of
 from rasteret_dask.net import probe
 from rasteret_dask.net.clusters import address_of, workers_of
 from rasteret_dask.net.readiness import Readiness, by_value, is_this_process
@@ -56,6 +58,13 @@ class Patience:
         )
 
 
+class MemoryCheck(Protocol):
+    """Compares what tasks need with the memory limits of workers."""
+
+    def check(self, subject: str, workers: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return a line about workers that may have too little; raise JobError where all certainly do."""
+
+
 class Watch:
     """Looks at the tasks of one job on a cluster, from time to time.
 
@@ -69,10 +78,20 @@ class Watch:
         Keys of the job's tasks -> what they are called in lines, such as their shards' names. It may change.
     progress
         Where lines go, beside the log.
+    memory
+        What the tasks need; None: so little that no worker is asked.
     """
 
-    def __init__(self, client: Client, subject: str, names: Mapping[Any, str], progress: Progress) -> None:
+    def __init__(
+        self,
+        client: Client,
+        subject: str,
+        names: Mapping[Any, str],
+        progress: Progress,
+        memory: MemoryCheck | None = None,
+    ) -> None:
         self.client, self.subject, self._names, self._progress = client, subject, names, progress
+        self._memory = memory
         self.patience = Patience.configured()
         self.workers: Mapping[str, Mapping[str, Any]] = {}
         """Address -> what the scheduler says of a worker, at the last look."""
@@ -92,8 +111,8 @@ class Watch:
         Raises
         ------
         JobError
-            When one of those that are there cannot (see :meth:`rasteret_dask.net.readiness.Readiness.check`), or the
-            scheduler is lost meanwhile.
+            When one of those that are there cannot (see :meth:`rasteret_dask.net.readiness.Readiness.check`), none of
+            them has the memory, or the scheduler is lost meanwhile.
         """
         if is_this_process(self.client):
             return
@@ -108,6 +127,9 @@ class Watch:
 
     def _admit(self, graph: Mapping[Hashable, Any]) -> None:
         self._stage = "asking scheduler and workers for their versions"
+        self._look_for_memory(
+            workers_of(self.client)
+        )  # before one of them is killed because of what it imports
         readiness = Readiness.of(self.client, self.subject, graph)
         asked = readiness.check()
         by_value()
@@ -128,10 +150,15 @@ class Watch:
         Raises
         ------
         JobError
-            When there are no workers, and those that came could not run the tasks.
+            When there are no workers, and those that came could not run the tasks, or the cluster knows that none will
+            come; or none of those that are there has the memory.
         """
         now = time.monotonic()
-        self.workers = workers_of(self.client)
+        there = workers_of(self.client)
+        self._look_for_lost(there)
+        if there.keys() != self.workers.keys():
+            self._look_for_memory(there)
+        self.workers = there
         pairs = {
             (name, worker)
             for worker, keys in self.client.processing().items()
@@ -153,7 +180,9 @@ class Watch:
         self._look_for_signs(now)
         if self.workers and now - self._moved >= self.patience.progress_s:
             self._say("progress", self._standing(now), now, self.patience.progress_s)
-        self._progress.tick(f", {len({name for name, _ in pairs})} running on {len(self.workers)} workers")
+        running, workers = len({name for name, _ in pairs}), len(self.workers)
+        on = f"{running} running on {workers} worker{'' if workers == 1 else 's'}"
+        self._progress.running = self._stage or on
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -213,6 +242,14 @@ class Watch:
                 )
                 self._say(worker, f"a worker joined that cannot run these tasks, and was sent away: {worker}")
 
+    def _look_for_memory(self, workers: Mapping[str, Mapping[str, Any]]) -> None:
+        # threads of this process share what the machine has, whatever a limit says
+        if self._memory is None or not workers or is_this_process(self.client):
+            return
+        line = self._memory.check(self.subject, workers)
+        if line:
+            self._say("memory", line)
+
     def _look_for_workers(self, now: float, any_able: bool) -> None:
         if any_able:
             self._bare = None
@@ -225,19 +262,33 @@ class Watch:
             raise JobError(
                 self.subject,
                 f"no worker for {passed:.0f} s but {len(self._refused)} that cannot run its tasks:\n"
-                + _some(self._refused.values(), "\n") + "\n",
+                + first_of(self._refused.values(), MAX_NAMED, "\n") + "\n",
                 "workers with what this process has",
                 "Start workers in the same environment or image as this process, then call this again.",
             )  # fmt: skip
-        scheduler = getattr(self.client.scheduler, "address", "")
-        text = f"no workers for {passed:.0f} s at {scheduler}; it goes on once there are some"
-        self._say("workers", text, now, self.patience.workers_s)
+        if now - self._told.get("workers", float("-inf")) >= self.patience.workers_s:
+            scheduler = getattr(self.client.scheduler, "address", "")
+            # a cluster whose workers come from a queue knows what they wait for, or that none will come: a JobError
+            ask = getattr(self.client.cluster, "waiting_for", None)
+            reason = f": {waits}" if ask is not None and (waits := ask()) else ""
+            text = f"no workers for {passed:.0f} s at {scheduler}{reason}; it goes on once there are some"
+            self._say("workers", text, now, self.patience.workers_s)
+
+    def _look_for_lost(self, there: Mapping[str, Any]) -> None:
+        """Say which workers are gone that had some of these tasks at the last look."""
+        for worker in self.workers.keys() - there.keys():
+            names = [name for name, where in self._since if where == worker]
+            if names:
+                self._say(
+                    f"gone {worker}",
+                    f"worker {self._name(worker)} is gone; it had {first_of(names, MAX_NAMED)}, which another one does",
+                )
 
     def _look_for_signs(self, now: float) -> None:
         for worker, (_, came) in self._heard.items():
             if now - came >= self.patience.heartbeat_s:
                 names = [name for name, where in self._since if where == worker]
-                has = f"; it has {_some(names)}" if names else ""
+                has = f"; it has {first_of(names, MAX_NAMED)}" if names else ""
                 text = f"worker {self._name(worker)} has given no sign of life for {now - came:.0f} s{has}"
                 self._say(f"silent {worker}", text, now, self.patience.heartbeat_s)
 
@@ -249,7 +300,7 @@ class Watch:
             f"{name} on {self._name(worker)} for {now - since:.0f} s"
             for (name, worker), since in sorted(self._since.items(), key=lambda item: item[1])
         ]
-        return f"{passed}; running: {_some(tasks) if tasks else 'none, tasks wait on the scheduler'}"
+        return f"{passed}; running: {first_of(tasks, MAX_NAMED) if tasks else 'none, tasks wait on the scheduler'}"
 
     def _name(self, worker: str) -> str:
         said = self.workers.get(worker, {})
@@ -271,7 +322,8 @@ def watched(
     names: Mapping[str, str],
     subject: str,
     progress: Progress | None = None,
-) -> Iterator[None]:
+    memory: MemoryCheck | None = None,
+) -> Iterator[Watch]:
     """Check that a cluster can run a graph, then say in the background what it waits for, for the length of a block.
 
     Parameters
@@ -284,24 +336,23 @@ def watched(
         Keys that are waited for -> what they are called in lines.
     subject
         What is being done: goes before each line.
-    progress
-        Where lines go, beside the log.
+    progress, memory
+        As of :class:`Watch`.
+
+    Yields
+    ------
+    Watch
+        What looks at the cluster.
 
     Raises
     ------
     JobError
-        When a host cannot run the tasks, or all workers that come cannot.
+        When a host cannot run the tasks or has too little memory, or all workers that come.
     """
-    watch = Watch(client, subject, names, progress or Progress("tasks", shown=False))
+    watch = Watch(client, subject, names, progress or Progress("tasks", shown=False), memory)
     with watch.looking():
         try:
             watch.admit(graph)
-            yield
+            yield watch
         finally:
             watch.leave()
-
-
-def _some(items: Iterable[str], between: str = ", ") -> str:
-    every = list(items)
-    more = [f"and {len(every) - MAX_NAMED} more"] if len(every) > MAX_NAMED else []
-    return between.join([*every[:MAX_NAMED], *more])

@@ -1,7 +1,9 @@
-"""One request by http(s): pooled connections of urllib3, to addresses that are checked, through checked redirects."""
+# SPDX-License-Identifier: Apache-2.0
+"""One request by http(s): kept connections, to addresses that are checked, through checked redirects."""
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import logging
 import os
@@ -10,11 +12,13 @@ import socket
 import ssl
 import time
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from http.client import responses
+from http.client import HTTPConnection as DirectConnection
+from http.client import HTTPException, HTTPResponse, IncompleteRead, responses
 from threading import Lock, local
 from typing import Any, NoReturn
 from urllib.parse import quote, unquote, urljoin, urlsplit
@@ -26,22 +30,35 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
-    IncompleteRead,
     NameResolutionError,
     NewConnectionError,
     ProxyError,
     ReadTimeoutError,
 )
-from urllib3.util import create_urllib3_context
+from urllib3.util import create_urllib3_context, wait_for_read
 
 from rasteret_dask._version import __version__
 from rasteret_dask.errors import TrustError
 from rasteret_dask.net.answers import Answer, BrokenError, RefusedError
 from rasteret_dask.net.gate import HOST_CONNECTIONS, ThrottledError, seconds
 from rasteret_dask.net.hrefs import plain_host, public, redact
+from rasteret_dask.net.localfile import Fetched, Head
 from rasteret_dask.net.trust import check_address, check_host
 
-__all__ = ["CONNECT_S", "READ_S", "WHOLE_S", "ask"]
+__all__ = [
+    "CONNECT_S",
+    "READ_S",
+    "WHOLE_S",
+    "Direct",
+    "Host",
+    "ask",
+    "check_coding",
+    "get",
+    "ranged",
+    "refuse",
+]
+
+_log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
 """Seconds to connect, to each address of a host."""
@@ -52,6 +69,7 @@ WHOLE_S = 300.0
 MOST_REDIRECTS = 5
 """One after the other."""
 
+_AGENT = f"rasteret_dask/{__version__}"
 _ERROR_BYTES = 64 * 1024  # of the body of a refusal, which may say why
 _CODINGS = (
     "",
@@ -99,12 +117,116 @@ def ask(
     BrokenError
         When no whole answer came.
     """
-    subject, sent = f"opening {public(url)[:300]}", dict(headers or {})
-    check_host(url, subject)
+    check_host(url, f"opening {public(url)[:300]}")
+    return _followed(url, _Request(method, headers or {}, body, READ_S if read_s is None else read_s))
+
+
+def get(url: str, headers: Mapping[str, str]) -> Answer:
+    """Ask for a URL; see :func:`ask`."""
+    return ask(url, headers=headers)
+
+
+def ranged(
+    get: Callable[[str, Mapping[str, str]], Answer], url: str, start: int, length: int | None
+) -> Fetched:
+    """Return a range by http, after a look whether it is the one that was asked for."""
+    if start == 0 and length is None:
+        answer = get(url, {})
+        size = len(answer.body)
+    else:
+        last = "" if length is None else start + length - 1
+        answer = get(url, {"Range": f"bytes={start}-{last}"})
+        told = answer.headers.get("Content-Range", "")
+        parts = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", told.strip())
+        if parts is None:
+            raise RefusedError(
+                answer.status, f"a range without its place in the file (Content-Range {told[:80]!r})"
+            )
+        first, size = int(parts[1]), int(parts[3])
+        due = min(size, size if length is None else start + length) - start
+        if first != start or len(answer.body) > due:
+            raise RefusedError(
+                answer.status, f"another range than bytes {start}-{last} (Content-Range {told[:80]!r})"
+            )
+        if len(answer.body) < due:
+            raise BrokenError("a body shorter than announced")
+    return Fetched(memoryview(answer.body), Head(size, answer.headers.get("ETag")))
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A web server that was looked at once: whether it is trusted, and how it is asked now.
+
+    For the requests of one call: the user's list and the environment may be others in the next.
+    """
+
+    origin: tuple[str, str, int]
+    route: _Route
+
+    @classmethod
+    def of(cls, url: str) -> Host:
+        """Look at the host of a URL; TrustError where it is not to be opened."""
+        check_host(url, f"opening {public(url)[:300]}")
+        origin = _Place.of(url).origin
+        return cls(origin, _route(origin))
+
+    def get(self, url: str, headers: Mapping[str, str]) -> Answer:
+        """Do as :func:`ask` does, with a URL of this host."""
+        return _followed(url, _Request("GET", headers, None, READ_S), self)
+
+    def fetch(self, url: str, start: int, length: int | None) -> Fetched:
+        """Return a range of a URL of this host; see :func:`ranged`."""
+        return ranged(self.get, url, start, length)
+
+    def begin(self, url: str, headers: Mapping[str, str]) -> Direct | None:
+        """Send a request by a connection that is open and idle, and return that; None where there is none."""
+        place, direct = _Place.of(url), self.route.direct
+        connection = direct.take() if direct is not None and place.origin == self.origin else None
+        if connection is None:
+            return None
+        try:
+            connection.send_off(
+                place.target, _headers(place, headers), _Request("GET", headers, None, READ_S)
+            )
+        except (HTTPException, OSError, ValueError):
+            connection.close()
+            return None
+        return connection
+
+    def end(self, connection: Direct) -> None:
+        """Have a connection back, whatever became of its answer."""
+        assert self.route.direct is not None
+        self.route.direct.put(connection)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked, wherever redirects lead."""
+
+    method: str
+    headers: Mapping[str, str]
+    body: bytes | None
+    read_s: float
+
+    def after(self, status: int, elsewhere: bool) -> _Request:
+        """Return what is asked after a redirect, to another host or this one."""
+        method, body, headers = self.method, self.body, dict(self.headers)
+        if elsewhere:
+            headers = {
+                k: v for k, v in headers.items() if k.lower() == "range" or k.lower().startswith("accept")
+            }
+        if status == 303 or (status in (301, 302) and method == "POST"):
+            method, body = "GET" if method == "POST" else method, None
+            headers.pop("Content-Type", None)
+        return _Request(method, headers, body, self.read_s)
+
+
+def _followed(url: str, request: _Request, host: Host | None = None) -> Answer:
+    """Ask a URL whose host was looked at, and where that redirects to."""
     for _ in range(1 + MOST_REDIRECTS):
         place = _Place.of(url)
-        with _quietly():
-            answer = _exchange(place, method, sent, body, READ_S if read_s is None else read_s)
+        route = host.route if host is not None and host.origin == place.origin else _route(place.origin)
+        answer = _exchange(route, place, request)
         if isinstance(answer, Answer):
             return answer
         status, link = answer
@@ -116,11 +238,7 @@ def ask(
                 subject, f"a redirect from {place.scheme} to {after or 'nothing'}", "https, or the same"
             )
         check_host(target, subject)  # before any of it is looked at closer
-        if _Place.of(target).origin != place.origin:
-            sent = {k: v for k, v in sent.items() if k.lower() == "range" or k.lower().startswith("accept")}
-        if status == 303 or (status in (301, 302) and method == "POST"):
-            method, body = "GET" if method == "POST" else method, None
-            sent.pop("Content-Type", None)
+        request = request.after(status, elsewhere=_Place.of(target).origin != place.origin)
         url = target
     raise RefusedError(status, f"more than {MOST_REDIRECTS} redirects, the last to {public(url)[:300]}")
 
@@ -161,57 +279,72 @@ def _quoted(text: str) -> str:
     return quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", text), safe="/%:@!$&'()*+,;=~?")
 
 
-def _exchange(
-    place: _Place, method: str, headers: Mapping[str, str], body: bytes | None, read_s: float
-) -> Answer | tuple[int, str]:
-    """Return the answer to one request, or the status and target of a redirect."""
-    sent = {"Host": place.netloc, "User-Agent": f"rasteret_dask/{__version__}", "Accept": "*/*"}
+def _headers(place: _Place, headers: Mapping[str, str]) -> dict[str, str]:
+    sent = {"Host": place.netloc, "User-Agent": _AGENT, "Accept": "*/*"}
     sent |= {"Accept-Encoding": "identity", **headers}
     if place.user:
         user = unquote(place.user if ":" in place.user else f"{place.user}:").encode()
         sent["Authorization"] = f"Basic {b64encode(user).decode()}"
+    return sent
+
+
+def _exchange(route: _Route, place: _Place, request: _Request) -> Answer | tuple[int, str]:
+    """Return the answer to one request, or the status and target of a redirect."""
+    sent = _headers(place, request.headers)
     try:
-        pool, forwarded = _pool(place.origin)
-        url = f"http://{place.netloc}{place.target}" if forwarded else place.target
-        answer = pool.urlopen(
-            method, url, body, sent, retries=False, redirect=False, assert_same_host=False, preload_content=False,
-            decode_content=False, timeout=urllib3.Timeout(connect=CONNECT_S, read=read_s),
+        with _reply(route, place, sent, request) as answer:
+            link = answer.headers.get("Location") if answer.status in (301, 302, 303, 307, 308) else None
+            if link is None and 200 <= answer.status < 300:
+                if "Range" in sent and answer.status == 200:
+                    # not read: a server that knows no ranges sends all of what may be gigabytes
+                    raise RefusedError(200, "the whole file, for a range of it: this server knows no ranges")
+                check_coding(answer.headers, sent["Accept-Encoding"])
+                return Answer(answer.status, answer.headers, answer.read())
+            text = answer.read(_ERROR_BYTES)
+            if link is not None:
+                return answer.status, link
+            refuse(answer.status, answer.headers, text)
+    except TrustError:  # a ValueError
+        raise
+    except (HTTPError, HTTPException, OSError, ValueError) as error:
+        _broken(error, place)
+
+
+@contextmanager
+def _reply(route: _Route, place: _Place, sent: Mapping[str, str], request: _Request) -> Iterator[Any]:
+    """Send a request and give its answer, whose head has come; what is not read of its body is not waited for.
+
+    Python's own connections take half the time of urllib3's; those know proxies and codings.
+    """
+    if route.direct is not None and sent["Accept-Encoding"] == "identity":
+        with route.direct.connection() as connection:
+            connection.send_off(place.target, sent, request)
+            yield connection.head()
+        return
+    url = f"http://{place.netloc}{place.target}" if route.forwarded else place.target
+    with _quietly():
+        answer = route.pool.urlopen(
+            request.method, url, request.body, sent, retries=False, redirect=False, assert_same_host=False,
+            preload_content=False, decode_content="gzip" in sent["Accept-Encoding"],
+            timeout=urllib3.Timeout(connect=CONNECT_S, read=request.read_s),
         )  # fmt: skip
-    except TrustError:  # a ValueError
-        raise
-    except (HTTPError, OSError, ValueError) as error:
-        _broken(error, place)
     try:
-        link = answer.headers.get("Location") if answer.status in (301, 302, 303, 307, 308) else None
-        if link is None and 200 <= answer.status < 300:
-            if "Range" in sent and answer.status == 200:
-                # not read: a server that knows no ranges sends all of what may be gigabytes
-                raise RefusedError(200, "the whole file, for a range of it: this server knows no ranges")
-            return Answer(answer.status, answer.headers, _body(answer, "gzip" in sent["Accept-Encoding"]))
-        text = answer.read(_ERROR_BYTES)
-        if link is not None:
-            return answer.status, link
-        _refuse(answer.status, answer.headers, text)
-    except TrustError:  # a ValueError
-        raise
-    except (HTTPError, OSError, ValueError) as error:
-        _broken(error, place)
+        yield answer
     finally:
         if not answer.closed:
-            answer.close()  # what is left of its body is not waited for
+            answer.close()
         answer.release_conn()
 
 
-def _body(answer: urllib3.BaseHTTPResponse, unpack: bool) -> bytes:
-    coding = answer.headers.get("Content-Encoding", "").strip().lower()
-    if coding not in _CODINGS and not unpack:
-        raise RefusedError(
-            answer.status, f"a body compressed by {coding[:20]!r}, though it was asked for as it is"
-        )
-    return answer.read(decode_content=unpack)
+def check_coding(headers: Any, asked_for: str) -> None:
+    """Raise RefusedError where a body comes compressed that was asked for as it is."""
+    coding = headers.get("Content-Encoding", "").strip().lower()
+    if coding not in _CODINGS and "gzip" not in asked_for:
+        raise RefusedError(200, f"a body compressed by {coding[:20]!r}, though it was asked for as it is")
 
 
-def _refuse(status: int, headers: Mapping[str, str], body: bytes) -> NoReturn:
+def refuse(status: int, headers: Any, body: bytes) -> NoReturn:
+    """Raise what an answer that is not good means: ThrottledError or RefusedError."""
     text = f"status {status} ({responses.get(status, 'unknown')})"
     said = body.decode("utf-8", "replace")
     if status in (429, 503):
@@ -223,7 +356,7 @@ def _refuse(status: int, headers: Mapping[str, str], body: bytes) -> NoReturn:
 
 
 def _broken(error: Exception, place: _Place) -> NoReturn:
-    """Raise BrokenError for what urllib3 raises, without the URL that it tells."""
+    """Raise BrokenError for what connections raise, without the URL that they tell."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = next((a for a in cause.args if isinstance(a, BaseException)), None) or cause.__cause__
@@ -239,7 +372,7 @@ def _broken(error: Exception, place: _Place) -> NoReturn:
             text = f"no connection to {place.netloc}: timed out after {CONNECT_S:g} s"
         case NewConnectionError():
             text = f"no connection to {place.netloc}: {str(error).rpartition(': ')[2]}"
-        case ReadTimeoutError():
+        case ReadTimeoutError() | TimeoutError():
             text = "no further byte: the read timed out"
         case IncompleteRead():
             text = f"a body that ends early: {error}"
@@ -272,33 +405,112 @@ class _TlsSocket(_Timed, ssl.SSLSocket):
     pass
 
 
+def _connected(connection: Any, host: str, port: int, checked: bool) -> socket.socket:
+    """Connect to an address of a host; raise what urllib3 does where there is none, which names the connection."""
+    try:
+        places = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        raise NameResolutionError(host, connection, error) from error  # type: ignore[arg-type]
+    if checked:
+        for *_, place in places:
+            check_address(str(place[0]), host, f"connecting to {host}")
+    failure: OSError = OSError("no address")
+    for family, kind, protocol, _, place in places:
+        made = _Socket(family, kind, protocol)
+        try:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            made.settimeout(CONNECT_S)
+            made.connect(place)
+            return made
+        except OSError as error:
+            made.close()
+            failure = error
+    if isinstance(failure, TimeoutError):
+        raise ConnectTimeoutError(connection, f"timed out after {CONNECT_S} s") from failure
+    raise NewConnectionError(connection, str(failure)) from failure
+
+
+class Direct(DirectConnection):
+    """A connection to an address that may be connected to, without a proxy between."""
+
+    def __init__(self, origin: tuple[str, str, int], context: ssl.SSLContext | None) -> None:
+        super().__init__(*origin[1:])
+        self._tls = context
+        self._answer: HTTPResponse | None = None
+
+    def connect(self) -> None:
+        """Connect to an address that is checked."""
+        made = _connected(self, self.host, self.port, checked=True)
+        try:
+            self.sock = made if self._tls is None else self._tls.wrap_socket(made, server_hostname=self.host)
+        except BaseException:
+            made.close()
+            raise
+
+    def send_off(self, target: str, headers: Mapping[str, str], request: _Request) -> None:
+        """Send a request."""
+        self._answer, began = None, time.monotonic()
+        if self.sock is None:
+            self.connect()
+        sock: Any = self.sock
+        sock.settimeout(request.read_s)
+        sock.until = began + WHOLE_S
+        self.request(request.method, target, request.body, headers)
+        _log.debug("%s %s:%s%s", request.method, self.host, self.port, target.partition("?")[0])
+
+    def head(self) -> HTTPResponse:
+        """Return its answer, whose head has come."""
+        self._answer = answer = self.getresponse()
+        return answer
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last answer was read to its end, so that another request may follow."""
+        return self.sock is not None and self._answer is not None and self._answer.isclosed()
+
+
+@dataclass(frozen=True, slots=True)
+class _Directly:
+    """Connections to a host without a proxy between; its gate bounds how many are in use."""
+
+    origin: tuple[str, str, int]
+    context: ssl.SSLContext | None
+    idle: deque[Direct] = field(default_factory=deque)
+    """The one used last is the last."""
+
+    @contextmanager
+    def connection(self) -> Iterator[Direct]:
+        """Lend a connection, which is kept where another request may follow."""
+        connection = self.take() or Direct(self.origin, self.context)
+        try:
+            yield connection
+        finally:
+            self.put(connection)
+
+    def put(self, connection: Direct) -> None:
+        """Keep a connection where another request may follow."""
+        if connection.is_done and len(self.idle) < HOST_CONNECTIONS:
+            self.idle.append(connection)
+        else:
+            connection.close()
+
+    def take(self) -> Direct | None:
+        """Return an open connection; None where there is none."""
+        while True:
+            try:
+                connection = self.idle.pop()
+            except IndexError:
+                return None
+            if not wait_for_read(connection.sock, 0):
+                return connection
+            connection.close()  # by the server too, or there is something that nobody asked for
+
+
 class _Checked:
-    """A connection to an address that may be connected to; through a proxy, whose own address the environment names."""
+    """A connection of urllib3 to such an address; through a proxy, whose own address the environment names."""
 
     def _new_conn(self: Any) -> socket.socket:
-        host = self._dns_host
-        try:
-            places = socket.getaddrinfo(host, self.port, 0, socket.SOCK_STREAM)
-        except (socket.gaierror, UnicodeError) as error:
-            raise NameResolutionError(host, self, error) from error  # type: ignore[arg-type]
-        if not self.proxy:
-            for *_, place in places:
-                check_address(str(place[0]), host, f"connecting to {host}")
-        failure: OSError = OSError("no address")
-        for family, kind, protocol, _, place in places:
-            made = _Socket(family, kind, protocol)
-            try:
-                for option in self.socket_options or ():
-                    made.setsockopt(*option)
-                made.settimeout(self.timeout)
-                made.connect(place)
-                return made
-            except OSError as error:
-                made.close()
-                failure = error
-        if isinstance(failure, TimeoutError):
-            raise ConnectTimeoutError(self, f"timed out after {self.timeout} s") from failure
-        raise NewConnectionError(self, str(failure)) from failure
+        return _connected(self, self._dns_host, self.port, checked=not self.proxy)
 
     def request(self: Any, *args: Any, **kwargs: Any) -> None:
         self.began = time.monotonic()
@@ -322,27 +534,35 @@ class _TlsPool(HTTPSConnectionPool):
     ConnectionCls = _Tls
 
 
-_Pools = dict[tuple[Any, ...], tuple[HTTPConnectionPool, bool]]
-_POOLS: _Pools = {}
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """How a host is asked."""
+
+    pool: HTTPConnectionPool
+    direct: _Directly | None
+    """None where a proxy lies between."""
+    forwarded: bool = False
+    """Whether a proxy forwards plain requests of whole URLs there."""
+
+
+_Routes = dict[tuple[Any, ...], _Route]
+_ROUTES: _Routes = {}
 _LOCK = Lock()
 
 
-def _pool(origin: tuple[str, str, int]) -> tuple[HTTPConnectionPool, bool]:
-    """Return the connections to a host, and whether a proxy forwards plain requests of whole URLs there.
-
-    What the environment says of proxies and certificates is looked at anew for each request.
-    """
+def _route(origin: tuple[str, str, int]) -> _Route:
+    """Return the way to a host. What the environment says of proxies and certificates is looked at for each request."""
     key = (origin, *map(os.environ.get, _ENVIRONMENT))
-    made = _POOLS.get(key)
+    made = _ROUTES.get(key)
     if made is None:
         with _LOCK:
-            made = _POOLS.get(key)
+            made = _ROUTES.get(key)
             if made is None:
-                made = _POOLS[key] = _made(origin)
+                made = _ROUTES[key] = _made(origin)
     return made
 
 
-def _made(origin: tuple[str, str, int]) -> tuple[HTTPConnectionPool, bool]:
+def _made(origin: tuple[str, str, int]) -> _Route:
     scheme, host, port = origin
     options: dict[str, Any] = {"maxsize": HOST_CONNECTIONS, "block": True}
     proxy = _proxy(scheme, host, port)
@@ -350,7 +570,8 @@ def _made(origin: tuple[str, str, int]) -> tuple[HTTPConnectionPool, bool]:
         options["ssl_context"] = _tls(*map(os.environ.get, _ENVIRONMENT[-4:]))
     if proxy is None:
         shown = f"[{host}]" if ":" in host else host
-        return (_TlsPool if scheme == "https" else _PlainPool)(shown, port, **options), False
+        kept = (_TlsPool if scheme == "https" else _PlainPool)(shown, port, **options)
+        return _Route(kept, _Directly(origin, options.get("ssl_context")))
     url = urllib3.util.parse_url(proxy)
     manager = urllib3.ProxyManager(
         proxy.replace(f"{url.auth}@", "", 1) if url.auth else proxy,
@@ -361,7 +582,7 @@ def _made(origin: tuple[str, str, int]) -> tuple[HTTPConnectionPool, bool]:
     manager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
     pool = manager.connection_from_host(host, port, scheme)
     assert isinstance(pool, HTTPConnectionPool)
-    return pool, scheme == "http"
+    return _Route(pool, None, scheme == "http")
 
 
 def _proxy(scheme: str, host: str, port: int) -> str | None:
@@ -399,6 +620,7 @@ def _tls(file: str | None, folder: str | None, *bundles: str | None) -> ssl.SSLC
     """Return what certificates are checked by: those the environment names, else the system's, else certifi's."""
     context = create_urllib3_context()
     context.sslsocket_class = _TlsSocket
+    context.set_alpn_protocols(["http/1.1"])
     bundle = next((b for b in bundles if b), None)
     paths = ssl.get_default_verify_paths()
     try:
@@ -443,14 +665,24 @@ def _without_queries(record: logging.LogRecord) -> bool:
 
 logging.getLogger("urllib3.connectionpool").addFilter(_without_queries)
 
-_LEFT: list[_Pools] = []
+_LEFT: list[_Routes] = []
 
 
 def _renew() -> None:
     """Start anew in a forked child: connections are its parent's. They are kept: closing them may wait for a lock."""
-    global _POOLS, _LOCK
-    _LEFT.append(_POOLS)
-    _POOLS, _LOCK = {}, Lock()
+    global _ROUTES, _LOCK
+    _LEFT.append(_ROUTES)
+    _ROUTES, _LOCK = {}, Lock()
 
 
 os.register_at_fork(after_in_child=_renew)
+
+
+def _close_idle() -> None:
+    """Close connections that wait for a next request, as the process ends; urllib3's pools do so by themselves."""
+    for route in _ROUTES.values():
+        while route.direct is not None and route.direct.idle:
+            route.direct.idle.pop().close()
+
+
+atexit.register(_close_idle)

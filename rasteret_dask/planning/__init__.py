@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was asked for, as frozen values, and the records that it chooses."""

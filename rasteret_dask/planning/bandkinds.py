@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kind of each output band of a source: one for all of its records, or an error."""
 
 from __future__ import annotations
@@ -7,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import HarmonizeSpec
@@ -83,7 +83,7 @@ def _band_kind(source: str, band: str, members: Sequence[tuple[Records, str]]) -
     kinds: dict[KindName, None] = {}
     classes: dict[int, str] = {}
     for records, code in members:
-        for name in pc.unique(records.asset_field(code, "kind")).to_pylist():
+        for name in records.distinct(code, "kind"):
             if name is not None:
                 kinds.setdefault(name)
         for pairs in _distinct_classes(records, code):
@@ -104,9 +104,7 @@ def _band_kind(source: str, band: str, members: Sequence[tuple[Records, str]]) -
 
 
 def _is_whole(members: Sequence[tuple[Records, str]]) -> bool:
-    dtypes = {
-        d for records, code in members for d in pc.unique(records.asset_field(code, "dtype")).to_pylist()
-    }
+    dtypes = {d for records, code in members for d in records.distinct(code, "dtype")}
     return all(np.dtype(d).kind in "iub" for d in dtypes if d is not None)
 
 

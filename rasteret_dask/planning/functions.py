@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A user's function, known by where it is written and what it says, the same in every process."""
 
 from __future__ import annotations

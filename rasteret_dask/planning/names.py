@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What sources may be called: their names stand among the entries of a batch and the nodes of a store."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewrites a plan to touch fewer rows and bands; the result is the same, and a second pass changes nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the user asked for, as small frozen values that can be compared, hashed and written as JSON."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import shapely
 
@@ -23,6 +24,7 @@ from rasteret_dask.rules.picks import Pick
 from rasteret_dask.rules.units import Units
 from rasteret_dask.rules.values import RuleValue
 from rasteret_dask.rules.values import from_json as rule_from_json
+from rasteret_dask.zones import UTM, BoxGrid, ChipGrid, CrsGrid, TileGrid, UtmGrid, chip_grid
 
 __all__ = [
     "ChipSpec",
@@ -39,12 +41,14 @@ __all__ = [
     "Node",
     "Predicate",
     "Rule",
+    "STATIC",
     "Sample",
     "Select",
     "Source",
     "Split",
     "SplitSpec",
     "WithTable",
+    "changes",
     "children",
     "digest",
     "from_json",
@@ -52,7 +56,6 @@ __all__ = [
     "is_number",
     "leaves",
     "near_area",
-    "outline",
     "predicates",
     "spec_field",
     "step_name",
@@ -65,10 +68,16 @@ Predicate: TypeAlias = "tuple[str, str, Scalar | tuple[Scalar, ...]]"
 """(column, operator, value): ``("eo:cloud_cover", "<", 20)``; datetimes as ISO 8601 text."""
 
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in", "intersects", "overlaps")
+CELL_KM = 15.36
+"""Side of a split cell where nobody chooses: 64 to 512 pixels divide it, of 10 m and of 30 m."""
 MAX_CELL_KM = 100
 """A split cell larger than a sixth of a zone's width would hold too few chips of one zone."""
 KM_PER_DEGREE = 100.0
 """Of latitude, rounded down from 110.6 (WGS 84, at the equator) to leave room for a grid's turn against north."""
+STATIC = "static"
+"""``harmonize(time=)`` of what does not change: one slot that holds at any time."""
+MAP_STRETCH = 4.0
+"""Ground below a length of a map's metres, at most, to 75 degrees: 3.4 on EPSG:6933, of equal area and true at 30."""
 DTYPES = (None, "float32", "uint16", "int16")
 RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode")
 
@@ -84,7 +93,9 @@ class HarmonizeSpec:
     resampling: str | None = None
     mask: Mask | None = None
     time: str | None = None
-    """A pandas offset (``"1MS"``): the length of a slot."""
+    """A pandas offset (``"1MS"``): the length of a slot; or ``STATIC``."""
+    tolerance: str | None = None
+    """A length of time (``"400D"``): how far the interval may lie that stands in where none holds a moment."""
     pick: Pick | None = None
     fill: bool | None = None
     """Whether what is invalid in the picked acquisition comes from the next."""
@@ -117,9 +128,9 @@ class ChipSpec:
     """Pixels of the reference source."""
     stride: int
     """Pixels from one chip to the next."""
-    grid: str = "zone"
-    """``"zone"``, ``"tiles"``, or a GeoBox as ``"epsg,x0,y0,resolution,width,height"``."""
-    cell_km: float = 15.36
+    grid: ChipGrid = UTM
+    """The lattices of zones or of one CRS, tiles, or a GeoBox."""
+    cell_km: float = CELL_KM
     min_coverage: float = 1.0
     min_slots: int = 1
     reference: str | None = None
@@ -144,8 +155,12 @@ class ChipSpec:
             raise PlanError("chips(cell_km=)", repr(self.cell_km), f"above 0 and at most {MAX_CELL_KM} km")
         if not (_is_whole(self.min_slots) and self.min_slots >= 0):
             raise PlanError("chips(min_slots=)", repr(self.min_slots), "0 or more slots")
-        if self.grid not in ("zone", "tiles") and self.grid.count(",") != 5:
-            raise PlanError("chips(grid=)", repr(self.grid), "'zone', 'tiles' or a GeoBox with a CRS")
+        object.__setattr__(self, "grid", chip_grid(self.grid))
+
+    @property
+    def in_cells(self) -> bool:
+        """Whether windows are laid out in split cells; elsewhere they lie freely."""
+        return self.at is None and isinstance(self.grid, UtmGrid | CrsGrid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +191,11 @@ class SplitSpec:
     def names(self) -> tuple[str, ...]:
         """The splits, in order."""
         return tuple(name for name, _ in self.ratios)
+
+    @property
+    def column(self) -> str | None:
+        """The column of the chip table that is the split, if one is: then shares mean nothing."""
+        return None if self.by in ("ground", "geometry") else self.by
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,11 +321,10 @@ _NODES = {
     c.__name__: c
     for c in (
         Source, Filter, Sample, Merge, Harmonize, Map, Join, CutChips, Split, FilterChips, Select, FilterPixels,
-        WithTable, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule,
+        WithTable, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule, UtmGrid, CrsGrid, TileGrid, BoxGrid,
     )
 }  # fmt: skip
 
-_BELOW = ("type", "child", "children", "token")
 _STEP_NAMES = {
     "CutChips": "chips",
     "FilterChips": "filter",
@@ -317,6 +336,15 @@ def children(node: Node) -> tuple[Node, ...]:
     if isinstance(node, Merge | Join):
         return node.children
     return () if isinstance(node, Source) else (node.child,)
+
+
+Spec = TypeVar("Spec", HarmonizeSpec, ChipSpec, SplitSpec)
+
+
+def changes(spec: Spec, default: Spec) -> dict[str, Any]:
+    """Return {name: value} of the fields of a step's arguments that are not the default's, in the fields' order."""
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def spec_field(node: Node, field: str) -> Any:
@@ -355,10 +383,11 @@ def near_area(spec: ChipSpec) -> Predicate | None:
     that reaches into the area is at most a split cell long. Where degrees say little (near the poles and the
     antimeridian), or chips may be of any length (grids other than the zone's), no record is left out.
     """
-    if spec.aoi is None or spec.at is not None or spec.grid != "zone":
+    if spec.aoi is None or not spec.in_cells:
         return None
     west, south, east, north = shapely.from_wkb(bytes.fromhex(spec.aoi)).bounds
-    lat = 0.05 + spec.cell_km / KM_PER_DEGREE
+    stretch = MAP_STRETCH if isinstance(spec.grid, CrsGrid) else 1.0
+    lat = 0.05 + stretch * spec.cell_km / KM_PER_DEGREE
     lon = 4 * lat  # 1 / cos(75.5 degrees)
     if max(abs(north), abs(south)) + lat > 75 or west - lon < -180 or east + lon > 180:
         return None
@@ -393,29 +422,6 @@ def step_name(node: Node) -> str:
     """Return what a step is called in the API: ``"filter"``, ``"filter_pixels"``, ``"chips"``."""
     name = type(node).__name__
     return _STEP_NAMES.get(name) or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-
-
-def outline(node: Node, depth: int = 0) -> Iterator[str]:
-    """Yield one line per step, the last step first."""
-    shown = ", ".join(f"{k}={_short(v)}" for k, v in _arguments(node) if v not in (None, (), "", 0, False))
-    yield f"{'  ' * depth}{step_name(node)}({shown[:160]})"
-    for child in children(node):
-        yield from outline(child, depth + 1)
-
-
-def _arguments(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the names and values of what a step was given."""
-    for one in dataclasses.fields(node):
-        value = getattr(node, one.name)
-        if one.name == "spec":
-            yield from _arguments(value)
-        elif one.name not in _BELOW:
-            yield one.name, value
-
-
-def _short(value: Any) -> str:
-    shown = value if isinstance(value, RuleValue) else to_json(value)
-    return text if len(text := str(shown)) <= 60 else text[:57] + "..."
 
 
 def predicates(parts: tuple[Any, ...], equal: Mapping[str, Any]) -> tuple[Predicate, ...]:

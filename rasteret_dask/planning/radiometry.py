@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which scale, offset and rule are applied to the records of a source."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.rules.radiometry import Radiometry
+from rasteret_dask.table.records import Records
 
 __all__ = ["radiometry_of"]
 
@@ -20,12 +23,7 @@ def radiometry_of(source: ResolvedSource, rows: NDArray[Any]) -> list[dict[str, 
     for number, member in enumerate(source.plan.members):
         own = rows[source.member[rows] == number]
         for name, unit, band in zip(source.plan.bands, source.plan.rules.units, member.bands, strict=True):
-            fields = [source.records.asset_field(band, f) for f in ("scale", "offset", "rule")]
-            told = pa.table(dict(zip(("scale", "offset", "rule"), fields, strict=True))).take(pa.array(own))
-            alike = told.group_by(["scale", "offset", "rule"], use_threads=False).aggregate(
-                [([], "count_all")]
-            )
-            for scale, offset, rule, count in zip(*(c.to_pylist() for c in alike.columns), strict=True):
+            for scale, offset, rule, count in _alike(source.records, band, own):
                 applied = unit.scales
                 known = (scale, offset) if applied else (None, None)
                 words = unit.describe(Radiometry(scale or 1.0, offset or 0.0, rule or "identity"))
@@ -37,3 +35,15 @@ def radiometry_of(source: ResolvedSource, rows: NDArray[Any]) -> list[dict[str, 
         }
         for (member, name, code, unit, scale, offset, rule), count in counted.items()
     ]  # fmt: skip
+
+
+def _alike(records: Records, band: str, rows: NDArray[Any]) -> Iterator[tuple[Any, ...]]:
+    """Yield (scale, offset, rule, how many of some records have them) of one band."""
+    names = ("scale", "offset", "rule")
+    every = [records.distinct(band, name) for name in names]
+    if len(rows) and all(len(values) == 1 for values in every):  # most bands: nothing has to be counted
+        yield (*(value for (value,) in every), len(rows))
+        return
+    told = pa.table({name: records.asset_field(band, name) for name in names}).take(pa.array(rows))
+    alike = told.group_by(list(names), use_threads=False).aggregate([([], "count_all")])
+    yield from zip(*(column.to_pylist() for column in alike.columns), strict=True)

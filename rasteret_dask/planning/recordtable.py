@@ -1,18 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
 """The records that a plan chooses, as Arrow: only the columns asked for, some rows at a time."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
+from rasteret_dask.crs import text
+from rasteret_dask.display.card import Card, Fact, counted
+from rasteret_dask.display.tableview import Columns
 from rasteret_dask.errors import SchemaError
+from rasteret_dask.lists import listed
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import Harmonize, Map, Merge, Node, Source, leaves
 from rasteret_dask.planning.query import Query
@@ -27,6 +32,7 @@ __all__ = [
     "count",
     "data_source",
     "dataset",
+    "looks",
     "schema",
     "signed_hosts",
     "stream",
@@ -125,7 +131,25 @@ def count(query: Query) -> int:
     )
 
 
-@dataclass(frozen=True, slots=True)
+def looks(records: pa.Table) -> Columns:
+    """Return what is printed of records: their headers and assets are counted, not shown."""
+    rows = records.select(["id", "datetime", "platform", "eo:cloud_cover", "bbox"]).to_pylist()
+    codes = Records(records).epsg.tolist()
+    bands = [count for chunk in records.column("assets").chunks for count in np.diff(chunk.offsets).tolist()]
+    return {
+        "id": [row["id"] for row in rows],
+        "datetime": [
+            None if row["datetime"] is None else f"{row['datetime']:%Y-%m-%d %H:%M}" for row in rows
+        ],
+        "platform": [row["platform"] for row in rows],
+        "bands": bands,
+        "cloud, %": [row["eo:cloud_cover"] for row in rows],
+        "CRS": [text(code) if code else None for code in codes],
+        "bounds": [None if row["bbox"] is None else _degrees(row["bbox"].values()) for row in rows],
+    }
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Summary:
     """What a collection holds."""
 
@@ -138,28 +162,50 @@ class Summary:
     """The last record's."""
     bounds: tuple[float, float, float, float] | None
     """(west, south, east, north) in degrees, of all records' boxes."""
-    epsg: tuple[int, ...]
+    crs: tuple[str, ...]
+    """What the records' CRSs are called: ``"EPSG:32633"``, or the name of one without a code."""
     bands: tuple[str, ...]
     columns: tuple[str, ...]
     """Those that not every record table has."""
 
-    def __str__(self) -> str:
-        lines = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            text = ", ".join(map(str, value)) if isinstance(value, tuple) else value
-            lines.append(f"{field.name + ':':<13}{'-' if text in (None, '') else text}")
-        return "\n".join(lines)
+    @property
+    def _card(self) -> Card:
+        dates = "none" if self.start is None else f"{self.start} to {self.end}"
+        rows = [
+            Fact("source", self.data_source or "unknown"),
+            Fact("dates", dates),
+            Fact(
+                "bounds",
+                "none" if self.bounds is None else f"{_degrees(self.bounds)} (west, south, east, north)",
+            ),
+            Fact("CRS", listed(self.crs, "CRSs") or "none"),
+            Fact("bands", listed(self.bands, "bands", 16) or "none"),
+        ]
+        if self.columns:
+            rows.append(
+                Fact("columns", f"{listed(self.columns, 'columns')}, beside those of every record table")
+            )
+        return Card(f"{self.name}: {counted(self.records, 'record')}", rows)
+
+    def __repr__(self) -> str:
+        return self._card.text
+
+    def _repr_html_(self) -> str:
+        return self._card.html
+
+
+def _degrees(bounds: Iterable[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in bounds)
 
 
 def summary(query: Query, name: str, further: Sequence[str]) -> Summary:
     """Return what the records of a plan hold; tile tables are not read."""
-    found = table(query, ["datetime", "collection", "bbox", "proj:epsg", "assets"])
+    found = table(query, ["datetime", "collection", "bbox", "proj:epsg", "proj:wkt2", "assets"])
     time = pc.min_max(found.column("datetime")).as_py()
     boxes = found.column("bbox").combine_chunks()
     edges = [pc.struct_field(boxes, n) for n in ("xmin", "ymin", "xmax", "ymax")]
     bounds = [f(e).as_py() for f, e in zip((pc.min, pc.min, pc.max, pc.max), edges, strict=True)]
-    codes = np.unique(np.array(found.column("proj:epsg").drop_null().to_pylist(), dtype=int))
+    codes = np.unique(Records(found).epsg)
     return Summary(
         name=name,
         data_source=data_source(found),
@@ -167,7 +213,7 @@ def summary(query: Query, name: str, further: Sequence[str]) -> Summary:
         start=None if time["min"] is None else time["min"].isoformat(),
         end=None if time["max"] is None else time["max"].isoformat(),
         bounds=None if None in bounds else (bounds[0], bounds[1], bounds[2], bounds[3]),
-        epsg=tuple(int(c) for c in codes),
+        crs=tuple(text(c) for c in codes.tolist() if c),
         bands=Records(found).bands if len(found) else (),
         columns=tuple(further),
     )

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan and its tables become sources whose records, bands, units, grid and time axis are settled."""
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rasteret_dask.errors import BandError, PlanError, UnreadableAssetsError
+from rasteret_dask.crs import text
+from rasteret_dask.errors import BandError, EmptyError, GridError, PlanError, UnreadableAssetsError
+from rasteret_dask.extent import unit_of
 from rasteret_dask.grid import digits
 from rasteret_dask.headers.nodata import INEXACT
+from rasteret_dask.lists import first_of
 from rasteret_dask.planning.bandkinds import BandKind, band_kinds, check_kernel, user_kinds, with_one_kind
-from rasteret_dask.planning.pixelsizes import alike
+from rasteret_dask.planning.bandpass import like_oli
+from rasteret_dask.planning.calls import condition
+from rasteret_dask.planning.pixelsizes import alike, catalog_m, not_in_metres, pixels_m
 from rasteret_dask.planning.plan import (
+    STATIC,
     Filter,
     Function,
     Harmonize,
@@ -34,7 +41,7 @@ from rasteret_dask.planning.plan import (
     step_name,
 )
 from rasteret_dask.planning.sampling import sample_rows
-from rasteret_dask.planning.scan import Table, filter_table, keep_whole, scan
+from rasteret_dask.planning.scan import Table, filter_table, keep_whole, nothing_left, scan
 from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.rules.masks import QUALITY, Mask, quality_among, settled, words_of
 from rasteret_dask.rules.picks import Closest, Pick, Scored, pick_named
@@ -53,6 +60,7 @@ __all__ = [
     "SourcePlan",
     "all_readable",
     "evaluate",
+    "in_metres",
     "resolve_source",
 ]
 
@@ -149,6 +157,8 @@ class MemberTable:
     """Records that ``where(readable=True)`` or ``where(has_bands=...)`` left out."""
     wanted: tuple[str, ...] | None = None
     """The bands that the steps above need; None: all."""
+    why: str = ""
+    """Why predicates leave no record, where they leave none."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,15 @@ class ResolvedSource:
     axis: TimeAxis | None
     unreadable: int = 0
     """Records that ``where(readable=True)`` or ``where(has_bands=...)`` left out."""
+    native: bool = False
+    """Whether the pixel size is that of the first member's files, in units of their CRS: nobody says another."""
+    tolerance: np.timedelta64 | None = None
+    """How far an interval may lie that stands in where none holds a moment; None: intervals have slots of their own."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether all of its records hold at any time."""
+        return self.passes.is_static
 
     @cached_property
     def id_rank(self) -> NDArray[np.int64]:
@@ -179,14 +198,11 @@ def evaluate(node: Node, tables: Mapping[str, Table]) -> list[MemberTable]:
     match node:
         case Source():
             table = told_apart(scan(node, tables))
-            member = MemberTable(node.name, table, HarmonizeSpec(), node.where, wanted=node.bands)
+            why = "" if len(table) else nothing_left(tables[node.token], node.where, node.name)
+            member = MemberTable(node.name, table, HarmonizeSpec(), node.where, wanted=node.bands, why=why)
             return [_readable_only(member, node.where)]
         case Filter(child, where):
-            found = [
-                dataclasses.replace(m, table=filter_table(m.table, where, m.name), where=m.where + where)
-                for m in evaluate(child, tables)
-            ]
-            return [_readable_only(m, where) for m in found]
+            return [_readable_only(_filtered(m, where), where) for m in evaluate(child, tables)]
         case Sample(child, n, seed, by):
             return _sampled(evaluate(child, tables), n, seed, by)
         case Merge(below):
@@ -203,6 +219,14 @@ def evaluate(node: Node, tables: Mapping[str, Table]) -> list[MemberTable]:
         "plan", f"a {step_name(node)} below another step on records", "steps on records",
         "Harmonize, subset and merge each source before join.",
     )  # fmt: skip
+
+
+def _filtered(member: MemberTable, where: tuple[Predicate, ...]) -> MemberTable:
+    table = filter_table(member.table, where, member.name)
+    why = (
+        member.why if len(table) or not len(member.table) else nothing_left(member.table, where, member.name)
+    )
+    return dataclasses.replace(member, table=table, where=member.where + where, why=why)
 
 
 def _readable_only(member: MemberTable, where: Sequence[Predicate]) -> MemberTable:
@@ -259,9 +283,10 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     _check_pixels(
         name, bands, rules, [_distinct(tables, resolved, "dtype", band) for band in range(len(bands))]
     )
+    tables = like_oli(name, bands, rules.units, tables, [m.bands for m in resolved])
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
-    passes = acquisitions(records)
+    passes = acquisitions(records, spec.time == STATIC)
     _one_scale(name, bands, rules, tables, resolved, passes)
     axis = _axis(name, spec, members, passes)
     if axis is None and rules.composes:
@@ -280,7 +305,46 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
         kinds=kinds,
     )
     member = np.repeat(np.arange(len(tables)), [len(r) for r in tables])
-    return ResolvedSource(plan, records, member, passes, axis, unreadable)
+    tolerance = _tolerance(name, spec, passes)
+    return ResolvedSource(plan, records, member, passes, axis, unreadable, spec.resolution is None, tolerance)
+
+
+def in_metres(source: ResolvedSource, step: str) -> ResolvedSource:
+    """Return a source whose pixel size is in metres, for windows on a map that counts in them.
+
+    Where the files count in degrees or feet and nobody says a size, it is the catalog's, else the items' ``gsd``.
+
+    Parameters
+    ----------
+    source
+        The source.
+    step
+        What wants it, for messages.
+
+    Raises
+    ------
+    GridError
+        When nothing tells how many metres a pixel has.
+    """
+    if not source.native:
+        return source
+    rows = not_in_metres(source.records)
+    rows = rows[source.member[rows] == 0]
+    if not len(rows):
+        return source
+    plan, row = source.plan, int(rows[0])
+    bands = plan.members[source.member[row]].bands
+    size = catalog_m(source.records, bands)
+    if size is None:
+        about = float(pixels_m(source.records, bands[0])[row])
+        raise GridError(
+            f"{step} over record {source.records.ids[row]!r} of {plan.name!r}",
+            f"pixels of {plan.resolution:g} {unit_of(int(source.records.epsg[row]))} "
+            f"({text(int(source.records.epsg[row]))})",
+            "a pixel size in metres",
+            f"Set it by harmonize(resolution=...); pixels of the files are about {about:.3g} m wide at the equator.",
+        )
+    return dataclasses.replace(source, plan=dataclasses.replace(plan, resolution=size), native=False)
 
 
 def _plain(table: pa.Table) -> pa.Table:
@@ -290,8 +354,14 @@ def _plain(table: pa.Table) -> pa.Table:
 def _not_empty(name: str, members: list[MemberTable]) -> None:
     if any(m.table.num_rows for m in members):
         return
-    filters = "; ".join(f"{m.name}: {m.where or 'no filter'}" for m in members)
-    raise PlanError(f"source {name!r}", f"no record left ({filters})", "at least one", "Loosen the filters.")
+    reasons = "; ".join(f"{m.name}: {m.why or _unreadable(m)}" for m in members)
+    remedy = "Change the area, the dates or the filters: each of them has to leave a record."
+    raise EmptyError(f"source {name!r}", f"no record left ({reasons})", "at least one", remedy)
+
+
+def _unreadable(member: MemberTable) -> str:
+    asked = next((condition(p) for p in member.where if p[0] in ("has_bands", "readable")), "a sample")
+    return f"{asked} leaves none" + (f" of {member.unreadable:,} records" if member.unreadable else "")
 
 
 def _common(name: str, step: str, values: Sequence[Any]) -> Any:
@@ -312,8 +382,8 @@ def _default_bands(name: str, tables: list[Records]) -> tuple[str, ...]:
     for records in tables:
         held.append({})
         for band in records.bands:
-            if "quality" not in pc.unique(records.asset_field(band, "role")).to_pylist():
-                commons = [c for c in pc.unique(records.asset_field(band, "common_name")).to_pylist() if c]
+            if "quality" not in records.distinct(band, "role"):
+                commons = [c for c in records.distinct(band, "common_name") if c]
                 count = len(records) - records.asset_field(band, "href").null_count
                 held[-1][band] = (commons[0] if commons else None, count)
     first = held[0]
@@ -348,7 +418,7 @@ def _same_meaning(
     """Raise BandError where a code, which is no common name, means different bands in the members of a merge."""
     for at, band in enumerate(bands):
         commons = {
-            m.name: {c for c in pc.unique(r.asset_field(m.bands[at], "common_name")).to_pylist() if c}
+            m.name: {c for c in r.distinct(m.bands[at], "common_name") if c}
             for m, r in zip(members, tables, strict=True)
         }
         every = set().union(*commons.values())
@@ -392,16 +462,15 @@ def all_readable(tables: list[Records], members: tuple[Member, ...]) -> None:
     for records, member in zip(tables, members, strict=True):
         for band in member.reads:
             missing = pc.is_null(records.asset_field(band, "href")).to_numpy()
-            reason = records.asset_field(band, "error").to_pylist()
+            reason = records.asset_field(band, "error")
             unknown = pc.is_null(records.level_field(band, "width")).to_numpy()
-            for row in np.flatnonzero(missing | unknown | np.array([r is not None for r in reason])):
-                why = "no such asset" if missing[row] else reason[row] or "no cached header"
+            for row in np.flatnonzero(missing | unknown | pc.is_valid(reason).to_numpy()):
+                why = "no such asset" if missing[row] else reason[int(row)].as_py() or "no cached header"
                 bad.append(f"{records.ids[row]}/{band} ({why})")
     if bad:
-        more = f" and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
         raise UnreadableAssetsError(
             "assets that the plan needs",
-            f"{len(bad)} unreadable: {', '.join(bad[:MAX_LISTED])}{more}",
+            f"{len(bad)} unreadable: {first_of(bad, MAX_LISTED)}",
             "headers read while the table was built",
             "Leave their records out with .where(readable=True) or .where(has_bands=[...]), or build the table again.",
         )
@@ -445,9 +514,7 @@ _BandRecords: TypeAlias = "list[tuple[Records, str]]"
 
 def _values(band_records: _BandRecords, field: str) -> set[Any]:
     """Return the distinct values of a field over all records of a band."""
-    return {
-        v for records, code in band_records for v in pc.unique(records.asset_field(code, field)).to_pylist()
-    }
+    return {v for records, code in band_records for v in records.distinct(code, field)}
 
 
 def _pairs(band_records: _BandRecords, *fields: str) -> set[tuple[Any, ...]]:
@@ -455,7 +522,7 @@ def _pairs(band_records: _BandRecords, *fields: str) -> set[tuple[Any, ...]]:
     return {
         pair
         for records, code in band_records
-        for pair in zip(*(records.asset_field(code, f).to_pylist() for f in fields), strict=True)
+        for pair in zip(*(records.asset_values(code, f) for f in fields), strict=True)
     }
 
 
@@ -542,7 +609,7 @@ def _joined(bands: Sequence[str], units: Sequence[Unit], dtype: str) -> str:
     for unit in dict.fromkeys(units):
         own = [band for band, other in zip(bands, units, strict=True) if other == unit]
         form = f", dtype={dtype!r}" if unit.steps is not None and unit.elementwise else ""
-        word = repr(unit.name) if UNITS.get(unit.name) == unit else str(unit)
+        word = repr(unit.name) if isinstance(unit, type(UNITS.get(unit.name))) else str(unit)
         parts.append(f"{unit.name}=source.harmonize({own!r}, units={word}{form})")
     return f"rd.join({', '.join(parts)})"
 
@@ -583,7 +650,7 @@ def _one_scale(
             (1.0 if scale is None else scale, offset or 0.0)
             for records, member in zip(tables, members, strict=True)
             for scale, offset in zip(
-                *(records.asset_field(member.bands[at], f).to_pylist() for f in ("scale", "offset")),
+                *(records.asset_values(member.bands[at], f) for f in ("scale", "offset")),
                 strict=True,
             )
         ]
@@ -649,7 +716,7 @@ def _distinct(
         value
         for records, member in zip(tables, members, strict=True)
         for band in (member.bands if at is None else member.bands[at : at + 1])
-        for value in pc.unique(records.asset_field(band, field)).to_pylist()
+        for value in records.distinct(band, field)
     }
 
 
@@ -670,9 +737,29 @@ def _native_resolution(records: Records, member: Member) -> float:
     return finest
 
 
+def _tolerance(name: str, spec: HarmonizeSpec, passes: Acquisitions) -> np.timedelta64 | None:
+    if spec.tolerance is None:
+        return None
+    subject = f"harmonize(tolerance={spec.tolerance!r}) of source {name!r}"
+    if not bool(passes.is_interval.all()):
+        raise PlanError(
+            subject, "records of instants", "records that are intervals, such as land cover of a year each",
+            "Instants compete for slots: harmonize(time='1MS'), without tolerance.",
+        )  # fmt: skip
+    try:
+        length = pd.Timedelta(spec.tolerance)
+    except ValueError as error:
+        raise PlanError(subject, str(error), "a length of time such as '400D'") from error
+    if pd.isna(length) or length < pd.Timedelta(0):
+        raise PlanError(subject, str(length), "a length of time such as '400D'")
+    return length.to_timedelta64()
+
+
 def _axis(
     name: str, spec: HarmonizeSpec, members: list[MemberTable], passes: Acquisitions
 ) -> TimeAxis | None:
+    if passes.is_static:
+        return intervals([passes])
     if spec.time is None:
         return None
     if bool(passes.is_interval.all()) and len(passes.start):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What pixels must fulfil for their chip to be kept, as frozen values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows chosen by a hash of what they are called: the same everywhere, whatever other rows there are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A source's predicates and bands, applied to its table: filters go to the Parquet scan where they can."""
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import PlanError
 from rasteret_dask.footprint import area_of, box_around, placed
 from rasteret_dask.net.remotefs import version_of
+from rasteret_dask.planning.calls import condition
 from rasteret_dask.planning.plan import Predicate, Source
-from rasteret_dask.rules.masks import ANY_QUALITY
+from rasteret_dask.rules.masks import ANY_QUALITY, QUALITY
 from rasteret_dask.table import rowgroups
 from rasteret_dask.table.leftassets import without_left_assets
 from rasteret_dask.table.records import RECORD_SCHEMA, Records
@@ -35,6 +37,7 @@ __all__ = [
     "filter_table",
     "keep_whole",
     "named_in",
+    "nothing_left",
     "pushed_filter",
     "scan",
     "token_of",
@@ -97,6 +100,53 @@ def alone(data: Table, where: Sequence[Predicate], name: str) -> str:
     left = [filter_table(data, (predicate,), name).num_rows for predicate in where]
     words = (f"{column} {op} {value!r}" for column, op, value in where)
     return ", ".join(f"{word} alone leaves {n:,}" for word, n in zip(words, left, strict=True))
+
+
+def nothing_left(data: Table, where: Sequence[Predicate], name: str) -> str:
+    """Say in a user's words why predicates leave none of a table's records: which of them leaves none, of what.
+
+    Those on assets are not asked.
+    """
+    count = filter_table(data, (), name, ["id"]).num_rows
+    if not count:
+        return "its table is empty"
+    asked = [p for p in where if not _is_on_assets(p, data.schema)]
+    left = [filter_table(data, (p,), name, ["id"]).num_rows for p in asked]
+    alone = [p for p, n in zip(asked, left, strict=True) if not n]
+    if alone:
+        return "; ".join(_leaves_none(p, data, count) for p in alone)
+    each = ", ".join(f"{condition(p)} leaves {n:,}" for p, n in zip(asked, left, strict=True))
+    return f"of {count:,} records, alone {each}; together none" if each else f"of {count:,} records"
+
+
+def _leaves_none(predicate: Predicate, data: Table, count: int) -> str:
+    _, op, value = predicate
+    if op == "overlaps":
+        times = filter_table(data, (), "", ["datetime"]).column("datetime")
+        ends = pc.min_max(times).as_py()
+        known = (
+            "" if ends["min"] is None else f"; theirs are {ends['min']:%Y-%m-%d} to {ends['max']:%Y-%m-%d}"
+        )
+        return f"no record {condition(predicate)}{known}"
+    if op in ("intersects", "near"):
+        boxes = filter_table(data, (), "", ["bbox"]).column("bbox").combine_chunks()
+        sides = [pc.struct_field(boxes, side) for side in ("xmin", "ymin", "xmax", "ymax")]
+        bounds = [f(side).as_py() for f, side in zip((pc.min, pc.min, pc.max, pc.max), sides, strict=True)]
+        wanted = tuple(value) if isinstance(value, tuple) else box_around(_area(predicate))
+        what = "the bbox" if predicate[:2] == IN_BOX else "the area" if op == "intersects" else "the AOI"
+        around = f"{what} ({_degrees(wanted)}{', with a split cell around it' if op == 'near' else ''})"
+        if None in bounds:
+            return f"no record lies on {around}"
+        outside = (
+            wanted[2] < bounds[0] or wanted[0] > bounds[2] or wanted[3] < bounds[1] or wanted[1] > bounds[3]
+        )
+        lies = "lies outside" if outside else "touches no record, though it lies within"
+        return f"{around} {lies} the records' bounds ({_degrees(bounds)})"
+    return f"{condition(predicate)} leaves none of {count:,} records"
+
+
+def _degrees(bounds: Sequence[Any]) -> str:
+    return ", ".join(f"{value:.6g}" for value in bounds)
 
 
 def filter_batches(
@@ -279,8 +329,8 @@ def _only_bands(table: pa.Table, wanted: tuple[str, ...]) -> pa.Table:
     for band in records.bands:
         names = {band}
         for field in ("common_name", "asset"):
-            names.update(v for v in pc.unique(records.asset_field(band, field)).to_pylist() if v)
-        roles = pc.unique(records.asset_field(band, "role")).to_pylist()
+            names.update(v for v in records.distinct(band, field) if v)
+        roles = records.distinct(band, "role")
         if names & set(wanted) or (ANY_QUALITY in wanted and "quality" in roles):
             keep.append(band)
             met |= names
@@ -373,8 +423,10 @@ def _has(table: pa.Table, names: Sequence[str]) -> NDArray[np.bool_]:
     chunk, offsets = _entries(table)
     result = np.ones(table.num_rows, dtype=bool)
     for name in names:
-        if name == "@quality":
-            met = pc.is_in(pc.utf8_lower(chunk.keys), pa.array(["scl", "qa_pixel"]))
+        if name == ANY_QUALITY:
+            met = pc.is_in(
+                pc.utf8_lower(chunk.keys), pa.array([quality.band.casefold() for quality in QUALITY])
+            )
         else:
             places = [
                 chunk.keys,

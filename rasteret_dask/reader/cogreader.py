@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reading engine behind stackstac's public ``reader=`` protocol."""
 
 from __future__ import annotations
@@ -145,17 +146,22 @@ class CogReader:
     Raises
     ------
     ReadError
-        By :meth:`read`, when a header or pixels cannot be read, also of rotated files, of files without an EPSG
-        code, and of files of several bands none of which is named.
+        By :meth:`read`, when a header or pixels cannot be read, also of files without a CRS, and of
+        files of several bands none of which is named.
     TrustError
         By :meth:`read`, when the URL is one of those refused.
 
     Examples
     --------
+    >>> import pystac
+    >>> import stackstac
+    >>> scenes = pystac.Collection.from_file("demo/world/sentinel-2-l2a/collection.json").get_items()
     >>> cube = stackstac.stack(
-    ...     items, assets=["red", "nir"], resolution=10, dtype="uint16", fill_value=np.uint16(0), rescale=False,
-    ...     chunksize=(-1, -1, 1024, 1024), reader=rd.CogReader,
-    ... )  # doctest: +SKIP
+    ...     [item.make_asset_hrefs_absolute() for item in scenes], assets=["red", "nir"], epsg=32633, resolution=10,
+    ...     rescale=False, chunksize=(-1, -1, 1024, 1024), reader=rd.CogReader,
+    ... )
+    >>> cube.dims, cube[0, :, :4, :4].compute().shape
+    (('time', 'band', 'y', 'x'), (2, 4, 4))
     """
 
     def __init__(
@@ -191,6 +197,16 @@ class CogReader:
         -------
         numpy.ndarray
             Shape (y, x), of the reader's dtype.
+
+        Examples
+        --------
+        >>> import pystac
+        >>> import stackstac
+        >>> scenes = pystac.Collection.from_file("demo/world/sentinel-2-l2a/collection.json").get_items()
+        >>> item = next(scenes).make_asset_hrefs_absolute()
+        >>> cube = stackstac.stack([item], ["red"], epsg=32633, resolution=10, rescale=False, reader=rd.CogReader)
+        >>> cube[0, 0, :2, :2].compute().shape  # one window is read
+        (2, 2)
         """
         block = self._block(_whole(window))
         if block is None:
@@ -218,7 +234,17 @@ class CogReader:
             return None
 
     def close(self) -> None:
-        """Drop the pixels that were read ahead for this reader; no file is kept open."""
+        """Drop the pixels that were read ahead for this reader; no file is kept open.
+
+        Examples
+        --------
+        >>> import pystac
+        >>> import stackstac
+        >>> scenes = pystac.Collection.from_file("demo/world/sentinel-2-l2a/collection.json").get_items()
+        >>> item = next(scenes).make_asset_hrefs_absolute()
+        >>> cube = stackstac.stack([item], ["red"], epsg=32633, resolution=10, rescale=False, reader=rd.CogReader)
+        >>> mean = float(cube.mean())  # stackstac opens, reads and closes
+        """
         self._chunk.drop(self._index)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,7 +273,7 @@ def grid_of(spec: Any) -> Grid:
     """Return the pixel grid of a stackstac RasterSpec."""
     xmin, _, _, ymax = spec.bounds
     xres, yres = spec.resolutions_xy
-    return Grid(int(spec.epsg), float(xmin), float(ymax), float(xres), float(yres))
+    return Grid(spec.epsg, float(xmin), float(ymax), float(xres), float(yres))
 
 
 class _Promise(NamedTuple):

@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads pixels of assets onto grids, in one batch, from cached headers."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 from rasterio.env import set_gdal_config
 
+from rasteret_dask import activity
 from rasteret_dask.errors import PlanError, ReadError
 from rasteret_dask.net.allocator import settle
 from rasteret_dask.net.limits import workers
@@ -25,7 +28,9 @@ from rasteret_dask.reader.rasterfile import RasterFile
 from rasteret_dask.reader.readplan import ReadPlan, Request
 from rasteret_dask.reader.sharing import SHARED, Flight, Key, Pixels, Wish
 from rasteret_dask.reader.tilefile import bring, is_fast
+from rasteret_dask.reader.turnedfile import TurnedRead
 from rasteret_dask.reader.wants import Want, wanted
+from rasteret_dask.table.records import Asset
 
 __all__ = ["Counts", "Session"]
 
@@ -46,6 +51,8 @@ class Counts:
     """Ranges fetched by the fast path."""
     bytes_fetched: int = 0
     """Bytes of those ranges."""
+    tiles_wanted: int = 0
+    """Tiles that calls have asked for so far: read, reused, masked, or still on their way."""
     tiles_read: int = 0
     """Tiles decoded; one of a chunky file counts once, whatever the number of bands taken from it."""
     tiles_reused: int = 0
@@ -80,6 +87,10 @@ class Session:
         if on_error not in ("raise", "mask"):
             raise PlanError("on_error", repr(on_error), "'raise' or 'mask'")
         self.counts = Counts()
+        self.seconds = 0.0
+        """How long its calls took, which read and decode and paste."""
+        if (shard := activity.current()) is not None:
+            shard.sessions.append(self.counts)
         self.unreadable: list[str] = []
         self._mask = on_error == "mask"
         self._keeping = Keeping(later)
@@ -136,36 +147,68 @@ class Session:
         self, requests: Sequence[Request], outs: Sequence[Out], keep: Sequence[Request] = ()
     ) -> None:
         """Read all requests in one batch, each straight into memory of the caller's; see :meth:`read_block`."""
+        begun = time.perf_counter()
+        try:
+            self._read_into(requests, outs, keep)
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+    def _read_into(self, requests: Sequence[Request], outs: Sequence[Out], keep: Sequence[Request]) -> None:
         layouts = Layouts()
         readings = [
             PendingRead(request, layouts.plan(request), out)
+            if request.asset.placement is None
+            else TurnedRead(request, layouts.plan(request), out, file=self._file(request.asset))
             for request, out in zip(requests, outs, strict=True)
         ]
         self._count(
             warped_requests=sum(r.bent or r.plan.level > 0 for r in readings),
             gdal_fallback=sum(not is_fast(r.request.asset, r.plan.level) for r in readings),
         )
-        groups = _groups(readings, layouts)
+        turned = [reading for reading in readings if isinstance(reading, TurnedRead)]
+        groups = _groups([reading for reading in readings if not isinstance(reading, TurnedRead)], layouts)
         kept = [(request, layouts.plan(request)) for request in keep]
         for at, group in enumerate(groups):
             rest = [(r.request, r.plan) for later in groups[at + 1 :] for r in later]
             self._read(group, [*rest, *kept], layouts)
+        self._read_turned(turned)
+
+    def _file(self, asset: Asset) -> RasterFile:
+        return self._files.setdefault((asset.href, asset.size, asset.etag, 0), RasterFile(asset, 0))
+
+    def _read_turned(self, readings: Sequence[TurnedRead]) -> None:
+        """Read files that GDAL warps window by window, several at the same time."""
+        for reading in readings:
+            reading.prepare()
+        under_way = [workers().submit(reading.finish) for reading in readings]
+        wait(under_way)
+        for reading, done in zip(readings, under_way, strict=True):
+            error = done.exception()
+            if error is None:
+                continue
+            if not (self._mask and isinstance(error, ReadError)):
+                raise error
+            reading.lose()
+            self.unreadable.append(str(error))
+            self._count(tiles_masked=1)
 
     def _read(
         self, readings: Sequence[PendingRead], rest: Sequence[tuple[Request, ReadPlan]], layouts: Layouts
     ) -> None:
         """Read some of a batch; what the rest needs of the same tiles is kept."""
-        for reading in readings:
-            reading.prepare()
-        wants = wanted(readings, layouts)
-        soon = needed_soon(rest, wants, layouts)
         call = _Call()
         try:
-            for reading in readings:
-                if not reading.pending:
-                    call.ready(reading)
+            # One reader at a time: under Python's lock two would take turns here, and both send their requests late.
             with SHARED.departure:
-                waiting = self._depart(wants, soon, call)
+                for reading in readings:
+                    reading.prepare()
+                wants = wanted(readings, layouts)
+                for reading in readings:
+                    if not reading.pending:
+                        call.ready(reading)
+                waiting, there = self._depart(wants, needed_soon(rest, wants, layouts), call)
+            for wish, pixels in there:  # while the rest is on its way, and others depart
+                wish.paste(pixels)
             for flight, wish, want in waiting:
                 self._await(flight, wish, want, call)
             for warp in call.warps:
@@ -176,34 +219,49 @@ class Session:
 
     def _depart(
         self, wants: dict[Key, Want], soon: dict[Key, Rect], call: _Call
-    ) -> list[tuple[Flight, Wish, Want]]:
-        """Take what the process has, join what is under way, and send for the rest."""
+    ) -> tuple[list[tuple[Flight, Wish, Want]], list[tuple[Wish, Pixels]]]:
+        """Take what the process has, join what is under way, and send for the rest, file by file.
+
+        Returns
+        -------
+        tuple
+            What has to be waited for, and the pixels that are there.
+        """
         waiting: list[tuple[Flight, Wish, Want]] = []
-        new: dict[tuple[Any, ...], list[Flight]] = {}  # nobody but us brings these
+        there: list[tuple[Wish, Pixels]] = []
+        files: dict[tuple[Any, ...], list[Key]] = {}
+        for key in wants:
+            files.setdefault(key[:4], []).append(key)  # one version of one file, one level of it
+        new: list[Flight] = []  # nobody but us brings these
+        self._count(tiles_wanted=len(wants))
         try:
-            for key, want in wants.items():
-                keep = self._keeping.keep(want, soon.get(key))
-                wish = Wish(want.need(), partial(_land, want, call), keep, lambda: call.alive)
-                pixels, flight, fresh = SHARED.join(key, want.asset, wish)
-                if flight is not None:
-                    waiting.append((flight, wish, want))
-                    if fresh:
-                        new.setdefault(key[:4], []).append(flight)  # one version of one file, one level of it
-                if pixels is not None:
-                    wish.paste(pixels)
-                if not fresh:
-                    self._count(tiles_reused=1)
-            for (*_, level), own in new.items():
-                file = self._files.setdefault(own[0].key[:4], RasterFile(own[0].asset, level))
-                bring(own[0].asset, level, own, file, self._count)
+            for (*_, level), keys in files.items():
+                first = len(new)
+                for key in keys:
+                    want = wants[key]
+                    keep = self._keeping.keep(want, soon.get(key))
+                    wish = Wish(want.need(), partial(_land, want, call), keep, lambda: call.alive)
+                    pixels, flight, fresh = SHARED.join(key, want.asset, wish)
+                    if pixels is not None:
+                        there.append((wish, pixels))
+                    if flight is not None:
+                        waiting.append((flight, wish, want))
+                    if flight is not None and fresh:
+                        new.append(flight)
+                own = new[first:]
+                if own:
+                    file = self._files.setdefault(own[0].key[:4], RasterFile(own[0].asset, level))
+                    bring(own[0].asset, level, own, file, self._count)
+            if len(wants) > len(new):
+                self._count(tiles_reused=len(wants) - len(new))
         except BaseException as error:  # an interrupt, say: who has joined these must not wait for ever
-            for flight in (flight for own in new.values() for flight in own):
+            for flight in new:
                 SHARED.fail(flight, error)
             raise
-        return waiting
+        return waiting, there
 
     def _await(self, flight: Flight, wish: Wish, want: Want, call: _Call) -> None:
-        error = wish.done.exception()  # not raised: its traceback would tie this call's memory to the flight
+        error = wish.done.error()  # not raised: its traceback would tie this call's memory to the flight
         if error is None:
             return
         if not isinstance(error, ReadError):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which parts of the tiles that one session reads are kept, and for whom."""
 
 from __future__ import annotations

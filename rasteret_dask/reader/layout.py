@@ -1,9 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the windows of a read lie in the tiles of its level: worked out once for all bands of one shape."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple, TypeAlias
 
 from rasteret_dask.reader.levels import flipped, rect_tiles, tile_rect
@@ -35,6 +37,8 @@ class TilePart(NamedTuple):
     cuts: tuple[Cut, ...]
     """One a window that touches the tile."""
 
+
+_LIES = attrgetter("kind", "transform", "height", "width")
 
 Layout: TypeAlias = Mapping[int, TilePart]
 """Number of a tile -> what windows take of it."""
@@ -85,18 +89,27 @@ class Layouts:
     def plan(self, request: Request) -> ReadPlan:
         """Return how a request is read."""
         asset = request.asset
-        levels = tuple((x.kind, x.transform, x.height, x.width) for x in asset.levels)
-        raster = (asset.epsg, asset.kind, levels)
+        raster = (
+            asset.epsg,
+            asset.kind,
+            asset.placement,
+            asset.valid_range is None,
+            *map(_LIES, asset.levels),
+        )
         key = (raster, request.grid, id(request.windows), request.resampling, request.decode is None)
-        if key not in self._plans:
-            self._plans[key] = request, plan_read(request)  # with the request, so that the id stays its own
-        return self._plans[key][1]
+        made = self._plans.get(key)
+        if made is None:
+            # with the request, so that the id stays its own
+            made = self._plans[key] = request, plan_read(request)
+        return made[1]
 
     def part(self, request: Request, plan: ReadPlan, some: slice) -> tuple[Request, ReadPlan]:
         """Return some windows of a request that has a plan of this batch."""
         key = (id(request.windows), id(plan), some.start, some.stop)
         if key not in self._parts:
-            part = replace(plan, rects=plan.rects[some])
+            rects = plan.rects[some]
+            beyond = tuple(n - some.start for n in plan.beyond if 0 <= n - some.start < len(rects))
+            part = replace(plan, rects=rects, beyond=beyond)
             self._parts[key] = request, plan, request.windows[some], part
         _, _, windows, part = self._parts[key]
         return replace(request, windows=windows), part
@@ -105,6 +118,7 @@ class Layouts:
         """Return where the windows of a request lie in the tiles of its level."""
         level = request.asset.levels[plan.level]
         key = (id(plan), level.tile_height, level.tile_width)
-        if key not in self._layouts:
-            self._layouts[key] = plan, layout(plan, request.windows, level)
-        return self._layouts[key][1]
+        made = self._layouts.get(key)
+        if made is None:
+            made = self._layouts[key] = plan, layout(plan, request.windows, level)
+        return made[1]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the cached header tells of one level of a file: where its pixels lie, and its tiles."""
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from math import hypot, inf
 import numpy as np
 from affine import Affine
 
+from rasteret_dask.crs import text
 from rasteret_dask.errors import GridError, ReadError
+from rasteret_dask.grid import is_utm, northern
 from rasteret_dask.reader.pixelgrid import Grid, Rect, transformed
 from rasteret_dask.table.records import Asset, Level
 
@@ -28,9 +31,6 @@ __all__ = [
 
 ALIGNED_PX = 1e-4
 """Pixel edges this close, at both ends of the raster, are the same edges."""
-
-_UTM = frozenset({326, 327})
-_FALSE_NORTHING = 10_000_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,10 @@ class LevelFrame:
         """
         level = asset.levels[index]
         t = Affine(*level.transform)
-        if asset.epsg <= 0 or t.determinant == 0:
+        if asset.epsg == 0 or t.determinant == 0:
             raise ReadError(
                 f"asset {asset.band!r} of record {asset.record_id!r}",
-                f"EPSG {asset.epsg} and transform {level.transform}",
+                f"{text(asset.epsg)} and transform {level.transform}",
                 "a known CRS and a transform with an area",
                 "Leave records without georeferencing out.",
             )
@@ -109,7 +109,7 @@ class LevelFrame:
         """
         t = self.transform
         x, y = hypot(t.a, t.d), hypot(t.b, t.e)
-        if self.epsg != grid.epsg and not {self.epsg // 100, grid.epsg // 100} <= _UTM:
+        if self.epsg != grid.epsg and not (is_utm(self.epsg) and is_utm(grid.epsg)):
             cols = self.width / 2 + np.array([0.0, 1.0, 0.0])
             rows = self.height / 2 + np.array([0.0, 0.0, 1.0])
             places = (t.a * cols + t.b * rows + t.c, t.d * cols + t.e * rows + t.f)
@@ -117,7 +117,7 @@ class LevelFrame:
             x, y = hypot(xs[1] - xs[0], ys[1] - ys[0]), hypot(xs[2] - xs[0], ys[2] - ys[0])
             if not (0 < x < inf and 0 < y < inf):
                 raise GridError(
-                    f"pixel size of a raster in EPSG:{self.epsg} on a grid in EPSG:{grid.epsg}",
+                    f"pixel size of a raster in {text(self.epsg)} on a grid in {text(grid.epsg)}",
                     f"({x}, {y}) at the raster's centre",
                     "a place where both systems are defined",
                 )
@@ -126,11 +126,8 @@ class LevelFrame:
 
 def _northing(source: int, target: int) -> float | None:
     """Return what to add to y to come from one CRS to the other, or None where that is no translation."""
-    if source == target:
-        return 0.0
-    if {source // 100, target // 100} == _UTM and source % 100 == target % 100 in range(1, 61):
-        return _FALSE_NORTHING if target // 100 == 327 else -_FALSE_NORTHING
-    return None
+    (zone, shift), (other, back) = northern(source), northern(target)
+    return shift - back if zone == other else None
 
 
 def is_aligned(asset: Asset, grid: Grid) -> bool:
@@ -195,7 +192,7 @@ def has_mask(asset: Asset) -> bool:
 
 def has_file_mask(asset: Asset) -> bool:
     """Tell whether the file has a mask beside its bands, or may have one, as nobody has read its header."""
-    return not asset.described or any(level.kind == "mask" for level in asset.levels)
+    return not asset.described or "mask" in [level.kind for level in asset.levels]
 
 
 def masks_of(asset: Asset, level: int) -> tuple[Level, ...] | None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pixel grids in a CRS, and rectangles of their pixels."""
 
 from __future__ import annotations
@@ -6,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
+from typing import NamedTuple
 
 import numpy as np
 from affine import Affine
@@ -15,6 +17,7 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from rasterio.warp import transform as transform_points
 
+from rasteret_dask.crs import spelled, text, travelling
 from rasteret_dask.errors import GridError
 
 __all__ = ["Grid", "Rect", "Window", "crs_of", "transformed", "union"]
@@ -25,6 +28,7 @@ class Grid:
     """A north-up pixel grid: its CRS, north-west corner and pixel size."""
 
     epsg: int
+    """As :func:`rasteret_dask.crs.number` counts it."""
     x0: float
     """West edge of pixel column 0, in units of the CRS."""
     y0: float
@@ -35,9 +39,10 @@ class Grid:
     """Height of a pixel, positive."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "epsg", travelling(self.epsg))
         if not (self.xres > 0 and self.yres > 0 and isfinite(self.xres + self.yres + self.x0 + self.y0)):
             raise GridError(
-                f"grid of EPSG:{self.epsg}",
+                f"grid of {text(self.epsg)}",
                 f"corner ({self.x0}, {self.y0}), pixel size ({self.xres}, {self.yres})",
                 "finite numbers and a positive pixel size",
             )
@@ -64,8 +69,7 @@ class Window:
             raise GridError("window", f"{self.height} x {self.width} pixels", "at least one pixel each way")
 
 
-@dataclass(frozen=True, slots=True)
-class Rect:
+class Rect(NamedTuple):
     """Half-open rectangle of a level's pixels, rows counted from the north in unrotated files."""
 
     row0: int
@@ -120,7 +124,7 @@ def transformed(
     Parameters
     ----------
     source, target
-        EPSG codes.
+        CRSs, as :func:`rasteret_dask.crs.number` counts them.
     xs, ys
         Shape (place,), in units of ``source``.
 
@@ -133,7 +137,7 @@ def transformed(
         x, y = transform_points(crs_of(source), crs_of(target), xs.tolist(), ys.tolist())
     except (RasterioError, CPLE_BaseError) as error:
         failure = GridError(
-            f"places of EPSG:{source} in EPSG:{target}", str(error), "places where both systems are defined"
+            f"places of {text(source)} in {text(target)}", str(error), "places where both systems are defined"
         )
     else:
         return np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
@@ -142,14 +146,14 @@ def transformed(
 
 @lru_cache(maxsize=256)
 def crs_of(epsg: int) -> CRS:
-    """Return the CRS of an EPSG code, parsed once per process.
+    """Return GDAL's form of a CRS, parsed once per process.
 
     Raises
     ------
     GridError
-        When PROJ does not know the code.
+        When PROJ does not know the code, or nobody brought its WKT2 to this process.
     """
     try:
-        return CRS.from_epsg(epsg)
+        return CRS.from_user_input(spelled(epsg))
     except CRSError as error:
-        raise GridError(f"EPSG:{epsg}", str(error), "a code that PROJ knows") from error
+        raise GridError(text(epsg), str(error), "a CRS that GDAL knows") from error

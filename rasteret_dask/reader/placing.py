@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoded pixels go to their places: straight into the output where grids are aligned, else through a warp."""
 
 from __future__ import annotations
@@ -5,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -13,11 +15,12 @@ from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
 from rasterio.errors import RasterioError
 
+from rasteret_dask.crs import text
 from rasteret_dask.errors import ReadError
 from rasteret_dask.headers.nodata import INEXACT, Number
 from rasteret_dask.reader.layout import Cut, Layouts, TilePart
 from rasteret_dask.reader.levels import has_mask
-from rasteret_dask.reader.pixelgrid import Rect
+from rasteret_dask.reader.pixelgrid import Rect, Window
 from rasteret_dask.reader.ranges import subject
 from rasteret_dask.reader.rasterfile import read_error
 from rasteret_dask.reader.readplan import ReadPlan, Request
@@ -25,8 +28,9 @@ from rasteret_dask.reader.sharing import Pixels
 from rasteret_dask.reader.warp import SourceBlock, valid_pixels, warp_block
 from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.tables import Turn
+from rasteret_dask.table.records import Asset
 
-__all__ = ["BandTile", "Block", "Clipped", "LandedTile", "Out", "PendingRead", "place"]
+__all__ = ["BandTile", "Block", "Clipped", "LandedTile", "Out", "PendingRead", "decoded", "place", "within"]
 
 
 @dataclass(slots=True)
@@ -144,24 +148,36 @@ class LandedTile:
         self._shared = 2 * bands > len(self._values)
         """Whether one look at all bands, which lie together, is cheaper than a look at each that is wanted."""
         self._spans: dict[int | None, tuple[float, float]] = {}
+        self._ended: dict[tuple[int | None, Number], bool] = {}
         self._masks: dict[tuple[int, int | None], NDArray[np.bool_] | None] = {}
 
     def band(self, reading: PendingRead, sample: int) -> BandTile:
         """Return one band for a reading."""
         values, mask = self._values[sample], self._seen(sample, reading.request.asset.alpha)
+        if reading.request.asset.valid_range is not None:
+            return BandTile(within(values, reading.request.asset), mask, reading.looks, None)
         if not reading.looks or values.dtype.kind not in "iub":
             return BandTile(values, mask, reading.looks, None)
         if reading.nodata is None or not values.size:
             return BandTile(values, mask, False, None)
+        if reading.out.turn is None and values.dtype.kind != "b" and reading.nodata in _ends(values.dtype):
+            return BandTile(values, mask, self._touches(sample, reading.nodata), None)
         span = self._span(sample)
         return BandTile(values, mask, bool(span[0] <= reading.nodata <= span[1]), span)
 
     def _span(self, sample: int) -> tuple[float, float]:
         at = None if self._shared else sample
         if at not in self._spans:
-            values = self._values if at is None else self._values[at]
-            self._spans[at] = extremes(values)
+            self._spans[at] = extremes(self._values if at is None else self._values[at])
         return self._spans[at]
+
+    def _touches(self, sample: int, end: Number) -> bool:
+        """Tell whether the least or the greatest number of a dtype is among a band's: one look instead of two."""
+        at = None if self._shared else sample
+        if (at, end) not in self._ended:
+            values = self._values if at is None else self._values[at]
+            self._ended[at, end] = bool((values.max() if end > 0 else values.min()) == end)
+        return self._ended[at, end]
 
     def _seen(self, sample: int, alpha: int | None) -> NDArray[np.bool_] | None:
         """Return where the file's mask and its alpha channel call pixels valid; None: everywhere."""
@@ -185,7 +201,12 @@ class PendingRead:
     blocks: list[_Source] = field(default_factory=list)
     """Per window, the source pixels that are to be warped; none where pixels are copied."""
     pending: int = 0
+    masked: bool = field(init=False)
+    """Whether more than nodata may say which pixels are valid."""
     _lock: Lock = field(default_factory=Lock)
+
+    def __post_init__(self) -> None:
+        self.masked = has_mask(self.request.asset)
 
     @property
     def nodata(self) -> Number | None:
@@ -197,7 +218,7 @@ class PendingRead:
         """Bytes of the source pixels that are to be warped."""
         if not self.bent:
             return 0
-        size = np.dtype(self.request.asset.dtype).itemsize + int(has_mask(self.request.asset))
+        size = np.dtype(self.request.asset.dtype).itemsize + int(self.masked)
         return sum(height * width for height, width in (rect.shape for rect in self.plan.rects)) * size
 
     def split(self, nbytes: int, layouts: Layouts) -> Iterator[PendingRead]:
@@ -220,7 +241,7 @@ class PendingRead:
     @property
     def looks(self) -> bool:
         """Whether nodata is looked for as tiles come; without a mask a warp finds it by itself."""
-        return not self.bent or has_mask(self.request.asset)
+        return not self.bent or self.masked
 
     def absent(self, need: Rect) -> BandTile:
         """Return the pixels of a tile that is not in the file: nodata, or zeros where the file has none."""
@@ -267,13 +288,9 @@ class PendingRead:
             for i, (window, rect, target) in enumerate(
                 zip(request.windows, plan.rects, self.blocks, strict=True)
             ):
-                source = SourceBlock(target.values, target.valid, rect, self.nodata)
-                if request.decode is not None:
-                    known = valid_pixels(source.values, source.nodata)
-                    decoded = _decoded(request, source.values, known)
-                    source = SourceBlock(decoded, source.mask, rect, np.nan)
-                self._check_exact(source)
-                values, valid = warp_block(source, plan, request.grid, window)
+                values, valid = self._warped(
+                    SourceBlock(target.values, target.valid, rect, self.nodata), window
+                )
                 if request.decode is None:
                     marked = self._store(i, _WHOLE, out.values[i], values, valid)
                 elif out.turn is not None:
@@ -282,7 +299,7 @@ class PendingRead:
                     out.values[i][...], marked = values, valid
                 _mark(out.valid[i], marked, out.shares(i))
         except (RasterioError, CPLE_BaseError) as error:
-            doing = f"warping it to EPSG:{request.grid.epsg}"
+            doing = f"warping it to {text(request.grid.epsg)}"
             remedy = "Check the record's CRS and the grid's bounds."
             failure = read_error(request.asset, doing, error, "a transformation GDAL can do", remedy)
         if failure is not None:
@@ -291,6 +308,15 @@ class PendingRead:
             finally:
                 del failure  # a frame that holds its own error is a cycle, and this one leads to the output
         self.blocks.clear()
+
+    def _warped(self, source: SourceBlock, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return values and validity of one window, of the source pixels gathered for it."""
+        request = self.request
+        if request.decode is not None:
+            known = valid_pixels(source.values, source.nodata)
+            source = SourceBlock(decoded(request, source.values, known), source.mask, source.rect, np.nan)
+        self._check_exact(source)
+        return warp_block(source, self.plan, request.grid, window)
 
     def _check_exact(self, source: SourceBlock) -> None:
         """Raise a ReadError where a kernel would weigh integers that a double does not hold."""
@@ -308,17 +334,19 @@ class PendingRead:
 
     def prepare(self) -> None:
         """Make a block of source pixels a window to be warped; else note what of it lies outside of the raster."""
-        asset, plan, out = self.request.asset, self.plan, self.out
-        for i, (window, rect) in enumerate(zip(self.request.windows, plan.rects, strict=True)):
-            if self.bent:
-                mask = np.zeros(rect.shape, dtype=np.bool_) if has_mask(asset) else None
-                self.blocks.append(_Source(np.empty(rect.shape, asset.dtype), mask))
-            elif plan.corner is not None and rect.shape != (window.height, window.width):
-                inside = np.zeros((window.height, window.width), dtype=np.bool_)
-                row, col = window.row - plan.corner[0], window.col - plan.corner[1]
-                inside[rect.row0 - row : rect.row1 - row, rect.col0 - col : rect.col1 - col] = not rect.empty
-                out.values[i][...] = self._empty(out.values[i].dtype)
-                _mark(out.valid[i], inside, out.shares(i))
+        windows, plan, out = self.request.windows, self.plan, self.out
+        if plan.corner is None:
+            for rect in plan.rects:
+                mask = np.zeros(rect.shape, dtype=np.bool_) if self.masked else None
+                self.blocks.append(_Source(np.empty(rect.shape, self.request.asset.dtype), mask))
+            return
+        for i in plan.beyond:
+            window, rect = windows[i], plan.rects[i]
+            inside = np.zeros((window.height, window.width), dtype=np.bool_)
+            row, col = window.row - plan.corner[0], window.col - plan.corner[1]
+            inside[rect.row0 - row : rect.row1 - row, rect.col0 - col : rect.col1 - col] = not rect.empty
+            out.values[i][...] = self._empty(out.values[i].dtype)
+            _mark(out.valid[i], inside, out.shares(i))
 
     def _empty(self, dtype: np.dtype[Any]) -> Any:
         """Return what a pixel holds that is not there to read."""
@@ -387,7 +415,7 @@ class PendingRead:
         if self.out.turn is not None:
             return self._note(number, at, *self.out.turn.write(place, values, valid, span))
         if self.request.decode is not None:
-            place[...] = _decoded(self.request, values, valid)
+            place[...] = decoded(self.request, values, valid)
             return valid
         place[...] = values
         if self.out.fill is not None and valid is not None:
@@ -410,14 +438,29 @@ class PendingRead:
 _WHOLE = np.s_[:, :]
 
 
-def _decoded(request: Request, values: NDArray[Any], valid: NDArray[np.bool_] | None) -> NDArray[Any]:
+def decoded(request: Request, values: NDArray[Any], valid: NDArray[np.bool_] | None) -> NDArray[Any]:
     """Return values decoded before their kernel, NaN where invalid (None: nowhere)."""
     assert request.decode is not None
     asset = request.asset
-    decoded = request.decode.decode(values, Radiometry(asset.scale, asset.offset, asset.rule))
+    numbers = request.decode.decode(values, Radiometry(asset.scale, asset.offset, asset.rule))
     if valid is not None and not valid.all():
-        decoded[~valid] = np.nan
-    return decoded
+        numbers[~valid] = np.nan
+    return numbers
+
+
+@cache
+def _ends(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Return the least and the greatest number of an integer type."""
+    kind = np.iinfo(dtype)
+    return int(kind.min), int(kind.max)
+
+
+def within(values: NDArray[Any], asset: Asset) -> NDArray[Any]:
+    """Return stored numbers with nodata for those beyond the asset's valid range."""
+    if asset.valid_range is None or asset.nodata is None:  # all numbers of the type lie in the range
+        return values
+    least, most = asset.valid_range
+    return np.where((values < least) | (values > most), values.dtype.type(asset.nodata), values)
 
 
 def extremes(values: NDArray[Any]) -> tuple[float, float]:
@@ -454,13 +497,18 @@ def place(readings: Sequence[PendingRead], part: TilePart, tiles: Sequence[BandT
     Bands that lie together in a tile are taken from the same lines of memory, so the window is the outer loop. Bands
     that share a window's validity narrow it together, once.
     """
-    plain = [(r.out, tile.values) for r, tile in zip(readings, tiles, strict=True) if r.copies(tile)]
-    others = [(r, tile) for r, tile in zip(readings, tiles, strict=True) if not r.copies(tile)]
-    step = -1 if readings[0].plan.frame.flipped else 1
+    plain: list[tuple[Out, NDArray[Any]]] = []
+    others: list[tuple[PendingRead, BandTile]] = []
+    for reading, tile in zip(readings, tiles, strict=True):
+        if reading.copies(tile):
+            plain.append((reading.out, tile.values))
+        else:
+            others.append((reading, tile))
+    flipped = readings[0].plan.frame.flipped
     for cut in part.cuts:
         number, inside, at = cut
         for out, values in plain:  # most of a job's pieces: 64 bands of embeddings for each chip
-            out.values[number][at] = values[inside][::step]
+            out.values[number][at] = values[inside][::-1] if flipped else values[inside]
             if not out.shares(number):
                 out.valid[number][at] = True
         narrowed: dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}

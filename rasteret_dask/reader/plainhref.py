@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A user's own hrefs become assets; the header of each file is asked for once per process."""
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 from rasteret_dask.catalogs.signing import keep_apart
+from rasteret_dask.crs import travelling
 from rasteret_dask.errors import RasteretDaskError, ReadError
 from rasteret_dask.headers.reader import Header, read_headers
 from rasteret_dask.net.remote import redact
@@ -129,12 +131,15 @@ def _asset(href: str, band: int | None, header: Header | str) -> Asset | ReadErr
     index = int(header.alpha == 0) if band is None else band - 1
     if index >= header.samples:
         return ReadError(subject, f"{header.samples} bands in the file", f"band {band}, counted from 1")
+    if header.epsg is None:
+        remedy = "Build a collection of it: build_from_stac(..., crs=) gives it one."
+        return ReadError(subject, "no CRS in the file", "a file that says where it lies", remedy)
     return Asset(
         record_id="plain href",
         band=f"band {index + 1}",
         href=href,
         band_index=index,
-        epsg=header.epsg,
+        epsg=travelling(header.epsg),
         scale=1.0,
         offset=0.0,
         rule="identity",
@@ -146,6 +151,7 @@ def _asset(href: str, band: int | None, header: Header | str) -> Asset | ReadErr
         etag=header.etag,
         levels=tuple(Level(**fields) for fields in header.levels_of(index)),
         alpha=None if header.alpha == index else header.alpha,
+        placement=header.placement,
     )
 
 

@@ -1,9 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranges of files: neighbours put together, fetched, and held against the record."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 from rasteret_dask.errors import ReadError, TrustError
@@ -14,10 +17,10 @@ T = TypeVar("T")
 
 __all__ = [
     "Part",
+    "Ranges",
     "Span",
     "check",
     "coalesced",
-    "fetch",
     "named",
     "subject",
 ]
@@ -66,49 +69,76 @@ def coalesced(parts: Sequence[Part[T]], gap: int = GAP_BYTES, most: int = SPAN_B
         yield Span(run[0].start, stop - run[0].start, tuple(run))
 
 
-def fetch(asset: Asset, start: int, length: int) -> Any:
-    """Return a range of an asset's file as a buffer, after a look whether it is the file that was indexed.
+@dataclass(slots=True)
+class Ranges:
+    """The file of an asset, for the ranges that one batch takes of it: its host is looked at once, by the first."""
 
-    Parameters
-    ----------
-    asset
-        Names the file, with the size and ETag it had when its header was read.
-    start, length
-        The range, bytes.
+    asset: Asset
+    """Names the file, with the size and ETag it had when its header was read."""
+    _place: remote.Folder | None = None
+    _looking: Lock = field(default_factory=Lock)
 
-    Raises
-    ------
-    ReadError
-        When the store refuses, the file has changed, or the range is not all there.
-    """
-    doing = subject(asset, f"reading bytes {start}-{start + length - 1}")
-    if asset.size is not None and start + length > asset.size:
-        raise ReadError(doing, f"a file of {asset.size} bytes", "a range inside of it", _ANEW)
-    data, size, etag = _typed(_range, asset, doing, start, length)
-    _check(asset, size, etag, doing)
-    if len(data) < length:
-        raise ReadError(doing, f"{len(data)} bytes, then the file's end", f"{length} bytes", _ANEW)
-    return data
+    def fetch(self, start: int, length: int) -> Any:
+        """Return a range as a buffer, after a look whether the file is the one that was indexed.
+
+        Parameters
+        ----------
+        start, length
+            The range, bytes.
+
+        Raises
+        ------
+        ReadError
+            When the store refuses, the file has changed, or the range is not all there.
+        """
+        asset = self.asset
+
+        def doing() -> str:
+            return subject(asset, f"reading bytes {start}-{start + length - 1}")
+
+        if asset.size is not None and start + length > asset.size:
+            raise ReadError(doing(), f"a file of {asset.size} bytes", "a range inside of it", _ANEW)
+        data, size, etag = _typed(partial(self._range, start, length), doing)
+        _check(asset, size, etag, doing)
+        if len(data) < length:
+            raise ReadError(doing(), f"{len(data)} bytes, then the file's end", f"{length} bytes", _ANEW)
+        return data
+
+    def _range(self, start: int, length: int) -> tuple[Any, int, str | None]:
+        href = self.asset.href
+        try:
+            with self._looking:
+                if self._place is None:
+                    self._place = remote.Folder.of(href)
+            found = self._place.fetch("", start, length)
+        except ReadError as error:
+            if error.found != remote.NO_RANGE:
+                raise
+            return b"", *_head(href)  # its size says more than that
+        return found.data, *_version(href, found.head)
 
 
 def check(asset: Asset) -> None:
     """Raise a ReadError where an asset's file is not there, or not the one that was indexed."""
-    doing = subject(asset, "opening it")
+
+    def doing() -> str:
+        return subject(asset, "opening it")
+
     if asset.size is not None or asset.etag is not None:
-        _check(asset, *_typed(_head, asset, doing), doing)
+        _check(asset, *_typed(partial(_head, asset.href), doing), doing)
 
 
-def _typed(ask: Callable[..., T], asset: Asset, doing: str, *arguments: Any) -> T:
+def _typed(ask: Callable[[], T], doing: Callable[[], str]) -> T:
     failure: ReadError
     try:
-        return ask(asset.href, *arguments)
+        return ask()
     except (remote.MissingError, FileNotFoundError, NotADirectoryError):
         remedy = "Restore the file, or leave the record out."
-        failure = ReadError(doing, "nothing there (404)", "the file that was indexed", remedy)
+        failure = ReadError(doing(), "nothing there (404)", "the file that was indexed", remedy)
     except (ReadError, TrustError, OSError, ValueError) as error:
         found = error.found if isinstance(error, ReadError | TrustError) else _reason(error)
         remedy = "Check that this worker may read it; try again if the store was busy."
-        failure = ReadError(doing, found, "its bytes", _ANEW if found == remote.NO_RANGE else remedy)
+        failure = ReadError(doing(), found, "its bytes", _ANEW if found == remote.NO_RANGE else remedy)
     try:
         raise failure  # outside of the except block: what it would be chained to may name a signature
     finally:
@@ -120,16 +150,6 @@ def _reason(error: OSError | ValueError) -> str:
     return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
 
 
-def _range(href: str, start: int, length: int) -> tuple[Any, int, str | None]:
-    try:
-        found = remote.fetch(href, start, length)
-    except ReadError as error:
-        if error.found != remote.NO_RANGE:
-            raise
-        return b"", *_head(href)  # its size says more than that
-    return found.data, *_version(href, found.head)
-
-
 def _head(href: str) -> tuple[int, str | None]:
     return _version(href, remote.head(href))
 
@@ -139,10 +159,13 @@ def _version(href: str, head: remote.Head) -> tuple[int, str | None]:
     return head.size, None if remote.is_local(href) else head.etag
 
 
-def _check(asset: Asset, size: int, etag: str | None, doing: str) -> None:
+def _check(asset: Asset, size: int, etag: str | None, doing: Callable[[], str]) -> None:
     if (asset.size is not None and size != asset.size) or (etag and asset.etag and etag != asset.etag):
         raise ReadError(
-            doing, _described(size, etag), f"{_described(asset.size, etag and asset.etag)}, as indexed", _ANEW
+            doing(),
+            _described(size, etag),
+            f"{_described(asset.size, etag and asset.etag)}, as indexed",
+            _ANEW,
         )
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens one level of one file through rasterio and reads its tiles, or says plainly why it cannot."""
 
 from __future__ import annotations
@@ -9,22 +10,23 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
-import pyproj
 from affine import Affine
 from rasterio import Env
 from rasterio import open as open_raster
 from rasterio import windows as rasterio_windows
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.session import DummySession
 
+from rasteret_dask.crs import number, same, text
 from rasteret_dask.errors import ReadError, TrustError
+from rasteret_dask.headers.gdal import placement_of
 from rasteret_dask.net.gdalfiles import GdalFile
 from rasteret_dask.net.limits import BUDGET
 from rasteret_dask.net.remote import SCHEMES, is_local, local_path, public, redact
 from rasteret_dask.reader.levels import has_file_mask, is_chunky, tile_rect
-from rasteret_dask.reader.pixelgrid import crs_of
 from rasteret_dask.reader.ranges import check, subject
 from rasteret_dask.reader.sharing import Pixels
 from rasteret_dask.table.records import Asset
@@ -93,6 +95,12 @@ class RasterFile:
                 raise failure
             finally:
                 del failure  # a frame that holds its own error is a cycle
+        if asset.placement is not None:
+            self._dataset = dataset
+            if placement_of(dataset) != asset.placement:
+                self.close()
+                raise _changed(asset, f"a file that is not {asset.placement}", "one, as in its cached header")
+            return True
         if (dataset.width, dataset.height) != (self.level.width, self.level.height):
             found = f"{dataset.width} x {dataset.height} pixels"
             self._dataset = dataset
@@ -111,14 +119,14 @@ class RasterFile:
         shift = corners @ (np.array(found) - np.array(due)).reshape(3, 3)[:2].T
         pixel = hypot(due.a, due.d), hypot(due.b, due.e)
         if np.all(np.abs(shift) <= SAME_PLACE_PX * np.array(pixel)) and (
-            crs is None or _is_crs(crs, asset.epsg)
+            not crs or same(number(crs), asset.epsg)
         ):
             return
         self.close()
         raise ReadError(
             subject(asset, "comparing the place that its item says with the file's"),
             f"{_placed(found)} in {_named(crs)} in the file",
-            f"{_placed(due)} in EPSG:{asset.epsg}, as the item says",
+            f"{_placed(due)} in {text(asset.epsg)}, as the item says",
             "Build the table with headers=True, which takes the file's own place, or correct proj:transform and "
             "proj:code of the item.",
         )
@@ -156,6 +164,24 @@ class RasterFile:
             finally:
                 del failure  # a frame that holds its own error is a cycle
         return Pixels(values, mask, rect)
+
+    def warped(self, read: Callable[[DatasetReader], T], doing: str) -> T:
+        """Return what a function makes of the open dataset; what GDAL says against it becomes a ReadError."""
+        dataset = self._dataset
+        if dataset is None:
+            raise ValueError("the file is not open")
+        self._check_band(dataset, self._asset)
+        failure: ReadError | None = None
+        try:
+            return self._call(lambda: read(dataset))
+        except (RasterioError, CPLE_BaseError, OSError) as error:
+            failure = self._failure(
+                doing, error, "a transformation GDAL can do", "Check where the file lies."
+            )
+        try:
+            raise failure
+        finally:
+            del failure  # a frame that holds its own error is a cycle
 
     def _mask(self, dataset: DatasetReader, indexes: list[int], window: Any, asset: Asset) -> Any:
         """Return where the file's masks, and an alpha channel that lies apart, call pixels valid; None: no say."""
@@ -218,15 +244,6 @@ class RasterFile:
             )
 
 
-def _is_crs(crs: CRS, epsg: int) -> bool:
-    """Tell whether a file's CRS is that of a code, heights left out."""
-    if crs == crs_of(epsg):
-        return True
-    whole = pyproj.CRS.from_wkt(crs.to_wkt())
-    flat = whole.sub_crs_list[0] if whole.is_compound else whole
-    return bool(flat.equals(pyproj.CRS.from_epsg(epsg), ignore_axis_order=True)) or flat.to_epsg() == epsg
-
-
 def _placed(transform: Affine) -> str:
     """Return where a raster begins, and the size of its pixels."""
     if transform.is_identity:
@@ -236,8 +253,7 @@ def _placed(transform: Affine) -> str:
 
 
 def _named(crs: CRS | None) -> str:
-    code = None if crs is None else crs.to_epsg()
-    return "no CRS" if crs is None else f"EPSG:{code}" if code else "a CRS without EPSG code"
+    return text(number(crs)) if crs else "no CRS"
 
 
 def gdal_env(href: str) -> Env:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which level, kernel and source pixels a window of a grid needs, from the cached header alone."""
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class ReadPlan:
     """Grid (row, col) of the level's north-west pixel where pixels are copied; None where they are warped."""
     rects: tuple[Rect, ...]
     """Per window, the level's pixels it needs, clipped to the raster."""
+    beyond: tuple[int, ...] = ()
+    """Windows that reach beyond the level, where pixels are copied."""
 
 
 def tiles_of(request: Request) -> tuple[int, set[int]]:
@@ -98,8 +101,15 @@ def plan_read(request: Request) -> ReadPlan:
     """Choose level and kernel, and find the source pixels of every window."""
     choice = choose(request.asset, request.grid, request.resampling, request.decode)
     windows = np.array([(w.row, w.col, w.height, w.width) for w in request.windows], dtype=np.int64)
-    rects = tuple(Rect(*edges) for edges in choice.rects(request.grid, windows).tolist())
-    return ReadPlan(choice.level, choice.frame, choice.kernel, choice.scale, choice.corner, rects)
+    edges = choice.rects(request.grid, windows)
+    if request.asset.placement is not None:  # which pixels of the file these are, GDAL works out
+        edges[:] = 0
+    beyond: tuple[int, ...] = ()
+    if choice.corner is not None:
+        cut = np.maximum(edges[:, [1, 3]] - edges[:, [0, 2]], 0) != windows[:, 2:]
+        beyond = tuple(np.flatnonzero(cut.any(axis=1)).tolist())
+    rects = tuple(Rect(*edge) for edge in edges.tolist())
+    return ReadPlan(choice.level, choice.frame, choice.kernel, choice.scale, choice.corner, rects, beyond)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +154,19 @@ def choose(asset: Asset, grid: Grid, resampling: str | None, decode: Unit | None
 
     Overviews are chosen as ``gdalwarp -ovr AUTO`` does: the coarsest whose reduction is at most the grid's
     (with GDAL's 1 %), unless the kernel is nearest or the band holds classes or bits. These take the image itself,
-    under ``mode`` too: an overview's class is whatever its maker's kernel made of it. (A plain ``WarpedVRT`` never
+    under ``mode`` too: an overview's class is whatever its maker's kernel made of it. So do bands with a valid range:
+    whoever made their overviews took numbers beyond it for measurements. (A plain ``WarpedVRT`` never
     takes an overview; ours equals one over the file opened at the overview that was chosen.)
     """
     image = LevelFrame.of(asset, 0, grid.epsg)
     scale = image.scale(grid)
     kind = kind_of(asset.kind)
     kernel = kind.kernel(resampling, min(scale))
+    if asset.placement is not None:  # no pixel of the file is one of the north-up raster
+        return LevelChoice(0, image, kernel, scale, None)
     corner = image.corner(grid)
-    if kernel == "nearest" or not kind.averaged_overviews or decode is not None or corner is not None:
+    as_stored = kernel == "nearest" or not kind.averaged_overviews or decode is not None
+    if as_stored or corner is not None or asset.valid_range is not None:
         return LevelChoice(0, image, kernel, scale, corner)
     level = _overview(asset.levels, 1.0 / max(scale))
     if level == 0:

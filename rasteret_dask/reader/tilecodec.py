@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes of a GeoTIFF's tile become its pixels, without GDAL."""
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def decode(level: Level, data: Any, scratch: NDArray[np.uint8] | None = None) ->
     pixels = pixels.astype(dtype.newbyteorder("="), copy=False)
     if predictor == 2:
         imagecodecs.delta_decode(pixels, axis=-2, out=pixels)
-    return np.moveaxis(pixels, -1, 0)
+    return pixels.transpose(2, 0, 1)
 
 
 def _decompressed(level: Level, data: Any, due: int, scratch: NDArray[np.uint8] | None) -> Any:

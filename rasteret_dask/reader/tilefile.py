@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiles of one level of one file, brought home: ranges fetched and decoded, or read through GDAL."""
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rasteret_dask.errors import ReadError
 from rasteret_dask.net.limits import BUDGET, host_of, pool, scratch, workers
 from rasteret_dask.reader import tilecodec
 from rasteret_dask.reader.levels import masks_of, tile_rect
-from rasteret_dask.reader.ranges import Part, Span, coalesced, fetch, subject
+from rasteret_dask.reader.ranges import Part, Ranges, Span, coalesced, subject
 from rasteret_dask.reader.rasterfile import RasterFile, gdal_env
 from rasteret_dask.reader.sharing import SHARED, Flight, Pixels
 from rasteret_dask.table.records import Asset, Level
@@ -65,8 +66,8 @@ def bring(asset: Asset, level: int, flights: Sequence[Flight], file: RasterFile,
 class _Trip:
     """Tiles whose bytes one request brings, with those of their masks."""
 
-    def __init__(self, span: Span[Flight], level: Level, masks: tuple[Level, ...]) -> None:
-        self.span, self.level, self.masks = span, level, masks
+    def __init__(self, file: Ranges, span: Span[Flight], level: Level, masks: tuple[Level, ...]) -> None:
+        self.file, self.span, self.level, self.masks = file, span, level, masks
         self.flights = [part.what for part in span.parts]
         parts = [_part(flight, mask) for flight in self.flights for mask in masks]
         self.beside = list(coalesced([part for part in parts if part.length]))
@@ -80,7 +81,7 @@ class _Trip:
             bodies: dict[int, memoryview] = {}
             for span in spans:
                 count(requests=1, bytes_fetched=span.length)
-                data = memoryview(fetch(self.flights[0].asset, span.start, span.length))
+                data = memoryview(self.file.fetch(span.start, span.length))
                 for part in span.parts:
                     bodies[part.start] = data[part.start - span.start : part.stop - span.start]
             workers().submit(self._decode, bodies, held, count)
@@ -139,12 +140,12 @@ def _doing(part: Part[Flight], verb: str) -> str:
 
 
 def _trips(asset: Asset, index: int, parts: Sequence[Part[Flight]]) -> Iterator[_Trip]:
-    level, masks = asset.levels[index], masks_of(asset, index) or ()
+    file, level, masks = Ranges(asset), asset.levels[index], masks_of(asset, index) or ()
     for span in coalesced([part for part in parts if part.length]):
-        yield _Trip(span, level, masks)
+        yield _Trip(file, span, level, masks)
     for part in parts:
         if not part.length:
-            yield _Trip(Span(0, 0, (part,)), level, masks)
+            yield _Trip(file, Span(0, 0, (part,)), level, masks)
 
 
 def _part(flight: Flight, level: Level) -> Part[Flight]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tiles a batch of readings wants, each once."""
 
 from __future__ import annotations

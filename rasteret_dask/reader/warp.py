@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Resamples a decoded block of one band onto a window of a grid."""
 
 from __future__ import annotations

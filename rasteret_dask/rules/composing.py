@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From stored numbers of records to the pixels of one slot: the steps that chips and cubes take in the same order."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kinds of band: what its numbers are, and with that how they may be resampled, summed up and normalized."""
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from typing import Literal, get_args
 from rasteret_dask.errors import PlanError
 
 __all__ = [
+    "AMPLITUDE",
+    "BACKSCATTER",
     "CLASS",
+    "EMBEDDING",
     "KINDS",
     "REFLECTANCE",
     "TEMPERATURE",
@@ -25,7 +29,16 @@ __all__ = [
 ]
 
 KindName = Literal[
-    "reflectance", "temperature", "backscatter", "continuous", "class", "bitfield", "angle", "embedding"
+    "reflectance",
+    "temperature",
+    "backscatter",
+    "amplitude",
+    "continuous",
+    "class",
+    "bitfield",
+    "angle",
+    "embedding",
+    "vector",
 ]
 """What a user, a catalog or a table calls a kind."""
 
@@ -102,7 +115,9 @@ COARSER = 0.99
 _CODES = frozenset({"nearest", "mode"})
 
 
-def _measured(name: Literal["reflectance", "temperature", "backscatter", "continuous"], unit: str) -> Kind:
+def _measured(
+    name: Literal["reflectance", "temperature", "backscatter", "amplitude", "continuous"], unit: str
+) -> Kind:
     """Return a kind whose numbers can be averaged."""
     return Kind(
         name=name, coarser="average", finer="bilinear", kernels=None, averaged_overviews=True, unit=unit,
@@ -113,7 +128,8 @@ def _measured(name: Literal["reflectance", "temperature", "backscatter", "contin
 _KINDS = (
     _measured("reflectance", "reflectance"),
     _measured("temperature", "kelvin"),
-    _measured("backscatter", "scaled"),
+    _measured("backscatter", "scaled"),  # radar power: 10 log10 of it are decibels
+    _measured("amplitude", "scaled"),  # its root, as radar detectors count it: 20 log10
     _measured("continuous", "scaled"),
     Kind(
         name="class", coarser="nearest", finer="nearest", kernels=_CODES, averaged_overviews=False, unit="raw",
@@ -135,12 +151,18 @@ _KINDS = (
         name="embedding", coarser="nearest", finer="nearest", kernels=None, averaged_overviews=True, unit="embedding",
         blend="average", statistics="moments", normalized=True, ignored=False,
     ),
+    # a vector that is stored as it is: between two of them lies none that the model would give
+    Kind(
+        name="vector", coarser="nearest", finer="nearest", kernels=None, averaged_overviews=True, unit="scaled",
+        blend="average", statistics="moments", normalized=True, ignored=False,
+    ),
 )  # fmt: skip
 
-REFLECTANCE, TEMPERATURE, CLASS = (
-    next(kind for kind in _KINDS if kind.name == name) for name in ("reflectance", "temperature", "class")
+REFLECTANCE, TEMPERATURE, BACKSCATTER, AMPLITUDE, CLASS, EMBEDDING = (
+    next(kind for kind in _KINDS if kind.name == name)
+    for name in ("reflectance", "temperature", "backscatter", "amplitude", "class", "embedding")
 )
-"""Kinds that are told apart where files and catalogs are read."""
+"""Kinds that are told apart outside of this room: as files are read, by catalogs, in first recipes."""
 
 KINDS: Mapping[str, Kind] = MappingProxyType({str(kind.name): kind for kind in _KINDS})
 """{name: kind}; :func:`kind_of` also takes None."""
@@ -177,8 +199,11 @@ def kind_of(name: str | None) -> Kind:
 
 
 def quality_kind(band: str) -> KindName:
-    """Return what the numbers of a quality band are, where nothing but its name is known: bits, but for an SCL."""
-    return "class" if band.casefold() == "scl" else "bitfield"
+    """Return what the numbers of a quality band are, where nothing but its name is known: most are bits."""
+    return "class" if band.casefold() in _QUALITY_CLASSES else "bitfield"
+
+
+_QUALITY_CLASSES = ("scl", "pixel_reliability")
 
 
 def checked_kinds(kinds: Mapping[str, str] | None, where: str) -> tuple[tuple[str, KindName], ...]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Picks: which of the acquisitions that compete for a slot its pixels come from."""
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Acquisitions that compete for slots; every array has one entry per (chip, slot, acquisition)."""
+    """Acquisitions that compete for slots; every array has one entry per (chip, slot, acquisition).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.picks import Candidates, LeastCloudy
+    >>> when = np.array([0, 1])
+    >>> two = Candidates(start=when, end=when, cloud=np.array([40.0, 5.0]), distance=when)
+    >>> int(LeastCloudy().order(two).argmin())  # the second has fewer clouds
+    1
+    """
 
     start: NDArray[np.int64]
     """Nanoseconds since 1970, UTC."""
@@ -34,13 +45,27 @@ class Candidates:
 
 
 class Pick(RuleValue, ABC):
-    """How the pixels of a slot are chosen among its acquisitions. Subclass one of the three below."""
+    """How the pixels of a slot are chosen among its acquisitions. Subclass one of the three below.
+
+    Examples
+    --------
+    >>> from rasteret_dask.rules.picks import Pick, pick_named
+    >>> isinstance(pick_named("median"), Pick)
+    True
+    """
 
     __slots__ = ()
 
     @property
     def name(self) -> str:
-        """What ``explain()`` and outputs call it."""
+        """What ``explain()`` and outputs call it.
+
+        Examples
+        --------
+        >>> from rasteret_dask.rules.picks import LeastCloudy, Median
+        >>> Median().name, LeastCloudy().name
+        ('median', 'least_cloudy')
+        """
         return type(self).__name__.lower()
 
     def __str__(self) -> str:
@@ -48,12 +73,26 @@ class Pick(RuleValue, ABC):
 
     @property
     def fills(self) -> bool:
-        """Whether what is invalid in the chosen acquisition comes from the next one."""
+        """Whether what is invalid in the chosen acquisition comes from the next one.
+
+        Examples
+        --------
+        >>> from rasteret_dask.rules.picks import Closest, Median
+        >>> Closest(fill=True).fills, Median().fills
+        (True, False)
+        """
         return False
 
     @abstractmethod
     def bytes_held(self, candidates: int, bands: int, itemsize: int) -> int:
-        """Return the bytes a pixel that a slot needs beside its output, all bands together."""
+        """Return the bytes a pixel that a slot needs beside its output, all bands together.
+
+        Examples
+        --------
+        >>> from rasteret_dask.rules.picks import Closest, Median
+        >>> Closest().bytes_held(5, 3, 4), Median().bytes_held(5, 3, 4)
+        (0, 75)
+        """
 
 
 class Ranked(Pick):
@@ -87,7 +126,16 @@ class Ranked(Pick):
 
     @abstractmethod
     def order(self, candidates: Candidates) -> NDArray[Any]:
-        """Return a number an acquisition; the smallest comes first. Shape (candidate,)."""
+        """Return a number an acquisition; the smallest comes first. Shape (candidate,).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rasteret_dask.rules.picks import Candidates, Last
+        >>> when = np.array([10, 30, 20])
+        >>> int(Last().order(Candidates(when, when, when * 0.0, when)).argmin())
+        1
+        """
 
     def bytes_held(self, candidates: int, bands: int, itemsize: int) -> int:
         """Return 0: pixels go to their places."""
@@ -95,7 +143,20 @@ class Ranked(Pick):
 
 
 class Scored(Pick):
-    """The one with the highest score of its clear pixels, over the whole chip."""
+    """The one with the highest score of its clear pixels, over the whole chip.
+
+    Examples
+    --------
+    >>> import dataclasses
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.picks import Scored
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class ClearMiddle(Scored):
+    ...     fill: bool = False
+    ...
+    ...     def score(self, clear):
+    ...         return float(np.count_nonzero(clear[8:24, 8:24]))
+    """
 
     __slots__ = ()
     fill: bool
@@ -108,7 +169,15 @@ class Scored(Pick):
 
     @abstractmethod
     def score(self, clear: NDArray[np.bool_]) -> float:
-        """Return the score of one acquisition over one chip; ``clear`` has shape (y, x)."""
+        """Return the score of one acquisition over one chip; ``clear`` has shape (y, x).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rasteret_dask.rules.picks import Clearest
+        >>> Clearest().score(np.array([[True, False], [True, True]]))
+        3.0
+        """
 
     def bytes_held(self, candidates: int, bands: int, itemsize: int) -> int:
         """Return what the quality bands of all candidates take, with their validity."""
@@ -116,13 +185,42 @@ class Scored(Pick):
 
 
 class Composition(Protocol):
-    """What becomes of the acquisitions of one slot and chip, while they come."""
+    """What becomes of the acquisitions of one slot and chip, while they come.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.picks import Mean
+    >>> mean = Mean().begin()
+    >>> for rank, value in enumerate((1.0, 3.0)):
+    ...     mean.add(np.full((1, 2, 2), value), np.ones((1, 2, 2), bool), rank)
+    >>> float(mean.result()[0][0, 0, 0])
+    2.0
+    """
 
     def add(self, values: NDArray[Any], valid: NDArray[np.bool_], rank: int) -> None:
-        """Take an acquisition, in order of its start; shapes (band, y, x); rank 0 is the nearest to the middle."""
+        """Take an acquisition, in order of its start; shapes (band, y, x); rank 0 is the nearest to the middle.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rasteret_dask.rules.picks import Mean
+        >>> mean = Mean().begin()
+        >>> mean.add(np.ones((1, 2, 2)), np.zeros((1, 2, 2), bool), 0)  # a cloudy one: it does not count
+        """
 
     def result(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Return values and validity, shapes (band, y, x)."""
+        """Return values and validity, shapes (band, y, x).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rasteret_dask.rules.picks import Mean
+        >>> mean = Mean().begin()
+        >>> mean.add(np.ones((1, 2, 2)), np.zeros((1, 2, 2), bool), 0)
+        >>> bool(mean.result()[1].any())  # nothing is valid
+        False
+        """
 
 
 class Composed(Pick):
@@ -152,10 +250,25 @@ class Composed(Pick):
 
         Invalid values mean nothing. All bands are measured ones, floats unless the pick ``chooses``; classes and bit
         fields go their own way.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rasteret_dask.rules.picks import Median
+        >>> stack = np.array([1.0, 2.0, 9.0]).reshape(3, 1, 1, 1)
+        >>> values, valid = Median().blend(stack, np.ones(stack.shape, bool))
+        >>> values.item(), valid.item()
+        (2.0, True)
         """
 
     def begin(self) -> Composition:
-        """Return where acquisitions go; by default they are held until all are there."""
+        """Return where acquisitions go; by default they are held until all are there.
+
+        Examples
+        --------
+        >>> from rasteret_dask.rules.picks import Median
+        >>> acquisitions = Median().begin()
+        """
         return _Stacked(self)
 
     def bytes_held(self, candidates: int, bands: int, itemsize: int) -> int:
@@ -181,7 +294,13 @@ class _Stacked:
 
 @dataclass(frozen=True, slots=True)
 class Closest(Ranked):
-    """The nearest to the middle of the slot."""
+    """The nearest to the middle of the slot.
+
+    Examples
+    --------
+    >>> from rasteret_dask.rules.picks import Closest
+    >>> filled = collection.harmonize(["red"], time="1MS", mask="clouds", pick=Closest(fill=True))
+    """
 
     fill: bool = False
 
@@ -192,7 +311,12 @@ class Closest(Ranked):
 
 @dataclass(frozen=True, slots=True)
 class First(Ranked):
-    """The earliest."""
+    """The earliest.
+
+    Examples
+    --------
+    >>> earliest = collection.harmonize(["red"], time="1MS", pick="first")
+    """
 
     fill: bool = False
 
@@ -203,7 +327,12 @@ class First(Ranked):
 
 @dataclass(frozen=True, slots=True)
 class Last(Ranked):
-    """The latest."""
+    """The latest.
+
+    Examples
+    --------
+    >>> latest = collection.harmonize(["red"], time="1MS", pick="last")
+    """
 
     fill: bool = False
 
@@ -217,6 +346,10 @@ class Newest(Ranked):
     """The newest valid pixel: the latest acquisition, filled by the ones before it, wherever each of them lies.
 
     As no acquisition comes first for covering a chip, a part of a chip has the pixels that the whole has there.
+
+    Examples
+    --------
+    >>> mosaic = collection.harmonize(["red"], time="1MS", mask="clouds", pick="newest")
     """
 
     fill: bool = True
@@ -229,7 +362,14 @@ class Newest(Ranked):
 
 @dataclass(frozen=True, slots=True)
 class LeastCloudy(Ranked):
-    """The one whose records say the fewest clouds."""
+    """The one whose records say the fewest clouds.
+
+    Examples
+    --------
+    >>> from rasteret_dask.rules.picks import LeastCloudy
+    >>> LeastCloudy().name
+    'least_cloudy'
+    """
 
     fill: bool = False
 
@@ -245,7 +385,12 @@ class LeastCloudy(Ranked):
 
 @dataclass(frozen=True, slots=True)
 class Clearest(Scored):
-    """The one with the most pixels in the chip that are valid and not masked."""
+    """The one with the most pixels in the chip that are valid and not masked.
+
+    Examples
+    --------
+    >>> clear = collection.harmonize(["red"], time="1MS", mask="clouds", pick="clearest")
+    """
 
     fill: bool = False
 
@@ -256,7 +401,14 @@ class Clearest(Scored):
 
 @dataclass(frozen=True, slots=True)
 class Mean(Composed):
-    """The mean of valid values, summed up in order of start."""
+    """The mean of valid values, summed up in order of start.
+
+    Examples
+    --------
+    >>> monthly = collection.harmonize(["red"], time="1MS", mask="clouds", pick="mean")
+    >>> monthly.chips(32, cell_km=0.96).sample(2).load()["pixels"].shape
+    (2, 3, 1, 32, 32)
+    """
 
     bandwise = True
 
@@ -302,7 +454,14 @@ class _Sum:
 
 @dataclass(frozen=True, slots=True)
 class Median(Composed):
-    """The median of valid values; of an even number the mean of the two in the middle."""
+    """The median of valid values; of an even number the mean of the two in the middle.
+
+    Examples
+    --------
+    >>> monthly = collection.harmonize(["red"], time="1MS", mask="clouds", pick="median")
+    >>> monthly.chips(32, cell_km=0.96).sample(2).load()["pixels"].shape
+    (2, 3, 1, 32, 32)
+    """
 
     bandwise = True
 
@@ -337,7 +496,16 @@ def _ordered(layers: NDArray[Any]) -> NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Majority(Composed):
-    """The value that most acquisitions have, the smallest of equals: what classes become under any composite."""
+    """The value that most acquisitions have, the smallest of equals: what classes become under any composite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.picks import Majority
+    >>> stack = np.array([4, 5, 5]).reshape(3, 1, 1, 1)
+    >>> Majority().blend(stack, np.ones(stack.shape, bool))[0].item()
+    5
+    """
 
     bandwise = True
     chooses = True
@@ -355,7 +523,16 @@ class Majority(Composed):
 
 @dataclass(frozen=True, slots=True)
 class Nearest(Composed):
-    """The valid value nearest to the slot's middle: what bit fields become under any composite."""
+    """The valid value nearest to the slot's middle: what bit fields become under any composite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.picks import Nearest
+    >>> stack = np.array([7, 8]).reshape(2, 1, 1, 1)
+    >>> Nearest().blend(stack, np.array([False, True]).reshape(stack.shape))[0].item()
+    8
+    """
 
     bandwise = True
     chooses = True
@@ -415,6 +592,12 @@ def pick_named(pick: str | Pick, fill: bool | None = None) -> Pick:
     ------
     PlanError
         When there is no such pick, or one that composes is to be filled.
+
+    Examples
+    --------
+    >>> from rasteret_dask.rules.picks import pick_named
+    >>> pick_named("closest", fill=True)
+    Closest(fill=True)
     """
     named: Pick = pick if isinstance(pick, Pick) else one_of(PICKS, "pick", pick)
     if isinstance(named, Ranked | Scored) and not hasattr(named, "fill"):

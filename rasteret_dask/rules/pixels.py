@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All rules of one source's pixels, and the steps that every exit takes them through."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How stored numbers become physical values in one record: a scale and an offset."""
 
 from __future__ import annotations

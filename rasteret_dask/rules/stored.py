@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stored form of a source: its type, what invalid pixels hold, and how values become integers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stored numbers become, worked out once for all numbers of 8 and 16 bits: look-up tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Units of bands: how stored numbers become values that can be compared."""
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.rules.kinds import Kind
+from rasteret_dask.rules.kinds import AMPLITUDE, Kind
 from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.rules.values import RuleValue, one_of
 
 __all__ = [
-    "UNITS", "Decibel", "Degrees", "Embedding", "Kelvin", "Raw", "Reflectance", "Scaled", "Unit", "UnitName", "Units",
-    "unit_length", "unit_named", "units_named",
+    "UNITS", "AmplitudeDecibel", "Decibel", "Degrees", "Embedding", "Kelvin", "OliReflectance", "Raw", "Reflectance",
+    "Scaled", "Unit", "UnitName", "Units", "unit_length", "unit_named", "units_named",
 ]  # fmt: skip
 
 
@@ -65,26 +66,70 @@ class Unit(RuleValue, ABC):
 
     @abstractmethod
     def decode(self, stored: NDArray[Any], scaling: Radiometry) -> NDArray[Any]:
-        """Return values, float32, of stored numbers; a pure function of each number, same shape."""
+        """Return values, float32, of stored numbers; a pure function of each number, same shape.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rasteret_dask.rules.radiometry import Radiometry
+        >>> from rasteret_dask.rules.units import Kelvin
+        >>> Kelvin().decode(np.array([1000], np.uint16), Radiometry(0.1, 200.0, "")).tolist()
+        [300.0]
+        """
 
     def finish(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Return values as they leave; shape (band, y, x), NaN where invalid; a pure function."""
+        """Return values as they leave; shape (band, y, x), NaN where invalid; a pure function.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rasteret_dask.rules.units import Decibel
+        >>> Decibel().finish(np.array([10.0])).tolist()
+        [10.0]
+        """
         return values
 
     def fits(self, kind: Kind) -> bool:
-        """Tell whether a band of a kind can be in this unit: codes cannot, and one physical unit is not another."""
+        """Tell whether a band of a kind can be in this unit: codes cannot, and one physical unit is not another.
+
+        Examples
+        --------
+        >>> from rasteret_dask.rules.kinds import kind_of
+        >>> from rasteret_dask.rules.units import Kelvin, Raw
+        >>> Kelvin().fits(kind_of("class")), Raw().fits(kind_of("class"))
+        (False, True)
+        """
         if kind.unit == Raw.name:
             return False
         return self.name not in _OF_KINDS or kind.unit == self.name or kind.name in (None, "continuous")
 
     def describe(self, scaling: Radiometry) -> str:
-        """Return in words what was done to the numbers of a record."""
+        """Return in words what was done to the numbers of a record.
+
+        Examples
+        --------
+        >>> from rasteret_dask.rules.radiometry import Radiometry
+        >>> from rasteret_dask.rules.units import Raw, Reflectance
+        >>> Raw().describe(Radiometry(1e-4, 0.0, "scale of the catalog"))
+        'raw: none applied'
+        >>> Reflectance().describe(Radiometry(1e-4, 0.0, "scale of the catalog"))
+        'scale of the catalog'
+        """
         return scaling.rule
 
 
 @dataclass(frozen=True, slots=True)
 class Raw(Unit):
-    """Numbers as they stand in the file, in its own type."""
+    """Numbers as they stand in the file, in its own type.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.radiometry import Radiometry
+    >>> from rasteret_dask.rules.units import Raw
+    >>> Raw().decode(np.array([1200], np.uint16), Radiometry(1e-4, -0.1, "")).tolist()
+    [1200]
+    """
 
     name = "raw"
 
@@ -103,7 +148,16 @@ class Raw(Unit):
 
 @dataclass(frozen=True, slots=True)
 class Scaled(Unit):
-    """``float32(float64(DN) x scale + offset)``, with the scale and offset of each record."""
+    """``float32(float64(DN) x scale + offset)``, with the scale and offset of each record.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.radiometry import Radiometry
+    >>> from rasteret_dask.rules.units import Scaled
+    >>> Scaled().decode(np.array([7], np.int16), Radiometry(0.5, 1.0, "")).tolist()
+    [4.5]
+    """
 
     name = "scaled"
     scales = True
@@ -120,15 +174,51 @@ class Scaled(Unit):
 
 @dataclass(frozen=True, slots=True)
 class Reflectance(Scaled):
-    """Reflectance, 0 to 1."""
+    """Reflectance, 0 to 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.radiometry import Radiometry
+    >>> from rasteret_dask.rules.units import Reflectance
+    >>> Reflectance().decode(np.array([1200], np.uint16), Radiometry(1e-4, -0.1, "")).round(4).tolist()
+    [0.019999999552965164]
+    """
 
     name = "reflectance"
     steps = 1e4
 
 
 @dataclass(frozen=True, slots=True)
+class OliReflectance(Reflectance):
+    """Reflectance as Landsat's OLI would measure it, 0 to 1: Sentinel-2 through the linear fits of HLS.
+
+    Each record's scale and offset become ``slope x scale`` and ``slope x offset + offset of the fit``, so nothing else
+    of reading, resampling or storing differs. :mod:`rasteret_dask.planning.bandpass` has the numbers and their source,
+    and refuses what they were not published for.
+
+    Examples
+    --------
+    >>> alike = rd.merge(collection, landsat).harmonize(["red", "nir"], units="oli_reflectance", resolution=10)
+    """
+
+    name = "oli_reflectance"
+
+    def fits(self, kind: Kind) -> bool:
+        """Tell whether a band of a kind can be in this unit: any that can be reflectance."""
+        return Reflectance().fits(kind)
+
+
+@dataclass(frozen=True, slots=True)
 class Kelvin(Scaled):
-    """Temperature."""
+    """Temperature.
+
+    Examples
+    --------
+    >>> from rasteret_dask.rules.units import Kelvin
+    >>> Kelvin().name, Kelvin().steps
+    ('kelvin', 100.0)
+    """
 
     name = "kelvin"
     steps = 100.0
@@ -136,7 +226,12 @@ class Kelvin(Scaled):
 
 @dataclass(frozen=True, slots=True)
 class Degrees(Scaled):
-    """Angles."""
+    """Angles.
+
+    Examples
+    --------
+    >>> angles = collection.harmonize(["red"], units={"sun_azimuth": "degrees"})  # the others stay physical
+    """
 
     name = "degrees"
     steps = 100.0
@@ -144,7 +239,15 @@ class Degrees(Scaled):
 
 @dataclass(frozen=True, slots=True)
 class Decibel(Scaled):
-    """``10 log10`` of a power, which is what is resampled, filled and averaged."""
+    """``10 log10`` of a power, which is what is resampled, filled and averaged.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.units import Decibel
+    >>> Decibel().finish(np.array([1.0, 0.1, 0.0])).tolist()
+    [0.0, -10.0, nan]
+    """
 
     name = "decibel"
     steps = 100.0
@@ -156,10 +259,40 @@ class Decibel(Scaled):
 
 
 @dataclass(frozen=True, slots=True)
+class AmplitudeDecibel(Decibel):
+    """``20 log10`` of an amplitude; its square, a power, is what is resampled, filled and averaged.
+
+    ``"decibel"`` gives it to bands of kind ``"amplitude"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.radiometry import Radiometry
+    >>> from rasteret_dask.rules.units import AmplitudeDecibel
+    >>> unit = AmplitudeDecibel()
+    >>> float(unit.finish(unit.decode(np.array([100], np.uint16), Radiometry(1.0, 0.0, ""))).item())
+    40.0
+    """
+
+    kernel_on = "decoded"
+
+    def decode(self, stored: NDArray[Any], scaling: Radiometry) -> NDArray[np.float32]:
+        """Return powers of stored amplitudes."""
+        return np.square(Scaled.decode(self, stored, scaling))
+
+
+@dataclass(frozen=True, slots=True)
 class Embedding(Unit):
     """AlphaEarth's embeddings: ``sign(v) x (|v| / 127.5)^2``, then unit length over the bands.
 
     Source: the Satellite Embedding dataset's own documentation.
+
+    Examples
+    --------
+    >>> vectors = embeddings.harmonize(units="embedding").chips(32, cell_km=0.96).sample(1).load()
+    >>> length = (vectors["pixels"] ** 2).sum("band") ** 0.5
+    >>> round(float(length.mean()), 3)
+    1.0
     """
 
     name = "embedding"
@@ -181,11 +314,25 @@ class Embedding(Unit):
 
 
 UnitName = Literal[
-    "physical", "auto", "raw", "scaled", "reflectance", "kelvin", "degrees", "decibel", "embedding"
+    "physical",
+    "auto",
+    "raw",
+    "scaled",
+    "reflectance",
+    "oli_reflectance",
+    "kelvin",
+    "degrees",
+    "decibel",
+    "embedding",
 ]
 """The words of :data:`UNITS`, and those for each band's own."""
 
-UNITS = {u.name: u for u in (Raw(), Scaled(), Reflectance(), Kelvin(), Degrees(), Decibel(), Embedding())}
+UNITS: dict[str, Unit] = {
+    unit.name: unit
+    for unit in (
+        Raw(), Scaled(), Reflectance(), OliReflectance(), Kelvin(), Degrees(), Decibel(), Embedding(),
+    )
+}  # fmt: skip
 """Unit by the word that users write."""
 
 
@@ -194,14 +341,28 @@ _OF_KINDS = frozenset({Reflectance.name, Kelvin.name, Embedding.name})
 
 
 def unit_named(unit: str | Unit) -> Unit:
-    """Return a unit by its word; a unit stays what it is."""
+    """Return a unit by its word; a unit stays what it is.
+
+    Examples
+    --------
+    >>> from rasteret_dask.rules.units import unit_named
+    >>> unit_named("kelvin")
+    Kelvin()
+    """
     named: Unit = unit if isinstance(unit, Unit) else one_of(UNITS, "units", unit)
     return named
 
 
 @dataclass(frozen=True, slots=True)
 class Units(RuleValue):
-    """Which unit each band of a source is brought to."""
+    """Which unit each band of a source is brought to.
+
+    Examples
+    --------
+    >>> from rasteret_dask.rules.units import units_named
+    >>> str(units_named({"vv": "decibel"}))
+    'physical, vv: decibel'
+    """
 
     default: Unit | None = None
     """None: the physical one, by the band's kind."""
@@ -219,12 +380,17 @@ class Units(RuleValue):
             What it is.
         identity
             Whether scale and offset of all its records change nothing: then a scaled number is the stored one.
+
+        Examples
+        --------
+        >>> from rasteret_dask.rules.kinds import kind_of
+        >>> from rasteret_dask.rules.units import Units
+        >>> Units().of({"B04", "red"}, kind_of("reflectance"), identity=False).name
+        'reflectance'
         """
-        for name, unit in self.bands:
-            if name in names:
-                return unit
-        if self.default is not None:
-            return self.default
+        chosen = next((unit for name, unit in self.bands if name in names), self.default)
+        if chosen is not None:
+            return AmplitudeDecibel() if kind == AMPLITUDE and type(chosen) is Decibel else chosen
         unit = UNITS[kind.unit]
         return Raw() if type(unit) is Scaled and identity else unit
 
@@ -248,6 +414,12 @@ def units_named(units: str | Unit | Mapping[str, str | Unit]) -> Units:
     ------
     PlanError
         When a word is none; the message lists them.
+
+    Examples
+    --------
+    >>> from rasteret_dask.rules.units import units_named
+    >>> str(units_named("physical"))
+    'physical'
     """
     if isinstance(units, Mapping):
         apart = {str(band): unit for band, unit in units.items() if unit not in _PHYSICAL}
@@ -263,6 +435,13 @@ def unit_length(vectors: NDArray[Any]) -> NDArray[Any]:
 
     The squares are summed in the order of the axis, whatever the layout in memory, so that every caller gets the
     same last bit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from rasteret_dask.rules.units import unit_length
+    >>> unit_length(np.array([[3.0], [4.0]])).ravel().tolist()
+    [0.6, 0.8]
     """
     square = np.zeros(vectors.shape[1:], dtype=np.float64)
     for layer in vectors:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rule is a frozen value, known by its type, its plain fields, and what a user's own type says."""
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ class RuleValue:
     __slots__ = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the value as plain JSON values."""
+        """Return the value as plain JSON values.
+
+        Examples
+        --------
+        >>> from rasteret_dask.rules.masks import Classes
+        >>> Classes("SCL", (3, 8)).to_json()["fields"]
+        {'band': 'SCL', 'classes': [3, 8]}
+        """
         cls = type(self)
         if not getattr(getattr(cls, "__dataclass_params__", None), "frozen", False):
             raise PlanError(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether splits hold: achieved ratios, chips lost and why, ground shared between splits, distances."""
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.chipping.distances import apart_m, measure, stretch
 from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.chipping.splits import SHARED_M2
+from rasteret_dask.display.card import counted
+from rasteret_dask.display.html import card, markup, shares, table, verdict
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import bounds_in, transformer
 
@@ -31,14 +35,21 @@ FIRST_GUESS = 64
 
 @dataclass(frozen=True)
 class Audit:
-    """What :func:`audit` found."""
+    """What :meth:`Chips.audit` found.
+
+    Examples
+    --------
+    >>> audit = chips.audit()
+    >>> audit.chips, audit.overlaps
+    ({'train': 124, 'val': 9, 'test': 21}, {'train-val': 0, 'train-test': 0, 'val-test': 0})
+    """
 
     chips: dict[str, int]
     """Chips per split."""
     ratios: dict[str, float]
     """Achieved share per split."""
     targets: dict[str, float]
-    """Share that split() was asked for."""
+    """Share that split() was asked for; empty where a column of the chip table is the split."""
     cells: dict[str, int]
     """Split cells per split; empty where windows are laid out freely."""
     lost: dict[str, int]
@@ -46,31 +57,82 @@ class Audit:
     overlaps: dict[str, int]
     """Pairs of chips of two splits that share ground; must be 0."""
     distance_m: dict[str, float]
-    """Smallest distance between chips of two splits, metres."""
+    """Smallest distance between chips of two splits, metres: see ``measured``."""
+    measured: str = ""
+    """What distances are measured in, and whether the chips' map is of equal area."""
     uncovered: str = ""
     """The share of the ground that no chip of the grid covers, and what would do better; empty where there is none."""
 
     @property
     def ok(self) -> bool:
-        """No two splits share ground."""
+        """No two splits share ground.
+
+        Examples
+        --------
+        >>> chips.audit().ok
+        True
+        """
         return not any(self.overlaps.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
+        """Return everything as plain values.
+
+        Examples
+        --------
+        >>> chips.audit().to_dict()["targets"]
+        {'train': 0.7, 'val': 0.15, 'test': 0.15}
+        """
         return asdict(self) | {"ok": self.ok}
 
+    @property
+    def verdict(self) -> str:
+        """What was found, in a sentence.
+
+        Examples
+        --------
+        >>> chips.audit().verdict
+        'no two splits share ground'
+        """
+        pairs = sum(self.overlaps.values())
+        return "no two splits share ground" if self.ok else f"{counted(pairs, 'pair')} of chips share ground"
+
+    def _target(self, split: str) -> str:
+        return f"{self.targets[split]:.1%}" if split in self.targets else "-"
+
+    def _repr_html_(self) -> str:
+        named = [[name, count, f"{self.ratios.get(name, 0):.1%}", self._target(name),
+                  self.cells.get(name)] for name, count in self.chips.items()]  # fmt: skip
+        apart = [[pair, count, f"{self.distance_m[pair]:,.0f}"] for pair, count in self.overlaps.items()]
+        rows = [
+            ("splits", shares(self.chips)),
+            ("", table(["split", "chips", "share", "asked", "cells"], named)),
+        ]
+        if apart:
+            rows.append(("pairs", table(["splits", "pairs that share ground", "at least apart, m"], apart)))
+            rows.append(("distances", markup(self.measured)))
+        if self.lost:
+            lost = [[count, why] for why, count in self.lost.items()]
+            rows.append(("lost", table(["chips", "reason"], lost)))
+        if self.uncovered:
+            rows.append(("not covered", markup(self.uncovered)))
+        return card(verdict(self.ok, f"Audit: {self.verdict}"), rows)
+
     def __str__(self) -> str:
-        lines = ["split      chips   share   asked   cells"]
-        for name in self.targets:
+        lines = [
+            f"{'ok' if self.ok else 'NOT ok'}: {self.verdict}",
+            "split      chips   share   asked   cells",
+        ]
+        for name, count in self.chips.items():
             cells = self.cells.get(name, 0)
             lines.append(
-                f"{name:<9}{self.chips.get(name, 0):>7}{self.ratios.get(name, 0):>8.1%}"
-                f"{self.targets[name]:>8.1%}{cells:>8}"
+                f"{name:<9}{count:>7}{self.ratios.get(name, 0):>8.1%}{self._target(name):>8}{cells:>8}"
             )
         for pair, count in self.overlaps.items():
             far = self.distance_m[pair]
             lines.append(f"{pair}: {count} overlaps, at least {far:,.0f} m apart")
-        lines += [f"lost: {n} ({why})" for why, n in self.lost.items()]
+        lines += [f"distances: {self.measured}"] * bool(self.overlaps)
+        lost = ", ".join(f"{n} ({why})" for why, n in self.lost.items())
+        lines += [f"lost: {lost}"] * bool(lost)
         lines += [f"not covered: {self.uncovered}"] * bool(self.uncovered)
         return "\n".join(lines)
 
@@ -145,8 +207,13 @@ def _audited(
         raise PlanError("audit", "no split step", "split(...) before audit()")
     names = chips.split.names
     count, cells = dict.fromkeys(names, 0), {name: set[str]() for name in names}
+    codes, edges = set[int](), np.array([np.inf, np.inf, -np.inf, -np.inf])
     for part in parts:
-        rows = part(["split", "cell"])
+        rows = part(["split", "cell", "epsg", "xmin", "ymin", "xmax", "ymax"])
+        codes |= set(pc.unique(rows.column("epsg")).to_pylist())
+        box = bounds_of(rows)
+        edges[:2] = np.minimum(edges[:2], box[:, :2].min(axis=0, initial=np.inf))
+        edges[2:] = np.maximum(edges[2:], box[:, 2:].max(axis=0, initial=-np.inf))
         for name in names:
             own = rows.filter(pc.equal(rows.column("split"), name)).column("cell")
             count[name] += len(own)
@@ -170,9 +237,9 @@ def _audited(
     total = max(sum(count.values()), 1)
     left = leftover(chips.spec, chips.resolution)
     return Audit(
-        count, {n: c / total for n, c in count.items()}, dict(chips.split.ratios),
+        count, {n: c / total for n, c in count.items()}, {} if chips.split.column else dict(chips.split.ratios),
         {n: len(c) for n, c in cells.items()}, dict(chips.dropped), _named(overlaps), _named(distance),
-        "" if left is None else left.text,
+        measure(sorted(codes), tuple(edges.tolist())) if codes else "", "" if left is None else left.text,
     )  # fmt: skip
 
 
@@ -220,7 +287,9 @@ def _beside(
         codes = np.unique(ground.epsg[np.append(first, second)])
         if len(codes) == 1 and np.isfinite(limit):
             box = shapely.buffer(
-                shapely.box(*shapely.total_bounds(ground.boxes[second])), limit, join_style="mitre"
+                shapely.box(*shapely.total_bounds(ground.boxes[second])),
+                limit * ground.stretch[int(codes[0])],
+                join_style="mitre",
             )
             first = first[shapely.intersects(ground.boxes[first], box)]
         elif np.isfinite(limit):
@@ -260,6 +329,8 @@ class _Ground:
     """Shape (chip, 2). Longitude and latitude; not asked for, thus zeros, where all chips are of one CRS."""
     radius_m: float
     """From the centre to the corner, of the largest chip."""
+    stretch: Mapping[int, float]
+    """Number of a CRS -> how long a metre of ground is on its map, at most."""
 
     @classmethod
     def of(cls, chips: PlannedChips) -> _Ground:
@@ -272,7 +343,8 @@ class _Ground:
             centre[here] = np.stack(transformer(int(code), 4326).transform(*middle[here].T), -1)
         radius = float(np.hypot(*(bounds[:, 2:] - middle).T).max(initial=0.0))
         boxes = np.asarray(shapely.box(*bounds.T), dtype=object)
-        return cls(epsg, boxes, chips.table.column("geometry"), centre, radius)
+        scale = {code: stretch(code, bounds[epsg == code]) for code in zones.tolist()}
+        return cls(epsg, boxes, chips.table.column("geometry"), centre, radius, scale)
 
     def near(
         self, chips: NDArray[np.int64], others: NDArray[np.int64], distance_m: float
@@ -309,20 +381,26 @@ def _between(ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64
         (int(code), first[ground.epsg[first] == code], ground.epsg[second] == code)
         for code in np.unique(ground.epsg[first])
     ]
-    for _, chips, here in zones:
+    for code, chips, here in zones:
         if here.any():
-            count, nearest = _apart(ground.boxes[chips], ground.boxes[second[here]], nearest)
+            count, nearest = _apart(ground, code, chips, ground.boxes[second[here]], nearest)
             overlaps += count
     for code, chips, here in zones:
         there = ground.near(chips, second[~here], nearest)
         if len(there) and len(others := ground.moved(there, code)):
-            count, nearest = _apart(ground.boxes[chips], others, nearest)
+            count, nearest = _apart(ground, code, chips, others, nearest)
             overlaps += count
     return overlaps, nearest
 
 
-def _apart(chips: NDArray[Any], others: NDArray[Any], limit: float) -> tuple[int, float]:
-    """Return how many pairs of shapes share ground, and the smallest distance; ``limit`` where none is nearer."""
+def _apart(
+    ground: _Ground, code: int, rows: NDArray[np.int64], others: NDArray[Any], limit: float
+) -> tuple[int, float]:
+    """Return how many pairs of chips and shapes of their CRS share ground, and the smallest distance.
+
+    That is ``limit`` where none is nearer.
+    """
+    chips = ground.boxes[rows]
     tree = shapely.STRtree(others)
     at, other = tree.query(chips, predicate="intersects")
     if len(at):
@@ -333,7 +411,7 @@ def _apart(chips: NDArray[Any], others: NDArray[Any], limit: float) -> tuple[int
         return int(np.sum(shared > SHARED_M2)), 0.0
     for some in (chips[:: max(len(chips) // FIRST_GUESS, 1)], chips):  # a few tell how far all need to look
         if limit > 0:
-            far = None if np.isinf(limit) else limit
-            _, distance = tree.query_nearest(some, max_distance=far, return_distance=True, all_matches=False)
-            limit = min(limit, float(distance.min(initial=np.inf)))
+            far = None if np.isinf(limit) else limit * ground.stretch[code]
+            chip, other = tree.query_nearest(some, max_distance=far, all_matches=False)
+            limit = min(limit, float(apart_m(code, some[chip], others[other]).min(initial=np.inf)))
     return 0, limit

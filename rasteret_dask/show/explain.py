@@ -1,8 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a job will do, before anything is read: records, chips, tasks, requests, bytes, memory, and why."""
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,17 +19,25 @@ from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.feeds import Feeds, enough
 from rasteret_dask.chipping.frame import Frame
 from rasteret_dask.chipping.leftover import leftover
+from rasteret_dask.display.html import card
+from rasteret_dask.ingest.describe import CRS_TAKEN
+from rasteret_dask.lists import listed
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
+from rasteret_dask.progress import nbytes_text
+from rasteret_dask.reader.kernels import grids_alike
 from rasteret_dask.show.fetching import fetching
+from rasteret_dask.show.probing import Amounts, Speed, enlarged, estimated
 from rasteret_dask.show.tilecount import tile_count
 from rasteret_dask.tasks.freezing import task_bytes
 from rasteret_dask.tasks.job import Job, Output
-from rasteret_dask.tasks.jobkernels import grids_alike, job_readings
+from rasteret_dask.tasks.jobkernels import job_readings
 from rasteret_dask.tasks.keptbytes import MOST_KEPT_BYTES, kept_bytes
 from rasteret_dask.tasks.runs import Workforce
+from rasteret_dask.tasks.usage import NOTES, Usage, hours_text
+from rasteret_dask.tasks.workermemory import limit_bytes
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explanation", "explain", "radiometry_lines"]
 
 Used: TypeAlias = "list[tuple[ResolvedSource, NDArray[np.int64]]]"
 """Each source with the rows of its records that feed a chip."""
@@ -37,14 +45,18 @@ Used: TypeAlias = "list[tuple[ResolvedSource, NDArray[np.int64]]]"
 ALIGNED_PX = 1e-4
 """Pixel edges nearer than this are the same edge."""
 
-UTM_SOUTH = 32700
-"""EPSG codes above are UTM zones of the southern hemisphere, which are only translated."""
 
 WHOLE = 1.0 - 1e-6
 """A slot covered to this share counts as covered whole: the chip table keeps shares as float32."""
 
+WORKER_THREADS = 2
+"""Of the worker whose memory is told, where nobody says how many it has."""
+
 MOST_SHAPES = 3
 """Shapes of pixels that are named."""
+
+_READ = ("requests", "requests_by_shard", "read_bytes")
+_FETCHED = ("tasks", "requests", "read_bytes")
 
 EXACT_SHARDS = 48
 """Tiles of this many shards are counted one by one; beyond, they are extrapolated from as many, evenly taken."""
@@ -52,12 +64,28 @@ EXACT_SHARDS = 48
 
 @dataclass(frozen=True)
 class Explanation:
-    """A report that prints as text, shows as HTML in a notebook, and gives its numbers as a dict."""
+    """A report that prints as text, shows as HTML in a notebook, and gives its numbers as a dict.
+
+    Examples
+    --------
+    >>> told = chips.explain()
+    >>> told["chips"], told["shards"]
+    (154, 3)
+    >>> print(told)
+    records ...
+    ...
+    """
 
     facts: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all figures as plain values."""
+        """Return all figures as plain values.
+
+        Examples
+        --------
+        >>> chips.explain().to_dict()["splits"]
+        {'test': 21, 'train': 124, 'val': 9}
+        """
         return json.loads(json.dumps(self.facts))  # type: ignore[no-any-return]
 
     def scaled(self, splits: Mapping[str, int], per_shard: int, used: Mapping[str, int]) -> Explanation:
@@ -71,6 +99,12 @@ class Explanation:
             Chips of one of its shards.
         used
             Source -> records that feed its chips.
+
+        Examples
+        --------
+        >>> told = chips.explain()
+        >>> told.scaled({"train": 1_000_000}, per_shard=256, used={"s2": 4000})["shards"]
+        3907
         """
         chips, part = sum(splits.values()), sum(self["splits"].values())
         ratio = chips / part
@@ -78,8 +112,12 @@ class Explanation:
             name: count for name, count in splits.items() if name
         } or splits  # chips of no split are in no shard
         shards = sum(-(-count // per_shard) for count in placed.values())
-        estimated = {name: round(self[name] * ratio) for name in ("requests", "requests_by_shard")}
-        estimated["read_bytes"] = None if self["read_bytes"] is None else round(self["read_bytes"] * ratio)
+        estimates: dict[str, Any] = {name: _enlarged(self[name], ratio) for name in _READ}
+        if "workers" in self.facts:
+            fetched = {name: _enlarged(self["workers"][name], ratio) for name in _FETCHED}
+            estimates["workers"] = {**self["workers"], **fetched, "exact": False}
+        if "time" in self.facts:
+            estimates["time"] = enlarged(self["time"], ratio)
         counted = {
             "records": {name: {**told, "used": used[name]} for name, told in self["records"].items()},
             "chips": sum(placed.values()),
@@ -88,9 +126,38 @@ class Explanation:
             "tasks": shards,
             "chips_per_shard": per_shard,
             "write_bytes": self["write_bytes"] // self["chips"] * sum(placed.values()),
+            "puts": self["puts"] // self["shards"] * shards,
             "estimated_from_chips": part,
         }
-        return Explanation({**self.facts, **estimated, **counted})
+        facts = {**self.facts, **estimates, **counted}
+        return Explanation(facts | {"worker_hours": _worker_hours(facts)})
+
+    @property
+    def usage(self) -> Usage:
+        """What the job uses of what is billed, at most; worker hours only with ``probe`` or ``rate``.
+
+        Examples
+        --------
+        >>> used = chips.explain(workers=4, rate="50 MB/s").usage
+        >>> used.cost(worker_hour=0.1, gb_egress=0.09).total > 0
+        True
+        """
+        read = self.facts.get("workers", self.facts)
+        return Usage(self["worker_hours"], read["requests"], self["puts"], read["read_bytes"])
+
+    def worker_bytes(self, threads: int) -> int:
+        """Return the memory limit to start a worker of so many threads with.
+
+        What its tasks hold at their peak, what it keeps of tiles and what the process itself takes make at most 80% of
+        it: beyond that, Dask lets a worker begin no further task.
+
+        Examples
+        --------
+        >>> told = chips.explain()
+        >>> told.worker_bytes(threads=1) <= told.worker_bytes(threads=4)
+        True
+        """
+        return limit_bytes(threads, self["peak_task_bytes"], self["kept_bytes"])
 
     def __getitem__(self, name: str) -> Any:
         return self.facts[name]
@@ -101,26 +168,34 @@ class Explanation:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left;vertical-align:top'>{html.escape(n)}</th>"
-            f"<td style='text-align:left;white-space:pre-wrap'>{html.escape(v)}</td></tr>"
-            for n, v in _lines(self.facts)
-        )
-        return f"<table>{rows}</table>"
+        return card(f"What {self['chips']:,} chips cost", _lines(self.facts))
 
 
 def explain(
-    chips: PlannedChips, job: Job, outputs: tuple[Output, ...], force: Workforce | None = None
+    chips: PlannedChips,
+    job: Job,
+    outputs: tuple[Output, ...],
+    force: Workforce | None = None,
+    speed: Speed | None = None,
 ) -> Explanation:
-    """Report on a planned and frozen job, and on what processes fetch where it is said how many there are."""
-    shards = list(job.shards())
+    """Report on a planned and frozen job.
+
+    Parameters
+    ----------
+    chips, job, outputs
+        The job.
+    force
+        Its processes, where it is said how many there are.
+    speed
+        How fast processes are; None: no time is estimated.
+    """
     reading = tile_count(job, EXACT_SHARDS)
     out = sum(o.chip_bytes for o in outputs)
     per_shard = max((h.per_shard for h in job.hierarchies), default=1)
     counted = pc.value_counts(chips.table.column("split")).to_pylist()
     splits = {entry["values"] or "none": int(entry["counts"]) for entry in counted}
     used = used_rows(chips)
-    facts = {
+    facts: dict[str, Any] = {
         "records": {
             s.plan.name: {"scanned": len(s.records), "used": n}
             for s, n in zip(chips.sources, map(len, job.records), strict=True)
@@ -128,16 +203,18 @@ def explain(
         "chips": sum(h.chips for h in job.hierarchies),
         "splits": splits,
         "filter_pixels": [rule.words for rule in job.pixel_rules],
-        "shards": len(shards),
+        "shards": job.shard_count,
         "chips_per_shard": per_shard,
-        "tasks": len(shards),
+        "tasks": job.shard_count,
         "requests": reading.requests,
         "requests_by_shard": reading.by_shard,
         "read_bytes": reading.nbytes,
         "requests_counted_on_shards": reading.shards,
         "write_bytes": out * sum(h.chips for h in job.hierarchies),
+        "puts": job.shard_count * _puts(outputs),
         "peak_task_bytes": task_bytes(job, outputs),
         "kept_bytes": kept_bytes(job),
+        "worker_threads": WORKER_THREADS if force is None else force.threads,
         "chip_shape": {
             s.name: [o.times, len(o.bands), o.height, o.width]
             for s, o in zip(job.sources, outputs, strict=True)
@@ -146,12 +223,17 @@ def explain(
         "bands": {s.name: list(o.bands) for s, o in zip(job.sources, outputs, strict=True)},
         "left_bands": {s.plan.name: _left_bands(s) for s in chips.sources},
         "times": _times(chips),
+        "static": [s.plan.name for s in chips.sources if s.is_static],
+        "tolerance": {
+            s.plan.name: str(pd.Timedelta(s.tolerance)) for s in chips.sources if s.tolerance is not None
+        },
         "tile_fit": reading.fit,
         "pixels": _native_share(chips),
         "kinds": {s.plan.name: [b.kind or "unknown" for b in s.plan.kinds] for s in chips.sources},
         "kernels": _kernels(job),
         "pixel_shapes": _pixel_shapes(chips, used),
         "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
+        "crs_taken": _crs_taken(used),
         "coverage": _coverage(chips),
         "uncovered": _uncovered(chips),
         "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used},
@@ -161,7 +243,31 @@ def explain(
     }
     if force is not None:
         facts["workers"] = _on_workers(job, force, reading.requests, reading.nbytes)
-    return Explanation(facts)
+    if speed is not None:
+        alone = {"requests": reading.requests, "read_bytes": reading.nbytes}
+        whole: Mapping[str, Any] = alone if force is None else facts["workers"]
+        amounts = Amounts(facts["chips"], whole["requests"], whole["read_bytes"])
+        facts["time"] = estimated(amounts, force, speed)
+    told = Explanation(facts)
+    further = {
+        "worker_bytes": told.worker_bytes(facts["worker_threads"]),
+        "worker_hours": _worker_hours(facts),
+    }
+    return Explanation({**facts, **further})
+
+
+def _enlarged(count: int | None, ratio: float) -> int | None:
+    return None if count is None else round(count * ratio)
+
+
+def _puts(outputs: tuple[Output, ...]) -> int:
+    """Return how many objects are put for a shard: pixels, three small variables, and what only some sources have."""
+    return NOTES + sum(4 + out.valid + (out.mask is not None) + out.filled for out in outputs)
+
+
+def _worker_hours(facts: Mapping[str, Any]) -> float | None:
+    """Return the hours of all processes together; None where no time is estimated."""
+    return facts["time"]["processes"] * facts["time"]["seconds"] / 3600 if "time" in facts else None
 
 
 def _on_workers(job: Job, force: Workforce, tiles: int, nbytes: int | None) -> dict[str, Any]:
@@ -174,7 +280,7 @@ def _left_bands(source: ResolvedSource) -> dict[str, int]:
     records, left = source.records, {}
     used = {band for member in source.plan.members for band in member.bands}
     for band in records.bands:
-        if band not in used and "quality" not in pc.unique(records.asset_field(band, "role")).to_pylist():
+        if band not in used and "quality" not in records.distinct(band, "role"):
             left[band] = len(records) - records.asset_field(band, "href").null_count
     return left
 
@@ -224,17 +330,13 @@ def _less_whole(
     entries
         Shape (entry,).
     slot
-        Shape (entry,). A number for the slot of each; mostly rising.
+        Shape (entry,). A number for the slot of each.
     share
         Shape (entry,). How much of the chip its record covers.
     """
-    if not len(entries):
-        return entries, 0
-    order = np.argsort(slot, kind="stable")
-    begin = np.flatnonzero(np.diff(slot[order], prepend=-1))
-    whole = np.maximum.reduceat(share[order], begin) >= 1.0
-    left = np.repeat(~whole, np.diff(np.append(begin, len(order))))
-    return np.sort(entries[order[left]]), int(whole.sum())
+    whole = np.zeros(int(slot.max(initial=-1)) + 1, dtype=bool)
+    whole[slot[share >= 1.0]] = True
+    return entries[~whole[slot]], int(whole.sum())
 
 
 def _pixel_shapes(chips: PlannedChips, used: Used) -> dict[str, list[list[float]]]:
@@ -248,32 +350,54 @@ def _pixel_shapes(chips: PlannedChips, used: Used) -> dict[str, list[list[float]
     return result
 
 
+def _crs_taken(used: Used) -> dict[str, dict[str, int]]:
+    """Return per source what is told of files that have no CRS -> how many used records have such a file."""
+    result: dict[str, dict[str, int]] = {}
+    for source, rows in used:
+        told: dict[str, set[int]] = {}
+        for band in source.records.bands:
+            notes = source.records.asset_field(band, "note").take(pa.array(rows)).to_pylist()
+            for row, note in enumerate(notes):
+                if (note or "").startswith(CRS_TAKEN):
+                    told.setdefault(str(note).partition("; ")[0], set()).add(row)
+        if told:
+            result[source.plan.name] = {note: len(records) for note, records in told.items()}
+    return result
+
+
 def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
     """Return per source how many used records keep native pixels, are only translated, or are resampled."""
     result: dict[str, dict[str, int]] = {}
-    feeds, of_chip = chips.feeds, chips.feeds.chip
     epsg = chips.table.column("epsg").to_numpy()
     corner = bounds_of(chips.table)[:, [0, 3]]
     for number, (resolved, found) in enumerate(zip(chips.sources, chips.outlines, strict=True)):
         size = resolved.plan.resolution
-        group = grids_alike(epsg, corner, size)
-        own = feeds.source == number if len(chips.sources) > 1 else slice(None)
-        pair = feeds.row[own].astype(np.int64) * (int(group.max(initial=0)) + 1) + group[of_chip[own]]
-        first = np.flatnonzero(~pd.Series(pair).duplicated().to_numpy())
-        record, chip = feeds.row[own][first], of_chip[own][first]
+        group = grids_alike(epsg, corner, (size, size))
+        record, chip = chips.feeds.wanted(number, group)
         transform = found.transform[found.of_record[record]]
         shift = (corner[chip] - transform[:, [2, 5]]) / size
         same = np.abs(shift - np.round(shift)).max(1, initial=0.0) < ALIGNED_PX
+        same &= ~_turned(resolved)[record]
         same &= epsg[chip] == found.epsg[found.of_record[record]]
         same &= (np.abs(np.abs(transform[:, [0, 4]]) - size) < 1e-9 * size).all(axis=1)
         resampled = np.unique(record[~same])
-        moved = resolved.records.epsg > UTM_SOUTH
+        moved = resolved.records.epsg != found.epsg[found.of_record]  # the southern twin of a zone
         native = np.setdiff1d(np.unique(record), resampled)
         result[resolved.plan.name] = {
             "native": int(np.sum(~moved[native])),
             "translated": int(np.sum(moved[native])),
             "resampled": len(resampled),
         }
+    return result
+
+
+def _turned(source: ResolvedSource) -> NDArray[np.bool_]:
+    """Shape (record,). Whether the files' rows and columns are no axes of their CRS: none of their pixels is native."""
+    result = np.zeros(len(source.records), dtype=bool)
+    for number, member in enumerate(source.plan.members):
+        at = source.member == number
+        placement = source.records.asset_field(member.bands[0], "placement")
+        result[at] = placement.is_valid().to_numpy()[at]
     return result
 
 
@@ -295,12 +419,7 @@ def _times(chips: PlannedChips) -> dict[str, list[str]]:
 
 
 def _size(nbytes: float | None) -> str:
-    if nbytes is None:
-        return "unknown (no tile tables)"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
-    return f"{nbytes:.0f} B"
+    return "unknown (no tile tables)" if nbytes is None else nbytes_text(nbytes)
 
 
 def _workers_line(w: Mapping[str, Any]) -> str:
@@ -308,6 +427,13 @@ def _workers_line(w: Mapping[str, Any]) -> str:
     return (
         f"at most {w['requests']:,} tiles, {_size(w['read_bytes'])}{exact} by {w['processes']} processes of "
         f"{w['threads']} threads, in {w['tasks']:,} tasks of neighbouring shards"
+    )
+
+
+def _client_line(f: Mapping[str, int]) -> str:
+    return (
+        f"to_zarr takes some {_size(f['to_zarr_bytes'])} and {f['to_zarr_cpu_s']:,} s of CPU; "
+        f"to_chips() would take {_size(f['to_chips_bytes'])}"
     )
 
 
@@ -332,6 +458,12 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
             ),
         ),
         *([("on workers", _workers_line(f["workers"]))] if "workers" in f else []),
+        *(
+            [("time", f["time"]["line"]), ("worker hours", hours_text(f["worker_hours"]))]
+            if "time" in f
+            else []
+        ),
+        *([("in this process", _client_line(f["client"]))] if "client" in f else []),
         ("to write", f"{_size(f['write_bytes'])} before compression"),
         (
             "peak per task",
@@ -339,23 +471,28 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
             + (", so some tiles are fetched again" if f["kept_bytes"] >= MOST_KEPT_BYTES else ""),
         ),
         (
+            "worker",
+            f"a memory limit of {_size(f['worker_bytes'])} for {f['worker_threads']} threads, each of which has a task",
+        ),
+        (
             "tile fit",
             f"{f['tile_fit']:.0%} of the pixels in those tiles are used" if f["tile_fit"] else "unknown",
         ),
     ]
     for name, shape in f["chip_shape"].items():
-        text = f"{shape} (time, band, y, x) {f['dtype'][name]}, {', '.join(f['bands'][name][:8])}"
-        rows.append((name, text + (" ..." if len(f["bands"][name]) > 8 else "")))
+        text = f"{shape} (time, band, y, x) {f['dtype'][name]}, {listed(f['bands'][name], 'bands')}"
+        rows.append((name, text))
         share = f["pixels"][name]
         kinds = ", ".join(f"{share[kind]} {kind}" for kind in ("native", "translated", "resampled"))
         mask = ", ".join(f["mask"][name]) or "none"
         rows.append(
             ("", f"records: {kinds} at {f['resolution'][name]:g} m; pick {f['pick'][name]}, mask {mask}")
         )
+        rows += [("", f"{note} ({n} records)") for note, n in f["crs_taken"].get(name, {}).items()]
         if f["left_bands"][name]:
             total = f["records"][name]["scanned"]
             bands = [f"{band} ({count} of {total} records)" for band, count in f["left_bands"][name].items()]
-            rows.append(("", f"bands left: {', '.join(bands[:8])}{' ...' if len(bands) > 8 else ''}"))
+            rows.append(("", f"bands left: {listed(bands, 'bands')}"))
         rows += [("", line) for line in _kernel_lines(f["kinds"][name], f["kernels"][name])]
         if name in f["pixel_shapes"]:
             shapes = ", ".join(f"{wide:.6g} x {high:.6g}" for wide, high in f["pixel_shapes"][name])
@@ -367,11 +504,17 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
             slots = f"{cover['slots']:,} of {cover['of_slots']:,} slots, the least {_percent(cover['least'])}"
             text = f"{cover['chips']:,} chips with a slot under 100% covered by its main acquisition"
             rows.append(("", f"{text} ({slots})"))
-        if name in f["times"]:
+        if name in f["static"]:
+            rows.append(("", "static: one slot that holds at any time"))
+        elif name in f["tolerance"]:
+            rows.append(
+                ("", f"each slot: the interval that holds it, else the nearest in {f['tolerance'][name]}")
+            )
+        elif name in f["times"]:
             rows.append(
                 ("", f"{len(f['times'][name])} slots from {f['times'][name][0]} to {f['times'][name][-1]}")
             )
-        rows += [("", line) for line in _radiometry_lines(f["radiometry"][name])]
+        rows += [("", line) for line in radiometry_lines(f["radiometry"][name])]
     if "estimated_from_chips" in f:
         text = f"tiles, bytes to read, coverage and kernels from {f['estimated_from_chips']:,} of these chips"
         rows.append(("estimated", text))
@@ -394,7 +537,7 @@ def _kernel_lines(kinds: Sequence[str], kernels: Mapping[str, Mapping[str, Any]]
 
 
 def _some(bands: Sequence[str]) -> str:
-    return ", ".join(bands[:6]) + (" ..." if len(bands) > 6 else "")
+    return listed(bands, "bands", 6)
 
 
 def _percent(share: float) -> str:
@@ -402,7 +545,7 @@ def _percent(share: float) -> str:
     return f"{np.floor(share * 1000) / 10:g}%"
 
 
-def _radiometry_lines(rules: list[dict[str, Any]]) -> list[str]:
+def radiometry_lines(rules: list[dict[str, Any]]) -> list[str]:
     """Return one line per distinct rule, bands together."""
     merged: dict[tuple[Any, ...], tuple[list[str], int]] = {}
     for rule in rules:

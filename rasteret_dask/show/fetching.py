@@ -1,18 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
 """What several worker processes fetch of a job: neighbours are computed by one, and what two need comes twice."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
+from typing import TypeAlias
 
 from rasteret_dask.reader.readplan import tiles_of
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.keptbytes import MOST_KEPT_BYTES, kept_bytes
-from rasteret_dask.tasks.runs import Cuts, Workforce
+from rasteret_dask.tasks.runs import REPEATED, Cuts, Workforce
 
 __all__ = ["Fetching", "fetching"]
+
+_Tile: TypeAlias = tuple[str, int, int, int]
+"""File, plane, level, number."""
 
 EXACT_SHARDS = 48
 """Tiles of this many shards are counted one by one; beyond, the borders of runs are weighed by what is shared there."""
@@ -20,7 +25,10 @@ EXACT_SHARDS = 48
 
 @dataclass(frozen=True, slots=True)
 class Fetching:
-    """What all processes together fetch, at most, where none is lost."""
+    """What all processes together fetch, at most, where none is lost.
+
+    A tenth of all tiles is for processes that take over a part of another's run, as they are done sooner.
+    """
 
     tasks: int
     """Runs of neighbouring shards."""
@@ -51,19 +59,33 @@ def fetching(job: Job, force: Workforce, tiles: int, nbytes: int | None) -> Fetc
     if kept_bytes(job, force.threads) >= MOST_KEPT_BYTES:  # a process does not keep all that it needs again
         parts = [(at,) for at in range(len(shards))]
     if len(shards) <= EXACT_SHARDS:
-        counted = [_tiles(job, [shards[at] for at in part]) for part in parts]
-        sizes = [size for one in counted for size in one.values()]
+        each = [_tiles(job, [shard]) for shard in shards]
+        in_parts = [size for part in parts for size in _together(each, part).values()]
+        once = list(_together(each, range(len(shards))).values())
+        alone = [size for one in each for size in one.values()]
+        extra = 0.0 if len(parts) == 1 else REPEATED
         return Fetching(
-            len(runs), len(sizes), None if None in sizes else sum(filter(None, sizes)), exact=True
+            len(runs),
+            min(int(len(in_parts) + extra * len(once)), len(alone)),
+            None if None in once else min(int(_sum(in_parts) + extra * _sum(once)), _sum(alone)),
+            exact=True,
         )
-    borders = [part[0] - 1 for part in parts if part[0]]
-    times = 1 + int(cuts.shared[borders].sum()) / max(cuts.total, 1)
+    times = 1 + cuts.paid(parts) / max(cuts.total, 1) + (REPEATED if len(parts) > 1 else 0)
     return Fetching(len(runs), round(tiles * times), nbytes and round(nbytes * times), exact=False)
 
 
-def _tiles(job: Job, shards: Sequence[Shard]) -> dict[tuple[str, int, int, int], int | None]:
-    """Return the tiles that shards need, by file, plane, level and number, and their compressed bytes."""
-    result: dict[tuple[str, int, int, int], int | None] = {}
+def _together(each: Sequence[Mapping[_Tile, int | None]], part: Iterable[int]) -> dict[_Tile, int | None]:
+    """Return the tiles that some of the shards need, each once."""
+    return {tile: size for at in part for tile, size in each[at].items()}
+
+
+def _sum(sizes: Iterable[int | None]) -> int:
+    return sum(filter(None, sizes))
+
+
+def _tiles(job: Job, shards: Sequence[Shard]) -> dict[_Tile, int | None]:
+    """Return the tiles that shards need, and their compressed bytes."""
+    result: dict[_Tile, int | None] = {}
     for shard, source in product(shards, range(len(job.sources))):
         for request in pixels.requests_of(job, shard, source)[0]:
             level, tiles = tiles_of(request)

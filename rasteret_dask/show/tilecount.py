@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many tiles shards need, and how many bytes these hold: counted from cached headers, a layout at a time."""
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from rasteret_dask.reader.levels import has_mask
 from rasteret_dask.reader.pixelgrid import Grid
 from rasteret_dask.reader.readplan import choose
 from rasteret_dask.rules.units import Unit
-from rasteret_dask.table.records import Asset, Level, Records
+from rasteret_dask.table.filelayouts import FileLayouts
+from rasteret_dask.table.records import Asset, Level
 from rasteret_dask.tasks.cuts import Feed, Group, groups
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.keptbytes import spread
@@ -61,10 +63,10 @@ def tile_count(job: Job, most: int) -> TileCount:
     most
         Shards that are looked at; of more than that as many, evenly taken.
     """
-    shards = list(job.shards())
-    step = max(len(shards) / most, 1.0)
-    chosen = [shards[int(i * step)] for i in range(min(len(shards), most))]
-    whole = len(chosen) == len(shards)
+    shards = job.shard_count
+    step = max(shards / most, 1.0)
+    chosen = [job.nth_shard(int(i * step)) for i in range(min(shards, most))]
+    whole = len(chosen) == shards
     needs = list(_Looking(job, chosen).needs())
     weights = [np.ones(len(need.tiles)) for need in needs] if whole or not needs else _weights(job, needs)
     once, nbytes, pixels_read, pixels_used, unknown = 0.0, 0.0, 0, 0, False
@@ -80,7 +82,7 @@ def tile_count(job: Job, most: int) -> TileCount:
         held = len(need.tiles) * need.level.tile_width * need.level.tile_height
         pixels_read += held
         pixels_used += min(need.pixels, held)  # tiles that are not in the file hold none
-    scale = len(shards) / max(len(chosen), 1)
+    scale = shards / max(len(chosen), 1)
     return TileCount(
         round(once * scale),
         round(sum(len(need.tiles) for need in needs) * scale),
@@ -109,9 +111,9 @@ class _Need:
     """Pixels of the level that chips need."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Spot:
-    """Where some windows lie in files of one layout."""
+    """Where some windows lie in files of one layout; there is one of each, told apart by identity."""
 
     level: int
     tiles: Ints
@@ -128,8 +130,9 @@ class _Looking:
     def __init__(self, job: Job, shards: Sequence[Shard]) -> None:
         self._job, self._shards = job, shards
         self._files: dict[tuple[int, str], _Files] = {}
+        self._rows: dict[int, Ints] = {}
         self._spots: dict[Any, _Spot | None] = {}
-        self._layouts: dict[Any, int] = {}
+        self._joined: dict[frozenset[_Spot], _Spot] = {}
 
     def needs(self) -> Iterator[_Need]:
         """Yield what shards need of files, shard by shard."""
@@ -150,7 +153,7 @@ class _Looking:
             for group in groups(self._job, shard, source, at):
                 for row, windows in _windows(group, plan.resolution):
                     for files, decode, kernel in reads:
-                        key = (files.layout(row), windows, decode, kernel)
+                        key = (source, files.layout(row), windows, decode, kernel)
                         if key not in self._spots:
                             self._spots[key] = _spot(files.asset(row), windows, decode, kernel)
                         spot = self._spots[key]
@@ -158,29 +161,40 @@ class _Looking:
                             file = (*files.name(row), spot.level)
                             parts.setdefault(file, (row, files, []))[2].append(spot)
         for file, (row, files, spots) in parts.items():
-            yield _need(file, source, row, files, spots)
+            yield _need(file, source, row, files, self._join(frozenset(spots)))
+
+    def _join(self, spots: frozenset[_Spot]) -> _Spot:
+        """Return several places in files of one layout as one: records of other dates have the same ones."""
+        if len(spots) == 1:
+            return next(iter(spots))
+        if spots not in self._joined:
+            rects = np.concatenate([spot.rects for spot in spots])
+            tiles = _distinct(np.concatenate([spot.tiles for spot in spots]))
+            self._joined[spots] = _Spot(next(iter(spots)).level, tiles, rects, _area(rects))
+        return self._joined[spots]
 
     def _files_of(self, source: int, band: str) -> _Files:
         if (source, band) not in self._files:
-            rows = [Feed.of(self._job, shard, source).row for shard in self._shards]
-            some = np.flatnonzero(np.bincount(np.concatenate(rows)))
-            self._files[source, band] = _Files(self._job.records[source], some, band, self._layouts)
+            self._files[source, band] = _Files(self._job.layouts[source], self._rows_of(source), band)
         return self._files[source, band]
 
+    def _rows_of(self, source: int) -> Ints:
+        """Return the rows of a source's records that feed these shards, rising."""
+        if source not in self._rows:
+            rows = [Feed.of(self._job, shard, source).row for shard in self._shards]
+            self._rows[source] = np.flatnonzero(np.bincount(np.concatenate(rows)))
+        return self._rows[source]
 
-def _need(file: tuple[Any, ...], source: int, row: int, files: _Files, spots: Sequence[_Spot]) -> _Need:
-    asset, level = files.asset(row), file[-1]
-    tiles, pixels = spots[0].tiles, spots[0].pixels
-    if any(spot is not spots[0] for spot in spots):
-        tiles = _distinct(np.concatenate([spot.tiles for spot in spots]))
-        pixels = _area(np.concatenate([spot.rects for spot in spots]))
-    offsets, counts = files.tiles_of(row, level)
+
+def _need(file: tuple[Any, ...], source: int, row: int, files: _Files, spot: _Spot) -> _Need:
+    asset, tiles = files.asset(row), spot.tiles
+    offsets, counts = files.tiles_of(row, spot.level)
     if not counts.all() and not has_mask(asset):
         listed = min(len(offsets), len(counts))
         absent = np.flatnonzero((counts[:listed] == 0) & (offsets[:listed] == 0))
         if len(absent):
             tiles = np.setdiff1d(tiles, absent)
-    return _Need(file, source, row, asset.epsg, asset.levels[level], tiles, counts, pixels)
+    return _Need(file, source, row, asset.epsg, asset.levels[spot.level], tiles, counts, spot.pixels)
 
 
 def _distinct(values: Ints) -> Ints:
@@ -254,92 +268,50 @@ def _area(rects: Ints) -> int:
     return int(np.diff(rows) @ covered @ np.diff(cols))
 
 
-KINDS = ("image", "overview", "mask", "overview_mask", "alpha", "overview_alpha")
-"""Of levels."""
-
-SIZES = ("width", "height", "tile_width", "tile_height", "planar", "samples")
-
-
 class _Files:
-    """One band's files of some records, column by column.
+    """One band's files of some records.
 
     Parameters
     ----------
-    records
-        The records of a source.
+    layouts
+        How the files of a source's records are laid out.
     rows
         Rising. Those that are looked at.
     band
         The records' own code.
-    numbers
-        A number for each layout that any file had so far.
     """
 
-    def __init__(self, records: Records, rows: Ints, band: str, numbers: dict[Any, int]) -> None:
-        self._records, self._rows, self._band = records, rows, band
-        self._at = {row: at for at, row in enumerate(rows.tolist())}
-        table = records.table.select(["assets", "headers_metadata"]).take(pa.array(rows)).combine_chunks()
-        assets, headers = (pc.map_lookup(c.chunk(0), pa.scalar(band), "first") for c in table.columns)
-        self._hrefs = assets.field("href").to_pylist()
-        self._planes = pc.fill_null(assets.field("band_index"), 0).to_pylist()
-        count = pc.fill_null(pc.list_value_length(headers), 0).to_numpy()
-        self._first = (np.cumsum(count) - count).tolist()
-        levels = headers.flatten()
-        self._tables = [_Lists(levels.field(name)) for name in ("tile_offsets", "tile_byte_counts")]
-        layouts = self._compared(assets, levels, count)
-        self._layouts = [numbers.setdefault(layout, len(numbers)) for layout in layouts]
-        self._assets: dict[int, Asset] = {}
-
-    def _compared(self, assets: pa.StructArray, levels: pa.StructArray, count: Ints) -> list[Any]:
-        """Return for each record what decides where pixels lie in its file, in a form that can be compared."""
-        transform = levels.field("transform")
-        transform = pc.fill_null(transform, pa.scalar([0.0] * 6, type=transform.type))
-        kind = pc.index_in(levels.field("kind"), value_set=pa.array(KINDS))
-        tables = pc.list_value_length(levels.field("tile_offsets"))
-        sizes = [pc.fill_null(values, -1).to_numpy() for values in (kind, tables, *map(levels.field, SIZES))]
-        columns = np.column_stack([np.reshape(transform.flatten().to_numpy(), (-1, 6)), *sizes])
-        described = pc.or_(assets.field("size").is_valid(), assets.field("etag").is_valid()).to_pylist()
-        kinds, alphas = (assets.field(name).to_pylist() for name in ("kind", "alpha"))
-        epsg = self._records.epsg[self._rows].tolist()
-        return [
-            (*facts, columns[first : first + levels].tobytes())
-            for first, levels, *facts in zip(
-                self._first, count.tolist(), epsg, kinds, alphas, described, strict=True
-            )
+    def __init__(self, layouts: FileLayouts, rows: Ints, band: str) -> None:
+        records = layouts.records
+        self._layouts, self._numbers = layouts, layouts.of(band)
+        layouts.look_up(self._numbers[rows])
+        hrefs, planes = (
+            records.asset_field(band, name).take(pa.array(rows)).to_pylist()
+            for name in ("href", "band_index")
+        )
+        self._names = dict(zip(rows.tolist(), zip(hrefs, planes, strict=True), strict=True))
+        self._first = records.level_places(band)[0]
+        self._tables = [
+            pc.struct_field(records.levels, name) for name in ("tile_offsets", "tile_byte_counts")
         ]
 
     def layout(self, row: int) -> int:
         """Return the number of what decides where pixels lie in a record's file."""
-        return self._layouts[self._at[row]]
+        return int(self._numbers[row])
 
     def name(self, row: int) -> tuple[Any, ...]:
         """Return what tells files and planes apart: bands of a chunky file share its tiles."""
-        at = self._at[row]
-        return self._hrefs[at], self._planes[at] if self.asset(row).image.planar == 2 else 0
+        href, plane = self._names[row]
+        return href, plane or 0 if self.asset(row).image.planar == 2 else 0
 
     def asset(self, row: int) -> Asset:
-        """Return the band of a record whose file has the layout of this record's."""
-        layout = self.layout(row)
-        if layout not in self._assets:
-            self._assets[layout] = self._records.asset(row, self._band)
-        return self._assets[layout]
+        """Return an asset whose file has the layout of this record's."""
+        return self._layouts.asset(self.layout(row))
 
     def tiles_of(self, row: int, level: int) -> list[Ints]:
         """Return offset and compressed bytes of each tile of a level of a record's file; empty where unknown."""
-        place = self._first[self._at[row]] + level
-        return [table.of(place) for table in self._tables]
-
-
-class _Lists:
-    """Lists of whole numbers, none where they are null."""
-
-    def __init__(self, lists: pa.ListArray) -> None:
-        self._values = lists.flatten().to_numpy()
-        self._stops = np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy()).tolist()
-
-    def of(self, place: int) -> Ints:
-        """Return one list."""
-        return np.asarray(self._values[self._stops[place - 1] if place else 0 : self._stops[place]])
+        lists = [table[int(self._first[row]) + level].values for table in self._tables]
+        return [np.zeros(0, dtype=np.int64) if values is None else values.to_numpy() for values in lists]
 
 
 def _weights(job: Job, needs: Sequence[_Need]) -> list[NDArray[np.float64]]:
@@ -374,10 +346,10 @@ def _weights(job: Job, needs: Sequence[_Need]) -> list[NDArray[np.float64]]:
     of, nth = spread((wide * high)[pair])
     row, col = np.divmod(nth, np.maximum(wide, 1)[pair[of]])
     tile_number = (top[pair] * across[pair] + left[pair])[of] + row * across[pair[of]] + col
-    shards = _shard_numbers(job)
+    shards = int(job.running.max()) + 1
     key = (entry * most)[of] + tile_number
-    key = key * (int(shards.max()) + 1) + shards[chip][of]
-    tiles, count = np.unique(_distinct(key) // (int(shards.max()) + 1), return_counts=True)
+    key = key * shards + job.running[chip][of]
+    tiles, count = np.unique(_distinct(key) // shards, return_counts=True)
     asked = np.concatenate([at * most + need.tiles for at, need in zip(place, needs, strict=True)])
     at = np.minimum(np.searchsorted(tiles, asked), max(len(tiles) - 1, 0))
     needed = np.where(tiles[at] == asked, count[at], 1) if len(tiles) else np.ones(len(asked))
@@ -409,30 +381,17 @@ def _feeding(job: Job, files: Sequence[tuple[Any, ...]]) -> tuple[Ints, Ints]:
     chip = np.searchsorted(feeds.offsets, at, side="right") - 1
     pair = _distinct(every[at].astype(np.int64) * job.chips.num_rows + chip)
     record, chip = np.divmod(pair, job.chips.num_rows)
-    chosen = _shard_numbers(job)[chip] >= 0
+    chosen = job.running[chip] >= 0
     record, chip = record[chosen], chip[chosen]
     first, last = np.searchsorted(record, records), np.searchsorted(record, records, side="right")
     file, nth = spread(last - first)
     return file, chip[first[file] + nth]
 
 
-def _shard_numbers(job: Job) -> Ints:
-    """Return the number of each chip's shard, counted over all splits; -1 where its split is not selected."""
-    result = np.full(job.chips.num_rows, -1, dtype=np.int64)
-    begun = 0
-    for part in job.hierarchies:
-        result[part.start : part.stop] = begun + np.arange(part.chips) // part.per_shard
-        begun += part.shards
-    return result
-
-
 def _bounds_in(job: Job, chip: Ints, code: Ints) -> NDArray[np.float64]:
-    """Return bounds of chips, each in a CRS of its own; a chip's are worked out once a CRS."""
+    """Return bounds of chips, each in a CRS of its own."""
     result = np.empty((len(chip), 4))
     for epsg in np.unique(code).tolist():
         own = np.flatnonzero(code == epsg)
-        there = np.zeros(job.chips.num_rows, dtype=bool)
-        there[chip[own]] = True
-        place = np.cumsum(there) - 1
-        result[own] = job.bounds_in(np.flatnonzero(there), epsg)[place[chip[own]]]
+        result[own] = job.bounds_in(chip[own], epsg)
     return result

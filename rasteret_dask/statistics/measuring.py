@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pass over all chips: their statistics, or how many of each shard are kept."""
 
 from __future__ import annotations
@@ -5,16 +6,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dask.threaded
 import numpy as np
 from dask._task_spec import Task, TaskRef
+from dask.callbacks import Callback
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
+from rasteret_dask.progress import Progress
 from rasteret_dask.statistics.stats import Stats, measure, merged
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Arrays, SourcePixels
@@ -23,8 +27,9 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from rasteret_dask.net.clusters import ClientLike
+    from rasteret_dask.tasks.workermemory import TaskMemory
 
-__all__ = ["computed", "kept_sizes", "measured", "recalled", "remember"]
+__all__ = ["Pass", "computed", "kept_sizes", "measured", "recalled", "remember"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +58,7 @@ def recalled(*key: str) -> Stats | None:
 _Part = Callable[[Any, NDArray[np.int64] | None], Arrays]
 
 
-def measured(reading: ChipShards, client: ClientLike = None) -> Stats:
+def measured(reading: ChipShards, client: ClientLike = None, progress: bool = False) -> Stats:
     """Measure all chips of what can be read: a task a shard, and one that puts FAN of them together.
 
     What these say comes here at once, so that a worker that is lost later has not read in vain.
@@ -64,6 +69,8 @@ def measured(reading: ChipShards, client: ClientLike = None) -> Stats:
         The chips.
     client
         A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
+    progress
+        Whether to show how far it is.
 
     Raises
     ------
@@ -81,7 +88,10 @@ def measured(reading: ChipShards, client: ClientLike = None) -> Stats:
     names = [f"stats-{digest(group)}" for group in groups]  # the shards' keys tell how they are read
     for name, group in zip(names, groups, strict=True):
         graph[name] = Task(name, _merge, *(TaskRef(key) for key in group))
-    found = merged(computed(graph, names, client, "stats", reading.send_signatures))
+    parts = dict(zip(names, groups, strict=True))
+    found = merged(
+        computed(graph, parts, client, Pass("stats", reading.send_signatures, progress, reading.memory))
+    )
     if not found.chips:
         raise _none()
     return found
@@ -91,19 +101,21 @@ def _none() -> PlanError:
     return PlanError("stats", "no chip", "at least one", "Ask for less in filter, filter_pixels or select.")
 
 
-def kept_sizes(reading: ChipShards, client: ClientLike = None) -> tuple[int, ...]:
+def kept_sizes(reading: ChipShards, client: ClientLike = None, progress: bool = False) -> tuple[int, ...]:
     """Return how many chips each shard has once its pixels are looked at.
 
     Parameters
     ----------
     reading
         Chips whose ``part`` leaves out those that are dropped.
-    client
+    client, progress
         As in :func:`measured`.
     """
     graph, keys = _on_shards(reading, "size", _size)
-    subject = "counting the chips that filter_pixels() keeps"
-    return tuple(computed(graph, keys, client, subject, reading.send_signatures))
+    look = Pass(
+        "counting the chips that filter_pixels() keeps", reading.send_signatures, progress, reading.memory
+    )
+    return tuple(computed(graph, {key: (key,) for key in keys}, client, look))
 
 
 def _on_shards(
@@ -119,41 +131,62 @@ def _on_shards(
     return graph, names
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass over all shards is called, and what belongs to it."""
+
+    subject: str = "stats"
+    """What is being done: goes before each line about a cluster that stands still."""
+    sign: Callable[[Client], None] | None = None
+    """Sends the workers what they need to sign what the tasks read; None: nothing is signed."""
+    progress: bool = False
+    """Whether to show how far it is."""
+    memory: TaskMemory | None = None
+    """What the tasks need; None: so little that no cluster is asked."""
+
+
 def computed(
     graph: Mapping[Hashable, Any],
-    keys: Sequence[str],
+    parts: Mapping[str, Sequence[str]],
     client: ClientLike,
-    subject: str = "stats",
-    sign: Callable[[Client], None] | None = None,
+    look: Pass,
 ) -> Sequence[Any]:
     """Return the results of some keys: by a cluster, or by threads of this process where there is none.
 
     Parameters
     ----------
-    graph, keys
-        The tasks, and those whose results are wanted.
+    graph
+        The tasks.
+    parts
+        Key whose result is wanted -> keys of the shards' tasks that it is made of.
     client
         As in :func:`measured`.
-    subject
-        What is being done: goes before each line about a cluster that stands still.
-    sign
-        Sends the workers what they need to sign what the tasks read; None: nothing is signed.
+    look
+        What the pass is called.
     """
+    subject, total = look.subject, sum(map(len, parts.values()))
     clusters.check(client, "client=")
     begun = time.monotonic()
     _log.info("%s: %d tasks begin", subject, len(graph))
-    with clusters.using(client) as cluster:
+    with clusters.using(client) as cluster, Progress("shards", look.progress, total) as shown:
         found: Sequence[Any]
         if cluster is None:
-            found = dask.threaded.get(dict(graph), list(keys))
+            shards = {shard for some in parts.values() for shard in some}
+            with Callback(posttask=lambda key, *_: shown.step(int(key in shards))):
+                found = dask.threaded.get(dict(graph), list(parts))
         else:
-            from rasteret_dask.net.awaiting import results  # these import distributed
+            from rasteret_dask.net.awaiting import as_they_end  # these import distributed
             from rasteret_dask.net.watch import watched
 
-            with watched(cluster, graph, {key: key for key in graph if isinstance(key, str)}, subject):
-                if sign is not None:
-                    sign(cluster)
-                found = results(cluster, graph, keys, subject)
+            names = {key: key for key in graph if isinstance(key, str)}
+            with watched(cluster, graph, names, subject, shown, look.memory):
+                if look.sign is not None:
+                    look.sign(cluster)
+                ended = dict[str, Any]()
+                for key, result in as_they_end(cluster, graph, list(parts), subject):
+                    ended[key] = result
+                    shown.step(len(parts[key]))
+                found = [ended[key] for key in parts]
     _log.info("%s: done in %.1f s", subject, time.monotonic() - begun)
     return found
 

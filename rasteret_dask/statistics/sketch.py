@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts, moments, extremes, percentiles and classes of one source's pixels, which add up over shards."""
 
 from __future__ import annotations
@@ -160,6 +161,33 @@ class SourceStats:
         ]
         return np.where(self.coded, np.nan, np.clip(np.array(found), self.min, self.max))
 
+    def histogram(self, bins: int = 24, ends: NDArray[np.float64] | None = None) -> NDArray[np.int64]:
+        """Return how many valid pixels lie in each of some equal parts of a range; what lies beyond is left out.
+
+        Parameters
+        ----------
+        bins
+            How many parts.
+        ends
+            Shape (band, 2): where the range of each band begins and ends, NaN for bands without one. None: from
+            percentile 0.5 to 99.5.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (band, bin). All 0 for bands of codes, and for those without a valid pixel.
+        """
+        result = np.zeros((len(self.bands), bins), dtype=np.int64)
+        if ends is None:
+            ends = np.stack([self.percentile(0.5), self.percentile(99.5)], axis=-1)
+        for band, (low, high) in enumerate(ends.tolist()):
+            numbers, counts = self.buckets[band]
+            if np.isfinite([low, high]).all() and len(numbers):
+                values = numbers.astype(np.float64) if self.by_value[band] else _middles(numbers)
+                values = np.clip(values, self.min[band], self.max[band])  # as percentiles are
+                result[band] = np.histogram(values, bins, (low, high), weights=counts)[0]
+        return result
+
 
 def _quantile(counted: _Counts, by_value: bool, share: float) -> float:
     numbers, counts = counted
@@ -167,7 +195,7 @@ def _quantile(counted: _Counts, by_value: bool, share: float) -> float:
         return np.nan
     upto = np.cumsum(counts)
     at = numbers[np.searchsorted(upto, max(share * int(upto[-1]), 1.0))]
-    return float(at) if by_value else _middle(int(at))
+    return float(at) if by_value else float(_middles(np.array([at]))[0])
 
 
 def valid_pixels(pixels: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -373,10 +401,8 @@ def _by_value() -> NDArray[np.int64]:
 _BY_VALUE = _by_value()
 
 
-def _middle(number: int) -> float:
-    """Return the middle of a bucket of float32s, in float64; 0 for the smallest ones, whose exponent is 0."""
-    upper = np.uint32(_BY_VALUE[number]) << np.uint32(16)
-    if not upper & np.uint32(0x7F800000):
-        return 0.0
-    ends = np.array([upper, upper | np.uint32(0xFFFF)], dtype=np.uint32).view(np.float32)
-    return float(ends.astype(np.float64).mean())
+def _middles(numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the middles of buckets of float32s, in float64; 0 for the smallest ones, whose exponent is 0."""
+    upper = _BY_VALUE[numbers].astype(np.uint32) << np.uint32(16)
+    ends = np.stack([upper, upper | np.uint32(0xFFFF)]).view(np.float32)
+    return np.where(upper & np.uint32(0x7F800000), ends.astype(np.float64).mean(axis=0), 0.0)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the pixels of some chips look like, of all sources: shown, saved, and used to normalize."""
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rasteret_dask.display.card import Card, Fact, counted
+from rasteret_dask.display.html import Markup, fold, svg_bars, table
+from rasteret_dask.display.tableview import TableView
 from rasteret_dask.errors import PlanError, SchemaError
+from rasteret_dask.lists import listed
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.bandkinds import BandKind
@@ -31,7 +37,16 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class Stats:
-    """What the pixels of some chips look like: ``stats["optical"].mean``, ``stats.normalize(batch)``."""
+    """What the pixels of some chips look like: ``stats["optical"].mean``, ``stats.normalize(batch)``.
+
+    Examples
+    --------
+    >>> stats = chips.select("train").stats()
+    >>> stats.table["band"].to_pylist()
+    ['red', 'nir']
+    >>> round(float(stats["s2"].mean[0]), 2)
+    0.07
+    """
 
     sources: Mapping[str, SourceStats]
     chips: int
@@ -67,6 +82,13 @@ class Stats:
         ------
         PlanError
             When there are pixels of a source that was not measured, of another dtype, or with other bands.
+
+        Examples
+        --------
+        >>> stats = chips.select("train").stats()
+        >>> arrays = stats.normalize(stored.take(list(stored)[:4]), fill=0)
+        >>> arrays["s2"].dtype
+        dtype('float32')
         """
         result = dict(arrays)
         for name, values in arrays.items():
@@ -94,6 +116,11 @@ class Stats:
         PlanError
             When a source was not measured, with other bands or another order of them, or in another dtype or units; or
             when codes beside measured bands are beyond what float32 holds.
+
+        Examples
+        --------
+        >>> stats = stored.select("train").stats()
+        >>> stats.check(stored.stored.map.pixels)  # PlanError where bands, dtypes or units are others
         """
         for name, given in pixels.items():
             own = self[name]
@@ -108,8 +135,15 @@ class Stats:
                 )
 
     @property
-    def table(self) -> pa.Table:
-        """One row a source and band; NaN where numbers of that kind have no such statistic."""
+    def table(self) -> TableView:
+        """One row a source and band; NaN where numbers of that kind have no such statistic.
+
+        Examples
+        --------
+        >>> stats = chips.select("train").stats()
+        >>> stats.table.column_names[:6]
+        ['source', 'band', 'kind', 'count', 'valid_fraction', 'mean']
+        """
         rows: list[dict[str, Any]] = []
         for name, own in self.sources.items():
             columns = {
@@ -121,27 +155,47 @@ class Stats:
                 {"source": name, "band": band, "kind": kind, **{k: v[i].item() for k, v in columns.items()}}
                 for i, (band, kind) in enumerate(zip(own.bands, own.kind_names, strict=True))
             ]
-        return pa.Table.from_pylist(rows)
+        return TableView(pa.Table.from_pylist(rows))
 
     @property
-    def class_table(self) -> pa.Table:
-        """One row a value of each band of codes: source, band, value, name ("" where nothing tells), count, share."""
+    def class_table(self) -> TableView:
+        """One row a value of each band of codes: source, band, value, name ("" where nothing tells), count, share.
+
+        Examples
+        --------
+        >>> chips = embeddings.chips(32, cell_km=0.96)
+        >>> chips.stats(sample=4).class_table.num_rows  # no band of classes
+        0
+        """
         rows = [
             (name, band, value, own.names.get(band, {}).get(value, ""), count, own.shares[band][value])
             for name, own in self.sources.items()
             for band, coded in zip(own.bands, own.coded, strict=True)
             for value, count in (own.classes.get(band, {}) if coded else {}).items()
         ]
-        return pa.table([pa.array(column, field.type) for column, field in
-                         zip(zip(*rows, strict=True) if rows else [()] * len(_CLASS_ROWS), _CLASS_ROWS, strict=True)],
-                        schema=_CLASS_ROWS)  # fmt: skip
+        columns = zip(*rows, strict=True) if rows else [()] * len(_CLASS_ROWS)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _CLASS_ROWS, strict=True)]
+        return TableView(pa.table(arrays, schema=_CLASS_ROWS))
+
+    @property
+    def _card(self) -> Card:
+        rows = [Fact(name, _summary(own), partial(_drawn, own)) for name, own in self.sources.items()]
+        return Card(f"Stats of {counted(self.chips, 'chip')}", rows)
 
     def __repr__(self) -> str:
-        lines = [line for table in (self.table, self.class_table) for line in _shown(table)]
-        return "\n".join([f"<Stats of {self.chips} chips>", *lines])
+        return self._card.text
+
+    def _repr_html_(self) -> str:
+        return self._card.html
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them as JSON, to a local path or a URL."""
+        """Write them as JSON, to a local path or a URL.
+
+        Examples
+        --------
+        >>> stats = chips.select("train").stats(sample=4)
+        >>> stats.save("train-stats.json")  # ranks load what one of them measured
+        """
         remote.put(Place.of(path).url, self.to_json().encode())
 
     @classmethod
@@ -154,11 +208,24 @@ class Stats:
             When nothing lies there, or it cannot be read.
         SchemaError
             When it is something else, is damaged, or was written by a version that measured otherwise.
+
+        Examples
+        --------
+        >>> chips.select("train").stats(sample=4).save("train-stats.json")
+        >>> rd.Stats.load("train-stats.json").table.num_rows
+        2
         """
         return cls.from_json(remote.get(Place.of(path).url), os.fspath(path))
 
     def to_json(self) -> str:
-        """Return them as JSON text."""
+        """Return them as JSON text.
+
+        Examples
+        --------
+        >>> import json
+        >>> sorted(json.loads(chips.stats(sample=4).to_json()))
+        ['chips', 'sources', 'version']
+        """
         sources = {name: _fields(own) for name, own in self.sources.items()}
         return json.dumps({"version": VERSION, "chips": self.chips, "sources": sources})
 
@@ -170,6 +237,12 @@ class Stats:
         ------
         SchemaError
             As :meth:`load` does.
+
+        Examples
+        --------
+        >>> stats = chips.stats(sample=4)
+        >>> rd.Stats.from_json(stats.to_json()).table.to_pylist() == stats.table.to_pylist()
+        True
         """
         try:
             said = json.loads(text)
@@ -212,13 +285,80 @@ _CLASS_ROWS = pa.schema(
 )  # fmt: skip
 
 
-def _shown(table: pa.Table) -> list[str]:
-    """Return a table as lines of text; none where it is empty."""
-    rows = table.to_pylist()
-    head = list(rows[0]) if rows else []
-    texts = [head, *([f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    width = [max(len(line[i]) for line in texts) for i in range(len(head))]
-    return ["  ".join(t.rjust(w) for t, w in zip(line, width, strict=True)) for line in texts if line]
+MOST_BANDS = 8
+"""Bands of a source that a text names one by one."""
+
+MOST_NAMED = 12
+"""Classes of a band that a text names, the most frequent ones."""
+
+
+def _summary(stats: SourceStats) -> str:
+    """Return one source in a line."""
+    parts = [f"{_percent(stats.valid_fraction.min(initial=1.0))} valid"]
+    if stats.units:
+        parts[0] += f", {stats.units}"
+    parts += [_classes(stats, band) for band, coded in zip(stats.bands, stats.coded, strict=True) if coded]
+    plain = np.flatnonzero(~stats.coded)
+    if len(plain) > MOST_BANDS:
+        names = listed([stats.bands[at] for at in plain], "bands")
+        mean, std = stats.mean[plain], stats.std[plain]
+        parts.append(f"{names}, means {_range(mean)}, std {_range(std)}")
+    else:
+        parts += [f"{stats.bands[at]} {stats.mean[at]:.4g} \u00b1 {stats.std[at]:.3g}" for at in plain]
+    return "; ".join(parts)
+
+
+def _classes(stats: SourceStats, band: str) -> str:
+    """Return the shares of a band's values, the most frequent first."""
+    shares, names = stats.shares.get(band), stats.names.get(band, {})
+    if shares is None:
+        return f"{band}: codes"
+    order = sorted(shares, key=lambda value: -shares[value])
+    shown = [f"{names.get(value) or value} {_percent(shares[value])}" for value in order[:MOST_NAMED]]
+    more = f", {len(order) - MOST_NAMED} more" if len(order) > MOST_NAMED else ""
+    return f"{band}: {', '.join(shown) or 'no valid pixel'}{more}"
+
+
+def _drawn(stats: SourceStats) -> Markup:
+    """Return one source as a table with a histogram a band, long ones folded, and a bar for each band of codes."""
+    heads = ["band", "kind", "valid", "", "mean", "std", "min", "median", "max"]
+    numbers = zip(
+        stats.bands, stats.kind_names, stats.valid_fraction.tolist(), stats.histogram().tolist(), stats.mean.tolist(),
+        stats.std.tolist(), stats.min.tolist(), stats.percentile(50).tolist(), stats.max.tolist(), strict=True,
+    )  # fmt: skip
+    rows = [
+        [
+            band,
+            kind,
+            _percent(valid),
+            svg_bars(bars, f"{band}: 0.5th to 99.5th percentile"),
+            *map(_figure, figures),
+        ]
+        for band, kind, valid, bars, *figures in numbers
+    ]
+    found = table(heads, rows)
+    classes = [
+        table(["value", f"class of {band}", "pixels", "share"], [
+            [str(value), stats.names.get(band, {}).get(value, ""), count, _percent(stats.shares[band][value])]
+            for value, count in stats.classes[band].items()
+        ])
+        for band, coded in zip(stats.bands, stats.coded, strict=True) if coded and band in stats.classes
+    ]  # fmt: skip
+    found = Markup(found + "".join(classes))
+    return fold(_summary(stats), found) if len(rows) > MOST_BANDS else found
+
+
+def _figure(number: float) -> str:
+    return "" if np.isnan(number) else f"{number:.4g}"
+
+
+def _range(numbers: NDArray[np.float64]) -> str:
+    known = numbers[np.isfinite(numbers)]
+    return f"{known.min():.3g} to {known.max():.3g}" if len(known) else "unknown"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def merged(parts: Iterable[Stats]) -> Stats:

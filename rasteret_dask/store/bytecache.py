@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small things that were read once and are kept, the least recently used ones let go of."""
 
 from __future__ import annotations

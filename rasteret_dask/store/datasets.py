@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chips of a finished store as xarray, lazy or in memory."""
 
 from __future__ import annotations

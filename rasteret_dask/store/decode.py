@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Zarr objects become arrays again: a shard as a whole, one of its chips, or a small chunk."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes of a Zarr array's chunks and shards, made once from the pixels where they lie."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import google_crc32c
 import numcodecs
@@ -38,7 +39,7 @@ __all__ = [
 Piece: TypeAlias = "bytes | NDArray[np.uint8]"
 """Bytes of an object; an array (one axis, read-only) is pixels that are stored as they lie."""
 
-Compression: TypeAlias = "BloscCodec | ZstdCodec | GzipCodec | str | None"
+Compression: TypeAlias = "BloscCodec | ZstdCodec | GzipCodec | Literal['auto'] | None"
 """A codec of ``zarr.codecs``, None for none, or ``"auto"``: what was measured to serve each dtype best."""
 
 MAX_NBYTES = 2**31 - 1

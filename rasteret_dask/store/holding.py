@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shards of a store held as they are stored: a batch's chips are decoded to their places in it, and nowhere else."""
 
 from __future__ import annotations

@@ -1,23 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where everything of a job goes inside its store, as metadata documents of sharded Zarr."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, label_columns, label_fields
+from rasteret_dask.chipping.chiptable import FILLED, MASK, bounds_of, label_columns, label_fields
+from rasteret_dask.crs import unpack
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.store.encode import CHIPS_PER_SHARD, Compression, compressors
-from rasteret_dask.store.ledger import JOB, TO_ZARR
+from rasteret_dask.store.ledger import GROUPS, JOB, PROVENANCE, TO_ZARR, Maker, whole
+from rasteret_dask.store.provenance import Provenance, provenance_of
 from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
@@ -49,6 +53,9 @@ class Layout:
     attrs: Mapping[str, Mapping[str, Any]]
     """Per source: attributes of its group (units, scales, offsets and rules)."""
     compression: Compression = "auto"
+    provenance: Provenance = field(default_factory=Provenance)
+    recipe: str | None = None
+    """The text of the recipe that was run, where one was: kept beside the job."""
 
     @property
     def codec_text(self) -> str:
@@ -80,20 +87,30 @@ class Layout:
                 result[f"{inside}{KEPT}/c/0"] = self.job.shard(hierarchy.number, 0).name
         return result
 
-    def build(self) -> dict[str, bytes]:
-        """Return every metadata document and every plan-known coordinate chunk: path -> bytes."""
+    def objects(self) -> dict[str, Maker]:
+        """Return every metadata document and every chunk that the plan knows: path -> what makes it.
+
+        Chunks of coordinates are made when they are put, those of the same chips one after another.
+        """
         import zarr
         from zarr.storage import MemoryStore
 
         store = MemoryStore()
         root = zarr.create_group(store, attributes=self._root_attrs())
+        chunks: list[_Chunk] = []
         for hierarchy in self.job.hierarchies:
             for source, output in enumerate(self.outputs):
                 path = self.group(hierarchy, source)
                 group = root if not path else root.require_group(path)
-                self._arrays(group, hierarchy, source, output)
+                chunks += self._arrays(group, hierarchy, source, output)
         _consolidate(store)
-        return {k: v.to_bytes() for k, v in store._store_dict.items()}
+        data = {path: buffer.to_bytes() for path, buffer in store._store_dict.items()}
+        groups = {path: text.decode() for path, text in data.items() if _is_group(path, text)}
+        made = {path: whole(text) for path, text in data.items() if path not in groups}
+        made[GROUPS] = whole(json.dumps(groups).encode())
+        made[PROVENANCE] = whole(self.provenance.to_bytes())
+        chunks.sort(key=lambda chunk: (chunk.hierarchy.number, chunk.start))
+        return made | {chunk.path: chunk.maker(self.job, store) for chunk in chunks}
 
     def _root_attrs(self) -> dict[str, Any]:
         note = {
@@ -106,7 +123,8 @@ class Layout:
         }
         return {"rasteret_dask": note}
 
-    def _arrays(self, group: zarr.Group, h: Hierarchy, source: int, out: Output) -> None:
+    def _arrays(self, group: zarr.Group, h: Hierarchy, source: int, out: Output) -> list[_Chunk]:
+        """Create the arrays of one source of one split; return the chunks that are made later."""
         n, per = h.chips, h.per_shard
         dims = ("chip", "time", "band", "y", "x")
         shape = (n, out.times, len(out.bands), out.height, out.width)
@@ -131,6 +149,7 @@ class Layout:
         self._array(group, "member", two, str, ("chip", "time"), (per, out.times), None, "")
         when = self._array(group, "datetime", two, "int64", ("chip", "time"), (per, out.times), None, _NAT)
         when.update_attributes(_TIMES | {"_FillValue": _NAT})
+        chunks = self._coordinates(group, h)
         self._planned_arrays(group, h, out)
         kept: tuple[str, ...] = ()
         kept += (FILLED,) if out.filled else ()
@@ -148,22 +167,27 @@ class Layout:
                 **({CLASSES: out.classes} if out.classes else {}),
             }
         )
+        return chunks
+
+    def _coordinates(self, group: zarr.Group, h: Hierarchy) -> list[_Chunk]:
+        few = (min(h.chips, COORDINATE_CHIPS),)
+        arrays = [
+            self._array(group, name, (h.chips,), dtype, ("chip",), few, None, fill)
+            for name, dtype, fill in (("chip_id", str, ""), ("split", str, ""), ("epsg", "int32", 0))
+        ]
+        if wkts := unpack(self.job.chips.schema.metadata):  # numbers below 0 are of CRSs without an EPSG code
+            arrays[-1].update_attributes({"crs_wkt": wkts})
+        box = self._array(group, "bounds", (h.chips, 4), "float64", ("chip", "corner"), (*few, 4), None, 0.0)
+        if h.split is None:  # all of it is fill
+            del arrays[1]
+        return [
+            _Chunk(array, h, start)
+            for start in range(0, h.chips, COORDINATE_CHIPS)
+            for array in (*arrays, box)
+        ]
 
     def _planned_arrays(self, group: zarr.Group, h: Hierarchy, out: Output) -> None:
         rows = self.job.chips.slice(h.start, h.chips)
-        few = (min(h.chips, COORDINATE_CHIPS),)
-        for name in ("chip_id", "split"):
-            texts = self._array(group, name, (h.chips,), str, ("chip",), few, None, "")
-            for at in range(
-                0, h.chips, COORDINATE_CHIPS
-            ):  # a million of Python's strings at a time, not all of them
-                part = rows.column(name).slice(at, COORDINATE_CHIPS).to_pylist()
-                texts[at : at + len(part)] = np.array([v or "" for v in part], dtype=object)
-        epsg = self.job.epsg[h.start : h.stop].astype(np.int32)
-        self._array(group, "epsg", (h.chips,), "int32", ("chip",), few, None, 0)[:] = epsg
-        bounds = self.job.bounds[h.start : h.stop]
-        box = self._array(group, "bounds", (h.chips, 4), "float64", ("chip", "corner"), (*few, 4), None, 0.0)
-        box[:] = bounds
         for name, values in label_columns(rows).items():
             self._label(group, name, values)
         bands = np.array(out.bands, dtype=object)
@@ -212,6 +236,46 @@ class Layout:
         )
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk of a coordinate, made of the chip table when it is put."""
+
+    array: zarr.Array[Any]
+    hierarchy: Hierarchy
+    start: int
+    """First chip, counted within the split."""
+
+    @property
+    def path(self) -> str:
+        """Where it goes."""
+        number = self.start // COORDINATE_CHIPS
+        return f"{self.array.path}/c/{number}{'/0' * (self.array.ndim - 1)}"
+
+    def maker(self, job: Job, store: MemoryStore) -> Maker:
+        """Return what makes it: zarr-python, in memory."""
+
+        def make() -> Iterator[bytes]:
+            stop = min(self.start + COORDINATE_CHIPS, self.hierarchy.chips)
+            rows = job.coordinates(self.hierarchy, self.start, stop)
+            self.array[self.start : stop] = _values(rows, self.array.basename)
+            yield store._store_dict.pop(self.path).to_bytes()
+
+        return make
+
+
+def _values(rows: pa.Table, name: str) -> NDArray[Any]:
+    """Return a coordinate of some rows of the chip table."""
+    if name == "bounds":
+        return bounds_of(rows)
+    if name == "epsg":
+        return np.asarray(rows.column(name).to_numpy(), dtype=np.int32)
+    return np.array([value or "" for value in rows.column(name).to_pylist()], dtype=object)
+
+
+def _is_group(path: str, text: bytes) -> bool:
+    return path.endswith("zarr.json") and json.loads(text)["node_type"] == "group"
+
+
 def _consolidate(store: MemoryStore) -> None:
     import zarr
 
@@ -221,7 +285,12 @@ def _consolidate(store: MemoryStore) -> None:
         zarr.consolidate_metadata(store)
 
 
-def layout_of(job: Job, used: Sequence[tuple[ResolvedSource, NDArray[np.int64]]], query: Query) -> Layout:
+def layout_of(
+    job: Job,
+    used: Sequence[tuple[ResolvedSource, NDArray[np.int64]]],
+    query: Query,
+    dropped: Mapping[str, int],
+) -> Layout:
     """Return where everything of a job goes inside a store.
 
     Parameters
@@ -232,6 +301,8 @@ def layout_of(job: Job, used: Sequence[tuple[ResolvedSource, NDArray[np.int64]]]
         Each source, with the rows of its records that feed a chip.
     query
         The plan, with the user's functions.
+    dropped
+        Reason -> windows that planning left out.
     """
     attrs = {}
     for source, rows in used:
@@ -242,4 +313,5 @@ def layout_of(job: Job, used: Sequence[tuple[ResolvedSource, NDArray[np.int64]]]
             "pick": source.plan.pick.name,
             "resolution": source.plan.resolution,
         }
-    return Layout(job, outputs_of(job, query.functions), attrs)
+    provenance = provenance_of(query, used, dropped)
+    return Layout(job, outputs_of(job, query.functions), attrs, provenance=provenance)

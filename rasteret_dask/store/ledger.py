@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ledger of a store that is being written: who writes it, what is in place, and what the commit vouches for."""
 
 from __future__ import annotations
@@ -8,21 +9,26 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rasteret_dask.errors import StoreError
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import (
+    Summing,
     Sums,
     closed,
     crc32_of,
@@ -44,8 +50,14 @@ __all__ = [
     "LEDGER",
     "MANIFEST",
     "OBJECTS",
+    "PAGES",
+    "PAGE_REPORTS",
+    "PROVENANCE",
+    "RECIPE",
     "TO_ZARR",
     "Content",
+    "ReportPlace",
+    "Maker",
     "Owner",
     "Report",
     "Root",
@@ -55,6 +67,7 @@ __all__ = [
     "check_owner",
     "commit",
     "done",
+    "on_pages",
     "reports",
     "requests",
     "restored",
@@ -62,7 +75,10 @@ __all__ = [
     "stated",
     "tried",
     "tries",
+    "turn_page",
+    "unreported",
     "valid_report",
+    "whole",
 ]
 
 T = TypeVar("T")
@@ -77,8 +93,14 @@ LEDGER = f"{JOB}/ledger.json"
 """Sums of every object but those of shards: put once they are all in place."""
 CLIENTS = f"{JOB}/clients"
 """Folder of the traces that clients leave while they write."""
+PAGES = f"{JOB}/pages"
+"""Folder of pages: reports of shards which no task asks for any more, many in an object."""
+RECIPE = f"{JOB}/recipe.toml"
+"""The recipe that was run, where one was; it decides nothing of what the store holds."""
 GROUPS = f"{JOB}/groups.json"
 """The groups' own metadata, put in place by the commit."""
+PROVENANCE = f"{JOB}/provenance.json"
+"""The steps of the plan, the records used and their terms: for people, no task reads it."""
 OBJECTS = b"rasteret_dask:objects"
 """Key of the manifest's schema metadata: the sums of every object that is in no row of it."""
 
@@ -88,8 +110,14 @@ DIGEST = b"rasteret_dask:digest"
 TO_ZARR = "to_zarr"
 COMPACT = "compact"
 
+PAGE_REPORTS = 1024
+"""Reports of a page, about: so many shards' reports lie in objects of their own, and some that are under way."""
+
 REQUESTS = 16
 """Small objects under way at the same time."""
+
+MOST_BYTES = 64 * 2**20
+"""Bytes of made objects that wait to be put."""
 
 STALE_S = 600.0
 """After so long without a change, an unfinished local put is given up: its process would have ended it."""
@@ -98,6 +126,16 @@ _TEMPORARY = re.compile(
     r"(.+)#\d+"
 )  # obstore writes a local object beside its place, under its name and a number
 _MARK = re.compile(rf"{JOB}/tried/([^/]+)/([0-9a-f]+)\.(.+)\.(\d+)\.[0-9a-f]{{32}}")
+_PAGE = re.compile(rf"{PAGES}/(\d+)\.[0-9a-f]{{32}}\.json")
+
+
+Maker: TypeAlias = "Callable[[], Iterator[bytes]]"
+"""Makes an object's bytes, in pieces: a large one is never in memory as a whole."""
+
+
+def whole(data: bytes) -> Maker:
+    """Return the maker of bytes that are there."""
+    return lambda: iter((data,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +161,36 @@ class Content(Protocol):
     def keys(self) -> Mapping[str, str]:
         """For each shard's name, the key that its valid report has."""
 
-    def objects(self) -> Mapping[str, bytes]:
-        """Make every object but those of shards: path -> bytes, :data:`GROUPS` among them."""
+    def objects(self) -> Mapping[str, Maker]:
+        """Return every object but those of shards: path -> what makes it, :data:`GROUPS` among them.
+
+        They are made in this order, so that neighbours may share what they are made of.
+        """
 
     def places(self) -> Mapping[str, str]:
         """Return the path of every object that shards may have -> the shard's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportPlace:
+    """How the report of a shard is stored: all that a commit keeps of it in memory."""
+
+    mark: str
+    """Of the try that put it."""
+    path: str
+    """Of the report, or of the page that it is on."""
+    size: int = 0
+    crc32: int = 0
+    """Of a report that is an object of its own."""
+
+    @property
+    def on_page(self) -> bool:
+        """Whether it lies among others."""
+        return _PAGE.fullmatch(self.path) is not None
+
+    def attempts(self, marks: Collection[str]) -> int:
+        """Return how often the shard was begun; ``marks`` are those that lie there."""
+        return len({self.mark, *marks})
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +198,7 @@ class Report:
     """What the task of a shard reports, and how the report itself is stored."""
 
     values: Mapping[str, Any]
-    path: str
-    size: int
-    crc32: int
+    place: ReportPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +271,60 @@ def _report_path(shard: str) -> str:
     return f"{JOB}/done/{shard}.json"
 
 
-# What the client calls: begin, reports, commit
+# What the client calls: begin, turn_page, reports, commit
+
+
+def turn_page(url: str, shards: Sequence[str], keys: Mapping[str, str]) -> None:
+    """Put the reports of finished shards into one object, a page, and then remove theirs, and the marks of these tries.
+
+    A shard of which there is no valid report by now stays as it is. Stopped in between, some reports lie there twice.
+
+    Parameters
+    ----------
+    url
+        The store.
+    shards
+        Shards that no task asks for any more: their tasks have ended, and are not computed again.
+    keys
+        As in :class:`Content`.
+    """
+    data = at_once(lambda shard: _data(url, _report_path(shard)), shards)
+    documents = {shard: _report_in(text, shard, keys) for shard, text in zip(shards, data, strict=True)}
+    there = {shard: report for shard, report in documents.items() if report is not None}
+    if not there:
+        return
+    numbers = [
+        int(m[1])
+        for path in remote.listing(remote.join(url, PAGES))
+        if (m := _PAGE.fullmatch(f"{PAGES}/{path}"))
+    ]
+    path = f"{PAGES}/{max(numbers, default=0) + 1:06d}.{uuid.uuid4().hex}.json"
+    remote.put(remote.join(url, path), sealed({**STORE.note, "reports": there}))
+    left = [path for shard, report in there.items() for path in (_report_path(shard), report["mark"])]
+    with suppress(StoreError):  # whoever may not delete leaves them: the same is said twice
+        remote.delete_all(url, left)
+
+
+def on_pages(url: str, others: Collection[str], keys: Mapping[str, str]) -> set[str]:
+    """Return the shards of all pages but some ``others``, as far as they are of these keys."""
+    folder = remote.join(url, PAGES)
+    paths = [path for name in remote.listing(folder) if (path := f"{PAGES}/{name}") not in others]
+    pages = (_page(_data(url, path)) for path in paths if _PAGE.fullmatch(path))
+    return {shard for page in pages for shard, report in page.items() if keys.get(shard) == report["key"]}
+
+
+def _report_in(text: bytes | None, shard: str, keys: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the report of a shard where this is one, of this key."""
+    report = None if text is None else document_of(text)
+    if report is None or (report.get("shard"), report.get("key")) != (shard, keys[shard]):
+        return None
+    return {name: value for name, value in report.items() if name != "checksum"}
+
+
+def _page(data: bytes | None) -> Mapping[str, Mapping[str, Any]]:
+    """Return shard -> its report, of a page; nothing where it is damaged."""
+    document = None if data is None else document_of(data)
+    return {} if document is None else document["reports"]
 
 
 def begin(url: str, content: Content) -> Mapping[str, int]:
@@ -234,9 +348,12 @@ def begin(url: str, content: Content) -> Mapping[str, int]:
     owner, mark = content.owner, begun(url)
     if mark is None:
         _check_leftovers(url, found, content)
-        values = {"meaning": MEANING, **_values(owner)}
-        remote.put(remote.join(url, BEGUN), sealed({**STORE.note, **values}))
-    else:
+        data = sealed({**STORE.note, "meaning": MEANING, **_values(owner)})
+        if BEGUN in found:  # damaged
+            remote.put(remote.join(url, BEGUN), data)
+        elif not remote.put_new(remote.join(url, BEGUN), data):  # another process begins at the same moment
+            mark = begun(url)
+    if mark is not None:
         check_owner(url, mark, owner)
     _in_place(url, content, found)
     return found
@@ -308,8 +425,14 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
         return
     keys = content.keys
     marked = {m[1] for path in left if (m := _mark(path, keys)) is not None}
+    for path in [path for path in left if _PAGE.fullmatch(path)]:
+        page = _page(_data(url, path))
+        if page and all(keys.get(shard) == report["key"] for shard, report in page.items()):
+            marked.update(page)  # in place of their marks
+            left.discard(path)
     left -= {path for path in left if _mark(path, keys) is not None}
     left -= {BEGUN}  # damaged: an empty digest is nobody's
+    left -= {RECIPE, PROVENANCE}  # the same job may be told in another text, and by other steps
     left -= {
         path for path in left if path.startswith(f"{CLIENTS}/")
     }  # they renew their traces, whatever is deleted
@@ -322,14 +445,17 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
         if names[path] in marked or (report is not None and report.get("key") == keys[names[path]]):
             left.discard(path)
     if left:
-        objects = content.objects()
-        documents = {path: text.encode() for path, text in json.loads(objects[GROUPS]).items()}
-        same = {
-            **objects,
-            **documents,
-            LEDGER: _ledger({path: Sums.of(data) for path, data in objects.items()}),
+        objects = dict(content.objects())
+        groups = b"".join(objects[GROUPS]())
+        objects |= {path: whole(text.encode()) for path, text in json.loads(groups).items()}
+        if LEDGER in left:
+            made = {path: _summed(make) for path, make in content.objects().items()}
+            objects[LEDGER] = whole(_ledger(made))
+        left -= {
+            path
+            for path, make in objects.items()
+            if path in left and fault_of(remote.join(url, path), _summed(make)) is None
         }
-        left -= {path for path in left & same.keys() if _data(url, path) == same[path]}
     if MANIFEST in left and _digest_of(_data(url, MANIFEST)) == content.owner.digest:
         left.discard(MANIFEST)
     if left:
@@ -357,23 +483,73 @@ def stated(url: str) -> dict[str, Sums] | None:
     return {path: Sums.again(value) for path, value in document["objects"].items()}
 
 
-def _in_place(url: str, content: Content, sizes: Mapping[str, int]) -> dict[str, Sums]:
-    """Put every object in place that is missing or differs; return their sums."""
+def _in_place(url: str, content: Content, sizes: Mapping[str, int]) -> bool:
+    """Put every object in place that is missing or differs; tell whether any was.
+
+    Parts of an array job do so at the same time: what another one has put is looked at, and left as it is.
+    """
     sums = stated(url)
     right = {} if sums is None else {path: one for path, one in sums.items() if sizes.get(path) == one.size}
     faults = at_once(lambda path: fault_of(remote.join(url, path), right[path]), right)
     right = {path: one for (path, one), fault in zip(right.items(), faults, strict=True) if fault is None}
     if sums is not None and len(right) == len(sums):
-        return sums
-    objects = content.objects()
-    made = {path: Sums.of(data) for path, data in objects.items()}
-    at_once(
-        lambda path: remote.put(remote.join(url, path), objects[path]),
-        [path for path in objects if right.get(path) != made[path]],
-    )
-    if made != sums:
-        remote.put(remote.join(url, LEDGER), _ledger(made))
-    return made
+        return False
+    made: dict[str, Sums | Future[Sums]] = {}
+    under_way: deque[tuple[Future[Sums], int]] = deque()
+    for path, make in content.objects().items():
+        if path in right:
+            made[path] = right[path]
+            continue
+        pieces = make()
+        some = list(islice(pieces, 2))
+        place = remote.join(url, path)
+        if len(some) > 1:
+            there = path in sizes or remote.exists(place)
+            whole = _summed(make) if there else None
+            same = whole is not None and fault_of(place, whole) is None
+            made[path] = whole if whole is not None and same else _streamed(place, make, chain(some, pieces))
+            continue
+        while under_way and sum(nbytes for _, nbytes in under_way) > MOST_BYTES:
+            under_way.popleft()[0].result()
+        data = b"".join(some)
+        made[path] = future = requests().submit(_put, place, data, path in sizes)
+        under_way.append((future, len(data)))
+    done = {path: one if isinstance(one, Sums) else one.result() for path, one in made.items()}
+    if done != sums:
+        _put(remote.join(url, LEDGER), _ledger(done), LEDGER in sizes)
+    return True
+
+
+def _put(url: str, data: bytes, there: bool) -> Sums:
+    """Put an object, unless it is there as it should be; ``there``: something lay there before."""
+    sums = Sums.of(data)
+    there = there or not remote.put_new(url, data)
+    if there and fault_of(url, sums) is not None:
+        remote.put(url, data)
+    return sums
+
+
+def _streamed(url: str, make: Maker, first: Iterator[bytes]) -> Sums:
+    """Put a large object as it is made; ``first`` is what is being made already."""
+    sums = Summing()
+    again = iter((first,))
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal sums
+        sums = Summing()
+        for piece in next(again, None) or make():
+            sums.add(piece)
+            yield piece
+
+    remote.put_stream(url, pieces)
+    return sums.sums
+
+
+def _summed(make: Maker) -> Sums:
+    sums = Summing()
+    for piece in make():
+        sums.add(piece)
+    return sums.sums
 
 
 def _ledger(sums: Mapping[str, Sums]) -> bytes:
@@ -388,8 +564,8 @@ def _digest_of(manifest: bytes | None) -> str | None:
     return str(metadata.get(DIGEST, b""), "ascii", "replace")
 
 
-def reports(url: str, objects: Mapping[str, int], keys: Mapping[str, str]) -> dict[str, Report]:
-    """Return the valid reports: of these keys, and of shards whose objects are all there in their sizes.
+def reports(url: str, objects: Mapping[str, int], keys: Mapping[str, str]) -> Iterator[dict[str, Report]]:
+    """Yield the valid reports, some at a time: of these keys, and of shards whose objects are all there in their sizes.
 
     Parameters
     ----------
@@ -400,22 +576,46 @@ def reports(url: str, objects: Mapping[str, int], keys: Mapping[str, str]) -> di
     keys
         As in :class:`Content`.
 
-    Returns
-    -------
+    Yields
+    ------
     dict
-        Shard -> its report.
+        Shard -> its report; each shard once, with the latest one.
     """
-    paths = {_report_path(shard): shard for shard in keys}
-    wanted = [path for path in paths if path in objects]
-    result: dict[str, Report] = {}
-    for path, data in zip(wanted, at_once(lambda p: _data(url, p), wanted), strict=True):
-        values = None if data is None else document_of(data)
-        shard = paths[path]
-        if data is None or values is None or (values["shard"], values["key"]) != (shard, keys[shard]):
-            continue
-        if all(objects.get(o["path"]) == o["size"] for o in values["objects"]):
-            result[shard] = Report(values, path, len(data), crc32_of(data))
-    return result
+    seen: set[str] = set()
+
+    def valid(some: Iterable[tuple[str, Mapping[str, Any], ReportPlace]]) -> dict[str, Report]:
+        result = {
+            shard: Report(values, entry)
+            for shard, values, entry in some
+            if shard not in seen and all(objects.get(o["path"]) == o["size"] for o in values["objects"])
+        }
+        seen.update(result)
+        return result
+
+    own = [
+        shard for shard in keys if _report_path(shard) in objects
+    ]  # written after any page that has the shard
+    for at in range(0, len(own), PAGE_REPORTS):
+        some = own[at : at + PAGE_REPORTS]
+        read = zip(some, at_once(lambda shard: _data(url, _report_path(shard)), some), strict=True)
+        found = ((shard, data, _report_in(data, shard, keys)) for shard, data in read)
+        yield valid(
+            (shard, values, ReportPlace(values["mark"], _report_path(shard), len(data), crc32_of(data)))
+            for shard, data, values in found
+            if data is not None and values is not None
+        )
+    for path in sorted((path for path in objects if _PAGE.fullmatch(path)), reverse=True):
+        page = _page(_data(url, path)).items()
+        yield valid((s, v, ReportPlace(v["mark"], path)) for s, v in page if keys.get(s) == v["key"])
+
+
+def unreported(url: str, objects: Collection[str], keys: Mapping[str, str]) -> set[str]:
+    """Return the shards that have no report yet, neither of their own nor on a page: a look, not a check."""
+    left = {shard for shard in keys if _report_path(shard) not in objects}
+    for path in objects if left else ():
+        if _PAGE.fullmatch(path):
+            left.difference_update(_page(_data(url, path)))
+    return left
 
 
 def tries(objects: Iterable[str]) -> dict[str, list[str]]:
@@ -446,8 +646,9 @@ def restored(url: str, content: Content | None) -> Mapping[str, int]:
     if content is not None:
         if begun(url) is None:
             begin(url, content)
-        else:
-            _in_place(url, content, found)
+        elif not _in_place(url, content, found):
+            return found
+        del found  # there may be a million
         return remote.listing(url)
     sums = stated(url)
     wrong = [BEGUN] if begun(url) is None else []
@@ -470,7 +671,7 @@ def commit(
     url: str,
     objects: Mapping[str, int],
     manifest: pa.Table,
-    written: Mapping[str, Report],
+    written: Mapping[str, ReportPlace],
     more: Mapping[str, bytes],
 ) -> pa.Table:
     """Write what is known when all shards are: the manifest, then the groups' metadata; the root comes last.
@@ -484,7 +685,7 @@ def commit(
     manifest
         A row a shard, with the objects of each.
     written
-        The report of each shard.
+        How the report of each shard is stored.
     more
         Objects that are known only now: path -> bytes.
 
@@ -498,7 +699,8 @@ def commit(
     root = json.loads(documents.pop("zarr.json"))
     groups = {path: text.encode() for path, text in documents.items()}
     sums |= {path: Sums.of(data) for path, data in {**more, **groups}.items()}
-    sums |= {path: Sums.of(remote.get(remote.join(url, path))) for path in (BEGUN, LEDGER)}
+    pages = sorted({place.path for place in written.values() if place.on_page})
+    sums |= {path: Sums.of(remote.get(remote.join(url, path))) for path in (BEGUN, LEDGER, *pages)}
     attempts = tries(objects)
     notes = [_notes(written[shard], attempts.get(shard, [])) for shard in manifest["shard"].to_pylist()]
     manifest = manifest.append_column("notes", pa.array(notes, _NOTES)).replace_schema_metadata(
@@ -521,10 +723,10 @@ def commit(
 _NOTES = pa.list_(pa.struct([("path", pa.string()), ("size", pa.int64()), ("crc32", pa.int64())]))
 
 
-def _notes(report: Report, marks: Iterable[str]) -> list[dict[str, Any]]:
+def _notes(place: ReportPlace, marks: Iterable[str]) -> list[dict[str, Any]]:
     """Return what the manifest says of a shard's report and of the marks of its tries, which hold no bytes."""
-    own = {"path": report.path, "size": report.size, "crc32": report.crc32}
-    return [own, *({"path": mark, "size": 0, "crc32": 0} for mark in marks)]
+    own = [] if place.on_page else [{"path": place.path, "size": place.size, "crc32": place.crc32}]
+    return [*own, *({"path": mark, "size": 0, "crc32": 0} for mark in marks)]
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -594,42 +796,69 @@ def _sweep(
     url: str,
     objects: Iterable[str],
     manifest: pa.Table,
-    written: Mapping[str, Report],
+    written: Mapping[str, ReportPlace],
     others: Collection[str],
 ) -> None:
     """Remove what tries that came to nothing left inside the store's own arrays, and beside its own objects.
 
-    Objects: a shard that was begun, and then written without this object, as all of it is fill. Temporary files of
-    local puts that were killed (``name#1``): only beside a name that is the store's own, and never while the put may
-    still be under way (see :func:`_is_given_up`).
+    Objects: a shard that was begun, and then written without this object, as all of it is fill; pages all of whose
+    shards have later reports. Temporary files of local puts that were killed (``name#1``): only beside a name that is
+    the store's own, and never while the put may still be under way (see :func:`_is_given_up`).
     """
-    shard_of: dict[str, str] = {}
-    for row in manifest.select(["shard", "objects", "notes"]).to_pylist():
-        shard_of |= {o["path"]: row["shard"] for o in (*row["objects"], *row["notes"])}
-    names = {*others, *shard_of}
-    stale = [path for path in objects if path not in names and _is_chunk(path, names)]
+    names = _paths(manifest)  # in Arrow: there may be a million
+    others = set(others)
+    there = pa.array(objects, pa.string())
+    unknown = there.filter(pc.invert(pc.is_in(there, value_set=names))).to_pylist()
+    stale = [
+        path for path in unknown if path not in others and (_is_chunk(path, others) or _PAGE.fullmatch(path))
+    ]
     at_once(lambda path: remote.delete(remote.join(url, path)), stale)
     if not remote.is_local(url):
         return
     base = Path(remote.local_path(url))
     left = {
-        file: place
+        file: parts[1]
         for file in base.rglob("*#*")
         if (parts := _TEMPORARY.fullmatch(file.relative_to(base).as_posix())) is not None
-        and ((place := parts[1]) in names or _is_chunk(place, names) or _MARK.fullmatch(place) is not None)
     }
     if not left:
         return
-    marks = tries(
-        remote.listing(url)
-    )  # after the files were seen: whose put is under way has its mark by now
+    shard_of = _shards_of(manifest, pa.array(left.values(), pa.string()))
+    # after the files were seen: whose put is under way has its mark by now
+    marks = tries(remote.listing(url))
     for file, place in left.items():
         shard = shard_of.get(place)
+        if shard is None and place not in others and not _may_be_left(place, others):
+            continue
         unfinished = None
         if shard is not None:
-            unfinished = [mark for mark in marks.get(shard, []) if mark != written[shard].values["mark"]]
+            unfinished = [mark for mark in marks.get(shard, []) if mark != written[shard].mark]
         if _is_given_up(file, unfinished):
             file.unlink(missing_ok=True)
+
+
+def _may_be_left(place: str, others: Collection[str]) -> bool:
+    """Tell whether a path that the manifest does not have is one that only this package writes."""
+    return _is_chunk(place, others) or any(one.fullmatch(place) for one in (_MARK, _PAGE))
+
+
+def _paths(manifest: pa.Table) -> pa.Array:
+    """Return the paths of all objects that are in rows of the manifest."""
+    lists = [manifest.column(name).combine_chunks().flatten().field("path") for name in ("objects", "notes")]
+    return pa.concat_arrays(lists)
+
+
+def _shards_of(manifest: pa.Table, paths: pa.Array) -> dict[str, str]:
+    """Return path -> shard of those of some paths that are in rows of the manifest."""
+    result: dict[str, str] = {}
+    for name in ("objects", "notes"):
+        lists = manifest.column(name).combine_chunks()
+        path = lists.flatten().field("path")
+        chosen = pc.is_in(path, value_set=paths)
+        rows = pc.list_parent_indices(lists).filter(chosen)
+        shards = manifest.column("shard").take(rows).to_pylist()
+        result.update(zip(path.filter(chosen).to_pylist(), shards, strict=True))
+    return result
 
 
 def _is_chunk(path: str, names: Collection[str]) -> bool:

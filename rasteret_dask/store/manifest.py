@@ -1,73 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
 """The manifest of a store: what the reports of its shards say."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from rasteret_dask.errors import UnreadableTilesWarning
+from rasteret_dask.lists import first_of
+from rasteret_dask.net.clusters import worker_name
+from rasteret_dask.store.ledger import Report, ReportPlace
 from rasteret_dask.tasks.filtering import tally
-from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.job import Job, Shard
 
-__all__ = ["losses", "manifest_of", "warn_of_masked"]
+__all__ = ["ManifestRows", "losses", "stamp", "table_of", "timing", "warn_of_masked"]
 
 MAX_NAMED = 3
 """Tiles that the warning names."""
 
 
-def manifest_of(job: Job, reports: Mapping[str, Mapping[str, Any]], tries: Mapping[str, int]) -> pa.Table:
-    """Return one row a shard; counts are sums over its sources.
+_OBJECT = pa.struct([("path", pa.string()), ("size", pa.int64()), ("crc32", pa.int64())])
+_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("split", pa.string()),
+        ("number", pa.int64()),
+        ("chips", pa.int64()),
+        ("kept", pa.int64()),
+        ("dropped_chips", pa.string()),
+        ("attempts", pa.int64()),
+        ("process", pa.string()),
+        ("host", pa.string()),
+        ("worker", pa.string()),
+        ("started", pa.timestamp("us", "UTC")),
+        ("seconds", pa.float64()),
+        ("stages", pa.map_(pa.string(), pa.float64())),
+        ("bytes", pa.int64()),
+        ("objects", pa.list_(_OBJECT)),
+        ("requests", pa.int64()),
+        ("bytes_fetched", pa.int64()),
+        ("tiles_read", pa.int64()),
+        ("gdal_fallback", pa.int64()),
+        ("masked", pa.map_(pa.string(), pa.float64())),
+        ("clipped", pa.string()),
+        ("unreadable", pa.int64()),
+        ("unreadable_tiles", pa.string()),
+        ("key", pa.string()),
+    ]
+)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return rows of a manifest, one a shard, as a table."""
+    return pa.Table.from_pylist(list(rows), _SCHEMA)
+
+
+class ManifestRows:
+    """The manifest of a job while its reports are read, some at a time: what was read is held as a table.
 
     Parameters
     ----------
     job
         The job.
-    reports
-        Shard -> what its task reports.
     tries
-        Shard -> how often it was begun.
+        Shard -> the marks of its tries.
     """
-    rows = []
-    for shard in job.shards():
-        report = reports[shard.name]
-        counts: Counter[str] = Counter()
-        for own in _of(report, "counts").values():
-            counts.update(own)
-        clipped = {
-            f"{name}/{band}": n
-            for name, own in _of(report, "clipped").items()
-            for band, n in own.items()
-            if n
-        }
-        unreadable = [tile for own in _of(report, "unreadable").values() for tile in own]
-        rows.append(
-            {
-                "shard": shard.name,
-                "split": shard.split,
-                "number": shard.number,
-                "chips": report["chips"],
-                "kept": report["chips"] - len(report["dropped"]),
-                "dropped_chips": json.dumps(report["dropped"]),
-                "attempts": max(1, tries.get(shard.name, 0)),
-                "process": report["process"],
-                "bytes": sum(o["size"] for o in report["objects"]),
-                "objects": [{k: o[k] for k in ("path", "size", "crc32")} for o in report["objects"]],
-                "requests": counts["requests"],
-                "bytes_fetched": counts["bytes_fetched"],
-                "tiles_read": counts["tiles_read"],
-                "gdal_fallback": counts["gdal_fallback"],
-                "clipped": json.dumps(clipped),
-                "unreadable": len(unreadable),
-                "unreadable_tiles": json.dumps(unreadable),
-                "key": job.keys[shard.name],
-            }
-        )
-    return pa.Table.from_pylist(rows)
+
+    def __init__(self, job: Job, tries: Mapping[str, Sequence[str]]) -> None:
+        self.places: dict[str, ReportPlace] = {}
+        """Shard -> how its report is stored, of all that were added."""
+        self._shards = {shard.name: (number, shard) for number, shard in enumerate(job.shards())}
+        self._keys, self._tries = job.keys, tries
+        self._numbers: list[int] = []
+        self._tables = [_SCHEMA.empty_table()]
+
+    def add(self, reports: Mapping[str, Report]) -> None:
+        """Add a row for each of some shards; counts are sums over its sources."""
+        rows = []
+        for name, report in reports.items():
+            number, shard = self._shards[name]
+            attempts = report.place.attempts(self._tries.get(name, ()))
+            self._numbers.append(number)
+            rows.append(_row(shard, report.values) | {"attempts": attempts, "key": self._keys[name]})
+            self.places[name] = report.place
+        self._tables.append(table_of(rows))
+
+    def table(self) -> pa.Table:
+        """Return all rows, in the order of the job's shards."""
+        order = np.argsort(np.array(self._numbers, dtype=np.int64))
+        return pa.concat_tables(self._tables).take(pa.array(order)).combine_chunks()
+
+
+def _row(shard: Shard, report: Mapping[str, Any]) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    for own in _of(report, "counts").values():
+        counts.update(own)
+    clipped = {
+        f"{name}/{band}": n for name, own in _of(report, "clipped").items() for band, n in own.items() if n
+    }
+    unreadable = [tile for own in _of(report, "unreadable").values() for tile in own]
+    return {
+        "shard": shard.name,
+        "split": shard.split,
+        "number": shard.number,
+        "chips": report["chips"],
+        "kept": report["chips"] - len(report["dropped"]),
+        "dropped_chips": json.dumps(report["dropped"]),
+        **timing(report),
+        "bytes": sum(o["size"] for o in report["objects"]),
+        "objects": [{k: o[k] for k in ("path", "size", "crc32")} for o in report["objects"]],
+        "requests": counts["requests"],
+        "bytes_fetched": counts["bytes_fetched"],
+        "tiles_read": counts["tiles_read"],
+        "gdal_fallback": counts["gdal_fallback"],
+        "masked": list(_of(report, "masked").items()),
+        "clipped": json.dumps(clipped),
+        "unreadable": len(unreadable),
+        "unreadable_tiles": json.dumps(unreadable),
+    }
+
+
+def stamp(seconds: float, stages: Mapping[str, float]) -> dict[str, Any]:
+    """Return what a shard's report says of where, when and how long it was written, by whoever ends it just now."""
+    begin = datetime.now(UTC) - timedelta(seconds=seconds)
+    return {
+        "process": f"{platform.node()}:{os.getpid()}",
+        "host": platform.node(),
+        "worker": worker_name(),
+        "started": begin.isoformat(timespec="milliseconds"),
+        "elapsed": round(seconds, 3),
+        "seconds": {stage: round(value, 3) for stage, value in stages.items()},
+    }
+
+
+def timing(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest's columns of what :func:`stamp` says; only the process of an earlier version's report."""
+    if "started" not in report:
+        return {"process": report["process"]}
+    return {
+        "process": report["process"],
+        "host": report["host"],
+        "worker": report["worker"],
+        "started": datetime.fromisoformat(report["started"]),
+        "seconds": report["elapsed"],
+        "stages": list(report["seconds"].items()),
+    }
 
 
 def losses(manifest: pa.Table) -> str:
@@ -100,11 +186,10 @@ def warn_of_masked(url: str, manifest: pa.Table) -> None:
     lists = [json.loads(text) for text in manifest["unreadable_tiles"].to_pylist()]
     tiles = [tile for own in lists for tile in own]
     if tiles:
-        more = f"\nand {len(tiles) - MAX_NAMED} more" if len(tiles) > MAX_NAMED else ""
         warnings.warn(
             f"store {url}: {len(tiles)} tiles of {sum(map(bool, lists))} of {len(lists)} shards could not be read; "
             "their pixels are invalid. All are listed in manifest.parquet, column unreadable_tiles:\n"
-            + "\n".join(tiles[:MAX_NAMED]) + more,
+            + first_of(tiles, MAX_NAMED, "\n"),
             UnreadableTilesWarning,
             stacklevel=2,
         )  # fmt: skip

@@ -1,33 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job's shards on threads of this process, where there is no cluster: nothing is started or imported for it."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
+from uuid import uuid4
 
-import psutil
+import dask.config
 from dask.system import CPU_COUNT
 
+from rasteret_dask.activity import Tally, live, watched
+from rasteret_dask.lists import first_of
 from rasteret_dask.progress import Progress, seconds
-from rasteret_dask.store.runtasks import Run, ShardNews, Work
-from rasteret_dask.tasks.freezing import SHARD_BYTES
+from rasteret_dask.store.limits import Deadline
+from rasteret_dask.store.runtasks import Run, ShardNews, Shards, Work
 from rasteret_dask.tasks.runs import Workforce
+from rasteret_dask.tasks.workermemory import MOST_TASK_BYTES, memory_here, needed_bytes
 
 __all__ = ["ThreadTasks", "threads_that_fit"]
 
 _log = logging.getLogger(__name__)
 
-PROCESS_BYTES = 800e6
-"""A process's memory beside its shards, kept tiles among it: each thread takes three times a shard on top."""
 MAX_NAMED = 5
 """Tasks that a line names."""
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class ThreadTasks:
@@ -39,15 +41,23 @@ class ThreadTasks:
     ----------
     count
         How many threads.
+    deadline
+        Until when shards may begin.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, deadline: Deadline | None = None) -> None:
         self.count = count
+        self._deadline = deadline or Deadline()
+        self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="rasteret-shard")
         self._waiting = 0
-        self._ended: SimpleQueue[tuple[str, Future[Any]]] = SimpleQueue()
+        self._ended: SimpleQueue[tuple[str, Future[bool]]] = SimpleQueue()
         self._running: dict[str, float] = {}
+        self._settled: list[str] = []
         self._subject, self._progress = "", Progress("shards", shown=False)
+        self._token = uuid4().hex
+        self._tallies: dict[str, Tally] = {}
+        """What was done for shards that have just ended."""
 
     @property
     def force(self) -> Workforce:
@@ -59,10 +69,20 @@ class ThreadTasks:
         """Number of shards that were sent and have not ended."""
         return self._waiting
 
+    @property
+    def stopped(self) -> bool:
+        """Whether no further shard begins."""
+        return self._stopped.is_set()
+
+    def stop(self) -> None:
+        """Begin no further shard: those that were sent and have not begun end at once, without news."""
+        self._stopped.set()
+
     @contextmanager
     def watched(self, work: Work, run: Run, subject: str, progress: Progress) -> Iterator[None]:
         """Say what stands still for the length of a block; at its end nothing runs any more, and nothing waits."""
         self._subject, self._progress = subject, progress
+        progress.live = self._live
         try:
             yield
         finally:
@@ -77,21 +97,46 @@ class ThreadTasks:
             future = self._pool.submit(self._compute, name, work, item, roots)
             future.add_done_callback(lambda done, name=name: self._ended.put((name, done)))  # type: ignore[misc]
 
-    def _compute(self, name: str, work: Work, item: Any, roots: tuple[Any, ...]) -> None:
-        self._running[name] = time.monotonic()
+    def spread(self, shards: Shards, paid: int) -> None:
+        """Do nothing: threads of one process take shard after shard."""
+
+    def left(self) -> Sequence[str]:
+        """Return nothing: no shard is left to others."""
+        return ()
+
+    def _live(self) -> Tally:
+        """Return what is under way, for who draws it."""
+        self._progress.running = f"{len(self._running)} running on {self.count} threads"
+        return sum((tally for (token, _), tally in live().items() if token == self._token), Tally())
+
+    def _compute(self, name: str, work: Work, item: Any, roots: tuple[Any, ...]) -> bool:
+        """Compute a shard, and return True; False where it is not begun any more."""
+        if self._deadline.is_over:
+            self._stopped.set()
+        if self._stopped.is_set():
+            return False
+        self._running[name] = begun = time.monotonic()
         try:
-            work.compute(item, *roots)
+            if not self._progress.shown:
+                work.compute(item, *roots)
+            else:
+                with watched(self._token, name) as activity:
+                    try:
+                        work.compute(item, *roots)
+                    finally:
+                        self._tallies[name] = activity.tally()
         finally:
             self._running.pop(name, None)
+        self._deadline.took(time.monotonic() - begun)
+        return True
 
     def news(self) -> Sequence[ShardNews]:
-        """Wait until a shard has ended."""
+        """Wait until a shard has ended; none is told where one was not begun any more."""
         moved = warned = time.monotonic()
         while True:
             try:
                 name, future = self._ended.get(timeout=seconds("watch.look", "5s"))
             except Empty:
-                self._progress.tick(f", {len(self._running)} running on {self.count} threads")
                 now, patience = time.monotonic(), seconds("watch.no-progress", "60s")
                 if now - moved >= patience and now - warned >= patience:
                     warned = now
@@ -99,23 +144,29 @@ class ThreadTasks:
                 continue
             self._waiting -= 1
             error = future.exception()
-            return [ShardNews(name, error, isinstance(error, Exception))]
+            if error is None and not future.result():
+                return []
+            if error is None:
+                self._settled.append(name)
+            tally = self._tallies.pop(name, Tally())
+            return [ShardNews(name, error, isinstance(error, Exception), tally=tally)]
+
+    def settled(self) -> Sequence[str]:
+        """Return the shards that were written since this was asked last."""
+        settled, self._settled = self._settled, []
+        return settled
 
     def _say(self, now: float, passed: float) -> None:
         oldest = sorted(self._running.items(), key=lambda item: item[1])
-        text = ", ".join(f"{name} for {now - since:.0f} s" for name, since in oldest[:MAX_NAMED])
-        more = f", and {len(oldest) - MAX_NAMED} more" if len(oldest) > MAX_NAMED else ""
-        line = f"nothing has begun or ended for {passed:.0f} s; running: {text}{more}"
+        text = first_of((f"{name} for {now - since:.0f} s" for name, since in oldest), MAX_NAMED)
+        line = f"nothing has begun or ended for {passed:.0f} s; running: {text}"
         _log.warning("%s: %s", self._subject, line)
         self._progress.note(f"{self._subject}: {line}")
 
 
 def threads_that_fit() -> int:
-    """Return a thread a core, but no more than there is memory for."""
-    limit = float(psutil.virtual_memory().total)
-    for path in _LIMITS:
-        try:
-            limit = min(limit, float(Path(path).read_text()))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-    return max(1, min(CPU_COUNT, int((limit - PROCESS_BYTES) // (3 * SHARD_BYTES))))
+    """Return as many threads as Dask's ``num_workers`` says; else one a core, but no more than memory allows."""
+    configured = dask.config.get("num_workers", None)
+    if configured is not None:
+        return max(1, int(configured))
+    return max(1, min(CPU_COUNT, (memory_here() - needed_bytes(0)) // MOST_TASK_BYTES))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same chips as xarray objects: lazy, or in this process's memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chips come back from a finished store: whole shards, or any chips by single gets at the same time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a finished store holds, as its own metadata and manifest say: arrays, shards, and the size of each object."""
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ class StoreMap:
             for name, own in zip(names, codes, strict=True)
         )
         units = str(pixels.attrs.get("units", ""))
-        return SourcePixels(bands, str(pixels.encoding.dtype), units, classes, kinds)
+        return SourcePixels(bands, str(pixels.encoding.dtype), units, classes, kinds, tuple(pixels.shape[1:]))
 
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:
@@ -460,7 +461,8 @@ def _root(url: str) -> ledger.Root:
         same = "the same store and this target" if compact else "the same plan"
         raise StoreError(
             subject, "an unfinished store", f"one that {mark['writer']} has committed",
-            f"Call {mark['writer']} with {same} again: it does what is missing.",
+            f"Call {mark['writer']} with {same} again, or where a recipe wrote it, rasteret-dask resume: "
+            "it does what is missing.",
         ) from error  # fmt: skip
 
 

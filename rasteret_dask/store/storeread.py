@@ -1,13 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
 """Variables of any chips of a finished store: whole shards, or ranges of neighbouring chips at the same time."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeAlias
 
 import numpy as np
 from dask.system import CPU_COUNT
@@ -15,8 +18,9 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
+from rasteret_dask.net.allocator import settle
 from rasteret_dask.net.lending import Lender
-from rasteret_dask.net.limits import BUDGET, host_of, pool, scratch, workers
+from rasteret_dask.net.limits import BUDGET, HOST_REQUESTS, host_of, pool, scratch, workers
 from rasteret_dask.net.sums import CHECKSUM, crc32_of
 from rasteret_dask.reader.ranges import Part, Span, coalesced
 from rasteret_dask.store import decode
@@ -28,6 +32,9 @@ __all__ = ["Packed", "StoreObject", "Target", "fetch", "forget", "read_rows"]
 
 ALONE = 2**20
 """Bytes of chips on a disk up to which the thread that asks reads them itself: to wake another one takes as long."""
+
+AHEAD_BYTES = 32 * 2**20
+"""Bytes that one call has under way at a host, at most."""
 
 INDEX_BYTES = 32 * 2**20
 """Indexes of shards that a process keeps, at most: 16 bytes a chip and array, so those of two million."""
@@ -56,6 +63,7 @@ def read_rows(
     dict
         (source, variable) -> values, shape (row, ...); ``datetime`` as datetime64[us].
     """
+    settle()
     targets = {
         (group.source, name): Target.new(group, name, len(rows), "valid" in names[group.source])
         for group in store.first
@@ -64,15 +72,16 @@ def read_rows(
     }
     shard_of = np.searchsorted(store.starts, rows, side="right") - 1
     pieces: list[_Piece] = []
+    folder = remote.Folder.of(store.url)
     for number in np.unique(shard_of).tolist():
         at = np.flatnonzero(shard_of == number)
         shard = store.shards[number]
-        parts = _parts(store, shard, rows[at] - shard.start, names)
+        parts = _parts(store, folder, shard, rows[at] - shard.start, names)
         pieces += [_Piece(part, targets[key], at) for key, part in parts.items()]
     if remote.is_local(store.url):
         _from_disk(pieces)
     else:
-        _from_host(store.url, pieces)
+        _from_host(folder, pieces)
     read: dict[tuple[str, str], NDArray[Any]] = {}
     for (source, name), target in targets.items():
         read[source, name] = target.values.view("datetime64[us]") if name == "datetime" else target.values
@@ -106,7 +115,7 @@ def fetch(
     dict
         (source, variable) -> the chips.
     """
-    parts = _parts(store, shard, chips, names)
+    parts = _parts(store, remote.Folder.of(store.url), shard, chips, names)
     if remote.is_local(store.url):  # nothing to wait for
         return {key: part.packed_of(part.begin(memory)) for key, part in parts.items()}
     threads = pool(host_of(store.url))
@@ -135,14 +144,20 @@ def forget() -> None:
 
 
 def _parts(
-    store: StoreMap, shard: StoredShard, chips: NDArray[np.int64], names: Mapping[str, Collection[str]]
+    store: StoreMap,
+    folder: remote.Folder,
+    shard: StoredShard,
+    chips: NDArray[np.int64],
+    names: Mapping[str, Collection[str]],
 ) -> dict[tuple[str, str], _Part]:
-    return {
-        (group.source, name): _Part.make(store, shard, group.arrays[name], chips)
-        for group in store.groups_of(shard)
-        for name in names.get(group.source, ())
-        if name in group.arrays
-    }
+    parts: dict[tuple[str, str], _Part] = {}
+    for group in store.groups_of(shard):
+        for name in names.get(group.source, ()):
+            if name in group.arrays:
+                array = group.arrays[name]
+                item = StoreObject.of(store, folder, shard, array)
+                parts[group.source, name] = _Part(item, array.encoding, chips, shard.chips)
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +224,10 @@ class _Piece:
             self._decode(packed, np.arange(len(self.rows)))
 
 
+_Bodies: TypeAlias = "Sequence[tuple[int, Any]]"
+"""The place of each chip among those asked for, and its bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Bite:
     """Neighbouring chips of one array in one shard, which one read brings."""
@@ -216,6 +235,13 @@ class _Bite:
     piece: _Piece
     index: _Index
     span: Span[int]
+
+    @property
+    def path(self) -> str:
+        """Its object."""
+        item = self.piece.part.item
+        assert item is not None
+        return item.path
 
     @property
     def nbytes(self) -> int:
@@ -226,14 +252,24 @@ class _Bite:
         """Read it into memory that this thread keeps, and decode it from there."""
         self._decode(scratch(self.span.length))
 
-    def from_host(self) -> None:
-        """Fetch it, and decode it."""
+    def fetched(self) -> _Bodies:
+        """Fetch it: the place of each chip among those asked for, and its bytes."""
         with BUDGET.hold(self.span.length):
-            self._decode(None)
+            return self.piece.part.get(self.index, self.span)
+
+    def cut(self, body: remote.Fetched) -> _Bodies:
+        """Return the same of what a wave brought."""
+        part, span = self.piece.part, self.span
+        assert part.item is not None
+        return part.cut(self.index, span, part.item.checked(body, span.length))
 
     def _decode(self, memory: NDArray[np.uint8] | None) -> None:
+        self.settle(self.piece.part.get(self.index, self.span, memory))
+
+    def settle(self, chips: _Bodies) -> None:
+        """Decode what was fetched."""
         part, target = self.piece.part, self.piece.target
-        for number, data in part.get(self.index, self.span, memory):
+        for number, data in chips:
             target.put(part.packed([data]), 0, int(self.piece.rows[number]))
 
 
@@ -268,29 +304,117 @@ def _read_all(bites: Sequence[_Bite]) -> None:
         bite.from_disk()
 
 
-def _from_host(url: str, pieces: Sequence[_Piece]) -> None:
-    """Read pieces from a server, all requests at the same time; those of shards whose index is at hand go first."""
-    threads = pool(host_of(url))
+def _from_host(folder: remote.Folder, pieces: Sequence[_Piece]) -> None:
+    """Read pieces from a server, requests at the same time; those of shards whose index is at hand go first."""
+    threads = pool(host_of(folder.url))
     under_way: list[Future[None]] = []
     begun: list[tuple[_Piece, Future[Packed | _Index]]] = []
-    for piece in pieces:
-        first = piece.part.at_hand()
-        if first is not None:
-            under_way += [threads.submit(bite.from_host) for bite in piece.settle(first)]
-        elif piece.part.nbytes:
-            under_way.append(threads.submit(piece.read_whole))
-        else:
-            begun.append((piece, threads.submit(piece.part.begin)))
-    for piece, future in begun:
-        under_way += [threads.submit(bite.from_host) for bite in piece.settle(future.result())]
+    fetching = _Fetching(folder)
+    try:
+        for piece in pieces:
+            first = piece.part.at_hand()
+            if first is not None:
+                fetching.ask(piece.settle(first))
+            elif piece.part.nbytes:
+                under_way.append(threads.submit(piece.read_whole))
+            else:
+                begun.append((piece, threads.submit(piece.part.begin)))
+        for piece, future in begun:
+            fetching.ask(piece.settle(future.result()))
+        fetching.end()
+    finally:
+        fetching.close()
     for one in under_way:
         one.result()
+
+
+class _Fetching:
+    """Bites that are fetched from a server at the same time, and decoded as they come.
+
+    Connections that are open are waited for together, by this thread; where they do not suffice, threads open more.
+    Little is decoded by this thread alone, else some bites at a time by the threads for such work.
+    """
+
+    def __init__(self, folder: remote.Folder) -> None:
+        self._folder = folder
+        self._wave = folder.wave()
+        self._threads = pool(host_of(folder.url))
+        self._waiting: deque[_Bite] = deque()
+        self._in_wave: dict[int, _Bite] = {}
+        self._in_threads = 0
+        self._done: SimpleQueue[Future[tuple[_Bite, _Bodies]]] = SimpleQueue()
+        self._nbytes = 0  # under way
+        self._fetched: list[tuple[_Bite, _Bodies]] = []
+        self._decoding: deque[Future[None]] = deque()
+
+    def ask(self, bites: Sequence[_Bite]) -> None:
+        """Ask for bites, so many as may be under way; the others follow."""
+        self._waiting.extend(bites)
+        while self._waiting and len(self._in_wave) + self._in_threads < HOST_REQUESTS:
+            span = self._waiting[0].span
+            if self._nbytes and self._nbytes + span.length > AHEAD_BYTES:
+                return
+            bite = self._waiting.popleft()
+            self._nbytes += span.length
+            url = remote.join(self._folder.url, bite.path)
+            if self._wave is not None and self._wave.begin(id(bite), url, span.start, span.length):
+                self._in_wave[id(bite)] = bite
+            else:
+                self._by_thread(bite)
+
+    def end(self) -> None:
+        """Wait for all of them."""
+        while self._in_wave or self._in_threads:
+            while self._in_wave:
+                assert self._wave is not None
+                for number, found in self._wave.answers():
+                    bite = self._in_wave.pop(number)
+                    if found is None:
+                        self._by_thread(bite)
+                    else:
+                        self._settle(bite, bite.cut(found))
+            if self._in_threads:
+                bite, bodies = self._done.get().result()
+                self._in_threads -= 1
+                self._settle(bite, bodies)
+        if self._decoding:
+            self._decoding.append(workers().submit(_settle_all, self._fetched))
+        else:
+            _settle_all(self._fetched)
+        for future in self._decoding:
+            future.result()
+
+    def close(self) -> None:
+        """Let go of what is under way."""
+        if self._wave is not None:
+            self._wave.close()
+
+    def _by_thread(self, bite: _Bite) -> None:
+        self._in_threads += 1
+        self._threads.submit(lambda: (bite, bite.fetched())).add_done_callback(self._done.put)
+
+    def _settle(self, bite: _Bite, bodies: _Bodies) -> None:
+        self._nbytes -= bite.span.length
+        self.ask(())
+        self._fetched.append((bite, bodies))
+        if sum(bite.nbytes for bite, _ in self._fetched) > ALONE:
+            self._decoding.append(workers().submit(_settle_all, self._fetched))
+            self._fetched = []
+            if len(self._decoding) > 2 * CPU_COUNT:
+                self._decoding.popleft().result()
+
+
+def _settle_all(fetched: Sequence[tuple[_Bite, _Bodies]]) -> None:
+    for bite, bodies in fetched:
+        bite.settle(bodies)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreObject:
     """One object of a store, as its manifest names it."""
 
+    folder: remote.Folder = field(compare=False, repr=False)
+    """The store, as it is asked in this call."""
     url: str
     digest: str
     path: str
@@ -299,11 +423,13 @@ class StoreObject:
     """CRC-32C."""
 
     @classmethod
-    def of(cls, store: StoreMap, shard: StoredShard, array: StoredArray) -> StoreObject | None:
+    def of(
+        cls, store: StoreMap, folder: remote.Folder, shard: StoredShard, array: StoredArray
+    ) -> StoreObject | None:
         """Return the object of a shard's chips, or None where all of them are fill, and there is none."""
         path = array.object(shard.number)
         sums = store.sizes_of(shard).get(path)
-        return None if sums is None else cls(store.url, store.digest, path, *sums)
+        return None if sums is None else cls(folder, store.url, store.digest, path, *sums)
 
     def __str__(self) -> str:
         """Return what is read, for errors."""
@@ -316,14 +442,18 @@ class StoreObject:
     def fetch(self, start: int, length: int, memory: NDArray[np.uint8] | None = None) -> remote.Fetched:
         """Return the same, with what the store says of the object; a local file's bytes lie in ``memory``."""
         try:
-            found = remote.fetch(remote.join(self.url, self.path), start, length, memory=memory)
+            found = self.folder.fetch(self.path, start, length, memory=memory)
         except remote.MissingError as error:
             raise self._changed("nothing") from error
-        if found.head.size != self.size:
-            raise self._changed(f"{found.head.size} bytes")
-        if length == self.size and crc32_of(found.data) != self.checksum:
+        return self.checked(found, length)
+
+    def checked(self, body: remote.Fetched, length: int) -> remote.Fetched:
+        """Return so many bytes of it, held against the manifest."""
+        if body.head.size != self.size:
+            raise self._changed(f"{body.head.size} bytes")
+        if length == self.size and crc32_of(body.data) != self.checksum:
             raise self._changed(f"{self.size} other bytes")
-        return found
+        return body
 
     def check_store(self) -> None:
         """Raise StoreError where the store is another one by now, which sizes and an index alone may not tell."""
@@ -413,11 +543,6 @@ class _Part:
     of: int
     """Chips of the shard."""
 
-    @classmethod
-    def make(cls, store: StoreMap, shard: StoredShard, array: StoredArray, chips: NDArray[np.int64]) -> _Part:
-        """Find the object of some chips."""
-        return cls(StoreObject.of(store, shard, array), array.encoding, chips, shard.chips)
-
     @property
     def nbytes(self) -> int:
         """Bytes that :meth:`begin` brings and keeps: 0 where only some chips of the shard are wanted."""
@@ -465,11 +590,15 @@ class _Part:
     ) -> list[tuple[int, Any]]:
         """Read neighbouring chips by one get: the place of each among the chips asked for, and its bytes."""
         assert self.item is not None
-        found = self.item.fetch(span.start, span.length, memory)
-        if found.head.etag != index.etag:  # copied anew, or something else
+        return self.cut(index, span, self.item.fetch(span.start, span.length, memory))
+
+    def cut(self, index: _Index, span: Span[int], body: remote.Fetched) -> list[tuple[int, Any]]:
+        """Return the same from bytes that are there."""
+        assert self.item is not None
+        if body.head.etag != index.etag:  # copied anew, or something else
             _INDEXES.clear()
             self.item.check_store()
-        data = memoryview(found.data)
+        data = memoryview(body.data)
         return [(p.what, data[p.start - span.start : p.stop - span.start]) for p in span.parts]
 
     def packed(self, pieces: Sequence[Any], verified: bool = False) -> Packed:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of a finished store, ``chips.parquet`` and the manifest: only the columns that are asked for are read."""
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
+from rasteret_dask.crs import unpack
 from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums, changed, checked_file, is_closed
@@ -127,6 +129,7 @@ def open_table(url: str, name: str, sums: Sums) -> Iterator[pq.ParquetFile]:
         When it is missing, or another than was written; also while it is read.
     """
     with _reported(url, name), pq.ParquetFile(_source(remote.join(url, name), sums), pre_buffer=True) as file:
+        unpack(file.schema_arrow.metadata)
         yield file
 
 

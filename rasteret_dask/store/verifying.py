@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every object of a store, finished or not, compared with what was written."""
 
 from __future__ import annotations
@@ -8,14 +9,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from rasteret_dask.errors import StoreError
+from rasteret_dask.activity import Tally
+from rasteret_dask.display.card import Card, Fact, counted
+from rasteret_dask.errors import CredentialsError, StoreError
 from rasteret_dask.formats import STORE
+from rasteret_dask.lists import first_of
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import host_of, pool
 from rasteret_dask.net.places import Place
 from rasteret_dask.net.sums import Fault, Sums, Whole, document_of, fault_of
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import ledger
+from rasteret_dask.store.rereading import Difference, check_sample, rereading
 from rasteret_dask.store.storetables import open_manifest
 from rasteret_dask.tasks.filtering import KEPT
 
@@ -23,6 +28,9 @@ __all__ = ["Verification", "verify"]
 
 SHOWN = 10
 """Paths that a report's text names of each kind."""
+
+DIFFERENCES = 5
+"""Differences that it names."""
 
 _Wanted: TypeAlias = "dict[str, Sums | Whole]"
 
@@ -34,7 +42,14 @@ _PASSING = (
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What :func:`verify` found; its text is a report."""
+    """What :func:`verify` found; its text is a report.
+
+    Examples
+    --------
+    >>> found = rd.verify("train.zarr")
+    >>> found.ok
+    True
+    """
 
     store: str
     """The store's address, without signatures."""
@@ -50,34 +65,82 @@ class Verification:
     """Objects that hold other bytes than were written."""
     unexpected: tuple[str, ...]
     """Objects that the store does not know. Readers do not see them; plain HTTP servers do not tell of them."""
+    compared: int = 0
+    """Chips that were read again from their scenes."""
+    differences: tuple[Difference, ...] = ()
+    """What of these chips is not what is stored: one a chip, source and variable."""
 
     @property
     def ok(self) -> bool:
-        """Whether the store is finished, and every object of it is what was written."""
-        return self.finished and not self.missing and not self.damaged
+        """Whether the store is finished, every object is what was written, and no chip differs from its scenes.
+
+        Examples
+        --------
+        >>> import os
+        >>> os.remove("train.zarr/zarr.json")
+        >>> rd.verify("train.zarr").ok
+        False
+        """
+        return self.finished and not self.missing and not self.damaged and not self.differences
 
     def __bool__(self) -> bool:
         return self.ok
 
-    def __repr__(self) -> str:
-        state = "ok" if self.ok else "damaged" if self.missing or self.damaged else "unfinished"
-        head = f"<Verification of {self.store}: {state}; {self.objects} objects, {self.nbytes:,} bytes as written>"
-        kinds = {"missing": self.missing, "damaged": self.damaged, "unexpected": self.unexpected}
-        lines = [
-            head,
-            *([] if self.finished else ["  not finished: to_zarr or compact does what is missing"]),
+    @property
+    def verdict(self) -> str:
+        """``"ok"``, ``"damaged"``, ``"unfinished"``, or ``"differs from its scenes"``.
+
+        Examples
+        --------
+        >>> rd.verify("train.zarr").verdict
+        'ok'
+        """
+        if self.missing or self.damaged:
+            return "damaged"
+        if not self.finished:
+            return "unfinished"
+        return "differs from its scenes" if self.differences else "ok"
+
+    @property
+    def _card(self) -> Card:
+        rows = [
+            Fact("store", self.store),
+            Fact("as written", f"{counted(self.objects, 'object')}, {self.nbytes:,} bytes"),
         ]
+        if not self.finished:
+            rows.append(Fact("not finished", "to_zarr or compact does what is missing"))
+        kinds = {"missing": self.missing, "damaged": self.damaged, "unexpected": self.unexpected}
         for kind, paths in kinds.items():
             if paths:
-                more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-                lines.append(f"  {len(paths)} {kind}: {', '.join(paths[:SHOWN])}{more}")
-        return "\n".join(lines)
+                rows.append(Fact(kind, f"{len(paths)}: {first_of(paths, SHOWN)}"))
+        if self.compared:
+            rows.append(Fact("read again", f"{counted(self.compared, 'chip')}, {self._differing}"))
+        names = ("differs", *[""] * (DIFFERENCES - 1))
+        rows += [Fact(name, str(one)) for name, one in zip(names, self.differences, strict=False)]
+        return Card(f"Verification: {self.verdict}", rows, ok=self.ok)
+
+    @property
+    def _differing(self) -> str:
+        chips = len({difference.chip for difference in self.differences})
+        more = f"; the first {DIFFERENCES} differences" if len(self.differences) > DIFFERENCES else ""
+        return f"{chips} of which differ from what is stored{more}" if chips else "as they are stored"
+
+    def __repr__(self) -> str:
+        return self._card.text
+
+    def _repr_html_(self) -> str:
+        return self._card.html
 
 
-def verify(store: str | os.PathLike[str], progress: bool = False) -> Verification:
+def verify(
+    store: str | os.PathLike[str], progress: bool = False, *, sources: int | None = None, seed: int = 0
+) -> Verification:
     """Read every object of a store and compare it with the size and the checksum that its writer noted.
 
     Objects are read by several threads, one at a time each, in parts of 16 MiB at most. Nothing is changed.
+
+    With ``sources`` a sample of chips is read again from the scenes too, by the plan that the store keeps, and compared
+    with what is stored: pixels, validity, masks, times and coordinates, bit for bit.
 
     Parameters
     ----------
@@ -85,6 +148,11 @@ def verify(store: str | os.PathLike[str], progress: bool = False) -> Verificatio
         What ``to_zarr`` or :func:`compact` wrote: a local path, or a URL (http too, where extra objects are not seen).
     progress
         Show how far it is.
+    sources
+        How many chips to read again, drawn by hash of their ids; None: none. A plan's functions must be imported:
+        nothing is because a store names it.
+    seed
+        Another seed draws other chips.
 
     Returns
     -------
@@ -95,30 +163,43 @@ def verify(store: str | os.PathLike[str], progress: bool = False) -> Verificatio
     Raises
     ------
     StoreError
-        When no store lies there.
+        When no store lies there; with ``sources``, when it is not finished or keeps no plan.
+    PlanError
+        When ``sources`` is no number of chips, or the plan names functions that this process has not imported.
     FormatError
         When it was written in a format that this version does not read.
 
     Examples
     --------
-    >>> report = rd.verify("train.zarr")  # doctest: +SKIP
-    >>> report  # doctest: +SKIP
-    <Verification of train.zarr: damaged; 41 objects, 1,204,331 bytes as written>
-      1 damaged: pixels/c/3/0/0/0/0
-    >>> report.ok  # doctest: +SKIP
-    False
+    >>> report = rd.verify("train.zarr")
+    >>> report.ok
+    True
+    >>> import os
+    >>> os.remove("train.zarr/manifest.parquet")
+    >>> rd.verify("train.zarr").verdict
+    'damaged'
     """
+    check_sample(sources)
     url = Place.of(store).folder("a folder that to_zarr wrote", "Give the store's folder.")
     found = None if url.startswith(("http://", "https://")) else remote.listing(url)
     wanted, faults, finished = _written(url, found)
     good, nbytes = 0, 0
     with Progress("objects", progress, len(wanted)) as shown:
         for (path, sums), fault in zip(wanted.items(), _faults(url, wanted), strict=True):
-            shown.step(1)
+            shown.step(1, tally=Tally(bytes_read=sums.size))
             if fault is None:
                 good, nbytes = good + 1, nbytes + sums.size
             else:
                 faults[path] = fault
+                shown.failed += 1
+    compared, differences = 0, list[Difference]()
+    if sources is not None:
+        again = rereading(url, sources, seed)
+        compared = len(again)
+        with Progress("chips read again", progress, compared) as shown:
+            for some in again.differences():
+                shown.step(1)
+                differences += some
     extra = set() if found is None else found.keys() - wanted.keys() - faults.keys() - {"zarr.json"}
     if ledger.MANIFEST not in wanted:  # which alone knows these
         extra -= {path for path in extra if f"/{path}".endswith(f"/{KEPT}/c/0")}
@@ -130,6 +211,8 @@ def verify(store: str | os.PathLike[str], progress: bool = False) -> Verificatio
         tuple(sorted(path for path, fault in faults.items() if fault == "missing")),
         tuple(sorted(path for path, fault in faults.items() if fault == "damaged")),
         tuple(sorted(path for path in extra if not path.startswith(_PASSING))),
+        compared,
+        tuple(differences),
     )
 
 
@@ -156,6 +239,8 @@ def _written(url: str, objects: Mapping[str, int] | None) -> tuple[_Wanted, dict
             ) from error
         STORE.check(subject, mark)
         digest, faults["zarr.json"] = mark["digest"], "missing"
+    except CredentialsError:
+        raise
     except StoreError:
         if mark is None:
             raise
@@ -166,6 +251,8 @@ def _written(url: str, objects: Mapping[str, int] | None) -> tuple[_Wanted, dict
             metadata = manifest.schema.metadata
         if metadata[ledger.DIGEST].decode() != digest:
             raise StoreError(subject, "a manifest of other chips", "that of the store")
+    except CredentialsError:
+        raise
     except StoreError as error:
         if not isinstance(error.__cause__, remote.MissingError):
             faults[ledger.MANIFEST] = "damaged"
@@ -185,7 +272,8 @@ def _under_way(url: str, objects: Mapping[str, int] | None, faults: dict[str, Fa
     """Return what is written so far, as the ledger and the reports say; note what is wrong with these."""
     wanted: _Wanted = {}
     reports = [path for path in objects or () if path.startswith(f"{ledger.JOB}/done/")]
-    for path in (ledger.BEGUN, ledger.LEDGER, *reports):
+    pages = [path for path in objects or () if path.startswith(f"{ledger.PAGES}/")]
+    for path in (ledger.BEGUN, ledger.LEDGER, *pages, *reports):
         try:
             data = remote.get(remote.join(url, path))
         except remote.MissingError:
@@ -197,7 +285,9 @@ def _under_way(url: str, objects: Mapping[str, int] | None, faults: dict[str, Fa
             faults[path] = "damaged"
             continue
         wanted[path] = Sums.of(data)
-        wanted |= _of_shard(document["objects"]) if path in reports else {}
+        shards = [document] if path in reports else document["reports"].values() if path in pages else ()
+        for shard in shards:
+            wanted |= _of_shard(shard["objects"])
     wanted |= ledger.stated(url) or {}
     wanted |= {p: Sums(0, ()) for p in objects or () if p.startswith(f"{ledger.JOB}/tried/")}
     if ledger.GROUPS in wanted and fault_of(remote.join(url, ledger.GROUPS), wanted[ledger.GROUPS]) is None:

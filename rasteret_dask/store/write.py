@@ -1,36 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chips leave to a sharded Zarr store: metadata first, one put a shard, the commit last."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xarray as xr
 
+from rasteret_dask import activity
 from rasteret_dask.errors import JobError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums
 from rasteret_dask.store import ledger
 from rasteret_dask.store.encode import Encoding, Piece, crc32
-from rasteret_dask.store.layout import JOB, OF_SHARDS, Layout
-from rasteret_dask.store.manifest import manifest_of, warn_of_masked
+from rasteret_dask.store.layout import COORDINATE_CHIPS, JOB, OF_SHARDS, Layout
+from rasteret_dask.store.manifest import ManifestRows, stamp, warn_of_masked
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, check_writable, job_objects, opened
 from rasteret_dask.tasks.jobparts import JobOfParts
 
-__all__ = ["commit", "is_committed", "prepare", "write_shard"]
+__all__ = [
+    "commit", "is_committed", "is_whole", "keys_of", "prepare", "write_shard", "write_sources", "written_rows",
+]  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
@@ -53,17 +56,17 @@ class _Chips:
         """For each shard's name, the key of its valid report."""
         return keys_of(self.layout.job)
 
-    def objects(self) -> dict[str, bytes]:
-        """Make the arrays' metadata, the chunks that the plan knows, the tables, and the job itself."""
-        job, built = self.layout.job, self.layout.build()
-        groups = {path: data.decode() for path, data in built.items() if _kind(path, data) == "group"}
-        objects = {path: data for path, data in built.items() if path not in groups}
+    def objects(self) -> dict[str, ledger.Maker]:
+        """Return what makes the arrays' metadata, the chunks that the plan knows, the tables, and the job itself."""
+        job = self.layout.job
         schema = next(job.chip_tables()).schema
-        objects[ledger.CHIPS] = geoparquet.joined_bytes(schema, job.chip_tables)
-        objects[ledger.GROUPS] = json.dumps(groups).encode()
+        objects = self.layout.objects()
+        objects[ledger.CHIPS] = partial(geoparquet.joined_pieces, schema, job.chip_tables)
+        if self.layout.recipe is not None:
+            objects[ledger.RECIPE] = ledger.whole(self.layout.recipe.encode())
         if isinstance(job, JobOfParts):  # they lie with the plan
             return objects
-        return objects | {f"{JOB}/{name}": data for name, data in job_objects(job).items()}
+        return objects | {f"{JOB}/{name}": ledger.whole(data) for name, data in job_objects(job).items()}
 
     def places(self) -> dict[str, str]:
         """Return the path of every object that shards may have -> the shard's name."""
@@ -75,10 +78,19 @@ def keys_of(job: Job) -> dict[str, str]:
     return dict.fromkeys((shard.name for shard in job.shards()), job.digest)
 
 
-def prepare(layout: Layout, url: str) -> set[str]:
-    """Make a store ready for its shards and return the names of those that are already there.
+def prepare(layout: Layout, url: str, shards: Iterable[str] | None = None) -> dict[str, ledger.ReportPlace]:
+    """Make a store ready for its shards and return those that are already there, by name, with their reports' places.
 
     What a rerun finds is compared with the ledger; what is missing or damaged is put again.
+
+    Parameters
+    ----------
+    layout
+        The job and its layout.
+    url
+        The store.
+    shards
+        Those that are asked for; None: all.
 
     Raises
     ------
@@ -92,7 +104,9 @@ def prepare(layout: Layout, url: str) -> set[str]:
     check_writable(layout.job)
     chips = _Chips(layout)
     found = ledger.begin(url, chips)
-    return set(ledger.reports(url, found, chips.keys))
+    keys = chips.keys if shards is None else dict.fromkeys(shards, layout.job.digest)
+    some = ledger.reports(url, found, keys)
+    return {shard: report.place for part in some for shard, report in part.items()}
 
 
 def is_committed(url: str, digest: str, compression: str = AUTO) -> bool:
@@ -152,6 +166,17 @@ def _sums(url: str, mark: str) -> Mapping[str, Sums]:
 def write_shard(
     job: Job | JobRef, block: tuple[int, int], url: str, joined: dict[str, xr.Dataset], mark: str = ""
 ) -> dict[str, Any]:
+    """Write a shard whose sources are all there; see :func:`write_sources`."""
+    return write_sources(job, block, url, joined.items(), mark)
+
+
+def write_sources(
+    job: Job | JobRef,
+    block: tuple[int, int],
+    url: str,
+    sources: Iterable[tuple[str, xr.Dataset]],
+    mark: str = "",
+) -> dict[str, Any]:
     """Encode a shard's chips and put each object once, then the report; return the report.
 
     Parameters
@@ -162,63 +187,107 @@ def write_shard(
         Number of the split, and of the shard in it.
     url
         Where the job was written.
-    joined
-        Source -> its chips.
+    sources
+        Source and its chips, in any order. None is held once it is encoded, so that the next can be read then.
     mark
         Tells stores apart that were at the same place in turn: workers remember how arrays are encoded.
     """
     frozen = opened(job)
     base, shard = url.removesuffix(f"/{JOB}"), frozen.shard(*block)
-    requests, begun = ledger.requests(), time.perf_counter()
+    start, waited = time.perf_counter(), 0.0
+    requests, encoding = ledger.requests(), 0.0
     attempt = requests.submit(ledger.tried, base, shard.name, frozen.digest)
-    puts: list[Future[Any]] = []
+    puts: dict[str, list[Future[Any]]] = {}
+    attrs: dict[str, Mapping[Hashable, Any]] = {}
+    masked: dict[str, float] = {}
+    rest = iter(sources)
+    shown = activity.current()
+    if shown is not None:
+        shown.sources = len(frozen.sources)
     try:
-        # an object is on its way while the next one is encoded
-        for path, pieces in _encoded(base, frozen, shard, joined, mark):
-            attempt.result()  # later runs know the objects by it
-            puts.append(requests.submit(_put, base, path, pieces))
+        while True:
+            asked = time.perf_counter()
+            pair = next(rest, None)  # which reads it, where it is not there
+            begun = time.perf_counter()
+            waited += begun - asked
+            if pair is None:
+                break
+            if shown is not None:
+                shown.done += 1
+            name, dataset = pair
+            attrs[name], puts[name], masked[name] = dataset.attrs, [], _invalid(dataset)
+            del pair  # nothing here may hold the pixels while the next source is read
+            # an object is on its way while the next one is encoded
+            for path, pieces in _encoded(base, frozen, shard, name, dataset, mark):
+                attempt.result()  # later runs know the objects by it
+                puts[name].append(requests.submit(_put, base, path, pieces))
+                if shown is not None:
+                    shown.written += sum(map(len, pieces))
+                del pieces
+            del dataset
+            encoding += time.perf_counter() - begun
         encoded = time.perf_counter()
     finally:
-        wait([attempt, *puts])  # nothing of this attempt is on its way when the next one begins
+        # nothing of this attempt is on its way when the next one begins
+        wait([attempt, *(put for those in puts.values() for put in those)])
+    names = [source.name for source in frozen.sources]
     report: dict[str, Any] = {
-        "process": f"{platform.node()}:{os.getpid()}",
         "chips": shard.stop - shard.start,
-        "dropped": next(iter(joined.values())).attrs.get("dropped", {}),
-        "objects": [put.result() for put in puts],
+        "dropped": attrs[names[0]].get("dropped", {}),
+        "objects": [put.result() for name in names for put in puts[name]],
     }
-    for name, dataset in joined.items():
-        report[f"counts/{name}"] = dataset.attrs.get("counts", {})
-        report[f"clipped/{name}"] = dataset.attrs.get("clipped", {})
-        report[f"unreadable/{name}"] = dataset.attrs.get("unreadable", [])
-    report["seconds"] = _seconds(joined, encoded - begun, time.perf_counter() - encoded)
-    _log.debug("shard %s: %d chips, seconds %s", shard.name, report["chips"], report["seconds"])
+    for name in names:
+        report[f"counts/{name}"] = attrs[name].get("counts", {})
+        report[f"masked/{name}"] = masked[name]
+        report[f"clipped/{name}"] = attrs[name].get("clipped", {})
+        report[f"unreadable/{name}"] = attrs[name].get("unreadable", [])
+    put = time.perf_counter() - encoded
+    activity.spent("encode", encoding)
+    activity.spent("put", put)
+    reads = _reads(names, attrs)
+    # where other tasks have read the sources, nothing was waited for here
+    passed = time.perf_counter() - start - waited + max(waited, sum(reads.values()))
+    report |= stamp(passed, {**reads, "encode": encoding, "put": put})
+    _log.debug(
+        "shard %s: %d chips in %.2f s, seconds %s",
+        shard.name, report["chips"], report["elapsed"], report["seconds"],
+    )  # fmt: skip
     return ledger.done(base, shard.name, frozen.digest, attempt.result(), report)
 
 
+def _invalid(dataset: xr.Dataset) -> float:
+    """Return the share of invalid pixels among those of the chips that are kept."""
+    fractions = dataset["valid_fraction"].values
+    if KEPT in dataset.variables:
+        fractions = fractions[dataset[KEPT].values]
+    return round(1 - float(fractions.mean(dtype=np.float64)), 6) if fractions.size else 0.0
+
+
 def _encoded(
-    base: str, job: Job, shard: Shard, joined: Mapping[str, xr.Dataset], mark: str
+    base: str, job: Job, shard: Shard, source: str, dataset: xr.Dataset, mark: str
 ) -> Iterator[tuple[str, list[Piece]]]:
-    """Yield the Zarr objects of a shard: path and pieces; what is fill throughout is left out."""
+    """Yield the Zarr objects of a shard's source: path and pieces; what is fill throughout is left out."""
     hierarchy = next(h for h in job.hierarchies if h.number == shard.hierarchy)
-    layout, number = Layout(job, (), {}), f"c/{shard.number}"
-    for source, dataset in enumerate(joined.values()):
-        group = layout.group(hierarchy, source)
-        for name in OF_SHARDS:
-            if name not in dataset.variables:
-                continue
-            values = dataset[name].values
-            if name == "datetime":
-                values = values.astype("datetime64[us]").astype(np.int64)
-            path = f"{group}/{name}" if group else name
-            pieces = _encoding(base, path, f"{job.digest} {mark}").encode(values)
-            if pieces:
-                yield "/".join((path, number, *["0"] * (values.ndim - 1))), pieces
+    number = next(n for n, plan in enumerate(job.sources) if plan.name == source)
+    group, at = Layout(job, (), {}).group(hierarchy, number), f"c/{shard.number}"
+    for name in OF_SHARDS:
+        if name not in dataset.variables:
+            continue
+        values = dataset[name].values
+        if name == "datetime":
+            values = values.astype("datetime64[us]").astype(np.int64)
+        path = f"{group}/{name}" if group else name
+        pieces = _encoding(base, path, f"{job.digest} {mark}").encode(values)
+        if pieces:
+            yield "/".join((path, at, *["0"] * (values.ndim - 1))), pieces
+            del pieces
 
 
-def _seconds(joined: Mapping[str, xr.Dataset], encode: float, put: float) -> dict[str, float]:
-    """Return how long a shard's stages took; ``put`` is what the last objects took beyond the encoding."""
-    read = {f"read/{name}": dataset.attrs.get("seconds", 0.0) for name, dataset in joined.items()}
-    return {**read, "encode": round(encode, 3), "put": round(put, 3)}
+def _reads(names: Sequence[str], attrs: Mapping[str, Mapping[Hashable, Any]]) -> dict[str, float]:
+    """Return how long the stages of each source took: ``read/s2`` and others -> seconds."""
+    stages = {name: attrs[name].get("seconds", {}) for name in names}
+    kinds = dict.fromkeys(kind for those in stages.values() for kind in those)
+    return {f"{kind}/{name}": stages[name][kind] for kind in kinds for name in names if kind in stages[name]}
 
 
 def _put(base: str, path: str, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -257,32 +326,50 @@ def commit(url: str, job: Job, layout: Layout | None = None) -> pa.Table:
         When tiles could not be read and their pixels are invalid, as ``on_error="mask"`` allows.
     """
     found = ledger.restored(url, None if layout is None else _Chips(layout))
-    reports = ledger.reports(url, found, keys_of(job))
-    missing = [s.name for s in job.shards() if s.name not in reports]
+    rows = ManifestRows(job, ledger.tries(found))
+    for some in ledger.reports(url, found, keys_of(job)):
+        rows.add(some)
+    missing = [s.name for s in job.shards() if s.name not in rows.places]
     if missing:
         raise JobError(
             f"store {remote.redact(url)}",
             f"{len(missing)} shards missing: {', '.join(missing[:10])}",
             "all shards",
-            "They were deleted or damaged meanwhile: call to_zarr again, which does these.",
+            "They are not written yet, or were deleted or damaged meanwhile: let the parts that write them end, or "
+            "call to_zarr again, which does only these.",
         )
-    values = {name: report.values for name, report in reports.items()}
-    tries = {name: len(marks) for name, marks in ledger.tries(found).items()}
-    manifest = manifest_of(job, values, tries)
-    manifest = ledger.commit(
-        url, found, manifest, reports, _kept(url, job, values) if job.pixel_rules else {}
-    )
+    manifest = rows.table()
+    more = _kept(url, job, manifest) if job.pixel_rules else {}
+    manifest = ledger.commit(url, found, manifest, rows.places, more)
     warn_of_masked(url, manifest)
     return manifest
 
 
-def _kept(url: str, job: Job, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
+def is_whole(url: str, job: Job) -> bool:
+    """Tell whether all shards of a job have reports: whoever of several processes sees it may commit the store."""
+    return not ledger.unreported(url, remote.listing(url), keys_of(job))
+
+
+def written_rows(url: str, job: Job, shards: Iterable[str]) -> pa.Table:
+    """Return the rows that the manifest will have for some shards, as far as these are written."""
+    found = remote.listing(url)
+    rows = ManifestRows(job, ledger.tries(found))
+    for some in ledger.reports(url, found, dict.fromkeys(shards, job.digest)):
+        rows.add(some)
+    return rows.table()
+
+
+def _kept(url: str, job: Job, manifest: pa.Table) -> dict[str, bytes]:
     """Return the chunk of each group that says which chips are kept."""
-    dropped = {chip for report in reports.values() for chip in report["dropped"]}
+    texts = manifest.column("dropped_chips").unique().to_pylist()
+    dropped = pa.array([chip for text in texts for chip in json.loads(text)], pa.string())
     layout, chunks = Layout(job, (), {}), {}
     for hierarchy in job.hierarchies:
-        ids = job.chips.column("chip_id").slice(hierarchy.start, hierarchy.chips).to_pylist()
-        kept = np.array([chip not in dropped for chip in ids])
+        kept = np.ones(hierarchy.chips, dtype=bool)
+        for start in range(0, hierarchy.chips, COORDINATE_CHIPS):
+            stop = min(start + COORDINATE_CHIPS, hierarchy.chips)
+            ids = job.coordinates(hierarchy, start, stop).column("chip_id")
+            kept[start:stop] = ~pc.is_in(ids, value_set=dropped).to_numpy()
         for source in range(len(job.sources)):
             group = layout.group(hierarchy, source)
             path = f"{group}/{KEPT}" if group else KEPT
@@ -290,7 +377,3 @@ def _kept(url: str, job: Job, reports: Mapping[str, Mapping[str, Any]]) -> dict[
             if pieces:
                 chunks[f"{path}/c/0"] = b"".join(map(bytes, pieces))
     return chunks
-
-
-def _kind(path: str, data: bytes) -> str:
-    return str(json.loads(data)["node_type"]) if path.endswith("zarr.json") else "chunk"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches made ahead by a thread, and the shelf from which they are taken."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stream reads: shards of chips, here or in Dask tasks, such as those of a store."""
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from rasteret_dask.tasks.job import Job
+    from rasteret_dask.tasks.workermemory import TaskMemory
 
 __all__ = ["ChipShards", "stored_chips"]
 
@@ -47,6 +49,9 @@ class ChipShards:
 
     store: str | None = None
     """What its tasks read, where they read a store."""
+
+    memory: TaskMemory | None = None
+    """What its tasks need; None: so little that no cluster is asked."""
 
     def send_signatures(self, client: Client) -> None:
         """Send a cluster's workers what they need to sign hrefs: see :func:`rasteret_dask.net.signatures.send`."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who reads shards for a stream where there is a Dask cluster: tasks, whose chips travel straight to the consumer."""
 
 from __future__ import annotations
@@ -111,7 +112,11 @@ class OnCluster:
         )
         self._shards: dict[Hashable, str] = {}  # the shards' tasks that were sent
         self._watch = Watch(
-            client, f"stream from {self._address}", self._shards, Progress("shards", shown=False)
+            client,
+            f"stream from {self._address}",
+            self._shards,
+            Progress("shards", shown=False),
+            reading.memory,
         )
         with self._watch.looking():
             self._watch.admit({**self._roots, **dict(self._tasks[:1]), "part": Task("part", self._part)})

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches as xarray Datasets."""
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ def as_xarray(batch: Arrays, bands: Mapping[str, Sequence[str]] | None = None) -
     ------
     PlanError
         When it is no batch, or has another number of bands.
+
+    Examples
+    --------
+    >>> stream = chips.stream(batch_size=8)
+    >>> datasets = rd.as_xarray(next(stream), stream.bands)
+    >>> datasets["s2"]["pixels"].dims
+    ('chip', 'time', 'band', 'y', 'x')
     """
     if np.ndim(batch.get("chip_id", "")) != 1:
         raise PlanError(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which chip comes when: epochs as pure arithmetic over the sizes of shards, the same in every process."""
 
 from __future__ import annotations

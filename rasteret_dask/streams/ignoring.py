@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Invalid pixels of class bands become the number that a loss ignores."""
 
 from __future__ import annotations

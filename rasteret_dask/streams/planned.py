@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planned chips as a stream reads them: a job's shards, here or in Dask tasks."""
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Output
 from rasteret_dask.tasks.shards import lower, read_chips, renamed
+from rasteret_dask.tasks.workermemory import TaskMemory
 
 __all__ = ["planned"]
 
@@ -44,7 +46,12 @@ def planned(
     classes = {} if job.labels is None else {job.labels.source: tuple(job.labels.attrs.get("classes", ()))}
     pixels = {
         plan.name: SourcePixels(
-            out.bands, out.dtype, dict(out.attrs).get("units", ""), classes.get(number, ()), out.kinds
+            out.bands,
+            out.dtype,
+            dict(out.attrs).get("units", ""),
+            classes.get(number, ()),
+            out.kinds,
+            (out.times, len(out.bands), out.height, out.width),
         )
         for number, (plan, out) in enumerate(zip(job.sources, outputs, strict=True))
     }
@@ -69,6 +76,7 @@ def planned(
         tasks,
         _kept,
         job,
+        memory=TaskMemory(job, tuple(outputs), together=True),
     )
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who reads shards for a stream: the protocol, and threads of this process."""
 
 from __future__ import annotations

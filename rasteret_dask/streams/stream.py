@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches for a training loop: read ahead, bounded, in an order that can be resumed anywhere."""
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from rasteret_dask.display.card import Card, Fact, counted
 from rasteret_dask.errors import PlanError
 from rasteret_dask.formats import STATE
+from rasteret_dask.lists import listed
 from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.streams.ahead import Shelf, fill
@@ -155,6 +158,14 @@ class Stream(Iterator[Arrays]):
         :meth:`state_dict` says where to go on.
     ReadError
         When chips could not be read.
+
+    Examples
+    --------
+    >>> with chips.select("train").stream(batch_size=32, shuffle=7, epochs=2) as stream:
+    ...     for batch in stream:
+    ...         pixels = batch["s2"]  # (chip, time, band, y, x)
+    >>> stream.epoch
+    2
     """
 
     def __init__(
@@ -172,12 +183,24 @@ class Stream(Iterator[Arrays]):
 
     @property
     def bands(self) -> Mapping[str, tuple[str, ...]]:
-        """Source -> names of its bands."""
+        """Source -> names of its bands.
+
+        Examples
+        --------
+        >>> dict(chips.stream(batch_size=32).bands)
+        {'s2': ('red', 'nir')}
+        """
         return self._shards.bands
 
     @property
     def classes(self) -> Mapping[str, tuple[str, ...]]:
-        """Source with a mask of names -> the name of each of its values, from 0 (no polygon, "") on."""
+        """Source with a mask of names -> the name of each of its values, from 0 (no polygon, "") on.
+
+        Examples
+        --------
+        >>> dict(chips.stream(batch_size=32).classes)  # no masks of polygons
+        {}
+        """
         return {name: own.classes for name, own in self._shards.pixels.items() if own.classes}
 
     def __len__(self) -> int:
@@ -190,7 +213,7 @@ class Stream(Iterator[Arrays]):
         with self._taking:  # threads may take turns
             if self._position >= len(self):
                 if self._shelf is not None:
-                    _log.info("%s: ended", repr(self))
+                    _log.info("%s: ended", str(self))
                 self.close()
                 raise StopIteration
             shelf = self._shelf or self._start()
@@ -205,11 +228,27 @@ class Stream(Iterator[Arrays]):
 
     @property
     def epoch(self) -> int:
-        """Number of the epoch that the next batch belongs to, from 0 on; :attr:`epochs` at the end."""
+        """Number of the epoch that the next batch belongs to, from 0 on; :attr:`epochs` at the end.
+
+        Examples
+        --------
+        >>> stream = chips.stream(batch_size=100, epochs=2)
+        >>> batches = [next(stream), next(stream)]
+        >>> stream.epoch
+        1
+        """
         return self._position // self.order.batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands, as JSON values: a stream that loads it yields the very next batch."""
+        """Return where the stream stands, as JSON values: a stream that loads it yields the very next batch.
+
+        Examples
+        --------
+        >>> stream = chips.stream(batch_size=32, shuffle=7)
+        >>> batch = next(stream)
+        >>> stream.state_dict()["batch"]
+        1
+        """
         epoch, batch = divmod(self._position, self.order.batches)
         return {**STATE.note, "chips": self._token, **self.order.arguments(), "epoch": epoch, "batch": batch}
 
@@ -228,6 +267,16 @@ class Stream(Iterator[Arrays]):
             When it is none, or one of other chips or of other arguments.
         FormatError
             When another version of the package made it, in a format that this one does not read.
+
+        Examples
+        --------
+        >>> stream = chips.stream(batch_size=32, shuffle=7)
+        >>> batch = next(stream)
+        >>> state = stream.state_dict()
+        >>> again = chips.stream(batch_size=32, shuffle=7)
+        >>> again.load_state_dict(state)
+        >>> next(again)["chip_id"].tolist() == next(stream)["chip_id"].tolist()
+        True
         """
         mine = self.state_dict()
         if isinstance(state, Mapping) and "format" in state:
@@ -269,11 +318,26 @@ class Stream(Iterator[Arrays]):
             Its sizes are those of this stream's order.
         epochs
             How often the chips come; None: as often as here.
+
+        Examples
+        --------
+        >>> from dataclasses import replace
+        >>> stream = chips.stream(batch_size=32)
+        >>> second = stream.with_order(replace(stream.order, rank=1, world_size=2))
+        >>> len(stream), len(second)
+        (5, 3)
         """
         return Stream(self._shards, order, self._batching, self.epochs if epochs is None else epochs)
 
     def close(self) -> None:
-        """Stop reading and let go of everything; ``next()`` begins to read again where the stream stands."""
+        """Stop reading and let go of everything; ``next()`` begins to read again where the stream stands.
+
+        Examples
+        --------
+        >>> stream = chips.stream(batch_size=32)
+        >>> batch = next(stream)
+        >>> stream.close()
+        """
         shelf, self._shelf = self._shelf, None
         if shelf is not None:
             self._finalizer()
@@ -319,10 +383,50 @@ class Stream(Iterator[Arrays]):
             raise
         self._finalizer = weakref.finalize(self, shelf.stop)  # the thread holds no stream
         self._shelf = shelf
-        _log.info("%s: reading begins, %s", repr(self), type(source).__name__)
+        # as text: a handler that formats later would tell of another batch
+        _log.info("%s: reading begins, %s", str(self), type(source).__name__)
         return shelf
 
     def __repr__(self) -> str:
+        return self._card.text
+
+    def _repr_html_(self) -> str:
+        return self._card.html
+
+    @property
+    def _card(self) -> Card:
+        o = self.order
+        rows = [
+            Fact("batches", f"{self.epochs} x {o.batches:,} of {counted(o.batch_size, 'chip')}"),
+            Fact("order", "as planned" if o.seed is None else f"shuffled by seed {o.seed}"),
+        ]
+        if o.world_size > 1:
+            rows.append(Fact("rank", f"{o.rank} of {o.world_size}" + (", padded" if o.pad else "")))
+        for name, own in self._shards.pixels.items():
+            shape = (
+                f"({', '.join(map(str, (o.batch_size, *own.shape)))}) {own.dtype}" if own.shape else own.dtype
+            )
+            rows.append(
+                Fact(name, f"{shape}: {listed(own.bands, 'bands')}{f' ({own.units})' if own.units else ''}")
+            )
+        if self._batching.normalize is not None:
+            rows.append(Fact("normalized", "yes"))
+        state = (
+            "reading ahead"
+            if self._shelf is not None
+            else "nothing is read yet"
+            if not self._position
+            else "closed"
+        )
+        if self._position >= len(self):
+            rows.append(Fact("state", f"at its end, after {counted(self._position, 'batch', 'batches')}"))
+        else:
+            at = f"epoch {self.epoch}, batch {self._position % o.batches}"
+            rows.append(Fact("state", f"{state}; next: {at}"))
+        return Card(f"Stream of {counted(o.chips, 'chip')}", rows)
+
+    def __str__(self) -> str:
+        """Return it in one line, as logs have it."""
         o = self.order
         part = f", rank {o.rank} of {o.world_size}" if o.world_size > 1 else ""
         order = "in order" if o.seed is None else f"shuffled by seed {o.seed}"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever holds a table becomes an Arrow table, or stays a lazy dataset."""
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ def _from_frame(frame: Any, name: str) -> pa.Table:
             columns[column] = pa.array(wkb, pa.binary())
             continue
         kind = RECORD_SCHEMA.field(column).type if column in RECORD_SCHEMA.names else None
+        years = kind is not None and pa.types.is_timestamp(kind) and frame[column].dtype.kind in "iu"
+        if years or column == "geometry":
+            kind = None  # a cast would take years for microseconds, and WKT for WKB
         try:
             columns[column] = pa.array(frame[column], kind, from_pandas=True)
         except (pa.ArrowInvalid, pa.ArrowTypeError):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kinds of bands in the ``assets`` of a record table: derived from an older ``role``, or set by a user."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 from rasteret_dask.errors import BandError, SchemaError
 from rasteret_dask.rules.kinds import CLASS, KINDS, quality_kind
 
-__all__ = ["check_kind_names", "derived", "with_kinds"]
+__all__ = ["check_kind_names", "derived", "with_fields", "with_kinds"]
 
 
 def derived(assets: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
@@ -47,6 +48,36 @@ def with_kinds(table: pa.Table, kinds: Sequence[tuple[str, str]]) -> pa.Table:
         return table
     column = table.column("assets")
     chunks = [_set(chunk, kinds) for chunk in column.chunks]
+    at = table.schema.get_field_index("assets")
+    return table.set_column(at, table.schema.field("assets"), pa.chunked_array(chunks, type=column.type))
+
+
+def with_fields(table: pa.Table, band: str, fields: Mapping[str, pa.Array]) -> pa.Table:
+    """Return records where some fields of one band's asset have other values.
+
+    Parameters
+    ----------
+    table
+        A record table.
+    band
+        The code of the band.
+    fields
+        New values by field, one a record; of records without the band they are not used.
+    """
+    column = table.column("assets")
+    chunks, first = [], 0
+    for chunk in column.chunks:
+        items = np.arange(len(chunk.items))  # of the whole buffer, of which the chunk may be a slice
+        row = np.searchsorted(np.asarray(chunk.offsets), items, side="right") - 1
+        inside = (row >= 0) & (row < len(chunk))
+        hit = pc.and_(pc.equal(chunk.keys, band), pa.array(inside))
+        place = pa.array(first + row, mask=~inside)
+        new = {
+            name: pc.if_else(hit, values.take(place), chunk.items.field(name))
+            for name, values in fields.items()
+        }
+        chunks.append(_replaced(chunk, new))
+        first += len(chunk)
     at = table.schema.get_field_index("assets")
     return table.set_column(at, table.schema.field("assets"), pa.chunked_array(chunks, type=column.type))
 

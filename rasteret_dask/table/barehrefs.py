@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Record tables without credentials, whose schema names the hosts that want a signature."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records become GeoParquet where a user wants it: one file, or a directory partitioned by time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What STAC properties say of a scene: its pass, tile, baseline and times."""
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from rasteret_dask.errors import SourceError
-from rasteret_dask.table.layers import epsg_of
+from rasteret_dask.table.itemcrs import stated_crs
 
-__all__ = ["Range", "facts_of", "instant", "range_of", "version_of"]
+__all__ = ["ENDLESS", "Range", "facts_of", "instant", "range_of", "version_of"]
 
 Range = tuple[dt.datetime | None, dt.datetime | None]
+
+ENDLESS = (dt.datetime.min.replace(tzinfo=dt.UTC), dt.datetime.max.replace(tzinfo=dt.UTC))
+"""The interval of a record that holds at any time: elevation, soil. Filters of times take it as any other."""
 
 _LEAP_SECOND = re.compile(r"(:\d\d):60(?:\.\d+)?")
 _MIDDLE = 5000  # of the years that a datetime can hold
@@ -29,11 +33,12 @@ def facts_of(properties: Mapping[str, Any]) -> dict[str, Any]:
         "eo:cloud_cover": None if cloud is None else float(cloud),
         "platform": str(platform).lower().replace("_", "-") if platform else None,
         "datatake": _datatake(properties, uri),
+        "sat:orbit_state": _text(properties.get("sat:orbit_state")),
         "orbit": _orbit(properties, uri),
         "tile": _tile(properties),
         "baseline": _text(properties.get("s2:processing_baseline") or properties.get("processing:version")),
         "created": _created(properties),
-        "proj:epsg": epsg_of(properties),
+        "proj:epsg": stated_crs(properties),
     }
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An Arrow table as GeoParquet 1.1, in the order of the ground, and back."""
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rasteret_dask.errors import SchemaError
 __all__ = [
     "ROWS_PER_GROUP",
     "Staged",
-    "joined_bytes",
+    "joined_pieces",
     "read",
     "replacing",
     "to_bytes",
@@ -38,6 +39,9 @@ ROWS_PER_GROUP = 256
 
 GROUP_ROWS = 131_072
 """Rows of a group of a table of chips: some 200 MB in memory."""
+
+PIECE_BYTES = 8 * 2**20
+"""Bytes of a piece of such a file, at least."""
 
 GROUP_NBYTES = 8 << 20
 """Bytes in memory that a row group should not pass: embeddings have 64 bands of tiles a row."""
@@ -75,11 +79,13 @@ def write(table: pa.Table, path: str | os.PathLike[str]) -> None:
 
 def to_bytes(table: pa.Table) -> bytes:
     """Return a table as the bytes of a GeoParquet file; see :func:`write`."""
-    return joined_bytes(table.schema, lambda: [table])
+    return b"".join(joined_pieces(table.schema, lambda: [table]))
 
 
-def joined_bytes(schema: pa.Schema, tables: Callable[[], Iterable[pa.Table]]) -> bytes:
-    """Return tables, one behind the other, as the bytes of one GeoParquet file: the same however they are cut.
+def joined_pieces(schema: pa.Schema, tables: Callable[[], Iterable[pa.Table]]) -> Iterator[bytes]:
+    """Yield the bytes of one GeoParquet file of tables, one behind the other: the same however these are cut.
+
+    A piece has some 8 MiB or more, the last one what is left: a file of a few MB is one piece.
 
     Parameters
     ----------
@@ -91,7 +97,7 @@ def joined_bytes(schema: pa.Schema, tables: Callable[[], Iterable[pa.Table]]) ->
     outline = _Outline(schema)
     for table in tables():
         outline.add(table)
-    sink = io.BytesIO()
+    sink = _Written()
     tagged = outline.tagged({})
     with pq.ParquetWriter(sink, tagged, compression="zstd") as writer:
         waiting: list[pa.Table] = []
@@ -101,9 +107,33 @@ def joined_bytes(schema: pa.Schema, tables: Callable[[], Iterable[pa.Table]]) ->
                 rows = pa.concat_tables(waiting)
                 writer.write_table(rows.slice(0, GROUP_ROWS).combine_chunks(), row_group_size=GROUP_ROWS)
                 waiting = [rows.slice(GROUP_ROWS)]
+                if sink.nbytes >= PIECE_BYTES:
+                    yield sink.taken()
         rows = pa.concat_tables(waiting or [tagged.empty_table()]).combine_chunks()
         writer.write_table(rows, row_group_size=GROUP_ROWS)
-    return sink.getvalue()
+    yield sink.taken()
+
+
+class _Written(io.RawIOBase):
+    """What was written and nobody has taken yet."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self.nbytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._pieces.append(bytes(data))
+        self.nbytes += len(self._pieces[-1])
+        return len(self._pieces[-1])
+
+    def taken(self) -> bytes:
+        """Return it, and forget it."""
+        data = b"".join(self._pieces)
+        self._pieces, self.nbytes = [], 0
+        return data
 
 
 def write_ordered(

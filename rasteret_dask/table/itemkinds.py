@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a STAC item says of an asset's numbers: their kind, and what class codes stand for."""
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from rasteret_dask.rules.kinds import KindName
 CLASSES = "classification:classes"
 """The field of STAC's classification extension."""
 
-__all__ = ["CLASSES", "Classes", "classes_of", "kind_said"]
+__all__ = ["CLASSES", "POLARIZATIONS", "Classes", "classes_of", "kind_said"]
 
 Classes = tuple[tuple[int, str], ...]
 """(code, name) of each class."""
 
 _ANGLES = frozenset({"azimuth", "incidence-angle", "sun-azimuth", "sun-elevation"})
 """Asset roles of STAC's best practices."""
-_POLARIZATIONS = frozenset({"hh", "hv", "vh", "vv"})
+POLARIZATIONS = frozenset({"hh", "hv", "vh", "vv"})
+"""What radar bands are called after."""
 
 
 def kind_said(
@@ -46,7 +48,7 @@ def kind_said(
             return "class"
     if _ANGLES & set(asset.get("roles") or ()):
         return "angle"
-    if asset.get("sar:polarizations") or (item.get("sar:polarizations") and key.casefold() in _POLARIZATIONS):
+    if asset.get("sar:polarizations") or (item.get("sar:polarizations") and key.casefold() in POLARIZATIONS):
         return "backscatter"
     if str(band.get("unit") or "").casefold() in ("kelvin", "k"):
         return "temperature"

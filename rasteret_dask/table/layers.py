@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which bands an item's assets hold, and what the item says of each."""
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from rasteret_dask.catalogs.bands import TM_NUMBERS, Band, Dataset
 from rasteret_dask.errors import BandError
 from rasteret_dask.headers.nodata import text_of
 from rasteret_dask.rules.kinds import REFLECTANCE, TEMPERATURE, KindName
+from rasteret_dask.table.itemcrs import crs_fault, stated_crs
 from rasteret_dask.table.itemkinds import Classes, classes_of, kind_said
 from rasteret_dask.table.rasters import LeftAsset, raster_assets
 
 __all__ = [
-    "Layer", "Offer", "check_bands", "check_kinds", "epsg_of", "is_telling", "layers_of", "offer_of", "restrict",
+    "Layer", "Offer", "check_bands", "check_kinds", "is_telling", "layers_of", "offer_of", "restrict",
 ]  # fmt: skip
 
 _PREFIX = re.compile(r"^(SR|ST|OLI|TIRS|TM|ETM)_", re.IGNORECASE)  # USGS's products and sensors
@@ -30,6 +32,7 @@ _FILE_SUFFIX = re.compile(r"(-jp2|\.tiff?|\.jp2)$", re.IGNORECASE)
 _S3_TWIN = re.compile(r"^s3_(?=.)")  # NASA's catalogs list each file by https and by s3
 _COUNTED = re.compile(r"_\d+$")
 _NAMELESS = re.compile(r"a|alpha|mask|opacity|transparency|(.*[_ -])?(b|band)?\d+", re.IGNORECASE)
+_DTYPE = re.compile(r"u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
 _CLEAN = re.compile(r"^\w[\w.\-]*$")
 _GENERIC = re.compile(
     r"^(band[\s_-]?\d*|\d+|gr[ae]y)$", re.IGNORECASE
@@ -62,6 +65,9 @@ class Layer:
     """As the item spells it."""
     dtype: str | None = None
     epsg: int | None = None
+    """The CRS, as :func:`rasteret_dask.crs.number` counts it."""
+    crs_fault: str | None = None
+    """Why PROJ knows no CRS that the item states."""
     transform: tuple[float, ...] | None = None
     """a, b, c, d, e, f."""
     shape: tuple[int, int] | None = None
@@ -174,15 +180,6 @@ def is_telling(name: Any) -> bool:
     return isinstance(name, str) and bool(name) and not _NAMELESS.fullmatch(name)
 
 
-def epsg_of(fields: Mapping[str, Any]) -> int | None:
-    """Return the EPSG code of ``proj:code`` or ``proj:epsg``, None where there is none."""
-    code = fields.get("proj:code")
-    if isinstance(code, str) and code.upper().startswith("EPSG:") and code[5:].isdigit():
-        return int(code[5:])
-    number = fields.get("proj:epsg")
-    return int(number) if isinstance(number, int | float) and number == number else None
-
-
 def _names(layer: Layer) -> Iterator[str]:
     yield from (layer.band, layer.asset)
     if layer.common_name:
@@ -233,8 +230,9 @@ def _offered(
                 scale=_number(_first(band, asset, names=("raster:scale", "scale"))),
                 offset=_number(_first(band, asset, names=("raster:offset", "offset"))),
                 nodata=text_of(_first(band, asset, names=("nodata",))),
-                dtype=_first(band, asset, names=("data_type",)),
-                epsg=epsg_of(asset) or epsg_of(properties),
+                dtype=_dtype(_first(band, asset, names=("data_type",))),
+                epsg=stated_crs(asset) or stated_crs(properties),
+                crs_fault=crs_fault(asset) or crs_fault(properties),
                 transform=transform,
                 shape=_shape(_first(band, asset, properties, names=("proj:shape",))),
                 samples=max(1, len(said)),
@@ -419,6 +417,11 @@ def _first(*places: Mapping[str, Any], names: tuple[str, ...]) -> Any:
             if place.get(name) is not None:
                 return place[name]
     return None
+
+
+def _dtype(name: Any) -> str | None:
+    """Return the type of pixels that an item names, None where NumPy has none of that name: STAC's ``other``."""
+    return name if isinstance(name, str) and _DTYPE.fullmatch(name) else None
 
 
 def _number(value: Any) -> float | None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assets of items that became no band, counted by their reasons; a table's schema metadata keep them."""
 
 from __future__ import annotations

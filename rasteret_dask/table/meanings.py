@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A record table in which a band's name means the same in every record: common names decide, record by record."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """rasteret's own tables, a column of headers per band, in and out: docs/explanation/schema-contract.md there."""
 
 from __future__ import annotations
@@ -124,7 +125,12 @@ def _plain_columns(table: pa.Table) -> dict[str, Any]:
     for name in ("datetime", "start_datetime", "end_datetime", "created"):
         columns[name] = (when if name == "datetime" else columns[name]).cast(pa.timestamp("us"))  # naive UTC
     epsg = table.column("proj:epsg")
-    columns["crs"] = pc.binary_join_element_wise("EPSG", epsg.cast(pa.string()), ":")
+    coded = pc.greater(epsg, 0)
+    codes = pc.binary_join_element_wise("EPSG", epsg.cast(pa.string()), ":")
+    columns["crs"] = pc.if_else(coded, codes, table.column("proj:wkt2"))
+    columns["proj:epsg"] = pc.if_else(
+        coded, epsg, pa.scalar(None, epsg.type)
+    )  # ours below 0 say nothing there
     columns["year"], columns["month"] = pc.year(when), pc.month(when)
     return columns
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which assets of a STAC item are rasters that become bands, and why each other one is left out."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit
 
 from rasteret_dask.net.remote import is_local
 
-__all__ = ["LeftAsset", "raster_assets"]
+__all__ = ["SUFFIXES", "LeftAsset", "raster_assets"]
 
 LeftAsset = tuple[str, str]
 """(asset key, why it is left out)."""
@@ -22,7 +23,7 @@ _MEDIA_TYPES = (
 _OTHER_FORMATS = re.compile(
     r"image/(png|jpe?g|gif|webp|svg\b)|text/|video/|.*[/+](json|xml|html|pdf|zip|x-hdf5?|hdf5?|netcdf|x-netcdf)$"
 )
-_SUFFIXES = (".tif", ".tiff", ".gtiff", ".jp2", ".j2k")
+SUFFIXES = (".tif", ".tiff", ".gtiff", ".jp2", ".j2k")
 _NOT_DATA = {"thumbnail", "overview", "visual", "metadata", "preview"}
 _PREVIEW = re.compile(
     r"^(visual|preview|overview|thumbnail|rendered_preview|tci|pvi)([_-].*)?$", re.IGNORECASE
@@ -79,9 +80,9 @@ def _no_raster(asset: Any) -> str | None:
         return None
     if _OTHER_FORMATS.match(media):
         return f"{media} is neither TIFF nor JPEG 2000"
-    if _suffix(href) in _SUFFIXES:
+    if _suffix(href) in SUFFIXES:
         return None
-    return f"its type is {media or 'unknown'}, and its href does not end with {', '.join(_SUFFIXES)}"
+    return f"its type is {media or 'unknown'}, and its href does not end with {', '.join(SUFFIXES)}"
 
 
 def _suffix(href: str) -> str:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed access to a record table: one Arrow row per scene, and the assets it describes."""
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
 from itertools import product
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from rasteret_dask.crs import bring, travelling
 from rasteret_dask.errors import BandError, ReadError
 from rasteret_dask.headers.nodata import Number, number_of
 from rasteret_dask.net.remote import redact
 from rasteret_dask.table.meanings import meanings_of
-from rasteret_dask.table.schema import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform
+from rasteret_dask.table.schema import ASSET_TYPE, LEVEL_TYPE, RECORD_SCHEMA, conform, luggage_of
 
 __all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "NS_RANGE", "Asset", "Level", "Records", "conform"]
 
@@ -66,6 +69,7 @@ class Asset:
     band_index: int
     """Position in the file, from 0."""
     epsg: int
+    """The CRS, as :func:`rasteret_dask.crs.number` counts it."""
     scale: float
     offset: float
     rule: str
@@ -82,6 +86,11 @@ class Asset:
     alpha: int | None = None
     """Position of the file's alpha channel, from 0: pixels are valid where it is more than 0. None: it has none, or
     this is it."""
+    valid_range: tuple[float, float] | None = None
+    """The least and the greatest number that is a measurement; what lies beyond is nodata. None: any."""
+    placement: str | None = None
+    """``"rotated"`` or ``"gcps"``: the file's rows and columns are no axes of its CRS, ``image`` is the north-up raster
+    that it would be warped to, and GDAL warps each window from the file itself. None: they are."""
 
     @property
     def image(self) -> Level:
@@ -114,6 +123,7 @@ class Records:
         self._known: dict[tuple[int, str], Asset] = {}
         self._room = KNOWN_ASSETS
         self._columns: dict[tuple[str, str], pa.Array] = {}
+        self._lists: dict[str, list[Any]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Records, (self.table,)  # not what was cached on the way
@@ -132,14 +142,15 @@ class Records:
 
     @cached_property
     def starts(self) -> list[str]:
-        """When each record starts, ISO 8601 in UTC: its datetime, or the beginning of its interval; in ``NS_RANGE``."""
+        """When each record starts, ISO 8601 in UTC: in ``NS_RANGE``; 1678 where unknown."""
         start = pc.coalesce(self.table.column("start_datetime"), self.table.column("datetime"))
         first, last = (edge.item().replace(tzinfo=dt.UTC) for edge in NS_RANGE)
-        return [min(max(t, first), last).isoformat() for t in start.to_pylist()]
+        return [min(max(t or first, first), last).isoformat() for t in start.to_pylist()]
 
     @cached_property
     def epsg(self) -> NDArray[np.int32]:
-        """Shape (record,). EPSG code of each record, 0 where unknown."""
+        """Shape (record,). CRS of each record, as :func:`rasteret_dask.crs.number` counts it; 0 where unknown."""
+        bring(luggage_of(self.table))
         return np.asarray(pc.fill_null(self.table.column("proj:epsg"), 0).to_numpy(), dtype=np.int32)
 
     @cached_property
@@ -151,6 +162,10 @@ class Records:
             for key in chunk.keys.slice(first, last - first).unique().to_pylist():
                 seen[key] = None
         return tuple(seen)
+
+    @cached_property
+    def _band_places(self) -> dict[str, int]:
+        return {band: place for place, band in enumerate(self.bands)}
 
     def asset_field(self, band: str, field: str) -> pa.ChunkedArray:
         """Return one field of ``assets[band]`` for all records; null where a record lacks the band."""
@@ -164,28 +179,44 @@ class Records:
         ]
         return _by_band(parts, len(bands), ASSET_TYPE.field(field).type)
 
+    def asset_values(self, band: str, field: str) -> list[Any]:
+        """Return the same as Python values; in small tables those of all bands are made at once."""
+        rows, place = len(self), self._band_places.get(band)
+        if place is None or not self._is_small:
+            return list(self.asset_field(band, field).to_pylist())
+        if field not in self._lists:
+            self._lists[field] = self.asset_fields(self.bands, field).to_pylist()
+        return self._lists[field][place * rows : (place + 1) * rows]
+
+    def distinct(self, band: str, field: str) -> list[Any]:
+        """Return the distinct values of one field of ``assets[band]``, in the order first met; None among them."""
+        if self._is_small:
+            return list(dict.fromkeys(self.asset_values(band, field)))
+        return list(pc.unique(self.asset_field(band, field)).to_pylist())
+
+    @cached_property
+    def _is_small(self) -> bool:
+        """Whether all bands are looked up at once, for those who ask next."""
+        return 0 < len(self) * len(self.bands) <= KNOWN_VALUES
+
     def _of_band(
         self, fields: Callable[[Sequence[str], str], pa.ChunkedArray], band: str, field: str
     ) -> pa.ChunkedArray:
         """Return a field of one band; in small tables all bands are looked up at once, for those who ask next."""
         rows = len(self)
-        if band not in self.bands or not 0 < rows * len(self.bands) <= KNOWN_VALUES:
+        place = self._band_places.get(band)
+        if place is None or not self._is_small:
             return fields((band,), field)
         key = (fields.__name__, field)
         if key not in self._columns:
             self._columns[key] = fields(self.bands, field).combine_chunks()
-        values = self._columns[key].slice(self.bands.index(band) * rows, rows)
+        values = self._columns[key].slice(place * rows, rows)
         return pa.chunked_array([values])
 
     def nodata_of(self, band: str) -> set[Number | None]:
         """Return what nodata is in a band, over all records: each a number of its dtype; None where it has none."""
-        texts, dtypes = (self.asset_field(band, field) for field in ("nodata", "dtype"))
-        there = self.asset_field(band, "href").is_valid().to_pylist()
-        pairs = {
-            (text, dtype)
-            for text, dtype, one in zip(texts.to_pylist(), dtypes.to_pylist(), there, strict=True)
-            if one
-        }
+        columns = (self.asset_values(band, field) for field in ("nodata", "dtype", "href"))
+        pairs = {(text, dtype) for text, dtype, href in zip(*columns, strict=True) if href is not None}
         return {number_of(text, dtype) if dtype else None for text, dtype in pairs}
 
     def level_field(self, band: str, field: str) -> pa.ChunkedArray:
@@ -205,6 +236,19 @@ class Records:
         ]
         return _by_band(parts, len(bands), LEVEL_TYPE.field(field).type)
 
+    @property
+    def levels(self) -> pa.StructArray:
+        """The levels of all files, those of one file together; see :meth:`level_places`."""
+        return self.table.column("headers_metadata").chunk(0).items.values
+
+    def level_places(self, band: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where the levels of each record's file begin among :attr:`levels`, and how many it has; 0: unknown."""
+        headers = self.table.column("headers_metadata").chunk(0)
+        places = _places(headers, (band,))
+        first = pc.fill_null(headers.items.offsets.slice(0, len(headers.items)).take(places), 0)
+        count = pc.fill_null(pc.list_value_length(headers.items).take(places), 0)
+        return first.to_numpy().astype(np.int64), count.to_numpy().astype(np.int64)
+
     def band_names(self, wanted: str) -> dict[str, str]:
         """Return {dataset or "": band} for what a name means: a band itself, a common name, or an asset key."""
         found: dict[str, str] = {}
@@ -220,7 +264,7 @@ class Records:
             found[""] = wanted
             return found
         for field in ("common_name", "asset"):
-            hits = [b for b in self.bands if wanted in pc.unique(self.asset_field(b, field)).to_pylist()]
+            hits = [b for b in self.bands if wanted in self.distinct(b, field)]
             if len(hits) == 1:
                 found[""] = hits[0]
                 return found
@@ -244,7 +288,7 @@ class Records:
         """The common names among the bands."""
         names: dict[str, None] = {}
         for band in self.bands:
-            for value in pc.unique(self.asset_field(band, "common_name")).to_pylist():
+            for value in self.distinct(band, "common_name"):
                 if value is not None:
                     names[value] = None
         return tuple(names)
@@ -283,7 +327,8 @@ class Records:
 
     def look_up(self, rows: Sequence[int], bands: Iterable[str]) -> None:
         """Have these bands of these records at hand for :meth:`asset`, all looked up together; they stay."""
-        names, wanted = tuple(dict.fromkeys(bands)), tuple(dict.fromkeys(rows))
+        names, known = tuple(dict.fromkeys(bands)), self._known
+        wanted = [row for row in dict.fromkeys(rows) if any((row, band) not in known for band in names)]
         if not names or not wanted:
             return
         self._room = max(self._room, len(self._known) + len(names) * len(wanted))
@@ -296,16 +341,17 @@ class Records:
                 self._known[row, band] = self._described(row, band, item, listed)
 
     def _described(self, row: int, band: str, item: Mapping[str, Any], levels: tuple[Level, ...]) -> Asset:
+        span = _range(item["valid_min"], item["valid_max"])
         return Asset(
             record_id=self.ids[row],
             band=band,
             href=item["href"],
             band_index=item["band_index"] or 0,
-            epsg=int(self.epsg[row]),
+            epsg=travelling(self.epsg[row]),
             scale=1.0 if item["scale"] is None else item["scale"],
             offset=0.0 if item["offset"] is None else item["offset"],
             rule=item["rule"] or "identity",
-            nodata=number_of(item["nodata"], item["dtype"]) if item["dtype"] else None,
+            nodata=_nodata(item["nodata"], item["dtype"], span),
             dtype=item["dtype"],
             role=item["role"] or "data",
             kind=item["kind"],
@@ -313,11 +359,30 @@ class Records:
             etag=item["etag"],
             levels=levels,
             alpha=item["alpha"],
+            valid_range=span,
+            placement=item["placement"],
         )
 
     def take(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> Records:
         """Return these rows, in this order."""
         return Records(self.table.take(pa.array(np.asarray(rows, dtype=np.int64))))
+
+
+def _range(least: float | None, most: float | None) -> tuple[float, float] | None:
+    if least is None and most is None:
+        return None
+    return -inf if least is None else least, inf if most is None else most
+
+
+def _nodata(text: str | None, dtype: str | None, span: tuple[float, float] | None) -> Number | None:
+    """Return what pixels hold that are nodata; where only a valid range tells, a number beyond it."""
+    number = number_of(text, dtype) if dtype else None
+    if number is not None or dtype is None or span is None:
+        return number
+    if np.dtype(dtype).kind not in "iu":
+        return float("nan")
+    limits = np.iinfo(dtype)
+    return int(limits.min) if limits.min < span[0] else int(limits.max) if limits.max > span[1] else None
 
 
 def _level(values: dict[str, Any]) -> Level:
@@ -349,10 +414,9 @@ def _cut(flat: list[Any], lists: pa.Array) -> list[tuple[Any, ...]]:
 
 def _map_item(column: pa.MapArray, row: int, key: str) -> Any:
     start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
-    for i in range(start, stop):
-        if column.keys[i].as_py() == key:
-            return column.items[i].as_py()
-    return None
+    keys = column.keys.slice(start, stop - start)
+    place = pc.index(keys, pa.scalar(key, keys.type)).as_py()
+    return None if place < 0 else column.items[start + place].as_py()
 
 
 def _places(column: pa.MapArray, keys: Sequence[str]) -> pa.Array:

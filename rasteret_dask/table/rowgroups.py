@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the rows of a dataset that a filter keeps; wide columns only of the row groups that have such rows."""
 
 from __future__ import annotations

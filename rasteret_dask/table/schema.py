@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The schema that every record table has, and any table with scenes brought to it."""
 
 from __future__ import annotations
@@ -9,10 +10,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import shapely
 
-from rasteret_dask.errors import SchemaError
+from rasteret_dask.crs import number, wkt2
+from rasteret_dask.errors import GridError, SchemaError
 from rasteret_dask.table.assetkinds import derived
 
-__all__ = ["ASSET_TYPE", "LEVEL_TYPE", "RECORD_SCHEMA", "REQUIRED", "check_columns", "conform", "plain"]
+__all__ = [
+    "ASSET_TYPE",
+    "LEVEL_TYPE",
+    "RECORD_SCHEMA",
+    "REQUIRED",
+    "check_columns",
+    "conform",
+    "luggage_of",
+    "plain",
+]
 
 CLASS_TYPE = pa.struct([pa.field("value", pa.int64()), pa.field("name", pa.string())])
 
@@ -27,7 +38,12 @@ ASSET_TYPE = pa.struct(
         pa.field("offset", pa.float64()),
         pa.field("rule", pa.string()),  # where scale and offset come from
         pa.field("nodata", pa.string()),  # as headers.nodata spells it: a float would lose large integers
+        pa.field("valid_min", pa.float64()),  # numbers below it are nodata too; null: none
+        pa.field("valid_max", pa.float64()),
         pa.field("alpha", pa.int32()),  # position of the file's alpha channel, from 0, or null
+        pa.field(
+            "placement", pa.string()
+        ),  # headers.page.Placement: "rotated" or "gcps"; null: along the CRS axes
         pa.field("dtype", pa.string()),  # NumPy name
         pa.field("role", pa.string()),  # bands.Role: "data", or "quality" of a band that serves the others
         pa.field("kind", pa.string()),  # kinds.KindName, null where unknown
@@ -73,10 +89,12 @@ RECORD_SCHEMA = pa.schema(
         pa.field("geometry", pa.binary()),  # WKB, lon/lat
         pa.field("bbox", pa.struct([(n, pa.float64()) for n in ("xmin", "ymin", "xmax", "ymax")])),
         pa.field("scene_bbox", pa.list_(pa.float64())),
-        pa.field("proj:epsg", pa.int32()),
+        pa.field("proj:epsg", pa.int32()),  # as crs.number counts: an EPSG code, negative where there is none
+        pa.field("proj:wkt2", pa.string()),  # of a CRS without an EPSG code, else null
         pa.field("eo:cloud_cover", pa.float64()),
         pa.field("platform", pa.string()),
         pa.field("datatake", pa.string()),  # without its processing baseline
+        pa.field("sat:orbit_state", pa.string()),  # "ascending" or "descending"
         pa.field("orbit", pa.int32()),  # sat:relative_orbit, or the WRS path
         pa.field("tile", pa.string()),  # grid:code and its like
         pa.field("baseline", pa.string()),
@@ -143,6 +161,7 @@ def conform(table: pa.Table, name: str) -> pa.Table:
                 "Cast the column, or build the table with build_from_table.",
             ) from error
     columns["assets"] = derived(columns["assets"], name)
+    columns["proj:epsg"], columns["proj:wkt2"] = _crs_columns(columns["proj:epsg"], columns["proj:wkt2"])
     _derive(columns)
     extra = [c for c in table.column_names if c not in RECORD_SCHEMA.names]
     result = pa.Table.from_arrays(
@@ -151,6 +170,37 @@ def conform(table: pa.Table, name: str) -> pa.Table:
     )
     _check_ids(result.column("id"), name)
     return result
+
+
+def _crs_columns(codes: pa.ChunkedArray, wkts: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Return ``proj:epsg`` and ``proj:wkt2`` that agree: each CRS by its number, the WKT2 of those without a code."""
+    stated = wkts.unique().drop_null().to_pylist()
+    if not stated:
+        return codes, wkts
+    numbers = {wkt: _number_or_none(wkt) for wkt in stated}
+    said = codes.to_pylist()
+    both = [
+        numbers[wkt] if wkt is not None and (code is None or code < 0) else code
+        for code, wkt in zip(said, wkts.to_pylist(), strict=True)
+    ]
+    kept = [wkt2(code) if code is not None and code < 0 else None for code in both]
+    return pa.chunked_array([pa.array(both, pa.int32())]), pa.chunked_array([pa.array(kept, pa.string())])
+
+
+def luggage_of(table: pa.Table) -> dict[int, str]:
+    """Return {number: WKT2} of the CRSs in a record table that have no EPSG code."""
+    if "proj:wkt2" not in table.column_names or table.column("proj:wkt2").null_count == table.num_rows:
+        return {}
+    both = table.select(["proj:epsg", "proj:wkt2"])
+    pairs = both.filter(pc.is_valid(both.column("proj:wkt2"))).group_by(both.column_names).aggregate([])
+    return {code: wkt for code, wkt in zip(*(c.to_pylist() for c in pairs.columns), strict=True) if code < 0}
+
+
+def _number_or_none(wkt: str) -> int | None:
+    try:
+        return number(wkt)
+    except GridError:
+        return None
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

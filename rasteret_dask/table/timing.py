@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which records belong to one acquisition, and which slot of the time axis each acquisition competes for."""
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ class Acquisitions:
     """Shape (record,), ns. End of the record's interval; equal to its start for an instant."""
     record_cloud: NDArray[np.float64]
     """Shape (record,). Cloud cover in percent, NaN where unknown."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether all acquisitions hold at any time."""
+        low, high = (edge.astype("datetime64[ns]") for edge in NS_RANGE)
+        return bool(len(self.start)) and bool(np.all((self.start <= low) & (self.end >= high)))
 
     @property
     def is_interval(self) -> NDArray[np.bool_]:
@@ -199,12 +206,19 @@ def intervals(groups: Sequence[Acquisitions]) -> TimeAxis:
     return TimeAxis(values[:, 0], values[:, 1], (values[:, 0].min(), values[:, 1].max()))
 
 
-def acquisitions(records: Records) -> Acquisitions:
+def acquisitions(records: Records, static: bool = False) -> Acquisitions:
     """Group records into acquisitions: same collection, platform and datatake (or orbit), starts within 10 minutes.
 
     A datatake and tile that stands twice (reprocessed, or listed by two catalogs) keeps its newest baseline.
+
+    Parameters
+    ----------
+    records
+        The records. Those whose interval has no ends (``facts.ENDLESS``) hold at any time.
+    static
+        Whether all of them do, whatever time they have, if any.
     """
-    keys = _RecordKeys.of(records)
+    keys = _RecordKeys.of(records, static)
     replaced = _replaced(keys)
     order = np.lexsort((keys.id, keys.start, keys.group))
     order = order[~replaced[order]]
@@ -223,6 +237,9 @@ def acquisitions(records: Records) -> Acquisitions:
         if end > start:  # granules of one pass that start seconds apart are no interval
             ends[-1] = max(ends[-1], end)
         label[at] = len(starts) - 1
+    low, high = (int(edge.astype("datetime64[ns]").astype(np.int64)) for edge in NS_RANGE)
+    for number in np.unique(label[keys.endless & (label >= 0)]).tolist():
+        starts[number], ends[number] = low, high
     by_start = np.argsort(starts, kind="stable").astype(np.int64)
     rank = np.empty(len(starts) + 1, dtype=np.int64)
     rank[by_start], rank[-1] = np.arange(len(starts)), -1  # -1 stays -1
@@ -232,8 +249,8 @@ def acquisitions(records: Records) -> Acquisitions:
         np.array(ends, dtype=np.int64)[by_start].astype("datetime64[ns]"),
         tuple(keys.platform[leads[i]] for i in by_start),
         int(replaced.sum()),
-        keys.start.astype("datetime64[ns]"),
-        keys.end.astype("datetime64[ns]"),
+        np.where(keys.endless, low, keys.start).astype("datetime64[ns]"),
+        np.where(keys.endless, high, keys.end).astype("datetime64[ns]"),
         np.asarray(records.table.column("eo:cloud_cover").to_numpy(), dtype=np.float64),
     )
 
@@ -252,12 +269,14 @@ class _RecordKeys:
     """ns since 1970 UTC."""
     end: NDArray[np.int64]
     """Equal to ``start`` for an instant."""
+    endless: NDArray[np.bool_]
+    """True where the record holds at any time; ``start`` then only tells passes apart."""
     created: NDArray[np.int64]
     """The smallest number where unknown."""
     platform: list[str]
 
     @classmethod
-    def of(cls, records: Records) -> _RecordKeys:
+    def of(cls, records: Records, static: bool) -> _RecordKeys:
         def stamps(name: str) -> NDArray[np.datetime64]:
             times = np.asarray(records.table.column(name).cast(pa.timestamp("us", "UTC")).to_numpy())
             return np.asarray(np.clip(times, *NS_RANGE), dtype="datetime64[ns]")
@@ -267,28 +286,35 @@ class _RecordKeys:
 
         instant, first, last = stamps("datetime"), stamps("start_datetime"), stamps("end_datetime")
         interval = last - first > np.timedelta64(1, "D")  # never true of a missing time
-        start = np.where(interval | np.isnat(instant), first, instant)
+        low, high = (edge.astype("datetime64[ns]") for edge in NS_RANGE)
+        endless = ((first <= low) & (last >= high)) | static
+        start = np.where((interval & ~endless) | np.isnat(instant), first, instant)
+        start = np.where(endless & np.isnat(start), low, start)
         if np.isnat(start).any():
             bad = [records.ids[i] for i in np.flatnonzero(np.isnat(start))[:5]]
             raise PlanError(
-                f"records {', '.join(bad)}", "no datetime", "a datetime or an interval in every record"
-            )
+                f"records {', '.join(bad)}", "no datetime", "a datetime or an interval in every record",
+                "Of what does not change, say harmonize(time='static').",
+            )  # fmt: skip
+        collection, baseline = text("collection"), text("baseline")  # few names, of many records
         platform = [p.lower() for p in text("platform")]  # catalogs spell "Sentinel-2B" and "sentinel-2b"
         passed = [d or f"orbit {o}" for d, o in zip(text("datatake"), text("orbit"), strict=True)]
-        group = ["|".join(parts) for parts in zip(text("collection"), platform, passed, strict=True)]
+        group = ["|".join(parts) for parts in zip(collection, platform, passed, strict=True)]
         tile = text("tile")
         known = np.array([t != "" and p != "orbit " for t, p in zip(tile, passed, strict=True)], dtype=bool)
-        product = [m[0] if (m := _PART.search(c)) else "" for c in text("collection")]
+        part = {c: m[0] if (m := _PART.search(c)) else "" for c in set(collection)}
+        product = [part[c] for c in collection]
         scene = _numbered(["|".join(parts) for parts in zip(platform, passed, tile, product, strict=True)])
-        version = [version_of(b) for b in text("baseline")]
-        place = {v: i for i, v in enumerate(sorted(set(version)))}
+        version = {b: version_of(b) for b in set(baseline)}
+        place = {v: i for i, v in enumerate(sorted(set(version.values())))}
         return cls(
             _numbered(records.ids),
             _numbered(group),
             np.where(known, scene, -1),
-            np.array([place[v] for v in version], dtype=np.int64),
+            np.array([place[version[b]] for b in baseline], dtype=np.int64),
             start.astype(np.int64),
-            np.where(interval, last, start).astype(np.int64),
+            np.where(interval & ~endless, last, start).astype(np.int64),
+            endless,
             stamps("created").astype(np.int64),
             platform,
         )

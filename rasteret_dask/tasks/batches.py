@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chips in memory as plain arrays: what a shard, a part of it and a batch are."""
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class SourcePixels:
     """Names of the values of ``<source>/mask``, from 0 on; () where there is no mask, or it holds numbers."""
     kinds: tuple[BandKind, ...] = ()
     """What the numbers of each band are; () where nobody knows."""
+    shape: tuple[int, ...] = ()
+    """Of a chip: (time, band, y, x); () where nobody knows."""
 
     def rules(self) -> tuple[Kind, ...]:
         """Return the kind of each band, as a value that says what it decides."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of each chip its quality band calls cloud, as it stands in the files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a process has for a job beside its tables: the user's functions, and what becomes of tiles it cannot read."""
 
 from __future__ import annotations

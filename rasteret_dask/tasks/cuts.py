@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One shard's cubes, cut into chips: which window of which record each chip needs, before any pixel is read."""
 
 from __future__ import annotations
@@ -92,12 +93,14 @@ def groups(job: Job, shard: Shard, source: int, member: int) -> Iterator[Group]:
 def cubes(job: Job, shard: Shard, source: int, member: int) -> MemberCubes:
     """Make a stackstac cube per compact group of the shard's chips that this member feeds."""
     plan, records = job.sources[source], job.records[source]
-    own = plan.members[member]
+    own, parts = plan.members[member], list(groups(job, shard, source, member))
+    for group in parts:
+        records.look_up(np.unique(group.feed.row).tolist(), own.reads)
     made = [
         group_cube(
             records, np.unique(group.feed.row).tolist(), own.reads, group.epsg, group.chips, group.bounds,
             plan.resolution,
         )
-        for group in groups(job, shard, source, member)
+        for group in parts
     ]  # fmt: skip
     return MemberCubes.of(own, member, made)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A shard's chips while their pixels come: what is wanted, what has been seen, and the places that are filled."""
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class ChipPixels:
     """Shape (chip, time). Share of the pixels, valid in all bands, that another acquisition than the picked one gave
     any band of; None: none may."""
     counts: Counts = field(default_factory=Counts)
+    read_s: float = 0.0
+    """Seconds of the calls that read; what the rest took is composing."""
     unreadable: list[str] = field(default_factory=list)
     """One line a tile that could not be read and is masked instead."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which chips of a shard are kept, as rules on their pixels say, and what becomes of the others."""
 
 from __future__ import annotations

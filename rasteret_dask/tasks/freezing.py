@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planned chips become a job: how many go into a shard, and what a task of them holds."""
 
 from __future__ import annotations
@@ -8,20 +9,31 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, used_records
 from rasteret_dask.chipping.chiptable import FeedTable
 from rasteret_dask.chipping.frame import BLOCK_PX
 from rasteret_dask.chipping.splits import split_numbers
+from rasteret_dask.crs import luggage
 from rasteret_dask.formats import MEANING
 from rasteret_dask.planning.plan import digest, to_json
 from rasteret_dask.planning.resolve import ResolvedSource, SourcePlan
 from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.jobfile import plan_json
+from rasteret_dask.zones import TileGrid
 
-__all__ = ["SHARD_BYTES", "chips_per_shard", "freeze", "freeze_part", "read_records", "task_bytes"]
+__all__ = [
+    "SHARD_BYTES",
+    "chips_per_shard",
+    "freeze",
+    "freeze_part",
+    "most_candidates",
+    "read_records",
+    "task_bytes",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -42,10 +54,11 @@ def freeze(chips: PlannedChips, shard_bytes: int = SHARD_BYTES) -> Job:
     shard_bytes
         Output of one task over all sources, at most; a single chip may be larger.
     """
-    per_shard = chips_per_shard(chips, _most_candidates(chips.feeds), shard_bytes)
+    per_shard = chips_per_shard(chips, most_candidates(chips.feeds), shard_bytes)
     job = _frozen(chips, per_shard)
-    shards = sum(h.shards for h in job.hierarchies)
-    _log.info("plan: %d chips in %d shards of at most %d chips", job.chips.num_rows, shards, per_shard)
+    _log.info(
+        "plan: %d chips in %d shards of at most %d chips", job.chips.num_rows, job.shard_count, per_shard
+    )
     return job
 
 
@@ -89,6 +102,9 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
         *chips.pixel_rules,
         *([chips.spec.labels, chips.spec.rasterize, chips.reference] if chips.labels else []),
     )
+    wkts = luggage(pc.unique(table.column("epsg")).to_pylist())
+    if wkts:
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **wkts})
     return Job(
         plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels
     )  # fmt: skip
@@ -171,7 +187,7 @@ def _whole_blocks(chips: PlannedChips, per_shard: int) -> int:
     """Round down to the chips of whole tiles, which one shard then reads, or of whole blocks; at most half is lost."""
     if chips.spec.at is not None:
         return per_shard
-    if chips.spec.grid != "tiles":
+    if not isinstance(chips.spec.grid, TileGrid):
         block = (BLOCK_PX // chips.spec.stride) ** 2
         return per_shard // block * block if per_shard >= block > 0 else per_shard
     side = int(chips.outlines[chips.reference].tile_px.max()) // chips.spec.size
@@ -191,7 +207,7 @@ def task_bytes(job: Job, outputs: tuple[Output, ...]) -> int:
     """
     n = max((min(h.per_shard, h.chips) for h in job.hierarchies), default=1)
     largest = n * sum(o.chip_bytes for o in outputs)
-    most = _most_candidates(job.feeds)
+    most = most_candidates(job.feeds)
     slot = max(
         4 * size * size * len(plan.bands) + _working_bytes(plan, size, candidates)
         for plan, size, candidates in zip(job.sources, job.size_px, most, strict=True)
@@ -205,7 +221,8 @@ def _working_bytes(source: SourcePlan, size: int, candidates: int) -> int:
     return rules.pick.bytes_held(candidates, len(source.bands), rules.work_dtype().itemsize) * size * size
 
 
-def _most_candidates(feeds: FeedTable) -> list[int]:
+def most_candidates(feeds: FeedTable) -> list[int]:
+    """Return for each source how many acquisitions compete for a slot at most."""
     alone = len(feeds.names) == 1
     order = [feeds.order if alone else feeds.order[feeds.source == n] for n in range(len(feeds.names))]
     return [int(own.max(initial=0)) + 1 for own in order]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A frozen plan with its tables: the values that tasks share."""
 
 from __future__ import annotations
@@ -11,22 +12,38 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.catalogs.signing import check_signatures, host_of
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
 from rasteret_dask.chipping.labels import Labels
+from rasteret_dask.crs import unpack
 from rasteret_dask.grid import transformer
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import Function, Rule, digest
 from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
+from rasteret_dask.table.filelayouts import FileLayouts
 from rasteret_dask.table.records import Records
 
 __all__ = ["Hierarchy", "Job", "Output", "Shard", "ipc_bytes", "job_digest", "shard_keys"]
 
-_DECIDING = ("href", "band_index", "size", "etag", "scale", "offset", "nodata", "alpha", "kind")
+_DECIDING = (
+    "href",
+    "band_index",
+    "size",
+    "etag",
+    "scale",
+    "offset",
+    "nodata",
+    "valid_min",
+    "valid_max",
+    "alpha",
+    "placement",
+    "kind",
+)
 """What of an asset decides its pixels' values."""
 
 _JOBS = count()
@@ -209,6 +226,11 @@ class Job:
         )
 
     @cached_property
+    def layouts(self) -> tuple[FileLayouts, ...]:
+        """Per source, which of its files are laid out alike."""
+        return tuple(map(FileLayouts, self.records))
+
+    @cached_property
     def passes(self) -> tuple[NDArray[np.int64], ...]:
         """Per source, shape (record,): the acquisition each record belongs to, numbered by its start."""
         return tuple(np.asarray(r.table.column("__pass__").to_numpy(), dtype=np.int64) for r in self.records)
@@ -232,7 +254,8 @@ class Job:
 
     @cached_property
     def epsg(self) -> NDArray[np.int64]:
-        """Shape (chip,)."""
+        """Shape (chip,), as :func:`rasteret_dask.crs.number` counts CRSs."""
+        unpack(self.chips.schema.metadata)
         return np.asarray(self.chips.column("epsg").to_numpy(), dtype=np.int64)
 
     def shards(self) -> Iterator[Shard]:
@@ -240,6 +263,18 @@ class Job:
         for h in self.hierarchies:
             for number in range(h.first, h.first + h.shards):
                 yield _shard(h, number)
+
+    @property
+    def shard_count(self) -> int:
+        """How many shards :meth:`shards` yields."""
+        return sum(h.shards for h in self.hierarchies)
+
+    def nth_shard(self, place: int) -> Shard:
+        """Return the shard that :meth:`shards` yields at a place, counted from 0, without the others."""
+        stops = np.cumsum([h.shards for h in self.hierarchies])
+        part = int(np.searchsorted(stops, place, side="right"))
+        h = self.hierarchies[part]
+        return _shard(h, h.first + h.shards + place - int(stops[part]))
 
     def shard(self, hierarchy: int, number: int) -> Shard:
         """Return one shard."""
@@ -294,13 +329,9 @@ class Job:
         bounds, codes = self.bounds[chips].copy(), self.epsg[chips]
         for code in np.unique(codes).tolist():
             if code != epsg:
-                own = codes == code
-                west, south, east, north = bounds[own].T
-                corners = transformer(code, epsg).transform(
-                    np.stack([west, east, east, west]), np.stack([north, north, south, south])
-                )
-                x, y = map(np.asarray, corners)
-                bounds[own] = np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], -1)
+                own = np.flatnonzero(codes == code)
+                again, some = pd.factorize(chips[own])
+                bounds[own] = _corners_in(self.bounds[some], code, epsg)[again]
         return bounds
 
     @cached_property
@@ -352,10 +383,27 @@ class Job:
         """Yield the rows of :meth:`chosen_chips`, as many at a time as are at hand."""
         yield self.chosen_chips()
 
+    def coordinates(self, hierarchy: Hierarchy, start: int, stop: int) -> pa.Table:
+        """Return what a store's coordinates say of some chips, counted within their split: columns of CHIP_SCHEMA."""
+        return self.chips.slice(hierarchy.start + start, stop - start)
+
     def chosen_chips(self) -> pa.Table:
         """Return the rows of the chip table that the job's splits hold, in their order."""
         parts = [self.chips.slice(h.start, h.chips) for h in self.hierarchies]
         return pa.concat_tables(parts)
+
+
+def _corners_in(bounds: NDArray[np.float64], code: int, epsg: int) -> NDArray[np.float64]:
+    """Return bounds of the corners of chips in another CRS, shape (chip, 4); one of several chips is moved once."""
+    x, xs = pd.factorize(bounds[:, [0, 2]].T.ravel())
+    y, ys = pd.factorize(bounds[:, [1, 3]].T.ravel())
+    (west, east), (south, north) = np.split(x, 2), np.split(y, 2)
+    corner, corners = pd.factorize(
+        np.concatenate([west, east, east, west]) * len(ys) + np.concatenate([north, north, south, south])
+    )
+    moved = transformer(code, epsg).transform(xs[corners // max(len(ys), 1)], ys[corners % max(len(ys), 1)])
+    east_of, north_of = (np.asarray(values)[corner].reshape(4, -1) for values in moved)
+    return np.stack([east_of.min(0), north_of.min(0), east_of.max(0), north_of.max(0)], -1)
 
 
 def job_digest(phase: str, keys: Mapping[str, str], labels: str = "") -> str:

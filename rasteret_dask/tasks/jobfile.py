@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job written where its tasks find it, and opened once per worker process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan's shards, numbered over all, in parts of neighbours: each part is a job of its own, with chips of its own."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from threading import Lock
 import numpy as np
 import pyarrow as pa
 
-from rasteret_dask.tasks.job import Job, Shard
+from rasteret_dask.tasks.job import Hierarchy, Job, Shard
 from rasteret_dask.tasks.jobfile import JobRef, open_job
 
 __all__ = ["JobOfParts", "JobPart", "PartSpan", "part_job", "parts_of"]
@@ -66,20 +67,30 @@ def _no_tables() -> Iterator[pa.Table]:
     return iter(())
 
 
+def _no_rows(split: str | None, start: int, stop: int) -> pa.Table:
+    return pa.table({})
+
+
 @dataclass(frozen=True)
 class JobOfParts(Job):
-    """A job of more chips than are in memory: its table of chips holds only what a store's coordinates need."""
+    """A job of more chips than are in memory: its table of chips has no rows."""
 
     parts: tuple[JobPart, ...] = ()
     part_keys: Mapping[str, str] = field(default_factory=dict)
     """Shard -> its key."""
     tables: Callable[[], Iterator[pa.Table]] = _no_tables
     """Returns the whole table of chips, split by split, some rows at a time."""
+    rows: Callable[[str | None, int, int], pa.Table] = _no_rows
+    """``rows(split, start, stop)`` returns what a store's coordinates say of some chips of a split."""
 
     @property
     def keys(self) -> Mapping[str, str]:  # type: ignore[override]
         """For each shard's name, the sha256 of what decides its pixels."""
         return self.part_keys
+
+    def coordinates(self, hierarchy: Hierarchy, start: int, stop: int) -> pa.Table:
+        """Return what a store's coordinates say of some chips."""
+        return self.rows(hierarchy.split, start, stop)
 
     def chip_tables(self) -> Iterator[pa.Table]:
         """Yield the rows of the table of chips."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A user's functions over a source's pixels: called, and tried on one chip to see what comes out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What other shards of a job still need of the tiles that one shard reads."""
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Neighbours:
         """Note that this shard is read; return the numbers for which nothing need be kept any more."""
         behind = self._number(self._place - BEHIND)
         self.finished.add(self.number)
-        return [self.number, *([behind] if behind >= self._first else [])]
+        others = [self._number(place) for place in CREW.given_up(self._job.digest)]
+        return [self.number, *others, *([behind] if behind >= self._first else [])]
 
     def _number(self, place: int) -> int:
         return self._first + place * self._sources

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a shard's chips of one source: straight to their places, then filled; or composed, slot by slot."""
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class Picking:
                     self._pick(session, some, slots, chips)
                 self._seen.clear()
             chips.counts, chips.unreadable = session.counts, session.unreadable
+            chips.read_s = session.seconds
         return chips
 
     def _batches(self, feed: Feed) -> Iterator[list[int]]:
@@ -362,7 +364,9 @@ class Picking:
                 decode = unit if unit is not None and unit.kernel_on == "decoded" else None
                 resampling = None if unit is None else self.plan.resampling
                 how = (band, decode, resampling)
-                new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), how)]
+                new = entries  # most reads come first, with nothing seen yet
+                if self._seen:
+                    new = [e for e in entries if not self._has_seen(row, int(feed.chip[e]), how)]
                 if new:
                     # one tuple for all bands: they are laid out once
                     windows = whole if len(new) == len(entries) else tuple(places[e][1] for e in new)

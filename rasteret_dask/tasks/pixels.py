@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pixels of one source in one shard: its cubes, cut, harmonized and merged into a Dataset."""
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from rasteret_dask import activity
 from rasteret_dask.chipping.chiptable import FILLED, MASK, label_columns
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.tasks.cuts import Feed, MemberCubes, cubes
@@ -54,15 +56,19 @@ def merged(
     xarray.Dataset
         ``pixels`` (chip, time, band, y, x); ``valid`` (chip, time, y, x) for integer pixels; ``valid_fraction``,
         ``datetime`` and ``member`` (chip, time), ``filled_fraction`` where acquisitions fill each other; counts of
-        what was read, and the seconds that it took, in its attributes.
+        what was read, and the seconds that reading and composing took, in its attributes.
     """
     begun = time.perf_counter()
     chips = Picking(job, shard, source, members).read(on_error, into)
     dataset = dataset_of(job, shard, source, chips)
-    dataset.attrs["seconds"] = round(time.perf_counter() - begun, 3)
+    passed = time.perf_counter() - begun
+    stages = {"read": chips.read_s, "compose": passed - chips.read_s}
+    dataset.attrs["seconds"] = stages
+    for stage, seconds in stages.items():
+        activity.spent(stage, seconds)
     _log.debug(
         "shard %s: read %d chips of %s in %.2f s, %d requests of %d bytes",
-        shard.name, shard.stop - shard.start, job.sources[source].name, dataset.attrs["seconds"],
+        shard.name, shard.stop - shard.start, job.sources[source].name, passed,
         chips.counts.requests, chips.counts.bytes_fetched,
     )  # fmt: skip
     return dataset

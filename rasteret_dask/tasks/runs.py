@@ -1,12 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of neighbouring shards, one task each: how long they are, and what the threads of a process do of them."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from threading import Condition
 
 import numpy as np
@@ -15,11 +15,19 @@ from numpy.typing import NDArray
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.keptbytes import shared_bytes
 
-__all__ = ["CREW", "Crew", "Cuts", "Workforce"]
+__all__ = ["CREW", "REPEATED", "Crew", "Cuts", "Takeover", "Workforce"]
 
 REPEATED = 0.1
-"""Share of the bytes that is fetched a second time at the borders of runs: longer ones would gain little."""
+"""Share of all bytes that processes may fetch once more because one takes over a part of another's run, in all."""
 
+TILES_SHARE = 0.5
+"""Share of a shard's time that fetching and decoding its tiles takes, about: what a border costs, in time."""
+
+LONGEST = 256
+"""Shards of a run, at most: of what is computed again, because a worker was lost, each asks for its report."""
+
+SLACK = 6
+"""A run may end this part of its length sooner or later, where less is shared there."""
 
 ROUND = 64
 """Single shards of a round, where one process computes all."""
@@ -32,6 +40,15 @@ class Workforce:
     processes: int
     threads: int
     """Of each process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """The end of a process's shards, for another one."""
+
+    places: tuple[int, ...]
+    gain: float
+    """How much sooner all of them are done, in the time of a shard."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +70,13 @@ class Cuts:
         """Return those of shards that have nothing in common."""
         return cls(np.zeros(max(shards - 1, 0), dtype=np.int64), 0)
 
-    @cached_property
-    def enough(self) -> int:
-        """Shards of a run at whose border no more than :data:`REPEATED` of its bytes are fetched again."""
-        if not self.shared.any():
-            return 1
-        new = self.total / (len(self.shared) + 1)
-        return int(np.ceil(self.shared.mean() / (REPEATED * new)))
-
     def rounds(self, places: Sequence[int], force: Workforce) -> Iterator[list[tuple[int, ...]]]:
         """Cut shards into runs, round by round, in the order in which they are to begin.
 
-        In each round every process gets half of its share of what is left, so that runs get shorter towards the end.
-        One process gets single shards: it has all neighbours anyway. The threads of a process begin next to each
-        other, on parts of what would be the run of one: see :class:`Crew`.
+        Every process gets its share in one piece, at most :data:`LONGEST` shards for each of its threads in a round:
+        what two processes both need is then as little as can be. Who is done sooner takes over a part of another's
+        run: see :meth:`takeover`. One process gets single shards: it has all neighbours anyway. The threads of a
+        process begin next to each other, on parts of what would be the run of one: see :class:`Crew`.
 
         Parameters
         ----------
@@ -86,28 +96,76 @@ class Cuts:
             return
         begin = 0
         while begin < len(places):
-            parts = []
-            left = len(places) - begin
-            share = left / force.processes
-            if left > 2 * force.processes * force.threads:
-                share /= 2
-            length = min(int(np.ceil(share)), max(self.enough, force.threads))
-            for _ in range(force.processes):
-                end = self._cheapest(places, begin, length)
-                parts.append(_pieces(places[begin:end], force.threads))
-                begin = end
-            yield [
-                pieces[thread] for thread in range(force.threads) for pieces in parts if thread < len(pieces)
-            ]
+            count = min(len(places) - begin, LONGEST * force.threads * force.processes)
+            ends = self._ends(places, begin, count, force.processes)
+            pieces = [_pieces(places[a:b], force.threads) for a, b in pairwise(ends)]
+            yield [part[thread] for thread in range(force.threads) for part in pieces if thread < len(part)]
+            begin = ends[-1]
 
-    def _cheapest(self, places: Sequence[int], begin: int, length: int) -> int:
-        """Return where to end a run of about a length: where the least is shared."""
-        slack = length // 4
-        ends = range(min(begin + length - slack, len(places)), min(begin + length + slack, len(places)) + 1)
-        inside = [end for end in ends if begin < end < len(places)]
-        if not inside or ends[-1] == len(places):
-            return min(begin + length, len(places))
-        return min(inside, key=lambda end: (int(self.shared[places[end - 1]]), abs(end - begin - length)))
+    def parts(self, count: int) -> list[range]:
+        """Cut all shards into runs of neighbours, as equal as can be, for processes that know nothing of each other.
+
+        Returns
+        -------
+        list
+            So many runs of places, in order; where there are fewer shards, some are empty.
+        """
+        places = range(len(self.shared) + 1)
+        return [places[a:b] for a, b in pairwise(self._ends(places, 0, len(places), count))]
+
+    def _ends(self, places: Sequence[int], begin: int, count: int, pieces: int) -> list[int]:
+        """Return where some shards begin, and where each of so many pieces of them ends."""
+        ends = [begin + -(-count * number // pieces) for number in range(pieces + 1)]
+        slack = count // (SLACK * pieces)
+        return [begin, *(self._cheapest(places, end, slack) for end in ends[1:])]
+
+    def _cheapest(self, places: Sequence[int], end: int, slack: int) -> int:
+        """Return where to end a run that would end about here: where what is shared there costs less than waiting."""
+        if end == len(places):
+            return end
+        at = np.arange(end - slack, min(end + slack, len(places) - 1) + 1)
+        away = np.abs(at - end)
+        return int(at[np.lexsort((away, self._cost(np.asarray(places)[at]) + away))[0]])
+
+    def _cost(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the time, in that of a shard, for what is fetched once more where another process begins at places."""
+        each = self.total / (len(self.shared) + 1)
+        return np.asarray(TILES_SHARE * self.shared[places - 1] / max(each, 1))
+
+    def paid(self, runs: Iterable[Sequence[int]]) -> int:
+        """Return the bytes that are fetched once more where these runs begin, if each is another process's."""
+        return sum(int(self.shared[run[0] - 1]) for run in runs if run[0] > 0)
+
+    def allowance(self, places: Sequence[int], force: Workforce) -> int:
+        """Return the bytes that so many processes may fetch once more, at the borders of all their runs."""
+        return self.paid(chain.from_iterable(self.rounds(places, force))) + int(REPEATED * self.total)
+
+    def takeover(self, places: Sequence[int], threads: int, spare: int) -> Takeover | None:
+        """Find what of a process's shards an idle one had better compute.
+
+        Parameters
+        ----------
+        places
+            The shards that the busy process has left, those under way among them, rising.
+        threads
+            Its threads.
+        spare
+            Bytes that may be fetched once more for it, at most.
+
+        Returns
+        -------
+        Takeover or None
+            None where it would gain less time than the idle process spends on tiles that both need.
+        """
+        at = np.arange(threads, len(places))
+        if not len(at):
+            return None
+        begins = np.asarray(places)[at]
+        twice, cost = self.shared[begins - 1], self._cost(begins)
+        gain = len(places) / threads - np.maximum(at / threads, len(places) - at + cost)
+        gain[(gain < cost) | (gain <= 0) | (twice > spare)] = -1
+        best = int(gain.argmax())
+        return Takeover(tuple(places[int(at[best]) :]), float(gain[best])) if gain[best] > 0 else None
 
 
 def _pieces(places: Sequence[int], count: int) -> list[tuple[int, ...]]:
@@ -121,14 +179,15 @@ class _Duty:
     """A run that a task of this process has."""
 
     job: str
+    first: int
     waiting: deque[int]
-    places: tuple[int, ...]
+    places: set[int]
+    """Those that it has left: waiting, or being computed."""
     whole: bool
     compute: Callable[[int], None]
     goes_on: Callable[[], bool]
     busy: int = 0
     """Of its shards, how many are being computed."""
-    finished: set[int] = field(default_factory=set)
     error: BaseException | None = None
 
 
@@ -138,6 +197,8 @@ class Crew:
     def __init__(self) -> None:
         self._changed = Condition()
         self._duties: list[_Duty] = []
+        self._others: dict[str, set[int]] = {}
+        """Job -> shards that others compute, after all."""
 
     def compute(
         self,
@@ -167,15 +228,18 @@ class Crew:
         BaseException
             What computing one of them ended with; the rest of the run is then left.
         """
-        duty = _Duty(job, deque(places), tuple(places), whole, compute, goes_on)
+        duty = _Duty(job, places[0], deque(places), set(places), whole, compute, goes_on)
         with self._changed:
             self._duties.append(duty)
+            self._others.setdefault(job, set()).difference_update(places)
         try:
             while (turn := self._next(duty)) is not None:
                 self._do(*turn)
         finally:
             with self._changed:
                 self._duties.remove(duty)
+                if all(other.job != job for other in self._duties):
+                    del self._others[job]
         if duty.error is not None:
             raise duty.error
 
@@ -189,15 +253,33 @@ class Crew:
         duties = [duty for duty in duties if duty.job == digest]
         if not duties or any(duty.whole for duty in duties):
             return None
-        return frozenset(place for duty in duties for place in duty.places) - frozenset(
-            place for duty in duties for place in duty.finished
-        )
+        with self._changed:
+            return frozenset(place for duty in duties for place in duty.places)
+
+    def give_up(self, job: str, places: Collection[int]) -> tuple[int, ...]:
+        """Leave shards that have not begun to others; return which, rising."""
+        with self._changed:
+            left = list[int]()
+            for duty in (duty for duty in self._duties if duty.job == job):
+                here = [place for place in duty.waiting if place in places]
+                duty.waiting = deque(place for place in duty.waiting if place not in places)
+                duty.places.difference_update(here)
+                left += here
+            if left:
+                self._others[job].update(left)
+                self._changed.notify_all()
+            return tuple(sorted(left))
+
+    def given_up(self, job: str) -> frozenset[int]:
+        """Return the shards of a job that this process has left to others."""
+        with self._changed:
+            return frozenset(self._others.get(job, ()))
 
     def _next(self, duty: _Duty) -> tuple[_Duty, int] | None:
         """Return what to compute next, or None once a run is over; wait for its shards that others compute."""
         with self._changed:
             while duty.waiting or duty.busy:
-                for other in sorted(self._duties, key=lambda one: one.places[0]):
+                for other in sorted(self._duties, key=lambda one: one.first):
                     if other.waiting and (other.error is not None or not other.goes_on()):
                         other.waiting.clear()
                     if other.waiting:
@@ -215,7 +297,7 @@ class Crew:
             error = reason
         with self._changed:
             duty.busy -= 1
-            duty.finished.add(place)
+            duty.places.discard(place)
             duty.error = duty.error or error
             self._changed.notify_all()
 

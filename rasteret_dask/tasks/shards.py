@@ -1,12 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chip table becomes Dask tasks: one named Blockwise layer per step, fused to one task a shard."""
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import xarray as xr
 from dask._task_spec import DataNode, Task
@@ -14,6 +16,7 @@ from dask.blockwise import blockwise, optimize_blockwise
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.layers import ArrayBlockIdDep
 
+from rasteret_dask import activity
 from rasteret_dask.errors import UnreadableTilesWarning
 from rasteret_dask.planning.plan import Function, digest
 from rasteret_dask.tasks import pixels
@@ -24,7 +27,9 @@ from rasteret_dask.tasks.jobfile import JobRef, opened
 from rasteret_dask.tasks.mapping import mapped
 from rasteret_dask.words import OnError
 
-__all__ = ["Graph", "Shipped", "lower", "read_chips", "renamed"]
+T = TypeVar("T")
+
+__all__ = ["Graph", "Shipped", "lower", "read_chips", "read_sources", "renamed"]
 
 
 @dataclass(frozen=True)
@@ -170,15 +175,46 @@ def read_chips(
     dict
         Source -> its Dataset; see :func:`rasteret_dask.tasks.filtering.filtered`.
     """
+    made = dict(read_sources(job, shard, context, into, warns))
+    return {plan.name: made[plan.name] for plan in job.sources}
+
+
+def read_sources(
+    job: Job,
+    shard: Shard,
+    context: ReadContext,
+    into: Sequence[pixels.Into] | None = None,
+    warns: bool = True,
+) -> Iterator[tuple[str, xr.Dataset]]:
+    """Yield a shard's sources as :func:`read_chips` reads them, each as soon as it is there.
+
+    Whoever takes them can let go of one before the next is read; where rules decide which chips are kept, all of them
+    come at the end. Neighbouring shards begin with different sources: what one thread does in Python (masks, fills)
+    then meets what another leaves to the threads that decode.
+    """
     todo = Steps.of(job, context.on_error, warns)
-    results: list[Any] = []
-    for step in todo.steps[: todo.joined + 1]:
+    turn = int(job.running[shard.start])
+
+    def result(at: int) -> Any:
+        step = todo.steps[at]
         run = step.run if step.memory is None or into is None else partial(step.run, into=into[step.memory])
         calls = [Shipped(context.functions[function]) for function in step.functions]
-        below = [results[at] for at in step.below]
-        results.append(run(job, (shard.hierarchy, shard.number), *step.constants, *calls, *below))
-    joined: dict[str, xr.Dataset] = results[-1]
-    return joined
+        made = {n: result(n) for n in _turned(step.below, turn)}
+        return run(
+            job, (shard.hierarchy, shard.number), *step.constants, *calls, *(made[n] for n in step.below)
+        )
+
+    if job.pixel_rules:
+        yield from result(todo.joined).items()
+    else:
+        for name in _turned(tuple(todo.sources), turn):
+            yield name, result(todo.sources[name])
+
+
+def _turned(items: tuple[T, ...], turn: int) -> tuple[T, ...]:
+    """Return items in the same round, from another one on."""
+    first = turn % max(len(items), 1)
+    return items[first:] + items[:first]
 
 
 class _Builder:
@@ -279,7 +315,17 @@ def _warn(shard: Shard, dataset: xr.Dataset) -> None:
 
 
 def _map(job: Job | JobRef, block: tuple[int, int], function: Shipped, dataset: xr.Dataset) -> xr.Dataset:
-    return mapped(function.call, dataset)
+    begun = time.perf_counter()
+    return _timed("map", begun, mapped(function.call, dataset))
+
+
+def _timed(stage: str, begun: float, dataset: xr.Dataset) -> xr.Dataset:
+    """Add what a stage took since then to a Dataset's seconds, and tell Dask."""
+    passed = time.perf_counter() - begun
+    activity.spent(stage, passed)
+    seconds = dict(dataset.attrs["seconds"])
+    seconds[stage] = seconds.get(stage, 0.0) + passed
+    return dataset.assign_attrs(seconds=seconds)
 
 
 def _join(
@@ -295,7 +341,10 @@ def _filter_pixels(
     *shipped, joined = rest
     named = (r.function for r in own.pixel_rules if r.function is not None)
     functions = {function: one.call for function, one in zip(named, shipped, strict=True)}
-    return filtered(own, own.shard(*block), joined, ReadContext(functions, on_error))
+    begun = time.perf_counter()
+    kept = filtered(own, own.shard(*block), joined, ReadContext(functions, on_error))
+    first = own.sources[0].name
+    return {**kept, first: _timed("filter", begun, kept[first])}
 
 
 def _one(

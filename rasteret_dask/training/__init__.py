@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """What training loops of torch ask for beside batches."""

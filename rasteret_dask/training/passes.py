@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which epoch a pass over a dataset begins with, whichever processes make it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chips as torch tensors, under the names that TorchGeo knows where these are asked for."""
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ def as_tensors(arrays: Mapping[str, Any], image: str | None = None) -> Sample:
     ------
     PlanError
         When there is no such source, or two entries would have the same name.
+
+    Examples
+    --------
+    >>> from rasteret_dask.torchdata import as_tensors
+    >>> batch = next(chips.stream(batch_size=8))
+    >>> as_tensors(batch, image="s2")["image"].shape
+    torch.Size([8, 3, 2, 32, 32])
     """
     if image is None:
         return {name: _tensor(values) for name, values in arrays.items()}

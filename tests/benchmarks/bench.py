@@ -32,7 +32,20 @@ from process import THIS, Process, apart, build_tables, started
 from python312 import environment
 from scenes import EPSG, ORIGIN, Kind, embeddings, items, landsat, make_files, sentinel2
 
-NAMES = ("J1", "J1-u16", "J1-zarr", "J1-zone", "J2", "J3", "J4", "J4-u16", "J4-fresh", "J5", "memory")
+NAMES = (
+    "J1",
+    "J1-u16",
+    "J1-zarr",
+    "J1-zone",
+    "J2",
+    "J3",
+    "J4",
+    "J4-u16",
+    "J4-fresh",
+    "J5",
+    "J5-wide",
+    "memory",
+)
 UNFILLED = ("J4-unfilled", "J4-u16-unfilled")
 """J4 with ``harmonize(fill=False)``; run where they are named."""
 ABSENT = {
@@ -49,6 +62,7 @@ README_WAYS = {
     "J4": (_PACKAGE, _LOOP, _ODC, _STACKSTAC),
     "J4-fresh": (_PACKAGE, _LOOP, _ODC, _STACKSTAC),
     "J5": (_PACKAGE, _LOOP, *(n for n in CONTENDERS if "worker process" in n)),
+    "J5-wide": tuple(n for n in CONTENDERS if "worker process" in n),
     "others": (_PACKAGE, _LOOP),
 }
 """Job -> who runs it."""
@@ -289,19 +303,23 @@ def _readme(name: str, url: str, scratch: Path, threads: int) -> Bench:
         items=str(folder / "items.json"),
         tables=str(folder),
         epsg=EPSG,
-        area=readme_world.area(),
+        area=readme_world.area(name == "J5-wide"),
         dtype="uint16" if "u16" in name else "float32",
         fill="unfilled" not in name,
         fresh="fresh" in name,
+        wide="wide" in name,
         store=str(scratch / "store"),
         layout=str(folder / "layout"),
         threads=threads,
     )
     build_tables(job, scratch)
     filled = ", filled from the next in rank" if job.fill else ""
-    measured = (
-        ", a whole fresh process" if job.fresh else ", on 1, 2 and 4 worker processes" if name == "J5" else ""
-    )
+    across, down = readme_world.WIDE
+    measured = {
+        "J4-fresh": ", a whole fresh process",
+        "J5": ", on 1, 2 and 4 worker processes",
+        "J5-wide": f", on 1, 2 and 4 worker processes, over {across * down} times the ground ({across} x {down})",
+    }.get(name, "")
     title = (
         f"{name}: the README's job as {job.dtype}{filled}{measured}: Sentinel-2 and Landsat merged, masked, three "
         "months, joined with 64-band embeddings, train chips, to Zarr"

@@ -37,7 +37,8 @@ def main(folder: Path) -> None:
     print("| chips a shard | codec | shard, ms | take(32), ms | ratio | first take(32), ms | load, MB/s |")
     print("|---|---|---|---|---|---|---|")
     for size, per in ((256, 16), (128, 64), (64, 256)):
-        for name, codec in (("auto", "auto"), ("zstd-1", ZstdCodec(level=1))):
+        codecs: dict[str, Compression] = {"auto": "auto", "zstd-1": ZstdCodec(level=1)}
+        for name, codec in codecs.items():
             chips = optical.chips(size=size, cell_km=5.12)
             store = folder / f"{per}-{name}"
             write(chips, store, per, codec)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
+import readme_world
 from jobs import Job, read_job
 
 import rasteret_dask as rd
@@ -21,7 +23,10 @@ def main() -> None:
         rd.build_from_stac(job.load_items(), name=name, bands=list(job.bands)).export(job.table)
         return
     for name, items in job.load_items().items():
-        rd.build_from_stac(items, name=name).export(Path(job.tables) / f"{name}.parquet")
+        path = Path(job.tables) / f"{name}.parquet"
+        rd.build_from_stac(items, name=name).export(path)
+        if job.wide:
+            pq.write_table(readme_world.widened(pq.read_table(path)), path)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ class ReadmeJob(Work):
     """Whether what is invalid in a slot's best acquisition comes from the next in rank."""
     fresh: bool = False
     """Whether the whole process is measured, imports and headers included, and not the exit alone."""
+    wide: bool = False
+    """Whether the ground lies several times side by side, so that there are shards for several processes."""
     bands: tuple[str, ...] = ("red", "green", "blue", "nir")
     dates: tuple[str, str] = ("2024-04-01", "2024-06-30")
     cloud_cover_lt: int = 30
@@ -135,7 +137,12 @@ class ReadmeJob(Work):
 
     @property
     def slack(self) -> float:
-        """How far resampled pixels of two contenders may lie apart: 1 DN of Landsat's, which a kernel rounds."""
+        """How far resampled pixels of two contenders may lie apart: 1 DN of Landsat's, which a kernel rounds.
+
+        On the wide ground we alone run: all pixels are in the digest, equal to the last bit.
+        """
+        if self.wide:
+            return 0
         return 1 if self.dtype == "uint16" else 2.75e-5 + 1e-7
 
     def load_items(self) -> dict[str, list[dict[str, Any]]]:

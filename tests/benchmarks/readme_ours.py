@@ -56,6 +56,8 @@ def _collections(job: ReadmeJob) -> dict[str, rd.Collection]:
 
 
 def _prepared(job: ReadmeJob, run: Callable[[], Path]) -> Prepared:
+    if job.wide:  # its items are those of one ground: nobody else's plain rules know the others
+        return Prepared(run, readme_store.everything)
     return Prepared(run, partial(readme_store.aligned, job), partial(readme_store.resampled, job))
 
 

@@ -20,6 +20,13 @@ def bounds(layout: Path) -> list[Box]:
     return [(float(w), float(s), float(e), float(n)) for w, s, e, n in found]
 
 
+def everything(store: Path) -> Iterator[NDArray[Any]]:
+    """Yield each chip's pixels, whatever feeds them."""
+    arrays = [zarr.open_array(store / name / "pixels", mode="r") for name in ("optical", "embeddings")]
+    for number in range(arrays[0].shape[0]):
+        yield from (np.asarray(array[number]) for array in arrays)
+
+
 def aligned(job: ReadmeJob, store: Path) -> Iterator[NDArray[Any]]:
     """Yield the slots that Sentinel-2 alone feeds, then the embeddings and where they are valid."""
     pixels = zarr.open_array(store / "optical" / "pixels", mode="r")

@@ -17,10 +17,14 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow as pa
+import shapely
 from numpy.typing import NDArray
 from pyproj import Transformer
 from scenes import EPSG, ORIGIN, Kind, embedding, texture, write_cog, write_planar
@@ -33,6 +37,12 @@ FOLDER = "readme"
 
 GRANULE_PX, STEP_PX = 2040, 1020
 """Side of a granule, and how far the eastern one lies east of the western, pixels of 10 m."""
+
+SIDES_M = (10.0 * (GRANULE_PX + STEP_PX), 10.0 * GRANULE_PX)
+"""Of the ground that both granules of a pass cover: from west to east, from north to south."""
+
+WIDE = (4, 2)
+"""How often the ground lies side by side in the wide world: from west to east, from north to south."""
 
 MARGIN_M = 1400.0
 """What chips of 1280 m that touch the area of interest stay within."""
@@ -108,10 +118,11 @@ def embeddings() -> Kind:
     return Kind(f"{FOLDER}/aef", "aef-v1-annual", names, 1, size, 1024, 10.0, corner, "int8", -128, True)
 
 
-def area() -> tuple[float, float, float, float]:
+def area(wide: bool = False) -> tuple[float, float, float, float]:
     """Return west, south, east, north of the area of interest, metres."""
     west, north = ORIGIN
-    east, south = west + 10.0 * (GRANULE_PX + STEP_PX), north - 10.0 * GRANULE_PX
+    across, down = WIDE if wide else (1, 1)
+    east, south = west + across * SIDES_M[0], north - down * SIDES_M[1]
     return west + MARGIN_M, south + MARGIN_M, east - MARGIN_M, north - MARGIN_M
 
 
@@ -262,6 +273,42 @@ def items(root: str) -> dict[str, list[dict[str, Any]]]:
     }
     found["aef"].append(_item("aef_2024_33N", kind.collection, kind, year, {"data": data}))
     return found
+
+
+def widened(table: pa.Table) -> pa.Table:
+    """Return the records of the wide world: the same files on other ground, under other URLs of the same server."""
+    rows = []
+    across, down = WIDE
+    for number, (south, east) in enumerate(product(range(down), range(across))):
+        by = np.array([east * SIDES_M[0], -south * SIDES_M[1]])
+        for row in table.to_pylist():
+            shape = _moved(shapely.from_wkb(row["geometry"]), by)
+            bounds = [float(edge) for edge in shape.bounds]
+            box = dict(zip(("xmin", "ymin", "xmax", "ymax"), bounds, strict=True))
+            row |= {"id": f"{row['id']}_{number}", "geometry": shapely.to_wkb(shape), "bbox": box}
+            row["scene_bbox"] = bounds
+            for _, asset in row["assets"]:
+                url = urlsplit(asset["href"])
+                asset["href"] = url._replace(path=f"/copy{number}{url.path}").geturl()
+            for level in chain.from_iterable(levels for _, levels in row["headers_metadata"]):
+                if level["transform"]:
+                    level["transform"][2] += by[0]
+                    level["transform"][5] += by[1]
+            rows.append(row)
+    return pa.Table.from_pylist(rows, schema=table.schema)
+
+
+def _moved(shape: Any, by: NDArray[np.float64]) -> Any:
+    """Move a shape in degrees by metres."""
+    there, back = (
+        Transformer.from_crs(a, b, always_xy=True).transform for a, b in ((4326, EPSG), (EPSG, 4326))
+    )
+
+    def move(x: Any, y: Any) -> tuple[Any, Any]:
+        metres = np.add(there(x, y), by[:, None])
+        return back(metres[0], metres[1])
+
+    return shapely.transform(shape, move, interleaved=False)
 
 
 def _asset(href: str, kind: Kind) -> dict[str, Any]:

@@ -24,11 +24,13 @@ def planned_chips(s2: rd.Collection, size: int) -> rd.Chips:
     return s2.harmonize(**HOW, dtype="uint16").chips(size, cell_km=size / 100)
 
 
-def made_store(folder: Path, size: int, compression: Any = "auto") -> Path:
-    """Return a store of them, written where it is not there yet."""
+def made_store(folder: Path, size: int, compression: Any = "auto", chips: int | None = None) -> Path:
+    """Return a store of them, or of a sample, written where it is not there yet."""
     name = compression if isinstance(compression, str) else "codec"
-    store = folder / f"chips-{size}-{name}.zarr"
+    store = folder / f"chips-{size}-{name}{'' if chips is None else f'-{chips}'}.zarr"
     if not (store / "zarr.json").is_file():
         shutil.rmtree(store, ignore_errors=True)
-        planned_chips(scenes(folder), size).to_zarr(store, progress=False, compression=compression)
+        planned = planned_chips(scenes(folder), size)
+        planned = planned if chips is None else planned.sample(chips)
+        planned.to_zarr(store, progress=False, compression=compression)
     return store

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small made-up world: real COGs with STAC items in static catalogs, for the demo and for tests.
 
 The ground is a procedural landscape in UTM zone 33N with farmland, forest, water and towns. Over it fly a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clouds of the made-up world and the shadows they cast."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Annual embeddings of the made-up world, stored as AlphaEarth's are."""
 
 from __future__ import annotations

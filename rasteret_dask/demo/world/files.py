@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the rasters and the static STAC catalogs of the made-up world."""
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _EXTENSIONS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class CogStyle:
-    """How a COG is laid out; all are deflated with predictor 2."""
+    """How a COG is laid out; all are deflated with the predictor of their type."""
 
     tile_px: int
     """Side of an internal tile."""
@@ -51,7 +52,7 @@ def write_cog(path: Path, pixels: NDArray[np.generic], grid: Grid, style: CogSty
         "nodata": style.nodata,
         "blocksize": style.tile_px,
         "compress": "DEFLATE",
-        "predictor": "STANDARD",
+        "predictor": "YES",
         "overview_resampling": style.overviews,
     }
     with rasterio.open(path, "w", **profile) as file:

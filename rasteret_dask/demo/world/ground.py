@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ground of the made-up world: a procedural landscape of farmland, forest, water and towns."""
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.demo.world.layout import Grid
-from rasteret_dask.demo.world.noise import NoiseAlong, hash_unit, make_noise
+from rasteret_dask.demo.world.noise import Noise, NoiseAlong, hash_unit, make_noise
 from rasteret_dask.demo.world.parcels import Regions, make_regions, parcels_at
 from rasteret_dask.demo.world.spectra import PHASES, Cover, bare
 from rasteret_dask.demo.world.towns import build_towns
 
-__all__ = ["Ground", "make_ground"]
+__all__ = ["Ground", "hills_of", "make_ground"]
 
 _STRIP_ROWS = 256
 _CROPS = (
@@ -81,11 +82,20 @@ class _Relief:
     """Shape (3, 2). Phase of the river's and the brook's bends, radians."""
 
 
+def hills_of(seed: int, grid: Grid) -> Noise:
+    """Return the hills that the landscape of this seed on ``grid`` follows; about -3 to 3."""
+    return _hills(np.random.default_rng([seed, 1]), grid)
+
+
+def _hills(rng: np.random.Generator, grid: Grid) -> Noise:
+    return make_noise(rng, grid, (9000, 4500, 2200, 1000, 500), 0.5)
+
+
 def make_ground(seed: int, grid: Grid) -> Ground:
     """Paint the landscape of this seed on ``grid`` (10 m), strip by strip."""
     rng = np.random.default_rng([seed, 1])
     relief = _Relief(
-        hills=make_noise(rng, grid, (9000, 4500, 2200, 1000, 500), 0.5).along(grid.x),
+        hills=_hills(rng, grid).along(grid.x),
         woods=make_noise(rng, grid, (5200, 2400, 1100, 500, 260), 0.6).along(grid.x),
         moisture=make_noise(rng, grid, (3000, 1100, 450, 220), 0.7).along(grid.x),
         warp=(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Landsat-like scenes of the made-up world: Collection 2 Level 2 as Earth Search lists it."""
 
 from __future__ import annotations

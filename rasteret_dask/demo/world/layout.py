@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where everything of the made-up world lies: its grids in one UTM zone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Smooth random fields over ground coordinates, the same for every grid they are sampled on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How farmland is divided: regions with their own direction, cut into parcels."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sentinel-2-like scenes of the made-up world, as Earth Search publishes them."""
 
 from __future__ import annotations

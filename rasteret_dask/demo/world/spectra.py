@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each ground cover reflects on each day of the year."""
 
 from __future__ import annotations

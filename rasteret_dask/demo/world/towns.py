@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Towns of the made-up world, and the roads between them."""
 
 from __future__ import annotations

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How values look at a prompt, in a notebook and on a page."""
