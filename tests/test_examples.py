@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ OVERLAY = ROOT / "deploy" / "kubernetes" / "overlays" / "train"
 CHIPS, EPOCHS, BATCH_SIZE, EVERY = 60, 3, 8, 3
 BATCHES = 4
 """Of a rank and epoch: 30 chips by 8."""
+CHECKPOINTS = range(EVERY, EPOCHS * BATCHES, EVERY)
+"""Batches before which a checkpoint is written."""
 PR_SET_PDEATHSIG = 1
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -120,19 +122,20 @@ def on_this_machine(*command: str) -> list[dict[str, Any]]:
 def killed(command: Sequence[str], notes: Path, after: int) -> list[dict[str, Any]]:
     """Run a command, kill its second rank by SIGKILL when that has noted so many batches, and return the reports.
 
-    Its notes go into a pipe that nobody reads any more: so it stands still in the batch that follows.
+    Its notes go into a pipe that nobody reads any more: so it stands still in a batch that follows. On a busy machine
+    several notes are read at once, and it is killed some batches later.
     """
     notes.mkdir()
     place = notes / "rank-1.jsonl"
     os.mkfifo(place)
     with running(command) as process:
-        until_lines: list[str] = []
-        while len(until_lines) < after:
+        lines: list[str] = []
+        while len(lines) < after:
             with open_pipe(place, process) as pipe:
-                until_lines += pipe
-        victim = json.loads(until_lines[-1])["process"]
+                lines += pipe
+        victim = json.loads(lines[-1])["process"]
         psutil.Process(victim).kill()
-        (notes / "kept").write_text("".join(until_lines))
+        (notes / "kept").write_text("".join(lines))
         os.replace(notes / "kept", place)
         return reports(process)
 
@@ -177,11 +180,13 @@ def check_epochs(notes: Path, world: World) -> None:
     assert len(set(orders)) == EPOCHS
 
 
-def check_ranks(both: Sequence[Mapping[str, Any]], first: int = 0) -> None:
-    """Check that ranks began at the same batch, were two processes, and ended with one model that has learnt."""
+def check_ranks(both: Sequence[Mapping[str, Any]], firsts: Iterable[int] = (0,)) -> None:
+    """Check that ranks began at one of these batches, were two processes, and ended with one model that has learnt."""
     assert [report["rank"] for report in both] == [0, 1]
     assert len({report["process"] for report in both}) == 2
-    assert [report["first_batch"] for report in both] == [first, first]
+    first = both[0]["first_batch"]
+    assert first in firsts
+    assert both[1]["first_batch"] == first
     assert [report["batches"] for report in both] == [EPOCHS * BATCHES - first] * 2
     assert both[0]["weights"] == both[1]["weights"]
     assert all(report["losses"][-1] < report["losses"][0] for report in both)
@@ -213,7 +218,7 @@ def test_a_killed_rank_goes_on_from_a_store_as_if_nothing_had_been(
     notes, checkpoint = tmp_path / "notes", tmp_path / "checkpoint"
     how = arguments(world.store, checkpoint=checkpoint, every=EVERY, notes=notes)
     both = killed([*TORCHRUN, "--max-restarts", "1", *how], notes, after=EVERY + 1)
-    check_ranks(both, first=EVERY)
+    check_ranks(both, firsts=CHECKPOINTS)
     check_epochs(notes, world)
     assert both[0]["weights"] == weights
     check_nothing_runs()
@@ -232,7 +237,7 @@ def test_a_killed_rank_goes_on_beside_a_cluster_that_reads_for_it(
         how = of_the_manifest(cluster.scheduler_address, world, tmp_path / "run")
         small = [f"--epochs={EPOCHS}", f"--batch-size={BATCH_SIZE}", f"--every={EVERY}", f"--notes={notes}"]
         both = killed([*how, *small], notes, after=EVERY + 1)
-        check_ranks(both, first=EVERY)
+        check_ranks(both, firsts=CHECKPOINTS)
         check_epochs(notes, world)
         assert both[0]["weights"] == weights
         until(lambda: not cluster.scheduler.tasks)
