@@ -31,7 +31,7 @@ from rasteret_dask.launching.slurm import OPTIONS, Walltime
 from rasteret_dask.net import remote
 from rasteret_dask.net.watch import Watch
 from rasteret_dask.progress import Progress
-from rasteret_dask.store import ledger
+from rasteret_dask.store import shardreports
 from rasteret_dask.tasks import workermemory
 
 pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue")
@@ -92,7 +92,7 @@ def plain(chips: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tries(store: Path) -> dict[str, int]:
-    return {shard: len(marks) for shard, marks in ledger.tries(remote.listing(str(store))).items()}
+    return {shard: len(marks) for shard, marks in shardreports.tries(remote.listing(str(store))).items()}
 
 
 def written(store: Path) -> set[str]:
