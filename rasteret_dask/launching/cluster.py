@@ -48,6 +48,12 @@ IDLE_S = 600.0
 MOST_WORKERS = 4
 """Workers that are started where nobody says how many, at most."""
 
+SPLITS = frozenset({"train", "val", "test", "all"})
+"""Splits that chips mostly have, where nobody says which chips are computed."""
+
+A_TASK = "60s"
+"""About what a run of shards takes: long enough that each is counted as work for a thread."""
+
 _EVERY_KIND = {
     "idle_timeout": "how long it may have no tasks until it takes itself down, such as '10 minutes'",
     "allowed_failures": "how many lost workers a task survives",
@@ -121,28 +127,54 @@ def cluster(
     if is_address(place):
         _check_bare(place, workers=workers, size=size, options=options)
         return _connected(place)
-    module, size = _module(place), size or WorkerSize()
+    return _started(_module(place).started, _request(place, chips, workers, size or WorkerSize(), options))
+
+
+def _request(
+    place: str,
+    chips: Explained | Sequence[Explained] | None,
+    workers: int | tuple[int, int] | None,
+    size: WorkerSize,
+    options: Mapping[str, Any] | None,
+) -> ClusterRequest:
+    """Return what a kind of cluster is asked for; what makes no sense is refused before chips are planned."""
     idle_s, failures, rest = checked_options(place, options)
     limits = None if workers is None else _limits(workers)
-    explained, memory = _explained(chips), size.memory
-    if isinstance(memory, str):
-        plans = [one.worker_bytes(size.threads) for one in explained]
-        memory = max(plans, default=limit_bytes(size.threads))
+    explained = _explained(chips)
+    memory = _memory(size, explained)
     if limits is None:
-        tasks = max((one["tasks"] for one in explained), default=MOST_WORKERS * size.threads)
-        limits = (min(most_for(tasks, size.threads), module.most_workers(size.threads, memory)),) * 2
-    environment = MappingProxyType({**WORKER_ENVIRONMENT, **size.environment})
-    request = ClusterRequest(
-        f"rasteret-{uuid4().hex[:8]}",
-        limits,
-        size,
-        memory,
-        environment,
-        MappingProxyType(rest),
-        idle_s,
-        failures,
+        limits = (min(_most_tasks(explained, size), _module(place).most_workers(size.threads, memory)),) * 2
+    return ClusterRequest(
+        name=f"rasteret-{uuid4().hex[:8]}",
+        workers=limits,
+        size=size,
+        memory_bytes=memory,
+        environment=MappingProxyType({**WORKER_ENVIRONMENT, **size.environment}),
+        options=MappingProxyType(rest),
+        idle_timeout_s=idle_s,
+        allowed_failures=failures,
+        task_durations=MappingProxyType(_durations(explained)),
     )
-    return _started(module.started, request)
+
+
+def _memory(size: WorkerSize, explained: Sequence[Explanation]) -> int:
+    """Return the memory limit of a worker, in bytes: as it is asked for, or what the tasks of all chips need."""
+    if not isinstance(size.memory, str):
+        return size.memory
+    plans = [one.worker_bytes(size.threads) for one in explained]
+    return max(plans, default=limit_bytes(size.threads))
+
+
+def _most_tasks(explained: Sequence[Explanation], size: WorkerSize) -> int:
+    """Return how many workers the tasks of the largest of the chips can use, where nobody says how many."""
+    tasks = max((one["tasks"] for one in explained), default=MOST_WORKERS * size.threads)
+    return most_for(tasks, size.threads)
+
+
+def _durations(explained: Sequence[Explanation]) -> dict[str, str]:
+    """Return how long tasks take whose like has not ended yet: Dask takes half a second for each, and adapts late."""
+    splits = {"all", *(name for one in explained for name in one["splits"])} if explained else SPLITS
+    return {**{f"write-{name}": A_TASK for name in splits}, "stats": A_TASK}
 
 
 def is_address(place: str) -> bool:
@@ -243,13 +275,26 @@ def _connected(address: str) -> Iterator[Client]:
 
 @contextmanager
 def _started(start: Callable[[ClusterRequest], Any], request: ClusterRequest) -> Iterator[Client]:
-    with terminable(), start(request) as running:
-        least, most = request.workers
-        if least == most:
-            running.scale(most)
-        else:
-            running.adapt(minimum=least, maximum=most)
+    with terminable(), _expecting(request.task_durations), start(request) as running:
+        _scale(running, request.workers)
         with clusters.using(running) as client:
             assert client is not None
             with client.as_current():
                 yield client
+
+
+@contextmanager
+def _expecting(durations: Mapping[str, str]) -> Iterator[None]:
+    """Tell a scheduler of this process how long tasks take; what the user's configuration says of them stays."""
+    key = "distributed.scheduler.default-task-durations"
+    with dask.config.set({key: {**durations, **dask.config.get(key, {})}}):
+        yield
+
+
+def _scale(running: Any, workers: tuple[int, int]) -> None:
+    """Have workers started: a fixed number, or as many as there is work for."""
+    least, most = workers
+    if least == most:
+        running.scale(most)
+    else:
+        running.adapt(minimum=least, maximum=most)

@@ -109,8 +109,18 @@ class ClusterRequest:
     """Seconds without tasks after which the cluster takes itself down: a client that was killed cannot."""
     allowed_failures: int = 3
     """How many lost workers a task survives (``distributed.scheduler.allowed-failures``)."""
+    task_durations: Mapping[str, str] = field(default_factory=dict)
+    """Beginning of tasks' names -> how long they take, about (``distributed.scheduler.default-task-durations``)."""
     death_timeout_s: float = 120.0
     """Seconds after which a worker without a scheduler ends."""
+
+    @property
+    def scheduler_environment(self) -> dict[str, str]:
+        """Dask's settings, as variables of a scheduler in another process."""
+        return {
+            "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(self.allowed_failures),
+            "DASK_DISTRIBUTED__SCHEDULER__DEFAULT_TASK_DURATIONS": repr(dict(self.task_durations)),
+        }
 
 
 def _bytes(value: Any) -> int:
