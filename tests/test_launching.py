@@ -153,6 +153,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "option": ("local", {"options": {"idle_timeuot": 3}}, "'idle_timeuot'.*Did you mean 'idle_timeout'"),
     "time": ("local", {"options": {"idle_timeout": "soon"}}, "idle_timeout: found 'soon'; expected seconds"),
     "failures": ("local", {"options": {"allowed_failures": -1}}, "allowed_failures: found -1"),
+    "image": (
+        "slurm",
+        {"size": rd.WorkerSize(image="a/b:1")},
+        r"image='a/b:1'\); expected no image.*Leave image out",
+    ),
     "chips": ("local", {"chips": 5}, r"chips=\): found 5; expected chips"),
 }
 

@@ -15,7 +15,13 @@ from uuid import uuid4
 import dask.config
 
 from rasteret_dask.errors import PlanError
-from rasteret_dask.launching.request import WORKER_ENVIRONMENT, ClusterRequest, WorkerSize, seconds_of
+from rasteret_dask.launching.request import (
+    WORKER_ENVIRONMENT,
+    ClusterRequest,
+    WorkerSize,
+    durations,
+    seconds_of,
+)
 from rasteret_dask.net import clusters, remote
 from rasteret_dask.store.stopping import terminable
 from rasteret_dask.tasks.workermemory import limit_bytes
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from rasteret_dask.show.explain import Explanation
 
 __all__ = [
+    "CONTAINERS",
     "KINDS",
     "MOST_WORKERS",
     "ClusterKind",
@@ -42,17 +49,14 @@ ClusterKind: TypeAlias = Literal["local", "gateway", "kubernetes", "slurm"]
 KINDS: tuple[ClusterKind, ...] = get_args(ClusterKind)
 """Words for clusters that are started; each is a module of this package with ``OPTIONS`` and ``started``."""
 
+CONTAINERS: frozenset[str] = frozenset({"gateway", "kubernetes"})
+"""Kinds whose workers are containers, and so have an image."""
+
 IDLE_S = 600.0
 """Seconds without tasks after which a cluster takes itself down."""
 
 MOST_WORKERS = 4
 """Workers that are started where nobody says how many, at most."""
-
-SPLITS = frozenset({"train", "val", "test", "all"})
-"""Splits that chips mostly have, where nobody says which chips are computed."""
-
-A_TASK = "60s"
-"""About what a run of shards takes: long enough that each is counted as work for a thread."""
 
 _EVERY_KIND = {
     "idle_timeout": "how long it may have no tasks until it takes itself down, such as '10 minutes'",
@@ -139,6 +143,11 @@ def _request(
 ) -> ClusterRequest:
     """Return what a kind of cluster is asked for; what makes no sense is refused before chips are planned."""
     idle_s, failures, rest = checked_options(place, options)
+    if size.image is not None and place not in CONTAINERS:
+        raise PlanError(
+            f"cluster({place!r}, size=)", f"WorkerSize(image={size.image!r})",
+            "no image: its workers are processes with the Python of this one, and no containers", "Leave image out.",
+        )  # fmt: skip
     limits = None if workers is None else _limits(workers)
     explained = _explained(chips)
     memory = _memory(size, explained)
@@ -153,7 +162,7 @@ def _request(
         options=MappingProxyType(rest),
         idle_timeout_s=idle_s,
         allowed_failures=failures,
-        task_durations=MappingProxyType(_durations(explained)),
+        task_durations=durations(split for one in explained for split in one["splits"]),
     )
 
 
@@ -169,12 +178,6 @@ def _most_tasks(explained: Sequence[Explanation], size: WorkerSize) -> int:
     """Return how many workers the tasks of the largest of the chips can use, where nobody says how many."""
     tasks = max((one["tasks"] for one in explained), default=MOST_WORKERS * size.threads)
     return most_for(tasks, size.threads)
-
-
-def _durations(explained: Sequence[Explanation]) -> dict[str, str]:
-    """Return how long tasks take whose like has not ended yet: Dask takes half a second for each, and adapts late."""
-    splits = {"all", *(name for one in explained for name in one["splits"])} if explained else SPLITS
-    return {**{f"write-{name}": A_TASK for name in splits}, "stats": A_TASK}
 
 
 def is_address(place: str) -> bool:
