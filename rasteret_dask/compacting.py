@@ -25,7 +25,7 @@ from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import digest
-from rasteret_dask.store import decode, ledger
+from rasteret_dask.store import decode, ledger, shardreports
 from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32
 from rasteret_dask.store.jobreport import JobReport, job_report
 from rasteret_dask.store.manifest import stamp, table_of, timing
@@ -142,7 +142,7 @@ def compact(
                 "They were deleted or damaged meanwhile: call compact again, which does these.",
             )
         places = {shard: report.place for shard, report in reports.items()}
-        manifest = _manifest(opened, chips.shards, reports, ledger.tries(found))
+        manifest = _manifest(opened, chips.shards, reports, shardreports.tries(found))
         ledger.commit(place, found, manifest, places, {})
         forget_clients(place)
     return JobReport.of_manifest(
@@ -150,10 +150,12 @@ def compact(
     )
 
 
-def _reports(place: str, objects: Mapping[str, int], chips: _Kept) -> dict[str, ledger.Report]:
+def _reports(place: str, objects: Mapping[str, int], chips: _Kept) -> dict[str, shardreports.Report]:
     """Return the valid reports of all shards."""
     return {
-        shard: report for some in ledger.reports(place, objects, chips.keys) for shard, report in some.items()
+        shard: report
+        for some in shardreports.reports(place, objects, chips.keys)
+        for shard, report in some.items()
     }
 
 
@@ -310,10 +312,10 @@ def _rows(old: StoreMap, split: str | None) -> NDArray[np.int64]:
 def _copied(url: str, source: str, place: str, shard: _NewShard) -> None:
     """Write one new shard, then its report; nothing where that is done, whoever held its result."""
     start = time.perf_counter()
-    if ledger.valid_report(place, shard.name, shard.key) is not None:
+    if shardreports.valid_report(place, shard.name, shard.key) is not None:
         return
     old = open_map(url, source)
-    mark = ledger.tried(place, shard.name, shard.key)
+    mark = shardreports.tried(place, shard.name, shard.key)
     written, shown = [], activity.current()
     for group in old.groups[shard.split]:
         at = group_path(shard.split, shard.splits, group.source, len(old.sources))
@@ -329,7 +331,7 @@ def _copied(url: str, source: str, place: str, shard: _NewShard) -> None:
                 written.append({"path": path, "size": sum(map(len, pieces)), "crc32": crc32(pieces)})
     seconds = time.perf_counter() - start
     report = {"objects": written, **stamp(seconds, {"copy": seconds})}
-    ledger.done(place, shard.name, shard.key, mark, report)
+    shardreports.done(place, shard.name, shard.key, mark, report)
 
 
 def _pieces(
@@ -390,7 +392,7 @@ def _array(
 def _manifest(
     old: StoreMap,
     shards: Sequence[_NewShard],
-    reports: Mapping[str, ledger.Report],
+    reports: Mapping[str, shardreports.Report],
     tries: Mapping[str, Sequence[str]],
 ) -> pa.Table:
     """Return one row a shard, with the columns of the old manifest."""

@@ -19,7 +19,7 @@ from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Se
 from rasteret_dask.statistics.measuring import measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
-from rasteret_dask.store.ledger import JOB
+from rasteret_dask.store.shardreports import JOB
 from rasteret_dask.store.stored import Stored
 from rasteret_dask.store.storemap import check_sizes, open_store
 from rasteret_dask.streams.chipshards import stored_chips

@@ -620,11 +620,16 @@ def test_workers_and_notebooks_have_the_same_layers() -> None:
     installs = re.findall(r"pip install [^&]+", (DEPLOY / "Dockerfile").read_text())
     assert installs
     assert all("--constraint /opt/constraints.txt" in install for install in installs)
+    own = [install for install in installs if "rasteret-dask" in install or "$1[" in install]
+    assert len(own) == 3
+    assert not [install for install in own if "rasteret-dask" in install], (
+        "an index may have one of that name"
+    )
 
 
 def test_image_installs_extras_that_are_there() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
-    extras = {extra for names in re.findall(r"rasteret-dask\[(.+?)\]", text) for extra in names.split(",")}
+    extras = {extra for names in re.findall(r"\$1\[(.+?)\]", text) for extra in names.split(",")}
     project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
     assert (
         {"gateway", "kubernetes", "hub", "notebook", "torch"}

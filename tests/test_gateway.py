@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import dask.config
 import pytest
 from conftest import digests
 from gateways import PASSWORD, GatewayServer, by_hand, running_cluster, serving_gateway
+from hypothesis import given
+from hypothesis import strategies as st
 from pages import DOCS, run_page
 from test_hub import IMAGE, extra_config
 from waiting import PATIENCE_S, until
@@ -25,6 +28,8 @@ from waiting import PATIENCE_S, until
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.errors import JobError, PlanError
+from rasteret_dask.launching.gateway import _sizes
+from rasteret_dask.launching.request import ClusterRequest
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +328,31 @@ def test_a_token_of_a_hub_that_is_missing_or_has_expired_is_renewed_by_a_restart
     monkeypatch.setenv("JUPYTERHUB_API_TOKEN", "expired")
     with refused(JobError, r"a login that it refuses \(401.*Restart your server on the hub"):
         starts(options=options)
+
+
+@given(
+    memory=st.integers(2**28, 2**38 - 1),
+    unit=st.sampled_from([2**30, 2**20, 1]),
+    wanted=st.integers(2**28, 2**40),
+)
+def test_the_default_of_a_gateway_tells_what_it_counts_memory_in(memory: int, unit: int, wanted: int) -> None:
+    """Whatever the unit: a worker of 256 MiB to 256 GiB is one in that unit only."""
+    request = ClusterRequest("x", (1, 1), rd.WorkerSize(), wanted, {}, {})
+    assert _sizes(request, {"worker_memory": memory / unit})["worker_memory"] * unit == wanted
+
+
+def test_a_unit_that_is_not_clear_is_asked_for() -> None:
+    request = ClusterRequest("x", (1, 1), rd.WorkerSize(), 2**31, {}, {})
+    with refused(
+        PlanError, r"worker_memory=0.01, in a unit that is not clear; .*options={'memory_unit': 'GiB'}"
+    ):
+        _sizes(request, {"worker_memory": 0.01})
+    stated = replace(request, options={"memory_unit": "GiB"})  # the remedies
+    assert _sizes(stated, {"worker_memory": 0.01})["worker_memory"] == 2
+    chosen = replace(request, options={"cluster_options": {"worker_memory": 3.0}})
+    assert "worker_memory" not in _sizes(chosen, {"worker_memory": 0.01})
+    with refused(PlanError, r"'memory_unit': found 'GB'; expected one of 'GiB', 'MiB', 'B'"):
+        starts(options={"memory_unit": "GB"})
 
 
 def test_no_gateway_is_named() -> None:

@@ -165,17 +165,17 @@ class Lab:
     control: Control
     folder: Path
 
-    def job(self, store: str, bucket: str = "mine", key: str = "old") -> Container:
-        """Start a job that writes a store."""
+    def job(self, store: str, bucket: str = "mine", **more: str) -> Container:
+        """Start a job that writes a store, with more variables in its environment."""
         text = RECIPE.replace("s3://mine/NAME", f"s3://{bucket}/{store}")
         return self.cluster.run(
-            Site(self.folder, {"rasteret-recipe": {"recipe.toml": text}}, {**KEYS, "AWS_ACCESS_KEY_ID": key})
+            Site(self.folder, {"rasteret-recipe": {"recipe.toml": text}}, {**KEYS, **more})
         )
 
-    def held(self, store: str) -> Container:
+    def held(self, store: str, **more: str) -> Container:
         """Start a job, and return it once three shards are done and each of four threads waits in mid-shard."""
         self.control.rule(store, Rule(after=3, hold=True))
-        job = self.job(store)
+        job = self.job(store, **more)
         until(lambda: len(self.control.held(store)) == 4 or job.codes)
         assert not job.codes, job.text
         return job
@@ -230,11 +230,20 @@ with urllib.request.urlopen(f"http://scheduler:8787/{sys.argv[1]}", timeout=60) 
 """
 
 
+def sooner(job: Document) -> Document:
+    """Return a job whose hosts give up one that is silent after 20 s, and not after 60."""
+    silent = '"name": "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP", "value": '
+    text = json.dumps(job)
+    assert text.count(f'{silent}"60s"') == 3  # of the scheduler, the workers and the job
+    sooner: Document = json.loads(text.replace(f'{silent}"60s"', f'{silent}"20s"'))
+    return sooner
+
+
 @pytest.fixture(scope="module")
 def lab(
     small_world: World, tmp_path_factory: pytest.TempPathFactory, _hosts_can_be_made: None
 ) -> Iterator[Lab]:
-    folder, job = tmp_path_factory.mktemp("lab"), of_kind("overlays/minimal", "DaskJob")
+    folder, job = tmp_path_factory.mktemp("lab"), sooner(of_kind("overlays/minimal", "DaskJob"))
     (folder / "control").mkdir()
     site = Site(folder, {"rasteret-recipe": {"recipe.toml": ""}}, KEYS)
     with hosts_of(job, "bucket") as hosts:
@@ -278,7 +287,8 @@ def test_a_killed_worker_costs_its_unfinished_shards(lab: Lab) -> None:
 
 
 def test_a_cut_link_costs_the_shards_behind_it(lab: Lab) -> None:
-    job = lab.held("cut")
+    # it is told of before it is given up
+    job = lab.held("cut", **{f"DASK_RASTERET_DASK__WATCH__{name}": "2s" for name in ("LOOK", "NO_HEARTBEAT")})
     unfinished, worker = lab.shards("cut", "worker-2"), lab.cluster.containers["worker-2"]
     assert len(unfinished) == 2
     ended = len(worker.codes)
@@ -324,7 +334,7 @@ def test_keys_that_expire_end_the_job_with_one_message_and_fresh_ones_go_on(lab:
     assert 4 <= before.total() < SHARDS
     fresh = replace(lab.cluster.site, secret={**KEYS, "AWS_ACCESS_KEY_ID": "new"})
     lab.cluster.replace_workers(fresh)  # the Secret is changed, and the workers' pods are deleted
-    again = lab.job("expired", key="new")
+    again = lab.job("expired", AWS_ACCESS_KEY_ID="new")
     assert again.wait() == 0, again.text
     lab.control.rule("expired", Rule())
     lab.check("expired")

@@ -6,6 +6,7 @@ pods are real processes.
 
 from __future__ import annotations
 
+import ast
 import gc
 import os
 import re
@@ -60,8 +61,10 @@ def normal(cluster: Document) -> Document:
     for component in ("scheduler", "worker"):
         (container,) = cluster["spec"][component]["spec"]["containers"]
         container["env"] = {one["name"]: one["value"] for one in container["env"]}
-        if routes := container["env"].get("DASK_DISTRIBUTED__SCHEDULER__HTTP__ROUTES"):
-            container["env"]["DASK_DISTRIBUTED__SCHEDULER__HTTP__ROUTES"] = yaml.safe_load(routes)
+        for name in ("HTTP__ROUTES", "DEFAULT_TASK_DURATIONS"):
+            if value := container["env"].get(f"DASK_DISTRIBUTED__SCHEDULER__{name}"):
+                # as Dask reads it
+                container["env"][f"DASK_DISTRIBUTED__SCHEDULER__{name}"] = ast.literal_eval(value)
         for resources in container["resources"].values():
             resources["memory"] = parse_bytes(resources["memory"] + "B")
         args = container["args"]

@@ -153,6 +153,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "option": ("local", {"options": {"idle_timeuot": 3}}, "'idle_timeuot'.*Did you mean 'idle_timeout'"),
     "time": ("local", {"options": {"idle_timeout": "soon"}}, "idle_timeout: found 'soon'; expected seconds"),
     "failures": ("local", {"options": {"allowed_failures": -1}}, "allowed_failures: found -1"),
+    "image": (
+        "slurm",
+        {"size": rd.WorkerSize(image="a/b:1")},
+        r"image='a/b:1'\); expected no image.*Leave image out",
+    ),
     "chips": ("local", {"chips": 5}, r"chips=\): found 5; expected chips"),
 }
 
@@ -285,6 +290,29 @@ def test_its_number_of_workers_follows_the_work(chips: rd.Chips, tmp_path: Path)
         until(lambda: len(scheduler.workers) == 1)  # and down again
         assert len(scheduler.workers) == 1
     assert rd.verify(store).ok
+
+
+def test_a_thread_is_asked_for_each_task_before_any_has_ended(chips: rd.Chips) -> None:
+    """By itself, Dask takes half a second a task: ten of them are asked one worker for."""
+    splits = chips.explain()["splits"]
+    assert splits
+    with (
+        dask.config.set({"distributed.adaptive.interval": "1 hour"}),  # no worker ever comes
+        rd.cluster("local", chips=chips, workers=(0, 50)) as client,
+    ):
+        cluster: Any = client.cluster
+        for prefix in ("stats", "mine", *(f"write-{name}" for name in splits)):
+            keys = [f"{prefix}-{number:05d}" for number in range(10)]
+            futures = [client.submit(abs, -1, key=key, pure=False) for key in keys]
+            until(lambda: cluster.scheduler.tasks.keys() >= set(keys))  # noqa: B023
+            assert client.sync(target, cluster) == (1 if prefix == "mine" else 10), prefix
+            client.cancel(futures, force=True)
+            until(lambda: not cluster.scheduler.tasks)
+
+
+async def target(cluster: Any) -> int:
+    """Return how many workers a scheduler wants."""
+    return int(cluster.scheduler.adaptive_target())
 
 
 # Memory

@@ -22,7 +22,7 @@ from rasteret_dask import formats
 from rasteret_dask.compacting import compact
 from rasteret_dask.errors import FormatError, JobError, StoreError
 from rasteret_dask.net.sums import sealed
-from rasteret_dask.store import ledger
+from rasteret_dask.store import shardreports
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.store.run import delayed_zarr
 from rasteret_dask.store.verifying import Verification, verify
@@ -238,17 +238,17 @@ def test_a_valid_report_is_of_this_key_and_its_objects_are_there(
     store = tmp_path / "store"
     shutil.copytree(finished, store)
     url, key = str(store), layout.job.digest
-    report = ledger.valid_report(url, "all-00000", key)
+    report = shardreports.valid_report(url, "all-00000", key)
     assert report is not None
     assert report == json.loads((store / "_job/done/all-00000.json").read_bytes())
-    assert ledger.valid_report(url, "all-00000", "0" * 32) is None
-    assert ledger.valid_report(url, "all-00009", key) is None
+    assert shardreports.valid_report(url, "all-00000", "0" * 32) is None
+    assert shardreports.valid_report(url, "all-00009", key) is None
     truncated(store / report["objects"][0]["path"])
-    assert ledger.valid_report(url, "all-00000", key) is None
+    assert shardreports.valid_report(url, "all-00000", key) is None
     deleted(store / report["objects"][0]["path"])
-    assert ledger.valid_report(url, "all-00000", key) is None
+    assert shardreports.valid_report(url, "all-00000", key) is None
     flipped(store / "_job/done/all-00001.json")
-    assert ledger.valid_report(url, "all-00001", key) is None
+    assert shardreports.valid_report(url, "all-00001", key) is None
 
 
 # What killed local puts leave: obstore writes beside the object, under its name and a number
@@ -258,9 +258,9 @@ PUTTING = """
 import os, signal, sys
 from pathlib import Path
 from rasteret_dask.net import remote
-from rasteret_dask.store import ledger
+from rasteret_dask.store import shardreports
 store, shard, key, path = sys.argv[1:]
-ledger.tried(store, shard, key)
+shardreports.tried(store, shard, key)
 
 class Piece(bytes):
     pass
@@ -319,7 +319,9 @@ def test_a_put_that_may_be_under_way_is_left_alone(
     shutil.copytree(finished, store)
     (store / "zarr.json").unlink()
     if whose in ("alive", "old"):
-        ledger.tried(str(store), "all-00001", layout.job.digest)  # by this very process, and never finished
+        shardreports.tried(
+            str(store), "all-00001", layout.job.digest
+        )  # by this very process, and never finished
     if whose == "elsewhere":
         mark = f"{layout.job.digest[:16]}.another-machine.1.{'0' * 32}"
         (store / "_job/tried/all-00001" / mark).touch()

@@ -24,7 +24,7 @@ from waiting import until
 import rasteret_dask as rd
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import document_of
-from rasteret_dask.store import ledger, paging
+from rasteret_dask.store import paging, shardreports
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.store.presence import present
 from rasteret_dask.store.run import delayed_zarr, run_zarr
@@ -65,7 +65,7 @@ def paged(layout: Layout, plain: Path, tmp_path_factory: pytest.TempPathFactory)
     for path in ("zarr.json", "manifest.parquet", "kept/c/0", "_job/done/all-00001.json", "member/c/1/0"):
         (store / path).unlink()
     for page in (("all-00000", "all-00001", "all-00002"), ("all-00003", "all-00004")):
-        ledger.turn_page(str(store), page, keys(layout))
+        shardreports.turn_page(str(store), page, keys(layout))
     assert {path.name for path in (store / "_job" / "done").iterdir()} == {"all-00005.json"}
     assert marks(store) == {"all-00001": 1, "all-00005": 1}
     return store
@@ -158,7 +158,7 @@ def test_a_later_report_counts(layout: Layout, plain: Path, paged: Path, tmp_pat
     assert marks(store)["all-00003"] == 1
     assert contents(store) == contents(plain)
     (store / "zarr.json").unlink()
-    ledger.turn_page(str(store), ["all-00003", "all-00005"], keys(layout))
+    shardreports.turn_page(str(store), ["all-00003", "all-00005"], keys(layout))
     assert len(pages(store)) == 3
     rerun(layout, store)
     assert verify(store).ok
@@ -197,7 +197,7 @@ def test_a_page_that_was_stopped_loses_nothing(
     shutil.copytree(plain, store)
     (store / "zarr.json").unlink()
     before = {path: path.read_bytes() for path in (store / "_job").rglob("*") if path.is_file()}
-    ledger.turn_page(str(store), sorted(keys(layout))[:count], keys(layout))
+    shardreports.turn_page(str(store), sorted(keys(layout))[:count], keys(layout))
     gone = [path for path in before if not path.exists()]
     assert len(gone) == 2 * count
     if stop != "whole":
@@ -216,7 +216,7 @@ def test_a_page_that_was_stopped_loses_nothing(
 def test_a_killed_worker_s_shards_are_not_done_again_whatever_is_on_pages(
     chips: rd.Chips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "PAGE_REPORTS", 4)
+    monkeypatch.setattr(shardreports, "PAGE_REPORTS", 4)
     layout, store = small(chips, 2_500), tmp_path / "x.zarr"
     names = [shard.name for shard in layout.job.shards()]
     assert len(names) == 12
@@ -260,9 +260,9 @@ class Puts:
     key: str
 
     def __call__(self, name: str) -> None:
-        if ledger.valid_report(self.url, name, self.key) is None:
-            mark = ledger.tried(self.url, name, self.key)
-            ledger.done(self.url, name, self.key, mark, {"objects": []})
+        if shardreports.valid_report(self.url, name, self.key) is None:
+            mark = shardreports.tried(self.url, name, self.key)
+            shardreports.done(self.url, name, self.key, mark, {"objects": []})
 
 
 def job_of(store: Path, count: int) -> tuple[Shards, dict[str, str]]:
@@ -278,7 +278,7 @@ def objects(store: Path) -> int:
 
 def test_few_objects_lie_there_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many shards: two for each that has just ended, and one for each page."""
-    monkeypatch.setattr(ledger, "PAGE_REPORTS", 50)
+    monkeypatch.setattr(shardreports, "PAGE_REPORTS", 50)
     most, requests = 0, Counter[str]()
     for name in ("get", "put", "delete_all", "listing"):
         call: Callable[..., object] = getattr(remote, name)
@@ -307,14 +307,16 @@ def test_few_objects_lie_there_at_any_time(tmp_path: Path, monkeypatch: pytest.M
     assert requests["delete_all"] == 300 // 50
     assert requests["listing"] == 300 // 50
     read = [
-        name for some in ledger.reports(str(tmp_path), remote.listing(str(tmp_path)), of) for name in some
+        name
+        for some in shardreports.reports(str(tmp_path), remote.listing(str(tmp_path)), of)
+        for name in some
     ]
     assert sorted(read) == sorted(of)
 
 
 def test_two_clients_turn_no_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tasks of the other one look for reports; once it has ended, pages are turned."""
-    monkeypatch.setattr(ledger, "PAGE_REPORTS", 10)
+    monkeypatch.setattr(shardreports, "PAGE_REPORTS", 10)
     shards, of = job_of(tmp_path, 60)
     names = list(of)
     with present(str(tmp_path)) as mine:
@@ -326,12 +328,12 @@ def test_two_clients_turn_no_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             with present(str(tmp_path)):
                 pager.settle(names[:20], more=True)
                 assert pages(tmp_path) == []
-                assert all(ledger.valid_report(str(tmp_path), name, of[name]) for name in names)
+                assert all(shardreports.valid_report(str(tmp_path), name, of[name]) for name in names)
         pager.settle(names[20:40], more=True)
         assert len(pages(tmp_path)) == 4
-        ledger.turn_page(str(tmp_path), names[40:50], of)
+        shardreports.turn_page(str(tmp_path), names[40:50], of)
         done = {
-            name: ledger.ReportPlace("", path.relative_to(tmp_path).as_posix())
+            name: shardreports.ReportPlace("", path.relative_to(tmp_path).as_posix())
             for path in pages(tmp_path)[:3]
             for name in shards_of(path)
         }

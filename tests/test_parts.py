@@ -27,7 +27,7 @@ import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.net import remote
 from rasteret_dask.runlimits import RunLimits
-from rasteret_dask.store import ledger
+from rasteret_dask.store import ledger, shardreports
 from rasteret_dask.store.committing import commit
 from rasteret_dask.store.limits import begun
 from rasteret_dask.store.presence import present
@@ -67,7 +67,7 @@ def ended(*processes: BaseProcess) -> list[int | None]:
 
 def tries(paths: Iterator[str] | dict[str, Any]) -> dict[str, int]:
     """Return shard -> how often it was begun."""
-    return {shard: len(marks) for shard, marks in ledger.tries(paths).items()}
+    return {shard: len(marks) for shard, marks in shardreports.tries(paths).items()}
 
 
 @pytest.fixture(scope="module")
@@ -314,17 +314,17 @@ def test_pages_are_turned_only_while_a_part_has_shards_to_begin(
     chips: rd.Chips, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever commits has looked at all reports: none of them may go into a page at that moment."""
-    monkeypatch.setattr(ledger, "PAGE_REPORTS", 2)
+    monkeypatch.setattr(shardreports, "PAGE_REPORTS", 2)
     monkeypatch.setattr("rasteret_dask.store.shardruns.AHEAD", 2)
     monkeypatch.setattr("rasteret_dask.tasks.runs.ROUND", 2)
-    turn, left = ledger.turn_page, list[int]()
+    turn, left = shardreports.turn_page, list[int]()
     store = tmp_path / "x.zarr"
 
     def noted(url: str, shards: Any, keys: Any) -> None:
-        left.append(len(ledger.unreported(url, remote.listing(url), keys)))
+        left.append(len(shardreports.unreported(url, remote.listing(url), keys)))
         turn(url, shards, keys)
 
-    monkeypatch.setattr(ledger, "turn_page", noted)
+    monkeypatch.setattr(shardreports, "turn_page", noted)
     for number in (1, 2):
         chips.to_zarr(store, progress=False, limits=RunLimits(part=(number, 2)))
     assert left

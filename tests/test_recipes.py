@@ -594,6 +594,20 @@ def test_a_word_beside_the_recipe_decides_where_it_runs(
         placement_of(source, "slrum")
 
 
+def test_an_image_is_left_out_where_a_recipe_runs_without_containers(folder: Path) -> None:
+    text = JOB + '\n[cluster]\nkind = "kubernetes"\nimage = "lab/rasteret:1"\n'
+    source = rd.load_recipe(written(folder, text)).source
+    for place, image in {
+        None: "lab/rasteret:1",
+        "gateway": "lab/rasteret:1",
+        "local": None,
+        "slurm": None,
+    }.items():
+        placement = placement_of(source, place)
+        assert placement is not None
+        assert placement.size == rd.WorkerSize(image=image)
+
+
 def test_explain_tells_what_the_workers_of_a_cluster_need(folder: Path) -> None:
     recipe = rd.load_recipe(written(folder, JOB + "\n[cluster]\nworkers = 3\nthreads = 4\n"))
     for told in recipe.explain().values():

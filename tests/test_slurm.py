@@ -31,7 +31,7 @@ from rasteret_dask.launching.slurm import OPTIONS, Walltime
 from rasteret_dask.net import remote
 from rasteret_dask.net.watch import Watch
 from rasteret_dask.progress import Progress
-from rasteret_dask.store import ledger
+from rasteret_dask.store import shardreports
 from rasteret_dask.tasks import workermemory
 
 pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue")
@@ -92,7 +92,7 @@ def plain(chips: rd.Chips, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tries(store: Path) -> dict[str, int]:
-    return {shard: len(marks) for shard, marks in ledger.tries(remote.listing(str(store))).items()}
+    return {shard: len(marks) for shard, marks in shardreports.tries(remote.listing(str(store))).items()}
 
 
 def written(store: Path) -> set[str]:
@@ -395,6 +395,17 @@ def test_as_many_jobs_as_there_is_work_for(
     assert not slurm.processes()
 
 
+@pytest.mark.slow
+def test_jobs_that_nobody_uses_end_and_come_again(slurm: FakeSlurm) -> None:
+    """As those of a notebook that is left open over a weekend."""
+    with rd.cluster("slurm", workers=1, options={"idle_timeout": "1s"}) as client:
+        client.wait_for_workers(1)
+        until(lambda: not slurm.active)
+        assert client.submit(abs, -1).result() == 1
+        assert ends(slurm) == ["CANCELLED"] * 2
+    assert not slurm.processes()
+
+
 CLIENT = """
 import sys
 import part_processes, rasteret_dask as rd
@@ -424,8 +435,7 @@ def test_no_job_stays_when_the_client_is_ended(
         until(lambda: states(slurm) == ["RUNNING", "PENDING"])
         slurm.jobs[1].rewrite("--death-timeout 120", "--death-timeout 1")
         client.send_signal(number)
-        if number == signal.SIGTERM:
-            (notes / "go").touch()  # shards under way end
+        (notes / "go").touch()  # shards under way end, those of workers without a client too
         _, stderr = client.communicate()
     assert client.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[number], stderr
     how = ends(slurm)
@@ -469,11 +479,20 @@ if os.path.basename(sys.argv[0]) == "rasteret-dask" or "rasteret-dask" in " ".jo
 """Of the jobs' processes: small shards, and some held back."""
 
 
+@pytest.fixture(scope="module")
+def written_here(small_world: World, shrunk: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the recipe's store, as one run of this process writes it."""
+    folder = tmp_path_factory.mktemp("written-here")
+    (folder / "train.toml").write_text(RECIPE.format(catalog=small_world.sentinel2))
+    assert main(["run", str(folder / "train.toml"), "-q"]) == 0
+    return folder / "train.zarr"
+
+
 @pytest.fixture
 def queue(
-    slurm: FakeSlurm, small_world: World, shrunk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm: FakeSlurm, small_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that submits a script in a folder with a recipe; what it writes lies in ``plain``."""
+    """Return a function that submits a script in a folder with a recipe."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "sitecustomize.py").write_text(CUSTOMIZED)
     (tmp_path / "scratch").mkdir()
@@ -483,10 +502,7 @@ def queue(
         f"{os.environ['PATH'].replace(os.pathsep, f'{os.pathsep}{Path(sys.executable).parent}{os.pathsep}', 1)}",
     )
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
-    for folder in (Path("plain"), Path()):
-        folder.mkdir(exist_ok=True)
-        (folder / "train.toml").write_text(RECIPE.format(catalog=small_world.sentinel2))
-    assert main(["run", "plain/train.toml", "-q"]) == 0
+    Path("train.toml").write_text(RECIPE.format(catalog=small_world.sentinel2))
 
     def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["sbatch", *arguments], capture_output=True, text=True, check=False)
@@ -509,8 +525,8 @@ def begun(notes: Path) -> int:
     return len(list(notes.glob("begun.*")))
 
 
-def assert_finished(slurm: FakeSlurm, tmp_path: Path) -> None:
-    assert contents(Path("train.zarr")) == contents(Path("plain/train.zarr"))
+def assert_finished(slurm: FakeSlurm, wanted: Path, tmp_path: Path) -> None:
+    assert contents(Path("train.zarr")) == contents(wanted)
     assert rd.verify("train.zarr").verdict == "ok"
     assert not list((tmp_path / "scratch").glob("rasteret-*")), "scratch is left"
     assert not list(Path().glob(".rasteret*")), "keys are left"
@@ -528,7 +544,9 @@ def test_slurm_takes_the_scripts(slurm: FakeSlurm, script: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_is_told_before_its_time_limit(slurm: FakeSlurm, queue: Submit, tmp_path: Path) -> None:
+def test_a_job_that_is_told_before_its_time_limit(
+    slurm: FakeSlurm, queue: Submit, written_here: Path, tmp_path: Path
+) -> None:
     """It stops at the end of the shards under way, and its next run, in the same job, does the rest."""
     notes = tmp_path / "notes"
     notes.mkdir()
@@ -542,11 +560,13 @@ def test_a_job_that_is_told_before_its_time_limit(slurm: FakeSlurm, queue: Submi
     assert (job.state, job.facts["restarts"]) == ("COMPLETED", 1), job.output
     assert "the job goes back into the queue" in job.output
     assert set(tries(Path("train.zarr")).values()) == {1}, "a shard was computed twice"
-    assert_finished(slurm, tmp_path)
+    assert_finished(slurm, written_here, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_job_that_is_cancelled_stays_so(slurm: FakeSlurm, queue: Submit, tmp_path: Path) -> None:
+def test_a_job_that_is_cancelled_stays_so(
+    slurm: FakeSlurm, queue: Submit, written_here: Path, tmp_path: Path
+) -> None:
     notes = tmp_path / "notes"
     notes.mkdir()
     queue(f"--export=ALL,HOLD={notes}", *SMALL, str(SCRIPTS / "job.sbatch"), "train.toml")
@@ -560,45 +580,43 @@ def test_a_job_that_is_cancelled_stays_so(slurm: FakeSlurm, queue: Submit, tmp_p
     done = queue("--wait", *SMALL, str(SCRIPTS / "job.sbatch"), "train.toml")
     assert done.returncode == 0, slurm.jobs[1].output
     assert set(tries(Path("train.zarr")).values()) == {1}, "a shard was computed twice"
-    assert_finished(slurm, tmp_path)
+    assert_finished(slurm, written_here, tmp_path)
 
 
 @pytest.mark.slow
-def test_parts_of_an_array_then_the_end(slurm: FakeSlurm, queue: Submit, tmp_path: Path) -> None:
-    done = queue("--parsable", "--array=1-2", *SMALL, str(SCRIPTS / "job.sbatch"), "train.toml")
-    parts = done.stdout.strip()
-    assert parts == "1", done.stderr
-    done = queue("--wait", f"--dependency=afterany:{parts}", str(SCRIPTS / "finish.sbatch"), "train.zarr")
-    assert done.returncode == 0, [job.output for job in slurm.jobs]
-    assert ends(slurm) == ["COMPLETED"] * 3
-    assert all(len(job.output) > 0 for job in slurm.jobs)
-    assert_finished(slurm, tmp_path)
-
-
-@pytest.mark.slow
-def test_a_single_part_says_how_many_there_are(
-    slurm: FakeSlurm, queue: Submit, monkeypatch: pytest.MonkeyPatch
+def test_a_part_of_an_array_then_all_of_them_then_the_end(
+    slurm: FakeSlurm, queue: Submit, written_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = queue("--wait", "--array=2", *SMALL, str(SCRIPTS / "job.sbatch"), "train.toml")
+    script, finish = str(SCRIPTS / "job.sbatch"), str(SCRIPTS / "finish.sbatch")
+    done = queue("--wait", "--array=2", *SMALL, script, "train.toml")
     assert done.returncode == 2
     assert "say how many parts there are in all, as PARTS=20 sbatch" in slurm.jobs[0].output
-    monkeypatch.setenv("PARTS", "2")
-    done = queue("--wait", "--array=2", *SMALL, str(SCRIPTS / "job.sbatch"), "train.toml")
+    with monkeypatch.context() as patch:
+        patch.setenv("PARTS", "2")
+        done = queue("--wait", "--array=2", *SMALL, script, "train.toml")
     assert done.returncode == 0, slurm.jobs[1].output
     assert "not finished" in slurm.jobs[1].output
-    done = queue("--wait", str(SCRIPTS / "finish.sbatch"), "train.zarr")
+    done = queue("--wait", finish, "train.zarr")
     assert done.returncode != 0, "shards of the other part are missing"
     assert "missing" in slurm.jobs[2].output
+    parts = queue("--parsable", "--array=1-2", *SMALL, script, "train.toml").stdout.strip()
+    done = queue("--wait", f"--dependency=afterany:{parts}", finish, "train.zarr")
+    assert done.returncode == 0, [job.output for job in slurm.jobs]
+    assert ends(slurm)[3:] == ["COMPLETED"] * 3
+    assert set(tries(Path("train.zarr")).values()) == {1}, "a shard was computed twice"
+    assert_finished(slurm, written_here, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_dask_cluster_over_the_nodes_of_a_job(slurm: FakeSlurm, queue: Submit, tmp_path: Path) -> None:
+def test_a_dask_cluster_over_the_nodes_of_a_job(
+    slurm: FakeSlurm, queue: Submit, written_here: Path, tmp_path: Path
+) -> None:
     done = queue("--wait", *SMALL, str(SCRIPTS / "cluster.sbatch"), "train.toml")
     (job,) = slurm.jobs
     assert done.returncode == 0, job.output
     assert job.output.count("Registered to:") == 2
     assert "tls://" in job.output
-    assert_finished(slurm, tmp_path)
+    assert_finished(slurm, written_here, tmp_path)
 
 
 @pytest.mark.slow

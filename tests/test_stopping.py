@@ -24,7 +24,7 @@ import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.net import remote
 from rasteret_dask.runlimits import RunLimits
-from rasteret_dask.store import ledger
+from rasteret_dask.store import shardreports
 from rasteret_dask.store.limits import Deadline
 from rasteret_dask.store.stopping import terminable
 
@@ -68,7 +68,7 @@ def written(store: Path) -> set[str]:
 
 
 def tries(store: Path) -> dict[str, int]:
-    return {shard: len(marks) for shard, marks in ledger.tries(remote.listing(str(store))).items()}
+    return {shard: len(marks) for shard, marks in shardreports.tries(remote.listing(str(store))).items()}
 
 
 @pytest.mark.parametrize("place", ["threads", "cluster"])

@@ -180,7 +180,8 @@ def _counts(splits: dict[str, int]) -> str:
 def _unfinished(url: str) -> Thing:
     from rasteret_dask.formats import STORE
     from rasteret_dask.net import remote
-    from rasteret_dask.store.ledger import JOB, begun
+    from rasteret_dask.store.ledger import begun
+    from rasteret_dask.store.shardreports import JOB
 
     mark = begun(url) or {}
     STORE.check(f"store {remote.redact(url)}", mark)

@@ -15,7 +15,13 @@ from uuid import uuid4
 import dask.config
 
 from rasteret_dask.errors import PlanError
-from rasteret_dask.launching.request import WORKER_ENVIRONMENT, ClusterRequest, WorkerSize, seconds_of
+from rasteret_dask.launching.request import (
+    WORKER_ENVIRONMENT,
+    ClusterRequest,
+    WorkerSize,
+    durations,
+    seconds_of,
+)
 from rasteret_dask.net import clusters, remote
 from rasteret_dask.store.stopping import terminable
 from rasteret_dask.tasks.workermemory import limit_bytes
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from rasteret_dask.show.explain import Explanation
 
 __all__ = [
+    "CONTAINERS",
     "KINDS",
     "MOST_WORKERS",
     "ClusterKind",
@@ -41,6 +48,9 @@ ClusterKind: TypeAlias = Literal["local", "gateway", "kubernetes", "slurm"]
 
 KINDS: tuple[ClusterKind, ...] = get_args(ClusterKind)
 """Words for clusters that are started; each is a module of this package with ``OPTIONS`` and ``started``."""
+
+CONTAINERS: frozenset[str] = frozenset({"gateway", "kubernetes"})
+"""Kinds whose workers are containers, and so have an image."""
 
 IDLE_S = 600.0
 """Seconds without tasks after which a cluster takes itself down."""
@@ -121,28 +131,53 @@ def cluster(
     if is_address(place):
         _check_bare(place, workers=workers, size=size, options=options)
         return _connected(place)
-    module, size = _module(place), size or WorkerSize()
+    return _started(_module(place).started, _request(place, chips, workers, size or WorkerSize(), options))
+
+
+def _request(
+    place: str,
+    chips: Explained | Sequence[Explained] | None,
+    workers: int | tuple[int, int] | None,
+    size: WorkerSize,
+    options: Mapping[str, Any] | None,
+) -> ClusterRequest:
+    """Return what a kind of cluster is asked for; what makes no sense is refused before chips are planned."""
     idle_s, failures, rest = checked_options(place, options)
+    if size.image is not None and place not in CONTAINERS:
+        raise PlanError(
+            f"cluster({place!r}, size=)", f"WorkerSize(image={size.image!r})",
+            "no image: its workers are processes with the Python of this one, and no containers", "Leave image out.",
+        )  # fmt: skip
     limits = None if workers is None else _limits(workers)
-    explained, memory = _explained(chips), size.memory
-    if isinstance(memory, str):
-        plans = [one.worker_bytes(size.threads) for one in explained]
-        memory = max(plans, default=limit_bytes(size.threads))
+    explained = _explained(chips)
+    memory = _memory(size, explained)
     if limits is None:
-        tasks = max((one["tasks"] for one in explained), default=MOST_WORKERS * size.threads)
-        limits = (min(most_for(tasks, size.threads), module.most_workers(size.threads, memory)),) * 2
-    environment = MappingProxyType({**WORKER_ENVIRONMENT, **size.environment})
-    request = ClusterRequest(
-        f"rasteret-{uuid4().hex[:8]}",
-        limits,
-        size,
-        memory,
-        environment,
-        MappingProxyType(rest),
-        idle_s,
-        failures,
+        limits = (min(_most_tasks(explained, size), _module(place).most_workers(size.threads, memory)),) * 2
+    return ClusterRequest(
+        name=f"rasteret-{uuid4().hex[:8]}",
+        workers=limits,
+        size=size,
+        memory_bytes=memory,
+        environment=MappingProxyType({**WORKER_ENVIRONMENT, **size.environment}),
+        options=MappingProxyType(rest),
+        idle_timeout_s=idle_s,
+        allowed_failures=failures,
+        task_durations=durations(split for one in explained for split in one["splits"]),
     )
-    return _started(module.started, request)
+
+
+def _memory(size: WorkerSize, explained: Sequence[Explanation]) -> int:
+    """Return the memory limit of a worker, in bytes: as it is asked for, or what the tasks of all chips need."""
+    if not isinstance(size.memory, str):
+        return size.memory
+    plans = [one.worker_bytes(size.threads) for one in explained]
+    return max(plans, default=limit_bytes(size.threads))
+
+
+def _most_tasks(explained: Sequence[Explanation], size: WorkerSize) -> int:
+    """Return how many workers the tasks of the largest of the chips can use, where nobody says how many."""
+    tasks = max((one["tasks"] for one in explained), default=MOST_WORKERS * size.threads)
+    return most_for(tasks, size.threads)
 
 
 def is_address(place: str) -> bool:
@@ -243,13 +278,26 @@ def _connected(address: str) -> Iterator[Client]:
 
 @contextmanager
 def _started(start: Callable[[ClusterRequest], Any], request: ClusterRequest) -> Iterator[Client]:
-    with terminable(), start(request) as running:
-        least, most = request.workers
-        if least == most:
-            running.scale(most)
-        else:
-            running.adapt(minimum=least, maximum=most)
+    with terminable(), _expecting(request.task_durations), start(request) as running:
+        _scale(running, request.workers)
         with clusters.using(running) as client:
             assert client is not None
             with client.as_current():
                 yield client
+
+
+@contextmanager
+def _expecting(durations: Mapping[str, str]) -> Iterator[None]:
+    """Tell a scheduler of this process how long tasks take; what the user's configuration says of them stays."""
+    key = "distributed.scheduler.default-task-durations"
+    with dask.config.set({key: {**durations, **dask.config.get(key, {})}}):
+        yield
+
+
+def _scale(running: Any, workers: tuple[int, int]) -> None:
+    """Have workers started: a fixed number, or as many as there is work for."""
+    least, most = workers
+    if least == most:
+        running.scale(most)
+    else:
+        running.adapt(minimum=least, maximum=most)

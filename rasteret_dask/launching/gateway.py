@@ -30,6 +30,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType({
     "proxy_address": "where clients reach schedulers, if not at the address; by default Dask's gateway.proxy-address",
     "auth": "'jupyterhub', 'basic', 'kerberos' or an object of dask_gateway.auth; by default Dask's gateway.auth.type",
     "cluster_options": "what this gateway lets its users choose, by its own names, such as {'profile': 'large'}",
+    "memory_unit": "what its option worker_memory counts: 'GiB', 'MiB' or 'B'; by default what its default must mean",
     "start_timeout": "how long its scheduler may take to start: '10 minutes'",
 })  # fmt: skip
 """What only this kind takes -> what it is."""
@@ -40,6 +41,13 @@ START_TIMEOUT_S = 600.0
 A_GATEWAY = "a dask-gateway server"
 
 GIB = 2**30
+
+UNITS: Mapping[str, int] = MappingProxyType({"GiB": 2**30, "MiB": 2**20, "B": 1})
+"""What gateways count memory in -> bytes. They do not tell: their documentation has GiB, their own settings bytes."""
+
+LEAST_DEFAULT, MOST_DEFAULT = 2**28, 2**38
+"""A gateway gives workers at least 256 MiB, and less than 256 GiB, where nobody asks for more: whatever the default is,
+it can then be meant in one of the units only."""
 
 _CLOSED: list[object] = []
 """Gateways after their use, kept until the process ends: one that is collected closes itself once more, which prints an
@@ -64,6 +72,8 @@ def started(request: ClusterRequest) -> Iterator[HasScheduler]:
     patience = seconds_of(
         "cluster option 'start_timeout'", request.options.get("start_timeout", START_TIMEOUT_S)
     )
+    if (unit := request.options.get("memory_unit", "GiB")) not in UNITS:
+        raise PlanError("cluster option 'memory_unit'", repr(unit), f"one of {', '.join(map(repr, UNITS))}")
     with _closed_at_the_end(_gateway(request)) as gateway:
         _answer(gateway, gateway.get_versions, A_GATEWAY)
         name = _submitted(gateway, _chosen(gateway, request))
@@ -230,17 +240,30 @@ def _listed(defaults: Mapping[str, Any]) -> str:
     )
 
 
+def _unit(request: ClusterRequest, default: float) -> int:
+    """Return how many bytes a gateway's option ``worker_memory`` counts as one, given its default."""
+    word = request.options.get("memory_unit")
+    units = [unit for unit in UNITS.values() if LEAST_DEFAULT <= default * unit < MOST_DEFAULT]
+    if word is None and not units:
+        raise PlanError(
+            "cluster 'gateway'", f"a gateway whose default is worker_memory={default!r}, in a unit that is not clear",
+            f"the unit: one of {', '.join(map(repr, UNITS))}",
+            "Give options={'memory_unit': 'GiB'}, or set the option yourself: options={'cluster_options': "
+            "{'worker_memory': ...}}.",
+        )  # fmt: skip
+    return units[0] if word is None else UNITS[word]
+
+
 def _sizes(request: ClusterRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a request a gateway has options for, in the units of its defaults."""
-    memory = defaults.get("worker_memory")
     numbers: dict[str, float] = {
         "worker_cores": request.size.threads,
         "worker_threads": request.size.threads,
         "idle_timeout": request.idle_timeout_s,
-        # in GiB, as in the gateway's documentation; where the default makes no sense as GiB, in bytes
-        "worker_memory": request.memory_bytes
-        / (GIB if isinstance(memory, int | float) and memory < 2**20 else 1),
     }
+    memory, chosen = defaults.get("worker_memory"), request.options.get("cluster_options") or {}
+    if isinstance(memory, int | float) and "worker_memory" not in chosen:
+        numbers["worker_memory"] = request.memory_bytes / _unit(request, memory)
     sizes: dict[str, Any] = {}
     for name, number in numbers.items():
         match defaults.get(name):
@@ -251,7 +274,7 @@ def _sizes(request: ClusterRequest, defaults: Mapping[str, Any]) -> dict[str, An
             case float():
                 sizes[name] = number
     if isinstance(defaults.get("environment"), Mapping):
-        settings = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(request.allowed_failures)}
+        settings = request.scheduler_environment
         if request.size.lifetime is not None:
             settings["DASK_DISTRIBUTED__WORKER__LIFETIME__DURATION"] = f"{request.size.lifetime} s"
         sizes["environment"] = {**defaults["environment"], **settings, **request.environment}

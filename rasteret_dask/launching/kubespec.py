@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -143,10 +143,12 @@ def dask_cluster(request: ClusterRequest, options: KubeOptions, image: str) -> d
 
 
 def _scheduler(request: ClusterRequest, options: KubeOptions, image: str) -> dict[str, Any]:
-    failures = max(request.allowed_failures, SPOT_FAILURES) if options.spot else request.allowed_failures
-    environment = _COMM | {
+    if options.spot:
+        request = replace(request, allowed_failures=max(request.allowed_failures, SPOT_FAILURES))
+    environment = {
+        **_COMM,
         "DASK_DISTRIBUTED__SCHEDULER__HTTP__ROUTES": repr(list(_ROUTES)),
-        "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(failures),
+        **request.scheduler_environment,
     }
     container = {
         "name": "scheduler",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from rasteret_dask.errors import PlanError
 
-__all__ = ["WORKER_ENVIRONMENT", "ClusterRequest", "WorkerSize", "seconds_of"]
+__all__ = ["WORKER_ENVIRONMENT", "ClusterRequest", "WorkerSize", "durations", "seconds_of"]
 
 WORKER_ENVIRONMENT: Mapping[str, str] = MappingProxyType({
     # read by the allocator when a process starts: give freed blocks back at once
@@ -33,6 +33,12 @@ WORKER_ENVIRONMENT: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 """What every worker is started with; :attr:`WorkerSize.environment` changes and adds to it."""
 
+SPLITS = ("train", "val", "test", "all")
+"""What chips are mostly split into; ``all``: they are not."""
+
+A_TASK = "60s"
+"""About what a run of shards takes: long enough that each is counted as work for a thread."""
+
 MIB = 2**20
 LEAST_MEMORY = 256 * MIB
 
@@ -52,7 +58,8 @@ class WorkerSize:
         After so long (``"55 minutes"``, seconds) a worker hands its tasks over and ends, where its host is lent for a
         time only; None: it stays.
     image
-        Where workers are containers: their image; None: what the cluster's administrators chose.
+        Where workers are containers (``"gateway"``, ``"kubernetes"``): their image; None: what the cluster's
+        administrators chose.
     environment
         Environment variables of each worker, beside those of ``rasteret_dask.launching.request.WORKER_ENVIRONMENT``.
 
@@ -109,8 +116,33 @@ class ClusterRequest:
     """Seconds without tasks after which the cluster takes itself down: a client that was killed cannot."""
     allowed_failures: int = 3
     """How many lost workers a task survives (``distributed.scheduler.allowed-failures``)."""
+    task_durations: Mapping[str, str] = field(default_factory=lambda: durations())
+    """As :func:`durations` returns them."""
     death_timeout_s: float = 120.0
     """Seconds after which a worker without a scheduler ends."""
+
+    @property
+    def scheduler_environment(self) -> dict[str, str]:
+        """Dask's settings, as variables of a scheduler in another process."""
+        return {
+            "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(self.allowed_failures),
+            "DASK_DISTRIBUTED__SCHEDULER__DEFAULT_TASK_DURATIONS": repr(dict(self.task_durations)),
+        }
+
+
+def durations(splits: Iterable[str] = ()) -> Mapping[str, str]:
+    """Return how long tasks take whose like has not ended yet: beginnings of their names -> a time.
+
+    Dask's ``distributed.scheduler.default-task-durations``. By itself it takes half a second for each, and so starts
+    one worker for ten of them, and the others once that one has begun to work.
+
+    Parameters
+    ----------
+    splits
+        Of the chips that are written, beside those that chips mostly have.
+    """
+    names = {"stats", *(f"write-{split}" for split in {*SPLITS, *splits})}
+    return MappingProxyType(dict.fromkeys(sorted(names), A_TASK))
 
 
 def _bytes(value: Any) -> int:

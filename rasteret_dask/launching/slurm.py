@@ -118,6 +118,7 @@ def _arguments(request: ClusterRequest, logs: str) -> dict[str, Any]:
         "job_script_prologue": [*exports, *prologue],
         "worker_extra_args": ["--lifetime", f"{life_s:.0f}s", "--lifetime-stagger", f"{stagger_s:.0f}s"],
         "scheduler_options": scheduler | {"allowed_failures": request.allowed_failures},
+        "idle_s": request.idle_timeout_s,
     }  # fmt: skip
 
 

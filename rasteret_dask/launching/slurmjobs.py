@@ -70,7 +70,23 @@ class WorkerJob(JobBase):  # type: ignore[misc]
 
 
 class PatientAdaptive(AdaptiveBase):  # type: ignore[misc]
-    """Asks for no more jobs for a while after one was refused."""
+    """Asks for no more jobs for a while after one was refused, and for none where there was nothing to do for long."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._rests = False
+        super().__init__(*args, **kwargs)
+
+    async def safe_target(self) -> int:
+        """Return how many workers there shall be: none from the idle time-out on, until there is a task."""
+        scheduler = self.cluster.scheduler
+        since = scheduler.check_idle()
+        if since is None:
+            self._rests = False
+        elif (
+            scheduler.workers and time.time() - since > self.cluster.idle_s
+        ):  # jobs that wait in the queue are no rest
+            self._rests = True
+        return 0 if self._rests else int(await super().safe_target())
 
     async def scale_up(self, n: int) -> None:
         """Have n workers."""
@@ -87,7 +103,9 @@ class SlurmJobs(ClusterBase):  # type: ignore[misc]
 
     job_cls = WorkerJob
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, idle_s: float = float("inf"), **kwargs: Any) -> None:
+        self.idle_s = idle_s
+        """Seconds without tasks after which its jobs are cancelled; they are submitted again when there are some."""
         self._refusal = ""
         self._refused_at = float("-inf")
         self._arrived: set[str] = set()  # names of workers whose latest job has become one

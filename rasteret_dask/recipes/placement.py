@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rasteret_dask.launching.cluster import (
+    CONTAINERS,
     Explained,
     check_place,
     checked_options,
@@ -85,7 +86,8 @@ def placement_of(source: RecipeSource, place: str | None) -> Placement | None:
         The recipe.
     place
         A kind of cluster, or an address, instead of the recipe's; None: what the recipe says. With another kind the
-        recipe's ``options`` are left out, as they are its own kind's; at an address all of its table is.
+        recipe's ``options`` are left out, as they are its own kind's, and its ``image`` where workers are no
+        containers; at an address all of its table is.
 
     Raises
     ------
@@ -109,6 +111,8 @@ def placement_of(source: RecipeSource, place: str | None) -> Placement | None:
     if "max_workers" in table:
         workers = table.get("min_workers", 0), table["max_workers"]
     keys = {"threads", "memory", "lifetime", "image", "environment"} & table.keys()
+    if where != table.get("kind", "local") and where not in CONTAINERS:
+        keys -= {"image"}
     with blamed(source, _TABLE):
         checked_options(where, options)  # here, before anything is planned
         return Placement(

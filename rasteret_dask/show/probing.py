@@ -264,8 +264,8 @@ def _by_job(amounts: Amounts, force: Workforce, job: Finished) -> Estimate:
     side_by_side = force.processes * force.threads
     fetch = job.read_s * ((amounts.nbytes or 0) if job.by_bytes else amounts.chips) / side_by_side
     basis = (
-        f"estimated from {job.shards:,} written shards of {job.chips:,} chips, whose tasks took "
-        f"{job.other_s * 1e3:.3g} ms a chip beside reading"
+        f"estimated from {job.shards:,} written shard{'s' * (job.shards != 1)} of {job.chips:,} chips, "
+        f"whose tasks took {job.other_s * 1e3:.3g} ms a chip beside reading"
     )
     seconds = fetch + job.other_s * amounts.chips / side_by_side
     return Estimate(seconds, fetch, None, force.processes, force.threads, basis)

@@ -8,7 +8,7 @@ import os
 from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
-from rasteret_dask.store import ledger, write
+from rasteret_dask.store import ledger, shardreports, write
 from rasteret_dask.store.jobreport import JobReport, job_report
 from rasteret_dask.store.presence import forget_clients
 from rasteret_dask.tasks.jobfile import JOB_FILE, open_job
@@ -60,7 +60,7 @@ def commit(store: str | os.PathLike[str]) -> JobReport:
         )  # fmt: skip
     ledger.check_owner(url, mark, ledger.Owner(mark["digest"], mark["compression"]))
     if not write.is_committed(url, mark["digest"], mark["compression"]):
-        place = remote.join(url, ledger.JOB)
+        place = remote.join(url, shardreports.JOB)
         if not remote.exists(remote.join(place, JOB_FILE)):
             raise StoreError(
                 subject, "a plan by blocks, which lies elsewhere", "a plan inside the store",

@@ -20,8 +20,9 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.store.encode import CHIPS_PER_SHARD, Compression, compressors
-from rasteret_dask.store.ledger import GROUPS, JOB, PROVENANCE, TO_ZARR, Maker, whole
+from rasteret_dask.store.ledger import GROUPS, PROVENANCE, TO_ZARR, Maker, whole
 from rasteret_dask.store.provenance import Provenance, provenance_of
+from rasteret_dask.store.shardreports import JOB
 from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Hierarchy, Job, Output

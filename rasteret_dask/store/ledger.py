@@ -4,24 +4,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias
 
-import psutil
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rasteret_dask.errors import StoreError
@@ -31,13 +21,15 @@ from rasteret_dask.net.sums import (
     Summing,
     Sums,
     closed,
-    crc32_of,
     document_of,
     fault_of,
     is_closed,
     root_checksum,
     sealed,
 )
+from rasteret_dask.store.remains import sweep
+from rasteret_dask.store.shardreports import JOB, ReportPlace, is_page, mark_of, page_of, report_path, tries
+from rasteret_dask.store.smallobjects import at_once, data_of, requests
 
 __all__ = [
     "BEGUN",
@@ -46,45 +38,27 @@ __all__ = [
     "COMPACT",
     "DIGEST",
     "GROUPS",
-    "JOB",
     "LEDGER",
     "MANIFEST",
     "OBJECTS",
-    "PAGES",
-    "PAGE_REPORTS",
     "PROVENANCE",
     "RECIPE",
     "TO_ZARR",
     "Content",
-    "ReportPlace",
     "Maker",
     "Owner",
-    "Report",
     "Root",
-    "at_once",
     "begin",
     "begun",
     "check_owner",
     "commit",
-    "done",
-    "on_pages",
-    "reports",
-    "requests",
     "restored",
     "root_of",
     "stated",
-    "tried",
-    "tries",
-    "turn_page",
-    "unreported",
-    "valid_report",
     "whole",
 ]
 
-T = TypeVar("T")
 
-JOB = "_job"
-"""Folder of the job itself and of what its tasks report."""
 CHIPS = "chips.parquet"
 MANIFEST = "manifest.parquet"
 BEGUN = f"{JOB}/begun.json"
@@ -93,8 +67,6 @@ LEDGER = f"{JOB}/ledger.json"
 """Sums of every object but those of shards: put once they are all in place."""
 CLIENTS = f"{JOB}/clients"
 """Folder of the traces that clients leave while they write."""
-PAGES = f"{JOB}/pages"
-"""Folder of pages: reports of shards which no task asks for any more, many in an object."""
 RECIPE = f"{JOB}/recipe.toml"
 """The recipe that was run, where one was; it decides nothing of what the store holds."""
 GROUPS = f"{JOB}/groups.json"
@@ -110,23 +82,9 @@ DIGEST = b"rasteret_dask:digest"
 TO_ZARR = "to_zarr"
 COMPACT = "compact"
 
-PAGE_REPORTS = 1024
-"""Reports of a page, about: so many shards' reports lie in objects of their own, and some that are under way."""
-
-REQUESTS = 16
-"""Small objects under way at the same time."""
 
 MOST_BYTES = 64 * 2**20
 """Bytes of made objects that wait to be put."""
-
-STALE_S = 600.0
-"""After so long without a change, an unfinished local put is given up: its process would have ended it."""
-
-_TEMPORARY = re.compile(
-    r"(.+)#\d+"
-)  # obstore writes a local object beside its place, under its name and a number
-_MARK = re.compile(rf"{JOB}/tried/([^/]+)/([0-9a-f]+)\.(.+)\.(\d+)\.[0-9a-f]{{32}}")
-_PAGE = re.compile(rf"{PAGES}/(\d+)\.[0-9a-f]{{32}}\.json")
 
 
 Maker: TypeAlias = "Callable[[], Iterator[bytes]]"
@@ -172,159 +130,12 @@ class Content(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ReportPlace:
-    """How the report of a shard is stored: all that a commit keeps of it in memory."""
-
-    mark: str
-    """Of the try that put it."""
-    path: str
-    """Of the report, or of the page that it is on."""
-    size: int = 0
-    crc32: int = 0
-    """Of a report that is an object of its own."""
-
-    @property
-    def on_page(self) -> bool:
-        """Whether it lies among others."""
-        return _PAGE.fullmatch(self.path) is not None
-
-    def attempts(self, marks: Collection[str]) -> int:
-        """Return how often the shard was begun; ``marks`` are those that lie there."""
-        return len({self.mark, *marks})
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What the task of a shard reports, and how the report itself is stored."""
-
-    values: Mapping[str, Any]
-    place: ReportPlace
-
-
-@dataclass(frozen=True, slots=True)
 class Root:
     """The root's metadata document of a finished store."""
 
     document: Mapping[str, Any]
     note: Mapping[str, Any]
     """What this package has put into its attributes."""
-
-
-# What tasks call
-
-
-def tried(url: str, shard: str, key: str) -> str:
-    """Mark that a shard is begun, before any object of it is put; return the mark's path.
-
-    The mark's name says for which key, and in which process: a later run knows the shard's objects for its own by it,
-    and can tell whether the process is still there.
-    """
-    path = f"{JOB}/tried/{shard}/{key[:16]}.{_node()}.{os.getpid()}.{uuid.uuid4().hex}"
-    remote.put(remote.join(url, path), b"")
-    return path
-
-
-def done(url: str, shard: str, key: str, mark: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the report of a shard whose objects are all in place, and return it.
-
-    Parameters
-    ----------
-    url
-        The store.
-    shard
-        The shard's name.
-    key
-        What decides the shard's content: a report of another key is none.
-    mark
-        What :func:`tried` returned for this try.
-    report
-        JSON values; ``objects`` lists path, size and crc32 of each object.
-    """
-    whole = {"shard": shard, "key": key, "mark": mark, **report}
-    remote.put(remote.join(url, _report_path(shard)), sealed(whole))
-    return whole
-
-
-def valid_report(url: str, shard: str, key: str) -> dict[str, Any] | None:
-    """Return the report of a shard that is written: its objects are all there, in their sizes; else None.
-
-    Parameters
-    ----------
-    url
-        The store.
-    shard
-        The shard's name.
-    key
-        What decides the shard's content; of ``to_zarr`` the job's digest.
-    """
-    try:
-        report = document_of(remote.get(remote.join(url, _report_path(shard))))
-        if report is None or report.get("shard") != shard or report.get("key") != key:
-            return None
-        sizes = at_once(lambda o: remote.head(remote.join(url, o["path"])).size, report["objects"])
-    except remote.MissingError:
-        return None
-    return report if sizes == [o["size"] for o in report["objects"]] else None
-
-
-def _report_path(shard: str) -> str:
-    return f"{JOB}/done/{shard}.json"
-
-
-# What the client calls: begin, turn_page, reports, commit
-
-
-def turn_page(url: str, shards: Sequence[str], keys: Mapping[str, str]) -> None:
-    """Put the reports of finished shards into one object, a page, and then remove theirs, and the marks of these tries.
-
-    A shard of which there is no valid report by now stays as it is. Stopped in between, some reports lie there twice.
-
-    Parameters
-    ----------
-    url
-        The store.
-    shards
-        Shards that no task asks for any more: their tasks have ended, and are not computed again.
-    keys
-        As in :class:`Content`.
-    """
-    data = at_once(lambda shard: _data(url, _report_path(shard)), shards)
-    documents = {shard: _report_in(text, shard, keys) for shard, text in zip(shards, data, strict=True)}
-    there = {shard: report for shard, report in documents.items() if report is not None}
-    if not there:
-        return
-    numbers = [
-        int(m[1])
-        for path in remote.listing(remote.join(url, PAGES))
-        if (m := _PAGE.fullmatch(f"{PAGES}/{path}"))
-    ]
-    path = f"{PAGES}/{max(numbers, default=0) + 1:06d}.{uuid.uuid4().hex}.json"
-    remote.put(remote.join(url, path), sealed({**STORE.note, "reports": there}))
-    left = [path for shard, report in there.items() for path in (_report_path(shard), report["mark"])]
-    with suppress(StoreError):  # whoever may not delete leaves them: the same is said twice
-        remote.delete_all(url, left)
-
-
-def on_pages(url: str, others: Collection[str], keys: Mapping[str, str]) -> set[str]:
-    """Return the shards of all pages but some ``others``, as far as they are of these keys."""
-    folder = remote.join(url, PAGES)
-    paths = [path for name in remote.listing(folder) if (path := f"{PAGES}/{name}") not in others]
-    pages = (_page(_data(url, path)) for path in paths if _PAGE.fullmatch(path))
-    return {shard for page in pages for shard, report in page.items() if keys.get(shard) == report["key"]}
-
-
-def _report_in(text: bytes | None, shard: str, keys: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the report of a shard where this is one, of this key."""
-    report = None if text is None else document_of(text)
-    if report is None or (report.get("shard"), report.get("key")) != (shard, keys[shard]):
-        return None
-    return {name: value for name, value in report.items() if name != "checksum"}
-
-
-def _page(data: bytes | None) -> Mapping[str, Mapping[str, Any]]:
-    """Return shard -> its report, of a page; nothing where it is damaged."""
-    document = None if data is None else document_of(data)
-    return {} if document is None else document["reports"]
 
 
 def begin(url: str, content: Content) -> Mapping[str, int]:
@@ -424,13 +235,13 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
     if not left:
         return
     keys = content.keys
-    marked = {m[1] for path in left if (m := _mark(path, keys)) is not None}
-    for path in [path for path in left if _PAGE.fullmatch(path)]:
-        page = _page(_data(url, path))
+    marked = {m[1] for path in left if (m := mark_of(path, keys)) is not None}
+    for path in [path for path in left if is_page(path)]:
+        page = page_of(data_of(url, path))
         if page and all(keys.get(shard) == report["key"] for shard, report in page.items()):
             marked.update(page)  # in place of their marks
             left.discard(path)
-    left -= {path for path in left if _mark(path, keys) is not None}
+    left -= {path for path in left if mark_of(path, keys) is not None}
     left -= {BEGUN}  # damaged: an empty digest is nobody's
     left -= {RECIPE, PROVENANCE}  # the same job may be told in another text, and by other steps
     left -= {
@@ -438,8 +249,10 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
     }  # they renew their traces, whatever is deleted
     places = content.places()
     left -= {path for path in left if places.get(path) in marked}
-    names = {_report_path(shard): shard for shard in keys}
-    data = dict(zip(rest := sorted(left & names.keys()), at_once(lambda p: _data(url, p), rest), strict=True))
+    names = {report_path(shard): shard for shard in keys}
+    data = dict(
+        zip(rest := sorted(left & names.keys()), at_once(lambda p: data_of(url, p), rest), strict=True)
+    )
     for path, text in data.items():
         report = None if text is None else document_of(text)
         if names[path] in marked or (report is not None and report.get("key") == keys[names[path]]):
@@ -456,7 +269,7 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
             for path, make in objects.items()
             if path in left and fault_of(remote.join(url, path), _summed(make)) is None
         }
-    if MANIFEST in left and _digest_of(_data(url, MANIFEST)) == content.owner.digest:
+    if MANIFEST in left and _digest_of(data_of(url, MANIFEST)) == content.owner.digest:
         left.discard(MANIFEST)
     if left:
         some = ", ".join(sorted(left)[:3])
@@ -468,15 +281,9 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
         )
 
 
-def _mark(path: str, keys: Mapping[str, str]) -> re.Match[str] | None:
-    """Return the parts of a mark's name where it is one of these shards, in this content."""
-    parts = _MARK.fullmatch(path)
-    return parts if parts is not None and keys.get(parts[1], "").startswith(parts[2]) else None
-
-
 def stated(url: str) -> dict[str, Sums] | None:
     """Return the sums of every object but those of shards, as :data:`LEDGER` has them; None: none, or damaged."""
-    data = _data(url, LEDGER)
+    data = data_of(url, LEDGER)
     document = None if data is None else document_of(data)
     if document is None:
         return None
@@ -562,69 +369,6 @@ def _digest_of(manifest: bytes | None) -> str | None:
         return None
     metadata = pq.read_schema(pa.BufferReader(manifest)).metadata or {}
     return str(metadata.get(DIGEST, b""), "ascii", "replace")
-
-
-def reports(url: str, objects: Mapping[str, int], keys: Mapping[str, str]) -> Iterator[dict[str, Report]]:
-    """Yield the valid reports, some at a time: of these keys, and of shards whose objects are all there in their sizes.
-
-    Parameters
-    ----------
-    url
-        The store.
-    objects
-        Path -> bytes of what lies there.
-    keys
-        As in :class:`Content`.
-
-    Yields
-    ------
-    dict
-        Shard -> its report; each shard once, with the latest one.
-    """
-    seen: set[str] = set()
-
-    def valid(some: Iterable[tuple[str, Mapping[str, Any], ReportPlace]]) -> dict[str, Report]:
-        result = {
-            shard: Report(values, entry)
-            for shard, values, entry in some
-            if shard not in seen and all(objects.get(o["path"]) == o["size"] for o in values["objects"])
-        }
-        seen.update(result)
-        return result
-
-    own = [
-        shard for shard in keys if _report_path(shard) in objects
-    ]  # written after any page that has the shard
-    for at in range(0, len(own), PAGE_REPORTS):
-        some = own[at : at + PAGE_REPORTS]
-        read = zip(some, at_once(lambda shard: _data(url, _report_path(shard)), some), strict=True)
-        found = ((shard, data, _report_in(data, shard, keys)) for shard, data in read)
-        yield valid(
-            (shard, values, ReportPlace(values["mark"], _report_path(shard), len(data), crc32_of(data)))
-            for shard, data, values in found
-            if data is not None and values is not None
-        )
-    for path in sorted((path for path in objects if _PAGE.fullmatch(path)), reverse=True):
-        page = _page(_data(url, path)).items()
-        yield valid((s, v, ReportPlace(v["mark"], path)) for s, v in page if keys.get(s) == v["key"])
-
-
-def unreported(url: str, objects: Collection[str], keys: Mapping[str, str]) -> set[str]:
-    """Return the shards that have no report yet, neither of their own nor on a page: a look, not a check."""
-    left = {shard for shard in keys if _report_path(shard) not in objects}
-    for path in objects if left else ():
-        if _PAGE.fullmatch(path):
-            left.difference_update(_page(_data(url, path)))
-    return left
-
-
-def tries(objects: Iterable[str]) -> dict[str, list[str]]:
-    """Return shard -> the marks of its tries."""
-    result: dict[str, list[str]] = {}
-    for path in sorted(objects):
-        if path.startswith(f"{JOB}/tried/"):
-            result.setdefault(path.split("/")[2], []).append(path)
-    return result
 
 
 def restored(url: str, content: Content | None) -> Mapping[str, int]:
@@ -714,7 +458,7 @@ def commit(
     remote.put(remote.join(url, MANIFEST), table)
     for path in sorted(groups, key=lambda p: -p.count("/")):  # deepest first
         remote.put(remote.join(url, path), groups[path])
-    _sweep(url, objects, manifest, written, {*sums, MANIFEST, "zarr.json"})
+    sweep(url, objects, manifest, written, {*sums, MANIFEST, "zarr.json"})
     root["attributes"]["rasteret_dask"]["checksum"] = root_checksum(root)
     remote.put(remote.join(url, "zarr.json"), json.dumps(root).encode())
     return manifest
@@ -787,136 +531,3 @@ DAMAGED = (
     "It was changed or damaged after it was written: copy the store again, or delete its zarr.json and call to_zarr "
     "with the same plan, which puts it in place."
 )
-
-
-# What stopped processes left
-
-
-def _sweep(
-    url: str,
-    objects: Iterable[str],
-    manifest: pa.Table,
-    written: Mapping[str, ReportPlace],
-    others: Collection[str],
-) -> None:
-    """Remove what tries that came to nothing left inside the store's own arrays, and beside its own objects.
-
-    Objects: a shard that was begun, and then written without this object, as all of it is fill; pages all of whose
-    shards have later reports. Temporary files of local puts that were killed (``name#1``): only beside a name that is
-    the store's own, and never while the put may still be under way (see :func:`_is_given_up`).
-    """
-    names = _paths(manifest)  # in Arrow: there may be a million
-    others = set(others)
-    there = pa.array(objects, pa.string())
-    unknown = there.filter(pc.invert(pc.is_in(there, value_set=names))).to_pylist()
-    stale = [
-        path for path in unknown if path not in others and (_is_chunk(path, others) or _PAGE.fullmatch(path))
-    ]
-    at_once(lambda path: remote.delete(remote.join(url, path)), stale)
-    if not remote.is_local(url):
-        return
-    base = Path(remote.local_path(url))
-    left = {
-        file: parts[1]
-        for file in base.rglob("*#*")
-        if (parts := _TEMPORARY.fullmatch(file.relative_to(base).as_posix())) is not None
-    }
-    if not left:
-        return
-    shard_of = _shards_of(manifest, pa.array(left.values(), pa.string()))
-    # after the files were seen: whose put is under way has its mark by now
-    marks = tries(remote.listing(url))
-    for file, place in left.items():
-        shard = shard_of.get(place)
-        if shard is None and place not in others and not _may_be_left(place, others):
-            continue
-        unfinished = None
-        if shard is not None:
-            unfinished = [mark for mark in marks.get(shard, []) if mark != written[shard].mark]
-        if _is_given_up(file, unfinished):
-            file.unlink(missing_ok=True)
-
-
-def _may_be_left(place: str, others: Collection[str]) -> bool:
-    """Tell whether a path that the manifest does not have is one that only this package writes."""
-    return _is_chunk(place, others) or any(one.fullmatch(place) for one in (_MARK, _PAGE))
-
-
-def _paths(manifest: pa.Table) -> pa.Array:
-    """Return the paths of all objects that are in rows of the manifest."""
-    lists = [manifest.column(name).combine_chunks().flatten().field("path") for name in ("objects", "notes")]
-    return pa.concat_arrays(lists)
-
-
-def _shards_of(manifest: pa.Table, paths: pa.Array) -> dict[str, str]:
-    """Return path -> shard of those of some paths that are in rows of the manifest."""
-    result: dict[str, str] = {}
-    for name in ("objects", "notes"):
-        lists = manifest.column(name).combine_chunks()
-        path = lists.flatten().field("path")
-        chosen = pc.is_in(path, value_set=paths)
-        rows = pc.list_parent_indices(lists).filter(chosen)
-        shards = manifest.column("shard").take(rows).to_pylist()
-        result.update(zip(path.filter(chosen).to_pylist(), shards, strict=True))
-    return result
-
-
-def _is_chunk(path: str, names: Collection[str]) -> bool:
-    """Tell whether a path is that of a chunk of one of the store's own arrays."""
-    parts = re.fullmatch(r"(.+)/c(/\d+)+", path)
-    return parts is not None and f"{parts[1]}/zarr.json" in names
-
-
-def _is_given_up(file: Path, marks: Iterable[str] | None) -> bool:
-    """Tell whether no put writes a temporary file any more.
-
-    Parameters
-    ----------
-    file
-        The file.
-    marks
-        Those of the shard's tries that have not finished; None: it is of no shard.
-    """
-    try:
-        old = time.time() - file.stat().st_mtime > STALE_S
-    except FileNotFoundError:
-        return True
-    return old or (marks is not None and all(_is_dead(mark) for mark in marks))
-
-
-def _is_dead(mark: str) -> bool:
-    """Tell whether the process that put a mark is certainly gone: it ran on this machine, and does not any more."""
-    parts = _MARK.fullmatch(mark)
-    return parts is not None and parts[3] == _node() and not psutil.pid_exists(int(parts[4]))
-
-
-def _node() -> str:
-    """Return this machine's name, as part of an object's."""
-    return re.sub(r"[^A-Za-z0-9-]+", "-", platform.node())
-
-
-# Small objects
-
-
-def at_once(function: Callable[[Any], T], values: Iterable[Any]) -> list[T]:
-    """Call a function for many small objects, several at the same time: a request waits, it does not work."""
-    return list(requests().map(function, values))
-
-
-def requests() -> ThreadPoolExecutor:
-    """Return the threads of this process that wait for a store."""
-    return _requests(os.getpid())
-
-
-@lru_cache(maxsize=1)
-def _requests(process: int) -> ThreadPoolExecutor:
-    """Return the threads of one process: a fork has its own."""
-    return ThreadPoolExecutor(REQUESTS, thread_name_prefix="rasteret-store")
-
-
-def _data(url: str, path: str) -> bytes | None:
-    """Return an object; None where there is none."""
-    try:
-        return remote.get(remote.join(url, path))
-    except remote.MissingError:
-        return None

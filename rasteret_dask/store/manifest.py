@@ -18,7 +18,7 @@ import pyarrow as pa
 from rasteret_dask.errors import UnreadableTilesWarning
 from rasteret_dask.lists import first_of
 from rasteret_dask.net.clusters import worker_name
-from rasteret_dask.store.ledger import Report, ReportPlace
+from rasteret_dask.store.shardreports import Report, ReportPlace
 from rasteret_dask.tasks.filtering import tally
 from rasteret_dask.tasks.job import Job, Shard
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rasteret_dask.store import ledger
+from rasteret_dask.store import shardreports
 from rasteret_dask.store.presence import Presence
 
 __all__ = ["Paging"]
@@ -29,11 +29,11 @@ class Paging:
     def __init__(self, presence: Presence, keys: Mapping[str, str]) -> None:
         self._presence, self._keys = presence, keys
         self._waiting: list[str] = []
-        self._next = ledger.PAGE_REPORTS
+        self._next = shardreports.PAGE_REPORTS
 
-    def since(self, done: Mapping[str, ledger.ReportPlace]) -> set[str]:
+    def since(self, done: Mapping[str, shardreports.ReportPlace]) -> set[str]:
         """Return shards that went into pages after ``done`` was read, and before others could see this client."""
-        return ledger.on_pages(self._presence.url, {place.path for place in done.values()}, self._keys)
+        return shardreports.on_pages(self._presence.url, {place.path for place in done.values()}, self._keys)
 
     def settle(self, shards: Sequence[str], more: bool) -> None:
         """Take shards whose tasks have ended: their reports are put together once there are enough.
@@ -44,11 +44,11 @@ class Paging:
         if len(self._waiting) < self._next or (self._presence.part is not None and not more):
             return
         if not self._presence.is_alone():
-            self._next = len(self._waiting) + ledger.PAGE_REPORTS
+            self._next = len(self._waiting) + shardreports.PAGE_REPORTS
             return
-        size = ledger.PAGE_REPORTS
+        size = shardreports.PAGE_REPORTS
         whole = len(self._waiting) // size * size
         for at in range(0, whole, size):
-            ledger.turn_page(self._presence.url, self._waiting[at : at + size], self._keys)
+            shardreports.turn_page(self._presence.url, self._waiting[at : at + size], self._keys)
         del self._waiting[:whole]
         self._next = size

@@ -21,7 +21,7 @@ from rasteret_dask.errors import ReadError, StoreError
 from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.plan import Function, digest
-from rasteret_dask.store import ledger
+from rasteret_dask.store import shardreports
 from rasteret_dask.store.jobreport import JobReport, job_report, slow_shards
 from rasteret_dask.store.layout import JOB, Layout
 from rasteret_dask.store.limits import Bounds
@@ -182,7 +182,7 @@ def _tasks(layout: Layout, url: str, context: ReadContext) -> tuple[dict[Any, An
 
 def _report(ref: JobRef, shard: str) -> dict[str, Any] | None:
     """Return the report of a shard that is written; None, at the price of one small request, where it is not."""
-    return ledger.valid_report(ref.url.removesuffix(f"/{JOB}"), shard, ref.digest)
+    return shardreports.valid_report(ref.url.removesuffix(f"/{JOB}"), shard, ref.digest)
 
 
 def _place(layout: Layout, url: str, context: ReadContext) -> str:

@@ -23,7 +23,7 @@ from rasteret_dask.net.sums import Sums, changed
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.rules.kinds import kind_of
-from rasteret_dask.store import ledger
+from rasteret_dask.store import ledger, shardreports
 from rasteret_dask.store.bytecache import ByteCache
 from rasteret_dask.store.decode import chunk_of
 from rasteret_dask.store.encode import MALFORMED, Encoding, shape_of
@@ -426,7 +426,7 @@ def check_sizes(store: StoreMap) -> None:
     if store.url.partition("://")[0] in ("http", "https"):
         return
     found = remote.listing(store.url)
-    others = ((p, sums.size) for p, sums in store.others.items() if not p.startswith(f"{ledger.JOB}/"))
+    others = ((p, sums.size) for p, sums in store.others.items() if not p.startswith(f"{shardreports.JOB}/"))
     wrong = [
         f"{path} ({found.get(path, 'no')} bytes, not {size})"
         for path, size in chain(store.objects(), others)

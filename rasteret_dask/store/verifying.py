@@ -19,7 +19,7 @@ from rasteret_dask.net.limits import host_of, pool
 from rasteret_dask.net.places import Place
 from rasteret_dask.net.sums import Fault, Sums, Whole, document_of, fault_of
 from rasteret_dask.progress import Progress
-from rasteret_dask.store import ledger
+from rasteret_dask.store import ledger, shardreports
 from rasteret_dask.store.rereading import Difference, check_sample, rereading
 from rasteret_dask.store.storetables import open_manifest
 from rasteret_dask.tasks.filtering import KEPT
@@ -35,7 +35,7 @@ DIFFERENCES = 5
 _Wanted: TypeAlias = "dict[str, Sums | Whole]"
 
 _PASSING = (
-    f"{ledger.JOB}/stats/",  # kept beside a store by whoever measures it, each with a version of its own
+    f"{shardreports.JOB}/stats/",  # kept beside a store by whoever measures it, each with a version of its own
     f"{ledger.CLIENTS}/",  # traces of those who write it at this moment
 )
 
@@ -271,8 +271,8 @@ def _written(url: str, objects: Mapping[str, int] | None) -> tuple[_Wanted, dict
 def _under_way(url: str, objects: Mapping[str, int] | None, faults: dict[str, Fault]) -> _Wanted:
     """Return what is written so far, as the ledger and the reports say; note what is wrong with these."""
     wanted: _Wanted = {}
-    reports = [path for path in objects or () if path.startswith(f"{ledger.JOB}/done/")]
-    pages = [path for path in objects or () if path.startswith(f"{ledger.PAGES}/")]
+    reports = [path for path in objects or () if path.startswith(f"{shardreports.JOB}/done/")]
+    pages = [path for path in objects or () if path.startswith(f"{shardreports.PAGES}/")]
     for path in (ledger.BEGUN, ledger.LEDGER, *pages, *reports):
         try:
             data = remote.get(remote.join(url, path))
@@ -289,7 +289,7 @@ def _under_way(url: str, objects: Mapping[str, int] | None, faults: dict[str, Fa
         for shard in shards:
             wanted |= _of_shard(shard["objects"])
     wanted |= ledger.stated(url) or {}
-    wanted |= {p: Sums(0, ()) for p in objects or () if p.startswith(f"{ledger.JOB}/tried/")}
+    wanted |= {p: Sums(0, ()) for p in objects or () if p.startswith(f"{shardreports.JOB}/tried/")}
     if ledger.GROUPS in wanted and fault_of(remote.join(url, ledger.GROUPS), wanted[ledger.GROUPS]) is None:
         documents = json.loads(remote.get(remote.join(url, ledger.GROUPS)))
         here = {

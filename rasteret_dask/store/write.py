@@ -21,7 +21,7 @@ from rasteret_dask import activity
 from rasteret_dask.errors import JobError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums
-from rasteret_dask.store import ledger
+from rasteret_dask.store import ledger, shardreports, smallobjects
 from rasteret_dask.store.encode import Encoding, Piece, crc32
 from rasteret_dask.store.layout import COORDINATE_CHIPS, JOB, OF_SHARDS, Layout
 from rasteret_dask.store.manifest import ManifestRows, stamp, warn_of_masked
@@ -78,7 +78,9 @@ def keys_of(job: Job) -> dict[str, str]:
     return dict.fromkeys((shard.name for shard in job.shards()), job.digest)
 
 
-def prepare(layout: Layout, url: str, shards: Iterable[str] | None = None) -> dict[str, ledger.ReportPlace]:
+def prepare(
+    layout: Layout, url: str, shards: Iterable[str] | None = None
+) -> dict[str, shardreports.ReportPlace]:
     """Make a store ready for its shards and return those that are already there, by name, with their reports' places.
 
     What a rerun finds is compared with the ledger; what is missing or damaged is put again.
@@ -105,7 +107,7 @@ def prepare(layout: Layout, url: str, shards: Iterable[str] | None = None) -> di
     chips = _Chips(layout)
     found = ledger.begin(url, chips)
     keys = chips.keys if shards is None else dict.fromkeys(shards, layout.job.digest)
-    some = ledger.reports(url, found, keys)
+    some = shardreports.reports(url, found, keys)
     return {shard: report.place for part in some for shard, report in part.items()}
 
 
@@ -195,8 +197,8 @@ def write_sources(
     frozen = opened(job)
     base, shard = url.removesuffix(f"/{JOB}"), frozen.shard(*block)
     start, waited = time.perf_counter(), 0.0
-    requests, encoding = ledger.requests(), 0.0
-    attempt = requests.submit(ledger.tried, base, shard.name, frozen.digest)
+    requests, encoding = smallobjects.requests(), 0.0
+    attempt = requests.submit(shardreports.tried, base, shard.name, frozen.digest)
     puts: dict[str, list[Future[Any]]] = {}
     attrs: dict[str, Mapping[Hashable, Any]] = {}
     masked: dict[str, float] = {}
@@ -252,7 +254,7 @@ def write_sources(
         "shard %s: %d chips in %.2f s, seconds %s",
         shard.name, report["chips"], report["elapsed"], report["seconds"],
     )  # fmt: skip
-    return ledger.done(base, shard.name, frozen.digest, attempt.result(), report)
+    return shardreports.done(base, shard.name, frozen.digest, attempt.result(), report)
 
 
 def _invalid(dataset: xr.Dataset) -> float:
@@ -326,8 +328,8 @@ def commit(url: str, job: Job, layout: Layout | None = None) -> pa.Table:
         When tiles could not be read and their pixels are invalid, as ``on_error="mask"`` allows.
     """
     found = ledger.restored(url, None if layout is None else _Chips(layout))
-    rows = ManifestRows(job, ledger.tries(found))
-    for some in ledger.reports(url, found, keys_of(job)):
+    rows = ManifestRows(job, shardreports.tries(found))
+    for some in shardreports.reports(url, found, keys_of(job)):
         rows.add(some)
     missing = [s.name for s in job.shards() if s.name not in rows.places]
     if missing:
@@ -347,14 +349,14 @@ def commit(url: str, job: Job, layout: Layout | None = None) -> pa.Table:
 
 def is_whole(url: str, job: Job) -> bool:
     """Tell whether all shards of a job have reports: whoever of several processes sees it may commit the store."""
-    return not ledger.unreported(url, remote.listing(url), keys_of(job))
+    return not shardreports.unreported(url, remote.listing(url), keys_of(job))
 
 
 def written_rows(url: str, job: Job, shards: Iterable[str]) -> pa.Table:
     """Return the rows that the manifest will have for some shards, as far as these are written."""
     found = remote.listing(url)
-    rows = ManifestRows(job, ledger.tries(found))
-    for some in ledger.reports(url, found, dict.fromkeys(shards, job.digest)):
+    rows = ManifestRows(job, shardreports.tries(found))
+    for some in shardreports.reports(url, found, dict.fromkeys(shards, job.digest)):
         rows.add(some)
     return rows.table()
 

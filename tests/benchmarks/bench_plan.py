@@ -38,7 +38,7 @@ import rasteret_dask as rd
 from rasteret_dask.grid import transformer
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import crc32_of
-from rasteret_dask.store import ledger, run, write
+from rasteret_dask.store import run, shardreports, write
 from rasteret_dask.store.run import _WritingParts
 from rasteret_dask.store.write import write_shard
 from rasteret_dask.tasks import freezing
@@ -164,16 +164,16 @@ class _Trivial(_WritingParts):
         _, (hierarchy, number) = block
         url, split = self.ref.url.removesuffix("/_job"), ("train", "val", "test")[hierarchy]
         name, path = f"{split}-{number:05d}", f"{split}/pixels/c/{number}/0/0/0/0"
-        if ledger.valid_report(url, name, self.ref.digest) is not None:
+        if shardreports.valid_report(url, name, self.ref.digest) is not None:
             return
-        mark = ledger.tried(url, name, self.ref.digest)
+        mark = shardreports.tried(url, name, self.ref.digest)
         remote.put(remote.join(url, path), b"pixels")
         counts = {"requests": 12, "bytes_fetched": 3_000_000, "tiles_read": 12, "gdal_fallback": 0}
         told = {
             "process": "worker:1", "chips": 50, "dropped": {}, "counts/s2": counts, "clipped/s2": {},
             "unreadable/s2": [], "objects": [{"path": path, "size": 6, "crc32": crc32_of(b"pixels")}],
         }  # fmt: skip
-        ledger.done(url, name, self.ref.digest, mark, told)
+        shardreports.done(url, name, self.ref.digest, mark, told)
 
 
 class _EndError(Exception):

@@ -24,7 +24,7 @@ from usage import usage
 
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import sealed
-from rasteret_dask.store import ledger
+from rasteret_dask.store import shardreports
 from rasteret_dask.store.manifest import table_of
 from rasteret_dask.store.paging import Paging
 from rasteret_dask.store.presence import present
@@ -48,7 +48,7 @@ class Reporting:
 
     def __call__(self, block: tuple[int, int]) -> None:
         name = f"train-{block[1]:05d}"
-        mark = f"{ledger.JOB}/tried/{name}/{KEY[:16]}.node.{os.getpid()}.{uuid.uuid4().hex}"
+        mark = f"{shardreports.JOB}/tried/{name}/{KEY[:16]}.node.{os.getpid()}.{uuid.uuid4().hex}"
         arrays = ("pixels", "valid", "valid_fraction", "datetime", "member")
         report = {
             "shard": name, "key": KEY, "mark": mark, "process": f"node:{os.getpid()}", "chips": 50, "dropped": {},
@@ -56,7 +56,7 @@ class Reporting:
             "clipped/s2": {}, "unreadable/s2": [], "seconds": {"read/s2": 1.234, "encode": 0.123, "put": 0.012},
             "objects": [{"path": f"train/{a}/c/{block[1]}/0/0/0/0", "size": 12345678, "crc32": 123} for a in arrays],
         }  # fmt: skip
-        for path, data in ((mark, b""), (f"{ledger.JOB}/done/{name}.json", sealed(report))):
+        for path, data in ((mark, b""), (f"{shardreports.JOB}/done/{name}.json", sealed(report))):
             file = Path(self.folder, path)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
@@ -102,7 +102,7 @@ def with_ledger(client: Client, count: int) -> str:
         }
         tables = [
             table_of([{"shard": name, "objects": report.values["objects"]} for name, report in some.items()])
-            for some in ledger.reports(folder, objects | arrays, keys)
+            for some in shardreports.reports(folder, objects | arrays, keys)
         ]
         rows = sum(table.num_rows for table in tables)
     most = max(looks, default=left)
