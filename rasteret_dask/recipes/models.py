@@ -295,6 +295,7 @@ class ToStats(_Output):
 
     stats: str = Field(description="The file: path or URL.")
     sample: int | None = Field(None, description="Measure so many chips; None: all.")
+    sources: list[str] | None = Field(None, description="Read and measure only these sources; None: all.")
     on_error: OnError | None = Field(None, description="What becomes of a tile that cannot be read.")
 
 
