@@ -396,10 +396,11 @@ class Collection(TableExits, PixelReads):
         min_coverage
             Share of a chip that the records of a slot must cover together.
         min_slots
-            Slots that must have records, in every source; of a source of intervals (a year's embeddings beside
-            months) at most all of its own.
+            Slots that must have records, in every source, each counted by itself; of a source of intervals (a
+            year's embeddings beside months) at most all of its own. A source that ``join(require=)`` lets chips lack is
+            absent where it has fewer.
         reference
-            Of a join: the source whose pixels stay native; None: the first.
+            Of a join: the source whose pixels stay native; None: the first that chips may not lack.
         labels, rasterize
             Polygons (as for ``at``), and the column of theirs that becomes ``mask`` (chip, y, x) on the reference
             source's pixels: the value of the last polygon that holds a pixel's centre, else 0 (NaN for a column of

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def rows(arrays: Arrays, own: slice) -> Arrays:
 def test_parts_add_up_to_the_whole(seed: int, sizes: list[int]) -> None:
     arrays = drawn(seed, sum(sizes))
     ends = np.cumsum([0, *sizes]).tolist()
-    parts = [measure(rows(arrays, slice(a, b)), PIXELS) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [measure(rows(arrays, slice(a, b)), PIXELS) for a, b in pairwise(ends)]
     whole, found = measure(arrays, PIXELS), reduce(add, parts)
     same(found, whole)
     assert found.labels == whole.labels
@@ -79,9 +80,14 @@ def test_parts_add_up_to_the_whole(seed: int, sizes: list[int]) -> None:
         assert whole.labels[column].missing == sum(sizes) - len(values)
         assert list(whole.labels[column].counts or ()) == sorted(set(values))
     assert "seen" not in whole.labels
-    for target, values in (("cover", arrays["cover"][arrays["cover/valid"][:, :, None]]),
-                           ("optical/mask", arrays["optical/mask"]), ("labels/fold", arrays["labels/fold"])):  # fmt: skip
-        check_weights(whole, target, values)
+    targets = {
+        "cover": arrays["cover"][arrays["cover/valid"][:, :, None]],
+        "optical/mask": arrays["optical/mask"],
+        "labels/fold": arrays["labels/fold"],
+    }
+    for target, values in targets.items():
+        if values.size:
+            check_weights(whole, target, values)
 
 
 def check_weights(stats: Stats, target: str, values: Any) -> None:
@@ -92,8 +98,7 @@ def check_weights(stats: Stats, target: str, values: Any) -> None:
         zip(distinct.tolist(), (len(values.ravel()) / (len(distinct) * count)).tolist(), strict=True)
     )
     assert {value: weight for value, weight in weights.items() if weight} == pytest.approx(wanted)
-    if values.size:
-        assert np.mean([weights[v] for v in values.ravel().tolist()]) == pytest.approx(1.0)
+    assert np.mean([weights[v] for v in values.ravel().tolist()]) == pytest.approx(1.0)
     table = stats.classes(target).to_pydict()
     assert {v: n for v, n in zip(table["value"], table["count"], strict=True) if n} == dict(
         zip(distinct.tolist(), count.tolist(), strict=True)
@@ -139,7 +144,7 @@ def test_a_value_that_does_not_count() -> None:
     for ignore in ([99], [0, 1, 2, 3, 4]):
         with pytest.raises(PlanError, match="class_weights"):
             stats.class_weights("labels/fold", ignore=ignore)
-    with pytest.raises(PlanError, match="one of labels/crop.*cover"):
+    with pytest.raises(PlanError, match=r"one of labels/crop.*cover"):
         stats.class_weights("labels/corp")
     with pytest.raises(PlanError, match="no such target"):
         stats.classes("optical")
@@ -181,7 +186,7 @@ def test_other_sources_do_not_add_up() -> None:
         stats + 1  # type: ignore[operator]
 
 
-def test_chosen_sources_and_a_joined_mask(s2: rd.Collection, tmp_path: Path, small_world: Any) -> None:
+def test_chosen_sources_and_a_joined_mask(s2: rd.Collection, tmp_path: Path) -> None:
     optical = s2.harmonize(["red"], time="3MS")
     chips = rd.join(optical=optical, mask=s2.harmonize(["scl"], time="3MS")).chips(64, cell_km=1.28).sample(6)
     crops = pa.table({"chip_id": chips.table.column("chip_id"), "crop": ["a", "b", "b", "a", "b", None]})

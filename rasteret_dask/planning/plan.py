@@ -139,7 +139,7 @@ class ChipSpec:
     min_coverage: float = 1.0
     min_slots: int = 1
     reference: str | None = None
-    """Name of the source whose pixels stay native; None: the first."""
+    """Name of the source whose pixels stay native; None: the first that chips may not lack."""
     aoi: str | None = None
     """WKB of an area in lon/lat, as hex; None: wherever there are records."""
     at: str | None = None
