@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -889,8 +889,11 @@ class Chips:
         client: ClientLike = None,
         on_error: OnError = "raise",
         progress: bool = True,
+        sources: Sequence[str] | None = None,
     ) -> Stats:
         """Measure the pixels of these chips in one pass: per source and band counts, moments, percentiles, classes.
+
+        Label columns are counted too. Slots of a source that a chip lacks do not count.
 
         Parameters
         ----------
@@ -902,6 +905,13 @@ class Chips:
             As in :meth:`to_xarray`.
         progress
             Show how many shards are measured.
+        sources
+            Read and measure only these sources; None: all. Where ``filter_pixels`` decides on chips, all are read.
+
+        Raises
+        ------
+        PlanError
+            When no chip is left, or there is no such source.
 
         Examples
         --------
@@ -909,13 +919,15 @@ class Chips:
         >>> stats.table["band"].to_pylist(), stats.table["mean"].to_pylist()[0] < 0.2
         (['red', 'nir'], True)
         """
-        from rasteret_dask.statistics.measuring import measured, remember
+        from rasteret_dask.statistics.measuring import chosen_sources, measured, remember
         from rasteret_dask.streams.planned import planned
 
         chips = self if sample is None else self.sample(sample)
-        shards = planned(chips.job, chips._layout.outputs, self._context(on_error))
+        only = chosen_sources([s.name for s in chips.job.sources], sources)
+        shards = planned(chips.job, chips._layout.outputs, self._context(on_error), only=only)
         stats = measured(shards, client, progress)
-        remember(stats, shards.digest, on_error)
+        if only is None:
+            remember(stats, shards.digest, on_error)
         return stats
 
     def _shards(self, on_error: OnError, client: ClientLike = None) -> ChipShards:

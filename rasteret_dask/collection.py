@@ -323,8 +323,16 @@ class Collection(TableExits, PixelReads):
     def __or__(self, other: Collection) -> Collection:
         return merge(self, other)
 
-    def join(self, **others: Collection) -> Collection:
+    def join(self, *, require: Sequence[str] | None = None, **others: Collection) -> Collection:
         """Put other collections beside this one, each a variable of its own on the same ground.
+
+        Parameters
+        ----------
+        require
+            The sources without which there is no chip, see :func:`join`; None: those that this one requires, and
+            all others.
+        **others
+            The collections.
 
         Examples
         --------
@@ -342,10 +350,12 @@ class Collection(TableExits, PixelReads):
                 "a name of its own for each",
                 "Say rd.join(a=..., b=...).",
             )
-        return join(**own, **others)
+        if require is None:
+            require = [*_required(self), *others]
+        return join(require=require, **own, **others)
 
     def __and__(self, other: Collection) -> Collection:
-        return self.join(**_sources(other))
+        return self.join(require=[*_required(self), *_required(other)], **_sources(other))
 
     def chips(
         self,
@@ -386,10 +396,11 @@ class Collection(TableExits, PixelReads):
         min_coverage
             Share of a chip that the records of a slot must cover together.
         min_slots
-            Slots that must have records, in every source; of a source of intervals (a year's embeddings beside
-            months) at most all of its own.
+            Slots that must have records, in every source, each counted by itself; of a source of intervals (a
+            year's embeddings beside months) at most all of its own. A source that ``join(require=)`` lets chips lack is
+            absent where it has fewer.
         reference
-            Of a join: the source whose pixels stay native; None: the first.
+            Of a join: the source whose pixels stay native; None: the first that chips may not lack.
         labels, rasterize
             Polygons (as for ``at``), and the column of theirs that becomes ``mask`` (chip, y, x) on the reference
             source's pixels: the value of the last polygon that holds a pixel's centre, else 0 (NaN for a column of
@@ -653,8 +664,23 @@ def merge(*collections: Collection) -> Collection:
     return Collection(Query.together(plan, [c.query for c in collections]))
 
 
-def join(**sources: Collection) -> Collection:
+def join(*, require: Sequence[str] | None = None, **sources: Collection) -> Collection:
     """Put collections side by side over the same ground, each a variable of its own, called by its keyword.
+
+    Parameters
+    ----------
+    require
+        The sources without which there is no chip; None: all. Of the others, a chip has what is there: where they
+        cover less than ``min_coverage`` of it, or fewer than ``min_slots`` of their slots, their pixels are invalid,
+        and nothing is read. Each of them has a variable ``present`` (chip, time), ``"<source>/present"`` in batches:
+        True where a slot has a record. Grid, ids and order of chips are those of the required sources.
+    **sources
+        The collections. ``require`` is no name of a source.
+
+    Raises
+    ------
+    PlanError
+        When there is no source, one is no collection or a join, or ``require`` is empty or names another one.
 
     Examples
     --------
@@ -662,6 +688,9 @@ def join(**sources: Collection) -> Collection:
     >>> pair = rd.join(optical=optical, embeddings=embeddings).chips(32, cell_km=0.96)
     >>> sorted(pair.sample(2).load().children)
     ['embeddings', 'optical']
+    >>> all_of_optical = rd.join(optical=optical, embeddings=embeddings, require=["optical"])
+    >>> all_of_optical.chips(32, cell_km=0.96).explain()["present"]
+    {'optical': 154, 'embeddings': 154}
     """
     if not sources:
         raise PlanError("join", "no source", "at least one: join(optical=..., embeddings=...)")
@@ -670,7 +699,12 @@ def join(**sources: Collection) -> Collection:
             raise PlanError(f"join of {name!r}", f"a {type(c).__name__}", "collections")
         if isinstance(c.plan, Join):
             raise PlanError(f"join of {name!r}", "a join", "single sources", "Name all sources in one join.")
-    plan = Join(tuple(sources), tuple(c.plan for c in sources.values()))
+    if isinstance(require, Collection):
+        raise PlanError(
+            "join(require=)", "a collection", "names of sources", "Give that source another name."
+        )
+    required = None if require is None else (require,) if isinstance(require, str) else tuple(require)
+    plan = Join(tuple(sources), tuple(c.plan for c in sources.values()), required)
     return Collection(Query.together(plan, [c.query for c in sources.values()]))
 
 
@@ -680,6 +714,14 @@ def _sources(collection: Collection) -> dict[str, Collection]:
     if not isinstance(plan, Join):
         return {collection.name: collection}
     return {n: collection._with(child) for n, child in zip(plan.names, plan.children, strict=True)}
+
+
+def _required(collection: Collection) -> Sequence[str]:
+    """Return the names of the sources that chips may not lack."""
+    plan = collection.plan
+    if not isinstance(plan, Join):
+        return (collection.name,)
+    return plan.names if plan.require is None else plan.require
 
 
 def _polygons(labels: Any, at: Any, column: str | None) -> pa.Table | None:

@@ -15,8 +15,8 @@ from rasteret_dask.display.tableview import TableView
 from rasteret_dask.errors import PlanError, SchemaError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
-from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Select, predicates
-from rasteret_dask.statistics.measuring import measured, recalled, remember
+from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Select, digest, predicates
+from rasteret_dask.statistics.measuring import chosen_sources, measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
 from rasteret_dask.store.shardreports import JOB
@@ -248,7 +248,13 @@ class StoredChips:
 
         return to_xarray(self.stored, lazy)
 
-    def stats(self, sample: int | None = None, client: ClientLike = None, progress: bool = True) -> Stats:
+    def stats(
+        self,
+        sample: int | None = None,
+        client: ClientLike = None,
+        progress: bool = True,
+        sources: Sequence[str] | None = None,
+    ) -> Stats:
         """Measure the pixels of these chips in one pass, or say what was measured before.
 
         What is found stays with the store, below ``_job/stats/``, where it can be written to.
@@ -261,6 +267,13 @@ class StoredChips:
             A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
         progress
             Show how many shards are measured.
+        sources
+            Read and measure only these sources; None: all.
+
+        Raises
+        ------
+        PlanError
+            When no chip is left, or there is no such source.
 
         Examples
         --------
@@ -269,12 +282,15 @@ class StoredChips:
         ['red', 'nir']
         """
         chips = self if sample is None else self.sample(sample)
-        place = remote.join(self.stored.url, JOB, "stats", f"{chips.digest}.json")
+        only = chosen_sources(list(chips.stored.map.sources), sources)
+        name = chips.digest if only is None else digest(chips.digest, only)
+        place = remote.join(self.stored.url, JOB, "stats", f"{name}.json")
         try:
             return Stats.load(place)
         except (remote.MissingError, SchemaError):  # none, damaged, or of a version that measured otherwise
-            found = measured(stored_chips(chips.stored), client, progress)
-        remember(found, self.stored.url, chips.digest)
+            found = measured(stored_chips(chips.stored, only), client, progress)
+        if only is None:
+            remember(found, self.stored.url, chips.digest)
         with suppress(StoreError):  # a store that cannot be written to is measured each time
             found.save(place)
         return found

@@ -51,7 +51,7 @@ ORDER = {
              "storetables jobreport layout manifest write presence committing paging runtasks onthreads oncluster "
              "shardruns run outputs storemap storeread stored holding datasets rereading verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
-    "statistics": "sketch stats measuring",
+    "statistics": "sketch labelcounts stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",

@@ -499,7 +499,7 @@ def test_classes_beside_measured_bands_keep_their_numbers() -> None:
     seen = np.ones((1, 1, 8, 8), dtype=bool)
     seen[0, 0, 0, 0] = False
     own = measured(pixels, seen, ("red", "map"), kinds=(BandKind("continuous"), BandKind("class")))
-    made = Stats({"a": own}, 1).normalize({"a": pixels, "a/valid": seen}, fill=-1)["a"][0, 0]
+    made = Stats({"a": own}, 1).normalize({"a": pixels, "a/valid": seen}, nan=-1)["a"][0, 0]
     assert made[:, 0, 0].tolist() == [-1, -1]
     assert set(made[1].ravel()[1:]) == {40.0}
     assert made[0].ravel()[1:].mean() == pytest.approx(0, abs=1e-6)

@@ -216,7 +216,7 @@ def test_pixels_are_valid_in_one_sense(bad: float, constant: bool) -> None:
     stats = measure(arrays, of("x", "y"))
     assert stats["a"].count.tolist() == [good.sum()] * 2
     for fill in (np.nan, 0.0):
-        made = stats.normalize(arrays, fill=fill)
+        made = stats.normalize(arrays, nan=fill)
         np.testing.assert_array_equal(made["a/valid"], good)
         np.testing.assert_array_equal(made["a"][~good.repeat(2, 1).reshape(3, 2, 2, 8, 8)], fill)
         assert np.isfinite(made["a"].transpose(0, 1, 3, 4, 2)[good]).all()

@@ -166,7 +166,7 @@ def test_normalized_bands_have_mean_0_and_spread_1(joined: rd.Chips) -> None:
         np.testing.assert_allclose(np.nanstd(values, axis=(0, 1, 3, 4)), 1, atol=1e-5)
         np.testing.assert_array_equal(~np.isnan(values).any(axis=2), arrays[f"{name}/valid"])
     assert made["chip_id"] is arrays["chip_id"]
-    filled = stats.normalize(arrays, fill=0)
+    filled = stats.normalize(arrays, nan=0)
     assert not np.isnan(filled["optical"]).any()
     assert (filled["optical"][~np.isfinite(made["optical"])] == 0).all()
 
@@ -207,7 +207,7 @@ def test_statistics_of_other_bands_are_refused(s2: rd.Collection, tmp_path: Path
     stats = chips("red", "nir").stats()
     for others in (chips("nir", "red"), chips("red"), chips("red", "green")):
         for stream in as_read(others):
-            for given in (stats, stats.normalize, partial(stats.normalize, fill=0)):
+            for given in (stats, stats.normalize, partial(stats.normalize, nan=0)):
                 with pytest.raises(PlanError, match=r"bands .* expected the bands red, nir .*train split"):
                     stream(4, normalize=given)
     others = chips("nir", "red")

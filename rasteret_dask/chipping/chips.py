@@ -31,10 +31,12 @@ from rasteret_dask.planning.plan import (
     Join,
     Map,
     Node,
+    Predicate,
     Rule,
     SplitSpec,
     is_filtered,
     near_area,
+    without,
 )
 from rasteret_dask.planning.resolve import ResolvedSource, evaluate, in_metres, resolve_source
 from rasteret_dask.planning.scan import Table, as_table
@@ -124,7 +126,7 @@ class ChipSources:
         return {why: count for why, count in (replaced | unreadable).items() if count}
 
     def lay(self, frame: Frame, points: pa.Table | None = None) -> PlannedChips:
-        """Find what feeds each candidate window and keep those that every source covers; there may be none.
+        """Find what feeds each candidate window and keep those that every required source covers; there may be none.
 
         Parameters
         ----------
@@ -185,17 +187,23 @@ def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
         maps.append((child.source, child.function))
         child = child.child
     if isinstance(child, Join):
-        sources = [
-            resolve_source(n, evaluate(c, tables)) for n, c in zip(child.names, child.children, strict=True)
-        ]
+        required = child.names if child.require is None else child.require
+        sources = [_joined(child, at, tables, near) for at in range(len(child.names))]
     else:
         members = evaluate(child, tables)
         sources = [resolve_source(members[0].name if len(members) == 1 else "merged", members)]
+        required = (sources[0].plan.name,)
     names = [s.plan.name for s in sources]
     check_names(names, "chips")
     if node.spec.reference is not None and node.spec.reference not in names:
         raise PlanError("chips(reference=)", repr(node.spec.reference), f"one of {', '.join(names)}")
-    reference = names.index(node.spec.reference) if node.spec.reference else 0
+    if node.spec.reference is not None and node.spec.reference not in required:
+        raise PlanError(
+            f"chips(reference={node.spec.reference!r})",
+            f"a source that chips may lack: join(require={list(required)})", f"one of {', '.join(required)}",
+            f"Say chips(reference={required[0]!r}), or join(require={[*required, node.spec.reference]}).",
+        )  # fmt: skip
+    reference = names.index(node.spec.reference or required[0])
     by_tiles = node.spec.at is None and isinstance(
         node.spec.grid, TileGrid
     )  # the only grid that may count in degrees
@@ -209,12 +217,28 @@ def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
         raise PlanError(
             f"chips of {', '.join(names)}", f"source {names[reference]!r}, which holds at any time, as their reference",
             "one whose acquisitions become chips",
-            f"Say chips(reference={moving!r}), or give {moving!r} slots: harmonize(time='1MS').",
+            (f"Say chips(reference={moving!r}), or give" if moving in required else "Give")
+            + f" {moving!r} slots: harmonize(time='1MS').",
         )  # fmt: skip
     _check_slots(node.spec, sources)
     _check_sizes(node.spec, sources, reference)
     ground = tuple(source_outlines(s) for s in sources)
     return ChipSources(node.spec, tuple(sources), reference, ground, tuple(reversed(maps)))
+
+
+def _joined(join: Join, at: int, tables: Mapping[str, Table], near: Predicate | None) -> ResolvedSource:
+    """Resolve a source of a join.
+
+    Of a source that chips may lack there may be no record near the area: what its bands are, records elsewhere tell.
+    """
+    name, node = join.names[at], join.children[at]
+    members = evaluate(node, tables)
+    if not join.may_lack(name):
+        return resolve_source(name, members)
+    if near is not None and not any(len(member.table) for member in members):
+        members = evaluate(without(node, near), tables)
+    source = resolve_source(name, members)
+    return replace(source, plan=replace(source.plan, optional=True))
 
 
 def below_join(node: Node) -> Node:
@@ -277,7 +301,9 @@ def _shared_time(sources: list[ResolvedSource], reference: int) -> list[Resolved
 def _check_slots(spec: ChipSpec, sources: list[ResolvedSource]) -> None:
     """Refuse to ask for more slots than there are: of each source with slots of its own, intervals fill theirs."""
     slots = {s.plan.name: 1 if s.axis is None else len(s.axis) for s in sources}
-    own = [s.plan.name for s in sources if not bool(s.passes.is_interval.all())] or list(slots)
+    needed = [s for s in sources if not s.plan.optional]
+    own = [s.plan.name for s in needed if not bool(s.passes.is_interval.all())]
+    own = own or [s.plan.name for s in needed]
     few = min(own, key=lambda name: slots[name])
     if spec.min_slots > slots[few]:
         raise PlanError(

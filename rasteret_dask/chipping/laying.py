@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows that every source covers become chips: one a window with a time axis, else one an acquisition."""
+"""Windows that the required sources cover become chips: one a window with a time axis, else one an acquisition."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Laid:
 def lay(
     spec: ChipSpec, sources: list[ResolvedSource], reference: int, footprints: list[Outlines], frame: Frame
 ) -> Laid:
-    """Find what feeds each window, and make chips of those that every source covers.
+    """Find what feeds each window, and make chips of those that every required source covers.
+
+    Where a source that chips may lack covers too little, or too few slots, nothing of it feeds the chip.
 
     Parameters
     ----------
@@ -116,7 +118,7 @@ def _with_slots(
     frame: Frame,
     touched: list[Feeds],
 ) -> Laid:
-    """Make a chip of each window that every source fills enough slots of."""
+    """Make a chip of each window that every required source fills enough slots of."""
     alive = np.ones(len(frame), dtype=bool)
     share = np.ones(len(frame))
     result, lost = [], Counter[str]()
@@ -131,8 +133,13 @@ def _with_slots(
         slots = int(slotted.slot.max()) + 1 if len(slotted.slot) else 1
         filled = np.bincount(key // slots, minlength=len(frame))
         wanted = min(max(spec.min_slots, 1), len(source.axis))
-        lost[_uncovered(spec, source, wanted)] = int(np.sum(alive & (filled < wanted)))
-        alive &= filled >= wanted
+        if source.plan.optional:
+            there = filled >= wanted
+            good, own = good.take(there[good.window]), there[key // slots]
+            key, part = key[own], part[own]
+        else:
+            lost[_uncovered(spec, source, wanted)] = int(np.sum(alive & (filled < wanted)))
+            alive &= filled >= wanted
         np.minimum.at(share, key // slots, part)
         reference_slots = filled if number == reference else reference_slots
         result.append((source, outline, good))
@@ -178,12 +185,14 @@ def _by_acquisition(
         most = np.timedelta64(0, "ns") if source.tolerance is None else source.tolerance
         limit = most if bool(source.passes.is_interval.all()) else None
         chosen = _nearest(theirs, own.start, window, other_key // other_slots, limit)
-        lost[f"chip of {sources[reference].plan.name} without an acquisition of {source.plan.name}"] = int(
-            np.sum(alive & (chosen < 0))
-        )
-        alive &= chosen >= 0
+        if not source.plan.optional:
+            lost[f"chip of {sources[reference].plan.name} without an acquisition of {source.plan.name}"] = (
+                int(np.sum(alive & (chosen < 0)))
+            )
+            alive &= chosen >= 0
         if len(other_key):
-            share = np.minimum(share, other_share[np.maximum(chosen, 0)])
+            own_share = np.where(chosen >= 0, other_share[np.maximum(chosen, 0)], 1.0)
+            share = np.minimum(share, own_share)
             chosen = np.where(chosen >= 0, other_key[np.maximum(chosen, 0)] % other_slots, -1)
         feeds.append(_chosen(ready, other_slots, window, chosen))
     place = np.cumsum(alive) - 1

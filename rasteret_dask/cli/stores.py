@@ -186,11 +186,17 @@ def stats(
     sample: Annotated[
         int | None, typer.Option(min=1, show_default=False, help="Measure so many chips instead of all.")
     ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(show_default=False, help="Measure only this source; may be given several times."),
+    ] = None,
     settings: Overrides = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure the pixels of a store or recipe: mean, standard deviation, percentiles and classes of each band.
+
+    Masks and label columns are counted.
 
     What is measured of a store stays with it: a second call reads no pixels. Of a recipe, the chips before outputs are
     measured, and nothing is written.
@@ -207,7 +213,7 @@ def stats(
         )
     else:
         chips = rd.open_chips(place, split)
-    measured = chips.stats(sample, progress=not quiet)
+    measured = chips.stats(sample, progress=not quiet, sources=source or None)
     answer(_stats_document(measured), _stats_tables(measured), as_json)
 
 

@@ -67,9 +67,9 @@ def calls(node: Node, rows: TableRows = lambda token: None) -> Iterator[str]:
     match node:
         case Merge(below):
             yield f"merge({', '.join('.'.join(calls(child, rows)) for child in below)})"
-        case Join(names, below):
-            sides = zip(names, below, strict=True)
-            yield f"join({', '.join(_side(name, child, rows) for name, child in sides)})"
+        case Join(names, below, require):
+            sides = [_side(name, child, rows) for name, child in zip(names, below, strict=True)]
+            yield f"join({', '.join([*sides, *_set(require=require)])})"
         case Source(name, _, where):
             yield name
             yield from _filters(where)
@@ -88,8 +88,8 @@ def call(node: Node, rows: TableRows = lambda token: None) -> str:
             return f"harmonize({', '.join(_harmonized(spec))})"
         case Map(_, function, source):
             return f"map({', '.join([function.name, *_set(source=source)])})"
-        case Join(names):
-            return f"join({', '.join(names)})"
+        case Join(names, _, require):
+            return f"join({', '.join([*names, *_set(require=require)])})"
         case Merge(below):
             return f"merge(of {len(below)})"
         case Sample(_, n, seed, by):

@@ -58,8 +58,8 @@ def _push(node: Node) -> Node:
             return _push(Filter(child, _both(inner, outer)))
         case Filter(Merge(below), where):
             return Merge(tuple(_push(Filter(child, where)) for child in below))
-        case Filter(Join(names, below), where):
-            return Join(names, tuple(_push(Filter(child, where)) for child in below))
+        case Filter(Join(_, below) as join, where):
+            return dataclasses.replace(join, children=tuple(_push(Filter(child, where)) for child in below))
         case Filter(Harmonize(child, spec), where):
             return Harmonize(_push(Filter(child, where)), spec)
         case Filter(Map(child, function, source), where):

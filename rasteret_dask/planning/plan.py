@@ -47,6 +47,7 @@ __all__ = [
     "Source",
     "Split",
     "SplitSpec",
+    "UNWRITTEN",
     "WithTable",
     "changes",
     "children",
@@ -61,7 +62,11 @@ __all__ = [
     "step_name",
     "to_json",
     "with_children",
+    "without",
 ]
+
+UNWRITTEN = {"unwritten": True}
+"""Metadata of a field that JSON leaves out at its default: plans that were made before it was there keep their hash."""
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 Predicate: TypeAlias = "tuple[str, str, Scalar | tuple[Scalar, ...]]"
@@ -134,7 +139,7 @@ class ChipSpec:
     min_coverage: float = 1.0
     min_slots: int = 1
     reference: str | None = None
-    """Name of the source whose pixels stay native; None: the first."""
+    """Name of the source whose pixels stay native; None: the first that chips may not lack."""
     aoi: str | None = None
     """WKB of an area in lon/lat, as hex; None: wherever there are records."""
     at: str | None = None
@@ -259,9 +264,17 @@ class Join:
 
     names: tuple[str, ...]
     children: tuple[Node, ...]
+    require: tuple[str, ...] | None = dataclasses.field(default=None, metadata=UNWRITTEN)
+    """Sources without which there is no chip, in the order of ``names``; None: all."""
 
     def __post_init__(self) -> None:
         check_names(self.names, "join")
+        if self.require is not None:
+            object.__setattr__(self, "require", _required(self.require, self.names))
+
+    def may_lack(self, name: str) -> bool:
+        """Tell whether there are chips without a source."""
+        return self.require is not None and name not in self.require
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +389,13 @@ def is_filtered(node: Node, predicate: Predicate) -> bool:
     return bool(children(node)) and all(is_filtered(child, predicate) for child in children(node))
 
 
+def without(node: Node, predicate: Predicate) -> Node:
+    """Return a plan on records that does not ask for a predicate."""
+    if isinstance(node, Source | Filter):
+        node = dataclasses.replace(node, where=tuple(one for one in node.where if one != predicate))
+    return with_children(node, tuple(without(child, predicate) for child in children(node)))
+
+
 def near_area(spec: ChipSpec) -> Predicate | None:
     """Return what records must fulfil to matter for the chips of an area of interest; None: all may matter.
 
@@ -399,11 +419,19 @@ def to_json(value: Any) -> Any:
     if isinstance(value, RuleValue):
         return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: to_json(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if _is_written(value, f)
+        }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, tuple | list):
         return [to_json(v) for v in value]
     return value
+
+
+def _is_written(value: Any, field: dataclasses.Field[Any]) -> bool:
+    return not (field.metadata.get("unwritten") and getattr(value, field.name) == field.default)
 
 
 def from_json(value: Any) -> Any:
@@ -460,6 +488,19 @@ def digest(*values: Any) -> str:
 def is_number(value: Any) -> bool:
     """Tell whether a value is a finite number of any library; True and False are none."""
     return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _required(require: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return the sources that a join requires, in its order; None where these are all."""
+    unknown = [name for name in require if name not in names]
+    if unknown or not require:
+        raise PlanError(
+            "join(require=)", ", ".join(map(repr, unknown)) or "an empty list",
+            f"one or several of {', '.join(names)}",
+            "Name the sources that every chip must have, or leave require out: then these are all.",
+        )  # fmt: skip
+    own = tuple(name for name in names if name in require)
+    return None if own == names else own
 
 
 def _is_whole(value: Any) -> bool:

@@ -28,6 +28,7 @@ from rasteret_dask.planning.calls import condition
 from rasteret_dask.planning.pixelsizes import alike, catalog_m, not_in_metres, pixels_m
 from rasteret_dask.planning.plan import (
     STATIC,
+    UNWRITTEN,
     Filter,
     Function,
     Harmonize,
@@ -112,6 +113,13 @@ class SourcePlan:
     maps: tuple[Function, ...] = ()
     kinds: tuple[BandKind, ...] = ()
     """Of each output band."""
+    optional: bool = dataclasses.field(default=False, metadata=UNWRITTEN)
+    """Whether there are chips without it, as its join does not require it."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether ``present`` tells which slots of which chips have a record."""
+        return self.optional
 
     @property
     def dtype(self) -> str:

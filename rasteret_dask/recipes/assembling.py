@@ -116,8 +116,8 @@ class Assembly:
                 return merge(*parts)
         if key == "join":
             sources = {source: self.collection(other) for source, other in table["join"].items()}
-            with blamed(self.source, (*path, key)):
-                return join(**sources)
+            with blamed(self.source, (*path, "require" if "require" in table else key)):
+                return join(require=table.get("require"), **sources)
         function, argument = _BUILDERS[key]
         arguments = {
             k: self._located(k, v) for k, v in table.items() if k not in (*RECORD_STEPS, key, "cql2")

@@ -11,11 +11,11 @@ from pydantic_core import PydanticCustomError
 
 from rasteret_dask.building import build, build_from_stac
 from rasteret_dask.chipset import Chips
-from rasteret_dask.collection import Collection
+from rasteret_dask.collection import Collection, join
 from rasteret_dask.launching.cluster import ClusterKind
 from rasteret_dask.openers import build_from_files, build_from_table, load
 from rasteret_dask.planning.plan import OPERATORS
-from rasteret_dask.recipes.arguments import Table, table_of
+from rasteret_dask.recipes.arguments import Table, documented, table_of
 from rasteret_dask.words import OnError
 
 __all__ = [
@@ -147,15 +147,20 @@ FromRecords = _begun(
 )  # fmt: skip
 
 
-def _combined(name: str, key: str, kind: Any, words: str) -> type[BaseModel]:
-    fields = {key: (kind, Field(description=words)), **_STEPS}
+def _combined(
+    name: str, key: str, kind: Any, words: str, further: dict[str, Any] | None = None
+) -> type[BaseModel]:
+    fields = {key: (kind, Field(description=words)), **(further or {}), **_STEPS}
     made: type[BaseModel] = create_model(name, __base__=Table, __doc__=words, **fields)
     return made
 
 
 FromOther = _combined("FromOther", "from", str, "Another collection of the recipe, with further steps.")
 FromMerge = _combined("FromMerge", "merge", list[str], "The union of collections, as one source.")
-FromJoin = _combined("FromJoin", "join", dict[str, str], "Collections side by side, by the source's name.")
+FromJoin = _combined(
+    "FromJoin", "join", dict[str, str], "Collections side by side, by the source's name.",
+    {"require": (list[str], Field(None, description=documented(join)["require"]))},
+)  # fmt: skip
 
 BEGINNINGS: dict[str, type[BaseModel]] = {
     "dataset": FromDataset, "stac": FromStac, "stac_api": FromSearch, "files": FromFiles, "table": FromTable,
@@ -290,6 +295,7 @@ class ToStats(_Output):
 
     stats: str = Field(description="The file: path or URL.")
     sample: int | None = Field(None, description="Measure so many chips; None: all.")
+    sources: list[str] | None = Field(None, description="Read and measure only these sources; None: all.")
     on_error: OnError | None = Field(None, description="What becomes of a tile that cannot be read.")
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips
-from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.chipping.chiptable import FeedTable, bounds_of
 from rasteret_dask.chipping.distances import apart_m, measure, stretch
 from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.chipping.splits import SHARED_M2
@@ -62,6 +62,8 @@ class Audit:
     """What distances are measured in, and whether the chips' map is of equal area."""
     uncovered: str = ""
     """The share of the ground that no chip of the grid covers, and what would do better; empty where there is none."""
+    present: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Source -> split -> chips that have it; only sources that ``join(require=)`` lets chips lack."""
 
     @property
     def ok(self) -> bool:
@@ -96,6 +98,10 @@ class Audit:
         pairs = sum(self.overlaps.values())
         return "no two splits share ground" if self.ok else f"{counted(pairs, 'pair')} of chips share ground"
 
+    def _share_with(self, own: Mapping[str, int]) -> str:
+        """Return in how many chips of each split a source is there."""
+        return ", ".join(f"{own[name]} of {n} {name}" for name, n in self.chips.items())
+
     def _target(self, split: str) -> str:
         return f"{self.targets[split]:.1%}" if split in self.targets else "-"
 
@@ -110,6 +116,8 @@ class Audit:
         if apart:
             rows.append(("pairs", table(["splits", "pairs that share ground", "at least apart, m"], apart)))
             rows.append(("distances", markup(self.measured)))
+        for source, own in self.present.items():
+            rows.append((f"with {source}", markup(self._share_with(own))))
         if self.lost:
             lost = [[count, why] for why, count in self.lost.items()]
             rows.append(("lost", table(["chips", "reason"], lost)))
@@ -131,6 +139,7 @@ class Audit:
             far = self.distance_m[pair]
             lines.append(f"{pair}: {count} overlaps, at least {far:,.0f} m apart")
         lines += [f"distances: {self.measured}"] * bool(self.overlaps)
+        lines += [f"with {source}: {self._share_with(own)}" for source, own in self.present.items()]
         lost = ", ".join(f"{n} ({why})" for why, n in self.lost.items())
         lines += [f"lost: {lost}"] * bool(lost)
         lines += [f"not covered: {self.uncovered}"] * bool(self.uncovered)
@@ -207,9 +216,13 @@ def _audited(
         raise PlanError("audit", "no split step", "split(...) before audit()")
     names = chips.split.names
     count, cells = dict.fromkeys(names, 0), {name: set[str]() for name in names}
+    optional = {s.plan.name: n for n, s in enumerate(chips.sources) if s.plan.optional}
+    present = {source: dict.fromkeys(names, 0) for source in optional}
     codes, edges = set[int](), np.array([np.inf, np.inf, -np.inf, -np.inf])
     for part in parts:
         rows = part(["split", "cell", "epsg", "xmin", "ymin", "xmax", "ymax"])
+        for source, number in optional.items():
+            _count_present(part(["split", "feeds"]), number, present[source])
         codes |= set(pc.unique(rows.column("epsg")).to_pylist())
         box = bounds_of(rows)
         edges[:2] = np.minimum(edges[:2], box[:, :2].min(axis=0, initial=np.inf))
@@ -239,8 +252,18 @@ def _audited(
     return Audit(
         count, {n: c / total for n, c in count.items()}, {} if chips.split.column else dict(chips.split.ratios),
         {n: len(c) for n, c in cells.items()}, dict(chips.dropped), _named(overlaps), _named(distance),
-        measure(sorted(codes), tuple(edges.tolist())) if codes else "", "" if left is None else left.text,
+        measure(sorted(codes), tuple(edges.tolist())) if codes else "", "" if left is None else left.text, present,
     )  # fmt: skip
+
+
+def _count_present(rows: pa.Table, source: int, counts: dict[str, int]) -> None:
+    """Add how many chips of each split have records of a source."""
+    for batch in rows.to_batches():  # each with its own dictionary of ids
+        feeds = FeedTable.of(pa.Table.from_batches([batch]))
+        there = np.unique(feeds.chip[feeds.source == source])
+        for split in batch.column("split").take(pa.array(there)).to_pylist():
+            if split in counts:
+                counts[split] += 1
 
 
 def _named(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:

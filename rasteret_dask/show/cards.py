@@ -27,7 +27,7 @@ from rasteret_dask.grid import bounds_in
 from rasteret_dask.lists import listed
 from rasteret_dask.net.hrefs import redact
 from rasteret_dask.planning import recordtable
-from rasteret_dask.planning.calls import THEN, calls, chain, rows_in
+from rasteret_dask.planning.calls import THEN, call, calls, chain, rows_in
 from rasteret_dask.planning.plan import CutChips, Filter, Join, Node, Sample, children, leaves, spec_field
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
@@ -418,7 +418,7 @@ def _steps(query: Query) -> list[Fact]:
     if joined is None:
         return [Fact("steps", chain(query.plan, rows), partial(_step_lines, list(calls(query.plan, rows))))]
     parts = list(calls(query.plan, rows))
-    parts[0] = f"join({', '.join(joined.names)})"
+    parts[0] = call(joined)
     below = [
         Fact("", f"{name} = {chain(child, rows)}", partial(_side, name, list(calls(child, rows))))
         for name, child in zip(joined.names, joined.children, strict=True)

@@ -25,7 +25,7 @@ from rasteret_dask.planning.plan import FilterPixels, Rule
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.rules.picks import Closest, Composed, First, Last, LeastCloudy, Newest, Ranked, Scored
-from rasteret_dask.show.losses import covered_slots, slot_words
+from rasteret_dask.show.losses import covered_slots, slot_words, uncovered
 from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.freezing import freeze
@@ -107,6 +107,11 @@ def contest(query: Query, planned: PlannedChips, row: int) -> Contest:
         lost += dataset.attrs["unreadable"]
         dropped = dropped or next(iter(dataset.attrs.get("dropped", {}).values()), "")
         own = [e for e in entries if e.source == number]
+        if source.plan.optional and not any(feed[0] == number for feed in used):
+            reason = "; ".join(uncovered(planned, frame, number))
+            lines.append(f"{source.plan.name}: absent: {reason}; join(require=) lets chips lack it")
+            rows += [_row(source, e, shares[e], "not used", "") for e in own]
+            continue
         for slot in sorted({e.slot for e in own}):
             there = [e for e in own if e.slot == slot]
             start = dataset["datetime"].values[0, slot]

@@ -118,7 +118,9 @@ class Explanation:
             estimates["workers"] = {**self["workers"], **fetched, "exact": False}
         if "time" in self.facts:
             estimates["time"] = enlarged(self["time"], ratio)
+        present = {name: _enlarged(count, ratio) for name, count in self["present"].items()}
         counted = {
+            "present": present,
             "records": {name: {**told, "used": used[name]} for name, told in self["records"].items()},
             "chips": sum(placed.values()),
             "splits": {name or "none": count for name, count in splits.items()},
@@ -222,6 +224,7 @@ def explain(
         "dtype": {s.name: o.dtype for s, o in zip(job.sources, outputs, strict=True)},
         "bands": {s.name: list(o.bands) for s, o in zip(job.sources, outputs, strict=True)},
         "left_bands": {s.plan.name: _left_bands(s) for s in chips.sources},
+        "present": _present(chips),
         "times": _times(chips),
         "static": [s.plan.name for s in chips.sources if s.is_static],
         "tolerance": {
@@ -262,7 +265,7 @@ def _enlarged(count: int | None, ratio: float) -> int | None:
 
 def _puts(outputs: tuple[Output, ...]) -> int:
     """Return how many objects are put for a shard: pixels, three small variables, and what only some sources have."""
-    return NOTES + sum(4 + out.valid + (out.mask is not None) + out.filled for out in outputs)
+    return NOTES + sum(4 + out.valid + (out.mask is not None) + out.filled + out.present for out in outputs)
 
 
 def _worker_hours(facts: Mapping[str, Any]) -> float | None:
@@ -409,6 +412,15 @@ def _kernels(job: Job) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
+def _present(chips: PlannedChips) -> dict[str, int]:
+    """Return how many chips have each source; {} where all have all, as the join requires."""
+    if not any(s.plan.optional for s in chips.sources):
+        return {}
+    feeds = chips.feeds
+    count = (len(np.unique(feeds.chip[feeds.source == number])) for number in range(len(chips.sources)))
+    return {s.plan.name: n for s, n in zip(chips.sources, count, strict=True)}
+
+
 def _times(chips: PlannedChips) -> dict[str, list[str]]:
     """Return the start of each slot, per source with a time axis."""
     return {
@@ -442,6 +454,11 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("records", ", ".join(f"{n} {r['used']} of {r['scanned']}" for n, r in f["records"].items())),
         ("chips", f"{f['chips']:,} ({', '.join(f'{k} {v:,}' for k, v in f['splits'].items())})"),
+        *(
+            [("chips with", ", ".join(f"{name} {n:,}" for name, n in f["present"].items()))]
+            if f["present"]
+            else []
+        ),
         *(
             [("filter_pixels", f"{'; '.join(f['filter_pixels'])}: told by pixels, while they are read")]
             if f["filter_pixels"]
@@ -516,7 +533,7 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         rows += [("", line) for line in radiometry_lines(f["radiometry"][name])]
     if "estimated_from_chips" in f:
-        text = f"tiles, bytes to read, coverage and kernels from {f['estimated_from_chips']:,} of these chips"
+        text = f"tiles, bytes to read, coverage, kernels and sources from {f['estimated_from_chips']:,} of these chips"
         rows.append(("estimated", text))
     if f["uncovered"]:
         rows.append(("not covered", f["uncovered"]["text"]))

@@ -57,7 +57,7 @@ from rasteret_dask.planning.sampling import sample_unit
 from rasteret_dask.planning.scan import Table, as_table, filter_table, keep_whole
 from rasteret_dask.zones import BoxGrid, TileGrid
 
-__all__ = ["Spot", "Stage", "Trace", "Tracer", "covered_slots", "slot_words", "split_lines"]
+__all__ = ["Spot", "Stage", "Trace", "Tracer", "covered_slots", "slot_words", "split_lines", "uncovered"]
 
 Staged = Callable[[Node], PlannedChips]
 """Returns the planned chips behind a step of the plan."""
@@ -249,13 +249,14 @@ def _members(child: Node, tables: Mapping[str, Table]) -> list[MemberTable]:
 
 
 def _has_records(child: Node, members: Sequence[MemberTable]) -> bool:
-    """Tell whether every source has a record."""
+    """Tell whether every source has a record that chips may not lack."""
     child = below_join(child)
     while isinstance(child, Map) and isinstance(child.child, Join):
         child = child.child
     left = iter(members)
-    for source in child.children if isinstance(child, Join) else (child,):
-        if not sum(next(left).table.num_rows for _ in leaves(source)):
+    for at, source in enumerate(child.children if isinstance(child, Join) else (child,)):
+        count = sum(next(left).table.num_rows for _ in leaves(source))
+        if not count and not (isinstance(child, Join) and child.may_lack(child.names[at])):
             return False
     return True
 
@@ -462,7 +463,7 @@ def _laid(
         reasons = (f"outside of the area of interest (aoi=): {where} it",)
     elif not part.table.num_rows:
         each = [windows.frame.take(np.array([n])) for n in range(len(windows.frame))]
-        reasons = tuple(dict.fromkeys(reason for one in each for reason in _uncovered(ground, one)))
+        reasons = tuple(dict.fromkeys(reason for one in each for reason in uncovered(ground, one)))
     left = part.table.num_rows
     return part, Stage(call(node), "window", len(windows.everywhere), left, reasons)
 
@@ -480,11 +481,13 @@ def covered_slots(source: ResolvedSource, footprints: Outlines, frame: Frame) ->
     return nearest_intervals(source, touched, source.axis)
 
 
-def _uncovered(ground: ChipSources, frame: Frame) -> Iterator[str]:
-    """Yield what each source lacks for a chip in a window."""
+def uncovered(ground: ChipSources | PlannedChips, frame: Frame, only: int | None = None) -> Iterator[str]:
+    """Yield what each source that chips may not lack, or ``only`` one source, lacks for a chip in a window."""
     spec, complete = ground.spec, True
     wanted_share = f"min_coverage asks for {spec.min_coverage:.0%}"
-    for source, footprints in zip(ground.sources, ground.outlines, strict=True):
+    for number, (source, footprints) in enumerate(zip(ground.sources, ground.outlines, strict=True)):
+        if source.plan.optional if only is None else number != only:
+            continue
         name = source.plan.name
         touched = covered(source, footprints, frame)
         slotted = covered_slots(source, footprints, frame)
@@ -523,7 +526,8 @@ def _uncovered(ground: ChipSources, frame: Frame) -> Iterator[str]:
             more = f" ({', '.join(low)}; {wanted_share})" if low else ""
             yield f"{good} of {len(source.axis)} slots of {name} are covered{more}; min_slots asks for {wanted}"
     if complete:  # sources without slots: each has acquisitions, but not at the same time
-        yield "no acquisition of the reference source has one of every other source beside it"
+        other = "every other source" if only is None else ground.sources[only].plan.name
+        yield f"no acquisition of the reference source has one of {other} beside it"
 
 
 def _nearest(source: ResolvedSource, frame: Frame) -> str:

@@ -143,9 +143,10 @@ class _Writer:
             return self._new(wish, {"merge": [self.collection(child) for child in node.children]})
         if isinstance(node, Join):
             parts = zip(node.names, node.children, strict=True)
-            return self._new(
-                "joined", {"join": {name: self.collection(child, name) for name, child in parts}}
-            )
+            table: Table = {"join": {name: self.collection(child, name) for name, child in parts}}
+            if node.require is not None:
+                table["require"] = list(node.require)
+            return self._new("joined", table)
         assert isinstance(node, Source)
         name, table = self._new(_bare(node.name), self._source(node))
         if name != node.name:

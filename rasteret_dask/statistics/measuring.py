@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
     from rasteret_dask.tasks.workermemory import TaskMemory
 
-__all__ = ["Pass", "computed", "kept_sizes", "measured", "recalled", "remember"]
+__all__ = ["Pass", "chosen_sources", "computed", "kept_sizes", "measured", "recalled", "remember"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +53,27 @@ def remember(stats: Stats, *key: str) -> None:
 def recalled(*key: str) -> Stats | None:
     """Return what this process measured last of the chips that the key names by all that decides them, or None."""
     return _measured.get(key)
+
+
+def chosen_sources(names: Sequence[str], sources: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return the sources that ``stats(sources=)`` names, in their order; None where these are all.
+
+    Raises
+    ------
+    PlanError
+        When there is no such source, or the list is empty.
+    """
+    if sources is None:
+        return None
+    said = (sources,) if isinstance(sources, str) else tuple(sources)
+    unknown = [name for name in said if name not in names]
+    if unknown or not said:
+        found = ", ".join(map(repr, unknown)) or "an empty list"
+        raise PlanError(
+            "stats(sources=)", found, f"some of {', '.join(names)}", "Leave it out for all sources."
+        )
+    own = tuple(name for name in names if name in said)
+    return None if own == tuple(names) else own
 
 
 _Part = Callable[[Any, NDArray[np.int64] | None], Arrays]

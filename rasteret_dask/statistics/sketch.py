@@ -56,7 +56,7 @@ class SourceStats:
     units: str
     """Such as ``"reflectance"``; "" where nobody knows, as after a user's function."""
     total: int
-    """Pixels of one band, valid or not."""
+    """Pixels of one band, valid or not, where the source is present."""
     count: NDArray[np.int64]
     """Valid pixels."""
     mean: NDArray[np.float64]
@@ -224,6 +224,7 @@ def measured(
     bands: tuple[str, ...],
     units: str = "",
     kinds: tuple[BandKind, ...] = (),
+    present: NDArray[np.bool_] | None = None,
 ) -> SourceStats:
     """Measure pixels chip by chip, so that temporaries stay in the processor's cache.
 
@@ -239,6 +240,8 @@ def measured(
         What they are measured in; "" where nobody knows.
     kinds
         What the numbers of each band are; () where nobody knows.
+    present
+        Shape (chip, time). Where a slot has a record: only those slots count. None: all.
     """
     coded = [kind_of(kind.kind).is_coded for kind in kinds] or [False] * len(bands)
     seen = [valid_pixels(*one) for one in zip(pixels, valid, strict=True)]
@@ -251,7 +254,8 @@ def measured(
         whole = coded[band] or pixels.dtype.kind in "iu"
         one = _narrow(chips, pixels.dtype) if narrow else _wide(chips, whole)
         found.append(_without_moments(one) if coded[band] else one)
-    total = int(pixels[:, :, 0].size)
+    slots = pixels.shape[0] * pixels.shape[1] if present is None else np.count_nonzero(present)
+    total = int(slots) * pixels.shape[3] * pixels.shape[4]
     return replace(_put_together(bands, pixels.dtype.name, units, total, found), kinds=kinds)
 
 

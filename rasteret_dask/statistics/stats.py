@@ -6,10 +6,11 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import operator
 import os
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.chiptable import PRESENT
 from rasteret_dask.display.card import Card, Fact, counted
 from rasteret_dask.display.html import Markup, fold, svg_bars, table
 from rasteret_dask.display.tableview import TableView
@@ -26,13 +28,15 @@ from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.rules.kinds import kind_of
+from rasteret_dask.statistics import labelcounts
+from rasteret_dask.statistics.labelcounts import LabelCounts, Value
 from rasteret_dask.statistics.sketch import SourceStats, added, measured, valid_pixels
 from rasteret_dask.tasks.batches import Arrays, SourcePixels
 
 __all__ = ["Stats", "measure", "merged"]
 
-VERSION = 3
-"""Of the JSON text; what the numbers of version 1 mean depends on their dtype, version 2 knows no kinds."""
+VERSION = 4
+"""Of the JSON text; what the numbers of version 1 mean depends on their dtype, 2 knows no kinds, 3 no labels."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,36 @@ class Stats:
     sources: Mapping[str, SourceStats]
     chips: int
     """How many were measured."""
+    labels: Mapping[str, LabelCounts] = field(default_factory=dict)
+    """Column -> how many chips have each of its values, of the user's columns but for times."""
+
+    def __add__(self, other: Stats) -> Stats:
+        """Return the statistics of the chips of both: of two splits, or of two stores of the same sources.
+
+        Counts, extremes and percentiles are the same as if all chips had been measured at once; mean and deviation
+        but for the rounding of float64.
+
+        Raises
+        ------
+        PlanError
+            When their sources, bands, dtypes, units or kinds of bands differ.
+
+        Examples
+        --------
+        >>> train, val = (chips.select(split).stats(progress=False) for split in ("train", "val"))
+        >>> (train + val).chips == train.chips + val.chips
+        True
+        """
+        if not isinstance(other, Stats):
+            return NotImplemented
+        _same_sources(self, other)
+        sources = {name: added(own, other.sources[name]) for name, own in self.sources.items()}
+        chips = self.chips, other.chips
+        columns = dict.fromkeys((*self.labels, *other.labels))
+        labels = {
+            name: labelcounts.added(self.labels.get(name), other.labels.get(name), chips) for name in columns
+        }
+        return Stats(sources, sum(chips), labels)
 
     def __getitem__(self, source: str) -> SourceStats:
         """Return one source's.
@@ -61,38 +95,48 @@ class Stats:
             When there is no such source.
         """
         if source not in self.sources:
-            raise PlanError(f"statistics of source {source!r}", "none", f"one of {', '.join(self.sources)}")
+            raise PlanError(
+                f"statistics of source {source!r}", "none", f"one of {', '.join(self.sources)}",
+                "Measure it too: stats(), without sources=; or normalize the others only: "
+                f"partial(stats.normalize, sources={list(self.sources)}).",
+            )  # fmt: skip
         return self.sources[source]
 
-    def normalize(self, arrays: Arrays, fill: float = float("nan")) -> Arrays:
+    def normalize(
+        self, arrays: Arrays, nan: float = float("nan"), sources: Sequence[str] | None = None
+    ) -> Arrays:
         """Return chips with (pixels - mean) / std per band, as float32; a band that never varies becomes 0.
 
-        Classes and bit fields keep their numbers: a source of nothing else stays as it is, integers too; beside
-        measured bands they become float32 with these.
+        Classes, bit fields, masks and label columns are targets and keep their numbers: a source of nothing else stays
+        as it is, integers too; beside measured bands they become float32 with these.
 
         Parameters
         ----------
         arrays
             Chips as arrays, a batch say, of the sources, bands and units that were measured. What is not pixels stays
             as it is, but ``<source>/valid`` is False where floats are infinite, as it is where they are NaN.
-        fill
-            What invalid pixels become, in all bands: NaN, or 0 for the bands' mean.
+        nan
+            What invalid pixels become, in all bands: NaN, or 0 for the bands' mean. NaN and infinite pixels are
+            invalid, and so is all of a source that a chip lacks.
+        sources
+            The sources to normalize; the others stay as they are, measured or not. None: all.
 
         Raises
         ------
         PlanError
-            When there are pixels of a source that was not measured, of another dtype, or with other bands.
+            When there are pixels of a source that was not measured, of another dtype, or with other bands; when
+            ``sources`` names one that was not measured.
 
         Examples
         --------
         >>> stats = chips.select("train").stats()
-        >>> arrays = stats.normalize(stored.take(list(stored)[:4]), fill=0)
+        >>> arrays = stats.normalize(stored.take(list(stored)[:4]), nan=0)
         >>> arrays["s2"].dtype
         dtype('float32')
         """
-        result = dict(arrays)
+        result, chosen = dict(arrays), self._chosen(sources)
         for name, values in arrays.items():
-            if values.ndim == 5:
+            if values.ndim == 5 and (chosen is None or name in chosen):
                 own = self[name]
                 _same(name, f"{values.shape[2]} bands", f"{len(own.bands)} bands")
                 _same(name, f"{values.dtype.name} pixels", f"{own.dtype} pixels")
@@ -100,16 +144,22 @@ class Stats:
                     continue
                 _keeps(name, own)
                 valid = result[f"{name}/valid"] = _valid(name, arrays)
-                result[name] = _scaled(values, valid, own, fill)
+                result[name] = _scaled(values, valid, own, nan)
         return result
 
-    def check(self, pixels: Mapping[str, SourcePixels]) -> None:
+    def _chosen(self, sources: Sequence[str] | None) -> frozenset[str] | None:
+        names = (sources,) if isinstance(sources, str) else sources
+        return None if names is None else frozenset(name for name in names if self[name])
+
+    def check(self, pixels: Mapping[str, SourcePixels], sources: Sequence[str] | None = None) -> None:
         """Raise an error unless chips can be normalized by these statistics; nothing is read.
 
         Parameters
         ----------
         pixels
             Source -> what its pixels are. Units "" are unknown, and fit any.
+        sources
+            The sources that are normalized; None: all.
 
         Raises
         ------
@@ -122,7 +172,10 @@ class Stats:
         >>> stats = stored.select("train").stats()
         >>> stats.check(stored.stored.map.pixels)  # PlanError where bands, dtypes or units are others
         """
+        chosen = self._chosen(sources)
         for name, given in pixels.items():
+            if chosen is not None and name not in chosen:
+                continue
             own = self[name]
             _same(name, f"bands {', '.join(given.bands)}", f"bands {', '.join(own.bands)}")
             _same(name, f"{given.dtype} pixels", f"{own.dtype} pixels")
@@ -159,7 +212,10 @@ class Stats:
 
     @property
     def class_table(self) -> TableView:
-        """One row a value of each band of codes: source, band, value, name ("" where nothing tells), count, share.
+        """One row a value of each band of codes and label column: source, band, value, name, count, share.
+
+        Masks have the source ``"<source>/mask"``, label columns ``"labels"``. The name is "" where nothing tells; text
+        in a label column is a name, and has no value. Counts are of pixels, of a label column of chips.
 
         Examples
         --------
@@ -167,19 +223,145 @@ class Stats:
         >>> chips.stats(sample=4).class_table.num_rows  # no band of classes
         0
         """
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (name, band, value, own.names.get(band, {}).get(value, ""), count, own.shares[band][value])
             for name, own in self.sources.items()
             for band, coded in zip(own.bands, own.coded, strict=True)
             for value, count in (own.classes.get(band, {}) if coded else {}).items()
         ]
+        for column, found in self.labels.items():
+            counts = found.counts or {}
+            for label, count in counts.items():
+                value, name = (int(label), "") if isinstance(label, int) else (None, str(label))
+                rows.append(("labels", column, value, name, count, count / sum(counts.values())))
         columns = zip(*rows, strict=True) if rows else [()] * len(_CLASS_ROWS)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, _CLASS_ROWS, strict=True)]
         return TableView(pa.table(arrays, schema=_CLASS_ROWS))
 
+    def classes(self, target: str) -> TableView:
+        """Return the classes of a target, how many pixels or chips each has, and what it is called.
+
+        Parameters
+        ----------
+        target
+            ``"labels/<column>"``, ``"<source>/mask"``, a source with one band of classes, or ``"<source>/<band>"``.
+
+        Returns
+        -------
+        TableView
+            ``value``, ``name``, ``count``, ``share``, a row a class, by value. Classes that have a name and no pixel
+            have count 0. Label columns of text have names only, in their order.
+
+        Raises
+        ------
+        PlanError
+            When there is no such target, or it holds no classes.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> ids = chips.table.column("chip_id")
+        >>> crops = pa.table({"chip_id": ids, "crop": ["maize", "wheat"] * (len(ids) // 2)})
+        >>> stats = chips.with_table(crops).stats(progress=False)
+        >>> stats.classes("labels/crop").select(["name", "count", "share"]).to_pylist()
+        [{'name': 'maize', 'count': 77, 'share': 0.5}, {'name': 'wheat', 'count': 77, 'share': 0.5}]
+        """
+        counts, names = self._target(target)
+        total = max(sum(counts.values()), 1)
+        rows = [
+            (
+                int(value) if isinstance(value, int) else None,
+                names.get(value, "") if isinstance(value, int) else str(value),
+                count,
+                count / total,
+            )
+            for value, count in counts.items()
+        ]
+        columns = zip(*rows, strict=True) if rows else [()] * 4
+        fields = [_CLASS_ROWS.field(name) for name in ("value", "name", "count", "share")]
+        arrays = [pa.array(column, own.type) for column, own in zip(columns, fields, strict=True)]
+        return TableView(pa.table(arrays, schema=pa.schema(fields)))
+
+    def class_weights(self, target: str, ignore: Sequence[Value] = ()) -> dict[Value, float]:
+        """Return a weight for each class: the rarer, the larger, for a loss or a sampler.
+
+        It is n / (k * count) of n pixels (of a label column: chips) in k classes, as scikit-learn's ``"balanced"``:
+        the mean of the weights of all pixels is 1, and all classes weigh the same together.
+
+        Parameters
+        ----------
+        target
+            As in :meth:`classes`.
+        ignore
+            Values that do not count, such as a background: their weight is 0.
+
+        Returns
+        -------
+        dict
+            Value -> weight, by value; 0 of classes that have a name and no pixel.
+
+        Raises
+        ------
+        PlanError
+            When there is no such target, it holds no classes, or ``ignore`` leaves none.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> ids = chips.table.column("chip_id")
+        >>> crops = pa.table({"chip_id": ids, "crop": ["maize", "wheat"] * (len(ids) // 2)})
+        >>> stats = chips.with_table(crops).stats(progress=False)
+        >>> stats.class_weights("labels/crop")
+        {'maize': 1.0, 'wheat': 1.0}
+        """
+        counts, _ = self._target(target)
+        unknown = [value for value in ignore if value not in counts]
+        left = {value: count for value, count in counts.items() if count and value not in ignore}
+        if unknown or not left:
+            raise PlanError(
+                f"class_weights({target!r}, ignore={list(ignore)})",
+                f"no class {unknown[0]!r}" if unknown else "no class with a pixel or chip",
+                f"some of {listed(list(counts), 'classes')}" if counts else "at least one",
+                "Leave out of ignore what is no class, or measure chips that have one.",
+            )  # fmt: skip
+        total = sum(left.values())
+        return {value: total / (len(left) * left[value]) if value in left else 0.0 for value in counts}
+
+    def _target(self, target: str) -> tuple[Mapping[Value, int], Mapping[int, str]]:
+        """Return the counts of a target by value, and the names of its values."""
+        columns = {f"labels/{name}": own for name, own in self.labels.items()}
+        if target in columns:
+            counts = columns[target].counts
+            if counts is None:
+                raise PlanError(
+                    f"classes of {target!r}", f"more than {labelcounts.MOST_VALUES:,} different values",
+                    "a column of classes", "Put classes into a column: chips.with_table(table of chip_id and class).",
+                )  # fmt: skip
+            return counts, {}
+        found = {f"{name}/{band}": (own, band) for name, own in self.sources.items() for band in own.classes}
+        for name, source in self.sources.items():
+            bands = [band for band, coded in zip(source.bands, source.coded, strict=True) if coded]
+            bands = bands or list(source.classes)
+            if len(bands) == 1 and bands[0] in source.classes:
+                found[name] = source, bands[0]
+        if target not in found:
+            raise PlanError(
+                f"classes of {target!r}", "no such target",
+                f"one of {', '.join([*columns, *found]) or 'none: there are neither classes nor label columns'}",
+                "Say which bands hold classes: harmonize(kinds={'map': 'class'}).",
+            )  # fmt: skip
+        own, band = found[target]
+        names = own.names.get(band, {})
+        counts = own.classes[band]
+        return {value: counts.get(value, 0) for value in sorted({*counts, *names})}, names
+
     @property
     def _card(self) -> Card:
         rows = [Fact(name, _summary(own), partial(_drawn, own)) for name, own in self.sources.items()]
+        rows += [
+            Fact(f"labels/{name}", _label_summary(own), partial(_label_drawn, name, own))
+            for name, own in self.labels.items()
+        ]
         return Card(f"Stats of {counted(self.chips, 'chip')}", rows)
 
     def __repr__(self) -> str:
@@ -224,10 +406,14 @@ class Stats:
         --------
         >>> import json
         >>> sorted(json.loads(chips.stats(sample=4).to_json()))
-        ['chips', 'sources', 'version']
+        ['chips', 'labels', 'sources', 'version']
         """
         sources = {name: _fields(own) for name, own in self.sources.items()}
-        return json.dumps({"version": VERSION, "chips": self.chips, "sources": sources})
+        labels = {
+            name: {"counts": None if own.counts is None else list(own.counts.items()), "missing": own.missing}
+            for name, own in self.labels.items()
+        }
+        return json.dumps({"version": VERSION, "chips": self.chips, "sources": sources, "labels": labels})
 
     @classmethod
     def from_json(cls, text: str | bytes, subject: str = "statistics") -> Stats:
@@ -248,7 +434,11 @@ class Stats:
             said = json.loads(text)
             if said["version"] != VERSION:
                 raise ValueError(f"version {said['version']!r}")
-            return cls({name: _of(own) for name, own in said["sources"].items()}, int(said["chips"]))
+            labels = {
+                name: LabelCounts(None if own["counts"] is None else dict(own["counts"]), int(own["missing"]))
+                for name, own in said["labels"].items()
+            }
+            return cls({name: _of(own) for name, own in said["sources"].items()}, int(said["chips"]), labels)
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             raise SchemaError(
                 f"reading {subject}", f"{type(error).__name__}: {error}", "what Stats.save of this version wrote",
@@ -257,7 +447,7 @@ class Stats:
 
 
 def measure(arrays: Arrays, pixels: Mapping[str, SourcePixels]) -> Stats:
-    """Measure some chips: the pixels of each source, and as ``"<source>/<mask>"`` its masks, NaN aside.
+    """Measure some chips: the pixels of each source, as ``"<source>/<mask>"`` its masks, NaN aside, and label columns.
 
     Parameters
     ----------
@@ -268,7 +458,14 @@ def measure(arrays: Arrays, pixels: Mapping[str, SourcePixels]) -> Stats:
     """
     sources = {}
     for name, own in pixels.items():
-        sources[name] = measured(arrays[name], arrays[f"{name}/valid"], own.bands, own.units, own.kinds)
+        sources[name] = measured(
+            arrays[name],
+            arrays[f"{name}/valid"],
+            own.bands,
+            own.units,
+            own.kinds,
+            arrays.get(f"{name}/{PRESENT}"),
+        )
         for mask, values in arrays.items():
             if values.ndim == 3 and mask.startswith(f"{name}/"):
                 everywhere = np.ones((len(values), 1, *values.shape[1:]), dtype=bool)
@@ -276,7 +473,9 @@ def measure(arrays: Arrays, pixels: Mapping[str, SourcePixels]) -> Stats:
                 sources[mask] = measured(
                     values[:, None, None], everywhere, (mask.partition("/")[2],), kinds=named
                 )
-    return Stats(sources, len(arrays["chip_id"]))
+    columns = {key.partition("/")[2]: v for key, v in arrays.items() if key.startswith("labels/")}
+    labels = {name: found for name, v in columns.items() if (found := labelcounts.counted(v)) is not None}
+    return Stats(sources, len(arrays["chip_id"]), labels)
 
 
 _CLASS_ROWS = pa.schema(
@@ -313,10 +512,32 @@ def _classes(stats: SourceStats, band: str) -> str:
     shares, names = stats.shares.get(band), stats.names.get(band, {})
     if shares is None:
         return f"{band}: codes"
+    return f"{band}: {_shares(shares, names) or 'no valid pixel'}"
+
+
+def _shares(shares: Mapping[Any, float], names: Mapping[Any, str]) -> str:
     order = sorted(shares, key=lambda value: -shares[value])
     shown = [f"{names.get(value) or value} {_percent(shares[value])}" for value in order[:MOST_NAMED]]
     more = f", {len(order) - MOST_NAMED} more" if len(order) > MOST_NAMED else ""
-    return f"{band}: {', '.join(shown) or 'no valid pixel'}{more}"
+    return f"{', '.join(shown)}{more}"
+
+
+def _label_summary(counts: LabelCounts) -> str:
+    """Return the values of a label column in a line."""
+    missing = f"; {counted(counts.missing, 'chip')} without a value" if counts.missing else ""
+    if counts.counts is None:
+        return f"more than {labelcounts.MOST_VALUES:,} values{missing}"
+    total = max(sum(counts.counts.values()), 1)
+    shares = {value: count / total for value, count in counts.counts.items()}
+    return f"{_shares(shares, {}) or 'no value'}{missing}"
+
+
+def _label_drawn(name: str, counts: LabelCounts) -> Markup:
+    """Return the values of a label column as a table, long ones folded."""
+    total = max(sum((counts.counts or {}).values()), 1)
+    rows = [[str(value), count, _percent(count / total)] for value, count in (counts.counts or {}).items()]
+    drawn = table([f"value of {name}", "chips", "share"], rows)
+    return fold(_label_summary(counts), drawn) if len(rows) > MOST_BANDS or not rows else drawn
 
 
 def _drawn(stats: SourceStats) -> Markup:
@@ -363,11 +584,28 @@ def _percent(share: float) -> str:
 
 def merged(parts: Iterable[Stats]) -> Stats:
     """Return the statistics of all chips of some parts, of the same sources and bands."""
-    return functools.reduce(_both, parts)
+    return functools.reduce(operator.add, parts)
 
 
-def _both(a: Stats, b: Stats) -> Stats:
-    return Stats({k: added(v, b.sources[k]) for k, v in a.sources.items()}, a.chips + b.chips)
+def _same_sources(a: Stats, b: Stats) -> None:
+    """Raise PlanError where statistics are not of the same sources, bands, dtypes, units and kinds."""
+    one, two = (
+        [
+            f"{name}: {', '.join(f'{band} ({kind})' for band, kind in zip(own.bands, own.kind_names, strict=True))}, "
+            f"{own.dtype}" + (f", {own.units}" if own.units else "")
+            for name, own in sorted(stats.sources.items())
+        ]
+        for stats in (a, b)
+    )
+    if one != two:
+        apart = next((pair for pair in zip(one, two, strict=False) if pair[0] != pair[1]), None)
+        found = apart or ("; ".join(one), "; ".join(two))
+        raise PlanError(
+            "adding statistics",
+            found[1],
+            found[0],
+            "Add those of chips of the same sources, bands, dtype and units.",
+        )
 
 
 def _same(name: str, value: str, wanted: str) -> None:

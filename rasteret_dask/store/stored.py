@@ -237,7 +237,7 @@ def _columns(store: StoreMap, subject: str, names: Sequence[str], rows: NDArray[
     return table.take(pa.array(rows)).append_column(_ROW, pa.array(rows))
 
 
-def read_shard(store: Stored, number: int) -> Arrays:
+def read_shard(store: Stored, number: int, only: tuple[str, ...] | None = None) -> Arrays:
     """Read the chosen chips of one shard.
 
     Parameters
@@ -246,14 +246,16 @@ def read_shard(store: Stored, number: int) -> Arrays:
         The chips.
     number
         Place of the shard among ``store.shards``.
+    only
+        The sources to read; None: all.
     """
     begun = time.perf_counter()
-    chips = take(store, np.arange(store.offsets[number], store.offsets[number + 1]))
+    chips = take(store, np.arange(store.offsets[number], store.offsets[number + 1]), only)
     _log.debug("shard %s: read and decoded in %.2f s", store.shards[number].name, time.perf_counter() - begun)
     return chips
 
 
-def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:
+def take(store: Stored, rows: NDArray[np.int64], only: tuple[str, ...] | None = None) -> Arrays:
     """Read some chips, in the order asked for; whole shards where most of their chips are wanted.
 
     Parameters
@@ -262,6 +264,8 @@ def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:
         The chips.
     rows
         Rows of ``store.table``.
+    only
+        The sources to read; None: all.
 
     Raises
     ------
@@ -269,7 +273,8 @@ def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:
         When an object is missing, damaged, or of another size than the manifest says.
     """
     opened = store.map
-    names = {g.source: [*dict.fromkeys(("pixels", "valid", *g.sampled))] for g in opened.first}
+    groups = [g for g in opened.first if only is None or g.source in only]
+    names = {g.source: [*dict.fromkeys(("pixels", "valid", *g.sampled))] for g in groups}
     read = read_rows(opened, store.rows[rows], names)
     arrays = {
         source if name == "pixels" else f"{source}/{name}": read[source, name]

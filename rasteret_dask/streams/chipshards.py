@@ -66,19 +66,22 @@ class ChipShards:
         return {name: own.bands for name, own in self.pixels.items()}
 
 
-def stored_chips(chips: stored.Stored) -> ChipShards:
+def stored_chips(chips: stored.Stored, only: tuple[str, ...] | None = None) -> ChipShards:
     """Return the chosen and kept chips of a store, in the order of its shards.
 
     Parameters
     ----------
     chips
         The chips.
+    only
+        The sources whose pixels tasks read and give; None: all.
     """
 
     def tasks() -> tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]:
-        tail = digest(chips.url, chips.digest)[:16]
+        tail = digest(chips.url, chips.digest, *([only] if only else []))[:16]
         keys = [f"read-stored-{number:05d}-{tail}" for number in range(len(chips.sizes))]
-        return {}, [(key, Task(key, stored.read_shard, chips, n)) for n, key in enumerate(keys)]
+        return {}, [(key, Task(key, stored.read_shard, chips, n, only)) for n, key in enumerate(keys)]
 
     read = partial(hold, chips)
-    return ChipShards(chips.sizes, chips.digest, chips.map.pixels, read, tasks, take, store=chips.url)
+    pixels = {name: own for name, own in chips.map.pixels.items() if only is None or name in only}
+    return ChipShards(chips.sizes, chips.digest, pixels, read, tasks, take, store=chips.url)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import ReadError
 from rasteret_dask.net.lending import Lender
+from rasteret_dask.planning.plan import digest
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Arrays, InMemory, SourcePixels, arrays_of
 from rasteret_dask.tasks.context import ReadContext
@@ -28,6 +29,7 @@ def planned(
     outputs: Sequence[Output],
     context: ReadContext,
     sizes: tuple[int, ...] | None = None,
+    only: tuple[str, ...] | None = None,
 ) -> ChipShards:
     """Return the kept chips of a job, in the order of its shards.
 
@@ -41,6 +43,8 @@ def planned(
         What its shards are read with.
     sizes
         Kept chips of each shard; None: all, as in a job without rules on pixels.
+    only
+        The sources whose pixels tasks read and give; None: all.
     """
     shards = tuple(job.shards())
     classes = {} if job.labels is None else {job.labels.source: tuple(job.labels.attrs.get("classes", ()))}
@@ -54,6 +58,7 @@ def planned(
             (out.times, len(out.bands), out.height, out.width),
         )
         for number, (plan, out) in enumerate(zip(job.sources, outputs, strict=True))
+        if only is None or plan.name in only
     }
 
     def read(number: int, _: Lender) -> InMemory:
@@ -63,7 +68,8 @@ def planned(
         return InMemory(found)
 
     def tasks() -> tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]:
-        graph, named = renamed(lower(job, context), job, context.suffix, "read")
+        tail = context.suffix if only is None else f"{context.suffix}-{digest(only)[:12]}"
+        graph, named = renamed(lower(job, context, only=only), job, tail, "read")
         key_of = {shard.name: key for key, shard in named.items()}
         roots = {key: task for key, task in graph.items() if key not in named}
         return roots, [(key_of[s.name], graph[key_of[s.name]]) for s in shards]

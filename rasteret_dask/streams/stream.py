@@ -132,7 +132,8 @@ def prepared(
         function = named
         method = getattr(function, "func", function)
         if callable(check := getattr(getattr(method, "__self__", None), "check", None)):
-            check(pixels)
+            sources = getattr(function, "keywords", {}).get("sources")
+            check(pixels) if sources is None else check(pixels, sources)
     if ignore_index is None:
         return function
     ignoring = Ignoring.of(ignore_index, pixels)

@@ -45,6 +45,8 @@ class FileLayouts:
 
     def of(self, band: str) -> NDArray[np.int64]:
         """Return the number of the layout of each record's file, shape (record,)."""
+        if not len(self.records):
+            return np.zeros(0, dtype=np.int64)
         if band not in self._of_band:
             facts = np.ascontiguousarray(self._facts(band))
             texts = facts.view(f"V{facts.shape[1] * facts.itemsize}").ravel().tolist()

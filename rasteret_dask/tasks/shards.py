@@ -91,8 +91,11 @@ class Steps:
     """The place of the step that has all sources."""
 
     @classmethod
-    def of(cls, job: Job, on_error: OnError, warns: bool) -> Steps:
-        """Return the steps of a job; ``warns`` tells whether tiles that cannot be read become warnings."""
+    def of(cls, job: Job, on_error: OnError, warns: bool, only: Sequence[str] | None = None) -> Steps:
+        """Return the steps of a job; ``warns`` tells whether tiles that cannot be read become warnings.
+
+        With ``only`` these sources are joined; where rules decide which chips are kept, all are read.
+        """
         steps: list[Step] = []
 
         def add(step: Step) -> int:
@@ -111,7 +114,8 @@ class Steps:
             for function in own:
                 last = add(Step(f"map-{function.name}-{plan.name}", _map, (), (last,), (function,)))
             sources[plan.name] = last
-        joined = add(Step("join", _join, (tuple(sources),), tuple(sources.values())))
+        chosen = sources if only is None or job.pixel_rules else {name: sources[name] for name in only}
+        joined = add(Step("join", _join, (tuple(chosen),), tuple(chosen.values())))
         if job.pixel_rules:
             named = tuple(r.function for r in job.pixel_rules if r.function is not None)
             joined = add(Step("filter_pixels", _filter_pixels, (on_error,), (joined,), named))
@@ -124,6 +128,7 @@ def lower(
     context: ReadContext,
     ref: JobRef | None = None,
     write: Callable[..., Any] | None = None,
+    only: Sequence[str] | None = None,
 ) -> Graph:
     """Turn a job into a graph.
 
@@ -137,10 +142,12 @@ def lower(
         Where the job was written; None puts its tables into one root task.
     write
         ``write(job, shard, url, datasets)``: the last step; None ends with the joined datasets.
+    only
+        The sources that are joined; None: all.
     """
     build = _Builder(job, ref, context.suffix)
     # where there is a store, its manifest lists what is unreadable
-    todo = Steps.of(job, context.on_error, warns=ref is None)
+    todo = Steps.of(job, context.on_error, ref is None, only)
     names: list[str] = []
     for step in todo.steps:
         roots = [build.function(function, context) for function in step.functions]
