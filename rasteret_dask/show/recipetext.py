@@ -26,6 +26,7 @@ from rasteret_dask.planning.plan import (
     Filter,
     FilterChips,
     FilterPixels,
+    Folds,
     Harmonize,
     HarmonizeSpec,
     Join,
@@ -198,6 +199,8 @@ class _Writer:
         match node:
             case Split():
                 return "split", _split(node.spec)
+            case Folds():
+                return "folds", _folds(node.spec)
             case FilterChips():
                 return "filter", [_triple(one) for one in node.where]
             case Sample():
@@ -302,7 +305,14 @@ def _sample(node: Sample) -> Table:
 
 
 def _split(spec: SplitSpec) -> Table:
-    return {**dict(spec.ratios), **changes(spec, SplitSpec(spec.ratios))}
+    values = {name: list(own) for name, own in spec.values if own is not None}
+    others = changes(spec, SplitSpec(spec.ratios, by=spec.by, values=spec.values))
+    return {**dict(spec.ratios), **values, **({} if spec.by == "ground" else {"by": spec.by}), **others}
+
+
+def _folds(spec: SplitSpec) -> Table | int:
+    others = changes(spec, SplitSpec(spec.ratios, salt=spec.salt))
+    return {"k": len(spec.ratios), **others} if others else len(spec.ratios)
 
 
 def _harmonize(spec: HarmonizeSpec) -> Table:
