@@ -146,6 +146,8 @@ class ChipSpec:
     """Token of a table of polygons that become masks; None: no masks."""
     rasterize: str | None = None
     """The column of that table whose values masks hold."""
+    classes: tuple[str | int, ...] = field(default=(), metadata=LATER)
+    """All values that it may have: they settle the numbers of classes. Empty: those that it has."""
 
     def __post_init__(self) -> None:
         for name in ("size", "stride"):
