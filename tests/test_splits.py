@@ -502,12 +502,8 @@ def test_the_remedy_of_shares_that_leave_some_is_a_call_that_works() -> None:
     for shares in cases:
         with pytest.raises(rd.PlanError, match="sum to 1") as told:
             PLAIN.split(**shares)
-        call = (
-            str(told.value)
-            .strip()
-            .split(" ")[-1 - str(told.value).strip().rsplit("split(", 1)[1].count(" ") :]
-        )
-        assert eval("chips." + " ".join(call).rstrip("."), {"chips": PLAIN}).audit().ok
+        call = str(told.value)[str(told.value).rindex("split(") :].rstrip(" .")
+        assert eval(f"chips.{call}", {"chips": PLAIN}).audit().ok
 
 
 def test_options_of_split_are_those_that_no_split_can_be_called() -> None:
