@@ -38,7 +38,7 @@ ORDER = {
              "geoparquet export rasters layers leftassets terms facts rowgroups timing",
     "ingest": "search stacapi tablecache describe sources fileindex filelist filenames validareas stac tables files "
               "pages order",
-    "planning": "functions rules names plan calls bandkinds bandpass sampling scan optimize pixelsizes "
+    "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "resolve radiometry origins query recordtable",
     "chipping": "coverage chiptable labels frame leftover distances feeds laying chips splits rulesteps steps drawing "
                 "blocks blockfiles planblocks",
@@ -49,7 +49,7 @@ ORDER = {
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode smallobjects shardreports remains ledger provenance bytecache "
              "storetables jobreport layout manifest write presence committing paging runtasks onthreads oncluster "
-             "shardruns run outputs storemap storeread stored holding datasets rereading verifying",
+             "shardruns run outputs storemap storeread storefolds stored holding datasets rereading verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch labelcounts stats measuring",
     "geometries": "areas windows rows reading points cells torchset",

@@ -27,6 +27,7 @@ from rasteret_dask.planning.plan import (
     ChipSpec,
     FilterChips,
     FilterPixels,
+    Folds,
     Map,
     Node,
     Sample,
@@ -154,6 +155,11 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
                 raise PlanError(
                     "by_blocks", "a with_table step before it", "steps that look at one chip at a time",
                     "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().with_table(table).",
+                )  # fmt: skip
+            case Folds():
+                raise PlanError(
+                    "by_blocks", "a folds step before it", "steps that add no column",
+                    "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().folds(5).",
                 )  # fmt: skip
             case Split(_, split) if split.column is not None:
                 raise PlanError(

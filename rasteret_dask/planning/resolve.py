@@ -27,8 +27,8 @@ from rasteret_dask.planning.bandpass import like_oli
 from rasteret_dask.planning.calls import condition
 from rasteret_dask.planning.pixelsizes import alike, catalog_m, not_in_metres, pixels_m
 from rasteret_dask.planning.plan import (
+    LATER,
     STATIC,
-    UNWRITTEN,
     Filter,
     Function,
     Harmonize,
@@ -113,7 +113,7 @@ class SourcePlan:
     maps: tuple[Function, ...] = ()
     kinds: tuple[BandKind, ...] = ()
     """Of each output band."""
-    optional: bool = dataclasses.field(default=False, metadata=UNWRITTEN)
+    optional: bool = dataclasses.field(default=False, metadata=LATER)
     """Whether there are chips without it, as its join does not require it."""
 
     @property

@@ -162,6 +162,10 @@ class Assembly:
         match step:
             case "split":
                 return chips.split(**value)
+            case "folds":
+                return chips.folds(**(value if isinstance(value, Mapping) else {"k": value}))
+            case "fold":
+                return chips.fold(**(value if isinstance(value, Mapping) else {"i": value}))
             case "filter":
                 return chips.filter(*map(_triple, value))
             case "sample":

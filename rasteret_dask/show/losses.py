@@ -22,7 +22,7 @@ from rasteret_dask.chipping.coverage import FULL, Outlines
 from rasteret_dask.chipping.distances import apart_m
 from rasteret_dask.chipping.feeds import Feeds, covered, enough, nearest_intervals, slots_of
 from rasteret_dask.chipping.frame import Frame, candidates, concatenated, lattice_of, outline_wkb, zone_frame
-from rasteret_dask.chipping.splits import SplitCells, cell_units, cells_touched, choose
+from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units, cells_touched, choose, column_splits
 from rasteret_dask.chipping.steps import carried_out, steps_of
 from rasteret_dask.errors import PlanError, RasteretDaskError
 from rasteret_dask.footprint import placed
@@ -656,10 +656,14 @@ def _not_drawn(part: PlannedChips, whole: PlannedChips, n: int, seed: int, by: s
 
 def _of_split(part: PlannedChips, after: PlannedChips, whole: PlannedChips, spec: SplitSpec) -> Iterator[str]:
     """Yield why chips have no split: of two splits' ground, or too near to train."""
-    if spec.by not in ("ground", "geometry"):
-        values = ", ".join(dict.fromkeys(map(repr, part.table.column(spec.by).to_pylist())))
-        if not set(map(str, part.table.column(spec.by).to_pylist())) & set(spec.names):
-            yield f"column {spec.by} is {values}, none of {', '.join(spec.names)}"
+    if spec.column is not None:
+        whole_spec, number = column_splits(whole.table.column(spec.by), spec)
+        there = pc.is_in(
+            whole.table.column("chip_id"), value_set=part.table.column("chip_id").combine_chunks()
+        )
+        if np.all(number[there.to_numpy(zero_copy_only=False)] < 0):
+            values = ", ".join(dict.fromkeys(map(repr, part.table.column(spec.by).to_pylist())))
+            yield f"column {spec.by} is {values}, of none of the splits {', '.join(whole_spec.names)}"
             return
     else:
         bare = carried_out(part, Split(Source("", ""), replace(spec, buffer_m=0.0)), {})
@@ -669,9 +673,7 @@ def _of_split(part: PlannedChips, after: PlannedChips, whole: PlannedChips, spec
     lost = after.table.filter(pc.is_null(after.table.column("split")))
     code = lost.column("epsg")[0].as_py()
     train = whole.table.filter(
-        pc.and_(
-            pc.equal(whole.table.column("split"), spec.names[0]), pc.equal(whole.table.column("epsg"), code)
-        )
+        pc.and_(pc.equal(whole.table.column("split"), TRAIN), pc.equal(whole.table.column("epsg"), code))
     )
     yield f"nearer than {spec.buffer_m:g} m (buffer_m) to train{_nearest_train(lost, train, code)}"
 
@@ -699,8 +701,9 @@ def split_lines(chips: PlannedChips, spec: SplitSpec) -> list[str]:
         return [
             "split by the records' footprints (md5): a chip that records of two splits feed is in neither"
         ]
-    if spec.by != "ground":
-        return [f"split by column {spec.by}"]
+    if spec.column is not None:
+        values = dict.fromkeys(map(repr, chips.table.column(spec.by).to_pylist()))
+        return [f"split by column {spec.by}: {', '.join(values)}"]
     cells = SplitCells(chips.spec.grid.zones, chips.spec.cell_km * 1000.0)
     ends = np.cumsum([share for _, share in spec.ratios])
     ranges = {

@@ -26,6 +26,7 @@ from rasteret_dask.planning.plan import (
     Filter,
     FilterChips,
     FilterPixels,
+    Folds,
     Harmonize,
     HarmonizeSpec,
     Join,
@@ -199,6 +200,8 @@ class _Writer:
         match node:
             case Split():
                 return "split", _split(node.spec)
+            case Folds():
+                return "folds", _folds(node.spec)
             case FilterChips():
                 return "filter", [_triple(one) for one in node.where]
             case Sample():
@@ -237,6 +240,8 @@ class _Writer:
             table["at"] = self._points(spec.at)
         if spec.labels is not None:
             table["labels"] = self._beside(spec.labels, "labels", "chips(labels=)", "a table")
+        if spec.classes:
+            table["classes"] = list(spec.classes)
         return table
 
     def _points(self, token: str) -> Any:
@@ -303,7 +308,14 @@ def _sample(node: Sample) -> Table:
 
 
 def _split(spec: SplitSpec) -> Table:
-    return {**dict(spec.ratios), **changes(spec, SplitSpec(spec.ratios))}
+    values = {name: list(own) for name, own in spec.values if own is not None}
+    others = changes(spec, SplitSpec(spec.ratios, by=spec.by, values=spec.values))
+    return {**dict(spec.ratios), **values, **({} if spec.by == "ground" else {"by": spec.by}), **others}
+
+
+def _folds(spec: SplitSpec) -> Table | int:
+    others = changes(spec, SplitSpec(spec.ratios, salt=spec.salt))
+    return {"k": len(spec.ratios), **others} if others else len(spec.ratios)
 
 
 def _harmonize(spec: HarmonizeSpec) -> Table:
