@@ -40,7 +40,8 @@ ORDER = {
               "pages order",
     "planning": "functions rules names plan calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels frame leftover distances feeds laying chips splits rulesteps steps drawing "
+    "chipping": "coverage chiptable labels frame leftover distances celltable feeds laying chips splits dealing "
+                "ground strata rulesteps steps drawing "
                 "blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",

@@ -13,19 +13,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.chips import ChipSources, PlannedChips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
+from rasteret_dask.chipping.ground import cells_under, splits_under
 from rasteret_dask.chipping.leftover import whole_cell_km
 from rasteret_dask.chipping.rulesteps import with_rule
 from rasteret_dask.chipping.splits import (
     FEW_CELLS,
     SplitCells,
     by_geometry,
-    by_ground,
     column_splits,
     too_near,
     warn_if_few,
 )
+from rasteret_dask.chipping.strata import table_of_cells
 from rasteret_dask.errors import EmptyError, PlanError, SchemaError
 from rasteret_dask.grid import Lattice
 from rasteret_dask.planning.plan import (
@@ -98,7 +100,12 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
         When there are so few split cells that ratios are a matter of luck.
     """
     result = carried_out(chips, step, tables)
-    if isinstance(step, Split) and step.spec.by == "ground" and not chips.table.column("cell").null_count:
+    if (
+        isinstance(step, Split)
+        and step.spec.by == "ground"
+        and not step.spec.stratify
+        and not chips.table.column("cell").null_count
+    ):
         warn_of_few(pc.count_distinct(chips.table.column("cell")).as_py(), chips, step.spec)
     if not result.table.num_rows and not isinstance(step, Split):
         where = step.where if isinstance(step, FilterChips) else ()
@@ -119,7 +126,7 @@ def carried_out(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) ->
     """
     match step:
         case Split(_, spec):
-            return _split(chips, spec)
+            return _split(chips, spec, tables)
         case FilterChips(_, where):
             for column, *_rest in where:
                 if column not in chips.table.column_names:
@@ -195,7 +202,7 @@ def warn_of_few(cells: int, chips: PlannedChips | ChipSources, spec: SplitSpec) 
     warn_if_few(cells, spec, Lattice(chips.spec.cell_km * 1000.0, length, length), ground)
 
 
-def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
+def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) -> PlannedChips:
     table = chips.table
     epsg = table.column("epsg").to_numpy().astype(np.int64)
     bounds = bounds_of(table)
@@ -205,7 +212,11 @@ def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
         inside = _cells(table)
         # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
         wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
-        number = by_ground(epsg, bounds + wider, cells, spec, inside)
+        links = cells_under(epsg, bounds + wider, cells, spec.boundary, inside)
+        if spec.stratify or spec.cells is not None:
+            earlier = None if spec.cells is None else CellTable.again(as_table(tables[spec.cells]))
+            cells = replace(cells, table=table_of_cells(chips, spec, cells, links, earlier))
+        number = splits_under(links, table.num_rows, cells, spec)
         reason = "chip on the ground of two splits"
     elif spec.by == "geometry":
         number = _by_geometry(chips, spec)
@@ -227,7 +238,7 @@ def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
         number = np.where(near, -1, number)
     names = pa.array(spec.names, pa.string()).take(pa.array(number, mask=number < 0))
     table = replaced(table, "split", names)
-    return replace(chips, table=table, split=spec, dropped=dropped)
+    return replace(chips, table=table, split=spec, dropped=dropped, cells=cells.table)
 
 
 def _warn_of_empty(

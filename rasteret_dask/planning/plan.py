@@ -174,6 +174,10 @@ class SplitSpec:
     """``"ground"``, ``"geometry"`` or the name of a column of the chip table."""
     buffer_m: float = 0.0
     boundary: str = "drop"
+    stratify: tuple[str, ...] = ()
+    """Columns whose classes every split gets its share of; (): cells are dealt by a hash."""
+    cells: str | None = None
+    """Token of a table of split cells that keep the split which they have there."""
 
     def __post_init__(self) -> None:
         shown = ", ".join(f"{name}={share!r}" for name, share in self.ratios)
@@ -186,11 +190,22 @@ class SplitSpec:
         _one_of("boundary", self.boundary, ("drop", "centre"))
         if not (is_number(self.buffer_m) and self.buffer_m >= 0):
             raise PlanError("split(buffer_m=)", repr(self.buffer_m), "0 or more metres")
+        for name in ("stratify", "cells"):
+            if getattr(self, name) and self.by != "ground":
+                raise PlanError(
+                    f"split({name}=)", f"by={self.by!r}", "by='ground': only split cells are dealt",
+                    f"Leave out by=, or {name}=.",
+                )  # fmt: skip
 
     @property
     def names(self) -> tuple[str, ...]:
         """The splits, in order."""
         return tuple(name for name, _ in self.ratios)
+
+    @property
+    def by_hash(self) -> bool:
+        """Whether a chip's own ground is all that decides its split: no other chip, and no table."""
+        return self.by == "ground" and self.buffer_m <= 0 and not self.stratify and self.cells is None
 
     @property
     def column(self) -> str | None:
