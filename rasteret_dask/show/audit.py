@@ -24,10 +24,13 @@ from rasteret_dask.display.html import card, markup, shares, table, verdict
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import bounds_in, transformer
 
-__all__ = ["Audit", "BlockGround", "audit", "audit_blocks"]
+__all__ = ["Audit", "BlockGround", "Ground", "audit", "audit_blocks", "between"]
 
 METRES_PER_DEGREE = 100_000.0
 """Less than a degree of latitude is long in any CRS of chips: their scale is within 10 % of the ground's."""
+
+EDGE_M = 1000.0
+"""Edges longer than this get vertices before they are brought to another map."""
 
 FIRST_GUESS = 64
 """Chips that are asked first for their nearest one."""
@@ -231,7 +234,7 @@ def _audited(
             for one, other in sides:
                 near = _beside(ground, np.flatnonzero(one), np.flatnonzero(other), distance[pair])
                 if near is not None:
-                    shared, nearest = _between(ground, *near)
+                    shared, nearest = between(ground, *near)
                     overlaps[pair] += shared
                     distance[pair] = min(distance[pair], nearest)
     total = max(sum(count.values()), 1)
@@ -268,17 +271,17 @@ def _by_gap(blocks: Sequence[BlockGround]) -> Iterator[tuple[float, BlockGround,
 
 def _two(
     chips: PlannedChips, first: _Part, second: _Part
-) -> tuple[_Ground, _Numbers, NDArray[np.bool_] | None]:
+) -> tuple[Ground, _Numbers, NDArray[np.bool_] | None]:
     """Return the ground of one or two parts, each chip's split, and which chips are of the first of two."""
     names = ["epsg", "xmin", "ymin", "xmax", "ymax", "geometry", "split"]
     tables = [part(names) for part in ([first] if first is second else [first, second])]
     table = pa.concat_tables(tables)
     before = None if len(tables) == 1 else np.arange(table.num_rows) < tables[0].num_rows
-    return _Ground.of(replace(chips, table=table)), _numbered(table.column("split")), before
+    return Ground.of(replace(chips, table=table)), _numbered(table.column("split")), before
 
 
 def _beside(
-    ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64], limit: float
+    ground: Ground, first: NDArray[np.int64], second: NDArray[np.int64], limit: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
     """Return those chips of two sets that may lie within a distance of the other set; None where there are none."""
     for _ in range(2):
@@ -317,7 +320,7 @@ def _numbered(column: pa.ChunkedArray) -> _Numbers:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ground:
+class Ground:
     """Where chips lie: in their own CRS, and in degrees."""
 
     epsg: NDArray[np.int64]
@@ -333,7 +336,7 @@ class _Ground:
     """Number of a CRS -> how long a metre of ground is on its map, at most."""
 
     @classmethod
-    def of(cls, chips: PlannedChips) -> _Ground:
+    def of(cls, chips: PlannedChips) -> Ground:
         """Take the chip table apart."""
         epsg, bounds = chips.table.column("epsg").to_numpy().astype(np.int64), bounds_of(chips.table)
         middle = (bounds[:, :2] + bounds[:, 2:]) / 2
@@ -345,6 +348,31 @@ class _Ground:
         boxes = np.asarray(shapely.box(*bounds.T), dtype=object)
         scale = {code: stretch(code, bounds[epsg == code]) for code in zones.tolist()}
         return cls(epsg, boxes, chips.table.column("geometry"), centre, radius, scale)
+
+    @classmethod
+    def of_shapes(cls, epsg: NDArray[np.int64], shapes: NDArray[Any]) -> Ground:
+        """Take shapes, each in the CRS of its own number."""
+        degrees = np.empty(len(shapes), dtype=object)
+        for code in np.unique(epsg).tolist():
+            here, to = epsg == code, transformer(code, 4326)
+            dense = shapely.segmentize(shapes[here], EDGE_M)
+            degrees[here] = shapely.transform(
+                dense, lambda p, to=to: np.stack(to.transform(p[:, 0], p[:, 1]), -1)
+            )
+        box, own = shapely.bounds(degrees), shapely.bounds(shapes)
+        centre = (box[:, :2] + box[:, 2:]) / 2
+        radius = float(np.hypot(*((own[:, 2:] - own[:, :2]) / 2).T).max(initial=0.0))
+        scale = {code: stretch(code, own[epsg == code]) for code in np.unique(epsg).tolist()}
+        wkb = pa.chunked_array([pa.array(shapely.to_wkb(degrees), pa.binary())])
+        return cls(epsg, shapes, wkb, centre, radius, scale)
+
+    def on(self, code: int) -> NDArray[Any]:
+        """Return all outlines on one map."""
+        to = transformer(4326, code)
+        shapes = shapely.from_wkb(self.wkb.to_numpy())
+        return np.asarray(
+            shapely.transform(shapes, lambda p: np.stack(to.transform(p[:, 0], p[:, 1]), -1)), dtype=object
+        )
 
     def near(
         self, chips: NDArray[np.int64], others: NDArray[np.int64], distance_m: float
@@ -370,7 +398,7 @@ class _Ground:
         return np.asarray(shapes[np.isfinite(shapely.bounds(shapes)).all(axis=1)], dtype=object)
 
 
-def _between(ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[int, float]:
+def between(ground: Ground, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[int, float]:
     """Return how many pairs of chips share ground, and the smallest distance in metres.
 
     Chips of other zones are projected only where they are near enough to matter: to share ground, or to lie nearer
@@ -394,7 +422,7 @@ def _between(ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64
 
 
 def _apart(
-    ground: _Ground, code: int, rows: NDArray[np.int64], others: NDArray[Any], limit: float
+    ground: Ground, code: int, rows: NDArray[np.int64], others: NDArray[Any], limit: float
 ) -> tuple[int, float]:
     """Return how many pairs of chips and shapes of their CRS share ground, and the smallest distance.
 
