@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import pyarrow as pa
 from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
-from rasteret_dask.chipping.steps import apply_step
+from rasteret_dask.chipping.steps import FOLD, apply_step
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
@@ -23,6 +23,7 @@ from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import (
     FilterChips,
     FilterPixels,
+    Folds,
     Function,
     Map,
     Node,
@@ -31,13 +32,14 @@ from rasteret_dask.planning.plan import (
     Sample,
     Select,
     Split,
-    SplitSpec,
     WithTable,
     predicates,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
+from rasteret_dask.planning.shares import Share, dealt_spec, fold_spec, split_spec
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
+from rasteret_dask.splitcells import CellsLike, cells_from
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
 
@@ -109,42 +111,132 @@ class Chips:
 
     def split(
         self,
-        train: float = 0.7,
-        val: float = 0.15,
-        test: float = 0.15,
+        /,
+        train: Share | None = None,
+        val: Share | None = None,
+        test: Share | None = None,
         *,
         seed: int = 0,
         by: SplitBy | str = "ground",
         buffer_m: float = 0.0,
         boundary: Boundary = "drop",
+        stratify: str | Sequence[str] | None = None,
+        cells: CellsLike | None = None,
+        **shares: Share,
     ) -> Chips:
         """Give each chip a split, so that the same ground always lands in the same one.
 
         Parameters
         ----------
         train, val, test
-            Shares that sum to 1.
+            Shares of the ground. Nothing: 0.7, 0.15 and 0.15; train alone: val and test halve the rest. Where ``by`` is
+            a column, lists of its values; all others are train.
+        **shares
+            The same for splits of any other name. All shares sum to 1.
         seed
             Another seed deals the ground out anew.
         by
             ``"ground"`` (a hash of the split cell), ``"geometry"`` (md5 of the records' footprints, as published
-            guides do; leaks, and ignores the seed), or a column of the chip table.
+            guides do; leaks, and ignores the seed), or a column of the chip table. Without lists, each of its values
+            is a split of that name, and null is none.
         buffer_m
-            Drop val and test chips nearer than this to train.
+            Drop chips of other splits nearer than this to train.
         boundary
             What happens to windows that touch two splits: ``"drop"``, or ``"centre"`` decides by their centre.
+        stratify
+            Deal split cells so that each split has its share of every class: a column of the chip table with a class
+            for each chip, the column that ``chips(labels=, rasterize=)`` burns, or a list of columns of numbers that
+            say how much of a class each chip has. None: a hash deals them.
+        cells
+            Split cells that keep the split which they have: a table with columns cell and split
+            (:attr:`split_cells`), chips, or the path of a store, a saved plan or a Parquet file. Other cells are dealt
+            so that shares come near to those that are wanted.
+
+        Raises
+        ------
+        PlanError
+            When shares do not sum to 1, or a split has a name that a store cannot have; when planning finds a class in
+            one split cell only, or fewer cells than splits.
+
+        Warns
+        -----
+        StrataWarning
+            When classes lie in fewer split cells than there are splits.
+
+        Notes
+        -----
+        Splits follow each other as train, val, test, then the others by name, in whatever order they are written.
 
         Examples
         --------
-        >>> dealt = chips.split(train=0.6, val=0.2, test=0.2, seed=7)
+        >>> dealt = chips.split(train=0.6, val=0.2, test=0.1, calibration=0.1, seed=7)
         >>> sorted(set(dealt.table["split"].to_pylist()))
-        ['test', 'train', 'val']
+        ['calibration', 'test', 'train', 'val']
+        >>> chips.folds(5).split(by="fold", test=[0], val=[1]).audit().ok
+        True
         >>> apart = chips.split(train=0.6, val=0.2, test=0.2, seed=7, buffer_m=400)
-        >>> len(dealt.select("test")), len(apart.select("test"))
+        >>> len(chips.split(0.6, seed=7).select("test")), len(apart.select("test"))
         (37, 3)
         """
-        ratios = (("train", train), ("val", val), ("test", test))
-        return self._with(Split(self.plan, SplitSpec(ratios, seed, by, buffer_m, boundary)))
+        parts = {"train": train, "val": val, "test": test, **shares}
+        tables: dict[str, Table] = {}
+        if cells is not None:
+            table = cells_from(cells)
+            tables[token_of(table)] = table
+        spec = split_spec(parts, seed, by, buffer_m, boundary)
+        return self._with(Split(self.plan, dealt_spec(spec, stratify, next(iter(tables), None))), tables)
+
+    def folds(self, k: int, *, seed: int = 0, boundary: Boundary = "drop") -> Chips:
+        """Add a column ``fold`` for cross-validation: split cells are dealt to ``k`` equal folds by a hash.
+
+        The same ground is in the same fold, as with :meth:`split`; seeds of both have nothing to do with each other.
+
+        Parameters
+        ----------
+        k
+            How many folds; they are called 0 to k - 1.
+        seed
+            Another seed deals the ground out anew.
+        boundary
+            Windows that touch two folds are in none (null), or with ``"centre"`` in that of their centre.
+
+        Raises
+        ------
+        PlanError
+            When there are fewer split cells than folds, or there is a column ``fold``.
+
+        Examples
+        --------
+        >>> folds = chips.folds(5, seed=1)
+        >>> sorted(set(folds.table["fold"].to_pylist()))
+        [0, 1, 2, 3, 4]
+        >>> sum(len(folds.fold(i).select("val")) for i in range(5)) == len(chips)
+        True
+        """
+        return self._with(Folds(self.plan, fold_spec(k, seed, boundary)))
+
+    def fold(self, i: int, *, buffer_m: float = 0.0) -> Chips:
+        """Split the chips by their column ``fold``: val is fold ``i``, train all others.
+
+        Parameters
+        ----------
+        i
+            A value of the column, which :meth:`folds` makes, or a table of yours has.
+        buffer_m
+            Drop val chips nearer than this to train.
+
+        Raises
+        ------
+        PlanError
+            When there is no column ``fold``, or ``i`` is none of its values.
+
+        Examples
+        --------
+        >>> for i in range(5):
+        ...     fold = chips.folds(5).fold(i)
+        ...     assert fold.audit().ok
+        """
+        return self.split(by=FOLD, val=[i], buffer_m=buffer_m)
 
     def select(self, *splits: str) -> Chips:
         """Keep the chips of these splits.
@@ -378,6 +470,31 @@ class Chips:
         while isinstance(chips.plan, Select) and chips._parent is not None:
             chips = chips._parent
         return chips
+
+    @property
+    def split_cells(self) -> pa.Table:
+        """Split cells with the split that each got: columns cell and split, the chips' own and those of ``cells=``.
+
+        It goes with the plan and the store. ``split(cells=)`` takes it, so that later deals move no cell.
+
+        Raises
+        ------
+        PlanError
+            When there is no split, or a hash deals the cells: the same seed then gives each the same split again.
+
+        Examples
+        --------
+        >>> dealt = chips.split(cells=pa.table({"cell": ["33/-5792/519"], "split": ["test"]}))
+        >>> dealt.split_cells.column_names
+        ['cell', 'split']
+        """
+        cells = self.planned.cells
+        if cells is None:
+            raise PlanError(
+                "split_cells", "a split without a table of cells", "split(stratify=) or split(cells=), which keep one",
+                "Cells that a hash dealt have the same split again by the same seed and shares.",
+            )  # fmt: skip
+        return cells.table
 
     @property
     def table(self) -> pa.Table:

@@ -232,8 +232,7 @@ class _Page:
 
     def _columns(self, *names: str) -> pa.Table:
         """Return some columns of the chips; only these are read."""
-        stored = self.chips.stored
-        return stored.map.chips.columns(names).take(pa.array(stored.rows))
+        return self.chips.stored.columns(names)
 
     # Chips
 

@@ -45,10 +45,8 @@ def cells_from(cells: CellsLike | Any) -> pa.Table:
     """
     if isinstance(cells, str | os.PathLike):
         url = Place.of(cells).url
-        if url.endswith((".parquet", ".pq")):
-            cells = pq.read_table(pa.py_buffer(remote.get(url)))
-        else:
-            cells = stored_cells(url)
+        is_file = url.endswith((".parquet", ".pq"))
+        cells = pq.read_table(pa.py_buffer(remote.get(url))) if is_file else stored_cells(url)
     elif not isinstance(cells, pa.Table) and hasattr(cells, "split_cells"):
         cells = cells.split_cells
     if not isinstance(cells, pa.Table):

@@ -15,7 +15,9 @@ from rasteret_dask.display.tableview import TableView
 from rasteret_dask.errors import PlanError, SchemaError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
-from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Select, predicates
+from rasteret_dask.planning.plan import FilterChips, Folds, Node, Predicate, Sample, Select, Split, predicates
+from rasteret_dask.planning.shares import fold_spec, split_spec
+from rasteret_dask.splitcells import stored_cells
 from rasteret_dask.statistics.measuring import measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
@@ -128,6 +130,39 @@ class StoredChips:
         """
         return self._with(Sample(self.stored.plan, n, seed, by))
 
+    def folds(self, k: int, *, seed: int = 0) -> StoredChips:
+        """Add a column ``fold``, as :meth:`Chips.folds`; nothing is written.
+
+        Raises
+        ------
+        PlanError
+            When there are fewer split cells than folds, a column ``fold``, or chips were not laid out in split cells.
+
+        Examples
+        --------
+        >>> sorted(set(stored.folds(5).table["fold"].to_pylist()))
+        [0, 1, 2, 3, 4]
+        """
+        return self._with(Folds(self.stored.plan, fold_spec(k, seed, "drop")))
+
+    def fold(self, i: int) -> StoredChips:
+        """Split the chips by their column ``fold``: val is fold ``i``, train all others; as :meth:`Chips.fold`.
+
+        The store's own splits count no more: choose chips of one of them before this.
+
+        Raises
+        ------
+        PlanError
+            When there is no column ``fold``, or ``i`` is none of its values.
+
+        Examples
+        --------
+        >>> fold = stored.select("train").folds(5).fold(0)
+        >>> len(fold.select("train")) + len(fold.select("val")) == len(fold)
+        True
+        """
+        return self._with(Split(self.stored.plan, split_spec({"val": [i]}, 0, "fold", 0.0, "drop")))
+
     def _with(self, plan: Node) -> StoredChips:
         chosen = StoredChips(Stored(self.stored.url, plan), opened=True)
         len(chosen)  # so that a mistake is told where it is made
@@ -144,7 +179,23 @@ class StoredChips:
         >>> stored.table.schema.names[:4]
         ['chip_id', 'epsg', 'row', 'col']
         """
-        return self.stored.map.chips.whole().take(pa.array(self.stored.rows))
+        return self.stored.whole()
+
+    @property
+    def split_cells(self) -> pa.Table:
+        """Split cells with the split that each got, as :attr:`Chips.split_cells`.
+
+        Raises
+        ------
+        PlanError
+            When a hash dealt the cells.
+
+        Examples
+        --------
+        >>> rd.open_chips("stratified.zarr").split_cells.column_names
+        ['cell', 'split']
+        """
+        return stored_cells(self.stored.url)
 
     @property
     def digest(self) -> str:

@@ -36,7 +36,7 @@ def test_figures_are_those_of_brute_force(kind: str) -> None:
     chips = {
         "lattice": lambda: lattice_chips().split(0.5, 0.3, 0.2, seed=2),
         "windows": lambda: window_chips().split(0.5, 0.3, 0.2, seed=2, boundary="centre"),
-        "fold": lambda: window_chips().split(0.5, 0.3, 0.2, by="fold"),
+        "fold": lambda: window_chips().split(by="fold"),
     }[kind]()
     found = chips.audit()
     rows, shapes = chips.table.to_pylist(), boxes(chips)

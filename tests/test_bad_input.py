@@ -356,6 +356,29 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
     "ratios of words": (
         lambda w: chips_of(w).split("most", 0.1, 0.1), rd.PlanError, ("'most'",),  # type: ignore[arg-type]
     ),
+    "shares that leave some": (
+        lambda w: chips_of(w).split(0.7, 0.2), rd.PlanError, ("0.9", "sum to 1", "test=0.1"),
+    ),
+    "shares of a column": (
+        lambda w: chips_of(w).split(0.7, 0.3, by="epsg"), rd.PlanError, ("train=0.7", "list of values"),
+    ),
+    "values of no column": (
+        lambda w: chips_of(w).split(val=[1]), rd.PlanError, ("val=[1]", "without a column"),
+    ),
+    "a value of two splits": (
+        lambda w: chips_of(w).split(by="fold", val=[1], test=[1]), rd.PlanError, ("1 in val", "test"),
+    ),
+    "a split called as an option": (
+        lambda w: chips_of(w).split(train=0.5, seed=0.5),  # type: ignore[arg-type]
+        rd.PlanError, ("seed", "0.5", "whole number"),
+    ),
+    "a split that is no group": (
+        lambda w: chips_of(w).split(train=0.5, **{"a/b": 0.5}), rd.PlanError, ("'a/b'", "Zarr"),
+    ),
+    "a buffer without train": (
+        lambda w: chips_of(w).split(a=0.5, b=0.5, buffer_m=10), rd.PlanError, ("a, b", "called train"),
+    ),
+    "one fold": (lambda w: chips_of(w).folds(1), rd.PlanError, ("1", "at least 2")),
     "buffer below 0": (lambda w: chips_of(w).split(buffer_m=-1), rd.PlanError, ("buffer_m", "-1")),
     "no such boundary": (lambda w: chips_of(w).split(boundary="left"), rd.PlanError, ("'left'", "'drop'")),  # type: ignore[arg-type]
     "select of nothing": (lambda w: chips_of(w).select(), rd.PlanError, ("no split",)),
@@ -420,10 +443,10 @@ PLANS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
         lambda w: len(chips_of(w).select("train")), rd.PlanError, ("'train'", "split step"),
     ),
     "split by no column": (
-        lambda w: len(split(chips_of(w), by="label")), rd.PlanError, ("'label'", "'ground'"),
+        lambda w: len(chips_of(w).split(by="label")), rd.PlanError, ("'label'", "'ground'"),
     ),
     "split by a column of other words": (
-        lambda w: len(split(chips_of(w), by="epsg")), rd.PlanError, ("32633", "train, val, test"),
+        lambda w: len(chips_of(w).split(by="epsg", test=[1])), rd.PlanError, ("test=[1]", "32633"),
     ),
     "no record with the id": (
         lambda w: laid(w.s2.where(id="s3")), rd.EmptyError, ("'s2'", '"s3"', "leaves none", "filters"),

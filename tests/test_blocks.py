@@ -283,6 +283,7 @@ def test_what_needs_other_chips_is_refused_with_what_to_do_instead(tmp_path: Pat
         (chips.sample(10), r"by_blocks\(folder\).sample"),
         (chips.with_table(chips.table), "to_chips"),
         (chips.split(by="epsg"), "to_chips"),
+        (chips.folds(3), "to_chips"),
         (chips.split(buffer_m=100), "without a buffer"),
         (WORLD.chips(128, grid="tiles"), "without by_blocks"),
     ):

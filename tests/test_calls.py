@@ -60,10 +60,27 @@ CHIPPED: st.SearchStrategy[Callable[[Any], Any]] = st.one_of(
 )  # fmt: skip
 AFTER: st.SearchStrategy[Callable[[Any], Any]] = st.one_of(
     st.builds(
-        lambda ratios, more: lambda c: c.split(*ratios, **more),
-        st.sampled_from([(0.7, 0.15, 0.15), (1, 0, 0)]),
-        st.sampled_from([{}, {"seed": 42}, {"by": "tile"}, {"buffer_m": 320.5, "boundary": "centre"}]),
+        lambda shares, more: lambda c: c.split(**shares, **more),
+        st.sampled_from(
+            [
+                {},
+                {"train": 1, "val": 0, "test": 0},
+                {"train": 0.7, "val": 0.3},
+                {"train": 0.6},
+                {"train": 0.5, "my part": 0.25, "class": 0.25},
+            ]
+        ),
+        st.sampled_from([{}, {"seed": 42}, {"by": "geometry"}, {"buffer_m": 320.5, "boundary": "centre"}]),
     ),
+    st.builds(
+        lambda values, more: lambda c: c.split(by="fold", **values, **more),
+        st.sampled_from([{}, {"test": [0], "val": [1, 2]}, {"train": ["a"], "my part": [2.5, True]}]),
+        st.sampled_from([{}, {"buffer_m": 320.5}]),
+    ),
+    st.builds(
+        lambda k, more: lambda c: c.folds(k, **more), st.integers(2, 20), st.sampled_from([{}, {"seed": 3}])
+    ),
+    st.just(lambda c: c.fold(1)),
     st.just(lambda c: c.select("train", "val")),
     st.just(lambda c: c.filter(split="train")),
     st.just(lambda c: c.filter_pixels(min_valid=0.5, source="s2")),

@@ -15,7 +15,10 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.show.foreign import audit
 
 PIXEL = 100.0
-CORNER = (500_000.0, 5_500_000.0)  # on zone 33's meridian, where a metre of the map is 1 / 0.9996 m of the ground
+CORNER = (
+    500_000.0,
+    5_500_000.0,
+)  # on zone 33's meridian, where a metre of the map is 1 / 0.9996 m of the ground
 SCALE = 0.9996**-2
 
 
@@ -49,7 +52,8 @@ def test_pixels_that_leak_are_counted(seed: int) -> None:
         (a, b)
         for a in range(len(shapes))
         for b in range(len(shapes))
-        if (split[a], split[b]) == ("train", "val") and shapely.area(shapely.intersection(shapes[a], shapes[b])) > 1
+        if (split[a], split[b]) == ("train", "val")
+        and shapely.area(shapely.intersection(shapes[a], shapes[b])) > 1
     ]
     assert leak.overlaps["train-val"] == len(pairs)
     assert leak.ok == (not any(leak.overlaps.values()))
@@ -71,7 +75,9 @@ def test_splits_that_lie_apart() -> None:
 def test_across_a_zone_s_edge() -> None:
     """Windows of two UTM zones around 12 degrees east: the same ground is told from either."""
     points = gpd.GeoDataFrame(
-        {"split": ["train", "test"]}, geometry=[shapely.Point(11.999, 50.0), shapely.Point(12.001, 50.0)], crs=4326
+        {"split": ["train", "test"]},
+        geometry=[shapely.Point(11.999, 50.0), shapely.Point(12.001, 50.0)],
+        crs=4326,
     )
     leak = audit(points, window_m=320)
     assert not leak.ok
@@ -83,7 +89,9 @@ def test_across_a_zone_s_edge() -> None:
 def test_tables_and_files_say_the_same(tmp_path: Path) -> None:
     frame, _ = squares(1)
     degrees = frame.to_crs(4326)
-    table = pa.table({"geometry": shapely.to_wkb(degrees.geometry.to_numpy()), "split": frame["split"].to_numpy()})
+    table = pa.table(
+        {"geometry": shapely.to_wkb(degrees.geometry.to_numpy()), "split": frame["split"].to_numpy()}
+    )
     frame.to_parquet(tmp_path / "foreign.parquet")
     ours = audit(frame).overlaps
     assert audit(table).overlaps == ours
@@ -92,7 +100,7 @@ def test_tables_and_files_say_the_same(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     frame, _ = squares(1)
-    with pytest.raises(PlanError, match="'fold'.*no such column.*one of split"):
+    with pytest.raises(PlanError, match=r"'fold'.*no such column.*one of split"):
         audit(frame, "fold")
     with pytest.raises(PlanError, match="resolution"):
         audit(frame, resolution=0)

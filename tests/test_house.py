@@ -38,7 +38,7 @@ ORDER = {
              "geoparquet export rasters layers leftassets terms facts rowgroups timing",
     "ingest": "search stacapi tablecache describe sources fileindex filelist filenames validareas stac tables files "
               "pages order",
-    "planning": "functions rules names plan calls bandkinds bandpass sampling scan optimize pixelsizes "
+    "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "resolve radiometry origins query recordtable",
     "chipping": "coverage chiptable labels frame leftover distances celltable feeds laying chips splits dealing "
                 "ground strata rulesteps steps drawing "
@@ -50,7 +50,7 @@ ORDER = {
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode ledger provenance bytecache storetables jobreport "
              "layout manifest write presence committing paging runtasks onthreads oncluster shardruns run "
-             "outputs storemap storeread stored holding datasets rereading verifying",
+             "outputs storemap storeread storefolds stored holding datasets rereading verifying",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
@@ -58,8 +58,8 @@ ORDER = {
             "plot plotrecords spectra",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors passes",
-    "the face": "compacting storeset reportpage streamfrom torchdata chipblocks chipset tableexits pixelreads "
-                "collection openers building",
+    "the face": "compacting splitcells storeset reportpage streamfrom torchdata chipblocks chipset tableexits "
+                "pixelreads collection openers building",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
     "the names": "__init__",
     "demo": "world checks run",

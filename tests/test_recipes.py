@@ -309,7 +309,8 @@ def test_every_argument_of_a_method_can_be_said(key: str, function: Any, left_ou
 
 def test_arguments_are_explained_by_their_docstrings() -> None:
     words = documented(Chips.split)
-    assert words["train"] == words["test"] == "Shares that sum to 1."
+    assert words["train"] == words["test"] == words["val"]
+    assert words["train"].startswith("Shares of the ground. Nothing: 0.7")
     assert set(documented(rd.build)) >= set(parameters(rd.build))
 
 

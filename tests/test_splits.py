@@ -340,11 +340,11 @@ def test_by_a_column_of_the_chip_table() -> None:
     at = geopandas.GeoDataFrame({"fold": names}, geometry=places, crs=32633)
     chips = collection("s2", record("a")).chips(16, at=at).split(by="fold")
     assert {r["fold"]: r["split"] for r in chips.table.to_pylist()} == {
-        "train": "train", "val": "val", "test": "test", None: None, "spare": None,
+        "train": "train", "val": "val", "test": "test", None: None, "spare": "spare",
     }  # fmt: skip
     why = "column fold names no split"
-    assert chips.audit().lost == {why: 2, f"{why}, fold = None": 1, f"{why}, fold = spare": 1}
-    for by, word in (("nothing", "nothing"), ("chip_id", "among train, val, test")):
+    assert chips.audit().lost == {why: 1, f"{why}, fold = None": 1}
+    for by, word in (("nothing", "nothing"), ("feeds", "list<")):
         with pytest.raises(rd.PlanError, match=word):
             _ = collection("s2", record("a")).chips(16, at=at).split(by=by).table
 
@@ -446,3 +446,206 @@ def test_a_buffer_that_empties_a_split_names_the_cell_that_would_do() -> None:
     assert min(done.chips.values()) > 0
     assert min(done.distance_m[f"train-{n}"] for n in ("val", "test")) >= 400
     assert done.uncovered == ""
+
+
+# Any names, and folds
+
+PLAIN = collection("s2", record("a", px=(700, 700))).chips(32, **CELLS)
+
+NAMES = st.dictionaries(
+    st.sampled_from(["train", "val", "test", "calibration", "a b", "10", "2", "été"]),
+    st.integers(1, 9),
+    min_size=1,
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(NAMES, st.integers(0, 3), st.randoms(use_true_random=False))
+def test_any_names_share_the_ground_in_one_order_however_they_are_written(
+    weights: dict[str, int], seed: int, order: random.Random
+) -> None:
+    total = sum(weights.values())
+    shares = {name: weight / total for name, weight in weights.items()}
+    turned = list(shares.items())
+    order.shuffle(turned)
+    chips = PLAIN.split(**shares, seed=seed)
+    assert chips.table.equals(PLAIN.split(**dict(turned), seed=seed).table)
+    first = [name for name in ("train", "val", "test") if name in shares]
+    others = [name for name in ("2", "10", "a b", "calibration", "été") if name in shares]
+    names = [*first, *others]
+    edges = np.cumsum([shares[name] for name in names])
+    for cell, split in zip(*(chips.table[name].to_pylist() for name in ("cell", "split")), strict=True):
+        zone, row, col = cell.split("/")
+        digest = hashlib.sha256(f"ground|{seed}|{zone}|{row}|{col}".encode()).digest()
+        unit = int.from_bytes(digest[:8], "big") / 2**64
+        assert split == names[min(int(np.searchsorted(edges, unit, side="right")), len(names) - 1)]
+    assert chips.audit().ok
+
+
+def test_shares_that_are_not_named() -> None:
+    for given_shares, wanted in (
+        ({}, {"train": 0.7, "val": 0.15, "test": 0.15}),
+        ({"train": 0.8}, {"train": 0.8, "val": 0.1, "test": 0.1}),
+        ({"train": 1}, {"train": 1}),
+        ({"train": 0.7, "val": 0.3}, {"train": 0.7, "val": 0.3}),
+    ):
+        (spec,) = [PLAIN.split(**given_shares).plan.spec]  # type: ignore[attr-defined]
+        assert dict(spec.ratios) == pytest.approx(wanted)
+
+
+def test_the_remedy_of_shares_that_leave_some_is_a_call_that_works() -> None:
+    for shares in (
+        {"train": 0.7, "val": 0.15},
+        {"a": 0.5, "b": 0.7},
+        {"train": 0.5, "val": 0.2, "test": 0.2},
+    ):
+        with pytest.raises(rd.PlanError, match="sum to 1") as told:
+            PLAIN.split(**shares)
+        call = (
+            str(told.value)
+            .strip()
+            .split(" ")[-1 - str(told.value).strip().rsplit("split(", 1)[1].count(" ") :]
+        )
+        assert eval("chips." + " ".join(call).rstrip("."), {"chips": PLAIN}).audit().ok
+
+
+def test_options_of_split_are_those_that_no_split_can_be_called() -> None:
+    import inspect
+
+    from rasteret_dask.planning.names import SPLIT_OPTIONS
+
+    options = inspect.signature(rd.Chips.split).parameters.values()
+    assert {o.name for o in options if o.kind is o.KEYWORD_ONLY} == set(SPLIT_OPTIONS)
+    for name in (*SPLIT_OPTIONS, "", ".", "_job", "a/b", "zarr.json", "tab\t"):
+        at = geopandas.GeoDataFrame({"own": [name]}, geometry=[shapely.Point(501_000, 5_398_000)], crs=32633)
+        chips = collection("s2", record("a")).chips(16, at=at)
+        with pytest.raises(rd.PlanError, match="a split called"):
+            _ = chips.split(by="own").table
+        assert chips.split(by="own", part=[name]).table["split"].to_pylist() == ["part"]  # the remedy
+
+
+COLUMNS: dict[str, list[Any]] = {
+    "whole": [0, 1, 2, 1, 0],
+    "pandas": [0.0, 1.0, None, 1.0, 0.0],
+    "words": ["a", "b", None, "a", "c"],
+    "truth": [True, False, True, None, True],
+}
+
+
+def labelled(values: list[Any], **more: list[Any]) -> rd.Chips:
+    places = shapely.points([(501_000 + 500 * i, 5_398_000) for i in range(len(values))])
+    at = geopandas.GeoDataFrame({"own": values, **more}, geometry=places, crs=32633)
+    return collection("s2", record("a")).chips(16, at=at)
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_values_of_a_column_name_splits_and_lists_choose_them(kind: str) -> None:
+    values = COLUMNS[kind]
+    chips, first = labelled(values), values[0]
+
+    def called(value: Any) -> str | None:
+        return None if value is None else str(int(value) if isinstance(value, float) else value)
+
+    rows = chips.split(by="own").table.to_pylist()
+    assert len(rows) == len(values)
+    assert [r["split"] for r in rows] == [called(None if r["own"] != r["own"] else r["own"]) for r in rows]
+    lists = chips.split(by="own", test=[first]).table.to_pylist()
+    assert {(r["own"], r["split"]) for r in lists} == {
+        (v, None if v is None else "test" if v == first else "train") for v in values
+    }
+    for some in (chips.split(by="own"), chips.split(by="own", train=[first])):
+        audit, none = some.audit(), some.table["split"].null_count
+        assert (
+            audit.lost.get("column own names no split", 0) == none == len(values) - sum(audit.chips.values())
+        )
+    with pytest.raises(rd.PlanError, match=r"test=\['spare'\].*values of column own"):
+        _ = chips.split(by="own", test=["spare"]).table
+
+
+def test_columns_of_lists_are_carried_and_losses_told_by_few_values_only() -> None:
+    chips = labelled(
+        ["a"] * 30, tags=[["x", "y"]] * 30, fact=[{"n": 1}] * 30, many=list(range(30)), few=["u", "v"] * 15
+    )
+    with pytest.warns(UserWarning, match="tags"):
+        dealt = chips.split(0.5, 0.5, seed=1).planned
+    assert dealt.table["tags"].to_pylist() == [["x", "y"]] * dealt.table.num_rows != []
+    small = [record("a", px=(500, 200))]
+    xy = np.random.default_rng(0).uniform((500_300, 5_398_300), (504_700, 5_399_700), (40, 2))
+    at = geopandas.GeoDataFrame({"tags": [["a"]] * 40, "n": range(40), "k": ["u", "v"] * 20},
+                                geometry=shapely.points(xy), crs=32633)  # fmt: skip
+    with pytest.warns(UserWarning, match="tags"):
+        lost = collection("s2", *small).chips(32, at=at, cell_km=0.64).split(seed=1).audit().lost
+    why = "chip on the ground of two splits"
+    assert lost[why] == lost[f"{why}, k = u"] + lost[f"{why}, k = v"] > 0
+    assert not [key for key in lost if "tags" in key or ", n = " in key]
+    with pytest.raises(rd.PlanError, match="type list"):
+        _ = chips.split(by="tags").table
+
+
+def test_folds_deal_each_ground_once() -> None:
+    folds = PLAIN.folds(4, seed=2)
+    number = folds.table["fold"].to_pylist()
+    for cell, fold in zip(folds.table["cell"].to_pylist(), number, strict=True):
+        zone, row, col = cell.split("/")
+        digest = hashlib.sha256(f"folds|2|{zone}|{row}|{col}".encode()).digest()
+        assert fold == int(int.from_bytes(digest[:8], "big") / 2**64 * 4)
+    seen: list[str] = []
+    for i in range(4):
+        fold = folds.fold(i)
+        assert fold.planned.split is not None
+        assert fold.planned.split.names == ("train", "val")
+        assert fold.audit().ok
+        val = ids(fold.select("val"))
+        assert val == [chip for chip, own in zip(ids(PLAIN), number, strict=True) if own == i]
+        assert sorted([*val, *ids(fold.select("train"))]) == sorted(ids(PLAIN))
+        seen += val
+    assert sorted(seen) == sorted(ids(PLAIN))
+    assert folds.split(by="fold", test=[0], val=[1]).audit().ok
+    inner = (
+        PLAIN.split(train=0.7, val=0.3).select("train").folds(3)
+    )  # deals of splits and folds are independent
+    assert set(inner.table["fold"].to_pylist()) == {0, 1, 2}
+
+
+def test_folds_of_windows_leave_out_what_lies_on_two() -> None:
+    chips = windows()[0].folds(5, seed=1)
+    rows = chips.table.to_pylist()
+    assert (
+        chips.planned.dropped["chip on the ground of two folds"] == sum(r["fold"] is None for r in rows) > 0
+    )
+    for i in range(5):
+        assert chips.fold(i).audit().ok
+    centre = windows()[0].folds(5, seed=1, boundary="centre").table["fold"]
+    assert centre.null_count == 0
+    for one, other in zip((r["fold"] for r in rows), centre.to_pylist(), strict=True):
+        assert one in (None, other)
+
+
+def test_folds_that_cannot_be_are_told_with_what_can() -> None:
+    few = collection("s2", record("a", west=1280.0 * 400, north=1280.0 * 4000, px=(128 * 3, 128))).chips(
+        32, **CELLS
+    )
+    with pytest.raises(rd.PlanError, match=r"3 split cells.*folds\(3\) or fewer"):
+        _ = few.folds(4).table
+    assert len(few.folds(3).table) == len(few)
+    folds = PLAIN.folds(3)
+    for wrong, told in (
+        (lambda: folds.fold(3).table, "values of column fold: 0, 1, 2"),
+        (lambda: PLAIN.fold(0).table, r"chips.folds\(5\) makes a column fold"),
+        (lambda: folds.folds(2).table, "there already"),
+    ):
+        with pytest.raises(rd.PlanError, match=told):
+            wrong()
+
+
+def test_a_plan_of_before_keeps_its_digest_and_a_new_one_comes_back_from_json() -> None:
+    from rasteret_dask.planning.plan import Source, Split, digest, from_json, to_json
+
+    node = Split(Source("s2", "token"), SplitSpec((("train", 0.7), ("val", 0.15), ("test", 0.15)), 7))
+    assert digest(node) == "c130ef5768da262a0bc629e1b0b87c7f"
+    assert set(to_json(node)["spec"]) == {"type", "ratios", "seed", "by", "buffer_m", "boundary"}
+    for plan in (
+        PLAIN.split(train=0.6, rest=0.4), PLAIN.split(by="epsg", test=[32633], val=[True, "x", 0.5]),
+        PLAIN.split(by="epsg"), PLAIN.folds(4, seed=1).fold(2, buffer_m=5.0),
+    ):  # fmt: skip
+        assert from_json(to_json(plan.plan)) == plan.plan

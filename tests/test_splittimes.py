@@ -20,7 +20,11 @@ FIRST = pd.Timestamp("2020-01-01", tz="UTC").value
 
 
 def day(number: int | None) -> str | None:
-    return None if number is None else (pd.Timestamp("2020-01-01", tz="UTC") + pd.Timedelta(days=number)).isoformat()
+    return (
+        None
+        if number is None
+        else (pd.Timestamp("2020-01-01", tz="UTC") + pd.Timedelta(days=number)).isoformat()
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -33,7 +37,11 @@ def test_a_chip_is_in_the_range_that_holds_all_of_it(
     drawn: list[tuple[int, int]], cuts: list[int], rest: bool
 ) -> None:
     a, b, c, d = sorted(cuts)
-    ranges = [("train", None if rest else (None, day(a))), ("val", (day(b), day(c))), ("test", (day(d), None))]
+    ranges = [
+        ("train", None if rest else (None, day(a))),
+        ("val", (day(b), day(c))),
+        ("test", (day(d), None)),
+    ]
     span = np.array([(FIRST + s * DAY, FIRST + (s + n) * DAY) for s, n in drawn], dtype=np.int64)
     found = by_time(span, ranges)
     for (start, length), number in zip(drawn, found.tolist(), strict=True):
@@ -51,9 +59,7 @@ def test_a_chip_is_in_the_range_that_holds_all_of_it(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.integers(0, 100), st.integers(0, 9), st.integers(-1, 2)), min_size=1, max_size=20
-    ),
+    st.lists(st.tuples(st.integers(0, 100), st.integers(0, 9), st.integers(-1, 2)), min_size=1, max_size=20),
     st.integers(0, 30),
 )
 def test_a_gap_is_kept_around_train(drawn: list[tuple[int, int, int]], gap: int) -> None:
@@ -75,9 +81,17 @@ def test_a_gap_is_a_length_of_time() -> None:
 def regions(seed: int) -> pa.Table:
     """Return four regions of a square of 4 x 4 degrees, one of them in two pieces."""
     x = np.random.default_rng(seed).uniform(1.0, 3.0)
-    boxes = [(0, 0, x, 2), (x, 0, 4, 2), (0, 2, 4, 3), (0, 3, x, 4)]  # above the third, east of the fourth: nothing
+    boxes = [
+        (0, 0, x, 2),
+        (x, 0, 4, 2),
+        (0, 2, 4, 3),
+        (0, 3, x, 4),
+    ]  # above the third, east of the fourth: nothing
     return pa.table(
-        {"geometry": shapely.to_wkb([shapely.box(*b) for b in boxes]), "state": ["west", "east", "north", "west"]}
+        {
+            "geometry": shapely.to_wkb([shapely.box(*b) for b in boxes]),
+            "state": ["west", "east", "north", "west"],
+        }
     )
 
 
@@ -102,7 +116,7 @@ def test_a_chip_belongs_to_the_region_that_holds_it(seed: int) -> None:
 def test_regions_have_one_name_each() -> None:
     table = regions(0)
     assert check_regions(table) == "state"
-    with pytest.raises(PlanError, match="2 columns beside the geometry.*regions\\[\\['state', 'geometry'\\]\\]"):
+    with pytest.raises(PlanError, match=r"2 columns beside the geometry.*regions\[\['state', 'geometry'\]\]"):
         check_regions(table.append_column("area", pa.array([1, 2, 3, 4])))
     with pytest.raises(PlanError, match="0 columns"):
         check_regions(table.select(["geometry"]))

@@ -558,3 +558,55 @@ def test_a_group_tells_how_many_chips_a_dask_chunk_needs_to_be_a_shard(
             assert shards is not None
             assert shards[0] == n
     assert max(s.number for s in opened.stored.map.shards) > 0  # else the sizes tell nothing
+
+
+# Folds
+
+
+def test_folds_of_a_store_are_those_of_its_plan(
+    joined: rd.Chips, stores: dict[str, tuple[rd.Chips, Path]], tmp_path: Path
+) -> None:
+    """Of a store without the column, of one with it, and of one split: the same chips are val, by every way out."""
+    from rasteret_dask.planning.plan import Select, Split
+
+    assert isinstance(joined.plan, Split)
+    whole = rd.Chips(joined.query.then(joined.plan.child))
+    planned_folds = dict(
+        zip(*(whole.folds(3, seed=2).table[n].to_pylist() for n in ("chip_id", "fold")), strict=True)
+    )
+    for name, chips in (("joined", joined), ("train", joined.select("train"))):
+        opened = open_chips(stores[name][1]).folds(3, seed=2)
+        assert dict(zip(*(opened.table[n].to_pylist() for n in ("chip_id", "fold")), strict=True)) == {
+            chip: planned_folds[chip] for chip in chips.table["chip_id"].to_pylist()
+        }
+    place = tmp_path / "folds"
+    written(whole.folds(3, seed=2), place)
+    store = open_chips(place)
+    for i in range(3):
+        fold = store.fold(i)
+        val, train = fold.select("val"), fold.select("train")
+        assert sorted(val) == sorted(c for c, own in planned_folds.items() if own == i)
+        assert sorted([*val, *train]) == sorted(fold) == sorted(store)
+        assert set(val.table["split"].to_pylist()) == {"val"}
+        for batch in val.stream(batch_size=8, shuffle=1):
+            assert set(batch["split"]) == {"val"}
+            assert set(batch["labels/fold"]) == {i}
+        assert set(val.take(list(val)[:3])["split"]) == {"val"}
+        assert (
+            pickle.loads(pickle.dumps(val)).digest
+            == val.digest
+            != store.fold((i + 1) % 3).select("val").digest
+        )
+        assert len(fold.filter(split="val")) == len(val)
+        assert len(fold.sample(2, by="split")) == 4
+        assert f"val {len(val)}" in repr(fold)
+    assert isinstance(val.stored.plan, Select)
+    for wrong, told in (
+        (lambda: store.fold(3), "values of column fold: 0, 1, 2"),
+        (lambda: store.folds(2), "there already"),
+        (lambda: open_chips(stores["train"][1]).fold(0), r"chips.folds\(5\) makes it"),
+        (lambda: open_chips(stores["train"][1]).folds(10_000), "fewer folds"),
+        (lambda: store.fold(0).select("test"), "train, val"),
+    ):
+        with pytest.raises(PlanError, match=told):
+            wrong()

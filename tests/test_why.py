@@ -243,10 +243,10 @@ def test_steps_that_choose_chips() -> None:
     column = chips.with_table(
         chips.table.append_column("mine", pa.array(["train"] + ["none"] * (len(rows) - 1)))
     )
-    told = column.split(0.5, 0.25, 0.25, by="mine").why(
+    told = column.split(by="mine", train=["train"], val=[]).why(
         lon=TO_DEGREES(*middle)[0], lat=TO_DEGREES(*middle)[1]
     )
-    assert told.reasons == ("column mine is 'none', none of train, val, test",)
+    assert told.reasons == ("column mine is 'none', of none of the splits train, val",)
 
 
 def test_places_between_zones() -> None:

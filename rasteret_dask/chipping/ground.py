@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.distances import stretch
-from rasteret_dask.chipping.splits import SHARED_M2, SplitCells, cells_touched
-from rasteret_dask.grid import transformer
+from rasteret_dask.chipping.splits import SHARED_M2, SplitCells, cells_at, cells_touched
 from rasteret_dask.planning.plan import SplitSpec
 
 __all__ = ["Links", "by_ground", "cells_near", "cells_under", "splits_under"]
@@ -179,15 +178,9 @@ def _boxed(
 def _at_centre(
     code: int, at: NDArray[np.int64], bounds: NDArray[np.float64], cells: SplitCells
 ) -> list[tuple[Any, Any, Any]]:
-    box = bounds[at]
-    lon, lat = transformer(code, 4326).transform(box[:, [0, 2]].mean(1), box[:, [1, 3]].mean(1))
-    zones = cells.zones.codes(lon, lat)
-    parts: list[tuple[Any, Any, Any]] = []
-    for zone in np.unique(zones[zones != 0]).tolist():
-        here = np.flatnonzero(zones == zone)
-        x, y = transformer(4326, zone).transform(lon[here], lat[here])
-        parts.append((at[here], zone, cells.lattice.split_cells_at(np.asarray(x), np.asarray(y))))
-    return parts
+    zones, found = cells_at(code, bounds[at], cells)
+    there = np.unique(zones[zones != 0]).tolist()
+    return [(at[zones == zone], zone, found[zones == zone]) for zone in there]
 
 
 def _without_doubles(links: Links) -> Links:

@@ -35,7 +35,9 @@ def check_regions(table: pa.Table) -> str:
         )  # fmt: skip
     column = table.column(own[0])
     if column.null_count:
-        raise PlanError(subject, f"{column.null_count} regions without a name", f"a value of {own[0]} in each row")
+        raise PlanError(
+            subject, f"{column.null_count} regions without a name", f"a value of {own[0]} in each row"
+        )
     kinds = shapely.get_type_id(shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False)))
     if not np.isin(kinds, _POLYGONAL).all():
         raise PlanError(subject, "geometries that are no polygons", "polygons")

@@ -7,7 +7,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -21,7 +21,10 @@ from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.distances import apart_m, stretch
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import Lattice, transformer
-from rasteret_dask.planning.plan import SplitSpec
+from rasteret_dask.lists import listed
+from rasteret_dask.planning.functions import plain
+from rasteret_dask.planning.names import check_split_names, in_order
+from rasteret_dask.planning.plan import Scalar, SplitSpec
 from rasteret_dask.planning.sampling import hash_unit
 from rasteret_dask.zones import Zones
 
@@ -29,8 +32,10 @@ __all__ = [
     "SplitCells",
     "by_geometry",
     "cell_units",
+    "cells_at",
     "cells_touched",
     "choose",
+    "column_splits",
     "split_numbers",
     "split_of_cells",
     "too_near",
@@ -38,6 +43,12 @@ __all__ = [
 
 FEW_CELLS = 20
 """Below this many split cells the achieved ratios are a matter of luck."""
+
+TRAIN = "train"
+"""The split that ``buffer_m`` keeps the others away from."""
+
+MOST_SPLITS = 100
+"""Values of a column that may each be a split."""
 
 NOWHERE = shapely.Polygon()
 """Stands for what a zone's CRS cannot say: ground on the far side of the globe, near to nothing."""
@@ -78,20 +89,46 @@ def choose(unit: NDArray[np.float64], spec: SplitSpec) -> NDArray[np.int64]:
 
 
 def split_of_cells(zone: str, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.int64]:
-    """Return the split number of split cells (row, col) of a zone: a hash of (seed, the zone's name, row, col)."""
+    """Return the split number of split cells (row, col) of a zone: a hash of (salt, seed, zone's name, row, col)."""
     _, first, back = np.unique(cells[:, 0] * 2**32 + cells[:, 1], return_index=True, return_inverse=True)
     return choose(cell_units(zone, cells[first], spec), spec)[back]
 
 
 def cell_units(zone: str, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.float64]:
     """Return the hash of each split cell (row, col) of a zone, in [0, 1)."""
-    return hash_unit([f"{zone}|{row}|{col}" for row, col in cells.tolist()], "ground", spec.seed)
+    return hash_unit([f"{zone}|{row}|{col}" for row, col in cells.tolist()], spec.salt, spec.seed)
 
 
 def split_numbers(column: pa.ChunkedArray, spec: SplitSpec) -> NDArray[np.int64]:
     """Return the number of each split's name, -1 for null and any other text; shape (chip,)."""
     place = pc.index_in(column, value_set=pa.array(spec.names, pa.string()))
     return np.asarray(pc.fill_null(place, -1).to_numpy(), dtype=np.int64)
+
+
+def cells_at(
+    code: int, bounds: NDArray[np.float64], cells: SplitCells
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the split cell that the centre of each window lies in.
+
+    Parameters
+    ----------
+    code, bounds
+        CRS of the windows, and xmin, ymin, xmax, ymax of each, shape (window, 4).
+    cells
+        The split cells.
+
+    Returns
+    -------
+    zones, cells
+        Shapes (window,) and (window, 2): the zone's number, 0 where no zone holds the centre; row and col.
+    """
+    lon, lat = transformer(code, 4326).transform(bounds[:, [0, 2]].mean(1), bounds[:, [1, 3]].mean(1))
+    zones, found = cells.zones.codes(lon, lat), np.zeros((len(bounds), 2), dtype=np.int64)
+    for zone in np.unique(zones[zones != 0]).tolist():
+        at = np.flatnonzero(zones == zone)
+        x, y = transformer(4326, zone).transform(lon[at], lat[at])
+        found[at] = cells.lattice.split_cells_at(np.asarray(x), np.asarray(y))
+    return zones, found
 
 
 def cells_touched(code: int, bounds: NDArray[np.float64], zone: int, cells: SplitCells) -> NDArray[np.int64]:
@@ -135,28 +172,29 @@ def too_near(
     spec: SplitSpec,
     wkb: pa.ChunkedArray,
 ) -> NDArray[np.bool_]:
-    """Tell which val and test chips lie closer to a train chip than ``buffer_m`` on the ground; shape (chip,).
+    """Tell which chips of other splits lie closer to a train chip than ``buffer_m`` on the ground; shape (chip,).
 
     Parameters
     ----------
     epsg, bounds
         CRS and xmin, ymin, xmax, ymax of each chip.
     split
-        Split numbers, -1 for none; number 0 is train.
+        Split numbers, -1 for none.
     spec
-        Gives ``buffer_m``.
+        Gives ``buffer_m`` and the number of train.
     wkb
         Shape (chip,). Each chip's polygon in lon/lat, to compare chips of different zones.
     """
     near = np.zeros(len(bounds), dtype=bool)
-    if spec.buffer_m <= 0:
+    if spec.buffer_m <= 0 or TRAIN not in spec.names:
         return near
+    number = spec.names.index(TRAIN)
     for code in np.unique(epsg):
         here = shapely.box(*bounds[epsg == code].T)
-        train = np.flatnonzero(split == 0)
+        train = np.flatnonzero(split == number)
         shapes = _into(int(code), train, epsg, bounds, wkb)
         tree = shapely.STRtree(shapes)
-        others = np.flatnonzero((epsg == code) & (split > 0))
+        others = np.flatnonzero((epsg == code) & (split >= 0) & (split != number))
         position = np.searchsorted(np.flatnonzero(epsg == code), others)
         on_map = spec.buffer_m * stretch(int(code), bounds[epsg == code])
         hits = tree.query(here[position], predicate="dwithin", distance=on_map * (1 - 1e-12))
@@ -227,25 +265,81 @@ def warn_if_few(cells: int, spec: SplitSpec, lattice: Lattice, ground_m2: float 
         if proposed
         else "use smaller chips or a larger area"
     )
+    part = "split" if spec.salt == "ground" else "fold"
     warnings.warn(
-        f"only {cells} split cell{'s' * (cells != 1)} of {lattice.cell_m / 1000:g} km: the chance that some split "
+        f"only {cells} split cell{'s' * (cells != 1)} of {lattice.cell_m / 1000:g} km: the chance that some {part} "
         f"stays empty is {min(max(empty, 0.0), 1.0):.0%}, and ratios will be rough; {advice}.",
         UserWarning,
         stacklevel=4,
     )
 
 
-def column_splits(values: Sequence[Any], spec: SplitSpec, column: str) -> NDArray[np.int64]:
-    """Return split numbers from a column whose values are the splits' names; null or other values give -1.
+def column_splits(column: pa.ChunkedArray, spec: SplitSpec) -> tuple[SplitSpec, NDArray[np.int64]]:
+    """Return which split each value of a column is in: -1 for null and for values that no split takes.
+
+    Parameters
+    ----------
+    column
+        The column ``spec.by`` of the chip table.
+    spec
+        The values of each split. Without any, each value is a split of that name.
+
+    Returns
+    -------
+    spec, number
+        The same with the values that each split takes, and the number of each chip's split.
 
     Raises
     ------
     PlanError
-        When no value is the name of a split.
+        When values have no order (lists, structs, bytes), one that a split asks for is not there, or is no name.
     """
-    number = {name: i for i, name in enumerate(spec.names)}
-    result = np.array([number.get(str(v), -1) if v is not None else -1 for v in values], dtype=np.int64)
-    if len(result) and not np.any(result >= 0):
-        found = ", ".join(sorted({str(v) for v in values})[:10])
-        raise PlanError(f"split(by={column!r})", f"values {found}", f"among {', '.join(spec.names)}")
-    return result
+    step = f"split(by={spec.by!r})"
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        raise PlanError(
+            step, f"a column of type {column.type}", "a column of texts, numbers, dates, True and False",
+            "Make such a column of it, and join that by with_table().",
+        )  # fmt: skip
+    encoded = column.combine_chunks().dictionary_encode()
+    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    keys = [plain(value) for value in encoded.dictionary.to_pylist()]
+    there = [key for key in keys if key == key]  # NaN, which pandas writes for null
+    whole = _with_values(spec, there, step)
+    number = _numbers(whole, there)
+    of_key = np.array([number.get(key, -1) if key == key else -1 for key in keys] + [-1], dtype=np.int64)
+    return whole, of_key[np.asarray(pc.fill_null(encoded.indices, len(keys)))]
+
+
+def _numbers(spec: SplitSpec, there: Sequence[Scalar]) -> dict[Scalar, int]:
+    """Return value -> the number of the split that takes it."""
+    number = {value: place for place, (_, own) in enumerate(spec.values) for value in own or ()}
+    for place, (_, own) in enumerate(spec.values):
+        if own is None:
+            number |= {value: place for value in there if value not in number}
+    return number
+
+
+def _with_values(spec: SplitSpec, there: Sequence[Scalar], step: str) -> SplitSpec:
+    """Return a split with the values that each name takes, held against those that a column has."""
+    known = sorted(there) if len({type(value) for value in there}) == 1 else sorted(there, key=str)
+    shown = listed([repr(value) for value in known], "values")
+    if not spec.values:
+        if not 0 < len(there) <= MOST_SPLITS:
+            raise PlanError(
+                step, f"{len(there):,} values that each would be a split" if there else "no value that is not null",
+                f"1 to {MOST_SPLITS}", f"Name the splits with their values: split(by={spec.by!r}, test=[...]).",
+            )  # fmt: skip
+        name_of = {value: _name(value) for value in there}
+        value_of = {name: value for value, name in name_of.items()}
+        check_split_names(value_of, step)
+        return replace(spec, values=tuple((name, (value_of[name],)) for name in in_order(value_of)))
+    unknown = [(name, value) for name, own in spec.values for value in own or () if value not in there]
+    if unknown and there:
+        name, value = unknown[0]
+        raise PlanError(step, f"{name}=[{value!r}]", f"values of column {spec.by}: {shown}")
+    return spec
+
+
+def _name(value: Scalar) -> str:
+    """Return what a split of a value is called; whole floats are what pandas makes of whole numbers beside a null."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -79,9 +79,7 @@ def _edges(own: tuple[Scalar, ...]) -> tuple[int, int]:
     )
 
 
-def too_soon(
-    span: NDArray[np.int64], split: NDArray[np.int64], train: int, gap: str
-) -> NDArray[np.bool_]:
+def too_soon(span: NDArray[np.int64], split: NDArray[np.int64], train: int, gap: str) -> NDArray[np.bool_]:
     """Tell which chips of other splits lie nearer in time to a train chip than a gap; shape (chip,).
 
     Parameters
@@ -103,7 +101,9 @@ def too_soon(
         return near
     order = np.argsort(ours[:, 0], kind="stable")
     start, latest = ours[order, 0], np.maximum.accumulate(ours[order, 1])
-    after = np.searchsorted(start, span[others, 1], side="left")  # train chips that begin after the chip's end
+    after = np.searchsorted(
+        start, span[others, 1], side="left"
+    )  # train chips that begin after the chip's end
     later = np.where(after < len(start), start[np.minimum(after, len(start) - 1)], np.iinfo(np.int64).max)
     begun = np.searchsorted(start, span[others, 1], side="right")
     earlier = np.where(begun > 0, latest[np.maximum(begun, 1) - 1], np.iinfo(np.int64).min)

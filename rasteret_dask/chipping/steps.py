@@ -21,8 +21,10 @@ from rasteret_dask.chipping.leftover import whole_cell_km
 from rasteret_dask.chipping.rulesteps import with_rule
 from rasteret_dask.chipping.splits import (
     FEW_CELLS,
+    TRAIN,
     SplitCells,
     by_geometry,
+    cells_at,
     column_splits,
     too_near,
     warn_if_few,
@@ -34,6 +36,7 @@ from rasteret_dask.planning.plan import (
     CutChips,
     FilterChips,
     FilterPixels,
+    Folds,
     Join,
     Map,
     Node,
@@ -48,7 +51,7 @@ from rasteret_dask.planning.plan import (
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, alone, as_table, filter_table
 
-__all__ = ["apply_step", "carried_out", "check_splits", "none_left", "steps_of", "warn_of_few"]
+__all__ = ["FOLD", "apply_step", "carried_out", "check_splits", "none_left", "steps_of", "warn_of_few"]
 
 _PLANNED_COLUMNS = (
     "epsg",
@@ -67,6 +70,9 @@ _PLANNED_COLUMNS = (
 
 FEW_LABELS = 20
 """Losses are reported per value of a user's column that has at most this many."""
+
+FOLD = "fold"
+"""The column that says which fold a chip is in."""
 
 
 def steps_of(plan: Node) -> tuple[CutChips, tuple[Node, ...]]:
@@ -100,12 +106,8 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
         When there are so few split cells that ratios are a matter of luck.
     """
     result = carried_out(chips, step, tables)
-    if (
-        isinstance(step, Split)
-        and step.spec.by == "ground"
-        and not step.spec.stratify
-        and not chips.table.column("cell").null_count
-    ):
+    on_cells = not chips.table.column("cell").null_count
+    if isinstance(step, Split | Folds) and step.spec.by == "ground" and not step.spec.stratify and on_cells:
         warn_of_few(pc.count_distinct(chips.table.column("cell")).as_py(), chips, step.spec)
     if not result.table.num_rows and not isinstance(step, Split):
         where = step.where if isinstance(step, FilterChips) else ()
@@ -127,6 +129,8 @@ def carried_out(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) ->
     match step:
         case Split(_, spec):
             return _split(chips, spec, tables)
+        case Folds(_, spec):
+            return _with_folds(chips, spec)
         case FilterChips(_, where):
             for column, *_rest in where:
                 if column not in chips.table.column_names:
@@ -204,19 +208,10 @@ def warn_of_few(cells: int, chips: PlannedChips | ChipSources, spec: SplitSpec) 
 
 def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) -> PlannedChips:
     table = chips.table
-    epsg = table.column("epsg").to_numpy().astype(np.int64)
-    bounds = bounds_of(table)
-    cells = SplitCells(chips.spec.grid.zones, chips.spec.cell_km * 1000.0)
     dropped = dict(chips.dropped)
+    cells = None
     if spec.by == "ground":
-        inside = _cells(table)
-        # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
-        wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
-        links = cells_under(epsg, bounds + wider, cells, spec.boundary, inside)
-        if spec.stratify or spec.cells is not None:
-            earlier = None if spec.cells is None else CellTable.again(as_table(tables[spec.cells]))
-            cells = replace(cells, table=table_of_cells(chips, spec, cells, links, earlier))
-        number = splits_under(links, table.num_rows, cells, spec)
+        number, cells = _by_ground(chips, spec, tables)
         reason = "chip on the ground of two splits"
     elif spec.by == "geometry":
         number = _by_geometry(chips, spec)
@@ -224,21 +219,80 @@ def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) ->
     else:
         if spec.by not in table.column_names:
             raise PlanError(
-                "split(by=)", repr(spec.by), f"'ground', 'geometry' or one of {', '.join(table.column_names)}"
-            )
-        number = column_splits(table.column(spec.by).to_pylist(), spec, spec.by)
+                "split(by=)", repr(spec.by), f"'ground', 'geometry' or one of {', '.join(table.column_names)}",
+                f"chips.folds(5) makes a column {FOLD}." if spec.by == FOLD else "",
+            )  # fmt: skip
+        spec, number = column_splits(table.column(spec.by), spec)
         reason = f"column {spec.by} names no split"
-    if np.any(number < 0):
-        dropped[reason] = int(np.sum(number < 0))
-        dropped |= _lost_by_label(table.filter(pa.array(number < 0)), reason)
+    dropped |= _lost(table, number < 0, reason)
+    epsg, bounds = table.column("epsg").to_numpy().astype(np.int64), bounds_of(table)
     near = too_near(epsg, bounds, number, spec, table.column("geometry"))
     if near.any():
-        dropped[f"val or test chip nearer than {spec.buffer_m:g} m to train"] = int(near.sum())
+        others = [name for name in spec.names if name != TRAIN]
+        words = " or ".join(others) if len(others) <= 3 else "other"
+        dropped[f"{words} chip nearer than {spec.buffer_m:g} m to train"] = int(near.sum())
         _warn_of_empty(chips, spec, number, near)
         number = np.where(near, -1, number)
     names = pa.array(spec.names, pa.string()).take(pa.array(number, mask=number < 0))
     table = replaced(table, "split", names)
-    return replace(chips, table=table, split=spec, dropped=dropped, cells=cells.table)
+    return replace(chips, table=table, split=spec, dropped=dropped, cells=cells)
+
+
+def _with_folds(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
+    """Add the column that says which fold each chip is in; null where its ground is in two."""
+    table = chips.table
+    if FOLD in table.column_names:
+        raise PlanError(
+            "folds", f"a column {FOLD} that is there already", "chips without one",
+            "chips.fold(0) takes it as it is; with_table() joins it under another name, for split(by=...).",
+        )  # fmt: skip
+    cells = _cell_count(chips)
+    if len(spec.ratios) > cells:
+        fewer = f"folds({cells}) or fewer, or " if cells > 1 else ""
+        raise PlanError(
+            f"folds({len(spec.ratios)})", f"{cells} split cell{'s' * (cells != 1)} of {chips.spec.cell_km:g} km",
+            "a split cell for each fold at least", f"Ask for {fewer}smaller cells: chips(cell_km=...).",
+        )  # fmt: skip
+    number, _ = _by_ground(chips, spec, {})
+    column = pa.array(number, pa.int64(), mask=number < 0)
+    field = pa.field(FOLD, column.type, nullable=bool(column.null_count))
+    dropped = {**chips.dropped, **_lost(table, number < 0, "chip on the ground of two folds")}
+    return replace(chips, table=table.append_column(field, column), dropped=dropped)
+
+
+def _by_ground(
+    chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]
+) -> tuple[NDArray[np.int64], CellTable | None]:
+    """Return the number of the split or fold whose ground each chip lies on, -1 for those on two; the table of cells.
+
+    There is a table where more than a hash deals cells.
+    """
+    inside = _cells(chips.table)
+    # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
+    wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
+    epsg = chips.table.column("epsg").to_numpy().astype(np.int64)
+    cells = _split_cells(chips)
+    links = cells_under(epsg, bounds_of(chips.table) + wider, cells, spec.boundary, inside)
+    if spec.stratify or spec.cells is not None:
+        earlier = None if spec.cells is None else CellTable.again(as_table(tables[spec.cells]))
+        cells = replace(cells, table=table_of_cells(chips, spec, cells, links, earlier))
+    return splits_under(links, chips.table.num_rows, cells, spec), cells.table
+
+
+def _split_cells(chips: PlannedChips) -> SplitCells:
+    return SplitCells(chips.spec.grid.zones, chips.spec.cell_km * 1000.0)
+
+
+def _cell_count(chips: PlannedChips) -> int:
+    """Return how many split cells have chips: those that windows were laid out in, or whose centre they hold."""
+    table = chips.table
+    if not table.column("cell").null_count:
+        return int(pc.count_distinct(table.column("cell")).as_py())
+    epsg, bounds, count = table.column("epsg").to_numpy(), bounds_of(table), set[tuple[int, ...]]()
+    for code in np.unique(epsg).tolist():
+        zones, cells = cells_at(int(code), bounds[epsg == code], _split_cells(chips))
+        count |= {(zone, *cell) for zone, cell in zip(zones.tolist(), cells.tolist(), strict=True) if zone}
+    return len(count)
 
 
 def _warn_of_empty(
@@ -266,12 +320,16 @@ def _warn_of_empty(
     )
 
 
-def _lost_by_label(lost: pa.Table, reason: str) -> dict[str, int]:
-    """Count lost chips per value of the user's own columns."""
-    result = {}
-    for name in lost.column_names:
-        if name not in CHIP_SCHEMA.names and len(counts := pc.value_counts(lost.column(name))) <= FEW_LABELS:
-            for entry in counts.to_pylist():
+def _lost(table: pa.Table, rows: NDArray[np.bool_], reason: str) -> dict[str, int]:
+    """Count the chips that a step leaves without a split, and those of each value of the user's own columns."""
+    if not rows.any():
+        return {}
+    result, gone = {reason: int(rows.sum())}, table.filter(pa.array(rows))
+    for name in table.column_names:
+        if name in CHIP_SCHEMA.names or pa.types.is_nested(table.column(name).type):
+            continue
+        if pc.count_distinct(table.column(name)).as_py() <= FEW_LABELS:
+            for entry in pc.value_counts(gone.column(name)).to_pylist():
                 result[f"{reason}, {name} = {entry['values']}"] = int(entry["counts"])
     return result
 

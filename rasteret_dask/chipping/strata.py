@@ -18,7 +18,7 @@ from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.dealing import Stock, deal
 from rasteret_dask.chipping.ground import Links, cells_near
-from rasteret_dask.chipping.splits import SplitCells, cell_units
+from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units
 from rasteret_dask.errors import PlanError, StrataWarning
 from rasteret_dask.lists import listed
 from rasteret_dask.planning.plan import SplitSpec, is_number
@@ -225,7 +225,8 @@ def _stock(
     number = np.concatenate(groups)
     order = np.argsort(number, kind="stable")  # own cells before near ones
     amounts = np.concatenate([held, classes.amounts[several]])
-    return Stock(amounts, number[order], of_link[order], near[order])
+    guarded = spec.names.index(TRAIN) if TRAIN in spec.names else -1
+    return Stock(amounts, number[order], of_link[order], near[order], guarded)
 
 
 def _beside(

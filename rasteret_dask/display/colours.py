@@ -18,7 +18,7 @@ NO_SPLIT = "#808080"
 """Chips that have no split, beside others that have one."""
 
 _FURTHER = ("#2c8c74", "#8a63c4", "#9a6a4a", "#5f8a2e", "#b3609b")
-"""Splits with names of the user's."""
+"""Splits with names of the user's; beyond five they come again, paler."""
 
 NO_LABEL = "#b3b3b3"
 """Pixels that no polygon of labels covers."""
@@ -52,8 +52,12 @@ def colours_of(names: Iterable[str | None]) -> dict[str, str]:
     """
     there = {name or "" for name in names}
     result = {name: colour for name, colour in SPLIT_COLOURS.items() if name in there}
-    others = sorted(there - set(result) - {""})
-    result |= {name: _FURTHER[i % len(_FURTHER)] for i, name in enumerate(others)}
+    others = sorted(there - set(result) - {""}, key=lambda name: (len(name) if name.isdecimal() else 0, name))
+    many = len(_FURTHER)
+    result |= {
+        name: mixed(_FURTHER[i % many], "#ffffff", min(0.25 * (i // many), 0.75))
+        for i, name in enumerate(others)
+    }
     if "" in there:
         result[""] = NO_SPLIT if len(there) > 1 else SPLIT_COLOURS["train"]
     return result

@@ -19,6 +19,7 @@ from rasteret_dask.planning.plan import (
     Filter,
     FilterChips,
     FilterPixels,
+    Folds,
     Harmonize,
     HarmonizeSpec,
     Join,
@@ -97,7 +98,9 @@ def call(node: Node, rows: TableRows = lambda token: None) -> str:
         case CutChips(_, spec):
             return f"chips({', '.join(_cut(spec, rows))})"
         case Split(_, spec):
-            return f"split({', '.join(_dealt(spec))})"
+            return f"split({', '.join(_dealt(spec, rows))})"
+        case Folds(_, spec):
+            return f"folds({', '.join(_folded(spec))})"
         case Select(_, splits):
             return f"select({', '.join(map(quoted, splits))})"
         case FilterPixels(_, spec):
@@ -176,6 +179,13 @@ def _is_keyword(column: str) -> bool:
     return column.isidentifier() and not iskeyword(column) and column not in taken
 
 
+def _keyword(name: str, text: str) -> str:
+    """Return an argument that may have any name."""
+    return (
+        f"{name}={text}" if name.isidentifier() and not iskeyword(name) else f"**{{{quoted(name)}: {text}}}"
+    )
+
+
 def _side(name: str, node: Node, rows: TableRows) -> str:
     return f"{name}={'.'.join(calls(node, rows))}"
 
@@ -206,9 +216,23 @@ def _cut(spec: ChipSpec, rows: TableRows) -> list[str]:
     return [str(spec.size), *_set(**values)]
 
 
-def _dealt(spec: SplitSpec) -> list[str]:
+def _dealt(spec: SplitSpec, rows: TableRows) -> list[str]:
+    others = changes(spec, SplitSpec(spec.ratios, by=spec.by, values=spec.values))
+    if len(spec.stratify) == 1:
+        others["stratify"] = spec.stratify[0]
+    if spec.cells is not None:
+        others["cells"] = _Typed(_table(spec.cells, rows))
+    if spec.column is not None:
+        values = [_keyword(name, quoted(own)) for name, own in spec.values if own is not None]
+        return [*_set(by=spec.by), *values, *_set(**others)]
     shares = [_figure(share) for _, share in spec.ratios]
-    return shares + _set(**{"seed": spec.seed, **changes(spec, SplitSpec(spec.ratios))})
+    if spec.names != ("train", "val", "test")[: len(shares)]:
+        shares = list(map(_keyword, spec.names, shares))
+    return shares + _set(**{"seed": spec.seed, "by": None if spec.by == "ground" else spec.by, **others})
+
+
+def _folded(spec: SplitSpec) -> list[str]:
+    return [str(len(spec.ratios)), *_set(**changes(spec, SplitSpec(spec.ratios, salt=spec.salt)))]
 
 
 class _Typed(str):

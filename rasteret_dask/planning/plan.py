@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,7 +17,7 @@ import shapely
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.functions import Function, plain
-from rasteret_dask.planning.names import check_names
+from rasteret_dask.planning.names import check_names, check_split_names
 from rasteret_dask.planning.rules import Rule
 from rasteret_dask.rules.masks import Mask
 from rasteret_dask.rules.picks import Pick
@@ -32,6 +32,7 @@ __all__ = [
     "Filter",
     "FilterChips",
     "FilterPixels",
+    "Folds",
     "Function",
     "Harmonize",
     "HarmonizeSpec",
@@ -78,6 +79,8 @@ STATIC = "static"
 """``harmonize(time=)`` of what does not change: one slot that holds at any time."""
 MAP_STRETCH = 4.0
 """Ground below a length of a map's metres, at most, to 75 degrees: 3.4 on EPSG:6933, of equal area and true at 30."""
+LATER = {"later": True}
+"""Marks a field that plans did not have at first: JSON leaves it out where it is the default, so that digests stay."""
 DTYPES = (None, "float32", "uint16", "int16")
 RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode")
 
@@ -168,25 +171,30 @@ class SplitSpec:
     """How the ground is shared out."""
 
     ratios: tuple[tuple[str, float], ...]
-    """(split, share), in order; shares sum to 1."""
+    """(split, share), in order; shares sum to 1. Empty where a column of the chip table is the split."""
     seed: int = 0
     by: str = "ground"
     """``"ground"``, ``"geometry"`` or the name of a column of the chip table."""
     buffer_m: float = 0.0
     boundary: str = "drop"
-    stratify: tuple[str, ...] = ()
+    values: tuple[tuple[str, tuple[Scalar, ...] | None], ...] = field(default=(), metadata=LATER)
+    """(split, values of the column), in order; None: every value that no other split takes. Empty: each value of
+    the column is a split of that name."""
+    salt: str = field(default="ground", metadata=LATER)
+    """What stands before the seed in the hash of a split cell: ``"folds"`` deals apart from ``"ground"``."""
+    stratify: tuple[str, ...] = field(default=(), metadata=LATER)
     """Columns whose classes every split gets its share of; (): cells are dealt by a hash."""
-    cells: str | None = None
+    cells: str | None = field(default=None, metadata=LATER)
     """Token of a table of split cells that keep the split which they have there."""
 
     def __post_init__(self) -> None:
-        shown = ", ".join(f"{name}={share!r}" for name, share in self.ratios)
-        wanted = "shares of 0 or more that sum to 1"
-        if not all(is_number(share) and share >= 0 for _, share in self.ratios):
-            raise PlanError("split ratios", shown, wanted)
-        total = sum(share for _, share in self.ratios)
-        if abs(total - 1) > 1e-9:
-            raise PlanError("split ratios", f"{shown} (sum {total:g})", wanted)
+        if not isinstance(self.by, str):
+            raise PlanError("split(by=)", repr(self.by), "'ground', 'geometry' or the name of a column")
+        if not _is_whole(self.seed):
+            raise PlanError("split(seed=)", repr(self.seed), "a whole number; no split can be called seed")
+        check_split_names(self.names, "split")
+        if self.column is None:
+            self._check_shares()
         _one_of("boundary", self.boundary, ("drop", "centre"))
         if not (is_number(self.buffer_m) and self.buffer_m >= 0):
             raise PlanError("split(buffer_m=)", repr(self.buffer_m), "0 or more metres")
@@ -197,10 +205,29 @@ class SplitSpec:
                     f"Leave out by=, or {name}=.",
                 )  # fmt: skip
 
+    def _check_shares(self) -> None:
+        shown = ", ".join(f"{name}={share!r}" for name, share in self.ratios)
+        wanted = "shares of 0 or more that sum to 1"
+        if not self.ratios or not all(is_number(share) and share >= 0 for _, share in self.ratios):
+            raise PlanError("split shares", shown or "none", wanted)
+        total = sum(share for _, share in self.ratios)
+        if abs(total - 1) > 1e-9:
+            raise PlanError("split shares", f"{shown} (sum {total:g})", wanted, self._rest(total))
+
+    def _rest(self, total: float) -> str:
+        """Return the call that would make the sum 1."""
+        free = next((name for name in ("val", "test", "rest") if name not in self.names), None)
+        shares = {name: f"{share:g}" for name, share in self.ratios}
+        if total < 1 and free is not None:
+            shares[free] = f"{1 - total:.10g}"
+        else:
+            shares = {name: f"{share / total:.10g}" for name, share in self.ratios}
+        return f"split({', '.join(f'{name}={share}' for name, share in shares.items())})."
+
     @property
     def names(self) -> tuple[str, ...]:
-        """The splits, in order."""
-        return tuple(name for name, _ in self.ratios)
+        """The splits, in order; none where they are what a column holds, which planning looks at."""
+        return tuple(name for name, _ in self.ratios or self.values)
 
     @property
     def by_hash(self) -> bool:
@@ -209,7 +236,7 @@ class SplitSpec:
 
     @property
     def column(self) -> str | None:
-        """The column of the chip table that is the split, if one is: then shares mean nothing."""
+        """The column of the chip table that is the split, if one is."""
         return None if self.by in ("ground", "geometry") else self.by
 
 
@@ -296,6 +323,15 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class Folds:
+    """A column that says which fold each chip is in."""
+
+    child: Node
+    spec: SplitSpec
+    """A share for each fold: their names are 0, 1, ..."""
+
+
+@dataclass(frozen=True, slots=True)
 class FilterChips:
     """Only the chips that fulfil all predicates on columns of the chip table."""
 
@@ -328,15 +364,16 @@ class WithTable:
 
 
 Node: TypeAlias = (
-    "Source | Filter | Sample | Merge | Harmonize | Map | Join | CutChips | Split | FilterChips | Select | FilterPixels"
-    " | WithTable"
+    "Source | Filter | Sample | Merge | Harmonize | Map | Join | CutChips | Split | Folds | FilterChips | Select"
+    " | FilterPixels | WithTable"
 )
 
 _NODES = {
     c.__name__: c
     for c in (
-        Source, Filter, Sample, Merge, Harmonize, Map, Join, CutChips, Split, FilterChips, Select, FilterPixels,
-        WithTable, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule, UtmGrid, CrsGrid, TileGrid, BoxGrid,
+        Source, Filter, Sample, Merge, Harmonize, Map, Join, CutChips, Split, Folds, FilterChips, Select,
+        FilterPixels, WithTable, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule, UtmGrid, CrsGrid, TileGrid,
+        BoxGrid,
     )
 }  # fmt: skip
 
@@ -414,7 +451,11 @@ def to_json(value: Any) -> Any:
     if isinstance(value, RuleValue):
         return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: to_json(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not ("later" in f.metadata and getattr(value, f.name) == f.default)
+        }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, tuple | list):
         return [to_json(v) for v in value]

@@ -71,7 +71,7 @@ class Assembly:
             chips = collection.chips(**arguments)
         if "split" in document:
             with blamed(self.source, ("split",)):
-                chips = chips.split(**document["split"])
+                chips = chips.split(**self._split(document["split"]))
         for number, step in enumerate(document.get("steps", ())):
             kind = step_of(step)
             assert kind is not None
@@ -161,7 +161,11 @@ class Assembly:
     def _step(self, chips: Chips, step: str, value: Any) -> Chips:
         match step:
             case "split":
-                return chips.split(**value)
+                return chips.split(**self._split(value))
+            case "folds":
+                return chips.folds(**(value if isinstance(value, Mapping) else {"k": value}))
+            case "fold":
+                return chips.fold(**(value if isinstance(value, Mapping) else {"i": value}))
             case "filter":
                 return chips.filter(*map(_triple, value))
             case "sample":
@@ -174,6 +178,10 @@ class Assembly:
                 return chips.filter_pixels(**(self._called(value) if "function" in value else value))
             case _:
                 return chips.with_table(self.place(value))
+
+    def _split(self, value: Values) -> dict[str, Any]:
+        """Return arguments of split with the place of the table of cells that they name."""
+        return {key: self.place(one) if key == "cells" else one for key, one in value.items()}
 
     def _called(self, value: str | Values) -> dict[str, Any]:
         """Return arguments with the function that they name."""

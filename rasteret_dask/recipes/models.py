@@ -211,14 +211,26 @@ ChipsTable = table_of(
     others={"aoi": Shapes, "at": Shapes, "labels": Shapes, "grid": str | GridSpecTable | GeoBoxTable},
     further={"collection": (str, Field(None, description="Which collection; None: the one no other uses."))},
 )  # fmt: skip
-SplitTable = table_of("Split", Chips.split)
+_Values = list[str | int | float | bool]
+
+
+class _Shares(Table):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    __pydantic_extra__: dict[str, float | _Values]
+
+
+_SHARES = {**dict.fromkeys(("train", "val", "test"), float | _Values), "cells": str}
+SplitTable = table_of("Split", Chips.split, base=_Shares, others=_SHARES)
+FoldsTable = table_of("Folds", Chips.folds)
+FoldTable = table_of("Fold", Chips.fold)
 FilterPixels = table_of(
     "FilterPixels", Chips.filter_pixels,
     others={"function": str},
 )  # fmt: skip
 
 _CHIP_STEPS: dict[str, Any] = {
-    "split": SplitTable, "filter": Triples, "sample": int | Sample, "select": list[str], "map": str | Called,
+    "split": SplitTable, "folds": int | FoldsTable, "fold": int | FoldTable,
+    "filter": Triples, "sample": int | Sample, "select": list[str], "map": str | Called,
     "filter_pixels": FilterPixels, "with_table": str,
 }  # fmt: skip
 CHIP_STEPS = tuple(_CHIP_STEPS)

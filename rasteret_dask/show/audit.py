@@ -121,14 +121,15 @@ class Audit:
         return card(verdict(self.ok, f"Audit: {self.verdict}"), rows)
 
     def __str__(self) -> str:
+        wide = max([9, *(len(name) + 1 for name in self.chips)])
         lines = [
             f"{'ok' if self.ok else 'NOT ok'}: {self.verdict}",
-            "split      chips   share   asked   cells",
+            f"{'split':<{wide}}{'chips':>7}{'share':>8}{'asked':>8}{'cells':>8}",
         ]
         for name, count in self.chips.items():
             cells = self.cells.get(name, 0)
             lines.append(
-                f"{name:<9}{count:>7}{self.ratios.get(name, 0):>8.1%}{self._target(name):>8}{cells:>8}"
+                f"{name:<{wide}}{count:>7}{self.ratios.get(name, 0):>8.1%}{self._target(name):>8}{cells:>8}"
             )
         for pair, count in self.overlaps.items():
             far = self.distance_m[pair]

@@ -28,6 +28,7 @@ from rasteret_dask.lists import listed
 from rasteret_dask.net.hrefs import redact
 from rasteret_dask.planning import recordtable
 from rasteret_dask.planning.calls import THEN, calls, chain, rows_in
+from rasteret_dask.planning.names import in_order
 from rasteret_dask.planning.plan import CutChips, Filter, Join, Node, Sample, children, leaves, spec_field
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import ResolvedSource
@@ -189,16 +190,13 @@ def stored_card(stored: Stored, opened: bool) -> Card:
     if not opened and not local:
         return Card("StoredChips, not opened yet", [where, Fact("", "len(chips) opens it"), *steps])
     try:
-        counts: dict[str, int] = {}
-        for shard, size in zip(stored.shards, stored.sizes, strict=True):
-            counts[shard.split or ""] = counts.get(shard.split or "", 0) + size
-        rows = [*_splits(counts), *_stored_sources(stored, local)]
+        rows = [*_splits(stored.splits), *_stored_sources(stored, local)]
         dropped = sum(len(shard.dropped) for shard in stored.map.shards)
     except UNREADABLE as error:
         return Card("StoredChips, which cannot be read", [where, Fact("because", str(error)), *steps])
     if dropped:
         rows.append(Fact("left out", f"{counted(dropped, 'chip')} of the store by filter_pixels: .dropped"))
-    title = f"StoredChips: {counted(sum(counts.values()), 'chip')}"
+    title = f"StoredChips: {counted(sum(stored.splits.values()), 'chip')}"
     return Card(title, [*rows, where, Fact("digest", stored.digest), *steps])
 
 
@@ -345,11 +343,7 @@ def _splits(counts: Mapping[str, int]) -> list[Fact]:
     named = {name: count for name, count in counts.items() if name}
     if not named:
         return [Fact("splits", "none: split() deals the chips out")]
-    order = [
-        *(s for s in ("train", "val", "test") if s in named),
-        *sorted(named.keys() - {"train", "val", "test"}),
-    ]
-    ordered = {name: named[name] for name in order} | ({"": counts[""]} if counts.get("") else {})
+    ordered = {name: named[name] for name in in_order(named)} | ({"": counts[""]} if counts.get("") else {})
     text = ", ".join(f"{name or 'none'} {count:,}" for name, count in ordered.items())
     return [Fact("splits", text, partial(shares, ordered))]
 

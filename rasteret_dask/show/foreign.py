@@ -21,6 +21,7 @@ from rasteret_dask.display.html import card, markup, shares, table, verdict
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_labels
 from rasteret_dask.grid import transformer
+from rasteret_dask.planning.names import in_order
 from rasteret_dask.planning.plan import is_number
 from rasteret_dask.show.audit import Ground, between
 from rasteret_dask.zones import UTM
@@ -172,11 +173,14 @@ def audit(
     if split not in rows.column_names:
         own = [name for name in rows.column_names if name != "geometry"]
         raise PlanError(
-            f"audit(split={split!r})", "no such column", f"one of {', '.join(own) or 'none: there are no columns'}"
+            f"audit(split={split!r})",
+            "no such column",
+            f"one of {', '.join(own) or 'none: there are no columns'}",
         )
-    encoded = rows.column(split).cast(pa.string()).combine_chunks().dictionary_encode()
-    number = np.asarray(pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
-    names = encoded.dictionary.to_pylist()
+    texts = rows.column(split).cast(pa.string())
+    names = list(in_order(pc.unique(texts.drop_null()).to_pylist()))
+    place = pc.index_in(texts, value_set=pa.array(names, pa.string()))
+    number = np.asarray(pc.fill_null(place, -1).to_numpy(), dtype=np.int64)
     wkb = rows.column("geometry").to_numpy(zero_copy_only=False)
     shapes, epsg = _on_zones(shapely.from_wkb(wkb), window_m)
     ground = Ground.of_shapes(epsg, shapes)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import shapely
 import tomlkit
 
@@ -26,6 +27,7 @@ from rasteret_dask.planning.plan import (
     Filter,
     FilterChips,
     FilterPixels,
+    Folds,
     Harmonize,
     HarmonizeSpec,
     Join,
@@ -110,7 +112,7 @@ class _Writer:
             lines += [*_lines(("collections", name), table), ""]
         lines += [*_lines(("chips",), {"collection": chosen, **cut}), ""]
         if steps and isinstance(first := steps[0], Split):
-            lines += [*_lines(("split",), _split(first.spec)), ""]
+            lines += [*_lines(("split",), self._split(first.spec)), ""]
             del steps[0]
         for step in steps:
             key, value = self._step(step)
@@ -178,7 +180,11 @@ class _Writer:
             )  # fmt: skip
         data = self.query.tables[token]
         place = self.path.with_name(f"{self.path.stem}-{_bare(name)}.parquet")
-        geoparquet.write(data if isinstance(data, pa.Table) else data.to_table(), place)
+        table = data if isinstance(data, pa.Table) else data.to_table()
+        if "geometry" in table.column_names:
+            geoparquet.write(table, place)
+        else:
+            pq.write_table(table, place)
         return place.name
 
     # Steps
@@ -197,7 +203,9 @@ class _Writer:
     def _step(self, node: Node) -> tuple[str, Any]:
         match node:
             case Split():
-                return "split", _split(node.spec)
+                return "split", self._split(node.spec)
+            case Folds():
+                return "folds", _folds(node.spec)
             case FilterChips():
                 return "filter", [_triple(one) for one in node.where]
             case Sample():
@@ -221,6 +229,14 @@ class _Writer:
         version = function.source.removeprefix("version ") if function.source.startswith("version ") else None
         _check_importable(text, self.query.functions[function], f"function {text}")
         return {"function": text, **_some({"source": source, "version": version})}
+
+    def _split(self, spec: SplitSpec) -> Table:
+        table = _split(spec)
+        if len(spec.stratify) == 1:
+            table["stratify"] = spec.stratify[0]
+        if spec.cells is not None:
+            table["cells"] = self._beside(spec.cells, "cells", "split(cells=)", "a table")
+        return table
 
     # Chips
 
@@ -302,7 +318,14 @@ def _sample(node: Sample) -> Table:
 
 
 def _split(spec: SplitSpec) -> Table:
-    return {**dict(spec.ratios), **changes(spec, SplitSpec(spec.ratios))}
+    values = {name: list(own) for name, own in spec.values if own is not None}
+    others = changes(spec, SplitSpec(spec.ratios, by=spec.by, values=spec.values))
+    return {**dict(spec.ratios), **values, **({} if spec.by == "ground" else {"by": spec.by}), **others}
+
+
+def _folds(spec: SplitSpec) -> Table | int:
+    others = changes(spec, SplitSpec(spec.ratios, salt=spec.salt))
+    return {"k": len(spec.ratios), **others} if others else len(spec.ratios)
 
 
 def _harmonize(spec: HarmonizeSpec) -> Table:

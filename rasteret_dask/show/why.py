@@ -123,9 +123,8 @@ def _of_chip(query: Query, planned: PlannedChips, chip_id: str, at: int) -> Why:
     step = None
     if planned.split is not None:
         split = row.column("split")[0].as_py()
-        reasons.append(
-            f"split {split}" if split else "in no split: its ground is of two, or too near to train"
-        )
+        why = "its ground is of two" if planned.split.column is None else "its value is of none"
+        reasons.append(f"split {split}" if split else f"in no split: {why}, or it is too near to train")
         reasons += split_lines(replace(planned, table=row), planned.split)
         step = None if split else "split"
     if found.dropped:

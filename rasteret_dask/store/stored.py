@@ -6,19 +6,31 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import bounds_of, label_columns
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net import remote
-from rasteret_dask.planning.plan import FilterChips, Node, Sample, Select, Source, digest, step_name
+from rasteret_dask.planning.plan import (
+    FilterChips,
+    Folds,
+    Node,
+    Sample,
+    Select,
+    Source,
+    Split,
+    SplitSpec,
+    digest,
+    step_name,
+)
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.store.storemap import StoredShard, StoreMap, open_map
 from rasteret_dask.store.storeread import read_rows
@@ -38,7 +50,7 @@ class Stored:
 
     url: str
     plan: Node
-    """Select, filter and sample steps over a source whose token is the store's digest."""
+    """Select, filter, sample, split and folds steps over a source whose token is the store's digest."""
 
     @classmethod
     def of(cls, url: str, digest: str) -> Stored:
@@ -50,7 +62,7 @@ class Stored:
         """What the store holds."""
         node = self.plan
         while not isinstance(node, Source):
-            assert isinstance(node, FilterChips | Select | Sample)
+            assert isinstance(node, _STEPS)
             node = node.child
         return open_map(self.url, node.token)
 
@@ -91,10 +103,37 @@ class Stored:
 
     def rows_of_table(self, rows: NDArray[np.int64] | slice) -> pa.Table:
         """Return some rows of ``table``, in the order asked for."""
-        table, chosen_rows = self.map.chips.table, self.rows[rows]
-        if len(chosen_rows) == 1:  # a view
-            return table.slice(int(chosen_rows[0]), 1)
-        return table.take(pa.array(chosen_rows))
+        table, own = self.map.chips.table, chosen(self.map, self.plan)
+        chosen_rows = own.rows[rows]
+        one = len(chosen_rows) == 1  # a view
+        table = table.slice(int(chosen_rows[0]), 1) if one else table.take(pa.array(chosen_rows))
+        if not own.columns:
+            return table
+        places = pa.array(np.arange(len(own.rows))[rows])
+        return with_own(table, {name: column.take(places) for name, column in own.columns.items()})
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Return some columns of the chips; only these are read."""
+        own = chosen(self.map, self.plan)
+        table = self.map.chips.columns([name for name in names if name in self.map.chips.names])
+        columns = {name: column for name, column in own.columns.items() if name in names}
+        return with_own(table.take(pa.array(own.rows)), columns)
+
+    def whole(self) -> pa.Table:
+        """Return all columns of the chips."""
+        own = chosen(self.map, self.plan)
+        return with_own(self.map.chips.whole().take(pa.array(own.rows)), own.columns)
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Split -> chips, ``""`` for none."""
+        own = chosen(self.map, self.plan)
+        counts: dict[str, int] = {}
+        if "split" in own.columns:
+            return {e["values"]: e["counts"] for e in pc.value_counts(own.columns["split"]).to_pylist()}
+        for shard, size in zip(own.shards, own.sizes, strict=True):
+            counts[shard.split or ""] = counts.get(shard.split or "", 0) + size
+        return counts
 
     @property
     def place(self) -> Mapping[str, int]:
@@ -158,6 +197,17 @@ class Chosen:
     shards: tuple[StoredShard, ...]
     offsets: NDArray[np.int64]
     sizes: tuple[int, ...]
+    columns: Mapping[str, pa.Array] = field(default_factory=dict)
+    """Columns that steps put over those of the store, shape (chip,) each."""
+
+
+def with_own(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
+    """Return a chip table with columns put over its own, or behind them."""
+    for name, column in columns.items():
+        own = pa.field(name, column.type, nullable=name == "split" or bool(column.null_count))
+        at = table.schema.get_field_index(name)
+        table = table.append_column(own, column) if at < 0 else table.set_column(at, own, column)
+    return table
 
 
 def chosen(store: StoreMap, plan: Node) -> Chosen:
@@ -174,12 +224,14 @@ def chosen(store: StoreMap, plan: Node) -> Chosen:
 
 @lru_cache(maxsize=8)
 def _chosen(store: StoreMap, plan: Node) -> Chosen:
-    rows = _carried_out(store, plan)
+    rows, columns = _carried_out(store, plan)
     ends = rows.searchsorted(np.append(store.starts, store.planned))
     splits = {shard.split for shard, size in zip(store.shards, np.diff(ends), strict=True) if size}
     own = [n for n, shard in enumerate(store.shards) if shard.split in splits]
     offsets = np.array([0, *(ends[n + 1] for n in own)], dtype=np.int64)
-    return Chosen(rows, tuple(store.shards[n] for n in own), offsets, tuple(np.diff(offsets).tolist()))
+    return Chosen(
+        rows, tuple(store.shards[n] for n in own), offsets, tuple(np.diff(offsets).tolist()), columns
+    )
 
 
 @lru_cache(maxsize=64)
@@ -187,24 +239,38 @@ def _digest(plan: Node) -> str:
     return digest(plan)
 
 
-def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
-    """Return the rows, among all of the store, that the last step of a plan leaves of what the others do."""
-    if not isinstance(node, FilterChips | Select | Sample):
-        return np.flatnonzero(store.kept)
+_STEPS = FilterChips | Select | Sample | Split | Folds
+
+
+def _carried_out(store: StoreMap, node: Node) -> tuple[NDArray[np.int64], Mapping[str, pa.Array]]:
+    """Return what the last step of a plan leaves of what the others do: rows of the store, and columns over its own."""
+    if not isinstance(node, _STEPS):
+        return np.flatnonzero(store.kept), {}
     below = _chosen(store, node.child)
-    why = ""
+    why, columns = "", dict(below.columns)
     match node:
+        case Split(_, spec):
+            columns["split"] = _split_column(store, spec, below)
+            found = below.rows[np.asarray(columns["split"].is_valid())]
+        case Folds(_, spec):
+            columns["fold"] = _fold_column(store, spec, below)
+            found = below.rows
         case FilterChips(_, where):
             from rasteret_dask.planning.scan import (
                 alone,
                 filter_table,
             )  # pandas: training workers start without it
 
-            table = _columns(store, "filter", [column for column, *_ in where], below.rows)
+            table = _columns(store, "filter", [column for column, *_ in where], below)
             found = filter_table(table, where, "chips").column(_ROW).to_numpy()
             why = "" if len(found) else f" ({alone(table, where, 'chips')})"
         case Select(_, splits):
-            names = list(dict.fromkeys(s.split for s in below.shards if s.split))
+            own = below.columns.get("split")
+            names = list(
+                dict.fromkeys(s.split for s in below.shards if s.split)
+                if own is None
+                else own.unique().to_pylist()
+            )
             unknown = [s for s in splits if s not in names]
             if unknown:
                 raise PlanError(
@@ -212,29 +278,59 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
                     f"one of {', '.join(names)}" if names else "a store with splits",
                 )  # fmt: skip
             inside = np.repeat([s.split in splits for s in below.shards], below.sizes)
+            if own is not None:
+                inside = np.asarray(pc.is_in(own, value_set=pa.array(list(splits))))
             found = below.rows[inside]
         case Sample(_, n, seed, by):
-            table = _columns(store, "sample(by=)", ["chip_id", *([] if by is None else [by])], below.rows)
+            table = _columns(store, "sample(by=)", ["chip_id", *([] if by is None else [by])], below)
             found = below.rows[sample_rows(table, "chip_id", n, seed, by)]
     if not len(found):
         raise PlanError(
             step_name(node), f"no chip left of {len(below.rows):,}{why}", "at least one",
             "Ask for less, or remove the step.",
         )  # fmt: skip
-    return np.asarray(found)
+    places = pa.array(np.searchsorted(below.rows, found))
+    return np.asarray(found), {name: column.take(places) for name, column in columns.items()}
 
 
-def _columns(store: StoreMap, subject: str, names: Sequence[str], rows: NDArray[np.int64]) -> pa.Table:
+def _split_column(store: StoreMap, spec: SplitSpec, below: Chosen) -> pa.Array:
+    from rasteret_dask.store.storefolds import split_column  # shapely: training workers start without it
+
+    return split_column(_columns(store, "split(by=)", [spec.by], below).column(spec.by), spec)
+
+
+def _fold_column(store: StoreMap, spec: SplitSpec, below: Chosen) -> pa.Array:
+    from rasteret_dask.store.storefolds import (
+        NEEDED,
+        fold_column,
+    )  # shapely: training workers start without it
+
+    if "fold" in (*store.chips.names, *below.columns):
+        raise PlanError(
+            "folds",
+            "a column fold that is there already",
+            "chips without one",
+            "chips.fold(0) takes it as it is.",
+        )
+    return fold_column(_columns(store, "folds", NEEDED, below), spec)
+
+
+def _columns(store: StoreMap, subject: str, names: Sequence[str], below: Chosen) -> pa.Table:
     """Return columns that a step asks for, and which rows of the store they are of."""
-    unknown = [name for name in names if name not in store.chips.names]
+    names = list(dict.fromkeys(names))
+    unknown = [name for name in names if name not in store.chips.names and name not in below.columns]
     if unknown:
         raise PlanError(
             f"{subject} on chip column {unknown[0]!r}",
             "no such column",
             f"one of {', '.join(store.chips.names)}",
+            "chips.folds(5) makes it." if unknown[0] == "fold" else "",
         )
-    table = store.chips.columns(list(dict.fromkeys(names)))
-    return table.take(pa.array(rows)).append_column(_ROW, pa.array(rows))
+    table = store.chips.columns([name for name in names if name in store.chips.names])
+    if table.num_columns:
+        table = table.take(pa.array(below.rows))
+    table = with_own(table, {name: column for name, column in below.columns.items() if name in names})
+    return table.append_column(_ROW, pa.array(below.rows))
 
 
 def read_shard(store: Stored, number: int) -> Arrays:

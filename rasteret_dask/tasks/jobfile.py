@@ -24,8 +24,8 @@ from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, ipc_bytes
 
 __all__ = [
-    "JOB_FILE", "SPLIT_CELLS", "JobRef", "check_writable", "job_objects", "open_job", "opened", "plan_json", "read_note",
-    "read_split_cells", "write_job",
+    "JOB_FILE", "SPLIT_CELLS", "JobRef", "check_writable", "job_objects", "open_job", "opened", "plan_json",
+    "read_note", "read_split_cells", "write_job",
 ]  # fmt: skip
 
 JOB_FILE = "job.json"
