@@ -15,6 +15,7 @@ import pyarrow as pa
 from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
+from rasteret_dask.chipping.regions import check_regions
 from rasteret_dask.chipping.steps import FOLD, apply_step
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
@@ -39,7 +40,7 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.planning.shares import Share, dealt_spec, fold_spec, split_spec
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
-from rasteret_dask.splitcells import CellsLike, cells_from
+from rasteret_dask.splitcells import CellsLike, Regions, cells_from, regions_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
 
@@ -117,9 +118,10 @@ class Chips:
         test: Share | None = None,
         *,
         seed: int = 0,
-        by: SplitBy | str = "ground",
+        by: SplitBy | str | Regions = "ground",
         buffer_m: float = 0.0,
         boundary: Boundary = "drop",
+        gap: str | None = None,
         stratify: str | Sequence[str] | None = None,
         cells: CellsLike | None = None,
         **shares: Share,
@@ -138,11 +140,16 @@ class Chips:
         by
             ``"ground"`` (a hash of the split cell), ``"geometry"`` (md5 of the records' footprints, as published
             guides do; leaks, and ignores the seed), or a column of the chip table. Without lists, each of its values
-            is a split of that name, and null is none.
+            is a split of that name, and null is none. ``"time"``: each split has a range, ``test=("2023", None)``, and
+            chips with records of two ranges have no split. Polygons with one column of names (a GeoDataFrame, a table
+            with WKB, a GeoParquet file's path): the split is by that column, of the region that holds the whole chip.
         buffer_m
             Drop chips of other splits nearer than this to train.
         boundary
             What happens to windows that touch two splits: ``"drop"``, or ``"centre"`` decides by their centre.
+        gap
+            Of splits by time, a length such as ``"30D"``: drop chips of other splits whose records are nearer in time
+            to those of any train chip.
         stratify
             Deal split cells so that each split has its share of every class: a column of the chip table with a class
             for each chip, the column that ``chips(labels=, rasterize=)`` burns, or a list of columns of numbers that
@@ -183,8 +190,14 @@ class Chips:
         if cells is not None:
             table = cells_from(cells)
             tables[token_of(table)] = table
-        spec = split_spec(parts, seed, by, buffer_m, boundary)
-        return self._with(Split(self.plan, dealt_spec(spec, stratify, next(iter(tables), None))), tables)
+        dealt = next(iter(tables), None)
+        regions = regions_of(by)
+        token = None if regions is None else token_of(regions)
+        if regions is not None:
+            by = check_regions(regions)
+            tables[str(token)] = regions
+        spec = replace(split_spec(parts, seed, by, buffer_m, boundary), gap=gap, regions=token)  # type: ignore[arg-type]
+        return self._with(Split(self.plan, dealt_spec(spec, stratify, dealt)), tables)
 
     def folds(self, k: int, *, seed: int = 0, boundary: Boundary = "drop") -> Chips:
         """Add a column ``fold`` for cross-validation: split cells are dealt to ``k`` equal folds by a hash.

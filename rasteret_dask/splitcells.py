@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of split cells that a later split starts from: in memory, in a file, of chips, of a saved plan or a store."""
+"""Tables that splits start from, wherever they are: of split cells, and of regions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 
 from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.errors import PlanError
+from rasteret_dask.geometries.areas import as_regions
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
+from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.jobfile import JOB_FILE, read_split_cells
 
-__all__ = ["CellsLike", "cells_from", "stored_cells"]
+__all__ = ["CellsLike", "Regions", "cells_from", "regions_of", "stored_cells"]
 
 SUBJECT = "split(cells=)"
 
@@ -31,8 +33,31 @@ class HasCells(Protocol):
         """Split cells with their splits."""
 
 
+class HasGeometry(Protocol):
+    """A GeoDataFrame."""
+
+    @property
+    def geometry(self) -> Any:
+        """Its shapes."""
+
+
 CellsLike: TypeAlias = "pa.Table | HasCells | str | os.PathLike[str]"
 """A table with columns cell and split, chips that have one, or the path of a Parquet file, a saved plan or a store."""
+
+
+Regions: TypeAlias = "pa.Table | HasGeometry | os.PathLike[str]"
+"""Polygons with one column of names."""
+
+_FILES = (".parquet", ".geoparquet")
+
+
+def regions_of(by: Any) -> pa.Table | None:
+    """Return the table of regions that ``split(by=)`` means; None where it is a word or a column's name."""
+    if isinstance(by, os.PathLike) or (isinstance(by, str) and by.endswith(_FILES)):
+        return as_regions(geoparquet.read(by))
+    if isinstance(by, pa.Table) or (hasattr(by, "to_crs") and hasattr(by, "geometry")):
+        return as_regions(by)
+    return None
 
 
 def cells_from(cells: CellsLike | Any) -> pa.Table:

@@ -24,6 +24,7 @@ from rasteret_dask.chipping.frame import (
 from rasteret_dask.chipping.steps import carried_out
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import (
+    TIME,
     ChipSpec,
     FilterChips,
     FilterPixels,
@@ -161,7 +162,7 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
                     "by_blocks", "a folds step before it", "steps that add no column",
                     "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().folds(5).",
                 )  # fmt: skip
-            case Split(_, split) if split.column is not None:
+            case Split(_, split) if split.column is not None or split.by == TIME:
                 raise PlanError(
                     "by_blocks", f"split(by={split.by!r})", "split(by='ground') or split(by='geometry')",
                     "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().split(by=...).",

@@ -15,7 +15,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import Scalar
 from rasteret_dask.table.records import NS_RANGE
 
-__all__ = ["by_time", "spans", "too_soon"]
+__all__ = ["BETWEEN", "by_time", "spans", "too_soon"]
 
 Ranges: TypeAlias = Sequence[tuple[str, tuple[Scalar, ...] | None]]
 """(split, (start, end)): ISO 8601, half-open, None for an open end; None: whatever meets no other range."""

@@ -18,6 +18,7 @@ from rasteret_dask.chipping.chips import ChipSources, PlannedChips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
 from rasteret_dask.chipping.ground import cells_under, splits_under
 from rasteret_dask.chipping.leftover import whole_cell_km
+from rasteret_dask.chipping.regions import names_of
 from rasteret_dask.chipping.rulesteps import with_rule
 from rasteret_dask.chipping.splits import (
     FEW_CELLS,
@@ -29,10 +30,12 @@ from rasteret_dask.chipping.splits import (
     too_near,
     warn_if_few,
 )
+from rasteret_dask.chipping.splittimes import BETWEEN, by_time, spans, too_soon
 from rasteret_dask.chipping.strata import table_of_cells
 from rasteret_dask.errors import EmptyError, PlanError, SchemaError
 from rasteret_dask.grid import Lattice
 from rasteret_dask.planning.plan import (
+    TIME,
     CutChips,
     FilterChips,
     FilterPixels,
@@ -216,7 +219,13 @@ def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) ->
     elif spec.by == "geometry":
         number = _by_geometry(chips, spec)
         reason = "chip fed by records of two splits"
+    elif spec.by == TIME:
+        number, lost = _by_time(chips, spec)
+        dropped |= lost
+        reason = "chip whose time is in no split, or of two"
     else:
+        if spec.regions is not None:
+            table = _with_regions(table, spec.by, as_table(tables[spec.regions]))
         if spec.by not in table.column_names:
             raise PlanError(
                 "split(by=)", repr(spec.by), f"'ground', 'geometry' or one of {', '.join(table.column_names)}",
@@ -224,7 +233,10 @@ def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) ->
             )  # fmt: skip
         spec, number = column_splits(table.column(spec.by), spec)
         reason = f"column {spec.by} names no split"
-    dropped |= _lost(table, number < 0, reason)
+        if spec.regions is not None:
+            reason = f"chip that lies in no {spec.by} as a whole, or in one of no split"
+    if spec.by != TIME:
+        dropped |= _lost(table, number < 0, reason)
     epsg, bounds = table.column("epsg").to_numpy().astype(np.int64), bounds_of(table)
     near = too_near(epsg, bounds, number, spec, table.column("geometry"))
     if near.any():
@@ -236,6 +248,48 @@ def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) ->
     names = pa.array(spec.names, pa.string()).take(pa.array(number, mask=number < 0))
     table = replaced(table, "split", names)
     return replace(chips, table=table, split=spec, dropped=dropped, cells=cells)
+
+
+def _by_time(chips: PlannedChips, spec: SplitSpec) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """Return the number of the split whose range holds each chip's records, -1 for none; what is lost, and why."""
+    if TIME in chips.table.column_names:
+        raise PlanError(
+            "split(by='time')", "a column time, too", "a column of another name",
+            "by='time' splits by the time of chips' records: rename the column.",
+        )  # fmt: skip
+    span = spans(chips)
+    number = by_time(span, spec.values)
+    lost = _lost(chips.table, number == -1, "chip whose time is of two splits")
+    lost |= _lost(chips.table, number == BETWEEN, "chip whose time is in no split")
+    number = np.maximum(number, -1)
+    if spec.gap is not None and TRAIN in spec.names:
+        soon = too_soon(span, number, spec.names.index(TRAIN), spec.gap)
+        lost |= _lost(chips.table, soon, f"chip nearer than {spec.gap} in time to train")
+        number = np.where(soon, -1, number)
+    if len(number) and not np.any(number >= 0):
+        edges = (
+            span[[span[:, 0].argmin(), span[:, 1].argmax()], [0, 1]]
+            .astype("datetime64[ns]")
+            .astype("datetime64[D]")
+        )
+        raise PlanError(
+            "split(by='time')", f"no chip in any range; records of chips are of {edges[0]} to {edges[1]}",
+            "chips whose records all lie in the range of one split",
+            "A chip of slots has the time of all its slots: leave out harmonize(time=), so that each acquisition is a "
+            "chip, or change the ranges.",
+        )  # fmt: skip
+    return number, lost
+
+
+def _with_regions(table: pa.Table, column: str, regions: pa.Table) -> pa.Table:
+    """Add the column that names the region which each chip lies in."""
+    if column in table.column_names:
+        raise PlanError(
+            "split(by=<regions>)", f"a column {column!r} that chips have already", "another name",
+            f"Rename it: regions.rename(columns={{{column!r}: 'region'}}).",
+        )  # fmt: skip
+    names = names_of(regions, column, table.column("geometry"))
+    return table.append_column(pa.field(column, names.type, nullable=bool(names.null_count)), names)
 
 
 def _with_folds(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:

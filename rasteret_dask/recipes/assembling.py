@@ -41,6 +41,10 @@ _PLACES = ("stac", "files", "table", "records", "cache_dir")
 """Keys whose text is a path or URL."""
 
 
+_SHAPES = (".parquet", ".geoparquet", ".geojson", ".json", ".gpkg", ".shp")
+"""Ends of files of regions: no column that decides a split is called so."""
+
+
 class Assembly:
     """Makes each collection of a recipe once, and chips of them."""
 
@@ -180,8 +184,11 @@ class Assembly:
                 return chips.with_table(self.place(value))
 
     def _split(self, value: Values) -> dict[str, Any]:
-        """Return arguments of split with the place of the table of cells that they name."""
-        return {key: self.place(one) if key == "cells" else one for key, one in value.items()}
+        """Return arguments of split with the table of cells and the regions that they name."""
+        arguments = {key: self.place(one) if key == "cells" else one for key, one in value.items()}
+        if str(arguments.get("by")).endswith(_SHAPES):
+            arguments["by"] = shapes_of(arguments["by"], self.place)
+        return arguments
 
     def _called(self, value: str | Values) -> dict[str, Any]:
         """Return arguments with the function that they name."""

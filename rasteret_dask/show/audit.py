@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any, TypeAlias
 
@@ -15,10 +15,12 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips
-from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, bounds_of
 from rasteret_dask.chipping.distances import apart_m, measure, stretch
 from rasteret_dask.chipping.leftover import leftover
-from rasteret_dask.chipping.splits import SHARED_M2
+from rasteret_dask.chipping.splits import SHARED_M2, SplitCells, cells_at
+from rasteret_dask.chipping.steps import FEW_LABELS
+from rasteret_dask.chipping.strata import classes_of
 from rasteret_dask.display.card import counted
 from rasteret_dask.display.html import card, markup, shares, table, verdict
 from rasteret_dask.errors import PlanError
@@ -54,7 +56,7 @@ class Audit:
     targets: dict[str, float]
     """Share that split() was asked for; empty where a column of the chip table is the split."""
     cells: dict[str, int]
-    """Split cells per split; empty where windows are laid out freely."""
+    """Split cells per split: those that chips were laid out in, or that hold the centres of windows."""
     lost: dict[str, int]
     """Chips (or windows, or records) left out, by reason."""
     overlaps: dict[str, int]
@@ -63,6 +65,9 @@ class Audit:
     """Smallest distance between chips of two splits, metres: see ``measured``."""
     measured: str = ""
     """What distances are measured in, and whether the chips' map is of equal area."""
+    classes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Column -> class -> split -> how much of the class is there: chips, or what ``split(stratify=)`` counts. Of the
+    columns that the split is stratified by, else of the user's own with few values."""
     uncovered: str = ""
     """The share of the ground that no chip of the grid covers, and what would do better; empty where there is none."""
 
@@ -99,6 +104,42 @@ class Audit:
         pairs = sum(self.overlaps.values())
         return "no two splits share ground" if self.ok else f"{counted(pairs, 'pair')} of chips share ground"
 
+    def shares(self, column: str) -> dict[str, dict[str, float]]:
+        """Return class -> split -> the class's share of the split; ``"all"`` is its share of all splits together.
+
+        Parameters
+        ----------
+        column
+            One of :attr:`classes`.
+
+        Examples
+        --------
+        >>> audit = chips.folds(2).split(by="fold", test=[0]).audit()
+        >>> audit.classes
+        {}
+        """
+        counts = self.classes[column]
+        whole = {split: sum(row[split] for row in counts.values()) for split in self.chips}
+        total = sum(whole.values())
+        return {
+            name: {
+                **{s: row[s] / whole[s] if whole[s] else 0.0 for s in self.chips},
+                "all": sum(row.values()) / total if total else 0.0,
+            }
+            for name, row in counts.items()
+        }
+
+    def deviation(self, column: str) -> float:
+        """Return how far a class's share in any split is from its share of all, at most: 0.02 are 2 percentage points.
+
+        Examples
+        --------
+        >>> worst = {column: audit.deviation(column) for column in audit.classes}
+        """
+        rows = self.shares(column).values()
+        filled = [split for split, count in self.chips.items() if count]
+        return max((abs(row[s] - row["all"]) for row in rows for s in filled), default=0.0)
+
     def _target(self, split: str) -> str:
         return f"{self.targets[split]:.1%}" if split in self.targets else "-"
 
@@ -113,6 +154,10 @@ class Audit:
         if apart:
             rows.append(("pairs", table(["splits", "pairs that share ground", "at least apart, m"], apart)))
             rows.append(("distances", markup(self.measured)))
+        for column in self.classes:
+            head = [column, *self.chips, "all"]
+            lines = [[c, *(f"{row[s]:.1%}" for s in head[1:])] for c, row in self.shares(column).items()]
+            rows.append(("classes", table(head, lines)))
         if self.lost:
             lost = [[count, why] for why, count in self.lost.items()]
             rows.append(("lost", table(["chips", "reason"], lost)))
@@ -135,10 +180,27 @@ class Audit:
             far = self.distance_m[pair]
             lines.append(f"{pair}: {count} overlaps, at least {far:,.0f} m apart")
         lines += [f"distances: {self.measured}"] * bool(self.overlaps)
+        for column in self.classes:
+            lines += self._class_lines(column)
         lost = ", ".join(f"{n} ({why})" for why, n in self.lost.items())
         lines += [f"lost: {lost}"] * bool(lost)
         lines += [f"not covered: {self.uncovered}"] * bool(self.uncovered)
         return "\n".join(lines)
+
+    def _class_lines(self, column: str) -> list[str]:
+        shares = self.shares(column)
+        wide = max(9, len(column) + 1, *(len(name) + 1 for name in shares))
+        heads = [*self.chips, "all"]
+        width = [max(8, len(head) + 1) for head in heads]
+        lines = [f"{column:<{wide}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, width, strict=True))]
+        for name, row in shares.items():
+            lines.append(
+                f"{name:<{wide}}" + "".join(f"{row[h]:>{w}.1%}" for h, w in zip(heads, width, strict=True))
+            )
+        return [
+            *lines,
+            f"{column}: shares differ by {100 * self.deviation(column):.1f} percentage points at most",
+        ]
 
     __repr__ = __str__
 
@@ -152,7 +214,42 @@ def audit(chips: PlannedChips) -> Audit:
         When the plan has no split step.
     """
     whole = chips.table.select
-    return _audited(chips, [whole], [(0.0, whole, whole)])
+    result = _audited(chips, [whole], [(0.0, whole, whole)])
+    return replace(result, classes=_classes(chips, list(result.chips)))
+
+
+def _classes(chips: PlannedChips, splits: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return how much of each class each split has, for each column of classes."""
+    spec, table = chips.split, chips.table
+    assert spec is not None
+    number = np.asarray(
+        pc.fill_null(pc.index_in(table.column("split"), value_set=pa.array(splits, pa.string())), -1)
+    )
+    if spec.stratify:
+        found = [classes_of(chips, spec.stratify)]
+    else:
+        found = [
+            classes_of(chips, [name])
+            for name in table.column_names
+            if name != spec.column and _is_class(table, name)
+        ]
+    result = {}
+    for one in found:
+        sums = {at: one.amounts[number == at].sum(axis=0).tolist() for at in range(len(splits))}
+        result[one.column] = {
+            name: {split: sums[at][place] for at, split in enumerate(splits)}
+            for place, name in enumerate(one.names)
+        }
+    return result
+
+
+def _is_class(table: pa.Table, name: str) -> bool:
+    """Tell whether a column of the user's holds few classes, one for each chip."""
+    kind = table.schema.field(name).type
+    plain = pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    if name in CHIP_SCHEMA.names or not plain or table.column(name).null_count:
+        return False
+    return 1 < int(pc.count_distinct(table.column(name)).as_py()) <= FEW_LABELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +319,9 @@ def _audited(
             own = rows.filter(pc.equal(rows.column("split"), name)).column("cell")
             count[name] += len(own)
             cells[name] |= set(pc.unique(own.drop_null()).to_pylist())
+        if rows.column("cell").null_count:
+            for name, places in _cells_of_windows(chips, rows).items():
+                cells[name] |= places
     pairs = list(combinations([name for name in names if count[name]], 2))
     overlaps, distance = dict.fromkeys(pairs, 0), dict.fromkeys(pairs, np.inf)
     for gap, first, second in pairs_of_parts:
@@ -243,8 +343,24 @@ def _audited(
     return Audit(
         count, {n: c / total for n, c in count.items()}, {} if chips.split.column else dict(chips.split.ratios),
         {n: len(c) for n, c in cells.items()}, dict(chips.dropped), _named(overlaps), _named(distance),
-        measure(sorted(codes), tuple(edges.tolist())) if codes else "", "" if left is None else left.text,
+        measure(sorted(codes), tuple(edges.tolist())) if codes else "", {}, "" if left is None else left.text,
     )  # fmt: skip
+
+
+def _cells_of_windows(chips: PlannedChips, rows: pa.Table) -> dict[str, set[str]]:
+    """Return the split cells that hold the centres of windows which were laid out freely, for each split."""
+    assert chips.split is not None
+    split_cells = SplitCells(chips.spec.grid.zones, chips.spec.cell_km * 1000.0)
+    result = {name: set[str]() for name in chips.split.names}
+    rows = rows.filter(pc.and_(pc.is_null(rows.column("cell")), pc.is_valid(rows.column("split"))))
+    split, epsg = np.array(rows.column("split").to_pylist(), dtype=object), rows.column("epsg").to_numpy()
+    for code in np.unique(epsg).tolist():
+        here = np.flatnonzero(epsg == code)
+        zones, places = cells_at(int(code), bounds_of(rows)[here], split_cells)
+        for own, zone, place in zip(split[here].tolist(), zones.tolist(), places.tolist(), strict=True):
+            if zone and own in result:
+                result[own].add(f"{zone}/{place[0]}/{place[1]}")
+    return result
 
 
 def _named(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:

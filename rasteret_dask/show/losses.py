@@ -31,6 +31,7 @@ from rasteret_dask.planning.calls import call, calls, condition
 from rasteret_dask.planning.optimize import named_bands
 from rasteret_dask.planning.plan import (
     KM_PER_DEGREE,
+    TIME,
     ChipSpec,
     CutChips,
     Filter,
@@ -652,6 +653,14 @@ def _not_drawn(part: PlannedChips, whole: PlannedChips, n: int, seed: int, by: s
 
 def _of_split(part: PlannedChips, after: PlannedChips, whole: PlannedChips, spec: SplitSpec) -> Iterator[str]:
     """Yield why chips have no split: of two splits' ground, or too near to train."""
+    if spec.by == TIME:
+        lost = [why for why, n in whole.dropped.items() if n and "time" in why]
+        yield f"split by time: {'; '.join(lost)}"
+        return
+    if spec.regions is not None:
+        names = dict.fromkeys(map(repr, after.table.column(spec.by).to_pylist()))
+        yield f"it lies in {spec.by} {', '.join(names)}: None where no region holds the whole chip"
+        return
     if spec.column is not None:
         whole_spec, number = column_splits(whole.table.column(spec.by), spec)
         there = pc.is_in(
@@ -699,6 +708,8 @@ def split_lines(chips: PlannedChips, spec: SplitSpec) -> list[str]:
         return [
             "split by the records' footprints (md5): a chip that records of two splits feed is in neither"
         ]
+    if spec.by == TIME:
+        return ["split by time: a chip is in the split whose range holds all of its records"]
     if spec.column is not None:
         values = dict.fromkeys(map(repr, chips.table.column(spec.by).to_pylist()))
         return [f"split by column {spec.by}: {', '.join(values)}"]

@@ -22,6 +22,7 @@ from rasteret_dask.geometries.areas import as_area, as_points
 from rasteret_dask.planning.functions import Function
 from rasteret_dask.planning.origins import BuildCall
 from rasteret_dask.planning.plan import (
+    TIME,
     ChipSpec,
     CutChips,
     Filter,
@@ -234,6 +235,12 @@ class _Writer:
         table = _split(spec)
         if len(spec.stratify) == 1:
             table["stratify"] = spec.stratify[0]
+        if spec.by == TIME:
+            ranges = {name: list(own) for name, own in spec.values if own is not None}
+            table |= {name: [".." if edge is None else edge for edge in own] for name, own in ranges.items()}
+        if spec.regions is not None:
+            table.pop("regions")
+            table["by"] = self._beside(spec.regions, spec.by, "split(by=<regions>)", "a table")
         if spec.cells is not None:
             table["cells"] = self._beside(spec.cells, "cells", "split(cells=)", "a table")
         return table
