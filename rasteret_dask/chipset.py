@@ -497,6 +497,7 @@ class Chips:
 
         Examples
         --------
+        >>> import pyarrow as pa
         >>> dealt = chips.split(cells=pa.table({"cell": ["33/-5792/519"], "split": ["test"]}))
         >>> dealt.split_cells.column_names
         ['cell', 'split']

@@ -192,8 +192,11 @@ class StoredChips:
 
         Examples
         --------
-        >>> rd.open_chips("stratified.zarr").split_cells.column_names
-        ['cell', 'split']
+        >>> import pyarrow as pa
+        >>> dealt = chips.split(cells=pa.table({"cell": ["33/-5792/519"], "split": ["test"]}))
+        >>> report = dealt.select("train").to_zarr("dealt.zarr", progress=False)
+        >>> rd.open_chips("dealt.zarr").split_cells.equals(dealt.split_cells)
+        True
         """
         return stored_cells(self.stored.url)
 

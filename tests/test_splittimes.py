@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -10,7 +14,9 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_records import collection, record
 
+import rasteret_dask as rd
 from rasteret_dask.chipping.regions import check_regions, names_of
 from rasteret_dask.chipping.splittimes import BETWEEN, by_time, length_ns, too_soon
 from rasteret_dask.errors import PlanError
@@ -125,3 +131,91 @@ def test_regions_have_one_name_each() -> None:
     points = shapely.to_wkb(shapely.points(np.zeros((4, 2))))
     with pytest.raises(PlanError, match="no polygons"):
         check_regions(table.set_column(0, "geometry", pa.array(points)))
+
+
+def monthly() -> rd.Chips:
+    """Return chips of twelve passes over the same ground, on the tenth of each month."""
+    rows = [
+        record(
+            f"r{month}",
+            px=(400, 400),
+            west=500_000.0,
+            north=5_600_000.0,
+            when=f"2023-{month:02d}-10T00:00:00",
+        )
+        for month in range(1, 13)
+    ]
+    return collection("s2", *rows).chips(100, cell_km=1.0)
+
+
+def test_chips_of_passes_are_split_by_their_time(tmp_path: Path) -> None:
+    ranges = {"train": (None, "2023-06-30"), "val": ("2023-08", "2023-09"), "test": ("2023-11-01", None)}
+    chips = monthly().split(by="time", **ranges)
+    expected = {7: None, 8: "val", 9: "val", 10: None, 11: "test", 12: "test"}
+    for row in chips.table.select(["datetime", "split"]).to_pylist():
+        assert row["split"] == expected.get(row["datetime"].month, "train")
+    lost = sum(when.month in (7, 10) for when in chips.table["datetime"].to_pylist())
+    assert chips.planned.dropped["chip whose time is in no split"] == lost
+    apart = monthly().split(by="time", train=(None, "2023-06-30"), test=("2023-07-01", None), gap="45D")
+    split = {
+        row["datetime"].month: row["split"] for row in apart.table.select(["datetime", "split"]).to_pylist()
+    }
+    assert split == {**dict.fromkeys(range(1, 7), "train"), 7: None, **dict.fromkeys(range(8, 13), "test")}
+    assert apart.planned.dropped["chip nearer than 45D in time to train"] > 0
+    rest = monthly().split(by="time", test=("2023-11-01", None))
+    assert rest.table["split"].to_pylist().count("test") == chips.table["split"].to_pylist().count("test")
+    assert not rest.table["split"].null_count
+    apart.to_recipe(tmp_path / "time.toml")
+    assert rd.load_recipe(tmp_path / "time.toml").chips().table["split"].equals(apart.table["split"])
+    assert 'test=("2023-07-01", None), gap="45D"' in repr(apart)
+
+
+def test_times_that_cannot_be() -> None:
+    chips = monthly()
+    for arguments, words in [
+        ({"test": 0.2}, r"test=0.2.*\(start, end\)"),
+        ({}, "no range"),
+        (
+            {"val": ("2023-01-01", "2023-05-01"), "test": ("2023-05-01", None)},
+            "ranges of val and test that overlap",
+        ),
+        ({"test": ("2023-05-01", "2023-01-01")}, "test: "),
+        ({"test": ("2023", None), "gap": "soon"}, "length of time"),
+        ({"val": ("1999", "2000"), "train": ("2001", "2002")}, "no chip in any range.*2023-01-10"),
+    ]:
+        with pytest.raises(PlanError, match=words):
+            _ = chips.split(by="time", **arguments).table  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="by='time'"):
+        chips.split(gap="3D")
+    with pytest.raises(PlanError, match="by_blocks"):
+        chips.split(by="time", test=("2023-11-01", None)).by_blocks("folder")
+
+
+def test_regions_are_splits(tmp_path: Path) -> None:
+    edges = [499_000.0, 501_900.0, 502_400.0, 505_000.0]
+    regions = gpd.GeoDataFrame(
+        {"state": ["west", "middle", "east"]},
+        geometry=[shapely.box(a, 5_590_000.0, b, 5_601_000.0) for a, b in pairwise(edges)],
+        crs=32633,
+    )
+    chips = monthly().split(by=regions, test=["west"])
+    for row in chips.table.select(["xmin", "xmax", "state", "split"]).to_pylist():
+        held = [
+            n
+            for n, (a, b) in zip(regions.state, pairwise(edges), strict=True)
+            if a <= row["xmin"] and row["xmax"] <= b
+        ]
+        assert row["state"] == (held[0] if held else None)
+        assert row["split"] == (None if not held else "test" if held[0] == "west" else "train")
+    assert chips.audit().ok
+    assert chips.planned.dropped["chip that lies in no state as a whole, or in one of no split"] > 0
+    regions.to_crs(4326).to_parquet(tmp_path / "regions.parquet")
+    filed = monthly().split(by=tmp_path / "regions.parquet", test=["west"])
+    assert filed.table["split"].equals(chips.table["split"])
+    chips.to_recipe(tmp_path / "regions.toml")
+    assert rd.load_recipe(tmp_path / "regions.toml").chips().table["split"].equals(chips.table["split"])
+    assert "split(by=<a table of 3 rows>" in repr(chips)
+    with pytest.raises(PlanError, match="'north'"):
+        _ = monthly().split(by=regions, test=["north"]).table
+    with pytest.raises(PlanError, match="regions.rename"):
+        _ = monthly().split(by=regions.rename(columns={"state": "cell"}), test=["west"]).table

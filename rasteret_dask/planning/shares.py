@@ -75,8 +75,9 @@ def dealt_spec(spec: SplitSpec, stratify: str | Sequence[str] | None, cells: str
     PlanError
         When columns are no names, or splits are not by ground.
     """
-    columns = (stratify,) if isinstance(stratify, str) else tuple(stratify or ())
-    if not all(isinstance(name, str) for name in columns) or len(set(columns)) != len(columns):
+    named = isinstance(stratify, list | tuple) and all(isinstance(name, str) for name in stratify)
+    columns = (stratify,) if isinstance(stratify, str) else tuple(stratify) if named and stratify else ()
+    if (not columns and stratify is not None) or len(set(columns)) != len(columns):
         raise PlanError(
             "split(stratify=)", repr(stratify), "the name of a column, or a list of different ones"
         )
