@@ -16,7 +16,7 @@ from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
 from rasteret_dask.chipping.regions import check_regions
-from rasteret_dask.chipping.steps import FOLD, apply_step
+from rasteret_dask.chipping.steps import FOLD, apply_step, steps_of
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
@@ -1069,7 +1069,8 @@ class Chips:
         ----------
         path
             A local file to write it to. What lies only in this process's memory (a table of records, points, labels)
-            goes into GeoParquet files beside it. None: nothing is written, and such chips are refused.
+            goes into GeoParquet files beside it, and so do the split cells that a stratified split dealt. None: nothing
+            is written, and such chips are refused.
 
         Raises
         ------
@@ -1085,7 +1086,9 @@ class Chips:
         """
         from rasteret_dask.show.recipetext import recipe_text
 
-        text = recipe_text(self.query, path)
+        stratified = any(isinstance(s, Split) and s.spec.stratify for s in steps_of(self.plan)[1])
+        cells = self.planned.cells if stratified and path is not None else None
+        text = recipe_text(self.query, path, None if cells is None else cells.table)
         if path is not None:
             Path(path).expanduser().write_text(text, encoding="utf-8")
         return text

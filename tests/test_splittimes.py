@@ -217,5 +217,5 @@ def test_regions_are_splits(tmp_path: Path) -> None:
     assert "split(by=<a table of 3 rows>" in repr(chips)
     with pytest.raises(PlanError, match="'north'"):
         _ = monthly().split(by=regions, test=["north"]).table
-    with pytest.raises(PlanError, match="regions.rename"):
+    with pytest.raises(PlanError, match=r"regions\.rename"):
         _ = monthly().split(by=regions.rename(columns={"state": "cell"}), test=["west"]).table

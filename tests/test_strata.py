@@ -156,6 +156,17 @@ def test_a_saved_plan_keeps_the_table(kept: tuple[rd.Chips, Path], scene: rd.Col
         _ = hashed.split_cells
 
 
+@pytest.mark.filterwarnings("ignore::rasteret_dask.errors.StrataWarning")
+def test_a_recipe_keeps_the_cells(kept: tuple[rd.Chips, Path]) -> None:
+    chips, folder = kept
+    text = chips.select("train").to_recipe(folder / "crops.toml")
+    assert 'stratify = "crop"' in text
+    assert 'cells = "crops-cells.parquet"' in text
+    again = rd.load_recipe(folder / "crops.toml").chips()
+    assert again.split_cells.equals(chips.split_cells)
+    assert again.table["chip_id"].to_pylist() == chips.select("train").table["chip_id"].to_pylist()
+
+
 def test_the_plan_says_it(kept: tuple[rd.Chips, Path]) -> None:
     chips, _ = kept
     assert from_json(to_json(chips.plan)) == chips.plan

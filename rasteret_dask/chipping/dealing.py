@@ -48,6 +48,9 @@ LINKED = 32
 CHANGES = 2000
 """Changes after the first deal, at most."""
 
+LOOKED = 20_000_000
+"""Cells that are looked at for changes, all together: of many cells, the first deal is near enough."""
+
 ENOUGH = 5e-4
 """Deviation of a class, as share of a split, at which nothing more is changed."""
 
@@ -279,7 +282,7 @@ class _Table:
         split = split.copy()
         kept = kept_amounts(self.stock, split, len(self.shares))
         cost = self.cost(kept)
-        for _ in range(CHANGES):
+        for _ in range(min(CHANGES, LOOKED // len(self.unit))):
             off = kept - self.wanted
             size = np.maximum(self.shares * self.wanted.sum(), 1.0)
             if np.all(np.abs(off[self.takers]).max(axis=1) <= ENOUGH * size[self.takers]):

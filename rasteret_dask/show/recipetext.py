@@ -71,7 +71,9 @@ _LOOSE_POINTS = 100
 _PACKAGE = __name__.partition(".")[0]
 
 
-def recipe_text(query: Query, path: str | os.PathLike[str] | None = None) -> str:
+def recipe_text(
+    query: Query, path: str | os.PathLike[str] | None = None, cells: pa.Table | None = None
+) -> str:
     """Return the recipe of a plan of chips.
 
     Parameters
@@ -80,20 +82,26 @@ def recipe_text(query: Query, path: str | os.PathLike[str] | None = None) -> str
         The plan, and the tables and functions that it names.
     path
         Where the recipe will lie: tables that no call made again are written beside it. None: such a plan is refused.
+    cells
+        Split cells that a stratified split dealt, which the recipe keeps; None: it deals them again.
 
     Raises
     ------
     PlanError
         When a table or a function of the plan has no name that a file could hold.
     """
-    return _Writer(query, None if path is None else Path(path).expanduser().absolute()).text()
+    dealt = None if cells is None else token_of(cells)
+    if dealt is not None:
+        query = query.then(query.plan, {dealt: cells})
+    return _Writer(query, None if path is None else Path(path).expanduser().absolute(), dealt).text()
 
 
 class _Writer:
     """Turns nodes into tables, each collection once."""
 
-    def __init__(self, query: Query, path: Path | None) -> None:
+    def __init__(self, query: Query, path: Path | None, cells: str | None = None) -> None:
         self.query = query
+        self.cells = cells
         self.path = path
         self.tables: dict[str, Table] = {}
         self.names: dict[Node, str] = {}
@@ -241,8 +249,9 @@ class _Writer:
         if spec.regions is not None:
             table.pop("regions")
             table["by"] = self._beside(spec.regions, spec.by, "split(by=<regions>)", "a table")
-        if spec.cells is not None:
-            table["cells"] = self._beside(spec.cells, "cells", "split(cells=)", "a table")
+        cells = self.cells if spec.stratify and self.cells is not None else spec.cells
+        if cells is not None:
+            table["cells"] = self._beside(cells, "cells", "split(cells=)", "a table")
         return table
 
     # Chips
