@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         SignedHrefsWarning,
         SourceError,
         StoreError,
+        StrataWarning,
         TrustError,
         UnknownKindWarning,
         UnreadableAssetsError,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from rasteret_dask.runlimits import RunLimits
     from rasteret_dask.show.audit import Audit
     from rasteret_dask.show.explain import Explanation
+    from rasteret_dask.show.foreign import Leak, audit
     from rasteret_dask.statistics.stats import Stats
     from rasteret_dask.store.committing import commit
     from rasteret_dask.store.jobreport import JobReport, job_report
@@ -96,6 +98,7 @@ __all__ = [
     "IncompleteError",
     "JobError",
     "JobReport",
+    "Leak",
     "MissingExtraError",
     "MixedScalesWarning",
     "PlanError",
@@ -111,6 +114,7 @@ __all__ = [
     "Stats",
     "StoreError",
     "StoredChips",
+    "StrataWarning",
     "Stream",
     "TrustError",
     "UnknownKindWarning",
@@ -124,6 +128,7 @@ __all__ = [
     "__version__",
     "as_collection",
     "as_xarray",
+    "audit",
     "build",
     "build_from_files",
     "build_from_stac",
@@ -164,7 +169,7 @@ _MODULES = {
     "compacting": "compact",
     "errors": "BandError ConcurrentWriteWarning CredentialsError EmptyError FormatError GridError IncompleteError "
     "JobError MissingExtraError MixedScalesWarning PlanError RasteretDaskError ReadError RecipeError SchemaError "
-    "SignedHrefsWarning SourceError StoreError TrustError UnknownKindWarning UnreadableAssetsError "
+    "SignedHrefsWarning SourceError StoreError StrataWarning TrustError UnknownKindWarning UnreadableAssetsError "
     "UnreadableTilesWarning UntiledFilesWarning UnwritableStoreError",
     "launching.cluster": "cluster",
     "launching.request": "WorkerSize",
@@ -178,6 +183,7 @@ _MODULES = {
     "show.explain": "Explanation",
     "statistics.stats": "Stats",
     "store.committing": "commit",
+    "show.foreign": "Leak audit",
     "store.jobreport": "JobReport job_report",
     "store.verifying": "Verification verify",
     "storeset": "StoredChips open_chips",

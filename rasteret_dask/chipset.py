@@ -15,7 +15,8 @@ import pyarrow as pa
 from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
-from rasteret_dask.chipping.steps import FOLD, apply_step
+from rasteret_dask.chipping.regions import check_regions
+from rasteret_dask.chipping.steps import FOLD, apply_step, steps_of
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
@@ -37,8 +38,9 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
-from rasteret_dask.planning.shares import Share, fold_spec, split_spec
+from rasteret_dask.planning.shares import Share, dealt_spec, fold_spec, split_spec
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
+from rasteret_dask.splitcells import CellsLike, Regions, cells_from, regions_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
 
@@ -116,9 +118,12 @@ class Chips:
         test: Share | None = None,
         *,
         seed: int = 0,
-        by: SplitBy | str = "ground",
+        by: SplitBy | str | Regions = "ground",
         buffer_m: float = 0.0,
         boundary: Boundary = "drop",
+        gap: str | None = None,
+        stratify: str | Sequence[str] | None = None,
+        cells: CellsLike | None = None,
         **shares: Share,
     ) -> Chips:
         """Give each chip a split, so that the same ground always lands in the same one.
@@ -135,16 +140,35 @@ class Chips:
         by
             ``"ground"`` (a hash of the split cell), ``"geometry"`` (md5 of the records' footprints, as published
             guides do; leaks, and ignores the seed), or a column of the chip table. Without lists, each of its values
-            is a split of that name, and null is none.
+            is a split of that name, and null is none. ``"time"``: each split has a range, ``test=("2023", None)``, and
+            chips with records of two ranges have no split. Polygons with one column of names (a GeoDataFrame, a table
+            with WKB, a GeoParquet file's path): the split is by that column, of the region that holds the whole chip.
         buffer_m
             Drop chips of other splits nearer than this to train.
         boundary
             What happens to windows that touch two splits: ``"drop"``, or ``"centre"`` decides by their centre.
+        gap
+            Of splits by time, a length such as ``"30D"``: drop chips of other splits whose records are nearer in time
+            to those of any train chip.
+        stratify
+            Deal split cells so that each split has its share of every class: a column of the chip table with a class
+            for each chip, the column that ``chips(labels=, rasterize=)`` burns, or a list of columns of numbers that
+            say how much of a class each chip has. None: a hash deals them.
+        cells
+            Split cells that keep the split which they have: a table with columns cell and split
+            (:attr:`split_cells`), chips, or the path of a store, a saved plan or a Parquet file. Other cells are dealt
+            so that shares come near to those that are wanted.
 
         Raises
         ------
         PlanError
-            When shares do not sum to 1, or a split has a name that a store cannot have.
+            When shares do not sum to 1, or a split has a name that a store cannot have; when planning finds a class in
+            one split cell only, or fewer cells than splits.
+
+        Warns
+        -----
+        StrataWarning
+            When classes lie in fewer split cells than there are splits.
 
         Notes
         -----
@@ -162,7 +186,18 @@ class Chips:
         (37, 3)
         """
         parts = {"train": train, "val": val, "test": test, **shares}
-        return self._with(Split(self.plan, split_spec(parts, seed, by, buffer_m, boundary)))
+        tables: dict[str, Table] = {}
+        if cells is not None:
+            table = cells_from(cells)
+            tables[token_of(table)] = table
+        dealt = next(iter(tables), None)
+        regions = regions_of(by)
+        token = None if regions is None else token_of(regions)
+        if regions is not None:
+            by = check_regions(regions)
+            tables[str(token)] = regions
+        spec = replace(split_spec(parts, seed, by, buffer_m, boundary), gap=gap, regions=token)  # type: ignore[arg-type]
+        return self._with(Split(self.plan, dealt_spec(spec, stratify, dealt)), tables)
 
     def folds(self, k: int, *, seed: int = 0, boundary: Boundary = "drop") -> Chips:
         """Add a column ``fold`` for cross-validation: split cells are dealt to ``k`` equal folds by a hash.
@@ -448,6 +483,32 @@ class Chips:
         while isinstance(chips.plan, Select) and chips._parent is not None:
             chips = chips._parent
         return chips
+
+    @property
+    def split_cells(self) -> pa.Table:
+        """Split cells with the split that each got: columns cell and split, the chips' own and those of ``cells=``.
+
+        It goes with the plan and the store. ``split(cells=)`` takes it, so that later deals move no cell.
+
+        Raises
+        ------
+        PlanError
+            When there is no split, or a hash deals the cells: the same seed then gives each the same split again.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> dealt = chips.split(cells=pa.table({"cell": ["33/-5792/519"], "split": ["test"]}))
+        >>> dealt.split_cells.column_names
+        ['cell', 'split']
+        """
+        cells = self.planned.cells
+        if cells is None:
+            raise PlanError(
+                "split_cells", "a split without a table of cells", "split(stratify=) or split(cells=), which keep one",
+                "Cells that a hash dealt have the same split again by the same seed and shares.",
+            )  # fmt: skip
+        return cells.table
 
     @property
     def table(self) -> pa.Table:
@@ -1020,7 +1081,8 @@ class Chips:
         ----------
         path
             A local file to write it to. What lies only in this process's memory (a table of records, points, labels)
-            goes into GeoParquet files beside it. None: nothing is written, and such chips are refused.
+            goes into GeoParquet files beside it, and so do the split cells that a stratified split dealt. None: nothing
+            is written, and such chips are refused.
 
         Raises
         ------
@@ -1036,7 +1098,9 @@ class Chips:
         """
         from rasteret_dask.show.recipetext import recipe_text
 
-        text = recipe_text(self.query, path)
+        stratified = any(isinstance(s, Split) and s.spec.stratify for s in steps_of(self.plan)[1])
+        cells = self.planned.cells if stratified and path is not None else None
+        text = recipe_text(self.query, path, None if cells is None else cells.table)
         if path is not None:
             Path(path).expanduser().write_text(text, encoding="utf-8")
         return text

@@ -27,6 +27,7 @@ __all__ = [
     "SignedHrefsWarning",
     "SourceError",
     "StoreError",
+    "StrataWarning",
     "TrustError",
     "UnknownKindWarning",
     "UnreadableAssetsError",
@@ -333,6 +334,16 @@ class SignedHrefsWarning(UserWarning):
     --------
     >>> rd.sign("https://data.example.com", "?token=abc")  # for every process that is to read
     >>> rd.sign("https://data.example.com", None)
+    """
+
+
+class StrataWarning(UserWarning):
+    """Classes lie in fewer split cells than there are splits: no stratified split has all of them.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> warnings.simplefilter("error", rd.errors.StrataWarning)  # stop instead
     """
 
 

@@ -27,6 +27,7 @@ from rasteret_dask.planning.plan import (
     predicates,
 )
 from rasteret_dask.planning.shares import fold_spec, split_spec
+from rasteret_dask.splitcells import stored_cells
 from rasteret_dask.statistics.measuring import chosen_sources, measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
@@ -189,6 +190,25 @@ class StoredChips:
         ['chip_id', 'epsg', 'row', 'col']
         """
         return self.stored.whole()
+
+    @property
+    def split_cells(self) -> pa.Table:
+        """Split cells with the split that each got, as :attr:`Chips.split_cells`.
+
+        Raises
+        ------
+        PlanError
+            When a hash dealt the cells.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> dealt = chips.split(cells=pa.table({"cell": ["33/-5792/519"], "split": ["test"]}))
+        >>> report = dealt.select("train").to_zarr("dealt.zarr", progress=False)
+        >>> rd.open_chips("dealt.zarr").split_cells.equals(dealt.split_cells)
+        True
+        """
+        return stored_cells(self.stored.url)
 
     @property
     def digest(self) -> str:

@@ -26,7 +26,7 @@ Grid: TypeAlias = Literal["utm", "zone", "tiles"]
 """Where chips lie; a GeoBox is taken too."""
 
 
-SplitBy: TypeAlias = Literal["ground", "geometry"]
+SplitBy: TypeAlias = Literal["ground", "geometry", "time"]
 """What decides a chip's split; a column of the chip table is taken too."""
 
 Boundary: TypeAlias = Literal["drop", "centre"]

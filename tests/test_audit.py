@@ -50,7 +50,14 @@ def test_figures_are_those_of_brute_force(kind: str) -> None:
     for text in (str(found), found._repr_html_()):  # a column asked for no shares
         assert ("50.0%" in text) == (kind != "fold")
     for n in own:
-        assert found.cells[n] == len({r["cell"] for r in rows if r["split"] == n and r["cell"]})
+        centres = [(s.centroid.x // 1280, s.centroid.y // 1280) for s in own[n]]
+        cells = {r["cell"] for r in rows if r["split"] == n} if kind == "lattice" else set(centres)
+        assert found.cells[n] == len(cells)
+    assert list(found.classes) == (["fold"] if kind == "windows" else [])
+    for split in own if kind == "windows" else ():
+        counted = {c: sum(r["split"] == split and r["fold"] == c for r in rows) for c in own}
+        assert {c: row[split] for c, row in found.classes["fold"].items()} == counted
+        assert found.shares("fold")["val"][split] == pytest.approx(counted["val"] / len(own[split]))
     for a, b in combinations(own, 2):
         pairs = [(x, y) for x in own[a] for y in own[b]]
         assert found.overlaps[f"{a}-{b}"] == sum(x.intersection(y).area > 1e-3 for x, y in pairs)

@@ -23,7 +23,8 @@ from test_zones import around
 
 import rasteret_dask as rd
 from rasteret_dask.chipping.distances import apart_m
-from rasteret_dask.chipping.splits import SplitCells, by_ground
+from rasteret_dask.chipping.ground import by_ground
+from rasteret_dask.chipping.splits import SplitCells
 from rasteret_dask.demo.world import World
 from rasteret_dask.grid import Lattice, transformer
 from rasteret_dask.planning.plan import ChipSpec, CutChips, SplitSpec, from_json, to_json

@@ -40,7 +40,8 @@ ORDER = {
               "pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels frame leftover distances feeds laying chips splits rulesteps steps drawing "
+    "chipping": "coverage chiptable labels frame leftover distances celltable regions feeds laying chips splits "
+                "dealing ground strata splittimes rulesteps steps drawing "
                 "blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
@@ -53,12 +54,12 @@ ORDER = {
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch labelcounts stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
-    "show": "fetching tilecount probing explain audit recipetext losses contenders why cards maps pictures "
+    "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors passes",
-    "the face": "compacting storeset reportpage streamfrom torchdata chipblocks chipset tableexits pixelreads "
-                "collection openers building",
+    "the face": "compacting splitcells storeset reportpage streamfrom torchdata chipblocks chipset tableexits "
+                "pixelreads collection openers building",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
     "the names": "__init__",
     "demo": "world checks run",

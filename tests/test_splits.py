@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from made_records import boxes, collection, ids, project, record
 
 import rasteret_dask as rd
-from rasteret_dask.chipping.splits import SplitCells, by_ground, choose, split_of_cells
+from rasteret_dask.chipping.ground import by_ground
+from rasteret_dask.chipping.splits import SplitCells, choose, split_of_cells
 from rasteret_dask.planning.plan import Source, Split, SplitSpec, digest, from_json, to_json
 from rasteret_dask.zones import UTM
 

@@ -24,6 +24,7 @@ from rasteret_dask.chipping.frame import (
 from rasteret_dask.chipping.steps import carried_out
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import (
+    TIME,
     ChipSpec,
     FilterChips,
     FilterPixels,
@@ -161,10 +162,16 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
                     "by_blocks", "a folds step before it", "steps that add no column",
                     "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().folds(5).",
                 )  # fmt: skip
-            case Split(_, split) if split.column is not None:
+            case Split(_, split) if split.column is not None or split.by == TIME:
                 raise PlanError(
                     "by_blocks", f"split(by={split.by!r})", "split(by='ground') or split(by='geometry')",
                     "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().split(by=...).",
+                )  # fmt: skip
+            case Split(_, split) if split.stratify or split.cells is not None:
+                raise PlanError(
+                    "by_blocks", f"split({'stratify' if split.stratify else 'cells'}=)",
+                    "cells that a hash deals, as no block knows the chips of others",
+                    "Leave it out, or choose chips first: chips.by_blocks(folder).filter(...).to_chips().split(...).",
                 )  # fmt: skip
             case Split(_, split) if split.buffer_m > 0:
                 raise PlanError(

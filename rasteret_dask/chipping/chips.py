@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, joined, replaced, with_columns
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import Feeds, source_outlines
@@ -79,6 +80,8 @@ class PlannedChips:
     """What pixels must fulfil for their chip to be kept."""
     labels: Labels | None = None
     """Polygons that become masks of the reference source."""
+    cells: CellTable | None = None
+    """The split of each split cell, where cells were dealt by more than a hash."""
 
     @cached_property
     def feeds(self) -> FeedTable:

@@ -249,7 +249,7 @@ def drawn(
 def _looks_at_one(step: Node) -> bool:
     """Tell whether what a step does with a chip depends on no other chip."""
     if isinstance(step, Split):
-        return step.spec.by == "ground" and step.spec.buffer_m <= 0
+        return step.spec.by_hash
     return isinstance(step, FilterChips | Select | Map | FilterPixels)
 
 

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.distances import apart_m, stretch
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import Lattice, transformer
@@ -30,7 +31,6 @@ from rasteret_dask.zones import Zones
 __all__ = [
     "SplitCells",
     "by_geometry",
-    "by_ground",
     "cell_units",
     "cells_at",
     "cells_touched",
@@ -63,6 +63,8 @@ class SplitCells:
 
     zones: Zones
     side_m: float
+    table: CellTable | None = None
+    """Cells that have got their split, whatever the hash says."""
 
     @property
     def lattice(self) -> Lattice:
@@ -71,7 +73,12 @@ class SplitCells:
 
     def splits(self, code: int, cells: NDArray[np.int64], spec: SplitSpec) -> NDArray[np.int64]:
         """Return the split number of cells (row, col) of a zone."""
-        return split_of_cells(self.zones.cell_name(code), cells, spec)
+        zone = self.zones.cell_name(code)
+        hashed = split_of_cells(zone, cells, spec)
+        if self.table is None:
+            return hashed
+        number = self.table.numbers(zone, cells, spec.names)
+        return np.where(number >= 0, number, hashed)
 
 
 def choose(unit: NDArray[np.float64], spec: SplitSpec) -> NDArray[np.int64]:
@@ -98,102 +105,6 @@ def split_numbers(column: pa.ChunkedArray, spec: SplitSpec) -> NDArray[np.int64]
     return np.asarray(pc.fill_null(place, -1).to_numpy(), dtype=np.int64)
 
 
-def by_ground(
-    epsg: NDArray[np.int64],
-    bounds: NDArray[np.float64],
-    cells: SplitCells,
-    spec: SplitSpec,
-    inside: NDArray[np.int64] | None,
-) -> NDArray[np.int64]:
-    """Return the split number of chips, -1 for those whose ground lies in two splits.
-
-    Parameters
-    ----------
-    epsg
-        Shape (chip,). CRS of each chip's bounds.
-    bounds
-        Shape (chip, 4): xmin, ymin, xmax, ymax.
-    cells
-        The split cells.
-    spec
-        The ratios, the seed and what to do at a boundary.
-    inside
-        Shape (chip, 2). The split cell each chip was laid out in, or None for windows that were laid out freely
-        (their split is that of every split cell they touch). Chips of the neighbouring zone may stick out of their
-        cells by a pixel: give bounds that are so much wider.
-    """
-    result = np.full(len(bounds), -1, dtype=np.int64)
-    for code in np.unique(epsg).tolist():
-        at = np.flatnonzero(epsg == code)
-        if inside is not None and cells.zones.has(code):
-            result[at] = cells.splits(code, inside[at], spec)
-            if spec.boundary == "drop":
-                result[at] = _across_zones(code, bounds[at], result[at], cells, spec)
-            continue
-        result[at] = _freely(code, bounds[at], cells, spec)
-    return result
-
-
-def _across_zones(
-    code: int, bounds: NDArray[np.float64], split: NDArray[np.int64], cells: SplitCells, spec: SplitSpec
-) -> NDArray[np.int64]:
-    """Drop chips that reach into the neighbouring zone, onto a split cell of another split."""
-    result = split.copy()
-    zones = cells.zones.touched(code, bounds)
-    for chip in np.flatnonzero((zones != code).any(axis=1)):
-        for other in set(zones[chip].tolist()) - {code}:
-            if _splits_touched(code, bounds[chip], other, cells, spec) != {split[chip]}:
-                result[chip] = -1
-    return result
-
-
-def _freely(code: int, bounds: NDArray[np.float64], cells: SplitCells, spec: SplitSpec) -> NDArray[np.int64]:
-    if spec.boundary == "centre":
-        return _split_at_centre(code, bounds, cells, spec)
-    zones = cells.zones.touched(code, bounds)
-    plain = (zones == code).all(axis=1) & (bounds[:, 2:] - bounds[:, :2] <= cells.side_m).all(axis=1)
-    result = np.full(len(bounds), -1, dtype=np.int64)
-    if plain.any():
-        result[plain] = _small_in_zone(code, bounds[plain], cells, spec)
-    for chip in np.flatnonzero(~plain):
-        splits = [_splits_touched(code, bounds[chip], z, cells, spec) for z in set(zones[chip].tolist())]
-        touched = set[int]().union(*splits)
-        result[chip] = touched.pop() if len(touched) == 1 else -1
-    return result
-
-
-def _small_in_zone(
-    code: int, bounds: NDArray[np.float64], cells: SplitCells, spec: SplitSpec
-) -> NDArray[np.int64]:
-    """Return the split of windows of one zone that are no larger than a cell, -1 where two to four cells differ."""
-    (x0, y0), cell_m = cells.zones.origin, cells.side_m
-    start = np.stack([y0 - bounds[:, 3], bounds[:, 0] - x0], -1)  # southwards, eastwards
-    stop = np.stack([y0 - bounds[:, 1], bounds[:, 2] - x0], -1)
-    first = np.floor(start / cell_m).astype(np.int64)
-    edge = (first + 1) * cell_m
-    shared = np.stack(
-        [np.minimum(stop, edge) - start, np.maximum(stop - edge, 0.0)]
-    )  # in this cell, in the next
-    low, high = np.full(len(bounds), len(spec.names)), np.full(len(bounds), -1)
-    for down, right in product((0, 1), repeat=2):
-        touched = shared[down, :, 0] * shared[right, :, 1] > SHARED_M2
-        split = cells.splits(code, first[touched] + (down, right), spec)
-        low[touched] = np.minimum(low[touched], split)
-        high[touched] = np.maximum(high[touched], split)
-    return np.where(low == high, low, -1)
-
-
-def _split_at_centre(
-    code: int, bounds: NDArray[np.float64], cells: SplitCells, spec: SplitSpec
-) -> NDArray[np.int64]:
-    result = np.full(len(bounds), -1, dtype=np.int64)
-    zones, at = cells_at(code, bounds, cells)
-    for zone in np.unique(zones[zones != 0]).tolist():
-        own = zones == zone
-        result[own] = cells.splits(zone, at[own], spec)
-    return result
-
-
 def cells_at(
     code: int, bounds: NDArray[np.float64], cells: SplitCells
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -218,13 +129,6 @@ def cells_at(
         x, y = transformer(4326, zone).transform(lon[at], lat[at])
         found[at] = cells.lattice.split_cells_at(np.asarray(x), np.asarray(y))
     return zones, found
-
-
-def _splits_touched(
-    code: int, bounds: NDArray[np.float64], zone: int, cells: SplitCells, spec: SplitSpec
-) -> set[int]:
-    """Return the splits of all cells of a zone's lattice that share ground with one window."""
-    return set(cells.splits(zone, cells_touched(code, bounds, zone, cells), spec).tolist())
 
 
 def cells_touched(code: int, bounds: NDArray[np.float64], zone: int, cells: SplitCells) -> NDArray[np.int64]:

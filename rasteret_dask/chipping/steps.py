@@ -13,24 +13,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.chips import ChipSources, PlannedChips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
+from rasteret_dask.chipping.ground import cells_under, splits_under
 from rasteret_dask.chipping.leftover import whole_cell_km
+from rasteret_dask.chipping.regions import names_of
 from rasteret_dask.chipping.rulesteps import with_rule
 from rasteret_dask.chipping.splits import (
     FEW_CELLS,
     TRAIN,
     SplitCells,
     by_geometry,
-    by_ground,
     cells_at,
     column_splits,
     too_near,
     warn_if_few,
 )
+from rasteret_dask.chipping.splittimes import BETWEEN, by_time, spans, too_soon
+from rasteret_dask.chipping.strata import table_of_cells
 from rasteret_dask.errors import EmptyError, PlanError, SchemaError
 from rasteret_dask.grid import Lattice
 from rasteret_dask.planning.plan import (
+    TIME,
     CutChips,
     FilterChips,
     FilterPixels,
@@ -105,7 +110,7 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
     """
     result = carried_out(chips, step, tables)
     on_cells = not chips.table.column("cell").null_count
-    if isinstance(step, Split | Folds) and step.spec.by == "ground" and on_cells:
+    if isinstance(step, Split | Folds) and step.spec.by == "ground" and not step.spec.stratify and on_cells:
         warn_of_few(pc.count_distinct(chips.table.column("cell")).as_py(), chips, step.spec)
     if not result.table.num_rows and not isinstance(step, Split):
         where = step.where if isinstance(step, FilterChips) else ()
@@ -126,7 +131,7 @@ def carried_out(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) ->
     """
     match step:
         case Split(_, spec):
-            return _split(chips, spec)
+            return _split(chips, spec, tables)
         case Folds(_, spec):
             return _with_folds(chips, spec)
         case FilterChips(_, where):
@@ -204,16 +209,23 @@ def warn_of_few(cells: int, chips: PlannedChips | ChipSources, spec: SplitSpec) 
     warn_if_few(cells, spec, Lattice(chips.spec.cell_km * 1000.0, length, length), ground)
 
 
-def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
+def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) -> PlannedChips:
     table = chips.table
     dropped = dict(chips.dropped)
+    cells = None
     if spec.by == "ground":
-        number = _by_ground(chips, spec)
+        number, cells = _by_ground(chips, spec, tables)
         reason = "chip on the ground of two splits"
     elif spec.by == "geometry":
         number = _by_geometry(chips, spec)
         reason = "chip fed by records of two splits"
+    elif spec.by == TIME:
+        number, lost = _by_time(chips, spec)
+        dropped |= lost
+        reason = "chip whose time is in no split, or of two"
     else:
+        if spec.regions is not None:
+            table = _with_regions(table, spec.by, as_table(tables[spec.regions]))
         if spec.by not in table.column_names:
             raise PlanError(
                 "split(by=)", repr(spec.by), f"'ground', 'geometry' or one of {', '.join(table.column_names)}",
@@ -221,7 +233,10 @@ def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
             )  # fmt: skip
         spec, number = column_splits(table.column(spec.by), spec)
         reason = f"column {spec.by} names no split"
-    dropped |= _lost(table, number < 0, reason)
+        if spec.regions is not None:
+            reason = f"chip that lies in no {spec.by} as a whole, or in one of no split"
+    if spec.by != TIME:
+        dropped |= _lost(table, number < 0, reason)
     epsg, bounds = table.column("epsg").to_numpy().astype(np.int64), bounds_of(table)
     near = too_near(epsg, bounds, number, spec, table.column("geometry"))
     if near.any():
@@ -232,7 +247,49 @@ def _split(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
         number = np.where(near, -1, number)
     names = pa.array(spec.names, pa.string()).take(pa.array(number, mask=number < 0))
     table = replaced(table, "split", names)
-    return replace(chips, table=table, split=spec, dropped=dropped)
+    return replace(chips, table=table, split=spec, dropped=dropped, cells=cells)
+
+
+def _by_time(chips: PlannedChips, spec: SplitSpec) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """Return the number of the split whose range holds each chip's records, -1 for none; what is lost, and why."""
+    if TIME in chips.table.column_names:
+        raise PlanError(
+            "split(by='time')", "a column time, too", "a column of another name",
+            "by='time' splits by the time of chips' records: rename the column.",
+        )  # fmt: skip
+    span = spans(chips)
+    number = by_time(span, spec.values)
+    lost = _lost(chips.table, number == -1, "chip whose time is of two splits")
+    lost |= _lost(chips.table, number == BETWEEN, "chip whose time is in no split")
+    number = np.maximum(number, -1)
+    if spec.gap is not None and TRAIN in spec.names:
+        soon = too_soon(span, number, spec.names.index(TRAIN), spec.gap)
+        lost |= _lost(chips.table, soon, f"chip nearer than {spec.gap} in time to train")
+        number = np.where(soon, -1, number)
+    if len(number) and not np.any(number >= 0):
+        edges = (
+            span[[span[:, 0].argmin(), span[:, 1].argmax()], [0, 1]]
+            .astype("datetime64[ns]")
+            .astype("datetime64[D]")
+        )
+        raise PlanError(
+            "split(by='time')", f"no chip in any range; records of chips are of {edges[0]} to {edges[1]}",
+            "chips whose records all lie in the range of one split",
+            "A chip of slots has the time of all its slots: leave out harmonize(time=), so that each acquisition is a "
+            "chip, or change the ranges.",
+        )  # fmt: skip
+    return number, lost
+
+
+def _with_regions(table: pa.Table, column: str, regions: pa.Table) -> pa.Table:
+    """Add the column that names the region which each chip lies in."""
+    if column in table.column_names:
+        raise PlanError(
+            "split(by=<regions>)", f"a column {column!r} that chips have already", "another name",
+            f"Rename it: regions.rename(columns={{{column!r}: 'region'}}).",
+        )  # fmt: skip
+    names = names_of(regions, column, table.column("geometry"))
+    return table.append_column(pa.field(column, names.type, nullable=bool(names.null_count)), names)
 
 
 def _with_folds(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
@@ -250,20 +307,30 @@ def _with_folds(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
             f"folds({len(spec.ratios)})", f"{cells} split cell{'s' * (cells != 1)} of {chips.spec.cell_km:g} km",
             "a split cell for each fold at least", f"Ask for {fewer}smaller cells: chips(cell_km=...).",
         )  # fmt: skip
-    number = _by_ground(chips, spec)
+    number, _ = _by_ground(chips, spec, {})
     column = pa.array(number, pa.int64(), mask=number < 0)
     field = pa.field(FOLD, column.type, nullable=bool(column.null_count))
     dropped = {**chips.dropped, **_lost(table, number < 0, "chip on the ground of two folds")}
     return replace(chips, table=table.append_column(field, column), dropped=dropped)
 
 
-def _by_ground(chips: PlannedChips, spec: SplitSpec) -> NDArray[np.int64]:
-    """Return the number of the split or fold whose ground each chip lies on, -1 for those on two."""
+def _by_ground(
+    chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]
+) -> tuple[NDArray[np.int64], CellTable | None]:
+    """Return the number of the split or fold whose ground each chip lies on, -1 for those on two; the table of cells.
+
+    There is a table where more than a hash deals cells.
+    """
     inside = _cells(chips.table)
     # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
     wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
     epsg = chips.table.column("epsg").to_numpy().astype(np.int64)
-    return by_ground(epsg, bounds_of(chips.table) + wider, _split_cells(chips), spec, inside)
+    cells = _split_cells(chips)
+    links = cells_under(epsg, bounds_of(chips.table) + wider, cells, spec.boundary, inside)
+    if spec.stratify or spec.cells is not None:
+        earlier = None if spec.cells is None else CellTable.again(as_table(tables[spec.cells]))
+        cells = replace(cells, table=table_of_cells(chips, spec, cells, links, earlier))
+    return splits_under(links, chips.table.num_rows, cells, spec), cells.table
 
 
 def _split_cells(chips: PlannedChips) -> SplitCells:

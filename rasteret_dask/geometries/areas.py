@@ -15,7 +15,7 @@ from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import PlanError
 from rasteret_dask.footprint import area_of, within_world
 
-__all__ = ["as_area", "as_labels", "as_points", "bbox_of"]
+__all__ = ["as_area", "as_labels", "as_points", "as_regions", "bbox_of"]
 
 
 def bbox_of(bbox: Sequence[float]) -> tuple[float, float, float, float]:
@@ -113,6 +113,17 @@ def as_labels(value: Any) -> pa.Table:
         When there is no geometry, or no row.
     """
     return _table_of(value, "chips(labels=)")[0]
+
+
+def as_regions(value: Any) -> pa.Table:
+    """Return a table of regions with the user's columns: ``geometry`` is WKB in lon/lat.
+
+    Raises
+    ------
+    PlanError
+        When there is no geometry, or no row.
+    """
+    return _table_of(value, "split(by=<regions>)")[0]
 
 
 def as_points(value: Any) -> pa.Table:

@@ -14,6 +14,7 @@ import shapely
 from rasteret_dask.footprint import box_around
 from rasteret_dask.lists import MOST_LISTED, listed
 from rasteret_dask.planning.plan import (
+    TIME,
     ChipSpec,
     CutChips,
     Filter,
@@ -98,7 +99,7 @@ def call(node: Node, rows: TableRows = lambda token: None) -> str:
         case CutChips(_, spec):
             return f"chips({', '.join(_cut(spec, rows))})"
         case Split(_, spec):
-            return f"split({', '.join(_dealt(spec))})"
+            return f"split({', '.join(_dealt(spec, rows))})"
         case Folds(_, spec):
             return f"folds({', '.join(_folded(spec))})"
         case Select(_, splits):
@@ -216,8 +217,20 @@ def _cut(spec: ChipSpec, rows: TableRows) -> list[str]:
     return [str(spec.size), *_set(**values)]
 
 
-def _dealt(spec: SplitSpec) -> list[str]:
+def _dealt(spec: SplitSpec, rows: TableRows) -> list[str]:
     others = changes(spec, SplitSpec(spec.ratios, by=spec.by, values=spec.values))
+    if len(spec.stratify) == 1:
+        others["stratify"] = spec.stratify[0]
+    if spec.cells is not None:
+        others["cells"] = _Typed(_table(spec.cells, rows))
+    if spec.by == TIME:
+        ranges = [(name, _dates(own)) for name, own in spec.values if own is not None]
+        parts = [_keyword(name, f"({_none_or(a)}, {_none_or(b)})") for name, (a, b) in ranges]
+        return [*_set(by=TIME), *parts, *_set(**others)]
+    if spec.regions is not None:
+        others.pop("regions", None)
+        values = [_keyword(name, quoted(own)) for name, own in spec.values if own is not None]
+        return [*_set(by=_Typed(_table(spec.regions, rows))), *values, *_set(**others)]
     if spec.column is not None:
         values = [_keyword(name, quoted(own)) for name, own in spec.values if own is not None]
         return [*_set(by=spec.by), *values, *_set(**others)]

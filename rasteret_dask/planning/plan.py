@@ -44,6 +44,7 @@ __all__ = [
     "Predicate",
     "Rule",
     "STATIC",
+    "TIME",
     "Sample",
     "Select",
     "Source",
@@ -82,6 +83,8 @@ STATIC = "static"
 """``harmonize(time=)`` of what does not change: one slot that holds at any time."""
 MAP_STRETCH = 4.0
 """Ground below a length of a map's metres, at most, to 75 degrees: 3.4 on EPSG:6933, of equal area and true at 30."""
+TIME = "time"
+"""``split(by=)`` of splits that have a range of time each."""
 LATER = {"later": True}
 """Marks a field that plans did not have at first: JSON leaves it out where it is the default, so that digests stay."""
 DTYPES = (None, "float32", "uint16", "int16")
@@ -183,10 +186,19 @@ class SplitSpec:
     buffer_m: float = 0.0
     boundary: str = "drop"
     values: tuple[tuple[str, tuple[Scalar, ...] | None], ...] = field(default=(), metadata=LATER)
-    """(split, values of the column), in order; None: every value that no other split takes. Empty: each value of
-    the column is a split of that name."""
+    """(split, values of the column, or start and end of its time), in order; None: what no other split takes. Empty:
+    each value of the column is a split of that name."""
     salt: str = field(default="ground", metadata=LATER)
     """What stands before the seed in the hash of a split cell: ``"folds"`` deals apart from ``"ground"``."""
+    stratify: tuple[str, ...] = field(default=(), metadata=LATER)
+    """Columns whose classes every split gets its share of; (): cells are dealt by a hash."""
+    cells: str | None = field(default=None, metadata=LATER)
+    """Token of a table of split cells that keep the split which they have there."""
+
+    gap: str | None = field(default=None, metadata=LATER)
+    """Of splits by time: a length of time that other splits keep away from train."""
+    regions: str | None = field(default=None, metadata=LATER)
+    """Token of a table of polygons that ``by`` names; the split is by their names."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.by, str):
@@ -194,11 +206,21 @@ class SplitSpec:
         if not _is_whole(self.seed):
             raise PlanError("split(seed=)", repr(self.seed), "a whole number; no split can be called seed")
         check_split_names(self.names, "split")
-        if self.column is None:
+        if self.by in ("ground", "geometry"):
             self._check_shares()
+        if self.gap is not None and self.by != TIME:
+            raise PlanError(
+                "split(gap=)", f"by={self.by!r}", "by='time'", "Around chips on the ground: buffer_m=."
+            )
         _one_of("boundary", self.boundary, ("drop", "centre"))
         if not (is_number(self.buffer_m) and self.buffer_m >= 0):
             raise PlanError("split(buffer_m=)", repr(self.buffer_m), "0 or more metres")
+        for name in ("stratify", "cells"):
+            if getattr(self, name) and self.by != "ground":
+                raise PlanError(
+                    f"split({name}=)", f"by={self.by!r}", "by='ground': only split cells are dealt",
+                    f"Leave out by=, or {name}=.",
+                )  # fmt: skip
 
     def _check_shares(self) -> None:
         shown = ", ".join(f"{name}={share!r}" for name, share in self.ratios)
@@ -225,9 +247,14 @@ class SplitSpec:
         return tuple(name for name, _ in self.ratios or self.values)
 
     @property
+    def by_hash(self) -> bool:
+        """Whether a chip's own ground is all that decides its split: no other chip, and no table."""
+        return self.by == "ground" and self.buffer_m <= 0 and not self.stratify and self.cells is None
+
+    @property
     def column(self) -> str | None:
         """The column of the chip table that is the split, if one is."""
-        return None if self.by in ("ground", "geometry") else self.by
+        return None if self.by in ("ground", "geometry", TIME) else self.by
 
 
 @dataclass(frozen=True, slots=True)

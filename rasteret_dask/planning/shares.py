@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.functions import plain
 from rasteret_dask.planning.names import in_order
-from rasteret_dask.planning.plan import Scalar, SplitSpec, is_number
+from rasteret_dask.planning.plan import TIME, Scalar, SplitSpec, is_number
+from rasteret_dask.table.timing import half_open
 
-__all__ = ["DEFAULT", "REST", "Share", "fold_spec", "split_spec"]
+__all__ = ["DEFAULT", "REST", "Share", "dealt_spec", "fold_spec", "split_spec"]
 
 Share: TypeAlias = "float | Sequence[Scalar]"
 """A share of the ground, or the values of a column that make a split."""
@@ -39,7 +42,9 @@ def split_spec(parts: Mapping[str, Any], seed: int, by: str, buffer_m: float, bo
         When shares do not sum to 1, or a split has a share where ``by`` is a column, or values where it is none.
     """
     parts = {name: parts[name] for name in in_order(parts) if parts[name] is not None}
-    if not isinstance(by, str) or by in ("ground", "geometry"):
+    if by == TIME:
+        spec = SplitSpec((), seed, by, buffer_m, boundary, _ranges(parts))
+    elif not isinstance(by, str) or by in ("ground", "geometry"):
         ratios = _shares(parts)
         spec = SplitSpec(ratios, seed, by, buffer_m, boundary)
     else:
@@ -51,6 +56,32 @@ def split_spec(parts: Mapping[str, Any], seed: int, by: str, buffer_m: float, bo
             "Call the split to keep away from train, or leave buffer_m out.",
         )  # fmt: skip
     return spec
+
+
+def dealt_spec(spec: SplitSpec, stratify: str | Sequence[str] | None, cells: str | None) -> SplitSpec:
+    """Return the same splits, dealt by what cells hold, or from a table of cells.
+
+    Parameters
+    ----------
+    spec
+        The splits.
+    stratify
+        The column of classes, or several of amounts; None: none.
+    cells
+        Token of the table; None: there is none.
+
+    Raises
+    ------
+    PlanError
+        When columns are no names, or splits are not by ground.
+    """
+    named = isinstance(stratify, list | tuple) and all(isinstance(name, str) for name in stratify)
+    columns = (stratify,) if isinstance(stratify, str) else tuple(stratify) if named and stratify else ()
+    if (not columns and stratify is not None) or len(set(columns)) != len(columns):
+        raise PlanError(
+            "split(stratify=)", repr(stratify), "the name of a column, or a list of different ones"
+        )
+    return replace(spec, stratify=columns, cells=cells)
 
 
 def fold_spec(k: int, seed: int, boundary: str) -> SplitSpec:
@@ -86,6 +117,33 @@ def _shares(parts: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
         half = round((1 - parts[REST]) / 2, 12)
         return ((REST, parts[REST]), ("val", half), ("test", half))
     return tuple(parts.items())
+
+
+def _ranges(parts: Mapping[str, Any]) -> tuple[tuple[str, tuple[Scalar, ...] | None], ...]:
+    """Return the range of each split, half-open; train is the rest where it has none."""
+    step = "split(by='time')"
+    result: dict[str, tuple[Scalar, ...] | None] = {}
+    for name, own in parts.items():
+        if is_number(own) or not isinstance(own, str | list | tuple):
+            raise PlanError(
+                step, f"{name}={own!r}", "(start, end), either may be None, or one period such as '2023'",
+                f"Write {name}=('2023-01-01', '2023-12-31').",
+            )  # fmt: skip
+        try:
+            result[name] = half_open(own)
+        except PlanError as error:
+            raise PlanError(step, f"{name}: {error.found}", error.expected) from error
+    if not result:
+        raise PlanError(step, "no range", "one for each split, as test=('2023-01-01', None)")
+    edges = sorted(
+        (start or "", name, end) for name, own in result.items() if own is not None for start, end in [own]
+    )
+    for (_, one, end), (start, other, _) in pairwise(edges):
+        if end is None or str(start) < str(end):
+            raise PlanError(step, f"ranges of {one} and {other} that overlap", "ranges apart from each other")
+    if REST not in result:
+        result[REST] = None
+    return tuple((name, result[name]) for name in in_order(result))
 
 
 def _values(parts: Mapping[str, Any], by: str) -> tuple[tuple[str, tuple[Scalar, ...] | None], ...]:

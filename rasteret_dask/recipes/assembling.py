@@ -41,6 +41,10 @@ _PLACES = ("stac", "files", "table", "records", "cache_dir")
 """Keys whose text is a path or URL."""
 
 
+_SHAPES = (".parquet", ".geoparquet", ".geojson", ".json", ".gpkg", ".shp")
+"""Ends of files of regions: no column that decides a split is called so."""
+
+
 class Assembly:
     """Makes each collection of a recipe once, and chips of them."""
 
@@ -71,7 +75,7 @@ class Assembly:
             chips = collection.chips(**arguments)
         if "split" in document:
             with blamed(self.source, ("split",)):
-                chips = chips.split(**document["split"])
+                chips = chips.split(**self._split(document["split"]))
         for number, step in enumerate(document.get("steps", ())):
             kind = step_of(step)
             assert kind is not None
@@ -161,7 +165,7 @@ class Assembly:
     def _step(self, chips: Chips, step: str, value: Any) -> Chips:
         match step:
             case "split":
-                return chips.split(**value)
+                return chips.split(**self._split(value))
             case "folds":
                 return chips.folds(**(value if isinstance(value, Mapping) else {"k": value}))
             case "fold":
@@ -178,6 +182,13 @@ class Assembly:
                 return chips.filter_pixels(**(self._called(value) if "function" in value else value))
             case _:
                 return chips.with_table(self.place(value))
+
+    def _split(self, value: Values) -> dict[str, Any]:
+        """Return arguments of split with the table of cells and the regions that they name."""
+        arguments = {key: self.place(one) if key == "cells" else one for key, one in value.items()}
+        if str(arguments.get("by")).endswith(_SHAPES):
+            arguments["by"] = shapes_of(arguments["by"], self.place)
+        return arguments
 
     def _called(self, value: str | Values) -> dict[str, Any]:
         """Return arguments with the function that they name."""

@@ -224,7 +224,7 @@ class _Shares(Table):
     __pydantic_extra__: dict[str, float | _Values]
 
 
-_SHARES = dict.fromkeys(("train", "val", "test"), float | _Values)
+_SHARES = {**dict.fromkeys(("train", "val", "test"), float | _Values), "cells": str, "by": str}
 SplitTable = table_of("Split", Chips.split, base=_Shares, others=_SHARES)
 FoldsTable = table_of("Folds", Chips.folds)
 FoldTable = table_of("Fold", Chips.fold)

@@ -15,19 +15,24 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips
-from rasteret_dask.chipping.chiptable import FeedTable, bounds_of
+from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
 from rasteret_dask.chipping.distances import apart_m, measure, stretch
 from rasteret_dask.chipping.leftover import leftover
-from rasteret_dask.chipping.splits import SHARED_M2
+from rasteret_dask.chipping.splits import SHARED_M2, SplitCells, cells_at
+from rasteret_dask.chipping.steps import FEW_LABELS
+from rasteret_dask.chipping.strata import classes_of
 from rasteret_dask.display.card import counted
 from rasteret_dask.display.html import card, markup, shares, table, verdict
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import bounds_in, transformer
 
-__all__ = ["Audit", "BlockGround", "audit", "audit_blocks"]
+__all__ = ["Audit", "BlockGround", "Ground", "audit", "audit_blocks", "between"]
 
 METRES_PER_DEGREE = 100_000.0
 """Less than a degree of latitude is long in any CRS of chips: their scale is within 10 % of the ground's."""
+
+EDGE_M = 1000.0
+"""Edges longer than this get vertices before they are brought to another map."""
 
 FIRST_GUESS = 64
 """Chips that are asked first for their nearest one."""
@@ -51,7 +56,7 @@ class Audit:
     targets: dict[str, float]
     """Share that split() was asked for; empty where a column of the chip table is the split."""
     cells: dict[str, int]
-    """Split cells per split; empty where windows are laid out freely."""
+    """Split cells per split: those that chips were laid out in, or that hold the centres of windows."""
     lost: dict[str, int]
     """Chips (or windows, or records) left out, by reason."""
     overlaps: dict[str, int]
@@ -60,6 +65,9 @@ class Audit:
     """Smallest distance between chips of two splits, metres: see ``measured``."""
     measured: str = ""
     """What distances are measured in, and whether the chips' map is of equal area."""
+    classes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Column -> class -> split -> how much of the class is there: chips, or what ``split(stratify=)`` counts. Of the
+    columns that the split is stratified by, else of the user's own with few values."""
     uncovered: str = ""
     """The share of the ground that no chip of the grid covers, and what would do better; empty where there is none."""
     present: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -102,6 +110,42 @@ class Audit:
         """Return in how many chips of each split a source is there."""
         return ", ".join(f"{own[name]} of {n} {name}" for name, n in self.chips.items())
 
+    def shares(self, column: str) -> dict[str, dict[str, float]]:
+        """Return class -> split -> the class's share of the split; ``"all"`` is its share of all splits together.
+
+        Parameters
+        ----------
+        column
+            One of :attr:`classes`.
+
+        Examples
+        --------
+        >>> audit = chips.folds(2).split(by="fold", test=[0]).audit()
+        >>> audit.classes
+        {}
+        """
+        counts = self.classes[column]
+        whole = {split: sum(row[split] for row in counts.values()) for split in self.chips}
+        total = sum(whole.values())
+        return {
+            name: {
+                **{s: row[s] / whole[s] if whole[s] else 0.0 for s in self.chips},
+                "all": sum(row.values()) / total if total else 0.0,
+            }
+            for name, row in counts.items()
+        }
+
+    def deviation(self, column: str) -> float:
+        """Return how far a class's share in any split is from its share of all, at most: 0.02 are 2 percentage points.
+
+        Examples
+        --------
+        >>> worst = {column: audit.deviation(column) for column in audit.classes}
+        """
+        rows = self.shares(column).values()
+        filled = [split for split, count in self.chips.items() if count]
+        return max((abs(row[s] - row["all"]) for row in rows for s in filled), default=0.0)
+
     def _target(self, split: str) -> str:
         return f"{self.targets[split]:.1%}" if split in self.targets else "-"
 
@@ -118,6 +162,10 @@ class Audit:
             rows.append(("distances", markup(self.measured)))
         for source, own in self.present.items():
             rows.append((f"with {source}", markup(self._share_with(own))))
+        for column in self.classes:
+            head = [column, *self.chips, "all"]
+            lines = [[c, *(f"{row[s]:.1%}" for s in head[1:])] for c, row in self.shares(column).items()]
+            rows.append(("classes", table(head, lines)))
         if self.lost:
             lost = [[count, why] for why, count in self.lost.items()]
             rows.append(("lost", table(["chips", "reason"], lost)))
@@ -141,10 +189,27 @@ class Audit:
             lines.append(f"{pair}: {count} overlaps, at least {far:,.0f} m apart")
         lines += [f"distances: {self.measured}"] * bool(self.overlaps)
         lines += [f"with {source}: {self._share_with(own)}" for source, own in self.present.items()]
+        for column in self.classes:
+            lines += self._class_lines(column)
         lost = ", ".join(f"{n} ({why})" for why, n in self.lost.items())
         lines += [f"lost: {lost}"] * bool(lost)
         lines += [f"not covered: {self.uncovered}"] * bool(self.uncovered)
         return "\n".join(lines)
+
+    def _class_lines(self, column: str) -> list[str]:
+        shares = self.shares(column)
+        wide = max(9, len(column) + 1, *(len(name) + 1 for name in shares))
+        heads = [*self.chips, "all"]
+        width = [max(8, len(head) + 1) for head in heads]
+        lines = [f"{column:<{wide}}" + "".join(f"{h:>{w}}" for h, w in zip(heads, width, strict=True))]
+        for name, row in shares.items():
+            lines.append(
+                f"{name:<{wide}}" + "".join(f"{row[h]:>{w}.1%}" for h, w in zip(heads, width, strict=True))
+            )
+        return [
+            *lines,
+            f"{column}: shares differ by {100 * self.deviation(column):.1f} percentage points at most",
+        ]
 
     __repr__ = __str__
 
@@ -158,7 +223,42 @@ def audit(chips: PlannedChips) -> Audit:
         When the plan has no split step.
     """
     whole = chips.table.select
-    return _audited(chips, [whole], [(0.0, whole, whole)])
+    result = _audited(chips, [whole], [(0.0, whole, whole)])
+    return replace(result, classes=_classes(chips, list(result.chips)))
+
+
+def _classes(chips: PlannedChips, splits: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return how much of each class each split has, for each column of classes."""
+    spec, table = chips.split, chips.table
+    assert spec is not None
+    number = np.asarray(
+        pc.fill_null(pc.index_in(table.column("split"), value_set=pa.array(splits, pa.string())), -1)
+    )
+    if spec.stratify:
+        found = [classes_of(chips, spec.stratify)]
+    else:
+        found = [
+            classes_of(chips, [name])
+            for name in table.column_names
+            if name != spec.column and _is_class(table, name)
+        ]
+    result = {}
+    for one in found:
+        sums = {at: one.amounts[number == at].sum(axis=0).tolist() for at in range(len(splits))}
+        result[one.column] = {
+            name: {split: sums[at][place] for at, split in enumerate(splits)}
+            for place, name in enumerate(one.names)
+        }
+    return result
+
+
+def _is_class(table: pa.Table, name: str) -> bool:
+    """Tell whether a column of the user's holds few classes, one for each chip."""
+    kind = table.schema.field(name).type
+    plain = pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    if name in CHIP_SCHEMA.names or not plain or table.column(name).null_count:
+        return False
+    return 1 < int(pc.count_distinct(table.column(name)).as_py()) <= FEW_LABELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +332,9 @@ def _audited(
             own = rows.filter(pc.equal(rows.column("split"), name)).column("cell")
             count[name] += len(own)
             cells[name] |= set(pc.unique(own.drop_null()).to_pylist())
+        if rows.column("cell").null_count:
+            for name, places in _cells_of_windows(chips, rows).items():
+                cells[name] |= places
     pairs = list(combinations([name for name in names if count[name]], 2))
     overlaps, distance = dict.fromkeys(pairs, 0), dict.fromkeys(pairs, np.inf)
     for gap, first, second in pairs_of_parts:
@@ -245,7 +348,7 @@ def _audited(
             for one, other in sides:
                 near = _beside(ground, np.flatnonzero(one), np.flatnonzero(other), distance[pair])
                 if near is not None:
-                    shared, nearest = _between(ground, *near)
+                    shared, nearest = between(ground, *near)
                     overlaps[pair] += shared
                     distance[pair] = min(distance[pair], nearest)
     total = max(sum(count.values()), 1)
@@ -253,7 +356,7 @@ def _audited(
     return Audit(
         count, {n: c / total for n, c in count.items()}, {} if chips.split.column else dict(chips.split.ratios),
         {n: len(c) for n, c in cells.items()}, dict(chips.dropped), _named(overlaps), _named(distance),
-        measure(sorted(codes), tuple(edges.tolist())) if codes else "", "" if left is None else left.text, present,
+        measure(sorted(codes), tuple(edges.tolist())) if codes else "", {}, "" if left is None else left.text, present,
     )  # fmt: skip
 
 
@@ -265,6 +368,22 @@ def _count_present(rows: pa.Table, source: int, counts: dict[str, int]) -> None:
         for split in batch.column("split").take(pa.array(there)).to_pylist():
             if split in counts:
                 counts[split] += 1
+
+
+def _cells_of_windows(chips: PlannedChips, rows: pa.Table) -> dict[str, set[str]]:
+    """Return the split cells that hold the centres of windows which were laid out freely, for each split."""
+    assert chips.split is not None
+    split_cells = SplitCells(chips.spec.grid.zones, chips.spec.cell_km * 1000.0)
+    result = {name: set[str]() for name in chips.split.names}
+    rows = rows.filter(pc.and_(pc.is_null(rows.column("cell")), pc.is_valid(rows.column("split"))))
+    split, epsg = np.array(rows.column("split").to_pylist(), dtype=object), rows.column("epsg").to_numpy()
+    for code in np.unique(epsg).tolist():
+        here = np.flatnonzero(epsg == code)
+        zones, places = cells_at(int(code), bounds_of(rows)[here], split_cells)
+        for own, zone, place in zip(split[here].tolist(), zones.tolist(), places.tolist(), strict=True):
+            if zone and own in result:
+                result[own].add(f"{zone}/{place[0]}/{place[1]}")
+    return result
 
 
 def _named(values: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
@@ -292,17 +411,17 @@ def _by_gap(blocks: Sequence[BlockGround]) -> Iterator[tuple[float, BlockGround,
 
 def _two(
     chips: PlannedChips, first: _Part, second: _Part
-) -> tuple[_Ground, _Numbers, NDArray[np.bool_] | None]:
+) -> tuple[Ground, _Numbers, NDArray[np.bool_] | None]:
     """Return the ground of one or two parts, each chip's split, and which chips are of the first of two."""
     names = ["epsg", "xmin", "ymin", "xmax", "ymax", "geometry", "split"]
     tables = [part(names) for part in ([first] if first is second else [first, second])]
     table = pa.concat_tables(tables)
     before = None if len(tables) == 1 else np.arange(table.num_rows) < tables[0].num_rows
-    return _Ground.of(replace(chips, table=table)), _numbered(table.column("split")), before
+    return Ground.of(replace(chips, table=table)), _numbered(table.column("split")), before
 
 
 def _beside(
-    ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64], limit: float
+    ground: Ground, first: NDArray[np.int64], second: NDArray[np.int64], limit: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
     """Return those chips of two sets that may lie within a distance of the other set; None where there are none."""
     for _ in range(2):
@@ -341,7 +460,7 @@ def _numbered(column: pa.ChunkedArray) -> _Numbers:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ground:
+class Ground:
     """Where chips lie: in their own CRS, and in degrees."""
 
     epsg: NDArray[np.int64]
@@ -357,7 +476,7 @@ class _Ground:
     """Number of a CRS -> how long a metre of ground is on its map, at most."""
 
     @classmethod
-    def of(cls, chips: PlannedChips) -> _Ground:
+    def of(cls, chips: PlannedChips) -> Ground:
         """Take the chip table apart."""
         epsg, bounds = chips.table.column("epsg").to_numpy().astype(np.int64), bounds_of(chips.table)
         middle = (bounds[:, :2] + bounds[:, 2:]) / 2
@@ -369,6 +488,31 @@ class _Ground:
         boxes = np.asarray(shapely.box(*bounds.T), dtype=object)
         scale = {code: stretch(code, bounds[epsg == code]) for code in zones.tolist()}
         return cls(epsg, boxes, chips.table.column("geometry"), centre, radius, scale)
+
+    @classmethod
+    def of_shapes(cls, epsg: NDArray[np.int64], shapes: NDArray[Any]) -> Ground:
+        """Take shapes, each in the CRS of its own number."""
+        degrees = np.empty(len(shapes), dtype=object)
+        for code in np.unique(epsg).tolist():
+            here, to = epsg == code, transformer(code, 4326)
+            dense = shapely.segmentize(shapes[here], EDGE_M)
+            degrees[here] = shapely.transform(
+                dense, lambda p, to=to: np.stack(to.transform(p[:, 0], p[:, 1]), -1)
+            )
+        box, own = shapely.bounds(degrees), shapely.bounds(shapes)
+        centre = (box[:, :2] + box[:, 2:]) / 2
+        radius = float(np.hypot(*((own[:, 2:] - own[:, :2]) / 2).T).max(initial=0.0))
+        scale = {code: stretch(code, own[epsg == code]) for code in np.unique(epsg).tolist()}
+        wkb = pa.chunked_array([pa.array(shapely.to_wkb(degrees), pa.binary())])
+        return cls(epsg, shapes, wkb, centre, radius, scale)
+
+    def on(self, code: int) -> NDArray[Any]:
+        """Return all outlines on one map."""
+        to = transformer(4326, code)
+        shapes = shapely.from_wkb(self.wkb.to_numpy())
+        return np.asarray(
+            shapely.transform(shapes, lambda p: np.stack(to.transform(p[:, 0], p[:, 1]), -1)), dtype=object
+        )
 
     def near(
         self, chips: NDArray[np.int64], others: NDArray[np.int64], distance_m: float
@@ -394,7 +538,7 @@ class _Ground:
         return np.asarray(shapes[np.isfinite(shapely.bounds(shapes)).all(axis=1)], dtype=object)
 
 
-def _between(ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[int, float]:
+def between(ground: Ground, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[int, float]:
     """Return how many pairs of chips share ground, and the smallest distance in metres.
 
     Chips of other zones are projected only where they are near enough to matter: to share ground, or to lie nearer
@@ -418,7 +562,7 @@ def _between(ground: _Ground, first: NDArray[np.int64], second: NDArray[np.int64
 
 
 def _apart(
-    ground: _Ground, code: int, rows: NDArray[np.int64], others: NDArray[Any], limit: float
+    ground: Ground, code: int, rows: NDArray[np.int64], others: NDArray[Any], limit: float
 ) -> tuple[int, float]:
     """Return how many pairs of chips and shapes of their CRS share ground, and the smallest distance.
 

@@ -22,7 +22,7 @@ from rasteret_dask.chipping.coverage import FULL, Outlines
 from rasteret_dask.chipping.distances import apart_m
 from rasteret_dask.chipping.feeds import Feeds, covered, enough, nearest_intervals, slots_of
 from rasteret_dask.chipping.frame import Frame, candidates, concatenated, lattice_of, outline_wkb, zone_frame
-from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units, cells_touched, choose, column_splits
+from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units, cells_touched, column_splits
 from rasteret_dask.chipping.steps import carried_out, steps_of
 from rasteret_dask.errors import PlanError, RasteretDaskError
 from rasteret_dask.footprint import placed
@@ -31,6 +31,7 @@ from rasteret_dask.planning.calls import call, calls, condition
 from rasteret_dask.planning.optimize import named_bands
 from rasteret_dask.planning.plan import (
     KM_PER_DEGREE,
+    TIME,
     ChipSpec,
     CutChips,
     Filter,
@@ -614,7 +615,7 @@ def _carried(
             own = ", ".join(dict.fromkeys(map(str, part.table.column("split").to_pylist())))
             words = f"its split is {own}, and select keeps {', '.join(splits)}"
             return carried_out(part, step, tables), iter((words,))
-        case Split(_, spec) if spec.by in ("ground", "geometry") and spec.buffer_m <= 0:
+        case Split(_, spec) if spec.by_hash or (spec.by == "geometry" and spec.buffer_m <= 0):
             return carried_out(part, step, tables), iter(split_lines(part, spec))
     try:
         whole = staged(step)
@@ -656,6 +657,14 @@ def _not_drawn(part: PlannedChips, whole: PlannedChips, n: int, seed: int, by: s
 
 def _of_split(part: PlannedChips, after: PlannedChips, whole: PlannedChips, spec: SplitSpec) -> Iterator[str]:
     """Yield why chips have no split: of two splits' ground, or too near to train."""
+    if spec.by == TIME:
+        lost = [why for why, n in whole.dropped.items() if n and "time" in why]
+        yield f"split by time: {'; '.join(lost)}"
+        return
+    if spec.regions is not None:
+        names = dict.fromkeys(map(repr, after.table.column(spec.by).to_pylist()))
+        yield f"it lies in {spec.by} {', '.join(names)}: None where no region holds the whole chip"
+        return
     if spec.column is not None:
         whole_spec, number = column_splits(whole.table.column(spec.by), spec)
         there = pc.is_in(
@@ -666,9 +675,11 @@ def _of_split(part: PlannedChips, after: PlannedChips, whole: PlannedChips, spec
             yield f"column {spec.by} is {values}, of none of the splits {', '.join(whole_spec.names)}"
             return
     else:
-        bare = carried_out(part, Split(Source("", ""), replace(spec, buffer_m=0.0)), {})
+        table = {} if whole.cells is None else {"cells": whole.cells.table}
+        plain = replace(spec, buffer_m=0.0, stratify=(), cells=next(iter(table), None))
+        bare = carried_out(part, Split(Source("", ""), plain), table)
         if bare.table.column("split").null_count == part.table.num_rows:
-            yield from split_lines(part, spec)
+            yield from split_lines(replace(part, cells=whole.cells), spec)
             return
     lost = after.table.filter(pc.is_null(after.table.column("split")))
     code = lost.column("epsg")[0].as_py()
@@ -701,10 +712,12 @@ def split_lines(chips: PlannedChips, spec: SplitSpec) -> list[str]:
         return [
             "split by the records' footprints (md5): a chip that records of two splits feed is in neither"
         ]
+    if spec.by == TIME:
+        return ["split by time: a chip is in the split whose range holds all of its records"]
     if spec.column is not None:
         values = dict.fromkeys(map(repr, chips.table.column(spec.by).to_pylist()))
         return [f"split by column {spec.by}: {', '.join(values)}"]
-    cells = SplitCells(chips.spec.grid.zones, chips.spec.cell_km * 1000.0)
+    cells = SplitCells(chips.spec.grid.zones, chips.spec.cell_km * 1000.0, chips.cells)
     ends = np.cumsum([share for _, share in spec.ratios])
     ranges = {
         name: f"{end - share:g} to {end:g}" for (name, share), end in zip(spec.ratios, ends, strict=True)
@@ -713,9 +726,8 @@ def split_lines(chips: PlannedChips, spec: SplitSpec) -> list[str]:
     for row, code in enumerate(chips.table.column("epsg").to_pylist()):
         bounds = bounds_of(chips.table)[row]
         for name, unit, split in _cells_of(chips, code, bounds, cells, spec):
-            lines[
-                f"split cell {name}: its hash with seed {spec.seed} is {unit:.4f}, in {split} ({ranges[split]})"
-            ] = None
+            hashed = f"its hash with seed {spec.seed} is {unit:.4f}, in {split} ({ranges[split]})"
+            lines[f"split cell {name}: {hashed if chips.cells is None else f'dealt to {split}'}"] = None
     return list(lines)
 
 
@@ -727,6 +739,6 @@ def _cells_of(
         inner = bounds + np.array([1, 1, -1, -1]) * (1.5 * chips.resolution if zone == code else 0.0)
         touched = cells_touched(code, inner if chips.spec.in_cells else bounds, zone, cells)
         units = cell_units(cells.zones.cell_name(zone), touched, spec)
-        splits = choose(units, spec)
+        splits = cells.splits(zone, touched, spec)
         for (row, col), unit, split in zip(touched.tolist(), units.tolist(), splits.tolist(), strict=True):
             yield f"{cells.zones.cell_name(zone)}/{row}/{col}", unit, spec.names[split]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import shapely
 import tomlkit
 
@@ -21,6 +22,7 @@ from rasteret_dask.geometries.areas import as_area, as_points
 from rasteret_dask.planning.functions import Function
 from rasteret_dask.planning.origins import BuildCall
 from rasteret_dask.planning.plan import (
+    TIME,
     ChipSpec,
     CutChips,
     Filter,
@@ -69,7 +71,9 @@ _LOOSE_POINTS = 100
 _PACKAGE = __name__.partition(".")[0]
 
 
-def recipe_text(query: Query, path: str | os.PathLike[str] | None = None) -> str:
+def recipe_text(
+    query: Query, path: str | os.PathLike[str] | None = None, cells: pa.Table | None = None
+) -> str:
     """Return the recipe of a plan of chips.
 
     Parameters
@@ -78,20 +82,26 @@ def recipe_text(query: Query, path: str | os.PathLike[str] | None = None) -> str
         The plan, and the tables and functions that it names.
     path
         Where the recipe will lie: tables that no call made again are written beside it. None: such a plan is refused.
+    cells
+        Split cells that a stratified split dealt, which the recipe keeps; None: it deals them again.
 
     Raises
     ------
     PlanError
         When a table or a function of the plan has no name that a file could hold.
     """
-    return _Writer(query, None if path is None else Path(path).expanduser().absolute()).text()
+    dealt = None if cells is None else token_of(cells)
+    if dealt is not None:
+        query = query.then(query.plan, {dealt: cells})
+    return _Writer(query, None if path is None else Path(path).expanduser().absolute(), dealt).text()
 
 
 class _Writer:
     """Turns nodes into tables, each collection once."""
 
-    def __init__(self, query: Query, path: Path | None) -> None:
+    def __init__(self, query: Query, path: Path | None, cells: str | None = None) -> None:
         self.query = query
+        self.cells = cells
         self.path = path
         self.tables: dict[str, Table] = {}
         self.names: dict[Node, str] = {}
@@ -111,7 +121,7 @@ class _Writer:
             lines += [*_lines(("collections", name), table), ""]
         lines += [*_lines(("chips",), {"collection": chosen, **cut}), ""]
         if steps and isinstance(first := steps[0], Split):
-            lines += [*_lines(("split",), _split(first.spec)), ""]
+            lines += [*_lines(("split",), self._split(first.spec)), ""]
             del steps[0]
         for step in steps:
             key, value = self._step(step)
@@ -180,7 +190,11 @@ class _Writer:
             )  # fmt: skip
         data = self.query.tables[token]
         place = self.path.with_name(f"{self.path.stem}-{_bare(name)}.parquet")
-        geoparquet.write(data if isinstance(data, pa.Table) else data.to_table(), place)
+        table = data if isinstance(data, pa.Table) else data.to_table()
+        if "geometry" in table.column_names:
+            geoparquet.write(table, place)
+        else:
+            pq.write_table(table, place)
         return place.name
 
     # Steps
@@ -199,7 +213,7 @@ class _Writer:
     def _step(self, node: Node) -> tuple[str, Any]:
         match node:
             case Split():
-                return "split", _split(node.spec)
+                return "split", self._split(node.spec)
             case Folds():
                 return "folds", _folds(node.spec)
             case FilterChips():
@@ -225,6 +239,21 @@ class _Writer:
         version = function.source.removeprefix("version ") if function.source.startswith("version ") else None
         _check_importable(text, self.query.functions[function], f"function {text}")
         return {"function": text, **_some({"source": source, "version": version})}
+
+    def _split(self, spec: SplitSpec) -> Table:
+        table = _split(spec)
+        if len(spec.stratify) == 1:
+            table["stratify"] = spec.stratify[0]
+        if spec.by == TIME:
+            ranges = {name: list(own) for name, own in spec.values if own is not None}
+            table |= {name: [".." if edge is None else edge for edge in own] for name, own in ranges.items()}
+        if spec.regions is not None:
+            table.pop("regions")
+            table["by"] = self._beside(spec.regions, spec.by, "split(by=<regions>)", "a table")
+        cells = self.cells if spec.stratify and self.cells is not None else spec.cells
+        if cells is not None:
+            table["cells"] = self._beside(cells, "cells", "split(cells=)", "a table")
+        return table
 
     # Chips
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import bounds_of
-from rasteret_dask.chipping.splits import SplitCells, by_ground, choose, column_splits
+from rasteret_dask.chipping.ground import by_ground
+from rasteret_dask.chipping.splits import SplitCells, choose, column_splits
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import SplitSpec
 from rasteret_dask.planning.sampling import hash_unit

@@ -107,7 +107,8 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
     if wkts:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **wkts})
     return Job(
-        plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels
+        plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels,
+        None if chips.cells is None else chips.cells.table,
     )  # fmt: skip
 
 

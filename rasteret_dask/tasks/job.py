@@ -188,6 +188,8 @@ class Job:
     """What pixels must fulfil for their chip to be kept."""
     labels: Labels | None = None
     """Polygons that one source's pixels carry as a mask."""
+    split_cells: pa.Table | None = None
+    """Split cells and the split that each got (``cell``, ``split``), where they were dealt by more than a hash."""
     part_of: str = ""
     """Digest of the job that this is a part of: some of its shards, under their own numbers. Empty: it is whole."""
 

@@ -24,11 +24,15 @@ from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, ipc_bytes
 
 __all__ = [
-    "JOB_FILE", "JobRef", "check_writable", "job_objects", "open_job", "opened", "plan_json", "read_note", "write_job",
+    "JOB_FILE", "SPLIT_CELLS", "JobRef", "check_writable", "job_objects", "open_job", "opened", "plan_json",
+    "read_note", "read_split_cells", "write_job",
 ]  # fmt: skip
 
 JOB_FILE = "job.json"
 """What is put last: a folder with it is a whole plan."""
+
+SPLIT_CELLS = "split_cells.arrow"
+"""The table of split cells and their splits, where a plan dealt them by more than a hash."""
 
 _OPENING = Lock()
 
@@ -52,6 +56,8 @@ def job_objects(job: Job) -> dict[str, bytes]:
     objects["chips.arrow"] = ipc_bytes(job.chips.drop_columns(["geometry"]))
     if job.labels is not None:
         objects["labels.arrow"] = ipc_bytes(job.labels.table)
+    if job.split_cells is not None:
+        objects[SPLIT_CELLS] = ipc_bytes(job.split_cells)
     text = {
         **PLAN.note,
         "meaning": MEANING,
@@ -122,6 +128,18 @@ def read_note(url: str) -> dict[str, Any]:
     return text
 
 
+def read_split_cells(url: str) -> pa.Table | None:
+    """Read the table of split cells of a saved plan; None where it has none.
+
+    Raises
+    ------
+    StoreError, FormatError
+        As :func:`read_note`; or when the table is damaged.
+    """
+    sums = read_note(url).get("tables", {}).get(SPLIT_CELLS)
+    return None if sums is None else _table(url, SPLIT_CELLS, *sums)
+
+
 def _note(data: bytes) -> dict[str, Any] | None:
     """Return a document whose checksum says nothing: another format may have none, or another one."""
     try:
@@ -159,6 +177,7 @@ def _read(url: str, digest: str) -> Job:
             tuple((s, from_json(f)) for s, f in text["maps"]),
             text["phase"],
             pixel_rules=tuple(from_json(rule) for rule in text["pixel_rules"]),
+            split_cells=tables.get(SPLIT_CELLS),
             labels=None if text["labels"] is None else Labels.again(tables["labels.arrow"], text["labels"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chips and the classes that they hold become split cells with a split each: stratified by ground."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from rasteret_dask.chipping.celltable import CellTable, cell_texts
+from rasteret_dask.chipping.chips import PlannedChips
+from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.chipping.dealing import Stock, deal
+from rasteret_dask.chipping.ground import Links, cells_near
+from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units
+from rasteret_dask.errors import PlanError, StrataWarning
+from rasteret_dask.lists import listed
+from rasteret_dask.planning.plan import SplitSpec, is_number
+
+__all__ = ["Classes", "classes_of", "table_of_cells"]
+
+MOST_CLASSES = 256
+"""Values of a column that are classes; more are ids, or measurements."""
+
+BURNED_PX = 64
+"""Polygons are burned on so many pixels of a chip's side at most, to tell how much of each class a chip has."""
+
+BURNED_CHIPS = 4096
+"""Chips that are burned at once."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How much of each class chips hold."""
+
+    names: tuple[str, ...]
+    amounts: NDArray[Any]
+    """Shape (chip, class). 1 and 0 where a chip has one class; else pixels, or what columns of numbers say."""
+    column: str
+    """What the classes are of, for messages."""
+    one: bool
+    """Whether each chip has one class, which a filter on the column can leave out."""
+
+
+def classes_of(chips: PlannedChips, columns: Sequence[str]) -> Classes:
+    """Return how much of each class chips hold.
+
+    Parameters
+    ----------
+    chips
+        The chips.
+    columns
+        One column of the chip table with a class for each chip (text, whole numbers, booleans); or the column that
+        ``chips(labels=, rasterize=)`` burns; or several columns of numbers: how much of a class each chip has.
+
+    Raises
+    ------
+    PlanError
+        When there is no such column, a value is missing, negative or a list, or there are too many classes.
+    """
+    subject = f"split(stratify={columns[0] if len(columns) == 1 else list(columns)!r})"
+    burned = None if chips.labels is None else chips.labels.column
+    if len(columns) == 1 and columns[0] == burned and burned not in chips.table.column_names:
+        return _burned(chips, subject)
+    for name in columns:
+        if name not in chips.table.column_names:
+            own = [*chips.table.column_names, *([burned] if burned else [])]
+            raise PlanError(subject, f"no column {name!r}", f"one of {', '.join(own)}")
+    if len(columns) > 1:
+        return _numbers(chips, columns, subject)
+    return _values(chips.table.column(columns[0]), columns[0], subject)
+
+
+def _values(column: pa.ChunkedArray, name: str, subject: str) -> Classes:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    plain = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    plain = plain or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not plain:
+        raise PlanError(
+            subject, f"a column of {kind}", "a class for each chip: text, whole numbers, True or False",
+            f"Make classes of it first, such as gdf['{name}_class'] = pandas.cut(gdf[{name!r}], 5).astype(str).",
+        )  # fmt: skip
+    if column.null_count:
+        raise PlanError(
+            subject, f"no value in {column.null_count:,} of {len(column):,} chips", "a class for each chip",
+            f"Leave them out before: filter(({name!r}, '!=', None)); or fill them: gdf[{name!r}].fillna('none').",
+        )  # fmt: skip
+    texts = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    names = texts.dictionary.to_pylist()
+    if len(names) > MOST_CLASSES:
+        raise PlanError(
+            subject, f"{len(names):,} different values", f"at most {MOST_CLASSES} classes",
+            "Give a column of classes, not of ids; group rare ones.",
+        )  # fmt: skip
+    order = np.argsort(np.array(names, dtype=object), kind="stable")
+    rank = np.argsort(order)[texts.indices.to_numpy()]
+    amounts = np.zeros((len(column), len(names)), dtype=np.int64)
+    amounts[np.arange(len(column)), rank] = 1
+    return Classes(tuple(names[at] for at in order), amounts, name, True)
+
+
+def _numbers(chips: PlannedChips, columns: Sequence[str], subject: str) -> Classes:
+    parts = []
+    for name in columns:
+        column = chips.table.column(name)
+        kind = column.type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            raise PlanError(
+                subject, f"column {name!r} of {kind} among several", "numbers: how much of the class each chip has",
+                "Of a column of class names give that one alone.",
+            )  # fmt: skip
+        values = column.cast(pa.float64()).to_numpy()
+        wrong = ~(np.isfinite(values) & (values >= 0))
+        if wrong.any():
+            raise PlanError(
+                subject, f"{name} = {values[wrong][0]:g} in {int(wrong.sum()):,} of {len(values):,} chips",
+                "numbers of 0 or more", f"Leave such chips out before: filter(({name!r}, '>=', 0)).",
+            )  # fmt: skip
+        parts.append(values)
+    return Classes(tuple(columns), np.stack(parts, -1), ", ".join(columns), False)
+
+
+def _burned(chips: PlannedChips, subject: str) -> Classes:
+    """Return how many pixels of each class polygons burn into each chip, on few pixels a chip."""
+    labels = chips.labels
+    assert labels is not None
+    if labels.dtype.kind == "f":
+        raise PlanError(
+            subject, "labels of floating-point numbers", "classes: text or whole numbers",
+            "Burn a column of classes.",
+        )  # fmt: skip
+    values = np.unique(labels.table.column("value").to_numpy())
+    if len(values) > MOST_CLASSES:
+        raise PlanError(subject, f"{len(values):,} different labels", f"at most {MOST_CLASSES} classes")
+    bounds, epsg = bounds_of(chips.table), chips.table.column("epsg").to_numpy().astype(np.int64)
+    both = np.concatenate([bounds, epsg[:, None]], axis=1)
+    _, first, back = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    amounts = np.zeros((len(first), len(values)), dtype=np.int64)
+    size = min(chips.spec.size, BURNED_PX)
+    for start in range(0, len(first), BURNED_CHIPS):
+        some = first[start : start + BURNED_CHIPS]
+        masks = labels.burned(bounds[some], epsg[some], size).reshape(len(some), -1)
+        for number, value in enumerate(values.tolist()):
+            amounts[start : start + len(some), number] = (masks == value).sum(axis=1)
+    names = tuple(labels.classes[int(v) - 1] if labels.classes else str(v) for v in values.tolist())
+    return Classes(names, amounts[back.ravel()], labels.column, False)
+
+
+def table_of_cells(
+    chips: PlannedChips, spec: SplitSpec, cells: SplitCells, links: Links, earlier: CellTable | None
+) -> CellTable:
+    """Return the split of every cell that a chip lies on, and of those of an earlier table.
+
+    Parameters
+    ----------
+    chips
+        The chips.
+    spec
+        The splits; with ``stratify``, cells are dealt by what they hold, else by a hash.
+    cells, links
+        The split cells, and those that each chip lies on.
+    earlier
+        Cells that keep their split.
+
+    Raises
+    ------
+    PlanError
+        When strata cannot hold, or the earlier table is of other cells or splits.
+    """
+    if earlier is not None:
+        earlier.check(chips.spec, spec.names)
+    both = np.concatenate([links.zone[:, None], links.cell], axis=1)
+    places, cell = np.unique(both, axis=0, return_inverse=True)
+    cell = cell.ravel()
+    unit, before = np.zeros(len(places)), np.full(len(places), -1, dtype=np.int64)
+    texts = np.empty(len(places), dtype=object)
+    hashed = np.full(len(places), -1, dtype=np.int64)
+    for zone in np.unique(places[:, 0]).tolist():
+        here, name = places[:, 0] == zone, cells.zones.cell_name(zone)
+        texts[here] = cell_texts(name, places[here, 1:])
+        unit[here] = cell_units(name, places[here, 1:], spec)
+        hashed[here] = cells.splits(zone, places[here, 1:], spec)
+        if earlier is not None:
+            before[here] = earlier.numbers(name, places[here, 1:], spec.names)
+    if spec.stratify:
+        classes = classes_of(chips, spec.stratify)
+        stock = _stock(chips, spec, cells, links, places, cell, classes)
+        shares = np.array([float(share) for _, share in spec.ratios])
+        _check(chips, spec, classes, links, cell, before)
+        number = deal(stock, shares, unit, before)
+    else:
+        number = np.where(before >= 0, before, hashed)
+    names = dict(zip(texts.tolist(), (spec.names[n] for n in number.tolist()), strict=True))
+    if earlier is not None:
+        old = earlier.table
+        names |= dict(zip(old.column("cell").to_pylist(), old.column("split").to_pylist(), strict=True))
+    return CellTable.of(list(names), list(names.values()), chips.spec)
+
+
+def _stock(
+    chips: PlannedChips, spec: SplitSpec, cells: SplitCells, links: Links,
+    places: NDArray[np.int64], cell: NDArray[np.int64], classes: Classes,
+) -> Stock:  # fmt: skip
+    """Return what cells hold: chips that lie on one cell together, all others one by one."""
+    count = np.bincount(links.chip, minlength=chips.table.num_rows)
+    near_chip, near_cell = _beside(chips, spec, cells, links, places, cell)
+    alone = (count == 1) & (np.bincount(near_chip, minlength=len(count)) == 0)
+    several = np.flatnonzero((count > 0) & ~alone)
+    held = np.zeros((len(places), len(classes.names)), dtype=classes.amounts.dtype)
+    own = alone[links.chip]
+    np.add.at(held, cell[own], classes.amounts[links.chip[own]])
+    if not len(several):
+        return Stock.of_cells(held)
+    group = np.full(len(count), -1, dtype=np.int64)
+    group[several] = len(places) + np.arange(len(several))
+    groups = [np.arange(len(places)), group[links.chip[~own]], group[near_chip]]
+    of_link = np.concatenate([np.arange(len(places)), cell[~own], near_cell])
+    near = np.concatenate([np.zeros(len(of_link) - len(near_cell), bool), np.ones(len(near_cell), bool)])
+    number = np.concatenate(groups)
+    order = np.argsort(number, kind="stable")  # own cells before near ones
+    amounts = np.concatenate([held, classes.amounts[several]])
+    guarded = spec.names.index(TRAIN) if TRAIN in spec.names else -1
+    return Stock(amounts, number[order], of_link[order], near[order], guarded)
+
+
+def _beside(
+    chips: PlannedChips, spec: SplitSpec, cells: SplitCells, links: Links,
+    places: NDArray[np.int64], cell: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # fmt: skip
+    """Return pairs of a chip and a cell that has chips, which lies nearer than the buffer and not under the chip."""
+    nothing = np.zeros(0, dtype=np.int64)
+    if spec.buffer_m <= 0:
+        return nothing, nothing
+    epsg = chips.table.column("epsg").to_numpy().astype(np.int64)
+    near = cells_near(epsg, bounds_of(chips.table), cells, spec.buffer_m)
+    known = {tuple(place): at for at, place in enumerate(places.tolist())}
+    wanted, back = np.unique(
+        np.concatenate([near.zone[:, None], near.cell], axis=1), axis=0, return_inverse=True
+    )
+    number = np.array([known.get(tuple(place), -1) for place in wanted.tolist()], dtype=np.int64)
+    number = number[back.ravel()] if len(number) else nothing
+    pair = near.chip * len(places) + number
+    fresh = (number >= 0) & ~np.isin(pair, links.chip * len(places) + cell)
+    return near.chip[fresh], number[fresh]
+
+
+def _check(
+    chips: PlannedChips, spec: SplitSpec, classes: Classes, links: Links,
+    cell: NDArray[np.int64], before: NDArray[np.int64],
+) -> None:  # fmt: skip
+    """Refuse strata that cannot hold; warn of those that cannot hold in every split."""
+    subject, km = f"split(stratify={classes.column!r})", chips.spec.cell_km
+    wanted = [name for name, share in spec.ratios if share > 0]
+    first = np.flatnonzero(np.append(True, np.diff(links.chip) != 0)) if len(links.chip) else links.chip
+    home, chip = cell[first], links.chip[first]
+    there = [np.unique(home[classes.amounts[chip, n] > 0]) for n in range(len(classes.names))]
+    holding = np.unique(np.concatenate(there)) if there else home[:0]
+    if len(holding) < len(wanted):
+        raise PlanError(
+            subject, f"{len(holding)} split cell{'s' * (len(holding) != 1)} of {km:g} km that hold some class",
+            f"at least {len(wanted)}, one for each split",
+            _advice(chips, np.arange(len(classes.amounts)), len(wanted)) or "Use a larger area.",
+        )  # fmt: skip
+    few = [n for n, own in enumerate(there) if 0 < len(own) < len(wanted)]
+    one = [n for n in few if len(there[n]) == 1]
+    if one and not np.any(before >= 0):
+        rows = np.flatnonzero(classes.amounts[:, one[0]] > 0)
+        name = classes.names[one[0]]
+        without = f"Leave it out before: filter(({classes.column!r}, '!=', {_typed(chips, classes, name)}))."
+        raise PlanError(
+            subject, f"class {name!r} in one split cell of {km:g} km" + _others(classes, one),
+            f"cells for each of {', '.join(wanted)}",
+            " Or: ".join(part for part in (_advice(chips, rows, len(wanted)), without if classes.one else "") if part),
+        )  # fmt: skip
+    if few:
+        counted = ", ".join(f"{classes.names[n]} ({len(there[n])})" for n in few[:10])
+        advice = _advice(chips, np.flatnonzero(classes.amounts[:, few[0]] > 0), len(wanted))
+        warnings.warn(
+            f"{subject}: classes in fewer split cells of {km:g} km than there are splits ({len(wanted)}): {counted}. "
+            f"Some splits have none of them. {advice or 'Group them with others, or leave them out.'}",
+            StrataWarning,
+            stacklevel=6,
+        )
+
+
+def _others(classes: Classes, one: Sequence[int]) -> str:
+    return f" (and {listed([classes.names[n] for n in one[1:]], 'others')})" if len(one) > 1 else ""
+
+
+def _typed(chips: PlannedChips, classes: Classes, name: str) -> str:
+    value = next(
+        v
+        for v in pc.unique(chips.table.column(classes.column)).to_pylist()
+        if str(v) == name or (isinstance(v, bool) and str(v).lower() == name)
+    )
+    return repr(value) if is_number(value) or isinstance(value, bool) else repr(str(value))
+
+
+def _advice(chips: PlannedChips, rows: NDArray[np.int64], wanted: int) -> str:
+    """Return the largest smaller cell of which some chips lie on as many as are wanted; nothing where none does."""
+    bounds = bounds_of(chips.table)[rows]
+    epsg = chips.table.column("epsg").to_numpy()[rows]
+    middle = np.stack([bounds[:, [1, 3]].mean(axis=1), bounds[:, [0, 2]].mean(axis=1)], -1)
+    length = chips.size_m
+    most = int(chips.spec.cell_km * 1000.0 / length + 1e-9)
+    for chips_a_side in range(most - 1, 0, -1):
+        side = chips_a_side * length
+        places = np.concatenate([epsg[:, None], np.floor(middle / side)], axis=1)
+        if len(np.unique(places, axis=0)) >= wanted:
+            return f"chips(cell_km={side / 1000.0:.10g}) gives it {len(np.unique(places, axis=0))}."
+    return ""
