@@ -39,8 +39,8 @@ ORDER = {
     "ingest": "search stacapi tablecache describe sources fileindex filelist filenames validareas stac tables files "
               "pages order",
     "planning": "functions rules names plan calls bandkinds bandpass sampling scan optimize pixelsizes "
-                "resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels frame leftover distances feeds laying chips splits rulesteps steps drawing "
+                "chiptimes resolve radiometry origins query recordtable",
+    "chipping": "coverage chiptable labels frame leftover distances feeds chipslots laying chips splits rulesteps steps drawing "
                 "blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",

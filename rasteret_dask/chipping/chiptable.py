@@ -20,6 +20,7 @@ __all__ = [
     "FeedTable",
     "FILLED",
     "MASK",
+    "PRESENT",
     "bounds_of",
     "is_label",
     "joined",
@@ -32,6 +33,9 @@ __all__ = [
 
 FILLED = "filled_fraction"
 """Name of the coordinate (chip, time): the share of pixels that other acquisitions than the picked one gave."""
+
+PRESENT = "present"
+"""Name of the coordinate (chip, time) of a source that may be empty somewhere: whether any record feeds that slot."""
 
 MASK = "mask"
 """Name of the variable (chip, y, x) of rasterized labels."""
@@ -136,6 +140,26 @@ class FeedTable:
             differ |= field != field[before]
         same[np.searchsorted(self.offsets, np.flatnonzero(differ), side="right") - 1] = False
         return np.append(np.flatnonzero(~same), len(count))
+
+    def present(self, source: int, times: int, start: int = 0, stop: int | None = None) -> NDArray[np.bool_]:
+        """Return whether any record of a source feeds each slot of some chips, shape (chip, slot).
+
+        Parameters
+        ----------
+        source
+            Number of the source.
+        times
+            How many slots it has.
+        start, stop
+            The chips; None: to the last one.
+        """
+        offsets = self.offsets[start : None if stop is None else stop + 1]
+        own = slice(offsets[0], offsets[-1])
+        chip = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        result = np.zeros((len(offsets) - 1, times), dtype=bool)
+        mine = self.source[own] == source
+        result[chip[mine], self.slot[own][mine]] = True
+        return result
 
     def rows_of(self, source: int) -> NDArray[np.int64]:
         """Return the rows of a source's records that feed any chip, rising."""
@@ -245,6 +269,7 @@ RESERVED = frozenset(
             MASK,
             "valid_fraction",
             FILLED,
+            PRESENT,
             "datetime",
             "member",
             "bounds",

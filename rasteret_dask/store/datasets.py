@@ -12,7 +12,7 @@ from dask._task_spec import Task
 from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK
+from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
 from rasteret_dask.store.encode import CHIPS_PER_SHARD
 from rasteret_dask.store.stored import Stored, facts
 from rasteret_dask.store.storemap import StoredGroup
@@ -21,7 +21,7 @@ from rasteret_dask.store.storeread import read_rows
 __all__ = ["to_xarray"]
 
 _PIXELS = ("pixels", "valid", MASK)
-_PER_CHIP = (*_PIXELS, "valid_fraction", FILLED, "datetime", "member")
+_PER_CHIP = (*_PIXELS, "valid_fraction", FILLED, PRESENT, "datetime", "member")
 
 _OF_STORE = ("coordinates", "kinds", "rasteret_dask", CHIPS_PER_SHARD)
 """Attributes of a group that say how it is stored, not what its chips are."""

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, bounds_of, label_columns, label_fields
+from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT, bounds_of, label_columns, label_fields
 from rasteret_dask.crs import unpack
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.planning.query import Query
@@ -33,7 +33,16 @@ if TYPE_CHECKING:
 
 __all__ = ["JOB", "OF_SHARDS", "Layout", "layout_of"]
 
-OF_SHARDS = {"pixels": 5, "valid": 4, MASK: 3, "valid_fraction": 2, FILLED: 2, "datetime": 2, "member": 2}
+OF_SHARDS = {
+    "pixels": 5,
+    "valid": 4,
+    MASK: 3,
+    "valid_fraction": 2,
+    FILLED: 2,
+    PRESENT: 2,
+    "datetime": 2,
+    "member": 2,
+}
 """Arrays that shards' tasks write, and how many dimensions they have."""
 
 COORDINATE_CHIPS = 1_048_576
@@ -146,6 +155,8 @@ class Layout:
         self._array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
         if out.filled:
             self._array(group, FILLED, two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
+        if out.present:
+            self._array(group, PRESENT, two, "bool", ("chip", "time"), (per, out.times), None, False)
         self._array(group, "member", two, str, ("chip", "time"), (per, out.times), None, "")
         when = self._array(group, "datetime", two, "int64", ("chip", "time"), (per, out.times), None, _NAT)
         when.update_attributes(_TIMES | {"_FillValue": _NAT})
@@ -153,6 +164,7 @@ class Layout:
         self._planned_arrays(group, h, out)
         kept: tuple[str, ...] = ()
         kept += (FILLED,) if out.filled else ()
+        kept += (PRESENT,) if out.present else ()
         kept += ("units",) if out.units else ()
         if self.job.pixel_rules:  # what it says is known when all shards are written
             self._array(group, KEPT, (n,), "bool", ("chip",), (n,), None, False)

@@ -14,7 +14,7 @@ import xarray as xr
 from dask._task_spec import DataNode, Task, TaskRef
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK
+from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
 from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.table.itemkinds import CLASSES
@@ -145,6 +145,8 @@ def _shapes(job: Job, out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int
     }
     if out.filled:
         shapes[FILLED] = (two, (out.times,), np.dtype("float32"))
+    if out.present:
+        shapes[PRESENT] = (two, (out.times,), np.dtype(bool))
     if job.pixel_rules:
         shapes[KEPT] = (("chip",), (), np.dtype(bool))
     if out.valid:

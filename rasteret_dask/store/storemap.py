@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK
+from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
 from rasteret_dask.errors import PlanError, RasteretDaskError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums, changed
@@ -55,6 +55,7 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     MASK: (("chip", "y", "x"), None),
     "valid_fraction": (("chip", "time"), ("float32",)),
     FILLED: (("chip", "time"), ("float32",)),
+    PRESENT: (("chip", "time"), ("bool",)),
     "datetime": (("chip", "time"), ("int64",)),
     "member": (("chip", "time"), ("None",)),
     "bounds": (("chip", "corner"), ("float64",)),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import is_label
+from rasteret_dask.chipping.chiptable import PRESENT, is_label
 from rasteret_dask.net.lending import Lender
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.rules.kinds import Kind, kind_of
@@ -29,6 +29,8 @@ Arrays: TypeAlias = dict[str, NDArray[Any]]
 ``<source>/valid``     (chip, time, y, x) bool         where they are valid: integers as the source says, floats
                                                        where all bands are finite
 ``<source>/datetime``  (chip, time) datetime64[us]     when they were taken, UTC; NaT where empty or composed
+``<source>/present``   (chip, time) bool               whether any record feeds that slot; of sources that may be
+                                                       empty somewhere, as those that ``join(require=)`` leaves out
 ``<source>/<mask>``    (chip, y, x)                    further variables, such as rasterized labels
 ``chip_id``            (chip,) str
 ``bbox``               (chip, 4) float64               xmin, ymin, xmax, ymax in ``epsg``
@@ -107,6 +109,8 @@ def arrays_of(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None 
         if "datetime" in dataset.variables:
             when = _rows(dataset["datetime"].values, rows)
             result[f"{name}/datetime"] = when.astype("datetime64[us]", copy=False)
+        if PRESENT in dataset.variables:
+            result[f"{name}/{PRESENT}"] = _rows(dataset[PRESENT].values, rows)
         for more in dataset.data_vars:
             if more not in ("pixels", "valid") and dataset[more].dims[:1] == ("chip",):
                 result[f"{name}/{more}"] = _rows(dataset[more].values, rows)

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK
+from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
 from rasteret_dask.planning.rules import Rule
 from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
 from rasteret_dask.tasks.context import ReadContext
@@ -109,15 +109,7 @@ def _failing(
 
 def _fed(job: Job, shard: Shard, source: int) -> NDArray[np.bool_]:
     """Shape (chip, slot). True where a slot of a source has any record."""
-    feeds = job.feeds
-    own = slice(feeds.offsets[shard.start], feeds.offsets[shard.stop])
-    chip = np.repeat(
-        np.arange(shard.stop - shard.start), np.diff(feeds.offsets[shard.start : shard.stop + 1])
-    )
-    result = np.zeros((shard.stop - shard.start, job.sources[source].times), dtype=bool)
-    mine = feeds.source[own] == source
-    result[chip[mine], feeds.slot[own][mine]] = True
-    return result
+    return job.feeds.present(source, job.sources[source].times, shard.start, shard.stop)
 
 
 def _valid_share(dataset: xr.Dataset, fed: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -151,6 +143,7 @@ def _blanked(dataset: xr.Dataset, places: list[int], fill: float) -> xr.Dataset:
         "valid": False,
         "valid_fraction": 0,
         FILLED: 0,
+        PRESENT: False,
         MASK: np.nan if MASK in dataset and dataset[MASK].dtype.kind == "f" else 0,
     }
     for name in fills.keys() & dataset.variables.keys():

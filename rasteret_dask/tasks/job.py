@@ -122,6 +122,8 @@ class Output:
     """Per band, its unit; () where nobody knows, as after a user's function."""
     filled: bool = False
     """Whether acquisitions fill each other, so that ``filled_fraction`` (chip, time) is told."""
+    present: bool = False
+    """Whether slots or chips may have no record, so that ``present`` (chip, time) is told."""
 
     @classmethod
     def of(cls, plan: SourcePlan, size: int) -> Output:
@@ -130,7 +132,8 @@ class Output:
         scale = plan.rules.store.scale_factor
         attrs = (*((("units", plan.unit),) if plan.unit else ()), ("long_name", plan.name))
         return cls(plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs,
-                   kinds=plan.kinds, units=plan.units, filled=plan.pick.fills)  # fmt: skip
+                   kinds=plan.kinds, units=plan.units, filled=plan.pick.fills,
+                   present=plan.sparse)  # fmt: skip
 
     @property
     def pixel_attrs(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rasteret_dask import activity
-from rasteret_dask.chipping.chiptable import FILLED, MASK, label_columns
+from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT, label_columns
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.tasks.cuts import Feed, MemberCubes, cubes
 from rasteret_dask.tasks.filling import ChipPixels, Into
@@ -55,7 +55,8 @@ def merged(
     -------
     xarray.Dataset
         ``pixels`` (chip, time, band, y, x); ``valid`` (chip, time, y, x) for integer pixels; ``valid_fraction``,
-        ``datetime`` and ``member`` (chip, time), ``filled_fraction`` where acquisitions fill each other; counts of
+        ``datetime`` and ``member`` (chip, time), ``filled_fraction`` where acquisitions fill each other, ``present``
+        (chip, time) of a source that may be empty somewhere; counts of
         what was read, and the seconds that reading and composing took, in its attributes.
     """
     begun = time.perf_counter()
@@ -96,6 +97,9 @@ def dataset_of(job: Job, shard: Shard, source: int, chips: ChipPixels) -> xr.Dat
         "member": (("chip", "time"), chips.member.astype(object)),
         "units": ("band", np.array(plan.units, dtype=object)),
     }
+    if plan.sparse:
+        there = job.feeds.present(source, plan.times, shard.start, shard.stop)
+        coordinates[PRESENT] = (("chip", "time"), there)
     if chips.filled is not None:
         coordinates[FILLED] = (("chip", "time"), chips.filled)
     if plan.slots is not None:
