@@ -40,8 +40,8 @@ ORDER = {
               "pages order",
     "planning": "functions rules names plan calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "chiptimes resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels frame leftover distances feeds chipslots laying chips splits rulesteps steps drawing "
-                "blocks blockfiles planblocks",
+    "chipping": "coverage chiptable labels frame leftover distances feeds chipslots laying chips splits rulesteps "
+                "steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",

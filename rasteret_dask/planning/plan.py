@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 UNWRITTEN = {"unwritten": True}
-"""Metadata of a field that is left out of JSON at its default, so that plans made before it was there keep their hash."""
+"""Metadata of a field that JSON leaves out at its default, so that plans made before it was there keep their hash."""
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 Predicate: TypeAlias = "tuple[str, str, Scalar | tuple[Scalar, ...]]"
