@@ -320,6 +320,7 @@ OTHER_MEANINGS = (
     "store/encode.py: 'auto'",  # compression
     "launching/request.py: 'auto'",  # memory of a worker
     "recipes/assembling.py: 'auto'",  # compression, in a recipe
+    "chipping/chipslots.py: 'clearest'",  # of acquisitions by their records' cloud cover, which no pick looks at
     "table/itemkinds.py: 'kelvin'",  # as STAC writes raster:bands.unit
 )
 

@@ -426,7 +426,7 @@ def _chip_slots(chips: PlannedChips) -> dict[str, dict[str, Any]]:
         if source.chip_times is not None:
             count = chips.feeds.present(number, source.plan.times).sum(axis=1)
             result[source.plan.name] = {
-                "text": source.chip_times.words, "slots": source.plan.times, "mean": round(float(count.mean()), 3),
+                "text": source.chip_times.words, "slots": source.plan.times, "average": round(float(count.mean()), 3),
                 "slots_with_records": [int(count.min()), int(count.max())],
             }  # fmt: skip
     return result
@@ -529,7 +529,7 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append(("", own["text"]))
             least, most = own["slots_with_records"]
             rows.append(
-                ("", f"{own['mean']:.1f} of {own['slots']} slots have records, {least} to {most} a chip")
+                ("", f"{own['average']:.1f} of {own['slots']} slots have records, {least} to {most} a chip")
             )
         elif name in f["times"]:
             rows.append(
