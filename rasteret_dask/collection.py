@@ -43,7 +43,7 @@ from rasteret_dask.rules.units import Unit, UnitName, units_named
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import half_open
 from rasteret_dask.tableexits import TableExits
-from rasteret_dask.words import Dtype, Grid, Resampling
+from rasteret_dask.words import Choose, Dtype, Grid, Resampling
 from rasteret_dask.zones import chip_grid, tile_km
 
 if TYPE_CHECKING:
@@ -201,7 +201,10 @@ class Collection(TableExits, PixelReads):
         resolution: float | None = None,
         resampling: Resampling | None = None,
         mask: MaskName | Mask | Sequence[MaskName | Mask] | None = None,
-        time: str | None = None,
+        time: str | Sequence[str] | None = None,
+        max_acquisitions: int | None = None,
+        choose: Choose | None = None,
+        relative_to: str | None = None,
         tolerance: str | None = None,
         pick: PickName | Pick | None = None,
         fill: bool | None = None,
@@ -236,7 +239,22 @@ class Collection(TableExits, PixelReads):
         time
             Length of a slot as a pandas offset (``"1MS"``, ``"10D"``); ``"static"``: the records hold at any time
             (elevation, soil, land cover of one year), with or without a time of their own: one slot, which joins with
-            anything. None: a chip is one acquisition.
+            anything. ``"acquisitions"``: each chip has the acquisitions of its own ground, by time, a slot each; see
+            ``max_acquisitions``. A list of edges: windows of time of each chip's own, a slot between two edges.
+            Edges are lengths from the date in ``relative_to`` (``["-30D", "0D", "30D"]``), else columns of dates of
+            ``chips(at=)`` (``["start", "end"]``); a window holds its first edge, not its last.
+            None: a chip is one acquisition.
+        max_acquisitions
+            The number of slots where each is one acquisition: with ``time="acquisitions"``, or with two edges, between
+            which they lie. A chip with fewer has slots that are empty: ``present`` (chip, time) is False there, pixels
+            are invalid, ``datetime`` is NaT. ``chips(min_slots=)`` is the least number that a chip has to have.
+        choose
+            Which acquisitions where a chip has more: ``"spread"`` evenly over its dates, the first and the last among
+            them (default); ``"clearest"``, by the records' own cloud cover; ``"latest"``; ``"nearest"`` to the date in
+            ``relative_to``.
+        relative_to
+            A column of dates of ``chips(at=)``: the date of each chip's own that edges are counted from, or that
+            acquisitions are near to.
         tolerance
             Of records that are intervals, such as land cover of several years: how far from a moment that none holds
             an interval may lie, as ``"400D"``. Beside a source with slots, they then take its slots: each slot the
@@ -264,6 +282,9 @@ class Collection(TableExits, PixelReads):
         >>> monthly = collection.harmonize(["red", "nir"], mask="clouds", time="1MS")
         >>> monthly.chips(32, cell_km=0.96).load()["pixels"].dims
         ('chip', 'time', 'band', 'y', 'x')
+        >>> each = collection.harmonize(["red", "nir"], time="acquisitions", max_acquisitions=4, choose="clearest")
+        >>> each.chips(32, cell_km=0.96).load()["present"].dims
+        ('chip', 'time')
         """
         spec = HarmonizeSpec(
             bands=None if bands is None else tuple([bands] if isinstance(bands, str) else bands),
@@ -271,7 +292,10 @@ class Collection(TableExits, PixelReads):
             resolution=resolution,
             resampling=resampling,
             mask=mask_named(mask),
-            time=time,
+            time=time if time is None or isinstance(time, str) else tuple(time),
+            max_acquisitions=max_acquisitions,
+            choose=choose,
+            relative_to=relative_to,
             tolerance=tolerance,
             pick=None if pick is None else pick_named(pick),
             fill=fill,
@@ -514,6 +538,7 @@ class Collection(TableExits, PixelReads):
             own = None if bands is None else tuple([bands] if isinstance(bands, str) else bands)
             plan = Harmonize(plan, HarmonizeSpec(bands=own, resolution=resolution))
         source = resolve_source(self.name, self.query.members(optimize(plan)))
+        source.check_chipless("cube")
         if source.plan.maps:
             raise PlanError(
                 "cube", "a map step, which works on chips", "no map", "Apply the function to the cube."

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 __all__ = [
     "Boundary",
+    "Choose",
     "Dtype",
     "Grid",
     "OnBroken",
@@ -21,6 +22,9 @@ Resampling: TypeAlias = Literal["nearest", "bilinear", "cubic", "average", "mode
 
 Dtype: TypeAlias = Literal["float32", "uint16", "int16"]
 """What reflectance is stored as."""
+
+Choose: TypeAlias = Literal["clearest", "spread", "latest", "nearest"]
+"""Which acquisitions a chip has, where there are more than it may have."""
 
 Grid: TypeAlias = Literal["utm", "zone", "tiles"]
 """Where chips lie; a GeoBox is taken too."""

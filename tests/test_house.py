@@ -39,10 +39,10 @@ ORDER = {
     "ingest": "search stacapi tablecache describe sources fileindex filelist filenames validareas stac tables files "
               "pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
-                "resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels frame leftover distances celltable regions feeds laying chips splits "
-                "dealing ground strata splittimes rulesteps steps drawing "
-                "blocks blockfiles planblocks",
+                "chiptimes resolve radiometry origins query recordtable",
+    "chipping": "coverage chiptable labels frame leftover distances celltable regions feeds chipslots "
+                "laying chips splits dealing ground strata splittimes rulesteps steps drawing blocks blockfiles "
+                "planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
@@ -321,6 +321,7 @@ OTHER_MEANINGS = (
     "store/encode.py: 'auto'",  # compression
     "launching/request.py: 'auto'",  # memory of a worker
     "recipes/assembling.py: 'auto'",  # compression, in a recipe
+    "chipping/chipslots.py: 'clearest'",  # of acquisitions by their records' cloud cover, which no pick looks at
     "table/itemkinds.py: 'kelvin'",  # as STAC writes raster:bands.unit
 )
 

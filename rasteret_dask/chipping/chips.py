@@ -22,6 +22,7 @@ from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.chipping.laying import Laid, lay
 from rasteret_dask.errors import EmptyError, GridError, PlanError
 from rasteret_dask.grid import Lattice, digits
+from rasteret_dask.planning.chiptimes import Dates, dates_of
 from rasteret_dask.planning.names import check_names
 from rasteret_dask.planning.pixelsizes import COARSE, pixels_m
 from rasteret_dask.planning.plan import (
@@ -139,7 +140,7 @@ class ChipSources:
             The table of ``at=``, whose columns chips get.
         """
         sources, ground = list(self.sources), list(self.outlines)
-        laid = lay(self.spec, sources, self.reference, ground, frame)
+        laid = lay(self.spec, sources, self.reference, ground, frame, self.dates(frame, points))
         table = _table(self.spec, sources, sources[self.reference].passes.platform, frame, laid)
         if points is not None:
             table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
@@ -148,6 +149,34 @@ class ChipSources:
             table, self.sources, self.reference, self.spec, None, self.resolution, self.maps, dropped,
             self.outlines,
         )  # fmt: skip
+
+    def dates(self, frame: Frame, points: pa.Table | None) -> Dates:
+        """Return the dates of windows that sources ask for.
+
+        Parameters
+        ----------
+        frame
+            The windows.
+        points
+            The table of ``at=``.
+
+        Raises
+        ------
+        PlanError
+            When it has no such dates.
+        """
+        asked = {
+            column: source.plan.name
+            for source in reversed(self.sources)
+            if source.chip_times is not None
+            for column in source.chip_times.columns
+        }
+        found = dates_of(points, asked)
+        for source in self.sources:
+            if source.chip_times is not None:
+                source.chip_times.check_dates(source.plan.name, found)
+        rows = frame.index if found else None
+        return {} if rows is None else {column: times[rows] for column, times in found.items()}
 
     def none_laid(self, windows: int, dropped: Mapping[str, int]) -> PlanError:
         """Return the error of a plan whose windows all are left out."""
@@ -266,21 +295,33 @@ def _shared_time(sources: list[ResolvedSource], reference: int) -> list[Resolved
         replace(s, axis=None, plan=replace(s.plan, slots=None)) if s.tolerance is not None else s
         for s in sources
     ]
+    sources = [
+        s if s.chip_times is None else replace(s, plan=replace(s.plan, chip_slots=s.chip_times.count))
+        for s in sources
+    ]
     axes = [s.axis for s in sources if s.axis is not None and not s.is_static]
+    spans = [axis.span for axis in axes] + [s.span for s in sources if s.chip_times is not None]
     composed = [s.plan.name for s in sources if s.is_static and s.plan.rules.composes]
-    if not axes and (composed or all(s.axis is not None for s in sources)):
+    if not spans and (composed or all(s.axis is not None for s in sources)):
         axes = [s.axis for s in sources if s.axis is not None]
-    if not axes:
+        spans = [axis.span for axis in axes]
+    if not spans:
         return [replace(s, axis=None, plan=replace(s.plan, slots=None)) for s in sources]
-    start, end = min(a.span[0] for a in axes), max(a.span[1] for a in axes)
+    start, end = min(first for first, _ in spans), max(last for _, last in spans)
     result = []
     for source in sources:
-        if source.axis is None and source.tolerance is not None:
+        if source.axis is None and source.tolerance is not None and source.chip_times is None:
+            if not axes:
+                raise PlanError(
+                    f"harmonize(tolerance={str(pd.Timedelta(source.tolerance))!r}) of source {source.plan.name!r}",
+                    "beside slots of each chip's own", "beside slots that all chips share, or single acquisitions",
+                    "Leave tolerance out: intervals then have slots of their own.",
+                )  # fmt: skip
             own = sources[reference]
             axis = axes[0] if own.axis is None or own.is_static else own.axis
             slots = tuple(int(t) for t in axis.start.astype(np.int64))
             source = replace(source, axis=axis, plan=replace(source.plan, slots=slots))
-        elif source.axis is None:
+        elif not source.has_slots:
             if not bool(source.passes.is_interval.all()):
                 raise PlanError(
                     f"source {source.plan.name!r}", "records of instants and no time=",
@@ -303,7 +344,7 @@ def _shared_time(sources: list[ResolvedSource], reference: int) -> list[Resolved
 
 def _check_slots(spec: ChipSpec, sources: list[ResolvedSource]) -> None:
     """Refuse to ask for more slots than there are: of each source with slots of its own, intervals fill theirs."""
-    slots = {s.plan.name: 1 if s.axis is None else len(s.axis) for s in sources}
+    slots = {s.plan.name: s.plan.times for s in sources}
     needed = [s for s in sources if not s.plan.optional]
     own = [s.plan.name for s in needed if not bool(s.passes.is_interval.all())]
     own = own or [s.plan.name for s in needed]
@@ -313,7 +354,7 @@ def _check_slots(spec: ChipSpec, sources: list[ResolvedSource]) -> None:
             f"chips(min_slots={spec.min_slots})",
             f"{slots[few]} slot{'s' * (slots[few] > 1)} of source {few!r}",
             f"at most {slots[few]}",
-            "Lower min_slots, or make more slots: harmonize(time='1MS'), a wider date_range.",
+            "Lower min_slots, or make more slots: harmonize(time='1MS'), a wider date_range, max_acquisitions.",
         )
 
 

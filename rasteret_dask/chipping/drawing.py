@@ -204,7 +204,7 @@ def drawn(
     ``dropped`` counts what became of the windows that were looked at, and tells how many these are.
     """
     place = next((at for at, step in enumerate(steps) if isinstance(step, Sample)), None)
-    if place is None or ground.sources[ground.reference].axis is None:
+    if place is None or not ground.sources[ground.reference].has_slots:
         return None
     before, sample = steps[:place], steps[place]
     assert isinstance(sample, Sample)

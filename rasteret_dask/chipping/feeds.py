@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from rasteret_dask.table.timing import TimeAxis
 
 __all__ = [
     "Feeds",
+    "SlotTimes",
     "WindowPasses",
     "covered",
     "enough",
@@ -40,6 +41,13 @@ POLAR_DEG = 80.0
 
 METRES_PER_DEGREE = 111_000.0
 """A degree of latitude, rounded down."""
+
+
+class SlotTimes(Protocol):
+    """When slots are: of an axis that all windows of the ground share, or of each window's own."""
+
+    def middle(self, window: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the middle of slots, ns since 1970 UTC."""
 
 
 @dataclass(frozen=True)
@@ -365,7 +373,7 @@ def pick(
     feeds: Feeds,
     frame: Frame,
     footprints: Outlines,
-    axis: TimeAxis | None,
+    axis: SlotTimes | None,
     min_coverage: float,
 ) -> Feeds:
     """Order the acquisitions of each slot by the pick, and the records of each acquisition by nearness.
@@ -403,15 +411,18 @@ def pick(
 
 
 def _preference(
-    source: ResolvedSource, passes: WindowPasses, covers: NDArray[np.bool_], slots: int, axis: TimeAxis | None
+    source: ResolvedSource,
+    passes: WindowPasses,
+    covers: NDArray[np.bool_],
+    slots: int,
+    axis: SlotTimes | None,
 ) -> tuple[NDArray[Any], ...]:
     """Return sort keys of passes, the last counts most: slot, coverage, the pick, nearness to the slot's middle, id."""
     begin, end = passes.start.astype(np.int64), passes.end.astype(np.int64)
     centre = begin // 2 + end // 2
     distance = np.zeros(len(centre), dtype=np.int64)
     if axis is not None:
-        middle = axis.start.astype(np.int64) // 2 + axis.end.astype(np.int64) // 2
-        distance = np.abs(centre - middle[passes.key % slots])
+        distance = np.abs(centre - axis.middle(passes.key // slots, passes.key % slots))
     by_pick = distance
     if isinstance(source.plan.pick, Ranked):
         by_pick = source.plan.pick.order(Candidates(begin, end, passes.cloud, distance))

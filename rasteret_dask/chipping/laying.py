@@ -6,26 +6,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.chipslots import chosen, in_slots, slot_times
 from rasteret_dask.chipping.coverage import Outlines
-from rasteret_dask.chipping.feeds import (
-    Feeds,
-    WindowPasses,
-    covered,
-    enough,
-    nearest_intervals,
-    passes_in,
-    pick,
-    slots_of,
-)
+from rasteret_dask.chipping.feeds import Feeds, WindowPasses, covered, enough, passes_in, pick
 from rasteret_dask.chipping.frame import Frame, blocks
+from rasteret_dask.planning.chiptimes import Dates
 from rasteret_dask.planning.plan import ChipSpec
 from rasteret_dask.planning.resolve import ResolvedSource
 
 __all__ = ["Laid", "lay"]
+
+NO_DATES: Dates = {}
 
 BATCH = 65_536
 """Windows that are looked at together: what is held meanwhile, some kB a window, does not grow with the plan."""
@@ -50,7 +46,12 @@ class Laid:
 
 
 def lay(
-    spec: ChipSpec, sources: list[ResolvedSource], reference: int, footprints: list[Outlines], frame: Frame
+    spec: ChipSpec,
+    sources: list[ResolvedSource],
+    reference: int,
+    footprints: list[Outlines],
+    frame: Frame,
+    dates: Dates = NO_DATES,
 ) -> Laid:
     """Find what feeds each window, and make chips of those that every required source covers.
 
@@ -68,13 +69,16 @@ def lay(
         For each source, the outlines of its records.
     frame
         The windows.
+    dates
+        Dates of each window, where sources ask for them.
     """
-    make = _with_slots if sources[reference].axis is not None else _by_acquisition
     laid, chips = [], 0
     block = blocks(frame, spec, footprints[reference], sources[reference].plan.resolution)
     for first, last in _batches(block):
         some = frame.take(np.arange(first, last))
         touched = [covered(s, o, some) for s, o in zip(sources, footprints, strict=True)]
+        own = {column: times[first:last] for column, times in dates.items()}
+        make = partial(_with_slots, own) if sources[reference].has_slots else _by_acquisition
         part = make(spec, sources, reference, footprints, some, touched)
         feeds = tuple(replace(f, window=f.window + np.int32(chips)) for f in part.feeds)
         laid.append(replace(part, window=part.window + first, feeds=feeds))
@@ -111,6 +115,7 @@ def _batches(block: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def _with_slots(
+    dates: Dates,
     spec: ChipSpec,
     sources: list[ResolvedSource],
     reference: int,
@@ -124,15 +129,14 @@ def _with_slots(
     result, lost = [], Counter[str]()
     reference_slots = np.zeros(len(frame), dtype=np.int64)
     for number, (source, outline, feeds) in enumerate(zip(sources, footprints, touched, strict=True)):
-        assert source.axis is not None
-        if source.tolerance is None:
-            slotted = slots_of(source, feeds, source.axis)
-        else:
-            slotted = nearest_intervals(source, feeds, source.axis)
+        slotted = in_slots(source, feeds, dates)
         good, key, part = enough(slotted, frame, outline, spec.min_coverage)
         slots = int(slotted.slot.max()) + 1 if len(slotted.slot) else 1
+        if source.chip_times is not None and source.chip_times.most:
+            good, kept = chosen(source, source.chip_times, good, dates)
+            key, part = key[kept], part[kept]
         filled = np.bincount(key // slots, minlength=len(frame))
-        wanted = min(max(spec.min_slots, 1), len(source.axis))
+        wanted = min(max(spec.min_slots, 1), source.plan.times)
         if source.plan.optional:
             there = filled >= wanted
             good, own = good.take(there[good.window]), there[key // slots]
@@ -143,7 +147,10 @@ def _with_slots(
         np.minimum.at(share, key // slots, part)
         reference_slots = filled if number == reference else reference_slots
         result.append((source, outline, good))
-    picked = [pick(s, f.take(alive[f.window]), frame, o, s.axis, spec.min_coverage) for s, o, f in result]
+    picked = [
+        pick(s, f.take(alive[f.window]), frame, o, slot_times(s, dates), spec.min_coverage)
+        for s, o, f in result
+    ]
     place = np.cumsum(alive) - 1
     window = np.flatnonzero(alive)
     nothing = np.full(len(window), np.datetime64("NaT", "ns"))

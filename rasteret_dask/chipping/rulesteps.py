@@ -67,7 +67,7 @@ def _with_quality(source: ResolvedSource, named: bool) -> ResolvedSource:
             return source
         members.append(replace(member, clouds=clouds))
         tables.append(records)
-    if plan.slots is not None and not isinstance(plan.pick, Ranked):
+    if source.has_slots and not isinstance(plan.pick, Ranked):
         raise PlanError(
             f"filter_pixels(max_cloud=) of source {plan.name!r}", f"pick={plan.pick.name!r}, which looks at pixels",
             "a pick that the plan decides",

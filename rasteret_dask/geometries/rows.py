@@ -96,6 +96,7 @@ def settled(
         plan = Harmonize(plan, HarmonizeSpec(bands=bands, resolution=resolution))
     members = query.members(optimize(plan))
     source = resolve_source(members[0].name if len(members) == 1 else "merged", members)
+    source.check_chipless("reading windows")
     if source.plan.maps:
         raise PlanError("reading windows", "a map step, which works on chips", "no map",
                         "Apply the function to what is read, or take chips(...).")  # fmt: skip

@@ -24,9 +24,11 @@ from rasteret_dask.rules.picks import Pick
 from rasteret_dask.rules.units import Units
 from rasteret_dask.rules.values import RuleValue
 from rasteret_dask.rules.values import from_json as rule_from_json
+from rasteret_dask.words import Choose
 from rasteret_dask.zones import UTM, BoxGrid, ChipGrid, CrsGrid, TileGrid, UtmGrid, chip_grid
 
 __all__ = [
+    "ACQUISITIONS",
     "LATER",
     "ChipSpec",
     "CutChips",
@@ -81,6 +83,9 @@ KM_PER_DEGREE = 100.0
 """Of latitude, rounded down from 110.6 (WGS 84, at the equator) to leave room for a grid's turn against north."""
 STATIC = "static"
 """``harmonize(time=)`` of what does not change: one slot that holds at any time."""
+ACQUISITIONS = "acquisitions"
+"""``harmonize(time=)`` of slots that are each one acquisition, chip by chip."""
+CHOICES = (None, "clearest", "spread", "latest", "nearest")
 MAP_STRETCH = 4.0
 """Ground below a length of a map's metres, at most, to 75 degrees: 3.4 on EPSG:6933, of equal area and true at 30."""
 TIME = "time"
@@ -88,6 +93,7 @@ TIME = "time"
 LATER = {"later": True}
 """Marks a field that plans did not have at first: JSON leaves it out where it is the default, so that digests stay."""
 DTYPES = (None, "float32", "uint16", "int16")
+MOST_ACQUISITIONS = 10_000
 RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode")
 
 
@@ -101,8 +107,8 @@ class HarmonizeSpec:
     """Metres (or the CRS's unit) a pixel."""
     resampling: str | None = None
     mask: Mask | None = None
-    time: str | None = None
-    """A pandas offset (``"1MS"``): the length of a slot; or ``STATIC``."""
+    time: str | tuple[str, ...] | None = None
+    """A pandas offset (``"1MS"``): the length of a slot; ``STATIC``, ``ACQUISITIONS``; or edges of windows of time."""
     tolerance: str | None = None
     """A length of time (``"400D"``): how far the interval may lie that stands in where none holds a moment."""
     pick: Pick | None = None
@@ -111,9 +117,21 @@ class HarmonizeSpec:
     dtype: str | None = None
     kinds: tuple[tuple[str, str], ...] | None = None
     """(band, kind) pairs, by band: what the user says of bands, by any of their names."""
+    max_acquisitions: int | None = dataclasses.field(default=None, metadata=LATER)
+    """How many acquisitions a chip has at most, each a slot."""
+    choose: Choose | None = dataclasses.field(default=None, metadata=LATER)
+    """Which ones, where there are more."""
+    relative_to: str | None = dataclasses.field(default=None, metadata=LATER)
+    """The column of ``at=`` with the date that windows of time are counted from, or acquisitions are near to."""
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("harmonize(choose)", self.choose, CHOICES)
+        most = self.max_acquisitions
+        if most is not None and not (_is_whole(most) and 0 < most <= MOST_ACQUISITIONS):
+            raise PlanError(
+                "harmonize(max_acquisitions=)", repr(most), f"a whole number from 1 to {MOST_ACQUISITIONS:,}"
+            )
         _one_of("resampling", self.resampling, RESAMPLINGS)
         if self.resolution is not None and not (is_number(self.resolution) and self.resolution > 0):
             raise PlanError("harmonize(resolution=)", repr(self.resolution), "a positive pixel size")

@@ -25,6 +25,7 @@ from rasteret_dask.lists import first_of
 from rasteret_dask.planning.bandkinds import BandKind, band_kinds, check_kernel, user_kinds, with_one_kind
 from rasteret_dask.planning.bandpass import like_oli
 from rasteret_dask.planning.calls import condition
+from rasteret_dask.planning.chiptimes import ChipTimes
 from rasteret_dask.planning.pixelsizes import alike, catalog_m, not_in_metres, pixels_m
 from rasteret_dask.planning.plan import (
     LATER,
@@ -115,11 +116,13 @@ class SourcePlan:
     """Of each output band."""
     optional: bool = dataclasses.field(default=False, metadata=LATER)
     """Whether there are chips without it, as its join does not require it."""
+    chip_slots: int = dataclasses.field(default=0, metadata=LATER)
+    """How many slots each chip has of its own; 0: slots are the same for all chips, or there are none."""
 
     @property
     def sparse(self) -> bool:
         """Whether ``present`` tells which slots of which chips have a record."""
-        return self.optional
+        return self.optional or self.chip_slots > 0
 
     @property
     def dtype(self) -> str:
@@ -149,7 +152,7 @@ class SourcePlan:
     @property
     def times(self) -> int:
         """Length of the time dimension."""
-        return 1 if self.slots is None else len(self.slots)
+        return self.chip_slots or (1 if self.slots is None else len(self.slots))
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,32 @@ class ResolvedSource:
     """Whether the pixel size is that of the first member's files, in units of their CRS: nobody says another."""
     tolerance: np.timedelta64 | None = None
     """How far an interval may lie that stands in where none holds a moment; None: intervals have slots of their own."""
+    chip_times: ChipTimes | None = None
+    """Which slots each chip has of its own; None: all share ``axis``, or there are no slots."""
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether chips have slots; else each is one acquisition."""
+        return self.axis is not None or self.chip_times is not None
 
     @property
     def is_static(self) -> bool:
         """Whether all of its records hold at any time."""
         return self.passes.is_static
+
+    def check_chipless(self, step: str) -> None:
+        """Raise a PlanError where slots hang on chips' own dates, and a step has no chips."""
+        if self.chip_times is not None and self.chip_times.edges:
+            raise PlanError(
+                f"{step} of source {self.plan.name!r}", f"time={list(self.chip_times.edges)}: dates of each chip",
+                "slots that are the same everywhere",
+                "Take chips(size, at=...), or say harmonize(time='1MS').",
+            )  # fmt: skip
+
+    @property
+    def span(self) -> tuple[np.datetime64, np.datetime64]:
+        """When its records are, half-open."""
+        return self.passes.record_start.min(), self.passes.record_end.max() + np.timedelta64(1, "us")
 
     @cached_property
     def id_rank(self) -> NDArray[np.int64]:
@@ -296,8 +320,14 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
     passes = acquisitions(records, spec.time == STATIC)
     _one_scale(name, bands, rules, tables, resolved, passes)
-    axis = _axis(name, spec, members, passes)
-    if axis is None and rules.composes:
+    chip_times = ChipTimes.of(name, spec)
+    if chip_times is not None and passes.is_static:
+        raise PlanError(
+            f"harmonize(time={spec.time!r}) of source {name!r}", "records that hold at any time",
+            "acquisitions, each with a time of its own", "Say time='static': one slot.",
+        )  # fmt: skip
+    axis = None if chip_times is not None else _axis(name, spec, members, passes)
+    if axis is None and chip_times is None and rules.composes:
         raise PlanError(f"harmonize(pick={rules.pick.name!r}) of source {name!r}", "no time=: one acquisition a chip",
                         "slots with several acquisitions", "Add time=, such as time='1MS'.")  # fmt: skip
     plan = SourcePlan(
@@ -314,7 +344,9 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     )
     member = np.repeat(np.arange(len(tables)), [len(r) for r in tables])
     tolerance = _tolerance(name, spec, passes)
-    return ResolvedSource(plan, records, member, passes, axis, unreadable, spec.resolution is None, tolerance)
+    return ResolvedSource(
+        plan, records, member, passes, axis, unreadable, spec.resolution is None, tolerance, chip_times
+    )
 
 
 def in_metres(source: ResolvedSource, step: str) -> ResolvedSource:
@@ -770,6 +802,7 @@ def _axis(
         return intervals([passes])
     if spec.time is None:
         return None
+    assert isinstance(spec.time, str)
     if bool(passes.is_interval.all()) and len(passes.start):
         return intervals([passes])
     start, end = _range(members)

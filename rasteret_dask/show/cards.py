@@ -385,6 +385,8 @@ def _source_rows(planned: PlannedChips) -> Iterator[Fact]:
         parts = [" + ".join(member.name for member in plan.members)] if len(plan.members) > 1 else []
         if source.is_static:
             parts.append("static")
+        elif source.chip_times is not None:
+            parts.append(source.chip_times.words)
         elif source.axis is not None and (axis := _axis(source)) != _slots(planned):
             parts.append(axis)
         if plan.pick != Closest():

@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, chip_sources
+from rasteret_dask.chipping.chipslots import chip_dates, slot_times
 from rasteret_dask.chipping.chiptable import FILLED, bounds_of, replaced
 from rasteret_dask.chipping.coverage import FULL
 from rasteret_dask.chipping.feeds import Feeds, covered, enough, pick
@@ -53,6 +54,9 @@ CONTENDERS = pa.schema(
 acquisition among the slot's."""
 
 DAY_NS = 86_400 * 10**9
+
+NO_SLOT = -1
+"""The slot of acquisitions that are none of those that a chip has."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +112,20 @@ def contest(query: Query, planned: PlannedChips, row: int) -> Contest:
         dropped = dropped or next(iter(dataset.attrs.get("dropped", {}).values()), "")
         own = [e for e in entries if e.source == number]
         if source.plan.optional and not any(feed[0] == number for feed in used):
-            reason = "; ".join(uncovered(planned, frame, number))
+            dates = chip_dates(chip.table, () if source.chip_times is None else source.chip_times.columns)
+            reason = "; ".join(uncovered(planned, frame, dates, number))
             lines.append(f"{source.plan.name}: absent: {reason}; join(require=) lets chips lack it")
             rows += [_row(source, e, shares[e], "not used", "") for e in own]
             continue
         for slot in sorted({e.slot for e in own}):
             there = [e for e in own if e.slot == slot]
-            start = dataset["datetime"].values[0, slot]
+            start = dataset["datetime"].values[0, max(slot, 0)]
             lead = _lead(source, there, start)
-            why = _reason(source, there, lead, shares)
+            why = _reason(source, there, lead, shares, chip)
             at = {e: _role(source, e, lead, used) for e in there}
             rows += [_row(source, e, shares[e], at[e], why) for e in there]
+            if slot == NO_SLOT:
+                continue
             valid = float(dataset["valid_fraction"].values[0, slot])
             filled = float(dataset[FILLED].values[0, slot]) if FILLED in dataset else 0.0
             lines.append(_slot_line(source, slot, lead, why, valid, filled))
@@ -147,15 +154,25 @@ def _entries(
 ) -> list[_Entry]:
     """Return the records of a source that compete for a chip, slot by slot, the best first."""
     source, footprints = chips.sources[number], chips.outlines[number]
-    if source.axis is None:
+    if not source.has_slots:
         touched = covered(source, footprints, frame)
         share = dict(zip(touched.record.tolist(), touched.share.tolist(), strict=True))
         own = {r: o for (s, _, r), o in used.items() if s == number}
         others = [] if number == chips.reference else [r for r in share if r not in own]
         return [_Entry(number, 0, r, own.get(r, -1), share[r]) for r in (*own, *others)]
-    slotted = covered_slots(source, footprints, frame)
+    dates = chip_dates(chips.table, () if source.chip_times is None else source.chip_times.columns)
+    slotted = covered_slots(source, footprints, frame, dates)
+    if source.chip_times is not None and source.chip_times.most:
+        share = dict(zip(slotted.record.tolist(), slotted.share.tolist(), strict=True))
+        fed = {(s, r): o for (n, s, r), o in used.items() if n == number}
+        result = [_Entry(number, s, r, o, share[r]) for (s, r), o in fed.items()]
+        left = share.keys() - {r for _, r in fed}
+        result += [_Entry(number, NO_SLOT, r, -1, share[r]) for r in left]
+        return sorted(result, key=lambda e: (e.slot, e.order, source.passes.record_start[e.record]))
     good, _, _ = enough(slotted, frame, footprints, chips.spec.min_coverage)
-    ordered = pick(_with_all(source), good, frame, footprints, source.axis, chips.spec.min_coverage)
+    ordered = pick(
+        _with_all(source), good, frame, footprints, slot_times(source, dates), chips.spec.min_coverage
+    )
     result = [_Entry(number, s, r, o, c) for s, r, o, c in _columns(ordered)]
     there = {(e.slot, e.record) for e in result}
     result += [_Entry(number, s, r, -1, c) for s, r, _, c in _columns(slotted) if (s, r) not in there]
@@ -202,7 +219,7 @@ def _shares(
         lost += [line for dataset in made.values() for line in dataset.attrs["unreadable"]]
         valid.append(
             np.array([
-                made[job.sources[e.source].name]["valid_fraction"].values[at, e.slot]
+                made[job.sources[e.source].name]["valid_fraction"].values[at, max(e.slot, 0)]
                 for at, e in enumerate(entries[shard.start : shard.stop])
             ])
         )  # fmt: skip
@@ -221,7 +238,7 @@ def _alone(chip: PlannedChips, entries: Sequence[_Entry]) -> PlannedChips:
         feeds,
         offsets=np.arange(len(entries) + 1),
         source=np.array([e.source for e in entries], dtype=np.int8),
-        slot=np.array([e.slot for e in entries]),
+        slot=np.array([max(e.slot, 0) for e in entries]),
         order=np.zeros(len(entries), dtype=np.int64),
         row=np.array([e.record for e in entries], dtype=np.int32),
         share=np.array([e.share for e in entries], dtype=np.float32),
@@ -272,9 +289,9 @@ def _names(source: ResolvedSource) -> list[tuple[int, str]]:
 def _lead(source: ResolvedSource, there: Sequence[_Entry], start: np.datetime64) -> list[_Entry]:
     """Return the records of the acquisition that was picked; of a composite none."""
     passes, choice = source.passes, source.plan.pick
-    if isinstance(choice, Composed) and source.axis is not None:
+    if isinstance(choice, Composed) and source.has_slots:
         return []
-    if isinstance(choice, Scored) and source.axis is not None:
+    if isinstance(choice, Scored) and source.has_slots:
         begun = {e: passes.start[passes.of_record[e.record]].astype("datetime64[us]") for e in there}
         return [e for e in there if e.order >= 0 and begun[e] == start]
     return [e for e in there if e.order == 0]
@@ -285,7 +302,7 @@ def _role(
 ) -> str:
     if entry.order < 0:
         return "not used"
-    if isinstance(source.plan.pick, Composed) and source.axis is not None:
+    if isinstance(source.plan.pick, Composed) and source.has_slots:
         return "composed"
     if entry in lead:
         return "picked"
@@ -298,8 +315,8 @@ def _row(source: ResolvedSource, entry: _Entry, shares: _Shares, role: str, why:
     start = source.passes.record_start[entry.record]
     return {
         "source": source.plan.name,
-        "slot": entry.slot,
-        "slot_name": "" if source.axis is None else slot_words(source, entry.slot),
+        "slot": None if entry.slot == NO_SLOT else entry.slot,
+        "slot_name": "" if entry.slot == NO_SLOT else slot_words(source, entry.slot),
         "record": source.records.ids[entry.record],
         "datetime": None if source.is_static else pd.Timestamp(start, tz="UTC").floor("us").to_pydatetime(),
         "coverage": entry.share,
@@ -314,20 +331,26 @@ def _row(source: ResolvedSource, entry: _Entry, shares: _Shares, role: str, why:
 def _slot_line(
     source: ResolvedSource, slot: int, lead: Sequence[_Entry], why: str, valid: float, filled: float
 ) -> str:
-    name = source.plan.name + ("" if source.axis is None else f", slot {slot_words(source, slot)}")
+    name = source.plan.name + (f", slot {slot_words(source, slot)}" if source.has_slots else "")
     records = ", ".join(source.records.ids[e.record] for e in lead)
     part = f"{valid:.1%} valid" + (f", {filled:.1%} from others than the picked" if filled else "")
     return f"{name}: {records + ': ' if records else ''}{why}; {part}"
 
 
 def _reason(
-    source: ResolvedSource, there: Sequence[_Entry], lead: Sequence[_Entry], shares: dict[_Entry, _Shares]
+    source: ResolvedSource,
+    there: Sequence[_Entry],
+    lead: Sequence[_Entry],
+    shares: dict[_Entry, _Shares],
+    planned: PlannedChips,
 ) -> str:
     """Say why an acquisition was picked, beside the next one in order."""
-    choice, axis, passes = source.plan.pick, source.axis, source.passes
+    choice, passes = source.plan.pick, source.passes
     ready = [e for e in there if e.order >= 0]
     count = len({e.order for e in ready})
-    if axis is None:
+    if source.chip_times is not None and source.chip_times.most:
+        return f"one of the chip's acquisitions ({source.chip_times.choice})"
+    if not source.has_slots:
         return "the chip is this acquisition" if len(ready) == len(there) else "the nearest in time"
     if not ready:
         return "no records cover enough of the chip: the slot stays empty"
@@ -347,7 +370,7 @@ def _reason(
     if choice.coverage_first and mine >= FULL > theirs:  # type: ignore[attr-defined]  # all others are Ranked
         return f"it covers the chip, and the next {min(theirs, 1.0):.0%} of it"
     starts = [passes.record_start[own[0].record] for own in (lead, second)]
-    middle = axis.start[there[0].slot] + (axis.end[there[0].slot] - axis.start[there[0].slot]) // 2
+    middle = _middle(source, there[0].slot, planned.table)
     match choice:
         case First() | Last() | Newest():
             words = {First: "the earliest", Last: "the latest", Newest: "the newest"}[type(choice)]
@@ -359,6 +382,17 @@ def _reason(
             near, far = (abs((start - middle).astype(np.int64)) / DAY_NS for start in starts)
             return f"{near:.1f} days from the slot's middle, and the next {far:.1f}"
     return f"first in the order of {choice.name}"
+
+
+def _middle(source: ResolvedSource, slot: int, chip: pa.Table) -> np.datetime64:
+    """Return the middle of a slot of one chip."""
+    dates = chip_dates(chip, () if source.chip_times is None else source.chip_times.columns)
+    times = slot_times(source, dates)
+    assert times is not None
+    middle: np.datetime64 = times.middle(np.zeros(1, dtype=np.int64), np.array([slot])).astype(
+        "datetime64[ns]"
+    )[0]
+    return middle
 
 
 def _valid(shares: dict[_Entry, _Shares], entries: Sequence[_Entry]) -> str:

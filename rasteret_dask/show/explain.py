@@ -226,6 +226,7 @@ def explain(
         "left_bands": {s.plan.name: _left_bands(s) for s in chips.sources},
         "present": _present(chips),
         "times": _times(chips),
+        "chip_slots": _chip_slots(chips),
         "static": [s.plan.name for s in chips.sources if s.is_static],
         "tolerance": {
             s.plan.name: str(pd.Timedelta(s.tolerance)) for s in chips.sources if s.tolerance is not None
@@ -430,6 +431,19 @@ def _times(chips: PlannedChips) -> dict[str, list[str]]:
     }
 
 
+def _chip_slots(chips: PlannedChips) -> dict[str, dict[str, Any]]:
+    """Return what is said of slots of chips' own, and how many of them have records, per source that has such."""
+    result = {}
+    for number, source in enumerate(chips.sources):
+        if source.chip_times is not None:
+            count = chips.feeds.present(number, source.plan.times).sum(axis=1)
+            result[source.plan.name] = {
+                "text": source.chip_times.words, "slots": source.plan.times, "average": round(float(count.mean()), 3),
+                "slots_with_records": [int(count.min()), int(count.max())],
+            }  # fmt: skip
+    return result
+
+
 def _size(nbytes: float | None) -> str:
     return "unknown (no tile tables)" if nbytes is None else nbytes_text(nbytes)
 
@@ -526,6 +540,13 @@ def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
         elif name in f["tolerance"]:
             rows.append(
                 ("", f"each slot: the interval that holds it, else the nearest in {f['tolerance'][name]}")
+            )
+        elif name in f["chip_slots"]:
+            own = f["chip_slots"][name]
+            rows.append(("", own["text"]))
+            least, most = own["slots_with_records"]
+            rows.append(
+                ("", f"{own['average']:.1f} of {own['slots']} slots have records, {least} to {most} a chip")
             )
         elif name in f["times"]:
             rows.append(

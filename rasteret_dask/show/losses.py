@@ -17,10 +17,11 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import ChipSources, PlannedChips, below_join, chip_sources
+from rasteret_dask.chipping.chipslots import in_slots
 from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.coverage import FULL, Outlines
 from rasteret_dask.chipping.distances import apart_m
-from rasteret_dask.chipping.feeds import Feeds, covered, enough, nearest_intervals, slots_of
+from rasteret_dask.chipping.feeds import Feeds, covered, enough
 from rasteret_dask.chipping.frame import Frame, candidates, concatenated, lattice_of, outline_wkb, zone_frame
 from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units, cells_touched, column_splits
 from rasteret_dask.chipping.steps import carried_out, steps_of
@@ -28,6 +29,7 @@ from rasteret_dask.errors import PlanError, RasteretDaskError
 from rasteret_dask.footprint import placed
 from rasteret_dask.grid import transformer
 from rasteret_dask.planning.calls import call, calls, condition
+from rasteret_dask.planning.chiptimes import Dates
 from rasteret_dask.planning.optimize import named_bands
 from rasteret_dask.planning.plan import (
     KM_PER_DEGREE,
@@ -452,7 +454,8 @@ def _laid(
     ground: ChipSources, tables: Mapping[str, Table], windows: _Windows, place: Spot, node: CutChips
 ) -> tuple[PlannedChips, Stage]:
     """Return the chips that the windows become, and what the step leaves."""
-    part = ground.lay(windows.frame, _points(ground, tables))
+    points = _points(ground, tables)
+    part, dates = ground.lay(windows.frame, points), ground.dates(windows.frame, points)
     reasons: tuple[str, ...] = ()
     if not len(windows.everywhere):
         reasons = (windows.reason,)
@@ -463,26 +466,34 @@ def _laid(
         where = f"{_far(far)} from" if far > 0 else "in a window that shares too little with"
         reasons = (f"outside of the area of interest (aoi=): {where} it",)
     elif not part.table.num_rows:
-        each = [windows.frame.take(np.array([n])) for n in range(len(windows.frame))]
-        reasons = tuple(dict.fromkeys(reason for one in each for reason in uncovered(ground, one)))
+        each = [
+            (windows.frame.take(np.array([n])), {c: t[n : n + 1] for c, t in dates.items()})
+            for n in range(len(windows.frame))
+        ]
+        reasons = tuple(dict.fromkeys(reason for one in each for reason in uncovered(ground, *one)))
     left = part.table.num_rows
     return part, Stage(call(node), "window", len(windows.everywhere), left, reasons)
 
 
-def covered_slots(source: ResolvedSource, footprints: Outlines, frame: Frame) -> Feeds:
+def covered_slots(source: ResolvedSource, footprints: Outlines, frame: Frame, dates: Dates) -> Feeds:
     """Return every record that covers a part of a window, in each slot that its time falls in.
 
-    Without a time axis the slot is the acquisition's number.
+    Where a slot is an acquisition, and where there is no slot, the slot is the acquisition's number.
+
+    Parameters
+    ----------
+    source, footprints, frame
+        A source, the outlines of its records, and the windows.
+    dates
+        Of each window, where the source asks for some.
     """
     touched = covered(source, footprints, frame)
-    if source.axis is None:
-        return touched
-    if source.tolerance is None:
-        return slots_of(source, touched, source.axis)
-    return nearest_intervals(source, touched, source.axis)
+    return in_slots(source, touched, dates) if source.has_slots else touched
 
 
-def uncovered(ground: ChipSources | PlannedChips, frame: Frame, only: int | None = None) -> Iterator[str]:
+def uncovered(
+    ground: ChipSources | PlannedChips, frame: Frame, dates: Dates, only: int | None = None
+) -> Iterator[str]:
     """Yield what each source that chips may not lack, or ``only`` one source, lacks for a chip in a window."""
     spec, complete = ground.spec, True
     wanted_share = f"min_coverage asks for {spec.min_coverage:.0%}"
@@ -491,7 +502,7 @@ def uncovered(ground: ChipSources | PlannedChips, frame: Frame, only: int | None
             continue
         name = source.plan.name
         touched = covered(source, footprints, frame)
-        slotted = covered_slots(source, footprints, frame)
+        slotted = covered_slots(source, footprints, frame, dates)
         if not len(touched.record):
             complete = False
             count = len(source.records)
@@ -500,19 +511,19 @@ def uncovered(ground: ChipSources | PlannedChips, frame: Frame, only: int | None
             continue
         if not len(slotted.record):
             complete = False
-            yield f"the records of {name} that cover it lie in none of its slots"
+            yield f"the records of {name} that cover it lie in none of its slots{_dates(dates)}"
             continue
         _, key, share = enough(slotted, frame, footprints, 0.0)
         least = min(spec.min_coverage, FULL) if spec.min_coverage > 0 else 0.0
         good = int(np.sum(share >= least))
         best = int(np.argmax(share))
         when = _slot_name(source, int(key[best]))
-        if source.axis is None:
+        if not source.has_slots:
             if not good:
                 complete = False
                 yield f"covered to {_percent(share[best])} at most by an acquisition of {name} ({when}); {wanted_share}"
             continue
-        wanted = min(max(spec.min_slots, 1), len(source.axis))
+        wanted = min(max(spec.min_slots, 1), source.plan.times)
         if good >= wanted:
             continue
         complete = False
@@ -525,7 +536,7 @@ def uncovered(ground: ChipSources | PlannedChips, frame: Frame, only: int | None
                 if part < least
             ]
             more = f" ({', '.join(low)}; {wanted_share})" if low else ""
-            yield f"{good} of {len(source.axis)} slots of {name} are covered{more}; min_slots asks for {wanted}"
+            yield f"{good} of {source.plan.times} slots of {name} are covered{more}; min_slots asks for {wanted}"
     if complete:  # sources without slots: each has acquisitions, but not at the same time
         other = "every other source" if only is None else ground.sources[only].plan.name
         yield f"no acquisition of the reference source has one of {other} beside it"
@@ -551,15 +562,28 @@ def _nearest(source: ResolvedSource, frame: Frame) -> str:
     return f"; the nearest, {source.records.ids[int(tried[at])]}, is {_far(far[at])} away"
 
 
+def _dates(dates: Dates) -> str:
+    """Return the dates of one window."""
+    shown = ", ".join(f"{name} {np.datetime_as_string(times[0], unit='D')}" for name, times in dates.items())
+    return f" ({shown})" if shown else ""
+
+
 def _slot_name(source: ResolvedSource, slot: int) -> str:
-    if source.axis is not None:
+    if source.axis is not None or (source.chip_times is not None and not source.chip_times.most):
         return slot_words(source, slot)
     return f"{pd.Timestamp(source.passes.start[slot]):%Y-%m-%d %H:%M}"
 
 
 def slot_words(source: ResolvedSource, slot: int) -> str:
-    """Return what a slot is called: ``2024-05``, ``2024-05-11``, or ``static``."""
-    assert source.axis is not None
+    """Return what a slot is called: ``2024-05``, ``2024-05-11``, ``static``, or what edges or number it has.
+
+    Without slots it has no name.
+    """
+    if source.chip_times is not None:
+        edges = source.chip_times.edges
+        return str(slot) if source.chip_times.most else f"{edges[slot]} to {edges[slot + 1]}"
+    if source.axis is None:
+        return ""
     if source.is_static:
         return "static"
     start = pd.Timestamp(source.axis.start[slot])

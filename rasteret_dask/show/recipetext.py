@@ -351,6 +351,8 @@ def _harmonize(spec: HarmonizeSpec) -> Table:
     table = changes(spec, HarmonizeSpec())
     if spec.bands is not None:
         table["bands"] = list(spec.bands)
+    if isinstance(spec.time, tuple):
+        table["time"] = list(spec.time)
     if spec.units is not None:
         table["units"] = None if spec.units == Units() else _units(spec.units)
     if spec.mask is not None:

@@ -98,7 +98,8 @@ def _by_acquisition(node: Node) -> Node:
     """Return a plan without slots of time."""
     node = with_children(node, tuple(_by_acquisition(child) for child in children(node)))
     if isinstance(node, Harmonize):
-        return replace(node, spec=replace(node.spec, time=None, tolerance=None, pick=None, fill=None))
+        free = {"time": None, "max_acquisitions": None, "choose": None, "relative_to": None}
+        return replace(node, spec=replace(node.spec, **free, tolerance=None, pick=None, fill=None))
     return node
 
 

@@ -83,6 +83,11 @@ class TimeAxis:
     def __len__(self) -> int:
         return len(self.start)
 
+    def middle(self, window: NDArray[np.int64], slot: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the middle of slots, ns since 1970 UTC: the same in every window of the ground."""
+        middle = self.start.astype(np.int64) // 2 + self.end.astype(np.int64) // 2
+        return np.asarray(middle[slot])
+
 
 def half_open(date_range: Sequence[str | None] | str | None) -> tuple[str | None, str | None]:
     """Return (start, end) of a date range as ISO 8601 UTC, half-open; the last day, month or year included.
