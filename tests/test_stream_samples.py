@@ -85,7 +85,9 @@ def test_two_ranks_read_about_as_many_bytes_as_one(
     read.clear()
     for rank in range(4):
         names(store.stream(8, shuffle=1, rank=rank, world_size=4))
-    assert 0.7 * alone < sum(read) < 1.5 * alone  # nobody reads a whole shard, which would be four times as many
+    assert (
+        0.7 * alone < sum(read) < 1.5 * alone
+    )  # nobody reads a whole shard, which would be four times as many
 
 
 # Other ranks and batches

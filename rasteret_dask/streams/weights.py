@@ -29,8 +29,9 @@ class Weights:
     """Numbers that say how often each chip comes, compared with the others.
 
     An epoch has as many chips as before. Chip i comes ``n * weight / sum`` times: rounded down or up, by systematic
-    sampling (one random number an epoch, and the running sum of the weights). So the mean over epochs is exact, the
-    counts of each epoch are as close to it as whole numbers can be, and neighbours of equal weight are thinned evenly.
+    sampling (one random number an epoch, and the running sum of the weights). So the mean over epochs is exact, and the
+    counts of each epoch are as close to it as whole numbers can be. Chips of one weight, or one class, follow each
+    other in that sum: they are thinned evenly, and all of them together come as often as they should, but for one.
 
     Parameters
     ----------
@@ -38,6 +39,8 @@ class Weights:
         Shape (chip,). Finite, not negative, and not all zero.
     subject
         What gave them, for errors.
+    groups
+        Shape (chip,). The class of each chip; None: those of one weight belong together.
 
     Raises
     ------
@@ -45,10 +48,11 @@ class Weights:
         Where they are no such numbers.
     """
 
-    def __init__(self, values: NDArray[Any], subject: str) -> None:
+    def __init__(self, values: NDArray[Any], subject: str, groups: NDArray[np.int64] | None = None) -> None:
         if values.ndim != 1 or values.dtype.kind not in "biuf":
             raise PlanError(subject, f"{values.dtype} of shape {values.shape}", "a number for each chip")
         self.values = values.astype(np.float64)
+        self._order = np.argsort(values if groups is None else groups, kind="stable")
         for wrong, text in (
             (~np.isfinite(self.values), "weights that are not finite (nan, inf or null)"),
             (self.values < 0, "negative weights"),
@@ -92,7 +96,8 @@ class Weights:
                 "Multiply your weights by 1 / the count of the chip's class.",
             )  # fmt: skip
         if balance is not None:
-            return cls(_balanced(_text(balance, "balance"), column(balance)), f"stream(balance={balance!r})")
+            classes = _classes(_text(balance, "balance"), column(balance))
+            return cls(1.0 / np.bincount(classes)[classes], f"stream(balance={balance!r})", classes)
         if weights is None:
             return None
         if isinstance(weights, str):
@@ -119,11 +124,13 @@ class Weights:
             The epoch's random number, from 0 on and below 1.
         """
         n = len(self.values)
-        ends = np.cumsum(self.values / self.values.max())
+        ends = np.cumsum(self.values[self._order] / self.values.max())
         marks = np.floor(ends / ends[-1] * n + draw).astype(np.int64)
         # nothing is rounded past a chip of weight 0: where the sum does not grow, neither do the marks
         marks[ends == ends[-1]] = n
-        return np.asarray(np.diff(marks, prepend=0), dtype=np.int64)
+        counts = np.empty(n, dtype=np.int64)
+        counts[self._order] = np.diff(marks, prepend=0)
+        return counts
 
 
 def _text(name: Any, argument: str) -> str:
@@ -142,7 +149,8 @@ def _numbers(name: str, column: pa.ChunkedArray) -> NDArray[Any]:
     return np.asarray(column.to_numpy())
 
 
-def _balanced(name: str, column: pa.ChunkedArray) -> NDArray[np.float64]:
+def _classes(name: str, column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return the number of each chip's class."""
     import pyarrow as pa
 
     subject = f"stream(balance={name!r})"
@@ -156,12 +164,8 @@ def _balanced(name: str, column: pa.ChunkedArray) -> NDArray[np.float64]:
             "Give weights= numbers of your own.",
         )  # fmt: skip
     _refuse_nulls(subject, column)
-    number = column.combine_chunks().dictionary_encode()
-    if isinstance(number, pa.ChunkedArray):
-        number = number.chunk(0) if number.num_chunks else number.combine_chunks()
-    classes = np.asarray(number.indices.to_numpy(zero_copy_only=False), dtype=np.int64)
-    counts = np.bincount(classes, minlength=1)
-    return np.asarray(1.0 / counts[classes], dtype=np.float64)
+    _, classes = np.unique(np.asarray(column.to_pylist()), return_inverse=True)
+    return np.asarray(classes, dtype=np.int64)
 
 
 def _refuse_nulls(subject: str, column: pa.ChunkedArray) -> None:
