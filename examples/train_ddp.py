@@ -88,7 +88,7 @@ def train(rank: int, ranks: int, scheduler: str | None, settings: Settings) -> d
     bands, vectors = (len(stream.bands[name]) for name in (settings.source, settings.target))
     model = DistributedDataParallel(network(bands, vectors).to(device))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    first = resumed(rank, model, optimizer, stream, settings)
+    first = resumed(model, optimizer, stream, settings)
     losses, chips = [], 0
     with stream:
         for step, arrays in enumerate(stream, first):
@@ -125,9 +125,7 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, stream: Stream, set
         os.replace(part, place)
 
 
-def resumed(
-    rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, stream: Stream, settings: Settings
-) -> int:
+def resumed(model: nn.Module, optimizer: torch.optim.Optimizer, stream: Stream, settings: Settings) -> int:
     """Load the checkpoint, where there is one; return the number of the batch that comes next."""
     place = Path(settings.checkpoint) / "latest.pt"
     if not settings.checkpoint or not place.exists():
@@ -135,9 +133,7 @@ def resumed(
     state = torch.load(place, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    stream.load_state_dict(
-        {**state["stream"], "rank": rank}
-    )  # all ranks stand at the same batch, each at its own
+    stream.load_state_dict(state["stream"])  # the same for all ranks, and for another number of them
     return int(state["stream"]["epoch"] * stream.order.batches + state["stream"]["batch"])
 
 

@@ -14,6 +14,7 @@ EXTRAS = {
     "gateway": {"aiohttp": "aiohttp", "dask_gateway": "dask-gateway>=2025.4"},
     "geo": {"geopandas": "geopandas>=1.0"},
     "kubernetes": {"dask_kubernetes": "dask-kubernetes>=2025.7", "httpx": "httpx", "kr8s": "kr8s"},
+    "lightning": {"lightning": "lightning>=2.4"},
     "map": {"folium": "folium>=0.18"},
     "pc": {"planetary_computer": "planetary-computer>=1.0"},
     "plot": {"matplotlib": "matplotlib>=3.9"},

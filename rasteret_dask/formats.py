@@ -77,7 +77,7 @@ class Format:
 STORE = Format("store", 2, "Write it again with to_zarr.")
 PLAN = Format("saved plan", 2, "Save it again with save_plan.")
 TABLE = Format("record table", 1, "Build it again, or export it with the version that wrote it.")
-STATE = Format("stream state", 1, "Begin the epoch again: state_dict() of a new stream.")
+STATE = Format("stream state", 2, "Begin the epoch again: state_dict() of a new stream.")
 
 
 def table_metadata() -> dict[bytes, bytes]:

@@ -14,9 +14,11 @@ from rasteret_dask.net.sums import document_of, sealed
 from rasteret_dask.planning.functions import Function
 from rasteret_dask.store.stored import Stored
 from rasteret_dask.storeset import open_chips
+from rasteret_dask.streams.augmenting import Augment
 from rasteret_dask.streams.chipshards import ChipShards, stored_chips
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.streams.stream import Batching, Normalize, Stream
+from rasteret_dask.streams.weights import WeightsLike
 from rasteret_dask.tasks.context import Functions, ReadContext
 from rasteret_dask.tasks.job import Job
 from rasteret_dask.tasks.jobfile import JOB_FILE, open_job, read_note, write_job
@@ -79,6 +81,9 @@ def stream_from(
     *,
     buffer: int = 4,
     ignore_index: int | None = None,
+    weights: WeightsLike | None = None,
+    balance: str | None = None,
+    augment: Augment | None = None,
     functions: Iterable[Callable[..., Any]] = (),
     split: str | None = None,
     on_error: OnError = "raise",
@@ -96,7 +101,9 @@ def stream_from(
         threads of this process. A ``tls://`` address takes its certificates from Dask's configuration: see Notes.
     plan
         Where :meth:`Chips.save_plan` wrote the plan, or :meth:`Chips.to_zarr` a store.
-    batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch, normalize, buffer, ignore_index
+    batch_size, shuffle, epochs, drop_last, rank, world_size, pad, prefetch
+        As in :meth:`Chips.stream`.
+    normalize, buffer, ignore_index, weights, balance, augment
         As in :meth:`Chips.stream`.
     functions
         The functions that the plan calls (those given to ``map`` and ``filter_pixels``): a saved plan holds their
@@ -142,7 +149,7 @@ def stream_from(
     """
     batching = Batching(
         batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,
-        ignore_index,
+        ignore_index, weights, balance, augment,
     )  # fmt: skip
     url = Place.of(plan).url
     if _exists(url, JOB_FILE):

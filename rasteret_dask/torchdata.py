@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.context import BaseContext
 from typing import Any, TypeAlias
@@ -22,9 +23,10 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.extras import needs
 from rasteret_dask.store import stored
 from rasteret_dask.storeset import StoredChips
-from rasteret_dask.streams.epochs import BatchOrder, Epoch
+from rasteret_dask.streams.epochs import BatchOrder, Begun, Epoch
 from rasteret_dask.streams.stream import Normalize, Stream, prepared
 from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.training.batched import ChipBatch
 from rasteret_dask.training.passes import Passes
 from rasteret_dask.training.tensors import Sample, as_tensors, check_image
 
@@ -32,7 +34,18 @@ with needs("torch", "torch Datasets of chips"):
     import torch.distributed
     from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-__all__ = ["ChipDataset", "ChipStore", "as_tensors", "forkserver"]
+__all__ = ["ChipDataModule", "ChipDataset", "ChipStore", "as_tensors", "forkserver"]  # noqa: F822 (__getattr__)
+
+_log = logging.getLogger(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ChipDataModule":  # lightning takes seconds to import
+        from rasteret_dask.training.datamodule import ChipDataModule
+
+        return ChipDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 Transforms: TypeAlias = Callable[[Sample], Sample]
 
@@ -47,7 +60,7 @@ class _Run(BatchOrder):
     @cached_property
     def rank_order(self) -> BatchOrder:
         """The order of all of the rank's batches."""
-        return BatchOrder(**{name: getattr(self, name) for name in BatchOrder.__dataclass_fields__})
+        return BatchOrder(**values_of(self))
 
     @cached_property
     def _ends(self) -> tuple[int, int]:
@@ -58,9 +71,27 @@ class _Run(BatchOrder):
         start, stop = self._ends
         return stop - start
 
-    def epoch(self, number: int, first: int = 0, until: int | None = None) -> Epoch:
+    def left(self, begun: Begun) -> int:
+        return self.batches - begun.offset // self.batch_size
+
+    def arguments(self) -> dict[str, Any]:
+        own = {
+            name: getattr(self, name)
+            for name in ("batch_size", "drop_last", "rank", "world_size", "pad", "buffer")
+        }
+        return {**super().arguments(), **own, "worker": self.worker, "workers": self.workers}
+
+    def epoch(
+        self, number: int, first: int = 0, begun: Begun | None = None, until: int | None = None
+    ) -> Epoch:
         start, stop = self._ends
-        return self.rank_order.epoch(number, start + first, stop if until is None else start + until)
+        here = start + (0 if begun is None else begun.offset // self.batch_size)
+        return self.rank_order.epoch(number, here + first, None, stop if until is None else here + until)
+
+
+def values_of(order: BatchOrder) -> dict[str, Any]:
+    """Return the fields that every order has."""
+    return {name: getattr(order, name) for name in BatchOrder.__dataclass_fields__}
 
 
 def _run(batches: int, worker: int, workers: int) -> tuple[int, int]:
@@ -71,14 +102,18 @@ class ChipDataset(IterableDataset[Sample]):
     """A stream as a torch IterableDataset of whole batches: give it to ``DataLoader(dataset, batch_size=None)``.
 
     Each pass over it yields the stream's ``epochs``, and the next pass those that follow, with workers too; a pass
-    counts once it has yielded a batch. Where ``torch.distributed`` is initialized and the stream is not divided,
-    ranks divide it. DataLoader workers divide each epoch's batches into runs: together they yield the same batches,
-    whatever ``num_workers`` is; only their order differs. They must be started by
-    ``multiprocessing_context=forkserver()`` (the fastest) or ``"spawn"``; they open stores and read for themselves,
-    from the Dask cluster whose address the stream was given, else on threads.
+    counts once it has yielded a batch. Where ``torch.distributed`` is initialized by then and the stream is not
+    divided, ranks divide it. A batch is a dictionary, which needs no ``collate_fn``.
+
+    DataLoader workers divide each epoch's batches into runs: together they yield the same batches, whatever
+    ``num_workers`` is; only their order differs. They open stores and read for themselves, from the Dask cluster whose
+    address the stream was given, else on threads. A worker must be a process of its own, as a fork has locks of threads
+    that it lacks. So where nothing has chosen how Python starts processes, the first dataset chooses ``"forkserver"``,
+    as Python 3.14 does (a script then needs ``if __name__ == "__main__":``). Else
+    ``multiprocessing_context=forkserver()`` or ``"spawn"`` says it for one DataLoader.
 
     ``state_dict`` and ``load_state_dict`` work as torchdata's ``StatefulDataLoader`` asks, with workers too; without
-    workers, any DataLoader will do.
+    workers, any DataLoader will do, and the state may be that of another number of ranks or another batch size.
 
     Parameters
     ----------
@@ -92,7 +127,8 @@ class ChipDataset(IterableDataset[Sample]):
     Raises
     ------
     PlanError
-        When the stream has begun; in a worker, when it is a fork, or the stream holds what no other process can have.
+        When the stream has begun; when a DataLoader puts whole batches together again; in a worker, when it is a fork,
+        or the stream holds what no other process can have.
 
     Examples
     --------
@@ -123,16 +159,23 @@ class ChipDataset(IterableDataset[Sample]):
                 "ChipDataset", f"a stream at epoch {state['epoch']}, batch {state['batch']}", "one that has not begun",
                 "Load the state of the dataset itself: dataset.load_state_dict(...).",
             )  # fmt: skip
-        alone = stream.order.world_size == 1
-        if alone and torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            stream = stream.with_order(replace(stream.order, rank=rank, world_size=ranks))
         self.image, self.transforms = image, transforms
-        self._stream = stream
+        self._whole = stream
         self._process = os.getpid()
+        choose_start()
         self._passes = Passes()
         self._resumed: Mapping[str, Any] | None = None
         self._running: tuple[Stream | None, int] | None = None
+
+    @property
+    def _stream(self) -> Stream:
+        """The rank's part, once there are ranks: a Trainer starts them long after the dataset was made."""
+        alone = self._whole.order.world_size == 1
+        if alone and torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            if ranks > 1:
+                self._whole = self._whole.with_order(replace(self._whole.order, rank=rank, world_size=ranks))
+        return self._whole
 
     def __len__(self) -> int:
         """Return the number of batches of a pass, over all workers."""
@@ -264,12 +307,13 @@ class ChipDataset(IterableDataset[Sample]):
         start, end = _run(order.batches, worker.id, worker.num_workers)
         if start == end:
             return None
-        part = _Run(**asdict(order), worker=worker.id, workers=worker.num_workers)
+        part = _Run(**values_of(order), worker=worker.id, workers=worker.num_workers)
         return self._stream.with_order(part, stop)
 
     def _sample(self, batch: Arrays) -> Sample:
         sample = as_tensors(batch, self.image)
-        return sample if self.transforms is None else self.transforms(sample)
+        sample = sample if self.transforms is None else self.transforms(sample)
+        return ChipBatch(sample) if isinstance(sample, dict) else sample
 
     def __getstate__(self) -> dict[str, Any]:
         try:
@@ -280,11 +324,11 @@ class ChipDataset(IterableDataset[Sample]):
                 "a stream made with an address",
                 "Give stream(client=) the scheduler's address (client.scheduler.address), not a client.",
             ) from error  # fmt: skip
-        return {**self.__dict__, "_stream": stream, "_running": None}
+        return {**self.__dict__, "_whole": stream, "_running": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._process, self._stream = os.getpid(), cloudpickle.loads(state["_stream"])
+        self._process, self._whole = os.getpid(), cloudpickle.loads(state["_whole"])
 
 
 class ChipStore(Dataset[Sample]):
@@ -338,6 +382,7 @@ class ChipStore(Dataset[Sample]):
         measured = chips.stats() if normalize is True else normalize or None
         self.normalize = prepared(measured, ignore_index, chips.stored.map.pixels)
         self._process = os.getpid()
+        choose_start()
 
     def __len__(self) -> int:
         return len(self.chips)
@@ -398,6 +443,21 @@ def forkserver() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "rasteret_dask.torchdata"])  # the first is Python's default
     return context
+
+
+def choose_start() -> None:
+    """Let Python start processes by a fork server, where it would fork and nobody has chosen anything."""
+    if multiprocessing.get_start_method(allow_none=True) is None and _forks_by_default():
+        multiprocessing.set_start_method("forkserver")
+        forkserver()  # whose preloaded modules are those of all
+        _log.info(
+            "multiprocessing starts processes by 'forkserver' from now on: a fork cannot read. "
+            "multiprocessing.set_start_method() before the first dataset chooses otherwise."
+        )
+
+
+def _forks_by_default() -> bool:
+    return multiprocessing.get_all_start_methods()[0] == "fork"  # the first is the default
 
 
 def refuse_fork(process: int) -> None:

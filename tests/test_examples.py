@@ -202,6 +202,34 @@ def check_nothing_runs() -> None:
     until(lambda: not left())
 
 
+def test_lightning_goes_on_in_the_middle_of_an_epoch(
+    s2: rd.Collection, aef: rd.Collection, tmp_path: Path
+) -> None:
+    pytest.importorskip("lightning", reason="needs the extra lightning")
+    optical = s2.harmonize(bands=["red", "nir"], time="1MS", mask="clouds")
+    chips = rd.join(optical=optical, embeddings=aef.harmonize(units="embedding")).chips(32, cell_km=0.64)
+    chips = chips.sample(CHIPS).split(0.6, 0.4, 0.0, seed=1)
+    chips.to_zarr(tmp_path / "chips.zarr", progress=False)
+    train = rd.open_chips(tmp_path / "chips.zarr", split="train")
+    script = str(SCRIPT.with_name("train_lightning.py"))
+    batches = -(-len(train) // BATCH_SIZE)
+    assert batches >= 3
+    reports = []
+    for steps in (batches + 1, -1):
+        command = [sys.executable, script, str(tmp_path / "chips.zarr"), "--epochs=3", f"--batch-size={BATCH_SIZE}",
+                   f"--steps={steps}", f"--folder={tmp_path / 'run'}"]  # fmt: skip
+        with running(command) as process:
+            out, err = process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 0, err
+            reports.append(json.loads(out.splitlines()[-1]))
+    first, second = reports
+    assert (first["steps"], second["steps"]) == (batches + 1, 3 * batches)
+    wanted = [chip for b in train.stream(BATCH_SIZE, shuffle=7, epochs=3) for chip in b["chip_id"].tolist()]
+    assert first["chips"] + second["chips"] == wanted
+    assert second["train"][-1] < first["train"][0]
+    assert second["val"]
+
+
 @pytest.fixture(scope="module")
 def weights(world: World) -> str:
     """Train on two workers of a Dask cluster, undisturbed; return the hash of the weights."""

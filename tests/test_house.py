@@ -51,13 +51,14 @@ ORDER = {
     "store": "heartbeat limits stopping encode decode smallobjects shardreports remains ledger provenance bytecache "
              "storetables jobreport layout manifest write presence committing paging runtasks onthreads oncluster "
              "shardruns run outputs storemap storeread storefolds stored holding datasets rereading verifying",
-    "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
+    "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
+               "stream",
     "statistics": "sketch labelcounts stats measuring",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
-    "training": "tensors passes",
+    "training": "tensors batched passes datamodule",
     "the face": "compacting splitcells storeset reportpage streamfrom torchdata chipblocks chipset tableexits "
                 "pixelreads collection openers building",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
@@ -241,8 +242,8 @@ def test_every_direct_dependency_is_pinned() -> None:
         normal(re.split(r"[\s\[<>=!~;]", requirement, maxsplit=1)[0])
         for requirement in [*core, *(one for extra in extras.values() for one in extra)]
     }
-    # torch: its builds differ by machine, and whoever trains has one already
-    assert wanted - {"rasteret-dask", "torch"} <= set(pins())
+    # torch and lightning: builds differ by machine, and whoever trains has them already
+    assert wanted - {"rasteret-dask", "torch", "lightning"} <= set(pins())
     assert "torch" not in pins()
 
 

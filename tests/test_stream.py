@@ -214,12 +214,17 @@ def test_a_consumer_killed_again_and_again_misses_nothing(shards: Shards, tmp_pa
     [
         ({"chips": "0" * 32}, "of other chips.*the plan, the split and the store"),
         ({"seed": 4}, "shuffle=4.*shuffle=3"),
-        ({"batch_size": 9}, "batch_size=9.*batch_size=7"),
-        ({"world_size": 2}, "world_size=2"),
-        ({"buffer": 8}, "buffer=8"),
+        ({"weights": "0" * 32}, "weights='0+'.*weights=None"),
         ({"format": 99}, "format 99"),
-        ({"epoch": 7}, "epoch 7.*2 epochs of 11 batches"),
-        ({"batch": 11}, "batch 11"),
+        ({"format": 1}, "format 1.*Begin the epoch again"),
+        ({"epoch": 7}, "epoch 7.*2 epochs of 72 chips"),
+        ({"epoch": 2}, "epoch 2, batch 1"),
+        ({"batch": 0}, "batch 0, 7 chips taken"),
+        ({"dealt": []}, "batch 1, 0 chips taken"),
+        ({"dealt": {}}, "batch 1, 0 chips taken"),
+        ({"dealt": [7]}, "what state_dict"),
+        ({"dealt": [{"world_size": 1, "buffer": 4, "pad": False, "taken": True}]}, "what state_dict"),
+        ({"dealt": [{"world_size": 1, "buffer": 4, "pad": False, "taken": 72}]}, "72 chips taken"),
         ({"batch": "x"}, "batch 'x'"),
         ({"epoch": -1}, "epoch -1"),
     ],
@@ -281,7 +286,8 @@ def test_a_rank_reads_its_own_shards(shards: Shards) -> None:
 
 def test_what_a_state_has_behind_it_is_not_read_again(shards: Shards) -> None:
     stream = shards.stream(6)
-    stream.load_state_dict({**stream.state_dict(), "batch": 9})
+    dealt = [{"world_size": 1, "buffer": 4, "pad": False, "taken": 54}]
+    stream.load_state_dict({**stream.state_dict(), "batch": 9, "dealt": dealt})
     assert flat(stream) == shards.ids()[54:]
     assert set(shards.reads) == {9, 10, 11}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,15 @@ torch = pytest.importorskip("torch", reason="needs the extra torch")
 from torch.utils.data import DataLoader  # noqa: E402
 from torch.utils.data._utils import worker as torch_worker  # noqa: E402
 
-from rasteret_dask.torchdata import ChipDataset, ChipStore, _Run, as_tensors, forkserver  # noqa: E402
+from rasteret_dask.torchdata import (  # noqa: E402
+    ChipDataset,
+    ChipStore,
+    _Run,
+    as_tensors,
+    choose_start,
+    forkserver,
+    values_of,
+)
 
 SIZE = 32
 SPAWN = pytest.param("spawn", marks=pytest.mark.slow)  # each worker imports torch and all the rest
@@ -258,6 +269,55 @@ def test_more_workers_than_batches_is_no_mistake(store: StoredChips) -> None:
     assert ids(loader) == [tuple(store.table.column("chip_id").to_pylist())]
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_whole_batches_are_not_batched_again(store: StoredChips, size: int) -> None:
+    told = r"whole batches into one; expected batch_size=None. Say DataLoader\(dataset, batch_size=None\)"
+    for dataset in (ChipDataset(store.stream(7)), ChipDataset(store.stream(7), transforms=dict)):
+        with pytest.raises(rd.PlanError, match=told):
+            next(iter(DataLoader(dataset, batch_size=size)))
+        batch = next(iter(dataset))
+        (loaded,) = [found for found, _ in zip(DataLoader(dataset, batch_size=None), range(1), strict=False)]
+        assert loaded.keys() == batch.keys()
+        assert isinstance(pickle.loads(pickle.dumps(loaded)), dict)
+
+
+SCRIPT = """
+import multiprocessing, sys
+from torch.utils.data import DataLoader
+import rasteret_dask as rd
+from rasteret_dask.torchdata import ChipDataset, ChipStore
+
+if __name__ == "__main__":
+    chips = rd.open_chips(sys.argv[1])
+    batches = DataLoader(ChipDataset(chips.stream(7, shuffle=3)), batch_size=None, num_workers=2)
+    print(sorted(chip for batch in batches for chip in batch["chip_id"]) == sorted(chips))
+    print(multiprocessing.get_start_method())
+"""
+
+
+@pytest.mark.slow  # three processes import torch and all the rest
+def test_workers_start_as_people_type_it(store: StoredChips, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), store.stored.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "forkserver"]
+
+
+def test_a_start_that_somebody_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr("multiprocessing.set_start_method", chosen.append)
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["fork", "spawn", "forkserver"])
+    for method, wanted in (("fork", []), ("spawn", []), (None, ["forkserver"])):
+        monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none=False, m=method: m)
+        choose_start()
+        assert chosen == wanted
+    chosen.clear()
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["forkserver", "spawn", "fork"])
+    choose_start()
+    assert not chosen
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forks_are_refused(store: StoredChips) -> None:
     for dataset, size in ((ChipDataset(store.stream(7)), None), (ChipStore(store), 2)):
@@ -287,8 +347,13 @@ def test_a_state_goes_on_at_the_next_batch(store: StoredChips) -> None:
     fifth = dataset()
     fifth.load_state_dict(second.state_dict())
     assert [batches, ids(fifth), ids(fifth)] == [both[1], [], ids(store.stream(7, shuffle=3, epochs=3))[-9:]]
-    with pytest.raises(rd.PlanError, match="batch_size=7"):
-        ChipDataset(store.stream(8, shuffle=3)).load_state_dict(state)
+    with pytest.raises(rd.PlanError, match="shuffle=3"):
+        ChipDataset(store.stream(7, shuffle=4)).load_state_dict(state)
+    other = ChipDataset(store.stream(4, shuffle=3))  # batches of another size
+    other.load_state_dict(state)
+    assert sorted(chip for batch in begun + ids(other) for chip in batch) == sorted(
+        c for b in both[0] for c in b
+    )
     for wrong in ({"epoch": 1}, {"stop": None, "stream": None}, None):
         with pytest.raises(rd.PlanError, match="state_dict"):
             dataset().load_state_dict(wrong)  # type: ignore[arg-type]
@@ -320,7 +385,7 @@ def test_torchdata_resumes_at_the_end_of_a_pass(store: StoredChips, workers: int
 
 def test_a_worker_s_state_is_none_of_a_stream(store: StoredChips) -> None:
     stream = store.stream(7, shuffle=3)
-    part = stream.with_order(_Run(**asdict(stream.order), worker=1, workers=2))
+    part = stream.with_order(_Run(**values_of(stream.order), worker=1, workers=2))
     with pytest.raises(rd.PlanError, match="state_dict"):
         stream.load_state_dict(part.state_dict())
     assert next(stream)["chip_id"].tolist() == list(ids(store.stream(7, shuffle=3))[0])

@@ -81,8 +81,8 @@ def _decode(decoded: Sequence[tuple[Packed, Target]], rows: Sequence[int], place
             target.put(packed, row, place)
 
 
-def hold(store: Stored, number: int, memory: Lender) -> HeldShard:
-    """Fetch the chosen chips of one shard.
+def hold(store: Stored, number: int, memory: Lender, rows: slice | None = None) -> HeldShard:
+    """Fetch the chosen chips of one shard, or some neighbours of them.
 
     Parameters
     ----------
@@ -92,6 +92,8 @@ def hold(store: Stored, number: int, memory: Lender) -> HeldShard:
         Place of the shard among ``store.shards``.
     memory
         Where the bytes of a store on disk lie.
+    rows
+        Which of the chosen chips; None: all.
 
     Raises
     ------
@@ -101,7 +103,7 @@ def hold(store: Stored, number: int, memory: Lender) -> HeldShard:
     begun = time.perf_counter()
     opened, shard = store.map, store.shards[number]
     groups = opened.groups_of(shard)
-    own = slice(store.offsets[number], store.offsets[number + 1])
+    own = store.rows_in(number, rows)
     found = fetch(opened, shard, store.rows[own] - shard.start, {g.source: g.sampled for g in groups}, memory)
     _log.debug("shard %s: fetched in %.2f s", shard.name, time.perf_counter() - begun)
     arrays = {g.source: g.arrays for g in groups}

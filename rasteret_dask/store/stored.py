@@ -96,6 +96,21 @@ class Stored:
         """Chosen chips of each shard, in the order of the chip table."""
         return chosen(self.map, self.plan).sizes
 
+    def rows_in(self, number: int, rows: slice | None = None) -> slice:
+        """Return which rows of ``table`` a shard's chips are, or some of these."""
+        first, end = int(self.offsets[number]), int(self.offsets[number + 1])
+        return slice(first, end) if rows is None else slice(first + rows.start, min(first + rows.stop, end))
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return a column of the chip table for the chosen chips.
+
+        Raises
+        ------
+        PlanError
+            When there is none of this name.
+        """
+        return _columns(self.map, "stream", [name], chosen(self.map, self.plan)).column(name)
+
     @property
     def table(self) -> pa.Table:
         """What batches have of the chip table: kept and chosen chips only."""
@@ -333,7 +348,9 @@ def _columns(store: StoreMap, subject: str, names: Sequence[str], below: Chosen)
     return table.append_column(_ROW, pa.array(below.rows))
 
 
-def read_shard(store: Stored, number: int, only: tuple[str, ...] | None = None) -> Arrays:
+def read_shard(
+    store: Stored, number: int, rows: slice | None = None, only: tuple[str, ...] | None = None
+) -> Arrays:
     """Read the chosen chips of one shard.
 
     Parameters
@@ -342,11 +359,13 @@ def read_shard(store: Stored, number: int, only: tuple[str, ...] | None = None) 
         The chips.
     number
         Place of the shard among ``store.shards``.
+    rows
+        Which of the chosen chips; None: all.
     only
         The sources to read; None: all.
     """
-    begun = time.perf_counter()
-    chips = take(store, np.arange(store.offsets[number], store.offsets[number + 1]), only)
+    begun, own = time.perf_counter(), store.rows_in(number, rows)
+    chips = take(store, np.arange(own.start, own.stop), only)
     _log.debug("shard %s: read and decoded in %.2f s", store.shards[number].name, time.perf_counter() - begun)
     return chips
 

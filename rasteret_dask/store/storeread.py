@@ -546,8 +546,16 @@ class _Part:
     @property
     def nbytes(self) -> int:
         """Bytes that :meth:`begin` brings and keeps: 0 where only some chips of the shard are wanted."""
-        single = self.item is None or not self.encoding.sharded or 2 * len(self.chips) < self.of
+        single = self.item is None or not self.encoding.sharded or self._few
         return 0 if single or self.item is None else self.item.size
+
+    @property
+    def _few(self) -> bool:
+        """Whether to leave the others out: less than half of all, or neighbours, which are one range of bytes."""
+        count = len(self.chips)
+        return 2 * count < self.of or (
+            4 * count <= 3 * self.of and self.chips[-1] - self.chips[0] == count - 1
+        )
 
     def at_hand(self) -> Packed | _Index | None:
         """Return what :meth:`begin` would, where it has nothing to read; else None."""

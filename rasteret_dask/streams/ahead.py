@@ -11,6 +11,7 @@ from typing import Any
 
 from rasteret_dask.errors import JobError, PlanError
 from rasteret_dask.net.lending import Lender
+from rasteret_dask.streams.augmenting import Augmenting
 from rasteret_dask.streams.epochs import Batch, Epoch
 from rasteret_dask.streams.shardsource import ShardSource
 from rasteret_dask.tasks.batches import Arrays, Part, assembled
@@ -26,6 +27,7 @@ def fill(
     source: ShardSource,
     shelf: Shelf,
     normalize: Callable[[Arrays], Arrays] | None,
+    augment: Augmenting | None = None,
 ) -> None:
     """Read shards just far enough ahead, and put batches on the shelf while there is room.
 
@@ -41,6 +43,8 @@ def fill(
         Where batches go, and whatever goes wrong.
     normalize
         What is done to each batch.
+    augment
+        What is done to each sample, after that.
     """
     try:
         handles: dict[tuple[int, int], list[Any]] = {}
@@ -69,7 +73,11 @@ def fill(
                 del parts
                 made = _made(batch, found_parts, pad, memory)
                 del found_parts
-                shelf.put(made if normalize is None else _normalized(made, normalize))
+                if normalize is not None:
+                    made = _normalized(made, normalize)
+                if augment is not None:
+                    made = augment(made, epoch.number, batch.copies)
+                shelf.put(made)
                 del made
             wanted += len(epoch.visits)
             for at in range(len(epoch.visits)):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from dask._task_spec import Task
@@ -17,6 +17,7 @@ from rasteret_dask.net.signatures import send, send_place
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import stored
 from rasteret_dask.store.holding import hold
+from rasteret_dask.streams.weights import Column
 from rasteret_dask.tasks.batches import Arrays, Held, SourcePixels, take
 
 if TYPE_CHECKING:
@@ -25,7 +26,17 @@ if TYPE_CHECKING:
     from rasteret_dask.tasks.job import Job
     from rasteret_dask.tasks.workermemory import TaskMemory
 
-__all__ = ["ChipShards", "stored_chips"]
+__all__ = ["ChipShards", "PartReader", "stored_chips"]
+
+
+class PartReader(Protocol):
+    """Reads neighbouring chips of a shard without the others."""
+
+    def read(self, shard: int, rows: slice, memory: Lender) -> Held:
+        """Read them in this process, to make batches of them."""
+
+    def task(self, shard: int, rows: slice) -> tuple[str, Any]:
+        """Return the key and the task that read them, of whose result ``part`` makes arrays."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,12 @@ class ChipShards:
     memory: TaskMemory | None = None
     """What its tasks need; None: so little that no cluster is asked."""
 
+    parts: PartReader | None = None
+    """Reads parts of a shard; None: a shard is read as a whole."""
+
+    column: Column | None = None
+    """Returns a column of the chip table; None: nobody knows which chips will be kept."""
+
     def send_signatures(self, client: Client) -> None:
         """Send a cluster's workers what they need to sign hrefs: see :func:`rasteret_dask.net.signatures.send`."""
         if self.job is not None:
@@ -64,6 +81,20 @@ class ChipShards:
     def bands(self) -> dict[str, tuple[str, ...]]:
         """Source -> names of its bands."""
         return {name: own.bands for name, own in self.pixels.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredParts:
+    """Reads parts of the shards of a store: of each array one range of bytes, and the shard's index once."""
+
+    chips: stored.Stored
+
+    def read(self, shard: int, rows: slice, memory: Lender) -> Held:
+        return hold(self.chips, shard, memory, rows)
+
+    def task(self, shard: int, rows: slice) -> tuple[str, Any]:
+        key = f"read-stored-{shard:05d}-{rows.start}-{rows.stop}-{_tail(self.chips)}"
+        return key, Task(key, stored.read_shard, self.chips, shard, rows)
 
 
 def stored_chips(chips: stored.Stored, only: tuple[str, ...] | None = None) -> ChipShards:
@@ -78,10 +109,16 @@ def stored_chips(chips: stored.Stored, only: tuple[str, ...] | None = None) -> C
     """
 
     def tasks() -> tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]:
-        tail = digest(chips.url, chips.digest, *([only] if only else []))[:16]
+        tail = digest(_tail(chips), only)[:16] if only else _tail(chips)
         keys = [f"read-stored-{number:05d}-{tail}" for number in range(len(chips.sizes))]
-        return {}, [(key, Task(key, stored.read_shard, chips, n, only)) for n, key in enumerate(keys)]
+        return {}, [(key, Task(key, stored.read_shard, chips, n, None, only)) for n, key in enumerate(keys)]
 
-    read = partial(hold, chips)
     pixels = {name: own for name, own in chips.map.pixels.items() if only is None or name in only}
-    return ChipShards(chips.sizes, chips.digest, pixels, read, tasks, take, store=chips.url)
+    return ChipShards(
+        chips.sizes, chips.digest, pixels, partial(hold, chips), tasks, take, store=chips.url,
+        parts=_StoredParts(chips), column=chips.column,
+    )  # fmt: skip
+
+
+def _tail(chips: stored.Stored) -> str:
+    return digest(chips.url, chips.digest)[:16]

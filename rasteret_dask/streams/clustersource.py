@@ -28,6 +28,7 @@ from rasteret_dask.net.clusters import workers_of
 from rasteret_dask.net.watch import Watch
 from rasteret_dask.progress import Progress
 from rasteret_dask.streams.chipshards import ChipShards
+from rasteret_dask.streams.shardsource import span_of
 from rasteret_dask.tasks.batches import Arrays, InMemory, Part
 
 __all__ = ["OnCluster"]
@@ -100,7 +101,7 @@ class OnCluster:
         reading.send_signatures(client)
         self.client, self._owned = client, owned
         self._token, self._numbers = uuid4().hex[:12], count()  # parts are this stream's own
-        self._part = reading.part
+        self._reading, self._part = reading, reading.part
         self._roots, self._tasks = reading.tasks()
         self._held: list[DaskFuture[Any]] = []
         self._seat: tuple[str, DaskFuture[Any]] | None = None
@@ -249,6 +250,10 @@ class OnCluster:
     def _send(self, shard: int, parts: Sequence[_Part]) -> None:
         key: Hashable
         key, task = self._tasks[shard]
+        span = span_of(self._reading, shard, [part.rows for part in parts])
+        if span is not None and self._reading.parts is not None:
+            key, task = self._reading.parts.task(shard, span)
+        first = 0 if span is None else span.start
         graph: dict[Hashable, Any] = {}
         if self._beside > 1:
             seat = f"seat-{self._tasks[shard - shard % self._beside][0]}-{self._beside}-{self._generation}"
@@ -266,7 +271,7 @@ class OnCluster:
         names = {}
         for part in parts:
             name = f"part-{self._token}-{next(self._numbers)}"
-            graph[name] = Task(name, self._part, TaskRef(key), part.rows)
+            graph[name] = Task(name, self._part, TaskRef(key), part.rows - first)
             names[name] = part
         futures = self.client.get(
             graph, list(names), sync=False, retries=1, fifo_timeout=0, workers=self._workers

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.streams.deals import Deal, Pool
+from rasteret_dask.streams.weights import Weights
 
-__all__ = ["Batch", "BatchOrder", "Epoch", "Visit"]
+__all__ = ["Batch", "BatchOrder", "Begun", "Epoch", "Visit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Visit:
     shard: int
     """Place of the shard among the sizes."""
     rows: tuple[NDArray[np.int64], ...]
-    """For each batch that takes chips of it, the rows it takes; nothing where no batch needs it any more."""
+    """For each batch that takes chips of it, the rows it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +40,40 @@ class Batch:
     size: int
     padded: NDArray[np.bool_]
     """Shape (size,). True where a chip is repeated only to fill the batch."""
+    copies: NDArray[np.int64]
+    """Shape (size,). How often the same chip came before in the epoch: 0 but where some come several times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An epoch of which batches were taken before, perhaps by other ranks, in batches of another size."""
+
+    epoch: int = 0
+    """Number of the epoch."""
+    batch: int = 0
+    """Batches that were taken of it."""
+    deals: tuple[Deal, ...] = ()
+    """How chips were dealt in turn, each time what was left, to ranks of another number."""
+    offset: int = 0
+    """Chips that each rank took since, by the deal that goes on."""
 
 
 @dataclass(frozen=True)
 class BatchOrder:
     """What decides which chip comes when, and to which rank.
 
-    An epoch puts the shards in order (a seeded one where there is a ``seed``) and deals their chips out to the ranks:
-    each rank has one run of neighbouring shards, so that all but the shards at the ends of runs are read by one rank
-    only, and more ranks than shards share shards. Without ``pad`` the runs are equally long and the last
-    ``chips % world_size`` chips of the epoch's order are left out; each epoch of a seed leaves out others.
+    An epoch puts the shards in order (a seeded one where there is a ``seed``) and deals their chips to the ranks. A
+    rank has one run of neighbouring shards, so that all but the shards at the ends of runs are read by one rank only;
+    or, with ``parts``, its own part of every shard, neighbours in it, which it reads without the rest. Shares are
+    equal: without ``pad`` the last ``chips % world_size`` chips of the epoch's order are left out, and each epoch of a
+    seed leaves out others.
 
-    With a seed the chips of a run's p-th shard get keys that are spread evenly from p to p + ``buffer``, and the run
-    is sorted by them: at any time ``buffer`` shards are mixed, one more is needed each time a shard's worth of chips
-    has left, and no chip leaves later than ``buffer`` shards behind its own.
+    With a seed, chips of ``buffer`` shards are mixed at any time, from the first batch to the last one: each shard has
+    a span of the epoch over which its chips are spread evenly, and ``buffer`` spans overlap everywhere. With
+    ``parts``, these are ``buffer * world_size`` parts, which are as many chips.
+
+    A resumed epoch deals what is left of it anew where the number of ranks, ``buffer`` or ``pad`` are others than
+    before: so no chip comes twice, and none is missed.
 
     Parameters
     ----------
@@ -70,6 +92,10 @@ class BatchOrder:
         one more; :attr:`Batch.padded` marks them.
     buffer
         Shards that are mixed at any time.
+    parts
+        Deal parts of each shard to the ranks; needs a seed.
+    weights
+        How often each chip comes; None: once. Needs a seed.
 
     Raises
     ------
@@ -85,6 +111,8 @@ class BatchOrder:
     world_size: int = 1
     pad: bool = False
     buffer: int = 4
+    parts: bool = False
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("world_size", 1), ("rank", 0), ("buffer", 1)):
@@ -100,6 +128,11 @@ class BatchOrder:
             raise PlanError(
                 "stream(pad=True, drop_last=True)", "both", "one of them",
                 "pad fills the last batch, so there is none to drop.",
+            )  # fmt: skip
+        if self.weights is not None and self.seed is None:
+            raise PlanError(
+                "stream(weights=, balance=)", "no shuffle=", "a seed, which draws how often each chip comes",
+                "Say shuffle=0.",
             )  # fmt: skip
         if not self.chips:
             raise PlanError("stream", "no chips", "at least one", "Look at explain() and at select.")
@@ -124,71 +157,91 @@ class BatchOrder:
         """Chips of all ranks."""
         return sum(self.sizes)
 
+    @property
+    def deal(self) -> Deal:
+        """How chips are dealt, and none taken so far."""
+        return Deal(self.world_size, self.buffer, self.pad, 0)
+
     @cached_property
     def batches(self) -> int:
         """Batches of an epoch, the same for every rank."""
-        share = math.ceil(self.chips / self.world_size) if self.pad else self.chips // self.world_size
+        return self.left(Begun())
+
+    def left(self, begun: Begun) -> int:
+        """Return how many batches are left of an epoch that has begun."""
+        chips = self.chips
+        for deal in begun.deals:
+            chips = deal.left(chips)
+        share = self.deal.share(chips) - begun.offset
         return share // self.batch_size if self.drop_last else math.ceil(share / self.batch_size)
 
+    def begun(self, epoch: int, batch: int, deals: tuple[Deal, ...]) -> Begun:
+        """Return where an epoch stands, after chips were dealt and taken."""
+        if deals and deals[-1].alike(self.deal):
+            return Begun(epoch, batch, deals[:-1], deals[-1].taken)
+        return Begun(epoch, batch, deals)
+
+    def taken(self, begun: Begun, batches: int) -> tuple[Deal, ...]:
+        """Return what was dealt and taken once so many more batches are there."""
+        taken = begun.offset + batches * self.batch_size
+        return (*begun.deals, replace(self.deal, taken=taken)) if taken else begun.deals
+
     def arguments(self) -> dict[str, Any]:
-        """Return what two streams must have in common to yield the same batches, as JSON values."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sizes"}
+        """Return what two streams must have in common to share a state, as JSON values."""
+        return {"seed": self.seed, "weights": None if self.weights is None else self.weights.digest}
 
-    def epochs(self, first: int, batch: int, stop: int) -> Iterator[Epoch]:
-        """Yield this rank's epochs before ``stop``, from one batch of the first of them on."""
-        for number in range(first, stop):
-            yield self.epoch(number, batch if number == first else 0)
+    def epochs(self, begun: Begun, stop: int) -> Iterator[Epoch]:
+        """Yield this rank's epochs before ``stop``, from where one of them stands."""
+        for number in range(begun.epoch, stop):
+            yield self.epoch(number, 0, begun if number == begun.epoch else None)
 
-    def epoch(self, number: int, first: int = 0, until: int | None = None) -> Epoch:
-        """Return one epoch of this rank, from its batch ``first`` on, to the one before ``until``."""
-        shards = np.arange(len(self.sizes))
-        if self.seed is not None:
-            shards = np.argsort(_draws(len(shards), self.seed, number, 0), kind="stable")
-        sizes = np.asarray(self.sizes, dtype=np.int64)[shards]
-        end = np.cumsum(sizes)
-        start, stop = self._run(self.rank)
-        own = np.flatnonzero((end > start) & (end - sizes < stop) & (sizes > 0))
-        place, row = [], []
-        for at, one in enumerate(own.tolist()):
-            begins = int(end[one] - sizes[one])
-            rows = np.arange(max(start - begins, 0), min(stop, int(end[one])) - begins)
-            place.append(np.full(len(rows), at))
-            row.append(rows)
-        visit, rows = np.concatenate(place), np.concatenate(row)
-        if self.seed is not None:
-            keys = [
-                at + self.buffer * (_draws(self.sizes[shard], self.seed, number, shard + 1)[r] / 2.0**64)
-                for (at, shard), r in zip(enumerate(shards[own].tolist()), row, strict=True)
-            ]
-            order = np.argsort(np.concatenate(keys), kind="stable")
-            visit, rows = visit[order], rows[order]
-        marks = np.zeros(len(rows), dtype=bool)
-        if self.pad:
-            visit, rows, marks = self._padded(visit, rows, empty=not self._share(self.rank))
-        last = self.batches if until is None else until
-        left = slice(first * self.batch_size, last * self.batch_size)
-        return Epoch.of(number, shards[own].tolist(), visit[left], rows[left], marks[left], self.batch_size)
+    def epoch(
+        self, number: int, first: int = 0, begun: Begun | None = None, until: int | None = None
+    ) -> Epoch:
+        """Return one epoch of this rank, or what is left of it: its batches from ``first`` to before ``until``."""
+        begun = begun or Begun(number)
+        pool = self._pool(number)
+        for deal in begun.deals:
+            pool = pool.without(deal, self.parts)
+        batches = self.left(begun)
+        end = begun.offset + batches * self.batch_size
+        own = pool.order(self.deal, self.rank, self.parts)
+        marks = np.zeros(len(own), dtype=bool)
+        if self.pad and batches:
+            own, marks = self._padded(own, end, len(pool))
+        last = batches if until is None else until
+        left = slice(begun.offset + first * self.batch_size, begun.offset + last * self.batch_size)
+        return Epoch.of(number, pool[own[left]], marks[left], self.batch_size)
 
-    def _run(self, rank: int) -> tuple[int, int]:
-        """Return where a rank's run begins and ends in the epoch's order; a padded rank has one chip at least."""
-        share = self.chips // self.world_size
-        if not self.pad:
-            return rank * share, (rank + 1) * share
-        start = min(rank * self.chips // self.world_size, self.chips - 1)
-        return start, start + max(self._share(rank), 1)
-
-    def _share(self, rank: int) -> int:
-        return (rank + 1) * self.chips // self.world_size - rank * self.chips // self.world_size
+    def _pool(self, number: int) -> Pool:
+        """Return all chips of an epoch, in its order of shards."""
+        sizes = np.asarray(self.sizes, dtype=np.int64)
+        shard = np.repeat(np.arange(len(sizes)), sizes)
+        row = np.arange(len(shard)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        copy = np.zeros(len(shard), dtype=np.int64)
+        if self.seed is None:
+            return Pool(shard, row, copy, np.empty(0))
+        if self.weights is not None:
+            counts = self.weights.counts(float(_draws(1, self.seed, number, 2)[0]))
+            at = np.repeat(np.arange(len(shard)), counts)
+            shard, row = shard[at], row[at]
+            copy = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = np.empty(len(sizes), dtype=np.int64)
+        place[np.argsort(_draws(len(sizes), self.seed, number, 0), kind="stable")] = np.arange(len(sizes))
+        order = np.argsort(place[shard], kind="stable")
+        return Pool(shard, row, copy, _draws(len(shard), self.seed, number, 1))[order]
 
     def _padded(
-        self, visit: NDArray[np.int64], rows: NDArray[np.int64], empty: bool
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        self, own: NDArray[np.int64], end: int, chips: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Repeat the last chips, up to a batch of them, so that none is read a second time for it."""
-        missing = self.batches * self.batch_size - len(rows)
-        last = np.resize(np.arange(max(0, len(rows) - self.batch_size), len(rows)), missing)
-        marks = np.arange(len(rows) + missing) >= (0 if empty else len(rows))
-        at = np.concatenate([np.arange(len(rows)), last])
-        return visit[at], rows[at], marks
+        empty = not len(own)
+        if empty:  # fewer chips than ranks
+            own = np.array([self.rank % chips])
+        missing = end - len(own)
+        last = np.resize(np.arange(max(0, len(own) - self.batch_size), len(own)), missing)
+        marks = np.arange(end) >= (0 if empty else len(own))
+        return np.append(own, own[last]), marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,58 +254,58 @@ class Epoch:
     batches: tuple[Batch, ...]
 
     @classmethod
-    def of(
-        cls,
-        number: int,
-        shards: Sequence[int],
-        visit: NDArray[np.int64],
-        row: NDArray[np.int64],
-        padded: NDArray[np.bool_],
-        batch_size: int,
-    ) -> Epoch:
-        """Cut the chips, in their order, into batches.
+    def of(cls, number: int, chips: Pool, padded: NDArray[np.bool_], batch_size: int) -> Epoch:
+        """Cut chips, in their order, into batches.
 
         Parameters
         ----------
         number
             Counts epochs.
-        shards
-            The shard of each visit.
-        visit, row, padded
-            Shape (chip,). A chip's visit and row, and whether it is repeated.
+        chips
+            The chips.
+        padded
+            Shape (chip,). Whether a chip is repeated.
         batch_size
             Chips of a batch.
         """
-        number_of, place_in = np.divmod(np.arange(len(row)), batch_size)
+        shards, visit = _visits(chips.shard)
+        number_of, place_in = np.divmod(np.arange(len(visit)), batch_size)
         order = np.lexsort((visit, number_of))  # by batch, then visit, and else as they come
-        number_of, visit, row, place_in = number_of[order], visit[order], row[order], place_in[order]
+        by_batch, by_visit, row, place_in = number_of[order], visit[order], chips.row[order], place_in[order]
         begins = np.ones(len(row), dtype=bool)
-        begins[1:] = (np.diff(number_of) != 0) | (np.diff(visit) != 0)
+        begins[1:] = (np.diff(by_batch) != 0) | (np.diff(by_visit) != 0)
         first = np.flatnonzero(begins)
         rows: list[list[NDArray[np.int64]]] = [[] for _ in shards]
         parts: list[list[tuple[int, int, NDArray[np.int64]]]] = [[] for _ in range(0, len(row), batch_size)]
         ends = np.append(first, len(row))[1:]
         for start, end, batch, at in zip(
-            first.tolist(), ends.tolist(), number_of[first].tolist(), visit[first].tolist(), strict=True
+            first.tolist(), ends.tolist(), by_batch[first].tolist(), by_visit[first].tolist(), strict=True
         ):
             parts[batch].append((at, len(rows[at]), place_in[start:end]))
             rows[at].append(row[start:end])
         batches, needed = [], 0
         for start, one in zip(range(0, len(row), batch_size), parts, strict=True):
             needed = max(needed, one[-1][0] + 1)
-            marks = padded[start : start + batch_size]
-            batches.append(Batch(tuple(one), needed, len(marks), marks))
-        return cls(
-            number,
-            tuple(Visit(s, tuple(r)) for s, r in zip(shards, rows, strict=True)),
-            tuple(batches),
-        )
+            some = slice(start, start + batch_size)
+            marks = padded[some]
+            batches.append(Batch(tuple(one), needed, len(marks), marks, chips.copy[some]))
+        visits = tuple(Visit(s, tuple(r)) for s, r in zip(shards, rows, strict=True))
+        return cls(number, visits, tuple(batches))
 
 
-def _draws(n: int, *key: int) -> NDArray[np.uint64]:
-    """Return n random numbers for a key; NumPy promises that raw bits stay the same from version to version."""
+def _visits(shard: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int64]]:
+    """Return the shards in the order in which they are first needed, and which of them each chip is of."""
+    numbers, first, visit = np.unique(shard, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    return numbers[order].tolist(), place[visit]
+
+
+def _draws(n: int, *key: int) -> NDArray[np.float64]:
+    """Return n random numbers from 0 to below 1 for a key, NumPy's raw bits: they stay the same for ever."""
     bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
-    return np.asarray(bits, dtype=np.uint64)
+    return np.asarray((np.asarray(bits, dtype=np.uint64) >> np.uint64(11)) * 2.0**-53)
 
 
 def _whole(name: str, value: Any, least: int, more: str = "") -> None:

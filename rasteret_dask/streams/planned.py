@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.errors import ReadError
+from rasteret_dask.errors import PlanError, ReadError
 from rasteret_dask.net.lending import Lender
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.streams.chipshards import ChipShards
@@ -83,7 +85,16 @@ def planned(
         _kept,
         job,
         memory=TaskMemory(job, tuple(outputs), together=True),
+        column=None if job.pixel_rules else partial(_column, job),
     )
+
+
+def _column(job: Job, name: str) -> pa.ChunkedArray:
+    if name not in job.chips.column_names:
+        raise PlanError(
+            f"stream on chip column {name!r}", "no such column", f"one of {', '.join(job.chips.column_names)}"
+        )  # fmt: skip
+    return job.chosen_chips().column(name)
 
 
 def _kept(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None) -> Arrays:

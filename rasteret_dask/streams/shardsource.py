@@ -18,7 +18,7 @@ from rasteret_dask.net.lending import Lender
 from rasteret_dask.streams.chipshards import ChipShards
 from rasteret_dask.tasks.batches import Held, Part
 
-__all__ = ["OnThreads", "ShardSource"]
+__all__ = ["OnThreads", "ShardSource", "span_of"]
 
 
 class ShardSource(Protocol):
@@ -48,14 +48,17 @@ class OnThreads:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rasteret-stream")
 
     def submit(self, shard: int, rows: Sequence[NDArray[np.int64]]) -> list[Any]:
-        """Begin to read a shard, once for all parts."""
-        read = self._pool.submit(self._read, shard)
-        return [_Rows(read, own) for own in rows]
+        """Begin to read a shard, or the part of it that all rows lie in, once for all of them."""
+        span = span_of(self._reading, shard, rows)
+        read = self._pool.submit(self._read, shard, span)
+        return [_Rows(read, own if span is None else own - span.start) for own in rows]
 
-    def _read(self, shard: int) -> Held:
+    def _read(self, shard: int, span: slice | None) -> Held:
         if not threading.main_thread().is_alive():  # the process ends: it need not wait for what is queued
             raise CancelledError
-        return self._reading.read(shard, self._memory)
+        if span is None or self._reading.parts is None:
+            return self._reading.read(shard, self._memory)
+        return self._reading.parts.read(shard, span, self._memory)
 
     def collect(self, handles: Sequence[Any], timeout: float) -> list[Part] | None:
         """Return parts, or None where a shard is not read in time."""
@@ -67,6 +70,14 @@ class OnThreads:
     def close(self) -> None:
         """Read nothing more; what is being read ends by itself."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def span_of(reading: ChipShards, shard: int, rows: Sequence[NDArray[np.int64]]) -> slice | None:
+    """Return the part of a shard that has to be read for some of its rows; None: all of it."""
+    if reading.parts is None:
+        return None
+    start, stop = min(int(own.min()) for own in rows), max(int(own.max()) for own in rows) + 1
+    return None if stop - start == reading.sizes[shard] else slice(start, stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,13 @@ from rasteret_dask.lists import listed
 from rasteret_dask.net import clusters
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.streams.ahead import Shelf, fill
+from rasteret_dask.streams.augmenting import Augment, Augmenting
 from rasteret_dask.streams.chipshards import ChipShards
-from rasteret_dask.streams.epochs import BatchOrder
+from rasteret_dask.streams.deals import Deal
+from rasteret_dask.streams.epochs import BatchOrder, Begun
 from rasteret_dask.streams.ignoring import Ignoring
 from rasteret_dask.streams.shardsource import OnThreads, ShardSource
+from rasteret_dask.streams.weights import Weights, WeightsLike
 from rasteret_dask.tasks.batches import Arrays, SourcePixels
 
 if TYPE_CHECKING:
@@ -68,6 +71,9 @@ class Batching:
     normalize: Normalize | bool | None = None
     buffer: int = 4
     ignore_index: int | None = None
+    weights: WeightsLike | None = None
+    balance: str | None = None
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         clusters.check(self.client, "stream(client=)")
@@ -75,12 +81,20 @@ class Batching:
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise PlanError(f"stream({name}=)", repr(count), "a whole number from 1 on")
+        if self.augment is not None and not callable(self.augment):
+            raise PlanError(
+                "stream(augment=)", repr(self.augment), "a function of a sample and its random numbers",
+                "Such as: def augment(sample, random): return sample.",
+            )  # fmt: skip
         self.order((_PLENTY,))
 
-    def order(self, sizes: tuple[int, ...]) -> BatchOrder:
+    def order(
+        self, sizes: tuple[int, ...], parts: bool = False, weights: Weights | None = None
+    ) -> BatchOrder:
         """Return which chip comes when, of shards of these sizes."""
         return BatchOrder(
-            sizes, self.batch_size, self.shuffle, self.drop_last, self.rank, self.world_size, self.pad, self.buffer
+            sizes, self.batch_size, self.shuffle, self.drop_last, self.rank, self.world_size, self.pad, self.buffer,
+            parts, weights,
         )  # fmt: skip
 
     def stream(self, shards: ChipShards, measure: Callable[[], Normalizer] | None = None) -> Stream:
@@ -96,12 +110,22 @@ class Batching:
         Raises
         ------
         PlanError
-            When ``normalize`` does not fit these chips, or some rank would have no batch.
+            When ``normalize``, ``weights`` or ``balance`` do not fit these chips, or some rank would have no batch.
         """
-        order = self.order(shards.sizes)
+        order = self.order(shards.sizes, shards.parts is not None, self._weights(shards))
         normalize = measure() if self.normalize is True and measure is not None else self.normalize
         function = prepared(normalize or None, self.ignore_index, shards.pixels)
-        return Stream(shards, order, replace(self, normalize=function))
+        return Stream(shards, order, replace(self, normalize=function, weights=None, balance=None))
+
+    def _weights(self, shards: ChipShards) -> Weights | None:
+        if self.weights is None and self.balance is None:
+            return None
+        if shards.column is None:
+            raise PlanError(
+                "stream(weights=, balance=)", "a plan with filter_pixels(), whose chips are settled when they are read",
+                "chips whose table is known", "Write them first: to_zarr(store), then open_chips(store).stream(...).",
+            )  # fmt: skip
+        return Weights.of(self.weights, self.balance, sum(shards.sizes), shards.column)
 
 
 def prepared(
@@ -177,7 +201,7 @@ class Stream(Iterator[Arrays]):
         """How often the chips come; 0 where a resumed pass has nothing left."""
         self._shards, self._batching = shards, batching
         self._token = digest(shards.digest, list(shards.sizes))
-        self._position = 0
+        self._begin(Begun())
         self._shelf: Shelf | None = None
         self._finalizer: Any = None
         self._taking = threading.Lock()
@@ -205,7 +229,7 @@ class Stream(Iterator[Arrays]):
         return {name: own.classes for name, own in self._shards.pixels.items() if own.classes}
 
     def __len__(self) -> int:
-        return self.order.batches * self.epochs
+        return self.order.batches * self.epochs + self._more
 
     def __iter__(self) -> Stream:
         return self
@@ -238,10 +262,30 @@ class Stream(Iterator[Arrays]):
         >>> stream.epoch
         1
         """
-        return self._position // self.order.batches
+        return self._place(self._position)[0]
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Return the epoch of a batch, and how many of that epoch come before it."""
+        batches, begun = self.order.batches, self._begun
+        inside = position - begun.epoch * batches
+        if inside < batches + self._more:
+            return begun.epoch, inside
+        later, batch = divmod(inside - self._more, batches)
+        return begun.epoch + later, batch
+
+    def _begin(self, begun: Begun) -> None:
+        """Stand where an epoch has begun."""
+        self._begun = begun
+        # how many batches more than others the epoch has which goes on: dealt anew, or in batches of another size
+        self._more = 0
+        if begun.epoch < self.epochs:
+            self._more = begun.batch + self.order.left(begun) - self.order.batches
+        self._position = begun.epoch * self.order.batches + begun.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands, as JSON values: a stream that loads it yields the very next batch.
+        """Return where the stream stands, as JSON values: a stream that loads it yields what comes next.
+
+        It is the same on every rank, once all have taken as many batches.
 
         Examples
         --------
@@ -250,22 +294,33 @@ class Stream(Iterator[Arrays]):
         >>> stream.state_dict()["batch"]
         1
         """
-        epoch, batch = divmod(self._position, self.order.batches)
-        return {**STATE.note, "chips": self._token, **self.order.arguments(), "epoch": epoch, "batch": batch}
+        epoch, batch = self._place(self._position)
+        dealt: tuple[Deal, ...] = ()
+        if epoch == self._begun.epoch:
+            dealt = self.order.taken(self._begun, batch - self._begun.batch)
+        elif batch:
+            dealt = self.order.taken(Begun(epoch), batch)
+        return {
+            **STATE.note, "chips": self._token, **self.order.arguments(), "epoch": epoch, "batch": batch,
+            "dealt": [deal.note for deal in dealt],
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another stream of these chips and arguments stood.
+        """Go on where another stream of these chips, in this order, stood.
+
+        With the same arguments it yields the very next batch. The number of ranks, ``batch_size``, ``buffer``, ``pad``
+        and ``drop_last`` may be others: then what is left of the epoch is dealt to the ranks there are now, and all of
+        them together yield exactly the chips that no rank had before. The next epoch begins as if nothing had been.
 
         Parameters
         ----------
         state
-            What :meth:`state_dict` returned, here or in another process. ``epochs``, ``prefetch``, ``client`` and
-            ``normalize`` may differ.
+            What :meth:`state_dict` returned, here, on another rank or in another process.
 
         Raises
         ------
         PlanError
-            When it is none, or one of other chips or of other arguments.
+            When it is none, or one of other chips, another seed or other weights.
         FormatError
             When another version of the package made it, in a format that this one does not read.
 
@@ -277,6 +332,11 @@ class Stream(Iterator[Arrays]):
         >>> again = chips.stream(batch_size=32, shuffle=7)
         >>> again.load_state_dict(state)
         >>> next(again)["chip_id"].tolist() == next(stream)["chip_id"].tolist()
+        True
+        >>> ranks = [chips.stream(batch_size=10, shuffle=7, rank=rank, world_size=2) for rank in (0, 1)]
+        >>> for rank in ranks:
+        ...     rank.load_state_dict(state)  # two ranks go on where one was
+        >>> sum(len(batch["chip_id"]) for rank in ranks for batch in rank) == len(chips) - 32
         True
         """
         mine = self.state_dict()
@@ -293,22 +353,26 @@ class Stream(Iterator[Arrays]):
             if state[name] != value:
                 shown = "shuffle" if name == "seed" else name
                 raise PlanError(
-                    "load_state_dict", f"a state with {shown}={state[name]!r}", f"{shown}={value!r}",
+                    "load_state_dict", f"a state with {shown}={state[name]!r:.40}", f"{shown}={value!r:.40}",
                     "Give the stream the arguments that the state was made with.",
                 )  # fmt: skip
-        self._position_from(state["epoch"], state["batch"])
+        begun = self._place_of(state["epoch"], state["batch"], state["dealt"])
+        self.close()
+        self._begin(begun)
 
-    def _position_from(self, epoch: Any, batch: Any) -> None:
+    def _place_of(self, epoch: Any, batch: Any, dealt: Any) -> Begun:
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (epoch, batch))
-        position = epoch * self.order.batches + batch if whole else -1
-        if not whole or batch >= self.order.batches or position > len(self):
+        deals = tuple(map(Deal.of, dealt)) if isinstance(dealt, list) else ()
+        chips = self.order.chips
+        for deal in deals:
+            chips = max(0, deal.left(chips))
+        if not whole or (batch > 0) != bool(deals) or not chips or epoch > self.epochs - bool(deals):
             raise PlanError(
-                "load_state_dict", f"epoch {epoch!r}, batch {batch!r}",
-                f"a place in {self.epochs} epochs of {self.order.batches} batches",
+                "load_state_dict", f"epoch {epoch!r}, batch {batch!r}, {self.order.chips - chips} chips taken",
+                f"a place in {self.epochs} epochs of {self.order.chips} chips",
                 "Give the stream at least as many epochs as the one that the state was made with.",
             )  # fmt: skip
-        self.close()
-        self._position = position
+        return self.order.begun(epoch, batch, deals)
 
     def with_order(self, order: BatchOrder, epochs: int | None = None) -> Stream:
         """Return a new stream of these chips in another order, such as another rank's.
@@ -369,10 +433,19 @@ class Stream(Iterator[Arrays]):
         """Begin to read where the stream stands."""
         source = self._source()
         shelf = Shelf(self._batching.prefetch, self._position)
-        plan = self.order.epochs(*divmod(self._position, self.order.batches), self.epochs)
+        function = self._batching.augment
+        augment = None if function is None else Augmenting(function, self.order.seed or 0)
+        epoch, batch = self._place(self._position)
+        begun = Begun(epoch)
+        if batch:
+            before = self._begun if epoch == self._begun.epoch else begun
+            begun = replace(
+                before, batch=batch, offset=before.offset + (batch - before.batch) * self.order.batch_size
+            )
+        plan = self.order.epochs(begun, self.epochs)
         made = threading.Thread(
             target=fill,
-            args=(plan, self.order.pad, source, shelf, self._batching.normalize),
+            args=(plan, self.order.pad, source, shelf, self._batching.normalize, augment),
             name="rasteret-batches",
             daemon=True,
         )
@@ -410,8 +483,12 @@ class Stream(Iterator[Arrays]):
             rows.append(
                 Fact(name, f"{shape}: {listed(own.bands, 'bands')}{f' ({own.units})' if own.units else ''}")
             )
+        if o.weights is not None:
+            rows.append(Fact("weighted", "yes"))
         if self._batching.normalize is not None:
             rows.append(Fact("normalized", "yes"))
+        if self._batching.augment is not None:
+            rows.append(Fact("augmented", "yes"))
         state = (
             "reading ahead"
             if self._shelf is not None
@@ -422,7 +499,7 @@ class Stream(Iterator[Arrays]):
         if self._position >= len(self):
             rows.append(Fact("state", f"at its end, after {counted(self._position, 'batch', 'batches')}"))
         else:
-            at = f"epoch {self.epoch}, batch {self._position % o.batches}"
+            at = "epoch {}, batch {}".format(*self._place(self._position))
             rows.append(Fact("state", f"{state}; next: {at}"))
         return Card(f"Stream of {counted(o.chips, 'chip')}", rows)
 
@@ -433,5 +510,5 @@ class Stream(Iterator[Arrays]):
         order = "in order" if o.seed is None else f"shuffled by seed {o.seed}"
         return (
             f"<Stream of {o.chips} chips, {order}, {self.epochs} x {o.batches} batches of {o.batch_size}{part}; "
-            f"next: epoch {self.epoch}, batch {self._position % o.batches}>"
+            "next: epoch {}, batch {}>".format(*self._place(self._position))
         )
