@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -308,6 +310,23 @@ def test_a_thread_is_asked_for_each_task_before_any_has_ended(chips: rd.Chips) -
             assert client.sync(target, cluster) == (1 if prefix == "mine" else 10), prefix
             client.cancel(futures, force=True)
             until(lambda: not cluster.scheduler.tasks)
+
+
+FRESH = """
+import dask, rasteret_dask as rd
+key = "distributed.scheduler.default-task-durations"
+with rd.cluster("local", workers=(0, 1)):
+    assert dask.config.get(key)["write-train"] == "60s"
+assert dask.config.get("distributed.scheduler.allowed-failures") == 3
+assert dask.config.get(key).keys() >= {"rechunk-split"}
+assert "write-train" not in dask.config.get(key)
+"""
+
+
+def test_dask_s_configuration_is_afterwards_what_it_was() -> None:
+    """In a process that has not imported distributed before."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 async def target(cluster: Any) -> int:

@@ -289,8 +289,10 @@ def _started(start: Callable[[ClusterRequest], Any], request: ClusterRequest) ->
 @contextmanager
 def _expecting(durations: Mapping[str, str]) -> Iterator[None]:
     """Tell a scheduler of this process how long tasks take; what the user's configuration says of them stays."""
+    import distributed  # noqa: F401 - its defaults are a part of the configuration, and stay after the block
+
     key = "distributed.scheduler.default-task-durations"
-    with dask.config.set({key: {**durations, **dask.config.get(key, {})}}):
+    with dask.config.set({key: {**durations, **dask.config.get(key)}}):
         yield
 
 
