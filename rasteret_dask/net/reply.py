@@ -18,13 +18,14 @@ class Reply(HTTPResponse):
 
     def begin(self) -> None:
         """Read the head; whatever is not plain is left to Python's own reading of it."""
-        seen = self.fp.peek()  # type: ignore[attr-defined]  # nothing is taken yet
+        buffered: Any = self.fp
+        seen = buffered.peek()  # nothing is taken yet
         end = seen.find(_END)
-        fields = None if end < 0 or self.headers is not None or self._method == "HEAD" else _plain(seen[:end])
+        fields = None if end < 0 or self._method == "HEAD" else _plain(seen[:end])
         if fields is None:
             super().begin()
             return
-        self.fp.read(end + len(_END))
+        buffered.read(end + len(_END))
         told: Any = fields
         self.headers = self.msg = told
         self.code, self.status, self.reason, self.version = 206, 206, "Partial Content", 11
