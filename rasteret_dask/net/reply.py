@@ -18,16 +18,15 @@ class Reply(HTTPResponse):
 
     def begin(self) -> None:
         """Read the head; whatever is not plain is left to Python's own reading of it."""
-        buffered: Any = self.fp
-        seen = buffered.peek()  # nothing is taken yet
+        own: Any = self  # stubs tell less of it
+        seen = own.fp.peek()  # nothing is taken yet
         end = seen.find(_END)
-        fields = None if end < 0 or self._method == "HEAD" else _plain(seen[:end])
+        fields = None if end < 0 or own._method == "HEAD" else _plain(seen[:end])
         if fields is None:
             super().begin()
             return
-        buffered.read(end + len(_END))
-        told: Any = fields
-        self.headers = self.msg = told
+        own.fp.read(end + len(_END))
+        own.headers = own.msg = fields
         self.code, self.status, self.reason, self.version = 206, 206, "Partial Content", 11
         self.chunked, self.will_close, self.length = False, False, int(fields["Content-Length"])
 
