@@ -351,9 +351,9 @@ class Stats:
                 "Say which bands hold classes: harmonize(kinds={'map': 'class'}).",
             )  # fmt: skip
         own, band = found[target]
-        names = own.names.get(band, {})
-        counts = own.classes[band]
-        return {value: counts.get(value, 0) for value in sorted({*counts, *names})}, names
+        names, pixels = own.names.get(band, {}), own.classes[band]
+        by_value: dict[Value, int] = {value: pixels.get(value, 0) for value in sorted({*pixels, *names})}
+        return by_value, names
 
     @property
     def _card(self) -> Card:
