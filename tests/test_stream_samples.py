@@ -289,7 +289,7 @@ def test_what_augment_must_return(store: StoredChips, function: Any, told: str) 
 def test_sixty_epochs_hold_as_much_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted: shards that are held at the same time, and batches that are left."""
     shards = Shards(tmp_path / "log", (6,) * 12, pixels=2)
-    live: weakref.WeakSet[Any] = weakref.WeakSet()
+    live: list[int] = []
     most: list[int] = []
     made = InMemory.__init__
 
@@ -298,7 +298,8 @@ def test_sixty_epochs_hold_as_much_as_one(tmp_path: Path, monkeypatch: pytest.Mo
 
     def watched(self: InMemory, arrays: Any) -> None:
         held = Watched(arrays)
-        live.add(held)
+        live.append(1)
+        weakref.finalize(held, live.pop)
         made(self, held)
 
     monkeypatch.setattr(InMemory, "__init__", watched)
