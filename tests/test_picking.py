@@ -164,7 +164,7 @@ def test_chips_are_those_of_the_interpreter(worlds: World, case: dict[str, Any])
 
 
 @pytest.mark.parametrize("pick", ["least_cloudy", "first", "median"])
-def test_memory_of_the_caller_shows_nothing_that_it_held(worlds: World, pick: str) -> None:
+def test_memory_of_the_caller_shows_nothing_that_it_held(worlds: World, pick: Any) -> None:
     """Every pixel is written, and whether it is valid, where no record feeds a slot too."""
     source = worlds("uint16", True).source.harmonize(
         ("a", "b"), mask="clouds", pick=pick, time="1MS", units="raw"

@@ -349,7 +349,7 @@ def test_who_won_and_why() -> None:
         assert [planned.sources[0].records.ids[e.record] for e in lead] == [
             chips.table["feeds"][0][0]["record"].as_py()
         ]
-        said[word] = contenders._reason(planned.sources[0], entries, lead, {})
+        said[word] = contenders._reason(planned.sources[0], entries, lead, {}, planned)
     assert said == {
         "closest": "1.6 days from the slot's middle, and the next 12.4",
         "first": "the earliest, and the next is of 2024-04-14",

@@ -64,7 +64,7 @@ def filtered(
             if rule.source in (None, name):
                 found = _failing(job, shard, rule, name, dataset, context)
                 if job.sources[number].optional:  # what a chip does not have is not judged
-                    there = _fed(job, shard, number).any(axis=1)
+                    there = np.asarray(_fed(job, shard, number).any(axis=1))
                     found = {place: why for place, why in found.items() if there[place]}
                 reasons = {**found, **reasons}  # the first reason stays
     places = sorted(reasons)
