@@ -164,6 +164,7 @@ def test_whole_numbers_take_the_smallest_dtype(values: list[int], dtype: str) ->
     assert (burned == values[-1]).all()  # the last row wins
 
 
+@hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(
     st.permutations(["a", "b", "c", "d", "e"]), st.lists(st.sampled_from("abc"), min_size=1, max_size=6)
 )
