@@ -152,12 +152,12 @@ def test_a_value_that_does_not_count() -> None:
 
 def test_a_column_of_too_many_values_is_none_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labelcounts, "MOST_VALUES", 3)
-    few, more = (labelcounts.counted(np.arange(start, start + 3)) for start in (0, 1))
+    few, more = (labelcounts.count(np.arange(start, start + 3)) for start in (0, 1))
     assert few is not None
     assert few.counts == {0: 1, 1: 1, 2: 1}
-    assert labelcounts.added(few, more, (3, 3)) == LabelCounts(None)
-    assert labelcounts.added(LabelCounts(None, 2), few, (5, 3)) == LabelCounts(None, 2)
-    assert labelcounts.added(few, None, (3, 4)) == LabelCounts({0: 1, 1: 1, 2: 1}, 4)
+    assert labelcounts.add(few, more, (3, 3)) == LabelCounts(None)
+    assert labelcounts.add(LabelCounts(None, 2), few, (5, 3)) == LabelCounts(None, 2)
+    assert labelcounts.add(few, None, (3, 4)) == LabelCounts({0: 1, 1: 1, 2: 1}, 4)
     stats = Stats({}, 3, {"id": LabelCounts(None)})
     with pytest.raises(PlanError, match="more than 3 different values"):
         stats.classes("labels/id")

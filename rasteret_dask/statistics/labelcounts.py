@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MOST_VALUES", "LabelCounts", "added", "counted"]
+__all__ = ["MOST_VALUES", "LabelCounts", "Value", "add", "count"]
 
 Value: TypeAlias = "str | int | float | bool"
 
@@ -29,7 +29,7 @@ class LabelCounts:
     """Chips without a value: null, NaN or empty text."""
 
 
-def counted(values: NDArray[Any]) -> LabelCounts | None:
+def count(values: NDArray[Any]) -> LabelCounts | None:
     """Count the values of a column, shape (chip,); None of a column of times, which are no classes."""
     if values.dtype.kind == "M":
         return None
@@ -41,7 +41,7 @@ def counted(values: NDArray[Any]) -> LabelCounts | None:
     return _few(counts, len(values) - len(there))
 
 
-def added(a: LabelCounts | None, b: LabelCounts | None, chips: tuple[int, int]) -> LabelCounts:
+def add(a: LabelCounts | None, b: LabelCounts | None, chips: tuple[int, int]) -> LabelCounts:
     """Return what a column's values are in two parts together; in a part that lacks it, all ``chips`` miss a value."""
     one, two = a or LabelCounts({}, chips[0]), b or LabelCounts({}, chips[1])
     missing = one.missing + two.missing

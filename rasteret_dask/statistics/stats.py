@@ -82,7 +82,7 @@ class Stats:
         chips = self.chips, other.chips
         columns = dict.fromkeys((*self.labels, *other.labels))
         labels = {
-            name: labelcounts.added(self.labels.get(name), other.labels.get(name), chips) for name in columns
+            name: labelcounts.add(self.labels.get(name), other.labels.get(name), chips) for name in columns
         }
         return Stats(sources, sum(chips), labels)
 
@@ -474,7 +474,7 @@ def measure(arrays: Arrays, pixels: Mapping[str, SourcePixels]) -> Stats:
                     values[:, None, None], everywhere, (mask.partition("/")[2],), kinds=named
                 )
     columns = {key.partition("/")[2]: v for key, v in arrays.items() if key.startswith("labels/")}
-    labels = {name: found for name, v in columns.items() if (found := labelcounts.counted(v)) is not None}
+    labels = {name: found for name, v in columns.items() if (found := labelcounts.count(v)) is not None}
     return Stats(sources, len(arrays["chip_id"]), labels)
 
 
