@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from http.client import HTTPConnection as DirectConnection
 from http.client import HTTPException, HTTPResponse, IncompleteRead, responses
 from threading import Lock, local
@@ -43,6 +43,7 @@ from rasteret_dask.net.answers import Answer, BrokenError, RefusedError
 from rasteret_dask.net.gate import HOST_CONNECTIONS, ThrottledError, seconds
 from rasteret_dask.net.hrefs import plain_host, public, redact
 from rasteret_dask.net.localfile import Fetched, Head
+from rasteret_dask.net.reply import Reply
 from rasteret_dask.net.trust import check_address, check_host
 
 __all__ = [
@@ -80,6 +81,7 @@ _ENVIRONMENT = (
     "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
 )  # fmt: skip
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _SLOW_DOWN = re.compile(r"\bSlowDown\b|\bServerBusy\b|\bTooManyRequests\b")
 
 
@@ -137,7 +139,7 @@ def ranged(
         last = "" if length is None else start + length - 1
         answer = get(url, {"Range": f"bytes={start}-{last}"})
         told = answer.headers.get("Content-Range", "")
-        parts = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", told.strip())
+        parts = _RANGE.fullmatch(told.strip())
         if parts is None:
             raise RefusedError(
                 answer.status, f"a range without its place in the file (Content-Range {told[:80]!r})"
@@ -256,6 +258,7 @@ class _Place:
     """``user:password`` or "", percent-encoded."""
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of(cls, url: str) -> _Place:
         parts = urlsplit(url)
         scheme = parts.scheme.lower()
@@ -432,6 +435,8 @@ def _connected(connection: Any, host: str, port: int, checked: bool) -> socket.s
 
 class Direct(DirectConnection):
     """A connection to an address that may be connected to, without a proxy between."""
+
+    response_class = Reply
 
     def __init__(self, origin: tuple[str, str, int], context: ssl.SSLContext | None) -> None:
         super().__init__(*origin[1:])
