@@ -22,6 +22,8 @@ from passing import BANDS, CELLS, SIDE, Asked, Passing, Scene, assert_interprete
 
 import rasteret_dask as rd
 from rasteret_dask.rules.picks import PICKS, Composed, Scored
+from rasteret_dask.tasks.freezing import freeze
+from rasteret_dask.tasks.pixels import members_of, merged
 from rasteret_dask.words import Dtype
 
 Array = np.ndarray[Any, Any]
@@ -159,6 +161,27 @@ def test_chips_are_those_of_the_interpreter(worlds: World, case: dict[str, Any])
     source = world.source.harmonize(bands, mask="clouds" if masked else None, **how)
     chips = source.chips(SIDE, min_coverage=min_coverage, **CELLS)
     assert assert_interpreted(world.scenes, chips, asked, fill) > 10 * SIDE * SIDE
+
+
+@pytest.mark.parametrize("pick", ["least_cloudy", "first", "median"])
+def test_memory_of_the_caller_shows_nothing_that_it_held(worlds: World, pick: Any) -> None:
+    """Every pixel is written, and whether it is valid, where no record feeds a slot too."""
+    source = worlds("uint16", True).source.harmonize(
+        ("a", "b"), mask="clouds", pick=pick, time="1MS", units="raw"
+    )
+    job = freeze(source.chips(SIDE, min_coverage=0.0, **CELLS).planned)
+    empty = 0
+    for shard in job.shards():
+        expected = merged(job, shard, 0, members_of(job, shard, 0))
+        memory = (
+            np.full(expected.pixels.shape, 77, expected.pixels.dtype),
+            np.ones(expected.valid.shape, bool),
+        )
+        found = merged(job, shard, 0, members_of(job, shard, 0), into=memory)
+        xr.testing.assert_identical(found.drop_attrs(deep=False), expected.drop_attrs(deep=False))
+        assert np.shares_memory(found.valid.values, memory[1])
+        empty += int((expected.member == "").sum())
+    assert empty
 
 
 # Units of bands, and records of several scales

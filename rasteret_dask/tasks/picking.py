@@ -69,9 +69,7 @@ class Picking:
         if values is None:
             values = np.empty((n, plan.times, len(plan.bands), size, size), dtype=plan.dtype)
         if valid is None:
-            valid = np.zeros((n, plan.times, size, size), dtype=bool)
-        else:
-            valid[...] = False
+            valid = np.empty((n, plan.times, size, size), dtype=bool)
         chips = ChipPixels(
             values,
             valid,
@@ -86,6 +84,7 @@ class Picking:
             blank[feed.chip, feed.slot] = False
         for chip, slot in np.argwhere(blank).tolist():
             chips.values[chip, slot] = plan.fill
+            chips.valid[chip, slot] = False
         with Session(on_error, later or Neighbours(self.job, self.shard, self.source)) as session:
             for slots in self._batches(feed):
                 some = feed.take(np.isin(feed.slot, slots))
