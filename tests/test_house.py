@@ -31,8 +31,8 @@ ORDER = {
     "display": "colours html card tableview",
     "rules": "kinds radiometry values units masks picks stored tables pixels composing",
     "catalogs": "bands catalogfile catalog catalogwrite credentials pctokens signing access",
-    "net": "hrefs places trust answers gate localfile reply web wave lending refusals remote remotefs gdalfiles sums limits "
-           "allocator clusters probe readiness watch awaiting signatureplugin signatures",
+    "net": "hrefs places trust answers gate localfile reply web wave lending refusals remote remotefs gdalfiles sums "
+           "limits allocator clusters probe readiness watch awaiting signatureplugin signatures",
     "headers": "nodata page rangefile directories geokeys tiff gdal sidecar reader",
     "table": "assetkinds itemkinds itemcrs schema barehrefs anytable meanings records filelayouts rasteretio "
              "geoparquet export rasters layers leftassets terms facts rowgroups timing",
