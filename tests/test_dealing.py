@@ -95,10 +95,7 @@ def stocks(draw: st.DrawFn) -> tuple[Stock, NDArray[np.float64], NDArray[np.floa
         cell.append(rng.choice(cells, count, replace=False))
         near.append(np.arange(count) >= rng.integers(1, count + 1))
     shares = rng.dirichlet(np.full(splits, 3.0))
-    if draw(st.booleans()):
-        scale = np.pi  # areas
-    else:
-        scale = 1.0
+    scale = np.pi if draw(st.booleans()) else 1.0  # areas
     return (
         Stock(amounts * scale, np.concatenate(group), np.concatenate(cell), np.concatenate(near)),
         shares,
