@@ -13,6 +13,7 @@ from rasteret_dask.crs import number
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_of
 from rasteret_dask.pixelreads import PixelReads
+from rasteret_dask.planning.functions import plain
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
     CELL_KM,
@@ -361,6 +362,7 @@ class Collection(TableExits, PixelReads):
         reference: str | None = None,
         labels: Any = None,
         rasterize: str | None = None,
+        classes: Sequence[str | int] | None = None,
     ) -> Chips:
         """Lay chips over the ground that every source covers.
 
@@ -395,6 +397,9 @@ class Collection(TableExits, PixelReads):
             source's pixels: the value of the last polygon that holds a pixel's centre, else 0 (NaN for a column of
             floats). Text is numbered from 1 in alphabetical order; ``mask.attrs["classes"]`` has the names. Edges are
             straight in the CRS that the polygons are given in. Without ``labels``, the polygons are those of ``at``.
+        classes
+            All classes that the column may hold, so that numbers and dtype agree between regions: text is numbered from
+            1 in this order, whole numbers stay as they are. A polygon of another class is refused.
 
         Examples
         --------
@@ -411,7 +416,8 @@ class Collection(TableExits, PixelReads):
             points = as_points(at)
             token = token_of(points)
             tables[token] = points
-        polygons = _polygons(labels, at, rasterize)
+        named = () if classes is None else tuple(plain(list(classes)))
+        polygons = _polygons(labels, at, rasterize, named)
         if polygons is not None:
             tables[token_of(polygons)] = polygons
         spec = ChipSpec(
@@ -426,6 +432,7 @@ class Collection(TableExits, PixelReads):
             at=token,
             labels=None if polygons is None else token_of(polygons),
             rasterize=rasterize,
+            classes=named,
         )
         from rasteret_dask.chipset import Chips  # it imports xarray, and what reads pixels
 
@@ -682,12 +689,16 @@ def _sources(collection: Collection) -> dict[str, Collection]:
     return {n: collection._with(child) for n, child in zip(plan.names, plan.children, strict=True)}
 
 
-def _polygons(labels: Any, at: Any, column: str | None) -> pa.Table | None:
+def _polygons(labels: Any, at: Any, column: str | None, classes: Sequence[str | int]) -> pa.Table | None:
     """Return the polygons that become masks, with the column that says of what class they are."""
     if column is None:
         if labels is not None:
             raise PlanError(
                 "chips(labels=)", "no column", "the column that becomes a mask", "Add rasterize='<column>'."
+            )
+        if classes:
+            raise PlanError(
+                "chips(classes=)", "no column", "the column that holds them", "Add rasterize='<column>'."
             )
         return None
     if labels is None and at is None:
@@ -698,5 +709,5 @@ def _polygons(labels: Any, at: Any, column: str | None) -> pa.Table | None:
             "Give labels=GeoDataFrame.",
         )
     table = as_labels(dense(at if labels is None else labels))
-    Labels.of(table, column)  # so that a mistake is told here
+    Labels.of(table, column, classes=classes)  # so that a mistake is told here
     return table.select(["geometry", column]).combine_chunks()

@@ -233,6 +233,8 @@ def test_credentials_in_an_untrusted_href_stay_secret() -> None:
 
 # --- steps: told as soon as they are written -----------------------------------------------------------------
 
+NO_GROUP: Any = {"a/b": 0.5}
+
 STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple[str, ...]]] = {
     # areas and dates
     "bbox of three": (lambda w: w.s2.subset(bbox=(1, 2, 3)), rd.PlanError, ("bbox", "(1, 2, 3)", "west")),
@@ -354,7 +356,7 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
     "ratios below 0": (lambda w: chips_of(w).split(1.2, -0.1, -0.1), rd.PlanError, ("-0.1", "sum to 1")),
     "ratios of NaN": (lambda w: chips_of(w).split(float("nan"), 0.5, 0.5), rd.PlanError, ("nan",)),
     "ratios of words": (
-        lambda w: chips_of(w).split("most", 0.1, 0.1), rd.PlanError, ("'most'",),  # type: ignore[arg-type]
+        lambda w: chips_of(w).split("most", 0.1, 0.1), rd.PlanError, ("'most'",),
     ),
     "shares that leave some": (
         lambda w: chips_of(w).split(0.7, 0.2), rd.PlanError, ("0.9", "sum to 1", "test=0.1"),
@@ -373,7 +375,7 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
         rd.PlanError, ("seed", "0.5", "whole number"),
     ),
     "a split that is no group": (
-        lambda w: chips_of(w).split(train=0.5, **{"a/b": 0.5}), rd.PlanError, ("'a/b'", "Zarr"),
+        lambda w: chips_of(w).split(train=0.5, **NO_GROUP), rd.PlanError, ("'a/b'", "Zarr"),
     ),
     "a buffer without train": (
         lambda w: chips_of(w).split(a=0.5, b=0.5, buffer_m=10), rd.PlanError, ("a, b", "called train"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
+import hypothesis
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pytest
 import rasterio
 import shapely
 import xarray as xr
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pyproj import Transformer
 from rasterio.features import rasterize
@@ -160,6 +162,27 @@ def test_whole_numbers_take_the_smallest_dtype(values: list[int], dtype: str) ->
     burned = labels.burned(box, np.array([32633]), 4)
     assert burned.dtype == dtype
     assert (burned == values[-1]).all()  # the last row wins
+
+
+@hypothesis.given(
+    st.permutations(["a", "b", "c", "d", "e"]), st.lists(st.sampled_from("abc"), min_size=1, max_size=6)
+)
+def test_classes_settle_numbers_and_dtype_whichever_are_there(classes: list[str], values: list[str]) -> None:
+    square = shapely.to_wkb(shapely.box(15, 50, 16, 51))
+
+    def made(values: Sequence[Any], classes: Sequence[Any]) -> Labels:
+        table = pa.table({"geometry": [square] * len(values), "v": list(values)})
+        return Labels.of(table, "v", classes=classes)
+
+    text = made(values, classes)
+    assert text.table["value"].to_pylist() == [1 + classes.index(value) for value in values]
+    assert text.attrs["classes"] == ["", *classes]
+    codes = [ord(value) for value in values]
+    whole = made(codes, [*map(ord, classes), 60_000])
+    assert whole.table["value"].to_pylist() == codes
+    assert whole.dtype == "uint16"  # as in a region that has class 60,000
+    with pytest.raises(rd.PlanError, match=r"class 'z' in 1 rows.*isin\(classes\)"):
+        made([*values, "z"], classes)
 
 
 def test_polygons_at_the_antimeridian_and_beyond_a_zone_are_burned() -> None:
@@ -518,8 +541,9 @@ def test_masks_belong_to_the_plan(
 
     assert other().job.digest == train.job.digest
     assert other(labels=fields.to_crs(4326).reset_index(drop=True)).job.digest == train.job.digest
-    changed = [other(labels=fields.iloc[::-1]), other(rasterize="number"), other(labels=None, rasterize=None)]
-    assert len({train.job.digest, *(c.job.digest for c in changed)}) == 4
+    changed = [other(labels=fields.iloc[::-1]), other(rasterize="number"), other(labels=None, rasterize=None),
+               other(classes=[*CROPS[::-1], "oats"])]  # fmt: skip
+    assert len({train.job.digest, *(c.job.digest for c in changed)}) == 5
     with pytest.raises(rd.StoreError, match="another plan"):
         changed[0].to_zarr(store, progress=False)
     write_job(train.job, str(tmp_path / "job"))
@@ -571,6 +595,12 @@ def test_mistakes_are_told_where_they_are_made(optical: rd.Collection, fields: g
     refused(r"Point in row 0", at=fields.set_geometry(fields.centroid), rasterize="crop")
     gone = fields.assign(crop=[None, *fields["crop"][1:]])
     refused(r"no value in row 0 \(1 such rows\).*dropna", labels=gone, rasterize="crop")
+    refused(r"Add rasterize='<column>'", classes=["wheat"])
+    crops = sorted(set(fields["crop"]))
+    refused(rf"class '{crops[0]}' in \d+ rows", labels=fields, rasterize="crop", classes=crops[1:])
+    refused(r"whole numbers", labels=fields, rasterize="number", classes=["wheat"])
+    refused(r"each once", labels=fields, rasterize="crop", classes=[*crops, crops[0]])
+    refused(r"burned as they are", labels=fields, rasterize="yield", classes=[1])
     refused(r"class 0 in 1 rows", labels=fields.assign(number=range(60)), rasterize="number")
     refused(
         r"values of type timestamp", labels=fields.assign(when=pd.Timestamp("2024-01-01")), rasterize="when"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import geopandas
@@ -18,7 +19,7 @@ from made_records import boxes, collection, ids, project, record
 import rasteret_dask as rd
 from rasteret_dask.chipping.ground import by_ground
 from rasteret_dask.chipping.splits import SplitCells, choose, split_of_cells
-from rasteret_dask.planning.plan import SplitSpec
+from rasteret_dask.planning.plan import Source, Split, SplitSpec, digest, from_json, to_json
 from rasteret_dask.zones import UTM
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
@@ -465,7 +466,7 @@ def test_any_names_share_the_ground_in_one_order_however_they_are_written(
     weights: dict[str, int], seed: int, order: random.Random
 ) -> None:
     total = sum(weights.values())
-    shares = {name: weight / total for name, weight in weights.items()}
+    shares: dict[str, Any] = {name: weight / total for name, weight in weights.items()}
     turned = list(shares.items())
     order.shuffle(turned)
     chips = PLAIN.split(**shares, seed=seed)
@@ -483,30 +484,27 @@ def test_any_names_share_the_ground_in_one_order_however_they_are_written(
 
 
 def test_shares_that_are_not_named() -> None:
-    for given_shares, wanted in (
+    cases: tuple[tuple[dict[str, Any], dict[str, float]], ...] = (
         ({}, {"train": 0.7, "val": 0.15, "test": 0.15}),
         ({"train": 0.8}, {"train": 0.8, "val": 0.1, "test": 0.1}),
         ({"train": 1}, {"train": 1}),
         ({"train": 0.7, "val": 0.3}, {"train": 0.7, "val": 0.3}),
-    ):
-        (spec,) = [PLAIN.split(**given_shares).plan.spec]  # type: ignore[attr-defined]
-        assert dict(spec.ratios) == pytest.approx(wanted)
+    )
+    for given_shares, wanted in cases:
+        step = PLAIN.split(**given_shares).plan
+        assert isinstance(step, Split)
+        assert dict(step.spec.ratios) == pytest.approx(wanted)
 
 
 def test_the_remedy_of_shares_that_leave_some_is_a_call_that_works() -> None:
-    for shares in (
-        {"train": 0.7, "val": 0.15},
-        {"a": 0.5, "b": 0.7},
-        {"train": 0.5, "val": 0.2, "test": 0.2},
-    ):
+    cases: tuple[dict[str, Any], ...] = (
+        {"train": 0.7, "val": 0.15}, {"a": 0.5, "b": 0.7}, {"train": 0.5, "val": 0.2, "test": 0.2},
+    )  # fmt: skip
+    for shares in cases:
         with pytest.raises(rd.PlanError, match="sum to 1") as told:
             PLAIN.split(**shares)
-        call = (
-            str(told.value)
-            .strip()
-            .split(" ")[-1 - str(told.value).strip().rsplit("split(", 1)[1].count(" ") :]
-        )
-        assert eval("chips." + " ".join(call).rstrip("."), {"chips": PLAIN}).audit().ok
+        call = str(told.value)[str(told.value).rindex("split(") :].rstrip(" .")
+        assert eval(f"chips.{call}", {"chips": PLAIN}).audit().ok
 
 
 def test_options_of_split_are_those_that_no_split_can_be_called() -> None:
@@ -629,18 +627,17 @@ def test_folds_that_cannot_be_are_told_with_what_can() -> None:
         _ = few.folds(4).table
     assert len(few.folds(3).table) == len(few)
     folds = PLAIN.folds(3)
-    for wrong, told in (
+    mistakes: tuple[tuple[Callable[[], Any], str], ...] = (
         (lambda: folds.fold(3).table, "values of column fold: 0, 1, 2"),
         (lambda: PLAIN.fold(0).table, r"chips.folds\(5\) makes a column fold"),
         (lambda: folds.folds(2).table, "there already"),
-    ):
+    )
+    for wrong, told in mistakes:
         with pytest.raises(rd.PlanError, match=told):
             wrong()
 
 
 def test_a_plan_of_before_keeps_its_digest_and_a_new_one_comes_back_from_json() -> None:
-    from rasteret_dask.planning.plan import Source, Split, digest, from_json, to_json
-
     node = Split(Source("s2", "token"), SplitSpec((("train", 0.7), ("val", 0.15), ("test", 0.15)), 7))
     assert digest(node) == "c130ef5768da262a0bc629e1b0b87c7f"
     assert set(to_json(node)["spec"]) == {"type", "ratios", "seed", "by", "buffer_m", "boundary"}

@@ -601,12 +601,13 @@ def test_folds_of_a_store_are_those_of_its_plan(
         assert len(fold.sample(2, by="split")) == 4
         assert f"val {len(val)}" in repr(fold)
     assert isinstance(val.stored.plan, Select)
-    for wrong, told in (
+    mistakes: tuple[tuple[Callable[[], Any], str], ...] = (
         (lambda: store.fold(3), "values of column fold: 0, 1, 2"),
         (lambda: store.folds(2), "there already"),
         (lambda: open_chips(stores["train"][1]).fold(0), r"chips.folds\(5\) makes it"),
         (lambda: open_chips(stores["train"][1]).folds(10_000), "fewer folds"),
         (lambda: store.fold(0).select("test"), "train, val"),
-    ):
+    )
+    for wrong, told in mistakes:
         with pytest.raises(PlanError, match=told):
             wrong()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rasteret_dask.crs import crs_of
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import transformer
+from rasteret_dask.lists import listed
 
 __all__ = ["Labels", "dense"]
 
@@ -64,23 +65,26 @@ class Labels:
     """Of a column of text: class i is called classes[i - 1]."""
 
     @classmethod
-    def of(cls, table: pa.Table, column: str, source: int = 0) -> Labels:
+    def of(cls, table: pa.Table, column: str, source: int = 0, classes: Sequence[str | int] = ()) -> Labels:
         """Settle values and dtype.
 
         Parameters
         ----------
         table
             ``geometry`` (WKB, lon/lat) and the column: whole numbers other than 0 (kept as they are), floats
-            (become float32), booleans (1 and 0), or text (numbered from 1 in alphabetical order).
+            (become float32), booleans (1 and 0), or text (numbered from 1, by the alphabet or as ``classes`` says).
         column
             Its name.
         source
             The source on whose pixels masks lie.
+        classes
+            All texts or whole numbers that the column may hold: they settle numbers and dtype, whichever of them are
+            there. None: those that are there.
 
         Raises
         ------
         PlanError
-            When there is no such column, a row has no value or no polygon, or values are of another kind.
+            When there is no such column, a row has no value or no polygon, or values are of another kind or class.
         """
         subject = f"chips(rasterize={column!r})"
         own = [n for n in table.column_names if n not in ("geometry", "__index__")]
@@ -96,9 +100,9 @@ class Labels:
                 f"Drop such rows: gdf.dropna(subset=[{column!r}]).",
             )  # fmt: skip
         _check_polygons(subject, table)
-        numbers, classes = _values(subject, values)
+        numbers, names = _values(subject, values, tuple(classes))
         plain = pa.table({"geometry": table.column("geometry").combine_chunks(), "value": pa.array(numbers)})
-        return cls(plain, column, source, classes)
+        return cls(plain, column, source, names)
 
     @classmethod
     def again(cls, table: pa.Table, note: Mapping[str, Any]) -> Labels:
@@ -189,16 +193,20 @@ def _shapes(table: pa.Table) -> NDArray[Any]:
     return np.asarray(shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False)))
 
 
-def _values(subject: str, values: pa.Array) -> tuple[NDArray[Any], tuple[str, ...]]:
+def _values(
+    subject: str, values: pa.Array, classes: tuple[str | int, ...]
+) -> tuple[NDArray[Any], tuple[str, ...]]:
     """Return what to burn, in the smallest dtype that holds it, and the names of classes."""
     kind = values.type
     if pa.types.is_dictionary(kind):
         values = values.dictionary_decode()
         kind = values.type
+    if classes:
+        _check_classes(subject, values, classes)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        classes = sorted(values.unique().to_pylist())
-        numbers = pc.index_in(values, pa.array(classes, kind)).to_numpy().astype(np.int64) + 1
-        return numbers.astype(_smallest(subject, numbers)), tuple(classes)
+        names = [str(name) for name in classes] or sorted(values.unique().to_pylist())
+        numbers = pc.index_in(values, pa.array(names, kind)).to_numpy().astype(np.int64) + 1
+        return numbers.astype(_smallest(subject, np.array([1, len(names)]))), tuple(names)
     if pa.types.is_boolean(kind):
         return values.to_numpy(zero_copy_only=False).astype(np.uint8), ()
     if pa.types.is_floating(kind):
@@ -212,7 +220,31 @@ def _values(subject: str, values: pa.Array) -> tuple[NDArray[Any], tuple[str, ..
             subject, f"class {BACKGROUND} in {zeros} rows", "other numbers: 0 is ground without a polygon",
             "Number classes from 1 on, or drop the rows if they mean the same.",
         )  # fmt: skip
-    return numbers.astype(_smallest(subject, numbers)), ()
+    return numbers.astype(_smallest(subject, np.array(classes) if classes else numbers)), ()
+
+
+def _check_classes(subject: str, values: pa.Array, classes: tuple[str | int, ...]) -> None:
+    """Refuse a list of classes that is none, or that lacks a value of the column."""
+    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    kind, word = (str, "texts") if is_text else (int, "whole numbers other than 0")
+    if not is_text and not pa.types.is_integer(values.type):
+        raise PlanError(
+            subject, f"classes= for a column of {values.type}", "a column of text or whole numbers",
+            "Leave classes out: such values are burned as they are.",
+        )  # fmt: skip
+    wrong = [one for one in classes if not isinstance(one, kind) or isinstance(one, bool) or one in (0, "")]
+    if wrong or len(set(classes)) != len(classes):
+        found = f"classes=[{', '.join(map(repr, classes))}]"
+        raise PlanError(subject, found, f"{word}, each once, as column and classes are of one kind")
+    there = values.to_pylist()
+    others = sorted(set(there) - set(classes))
+    if others:
+        rows, column = sum(value in others for value in there), subject.split("'")[1]
+        raise PlanError(
+            subject, f"class {listed([repr(one) for one in others])} in {rows} rows",
+            f"one of classes={list(classes)!r}",
+            f"Add it to classes, or drop such rows: gdf[gdf[{column!r}].isin(classes)].",
+        )  # fmt: skip
 
 
 def _smallest(subject: str, numbers: NDArray[Any]) -> str:

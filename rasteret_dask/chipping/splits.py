@@ -321,7 +321,8 @@ def _numbers(spec: SplitSpec, there: Sequence[Scalar]) -> dict[Scalar, int]:
 
 def _with_values(spec: SplitSpec, there: Sequence[Scalar], step: str) -> SplitSpec:
     """Return a split with the values that each name takes, held against those that a column has."""
-    known = sorted(there) if len({type(value) for value in there}) == 1 else sorted(there, key=str)
+    known: list[Any] = list(there)  # of one type, as the column is
+    known.sort()
     shown = listed([repr(value) for value in known], "values")
     if not spec.values:
         if not 0 < len(there) <= MOST_SPLITS:

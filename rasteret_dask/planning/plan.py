@@ -149,6 +149,8 @@ class ChipSpec:
     """Token of a table of polygons that become masks; None: no masks."""
     rasterize: str | None = None
     """The column of that table whose values masks hold."""
+    classes: tuple[str | int, ...] = field(default=(), metadata=LATER)
+    """All values that it may have: they settle the numbers of classes. Empty: those that it has."""
 
     def __post_init__(self) -> None:
         for name in ("size", "stride"):
@@ -221,10 +223,10 @@ class SplitSpec:
         shown = ", ".join(f"{name}={share!r}" for name, share in self.ratios)
         wanted = "shares of 0 or more that sum to 1"
         if not self.ratios or not all(is_number(share) and share >= 0 for _, share in self.ratios):
-            raise PlanError("split shares", shown or "none", wanted)
+            raise PlanError("split ratios", shown or "none", wanted)
         total = sum(share for _, share in self.ratios)
         if abs(total - 1) > 1e-9:
-            raise PlanError("split shares", f"{shown} (sum {total:g})", wanted, self._rest(total))
+            raise PlanError("split ratios", f"{shown} (sum {total:g})", wanted, self._rest(total))
 
     def _rest(self, total: float) -> str:
         """Return the call that would make the sum 1."""
@@ -234,7 +236,7 @@ class SplitSpec:
             shares[free] = f"{1 - total:.10g}"
         else:
             shares = {name: f"{share / total:.10g}" for name, share in self.ratios}
-        return f"split({', '.join(f'{name}={share}' for name, share in shares.items())})."
+        return f"Write split({', '.join(f'{name}={share}' for name, share in shares.items())})."
 
     @property
     def names(self) -> tuple[str, ...]:

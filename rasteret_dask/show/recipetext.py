@@ -268,6 +268,8 @@ class _Writer:
             table["at"] = self._points(spec.at)
         if spec.labels is not None:
             table["labels"] = self._beside(spec.labels, "labels", "chips(labels=)", "a table")
+        if spec.classes:
+            table["classes"] = list(spec.classes)
         return table
 
     def _points(self, token: str) -> Any:

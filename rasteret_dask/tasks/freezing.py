@@ -101,6 +101,7 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
         MEANING,
         *chips.pixel_rules,
         *([chips.spec.labels, chips.spec.rasterize, chips.reference] if chips.labels else []),
+        *([list(chips.spec.classes)] if chips.spec.classes else []),
     )
     wkts = luggage(pc.unique(table.column("epsg")).to_pylist())
     if wkts:
