@@ -551,7 +551,7 @@ class ChipBlocks(Generic[ChipsT]):
         records, empty = read_records(planned, used)
         job = JobOfParts(
             last.sources, last.size_px, tuple(hierarchies), records, empty, last.maps, last.phase, (),
-            last.pixel_rules, last.labels, job_digest(last.phase, keys), tuple(parts), keys,
+            last.pixel_rules, last.labels, None, job_digest(last.phase, keys), tuple(parts), keys,
             partial(self._whole_tables, used), lru_cache(maxsize=1)(self._coordinates),
         )  # fmt: skip
         return job, used
