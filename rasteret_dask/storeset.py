@@ -27,7 +27,6 @@ from rasteret_dask.planning.plan import (
     predicates,
 )
 from rasteret_dask.planning.shares import fold_spec, split_spec
-from rasteret_dask.splitcells import stored_cells
 from rasteret_dask.statistics.measuring import chosen_sources, measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
@@ -210,6 +209,8 @@ class StoredChips:
         >>> rd.open_chips("dealt.zarr").split_cells.equals(dealt.split_cells)
         True
         """
+        from rasteret_dask.splitcells import stored_cells  # plans: training workers start without them
+
         return stored_cells(self.stored.url)
 
     @property

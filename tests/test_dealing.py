@@ -95,10 +95,9 @@ def stocks(draw: st.DrawFn) -> tuple[Stock, NDArray[np.float64], NDArray[np.floa
         cell.append(rng.choice(cells, count, replace=False))
         near.append(np.arange(count) >= rng.integers(1, count + 1))
     shares = rng.dirichlet(np.full(splits, 3.0))
-    if draw(st.booleans()):
-        amounts = amounts * np.pi  # areas
+    scale = np.pi if draw(st.booleans()) else 1.0  # areas
     return (
-        Stock(amounts, np.concatenate(group), np.concatenate(cell), np.concatenate(near)),
+        Stock(amounts * scale, np.concatenate(group), np.concatenate(cell), np.concatenate(near)),
         shares,
         rng.random(cells),
     )

@@ -401,6 +401,7 @@ ANY_TAKEN = {
     "points": "points in any of these forms",
     "at": "a table of points or polygons of any library",
     "labels": "a table of polygons of any library",
+    "samples": "a table of geometries of any library",
     "grid": "a CRS in any form, an odc-geo GridSpec or GeoBox, beside its words",
     "crs": "a CRS in any form: a code, WKT, PROJJSON, an object of any library",
     "target_crs": "the same",

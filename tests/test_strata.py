@@ -244,5 +244,5 @@ def test_bad_input(scene: rd.Collection) -> None:
         table = at(scene, crops(9, 60)).split(stratify="crop").split_cells
     with pytest.raises(PlanError, match=r"cells of 3.84 km on grid utm.*cell_km=3.84"):
         _ = scene.chips(16, at=crops(9, 60), cell_km=7.68).split(cells=table).table
-    with pytest.raises(PlanError, match=r"by_blocks: split\(stratify=\)"):
+    with pytest.raises(PlanError, match=r"by_blocks: found split\(stratify=\)"):
         scene.chips(128).split(stratify="crop").by_blocks("folder")

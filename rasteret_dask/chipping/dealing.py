@@ -356,7 +356,8 @@ class _Table:
 
     def _ranked(self, cells: Numbers) -> Numbers:
         """Return cells in an order that follows from what they are, not from where they stand: the largest first."""
-        return cells[np.lexsort((self.unit[cells], -self.held[cells].sum(axis=1)))]
+        order = np.lexsort((self.unit[cells], -self.held[cells].sum(axis=1)))
+        return np.asarray(cells[order], dtype=np.int64)
 
     def cost(self, kept: Numbers) -> int:
         """Return how far splits are from what they want; far more than anything else where one has nothing."""

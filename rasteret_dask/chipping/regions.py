@@ -41,7 +41,7 @@ def check_regions(table: pa.Table) -> str:
     kinds = shapely.get_type_id(shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False)))
     if not np.isin(kinds, _POLYGONAL).all():
         raise PlanError(subject, "geometries that are no polygons", "polygons")
-    return own[0]
+    return str(own[0])
 
 
 def names_of(table: pa.Table, column: str, wkb: pa.ChunkedArray) -> pa.Array:

@@ -70,9 +70,9 @@ def by_time(span: NDArray[np.int64], ranges: Ranges) -> NDArray[np.int64]:
     return np.asarray(result, dtype=np.int64)
 
 
-def _edges(own: tuple[Scalar, ...]) -> tuple[int, int]:
+def _edges(ends: tuple[Scalar, ...]) -> tuple[int, int]:
     low, high = np.iinfo(np.int64).min, np.iinfo(np.int64).max
-    start, end = own
+    start, end = ends
     return (
         low if start is None else pd.Timestamp(str(start)).as_unit("ns").value,
         high if end is None else pd.Timestamp(str(end)).as_unit("ns").value,

@@ -23,7 +23,7 @@ from rasteret_dask.errors import PlanError, StrataWarning
 from rasteret_dask.lists import listed
 from rasteret_dask.planning.plan import SplitSpec, is_number
 
-__all__ = ["Classes", "classes_of", "table_of_cells"]
+__all__ = ["Strata", "classes_of", "table_of_cells"]
 
 MOST_CLASSES = 256
 """Values of a column that are classes; more are ids, or measurements."""
@@ -36,7 +36,7 @@ BURNED_CHIPS = 4096
 
 
 @dataclass(frozen=True)
-class Classes:
+class Strata:
     """How much of each class chips hold."""
 
     names: tuple[str, ...]
@@ -48,7 +48,7 @@ class Classes:
     """Whether each chip has one class, which a filter on the column can leave out."""
 
 
-def classes_of(chips: PlannedChips, columns: Sequence[str]) -> Classes:
+def classes_of(chips: PlannedChips, columns: Sequence[str]) -> Strata:
     """Return how much of each class chips hold.
 
     Parameters
@@ -77,7 +77,7 @@ def classes_of(chips: PlannedChips, columns: Sequence[str]) -> Classes:
     return _values(chips.table.column(columns[0]), columns[0], subject)
 
 
-def _values(column: pa.ChunkedArray, name: str, subject: str) -> Classes:
+def _values(column: pa.ChunkedArray, name: str, subject: str) -> Strata:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     plain = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
     plain = plain or pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -102,10 +102,10 @@ def _values(column: pa.ChunkedArray, name: str, subject: str) -> Classes:
     rank = np.argsort(order)[texts.indices.to_numpy()]
     amounts = np.zeros((len(column), len(names)), dtype=np.int64)
     amounts[np.arange(len(column)), rank] = 1
-    return Classes(tuple(names[at] for at in order), amounts, name, True)
+    return Strata(tuple(names[at] for at in order), amounts, name, True)
 
 
-def _numbers(chips: PlannedChips, columns: Sequence[str], subject: str) -> Classes:
+def _numbers(chips: PlannedChips, columns: Sequence[str], subject: str) -> Strata:
     parts = []
     for name in columns:
         column = chips.table.column(name)
@@ -123,10 +123,10 @@ def _numbers(chips: PlannedChips, columns: Sequence[str], subject: str) -> Class
                 "numbers of 0 or more", f"Leave such chips out before: filter(({name!r}, '>=', 0)).",
             )  # fmt: skip
         parts.append(values)
-    return Classes(tuple(columns), np.stack(parts, -1), ", ".join(columns), False)
+    return Strata(tuple(columns), np.stack(parts, -1), ", ".join(columns), False)
 
 
-def _burned(chips: PlannedChips, subject: str) -> Classes:
+def _burned(chips: PlannedChips, subject: str) -> Strata:
     """Return how many pixels of each class polygons burn into each chip, on few pixels a chip."""
     labels = chips.labels
     assert labels is not None
@@ -149,7 +149,7 @@ def _burned(chips: PlannedChips, subject: str) -> Classes:
         for number, value in enumerate(values.tolist()):
             amounts[start : start + len(some), number] = (masks == value).sum(axis=1)
     names = tuple(labels.classes[int(v) - 1] if labels.classes else str(v) for v in values.tolist())
-    return Classes(names, amounts[back.ravel()], labels.column, False)
+    return Strata(names, amounts[back.ravel()], labels.column, False)
 
 
 def table_of_cells(
@@ -205,7 +205,7 @@ def table_of_cells(
 
 def _stock(
     chips: PlannedChips, spec: SplitSpec, cells: SplitCells, links: Links,
-    places: NDArray[np.int64], cell: NDArray[np.int64], classes: Classes,
+    places: NDArray[np.int64], cell: NDArray[np.int64], classes: Strata,
 ) -> Stock:  # fmt: skip
     """Return what cells hold: chips that lie on one cell together, all others one by one."""
     count = np.bincount(links.chip, minlength=chips.table.num_rows)
@@ -251,7 +251,7 @@ def _beside(
 
 
 def _check(
-    chips: PlannedChips, spec: SplitSpec, classes: Classes, links: Links,
+    chips: PlannedChips, spec: SplitSpec, classes: Strata, links: Links,
     cell: NDArray[np.int64], before: NDArray[np.int64],
 ) -> None:  # fmt: skip
     """Refuse strata that cannot hold; warn of those that cannot hold in every split."""
@@ -289,11 +289,11 @@ def _check(
         )
 
 
-def _others(classes: Classes, one: Sequence[int]) -> str:
+def _others(classes: Strata, one: Sequence[int]) -> str:
     return f" (and {listed([classes.names[n] for n in one[1:]], 'others')})" if len(one) > 1 else ""
 
 
-def _typed(chips: PlannedChips, classes: Classes, name: str) -> str:
+def _typed(chips: PlannedChips, classes: Strata, name: str) -> str:
     value = next(
         v
         for v in pc.unique(chips.table.column(classes.column)).to_pylist()

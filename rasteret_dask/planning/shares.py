@@ -12,7 +12,6 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.functions import plain
 from rasteret_dask.planning.names import in_order
 from rasteret_dask.planning.plan import TIME, Scalar, SplitSpec, is_number
-from rasteret_dask.table.timing import half_open
 
 __all__ = ["DEFAULT", "REST", "Share", "dealt_spec", "fold_spec", "split_spec"]
 
@@ -121,6 +120,8 @@ def _shares(parts: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
 
 def _ranges(parts: Mapping[str, Any]) -> tuple[tuple[str, tuple[Scalar, ...] | None], ...]:
     """Return the range of each split, half-open; train is the rest where it has none."""
+    from rasteret_dask.table.timing import half_open  # pandas: training workers start without it
+
     step = "split(by='time')"
     result: dict[str, tuple[Scalar, ...] | None] = {}
     for name, own in parts.items():

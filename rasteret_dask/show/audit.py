@@ -140,7 +140,9 @@ class Audit:
 
         Examples
         --------
-        >>> worst = {column: audit.deviation(column) for column in audit.classes}
+        >>> audit = chips.audit()
+        >>> {column: audit.deviation(column) for column in audit.classes}
+        {}
         """
         rows = self.shares(column).values()
         filled = [split for split, count in self.chips.items() if count]
