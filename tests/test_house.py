@@ -57,7 +57,7 @@ ORDER = {
     "show": "fetching tilecount probing explain audit recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
-    "training": "tensors batched passes datamodule",
+    "training": "tensors chipbatch passes datamodule",
     "the face": "compacting storeset reportpage streamfrom torchdata chipblocks chipset tableexits pixelreads "
                 "collection openers building",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
