@@ -26,7 +26,7 @@ from rasteret_dask.storeset import StoredChips
 from rasteret_dask.streams.epochs import BatchOrder, Begun, Epoch
 from rasteret_dask.streams.stream import Normalize, Stream, prepared
 from rasteret_dask.tasks.batches import Arrays
-from rasteret_dask.training.batched import ChipBatch
+from rasteret_dask.training.chipbatch import ChipBatch
 from rasteret_dask.training.passes import Passes
 from rasteret_dask.training.tensors import Sample, as_tensors, check_image
 

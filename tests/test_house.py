@@ -58,7 +58,7 @@ ORDER = {
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
-    "training": "tensors batched passes datamodule",
+    "training": "tensors chipbatch passes datamodule",
     "the face": "compacting splitcells storeset reportpage streamfrom torchdata chipblocks chipset tableexits "
                 "pixelreads collection openers building",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",

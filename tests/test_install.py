@@ -71,7 +71,7 @@ TESTING = (
 NEED_TORCH = {
     "rasteret_dask.geometries.torchset",
     "rasteret_dask.torchdata",
-    "rasteret_dask.training.batched",
+    "rasteret_dask.training.chipbatch",
     "rasteret_dask.training.datamodule",
     "rasteret_dask.training.passes",
     "rasteret_dask.training.tensors",

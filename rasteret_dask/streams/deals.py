@@ -107,15 +107,15 @@ class Pool:
             kept[self._mixed(np.flatnonzero(owner == rank), deal, parts)[: deal.taken]] = False
         return self[np.flatnonzero(kept)]
 
-    def _mixed(self, own: NDArray[np.int64], deal: Deal, parts: bool) -> NDArray[np.int64]:
-        """Return chips of a rank in the order in which it takes them."""
-        if not len(self.draw) or not len(own):
-            return own
-        shard = self.shard[own]
+    def _mixed(self, chips: NDArray[np.int64], deal: Deal, parts: bool) -> NDArray[np.int64]:
+        """Return a rank's chips in the order in which it takes them."""
+        if not len(self.draw) or not len(chips):
+            return chips
+        shard = self.shard[chips]
         place = np.cumsum(np.diff(shard, prepend=shard[0]) != 0)
         begin, end = _spans(int(place[-1]) + 1, deal.buffer * (deal.world_size if parts else 1))
-        keys = begin[place] + (end - begin)[place] * self.draw[own]
-        return own[np.argsort(keys, kind="stable")]
+        keys = begin[place] + (end - begin)[place] * self.draw[chips]
+        return chips[np.argsort(keys, kind="stable")]
 
     def _owners(self, deal: Deal, parts: bool) -> NDArray[np.int64]:
         """Return the rank of each chip; those that no rank gets have number ``world_size``."""

@@ -232,16 +232,16 @@ class BatchOrder:
         return Pool(shard, row, copy, _draws(len(shard), self.seed, number, 1))[order]
 
     def _padded(
-        self, own: NDArray[np.int64], end: int, chips: int
+        self, order: NDArray[np.int64], end: int, chips: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Repeat the last chips, up to a batch of them, so that none is read a second time for it."""
-        empty = not len(own)
+        empty = not len(order)
         if empty:  # fewer chips than ranks
-            own = np.array([self.rank % chips])
-        missing = end - len(own)
-        last = np.resize(np.arange(max(0, len(own) - self.batch_size), len(own)), missing)
-        marks = np.arange(end) >= (0 if empty else len(own))
-        return np.append(own, own[last]), marks
+            order = np.array([self.rank % chips])
+        missing = end - len(order)
+        last = np.resize(np.arange(max(0, len(order) - self.batch_size), len(order)), missing)
+        marks = np.arange(end) >= (0 if empty else len(order))
+        return np.append(order, order[last]), marks
 
 
 @dataclass(frozen=True, slots=True)
