@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,11 @@ from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
 from rasteret_dask.store.ledger import JOB
 from rasteret_dask.store.stored import Stored
-from rasteret_dask.store.storemap import check_sizes, open_store
+from rasteret_dask.store.union import grown_store, open_parts
 from rasteret_dask.streams.chipshards import stored_chips
 from rasteret_dask.streams.stream import Batching, Normalize, Stream
 from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.words import Duplicates
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -35,35 +37,70 @@ if TYPE_CHECKING:
 __all__ = ["StoredChips", "open_chips"]
 
 
-def open_chips(store: str | os.PathLike[str], split: str | None = None) -> StoredChips:
-    """Open the chips of a store that :meth:`Chips.to_zarr` wrote.
+def open_chips(
+    store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    split: str | None = None,
+    *,
+    duplicates: Duplicates = "raise",
+    columns: int | None = None,
+) -> StoredChips:
+    """Open the chips of a store that :meth:`Chips.to_zarr` wrote, of one that grew, or of several stores as one.
+
+    A chip is one sample, with the slots of all parts it stands in, in order of time. A slot that it does not have is
+    blank: fill, invalid, without a time.
 
     Parameters
     ----------
     store
-        A local path or a URL.
+        A local path or a URL; or a list of them: stores of the same sources, bands, sizes, dtypes and columns.
     split
         Only the chips of this split: ``open_chips(store).select(split)``.
+    duplicates
+        What becomes of a slot of a chip that stands in two stores of a list: ``"raise"`` refuses it by name,
+        ``"first"`` takes the first store's.
+    columns
+        The version of the columns that :meth:`StoredChips.with_table` and :meth:`StoredChips.split` added to see; 0:
+        none, None: the latest.
 
     Raises
     ------
     StoreError
         When there is no store, it is not finished, something else lies there, or objects do not have the sizes that
         its manifest names (plain HTTP servers do not list: there, and while reading, each object is compared when
-        it is read).
+        it is read); when stores differ in more than chips and dates, a chip has two splits, or a slot stands twice.
     PlanError
-        When it has no such split.
+        When it has no such split, or an argument is none of these.
 
     Examples
     --------
     >>> stored = rd.open_chips("train.zarr", split="train")
     >>> len(stored)
     124
+    >>> for name in ("train", "val"):
+    ...     report = chips.select(name).to_zarr(f"{name}-only.zarr", progress=False)
+    >>> len(rd.open_chips(["train-only.zarr", "val-only.zarr"]))
+    133
     """
-    url = Place.of(store).folder("a folder that to_zarr wrote", "Give the store's folder.")
-    opened = open_store(url)
-    check_sizes(opened)
-    chips = StoredChips(Stored.of(url, opened.digest), opened=True)
+    if duplicates not in ("raise", "first"):
+        raise PlanError("open_chips(duplicates=)", repr(duplicates), "'raise' or 'first'")
+    several = isinstance(store, list | tuple)
+    places = list(store) if several else [store]  # type: ignore[arg-type]
+    if not places:
+        raise PlanError("open_chips", "no store", "at least one")
+    urls = [Place.of(one).folder("a folder that to_zarr wrote", "Give the store's folder.") for one in places]
+    if len(set(urls)) < len(urls):
+        raise PlanError("open_chips", f"a store twice ({remote.redact(max(urls, key=urls.count))})", "each once")
+    if columns is not None and len(urls) > 1:
+        raise PlanError(
+            "open_chips(columns=)", "a version, of several stores", "None",
+            "Added columns are those of one store: write the columns into each before.",
+        )  # fmt: skip
+    grown = [grown_store(url) for url in urls]
+    for one in grown:
+        one.check_sizes()
+    chips = StoredChips(Stored.over(open_parts(grown, duplicates, columns)), opened=True)
+    if chips.stored.parts is not None:
+        _ = chips.stored.map  # so that stores that do not fit are told here
     return chips if split is None else chips.select(split)
 
 
@@ -129,7 +166,7 @@ class StoredChips:
         return self._with(Sample(self.stored.plan, n, seed, by))
 
     def _with(self, plan: Node) -> StoredChips:
-        chosen = StoredChips(Stored(self.stored.url, plan), opened=True)
+        chosen = StoredChips(replace(self.stored, plan=plan), opened=True)
         len(chosen)  # so that a mistake is told where it is made
         return chosen
 
@@ -323,9 +360,15 @@ class StoredChips:
         """
         shards = self.stored.map.shards
         rows = [(chip, s.split, reason) for s in shards for chip, reason in s.dropped.items()]
+        if self.stored.parts is not None:  # other dates of it may have been kept
+            rows = [row for row in rows if not self._is_kept(row[0])]
         names = ("chip_id", "split", "reason")
         columns = {n: pa.array([row[i] for row in rows], pa.string()) for i, n in enumerate(names)}
         return TableView(pa.table(columns))
+
+    def _is_kept(self, chip: str) -> bool:
+        row = self.stored.map.chips.row_of(chip)
+        return row is not None and bool(self.stored.map.kept[row])
 
     def stream(
         self,

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 __all__ = [
     "Boundary",
     "Dtype",
+    "Duplicates",
     "Grid",
     "OnBroken",
     "OnError",
@@ -40,3 +41,6 @@ TableLayout: TypeAlias = Literal["geoparquet", "rasteret"]
 
 OnBroken: TypeAlias = Literal["skip", "raise"]
 """What becomes of an item that cannot be read."""
+
+Duplicates: TypeAlias = Literal["raise", "first"]
+"""What becomes of a slot of a chip that stands in two stores which are opened as one."""

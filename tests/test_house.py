@@ -48,8 +48,8 @@ ORDER = {
     "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes workermemory runs "
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode ledger provenance bytecache storetables jobreport "
-             "layout manifest write presence committing paging runtasks onthreads oncluster shardruns run "
-             "outputs storemap storeread stored holding datasets rereading verifying",
+             "law layout manifest write presence committing paging runtasks onthreads oncluster shardruns run "
+             "outputs storemap storeread addedtables union stored holding datasets rereading verifying appending",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",

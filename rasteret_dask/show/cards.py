@@ -25,6 +25,7 @@ from rasteret_dask.errors import RasteretDaskError
 from rasteret_dask.footprint import box_around
 from rasteret_dask.grid import bounds_in
 from rasteret_dask.lists import listed
+from rasteret_dask.lists import first_of
 from rasteret_dask.net.hrefs import redact
 from rasteret_dask.planning import recordtable
 from rasteret_dask.planning.calls import THEN, calls, chain, rows_in
@@ -182,20 +183,21 @@ def stored_card(stored: Stored, opened: bool) -> Card:
     opened
         Whether this process has opened the store already; else only one that lies on this machine is.
     """
-    where = Fact("store", redact(stored.url))
+    places = [stored.url] if stored.parts is None else [url for url, _ in stored.parts.stores]
+    where = Fact("store" if len(places) == 1 else "stores", first_of(map(redact, places), 3))
     chosen = list(calls(stored.plan))[1:]
     steps = [Fact("steps", THEN.join(chosen))] if chosen else []
     local = "://" not in stored.url
     if not opened and not local:
         return Card("StoredChips, not opened yet", [where, Fact("", "len(chips) opens it"), *steps])
     try:
-        counts: dict[str, int] = {}
-        for shard, size in zip(stored.shards, stored.sizes, strict=True):
-            counts[shard.split or ""] = counts.get(shard.split or "", 0) + size
+        counts = stored.counts
         rows = [*_splits(counts), *_stored_sources(stored, local)]
         dropped = sum(len(shard.dropped) for shard in stored.map.shards)
     except UNREADABLE as error:
         return Card("StoredChips, which cannot be read", [where, Fact("because", str(error)), *steps])
+    if stored.parts is not None and stored.parts.columns is not None:
+        rows.append(Fact("columns", redact(stored.parts.columns.partition("#")[0])))
     if dropped:
         rows.append(Fact("left out", f"{counted(dropped, 'chip')} of the store by filter_pixels: .dropped"))
     title = f"StoredChips: {counted(sum(counts.values()), 'chip')}"

@@ -47,11 +47,13 @@ __all__ = [
     "DIGEST",
     "GROUPS",
     "JOB",
+    "LAW",
     "LEDGER",
     "MANIFEST",
     "OBJECTS",
     "PAGES",
     "PAGE_REPORTS",
+    "PARTED",
     "PROVENANCE",
     "RECIPE",
     "TO_ZARR",
@@ -68,6 +70,7 @@ __all__ = [
     "commit",
     "done",
     "on_pages",
+    "part_path",
     "reports",
     "requests",
     "restored",
@@ -101,6 +104,10 @@ GROUPS = f"{JOB}/groups.json"
 """The groups' own metadata, put in place by the commit."""
 PROVENANCE = f"{JOB}/provenance.json"
 """The steps of the plan, the records used and their terms: for people, no task reads it."""
+LAW = f"{JOB}/law.json"
+"""What all parts of a store share, for whoever appends to it: no task reads it."""
+PARTED = re.compile(r"part-\d{4,}/.*|_tables/\d{4,}\.parquet")
+"""What lies in a store's folder and is not of its first part: parts that were appended, and added columns."""
 OBJECTS = b"rasteret_dask:objects"
 """Key of the manifest's schema metadata: the sums of every object that is in no row of it."""
 
@@ -131,6 +138,11 @@ _PAGE = re.compile(rf"{PAGES}/(\d+)\.[0-9a-f]{{32}}\.json")
 
 Maker: TypeAlias = "Callable[[], Iterator[bytes]]"
 """Makes an object's bytes, in pieces: a large one is never in memory as a whole."""
+
+
+def part_path(number: int) -> str:
+    """Return the folder of an appended part, below its store; they count from 1."""
+    return f"part-{number:04d}"
 
 
 def whole(data: bytes) -> Maker:
@@ -432,7 +444,8 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
             left.discard(path)
     left -= {path for path in left if _mark(path, keys) is not None}
     left -= {BEGUN}  # damaged: an empty digest is nobody's
-    left -= {RECIPE, PROVENANCE}  # the same job may be told in another text, and by other steps
+    left -= {RECIPE, PROVENANCE, LAW}  # the same job may be told in another text, and by other steps
+    left -= {path for path in left if PARTED.fullmatch(path)}  # they are finished stores, with ledgers of their own
     left -= {
         path for path in left if path.startswith(f"{CLIENTS}/")
     }  # they renew their traces, whatever is deleted

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import bounds_of, label_columns
@@ -21,10 +22,10 @@ from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import FilterChips, Node, Sample, Select, Source, digest, step_name
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.store.storemap import StoredShard, StoreMap, open_map
-from rasteret_dask.store.storeread import read_rows
+from rasteret_dask.store.union import Parts, StoreUnion, open_union, read_variables
 from rasteret_dask.tasks.batches import Arrays
 
-__all__ = ["Stored", "facts", "read_shard", "take"]
+__all__ = ["Stored", "facts", "read_shard", "splits_of", "take"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,15 +40,24 @@ class Stored:
     url: str
     plan: Node
     """Select, filter and sample steps over a source whose token is the store's digest."""
+    parts: Parts | None = None
+    """What the chips lie in, where that is more than one store that never grew and has no added columns."""
 
     @classmethod
     def of(cls, url: str, digest: str) -> Stored:
         """Return all kept chips of a store."""
         return cls(url, Source("store", digest))
 
+    @classmethod
+    def over(cls, parts: Parts) -> Stored:
+        """Return all kept chips of several parts."""
+        return cls(parts.stores[0][0], Source("store", parts.digest), None if parts.is_plain else parts)
+
     @property
-    def map(self) -> StoreMap:
+    def map(self) -> StoreMap | StoreUnion:
         """What the store holds."""
+        if self.parts is not None:
+            return open_union(self.parts)
         node = self.plan
         while not isinstance(node, Source):
             assert isinstance(node, FilterChips | Select | Sample)
@@ -83,6 +93,17 @@ class Stored:
     def sizes(self) -> tuple[int, ...]:
         """Chosen chips of each shard, in the order of the chip table."""
         return chosen(self.map, self.plan).sizes
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Split -> chosen chips, ``""`` for none, in the store's order."""
+        found: dict[str, int] = {}
+        if isinstance(self.map, StoreUnion):
+            column = splits_of(self.map, self.rows).dictionary_decode()
+            return {one["values"] or "": one["counts"] for one in pc.value_counts(column).to_pylist()}
+        for shard, size in zip(self.shards, self.sizes, strict=True):
+            found[shard.split or ""] = found.get(shard.split or "", 0) + size
+        return found
 
     @property
     def table(self) -> pa.Table:
@@ -132,7 +153,7 @@ class Stored:
 class _Places(Mapping[str, int]):
     """Id of each chip -> its place among the chosen ones."""
 
-    store: StoreMap
+    store: StoreMap | StoreUnion
     rows: NDArray[np.int64]
 
     def __getitem__(self, chip: str) -> int:
@@ -160,7 +181,7 @@ class Chosen:
     sizes: tuple[int, ...]
 
 
-def chosen(store: StoreMap, plan: Node) -> Chosen:
+def chosen(store: StoreMap | StoreUnion, plan: Node) -> Chosen:
     """Carry out a plan's steps, each once per process whatever the number of threads and tasks.
 
     Raises
@@ -173,7 +194,7 @@ def chosen(store: StoreMap, plan: Node) -> Chosen:
 
 
 @lru_cache(maxsize=8)
-def _chosen(store: StoreMap, plan: Node) -> Chosen:
+def _chosen(store: StoreMap | StoreUnion, plan: Node) -> Chosen:
     rows = _carried_out(store, plan)
     ends = rows.searchsorted(np.append(store.starts, store.planned))
     splits = {shard.split for shard, size in zip(store.shards, np.diff(ends), strict=True) if size}
@@ -187,7 +208,7 @@ def _digest(plan: Node) -> str:
     return digest(plan)
 
 
-def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
+def _carried_out(store: StoreMap | StoreUnion, node: Node) -> NDArray[np.int64]:
     """Return the rows, among all of the store, that the last step of a plan leaves of what the others do."""
     if not isinstance(node, FilterChips | Select | Sample):
         return np.flatnonzero(store.kept)
@@ -204,14 +225,20 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
             found = filter_table(table, where, "chips").column(_ROW).to_numpy()
             why = "" if len(found) else f" ({alone(table, where, 'chips')})"
         case Select(_, splits):
-            names = list(dict.fromkeys(s.split for s in below.shards if s.split))
+            dealt = isinstance(store, StoreUnion) and store.added is not None and store.added.has("split")
+            column = splits_of(store, below.rows) if dealt else None
+            there = (s.split for s in below.shards) if column is None else column.dictionary.to_pylist()
+            names = list(dict.fromkeys(split for split in there if split))
             unknown = [s for s in splits if s not in names]
             if unknown:
                 raise PlanError(
                     "select", f"split {', '.join(map(repr, unknown))}",
                     f"one of {', '.join(names)}" if names else "a store with splits",
                 )  # fmt: skip
-            inside = np.repeat([s.split in splits for s in below.shards], below.sizes)
+            if column is None:
+                inside = np.repeat([s.split in splits for s in below.shards], below.sizes)
+            else:
+                inside = pc.is_in(column.dictionary_decode(), value_set=pa.array(splits)).to_numpy(False)
             found = below.rows[inside]
         case Sample(_, n, seed, by):
             table = _columns(store, "sample(by=)", ["chip_id", *([] if by is None else [by])], below.rows)
@@ -224,7 +251,15 @@ def _carried_out(store: StoreMap, node: Node) -> NDArray[np.int64]:
     return np.asarray(found)
 
 
-def _columns(store: StoreMap, subject: str, names: Sequence[str], rows: NDArray[np.int64]) -> pa.Table:
+def splits_of(store: StoreMap | StoreUnion, rows: NDArray[np.int64]) -> pa.Array:
+    """Return the split of each of some rows, as a dictionary column."""
+    column = store.chips.table.column("split").take(pa.array(rows)).combine_chunks()
+    return column.dictionary_encode()
+
+
+def _columns(
+    store: StoreMap | StoreUnion, subject: str, names: Sequence[str], rows: NDArray[np.int64]
+) -> pa.Table:
     """Return columns that a step asks for, and which rows of the store they are of."""
     unknown = [name for name in names if name not in store.chips.names]
     if unknown:
@@ -270,7 +305,7 @@ def take(store: Stored, rows: NDArray[np.int64]) -> Arrays:
     """
     opened = store.map
     names = {g.source: [*dict.fromkeys(("pixels", "valid", *g.sampled))] for g in opened.first}
-    read = read_rows(opened, store.rows[rows], names)
+    read = read_variables(opened, store.rows[rows], names)
     arrays = {
         source if name == "pixels" else f"{source}/{name}": read[source, name]
         for source, variables in names.items()

@@ -256,6 +256,11 @@ class StoreMap:
         chunks = [self._planned_chunk(array, array.object(number)) for number in range(count)]
         return np.concatenate(chunks)[: array.shape[0]]
 
+    def times(self, source: str) -> NDArray[np.int64] | None:
+        """Return the start of each slot of a source, us since 1970; None where its slots have no names."""
+        group = next(group for group in self.first if group.source == source)
+        return self.values(group.arrays["time"]) if "time" in group.arrays else None
+
     def _planned_chunk(self, array: StoredArray, path: str) -> NDArray[Any]:
         place, sums = remote.join(self.url, path), self.others.get(path)
         subject = f"reading {remote.redact(place)}"
@@ -413,10 +418,17 @@ def _check_chips(url: str, group: StoredGroup, chips: int) -> None:
         )  # fmt: skip
 
 
-def check_sizes(store: StoreMap) -> None:
+def check_sizes(store: StoreMap, found: Mapping[str, int] | None = None) -> None:
     """Compare the size of every object that reading needs with the manifest, where the store can be listed.
 
     Plain HTTP servers cannot: there each object is compared when it is read, as it is everywhere.
+
+    Parameters
+    ----------
+    store
+        The store.
+    found
+        Path -> bytes of what lies there, where that was listed already.
 
     Raises
     ------
@@ -425,7 +437,7 @@ def check_sizes(store: StoreMap) -> None:
     """
     if store.url.partition("://")[0] in ("http", "https"):
         return
-    found = remote.listing(store.url)
+    found = remote.listing(store.url) if found is None else found
     others = ((p, sums.size) for p, sums in store.others.items() if not p.startswith(f"{ledger.JOB}/"))
     wrong = [
         f"{path} ({found.get(path, 'no')} bytes, not {size})"
