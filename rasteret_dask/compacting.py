@@ -232,7 +232,7 @@ class _Kept:
         groups = {p: text for p, text in texts.items() if json.loads(text)["node_type"] == "group"}
         objects |= {path: text.encode() for path, text in texts.items() if path not in groups}
         objects[ledger.GROUPS] = json.dumps(groups).encode()
-        for path in (ledger.PROVENANCE, ledger.RECIPE):  # for people; where they are kept
+        for path in (ledger.PROVENANCE, ledger.RECIPE, ledger.LAW):  # where they are kept
             if path in old.others:
                 objects[path] = remote.get(remote.join(old.url, path))
         table = old.chips.whole().take(pa.array(np.concatenate([s.rows for s in self.shards])))

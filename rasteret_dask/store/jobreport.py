@@ -303,8 +303,21 @@ def job_report(store: str | os.PathLike[str]) -> JobReport:
             f"report of store {remote.redact(url)}", "no finished store", "one that to_zarr or compact wrote",
             "Check the path; call to_zarr again with the same plan where it was stopped.",
         ) from error  # fmt: skip
+    manifests = [_manifest(url, "")]
+    while remote.exists(remote.join(url, part := ledger.part_path(len(manifests)), "zarr.json")):
+        manifests.append(_manifest(remote.join(url, part), f"{part}/"))
+    manifest = manifests[0] if len(manifests) == 1 else pa.concat_tables(manifests, promote_options="default")
+    return JobReport.of_manifest(remote.redact(url), manifest)
+
+
+def _manifest(url: str, prefix: str) -> pa.Table:
+    """Read the manifest of a part of a store; its shards are named after the part."""
     with open_manifest(url) as (file, _):
-        return JobReport.of_manifest(remote.redact(url), file.read())
+        table = file.read()
+    if not prefix:
+        return table
+    names = pc.binary_join_element_wise(prefix, table.column("shard"), "")
+    return table.set_column(table.column_names.index("shard"), "shard", names)
 
 
 def slow_shards(manifest: pa.Table) -> str:

@@ -334,7 +334,7 @@ def open_map(url: str, token: str) -> StoreMap:
         return _opened(url, token)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # a store that grew has many parts
 def _opened(url: str, token: str) -> StoreMap:
     root = _root(url)
     if (now := _token(root)) != token:
