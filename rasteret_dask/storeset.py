@@ -16,7 +16,7 @@ from rasteret_dask.display.tableview import TableView
 from rasteret_dask.errors import PlanError, SchemaError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
-from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Select, predicates
+from rasteret_dask.planning.plan import FilterChips, Node, Predicate, Sample, Select, SplitSpec, predicates
 from rasteret_dask.statistics.measuring import measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
@@ -26,13 +26,14 @@ from rasteret_dask.store.union import grown_store, open_parts
 from rasteret_dask.streams.chipshards import stored_chips
 from rasteret_dask.streams.stream import Batching, Normalize, Stream
 from rasteret_dask.tasks.batches import Arrays
-from rasteret_dask.words import Duplicates
+from rasteret_dask.words import Boundary, Duplicates, SplitBy
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from rasteret_dask.display.card import Card
     from rasteret_dask.net.clusters import ClientLike
+    from rasteret_dask.show.audit import Audit
 
 __all__ = ["StoredChips", "open_chips"]
 
@@ -164,6 +165,97 @@ class StoredChips:
         12
         """
         return self._with(Sample(self.stored.plan, n, seed, by))
+
+    # Columns beside the store
+
+    def with_table(self, table: Any, on: str = "chip_id") -> StoredChips:
+        """Add columns to all chips of the store, such as labels that came later; return the chips that have them.
+
+        They are written beside the store as a new version, whole or not at all, which has the columns of earlier
+        versions too. :func:`open_chips` sees the latest, in this and other processes; ``open_chips(store, columns=n)``
+        an older one. Pixels are not touched. Chips that are appended later have nulls.
+
+        Parameters
+        ----------
+        table
+            A DataFrame of pandas, an Arrow table, or anything with ``__arrow_c_stream__``: a row for each chip.
+        on
+            The column with the chips' ids.
+
+        Raises
+        ------
+        SchemaError
+            When ids are unknown, missing, twice or no text, or a column cannot be a label (of its type or name).
+        PlanError
+            When these are not all chips of one store.
+        StoreError
+            When the store cannot be written to.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> labels = pa.table({"chip_id": list(stored), "yield_t": [4.5 + n % 3 for n in range(len(stored))]})
+        >>> labelled = stored.with_table(labels)
+        >>> labelled.take(list(labelled)[:2])["labels/yield_t"]
+        array([4.5, 5.5])
+        >>> len(rd.open_chips("train.zarr").filter(("yield_t", ">", 5)))
+        103
+        """
+        from rasteret_dask.store.adding import put_labels  # pandas: training workers start without it
+        from rasteret_dask.table.anytable import as_arrow
+
+        found = as_arrow(table, "with_table")
+        arrow = found if isinstance(found, pa.Table) else found.to_table()
+        return StoredChips(put_labels(self.stored, arrow, on), opened=True)
+
+    def split(
+        self,
+        train: float = 0.7,
+        val: float = 0.15,
+        test: float = 0.15,
+        *,
+        seed: int = 0,
+        by: SplitBy | str = "ground",
+        buffer_m: float = 0.0,
+        boundary: Boundary = "drop",
+    ) -> StoredChips:
+        """Deal the chips of the store anew, as :meth:`Chips.split` does; written beside it as :meth:`with_table` does.
+
+        ``by="geometry"`` needs the records, which a store does not keep. Chips that are appended later have no split
+        until it is called again.
+
+        Examples
+        --------
+        >>> again = stored.split(train=0.5, val=0.25, test=0.25, seed=3)
+        >>> again.audit().ok
+        True
+        >>> len(rd.open_chips("train.zarr", columns=0).select("train"))  # as they were written
+        124
+        """
+        from rasteret_dask.store.adding import deal
+
+        ratios = (("train", train), ("val", val), ("test", test))
+        return StoredChips(deal(self.stored, SplitSpec(ratios, seed, by, buffer_m, boundary)), opened=True)
+
+    def audit(self) -> Audit:
+        """Check the splits of these chips, over all parts and stores: see :meth:`Chips.audit`.
+
+        Raises
+        ------
+        PlanError
+            When they have no splits.
+        StoreError
+            When an earlier version wrote the store, which does not say how its ground was cut.
+
+        Examples
+        --------
+        >>> stored.audit().overlaps
+        {'train-val': 0, 'train-test': 0, 'val-test': 0}
+        """
+        from rasteret_dask.show.audit import audit
+        from rasteret_dask.store.adding import as_planned
+
+        return audit(as_planned(self.stored))
 
     def _with(self, plan: Node) -> StoredChips:
         chosen = StoredChips(replace(self.stored, plan=plan), opened=True)
