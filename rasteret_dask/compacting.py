@@ -106,6 +106,12 @@ def compact(
     url, place = Place.of(store).url, Place.of(target).url
     opened = open_store(url)
     check_sizes(opened)
+    if remote.exists(remote.join(url, ledger.part_path(1), "zarr.json")):
+        raise StoreError(
+            f"compact({remote.redact(url)})", "a store that has grown", "one that was written at once",
+            f"Compact what it is made of, each to a place of its own: a copy of its first part, and its folders "
+            f"{ledger.part_path(1)} and so on; rd.open_chips([a, b]) opens them as one.",
+        )  # fmt: skip
     if not opened.kept.any():
         reasons = [reason for shard in opened.shards for reason in shard.dropped.values()]
         raise PlanError(

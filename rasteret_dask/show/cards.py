@@ -183,8 +183,7 @@ def stored_card(stored: Stored, opened: bool) -> Card:
     opened
         Whether this process has opened the store already; else only one that lies on this machine is.
     """
-    places = [stored.url] if stored.parts is None else [url for url, _ in stored.parts.stores]
-    where = Fact("store" if len(places) == 1 else "stores", first_of(map(redact, places), 3))
+    where = Fact("store" if len(stored.places) == 1 else "stores", first_of(map(redact, stored.places), 3))
     chosen = list(calls(stored.plan))[1:]
     steps = [Fact("steps", THEN.join(chosen))] if chosen else []
     local = "://" not in stored.url

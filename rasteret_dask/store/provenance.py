@@ -22,7 +22,7 @@ from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.store.ledger import PROVENANCE
 from rasteret_dask.table.terms import Terms
 
-__all__ = ["MemberOrigin", "Provenance", "provenance_of", "read_provenance"]
+__all__ = ["MemberOrigin", "Provenance", "provenance_of", "provenance_of_parts", "read_provenance"]
 
 LOCAL = "files of the machine that wrote the store"
 
@@ -132,3 +132,19 @@ def read_provenance(url: str) -> Provenance:
     except remote.MissingError:
         return Provenance()
     return Provenance() if document is None else Provenance.of(document)
+
+
+def provenance_of_parts(urls: Sequence[str]) -> Provenance:
+    """Return where the chips of several parts come from: the first one's steps, and the records of all.
+
+    Parameters
+    ----------
+    urls
+        The parts, in order.
+    """
+    parts = [read_provenance(url) for url in urls]
+    dropped: dict[str, int] = {}
+    for part in parts:
+        for why, count in part.dropped.items():
+            dropped[why] = max(dropped.get(why, 0), count)  # each plan looks at the ground of all
+    return Provenance(parts[0].steps, dropped, tuple(origin for part in parts for origin in part.origins))

@@ -65,6 +65,11 @@ class Stored:
         return open_map(self.url, node.token)
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """Where the chips lie: the store, the parts that were appended, further stores."""
+        return (self.url,) if self.parts is None else tuple(url for url, _ in self.parts.stores)
+
+    @property
     def digest(self) -> str:
         """What the chips are known by: the store's digest and the steps."""
         return _digest(self.plan)
