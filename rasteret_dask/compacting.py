@@ -26,6 +26,7 @@ from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import decode, ledger
+from rasteret_dask.store.datacard import card_objects
 from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32
 from rasteret_dask.store.jobreport import JobReport, job_report
 from rasteret_dask.store.manifest import stamp, table_of, timing
@@ -149,7 +150,7 @@ def compact(
             )
         places = {shard: report.place for shard, report in reports.items()}
         manifest = _manifest(opened, chips.shards, reports, ledger.tries(found))
-        ledger.commit(place, found, manifest, places, {})
+        ledger.commit(place, found, manifest, places, card_objects(place, manifest))
         forget_clients(place)
     return JobReport.of_manifest(
         remote.redact(place), manifest, written=len(missing), seconds=round(time.monotonic() - start, 3)

@@ -82,7 +82,9 @@ _VERSIONS = ("rasteret-dask", "dask", "zarr", "numpy", "pyarrow", "rasterio")
 
 
 def report(
-    store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], path: str | os.PathLike[str] = "report.html", progress: bool = True
+    store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str] = "report.html",
+    progress: bool = True,
 ) -> str:
     """Write one self-contained HTML page about a finished store; return its path.
 

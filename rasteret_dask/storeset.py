@@ -90,7 +90,9 @@ def open_chips(
         raise PlanError("open_chips", "no store", "at least one")
     urls = [Place.of(one).folder("a folder that to_zarr wrote", "Give the store's folder.") for one in places]
     if len(set(urls)) < len(urls):
-        raise PlanError("open_chips", f"a store twice ({remote.redact(max(urls, key=urls.count))})", "each once")
+        raise PlanError(
+            "open_chips", f"a store twice ({remote.redact(max(urls, key=urls.count))})", "each once"
+        )
     if columns is not None and len(urls) > 1:
         raise PlanError(
             "open_chips(columns=)", "a version, of several stores", "None",

@@ -48,7 +48,7 @@ ORDER = {
     "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes workermemory runs "
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode ledger provenance bytecache storetables jobreport "
-             "law layout manifest write presence committing paging runtasks onthreads oncluster shardruns run "
+             "law datacard layout manifest write presence committing paging runtasks onthreads oncluster shardruns run "
              "outputs storemap storeread addedtables union stored adding holding datasets rereading verifying appending",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",

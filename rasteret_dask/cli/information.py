@@ -130,9 +130,7 @@ def _store(url: str) -> Thing:
         "digest": store.digest,
         "written_by": f"{store.note['writer']} of rasteret_dask {store.note['version']}",
     }
-    dropped = (
-        f" (of {planned:,} planned; filter_pixels dropped the others)" if kept < planned else ""
-    )
+    dropped = f" (of {planned:,} planned; filter_pixels dropped the others)" if kept < planned else ""
     lines = [
         ("chips", f"{kept:,}{dropped}"),
         ("splits", _counts(document["splits"])),
@@ -156,7 +154,9 @@ def _extent(chips: Stored) -> dict[str, Any]:
 
     origins = provenance_of_parts(chips.places).origins
     days = [str(day)[:10] for origin in origins for day in (origin.start, origin.end) if day]
-    shapes = shapely.from_wkb(chips.map.chips.columns(["geometry"])["geometry"].to_numpy(zero_copy_only=False))
+    shapes = shapely.from_wkb(
+        chips.map.chips.columns(["geometry"])["geometry"].to_numpy(zero_copy_only=False)
+    )
     return {
         "dates": [min(days), max(days)] if days else None,
         "bounds": [float(edge) for edge in shapely.total_bounds(shapes)],

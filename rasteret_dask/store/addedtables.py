@@ -135,7 +135,9 @@ def read_columns(url: str, digest: str, version: int | None, last: int) -> Added
     return columns
 
 
-def put_columns(url: str, digest: str, table: pa.Table, version: int, note: Mapping[str, object]) -> AddedColumns | None:
+def put_columns(
+    url: str, digest: str, table: pa.Table, version: int, note: Mapping[str, object]
+) -> AddedColumns | None:
     """Write a version, whole or not at all; None where somebody else has written this version meanwhile.
 
     Parameters

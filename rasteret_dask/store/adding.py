@@ -148,7 +148,10 @@ def _check_ids(chips: Stored, ids: pa.Array) -> None:
     there = chips.table.column("chip_id").combine_chunks()
     unknown = ids.filter(pc.invert(pc.is_in(ids, value_set=there)))
     missing = there.filter(pc.invert(pc.is_in(there, value_set=ids)))
-    for some, what in ((unknown, "ids of no chip of the store"), (missing, "chips of the store that are missing")):
+    for some, what in (
+        (unknown, "ids of no chip of the store"),
+        (missing, "chips of the store that are missing"),
+    ):
         if len(some):
             raise SchemaError(
                 "with_table", f"{len(some):,} {what} ({first_of(some.to_pylist(), 3)})",

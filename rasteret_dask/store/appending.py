@@ -95,7 +95,11 @@ def append_zarr(growth: Growth, url: str) -> JobReport:
         layout = replace(layout, compression=growth.layout.compression, recipe=growth.layout.recipe)
         _check_begun(place, job.digest)
         report = run_zarr(layout, place, growth.context, growth.client, growth.progress, growth.bounds)
-        written, seconds, number = written + report.shards_written, seconds + (report.seconds or 0.0), number + 1
+        written, seconds, number = (
+            written + report.shards_written,
+            seconds + (report.seconds or 0.0),
+            number + 1,
+        )
     if number == len(store.parts) and growth.progress:
         sys.stderr.write(f"store {remote.redact(url)} has all of these chips: nothing to do\n")
     return replace(job_report(url), shards_written=written, seconds=round(seconds, 3))
@@ -121,11 +125,16 @@ def _is_finished(url: str, growth: Growth) -> bool:
 def _check_law(first: StoreMap, layout: Layout) -> None:
     """Raise StoreError where a plan differs from a store's in more than area, dates and labels."""
     subject = f"to_zarr(append=True) to store {remote.redact(first.url)}"
-    elsewhere = "Write these chips to a store of their own; rd.open_chips([a, b]) opens stores that are alike as one."
+    elsewhere = (
+        "Write these chips to a store of their own; rd.open_chips([a, b]) opens stores that are alike as one."
+    )
     law = read_law(first.url)
     if law is None:
         raise StoreError(
-            subject, "a store that does not say what its parts share", "one that this version wrote", elsewhere
+            subject,
+            "a store that does not say what its parts share",
+            "one that this version wrote",
+            elsewhere,
         )
     if first.note["meaning"] != MEANING:
         raise StoreError(
@@ -222,13 +231,19 @@ def _parts(union: StoreUnion, planned: PlannedChips) -> Iterator[PlannedChips]:
     planned = _apart(union, planned)
     table = planned.table
     ids = table.column("chip_id")
-    there = [pc.is_in(ids, value_set=part.chips.table.column("chip_id").combine_chunks()) for part in union.parts]
+    there = [
+        pc.is_in(ids, value_set=part.chips.table.column("chip_id").combine_chunks()) for part in union.parts
+    ]
     pattern = np.stack([np.asarray(one.to_numpy()) for one in there], -1)
     kinds, number = np.unique(pattern, axis=0, return_inverse=True)
     rows: dict[tuple[tuple[int, ...], ...], list[NDArray[np.int64]]] = {}
     for at, kind in enumerate(kinds.tolist()):
         lacking = tuple(
-            _lacking(source.plan.slots, [p for p, has in zip(union.parts, kind, strict=True) if has], source.plan.name)
+            _lacking(
+                source.plan.slots,
+                [p for p, has in zip(union.parts, kind, strict=True) if has],
+                source.plan.name,
+            )
             for source in planned.sources
         )
         if any(lacking):
@@ -278,7 +293,9 @@ def _cut(planned: PlannedChips, rows: NDArray[np.int64], lacking: Sequence[tuple
     sources = tuple(
         source
         if source.plan.slots is None
-        else replace(source, plan=replace(source.plan, slots=tuple(source.plan.slots[at] for at in places or (0,))))
+        else replace(
+            source, plan=replace(source.plan, slots=tuple(source.plan.slots[at] for at in places or (0,)))
+        )
         for source, places in zip(planned.sources, lacking, strict=True)
     )
     return replace(planned, table=table.filter(pa.array(count > 0)), sources=sources)
@@ -304,7 +321,9 @@ def _apart(union: StoreUnion, planned: PlannedChips) -> PlannedChips:
     near = np.zeros(both.num_rows, dtype=bool)
     for side in sides:
         near |= too_near(epsg, bounds, side, spec, both.column("geometry"))
-    lost = near[is_new] & ~np.asarray(pc.is_in(new["chip_id"], value_set=old["chip_id"].combine_chunks()).to_numpy())
+    lost = near[is_new] & ~np.asarray(
+        pc.is_in(new["chip_id"], value_set=old["chip_id"].combine_chunks()).to_numpy()
+    )
     if not lost.any():
         return planned
     why = f"chip nearer than {spec.buffer_m:g} m to another split's in the store"

@@ -83,7 +83,9 @@ def read_law(url: str) -> Law | None:
         return None
     if document is None:
         return None
-    spec, split = (None if document[name] is None else from_json(document[name]) for name in ("spec", "split"))
+    spec, split = (
+        None if document[name] is None else from_json(document[name]) for name in ("spec", "split")
+    )
     return Law(document["facts"], spec, split, document["resolution"])
 
 
@@ -107,12 +109,16 @@ def law_of(plan: Node, job: Job, outputs: Sequence[Output]) -> Law:
             case Split(_, split_spec):
                 split = split or split_spec  # the last one decides
             case FilterPixels(_, rule):
-                facts[f"filter_pixels() no. {1 + sum(one.startswith('filter_pixels') for one in facts)}"] = _text(rule)
+                facts[f"filter_pixels() no. {1 + sum(one.startswith('filter_pixels') for one in facts)}"] = (
+                    _text(rule)
+                )
             case Map(_, function, source):
                 facts[f"map({function.name}) of {source or 'all sources'}"] = _text(function)
         (node,) = children(node)
     spec = replace(node.spec, **dict.fromkeys(_AREA))
-    facts |= {f"chips({one.name}=)": _text(getattr(spec, one.name)) for one in fields(spec) if one.name not in _AREA}
+    facts |= {
+        f"chips({one.name}=)": _text(getattr(spec, one.name)) for one in fields(spec) if one.name not in _AREA
+    }
     facts["chips(at=)"] = "none" if node.spec.at is None else "places of a table"
     facts["chips(labels=)"] = "none" if node.spec.labels is None else "polygons of a table"
     if split is None:

@@ -41,9 +41,11 @@ from rasteret_dask.net.sums import (
 
 __all__ = [
     "BEGUN",
+    "CARD",
     "CHIPS",
     "CLIENTS",
     "COMPACT",
+    "CROISSANT",
     "DIGEST",
     "GROUPS",
     "JOB",
@@ -104,6 +106,10 @@ GROUPS = f"{JOB}/groups.json"
 """The groups' own metadata, put in place by the commit."""
 PROVENANCE = f"{JOB}/provenance.json"
 """The steps of the plan, the records used and their terms: for people, no task reads it."""
+CARD = "README.md"
+"""The card of the data set, for people; written by the commit."""
+CROISSANT = "croissant.json"
+"""The same for tools, JSON-LD."""
 LAW = f"{JOB}/law.json"
 """What all parts of a store share, for whoever appends to it: no task reads it."""
 PARTED = re.compile(r"part-\d{4,}/.*|_tables/\d{4,}\.parquet")
@@ -444,8 +450,12 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
             left.discard(path)
     left -= {path for path in left if _mark(path, keys) is not None}
     left -= {BEGUN}  # damaged: an empty digest is nobody's
+    digest = content.owner.digest.encode()
+    left -= {path for path in left & {CARD, CROISSANT} if digest in (_data(url, path) or b"")}
     left -= {RECIPE, PROVENANCE, LAW}  # the same job may be told in another text, and by other steps
-    left -= {path for path in left if PARTED.fullmatch(path)}  # they are finished stores, with ledgers of their own
+    left -= {
+        path for path in left if PARTED.fullmatch(path)
+    }  # they are finished stores, with ledgers of their own
     left -= {
         path for path in left if path.startswith(f"{CLIENTS}/")
     }  # they renew their traces, whatever is deleted

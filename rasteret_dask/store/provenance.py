@@ -43,6 +43,8 @@ class MemberOrigin:
     hosts: tuple[str, ...]
     """Where the files lie."""
     terms: Terms = field(default_factory=Terms)
+    ids: tuple[str, ...] = ()
+    """Of the records; none where an earlier version wrote the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Provenance:
         origins = [
             MemberOrigin(
                 one["source"], one["member"], int(one["records"]), one["start"], one["end"],
-                tuple(one["collections"]), tuple(one["hosts"]), Terms(**one["terms"]),
+                tuple(one["collections"]), tuple(one["hosts"]), Terms(**one["terms"]), tuple(one.get("ids", ())),
             )
             for one in document["origins"]
         ]  # fmt: skip
@@ -116,6 +118,7 @@ def _origin(source: ResolvedSource, member: str, band: str, rows: pa.Array, term
         tuple(sorted(table.column("collection").take(rows).drop_null().unique().to_pylist())),
         tuple(sorted(host or LOCAL for host in hosts)),
         terms,
+        tuple(sorted(table.column("id").take(rows).to_pylist())),
     )
 
 

@@ -35,7 +35,16 @@ from rasteret_dask.store.storeread import read_rows
 from rasteret_dask.tasks.batches import SourcePixels
 from rasteret_dask.words import Duplicates
 
-__all__ = ["Grown", "Parts", "StoreUnion", "grown_store", "likeness", "open_parts", "open_union", "read_variables"]
+__all__ = [
+    "Grown",
+    "Parts",
+    "StoreUnion",
+    "grown_store",
+    "likeness",
+    "open_parts",
+    "open_union",
+    "read_variables",
+]
 
 _OPENING = Lock()
 
@@ -118,7 +127,9 @@ def _is_there(url: str, path: str, paths: Mapping[str, int] | None) -> bool:
     return remote.exists(remote.join(url, path)) if paths is None else path in paths
 
 
-def open_parts(stores: Sequence[Grown], duplicates: Duplicates = "raise", version: int | None = None) -> Parts:
+def open_parts(
+    stores: Sequence[Grown], duplicates: Duplicates = "raise", version: int | None = None
+) -> Parts:
     """Return what is seen of some stores that were looked at.
 
     Parameters
@@ -349,7 +360,11 @@ class StoreUnion:
             order = np.argsort(rows, kind="stable")
             first = np.searchsorted(rows[order], pairs[:, 0], side="left")
             last = np.searchsorted(rows[order], pairs[:, 0], side="right")
-            more = [(order[at], pairs[n, 1]) for n in np.flatnonzero(last > first) for at in range(first[n], last[n])]
+            more = [
+                (order[at], pairs[n, 1])
+                for n in np.flatnonzero(last > first)
+                for at in range(first[n], last[n])
+            ]
             places = np.append(places, np.array([at for at, _ in more], dtype=np.int64))
             wanted = np.append(wanted, np.array([row for _, row in more], dtype=np.int64))
         part_of = np.searchsorted(self.begins, wanted, side="right") - 1
@@ -378,7 +393,13 @@ class StoreUnion:
         return np.full(shape, fill, like.dtype)
 
     def _put(
-        self, into: NDArray[Any], rows: NDArray[np.int64], part: int, source: str, name: str, values: NDArray[Any]
+        self,
+        into: NDArray[Any],
+        rows: NDArray[np.int64],
+        part: int,
+        source: str,
+        name: str,
+        values: NDArray[Any],
     ) -> None:
         if not self._has_time(source, name):
             into[rows] = values
@@ -535,7 +556,11 @@ class UnionColumns:
     def names(self) -> Sequence[str]:
         """All columns but ``feeds``: those that steps may name."""
         own = list(self._union.parts[0].chips.names)
-        return own if self._union.added is None else [*own, *(n for n in self._union.added.names if n not in own)]
+        return (
+            own
+            if self._union.added is None
+            else [*own, *(n for n in self._union.added.names if n not in own)]
+        )
 
     def columns(self, wanted: Collection[str]) -> pa.Table:
         """Return some columns of all rows; those that batches do not have are read for this."""

@@ -238,7 +238,9 @@ class _Check:
         self.url, self.prefix = url, prefix
         self.good, self.nbytes = 0, 0
         self.wanted, self.faults, self.finished = _written(url, found)
-        extra = set() if found is None else found.keys() - self.wanted.keys() - self.faults.keys() - {"zarr.json"}
+        extra = (
+            set() if found is None else found.keys() - self.wanted.keys() - self.faults.keys() - {"zarr.json"}
+        )
         if ledger.MANIFEST not in self.wanted:  # which alone knows these
             extra -= {path for path in extra if f"/{path}".endswith(f"/{KEPT}/c/0")}
         self.extra = {path for path in extra if not path.startswith(_PASSING)}
@@ -282,7 +284,9 @@ def _strangers(found: Mapping[str, int] | None, parts: int, tables: Collection[s
     """Return what lies where parts and added columns do, and is none that is in use."""
     own = tuple(f"{part_path(number)}/" for number in range(1, parts))
     return {
-        path for path in found or () if PARTED.fullmatch(path) and path not in tables and not path.startswith(own)
+        path
+        for path in found or ()
+        if PARTED.fullmatch(path) and path not in tables and not path.startswith(own)
     }
 
 
