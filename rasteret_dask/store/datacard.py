@@ -94,7 +94,9 @@ def card_objects(url: str, manifest: pa.Table) -> dict[str, bytes]:
         names = ["chip_id", "split", "cell", "epsg", "xmin", "ymin", "xmax", "ymax", *own]
         small = file.metadata.num_rows <= MOST_SHAPES
         table = file.read([*names, *(["geometry"] if small else [])])
-    card = _Card(url, manifest, table, schema, ledger.begun(url) or {}, read_provenance(url), read_law(url) or Law())
+    card = _Card(
+        url, manifest, table, schema, ledger.begun(url) or {}, read_provenance(url), read_law(url) or Law()
+    )
     return {CARD: card.markdown().encode(), CROISSANT: card.croissant().encode()}
 
 
@@ -124,7 +126,9 @@ class _Card:
     def kept(self) -> pa.Table:
         """The chips that no rule on pixels dropped."""
         gone = [chip for text in self.manifest["dropped_chips"].to_pylist() for chip in json.loads(text)]
-        return self.chips.filter(pc.invert(pc.is_in(self.chips["chip_id"], value_set=pa.array(gone, pa.string()))))
+        return self.chips.filter(
+            pc.invert(pc.is_in(self.chips["chip_id"], value_set=pa.array(gone, pa.string())))
+        )
 
     @cached_property
     def splits(self) -> dict[str, pa.Table]:
@@ -152,7 +156,9 @@ class _Card:
     def masked(self) -> dict[str, float]:
         """Source -> share of invalid pixels of kept chips."""
         total, weight = dict[str, float](), dict[str, int]()
-        for shares, kept in zip(self.manifest["masked"].to_pylist(), self.manifest["kept"].to_pylist(), strict=True):
+        for shares, kept in zip(
+            self.manifest["masked"].to_pylist(), self.manifest["kept"].to_pylist(), strict=True
+        ):
             for source, share in shares or ():
                 total[source] = total.get(source, 0.0) + share * kept
                 weight[source] = weight.get(source, 0) + kept
@@ -222,7 +228,12 @@ class _Card:
     def _splits(self) -> str:
         total = max(self.kept.num_rows, 1)
         rows = [
-            [name or "none", f"{own.num_rows:,}", f"{own.num_rows / total:.1%}", len(own["cell"].drop_null().unique())]
+            [
+                name or "none",
+                f"{own.num_rows:,}",
+                f"{own.num_rows / total:.1%}",
+                len(own["cell"].drop_null().unique()),
+            ]
             for name, own in self.splits.items()
         ]
         lines = [_table(["split", "chips", "share", "split cells"], rows)]
@@ -232,7 +243,9 @@ class _Card:
         lines += [f"Planning left out {count:,}: {why}." for why, count in self.provenance.dropped.items()]
         if self.shared is not None and len(self.splits) > 1:
             lines.append(f"Audit: {self.shared:,} pairs of chips of two splits share ground.")
-        lines += [f"{share:.2%} of the pixels of `{name}` are invalid." for name, share in self.masked.items()]
+        lines += [
+            f"{share:.2%} of the pixels of `{name}` are invalid." for name, share in self.masked.items()
+        ]
         unreadable = sum(self.manifest["unreadable"].to_pylist())
         if unreadable:
             lines.append(f"{unreadable:,} tiles could not be read; their pixels are invalid.")
@@ -241,7 +254,11 @@ class _Card:
         return "\n\n".join(lines)
 
     def _facts(self) -> str:
-        return _table(["", ""], [[name, value] for name, value in self.law.facts.items()]) if self.law.facts else ""
+        return (
+            _table(["", ""], [[name, value] for name, value in self.law.facts.items()])
+            if self.law.facts
+            else ""
+        )
 
     def _versions(self) -> str:
         rows = [
@@ -343,7 +360,9 @@ def _kind(kind: pa.DataType) -> str:
 
 
 def _origin_text(one: MemberOrigin) -> str:
-    licence = f" Licence: {one.terms.licence} {one.terms.licence_url}".rstrip() + "." if one.terms.licence else ""
+    licence = (
+        f" Licence: {one.terms.licence} {one.terms.licence_url}".rstrip() + "." if one.terms.licence else ""
+    )
     ids = first_of(one.ids, MOST_IDS) if one.ids else "not kept"
     return (
         f"**{one.source} / {one.member}**: {one.records:,} records of {', '.join(one.collections) or 'no collection'}, "
@@ -363,7 +382,9 @@ def _origin_json(one: MemberOrigin) -> dict[str, Any]:
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [names, ["---"] * len(names), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _fenced(language: str, text: str) -> str:

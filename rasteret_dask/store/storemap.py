@@ -438,7 +438,12 @@ def check_sizes(store: StoreMap, found: Mapping[str, int] | None = None) -> None
     if store.url.partition("://")[0] in ("http", "https"):
         return
     found = remote.listing(store.url) if found is None else found
-    others = ((p, sums.size) for p, sums in store.others.items() if not p.startswith(f"{ledger.JOB}/"))
+    card = (ledger.CARD, ledger.CROISSANT)  # no reader needs it
+    others = (
+        (p, sums.size)
+        for p, sums in store.others.items()
+        if not p.startswith(f"{ledger.JOB}/") and p not in card
+    )
     wrong = [
         f"{path} ({found.get(path, 'no')} bytes, not {size})"
         for path, size in chain(store.objects(), others)
