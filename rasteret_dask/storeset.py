@@ -61,7 +61,7 @@ def open_chips(
         ``"first"`` takes the first store's.
     columns
         The version of the columns that :meth:`StoredChips.with_table` and :meth:`StoredChips.split` added to see; 0:
-        none, None: the latest.
+        none, None: the latest. Of several stores none are seen.
 
     Raises
     ------

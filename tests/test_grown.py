@@ -233,7 +233,7 @@ def test_a_buffer_between_splits_holds_over_parts(plan: Callable[..., rd.Chips],
     far = {
         pair: d for pair, d in rd.open_chips(tmp_path / "store").audit().distance_m.items() if "train" in pair
     }
-    assert far and min(far.values()) >= 300.0
+    assert min(far.values()) >= 300.0
 
 
 # What is refused
@@ -495,11 +495,11 @@ def test_splits_are_dealt_anew(grown: Path, plan: Callable[..., rd.Chips]) -> No
     ("change", "message"),
     [
         (lambda t: t.slice(1), "1 chips of the store that are missing"),
-        (lambda t: pa.concat_tables([t, pa.table({"chip_id": ["x"], "k": [1]})]), r"1 ids of no chip of the store \(x\)"),
+        (lambda t: pa.concat_tables([t, pa.table({"chip_id": ["x"], "k": [1]})]), r"1 ids of no chip of the store"),
         (lambda t: pa.concat_tables([t, t.slice(0, 1)]), "twice"),
         (lambda t: t.rename_columns(["chip_id", "split"]), "column 'split', which the plan decides"),
         (lambda t: t.rename_columns(["id", "k"]), "columns id, k"),
-        (lambda t: t.set_column(0, "chip_id", pa.array(range(len(t)))), "found int64; expected the ids of chips, as text"),
+        (lambda t: t.set_column(0, "chip_id", pa.array(range(len(t)))), "found int64; expected the ids of chips"),
         (lambda t: t.set_column(1, "k", pa.array([[1]] * len(t))), "type list<item: int64>"),
         (lambda t: t.select(["chip_id"]), "no column but the ids"),
     ],
@@ -524,5 +524,6 @@ def test_chips_that_come_after_columns_have_none(plan: Callable[..., rd.Chips], 
     found = rd.open_chips(store)
     arrays = found.take(list(found))
     known = np.isin(arrays["chip_id"], list(chips))
-    assert np.isnan(arrays["labels/k"][~known]).all() and (arrays["labels/k"][known] == 1).all()
+    assert np.isnan(arrays["labels/k"][~known]).all()
+    assert (arrays["labels/k"][known] == 1).all()
     assert (arrays["split"][~known] == "").all()

@@ -49,7 +49,8 @@ ORDER = {
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode ledger provenance bytecache storetables jobreport "
              "law datacard layout manifest write presence committing paging runtasks onthreads oncluster shardruns run "
-             "outputs storemap storeread addedtables union stored adding holding datasets rereading verifying appending",
+             "outputs storemap storeread addedtables union stored adding holding datasets rereading verifying "
+             "appending",
     "streams": "epochs chipshards planned ignoring datasets shardsource clustersource ahead stream",
     "statistics": "sketch stats measuring",
     "geometries": "areas windows rows reading points cells torchset",

@@ -24,8 +24,7 @@ from rasteret_dask.display.html import Markup, Outline, fold, markup, shares, sv
 from rasteret_dask.errors import RasteretDaskError
 from rasteret_dask.footprint import box_around
 from rasteret_dask.grid import bounds_in
-from rasteret_dask.lists import listed
-from rasteret_dask.lists import first_of
+from rasteret_dask.lists import first_of, listed
 from rasteret_dask.net.hrefs import redact
 from rasteret_dask.planning import recordtable
 from rasteret_dask.planning.calls import THEN, calls, chain, rows_in

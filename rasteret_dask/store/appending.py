@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -107,19 +108,17 @@ def append_zarr(growth: Growth, url: str) -> JobReport:
 
 def _is_finished(url: str, growth: Growth) -> bool:
     """Tell whether a store is there to append to; raise where another plan's is not finished."""
-    try:
+    with suppress(remote.MissingError):
         ledger.root_of(url)
-    except remote.MissingError:
-        mark = ledger.begun(url)
-        own = growth.layout.job.digest
-        if mark is not None and mark["digest"] != own:
-            raise StoreError(
-                f"to_zarr(append=True) to store {remote.redact(url)}", f"an unfinished store ({mark['digest'][:12]})",
-                f"a finished one, or these very chips ({own[:12]})",
-                "Call to_zarr with the plan that began it, which does what is missing; then append.",
-            )  # fmt: skip
-        return False
-    return True
+        return True
+    mark, own = ledger.begun(url), growth.layout.job.digest
+    if mark is not None and mark["digest"] != own:
+        raise StoreError(
+            f"to_zarr(append=True) to store {remote.redact(url)}", f"an unfinished store ({mark['digest'][:12]})",
+            f"a finished one, or these very chips ({own[:12]})",
+            "Call to_zarr with the plan that began it, which does what is missing; then append.",
+        )  # fmt: skip
+    return False
 
 
 def _check_law(first: StoreMap, layout: Layout) -> None:
@@ -166,7 +165,7 @@ def _check_columns(first: StoreMap, planned: PlannedChips) -> None:
                 f"to_zarr(append=True) to store {remote.redact(first.url)}",
                 f"{'no ' if name not in here else ''}column {name!r}" + (f" of {here[name]}" if name in here else ""),
                 f"one of {there[name]}, as in the store" if name in there else "no such column, as in the store",
-                "Give chips the store's columns; more of them are added to all chips by open_chips(store).with_table().",
+                "Give chips the store's columns; others are added to all chips by open_chips(store).with_table().",
             )  # fmt: skip
 
 
@@ -302,7 +301,7 @@ def _cut(planned: PlannedChips, rows: NDArray[np.int64], lacking: Sequence[tuple
 
 
 def _apart(union: StoreUnion, planned: PlannedChips) -> PlannedChips:
-    """Return the chips that are in a split, without those that come nearer to another split's than the plan's buffer."""
+    """Return the chips that are in a split, without those nearer to another split's than the buffer."""
     spec = planned.split
     if spec is None:
         return planned

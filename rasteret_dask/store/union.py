@@ -423,7 +423,7 @@ class StoreUnion:
         """
         for part in self.parts[1:]:
             _check_alike(self.parts[0], part)
-        kept, pairs = self._same
+        pairs = self._same[1]
         if not len(pairs):
             return
         table = self.chips.parted.select(["chip_id", "split"])
@@ -434,7 +434,7 @@ class StoreUnion:
             self._refuse(
                 int(pairs[at, 1]), f"chip {one['chip_id'][at]} in split {two['split'][at].as_py()!r}",
                 f"split {one['split'][at].as_py()!r}, as in the other store",
-                "Write both with the same split(...), or give all of them one by stored.split(...).",
+                "Write both with the same split(...).",
             )  # fmt: skip
         if self.key.duplicates == "raise":
             self._check_slots(pairs)
@@ -609,7 +609,7 @@ def _stacked(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    """Return a table whose feeds name records in full: Arrow cannot put nested dictionaries of several tables together."""
+    """Return a table whose feeds name records in full: Arrow cannot unite nested dictionaries."""
     if "feeds" not in table.column_names:
         return table
     lists = table.column("feeds").combine_chunks()
