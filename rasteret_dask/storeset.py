@@ -196,12 +196,13 @@ class StoredChips:
         Examples
         --------
         >>> import pyarrow as pa
-        >>> labels = pa.table({"chip_id": list(stored), "yield_t": [4.5 + n % 3 for n in range(len(stored))]})
-        >>> labelled = stored.with_table(labels)
+        >>> mine = rd.open_chips("train.zarr")
+        >>> labels = pa.table({"chip_id": list(mine), "yield_t": [4.5 + n % 3 for n in range(len(mine))]})
+        >>> labelled = mine.with_table(labels)
         >>> labelled.take(list(labelled)[:2])["labels/yield_t"]
         array([4.5, 5.5])
         >>> len(rd.open_chips("train.zarr").filter(("yield_t", ">", 5)))
-        103
+        102
         """
         from rasteret_dask.store.adding import put_labels  # pandas: training workers start without it
         from rasteret_dask.table.anytable import as_arrow
@@ -228,7 +229,7 @@ class StoredChips:
 
         Examples
         --------
-        >>> again = stored.split(train=0.5, val=0.25, test=0.25, seed=3)
+        >>> again = rd.open_chips("train.zarr").split(train=0.5, val=0.25, test=0.25, seed=3)
         >>> again.audit().ok
         True
         >>> len(rd.open_chips("train.zarr", columns=0).select("train"))  # as they were written
