@@ -125,7 +125,9 @@ class _Card:
     @cached_property
     def kept(self) -> pa.Table:
         """The chips that no rule on pixels dropped."""
-        gone = [chip for text in self.manifest["dropped_chips"].to_pylist() for chip in json.loads(text)]
+        gone = [
+            chip for text in self.manifest["dropped_chips"].to_pylist() for chip in json.loads(text or "{}")
+        ]
         return self.chips.filter(
             pc.invert(pc.is_in(self.chips["chip_id"], value_set=pa.array(gone, pa.string())))
         )
@@ -160,8 +162,8 @@ class _Card:
             self.manifest["masked"].to_pylist(), self.manifest["kept"].to_pylist(), strict=True
         ):
             for source, share in shares or ():
-                total[source] = total.get(source, 0.0) + share * kept
-                weight[source] = weight.get(source, 0) + kept
+                total[source] = total.get(source, 0.0) + share * (kept or 0)
+                weight[source] = weight.get(source, 0) + (kept or 0)
         return {source: round(total[source] / count, 4) for source, count in weight.items() if count}
 
     @property
@@ -246,7 +248,7 @@ class _Card:
         lines += [
             f"{share:.2%} of the pixels of `{name}` are invalid." for name, share in self.masked.items()
         ]
-        unreadable = sum(self.manifest["unreadable"].to_pylist())
+        unreadable = sum(count or 0 for count in self.manifest["unreadable"].to_pylist())
         if unreadable:
             lines.append(f"{unreadable:,} tiles could not be read; their pixels are invalid.")
         for name, counts in self.labels().items():
