@@ -131,9 +131,9 @@ def report_page(
     """
     from jinja2 import Environment, StrictUndefined
 
-    several = isinstance(store, list | tuple)
-    chips = open_chips(store, duplicates="first" if several else "raise")
-    page = _Page(chips, report_of_stores(store if several else [store]), progress)  # type: ignore[list-item]
+    stores: list[Any] = list(store) if isinstance(store, list | tuple) else [store]
+    chips = open_chips(store, duplicates="first")
+    page = _Page(chips, report_of_stores(stores), progress)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = files("rasteret_dask.display").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(page.values())

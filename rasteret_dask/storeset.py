@@ -84,8 +84,7 @@ def open_chips(
     """
     if duplicates not in ("raise", "first"):
         raise PlanError("open_chips(duplicates=)", repr(duplicates), "'raise' or 'first'")
-    several = isinstance(store, list | tuple)
-    places = list(store) if several else [store]  # type: ignore[arg-type]
+    places: list[Any] = list(store) if isinstance(store, list | tuple) else [store]
     if not places:
         raise PlanError("open_chips", "no store", "at least one")
     urls = [Place.of(one).folder("a folder that to_zarr wrote", "Give the store's folder.") for one in places]

@@ -383,7 +383,7 @@ def _origin_json(one: MemberOrigin) -> dict[str, Any]:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [names, ["---"] * len(names), *rows]
+    lines: list[Sequence[Any]] = [names, ["---"] * len(names), *rows]
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
     )

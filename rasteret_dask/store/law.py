@@ -115,7 +115,7 @@ def law_of(plan: Node, job: Job, outputs: Sequence[Output]) -> Law:
             case Map(_, function, source):
                 facts[f"map({function.name}) of {source or 'all sources'}"] = _text(function)
         (node,) = children(node)
-    spec = replace(node.spec, **dict.fromkeys(_AREA))
+    spec = replace(node.spec, aoi=None, at=None, labels=None)
     facts |= {
         f"chips({one.name}=)": _text(getattr(spec, one.name)) for one in fields(spec) if one.name not in _AREA
     }
