@@ -77,7 +77,7 @@ class Parts:
         if len(self.stores) == 1 and self.columns is None:
             return self.stores[0][1]
         seen = None if self.columns is None else self.columns.rpartition("#")[2]
-        return digest("parts", [token for _, token in self.stores], self.duplicates, seen)
+        return digest("parts", [token for _, token in self.stores], seen)
 
     @property
     def is_plain(self) -> bool:
