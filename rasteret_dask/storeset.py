@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pyarrow as pa
 
@@ -82,7 +82,7 @@ def open_chips(
     >>> len(rd.open_chips(["train-only.zarr", "val-only.zarr"]))
     133
     """
-    if duplicates not in ("raise", "first"):
+    if duplicates not in get_args(Duplicates):
         raise PlanError("open_chips(duplicates=)", repr(duplicates), "'raise' or 'first'")
     places: list[Any] = list(store) if isinstance(store, list | tuple) else [store]
     if not places:

@@ -418,7 +418,7 @@ def _check_chips(url: str, group: StoredGroup, chips: int) -> None:
         )  # fmt: skip
 
 
-def check_sizes(store: StoreMap, found: Mapping[str, int] | None = None) -> None:
+def check_sizes(store: StoreMap, objects: Mapping[str, int] | None = None) -> None:
     """Compare the size of every object that reading needs with the manifest, where the store can be listed.
 
     Plain HTTP servers cannot: there each object is compared when it is read, as it is everywhere.
@@ -427,7 +427,7 @@ def check_sizes(store: StoreMap, found: Mapping[str, int] | None = None) -> None
     ----------
     store
         The store.
-    found
+    objects
         Path -> bytes of what lies there, where that was listed already.
 
     Raises
@@ -437,7 +437,7 @@ def check_sizes(store: StoreMap, found: Mapping[str, int] | None = None) -> None
     """
     if store.url.partition("://")[0] in ("http", "https"):
         return
-    found = remote.listing(store.url) if found is None else found
+    found = remote.listing(store.url) if objects is None else objects
     card = (ledger.CARD, ledger.CROISSANT)  # no reader needs it
     others = (
         (p, sums.size)

@@ -473,11 +473,11 @@ def _slots(part: StoreMap, source: str) -> tuple[int, NDArray[np.int64] | None]:
     return group.arrays["pixels"].shape[1], part.times(source)
 
 
-def _axis(own: Sequence[tuple[int, NDArray[np.int64] | None]]) -> _Axis:
-    stamps = [slots for _, slots in own if slots is not None]
-    if len(stamps) < len(own):  # not named: the shorter ones end earlier
-        length = max(count for count, _ in own)
-        return _Axis(None, length, tuple(np.arange(count) for count, _ in own))
+def _axis(parts: Sequence[tuple[int, NDArray[np.int64] | None]]) -> _Axis:
+    stamps = [slots for _, slots in parts if slots is not None]
+    if len(stamps) < len(parts):  # not named: the shorter ones end earlier
+        length = max(count for count, _ in parts)
+        return _Axis(None, length, tuple(np.arange(count) for count, _ in parts))
     every = np.unique(np.concatenate(stamps))
     return _Axis(every, len(every), tuple(np.searchsorted(every, slots) for slots in stamps))
 

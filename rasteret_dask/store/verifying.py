@@ -228,18 +228,20 @@ class _Check:
     ----------
     url
         Where it lies.
-    found
+    objects
         Path -> bytes of what lies there; None where the server does not list.
     prefix
         What its paths begin with below the store.
     """
 
-    def __init__(self, url: str, found: Mapping[str, int] | None, prefix: str) -> None:
+    def __init__(self, url: str, objects: Mapping[str, int] | None, prefix: str) -> None:
         self.url, self.prefix = url, prefix
         self.good, self.nbytes = 0, 0
-        self.wanted, self.faults, self.finished = _written(url, found)
+        self.wanted, self.faults, self.finished = _written(url, objects)
         extra = (
-            set() if found is None else found.keys() - self.wanted.keys() - self.faults.keys() - {"zarr.json"}
+            set()
+            if objects is None
+            else objects.keys() - self.wanted.keys() - self.faults.keys() - {"zarr.json"}
         )
         if ledger.MANIFEST not in self.wanted:  # which alone knows these
             extra -= {path for path in extra if f"/{path}".endswith(f"/{KEPT}/c/0")}
@@ -256,20 +258,20 @@ class _Check:
                 shown.failed += 1
 
 
-def _inside(url: str, number: int, found: Mapping[str, int] | None) -> dict[str, int] | None:
+def _inside(url: str, number: int, objects: Mapping[str, int] | None) -> dict[str, int] | None:
     """Return what lies in a part, path -> bytes; None where there is no such part."""
     folder = f"{part_path(number)}/"
-    if found is None:
+    if objects is None:
         return {} if remote.exists(remote.join(url, folder, "zarr.json")) else None
-    return {path.removeprefix(folder): n for path, n in found.items() if path.startswith(folder)} or None
+    return {path.removeprefix(folder): n for path, n in objects.items() if path.startswith(folder)} or None
 
 
-def _tables(url: str, found: Mapping[str, int] | None) -> dict[str, tuple[Fault | None, int]]:
+def _tables(url: str, objects: Mapping[str, int] | None) -> dict[str, tuple[Fault | None, int]]:
     """Return path -> what is wrong, and its bytes, of each version of added columns."""
     result: dict[str, tuple[Fault | None, int]] = {}
-    last = max(versions(found), default=0) if found is not None else 0
+    last = max(versions(objects), default=0) if objects is not None else 0
     number = 0
-    while number < last or (found is None and remote.exists(remote.join(url, table_path(number + 1)))):
+    while number < last or (objects is None and remote.exists(remote.join(url, table_path(number + 1)))):
         number += 1
         try:
             data = remote.get(remote.join(url, table_path(number)))
@@ -280,12 +282,12 @@ def _tables(url: str, found: Mapping[str, int] | None) -> dict[str, tuple[Fault 
     return result
 
 
-def _strangers(found: Mapping[str, int] | None, parts: int, tables: Collection[str]) -> set[str]:
+def _strangers(objects: Mapping[str, int] | None, parts: int, tables: Collection[str]) -> set[str]:
     """Return what lies where parts and added columns do, and is none that is in use."""
     own = tuple(f"{part_path(number)}/" for number in range(1, parts))
     return {
         path
-        for path in found or ()
+        for path in objects or ()
         if PARTED.fullmatch(path) and path not in tables and not path.startswith(own)
     }
 
