@@ -852,6 +852,7 @@ class Chips:
         compression: Compression = "auto",
         on_error: OnError = "raise",
         limits: RunLimits = NO_LIMITS,
+        append: bool = False,
     ) -> JobReport: ...
 
     @overload
@@ -865,6 +866,7 @@ class Chips:
         compression: Compression = "auto",
         on_error: OnError = "raise",
         limits: RunLimits = NO_LIMITS,
+        append: bool = False,
     ) -> Delayed: ...
 
     def to_zarr(
@@ -876,6 +878,7 @@ class Chips:
         compression: Compression = "auto",
         on_error: OnError = "raise",
         limits: RunLimits = NO_LIMITS,
+        append: bool = False,
     ) -> JobReport | Delayed:
         """Write the chips to a sharded Zarr v3 store on a Dask cluster; a rerun does what is missing.
 
@@ -899,6 +902,11 @@ class Chips:
         limits
             What this run does of the job: a part of an array job, how long it may take, a file that shows it is
             alive. See :class:`RunLimits`.
+        append
+            Write to a finished store what it does not have of these chips: new ground, new dates, with labels of their
+            own. Area, dates and labels may differ from the store's plan, nothing else. Slots of a chip that the store
+            has are not read again. What is new is committed as a part of its own, which readers see once it is whole;
+            a rerun goes on with it. Where nothing lies there, the chips become the store.
 
         Returns
         -------
@@ -908,9 +916,11 @@ class Chips:
         Raises
         ------
         PlanError
-            When ``compression`` or ``on_error`` is none of these, or there are limits and ``compute`` is False.
+            When ``compression`` or ``on_error`` is none of these, or there are limits and ``compute`` is False; when
+            ``append`` comes with ``compute=False``, or with a part of an array job.
         StoreError
-            When the store holds something else, or these chips in another compression.
+            When the store holds something else, or these chips in another compression; with ``append``, when its plan
+            differs in more than area, dates and labels, it is not finished, or another append is not.
         JobError
             When shards failed; the others are written, and a rerun does only those.
         IncompleteError
@@ -922,15 +932,27 @@ class Chips:
         >>> import xarray as xr
         >>> xr.open_zarr("train.zarr")["pixels"].dims
         ('chip', 'time', 'band', 'y', 'x')
+        >>> report = chips.to_zarr("train.zarr", progress=False, append=True)  # the other splits
+        >>> len(rd.open_chips("train.zarr")) == len(chips)
+        True
         """
         from rasteret_dask.store.encode import checked
         from rasteret_dask.store.limits import begun
         from rasteret_dask.store.run import delayed_zarr, run_zarr
 
+        if append:
+            _check_append(compute, limits)
+
         url = Place.of(store).folder("a folder, or nothing yet", "Choose another place.")
         limits.check_computed(compute)
         with begun(limits) as bounds:
             layout = replace(self._layout, compression=checked(compression), recipe=self._recipe)
+            if append:
+                from rasteret_dask.store.appending import Growth, append_zarr
+
+                context = self._context(on_error)
+                growth = Growth(self.planned, self.query, layout, context, client, progress, bounds)
+                return append_zarr(growth, url)
             if not compute:
                 return delayed_zarr(layout, url, self._context(on_error))
             return run_zarr(layout, url, self._context(on_error), client, progress, bounds)
@@ -1181,3 +1203,17 @@ class Chips:
 
     def _repr_html_(self) -> str:
         return self._card.html
+
+
+def _check_append(compute: bool, limits: RunLimits) -> None:
+    """Raise PlanError where an append is asked for what only a store's first part can be written by."""
+    if not compute:
+        raise PlanError(
+            "to_zarr(append=True)", "compute=False", "an append that is carried out",
+            "Leave compute out: which parts it takes is settled when it begins.",
+        )  # fmt: skip
+    if limits.part is not None:
+        raise PlanError(
+            "to_zarr(append=True)", f"{limits.name} of an array job", "one process, or a cluster",
+            "Give to_zarr a cluster (client=), or write the parts as a store of their own: rd.open_chips([a, b]).",
+        )  # fmt: skip

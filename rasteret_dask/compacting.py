@@ -26,6 +26,7 @@ from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import decode, ledger, shardreports
+from rasteret_dask.store.datacard import card_objects
 from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32
 from rasteret_dask.store.jobreport import JobReport, job_report
 from rasteret_dask.store.manifest import stamp, table_of, timing
@@ -106,6 +107,12 @@ def compact(
     url, place = Place.of(store).url, Place.of(target).url
     opened = open_store(url)
     check_sizes(opened)
+    if remote.exists(remote.join(url, ledger.part_path(1), "zarr.json")):
+        raise StoreError(
+            f"compact({remote.redact(url)})", "a store that has grown", "one that was written at once",
+            f"Compact what it is made of, each to a place of its own: a copy of its first part, and its folders "
+            f"{ledger.part_path(1)} and so on; rd.open_chips([a, b]) opens them as one.",
+        )  # fmt: skip
     if not opened.kept.any():
         reasons = [reason for shard in opened.shards for reason in shard.dropped.values()]
         raise PlanError(
@@ -143,7 +150,7 @@ def compact(
             )
         places = {shard: report.place for shard, report in reports.items()}
         manifest = _manifest(opened, chips.shards, reports, shardreports.tries(found))
-        ledger.commit(place, found, manifest, places, {})
+        ledger.commit(place, found, manifest, places, card_objects(place, manifest))
         forget_clients(place)
     return JobReport.of_manifest(
         remote.redact(place), manifest, written=len(missing), seconds=round(time.monotonic() - start, 3)
@@ -234,7 +241,7 @@ class _Kept:
         groups = {p: text for p, text in texts.items() if json.loads(text)["node_type"] == "group"}
         objects |= {path: text.encode() for path, text in texts.items() if path not in groups}
         objects[ledger.GROUPS] = json.dumps(groups).encode()
-        for path in (ledger.PROVENANCE, ledger.RECIPE):  # for people; where they are kept
+        for path in (ledger.PROVENANCE, ledger.RECIPE, ledger.LAW):  # where they are kept
             if path in old.others:
                 objects[path] = remote.get(remote.join(old.url, path))
         table = old.chips.whole().take(pa.array(np.concatenate([s.rows for s in self.shards])))

@@ -32,9 +32,9 @@ from rasteret_dask.show.explain import radiometry_lines
 from rasteret_dask.show.pictures import Picture, Sheet, sheet_of
 from rasteret_dask.statistics.sketch import SourceStats
 from rasteret_dask.statistics.stats import Stats
-from rasteret_dask.store.jobreport import JobReport, job_report
+from rasteret_dask.store.jobreport import JobReport, report_of_stores
 from rasteret_dask.store.ledger import RECIPE
-from rasteret_dask.store.provenance import Provenance, read_provenance
+from rasteret_dask.store.provenance import Provenance, provenance_of_parts
 from rasteret_dask.storeset import StoredChips, open_chips
 from rasteret_dask.tasks.filtering import tally
 
@@ -82,14 +82,16 @@ _VERSIONS = ("rasteret-dask", "dask", "zarr", "numpy", "pyarrow", "rasterio")
 
 
 def report(
-    store: str | os.PathLike[str], path: str | os.PathLike[str] = "report.html", progress: bool = True
+    store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str] = "report.html",
+    progress: bool = True,
 ) -> str:
     """Write one self-contained HTML page about a finished store; return its path.
 
     Parameters
     ----------
     store
-        What ``to_zarr`` or :func:`compact` wrote: a local path, or a URL.
+        What ``to_zarr`` or :func:`compact` wrote: a local path or a URL; or several, as :func:`open_chips` takes them.
     path
         Where the page goes: a local path, or a URL.
     progress
@@ -117,7 +119,9 @@ def report(
     return os.fspath(path)
 
 
-def report_page(store: str | os.PathLike[str], progress: bool = True) -> str:
+def report_page(
+    store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], progress: bool = True
+) -> str:
     """Return the page that :func:`report` writes.
 
     Raises
@@ -127,7 +131,9 @@ def report_page(store: str | os.PathLike[str], progress: bool = True) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    page = _Page(open_chips(store), job_report(store), progress)
+    stores: list[Any] = list(store) if isinstance(store, list | tuple) else [store]
+    chips = open_chips(store, duplicates="first")
+    page = _Page(chips, report_of_stores(stores), progress)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = files("rasteret_dask.display").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(page.values())
@@ -432,7 +438,7 @@ class _Page:
 
     @cached_property
     def _origin(self) -> Provenance:
-        return read_provenance(self.chips.stored.url)
+        return provenance_of_parts(self.chips.stored.places)
 
     def _provenance(self) -> dict[str, Any]:
         origins = [

@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pyarrow as pa
 
@@ -26,57 +27,95 @@ from rasteret_dask.planning.plan import (
     digest,
     predicates,
 )
-from rasteret_dask.planning.shares import fold_spec, split_spec
+from rasteret_dask.planning.shares import Share, fold_spec, split_spec
 from rasteret_dask.statistics.measuring import chosen_sources, measured, recalled, remember
 from rasteret_dask.statistics.stats import Stats
 from rasteret_dask.store import stored
 from rasteret_dask.store.shardreports import JOB
 from rasteret_dask.store.stored import Stored
-from rasteret_dask.store.storemap import check_sizes, open_store
+from rasteret_dask.store.union import grown_store, open_parts
 from rasteret_dask.streams.augmenting import Augment
 from rasteret_dask.streams.chipshards import stored_chips
 from rasteret_dask.streams.stream import Batching, Normalize, Stream
 from rasteret_dask.streams.weights import WeightsLike
 from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.words import Boundary, Duplicates, SplitBy
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from rasteret_dask.display.card import Card
     from rasteret_dask.net.clusters import ClientLike
+    from rasteret_dask.show.audit import Audit
 
 __all__ = ["StoredChips", "open_chips"]
 
 
-def open_chips(store: str | os.PathLike[str], split: str | None = None) -> StoredChips:
-    """Open the chips of a store that :meth:`Chips.to_zarr` wrote.
+def open_chips(
+    store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    split: str | None = None,
+    *,
+    duplicates: Duplicates = "raise",
+    columns: int | None = None,
+) -> StoredChips:
+    """Open the chips of a store that :meth:`Chips.to_zarr` wrote, of one that grew, or of several stores as one.
+
+    A chip is one sample, with the slots of all parts it stands in, in order of time. A slot that it does not have is
+    blank: fill, invalid, without a time.
 
     Parameters
     ----------
     store
-        A local path or a URL.
+        A local path or a URL; or a list of them: stores of the same sources, bands, sizes, dtypes and columns.
     split
         Only the chips of this split: ``open_chips(store).select(split)``.
+    duplicates
+        What becomes of a slot of a chip that stands in two stores of a list: ``"raise"`` refuses it by name,
+        ``"first"`` takes the first store's.
+    columns
+        The version of the columns that :meth:`StoredChips.with_table` and :meth:`StoredChips.split` added to see; 0:
+        none, None: the latest. Of several stores none are seen.
 
     Raises
     ------
     StoreError
         When there is no store, it is not finished, something else lies there, or objects do not have the sizes that
         its manifest names (plain HTTP servers do not list: there, and while reading, each object is compared when
-        it is read).
+        it is read); when stores differ in more than chips and dates, a chip has two splits, or a slot stands twice.
     PlanError
-        When it has no such split.
+        When it has no such split, or an argument is none of these.
 
     Examples
     --------
     >>> stored = rd.open_chips("train.zarr", split="train")
     >>> len(stored)
     124
+    >>> for name in ("train", "val"):
+    ...     report = chips.select(name).to_zarr(f"{name}-only.zarr", progress=False)
+    >>> len(rd.open_chips(["train-only.zarr", "val-only.zarr"]))
+    133
     """
-    url = Place.of(store).folder("a folder that to_zarr wrote", "Give the store's folder.")
-    opened = open_store(url)
-    check_sizes(opened)
-    chips = StoredChips(Stored.of(url, opened.digest), opened=True)
+    if duplicates not in get_args(Duplicates):
+        raise PlanError("open_chips(duplicates=)", repr(duplicates), "'raise' or 'first'")
+    places: list[Any] = list(store) if isinstance(store, list | tuple) else [store]
+    if not places:
+        raise PlanError("open_chips", "no store", "at least one")
+    urls = [Place.of(one).folder("a folder that to_zarr wrote", "Give the store's folder.") for one in places]
+    if len(set(urls)) < len(urls):
+        raise PlanError(
+            "open_chips", f"a store twice ({remote.redact(max(urls, key=urls.count))})", "each once"
+        )
+    if columns is not None and len(urls) > 1:
+        raise PlanError(
+            "open_chips(columns=)", "a version, of several stores", "None",
+            "Added columns are those of one store: write the columns into each before.",
+        )  # fmt: skip
+    grown = [grown_store(url) for url in urls]
+    for one in grown:
+        one.check_sizes()
+    chips = StoredChips(Stored.over(open_parts(grown, duplicates, columns)), opened=True)
+    if chips.stored.parts is not None:
+        _ = chips.stored.map  # so that stores that do not fit are told here
     return chips if split is None else chips.select(split)
 
 
@@ -174,8 +213,102 @@ class StoredChips:
         """
         return self._with(Split(self.stored.plan, split_spec({"val": [i]}, 0, "fold", 0.0, "drop")))
 
+    # Columns beside the store
+
+    def with_table(self, table: Any, on: str = "chip_id") -> StoredChips:
+        """Add columns to all chips of the store, such as labels that came later; return the chips that have them.
+
+        They are written beside the store as a new version, whole or not at all, which has the columns of earlier
+        versions too. :func:`open_chips` sees the latest, in this and other processes; ``open_chips(store, columns=n)``
+        an older one. Pixels are not touched. Chips that are appended later have nulls.
+
+        Parameters
+        ----------
+        table
+            A DataFrame of pandas, an Arrow table, or anything with ``__arrow_c_stream__``: a row for each chip.
+        on
+            The column with the chips' ids.
+
+        Raises
+        ------
+        SchemaError
+            When ids are unknown, missing, twice or no text, or a column cannot be a label (of its type or name).
+        PlanError
+            When these are not all chips of one store.
+        StoreError
+            When the store cannot be written to.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> mine = rd.open_chips("train.zarr")
+        >>> labels = pa.table({"chip_id": list(mine), "yield_t": [4.5 + n % 3 for n in range(len(mine))]})
+        >>> labelled = mine.with_table(labels)
+        >>> labelled.take(list(labelled)[:2])["labels/yield_t"]
+        array([4.5, 5.5])
+        >>> len(rd.open_chips("train.zarr").filter(("yield_t", ">", 5)))
+        102
+        """
+        from rasteret_dask.store.adding import put_labels  # pandas: training workers start without it
+        from rasteret_dask.table.anytable import as_arrow
+
+        found = as_arrow(table, "with_table")
+        arrow = found if isinstance(found, pa.Table) else found.to_table()
+        return StoredChips(put_labels(self.stored, arrow, on), opened=True)
+
+    def split(
+        self,
+        /,
+        train: Share | None = None,
+        val: Share | None = None,
+        test: Share | None = None,
+        *,
+        seed: int = 0,
+        by: SplitBy | str = "ground",
+        buffer_m: float = 0.0,
+        boundary: Boundary = "drop",
+        **shares: Share,
+    ) -> StoredChips:
+        """Deal the chips of the store anew, as :meth:`Chips.split` does; written beside it as :meth:`with_table` does.
+
+        ``by="geometry"`` needs the records, which a store does not keep. Chips that are appended later have no split
+        until it is called again.
+
+        Examples
+        --------
+        >>> again = rd.open_chips("train.zarr").split(train=0.5, val=0.25, test=0.25, seed=3)
+        >>> again.audit().ok
+        True
+        >>> len(rd.open_chips("train.zarr", columns=0).select("train"))  # as they were written
+        124
+        """
+        from rasteret_dask.store.adding import deal
+
+        parts = {"train": train, "val": val, "test": test, **shares}
+        return StoredChips(deal(self.stored, split_spec(parts, seed, by, buffer_m, boundary)), opened=True)
+
+    def audit(self) -> Audit:
+        """Check the splits of these chips, over all parts and stores: see :meth:`Chips.audit`.
+
+        Raises
+        ------
+        PlanError
+            When they have no splits.
+        StoreError
+            When an earlier version wrote the store, which does not say how its ground was cut.
+
+        Examples
+        --------
+        >>> stored.audit().overlaps
+        {'train-val': 0, 'train-test': 0, 'val-test': 0}
+        """
+        from rasteret_dask.show.audit import audit
+        from rasteret_dask.store.adding import as_planned
+
+        return audit(as_planned(self.stored))
+
     def _with(self, plan: Node) -> StoredChips:
-        chosen = StoredChips(Stored(self.stored.url, plan), opened=True)
+        chosen = StoredChips(replace(self.stored, plan=plan), opened=True)
         len(chosen)  # so that a mistake is told where it is made
         return chosen
 
@@ -406,9 +539,15 @@ class StoredChips:
         """
         shards = self.stored.map.shards
         rows = [(chip, s.split, reason) for s in shards for chip, reason in s.dropped.items()]
+        if self.stored.parts is not None:  # other dates of it may have been kept
+            rows = [row for row in rows if not self._is_kept(row[0])]
         names = ("chip_id", "split", "reason")
         columns = {n: pa.array([row[i] for row in rows], pa.string()) for i, n in enumerate(names)}
         return TableView(pa.table(columns))
+
+    def _is_kept(self, chip: str) -> bool:
+        row = self.stored.map.chips.row_of(chip)
+        return row is not None and bool(self.stored.map.kept[row])
 
     def stream(
         self,

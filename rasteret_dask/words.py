@@ -9,6 +9,7 @@ __all__ = [
     "Boundary",
     "Choose",
     "Dtype",
+    "Duplicates",
     "Grid",
     "OnBroken",
     "OnError",
@@ -44,3 +45,6 @@ TableLayout: TypeAlias = Literal["geoparquet", "rasteret"]
 
 OnBroken: TypeAlias = Literal["skip", "raise"]
 """What becomes of an item that cannot be read."""
+
+Duplicates: TypeAlias = Literal["raise", "first"]
+"""What becomes of a slot of a chip that stands in two stores which are opened as one."""

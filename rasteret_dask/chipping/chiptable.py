@@ -278,7 +278,15 @@ RESERVED = frozenset(
             "kept",
             "padded",
         ),
-        *("_job", "chips.parquet", "manifest.parquet", "zarr.json"),  # what else lies beside a store's arrays
+        *(
+            "_job",
+            "_tables",
+            "chips.parquet",
+            "manifest.parquet",
+            "zarr.json",
+            "README.md",
+            "croissant.json",
+        ),  # what else lies beside a store's arrays
     }
 )
 """Names that are taken beside those of CHIP_SCHEMA; a user's column of such a name stays in the chip table only."""

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from rasteret_dask.net.places import Place
+    from rasteret_dask.store.stored import Stored
     from rasteret_dask.store.storemap import StoreMap
+    from rasteret_dask.store.union import StoreUnion
 
 __all__ = ["info"]
 
@@ -103,30 +105,37 @@ def _is_there(href: str) -> bool:
 
 def _store(url: str) -> Thing:
     from rasteret_dask.progress import nbytes_text
-    from rasteret_dask.store.storemap import open_store
+    from rasteret_dask.store.stored import Stored
+    from rasteret_dask.store.union import grown_store, open_parts
 
-    store = open_store(url)
+    grown = grown_store(url)
+    chips = Stored.over(open_parts([grown]))
+    store, kept = chips.map, len(chips.rows)
+    planned = len(store.chips.table.column("chip_id").unique())
     splits = Counter(store.chips.columns(["split"])["split"].to_pylist())
-    kept = int(store.kept.sum())
+    if chips.parts is not None:  # rows of a chip in later parts are no chips more
+        splits = Counter({split or None: count for split, count in chips.counts.items()})
     nbytes = sum(nbytes for _, nbytes in store.objects())
     sources = {name: _source(store, name) for name in store.sources}
     document: dict[str, Any] = {
         "chips": kept,
-        "planned_chips": store.planned,
+        "planned_chips": planned,
         "splits": {split or "none": count for split, count in sorted(splits.items(), key=str)},
+        "parts": len(grown.parts),
+        "columns_version": grown.version,
         "shards": len(store.shards),
         "bytes": nbytes,
         "sources": sources,
-        **_extent(store),
+        **_extent(chips),
         "digest": store.digest,
         "written_by": f"{store.note['writer']} of rasteret_dask {store.note['version']}",
     }
-    dropped = (
-        f" (of {store.planned:,} planned; filter_pixels dropped the others)" if kept < store.planned else ""
-    )
+    dropped = f" (of {planned:,} planned; filter_pixels dropped the others)" if kept < planned else ""
     lines = [
         ("chips", f"{kept:,}{dropped}"),
         ("splits", _counts(document["splits"])),
+        ("parts", f"{len(grown.parts)}: the store has grown" if len(grown.parts) > 1 else None),
+        ("added columns", f"version {grown.version}" if grown.version else None),
         ("shards", f"{len(store.shards):,}, {nbytes_text(nbytes)}"),
         ("dates", " to ".join(document["dates"]) if document["dates"] else None),
         ("bounds", ", ".join(f"{edge:.4f}" for edge in document["bounds"])),
@@ -137,22 +146,24 @@ def _store(url: str) -> Thing:
     return Thing("store", document, lines)
 
 
-def _extent(store: StoreMap) -> dict[str, Any]:
+def _extent(chips: Stored) -> dict[str, Any]:
     """Return the days of the scenes that chips were planned from, and the chips' bounds in degrees."""
     import shapely
 
-    from rasteret_dask.store.provenance import read_provenance
+    from rasteret_dask.store.provenance import provenance_of_parts
 
-    origins = read_provenance(store.url).origins
+    origins = provenance_of_parts(chips.places).origins
     days = [str(day)[:10] for origin in origins for day in (origin.start, origin.end) if day]
-    shapes = shapely.from_wkb(store.chips.columns(["geometry"])["geometry"].to_numpy(zero_copy_only=False))
+    shapes = shapely.from_wkb(
+        chips.map.chips.columns(["geometry"])["geometry"].to_numpy(zero_copy_only=False)
+    )
     return {
         "dates": [min(days), max(days)] if days else None,
         "bounds": [float(edge) for edge in shapely.total_bounds(shapes)],
     }
 
 
-def _source(store: StoreMap, name: str) -> dict[str, Any]:
+def _source(store: StoreMap | StoreUnion, name: str) -> dict[str, Any]:
     group = next(group for group in store.first if group.source == name)
     pixels, array = store.pixels[name], group.arrays["pixels"]
     _, slots, _, height, width = array.shape

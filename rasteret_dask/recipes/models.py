@@ -288,6 +288,9 @@ class ToZarr(_Output):
         None, description="'auto' is what serves each dtype best; { codec = 'zstd', level = 3 } says more."
     )
     on_error: OnError | None = Field(None, description="What becomes of a tile that cannot be read.")
+    append: bool | None = Field(
+        None, description="Write what a finished store does not have yet; where nothing lies there, begin it."
+    )
 
 
 class ToTable(_Output):

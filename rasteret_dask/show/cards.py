@@ -24,7 +24,7 @@ from rasteret_dask.display.html import Markup, Outline, fold, markup, shares, sv
 from rasteret_dask.errors import RasteretDaskError
 from rasteret_dask.footprint import box_around
 from rasteret_dask.grid import bounds_in
-from rasteret_dask.lists import listed
+from rasteret_dask.lists import first_of, listed
 from rasteret_dask.net.hrefs import redact
 from rasteret_dask.planning import recordtable
 from rasteret_dask.planning.calls import THEN, call, calls, chain, rows_in
@@ -183,7 +183,7 @@ def stored_card(stored: Stored, opened: bool) -> Card:
     opened
         Whether this process has opened the store already; else only one that lies on this machine is.
     """
-    where = Fact("store", redact(stored.url))
+    where = Fact("store" if len(stored.places) == 1 else "stores", first_of(map(redact, stored.places), 3))
     chosen = list(calls(stored.plan))[1:]
     steps = [Fact("steps", THEN.join(chosen))] if chosen else []
     local = "://" not in stored.url
@@ -194,6 +194,8 @@ def stored_card(stored: Stored, opened: bool) -> Card:
         dropped = sum(len(shard.dropped) for shard in stored.map.shards)
     except UNREADABLE as error:
         return Card("StoredChips, which cannot be read", [where, Fact("because", str(error)), *steps])
+    if stored.parts is not None and stored.parts.columns is not None:
+        rows.append(Fact("columns", redact(stored.parts.columns.partition("#")[0])))
     if dropped:
         rows.append(Fact("left out", f"{counted(dropped, 'chip')} of the store by filter_pixels: .dropped"))
     title = f"StoredChips: {counted(sum(stored.splits.values()), 'chip')}"

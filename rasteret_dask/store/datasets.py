@@ -16,7 +16,7 @@ from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
 from rasteret_dask.store.encode import CHIPS_PER_SHARD
 from rasteret_dask.store.stored import Stored, facts
 from rasteret_dask.store.storemap import StoredGroup
-from rasteret_dask.store.storeread import read_rows
+from rasteret_dask.store.union import read_variables
 
 __all__ = ["to_xarray"]
 
@@ -39,7 +39,7 @@ def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:
     """
     opened = chips.map
     names = {g.source: [n for n in _PER_CHIP if n in g.arrays] for g in opened.first}
-    read = {} if lazy else read_rows(opened, chips.rows, names)
+    read = {} if lazy else read_variables(opened, chips.rows, names)
     nodes = {}
     for group in opened.first:
         own = {n: _lazy(chips, group, n) if lazy else read[group.source, n] for n in names[group.source]}
@@ -64,9 +64,9 @@ def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Da
     )
     if "units" in group.arrays:
         coordinates["units"] = ("band", np.array(chips.map.values(group.arrays["units"]), dtype=object))
-    if "time" in group.arrays:
-        stamps = chips.map.values(group.arrays["time"]).view("datetime64[us]")
-        coordinates["time"] = ("time", stamps.astype("datetime64[ns]"))
+    stamps = chips.map.times(group.source)
+    if stamps is not None:
+        coordinates["time"] = ("time", stamps.view("datetime64[us]").astype("datetime64[ns]"))
     attrs = {k: v for k, v in group.attrs.items() if k not in _OF_STORE}
     dataset = xr.Dataset(data, coordinates, attrs)
     for name in ("pixels", MASK):
@@ -91,4 +91,4 @@ def _lazy(chips: Stored, group: StoredGroup, variable: str) -> da.Array:
 
 def _block(chips: Stored, number: int, source: str, variable: str) -> NDArray[Any]:
     rows = chips.rows[chips.offsets[number] : chips.offsets[number + 1]]
-    return read_rows(chips.map, rows, {source: [variable]})[source, variable]
+    return read_variables(chips.map, rows, {source: [variable]})[source, variable]

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from rasteret_dask.net.lending import Lender
 from rasteret_dask.net.limits import workers
 from rasteret_dask.store import decode
-from rasteret_dask.store.stored import Stored, facts
+from rasteret_dask.store.stored import Stored, facts, read_shard
 from rasteret_dask.store.storeread import Packed, Target, fetch
-from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.store.union import StoreUnion
+from rasteret_dask.tasks.batches import Arrays, InMemory
 
 __all__ = ["HeldShard", "hold"]
 
@@ -81,8 +82,10 @@ def _decode(decoded: Sequence[tuple[Packed, Target]], rows: Sequence[int], place
             target.put(packed, row, place)
 
 
-def hold(store: Stored, number: int, memory: Lender, rows: slice | None = None) -> HeldShard:
+def hold(store: Stored, number: int, memory: Lender, rows: slice | None = None) -> HeldShard | InMemory:
     """Fetch the chosen chips of one shard, or some neighbours of them.
+
+    Those with slots in other parts, or blank ones, are decoded at once.
 
     Parameters
     ----------
@@ -102,9 +105,15 @@ def hold(store: Stored, number: int, memory: Lender, rows: slice | None = None) 
     """
     begun = time.perf_counter()
     opened, shard = store.map, store.shards[number]
-    groups = opened.groups_of(shard)
     own = store.rows_in(number, rows)
-    found = fetch(opened, shard, store.rows[own] - shard.start, {g.source: g.sampled for g in groups}, memory)
+    places = store.rows[own] - shard.start
+    if isinstance(opened, StoreUnion):
+        place = int(opened.starts.searchsorted(shard.start))
+        if not opened.is_whole(place, store.rows[own]):
+            return InMemory(read_shard(store, number, rows))
+        opened, shard = opened.locate(place)
+    groups = opened.groups_of(shard)
+    found = fetch(opened, shard, places, {g.source: g.sampled for g in groups}, memory)
     _log.debug("shard %s: fetched in %.2f s", shard.name, time.perf_counter() - begun)
     arrays = {g.source: g.arrays for g in groups}
     names = {key: key[0] if key[1] == "pixels" else "/".join(key) for key in found}

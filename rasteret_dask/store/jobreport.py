@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -25,7 +25,7 @@ from rasteret_dask.store import ledger
 from rasteret_dask.store.storetables import open_manifest
 from rasteret_dask.tasks.usage import NOTES, Usage, hours_text
 
-__all__ = ["JobReport", "SlowShard", "job_report", "slow_shards"]
+__all__ = ["JobReport", "SlowShard", "job_report", "report_of_stores", "slow_shards"]
 
 SLOWEST = 10
 """Shards that :attr:`JobReport.slowest` names."""
@@ -295,16 +295,48 @@ def job_report(store: str | os.PathLike[str]) -> JobReport:
     >>> report.table.select(["shard", "host", "seconds"]).num_rows == report.shards
     True
     """
-    url = Place.of(store).folder("a folder that to_zarr wrote", "Give the store's folder.")
-    try:
-        ledger.root_of(url)
-    except remote.MissingError as error:
-        raise StoreError(
-            f"report of store {remote.redact(url)}", "no finished store", "one that to_zarr or compact wrote",
-            "Check the path; call to_zarr again with the same plan where it was stopped.",
-        ) from error  # fmt: skip
+    return report_of_stores([store])
+
+
+def report_of_stores(stores: Sequence[str | os.PathLike[str]]) -> JobReport:
+    """Return the report of several finished stores together, and of all parts that were appended to them.
+
+    Shards of further parts are named after them: ``part-0001/train-00000``. A chip counts in each part it stands in.
+
+    Raises
+    ------
+    StoreError
+        As :func:`job_report`.
+    """
+    manifests, urls = [], []
+    for number, store in enumerate(stores):
+        url = Place.of(store).folder("a folder that to_zarr wrote", "Give the store's folder.")
+        try:
+            ledger.root_of(url)
+        except remote.MissingError as error:
+            raise StoreError(
+                f"report of store {remote.redact(url)}", "no finished store", "one that to_zarr or compact wrote",
+                "Check the path; call to_zarr again with the same plan where it was stopped.",
+            ) from error  # fmt: skip
+        urls.append(remote.redact(url))
+        of_store = f"{urls[-1].rpartition('/')[2]}/" if number else ""
+        manifests.append(_manifest(url, of_store))
+        count = 1
+        while remote.exists(remote.join(url, part := ledger.part_path(count), "zarr.json")):
+            manifests.append(_manifest(remote.join(url, part), f"{of_store}{part}/"))
+            count += 1
+    manifest = manifests[0] if len(manifests) == 1 else pa.concat_tables(manifests, promote_options="default")
+    return JobReport.of_manifest(", ".join(urls), manifest)
+
+
+def _manifest(url: str, prefix: str) -> pa.Table:
+    """Read the manifest of a part of a store; its shards are named after the part."""
     with open_manifest(url) as (file, _):
-        return JobReport.of_manifest(remote.redact(url), file.read())
+        table = file.read()
+    if not prefix:
+        return table
+    names = pc.binary_join_element_wise(prefix, table.column("shard"), "")
+    return table.set_column(table.column_names.index("shard"), "shard", names)
 
 
 def slow_shards(manifest: pa.Table) -> str:

@@ -20,7 +20,8 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.store.encode import CHIPS_PER_SHARD, Compression, compressors
-from rasteret_dask.store.ledger import GROUPS, PROVENANCE, TO_ZARR, Maker, whole
+from rasteret_dask.store.law import Law, law_of
+from rasteret_dask.store.ledger import GROUPS, LAW, PROVENANCE, TO_ZARR, Maker, whole
 from rasteret_dask.store.provenance import Provenance, provenance_of
 from rasteret_dask.store.shardreports import JOB
 from rasteret_dask.table.itemkinds import CLASSES
@@ -64,6 +65,8 @@ class Layout:
     """Per source: attributes of its group (units, scales, offsets and rules)."""
     compression: Compression = "auto"
     provenance: Provenance = field(default_factory=Provenance)
+    law: Law = field(default_factory=Law)
+    """What every part that is appended must share."""
     recipe: str | None = None
     """The text of the recipe that was run, where one was: kept beside the job."""
 
@@ -119,6 +122,7 @@ class Layout:
         made = {path: whole(text) for path, text in data.items() if path not in groups}
         made[GROUPS] = whole(json.dumps(groups).encode())
         made[PROVENANCE] = whole(self.provenance.to_bytes())
+        made[LAW] = whole(self.law.to_bytes())
         chunks.sort(key=lambda chunk: (chunk.hierarchy.number, chunk.start))
         return made | {chunk.path: chunk.maker(self.job, store) for chunk in chunks}
 
@@ -326,5 +330,5 @@ def layout_of(
             "pick": source.plan.pick.name,
             "resolution": source.plan.resolution,
         }
-    provenance = provenance_of(query, used, dropped)
-    return Layout(job, outputs_of(job, query.functions), attrs, provenance=provenance)
+    provenance, outputs = provenance_of(query, used, dropped), outputs_of(job, query.functions)
+    return Layout(job, outputs, attrs, provenance=provenance, law=law_of(query.plan, job, outputs))

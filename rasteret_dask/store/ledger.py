@@ -33,14 +33,18 @@ from rasteret_dask.store.smallobjects import at_once, data_of, requests
 
 __all__ = [
     "BEGUN",
+    "CARD",
     "CHIPS",
     "CLIENTS",
     "COMPACT",
+    "CROISSANT",
     "DIGEST",
     "GROUPS",
+    "LAW",
     "LEDGER",
     "MANIFEST",
     "OBJECTS",
+    "PARTED",
     "PROVENANCE",
     "RECIPE",
     "TO_ZARR",
@@ -52,6 +56,7 @@ __all__ = [
     "begun",
     "check_owner",
     "commit",
+    "part_path",
     "restored",
     "root_of",
     "stated",
@@ -73,6 +78,14 @@ GROUPS = f"{JOB}/groups.json"
 """The groups' own metadata, put in place by the commit."""
 PROVENANCE = f"{JOB}/provenance.json"
 """The steps of the plan, the records used and their terms: for people, no task reads it."""
+CARD = "README.md"
+"""The card of the data set, for people; written by the commit."""
+CROISSANT = "croissant.json"
+"""The same for tools, JSON-LD."""
+LAW = f"{JOB}/law.json"
+"""What all parts of a store share, for whoever appends to it: no task reads it."""
+PARTED = re.compile(r"part-\d{4,}/.*|_tables/\d{4,}\.parquet")
+"""What lies in a store's folder and is not of its first part: parts that were appended, and added columns."""
 OBJECTS = b"rasteret_dask:objects"
 """Key of the manifest's schema metadata: the sums of every object that is in no row of it."""
 
@@ -89,6 +102,11 @@ MOST_BYTES = 64 * 2**20
 
 Maker: TypeAlias = "Callable[[], Iterator[bytes]]"
 """Makes an object's bytes, in pieces: a large one is never in memory as a whole."""
+
+
+def part_path(number: int) -> str:
+    """Return the folder of an appended part, below its store; they count from 1."""
+    return f"part-{number:04d}"
 
 
 def whole(data: bytes) -> Maker:
@@ -243,7 +261,12 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
             left.discard(path)
     left -= {path for path in left if mark_of(path, keys) is not None}
     left -= {BEGUN}  # damaged: an empty digest is nobody's
-    left -= {RECIPE, PROVENANCE}  # the same job may be told in another text, and by other steps
+    digest = content.owner.digest.encode()
+    left -= {path for path in left & {CARD, CROISSANT} if digest in (_data(url, path) or b"")}
+    left -= {RECIPE, PROVENANCE, LAW}  # the same job may be told in another text, and by other steps
+    left -= {
+        path for path in left if PARTED.fullmatch(path)
+    }  # they are finished stores, with ledgers of their own
     left -= {
         path for path in left if path.startswith(f"{CLIENTS}/")
     }  # they renew their traces, whatever is deleted

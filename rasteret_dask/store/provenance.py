@@ -22,7 +22,7 @@ from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.store.ledger import PROVENANCE
 from rasteret_dask.table.terms import Terms
 
-__all__ = ["MemberOrigin", "Provenance", "provenance_of", "read_provenance"]
+__all__ = ["MemberOrigin", "Provenance", "provenance_of", "provenance_of_parts", "read_provenance"]
 
 LOCAL = "files of the machine that wrote the store"
 
@@ -43,6 +43,8 @@ class MemberOrigin:
     hosts: tuple[str, ...]
     """Where the files lie."""
     terms: Terms = field(default_factory=Terms)
+    ids: tuple[str, ...] = ()
+    """Of the records; none where an earlier version wrote the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Provenance:
         origins = [
             MemberOrigin(
                 one["source"], one["member"], int(one["records"]), one["start"], one["end"],
-                tuple(one["collections"]), tuple(one["hosts"]), Terms(**one["terms"]),
+                tuple(one["collections"]), tuple(one["hosts"]), Terms(**one["terms"]), tuple(one.get("ids", ())),
             )
             for one in document["origins"]
         ]  # fmt: skip
@@ -116,6 +118,7 @@ def _origin(source: ResolvedSource, member: str, band: str, rows: pa.Array, term
         tuple(sorted(table.column("collection").take(rows).drop_null().unique().to_pylist())),
         tuple(sorted(host or LOCAL for host in hosts)),
         terms,
+        tuple(sorted(table.column("id").take(rows).to_pylist())),
     )
 
 
@@ -132,3 +135,19 @@ def read_provenance(url: str) -> Provenance:
     except remote.MissingError:
         return Provenance()
     return Provenance() if document is None else Provenance.of(document)
+
+
+def provenance_of_parts(urls: Sequence[str]) -> Provenance:
+    """Return where the chips of several parts come from: the first one's steps, and the records of all.
+
+    Parameters
+    ----------
+    urls
+        The parts, in order.
+    """
+    parts = [read_provenance(url) for url in urls]
+    dropped: dict[str, int] = {}
+    for part in parts:
+        for why, count in part.dropped.items():
+            dropped[why] = max(dropped.get(why, 0), count)  # each plan looks at the ground of all
+    return Provenance(parts[0].steps, dropped, tuple(origin for part in parts for origin in part.origins))

@@ -33,7 +33,7 @@ from rasteret_dask.planning.plan import (
 )
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.store.storemap import StoredShard, StoreMap, open_map
-from rasteret_dask.store.storeread import read_rows
+from rasteret_dask.store.union import Parts, StoreUnion, open_union, read_variables
 from rasteret_dask.tasks.batches import Arrays
 
 __all__ = ["Stored", "facts", "read_shard", "take"]
@@ -51,20 +51,34 @@ class Stored:
     url: str
     plan: Node
     """Select, filter, sample, split and folds steps over a source whose token is the store's digest."""
+    parts: Parts | None = None
+    """What the chips lie in, where that is more than one store that never grew and has no added columns."""
 
     @classmethod
     def of(cls, url: str, digest: str) -> Stored:
         """Return all kept chips of a store."""
         return cls(url, Source("store", digest))
 
+    @classmethod
+    def over(cls, parts: Parts) -> Stored:
+        """Return all kept chips of several parts."""
+        return cls(parts.stores[0][0], Source("store", parts.digest), None if parts.is_plain else parts)
+
     @property
-    def map(self) -> StoreMap:
+    def map(self) -> StoreMap | StoreUnion:
         """What the store holds."""
+        if self.parts is not None:
+            return open_union(self.parts)
         node = self.plan
         while not isinstance(node, Source):
             assert isinstance(node, _STEPS)
             node = node.child
         return open_map(self.url, node.token)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where the chips lie: the store, the parts that were appended, further stores."""
+        return (self.url,) if self.parts is None else tuple(url for url, _ in self.parts.stores)
 
     @property
     def digest(self) -> str:
@@ -144,8 +158,9 @@ class Stored:
         """Split -> chips, ``""`` for none."""
         own = chosen(self.map, self.plan)
         counts: dict[str, int] = {}
-        if "split" in own.columns:
-            return {e["values"]: e["counts"] for e in pc.value_counts(own.columns["split"]).to_pylist()}
+        column = _dealt(self.map, own)
+        if column is not None:
+            return {one["values"] or "": one["counts"] for one in pc.value_counts(column).to_pylist()}
         for shard, size in zip(own.shards, own.sizes, strict=True):
             counts[shard.split or ""] = counts.get(shard.split or "", 0) + size
         return counts
@@ -186,7 +201,7 @@ class Stored:
 class _Places(Mapping[str, int]):
     """Id of each chip -> its place among the chosen ones."""
 
-    store: StoreMap
+    store: StoreMap | StoreUnion
     rows: NDArray[np.int64]
 
     def __getitem__(self, chip: str) -> int:
@@ -225,7 +240,7 @@ def with_own(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
     return table
 
 
-def chosen(store: StoreMap, plan: Node) -> Chosen:
+def chosen(store: StoreMap | StoreUnion, plan: Node) -> Chosen:
     """Carry out a plan's steps, each once per process whatever the number of threads and tasks.
 
     Raises
@@ -238,7 +253,7 @@ def chosen(store: StoreMap, plan: Node) -> Chosen:
 
 
 @lru_cache(maxsize=8)
-def _chosen(store: StoreMap, plan: Node) -> Chosen:
+def _chosen(store: StoreMap | StoreUnion, plan: Node) -> Chosen:
     rows, columns = _carried_out(store, plan)
     ends = rows.searchsorted(np.append(store.starts, store.planned))
     splits = {shard.split for shard, size in zip(store.shards, np.diff(ends), strict=True) if size}
@@ -257,7 +272,9 @@ def _digest(plan: Node) -> str:
 _STEPS = FilterChips | Select | Sample | Split | Folds
 
 
-def _carried_out(store: StoreMap, node: Node) -> tuple[NDArray[np.int64], Mapping[str, pa.Array]]:
+def _carried_out(
+    store: StoreMap | StoreUnion, node: Node
+) -> tuple[NDArray[np.int64], Mapping[str, pa.Array]]:
     """Return what the last step of a plan leaves of what the others do: rows of the store, and columns over its own."""
     if not isinstance(node, _STEPS):
         return np.flatnonzero(store.kept), {}
@@ -280,21 +297,19 @@ def _carried_out(store: StoreMap, node: Node) -> tuple[NDArray[np.int64], Mappin
             found = filter_table(table, where, "chips").column(_ROW).to_numpy()
             why = "" if len(found) else f" ({alone(table, where, 'chips')})"
         case Select(_, splits):
-            own = below.columns.get("split")
-            names = list(
-                dict.fromkeys(s.split for s in below.shards if s.split)
-                if own is None
-                else own.unique().to_pylist()
-            )
+            column = _dealt(store, below)
+            there = (s.split for s in below.shards) if column is None else column.unique().to_pylist()
+            names = list(dict.fromkeys(split for split in there if split))
             unknown = [s for s in splits if s not in names]
             if unknown:
                 raise PlanError(
                     "select", f"split {', '.join(map(repr, unknown))}",
                     f"one of {', '.join(names)}" if names else "a store with splits",
                 )  # fmt: skip
-            inside = np.repeat([s.split in splits for s in below.shards], below.sizes)
-            if own is not None:
-                inside = np.asarray(pc.is_in(own, value_set=pa.array(list(splits))))
+            if column is None:
+                inside = np.repeat([s.split in splits for s in below.shards], below.sizes)
+            else:
+                inside = np.asarray(pc.is_in(column, value_set=pa.array(list(splits))))
             found = below.rows[inside]
         case Sample(_, n, seed, by):
             table = _columns(store, "sample(by=)", ["chip_id", *([] if by is None else [by])], below)
@@ -308,13 +323,13 @@ def _carried_out(store: StoreMap, node: Node) -> tuple[NDArray[np.int64], Mappin
     return np.asarray(found), {name: column.take(places) for name, column in columns.items()}
 
 
-def _split_column(store: StoreMap, spec: SplitSpec, below: Chosen) -> pa.Array:
+def _split_column(store: StoreMap | StoreUnion, spec: SplitSpec, below: Chosen) -> pa.Array:
     from rasteret_dask.store.storefolds import split_column  # shapely: training workers start without it
 
     return split_column(_columns(store, "split(by=)", [spec.by], below).column(spec.by), spec)
 
 
-def _fold_column(store: StoreMap, spec: SplitSpec, below: Chosen) -> pa.Array:
+def _fold_column(store: StoreMap | StoreUnion, spec: SplitSpec, below: Chosen) -> pa.Array:
     from rasteret_dask.store.storefolds import (
         NEEDED,
         fold_column,
@@ -330,7 +345,16 @@ def _fold_column(store: StoreMap, spec: SplitSpec, below: Chosen) -> pa.Array:
     return fold_column(_columns(store, "folds", NEEDED, below), spec)
 
 
-def _columns(store: StoreMap, subject: str, names: Sequence[str], below: Chosen) -> pa.Table:
+def _dealt(store: StoreMap | StoreUnion, below: Chosen) -> pa.Array | None:
+    """Return the split of each chip where that is not its shard's: dealt by a step, or in columns beside the store."""
+    if "split" in below.columns:
+        return below.columns["split"]
+    if isinstance(store, StoreUnion) and store.added is not None and store.added.has("split"):
+        return store.chips.columns(["split"]).column("split").take(pa.array(below.rows)).combine_chunks()
+    return None
+
+
+def _columns(store: StoreMap | StoreUnion, subject: str, names: Sequence[str], below: Chosen) -> pa.Table:
     """Return columns that a step asks for, and which rows of the store they are of."""
     names = list(dict.fromkeys(names))
     unknown = [name for name in names if name not in store.chips.names and name not in below.columns]
@@ -390,7 +414,7 @@ def take(store: Stored, rows: NDArray[np.int64], only: tuple[str, ...] | None = 
     opened = store.map
     groups = [g for g in opened.first if only is None or g.source in only]
     names = {g.source: [*dict.fromkeys(("pixels", "valid", *g.sampled))] for g in groups}
-    read = read_rows(opened, store.rows[rows], names)
+    read = read_variables(opened, store.rows[rows], names)
     arrays = {
         source if name == "pixels" else f"{source}/{name}": read[source, name]
         for source, variables in names.items()

@@ -257,6 +257,11 @@ class StoreMap:
         chunks = [self._planned_chunk(array, array.object(number)) for number in range(count)]
         return np.concatenate(chunks)[: array.shape[0]]
 
+    def times(self, source: str) -> NDArray[np.int64] | None:
+        """Return the start of each slot of a source, us since 1970; None where its slots have no names."""
+        group = next(group for group in self.first if group.source == source)
+        return self.values(group.arrays["time"]) if "time" in group.arrays else None
+
     def _planned_chunk(self, array: StoredArray, path: str) -> NDArray[Any]:
         place, sums = remote.join(self.url, path), self.others.get(path)
         subject = f"reading {remote.redact(place)}"
@@ -330,7 +335,7 @@ def open_map(url: str, token: str) -> StoreMap:
         return _opened(url, token)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # a store that grew has many parts
 def _opened(url: str, token: str) -> StoreMap:
     root = _root(url)
     if (now := _token(root)) != token:
@@ -414,10 +419,17 @@ def _check_chips(url: str, group: StoredGroup, chips: int) -> None:
         )  # fmt: skip
 
 
-def check_sizes(store: StoreMap) -> None:
+def check_sizes(store: StoreMap, objects: Mapping[str, int] | None = None) -> None:
     """Compare the size of every object that reading needs with the manifest, where the store can be listed.
 
     Plain HTTP servers cannot: there each object is compared when it is read, as it is everywhere.
+
+    Parameters
+    ----------
+    store
+        The store.
+    objects
+        Path -> bytes of what lies there, where that was listed already.
 
     Raises
     ------
@@ -426,8 +438,13 @@ def check_sizes(store: StoreMap) -> None:
     """
     if store.url.partition("://")[0] in ("http", "https"):
         return
-    found = remote.listing(store.url)
-    others = ((p, sums.size) for p, sums in store.others.items() if not p.startswith(f"{shardreports.JOB}/"))
+    found = remote.listing(store.url) if objects is None else objects
+    card = (ledger.CARD, ledger.CROISSANT)  # no reader needs it
+    others = (
+        (p, sums.size)
+        for p, sums in store.others.items()
+        if not p.startswith(f"{shardreports.JOB}/") and p not in card
+    )
     wrong = [
         f"{path} ({found.get(path, 'no')} bytes, not {size})"
         for path, size in chain(store.objects(), others)

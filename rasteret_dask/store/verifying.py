@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,9 +17,11 @@ from rasteret_dask.lists import first_of
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import host_of, pool
 from rasteret_dask.net.places import Place
-from rasteret_dask.net.sums import Fault, Sums, Whole, document_of, fault_of
+from rasteret_dask.net.sums import Fault, Sums, Whole, document_of, fault_of, is_closed
 from rasteret_dask.progress import Progress
 from rasteret_dask.store import ledger, shardreports
+from rasteret_dask.store.addedtables import table_path, versions
+from rasteret_dask.store.ledger import PARTED, part_path
 from rasteret_dask.store.rereading import Difference, check_sample, rereading
 from rasteret_dask.store.storetables import open_manifest
 from rasteret_dask.tasks.filtering import KEPT
@@ -142,6 +144,9 @@ def verify(
     With ``sources`` a sample of chips is read again from the scenes too, by the plan that the store keeps, and compared
     with what is stored: pixels, validity, masks, times and coordinates, bit for bit.
 
+    Of a store that grew, all parts and added columns are read, and ``sources`` chips of each part. A part that is not
+    finished, which readers do not see, makes the store unfinished here.
+
     Parameters
     ----------
     store
@@ -182,38 +187,109 @@ def verify(
     check_sample(sources)
     url = Place.of(store).folder("a folder that to_zarr wrote", "Give the store's folder.")
     found = None if url.startswith(("http://", "https://")) else remote.listing(url)
-    wanted, faults, finished = _written(url, found)
-    good, nbytes = 0, 0
-    with Progress("objects", progress, len(wanted)) as shown:
-        for (path, sums), fault in zip(wanted.items(), _faults(url, wanted), strict=True):
-            shown.step(1, tally=Tally(bytes_read=sums.size))
-            if fault is None:
-                good, nbytes = good + 1, nbytes + sums.size
-            else:
-                faults[path] = fault
-                shown.failed += 1
+    first = None if found is None else {path: n for path, n in found.items() if not PARTED.fullmatch(path)}
+    checks = [_Check(url, first, "")]
+    while (inside := _inside(url, number := len(checks), found)) is not None:
+        checks.append(_Check(remote.join(url, part_path(number)), inside, f"{part_path(number)}/"))
+    with Progress("objects", progress, sum(len(one.wanted) for one in checks)) as shown:
+        for one in checks:
+            one.compare(shown)
+    faults = {f"{one.prefix}{path}": fault for one in checks for path, fault in one.faults.items()}
+    tables = _tables(url, found)
+    faults |= {path: fault for path, (fault, _) in tables.items() if fault is not None}
+    whole = [nbytes for fault, nbytes in tables.values() if fault is None]
     compared, differences = 0, list[Difference]()
     if sources is not None:
-        again = rereading(url, sources, seed)
-        compared = len(again)
-        with Progress("chips read again", progress, compared) as shown:
-            for some in again.differences():
-                shown.step(1)
-                differences += some
-    extra = set() if found is None else found.keys() - wanted.keys() - faults.keys() - {"zarr.json"}
-    if ledger.MANIFEST not in wanted:  # which alone knows these
-        extra -= {path for path in extra if f"/{path}".endswith(f"/{KEPT}/c/0")}
+        for one in checks:
+            again = rereading(one.url, sources, seed)
+            compared += len(again)
+            with Progress("chips read again", progress, len(again)) as shown:
+                for some in again.differences():
+                    shown.step(1)
+                    differences += some
+    extra = {f"{one.prefix}{path}" for one in checks for path in one.extra}
     return Verification(
         remote.redact(url),
-        finished,
-        good,
-        nbytes,
+        all(one.finished for one in checks),
+        sum(one.good for one in checks) + len(whole),
+        sum(one.nbytes for one in checks) + sum(whole),
         tuple(sorted(path for path, fault in faults.items() if fault == "missing")),
         tuple(sorted(path for path, fault in faults.items() if fault == "damaged")),
-        tuple(sorted(path for path in extra if not path.startswith(_PASSING))),
+        tuple(sorted(extra | _strangers(found, len(checks), tables))),
         compared,
         tuple(differences),
     )
+
+
+class _Check:
+    """A store, or a part that was appended to one, compared with what was written.
+
+    Parameters
+    ----------
+    url
+        Where it lies.
+    objects
+        Path -> bytes of what lies there; None where the server does not list.
+    prefix
+        What its paths begin with below the store.
+    """
+
+    def __init__(self, url: str, objects: Mapping[str, int] | None, prefix: str) -> None:
+        self.url, self.prefix = url, prefix
+        self.good, self.nbytes = 0, 0
+        self.wanted, self.faults, self.finished = _written(url, objects)
+        extra = (
+            set()
+            if objects is None
+            else objects.keys() - self.wanted.keys() - self.faults.keys() - {"zarr.json"}
+        )
+        if ledger.MANIFEST not in self.wanted:  # which alone knows these
+            extra -= {path for path in extra if f"/{path}".endswith(f"/{KEPT}/c/0")}
+        self.extra = {path for path in extra if not path.startswith(_PASSING)}
+
+    def compare(self, shown: Progress) -> None:
+        """Read every object."""
+        for (path, sums), fault in zip(self.wanted.items(), _faults(self.url, self.wanted), strict=True):
+            shown.step(1, tally=Tally(bytes_read=sums.size))
+            if fault is None:
+                self.good, self.nbytes = self.good + 1, self.nbytes + sums.size
+            else:
+                self.faults[path] = fault
+                shown.failed += 1
+
+
+def _inside(url: str, number: int, objects: Mapping[str, int] | None) -> dict[str, int] | None:
+    """Return what lies in a part, path -> bytes; None where there is no such part."""
+    folder = f"{part_path(number)}/"
+    if objects is None:
+        return {} if remote.exists(remote.join(url, folder, "zarr.json")) else None
+    return {path.removeprefix(folder): n for path, n in objects.items() if path.startswith(folder)} or None
+
+
+def _tables(url: str, objects: Mapping[str, int] | None) -> dict[str, tuple[Fault | None, int]]:
+    """Return path -> what is wrong, and its bytes, of each version of added columns."""
+    result: dict[str, tuple[Fault | None, int]] = {}
+    last = max(versions(objects), default=0) if objects is not None else 0
+    number = 0
+    while number < last or (objects is None and remote.exists(remote.join(url, table_path(number + 1)))):
+        number += 1
+        try:
+            data = remote.get(remote.join(url, table_path(number)))
+        except remote.MissingError:
+            result[table_path(number)] = ("missing", 0)
+            continue
+        result[table_path(number)] = (None if is_closed(data) else "damaged", len(data))
+    return result
+
+
+def _strangers(objects: Mapping[str, int] | None, parts: int, tables: Collection[str]) -> set[str]:
+    """Return what lies where parts and added columns do, and is none that is in use."""
+    own = tuple(f"{part_path(number)}/" for number in range(1, parts))
+    return {
+        path
+        for path in objects or ()
+        if PARTED.fullmatch(path) and path not in tables and not path.startswith(own)
+    }
 
 
 def _faults(url: str, wanted: _Wanted) -> Iterator[Fault]:

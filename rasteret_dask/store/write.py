@@ -22,6 +22,7 @@ from rasteret_dask.errors import JobError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums
 from rasteret_dask.store import ledger, shardreports, smallobjects
+from rasteret_dask.store.datacard import card_objects
 from rasteret_dask.store.encode import Encoding, Piece, crc32
 from rasteret_dask.store.layout import COORDINATE_CHIPS, JOB, OF_SHARDS, Layout
 from rasteret_dask.store.manifest import ManifestRows, stamp, warn_of_masked
@@ -342,6 +343,7 @@ def commit(url: str, job: Job, layout: Layout | None = None) -> pa.Table:
         )
     manifest = rows.table()
     more = _kept(url, job, manifest) if job.pixel_rules else {}
+    more |= card_objects(url, manifest)
     manifest = ledger.commit(url, found, manifest, rows.places, more)
     warn_of_masked(url, manifest)
     return manifest
