@@ -30,7 +30,7 @@ from rasteret_dask.net.lending import Lender
 from rasteret_dask.store import decode, outputs, stored, storeread
 from rasteret_dask.store.encode import Compression
 from rasteret_dask.store.holding import hold
-from rasteret_dask.store.storemap import _opened
+from rasteret_dask.store.storemap import StoreMap, _opened
 from rasteret_dask.storeset import StoredChips, open_chips
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.tasks.batches import Arrays, assembled, take
@@ -380,6 +380,7 @@ def test_chips_on_a_disk_are_decoded_once_to_where_they_stay(
 def opened_objects(opened: StoredChips) -> int:
     """Return how many objects the pixels of all shards are, and what is stored like them."""
     store = opened.stored.map
+    assert isinstance(store, StoreMap)
     arrays = [(s, g, n, a) for s in store.shards for g in store.groups_of(s) for n, a in g.arrays.items()]
     return sum(
         a.object(s.number) in s.sizes for s, g, n, a in arrays if n in g.sampled and a.encoding.sharded

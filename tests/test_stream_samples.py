@@ -168,9 +168,9 @@ def test_weighted_streams_are_the_same_on_all_ranks_and_go_on(store: StoredChips
         later.load_state_dict(state)
         found.update(chip for b in later for chip in b["chip_id"][~b["padded"]].tolist())
     assert found == wanted
-    for wrong in ({}, {"weights": "share"}):
+    for column in (None, "share"):
         with pytest.raises(PlanError, match="weights="):
-            store.stream(4, shuffle=2, **wrong).load_state_dict(state)
+            store.stream(4, shuffle=2, weights=column).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def _store(url: str) -> Thing:
     planned = len(store.chips.table.column("chip_id").unique())
     splits = Counter(store.chips.columns(["split"])["split"].to_pylist())
     if chips.parts is not None:  # rows of a chip in later parts are no chips more
-        splits = Counter({split or None: count for split, count in chips.counts.items()})
+        splits = Counter({split or None: count for split, count in chips.splits.items()})
     nbytes = sum(nbytes for _, nbytes in store.objects())
     sources = {name: _source(store, name) for name in store.sources}
     document: dict[str, Any] = {

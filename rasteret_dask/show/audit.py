@@ -106,9 +106,9 @@ class Audit:
         pairs = sum(self.overlaps.values())
         return "no two splits share ground" if self.ok else f"{counted(pairs, 'pair')} of chips share ground"
 
-    def _share_with(self, own: Mapping[str, int]) -> str:
+    def _share_with(self, counts: Mapping[str, int]) -> str:
         """Return in how many chips of each split a source is there."""
-        return ", ".join(f"{own[name]} of {n} {name}" for name, n in self.chips.items())
+        return ", ".join(f"{counts[name]} of {n} {name}" for name, n in self.chips.items())
 
     def shares(self, column: str) -> dict[str, dict[str, float]]:
         """Return class -> split -> the class's share of the split; ``"all"`` is its share of all splits together.

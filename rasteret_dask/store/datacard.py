@@ -263,7 +263,7 @@ class _Card:
         )
 
     def _versions(self) -> str:
-        rows = [
+        rows: list[Sequence[Any]] = [
             ["written by", f"rasteret_dask {self.mark.get('version')} ({self.mark.get('writer')})"],
             ["format", self.mark.get("format")],
             ["meaning", self.mark.get("meaning")],

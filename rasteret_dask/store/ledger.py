@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -262,7 +263,7 @@ def _check_leftovers(url: str, paths: Mapping[str, int], content: Content) -> No
     left -= {path for path in left if mark_of(path, keys) is not None}
     left -= {BEGUN}  # damaged: an empty digest is nobody's
     digest = content.owner.digest.encode()
-    left -= {path for path in left & {CARD, CROISSANT} if digest in (_data(url, path) or b"")}
+    left -= {path for path in left & {CARD, CROISSANT} if digest in (data_of(url, path) or b"")}
     left -= {RECIPE, PROVENANCE, LAW}  # the same job may be told in another text, and by other steps
     left -= {
         path for path in left if PARTED.fullmatch(path)

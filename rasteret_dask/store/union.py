@@ -513,8 +513,8 @@ def likeness(store: StoreMap) -> dict[str, str]:
             f"classes of {name}": ", ".join(own.classes) or "none",
         }
     fields = store.chips.table.schema
-    own = sorted(f"{field.name} ({field.type})" for field in fields if field.name not in CHIP_SCHEMA.names)
-    return found | {"columns": ", ".join(own) or "none"}
+    names = sorted(f"{field.name} ({field.type})" for field in fields if field.name not in CHIP_SCHEMA.names)
+    return found | {"columns": ", ".join(names) or "none"}
 
 
 class UnionColumns:
