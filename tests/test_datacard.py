@@ -33,7 +33,7 @@ def test_the_card_says_what_lies_there(chips: rd.Chips, store: Path, s2: rd.Coll
         assert f"| {split} | {table['split'].to_pylist().count(split)} |" in text
     records = {feed["record"] for row in table["feeds"].to_pylist() for feed in row}
     assert all(record in text for record in records)
-    assert not [one for one in set(s2.to_arrow()["id"].to_pylist()) - records if one in text]
+    assert not [one for one in set(s2.to_table(["id"])["id"].to_pylist()) - records if one in text]
     assert "0 pairs of chips of two splits share ground" in text
     assert all(step in text for step in ("harmonize(", "chips(32", "split(", "sample(20)"))
     assert chips.job.digest in text
