@@ -137,7 +137,7 @@ def train_chips(s2: rd.Collection, aef: rd.Collection) -> rd.Chips:
         "optical": s2.harmonize(bands=["red", "nir"], time="1MS", mask="clouds", dtype="uint16"),
         "embeddings": aef.harmonize(bands=["A00", "A63"], units="embedding"),
     }
-    chips = rd.join(**sources).chips(size=32, cell_km=0.96).split(train=0.6, val=0.2, test=0.2, seed=42)
+    chips = rd.join(**sources).chips(size=32, cell_km=0.96).split(train=0.6, val=0.2, test=0.2, seed=42)  # type: ignore[arg-type]
     return chips.select("train")
 
 

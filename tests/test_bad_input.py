@@ -266,7 +266,7 @@ STEPS: dict[str, tuple[Callable[[World], Any], type[rd.RasteretDaskError], tuple
         lambda w: rd.join(bbox=w.s2), rd.PlanError, ("called 'bbox'", "chip_id"),
     ),
     "source that is a path": (
-        lambda w: rd.join(**{"a/b": w.s2}), rd.PlanError, ("called 'a/b'", "without /"),
+        lambda w: rd.join(**{"a/b": w.s2}), rd.PlanError, ("called 'a/b'", "without /"),  # type: ignore[arg-type]
     ),
     "no points": (lambda w: chips_of(w, at=[]), rd.PlanError, ("chips(at=)",)),
     "points without geometry": (

@@ -145,7 +145,7 @@ def test_chip_is_cube_for_every_source_of_a_join(
         "optical": merged(s2, l8),
         "embeddings": aef.harmonize(bands=["A00", "A01"], units="embedding"),
     }
-    planned = rd.join(**sources).chips(size=48, cell_km=0.96).sample(12)
+    planned = rd.join(**sources).chips(size=48, cell_km=0.96).sample(12)  # type: ignore[arg-type]
     for name, source in sources.items():
         chips = dataset(planned, name)
         assert_law(source, chips, [0, 7])

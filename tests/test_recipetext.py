@@ -196,7 +196,7 @@ def test_calls_of_all_kinds_are_said_again(
         ),
     }  # fmt: skip
     resolved = {name: one.harmonize(["red"], resolution=10) for name, one in sources.items()}
-    chips = rd.join(**resolved).chips(32, cell_km=0.64, min_coverage=0.5).split(seed=2)
+    chips = rd.join(**resolved).chips(32, cell_km=0.64, min_coverage=0.5).split(seed=2)  # type: ignore[arg-type]
     text = chips.to_recipe()
     assert tomllib.loads(text)["collections"]["odd_name"]["name"] == "odd name"
     read = again(chips, tmp_path)

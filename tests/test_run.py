@@ -69,7 +69,7 @@ def joined(s2: rd.Collection, l8: rd.Collection, aef: rd.Collection) -> rd.Chips
         "optical": merged(s2, l8, dtype="uint16", pick="clearest"),
         "embeddings": aef.harmonize(bands=["A00", "A63"], units="embedding"),
     }
-    return rd.join(**sources).chips(size=32, cell_km=0.96).split(train=0.6, val=0.2, test=0.2, seed=42)
+    return rd.join(**sources).chips(size=32, cell_km=0.96).split(train=0.6, val=0.2, test=0.2, seed=42)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -690,7 +690,7 @@ def test_a_task_reads_a_tile_once_and_only_of_scenes_that_feed_it(
     s2: rd.Collection, l8: rd.Collection, aef: rd.Collection, monkeypatch: pytest.MonkeyPatch, pick: str
 ) -> None:
     sources = {"optical": merged(s2, l8, pick=pick), "embeddings": aef.harmonize(bands=["A00", "A01"])}
-    job = layout_of(rd.join(**sources).chips(size=32, cell_km=0.96), 1_500_000).job
+    job = layout_of(rd.join(**sources).chips(size=32, cell_km=0.96), 1_500_000).job  # type: ignore[arg-type]
     graph = lower(job, ReadContext())
     assert len(graph.shards) > 2
     tasks = graph.fused()

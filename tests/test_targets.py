@@ -44,7 +44,7 @@ def drawn(seed: int, chips: int) -> Arrays:
     cover = rng.choice([0, 1, 2, 9], (chips, 2, 1, 4, 4)).astype(np.uint8)
     return {
         "optical": pixels,
-        "optical/valid": np.isfinite(pixels).all(axis=2),
+        "optical/valid": np.asarray(np.isfinite(pixels).all(axis=2)),
         "optical/mask": rng.integers(0, 2, (chips, 4, 4)).astype(np.uint8),
         "cover": np.where(present[:, :, None, None, None], cover, 255).astype(np.uint8),
         "cover/valid": np.broadcast_to(present[:, :, None, None], (chips, 2, 4, 4)).copy(),
@@ -85,9 +85,9 @@ def test_parts_add_up_to_the_whole(seed: int, sizes: list[int]) -> None:
         "optical/mask": arrays["optical/mask"],
         "labels/fold": arrays["labels/fold"],
     }
-    for target, values in targets.items():
-        if values.size:
-            check_weights(whole, target, values)
+    for target, array in targets.items():
+        if array.size:
+            check_weights(whole, target, array)
 
 
 def check_weights(stats: Stats, target: str, values: Any) -> None:
