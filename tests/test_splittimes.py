@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import geopandas as gpd
 import numpy as np
@@ -149,7 +150,11 @@ def monthly() -> rd.Chips:
 
 
 def test_chips_of_passes_are_split_by_their_time(tmp_path: Path) -> None:
-    ranges = {"train": (None, "2023-06-30"), "val": ("2023-08", "2023-09"), "test": ("2023-11-01", None)}
+    ranges: dict[str, Any] = {
+        "train": (None, "2023-06-30"),
+        "val": ("2023-08", "2023-09"),
+        "test": ("2023-11-01", None),
+    }
     chips = monthly().split(by="time", **ranges)
     expected = {7: None, 8: "val", 9: "val", 10: None, 11: "test", 12: "test"}
     for row in chips.table.select(["datetime", "split"]).to_pylist():

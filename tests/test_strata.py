@@ -22,7 +22,7 @@ from rasteret_dask.planning.plan import from_json, to_json
 PX = 3000
 WEST, NORTH, PIXEL = 500_000.0, 5_600_000.0, 10.0
 CELL_KM = 3.84
-RATIOS = {"train": 0.7, "val": 0.15, "test": 0.15}
+RATIOS: dict[str, Any] = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
 def crops(seed: int, count: int, start: int = 0, classes: int = 6) -> gpd.GeoDataFrame:
