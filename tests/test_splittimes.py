@@ -53,7 +53,11 @@ def test_a_chip_is_in_the_range_that_holds_all_of_it(
     found = by_time(span, ranges)
     for (start, length), number in zip(drawn, found.tolist(), strict=True):
         moments = {start + step / 2 for step in range(2 * length)} or {start}  # half-open, but for an instant
-        named = {"val": lambda t: b <= t < c, "test": lambda t: t >= d, "train": lambda t: t < a}
+        named: dict[str, Any] = {
+            "val": lambda t: b <= t < c,
+            "test": lambda t: t >= d,
+            "train": lambda t: t < a,
+        }
         if rest:
             named["train"] = lambda t: not (b <= t < c or t >= d)
         where = {next((n for n, holds in named.items() if holds(t)), None) for t in moments}

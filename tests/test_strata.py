@@ -216,7 +216,7 @@ def test_strata_that_cannot_hold(scene: rd.Collection) -> None:
 def test_bad_input(scene: rd.Collection) -> None:
     points = crops(9, 60)
     chips = at(scene, points)
-    for arguments, words in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"stratify": "soil"}, "no column 'soil'.*crop"),
         ({"stratify": "xmin"}, "a column of double.*pandas.cut"),
         ({"stratify": "chip_id", "by": "crop"}, "by='ground'"),
@@ -232,7 +232,8 @@ def test_bad_input(scene: rd.Collection) -> None:
             {"cells": pa.table({"cell": ["33/1/1"], "split": ["holdout"]})},
             "'holdout'.*one of train, val, test",
         ),
-    ]:
+    ]
+    for arguments, words in cases:
         with pytest.raises(PlanError, match=words):
             _ = chips.split(**arguments).table
     points.loc[3, "crop"] = None
