@@ -192,7 +192,11 @@ def test_integers_hold_the_fill_where_absent(l8: rd.Collection, s2: rd.Collectio
 
 def test_nothing_is_asked_for_where_absent(some: rd.Chips, loaded: dict[str, xr.Dataset]) -> None:
     there = dict(
-        zip(loaded["west"]["chip_id"].values, loaded["west"]["present"].values.any(axis=1).tolist(), strict=True)
+        zip(
+            loaded["west"]["chip_id"].values,
+            loaded["west"]["present"].values.any(axis=1).tolist(),
+            strict=True,
+        )
     )
     layout = small(some, SHARD_BYTES // 8)
     seen = {True: 0, False: 0}

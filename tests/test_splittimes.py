@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import geopandas as gpd
 import numpy as np
@@ -52,7 +53,11 @@ def test_a_chip_is_in_the_range_that_holds_all_of_it(
     found = by_time(span, ranges)
     for (start, length), number in zip(drawn, found.tolist(), strict=True):
         moments = {start + step / 2 for step in range(2 * length)} or {start}  # half-open, but for an instant
-        named = {"val": lambda t: b <= t < c, "test": lambda t: t >= d, "train": lambda t: t < a}
+        named: dict[str, Any] = {
+            "val": lambda t: b <= t < c,
+            "test": lambda t: t >= d,
+            "train": lambda t: t < a,
+        }
         if rest:
             named["train"] = lambda t: not (b <= t < c or t >= d)
         where = {next((n for n, holds in named.items() if holds(t)), None) for t in moments}
@@ -149,7 +154,11 @@ def monthly() -> rd.Chips:
 
 
 def test_chips_of_passes_are_split_by_their_time(tmp_path: Path) -> None:
-    ranges = {"train": (None, "2023-06-30"), "val": ("2023-08", "2023-09"), "test": ("2023-11-01", None)}
+    ranges: dict[str, Any] = {
+        "train": (None, "2023-06-30"),
+        "val": ("2023-08", "2023-09"),
+        "test": ("2023-11-01", None),
+    }
     chips = monthly().split(by="time", **ranges)
     expected = {7: None, 8: "val", 9: "val", 10: None, 11: "test", 12: "test"}
     for row in chips.table.select(["datetime", "split"]).to_pylist():

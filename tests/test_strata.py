@@ -22,7 +22,7 @@ from rasteret_dask.planning.plan import from_json, to_json
 PX = 3000
 WEST, NORTH, PIXEL = 500_000.0, 5_600_000.0, 10.0
 CELL_KM = 3.84
-RATIOS = {"train": 0.7, "val": 0.15, "test": 0.15}
+RATIOS: dict[str, Any] = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
 def crops(seed: int, count: int, start: int = 0, classes: int = 6) -> gpd.GeoDataFrame:
@@ -216,7 +216,7 @@ def test_strata_that_cannot_hold(scene: rd.Collection) -> None:
 def test_bad_input(scene: rd.Collection) -> None:
     points = crops(9, 60)
     chips = at(scene, points)
-    for arguments, words in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"stratify": "soil"}, "no column 'soil'.*crop"),
         ({"stratify": "xmin"}, "a column of double.*pandas.cut"),
         ({"stratify": "chip_id", "by": "crop"}, "by='ground'"),
@@ -232,7 +232,8 @@ def test_bad_input(scene: rd.Collection) -> None:
             {"cells": pa.table({"cell": ["33/1/1"], "split": ["holdout"]})},
             "'holdout'.*one of train, val, test",
         ),
-    ]:
+    ]
+    for arguments, words in cases:
         with pytest.raises(PlanError, match=words):
             _ = chips.split(**arguments).table
     points.loc[3, "crop"] = None

@@ -301,7 +301,8 @@ class _Table:
     def _difference(self, cells: Sequence[int], before: Numbers, after: Numbers) -> Numbers:
         """Return what splits have more after some cells changed, shape (split, class)."""
         some, splits = self.stock.around(cells), len(self.shares)
-        return np.asarray(kept_amounts(some, after, splits) - kept_amounts(some, before, splits))
+        more = kept_amounts(some, after, splits) - kept_amounts(some, before, splits)
+        return np.asarray(more, dtype=np.int64)
 
     def _changes(self, split: Numbers, off: Numbers) -> Iterator[tuple[list[int], list[int]]]:
         """Yield changes, the most promising first, as cells and their new splits; one, where that is the best."""
