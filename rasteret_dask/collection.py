@@ -292,7 +292,7 @@ class Collection(TableExits, PixelReads):
             resolution=resolution,
             resampling=resampling,
             mask=mask_named(mask),
-            time=time if time is None or isinstance(time, str) else tuple(time),
+            time=tuple(time) if isinstance(time, list | tuple) else time,
             max_acquisitions=max_acquisitions,
             choose=choose,
             relative_to=relative_to,

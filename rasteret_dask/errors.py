@@ -276,7 +276,7 @@ class FormatError(RasteretDaskError, ValueError):
     ...     stream.load_state_dict({**stream.state_dict(), "format": 99})
     ... except rd.FormatError as error:
     ...     print(error.expected)
-    format 1, which rasteret_dask ... reads
+    format 2, which rasteret_dask ... reads
     """
 
 

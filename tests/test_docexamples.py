@@ -53,7 +53,8 @@ def methods(owner: type, prefix: str) -> Iterator[Documented]:
         if function is None or not function.__module__.startswith("rasteret_dask"):
             continue
         first = next(declared(base, name) for base in reversed(owner.__mro__) if name in vars(base))
-        yield Documented(f"{prefix}.{name}", function, first)
+        if first.__module__.startswith("rasteret_dask"):  # else another library calls it, and says when
+            yield Documented(f"{prefix}.{name}", function, first)
 
 
 def public() -> dict[str, Documented]:
@@ -65,7 +66,10 @@ def public() -> dict[str, Documented]:
     found: dict[str, Documented] = {}
     for prefix, room in rooms:
         for name in room.__all__:
-            thing = getattr(room, name)
+            try:
+                thing = getattr(room, name)
+            except rd.MissingExtraError:
+                continue  # installed nowhere but where it is used
             if inspect.isclass(thing):
                 found |= {d.name: d for d in methods(thing, f"{prefix}.{name}")}
             if inspect.isclass(thing) or inspect.isfunction(thing):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
 
@@ -417,6 +418,14 @@ ANY_TAKEN = {
     "bands": "of register: a TOML table's values",
     "overrides": "values of TOML",
     "state": "JSON that state_dict() made",
+    **(
+        {}
+        if find_spec("lightning") is None
+        else {
+            "state_dict": "the same, as lightning calls it",
+            **dict.fromkeys(("train", "val", "test", "predict"), "datasets of torch, of samples of any type"),
+        }
+    ),
     "facts": "figures that become JSON",
     "arrays": "arrays and texts of a batch",
     "ax": "Axes of matplotlib, which need not be installed",

@@ -194,7 +194,7 @@ def test_nothing_is_asked_for_where_absent(some: rd.Chips, loaded: dict[str, xr.
     there = dict(
         zip(
             loaded["west"]["chip_id"].values,
-            loaded["west"]["present"].values.any(axis=1).tolist(),
+            loaded["west"]["present"].any("time").values,
             strict=True,
         )
     )

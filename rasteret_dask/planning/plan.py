@@ -127,6 +127,11 @@ class HarmonizeSpec:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("harmonize(choose)", self.choose, CHOICES)
+        texts = self.time if isinstance(self.time, tuple) else (self.time or "",)
+        if not all(isinstance(text, str) for text in texts):
+            raise PlanError(
+                "harmonize(time=)", repr(self.time), "the length of a slot such as '1MS', or edges of windows, as text"
+            )
         most = self.max_acquisitions
         if most is not None and not (_is_whole(most) and 0 < most <= MOST_ACQUISITIONS):
             raise PlanError(

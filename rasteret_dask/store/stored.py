@@ -365,10 +365,9 @@ def _columns(store: StoreMap | StoreUnion, subject: str, names: Sequence[str], b
             f"one of {', '.join(store.chips.names)}",
             "chips.folds(5) makes it." if unknown[0] == "fold" else "",
         )
-    table = store.chips.columns([name for name in names if name in store.chips.names])
-    if table.num_columns:
-        table = table.take(pa.array(below.rows))
-    table = with_own(table, {name: column for name, column in below.columns.items() if name in names})
+    own = {name: column for name, column in below.columns.items() if name in names}
+    there = [name for name in names if name in store.chips.names]
+    table = with_own(store.chips.columns(there).take(pa.array(below.rows)), own) if there else pa.table(own)
     return table.append_column(_ROW, pa.array(below.rows))
 
 
