@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_the_message_is_the_one_that_the_code_produces(
     shutil.copytree(small_world.sentinel2.parent.parent, tmp_path / "demo" / "world")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "catalog.toml"))
-    monkeypatch.setitem(sys.modules, "geopandas", sys.modules.get("geopandas"))  # one block takes it away
+    monkeypatch.setitem(sys.modules, "geopandas", import_module("geopandas"))  # one block takes it away
     (_, code), (_, text) = BLOCK.findall(SECTIONS[name])
     names: dict[str, Any] = {}
     exec(BEGIN, names)

@@ -130,7 +130,9 @@ class HarmonizeSpec:
         texts = self.time if isinstance(self.time, tuple) else (self.time or "",)
         if not all(isinstance(text, str) for text in texts):
             raise PlanError(
-                "harmonize(time=)", repr(self.time), "the length of a slot such as '1MS', or edges of windows, as text"
+                "harmonize(time=)",
+                repr(self.time),
+                "the length of a slot such as '1MS', or edges of windows, as text",
             )
         most = self.max_acquisitions
         if most is not None and not (_is_whole(most) and 0 < most <= MOST_ACQUISITIONS):
