@@ -127,7 +127,7 @@ LATER = {
     "column": ("cloud_cover_lt", "cloud_cver_lt", 4, "no such column", "Did you mean 'cloud_cover_lt'?"),
     "percent": ("= 60", "= 600", 4, "600, in subset(cloud_cover_lt=)", "a percentage"),
     "dates": ('"2024-04-01"', '"2024-14-01"', 3, "'2024-14-01', in date_range", "ISO 8601"),
-    "shares": ("seed = 42", "seed = 42\ntrain = 0.9", 22, "sum 1.2", "sum to 1"),
+    "shares": ("seed = 42", "seed = 42\ntrain = 0.9\nval = 0.3", 22, "sum 1.2", "sum to 1"),
     "split": ('["train"]', '["tran"]', 30, "'tran'", "train"),
     "grid": ("size = 32", 'size = 32\ngrid = "EPSG:4326"', 20, "EPSG:4326", "in metres"),
     "digits": ("size = 32", 'size = 32\naoi = { wkb = "01zz" }', 20, "wkb = '01zz'", "hexadecimal digits"),
