@@ -15,7 +15,6 @@ from rasteret_dask.geometries.areas import as_regions
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
 from rasteret_dask.table import geoparquet
-from rasteret_dask.tasks.jobfile import JOB_FILE, read_split_cells
 
 __all__ = ["CellsLike", "Regions", "cells_from", "regions_of", "stored_cells"]
 
@@ -90,6 +89,8 @@ def stored_cells(url: str) -> pa.Table:
     PlanError
         When there is neither, or its cells were dealt by a hash.
     """
+    from rasteret_dask.tasks.jobfile import JOB_FILE, read_split_cells  # plans start without the room of tasks
+
     place = next(
         (p for p in (url, remote.join(url, _JOB)) if remote.exists(remote.join(p, JOB_FILE))),
         None,
