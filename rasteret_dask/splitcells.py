@@ -89,7 +89,10 @@ def stored_cells(url: str) -> pa.Table:
     PlanError
         When there is neither, or its cells were dealt by a hash.
     """
-    from rasteret_dask.tasks.jobfile import JOB_FILE, read_split_cells  # plans start without the room of tasks
+    from rasteret_dask.tasks.jobfile import (  # plans start without the room of tasks
+        JOB_FILE,
+        read_split_cells,
+    )
 
     place = next(
         (p for p in (url, remote.join(url, _JOB)) if remote.exists(remote.join(p, JOB_FILE))),
