@@ -256,11 +256,9 @@ class _Card:
         return "\n\n".join(lines)
 
     def _facts(self) -> str:
-        return (
-            _table(["", ""], [[name, value] for name, value in self.law.facts.items()])
-            if self.law.facts
-            else ""
-        )
+        """Return what sources are like; what steps were given stands in the plan."""
+        rows = [[name, value] for name, value in self.law.facts.items() if "(" not in name]
+        return _table(["", ""], rows) if rows else ""
 
     def _versions(self) -> str:
         rows: list[Sequence[Any]] = [
