@@ -221,7 +221,9 @@ _Values = list[str | int | float | bool]
 
 class _Shares(Table):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    __pydantic_extra__: dict[str, float | _Values]
+    __pydantic_extra__: dict[
+        str, float | list[str | int | float | bool]
+    ]  # no name: pydantic 2.10 does not find it
 
 
 _SHARES = {**dict.fromkeys(("train", "val", "test"), float | _Values), "cells": str, "by": str}

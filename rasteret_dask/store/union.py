@@ -52,7 +52,7 @@ _BLANKS: Mapping[str, Any] = {
     "valid": False,
     "valid_fraction": 0.0,
     "filled_fraction": 0.0,
-    "datetime": np.datetime64("NaT"),
+    "datetime": np.datetime64("NaT", "us"),
     "member": "",
     "present": False,
 }
