@@ -325,6 +325,7 @@ class Chips:
         *,
         min_valid: float | None = None,
         max_cloud: float | None = None,
+        min_labelled: float | None = None,
         source: str | None = None,
         version: str | None = None,
     ) -> Chips:
@@ -344,6 +345,9 @@ class Chips:
         max_cloud
             Largest share of clouds and their shadows, over all slots, among the pixels that the records' quality band
             (SCL, QA_PIXEL, Fmask, ...) knows, whether they are masked or not.
+        min_labelled
+            Smallest share of the mask's pixels that have a label: that polygons of ``chips(labels=, rasterize=)``
+            cover.
         source
             The joined source this is about; None: the only one, or each that has such numbers.
         version
@@ -352,7 +356,8 @@ class Chips:
         Raises
         ------
         PlanError
-            When no rule is given, or a share is not from 0 to 1.
+            When no rule is given, or a share is not from 0 to 1; when ``min_labelled`` speaks of a source without a
+            mask.
 
         Examples
         --------
@@ -360,7 +365,7 @@ class Chips:
         >>> len(clear), clear.load().sizes["chip"]  # planned, kept
         (20, 12)
         """
-        rule = Rule.of(function, min_valid, max_cloud, source, version)
+        rule = Rule.of(function, min_valid, max_cloud, source, version, min_labelled)
         functions = {rule.function: function} if function is not None and rule.function is not None else {}
         return self._with(FilterPixels(self.plan, rule), functions=functions)
 
