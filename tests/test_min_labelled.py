@@ -29,8 +29,9 @@ def red(s2: rd.Collection) -> rd.Collection:
 @pytest.fixture(scope="module")
 def fields(red: rd.Collection) -> gpd.GeoDataFrame:
     ground = red.chips(SIZE, cell_km=0.64).to_geopandas().to_crs(32633).total_bounds
+    west, south, east, north = ground.tolist()
     rng = np.random.default_rng(3)
-    points = shapely.points(rng.uniform(*ground[[0, 2]], 40), rng.uniform(*ground[[1, 3]], 40))
+    points = shapely.points(rng.uniform(west, east, 40), rng.uniform(south, north, 40))
     shapes = shapely.buffer(points, rng.uniform(50, 250, 40))
     return gpd.GeoDataFrame({"crop": ["a", "b"] * 20, "yield": rng.random(40)}, geometry=shapes, crs=32633)
 
@@ -51,7 +52,8 @@ def test_the_share_is_that_of_the_mask(
     wanted = loaded["chip_id"].values[share >= limit].tolist()
     assert 0 < len(wanted) < len(chips)
     rule = chips.filter_pixels(min_labelled=limit)
-    assert rule.load()["chip_id"].values.tolist() == wanted
+    kept: Any = rule.load()
+    assert kept["chip_id"].values.tolist() == wanted
     smaller: Any = chips.map(halved).filter_pixels(min_labelled=limit).load()  # which has no mask any more
     assert smaller["chip_id"].values.tolist() == wanted
     if column == "crop":
