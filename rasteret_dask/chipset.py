@@ -325,6 +325,7 @@ class Chips:
         *,
         min_valid: float | None = None,
         max_cloud: float | None = None,
+        min_labelled: float | None = None,
         source: str | None = None,
         version: str | None = None,
     ) -> Chips:
@@ -344,6 +345,9 @@ class Chips:
         max_cloud
             Largest share of clouds and their shadows, over all slots, among the pixels that the records' quality band
             (SCL, QA_PIXEL, Fmask, ...) knows, whether they are masked or not.
+        min_labelled
+            Smallest share of the mask's pixels that have a label: that polygons of ``chips(labels=, rasterize=)``
+            cover.
         source
             The joined source this is about; None: the only one, or each that has such numbers.
         version
@@ -352,7 +356,8 @@ class Chips:
         Raises
         ------
         PlanError
-            When no rule is given, or a share is not from 0 to 1.
+            When no rule is given, or a share is not from 0 to 1; when ``min_labelled`` speaks of a source without a
+            mask.
 
         Examples
         --------
@@ -360,7 +365,7 @@ class Chips:
         >>> len(clear), clear.load().sizes["chip"]  # planned, kept
         (20, 12)
         """
-        rule = Rule.of(function, min_valid, max_cloud, source, version)
+        rule = Rule.of(function, min_valid, max_cloud, source, version, min_labelled)
         functions = {rule.function: function} if function is not None and rule.function is not None else {}
         return self._with(FilterPixels(self.plan, rule), functions=functions)
 
@@ -1109,6 +1114,66 @@ class Chips:
         if only is None:
             remember(stats, shards.digest, on_error)
         return stats
+
+    def class_shares(
+        self,
+        target: str,
+        *,
+        prefix: str = "share_",
+        client: ClientLike = None,
+        on_error: OnError = "raise",
+        progress: bool = True,
+    ) -> pa.Table:
+        """Return how much of each chip every class has, as a table that :meth:`with_table` takes.
+
+        The class shares become columns of the chip table, for ``filter``, ``split(stratify=[...])`` and
+        ``stream(weights=)``. A mask of polygons is burned for this, and no pixel is read; a band of classes is read
+        once. The table stays with the plan, so that nothing is counted again.
+
+        Parameters
+        ----------
+        target
+            ``"<source>/mask"``, a source with one band of classes, or ``"<source>/<band>"``; as in
+            :meth:`Stats.classes`.
+        prefix
+            Stands before the name of a class (its number where it has none) in the name of its column.
+        client
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
+        on_error
+            As in :meth:`to_xarray`.
+        progress
+            Show how many shards are done.
+
+        Returns
+        -------
+        pyarrow.Table
+            ``chip_id``, and a column of float64 for each class, by value: its share of the pixels of a chip, from 0 to
+            1; classes that have a name are there in any case. What no polygon covers, or is invalid, is of no class.
+            Slots of which nothing is valid do not count.
+
+        Raises
+        ------
+        PlanError
+            When there is no such target, it is a mask of floats, or it has more than 256 classes.
+
+        Examples
+        --------
+        >>> scl = collection.harmonize(["scl"], units="raw").chips(32, cell_km=0.96).sample(20)
+        >>> shares = scl.class_shares("s2", progress=False)
+        >>> shares.column_names[:2], shares.num_rows
+        (['chip_id', 'share_3'], 20)
+        >>> green = scl.with_table(shares).filter("share_4", ">", 0.5)  # SCL's vegetation
+        >>> len(green) < len(scl)
+        True
+        """
+        from rasteret_dask.statistics.classshares import burned_shares, class_shares, class_target
+        from rasteret_dask.streams.planned import planned
+
+        make = partial(planned, self.job, self._layout.outputs, self._context(on_error))
+        found = class_target(make().pixels, target)
+        if found.band is None and not self.job.pixel_rules:
+            return burned_shares(self.job, found, prefix, client, progress)
+        return class_shares(make(only=(found.source,)), found, prefix, client, progress)
 
     def _shards(self, on_error: OnError, client: ClientLike = None) -> ChipShards:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""

@@ -397,6 +397,7 @@ class Collection(TableExits, PixelReads):
         labels: Any = None,
         rasterize: str | None = None,
         classes: Sequence[str | int] | None = None,
+        radius_m: float | None = None,
     ) -> Chips:
         """Lay chips over the ground that every source covers.
 
@@ -435,6 +436,9 @@ class Collection(TableExits, PixelReads):
         classes
             All classes that the column may hold, so that numbers and dtype agree between regions: text is numbered from
             1 in this order, whole numbers stay as they are. A polygon of another class is refused.
+        radius_m
+            Of point labels: the mask has a point's value on the ground so many metres around it; where circles overlap,
+            that of the last one.
 
         Examples
         --------
@@ -452,7 +456,7 @@ class Collection(TableExits, PixelReads):
             token = token_of(points)
             tables[token] = points
         named = () if classes is None else tuple(plain(list(classes)))
-        polygons = _polygons(labels, at, rasterize, named)
+        polygons = _polygons(labels, at, rasterize, named, radius_m)
         if polygons is not None:
             tables[token_of(polygons)] = polygons
         spec = ChipSpec(
@@ -468,6 +472,7 @@ class Collection(TableExits, PixelReads):
             labels=None if polygons is None else token_of(polygons),
             rasterize=rasterize,
             classes=named,
+            radius_m=radius_m,
         )
         from rasteret_dask.chipset import Chips  # it imports xarray, and what reads pixels
 
@@ -756,7 +761,9 @@ def _required(collection: Collection) -> Sequence[str]:
     return plan.names if plan.require is None else plan.require
 
 
-def _polygons(labels: Any, at: Any, column: str | None, classes: Sequence[str | int]) -> pa.Table | None:
+def _polygons(
+    labels: Any, at: Any, column: str | None, classes: Sequence[str | int], radius_m: float | None
+) -> pa.Table | None:
     """Return the polygons that become masks, with the column that says of what class they are."""
     if column is None:
         if labels is not None:
@@ -767,6 +774,10 @@ def _polygons(labels: Any, at: Any, column: str | None, classes: Sequence[str | 
             raise PlanError(
                 "chips(classes=)", "no column", "the column that holds them", "Add rasterize='<column>'."
             )
+        if radius_m is not None:
+            raise PlanError(
+                "chips(radius_m=)", "no column", "the column that becomes a mask", "Add rasterize='<column>'."
+            )
         return None
     if labels is None and at is None:
         raise PlanError(
@@ -776,5 +787,5 @@ def _polygons(labels: Any, at: Any, column: str | None, classes: Sequence[str | 
             "Give labels=GeoDataFrame.",
         )
     table = as_labels(dense(at if labels is None else labels))
-    Labels.of(table, column, classes=classes)  # so that a mistake is told here
+    Labels.of(table, column, classes=classes, radius_m=radius_m)  # so that a mistake is told here
     return table.select(["geometry", column]).combine_chunks()

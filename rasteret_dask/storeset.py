@@ -495,6 +495,51 @@ class StoredChips:
             found.save(place)
         return found
 
+    def class_shares(
+        self, target: str, *, prefix: str = "share_", client: ClientLike = None, progress: bool = True
+    ) -> pa.Table:
+        """Return how much of each chip every class has, as a table that :meth:`with_table` takes.
+
+        See :meth:`Chips.class_shares`.
+
+        Parameters
+        ----------
+        target
+            ``"<source>/mask"``, a source with one band of classes, or ``"<source>/<band>"``; as in
+            :meth:`Stats.classes`.
+        prefix
+            Stands before the name of a class (its number where it has none) in the name of its column.
+        client
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
+        progress
+            Show how many shards are done.
+
+        Returns
+        -------
+        pyarrow.Table
+            ``chip_id``, and a column of float64 for each class, by value: its share of the pixels of a chip, from 0 to
+            1; classes that have a name are there in any case. What no polygon covers, or is invalid, is of no class.
+            Slots of which nothing is valid do not count.
+
+        Raises
+        ------
+        PlanError
+            When there is no such target, it is a mask of floats, or it has more than 256 classes.
+
+        Examples
+        --------
+        >>> scl = collection.harmonize(["scl"], units="raw").chips(32, cell_km=0.96).sample(20)
+        >>> report = scl.to_zarr("classes.zarr", progress=False)
+        >>> classes = rd.open_chips("classes.zarr")
+        >>> shares = classes.class_shares("s2", progress=False)
+        >>> "share_4" in classes.with_table(shares).table.column_names
+        True
+        """
+        from rasteret_dask.statistics.classshares import class_shares, class_target
+
+        found = class_target(self.stored.map.pixels, target)
+        return class_shares(stored_chips(self.stored, (found.source,)), found, prefix, client, progress)
+
     def plot(self, ax: Any = None) -> Any:
         """Draw the map of chips: see :meth:`Chips.plot`.
 

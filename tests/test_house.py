@@ -55,7 +55,7 @@ ORDER = {
              "datasets rereading verifying appending",
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
-    "statistics": "sketch labelcounts stats measuring",
+    "statistics": "sketch labelcounts stats measuring classshares",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",

@@ -200,7 +200,8 @@ def labels_of(ground: ChipSources, tables: Mapping[str, Table]) -> Labels | None
     spec = ground.spec
     if spec.labels is None or spec.rasterize is None:
         return None
-    return Labels.of(as_table(tables[spec.labels]), spec.rasterize, ground.reference, spec.classes)
+    table = as_table(tables[spec.labels])
+    return Labels.of(table, spec.rasterize, ground.reference, spec.classes, spec.radius_m)
 
 
 def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:

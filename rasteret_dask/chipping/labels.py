@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -14,11 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
+from pyproj import Geod
 
 from rasteret_dask.crs import crs_of
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import transformer
 from rasteret_dask.lists import listed
+from rasteret_dask.planning.plan import is_number
 
 __all__ = ["Labels", "dense"]
 
@@ -39,12 +42,20 @@ part by some 12 mm (a parallel's sag in UTM is its angle squared, / 8 * Earth's 
 MANY_VERTICES = 256
 """Polygons of more are cut to a chip's surroundings before they are burned."""
 
+MAX_RADIUS_M = 100_000.0
+"""Of the ground around a point label: a circle of more is no label of a place."""
+
+VERTICES = 128
+"""Of a circle on the ground: between two of them its edge lies 0.03 % of the radius inside."""
+
+_ELLIPSOID = Geod(ellps="WGS84")
 _WHOLE = ("uint8", "int16", "uint16", "int32", "uint32")
 _BURNING = Lock()
 """rasterio 1.4 changes the process's warning filters while it burns (``catch_warnings`` around its raster in memory):
 two threads would undo each other's change."""
 
-_POLYGONAL = (3, 6)  # type ids of Polygon and MultiPolygon
+_POINTS = (0, 4)  # type ids of Point and MultiPoint
+_POLYGONAL = (3, 6)  # of Polygon and MultiPolygon
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +76,14 @@ class Labels:
     """Of a column of text: class i is called classes[i - 1]."""
 
     @classmethod
-    def of(cls, table: pa.Table, column: str, source: int = 0, classes: Sequence[str | int] = ()) -> Labels:
+    def of(
+        cls,
+        table: pa.Table,
+        column: str,
+        source: int = 0,
+        classes: Sequence[str | int] = (),
+        radius_m: float | None = None,
+    ) -> Labels:
         """Settle values and dtype.
 
         Parameters
@@ -80,11 +98,15 @@ class Labels:
         classes
             All texts or whole numbers that the column may hold: they settle numbers and dtype, whichever of them are
             there. None: those that are there.
+        radius_m
+            The geometries are points, and their pixels those whose centres lie so many metres around them, on the
+            ellipsoid. None: they are polygons.
 
         Raises
         ------
         PlanError
-            When there is no such column, a row has no value or no polygon, or values are of another kind or class.
+            When there is no such column, a row has no value or no polygon (or point), or values are of another kind or
+            class; when the radius is no length, or reaches a pole.
         """
         subject = f"chips(rasterize={column!r})"
         own = [n for n in table.column_names if n not in ("geometry", "__index__")]
@@ -99,6 +121,10 @@ class Labels:
                 subject, f"no value in row {missing[0]} ({len(missing)} such rows)", "a value for each polygon",
                 f"Drop such rows: gdf.dropna(subset=[{column!r}]).",
             )  # fmt: skip
+        if radius_m is not None:
+            table = table.set_column(
+                table.column_names.index("geometry"), "geometry", pa.array(_circles(table, radius_m))
+            )
         _check_polygons(subject, table)
         numbers, names = _values(subject, values, tuple(classes))
         plain = pa.table({"geometry": table.column("geometry").combine_chunks(), "value": pa.array(numbers)})
@@ -177,6 +203,39 @@ def _divided(shapes: NDArray[Any], step: float) -> NDArray[Any]:
     return result
 
 
+def _circles(table: pa.Table, radius_m: float) -> list[bytes]:
+    """Return WKB of the ground around points, in lon/lat; around the points of a multipoint together."""
+    subject = f"chips(radius_m={radius_m!r})"
+    if not (is_number(radius_m) and 0 < radius_m <= MAX_RADIUS_M):
+        raise PlanError(subject, repr(radius_m), f"metres above 0 and at most {MAX_RADIUS_M:,.0f}")
+    shapes = _shapes(table)
+    types = shapely.get_type_id(shapes)
+    bad = np.flatnonzero(~np.isin(types, _POINTS) | shapely.is_empty(shapes))
+    if len(bad):
+        shape = shapes[bad[0]]
+        raise PlanError(
+            subject, f"{'no geometry' if shape is None else shape.geom_type} in row {bad[0]} ({len(bad)} such rows)",
+            "a point in every row", "Leave radius_m out for polygons; take gdf.representative_point() for points.",
+        )  # fmt: skip
+    points, row = shapely.get_parts(shapes, return_index=True)
+    lon, lat = shapely.get_coordinates(points).T
+    pole = np.where(lat < 0, -90.0, 90.0)
+    near = np.flatnonzero(_ELLIPSOID.inv(lon, lat, lon, pole)[2] <= radius_m)
+    if len(near):
+        raise PlanError(
+            subject, f"a pole within that distance of row {row[near[0]]}", "ground that holds no pole",
+            "Choose a smaller radius, or drop such rows.",
+        )  # fmt: skip
+    turn = np.linspace(0, 360, VERTICES, endpoint=False)
+    west, south, azimuth = (a.ravel() for a in np.broadcast_arrays(lon[:, None], lat[:, None], turn))
+    x, y, _ = _ELLIPSOID.fwd(west, south, azimuth, np.full(len(azimuth), float(radius_m)))
+    x = west + (x - west + 180) % 360 - 180  # across the antimeridian too
+    rings = shapely.polygons(np.stack([x, y], -1).reshape(len(lon), VERTICES, 2))
+    ends = np.searchsorted(row, np.arange(len(shapes) + 1))
+    grounds = [shapely.union_all(rings[a:b]) if b - a > 1 else rings[a] for a, b in pairwise(ends.tolist())]
+    return list(shapely.to_wkb(grounds))
+
+
 def _check_polygons(subject: str, table: pa.Table) -> None:
     shapes = _shapes(table)
     types = shapely.get_type_id(shapes)  # -1 where there is none
@@ -185,7 +244,7 @@ def _check_polygons(subject: str, table: pa.Table) -> None:
         shape = shapes[bad[0]]
         raise PlanError(
             subject, f"{'no geometry' if shape is None else shape.geom_type} in row {bad[0]} ({len(bad)} such rows)",
-            "a polygon in every row", "Give points their own polygons: gdf.set_geometry(gdf.buffer(...)).",
+            "a polygon in every row", "Say how far points reach: radius_m=20; or give them polygons of their own.",
         )  # fmt: skip
 
 

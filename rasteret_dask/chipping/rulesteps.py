@@ -26,7 +26,7 @@ def with_rule(chips: PlannedChips, rule: Rule) -> PlannedChips:
     ------
     PlanError
         When it names no source, or ``max_cloud`` speaks of one without a quality band, or whose slots are picked or
-        composed by pixels.
+        composed by pixels; or ``min_labelled`` of one without a mask.
     UnreadableAssetsError
         When the header of a quality band is not known.
     """
@@ -36,6 +36,8 @@ def with_rule(chips: PlannedChips, rule: Rule) -> PlannedChips:
         raise PlanError("filter_pixels(source=)", repr(rule.source), known)
     if rule.function is not None and rule.source is None and len(names) > 1:
         raise PlanError("filter_pixels(source=)", "a function for several joined sources", known)
+    if rule.min_labelled is not None:
+        _check_mask(chips, rule.source, names)
     sources = chips.sources
     if rule.max_cloud is not None:
         sources = tuple(
@@ -49,6 +51,18 @@ def with_rule(chips: PlannedChips, rule: Rule) -> PlannedChips:
                 "Build the collection with its quality band, or filter records by eo:cloud_cover.",
             )  # fmt: skip
     return replace(chips, sources=sources, pixel_rules=(*chips.pixel_rules, rule))
+
+
+def _check_mask(chips: PlannedChips, source: str | None, names: list[str]) -> None:
+    """Raise PlanError where nothing is burned into the pixels of a source (None: of any)."""
+    remedy = "Burn polygons: chips(labels=, rasterize=); of a source of classes ask for its valid pixels: min_valid=."
+    if chips.labels is None:
+        raise PlanError("filter_pixels(min_labelled=)", "chips without a mask", "a mask of labels", remedy)
+    masked = names[chips.labels.source]
+    if source not in (None, masked):
+        raise PlanError(
+            f"filter_pixels(min_labelled=) of source {source!r}", "no mask", f"source={masked!r}, which has it", remedy
+        )  # fmt: skip
 
 
 def _with_quality(source: ResolvedSource, named: bool) -> ResolvedSource:

@@ -106,7 +106,10 @@ def call(node: Node, rows: TableRows = lambda token: None) -> str:
             return f"select({', '.join(map(quoted, splits))})"
         case FilterPixels(_, spec):
             own = [] if spec.function is None else [spec.function.name]
-            shares = _set(min_valid=spec.min_valid, max_cloud=spec.max_cloud, source=spec.source)
+            shares = _set(
+                min_valid=spec.min_valid, max_cloud=spec.max_cloud, min_labelled=spec.min_labelled,
+                source=spec.source,
+            )  # fmt: skip
             return f"filter_pixels({', '.join([*own, *shares])})"
         case WithTable(_, token):
             return f"with_table({_table(token, rows)})"

@@ -179,6 +179,8 @@ class ChipSpec:
     """The column of that table whose values masks hold."""
     classes: tuple[str | int, ...] = field(default=(), metadata=LATER)
     """All values that it may have: they settle the numbers of classes. Empty: those that it has."""
+    radius_m: float | None = field(default=None, metadata=LATER)
+    """The table has points: this many metres of ground around each get its value. None: it has polygons."""
 
     def __post_init__(self) -> None:
         for name in ("size", "stride"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rasteret_dask.errors import PlanError
@@ -26,11 +26,15 @@ class Rule:
     """Tells of pixels (chip, time, band, y, x) which chips to keep."""
     source: str | None = None
     """The joined source they speak of; None: each that they can be told of."""
+    min_labelled: float | None = field(default=None, metadata={"later": True})
+    """Smallest share of the mask's pixels that have a label."""
 
     def __post_init__(self) -> None:
-        if self.min_valid is None and self.max_cloud is None and self.function is None:
-            raise PlanError("filter_pixels", "nothing to go by", "a function, min_valid= or max_cloud=")
-        for name in ("min_valid", "max_cloud"):
+        shares = ("min_valid", "max_cloud", "min_labelled")
+        if self.function is None and all(getattr(self, name) is None for name in shares):
+            expected = "a function, min_valid=, max_cloud= or min_labelled="
+            raise PlanError("filter_pixels", "nothing to go by", expected)
+        for name in shares:
             share = getattr(self, name)
             good = not isinstance(share, bool) and isinstance(share, int | float) and math.isfinite(share)
             if share is not None and not (good and 0 <= share <= 1):
@@ -40,7 +44,10 @@ class Rule:
     def words(self) -> str:
         """The rule in words."""
         function = None if self.function is None else self.function.name
-        parts = {"min_valid": self.min_valid, "max_cloud": self.max_cloud, "function": function}
+        parts = {
+            "min_valid": self.min_valid, "max_cloud": self.max_cloud, "min_labelled": self.min_labelled,
+            "function": function,
+        }  # fmt: skip
         text = ", ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
         return f"{text} of {self.source}" if self.source else text
 
@@ -52,6 +59,7 @@ class Rule:
         max_cloud: float | None,
         source: str | None,
         version: str | None,
+        min_labelled: float | None = None,
     ) -> Rule:
         """Describe what a user gave to ``filter_pixels``.
 
@@ -63,4 +71,4 @@ class Rule:
         if function is not None and not callable(function):
             raise PlanError("filter_pixels(predicate)", repr(function), "a function of a DataArray")
         known = None if function is None else Function.of(function, version)
-        return cls(min_valid, max_cloud, known, source)
+        return cls(min_valid, max_cloud, known, source, min_labelled)

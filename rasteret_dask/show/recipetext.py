@@ -227,7 +227,8 @@ class _Writer:
             case FilterPixels():
                 rule = node.spec
                 function = {} if rule.function is None else self._called(rule.function)
-                rest = {"min_valid": rule.min_valid, "max_cloud": rule.max_cloud, "source": rule.source}
+                shares = {name: getattr(rule, name) for name in ("min_valid", "max_cloud", "min_labelled")}
+                rest = {**shares, "source": rule.source}
                 return "filter_pixels", {**function, **_some(rest)}
             case WithTable():
                 return "with_table", self._beside(node.token, "chips", "with_table", "a table")

@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
     from rasteret_dask.tasks.workermemory import TaskMemory
 
-__all__ = ["Pass", "chosen_sources", "computed", "kept_sizes", "measured", "recalled", "remember"]
+__all__ = [
+    "Pass",
+    "chosen_sources",
+    "computed",
+    "kept_sizes",
+    "measured",
+    "on_shards",
+    "recalled",
+    "remember",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +111,7 @@ def measured(reading: ChipShards, client: ClientLike = None, progress: bool = Fa
     ReadError
         When chips could not be read.
     """
-    graph, level = _on_shards(reading, "stats", _measure, dict(reading.pixels))
+    graph, level = on_shards(reading, "stats", _measure, dict(reading.pixels))
     if not level:
         raise _none()
     groups = [level[at : at + FAN] for at in range(0, len(level), FAN)]
@@ -132,17 +141,29 @@ def kept_sizes(reading: ChipShards, client: ClientLike = None, progress: bool = 
     client, progress
         As in :func:`measured`.
     """
-    graph, keys = _on_shards(reading, "size", _size)
+    graph, keys = on_shards(reading, "size", _size)
     look = Pass(
         "counting the chips that filter_pixels() keeps", reading.send_signatures, progress, reading.memory
     )
     return tuple(computed(graph, {key: (key,) for key in keys}, client, look))
 
 
-def _on_shards(
+def on_shards(
     reading: ChipShards, verb: str, function: Callable[..., Any], *constants: Any
 ) -> tuple[dict[Hashable, Any], list[str]]:
-    """Return a graph with one task a shard, ``function(result, part, *constants)``, and these tasks' keys."""
+    """Return a graph with one task a shard, and these tasks' keys.
+
+    Parameters
+    ----------
+    reading
+        The chips.
+    verb
+        Goes before the key of each task: it tells this pass from others over the same chips.
+    function
+        ``function(result, part, *constants)``, where ``part`` makes arrays of what a shard's task returns.
+    constants
+        Its further arguments.
+    """
     roots, tasks = reading.tasks()
     graph = dict(roots)
     names = [f"{verb}-{key}" for key, _ in tasks]

@@ -219,7 +219,9 @@ class StoreMap:
             for name, own in zip(names, codes, strict=True)
         )
         units = str(pixels.attrs.get("units", ""))
-        return SourcePixels(bands, str(pixels.encoding.dtype), units, classes, kinds, tuple(pixels.shape[1:]))
+        mask = str(group.arrays[MASK].encoding.dtype) if MASK in group.arrays else ""
+        dtype, shape = str(pixels.encoding.dtype), tuple(pixels.shape[1:])
+        return SourcePixels(bands, dtype, units, classes, kinds, shape, mask)
 
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:

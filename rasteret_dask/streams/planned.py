@@ -58,6 +58,7 @@ def planned(
             classes.get(number, ()),
             out.kinds,
             (out.times, len(out.bands), out.height, out.width),
+            out.mask or "",
         )
         for number, (plan, out) in enumerate(zip(job.sources, outputs, strict=True))
         if only is None or plan.name in only

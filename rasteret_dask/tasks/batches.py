@@ -60,6 +60,8 @@ class SourcePixels:
     """What the numbers of each band are; () where nobody knows."""
     shape: tuple[int, ...] = ()
     """Of a chip: (time, band, y, x); () where nobody knows."""
+    mask: str = ""
+    """Dtype of ``<source>/mask``; "" where there is none."""
 
     def rules(self) -> tuple[Kind, ...]:
         """Return the kind of each band, as a value that says what it decides."""

@@ -107,7 +107,26 @@ def _failing(
             int(at): f"valid{of} {valid[at]:.3f}, below {rule.min_valid:g}"
             for at in np.flatnonzero(valid < rule.min_valid)
         }
+    if rule.min_labelled is not None and job.labels is not None and job.labels.source == number:
+        labelled = _labelled_share(job, shard, dataset)
+        found |= {
+            int(at): f"labelled{of} {labelled[at]:.3f}, below {rule.min_labelled:g}"
+            for at in np.flatnonzero(labelled < rule.min_labelled)
+        }
     return found
+
+
+def _labelled_share(job: Job, shard: Shard, dataset: xr.Dataset) -> NDArray[np.float64]:
+    """Return the share of each chip's pixels that a polygon covers, also where a function changed the pixels' grid."""
+    labels = job.labels
+    assert labels is not None
+    if MASK in dataset:
+        masks = dataset[MASK].values
+    else:
+        own = slice(shard.start, shard.stop)
+        masks = labels.burned(job.bounds[own], job.epsg[own], job.size_px[labels.source])
+    there = ~np.isnan(masks) if masks.dtype.kind == "f" else masks != labels.fill
+    return np.asarray(there.mean(axis=(1, 2)))
 
 
 def _fed(job: Job, shard: Shard, source: int) -> NDArray[np.bool_]:

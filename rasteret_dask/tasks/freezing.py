@@ -102,6 +102,7 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
         *chips.pixel_rules,
         *([chips.spec.labels, chips.spec.rasterize, chips.reference] if chips.labels else []),
         *([list(chips.spec.classes)] if chips.spec.classes else []),
+        *([] if chips.spec.radius_m is None else [["radius_m", float(chips.spec.radius_m)]]),
     )
     wkts = luggage(pc.unique(table.column("epsg")).to_pylist())
     if wkts:
