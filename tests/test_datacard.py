@@ -67,6 +67,7 @@ def test_croissant_has_what_its_specification_wants(store: Path) -> None:
     assert records["key"]["@id"] in {one["@id"] for one in records["field"]}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of rdflib, by which mlcroissant reads JSON-LD
 @pytest.mark.skipif(importlib.util.find_spec("mlcroissant") is None, reason="needs mlcroissant")
 def test_mlcroissant_reads_it(store: Path) -> None:
     import mlcroissant

@@ -72,6 +72,18 @@ class TableView:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def equals(self, other: TableView | pa.Table, check_metadata: bool = False) -> bool:
+        """Tell whether another table, or one that prints, has the same columns and values.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> TableView(pa.table({"id": ["a"]})).equals(TableView(pa.table({"id": ["a"]})))
+        True
+        """
+        same = other.arrow if isinstance(other, TableView) else other
+        return bool(self.arrow.equals(same, check_metadata))
+
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         return self.arrow.__arrow_c_stream__(requested_schema)
 

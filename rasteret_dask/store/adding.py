@@ -68,15 +68,16 @@ def put_labels(chips: Stored, table: pa.Table, on: str) -> Stored:
             "columns of other names",
             "Rename it; a column that says the split is taken by split(by='column').",
         )  # fmt: skip
-    plain = with_columns(pa.table({"chip_id": ids}), table.select(names))
-    fit = {one.name for one in label_fields(plain.schema)}
+    kinds = [table.schema.field(name).type for name in names]
+    plain_kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    fit = {one.name for one in label_fields(pa.schema(list(zip(names, plain_kinds, strict=True))))}
     unfit = [name for name in names if name not in fit]
     if unfit:
         raise SchemaError(
             f"with_table, column {unfit[0]!r}", f"type {table.schema.field(unfit[0]).type}, or a name that is taken",
             "text, numbers, booleans, dates or times", "Convert it, or leave it out.",
         )  # fmt: skip
-    return _put(chips, plain, {})
+    return _put(chips, with_columns(pa.table({"chip_id": ids}), table.select(names)), {})
 
 
 def deal(chips: Stored, spec: SplitSpec) -> Stored:

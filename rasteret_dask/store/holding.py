@@ -23,6 +23,9 @@ from rasteret_dask.tasks.batches import Arrays, InMemory
 
 __all__ = ["HeldShard", "hold"]
 
+TASK_BYTES = 2**18
+"""Bytes of decoded chips that are worth a task of a thread: what comes of fewer goes with others."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -66,7 +69,8 @@ class HeldShard:
             else:
                 valid = out[f"{name}/valid"] if self._is_pixels_only(name) else None
                 decoded.append((packed, Target(values, valid)))
-        parts = min(CPU_COUNT, len(own))
+        chip = sum(t.values[:1].nbytes for _, t in decoded)
+        parts = max(1, min(CPU_COUNT, len(own), len(own) * chip // TASK_BYTES))
         return [
             workers().submit(_decode, decoded, some.tolist(), at.tolist())
             for some, at in zip(np.array_split(own, parts), np.array_split(places, parts), strict=True)
