@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -192,8 +192,8 @@ class Lab:
         parts = [path.split("/") for path, sender in puts.items() if sender == address]
         return {f"{split}-{int(number):05}" for split, _, _, number, *_ in parts}
 
-    def check(self, store: str) -> None:
-        """Look whether a store is finished, and is what was written."""
+    def check(self, store: str, twice: Collection[str] = ()) -> None:
+        """Look whether a store is finished, and is what was written; each report once, but those that may be twice."""
         (command,) = re.findall(
             r"^(rasteret-dask verify s3://BUCKET/train.zarr)$", README, flags=re.MULTILINE
         )
@@ -201,7 +201,7 @@ class Lab:
         assert "every object is what was written" in self.cluster.output(*words)
         done = self.control.done(store)
         assert len(done) == SHARDS
-        assert set(done.values()) == {1}
+        assert {shard for shard, count in done.items() if count > 1} <= set(twice)
 
     def wait_for_workers(self) -> None:
         """Wait until the scheduler has two workers."""
@@ -299,7 +299,9 @@ def test_a_cut_link_costs_the_shards_behind_it(lab: Lab) -> None:
     finally:
         lab.hosts["worker-2"].join()
     assert "worker-0000000002" in job.text  # the line that says who has given no sign of life
-    lab.check("cut")
+    lab.check(
+        "cut", twice=unfinished
+    )  # their worker goes on with a put when it is back, if it has not given up
     tries = lab.control.tries("cut")
     assert {shard for shard, count in tries.items() if count > 1} <= unfinished
     until(lambda: len(worker.codes) > ended)  # it gives up, and is started again
