@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
@@ -14,6 +16,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_regions
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
+from rasteret_dask.store.ledger import part_path
 from rasteret_dask.table import geoparquet
 
 __all__ = ["CellsLike", "Regions", "cells_from", "regions_of", "stored_cells"]
@@ -82,7 +85,7 @@ def cells_from(cells: CellsLike | Any) -> pa.Table:
 
 
 def stored_cells(url: str) -> pa.Table:
-    """Read the table that a saved plan or a store has.
+    """Read the table that a saved plan or a store has; of a store that has grown, that of all its parts.
 
     Raises
     ------
@@ -103,11 +106,22 @@ def stored_cells(url: str) -> pa.Table:
             f"split cells of {remote.redact(url)}", "no saved plan, store or Parquet file", "one of them",
             "chips.to_zarr(path) writes a store, chips.save_plan(path) a plan.",
         )  # fmt: skip
-    table = read_split_cells(place)
-    if table is None:
+    tables = [table for one in (place, *_part_jobs(url)) if (table := read_split_cells(one)) is not None]
+    if not tables:
         raise PlanError(
             f"split cells of {remote.redact(url)}", "a split without a table of cells",
             "split(stratify=) or split(cells=), which keep one",
             "Cells that a hash dealt have the same split again by the same seed and shares.",
         )  # fmt: skip
-    return table
+    return tables[0] if len(tables) == 1 else CellTable.again(pa.concat_tables(tables), SUBJECT).table
+
+
+def _part_jobs(url: str) -> Iterator[str]:
+    """Yield where the plans of a store's finished parts lie, but for the first one's."""
+    for number in itertools.count(1):
+        part = remote.join(url, part_path(number))
+        if not (
+            remote.exists(remote.join(part, "zarr.json")) and remote.exists(remote.join(part, _JOB, JOB_FILE))
+        ):
+            return
+        yield remote.join(part, _JOB)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -202,6 +203,55 @@ def test_ground_that_is_new_with_dates_that_are_new(
     assert [len(xr.open_zarr(group, consolidated=False)["time"]) for group in groups] == [3, 2]
     assert_equal(found.take(sorted(whole)), whole.take(sorted(whole)))
     assert keys(store) == keys(stores / "all")
+
+
+def test_a_stratified_split_grows_with_its_store(s2: rd.Collection, tmp_path: Path) -> None:
+    """Cells keep their split over three deals, each of which starts from the store as it then is."""
+    rng = np.random.default_rng(3)
+    x, y = rng.uniform((14.976, 50.161), (15.037, 50.191), (160, 2)).T
+    points = gpd.GeoDataFrame(
+        {"crop": np.where(rng.random(160) < 0.3, "rye", "oats")},
+        geometry=gpd.points_from_xy(x, y),
+        crs="EPSG:4326",
+    )
+    url = tmp_path / "store"
+
+    def planned(upto: float, **cells: Any) -> rd.Chips:
+        optical = s2.harmonize(["red"], time="1MS")
+        chips = optical.chips(8, at=points[x < upto], cell_km=0.64)
+        return chips.split(0.6, 0.4, 0, seed=1, stratify="crop", **cells)
+
+    planned(14.999).to_zarr(url, progress=False)
+    first = {row["cell"]: row["split"] for row in rd.open_chips(url).split_cells.to_pylist()}
+    for upto in (15.02, 16):
+        chips = planned(upto, cells=url)
+        chips.to_zarr(url, progress=False, append=True)
+        stored = rd.open_chips(url)
+        mine, theirs = (
+            {row["chip_id"]: row["split"] for row in table.to_pylist() if row["split"]}
+            for table in (stored.table, chips.table)
+        )
+        assert mine == theirs
+        cells = {row["cell"]: row["split"] for row in planned(upto, cells=url).split_cells.to_pylist()}
+        assert cells.items() >= first.items()
+        assert len(cells) > len(first)
+        first = cells
+    assert rd.open_chips(url).audit().ok
+    with pytest.raises(StoreError, match=r"in split .*split\(stratify=, cells=<the store>\) keeps"):
+        planned(16).to_zarr(url, progress=False, append=True)
+
+
+def test_new_dates_of_a_chip_s_own_acquisitions_are_refused(small_world: World, tmp_path: Path) -> None:
+    """They would change which dates a chip has: nothing was written, and nothing said."""
+
+    def planned(dates: tuple[str, str], aoi: Any = WEST) -> rd.Chips:
+        s2 = rd.build_from_stac(small_world.sentinel2, name="s2", date_range=dates)
+        return s2.harmonize(["red"], time="acquisitions", max_acquisitions=4).chips(64, aoi=aoi)
+
+    planned(APRIL).to_zarr(tmp_path / "store", progress=False)
+    with pytest.raises(StoreError, match="found dates of s2, whose slots are each chip's own acquisitions"):
+        planned(ALL).to_zarr(tmp_path / "store", progress=False, append=True)
+    planned(APRIL, None).to_zarr(tmp_path / "store", progress=False, append=True)  # new ground is welcome
 
 
 def test_chips_that_are_acquisitions_are_each_written_once(s2: rd.Collection, tmp_path: Path) -> None:

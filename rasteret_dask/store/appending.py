@@ -181,7 +181,8 @@ def _check_splits(union: StoreUnion, planned: PlannedChips) -> None:
                     f"to_zarr(append=True) to store {remote.redact(union.url)}",
                     f"{'chip' if name == 'chip_id' else 'split cell'} {key} in split {split!r}",
                     f"split {there[key]!r}, as in the store",
-                    "Give the chips the splits that the store's plan gave them.",
+                    "split(stratify=, cells=<the store>) keeps the splits of its cells." if planned.split.stratify
+                    else "Give the chips the splits that the store's plan gave them.",
                 )  # fmt: skip
 
 

@@ -107,7 +107,8 @@ def law_of(plan: Node, job: Job, outputs: Sequence[Output]) -> Law:
     while not isinstance(node, CutChips):  # of steps on chips, those that only choose some count as area
         match node:
             case Split(_, split_spec):
-                split = split or split_spec  # the last one decides
+                # the last one decides; cells that keep their split are looked at one by one
+                split = split or replace(split_spec, cells=None)
             case FilterPixels(_, rule):
                 facts[f"filter_pixels() no. {1 + sum(one.startswith('filter_pixels') for one in facts)}"] = (
                     _text(rule)
@@ -145,6 +146,10 @@ def _record_facts(node: Node, label: str) -> Iterator[tuple[str, str]]:
         case Harmonize(_, spec):
             for field_name, value in changes(spec, HarmonizeSpec()).items():
                 yield f"harmonize({field_name}=) of {name}", _text(value)
+            if spec.max_acquisitions is not None:
+                # new dates would change which ones a chip has; its slots are numbers, the same ones for any dates
+                own = f"dates of {name}, whose slots are each chip's own acquisitions,"
+                yield own, _text(_dates_below(node))
         case Map(_, function, source):
             yield f"map({function.name}) of {source or name}", _text(function)
         case Join(names, below):
@@ -159,6 +164,16 @@ def _record_facts(node: Node, label: str) -> Iterator[tuple[str, str]]:
             return
     for child in children(node):
         yield from _record_facts(child, label)
+
+
+def _dates_below(node: Node) -> list[str]:
+    """Return what steps on records below a step say of dates."""
+    own = (
+        [_text(one) for one in node.where if one[0] in MAY_DIFFER and "datetime" in one[0]]
+        if isinstance(node, Source | Filter)
+        else []
+    )
+    return sorted([*own, *(text for child in children(node) for text in _dates_below(child))])
 
 
 def leaf_label(node: Node) -> str:
