@@ -292,7 +292,7 @@ class Collection(TableExits, PixelReads):
             resolution=resolution,
             resampling=resampling,
             mask=mask_named(mask),
-            time=tuple(time) if isinstance(time, list | tuple) else time,
+            time=tuple(time) if isinstance(time, Sequence) and not isinstance(time, str) else time,
             max_acquisitions=max_acquisitions,
             choose=choose,
             relative_to=relative_to,

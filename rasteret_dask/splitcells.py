@@ -16,7 +16,6 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_regions
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
-from rasteret_dask.store.ledger import part_path
 from rasteret_dask.table import geoparquet
 
 __all__ = ["CellsLike", "Regions", "cells_from", "regions_of", "stored_cells"]
@@ -118,6 +117,9 @@ def stored_cells(url: str) -> pa.Table:
 
 def _part_jobs(url: str) -> Iterator[str]:
     """Yield where the plans of a store's finished parts lie, but for the first one's."""
+    from rasteret_dask.store.ledger import part_path  # as above
+    from rasteret_dask.tasks.jobfile import JOB_FILE
+
     for number in itertools.count(1):
         part = remote.join(url, part_path(number))
         if not (

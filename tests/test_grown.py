@@ -177,9 +177,9 @@ def test_a_tenth_more_costs_a_tenth(plan: Callable[..., rd.Chips], tmp_path: Pat
     part = rd.job_report(store / "part-0001")
     share = part.chips / len(chips)
     assert part.chips + first.chips == len(chips)
-    # tiles at the border come twice: the world is a few tiles long
-    assert part.requests <= 3 * share * (first.requests + part.requests)
-    assert part.bytes_fetched < first.bytes_fetched
+    # tiles at the border come twice: the world is a few tiles long, and one request brings all of a file's
+    assert part.bytes_fetched <= 5 * share * first.bytes_fetched
+    assert part.requests < first.requests
 
 
 def test_plain_xarray_opens_the_first_part_without_a_warning(stores: Path) -> None:
@@ -366,7 +366,8 @@ def test_a_killed_append_goes_on(
     drawn = random.Random(seed)
     store, chips = tmp_path / "store", plan()
     plan(APRIL, WEST).to_zarr(store, progress=False)
-    states, lives = {len(rd.open_chips(store))}, [0]
+    begun = len(rd.open_chips(store))
+    states, lives = {begun}, [0]
     for name in ("put", "put_new"):
         left = getattr(remote, name)
 
@@ -392,7 +393,7 @@ def test_a_killed_append_goes_on(
             continue
         break
     assert kills
-    assert states <= {77, 154}
+    assert states <= {begun, len(chips)}
     whole = rd.open_chips(stores / "all")
     assert keys(store) == keys(stores / "all")
     assert_equal(rd.open_chips(store).take(sorted(whole)), whole.take(sorted(whole)))
@@ -449,11 +450,12 @@ def test_two_appends_at_a_time(plan: Callable[..., rd.Chips], stores: Path, tmp_
     shutil.copytree(store, tmp_path / "twin")
     first.to_zarr(tmp_path / "twin", progress=False, append=True)
     shutil.copytree(tmp_path / "twin" / "part-0001", other)
-    (other / "zarr.json").unlink()  # as while it is being written
+    for last in ("zarr.json", "manifest.parquet"):  # as while it is being written
+        (other / last).unlink()
     with pytest.raises(StoreError, match="an append of other chips, which is not finished"):
         plan().to_zarr(store, progress=False, append=True)
     assert rd.verify(store).verdict == "unfinished"
-    assert len(rd.open_chips(store)) == 77
+    assert len(rd.open_chips(store)) == len(plan(APRIL, WEST))
     first.to_zarr(store, progress=False, append=True)
     plan().to_zarr(store, progress=False, append=True)
     assert keys(store) == keys(stores / "all")
