@@ -27,4 +27,4 @@ def _refuse(batch: list[ChipBatch], *, collate_fn_map: Any = None) -> Any:
     )  # fmt: skip
 
 
-default_collate_fn_map[ChipBatch] = _refuse
+default_collate_fn_map.update({ChipBatch: _refuse})
