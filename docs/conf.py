@@ -32,7 +32,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build", "_made/world", "_templates"]
+exclude_patterns = ["_build", "_made/looking", "_made/world", "_templates"]
 templates_path = ["_templates"]
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
