@@ -422,7 +422,6 @@ ANY_TAKEN = {
         {}
         if find_spec("lightning") is None
         else {
-            "state_dict": "the same, as lightning calls it",
             **dict.fromkeys(("train", "val", "test", "predict"), "datasets of torch, of samples of any type"),
         }
     ),
