@@ -131,8 +131,8 @@ def test_steps_give_what_is_written_at_once(way: str, stores: Path) -> None:
         xr.testing.assert_equal(one, two)
         lazy = found.to_xarray()[name].to_dataset().compute().sortby("chip_id")
         xr.testing.assert_identical(lazy, one)
-    tables = [chips.stats(progress=False).table.to_pandas() for chips in (found, whole)]
-    pd.testing.assert_frame_equal(*tables, rtol=1e-9)  # sums of parts are added in another order
+    ours, theirs = (chips.stats(progress=False).table.to_pandas() for chips in (found, whole))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-9)  # sums of parts are added in another order
     some, same = (chips.select("train").filter(("ymax", "<", 5_558_000)) for chips in (found, whole))
     assert sorted(some) == sorted(same)
     assert found.audit().to_dict() == whole.audit().to_dict()
