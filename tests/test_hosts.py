@@ -286,14 +286,14 @@ def test_a_cut_link_costs_the_shards_behind_it(lab: Lab) -> None:
     lab.let_go("cut")
     try:
         assert job.wait() == 0, job.text  # without it
+        until(lambda: len(worker.codes) > ended)  # it gives up, too
     finally:
         lab.hosts["worker-2"].join()
     assert "worker-0000000002" in job.text  # the line that says who has given no sign of life
     lab.check("cut")
     tries = lab.control.tries("cut")
     assert {shard for shard, count in tries.items() if count > 1} <= unfinished
-    until(lambda: len(worker.codes) > ended)  # it gives up, and is started again
-    lab.wait_for_workers()
+    lab.wait_for_workers()  # it is started again
 
 
 def test_a_scheduler_that_is_started_again_ends_the_job_with_one_message(lab: Lab) -> None:
