@@ -150,10 +150,6 @@ class OnCluster:
             found = self._gathered(futures, timeout) if self._there(futures, timeout) else None
             if found is None:
                 return None
-        except (RuntimeError, AttributeError) as error:  # it loses part after part
-            if self.client.status not in ("closing", "closed"):
-                raise
-            raise self._gone() from error
         except (CancelledError, CommClosedError):
             self._lost += 1
             self._ask_again()
@@ -163,6 +159,10 @@ class OnCluster:
                 str(error), "workers that outlive a shard",
                 "Look at their logs, and at explain() for the memory that a task needs. ",
             ) from error  # fmt: skip
+        except Exception as error:  # a client that closes loses part after part, and fails by whichever is gone
+            if self.client.status not in ("closing", "closed"):
+                raise
+            raise self._gone() from error
         self._lost = 0
         self._watch.moved()
         for part in handles:
