@@ -178,7 +178,11 @@ def test_a_tenth_more_costs_a_tenth(plan: Callable[..., rd.Chips], tmp_path: Pat
     share = part.chips / len(chips)
     assert part.chips + first.chips == len(chips)
     # tiles at the border come twice: the world is a few tiles long, and one request brings all of a file's
-    assert part.bytes_fetched <= 5 * share * first.bytes_fetched, (part.bytes_fetched, first.bytes_fetched, share)
+    assert part.bytes_fetched <= 5 * share * first.bytes_fetched, (
+        part.bytes_fetched,
+        first.bytes_fetched,
+        share,
+    )
 
 
 def test_plain_xarray_opens_the_first_part_without_a_warning(stores: Path) -> None:

@@ -159,7 +159,8 @@ class OnCluster:
                 str(error), "workers that outlive a shard",
                 "Look at their logs, and at explain() for the memory that a task needs. ",
             ) from error  # fmt: skip
-        except Exception as error:  # a client that closes loses part after part, and fails by whichever is gone
+        except Exception as error:
+            # a client that closes loses part after part, and fails by whichever is gone
             if self.client.status not in ("closing", "closed"):
                 raise
             raise self._gone() from error
