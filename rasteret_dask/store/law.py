@@ -195,7 +195,7 @@ def _output_facts(job: Job, outputs: Sequence[Output]) -> dict[str, str]:
             f"kinds of {name}": ", ".join(out.kind_names),
             f"scale of {name}": str(1 if out.scale is None else out.scale),
             f"time axis of {name}": "none" if out.slots is None else "slots",
-            f"mask of {name}": str(out.mask or "none"),
+            f"burned labels of {name}": str(out.mask or "none"),
         }
     if job.labels is not None:
         found["classes of labels"] = _text(job.labels.attrs)

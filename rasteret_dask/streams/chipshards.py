@@ -116,7 +116,7 @@ def stored_chips(chips: stored.Stored, only: tuple[str, ...] | None = None) -> C
     pixels = {name: own for name, own in chips.map.pixels.items() if only is None or name in only}
     return ChipShards(
         chips.sizes, chips.digest, pixels, partial(hold, chips), tasks, take, store=chips.url,
-        parts=_StoredParts(chips), column=chips.column,
+        parts=None if only else _StoredParts(chips), column=chips.column,
     )  # fmt: skip
 
 
