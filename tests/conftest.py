@@ -22,6 +22,7 @@ from servers import RangeServer, serving
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World, WorldSize, make_world
+from rasteret_dask.reader.sharing import SHARED
 
 DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -47,6 +48,17 @@ def _settings_pass() -> Iterator[None]:
     yield
     dask.config.config.clear()
     dask.config.config.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_kept() -> None:
+    """Forget tiles that this process keeps for a minute after a job that failed: they would not be fetched again."""
+    SHARED.clear()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept_by_the_last_test() -> None:
+    SHARED.clear()
 
 
 @pytest.fixture(scope="session")
