@@ -500,13 +500,14 @@ def all_readable(tables: list[Records], members: tuple[Member, ...]) -> None:
     """Raise UnreadableAssetsError where the header of an asset that members read is not known."""
     bad: list[str] = []
     for records, member in zip(tables, members, strict=True):
-        for band in member.reads:
-            missing = pc.is_null(records.asset_field(band, "href")).to_numpy()
-            reason = records.asset_field(band, "error")
-            unknown = pc.is_null(records.level_field(band, "width")).to_numpy()
-            for row in np.flatnonzero(missing | unknown | pc.is_valid(reason).to_numpy()):
-                why = "no such asset" if missing[row] else reason[int(row)].as_py() or "no cached header"
-                bad.append(f"{records.ids[row]}/{band} ({why})")
+        reads = member.reads
+        missing = pc.is_null(records.asset_fields(reads, "href")).to_numpy()
+        reasons = records.asset_fields(reads, "error")
+        unknown = pc.is_null(records.level_fields(reads, "width")).to_numpy()
+        for at in np.flatnonzero(missing | unknown | pc.is_valid(reasons).to_numpy()).tolist():
+            band, row = divmod(at, len(records))
+            why = "no such asset" if missing[at] else reasons[at].as_py() or "no cached header"
+            bad.append(f"{records.ids[row]}/{reads[band]} ({why})")
     if bad:
         raise UnreadableAssetsError(
             "assets that the plan needs",

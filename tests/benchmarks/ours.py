@@ -7,6 +7,9 @@ from typing import Any
 
 import dask
 import numpy as np
+
+# What our exits and tasks import when they are first used: everyone's imports come before the clock.
+import pyarrow.acero  # noqa: F401
 import pyarrow.parquet as pq
 import shapely
 import stackstac  # noqa: F401
@@ -19,11 +22,12 @@ from odc.geo.geobox import GeoBox
 from pyproj import Transformer
 
 import rasteret_dask as rd
-
-# What our exits and tasks import when they are first used: everyone's imports come before the clock.
 import rasteret_dask.chipset
+import rasteret_dask.net.web
+import rasteret_dask.reader.kernels
 import rasteret_dask.store.outputs
 import rasteret_dask.store.run
+import rasteret_dask.tasks.jobkernels
 
 MARGIN_M = 20.0
 """An area's boxes are this much smaller than the chips they name, so that none touches a neighbour."""
