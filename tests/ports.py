@@ -44,4 +44,4 @@ def no_port_twice() -> None:
             bind(server)
         had.add(int(server.server_address[1]))
 
-    socketserver.TCPServer.server_bind = bind_new  # type: ignore[method-assign]
+    socketserver.TCPServer.server_bind = bind_new  # type: ignore[assignment, method-assign]

@@ -184,9 +184,9 @@ def test_an_api_that_hangs_is_asked_again(api: StacServer, monkeypatch: pytest.M
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
     ask, hanging = web.ask, [True]
 
-    def asked(url: str, *rest: Any) -> Any:
+    def asked(url: str, method: str, headers: Any, body: Any, read_s: float) -> Any:
         short = url.endswith("/search") and bool(hanging) and hanging.pop()
-        return ask(url, *rest[:-1], 0.5 if short else PATIENCE_S)
+        return ask(url, method, headers, body, 0.5 if short else PATIENCE_S)
 
     monkeypatch.setattr(web, "ask", asked)
     api.fault(ApiFault(hang_s=PATIENCE_S, times=1))
