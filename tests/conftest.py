@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,32 @@ from typing import Any
 import dask.config
 import locket
 import pytest
+from hypothesis import settings
+from ports import no_port_twice
 from processes import fork_from_one
 from servers import RangeServer, serving
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World, WorldSize, make_world
+from rasteret_dask.net import gate, limits, web
 from rasteret_dask.reader.sharing import SHARED
+from rasteret_dask.statistics import measuring
 
 DATA = Path(os.environ.get("RASTERET_DASK_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+# However busy the machine; where CI is set, the same examples each time.
+settings.register_profile(
+    "any load", settings.get_profile("ci" if "CI" in os.environ else "default"), deadline=None
+)
+settings.load_profile("any load")
 
 
 def pytest_configure() -> None:
     """Let processes that tests start hear Ctrl-C: what a shell runs in the background ignores it, children too."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    no_port_twice()
 
 
 def pytest_collection_finish() -> None:
@@ -46,8 +59,10 @@ def _settings_pass() -> Iterator[None]:
     """Bring Dask's configuration back to what it was: a page that trusts one host only leaves others to later tests."""
     before = copy.deepcopy(dask.config.config)
     yield
-    dask.config.config.clear()
-    dask.config.config.update(before)
+    now = dask.config.config  # never empty: threads of clusters read it all the time
+    now.update(before)
+    for name in now.keys() - before.keys():
+        del now[name]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,7 +73,18 @@ def _nothing_kept() -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_kept_by_the_last_test() -> None:
+    """Forget what this process has read or measured, which it would not do again."""
     SHARED.clear()
+    measuring._measured.clear()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_host_outlives_its_tests() -> Iterator[None]:
+    """Let go of the threads and connections that a process keeps for each host: of a thousand servers, too many."""
+    yield
+    limits.pool.cache_clear()
+    web._close_idle()
+    gate._GATES.clear()
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +151,10 @@ class RangeHandler(SimpleHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         return
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the client went away: no traceback among what a test prints
+            super().handle()
 
     def do_GET(self) -> None:
         asked = self.headers.get("Range")

@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import rasteret_dask as rd
 
-__all__ = ["FREE", "SHRUNK", "hold", "planned", "shrink", "stoppable", "write"]
+__all__ = [
+    "FREE", "SHRUNK", "append", "doom", "hold", "killed_in_the_middle", "planned", "reports", "shrink", "stoppable",
+    "write",
+]  # fmt: skip
 
 FREE = 3
 """Shards that are not held back in a process."""
@@ -70,6 +75,55 @@ def hold(folder: str) -> None:
         return real(*args)
 
     run.write_sources = held
+
+
+def reports(store: str | Path) -> dict[str, int]:
+    """Return when each report of a shard was written."""
+    return {path.stem: path.stat().st_mtime_ns for path in Path(store, "_job/done").glob("*.json")}
+
+
+def doom(folder: str, store: str, least: int, dies: bool) -> None:
+    """Have a worker die as it begins its second shard, once so many are in place; the others wait for that meanwhile.
+
+    What is in place at that moment is noted in a folder.
+    """
+    marks: Any = importlib.import_module("rasteret_dask.store.shardreports")
+    real, number, here = marks.tried, iter(range(1_000_000)), Path(folder)
+
+    def tried(*args: Any) -> Any:
+        mark, begun = real(*args), next(number)
+        if begun == 0:
+            return mark
+        if dies:
+            (here / "second").touch()
+        while not (here / "second").exists() or (dies and len(reports(store)) < least):
+            time.sleep(0.01)
+        if dies:
+            (here / "before.json").write_text(json.dumps(reports(store)))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return mark
+
+    marks.tried = tried
+
+
+@contextmanager
+def killed_in_the_middle(client: Any, folder: Path, store: Path, least: int) -> Iterator[tuple[int, Path]]:
+    """Have a worker of a cluster die while a store is written; give its process, and where it notes what was there.
+
+    However busy the machine: it is itself at a shard when it dies, and the others are not done by then.
+    """
+    folder.mkdir()
+    victim, *others = client.run(os.getpid).items()
+    for worker, _ in (victim, *others):
+        client.run(doom, str(folder), str(store), least, worker == victim[0], workers=[worker])
+    yield victim[1], folder / "before.json"
+
+
+def append(catalog: str, store: str, size: int) -> None:
+    """Append chips until a store has so many."""
+    s2 = rd.build_from_stac(catalog, name="s2", date_range=("2024-04-01", "2024-06-30"))
+    chips = s2.harmonize(["red"], time="1MS").chips(32, cell_km=0.96)
+    chips.sample(size).to_zarr(store, progress=False, append=True)
 
 
 def stoppable(catalog: str, store: str, folder: str, address: str | None) -> None:

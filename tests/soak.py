@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from ports import free_port
 
 from rasteret_dask.tasks.context import ReadContext
 
@@ -174,9 +174,7 @@ class Stage:
 
     def __init__(self, soak: Soak, folder: Path) -> None:
         self.soak, self.folder, self.store = soak, folder, folder / "x.zarr"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.threads = {name: soak.random.randint(1, 2) for name in ("w1", "w2")}
         self.running: dict[str, BaseProcess] = {}
         self.started = 0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import xarray as xr
 from numpy.typing import NDArray
+from part_processes import append
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
@@ -403,33 +403,36 @@ def test_a_killed_append_goes_on(
     assert rd.verify(store).ok
 
 
-SCRIPT = """
-import sys
-import rasteret_dask as rd
-s2 = rd.build_from_stac(sys.argv[1], name="s2", date_range=("2024-04-01", "2024-06-30"))
-chips = s2.harmonize(["red"], time="1MS").chips(32, cell_km=0.96)
-chips.sample(int(sys.argv[3])).to_zarr(sys.argv[2], progress=False, append=True)
-"""
+def appending(*arguments: Any) -> BaseProcess:
+    """Start a process that appends: a fork of one that has imported everything."""
+    process = multiprocessing.get_context("forkserver").Process(target=append, args=arguments)
+    process.start()
+    return process
+
+
+def appended(*arguments: Any) -> float:
+    """Append in a process of its own; return the seconds that took."""
+    begun, process = time.monotonic(), appending(*arguments)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - begun
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_random_kills_leave_no_duplicate(count: int, small_world: World, tmp_path: Path) -> None:
     """Processes that append are killed at random; a rerun goes on, and each chip is there once."""
     drawn, store, size = random.Random(count), tmp_path / "store", 5
-    command = [sys.executable, "-c", SCRIPT, str(small_world.sentinel2), str(store)]
-    subprocess.run([*command, str(size)], check=True)
-    begun = time.monotonic()
-    subprocess.run([*command, str(size)], check=True)
-    usual, kills = time.monotonic() - begun, 0
+    places = (str(small_world.sentinel2), str(store))
+    usual, kills = appended(*places, size), 0
     while kills < count:
         size = min(size + 9, 154)
-        process = subprocess.Popen([*command, str(size)])
-        try:
-            process.wait(usual * drawn.uniform(0.5, 1.3))
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        subprocess.run([*command, str(size)], check=True)
+        process = appending(*places, size)
+        process.join(usual * drawn.uniform(0.1, 1.1))
+        if process.is_alive():
+            process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        usual = appended(*places, size)
         rows = [
             row
             for part in [store, *store.glob("part-*")]
@@ -439,7 +442,7 @@ def test_random_kills_leave_no_duplicate(count: int, small_world: World, tmp_pat
         if size == 154:
             shutil.rmtree(store)
             size = 5
-            subprocess.run([*command, str(size)], check=True)
+            appended(*places, size)
     assert rd.verify(store).ok
 
 

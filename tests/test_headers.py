@@ -4,9 +4,10 @@ import math
 import struct
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine
 from servers import Fault, RangeServer
+from waiting import until
 
 from rasteret_dask.crs import crs_of
 from rasteret_dask.errors import ReadError, TrustError
@@ -326,25 +328,38 @@ def test_a_reader_reads_each_file_once_and_remembers_within_bounds(
 def test_a_failure_is_not_remembered(tmp_path: Path, server: RangeServer) -> None:
     with HeaderReader() as reader:
         assert "404" in str(reader.submit(server.url("a.tif")).result())
+        until(lambda: not reader._coming)
         write(tmp_path / "a.tif", np.ones((1, 16, 16), "uint8"))
         assert isinstance(reader.submit(server.url("a.tif")).result(), Header)
 
 
 def test_a_reader_left_by_an_error_drops_what_has_not_begun(tmp_path: Path, server: RangeServer) -> None:
     write(tmp_path / "a.tif", np.ones((1, 16, 16), "uint8"))
-    server.fault("*", Fault(delay_s=0.2))
+    first, second = Event(), Event()
+    server.fault("*", Fault(hold=first))
     waiting: list[Future[Header | str]] = []
 
     def stopped() -> None:
         with HeaderReader(workers=1) as reader:
             waiting.extend(reader.submit(server.url(f"a.tif?copy={n}")) for n in range(50))
+            until(lambda: len(server.log) == 1)
+            server.fault("*", Fault(hold=second))
+            first.set()
             waiting[0].result()
+            until(lambda: len(server.log) == 2)
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        stopped()
-    assert len(server.log) <= 3
-    assert sum(future.cancelled() for future in waiting) >= 47
+    def let_go() -> None:
+        until(lambda: waiting and waiting[-1].cancelled())
+        second.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        letting_go = pool.submit(let_go)
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
+        letting_go.result()
+    assert len(server.log) == 2
+    assert [future.cancelled() for future in waiting] == [False] * 2 + [True] * 48
 
 
 def test_requests_are_in_flight_together(tmp_path: Path, server: RangeServer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from waiting import PATIENCE_S
+from waiting import PATIENT
 
 from rasteret_dask.demo.world import World
 
@@ -15,6 +15,11 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+
+
+def execute(notebook: Any, folder: Path) -> None:
+    """Run a notebook in a folder."""
+    NotebookClient(notebook, **PATIENT, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def test_the_first_picture_of_a_notebook_is_shown(
@@ -26,7 +31,7 @@ def test_the_first_picture_of_a_notebook_is_shown(
     monkeypatch.delenv("MPLBACKEND", raising=False)
     cell = f"import rasteret_dask as rd\nrd.build_from_stac({str(small_world.sentinel2)!r}, name='s2').plot()"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])  # type: ignore[no-untyped-call]
-    NotebookClient(notebook, timeout=PATIENCE_S, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    execute(notebook, tmp_path)
     assert ["image/png" in output.get("data", {}) for output in notebook.cells[0].outputs] == [True]
 
 
@@ -52,7 +57,7 @@ def test_runs_without_a_warning(path: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's profile
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     notebook = read(path)
-    NotebookClient(notebook, timeout=PATIENCE_S, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    execute(notebook, tmp_path)
     said = [
         output.text
         for cell in notebook.cells

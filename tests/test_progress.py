@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nbclient import NotebookClient
+from waiting import PATIENT
 
 from rasteret_dask.activity import Tally
 from rasteret_dask.progress import (
@@ -123,12 +124,11 @@ def test_a_job_draws_itself_while_its_thread_is_busy(capsys: pytest.CaptureFixtu
     with dask.config.set(OFTEN), Progress("shards", True, 40) as shown:
         shown.running = "2 running on 2 threads"
         shown.live = lambda: Tally(1, 5_000_000, 0, 0.5)
-        while written.count("\n") < 3:  # nobody calls it meanwhile
+        while written.count("\n") < 3 or "5.0 MB read" not in written:  # nobody calls it meanwhile
             written += capsys.readouterr().err
         shown.step(1, "30 of 1,024 chips", Tally(1, 5_000_000, 1_000_000))
     lines = (written + capsys.readouterr().err).splitlines()
     assert all(LINE.fullmatch(line) for line in lines), lines
-    assert "5.0 MB read" in lines[2]
     assert lines[-1].startswith("1/40 shards, 30 of 1,024 chips, 5.0 MB read, 1.0 MB written, ")
 
 
@@ -157,20 +157,39 @@ def test_a_job_goes_on_when_nobody_reads_its_lines(monkeypatch: pytest.MonkeyPat
     assert shown.done == 2
 
 
-ON_TERMINAL = """
+WATCHED = """
 import sys, time, dask
+from rasteret_dask import progress
 from rasteret_dask.activity import Tally
 from rasteret_dask.progress import Progress
 dask.config.set({"rasteret_dask.progress.refresh": "20ms"})
+
+def drawn_by(face):
+    \"\"\"Return a function that waits until a face has drawn a standing of which something is true.\"\"\"
+    seen, draw = [], face.draw
+
+    def noted(self, standing):
+        draw(self, standing)
+        seen.append(standing)
+
+    def until(what):
+        while not any(map(what, seen)):
+            time.sleep(0.01)
+
+    face.draw = noted
+    return until
+"""
+
+ON_TERMINAL = f"""
+{WATCHED}
+until = drawn_by(progress.OnTerminal)
 with Progress("shards", True, 4) as shown:
     shown.live = lambda: Tally(5, 12_345_678, 0, 0.5)
-    while shown._face is None:
-        time.sleep(0.01)
+    until(lambda standing: standing.share)
     shown.step(2, "20 of 40 chips", Tally(5, 150_000_000, 50_000_000))
     shown.failed = 1
     shown.note("worker tcp://x is silent")
-    drawn = shown.standing()
-    time.sleep(0.2)
+    until(lambda standing: standing.done == 2 and standing.failed)
     if sys.argv[1] == "error":
         raise SystemExit("broken")
     if sys.argv[1] == "interrupt":
@@ -252,15 +271,13 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines_and_rich_is_not_impor
     assert "\x1b" not in text
 
 
-IN_NOTEBOOK = """
-import time, dask
-from rasteret_dask.progress import Progress
-dask.config.set({"rasteret_dask.progress.refresh": "20ms"})
+IN_NOTEBOOK = f"""
+{WATCHED}
+until = drawn_by(progress.InNotebook)
 with Progress("shards", True, 4) as shown:
-    while shown._face is None:
-        time.sleep(0.01)
+    until(lambda standing: standing.done == 0)
     shown.step(2, "20 of 40 chips")
-    time.sleep(0.2)
+    until(lambda standing: standing.done == 2)
     shown.step(2, "40 of 40 <chips>")
 """
 
@@ -276,7 +293,7 @@ def test_in_a_real_notebook_one_bar_is_updated_in_place() -> None:
                 updates.append(msg["msg_type"])
             return super().process_message(msg, cell, cell_index)
 
-    Kernel(notebook, timeout=120, kernel_name="python3").execute()
+    Kernel(notebook, **PATIENT, kernel_name="python3").execute()
     (output,) = notebook.cells[0].outputs
     assert output.output_type == "display_data"
     html = output.data["text/html"]

@@ -32,11 +32,13 @@ from affine import Affine
 from bucket_host import Control, Rule, serving_bucket
 from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin, get_client
 from obstore.store import S3Store
+from part_processes import hold, killed_in_the_middle, reports
 from processes import NEW_PROCESSES
 from soak import stage
 from streams import until
 from test_cubes import NOON, X0, Y0, merged, scene
 from test_write import layout_of, stamps, tries
+from waiting import PATIENCE_S
 
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
@@ -48,6 +50,7 @@ from rasteret_dask.reader import tilefile
 from rasteret_dask.reader.sharing import SHARED
 from rasteret_dask.store import presence
 from rasteret_dask.store.layout import Layout
+from rasteret_dask.store.oncluster import ClusterTasks
 from rasteret_dask.store.presence import FRESH_S, present
 from rasteret_dask.store.run import delayed_zarr, run_zarr
 from rasteret_dask.tasks.context import ReadContext
@@ -229,11 +232,6 @@ def small_shards(joined: rd.Chips) -> Layout:
     return layout
 
 
-def reports(store: Path) -> dict[str, int]:
-    """Return when each report was written."""
-    return {p.stem: p.stat().st_mtime_ns for p in (store / "_job" / "done").glob("*.json")}
-
-
 @contextmanager
 def once(happened: Callable[[], bool], action: Callable[[], None]) -> Iterator[None]:
     """Act as soon as something has happened during a block."""
@@ -259,27 +257,21 @@ def test_what_a_killed_worker_has_written_is_not_done_again(
 ) -> None:
     store = tmp_path / "x.zarr"
     shards = len(list(small_shards.job.shards()))
-    before: dict[str, int] = {}
     with (
         LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
         ) as own,
         Client(own, set_as_default=False) as client,
     ):
-        victim = next(iter(client.run(os.getpid).values()))
-
-        def kill() -> None:
-            os.kill(victim, signal.SIGKILL)
-            before.update(reports(store))
-
-        with once(lambda: len(reports(store)) >= 2 * shards // 3, kill):
+        with killed_in_the_middle(client, tmp_path / "notes", store, shards // 2) as (victim, noted):
             run_zarr(small_shards, str(store), ReadContext(), client, progress=False)
         assert victim not in client.run(os.getpid).values()
     assert_store(store, wanted)
     manifest = pq.read_table(store / "manifest.parquet")
     assert len(manifest) == shards
     assert any(name.endswith(f":{victim}") for name in manifest["process"].to_pylist())
-    assert 2 * shards // 3 <= len(before) < shards
+    before = json.loads(noted.read_text())
+    assert shards // 2 <= len(before) < shards
     now, tried = reports(store), tries(store)
     assert {shard: now[shard] for shard in before} == before
     assert {shard for shard, count in tried.items() if count > 1}.isdisjoint(before)
@@ -337,14 +329,26 @@ def test_a_written_shard_is_forgotten_by_the_cluster(small_shards: Layout, tmp_p
 
 
 def test_a_lost_scheduler_is_one_error_that_says_what_is_written(
-    small_shards: Layout, wanted: dict[str, xr.Dataset], tmp_path: Path
+    small_shards: Layout, wanted: dict[str, xr.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, total = tmp_path / "x.zarr", len(list(small_shards.job.shards()))
+    (notes := tmp_path / "notes").mkdir()
+    heard, take = list[Any](), ClusterTasks.news
+
+    def news(tasks: ClusterTasks) -> Any:
+        some = take(tasks)
+        heard.extend(some)
+        return some
+
+    monkeypatch.setattr(ClusterTasks, "news", news)
     with stage(tmp_path) as playing:
         playing.start("scheduler")
         playing.start("w1")
+        with Client(playing.address, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=PATIENCE_S)
+            client.run(hold, str(notes))  # after some shards
         with (
-            once(lambda: len(reports(store)) >= 5, lambda: playing.kill("scheduler")),
+            once(lambda: len(heard) >= 2, lambda: playing.kill("scheduler")),
             pytest.raises(JobError) as caught,
         ):
             run_zarr(small_shards, str(store), ReadContext(), playing.address, progress=False)
@@ -473,10 +477,17 @@ def test_a_second_client_is_told_of_the_first(
     small_world: World, s2: rd.Collection, tmp_path: Path, end: str
 ) -> None:
     store = tmp_path / "x.zarr"
-    first = client(small_world, store)
-    while not traces(store):
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.002)
+    with client(small_world, store, 40) as first:
+        try:
+            check_second(first, s2, store, end)
+        finally:
+            first.kill()
+
+
+def check_second(first: subprocess.Popen[bytes], s2: rd.Collection, store: Path, end: str) -> None:
+    until(lambda: objects(store) >= 40 or first.poll() is not None)
+    assert first.poll() is None, first.communicate()
+    assert traces(store)
     first.send_signal(signal.SIGSTOP)  # in the middle, for as long as the second runs
     assert not (store / "zarr.json").exists()
     if end == "is killed":
@@ -490,6 +501,7 @@ def test_a_second_client_is_told_of_the_first(
     else:
         with pytest.warns(ConcurrentWriteWarning, match=f"process {first.pid} at {platform.node()}"):
             run_zarr(layout, str(store), ReadContext(), None, progress=False)
+        store.with_name("go").touch()
         first.send_signal(signal.SIGCONT)
         _, err = first.communicate()
         assert first.returncode == 0, err.decode()
@@ -544,21 +556,36 @@ def test_a_finished_store_says_so(
 
 
 CLIENT = """
-import sys
+import sys, time
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import rasteret_dask as rd
+from rasteret_dask.net import remote
 from rasteret_dask.store.run import run_zarr
 from rasteret_dask.tasks.context import ReadContext
 from test_write import layout_of
 dates = ("2024-04-01", "2024-06-30")
 s2 = rd.build_from_stac(sys.argv[2], name="s2", date_range=dates)
 chips = s2.harmonize(bands=["red", "nir"], time="1MS", units="reflectance", mask="clouds").chips(size=32, cell_km=0.96)
-run_zarr(layout_of(chips.sample(60), 50_000), sys.argv[3], ReadContext(), None, progress=False)
+store, most = Path(sys.argv[3]), int(sys.argv[4])
+
+def held(put):
+    def call(*args, **more):
+        while sum(p.is_file() for p in store.rglob("*")) >= most and not store.with_name("go").exists():
+            time.sleep(0.01)
+        return put(*args, **more)
+    return call
+
+remote.put, remote.put_new = held(remote.put), held(remote.put_new)
+run_zarr(layout_of(chips.sample(60), 50_000), str(store), ReadContext(), None, progress=False)
 """
 
 
-def client(world: World, store: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", CLIENT, str(Path(__file__).parent), str(world.sentinel2), str(store)]
+def client(world: World, store: Path, most: int = 10**6) -> subprocess.Popen[bytes]:
+    """Start a process that writes a store; with so many objects there it waits, for a file ``go`` or its end."""
+    command = [
+        sys.executable, "-c", CLIENT, str(Path(__file__).parent), str(world.sentinel2), str(store), str(most)
+    ]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -576,7 +603,7 @@ def test_the_client_killed_again_and_again(
     store = tmp_path / "x.zarr"
     finished: dict[str, dict[str, int]] = {}
     for stop_at in stops:
-        running = client(small_world, store)
+        running = client(small_world, store, stop_at)
         while running.poll() is None and objects(store) < stop_at:
             time.sleep(0.002)
         running.kill()

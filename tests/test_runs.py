@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -20,6 +21,7 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin
 from hypothesis import given
 from hypothesis import strategies as st
+from part_processes import killed_in_the_middle
 from servers import serving
 from streams import assert_same, in_small_shards, until
 from test_tiles_once import readme_chips
@@ -307,22 +309,12 @@ def test_what_a_run_has_written_is_not_read_again_where_its_worker_is_killed(
 ) -> None:
     layout, store = layout_of(chips, SHARD_BYTES), tmp_path / "x.zarr"
     names = [shard.name for shard in layout.job.shards()]
-    reports = store / "_job" / "done"
-    before: set[str] = set()
-    with Client(two, set_as_default=False) as client:
-        victim = next(iter(client.run(os.getpid).values()))
-
-        def kill() -> None:
-            """Kill a worker that has written some shards of its first run, and not yet all."""
-            until(lambda: len(list(reports.glob("*.json"))) >= 3)
-            os.kill(victim, signal.SIGKILL)
-            before.update(path.stem for path in reports.glob("*.json"))
-
-        with ThreadPoolExecutor(1) as pool:
-            killing = pool.submit(kill)
-            run_zarr(layout, str(store), ReadContext(), client, progress=False)
-            killing.result()
-    tried = tries(store)
+    with (
+        Client(two, set_as_default=False) as client,
+        killed_in_the_middle(client, tmp_path / "notes", store, 3) as (_, noted),
+    ):
+        run_zarr(layout, str(store), ReadContext(), client, progress=False)
+    before, tried = set(json.loads(noted.read_text())), tries(store)
     assert 3 <= len(before) < len(names)
     assert {name for name in before if tried[name] > 1} == set()
     assert sum(tried.values()) <= len(names) + 1  # what it had under way
@@ -435,7 +427,7 @@ def nothing(item: int) -> None:
     """Do nothing."""
 
 
-@pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2_000, pytest.param(6_000, marks=pytest.mark.slow)])
 def test_any_number_of_shards_is_sent_in_windows(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shardruns, "AHEAD", count // 20)
     monkeypatch.setattr(cutting, "LONGEST", 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,14 +12,15 @@ import pytest
 import shapely
 from hypothesis import given
 from hypothesis import strategies as st
+from ports import free_port
 from stac_api import ApiFault, Dict, StacServer, changed, generated, serving_stac
+from waiting import PATIENCE_S
 
 from rasteret_dask.errors import SourceError, TrustError
 from rasteret_dask.footprint import area_of
-from rasteret_dask.ingest import stacapi as module
 from rasteret_dask.ingest.search import Search, boxes_of, fits
 from rasteret_dask.ingest.stacapi import pages
-from rasteret_dask.net import remote
+from rasteret_dask.net import remote, web
 
 Serve = Callable[[Path], tuple[str, list[tuple[str, str | None]]]]
 S2 = "sentinel-2-l2a"
@@ -181,11 +181,19 @@ def test_other_refusals_are_not_repeated(api: StacServer) -> None:
 
 
 def test_an_api_that_hangs_is_asked_again(api: StacServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "READ_S", 2.0)
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
-    api.fault(ApiFault(hang_s=30.0, times=1))
+    ask, hanging = web.ask, [True]
+
+    def asked(url: str, method: str, headers: Any, body: Any, read_s: float) -> Any:
+        short = url.endswith("/search") and bool(hanging) and hanging.pop()
+        return ask(url, method, headers, body, 0.5 if short else PATIENCE_S)
+
+    monkeypatch.setattr(web, "ask", asked)
+    api.fault(ApiFault(hang_s=PATIENCE_S, times=1))
     assert len(ids(Search(api.url, S2))) == 1200
-    api.fault(ApiFault(hang_s=30.0))
+    assert not hanging
+    hanging += [True, True]
+    api.fault(ApiFault(hang_s=PATIENCE_S))
     with pytest.raises(SourceError, match=r"no answer: .*timed out"):
         ids(Search(api.url, S2))
 
@@ -282,9 +290,7 @@ def test_places_that_are_no_api(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_nobody_there_and_no_secret_told() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(SourceError, match=r"no answer.*network") as told:
         ids(Search(f"http://ann:secret@127.0.0.1:{port}/v1?token=secret", S2))
     assert "secret" not in str(told.value)

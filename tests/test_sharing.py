@@ -35,6 +35,7 @@ from rasteret_dask.demo.world import World
 from rasteret_dask.errors import RasteretDaskError, ReadError
 from rasteret_dask.net import remote
 from rasteret_dask.net.limits import BUDGET
+from rasteret_dask.reader import sharing
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.pixelgrid import Rect, Window
 from rasteret_dask.reader.placing import Block, Out
@@ -443,14 +444,20 @@ def test_pixels_of_a_coarser_grid_are_read_within_bounds(tmp_path: Path) -> None
 
 def test_nothing_is_kept_when_nobody_reads_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Someone looks at the first chip and goes: what was kept for the shards nearby goes too."""
-    monkeypatch.setattr("rasteret_dask.reader.sharing.IDLE_S", 0.2)
     SHARED.clear()  # and with it the look that an earlier reader asked for
     chips = jobs(tmp_path, months=1, side=1024, tile=512, size=16)
     assert len(list(chips.job.shards())) > 1
     lazy = chips.to_xarray()
     assert isinstance(lazy, xr.Dataset)
-    lazy["pixels"][:1].compute(scheduler="threads")
+    waits = list[float]()
+    with monkeypatch.context() as patch:
+        patch.setattr(SHARED, "_look_in", waits.append)
+        lazy["pixels"][:1].compute(scheduler="threads")
     assert SHARED._held
+    assert set(waits) == {sharing.IDLE_S}  # the last reader has asked for a look, so long afterwards
+    monkeypatch.setattr(sharing, "IDLE_S", 0.2)
+    with SHARED._lock:
+        SHARED._look_in(0.0)  # which comes too early, and asks for another one
     until(lambda: not SHARED._held)
 
 
@@ -485,7 +492,7 @@ def test_whatever_many_sessions_do_at_once_pixels_are_right_and_nothing_stays(se
     pixels = noise(HEIGHT, WIDTH, 3)
     server.fault("*", Fault(share=0.03, status=404, seed=3))
     server.fault("[02].tif", Fault(delay_s=0.01, share=0.5))
-    held, finished = SHARED._held, set[int]()
+    finished = set[int]()
 
     def batch(dice: random.Random) -> list[Request]:
         chosen = dice.choices(assets, k=dice.randrange(1, 8))
@@ -527,4 +534,4 @@ def test_whatever_many_sessions_do_at_once_pixels_are_right_and_nothing_stays(se
     SHARED.finish(*range(10_200, 10_206))  # the tasks after the last
     # those who gave up do not wait for what is on its way
     until(lambda: not SHARED._flying and BUDGET._free == BUDGET.nbytes)
-    assert held == SHARED._held
+    assert (SHARED._held, SHARED._kept) == (0, {})

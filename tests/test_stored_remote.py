@@ -473,15 +473,23 @@ def test_a_store_that_is_written_anew_while_a_stream_runs(
 ) -> None:
     """The same chips again are no change; others are told as soon as one of their objects is read."""
     url, store = served.url("small"), served.folder / "small"
+
+    def show(version: str) -> None:
+        """Let a folder take the place of the store in one step: threads read ahead all the time."""
+        (served.folder / "next").symlink_to(version)
+        (served.folder / "next").replace(store)
+
+    store.rename(served.folder / "first")
+    show("first")
+    written(chips, served.folder / "again", SHARD_BYTES)
+    written(chips.sample(40), served.folder / "other", SHARD_BYTES)
     wanted = list(disk.stream(5, shuffle=3, epochs=2))
     stream = open_chips(url).stream(5, shuffle=3, epochs=2, prefetch=1)
     found = [next(stream) for _ in range(2)]
-    shutil.rmtree(store)
-    written(chips, store, SHARD_BYTES)
+    show("again")
     found += [next(stream) for _ in range(2)]
     state = stream.state_dict()
-    shutil.rmtree(store)
-    written(chips.sample(40), store, SHARD_BYTES)
+    show("other")
     with pytest.raises(StoreError, match=r"that the manifest names.*open it again"):
         found.extend(stream)
     for one, other in zip(found, wanted, strict=False):

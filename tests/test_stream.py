@@ -254,6 +254,7 @@ def test_a_state_of_another_plan_is_refused(train: rd.Chips) -> None:
 def test_who_takes_nothing_stops_the_reading(tmp_path: Path) -> None:
     shards = Shards(tmp_path / "log", (6,) * 200)
     with dask.config.set(num_workers=2):
+        until(lambda: not readers())  # those of other tests
         stream = shards.stream(6, prefetch=3)
         assert not readers()
         next(stream)

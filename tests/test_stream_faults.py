@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 import dask
 import pytest
 from distributed import Client, LocalCluster
+from ports import free_port
 from streams import Shards, flat, ids_of
 from waiting import PATIENCE_S, until
 
@@ -61,12 +61,6 @@ def test_a_cluster_restarted_in_the_middle(shards: Shards) -> None:
         found = flat(next(stream) for _ in range(6))
         client.restart(wait_for_workers=False)
         assert found + flat(stream) == wanted
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @contextmanager

@@ -282,15 +282,15 @@ def test_a_worker_that_is_stopped_is_named_with_what_it_has(
         until(lambda: made.log.exists() and made.reads)
         process.send_signal(signal.SIGSTOP)
         try:
-            until(lambda: "no sign of life" in caplog.text and "; running: read-" in caplog.text)
+            until(lambda: "it has read-" in caplog.text and "; running: read-" in caplog.text)
         finally:
             (made.log / "go").touch()
             process.send_signal(signal.SIGCONT)
         running.join(START_S)
     assert running.found == [2] * 12
-    silent = next(own.getMessage() for own in caplog.records if "no sign of life" in own.getMessage())
+    silent = next(own.getMessage() for own in caplog.records if "it has read-" in own.getMessage())
     assert f"worker {address}" in silent
-    assert "it has read-" in silent
+    assert "no sign of life" in silent
     standing = next(own.getMessage() for own in caplog.records if "; running: read-" in own.getMessage())
     assert "nothing has begun or ended for" in standing
     assert f" on {address}" in standing

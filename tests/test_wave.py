@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import PATIENCE_S
 
 from rasteret_dask.errors import ReadError, TrustError
 from rasteret_dask.net import gate, remote, web
@@ -47,7 +48,7 @@ def opened(server: Answers, connections: int) -> Folder:
     answer = server.respond
 
     def meet(asked: Asked) -> Said:
-        together.wait(30)
+        together.wait(PATIENCE_S)
         return answer(asked)
 
     server.respond = meet

@@ -14,10 +14,13 @@ from servers import Fault, RangeServer
 
 from rasteret_dask.reader.sharing import SHARED
 
-__all__ = ["PATIENCE_S", "held_for", "until"]
+__all__ = ["PATIENCE_S", "PATIENT", "held_for", "until"]
 
 PATIENCE_S = 600.0
 """After so long a test is stuck, on however busy a machine."""
+
+PATIENT: dict[str, Any] = dict.fromkeys(("timeout", "startup_timeout", "iopub_timeout"), int(PATIENCE_S))
+"""The same for a notebook: until its kernel is there, for a cell, and for what a cell has shown to arrive."""
 
 
 def until(what: Callable[[], Any]) -> None:
