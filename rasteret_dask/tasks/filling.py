@@ -53,6 +53,11 @@ class ChipPixels:
     filled: NDArray[np.float32] | None = None
     """Shape (chip, time). Share of the pixels, valid in all bands, that another acquisition than the picked one gave
     any band of; None: none may."""
+    row: NDArray[np.int64] | None = None
+    """Shape (chip, time). The record that ``member`` and ``datetime`` are of; -1 where empty or composed of several
+    acquisitions. None: nobody asks."""
+    masked: NDArray[np.float32] | None = None
+    """Shape (chip, time). Share of the pixels that are invalid and that a record's mask hides; None: nobody asks."""
     counts: Counts = field(default_factory=Counts)
     read_s: float = 0.0
     """Seconds of the calls that read; what the rest took is composing."""

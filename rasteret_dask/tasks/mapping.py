@@ -132,5 +132,5 @@ def _described(dataset: xr.Dataset, before: Output) -> Output:
         tuple(str(n) for n in names), array.dtype.name, fill, times, slots, height, width,
         before.valid and same, None, tuple(pair for pair in before.attrs if pair[0] != "units"),
         kinds, before.mask if MASK in dataset else None, filled=before.filled,
-        present=before.present and times == before.times,
+        present=before.present and times == before.times, meta=before.meta if times == before.times else (),
     )  # fmt: skip
