@@ -384,8 +384,8 @@ class StoredChips:
     def take(self, ids: Sequence[str]) -> Arrays:
         """Read some chips, in the order asked for, by concurrent single gets.
 
-        A chip costs one request an array of pixels, a shard one for its index, one for its times and for each other array
-        (chip, time); these are kept.
+        A chip costs one request an array of pixels, a shard one for its index, one for its times and for each
+        other array (chip, time); these are kept.
 
         Parameters
         ----------

@@ -359,9 +359,10 @@ def _check_meta(sources: Sequence[ResolvedSource]) -> None:
         for name, _ in source.plan.meta:
             if name not in OF_SLOTS and not (is_label(name) and is_name(name)):
                 why = "a name that chips have of their own" if is_name(name) else "no name of an array"
+                always = name == "datetime"
                 raise PlanError(
                     f"harmonize(meta=) of source {source.plan.name!r}", f"{name!r}, {why}", "another name",
-                    "Leave it out: chips always have it." if name == "datetime" else "Rename the column of the records.",
+                    "Leave it out: chips always have it." if always else "Rename the column of the records.",
                 )  # fmt: skip
 
 

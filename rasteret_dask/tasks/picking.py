@@ -78,9 +78,9 @@ class Picking:
             valid,
             np.full((n, plan.times), np.datetime64("NaT", "us"), dtype="datetime64[us]"),
             np.full((n, plan.times), "", dtype=object),
+            np.full((n, plan.times), -1, dtype=np.int64),
             np.zeros(len(plan.bands), dtype=np.int64),
             np.zeros((n, plan.times), dtype=np.float32) if plan.pick.fills else None,
-            np.full((n, plan.times), -1, dtype=np.int64) if plan.meta else None,
             np.zeros((n, plan.times), dtype=np.float32) if self._is_veiled else None,
         )
         feed = Feed.of(self.job, self.shard, self.source)
@@ -462,8 +462,7 @@ class Picking:
     def _name(self, feed: Feed, slot: int, chips: ChipPixels) -> None:
         """Note when the first acquisition of each chip starts, its member, and its nearest record."""
         best = feed.take(_first_of(feed.chip))
-        if chips.row is not None:
-            chips.row[best.chip, slot] = best.row
+        chips.row[best.chip, slot] = best.row
         chips.datetime[best.chip, slot] = self.job.starts[self.source][best.row]
         chips.member[best.chip, slot] = self._names(best.row)
 
@@ -477,8 +476,7 @@ class Picking:
             chips.member[chip, slot] = "+".join(sorted(set(names[own].tolist())))
             if own.sum() > 1:
                 chips.datetime[chip, slot] = np.datetime64("NaT", "us")
-                if chips.row is not None:
-                    chips.row[chip, slot] = -1
+                chips.row[chip, slot] = -1
 
     def _names(self, rows: NDArray[np.int64]) -> list[str]:
         return [self._member(int(row)).name for row in rows]

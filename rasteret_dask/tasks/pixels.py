@@ -124,10 +124,10 @@ def _meta(job: Job, source: int, chips: ChipPixels) -> Iterator[tuple[str, NDArr
         if name == DAY_OF_YEAR:
             yield name, days_of_year(chips.datetime)
         elif name == MASKED:
-            yield name, np.zeros(chips.datetime.shape, np.float32) if chips.masked is None else chips.masked
+            assert chips.masked is not None
+            yield name, chips.masked
         elif name not in OF_SLOTS:
-            row = np.full(chips.datetime.shape, -1) if chips.row is None else chips.row
-            yield name, job.meta[source][name][row]
+            yield name, job.meta[source][name][chips.row]
 
 
 def _fractions(valid: NDArray[np.bool_]) -> NDArray[np.float32]:
