@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from difflib import get_close_matches
-from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -175,7 +174,7 @@ def _word(value: Any) -> str:
     """Return the dtype that holds a value, or its own type where none does."""
     if isinstance(value, str | dt.date):
         return TEXT
-    if isinstance(value, Real | Decimal) and not (isinstance(value, int) and abs(value) > _EXACT):
+    if isinstance(value, float | Decimal) or (isinstance(value, int) and abs(value) <= _EXACT):
         return NUMBER
     return type(value).__name__
 

@@ -175,8 +175,9 @@ class Layout:
         if VALID in out.meta_names:
             share.update_attributes(meta_attrs(VALID))
         for name, kind in out.meta_arrays:
-            dtype, fill = (str, "") if kind == TEXT else (kind, np.nan)
-            told = self._array(group, name, two, dtype, ("chip", "time"), (per, out.times), None, fill)
+            blank: Any = "" if kind == TEXT else np.nan
+            dtype = str if kind == TEXT else kind
+            told = self._array(group, name, two, dtype, ("chip", "time"), (per, out.times), None, blank)
             told.update_attributes(meta_attrs(name))
         if out.filled:
             self._array(group, FILLED, two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
