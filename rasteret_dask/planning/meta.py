@@ -56,7 +56,7 @@ def meta_attrs(name: str) -> dict[str, str]:
 
 
 def with_meta(
-    source: str, names: Sequence[str], asked: Sequence[pa.Table], tables: Sequence[pa.Table]
+    source: str, names: Sequence[str], members: Sequence[pa.Table], tables: Sequence[pa.Table]
 ) -> tuple[Meta, list[pa.Table]]:
     """Settle what ``harmonize(meta=)`` asks for.
 
@@ -66,7 +66,7 @@ def with_meta(
         Name of the source, for messages.
     names
         What is asked for.
-    asked
+    members
         The records of each member, with all of their columns.
     tables
         The same rows, to which a column is added for each property.
@@ -84,11 +84,11 @@ def with_meta(
     own = [name for name in names if name not in OF_SLOTS]
     if not names:
         return (), list(tables)
-    values = [dict(_values(table, own)) for table in asked]
+    values = [dict(_values(table, own)) for table in members]
     kinds = {name: _kind(source, name, [v for member in values for v in member[name]]) for name in own}
     missing = [name for name, kind in kinds.items() if kind is None]
     if missing:
-        raise _unknown(source, missing[0], asked)
+        raise _unknown(source, missing[0], members)
     result = []
     for table, member in zip(tables, values, strict=True):
         for name in own:
