@@ -210,6 +210,7 @@ class Collection(TableExits, PixelReads):
         fill: bool | None = None,
         dtype: Dtype | None = None,
         kinds: Mapping[str, KindName] | None = None,
+        meta: Sequence[str] | None = None,
     ) -> Collection:
         """Give all records the same bands, units, grid and time axis.
 
@@ -276,6 +277,16 @@ class Collection(TableExits, PixelReads):
             (``"reflectance"``, ``"temperature"``, ``"backscatter"``, ``"amplitude"``, ``"continuous"``, ``"class"``,
             ``"bitfield"``, ``"angle"``, ``"embedding"``, ``"vector"``) decides kernel,
             overviews, composites, statistics and normalizing.
+        meta
+            What chips carry of each slot beside its pixels, as arrays (chip, time): any column or property of the
+            records (``"view:sun_elevation"``, ``"eo:cloud_cover"``, ``"id"``), of the record that ``member`` and
+            ``datetime`` name. Numbers become float64, NaN where there is none; text stays text, times are ISO 8601
+            text, ``""`` where there is none. Of an acquisition of several records it is the one whose centre is
+            nearest to the chip's; a composite of several acquisitions has none, as its ``datetime`` is NaT.
+            ``"day_of_year"`` is that of ``datetime`` (1 to 366, UTC; NaN where that is NaT, and of what holds at any
+            time); ``"valid_fraction"`` the share of the pixels that are valid in all bands; ``"masked_fraction"`` the
+            share of those that are invalid and hidden by ``mask`` in any record that was read for the slot. Batches
+            have them as ``"<source>/<name>"``. Nothing is read for it.
 
         Examples
         --------
@@ -285,6 +296,10 @@ class Collection(TableExits, PixelReads):
         >>> each = collection.harmonize(["red", "nir"], time="acquisitions", max_acquisitions=4, choose="clearest")
         >>> each.chips(32, cell_km=0.96).load()["present"].dims
         ('chip', 'time')
+        >>> told = collection.harmonize(["red"], mask="clouds", time="1MS", meta=["eo:cloud_cover", "masked_fraction"])
+        >>> batch = next(told.chips(32, cell_km=0.96).stream(batch_size=4))
+        >>> batch["s2/eo:cloud_cover"].shape, batch["s2/masked_fraction"].dtype
+        ((4, 3), dtype('float32'))
         """
         spec = HarmonizeSpec(
             bands=None if bands is None else tuple([bands] if isinstance(bands, str) else bands),
@@ -301,6 +316,7 @@ class Collection(TableExits, PixelReads):
             fill=fill,
             dtype=dtype,
             kinds=checked_kinds(kinds, "harmonize(kinds=)") or None,
+            meta=None if meta is None else tuple([meta] if isinstance(meta, str) else meta),
         )
         return self._with(Harmonize(self.plan, spec))
 

@@ -384,7 +384,8 @@ class StoredChips:
     def take(self, ids: Sequence[str]) -> Arrays:
         """Read some chips, in the order asked for, by concurrent single gets.
 
-        A chip costs one request an array of pixels, a shard one for its index and one for its times; these are kept.
+        A chip costs one request an array of pixels, a shard one for its index, one for its times and for each
+        other array (chip, time); these are kept.
 
         Parameters
         ----------
@@ -395,8 +396,8 @@ class StoredChips:
         -------
         dict
             Chips along axis 0: ``"<source>"`` pixels (chip, time, band, y, x), ``"<source>/valid"`` (chip, time, y,
-            x), ``"<source>/datetime"`` (chip, time), ``"chip_id"``, ``"split"``, ``"epsg"``, ``"bbox"`` (chip, 4)
-            and ``"labels/<column>"``.
+            x), ``"<source>/datetime"`` (chip, time) and what ``harmonize(meta=)`` names, ``"chip_id"``, ``"split"``,
+            ``"epsg"``, ``"bbox"`` (chip, 4) and ``"labels/<column>"``.
 
         Raises
         ------

@@ -40,7 +40,7 @@ ORDER = {
     "ingest": "search stacapi tablecache describe sources fileindex filelist filenames validareas stac tables files "
               "pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
-                "chiptimes resolve radiometry origins query recordtable",
+                "chiptimes meta resolve radiometry origins query recordtable",
     "chipping": "coverage chiptable labels frame leftover distances celltable regions feeds chipslots "
                 "laying chips splits dealing ground strata splittimes rulesteps steps drawing blocks blockfiles "
                 "planblocks",

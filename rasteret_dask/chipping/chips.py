@@ -14,7 +14,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.celltable import CellTable
-from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, joined, replaced, with_columns
+from rasteret_dask.chipping.chiptable import (
+    CHIP_SCHEMA,
+    FeedTable,
+    is_label,
+    is_name,
+    joined,
+    replaced,
+    with_columns,
+)
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import Feeds, source_outlines
 from rasteret_dask.chipping.frame import Frame, Phase, cell_names, outline_wkb
@@ -23,6 +31,7 @@ from rasteret_dask.chipping.laying import Laid, lay
 from rasteret_dask.errors import EmptyError, GridError, PlanError
 from rasteret_dask.grid import Lattice, digits
 from rasteret_dask.planning.chiptimes import Dates, dates_of
+from rasteret_dask.planning.meta import OF_SLOTS
 from rasteret_dask.planning.names import check_names
 from rasteret_dask.planning.pixelsizes import COARSE, pixels_m
 from rasteret_dask.planning.plan import (
@@ -228,6 +237,7 @@ def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
         required = (sources[0].plan.name,)
     names = [s.plan.name for s in sources]
     check_names(names, "chips")
+    _check_meta(sources)
     if node.spec.reference is not None and node.spec.reference not in names:
         raise PlanError("chips(reference=)", repr(node.spec.reference), f"one of {', '.join(names)}")
     if node.spec.reference is not None and node.spec.reference not in required:
@@ -341,6 +351,19 @@ def _shared_time(sources: list[ResolvedSource], reference: int) -> list[Resolved
             source = replace(source, axis=axis, plan=replace(source.plan, slots=slots))
         result.append(source)
     return result
+
+
+def _check_meta(sources: Sequence[ResolvedSource]) -> None:
+    """Refuse names of what chips carry that no array can have beside those of chips."""
+    for source in sources:
+        for name, _ in source.plan.meta:
+            if name not in OF_SLOTS and not (is_label(name) and is_name(name)):
+                why = "a name that chips have of their own" if is_name(name) else "no name of an array"
+                always = name == "datetime"
+                raise PlanError(
+                    f"harmonize(meta=) of source {source.plan.name!r}", f"{name!r}, {why}", "another name",
+                    "Leave it out: chips always have it." if always else "Rename the column of the records.",
+                )  # fmt: skip
 
 
 def _check_slots(spec: ChipSpec, sources: list[ResolvedSource]) -> None:

@@ -20,9 +20,11 @@ __all__ = [
     "FeedTable",
     "FILLED",
     "MASK",
+    "META",
     "PRESENT",
     "bounds_of",
     "is_label",
+    "is_name",
     "joined",
     "label_columns",
     "label_fields",
@@ -36,6 +38,9 @@ FILLED = "filled_fraction"
 
 PRESENT = "present"
 """Name of the coordinate (chip, time) of a source that may be empty somewhere: whether any record feeds that slot."""
+
+META = "meta"
+"""Attribute of a source: names of the coordinates (chip, time) that ``harmonize(meta=)`` asks for."""
 
 MASK = "mask"
 """Name of the variable (chip, y, x) of rasterized labels."""
@@ -295,6 +300,11 @@ RESERVED = frozenset(
 def is_label(name: str) -> bool:
     """Return whether a coordinate (chip,) of this name is a column of the user's."""
     return name not in RESERVED and name not in CHIP_SCHEMA.names
+
+
+def is_name(name: str) -> bool:
+    """Return whether an array can have a name: no path, and one word in a list of names."""
+    return bool(name.strip(".")) and not any(c in "/\\" or c.isspace() for c in name)
 
 
 def label_fields(schema: pa.Schema) -> list[pa.Field]:

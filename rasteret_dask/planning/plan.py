@@ -123,6 +123,8 @@ class HarmonizeSpec:
     """Which ones, where there are more."""
     relative_to: str | None = dataclasses.field(default=None, metadata=LATER)
     """The column of ``at=`` with the date that windows of time are counted from, or acquisitions are near to."""
+    meta: tuple[str, ...] | None = dataclasses.field(default=None, metadata=LATER)
+    """What chips carry of each slot: properties of its record, or names of ``meta.OF_SLOTS``."""
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -144,6 +146,11 @@ class HarmonizeSpec:
             raise PlanError("harmonize(resolution=)", repr(self.resolution), "a positive pixel size")
         if self.bands is not None and (not self.bands or len(set(self.bands)) != len(self.bands)):
             raise PlanError("harmonize(bands=)", repr(self.bands), "at least one band, none twice")
+        names = self.meta
+        if names is not None and not (
+            names and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)
+        ):
+            raise PlanError("harmonize(meta=)", repr(names), "at least one name, as text, none twice")
 
     def under(self, outer: HarmonizeSpec) -> HarmonizeSpec:
         """Return this with whatever ``outer`` says put over it."""

@@ -26,6 +26,7 @@ from rasteret_dask.planning.bandkinds import BandKind, band_kinds, check_kernel,
 from rasteret_dask.planning.bandpass import like_oli
 from rasteret_dask.planning.calls import condition
 from rasteret_dask.planning.chiptimes import ChipTimes
+from rasteret_dask.planning.meta import MASKED, Meta, with_meta
 from rasteret_dask.planning.pixelsizes import alike, catalog_m, not_in_metres, pixels_m
 from rasteret_dask.planning.plan import (
     LATER,
@@ -118,6 +119,8 @@ class SourcePlan:
     """Whether there are chips without it, as its join does not require it."""
     chip_slots: int = dataclasses.field(default=0, metadata=LATER)
     """How many slots each chip has of its own; 0: slots are the same for all chips, or there are none."""
+    meta: Meta = dataclasses.field(default=(), metadata=LATER)
+    """What chips carry of each slot beside its pixels."""
 
     @property
     def sparse(self) -> bool:
@@ -317,7 +320,15 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
     )
     tables = like_oli(name, bands, rules.units, tables, [m.bands for m in resolved])
     hosts = [host for r in tables for host in hosts_of(r.table.schema) or ()]
-    records = Records(marked(pa.concat_tables([_plain(r.table) for r in tables]), hosts))
+    meta, plain = with_meta(
+        name, spec.meta or (), [m.table for m in members], [_plain(r.table) for r in tables]
+    )
+    if spec.mask is None and MASKED in dict(meta):
+        raise PlanError(
+            f"harmonize(meta={MASKED!r}) of source {name!r}", "no mask", "a mask, whose share it is",
+            f"Say harmonize(mask='clouds', meta=[{MASKED!r}]).",
+        )  # fmt: skip
+    records = Records(marked(pa.concat_tables(plain), hosts))
     passes = acquisitions(records, spec.time == STATIC)
     _one_scale(name, bands, rules, tables, resolved, passes)
     chip_times = ChipTimes.of(name, spec)
@@ -341,6 +352,7 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
         slots=None if axis is None else tuple(int(t) for t in axis.start.astype(np.int64)),
         maps=maps,
         kinds=kinds,
+        meta=meta,
     )
     member = np.repeat(np.arange(len(tables)), [len(r) for r in tables])
     tolerance = _tolerance(name, spec, passes)

@@ -362,6 +362,8 @@ def _harmonize(spec: HarmonizeSpec) -> Table:
         table["pick"] = _word(spec.pick, PICKS)
     if spec.kinds is not None:
         table["kinds"] = dict(spec.kinds)
+    if spec.meta is not None:
+        table["meta"] = list(spec.meta)
     return _some(table)
 
 

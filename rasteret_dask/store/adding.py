@@ -71,6 +71,7 @@ def put_labels(chips: Stored, table: pa.Table, on: str) -> Stored:
     kinds = [table.schema.field(name).type for name in names]
     plain_kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
     fit = {one.name for one in label_fields(pa.schema(list(zip(names, plain_kinds, strict=True))))}
+    fit -= {name for group in chips.map.first for name in group.meta}
     unfit = [name for name in names if name not in fit]
     if unfit:
         raise SchemaError(

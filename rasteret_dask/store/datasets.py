@@ -12,7 +12,7 @@ from dask._task_spec import Task
 from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
+from rasteret_dask.chipping.chiptable import FILLED, MASK, META, PRESENT
 from rasteret_dask.store.encode import CHIPS_PER_SHARD
 from rasteret_dask.store.stored import Stored, facts
 from rasteret_dask.store.storemap import StoredGroup
@@ -23,7 +23,7 @@ __all__ = ["to_xarray"]
 _PIXELS = ("pixels", "valid", MASK)
 _PER_CHIP = (*_PIXELS, "valid_fraction", FILLED, PRESENT, "datetime", "member")
 
-_OF_STORE = ("coordinates", "kinds", "rasteret_dask", CHIPS_PER_SHARD)
+_OF_STORE = ("coordinates", "kinds", "rasteret_dask", CHIPS_PER_SHARD, META)
 """Attributes of a group that say how it is stored, not what its chips are."""
 
 
@@ -38,7 +38,9 @@ def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:
         Whether to leave reading to Dask, a chunk a shard.
     """
     opened = chips.map
-    names = {g.source: [n for n in _PER_CHIP if n in g.arrays] for g in opened.first}
+    names = {
+        g.source: [n for n in dict.fromkeys((*_PER_CHIP, *g.meta)) if n in g.arrays] for g in opened.first
+    }
     read = {} if lazy else read_variables(opened, chips.rows, names)
     nodes = {}
     for group in opened.first:
@@ -69,8 +71,8 @@ def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Da
         coordinates["time"] = ("time", stamps.view("datetime64[us]").astype("datetime64[ns]"))
     attrs = {k: v for k, v in group.attrs.items() if k not in _OF_STORE}
     dataset = xr.Dataset(data, coordinates, attrs)
-    for name in ("pixels", MASK):
-        if name in data:
+    for name in ("pixels", MASK, *group.meta):
+        if name in own:
             dataset[name].attrs = dict(group.arrays[name].attrs)
     return dataset
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import document_of, sealed
+from rasteret_dask.planning.meta import TEXT
 from rasteret_dask.planning.plan import (
     ChipSpec,
     CutChips,
@@ -197,6 +198,10 @@ def _output_facts(job: Job, outputs: Sequence[Output]) -> dict[str, str]:
             f"time axis of {name}": "none" if out.slots is None else "slots",
             f"burned labels of {name}": str(out.mask or "none"),
         }
+        if out.meta:
+            kinds = ("text" if kind == TEXT else kind for _, kind in out.meta)
+            told = [f"{one} ({kind})" for one, kind in zip(out.meta_names, kinds, strict=True)]
+            found[f"meta of {name}"] = ", ".join(told)
     if job.labels is not None:
         found["classes of labels"] = _text(job.labels.attrs)
     return found

@@ -13,9 +13,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT, bounds_of, label_columns, label_fields
+from rasteret_dask.chipping.chiptable import (
+    FILLED,
+    MASK,
+    META,
+    PRESENT,
+    bounds_of,
+    label_columns,
+    label_fields,
+)
 from rasteret_dask.crs import unpack
 from rasteret_dask.formats import MEANING, STORE
+from rasteret_dask.planning.meta import TEXT, VALID, meta_attrs
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
     import zarr
     from zarr.storage import MemoryStore
 
-__all__ = ["JOB", "OF_SHARDS", "Layout", "layout_of"]
+__all__ = ["JOB", "Layout", "layout_of", "of_shards"]
 
 OF_SHARDS = {
     "pixels": 5,
@@ -45,7 +54,7 @@ OF_SHARDS = {
     "datetime": 2,
     "member": 2,
 }
-"""Arrays that shards' tasks write, and how many dimensions they have."""
+"""Arrays that shards' tasks write of any source, and how many dimensions they have."""
 
 COORDINATE_CHIPS = 1_048_576
 """Chips of a chunk of a coordinate, at most: opening a smaller store costs one request a coordinate."""
@@ -53,6 +62,11 @@ COORDINATE_CHIPS = 1_048_576
 _TIMES = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 _NAT = np.iinfo(np.int64).min
 _COORDINATES = "chip_id split epsg bounds valid_fraction datetime member band_kind"
+
+
+def of_shards(job: Job, source: int) -> dict[str, int]:
+    """Return the arrays that shards' tasks write of a source, and how many dimensions they have."""
+    return OF_SHARDS | {name: 2 for name, _ in job.sources[source].meta}
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class Layout:
                 inside = f"{group}/" if group else ""
                 for number in range(hierarchy.shards):
                     shard = self.job.shard(hierarchy.number, number).name
-                    for name, dims in OF_SHARDS.items():
+                    for name, dims in of_shards(self.job, source).items():
                         result["/".join((f"{inside}{name}/c/{number}", *["0"] * (dims - 1)))] = shard
                 result[f"{inside}{KEPT}/c/0"] = self.job.shard(hierarchy.number, 0).name
         return result
@@ -157,7 +171,14 @@ class Layout:
             )
             mask.update_attributes(self.job.labels.attrs)
         two = (n, out.times)
-        self._array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
+        share = self._array(group, VALID, two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
+        if VALID in out.meta_names:
+            share.update_attributes(meta_attrs(VALID))
+        for name, kind in out.meta_arrays:
+            blank: Any = "" if kind == TEXT else np.nan
+            dtype = str if kind == TEXT else kind
+            told = self._array(group, name, two, dtype, ("chip", "time"), (per, out.times), None, blank)
+            told.update_attributes(meta_attrs(name))
         if out.filled:
             self._array(group, FILLED, two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
         if out.present:
@@ -170,6 +191,7 @@ class Layout:
         kept: tuple[str, ...] = ()
         kept += (FILLED,) if out.filled else ()
         kept += (PRESENT,) if out.present else ()
+        kept += tuple(name for name, _ in out.meta_arrays)
         kept += ("units",) if out.units else ()
         if self.job.pixel_rules:  # what it says is known when all shards are written
             self._array(group, KEPT, (n,), "bool", ("chip",), (n,), None, False)
@@ -182,6 +204,7 @@ class Layout:
                 CHIPS_PER_SHARD: per,
                 "kinds": list(out.kind_names),  # as the array: what opens a store needs no request more
                 **({CLASSES: out.classes} if out.classes else {}),
+                **({META: list(out.meta_names)} if out.meta else {}),
             }
         )
         return chunks

@@ -16,6 +16,7 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
 from rasteret_dask.net.signatures import send_to_current
+from rasteret_dask.planning.meta import TEXT, meta_attrs
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.table.itemkinds import CLASSES
 from rasteret_dask.tasks import pixels
@@ -147,6 +148,8 @@ def _shapes(job: Job, out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int
         shapes[FILLED] = (two, (out.times,), np.dtype("float32"))
     if out.present:
         shapes[PRESENT] = (two, (out.times,), np.dtype(bool))
+    for name, kind in out.meta_arrays:
+        shapes[name] = (two, (out.times,), np.dtype(object if kind == TEXT else kind))
     if job.pixel_rules:
         shapes[KEPT] = (("chip",), (), np.dtype(bool))
     if out.valid:
@@ -176,6 +179,8 @@ def _assembled(
     classes = {CLASSES: out.classes} if out.classes else {}
     dataset = xr.Dataset(data, coordinates, {**layout.attrs.get(source, {}), **classes})
     dataset["pixels"].attrs = out.pixel_attrs
+    for name in out.meta_names:
+        dataset[name].attrs = meta_attrs(name)
     if out.mask and job.labels is not None:
         dataset[MASK].attrs = job.labels.attrs
     return dataset

@@ -19,7 +19,7 @@ from rasteret_dask.errors import BandError, CredentialsError, PlanError, ReadErr
 from rasteret_dask.net import remote
 from rasteret_dask.planning.plan import Function
 from rasteret_dask.planning.sampling import sample_rows
-from rasteret_dask.store.layout import JOB, OF_SHARDS
+from rasteret_dask.store.layout import JOB, of_shards
 from rasteret_dask.store.ledger import TO_ZARR
 from rasteret_dask.store.onthreads import threads_that_fit
 from rasteret_dask.store.storemap import StoreMap, open_store
@@ -149,7 +149,10 @@ class Rereading:
         row = int(self._rows[at])
         shard = self._store.shards[int(np.searchsorted(self._store.starts, row, side="right")) - 1]
         groups = self._store.groups_of(shard)
-        names = {group.source: [name for name in OF_SHARDS if name in group.arrays] for group in groups}
+        names = {
+            group.source: [name for name in of_shards(self._job, number) if name in group.arrays]
+            for number, group in enumerate(groups)
+        }
         read = read_rows(self._store, self._rows[at : at + 1], names)
         inside = row - next(one.start for one in self._store.shards if one.split == shard.split)
         result: dict[str, dict[str, NDArray[Any]]] = {}

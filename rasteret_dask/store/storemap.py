@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
+from rasteret_dask.chipping.chiptable import FILLED, MASK, META, PRESENT
 from rasteret_dask.errors import PlanError, RasteretDaskError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums, changed
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 UNSAMPLED = ("valid_fraction", "member")
-"""Variables that shards' tasks write and samples do not carry."""
+"""Variables that shards' tasks write and samples carry only where they are asked for."""
 
 _OF_SHARDS = ["shard", "split", "number", "chips", "dropped_chips", "objects"]
 
@@ -65,6 +65,8 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "time": (("time",), ("int64",)),
 }
 """Dimensions of arrays, and their dtypes where they are known ("None": text); all others have one value a chip."""
+_OF_SLOT = (("chip", "time"), ("float32", "float64", "None"))
+"""The same of arrays that ``harmonize(meta=)`` asked for."""
 _NEEDED = {"pixels", "valid_fraction", "datetime", "member", "band"}
 
 SIZES_BYTES = 8 * 2**20
@@ -95,7 +97,7 @@ class StoredArray:
     @property
     def of_plan(self) -> bool:
         """Whether the plan knew it: no shard's task wrote it."""
-        return self.dims[0] != "chip" or len(self.dims) == 1 or self.path.endswith("bounds")
+        return self.dims[0] != "chip" or len(self.dims) == 1 or self.path.rpartition("/")[2] == "bounds"
 
     def object(self, number: int) -> str:
         """Return the path of a chunk, or of a shard: the one of its number in the first dimension."""
@@ -111,10 +113,16 @@ class StoredGroup:
     arrays: Mapping[str, StoredArray]
     attrs: Mapping[str, Any]
 
+    @property
+    def meta(self) -> tuple[str, ...]:
+        """Names of the arrays (chip, time) that ``harmonize(meta=)`` asked for."""
+        return tuple(self.attrs.get(META, ()))
+
     @cached_property
     def sampled(self) -> tuple[str, ...]:
         """The variables that a sample carries: those with a value or more a chip that shards' tasks wrote."""
-        return tuple(n for n, array in self.arrays.items() if n not in UNSAMPLED and not array.of_plan)
+        left = [name for name in UNSAMPLED if name not in self.meta]
+        return tuple(n for n, array in self.arrays.items() if n not in left and not array.of_plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,11 +399,11 @@ def _mapped(url: str, token: str, root: ledger.Root) -> StoreMap:
 
 def _check_chips(url: str, group: StoredGroup, chips: int) -> None:
     """Raise where arrays are not as to_zarr writes them: memory is asked for by what they say."""
-    missing = _NEEDED - group.arrays.keys()
+    missing = {*_NEEDED, *group.meta} - group.arrays.keys()
     sizes: dict[str, int] = {"chip": chips}
     for name, array in group.arrays.items():
         shape, encoding = array.shape, array.encoding
-        dims, dtypes = _ARRAYS.get(name, (("chip",), None))
+        dims, dtypes = _ARRAYS.get(name) or (_OF_SLOT if name in group.meta else (("chip",), None))
         fits = (
             array.dims == dims
             and len(shape) == len(encoding.chunk) == len(dims)

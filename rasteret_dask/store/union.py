@@ -52,11 +52,12 @@ _BLANKS: Mapping[str, Any] = {
     "valid": False,
     "valid_fraction": 0.0,
     "filled_fraction": 0.0,
+    "masked_fraction": 0.0,
     "datetime": np.datetime64("NaT", "us"),
     "member": "",
     "present": False,
 }
-"""What a slot that a chip does not have holds; pixels hold their fill."""
+"""What a slot that a chip does not have holds; pixels, and what was asked for of slots, hold their fill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +391,7 @@ class StoreUnion:
             return np.empty(shape, like.dtype)
         shape[1] = self.axes[source].length
         group = next(group for group in self.parts[0].first if group.source == source)
-        fill = group.arrays[name].encoding.fill if name == "pixels" else _BLANKS[name]
+        fill = _BLANKS[name] if name in _BLANKS else group.arrays[name].encoding.fill
         return np.full(shape, fill, like.dtype)
 
     def _put(
@@ -512,6 +513,10 @@ def likeness(store: StoreMap) -> dict[str, str]:
             f"variables of {name}": ", ".join(sorted({*group.sampled})),
             f"classes of {name}": ", ".join(own.classes) or "none",
         }
+        if group.meta:
+            kinds = (group.arrays[one].encoding.dtype or "text" for one in group.meta)
+            told = [f"{one} ({kind})" for one, kind in zip(group.meta, kinds, strict=True)]
+            found[f"meta of {name}"] = ", ".join(told)
     fields = store.chips.table.schema
     names = sorted(f"{field.name} ({field.type})" for field in fields if field.name not in CHIP_SCHEMA.names)
     return found | {"columns": ", ".join(names) or "none"}

@@ -24,7 +24,7 @@ from rasteret_dask.net.sums import Sums
 from rasteret_dask.store import ledger, shardreports, smallobjects
 from rasteret_dask.store.datacard import card_objects
 from rasteret_dask.store.encode import Encoding, Piece, crc32
-from rasteret_dask.store.layout import COORDINATE_CHIPS, JOB, OF_SHARDS, Layout
+from rasteret_dask.store.layout import COORDINATE_CHIPS, JOB, Layout, of_shards
 from rasteret_dask.store.manifest import ManifestRows, stamp, warn_of_masked
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.filtering import KEPT
@@ -273,7 +273,7 @@ def _encoded(
     hierarchy = next(h for h in job.hierarchies if h.number == shard.hierarchy)
     number = next(n for n, plan in enumerate(job.sources) if plan.name == source)
     group, at = Layout(job, (), {}).group(hierarchy, number), f"c/{shard.number}"
-    for name in OF_SHARDS:
+    for name in of_shards(job, number):
         if name not in dataset.variables:
             continue
         values = dataset[name].values

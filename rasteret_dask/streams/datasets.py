@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rasteret_dask.chipping.chiptable import PRESENT
 from rasteret_dask.errors import PlanError
 from rasteret_dask.tasks.batches import Arrays
 
@@ -61,7 +60,7 @@ def as_xarray(batch: Arrays, bands: Mapping[str, Sequence[str]] | None = None) -
                 dims = {2: ("chip", "time"), 3: ("chip", "y", "x"), 4: ("chip", "time", "y", "x")}[
                     values.ndim
                 ]
-                (coordinates if variable in ("datetime", PRESENT) else variables)[variable] = (dims, values)
+                (coordinates if dims == ("chip", "time") else variables)[variable] = (dims, values)
         if "padded" in batch:
             coordinates["padded"] = ("chip", batch["padded"])
         if bands is not None and name in bands:

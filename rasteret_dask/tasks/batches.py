@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import PRESENT, is_label
+from rasteret_dask.chipping.chiptable import META, PRESENT, is_label
 from rasteret_dask.net.lending import Lender
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.rules.kinds import Kind, kind_of
@@ -31,6 +31,8 @@ Arrays: TypeAlias = dict[str, NDArray[Any]]
 ``<source>/datetime``  (chip, time) datetime64[us]     when they were taken, UTC; NaT where empty or composed
 ``<source>/present``   (chip, time) bool               whether any record feeds that slot; of sources that may be
                                                        empty somewhere, as those that ``join(require=)`` leaves out
+``<source>/<meta>``    (chip, time)                    what ``harmonize(meta=)`` names: numbers, NaN where there is
+                                                       none; text as str, ""
 ``<source>/<mask>``    (chip, y, x)                    further variables, such as rasterized labels
 ``chip_id``            (chip,) str
 ``bbox``               (chip, 4) float64               xmin, ymin, xmax, ymax in ``epsg``
@@ -113,6 +115,9 @@ def arrays_of(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None 
             result[f"{name}/datetime"] = when.astype("datetime64[us]", copy=False)
         if PRESENT in dataset.variables:
             result[f"{name}/{PRESENT}"] = _rows(dataset[PRESENT].values, rows)
+        for told in dataset.attrs.get(META, ()):
+            if told in dataset.variables:
+                result[f"{name}/{told}"] = _rows(dataset[told].values, rows)
         for more in dataset.data_vars:
             if more not in ("pixels", "valid") and dataset[more].dims[:1] == ("chip",):
                 result[f"{name}/{more}"] = _rows(dataset[more].values, rows)

@@ -56,7 +56,7 @@ def cloud_fractions(
     pick = plan.pick if isinstance(plan.pick, Ranked) else Closest()
     rules = PixelRules((Raw(),) * number, (_QUALITY,) * number, pick, StoredForm("int32", _UNKNOWN))
     bands = tuple(f"quality {at}" for at in range(number))
-    bare = replace(plan, members=members, bands=bands, rules=rules, resampling=None, maps=())
+    bare = replace(plan, members=members, bands=bands, rules=rules, resampling=None, maps=(), meta=())
     own = replace(job, sources=(*job.sources[:source], bare, *job.sources[source + 1 :]))
     read = Picking(own, shard, source, pixels.members_of(own, shard, source)).read(on_error, later=_Alone())
     cloudy = np.zeros(len(read.values), dtype=np.int64)

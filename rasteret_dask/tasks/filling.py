@@ -48,11 +48,15 @@ class ChipPixels:
     """Shape (chip, time). Start of the picked acquisition; NaT where empty or composed of several."""
     member: NDArray[Any]
     """Shape (chip, time). Name of the picked member, "" where empty; several are joined by +."""
+    row: NDArray[np.int64]
+    """Shape (chip, time). The nearest record of the picked acquisition; -1 where empty or composed of several."""
     clipped: NDArray[np.int64]
     """Shape (band,). Pixels outside the range of an integer dtype."""
     filled: NDArray[np.float32] | None = None
     """Shape (chip, time). Share of the pixels, valid in all bands, that another acquisition than the picked one gave
     any band of; None: none may."""
+    masked: NDArray[np.float32] | None = None
+    """Shape (chip, time). Share of the pixels that are invalid and that a record's mask hides; None: nobody asks."""
     counts: Counts = field(default_factory=Counts)
     read_s: float = 0.0
     """Seconds of the calls that read; what the rest took is composing."""

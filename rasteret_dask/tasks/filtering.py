@@ -12,6 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
+from rasteret_dask.planning.meta import MASKED
 from rasteret_dask.planning.rules import Rule
 from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
 from rasteret_dask.tasks.context import ReadContext
@@ -165,6 +166,7 @@ def _blanked(dataset: xr.Dataset, places: list[int], fill: float) -> xr.Dataset:
         "valid": False,
         "valid_fraction": 0,
         FILLED: 0,
+        MASKED: 0,
         PRESENT: False,
         MASK: np.nan if MASK in dataset and dataset[MASK].dtype.kind == "f" else 0,
     }

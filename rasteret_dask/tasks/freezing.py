@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, used_records
-from rasteret_dask.chipping.chiptable import FeedTable
+from rasteret_dask.chipping.chiptable import FeedTable, label_fields
 from rasteret_dask.chipping.frame import BLOCK_PX
 from rasteret_dask.chipping.splits import split_numbers
 from rasteret_dask.crs import luggage
+from rasteret_dask.errors import PlanError
 from rasteret_dask.formats import MEANING
 from rasteret_dask.planning.plan import digest, to_json
 from rasteret_dask.planning.resolve import ResolvedSource, SourcePlan
@@ -87,6 +88,7 @@ def freeze_part(chips: PlannedChips, per_shard: int, first: Mapping[str | None, 
 
 
 def _frozen(chips: PlannedChips, per_shard: int) -> Job:
+    _check_meta(chips)
     feeds = chips.feeds
     used = [feeds.rows_of(n) for n in range(len(chips.sources))]
     tasks_records, table = read_records(chips, used)
@@ -111,6 +113,18 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
         plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels,
         None if chips.cells is None else chips.cells.table,
     )  # fmt: skip
+
+
+def _check_meta(chips: PlannedChips) -> None:
+    """Raise PlanError where chips have a column of the same name as what they carry of each slot."""
+    columns = {field.name for field in label_fields(chips.table.schema)}
+    for source in chips.sources:
+        both = [name for name, _ in source.plan.meta if name in columns]
+        if both:
+            raise PlanError(
+                f"harmonize(meta=) of source {source.plan.name!r}", f"{both[0]!r}, which is a column of the chips too",
+                "names that no column of at= and with_table() has", "Rename the column.",
+            )  # fmt: skip
 
 
 def read_records(

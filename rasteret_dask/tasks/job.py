@@ -22,8 +22,9 @@ from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.crs import unpack
 from rasteret_dask.grid import transformer
 from rasteret_dask.planning.bandkinds import BandKind
+from rasteret_dask.planning.meta import OF_SLOTS, VALID, Meta, record_values
 from rasteret_dask.planning.plan import Function, Rule, digest
-from rasteret_dask.planning.resolve import Member, SourcePlan
+from rasteret_dask.planning.resolve import SourcePlan
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 from rasteret_dask.table.filelayouts import FileLayouts
 from rasteret_dask.table.records import Records
@@ -124,6 +125,8 @@ class Output:
     """Whether acquisitions fill each other, so that ``filled_fraction`` (chip, time) is told."""
     present: bool = False
     """Whether slots or chips may have no record, so that ``present`` (chip, time) is told."""
+    meta: Meta = ()
+    """What is told of each slot beside its pixels."""
 
     @classmethod
     def of(cls, plan: SourcePlan, size: int) -> Output:
@@ -133,7 +136,17 @@ class Output:
         attrs = (*((("units", plan.unit),) if plan.unit else ()), ("long_name", plan.name))
         return cls(plan.bands, plan.dtype, plan.fill, plan.times, plan.slots, size, size, whole, scale, attrs,
                    kinds=plan.kinds, units=plan.units, filled=plan.pick.fills,
-                   present=plan.sparse)  # fmt: skip
+                   present=plan.sparse, meta=plan.meta)  # fmt: skip
+
+    @property
+    def meta_names(self) -> tuple[str, ...]:
+        """Names of what is told of each slot."""
+        return tuple(name for name, _ in self.meta)
+
+    @property
+    def meta_arrays(self) -> Meta:
+        """The arrays that there are only because they are asked for."""
+        return tuple(pair for pair in self.meta if pair[0] != VALID)
 
     @property
     def pixel_attrs(self) -> dict[str, Any]:
@@ -245,6 +258,14 @@ class Job:
         """Per source, shape (record,), us: when the record's acquisition starts, UTC."""
         return tuple(
             np.asarray(r.table.column("__start__").to_numpy(), dtype="datetime64[us]") for r in self.records
+        )
+
+    @cached_property
+    def meta(self) -> tuple[Mapping[str, NDArray[Any]], ...]:
+        """Per source, each property that chips carry, shape (record + 1,): the last is what has no record."""
+        return tuple(
+            {name: record_values(r.table, name, dtype) for name, dtype in plan.meta if name not in OF_SLOTS}
+            for plan, r in zip(self.sources, self.records, strict=True)
         )
 
     @cached_property
@@ -420,7 +441,7 @@ def shard_keys(job: Job) -> dict[str, str]:
     """Return for each shard's name the sha256 of what decides its pixels."""
     feeds = job.feeds
     marks = [
-        _marks(records, members, source.members)
+        _marks(records, members, source)
         for source, records, members in zip(job.sources, job.records, job.members, strict=True)
     ]
     base = np.cumsum([0, *(len(m) for m in marks)])
@@ -447,10 +468,11 @@ def _labels(job: Job) -> str:
     return hashlib.sha256(ipc_bytes(job.chosen_chips().select(own))).hexdigest() if own else ""
 
 
-def _marks(records: Records, members: NDArray[np.int64], plans: tuple[Member, ...]) -> NDArray[Any]:
-    """Digest each record's assets that its member reads; shape (record,), 32 bytes each."""
+def _marks(records: Records, members: NDArray[np.int64], plan: SourcePlan) -> NDArray[Any]:
+    """Digest each record's assets that its member reads, and what chips carry of it; shape (record,), 32 bytes each."""
     result = np.zeros(len(records), dtype="V32")
-    for number, member in enumerate(plans):
+    told = [record_values(records.table, name, kind) for name, kind in plan.meta if name not in OF_SLOTS]
+    for number, member in enumerate(plan.members):
         rows = np.flatnonzero(members == number)
         if not len(rows):
             continue
@@ -460,7 +482,7 @@ def _marks(records: Records, members: NDArray[np.int64], plans: tuple[Member, ..
             fields[name][band * len(own) : (band + 1) * len(own)]
             for band in range(len(member.reads))
             for name in _DECIDING
-        ]
+        ] + [values[rows].tolist() for values in told]
         digests = b"".join(hashlib.sha256(repr(v).encode()).digest() for v in zip(*columns, strict=True))
         result[rows] = np.frombuffer(digests, dtype="V32")
     return result

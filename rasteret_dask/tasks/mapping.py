@@ -113,7 +113,9 @@ def _blank(job: Job, source: int) -> xr.Dataset:
         np.ones((1, plan.times, size, size), dtype=bool),
         np.full((1, plan.times), np.datetime64("2000-01-01", "us")),
         np.full((1, plan.times), plan.members[0].name, dtype=object),
+        np.full((1, plan.times), -1, dtype=np.int64),
         np.zeros(len(plan.bands), dtype=np.int64),
+        masked=np.zeros((1, plan.times), dtype=np.float32),
     )
     return pixels.dataset_of(job, shard, source, chips)
 
@@ -132,5 +134,5 @@ def _described(dataset: xr.Dataset, before: Output) -> Output:
         tuple(str(n) for n in names), array.dtype.name, fill, times, slots, height, width,
         before.valid and same, None, tuple(pair for pair in before.attrs if pair[0] != "units"),
         kinds, before.mask if MASK in dataset else None, filled=before.filled,
-        present=before.present and times == before.times,
+        present=before.present and times == before.times, meta=before.meta if times == before.times else (),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rasteret_dask.planning.meta import MASKED
 from rasteret_dask.planning.resolve import Member
 from rasteret_dask.reader.engine import Session
 from rasteret_dask.reader.keeping import Later
@@ -58,6 +59,8 @@ class Picking:
         self.member_of, self.pass_of = job.members[source], job.passes[source]
         self._seen: dict[tuple[int, int], list[Seen]] = {}
         """(record, chip) -> the bands that its score has read of it already."""
+        self._veils: dict[tuple[int, int], NDArray[np.bool_]] = {}
+        """(chip, slot) -> where a mask hides any of its records that were read: of one batch, if it is asked for."""
 
     def read(
         self, on_error: str = "raise", into: Into | None = None, later: Later | None = None
@@ -75,8 +78,10 @@ class Picking:
             valid,
             np.full((n, plan.times), np.datetime64("NaT", "us"), dtype="datetime64[us]"),
             np.full((n, plan.times), "", dtype=object),
+            np.full((n, plan.times), -1, dtype=np.int64),
             np.zeros(len(plan.bands), dtype=np.int64),
             np.zeros((n, plan.times), dtype=np.float32) if plan.pick.fills else None,
+            np.zeros((n, plan.times), dtype=np.float32) if self._is_veiled else None,
         )
         feed = Feed.of(self.job, self.shard, self.source)
         blank = np.ones((n, plan.times), dtype=bool)
@@ -93,6 +98,7 @@ class Picking:
                 else:
                     self._pick(session, some, slots, chips)
                 self._seen.clear()
+                self._count_masked(chips)
             chips.counts, chips.unreadable = session.counts, session.unreadable
             chips.read_s = session.seconds
         return chips
@@ -180,6 +186,7 @@ class Picking:
         looks = self._looks(first, apart)
         for entry, (place, windows) in enumerate(zip(places, looks, strict=True)):
             self._look(place, windows, self._member(int(first.row[entry])), chips)
+            self._note_hidden(first, entry, windows)
 
     def _out(self, wanted: Wanted, places: Sequence[ChipPlace]) -> Out:
         band, asset = wanted.bands[0], wanted.asset
@@ -281,6 +288,7 @@ class Picking:
             shows = [chip not in fronts or not fronts[chip].is_complete for chip in here.chip.tolist()]
             here = here.take(np.flatnonzero(shows))
             for entry, windows in self._windows(session, here, keep=feed.take(rank > number)):
+                self._note_hidden(here, entry, windows)
                 yield int(here.chip[entry]), int(here.row[entry]), windows
 
     def _compose(self, session: Session, feed: Feed, slot: int, chips: ChipPixels) -> None:
@@ -430,9 +438,31 @@ class Picking:
         self._seen = {key: [copied(w) for w in windows] for key, windows in read.items() if key in left}
         return feed
 
+    @property
+    def _is_veiled(self) -> bool:
+        """Whether the share of masked pixels is asked for."""
+        return MASKED in dict(self.plan.meta)
+
+    def _note_hidden(self, feed: Feed, entry: int, windows: Sequence[Seen]) -> None:
+        """Note where the mask hides a record, where the share of masked pixels is asked for."""
+        if not self._is_veiled:
+            return
+        where = hidden(self._member(int(feed.row[entry])), windows)
+        if where is not None:
+            place = int(feed.chip[entry]), int(feed.slot[entry])
+            self._veils[place] = where | self._veils[place] if place in self._veils else where
+
+    def _count_masked(self, chips: ChipPixels) -> None:
+        """Count the pixels of finished slots that stayed invalid, and that a mask hides."""
+        for place, where in self._veils.items():
+            assert chips.masked is not None
+            chips.masked[place] = np.count_nonzero(where & ~chips.valid[place]) / where.size
+        self._veils.clear()
+
     def _name(self, feed: Feed, slot: int, chips: ChipPixels) -> None:
-        """Note when the first acquisition of each chip starts, and its member."""
+        """Note when the first acquisition of each chip starts, its member, and its nearest record."""
         best = feed.take(_first_of(feed.chip))
+        chips.row[best.chip, slot] = best.row
         chips.datetime[best.chip, slot] = self.job.starts[self.source][best.row]
         chips.member[best.chip, slot] = self._names(best.row)
 
@@ -446,6 +476,7 @@ class Picking:
             chips.member[chip, slot] = "+".join(sorted(set(names[own].tolist())))
             if own.sum() > 1:
                 chips.datetime[chip, slot] = np.datetime64("NaT", "us")
+                chips.row[chip, slot] = -1
 
     def _names(self, rows: NDArray[np.int64]) -> list[str]:
         return [self._member(int(row)).name for row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rasteret_dask import activity
-from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT, label_columns
+from rasteret_dask.chipping.chiptable import FILLED, MASK, META, PRESENT, label_columns
+from rasteret_dask.planning.meta import DAY_OF_YEAR, MASKED, OF_SLOTS, days_of_year
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.tasks.cuts import Feed, MemberCubes, cubes
 from rasteret_dask.tasks.filling import ChipPixels, Into
@@ -56,7 +57,7 @@ def merged(
     xarray.Dataset
         ``pixels`` (chip, time, band, y, x); ``valid`` (chip, time, y, x) for integer pixels; ``valid_fraction``,
         ``datetime`` and ``member`` (chip, time), ``filled_fraction`` where acquisitions fill each other, ``present``
-        (chip, time) of a source that may be empty somewhere; counts of
+        (chip, time) of a source that may be empty somewhere, what ``harmonize(meta=)`` names; counts of
         what was read, and the seconds that reading and composing took, in its attributes.
     """
     begun = time.perf_counter()
@@ -102,6 +103,8 @@ def dataset_of(job: Job, shard: Shard, source: int, chips: ChipPixels) -> xr.Dat
         coordinates[PRESENT] = (("chip", "time"), there)
     if chips.filled is not None:
         coordinates[FILLED] = (("chip", "time"), chips.filled)
+    for name, values in _meta(job, source, chips):
+        coordinates[name] = (("chip", "time"), values)
     if plan.slots is not None:
         coordinates["time"] = ("time", np.array(plan.slots, dtype="datetime64[ns]"))
     counts = {k: int(getattr(chips.counts, k)) for k in chips.counts.__slots__}
@@ -110,7 +113,21 @@ def dataset_of(job: Job, shard: Shard, source: int, chips: ChipPixels) -> xr.Dat
         "clipped": dict(zip(plan.bands, chips.clipped.tolist(), strict=True)),
     }
     attrs["unreadable"] = chips.unreadable
+    if plan.meta:
+        attrs[META] = tuple(name for name, _ in plan.meta)
     return xr.Dataset(variables, coordinates, attrs)
+
+
+def _meta(job: Job, source: int, chips: ChipPixels) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield what is asked for of each slot, shape (chip, time), but ``valid_fraction``, which is always told."""
+    for name, _ in job.sources[source].meta:
+        if name == DAY_OF_YEAR:
+            yield name, days_of_year(chips.datetime)
+        elif name == MASKED:
+            assert chips.masked is not None
+            yield name, chips.masked
+        elif name not in OF_SLOTS:
+            yield name, job.meta[source][name][chips.row]
 
 
 def _fractions(valid: NDArray[np.bool_]) -> NDArray[np.float32]:
