@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 __all__ = [
     "Boundary",
     "Choose",
+    "Dealt",
     "Dtype",
     "Duplicates",
     "Grid",
@@ -18,7 +19,7 @@ __all__ = [
     "TableLayout",
 ]
 
-Resampling: TypeAlias = Literal["nearest", "bilinear", "cubic", "average", "mode"]
+Resampling: TypeAlias = Literal["nearest", "bilinear", "cubic", "average", "mode", "overview"]
 """How pixels are brought to another size."""
 
 Dtype: TypeAlias = Literal["float32", "uint16", "int16"]
@@ -33,6 +34,9 @@ Grid: TypeAlias = Literal["utm", "zone", "tiles"]
 
 SplitBy: TypeAlias = Literal["ground", "geometry", "time"]
 """What decides a chip's split; a column of the chip table is taken too."""
+
+Dealt: TypeAlias = Literal["split", "fold"]
+"""What split cells are dealt to."""
 
 Boundary: TypeAlias = Literal["drop", "centre"]
 """What becomes of a window that touches two splits."""
