@@ -11,13 +11,12 @@ from typing import Any, Protocol, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rasteret_dask.chipping.celltable import CellTable
+from rasteret_dask.chipping.celltable import CellTable, Dealt
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_regions
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
 from rasteret_dask.table import geoparquet
-from rasteret_dask.words import Dealt
 
 __all__ = ["CellsLike", "Regions", "cells_from", "no_cells", "regions_of", "stored_cells"]
 

@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias
 __all__ = [
     "Boundary",
     "Choose",
-    "Dealt",
     "Dtype",
     "Duplicates",
     "Grid",
@@ -34,9 +33,6 @@ Grid: TypeAlias = Literal["utm", "zone", "tiles"]
 
 SplitBy: TypeAlias = Literal["ground", "geometry", "time"]
 """What decides a chip's split; a column of the chip table is taken too."""
-
-Dealt: TypeAlias = Literal["split", "fold"]
-"""What split cells are dealt to."""
 
 Boundary: TypeAlias = Literal["drop", "centre"]
 """What becomes of a window that touches two splits."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import ChipSpec
 
-__all__ = ["CELL_SCHEMA", "CellTable", "cell_texts"]
+__all__ = ["CELL_SCHEMA", "CellTable", "Dealt", "cell_texts"]
+
+Dealt: TypeAlias = Literal["split", "fold"]
+"""What split cells are dealt to."""
 
 CELL_SCHEMA = pa.schema([("cell", pa.string()), ("split", pa.string())])
 """``cell`` is the chip table's: zone, row and column of a split cell, as ``33/-362/27``."""

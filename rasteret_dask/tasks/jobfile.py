@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from rasteret_dask.chipping.celltable import Dealt
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.formats import MEANING, PLAN
@@ -22,7 +23,6 @@ from rasteret_dask.planning.resolve import Member, SourcePlan
 from rasteret_dask.rules.values import check_importable
 from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, ipc_bytes
-from rasteret_dask.words import Dealt
 
 __all__ = [
     "FOLD_CELLS", "JOB_FILE", "SPLIT_CELLS", "JobRef", "check_writable", "job_objects", "open_job", "opened",
