@@ -36,6 +36,9 @@ __all__ = [
 MOST_CLASSES = 256
 """Values of a column that are classes; more are ids, or measurements."""
 
+RARE_GROUND = 0.01
+"""Of a raster's classes, those on less of the ground are not told where they lie in few cells."""
+
 BURNED_PX = 64
 """Polygons are burned on so many pixels of a chip's side at most, to tell how much of each class a chip has."""
 
@@ -425,7 +428,9 @@ def _check(chips: PlannedChips, spec: SplitSpec, holding: Holding, before: NDArr
             _advice(chips, np.arange(chips.table.num_rows), len(wanted)) or "Use smaller cells: chips(cell_km=), or a "
             "larger area.",
         )  # fmt: skip
-    few = [n for n, own in enumerate(there) if 0 < len(own) < len(wanted)]
+    whole = holding.held.sum(axis=0) + holding.several.sum(axis=0)
+    least = RARE_GROUND * whole.sum() if spec.raster is not None else 0  # a map has specks of many classes
+    few = [n for n, own in enumerate(there) if 0 < len(own) < len(wanted) and whole[n] >= least]
     one = [n for n in few if len(there[n]) == 1]
     if one and spec.raster is None and not np.any(before >= 0):
         rows = _rows_with(chips, spec, holding, one[0])
