@@ -29,17 +29,19 @@ from rasteret_dask.net.places import Place
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
     FilterChips,
+    Folds,
     Node,
     Predicate,
     Sample,
     Select,
+    Split,
     digest,
     is_number,
     predicates,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.sampling import sample_unit
-from rasteret_dask.planning.scan import filter_table
+from rasteret_dask.planning.scan import as_table, filter_table
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.show import audit, explain
 from rasteret_dask.store.encode import Compression, checked
@@ -551,8 +553,8 @@ class ChipBlocks(Generic[ChipsT]):
         records, empty = read_records(planned, used)
         job = JobOfParts(
             last.sources, last.size_px, tuple(hierarchies), records, empty, last.maps, last.phase, (),
-            last.pixel_rules, last.labels, last.split_cells, job_digest(last.phase, keys), tuple(parts), keys,
-            partial(self._whole_tables, used), lru_cache(maxsize=1)(self._coordinates),
+            last.pixel_rules, last.labels, last.split_cells, last.fold_cells, job_digest(last.phase, keys),
+            tuple(parts), keys, partial(self._whole_tables, used), lru_cache(maxsize=1)(self._coordinates),
         )  # fmt: skip
         return job, used
 
@@ -697,8 +699,19 @@ def planned_by_blocks(
             f"plan {redact(url)}", "a web server", "a store: a local path, s3://, gs:// or az://",
             "Web servers are only read from; they neither list nor take files.",
         )  # fmt: skip
-    plan = BlockPlan(chip_sources(node, query.tables), steps)
-    tell_of_coarse(plan.ground)
+    ground = chip_sources(node, query.tables)
+    tell_of_coarse(ground)
+    labels = labels_of(ground, query.tables)
+    specs = [step.spec for step in steps if isinstance(step, Split | Folds)]
+    tokens = {
+        token for spec in specs for token in (spec.cells, spec.raster, spec.regions) if token is not None
+    }
+    burned = labels is not None and any(spec.stratify == (labels.column,) for spec in specs)
+    plan = BlockPlan(
+        ground, steps, {token: as_table(query.tables[token]) for token in tokens}, labels if burned else None
+    )
     files = BlockFiles(url, digest(query.plan, MEANING, windows))
     blocks = plan_blocks(plan, files, windows, client, progress)
-    return replace(blocks, planned=replace(blocks.planned, labels=labels_of(plan.ground, query.tables)))
+    dealt = next((step.spec for step in reversed(steps) if isinstance(step, Split)), None)
+    split = dealt if dealt is not None and (dealt.stratify or dealt.gap) else blocks.planned.split
+    return replace(blocks, planned=replace(blocks.planned, labels=labels, split=split))

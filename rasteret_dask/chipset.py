@@ -17,6 +17,7 @@ from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
 from rasteret_dask.chipping.regions import check_regions
 from rasteret_dask.chipping.steps import FOLD, apply_step, steps_of
+from rasteret_dask.classraster import StratifyLike, raster_of
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
 from rasteret_dask.net.clusters import ClientLike
@@ -33,6 +34,7 @@ from rasteret_dask.planning.plan import (
     Sample,
     Select,
     Split,
+    SplitSpec,
     WithTable,
     predicates,
 )
@@ -40,7 +42,7 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.planning.shares import Share, dealt_spec, fold_spec, split_spec
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
-from rasteret_dask.splitcells import CellsLike, Regions, cells_from, regions_of
+from rasteret_dask.splitcells import CellsLike, Regions, cells_from, no_cells, regions_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
 
@@ -124,7 +126,8 @@ class Chips:
         buffer_m: float = 0.0,
         boundary: Boundary = "drop",
         gap: str | None = None,
-        stratify: str | Sequence[str] | None = None,
+        date: str | None = None,
+        stratify: StratifyLike | None = None,
         cells: CellsLike | None = None,
         **shares: Share,
     ) -> Chips:
@@ -143,19 +146,27 @@ class Chips:
             ``"ground"`` (a hash of the split cell), ``"geometry"`` (md5 of the records' footprints, as published
             guides do; leaks, and ignores the seed), or a column of the chip table. Without lists, each of its values
             is a split of that name, and null is none. ``"time"``: each split has a range, ``test=("2023", None)``, and
-            chips with records of two ranges have no split. Polygons with one column of names (a GeoDataFrame, a table
-            with WKB, a GeoParquet file's path): the split is by that column, of the region that holds the whole chip.
+            chips with records of two ranges have no split; with ``date``, the range that holds the chip's own date.
+            Polygons with one column of names (a GeoDataFrame, a table with WKB, a GeoParquet file's path): the split is
+            by that column, of the region that holds the whole chip.
         buffer_m
             Drop chips of other splits nearer than this to train.
         boundary
             What happens to windows that touch two splits: ``"drop"``, or ``"centre"`` decides by their centre.
         gap
-            Of splits by time, a length such as ``"30D"``: drop chips of other splits whose records are nearer in time
-            to those of any train chip.
+            Of splits by time, a length such as ``"30D"``: drop chips of other splits that are nearer in time to any
+            train chip: by their records, or by ``date``.
+        date
+            Of splits by time: a column of dates of the chip table, such as one of ``chips(at=)``: a chip is in the
+            split whose range holds its date, whatever its records' time. A chip without a date has no split, and is
+            counted. None: the time of the chip's records.
         stratify
             Deal split cells so that each split has its share of every class: a column of the chip table with a class
             for each chip, the column that ``chips(labels=, rasterize=)`` burns, or a list of columns of numbers that
-            say how much of a class each chip has. None: a hash deals them.
+            say how much of a class each chip has. Or a raster of classes: the path or URL of a GeoTIFF, a Collection
+            with one band of classes, or a joined source of classes by its name (``"cover"``, ``"cover/map"``). It is
+            read now, once, on 64 x 64 points of each split cell, from the coarsest overview that is fine enough; each
+            chip counts with the classes of its split cell. The counts are kept with the plan. None: a hash deals them.
         cells
             Split cells that keep the split which they have: a table with columns cell and split
             (:attr:`split_cells`), chips, or the path of a store, a saved plan or a Parquet file. Other cells are dealt
@@ -188,21 +199,43 @@ class Chips:
         (37, 3)
         """
         parts = {"train": train, "val": val, "test": test, **shares}
-        tables: dict[str, Table] = {}
-        if cells is not None:
-            table = cells_from(cells)
-            tables[token_of(table)] = table
-        dealt = next(iter(tables), None)
         regions = regions_of(by)
         token = None if regions is None else token_of(regions)
+        own: dict[str, Table] = {}
         if regions is not None:
             by = check_regions(regions)
-            tables[str(token)] = regions
-        spec = replace(split_spec(parts, seed, by, buffer_m, boundary), gap=gap, regions=token)  # type: ignore[arg-type]
-        return self._with(Split(self.plan, dealt_spec(spec, stratify, dealt)), tables)
+            own[str(token)] = regions
+        spec = split_spec(parts, seed, by, buffer_m, boundary)  # type: ignore[arg-type]
+        spec, tables = self._dealt(replace(spec, gap=gap, date=date, regions=token), stratify, cells)
+        return self._with(Split(self.plan, spec), own | tables)
 
-    def folds(self, k: int, *, seed: int = 0, boundary: Boundary = "drop") -> Chips:
-        """Add a column ``fold`` for cross-validation: split cells are dealt to ``k`` equal folds by a hash.
+    def _dealt(
+        self, spec: SplitSpec, stratify: StratifyLike | None, cells: CellsLike | None
+    ) -> tuple[SplitSpec, dict[str, Table]]:
+        """Return splits or folds with what decides the deal of their cells, and the tables that they name."""
+        tables: dict[str, Table] = {}
+        dealt = None
+        if cells is not None:
+            table = cells_from(cells, "fold" if spec.step == "folds" else "split")
+            tables[dealt := token_of(table)] = table
+        raster = None if stratify is None else raster_of(stratify, self.query)
+        if raster is None:
+            return dealt_spec(spec, stratify, dealt), tables  # type: ignore[arg-type]
+        spec = dealt_spec(spec, raster.name, dealt)  # what goes wrong is told before anything is read
+        counts = raster.counted(self.query, spec.step)
+        tables[token_of(counts)] = counts
+        return replace(spec, raster=token_of(counts)), tables
+
+    def folds(
+        self,
+        k: int,
+        *,
+        seed: int = 0,
+        boundary: Boundary = "drop",
+        stratify: StratifyLike | None = None,
+        cells: CellsLike | None = None,
+    ) -> Chips:
+        """Add a column ``fold`` for cross-validation: split cells are dealt to ``k`` equal folds.
 
         The same ground is in the same fold, as with :meth:`split`; seeds of both have nothing to do with each other.
 
@@ -214,11 +247,22 @@ class Chips:
             Another seed deals the ground out anew.
         boundary
             Windows that touch two folds are in none (null), or with ``"centre"`` in that of their centre.
+        stratify
+            Deal cells so that each fold has its share of every class, as in :meth:`split`. None: a hash deals them.
+        cells
+            Split cells that keep the fold which they have: a table with columns cell and fold (:attr:`fold_cells`),
+            chips, or the path of a store, a saved plan or a Parquet file.
 
         Raises
         ------
         PlanError
-            When there are fewer split cells than folds, or there is a column ``fold``.
+            When there are fewer split cells than folds, or there is a column ``fold``; when planning finds a class in
+            one split cell only.
+
+        Warns
+        -----
+        StrataWarning
+            When classes lie in fewer split cells than there are folds.
 
         Examples
         --------
@@ -228,7 +272,8 @@ class Chips:
         >>> sum(len(folds.fold(i).select("val")) for i in range(5)) == len(chips)
         True
         """
-        return self._with(Folds(self.plan, fold_spec(k, seed, boundary)))
+        spec, tables = self._dealt(fold_spec(k, seed, boundary), stratify, cells)
+        return self._with(Folds(self.plan, spec), tables)
 
     def fold(self, i: int, *, buffer_m: float = 0.0) -> Chips:
         """Split the chips by their column ``fold``: val is fold ``i``, train all others.
@@ -511,11 +556,31 @@ class Chips:
         """
         cells = self.planned.cells
         if cells is None:
-            raise PlanError(
-                "split_cells", "a split without a table of cells", "split(stratify=) or split(cells=), which keep one",
-                "Cells that a hash dealt have the same split again by the same seed and shares.",
-            )  # fmt: skip
+            raise no_cells("split_cells", "split")
         return cells.table
+
+    @property
+    def fold_cells(self) -> pa.Table:
+        """Split cells with the fold that each got: columns cell and fold; ``folds(cells=)`` takes it.
+
+        It goes with the plan and the store, as :attr:`split_cells`.
+
+        Raises
+        ------
+        PlanError
+            When there are no folds, or a hash deals the cells.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> folds = chips.folds(3, cells=pa.table({"cell": ["33/-5792/519"], "fold": [2]}))
+        >>> folds.fold_cells.column_names
+        ['cell', 'fold']
+        """
+        cells = self.planned.fold_cells
+        if cells is None:
+            raise no_cells("fold_cells", "fold")
+        return cells.folds
 
     @property
     def table(self) -> pa.Table:
@@ -1212,9 +1277,12 @@ class Chips:
         """
         from rasteret_dask.show.recipetext import recipe_text
 
-        stratified = any(isinstance(s, Split) and s.spec.stratify for s in steps_of(self.plan)[1])
-        cells = self.planned.cells if stratified and path is not None else None
-        text = recipe_text(self.query, path, None if cells is None else cells.table)
+        deals = {type(s) for s in steps_of(self.plan)[1] if isinstance(s, Split | Folds) and s.spec.stratify}
+        cells = self.planned.cells if Split in deals and path is not None else None
+        folds = self.planned.fold_cells if Folds in deals and path is not None else None
+        text = recipe_text(
+            self.query, path, None if cells is None else cells.table, None if folds is None else folds.folds
+        )
         if path is not None:
             Path(path).expanduser().write_text(text, encoding="utf-8")
         return text

@@ -232,8 +232,9 @@ class Collection(TableExits, PixelReads):
             ``"nearest"``, ``"bilinear"``, ``"cubic"``, ``"average"`` or ``"mode"``; None: nearest for classes, bit
             fields and embeddings, else bilinear upwards, average downwards. Classes and bit fields take ``"nearest"``
             and ``"mode"`` only, of the image itself: beside measured bands they keep nearest whatever is named, and
-            :meth:`Chips.explain` tells; a source of nothing else refuses another kernel. Quality bands are always
-            nearest.
+            :meth:`Chips.explain` tells; a source of nothing else refuses another kernel. ``"overview"``, for coarse
+            looks at classes: the nearest pixel of an overview, which fetches little; its classes are what the maker of
+            the file put there. Quality bands are always nearest.
         mask
             ``"clouds"`` (and their shadows), ``"snow"``, ``"water"``: pixels made invalid, by the collection's quality
             band; or a :class:`rasteret_dask.rules.masks.Mask` of any band: ``Classes("SCL", (3, 8))``.

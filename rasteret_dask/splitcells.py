@@ -11,16 +11,14 @@ from typing import Any, Protocol, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rasteret_dask.chipping.celltable import CellTable
+from rasteret_dask.chipping.celltable import CellTable, Dealt
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_regions
 from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
 from rasteret_dask.table import geoparquet
 
-__all__ = ["CellsLike", "Regions", "cells_from", "regions_of", "stored_cells"]
-
-SUBJECT = "split(cells=)"
+__all__ = ["CellsLike", "Regions", "cells_from", "no_cells", "regions_of", "stored_cells"]
 
 _JOB = "_job"
 """Folder of a store where its plan lies."""
@@ -33,6 +31,10 @@ class HasCells(Protocol):
     def split_cells(self) -> pa.Table:
         """Split cells with their splits."""
 
+    @property
+    def fold_cells(self) -> pa.Table:
+        """Split cells with their folds."""
+
 
 class HasGeometry(Protocol):
     """A GeoDataFrame."""
@@ -43,7 +45,8 @@ class HasGeometry(Protocol):
 
 
 CellsLike: TypeAlias = "pa.Table | HasCells | str | os.PathLike[str]"
-"""A table with columns cell and split, chips that have one, or the path of a Parquet file, a saved plan or a store."""
+"""A table with columns cell and split (of folds: cell and fold), chips that have one, or the path of a Parquet file,
+a saved plan or a store."""
 
 
 Regions: TypeAlias = "pa.Table | HasGeometry | os.PathLike[str]"
@@ -61,40 +64,52 @@ def regions_of(by: Any) -> pa.Table | None:
     return None
 
 
-def cells_from(cells: CellsLike | Any) -> pa.Table:
-    """Return the table that is meant, checked.
+def cells_from(cells: CellsLike | Any, what: Dealt = "split") -> pa.Table:
+    """Return the table that is meant, checked: columns cell and split.
+
+    Parameters
+    ----------
+    cells
+        What the user gave.
+    what
+        Whether the table is of splits or of folds, whose numbers are text in the result.
 
     Raises
     ------
     PlanError
         When it is none, or what it is read from has none.
     """
+    subject, name = ("split(cells=)" if what == "split" else "folds(cells=)"), f"{what}_cells"
     if isinstance(cells, str | os.PathLike):
         url = Place.of(cells).url
         is_file = url.endswith((".parquet", ".pq"))
-        cells = pq.read_table(pa.py_buffer(remote.get(url))) if is_file else stored_cells(url)
-    elif not isinstance(cells, pa.Table) and hasattr(cells, "split_cells"):
-        cells = cells.split_cells
+        cells = pq.read_table(pa.py_buffer(remote.get(url))) if is_file else stored_cells(url, what)
+    elif not isinstance(cells, pa.Table) and hasattr(cells, name):
+        cells = getattr(cells, name)
     if not isinstance(cells, pa.Table):
         raise PlanError(
-            SUBJECT, f"a {type(cells).__name__}", "a table with columns cell and split, chips, or a path",
-            "chips.split_cells is such a table; the path of a store or a saved plan is one too.",
+            subject, f"a {type(cells).__name__}", f"a table with columns cell and {what}, chips, or a path",
+            f"chips.{name} is such a table; the path of a store or a saved plan is one too.",
         )  # fmt: skip
-    return CellTable.again(cells, SUBJECT).table
+    return (CellTable.again if what == "split" else CellTable.of_folds)(cells, subject).table
 
 
-def stored_cells(url: str) -> pa.Table:
+def stored_cells(url: str, what: Dealt = "split") -> pa.Table:
     """Read the table that a saved plan or a store has; of a store that has grown, that of all its parts.
+
+    Parameters
+    ----------
+    url
+        Where it lies.
+    what
+        Whether the table is of splits (cell, split) or of folds (cell, fold).
 
     Raises
     ------
     PlanError
         When there is neither, or its cells were dealt by a hash.
     """
-    from rasteret_dask.tasks.jobfile import (  # plans start without the room of tasks
-        JOB_FILE,
-        read_split_cells,
-    )
+    from rasteret_dask.tasks.jobfile import JOB_FILE, read_cells  # plans start without the room of tasks
 
     place = next(
         (p for p in (url, remote.join(url, _JOB)) if remote.exists(remote.join(p, JOB_FILE))),
@@ -102,17 +117,26 @@ def stored_cells(url: str) -> pa.Table:
     )
     if place is None:
         raise PlanError(
-            f"split cells of {remote.redact(url)}", "no saved plan, store or Parquet file", "one of them",
+            f"{what} cells of {remote.redact(url)}", "no saved plan, store or Parquet file", "one of them",
             "chips.to_zarr(path) writes a store, chips.save_plan(path) a plan.",
         )  # fmt: skip
-    tables = [table for one in (place, *_part_jobs(url)) if (table := read_split_cells(one)) is not None]
+    tables = [table for one in (place, *_part_jobs(url)) if (table := read_cells(one, what)) is not None]
     if not tables:
-        raise PlanError(
-            f"split cells of {remote.redact(url)}", "a split without a table of cells",
-            "split(stratify=) or split(cells=), which keep one",
-            "Cells that a hash dealt have the same split again by the same seed and shares.",
-        )  # fmt: skip
-    return tables[0] if len(tables) == 1 else CellTable.again(pa.concat_tables(tables), SUBJECT).table
+        raise no_cells(f"{what} cells of {remote.redact(url)}", what)
+    if len(tables) == 1:
+        return tables[0]
+    together = pa.concat_tables(tables)
+    return CellTable.again(together).table if what == "split" else CellTable.of_folds(together).folds
+
+
+def no_cells(subject: str, what: Dealt) -> PlanError:
+    """Return the error of a plan whose cells a hash dealt."""
+    step = "split" if what == "split" else "folds"
+    return PlanError(
+        subject, f"a {what} without a table of cells", f"{step}(stratify=) or {step}(cells=), which keep one",
+        f"Cells that a hash dealt have the same {what} again by the same seed and "
+        f"{'shares' if what == 'split' else 'number of folds'}.",
+    )  # fmt: skip
 
 
 def _part_jobs(url: str) -> Iterator[str]:

@@ -347,6 +347,27 @@ class StoredChips:
         return stored_cells(self.stored.url)
 
     @property
+    def fold_cells(self) -> pa.Table:
+        """Split cells with the fold that each got, as :attr:`Chips.fold_cells`.
+
+        Raises
+        ------
+        PlanError
+            When the store has no folds, or a hash dealt the cells.
+
+        Examples
+        --------
+        >>> import pyarrow as pa
+        >>> folds = chips.folds(3, cells=pa.table({"cell": ["33/-5792/519"], "fold": [2]}))
+        >>> report = folds.sample(6).to_zarr("folded.zarr", progress=False)
+        >>> rd.open_chips("folded.zarr").fold_cells.equals(folds.fold_cells)
+        True
+        """
+        from rasteret_dask.splitcells import stored_cells  # plans: training workers start without them
+
+        return stored_cells(self.stored.url, "fold")
+
+    @property
     def digest(self) -> str:
         """What these chips are known by: the store's digest and the steps.
 

@@ -18,7 +18,7 @@ __all__ = [
     "TableLayout",
 ]
 
-Resampling: TypeAlias = Literal["nearest", "bilinear", "cubic", "average", "mode"]
+Resampling: TypeAlias = Literal["nearest", "bilinear", "cubic", "average", "mode", "overview"]
 """How pixels are brought to another size."""
 
 Dtype: TypeAlias = Literal["float32", "uint16", "int16"]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -282,8 +284,7 @@ def test_what_needs_other_chips_is_refused_with_what_to_do_instead(tmp_path: Pat
     for wrong, remedy in (
         (chips.sample(10), r"by_blocks\(folder\).sample"),
         (chips.with_table(chips.table), "to_chips"),
-        (chips.split(by="epsg"), "to_chips"),
-        (chips.folds(3), "to_chips"),
+        (chips.split(by="epsg"), r"by='epsg', test=\[...\]"),
         (chips.split(buffer_m=100), "without a buffer"),
         (WORLD.chips(128, grid="tiles"), "without by_blocks"),
     ):
@@ -298,6 +299,90 @@ def test_what_needs_other_chips_is_refused_with_what_to_do_instead(tmp_path: Pat
         _ = some.filter_pixels(max_cloud=0.5).table
 
 
+def fields() -> gpd.GeoDataFrame:
+    """Return fields of three crops, each in a part of the ground."""
+    rng = np.random.default_rng(2)
+    x, y = rng.uniform(694_000, 732_000, 60), rng.uniform(5_376_000, 5_420_000, 60)
+    crop = np.array(["oats", "rye", "maize"])[np.clip((x - 694_000) // 13_000, 0, 2).astype(int)]
+    return gpd.GeoDataFrame({"crop": crop}, geometry=shapely.box(x, y, x + 3000, y + 3000), crs=32632)
+
+
+DEALS: dict[str, Callable[[rd.Chips], rd.Chips]] = {
+    "cells": lambda chips: chips.split(0.5, 0.25, 0.25, cells=table_of(chips)),
+    "epsg": lambda chips: chips.split(0.5, 0.25, 0.25, seed=2, stratify="epsg"),
+    "burned": lambda chips: chips.split(0.5, 0.25, 0.25, seed=2, stratify="crop").filter(
+        split=("train", "val")
+    ),
+    "burned later": lambda chips: chips.filter("coverage", ">", 0.5).split(
+        0.5, 0.25, 0.25, seed=2, stratify="crop", cells=table_of(chips)
+    ),
+    "time": lambda chips: chips.split(by="time", val=("2024-04-15", "2024-04-30"), test=("2024-05-01", None)),
+    "gap": lambda chips: chips.split(
+        by="time", val=("2024-04-15", "2024-04-30"), test=("2024-05-01", None), gap="12D"
+    ),
+    "values": lambda chips: chips.split(by="epsg", test=[32633]),
+    "regions": lambda chips: chips.split(
+        by=gpd.GeoDataFrame(
+            {"half": ["west", "east"]},
+            geometry=[shapely.box(10, 40, 11.75, 60), shapely.box(11.75, 40, 20, 60)],
+            crs=4326,
+        ),
+        test=["east"],
+    ),
+    "folds": lambda chips: chips.folds(4, seed=3).fold(1),
+    "folds of strata": lambda chips: chips.split(seed=1).folds(3, seed=3, stratify="crop"),
+    "counts": lambda chips: chips.split(0.5, 0.25, 0.25, stratify=counts_of(chips)),
+}
+"""Deals that look at more than a hash of a cell, or at other things."""
+
+
+def table_of(chips: rd.Chips) -> pa.Table:
+    cells = sorted(set(chips.table["cell"].to_pylist()))[:4]
+    return pa.table({"cell": cells, "split": ["val", "test", "val", "train"]})
+
+
+def counts_of(chips: rd.Chips) -> pa.Table:
+    cells = sorted(set(chips.table["cell"].to_pylist()))
+    numbers = np.random.default_rng(1).integers(0, 4096, (2, len(cells)))
+    return pa.table({"cell": cells, "forest": numbers[0], "crop": numbers[1]})
+
+
+@pytest.mark.filterwarnings("ignore::rasteret_dask.errors.StrataWarning")
+@pytest.mark.parametrize("deal", DEALS)
+def test_deals_by_blocks_are_those_of_the_plan_in_one_piece(deal: str, tmp_path: Path) -> None:
+    chips = DEALS[deal](WORLD.chips(192, cell_km=5.76, min_coverage=0.5, labels=fields(), rasterize="crop"))
+    blocks = chips.by_blocks(tmp_path / "plan", progress=False, windows=300)
+    assert blocks.table.equals(chips.table)
+    whole = blocks.to_chips()
+    assert whole.planned.dropped == chips.planned.dropped
+    assert whole.planned.split == chips.planned.split
+    for name in ("cells", "fold_cells"):
+        mine, theirs = getattr(whole.planned, name), getattr(chips.planned, name)
+        assert (mine is None) == (theirs is None)
+        assert mine is None or mine.table.equals(theirs.table)
+    if chips.planned.split is not None:
+        facts = {**chips.audit().to_dict(), "classes": {}}
+        assert {**blocks.audit().to_dict(), "classes": {}} == facts
+    assert whole.job.digest == chips.job.digest
+    for file in (tmp_path / "plan").glob("*.arrow*"):
+        file.unlink()
+    assert len(chips.by_blocks(tmp_path / "plan", progress=False, windows=300)) == len(chips)
+
+
+def test_a_deal_that_cannot_be_is_told_by_blocks_too(tmp_path: Path) -> None:
+    chips = WORLD.chips(192, cell_km=5.76, min_coverage=0.5)
+    for number, (wrong, words) in enumerate(
+        (
+            (chips.split(by="epsg", test=[32601]), r"test=\[32601\].*values of column epsg"),
+            (chips.folds(900), r"a split cell for each fold"),
+            (chips.split(by="time", val=("1999", "2000"), train=("2001", "2002")), "no chip in any range"),
+            (chips.split(stratify="soil"), "no column 'soil'"),
+        )
+    ):
+        with pytest.raises(rd.PlanError, match=words):
+            wrong.by_blocks(tmp_path / str(number), progress=False, windows=300)
+
+
 def test_a_table_too_large_for_memory_is_refused(
     halves: tuple[rd.Chips, rd.ChipBlocks[rd.Chips]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +393,8 @@ def test_a_table_too_large_for_memory_is_refused(
 
 
 def test_a_cluster_plans_the_same(tmp_path: Path) -> None:
-    chips = WORLD.harmonize(["red"], time="1MS").chips(96, cell_km=5.76).split().filter("coverage", ">", 0.5)
+    laid = WORLD.harmonize(["red"], time="1MS").chips(192, cell_km=5.76)
+    chips = laid.split(stratify="epsg").filter("coverage", ">", 0.5)  # a pass before the plan, and the plan
     with (
         LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0") as cluster,
         Client(cluster) as client,

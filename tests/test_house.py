@@ -61,8 +61,8 @@ ORDER = {
             "plot plotrecords spectra",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
-    "the face": "compacting splitcells storeset reportpage streamfrom torchdata chipblocks chipset tableexits "
-                "pixelreads collection openers building",
+    "the face": "compacting splitcells classraster storeset reportpage streamfrom torchdata chipblocks chipset "
+                "tableexits pixelreads collection openers building",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
     "the names": "__init__",
     "demo": "world checks run",

@@ -619,6 +619,30 @@ def test_folds_of_windows_leave_out_what_lies_on_two() -> None:
         assert one in (None, other)
 
 
+def test_a_chip_is_lost_once() -> None:
+    """Whatever deals follow each other: what is lost is what has no split at last, told by one reason."""
+    chips = windows()[0]
+    for made in (
+        chips.folds(5, seed=1).fold(2),
+        chips.folds(5, seed=1).fold(2).fold(3),
+        chips.split(seed=3).folds(5, seed=1).fold(0),
+        chips.folds(5, seed=1).split(seed=3),
+        chips.split(seed=3).split(seed=4),
+        chips.split(seed=3, buffer_m=200).split(by="epsg"),
+    ):
+        lost = made.audit().lost
+        reasons = {why: n for why, n in lost.items() if " = " not in why and not why.startswith("window")}
+        without = made.table["split"].null_count
+        if made.plan.spec.by == "fold" or "chip on the ground of two folds" not in reasons:  # type: ignore[union-attr]
+            assert sum(reasons.values()) == without
+        else:  # folds that no split takes: counted apart
+            assert sum(reasons.values()) - reasons["chip on the ground of two folds"] == without
+    folded = chips.folds(5, seed=1)
+    assert folded.fold(2).audit().lost == {"chip on the ground of two folds": folded.table["fold"].null_count}
+    some = folded.filter("fold", "!=", None) if folded.table["fold"].null_count else folded
+    assert "chip on the ground of two folds" not in some.fold(0).audit().lost
+
+
 def test_folds_that_cannot_be_are_told_with_what_can() -> None:
     few = collection("s2", record("a", west=1280.0 * 400, north=1280.0 * 4000, px=(128 * 3, 128))).chips(
         32, **CELLS

@@ -196,8 +196,92 @@ def test_times_that_cannot_be() -> None:
             _ = chips.split(by="time", **arguments).table  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="by='time'"):
         chips.split(gap="3D")
-    with pytest.raises(PlanError, match="by_blocks"):
-        chips.split(by="time", test=("2023-11-01", None)).by_blocks("folder")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"date": "sown"}, r"no such column.*a column of dates: datetime"),
+        ({"date": "chip_id"}, r"values of type string.*pd.to_datetime"),
+        (
+            {"date": "datetime", "test": ("1990", "1991"), "train": ("1992", "1993")},
+            "column datetime are of 2023-01-10",
+        ),
+    ]
+    for dates, words in wrong:
+        with pytest.raises(PlanError, match=words):
+            _ = chips.split(by="time", **({"test": ("2023", None)} | dates)).table
+    with pytest.raises(PlanError, match=r"split\(by='time', date='datetime'"):
+        chips.split(date="datetime")
+
+
+def dated(seed: int, count: int = 60, nulls: int = 3) -> gpd.GeoDataFrame:
+    """Return places with a date each, some without."""
+    rng = np.random.default_rng(seed)
+    days = pd.Timestamp("2022-01-01") + pd.to_timedelta(rng.integers(0, 700, count), unit="D")
+    event = pd.Series(days)
+    event = event.where(np.arange(count) >= nulls)
+    xy = rng.uniform(200, 3800, (count, 2))
+    points = gpd.points_from_xy(500_000 + xy[:, 0], 5_600_000 - xy[:, 1])
+    return gpd.GeoDataFrame(
+        {"event": event, "name": [f"p{n}" for n in range(count)]}, geometry=points, crs=32633
+    )
+
+
+@pytest.mark.parametrize("kind", ["timestamp", "utc", "date"])
+def test_a_chip_is_in_the_split_of_its_own_date(kind: str, tmp_path: Path) -> None:
+    """Records of one month, dates of two years: the row's date decides, and the gap lies around train's dates."""
+    table = dated(1)
+    scene = collection("s2", record("a", px=(400, 400), west=500_000.0, north=5_600_000.0))
+    if kind == "utc":
+        table["event"] = table["event"].dt.tz_localize("UTC")
+    if kind == "date":
+        table["event"] = table["event"].dt.date
+    ranges: dict[str, Any] = {"val": ("2022-10-01", "2022-12-31"), "test": ("2023-03-01", None)}
+    chips = scene.harmonize(["red"], time="1MS").chips(8, at=table, cell_km=1.0, min_coverage=0.0)
+    split = chips.split(by="time", date="event", gap="40D", **ranges)
+    name_of = dict(zip(split.table["name"].to_pylist(), split.table["split"].to_pylist(), strict=True))
+    days = {
+        n: None if pd.isna(d) else pd.Timestamp(d).tz_localize(None)
+        for n, d in zip(table.name, table.event, strict=True)
+    }
+
+    def home(day: pd.Timestamp | None) -> str | None:
+        if day is None:
+            return None
+        if pd.Timestamp("2022-10-01") <= day < pd.Timestamp("2023-01-01"):
+            return "val"
+        return "test" if day >= pd.Timestamp("2023-03-01") else "train"
+
+    train = [day for day in days.values() if day is not None and home(day) == "train"]
+    near = {
+        name
+        for name, day in days.items()
+        if day is not None and home(day) != "train" and min(abs(day - t) for t in train) < pd.Timedelta("40D")
+    }
+    assert name_of == {
+        name: None if name in near else home(day) for name, day in days.items() if name in name_of
+    }
+    assert len(name_of) == len(table)
+    audit = split.audit()
+    assert audit.lost["chip without a date in column event"] == 3
+    assert audit.lost["chip nearer than 40D in time to train"] == len(near) > 0
+    assert min(audit.apart_days["train-val"], audit.apart_days["train-test"]) >= 40.0
+    for part, (first, last) in audit.times.items():
+        own = sorted(str(days[name])[:10] for name, place in name_of.items() if place == part)
+        assert (first, last) == (own[0], own[-1])
+    assert "apart in time: train-val" in str(audit)
+    split.to_recipe(tmp_path / "dates.toml")
+    assert 'date = "event"' in (tmp_path / "dates.toml").read_text()
+    assert rd.load_recipe(tmp_path / "dates.toml").chips().table["split"].equals(split.table["split"])
+    assert 'date="event"' in repr(split)
+
+
+def test_an_audit_of_passes_tells_their_times() -> None:
+    chips = monthly().split(by="time", val=("2023-08", "2023-09"), test=("2023-11-01", None))
+    audit = chips.audit()
+    assert audit.times == {
+        "train": ("2023-01-10", "2023-10-10"), "val": ("2023-08-10", "2023-09-10"),
+        "test": ("2023-11-10", "2023-12-10"),
+    }  # fmt: skip
+    assert audit.apart_days == {"train-val": 30.0, "train-test": 31.0, "val-test": 61.0}
+    assert monthly().split(by="epsg").audit().times == {}
 
 
 def test_regions_are_splits(tmp_path: Path) -> None:

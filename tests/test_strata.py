@@ -81,6 +81,54 @@ def test_classes_hold_and_no_cell_moves_when_points_are_added(scene: rd.Collecti
     assert all(known[chip] == split for chip, split in rows if split is not None)
 
 
+def fold_off(chips: rd.Chips, k: int) -> float:
+    """Return the largest deviation of a class's share in any fold from its share among all chips, by plain loops."""
+    rows = [(r["fold"], r["crop"]) for r in chips.table.select(["fold", "crop"]).to_pylist()]
+    whole = Counter(c for _, c in rows)
+    worst = 0.0
+    for fold in range(k):
+        own = Counter(c for f, c in rows if f == fold)
+        for name, count in whole.items():
+            worst = max(worst, abs(own[name] / max(sum(own.values()), 1) - count / len(rows)))
+    return worst
+
+
+def test_classes_hold_in_every_fold_and_no_cell_moves(scene: rd.Collection, tmp_path: Path) -> None:
+    points = crops(1, 500)
+    folds = at(scene, points).folds(5, seed=3, stratify="crop")
+    assert fold_off(folds, 5) <= 0.03 < 0.08 < fold_off(at(scene, points).folds(5, seed=3), 5)
+    for i in range(5):
+        fold = folds.fold(i)
+        assert fold.audit().ok
+        assert fold.audit().deviation("crop") <= 0.03
+    table = folds.fold_cells
+    assert table.schema.field("fold").type == pa.int64()
+    assert set(table["fold"].to_pylist()) == set(range(5))
+    folds.save_plan(tmp_path / "plan")
+    more = gpd.GeoDataFrame(np.concatenate([points, crops(2, 50)]), columns=["crop", "geometry"], crs=32633)
+    before = dict(zip(table["cell"].to_pylist(), table["fold"].to_pylist(), strict=True))
+    for cells in (folds, table, tmp_path / "plan"):
+        later = at(scene, more).folds(5, seed=9, stratify="crop", cells=cells)
+        after = dict(zip(*(later.fold_cells[name].to_pylist() for name in ("cell", "fold")), strict=True))
+        assert before.items() <= after.items()
+        assert fold_off(later, 5) <= 0.05
+    both = at(scene, points).split(**RATIOS, seed=1, stratify="crop").folds(5, seed=3, stratify="crop")
+    assert both.fold_cells.equals(table)  # a deal of its own beside that of splits
+    assert set(both.split_cells["split"].to_pylist()) == set(RATIOS)
+    with pytest.raises(PlanError, match=r"fold_cells.*folds\(stratify=\).*same fold again by the same seed"):
+        _ = at(scene, points).folds(5).fold_cells
+
+
+def test_a_recipe_keeps_the_folds(scene: rd.Collection, tmp_path: Path) -> None:
+    folds = at(scene, crops(1, 300)).folds(3, seed=2, stratify="crop").fold(1)
+    folds.to_recipe(tmp_path / "folds.toml")
+    assert 'cells = "folds-fold-cells.parquet"' in (tmp_path / "folds.toml").read_text()
+    again = rd.load_recipe(tmp_path / "folds.toml").chips()
+    assert again.fold_cells.equals(folds.fold_cells)
+    assert again.table["split"].equals(folds.table["split"])
+    assert 'folds(3, seed=2, stratify="crop")' in repr(folds)
+
+
 def test_rows_and_seeds(scene: rd.Collection) -> None:
     points = crops(4, 120)
     chips = at(scene, points).split(**RATIOS, seed=1, stratify="crop")
@@ -245,5 +293,10 @@ def test_bad_input(scene: rd.Collection) -> None:
         table = at(scene, crops(9, 60)).split(stratify="crop").split_cells
     with pytest.raises(PlanError, match=r"cells of 3.84 km on grid utm.*cell_km=3.84"):
         _ = scene.chips(16, at=crops(9, 60), cell_km=7.68).split(cells=table).table
-    with pytest.raises(PlanError, match=r"by_blocks: found split\(stratify=\)"):
-        scene.chips(128).split(stratify="crop").by_blocks("folder")
+    with pytest.raises(PlanError, match=r"folds\(stratify='soil'\).*no column 'soil'"):
+        _ = chips.folds(3, stratify="soil").table
+    with pytest.raises(PlanError, match=r"folds\(cells=\).*columns cell and fold"):
+        _ = chips.folds(3, cells=table)
+    folded = pa.table({"cell": table["cell"].slice(0, 1), "fold": [7]})
+    with pytest.raises(PlanError, match=r"folds\(cells=\).*'7'.*one of 0, 1, 2"):
+        _ = chips.folds(3, cells=folded).table

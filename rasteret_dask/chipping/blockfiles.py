@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,15 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 
 from rasteret_dask.chipping.blocks import BlockPlan, PlanBlock
+from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.chips import PlannedChips
-from rasteret_dask.chipping.chiptable import FeedTable, bounds_of, replaced
+from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced
 from rasteret_dask.chipping.splits import FEW_CELLS
 from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.net.sums import crc32_of, document_of, sealed
+from rasteret_dask.planning.plan import Folds, Split
 from rasteret_dask.planning.resolve import ResolvedSource
 
 __all__ = ["BlockFacts", "BlockFiles", "whole_feeds", "write_block"]
@@ -57,6 +59,12 @@ class BlockFacts:
     """xmin, ymin, xmax, ymax of its chips; None where there are none."""
     nbytes: int
     crc32: int
+    dealt: dict[str, str] = field(default_factory=dict)
+    """Split cell -> its split, where a table of cells decides, of cells that are not in it."""
+    dealt_folds: dict[str, str] = field(default_factory=dict)
+    """The same of folds."""
+    nulls: tuple[str, ...] = ()
+    """Columns that steps add, such as ``fold``, of which some chip has none."""
 
     @property
     def splits(self) -> dict[str, int]:
@@ -96,6 +104,8 @@ def write_block(plan: BlockPlan, block: PlanBlock, url: str, digest: str) -> Blo
         return there
     frame = block.frame(plan.ground)
     made = plan.carried_out(plan.ground.lay(frame))
+    before = next((at for at, step in enumerate(plan.steps) if isinstance(step, Split | Folds)), 0)
+    few = max([FEW_CELLS, *(len(step.spec.ratios) for step in plan.steps if isinstance(step, Folds))])
     table = made[-1].table.combine_chunks()
     feeds = FeedTable.of(table)
     sources = range(len(plan.ground.sources))
@@ -109,14 +119,40 @@ def write_block(plan: BlockPlan, block: PlanBlock, url: str, digest: str) -> Blo
         dict(made[-1].dropped),
         tuple(tuple(feeds.rows_of(n).tolist()) for n in sources),
         tuple(int(feeds.order[feeds.source == n].max(initial=0)) + 1 for n in sources),
-        tuple(pc.unique(made[0].table.column("cell")).to_pylist()[:FEW_CELLS]),
+        tuple(pc.unique(made[before].table.column("cell")).to_pylist()[:few]),
         block.zone,
         (*box[:, :2].min(0).tolist(), *box[:, 2:].max(0).tolist()) if len(box) else None,
         len(data),
         crc32_of(data),
+        _further(made[-1].cells, plan, Split),
+        _further(made[-1].fold_cells, plan, Folds),
+        _with_nulls(made),
     )
     files.put(facts, data)
     return facts
+
+
+def _further(cells: CellTable | None, plan: BlockPlan, kind: type[Split | Folds]) -> dict[str, str]:
+    """Return the cells of a table, and what they were dealt to, that the table of the plan does not have."""
+    tokens = [
+        step.spec.cells for step in plan.steps if isinstance(step, kind) and step.spec.cells is not None
+    ]
+    if cells is None or not tokens:
+        return {}
+    fresh = pc.invert(
+        pc.is_in(
+            cells.table.column("cell"), value_set=plan.tables[tokens[-1]].column("cell").combine_chunks()
+        )
+    )
+    rows = cells.table.filter(fresh)
+    return dict(zip(rows.column("cell").to_pylist(), rows.column("split").to_pylist(), strict=True))
+
+
+def _with_nulls(made: Sequence[PlannedChips]) -> tuple[str, ...]:
+    """Return the columns that steps add of which some chip has none, as they were added."""
+    names = [name for name in made[-1].table.column_names if name not in CHIP_SCHEMA.names]
+    tables = [step.table for step in made]
+    return tuple(n for n in names if any(t.column(n).null_count for t in tables if n in t.column_names))
 
 
 def _by_split(chips: PlannedChips) -> dict[str, int]:
@@ -170,6 +206,8 @@ class BlockFiles:
     url: str
     digest: str
     """What the plan is known by."""
+    schema: pa.Schema | None = None
+    """Of the whole chip table, which says whether a column has nulls in any block; None: it is not whole yet."""
 
     def name(self, number: int) -> str:
         """Return the name of a block's file."""
@@ -202,6 +240,22 @@ class BlockFiles:
                 subject, other, f"this one ({self.digest[:12]})",
                 "Choose another folder, or delete what lies in this one.",
             )  # fmt: skip
+
+    def summary(self, step: int) -> pa.Table | None:
+        """Return what a step needs to know of all chips, where that was settled; None where it was not."""
+        try:
+            note = document_of(remote.get(remote.join(self.url, f"summary-{step:02d}.json")))
+        except remote.MissingError:
+            return None
+        if note is None or note.get("digest") != self.digest:
+            return None
+        return pa.table(note["columns"]).replace_schema_metadata(note["metadata"])
+
+    def put_summary(self, step: int, table: pa.Table) -> None:
+        """Keep what a step needs to know of all chips: a table of text and whole numbers, as of split cells."""
+        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        note = {"columns": table.to_pydict(), "metadata": metadata, "digest": self.digest}
+        remote.put(remote.join(self.url, f"summary-{step:02d}.json"), sealed(note))
 
     def put(self, facts: BlockFacts, data: bytes) -> None:
         """Write a block: its rows, and then what they are, which makes it whole."""
@@ -261,7 +315,10 @@ class BlockFiles:
             raise self._damaged(facts, repr(error)[:120]) from error
         if table.num_rows != facts.chips:
             raise self._damaged(facts, f"{table.num_rows} rows")
-        return table
+        if self.schema is None:
+            return table
+        whole = [one.with_nullable(self.schema.field(one.name).nullable) for one in table.schema]
+        return pa.Table.from_arrays(table.columns, schema=pa.schema(whole, table.schema.metadata))
 
     def _opened(self, path: str) -> pa.NativeFile:
         if remote.is_local(path):

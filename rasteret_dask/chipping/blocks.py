@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.chips import ChipSources, PlannedChips
 from rasteret_dask.chipping.frame import (
     BLOCK_PX,
@@ -21,7 +23,11 @@ from rasteret_dask.chipping.frame import (
     zone_cells,
     zone_frame,
 )
-from rasteret_dask.chipping.steps import carried_out
+from rasteret_dask.chipping.labels import Labels
+from rasteret_dask.chipping.splits import TRAIN
+from rasteret_dask.chipping.splittimes import split_spans
+from rasteret_dask.chipping.steps import carried_out, ground_of
+from rasteret_dask.chipping.strata import Holding, dealt_cells, holding_of
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import (
     TIME,
@@ -37,9 +43,13 @@ from rasteret_dask.planning.plan import (
     WithTable,
     step_name,
 )
+from rasteret_dask.planning.scan import token_of
 from rasteret_dask.table.records import Records
 
-__all__ = ["WINDOWS", "PlanBlock", "BlockPlan", "blocks_of", "check_by_blocks"]
+__all__ = ["WINDOWS", "BlockPlan", "Moments", "PlanBlock", "blocks_of", "check_by_blocks"]
+
+Moments: TypeAlias = "NDArray[np.int64]"
+"""Shape (span, 2): start and end, ns since 1970."""
 
 WINDOWS = 65_536
 """Candidate windows of a block, about, where nobody says how many."""
@@ -157,21 +167,11 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
                     "by_blocks", "a with_table step before it", "steps that look at one chip at a time",
                     "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().with_table(table).",
                 )  # fmt: skip
-            case Folds():
+            case Split(_, split) if split.column is not None and not split.values:
                 raise PlanError(
-                    "by_blocks", "a folds step before it", "steps that add no column",
-                    "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().folds(5).",
-                )  # fmt: skip
-            case Split(_, split) if split.column is not None or split.by == TIME:
-                raise PlanError(
-                    "by_blocks", f"split(by={split.by!r})", "split(by='ground') or split(by='geometry')",
-                    "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().split(by=...).",
-                )  # fmt: skip
-            case Split(_, split) if split.stratify or split.cells is not None:
-                raise PlanError(
-                    "by_blocks", f"split({'stratify' if split.stratify else 'cells'}=)",
-                    "cells that a hash deals, as no block knows the chips of others",
-                    "Leave it out, or choose chips first: chips.by_blocks(folder).filter(...).to_chips().split(...).",
+                    "by_blocks", f"split(by={split.by!r}) without the values of each split",
+                    f"lists of values, as split(by={split.by!r}, test=[...]): no block knows the values of others",
+                    "Name them, or choose chips first: chips.by_blocks(folder).filter(...).to_chips().split(by=...).",
                 )  # fmt: skip
             case Split(_, split) if split.buffer_m > 0:
                 raise PlanError(
@@ -179,10 +179,18 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
                     "buffer_m=0, as no block knows the chips of others",
                     "Split without a buffer, or plan in one piece, an area at a time (aoi=).",
                 )  # fmt: skip
-            case Split() | FilterChips() | Select() | Map() | FilterPixels():
+            case Split() | Folds() | FilterChips() | Select() | Map() | FilterPixels():
                 continue
             case _:
                 raise PlanError("by_blocks", f"a {step_name(step)} step", "steps on chips")
+
+
+def _needs_all(step: Node) -> bool:
+    """Tell whether a step needs to know something of all chips: what cells hold, or when train is."""
+    if not isinstance(step, Split | Folds):
+        return False
+    spec = step.spec
+    return bool(spec.stratify) or (spec.gap is not None and spec.moments is None and TRAIN in spec.names)
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,10 @@ class BlockPlan:
     ground: ChipSources
     steps: tuple[Node, ...]
     """Steps on chips, in the order in which they are carried out."""
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    """The tables that steps name: of split cells, of classes counted in a raster, of regions."""
+    labels: Labels | None = None
+    """Polygons whose classes decide a deal of split cells, if they do."""
 
     @property
     def light(self) -> BlockPlan:
@@ -201,7 +213,64 @@ class BlockPlan:
             for s in self.ground.sources
         )
         steps = tuple(s for s in self.steps if not isinstance(s, Map | FilterPixels))
-        return BlockPlan(replace(self.ground, sources=sources), steps)
+        return replace(self, ground=replace(self.ground, sources=sources), steps=steps)
+
+    @property
+    def pending(self) -> int | None:
+        """The place of the first step that needs to know something of all chips before it; None: there is none."""
+        return next((at for at, step in enumerate(self.steps) if _needs_all(step)), None)
+
+    def settled(self, at: int, table: pa.Table) -> BlockPlan:
+        """Return the same plan with what a step needs to know of all chips, as :meth:`summary` returns it."""
+        step, token = self.steps[at], token_of(table)
+        assert isinstance(step, Split | Folds)
+        spec = step.spec
+        spec = (
+            replace(spec, moments=token)
+            if spec.by == TIME
+            else replace(spec, stratify=(), raster=None, cells=token)
+        )
+        steps = (*self.steps[:at], replace(step, spec=spec), *self.steps[at + 1 :])
+        return replace(self, steps=steps, tables={**self.tables, token: table})
+
+    def survey(self, block: PlanBlock, at: int) -> Holding | Moments:
+        """Return what a block tells before a step: what its split cells hold, or the times of its train chips."""
+        step = self.steps[at]
+        assert isinstance(step, Split | Folds)
+        spec = step.spec
+        before = replace(self, steps=self.steps[:at])
+        chips = before.carried_out(self.ground.lay(block.frame(self.ground)))[-1]
+        if spec.by == TIME:
+            plain = replace(step, spec=replace(spec, gap=None))
+            return split_spans(carried_out(chips, plain, self.tables))[TRAIN]
+        cells, links = ground_of(chips, spec)
+        raster = None if spec.raster is None else self.tables[spec.raster]
+        return holding_of(replace(chips, labels=self.labels), spec, cells, links, raster)
+
+    def summary(self, at: int, surveys: Sequence[Holding | Moments]) -> pa.Table:
+        """Return what all blocks together tell: the table of split cells, dealt, or the times of all train chips.
+
+        Raises
+        ------
+        PlanError
+            When there is no chip, or strata cannot hold.
+        """
+        step = self.steps[at]
+        assert isinstance(step, Split | Folds)
+        spec = step.spec
+        holdings = [survey for survey in surveys if isinstance(survey, Holding)]
+        if spec.by == TIME:
+            spans = [survey for survey in surveys if not isinstance(survey, Holding)]
+            both = np.unique(np.concatenate([*spans, np.zeros((0, 2), dtype=np.int64)]), axis=0)
+            return pa.table({"start": both[:, 0], "end": both[:, 1]})
+        if not any(len(holding.places) for holding in holdings):
+            raise self.ground.none_laid(0, self.ground.dropped)
+        nothing = replace(self, steps=()).empty()
+        cells, _ = ground_of(nothing, spec)
+        earlier = None if spec.cells is None else CellTable.again(self.tables[spec.cells])
+        raster = None if spec.raster is None else self.tables[spec.raster]
+        whole = Holding.together(holdings)
+        return dealt_cells(whole, spec, cells, replace(nothing, labels=self.labels), earlier, raster).table
 
     def empty(self) -> PlannedChips:
         """Carry out all steps on no chips: what the plan says of every chip, and errors that need none."""
@@ -216,5 +285,5 @@ class BlockPlan:
         """Return what is laid, and what each step makes of it; there may be no chip."""
         results = [laid]
         for step in self.steps:
-            results.append(carried_out(results[-1], step, {}))
+            results.append(carried_out(results[-1], step, self.tables))
         return results

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import ChipSpec
 
-__all__ = ["CELL_SCHEMA", "CellTable", "cell_texts"]
+__all__ = ["CELL_SCHEMA", "CellTable", "Dealt", "cell_texts"]
+
+Dealt: TypeAlias = Literal["split", "fold"]
+"""What split cells are dealt to."""
 
 CELL_SCHEMA = pa.schema([("cell", pa.string()), ("split", pa.string())])
 """``cell`` is the chip table's: zone, row and column of a split cell, as ``33/-362/27``."""
@@ -37,6 +40,10 @@ class CellTable:
 
     table: pa.Table
     """CELL_SCHEMA, a row a cell, in the order of ``cell``."""
+    raster: str = ""
+    """Name of the raster whose classes decided the deal, if one did."""
+    classes: pa.Table | None = None
+    """How much of each class of that raster cells hold: ``cell``, and a column of pixels for each class."""
 
     @classmethod
     def of(cls, cells: Sequence[str], splits: Sequence[str], spec: ChipSpec) -> CellTable:
@@ -79,6 +86,30 @@ class CellTable:
                 "chips.split_cells has such names.",
             ) from error  # fmt: skip
         return result
+
+    @classmethod
+    def of_folds(cls, table: pa.Table, subject: str = "folds(cells=)") -> CellTable:
+        """Check a table of folds that a user gives: columns cell and fold.
+
+        Raises
+        ------
+        PlanError
+            As :meth:`again`.
+        """
+        if "fold" not in table.column_names or "cell" not in table.column_names:
+            raise PlanError(
+                subject, f"a table of {', '.join(table.column_names)}", "columns cell and fold",
+                "chips.fold_cells is such a table.",
+            )  # fmt: skip
+        own = pa.table({"cell": table.column("cell"), "split": table.column("fold").cast(pa.string())})
+        return cls.again(own.replace_schema_metadata(table.schema.metadata), subject)
+
+    @property
+    def folds(self) -> pa.Table:
+        """The same as columns cell and fold, a number."""
+        fold = self.table.column("split").cast(pa.int64())
+        own = pa.table({"cell": self.table.column("cell"), "fold": fold})
+        return own.replace_schema_metadata(self.table.schema.metadata)
 
     def check(self, spec: ChipSpec, names: Sequence[str], subject: str = "split(cells=)") -> None:
         """Compare with the cells and the splits of a plan.

@@ -92,6 +92,10 @@ class PlannedChips:
     """Polygons that become masks of the reference source."""
     cells: CellTable | None = None
     """The split of each split cell, where cells were dealt by more than a hash."""
+    fold_cells: CellTable | None = None
+    """The fold of each split cell, likewise."""
+    split_losses: tuple[str, ...] = ()
+    """Reasons of ``dropped`` that are the split's: another split that takes its place has losses of its own."""
 
     @cached_property
     def feeds(self) -> FeedTable:

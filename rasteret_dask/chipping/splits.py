@@ -274,7 +274,9 @@ def warn_if_few(cells: int, spec: SplitSpec, lattice: Lattice, ground_m2: float 
     )
 
 
-def column_splits(column: pa.ChunkedArray, spec: SplitSpec) -> tuple[SplitSpec, NDArray[np.int64]]:
+def column_splits(
+    column: pa.ChunkedArray, spec: SplitSpec, whole: bool = True
+) -> tuple[SplitSpec, NDArray[np.int64]]:
     """Return which split each value of a column is in: -1 for null and for values that no split takes.
 
     Parameters
@@ -283,6 +285,8 @@ def column_splits(column: pa.ChunkedArray, spec: SplitSpec) -> tuple[SplitSpec, 
         The column ``spec.by`` of the chip table.
     spec
         The values of each split. Without any, each value is a split of that name.
+    whole
+        Whether these are all chips, so that a value which a split asks for has to be there.
 
     Returns
     -------
@@ -304,10 +308,10 @@ def column_splits(column: pa.ChunkedArray, spec: SplitSpec) -> tuple[SplitSpec, 
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     keys = [plain(value) for value in encoded.dictionary.to_pylist()]
     there = [key for key in keys if key == key]  # NaN, which pandas writes for null
-    whole = _with_values(spec, there, step)
-    number = _numbers(whole, there)
+    full = _with_values(spec, there, step) if whole or not spec.values else spec
+    number = _numbers(full, there)
     of_key = np.array([number.get(key, -1) if key == key else -1 for key in keys] + [-1], dtype=np.int64)
-    return whole, of_key[np.asarray(pc.fill_null(encoded.indices, len(keys)))]
+    return full, of_key[np.asarray(pc.fill_null(encoded.indices, len(keys)))]
 
 
 def _numbers(spec: SplitSpec, there: Sequence[Scalar]) -> dict[Scalar, int]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.chips import ChipSources, PlannedChips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
-from rasteret_dask.chipping.ground import cells_under, splits_under
+from rasteret_dask.chipping.ground import Links, cells_under, splits_under
 from rasteret_dask.chipping.leftover import whole_cell_km
 from rasteret_dask.chipping.regions import names_of
 from rasteret_dask.chipping.rulesteps import with_rule
@@ -30,7 +30,16 @@ from rasteret_dask.chipping.splits import (
     too_near,
     warn_if_few,
 )
-from rasteret_dask.chipping.splittimes import BETWEEN, by_time, spans, too_soon
+from rasteret_dask.chipping.splittimes import (
+    BETWEEN,
+    FAR_FUTURE,
+    NO_DATE,
+    by_time,
+    dates,
+    none_in_range,
+    spans,
+    too_soon,
+)
 from rasteret_dask.chipping.strata import table_of_cells
 from rasteret_dask.errors import EmptyError, PlanError, SchemaError
 from rasteret_dask.grid import Lattice
@@ -54,7 +63,17 @@ from rasteret_dask.planning.plan import (
 from rasteret_dask.planning.sampling import sample_rows
 from rasteret_dask.planning.scan import Table, alone, as_table, filter_table
 
-__all__ = ["FOLD", "apply_step", "carried_out", "check_splits", "none_left", "steps_of", "warn_of_few"]
+__all__ = [
+    "FOLD",
+    "apply_step",
+    "carried_out",
+    "check_fold_cells",
+    "check_splits",
+    "ground_of",
+    "none_left",
+    "steps_of",
+    "warn_of_few",
+]
 
 _PLANNED_COLUMNS = (
     "epsg",
@@ -76,6 +95,9 @@ FEW_LABELS = 20
 
 FOLD = "fold"
 """The column that says which fold a chip is in."""
+
+TWO_FOLDS = "chip on the ground of two folds"
+"""Why a chip is in no fold."""
 
 
 def steps_of(plan: Node) -> tuple[CutChips, tuple[Node, ...]]:
@@ -108,7 +130,7 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
     UserWarning
         When there are so few split cells that ratios are a matter of luck.
     """
-    result = carried_out(chips, step, tables)
+    result = carried_out(chips, step, tables, whole=True)
     on_cells = not chips.table.column("cell").null_count
     if isinstance(step, Split | Folds) and step.spec.by == "ground" and not step.spec.stratify and on_cells:
         warn_of_few(pc.count_distinct(chips.table.column("cell")).as_py(), chips, step.spec)
@@ -121,8 +143,21 @@ def apply_step(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> 
     return result
 
 
-def carried_out(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) -> PlannedChips:
+def carried_out(
+    chips: PlannedChips, step: Node, tables: Mapping[str, Table], whole: bool = False
+) -> PlannedChips:
     """Carry out a step; it may leave no chip.
+
+    Parameters
+    ----------
+    chips
+        The chips that the steps before it made.
+    step
+        The step.
+    tables
+        The tables that its tokens name.
+    whole
+        Whether these are all chips of the plan: only then can values, cells or times be missing.
 
     Raises
     ------
@@ -131,9 +166,9 @@ def carried_out(chips: PlannedChips, step: Node, tables: Mapping[str, Table]) ->
     """
     match step:
         case Split(_, spec):
-            return _split(chips, spec, tables)
+            return _split(chips, spec, tables, whole)
         case Folds(_, spec):
-            return _with_folds(chips, spec)
+            return _with_folds(chips, spec, tables, whole)
         case FilterChips(_, where):
             for column, *_rest in where:
                 if column not in chips.table.column_names:
@@ -209,9 +244,9 @@ def warn_of_few(cells: int, chips: PlannedChips | ChipSources, spec: SplitSpec) 
     warn_if_few(cells, spec, Lattice(chips.spec.cell_km * 1000.0, length, length), ground)
 
 
-def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) -> PlannedChips:
+def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table], whole: bool) -> PlannedChips:
     table = chips.table
-    dropped = dict(chips.dropped)
+    losses: dict[str, int] = {}
     cells = None
     if spec.by == "ground":
         number, cells = _by_ground(chips, spec, tables)
@@ -220,9 +255,8 @@ def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) ->
         number = _by_geometry(chips, spec)
         reason = "chip fed by records of two splits"
     elif spec.by == TIME:
-        number, lost = _by_time(chips, spec)
-        dropped |= lost
-        reason = "chip whose time is in no split, or of two"
+        number, losses = _by_time(chips, spec, tables, whole)
+        reason = ""
     else:
         if spec.regions is not None:
             table = _with_regions(table, spec.by, as_table(tables[spec.regions]))
@@ -231,53 +265,65 @@ def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table]) ->
                 "split(by=)", repr(spec.by), f"'ground', 'geometry' or one of {', '.join(table.column_names)}",
                 f"chips.folds(5) makes a column {FOLD}." if spec.by == FOLD else "",
             )  # fmt: skip
-        spec, number = column_splits(table.column(spec.by), spec)
+        spec, number = column_splits(table.column(spec.by), spec, whole)
         reason = f"column {spec.by} names no split"
         if spec.regions is not None:
             reason = f"chip that lies in no {spec.by} as a whole, or in one of no split"
-    if spec.by != TIME:
-        dropped |= _lost(table, number < 0, reason)
+    before = {why: count for why, count in chips.dropped.items() if why not in chips.split_losses}
+    lost = number < 0
+    if spec.by == FOLD and any(why.startswith(TWO_FOLDS) for why in chips.dropped):
+        before = {why: count for why, count in before.items() if not why.startswith(TWO_FOLDS)}
+        foldless = np.asarray(
+            table.column(FOLD).is_null()
+        )  # folds() has counted them: now they are lost, once
+        losses = _lost(table.drop_columns([FOLD]), lost & foldless, TWO_FOLDS)
+        lost = lost & ~foldless
+    if reason:
+        losses |= _lost(table, lost, reason)
     epsg, bounds = table.column("epsg").to_numpy().astype(np.int64), bounds_of(table)
     near = too_near(epsg, bounds, number, spec, table.column("geometry"))
     if near.any():
         others = [name for name in spec.names if name != TRAIN]
         words = " or ".join(others) if len(others) <= 3 else "other"
-        dropped[f"{words} chip nearer than {spec.buffer_m:g} m to train"] = int(near.sum())
+        losses[f"{words} chip nearer than {spec.buffer_m:g} m to train"] = int(near.sum())
         _warn_of_empty(chips, spec, number, near)
         number = np.where(near, -1, number)
     names = pa.array(spec.names, pa.string()).take(pa.array(number, mask=number < 0))
-    table = replaced(table, "split", names)
-    return replace(chips, table=table, split=spec, dropped=dropped, cells=cells)
+    return replace(
+        chips, table=replaced(table, "split", names), split=spec, dropped=before | losses, cells=cells,
+        split_losses=tuple(losses),
+    )  # fmt: skip
 
 
-def _by_time(chips: PlannedChips, spec: SplitSpec) -> tuple[NDArray[np.int64], dict[str, int]]:
-    """Return the number of the split whose range holds each chip's records, -1 for none; what is lost, and why."""
-    if TIME in chips.table.column_names:
+def _by_time(
+    chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table], whole: bool
+) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """Return the number of the split whose range holds each chip's time, -1 for none; what is lost, and why."""
+    if TIME in chips.table.column_names and spec.date is None:
         raise PlanError(
             "split(by='time')", "a column time, too", "a column of another name",
-            "by='time' splits by the time of chips' records: rename the column.",
+            "by='time' splits by the time of chips' records, or of a column: split(by='time', date='time').",
         )  # fmt: skip
-    span = spans(chips)
+    span = spans(chips) if spec.date is None else dates(chips.table, spec.date)
     number = by_time(span, spec.values)
-    lost = _lost(chips.table, number == -1, "chip whose time is of two splits")
+    lost: dict[str, int] = {}
+    if spec.date is not None:
+        dateless = span[:, 0] == NO_DATE
+        lost = _lost(chips.table, dateless, f"chip without a date in column {spec.date}")
+        number = np.where(dateless, -1, number)
+        span = np.where(dateless[:, None], FAR_FUTURE, span)
+    else:
+        lost |= _lost(chips.table, number == -1, "chip whose time is of two splits")
     lost |= _lost(chips.table, number == BETWEEN, "chip whose time is in no split")
     number = np.maximum(number, -1)
     if spec.gap is not None and TRAIN in spec.names:
-        soon = too_soon(span, number, spec.names.index(TRAIN), spec.gap)
+        ours = None if spec.moments is None else as_table(tables[spec.moments])
+        moments = None if ours is None else np.stack([ours[name].to_numpy() for name in ("start", "end")], -1)
+        soon = too_soon(span, number, spec.names.index(TRAIN), spec.gap, moments)
         lost |= _lost(chips.table, soon, f"chip nearer than {spec.gap} in time to train")
         number = np.where(soon, -1, number)
-    if len(number) and not np.any(number >= 0):
-        edges = (
-            span[[span[:, 0].argmin(), span[:, 1].argmax()], [0, 1]]
-            .astype("datetime64[ns]")
-            .astype("datetime64[D]")
-        )
-        raise PlanError(
-            "split(by='time')", f"no chip in any range; records of chips are of {edges[0]} to {edges[1]}",
-            "chips whose records all lie in the range of one split",
-            "A chip of slots has the time of all its slots: leave out harmonize(time=), so that each acquisition is a "
-            "chip, or change the ranges.",
-        )  # fmt: skip
+    if whole and len(number) and not np.any(number >= 0):
+        raise none_in_range(spec, span)
     return number, lost
 
 
@@ -292,7 +338,9 @@ def _with_regions(table: pa.Table, column: str, regions: pa.Table) -> pa.Table:
     return table.append_column(pa.field(column, names.type, nullable=bool(names.null_count)), names)
 
 
-def _with_folds(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
+def _with_folds(
+    chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table], whole: bool
+) -> PlannedChips:
     """Add the column that says which fold each chip is in; null where its ground is in two."""
     table = chips.table
     if FOLD in table.column_names:
@@ -300,18 +348,23 @@ def _with_folds(chips: PlannedChips, spec: SplitSpec) -> PlannedChips:
             "folds", f"a column {FOLD} that is there already", "chips without one",
             "chips.fold(0) takes it as it is; with_table() joins it under another name, for split(by=...).",
         )  # fmt: skip
-    cells = _cell_count(chips)
+    if whole:
+        check_fold_cells(_cell_count(chips), spec, chips.spec.cell_km)
+    number, cells = _by_ground(chips, spec, tables)
+    column = pa.array(number, pa.int64(), mask=number < 0)
+    field = pa.field(FOLD, column.type, nullable=bool(column.null_count))
+    dropped = {**chips.dropped, **_lost(table, number < 0, TWO_FOLDS)}
+    return replace(chips, table=table.append_column(field, column), dropped=dropped, fold_cells=cells)
+
+
+def check_fold_cells(cells: int, spec: SplitSpec, cell_km: float) -> None:
+    """Raise PlanError where there are fewer split cells than folds."""
     if len(spec.ratios) > cells:
         fewer = f"folds({cells}) or fewer, or " if cells > 1 else ""
         raise PlanError(
-            f"folds({len(spec.ratios)})", f"{cells} split cell{'s' * (cells != 1)} of {chips.spec.cell_km:g} km",
+            f"folds({len(spec.ratios)})", f"{cells} split cell{'s' * (cells != 1)} of {cell_km:g} km",
             "a split cell for each fold at least", f"Ask for {fewer}smaller cells: chips(cell_km=...).",
         )  # fmt: skip
-    number, _ = _by_ground(chips, spec, {})
-    column = pa.array(number, pa.int64(), mask=number < 0)
-    field = pa.field(FOLD, column.type, nullable=bool(column.null_count))
-    dropped = {**chips.dropped, **_lost(table, number < 0, "chip on the ground of two folds")}
-    return replace(chips, table=table.append_column(field, column), dropped=dropped)
 
 
 def _by_ground(
@@ -321,16 +374,22 @@ def _by_ground(
 
     There is a table where more than a hash deals cells.
     """
+    cells, links = ground_of(chips, spec)
+    if spec.stratify or spec.cells is not None:
+        earlier = None if spec.cells is None else CellTable.again(as_table(tables[spec.cells]))
+        raster = None if spec.raster is None else as_table(tables[spec.raster])
+        cells = replace(cells, table=table_of_cells(chips, spec, cells, links, earlier, raster))
+    return splits_under(links, chips.table.num_rows, cells, spec), cells.table
+
+
+def ground_of(chips: PlannedChips, spec: SplitSpec) -> tuple[SplitCells, Links]:
+    """Return the split cells, and those that decide the split of each chip."""
     inside = _cells(chips.table)
     # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
     wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
     epsg = chips.table.column("epsg").to_numpy().astype(np.int64)
     cells = _split_cells(chips)
-    links = cells_under(epsg, bounds_of(chips.table) + wider, cells, spec.boundary, inside)
-    if spec.stratify or spec.cells is not None:
-        earlier = None if spec.cells is None else CellTable.again(as_table(tables[spec.cells]))
-        cells = replace(cells, table=table_of_cells(chips, spec, cells, links, earlier))
-    return splits_under(links, chips.table.num_rows, cells, spec), cells.table
+    return cells, cells_under(epsg, bounds_of(chips.table) + wider, cells, spec.boundary, inside)
 
 
 def _split_cells(chips: PlannedChips) -> SplitCells:

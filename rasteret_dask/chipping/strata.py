@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,26 @@ from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.dealing import Stock, deal
 from rasteret_dask.chipping.ground import Links, cells_near
-from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units
+from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units, cells_at
 from rasteret_dask.errors import PlanError, StrataWarning
 from rasteret_dask.lists import listed
 from rasteret_dask.planning.plan import SplitSpec, is_number
 
-__all__ = ["Strata", "classes_of", "table_of_cells"]
+__all__ = [
+    "Holding",
+    "Strata",
+    "classes_of",
+    "classes_of_raster",
+    "dealt_cells",
+    "holding_of",
+    "table_of_cells",
+]
 
 MOST_CLASSES = 256
 """Values of a column that are classes; more are ids, or measurements."""
+
+RARE_GROUND = 0.01
+"""Of a raster's classes, those on less of the ground are not told where they lie in few cells."""
 
 BURNED_PX = 64
 """Polygons are burned on so many pixels of a chip's side at most, to tell how much of each class a chip has."""
@@ -48,7 +59,7 @@ class Strata:
     """Whether each chip has one class, which a filter on the column can leave out."""
 
 
-def classes_of(chips: PlannedChips, columns: Sequence[str]) -> Strata:
+def classes_of(chips: PlannedChips, columns: Sequence[str], step: str = "split") -> Strata:
     """Return how much of each class chips hold.
 
     Parameters
@@ -58,20 +69,25 @@ def classes_of(chips: PlannedChips, columns: Sequence[str]) -> Strata:
     columns
         One column of the chip table with a class for each chip (text, whole numbers, booleans); or the column that
         ``chips(labels=, rasterize=)`` burns; or several columns of numbers: how much of a class each chip has.
+    step
+        What asks, for messages.
 
     Raises
     ------
     PlanError
         When there is no such column, a value is missing, negative or a list, or there are too many classes.
     """
-    subject = f"split(stratify={columns[0] if len(columns) == 1 else list(columns)!r})"
+    subject = f"{step}(stratify={columns[0] if len(columns) == 1 else list(columns)!r})"
     burned = None if chips.labels is None else chips.labels.column
     if len(columns) == 1 and columns[0] == burned and burned not in chips.table.column_names:
         return _burned(chips, subject)
     for name in columns:
         if name not in chips.table.column_names:
             own = [*chips.table.column_names, *([burned] if burned else [])]
-            raise PlanError(subject, f"no column {name!r}", f"one of {', '.join(own)}")
+            raise PlanError(
+                subject, f"no column {name!r}", f"one of {', '.join(own)}",
+                "A raster of classes is a GeoTIFF's path, a Collection, or the name of a joined source of classes.",
+            )  # fmt: skip
     if len(columns) > 1:
         return _numbers(chips, columns, subject)
     return _values(chips.table.column(columns[0]), columns[0], subject)
@@ -152,8 +168,161 @@ def _burned(chips: PlannedChips, subject: str) -> Strata:
     return Strata(names, amounts[back.ravel()], labels.column, False)
 
 
+def classes_of_raster(chips: PlannedChips, name: str, raster: pa.Table) -> Strata:
+    """Return how much of each class of a raster chips hold: what the split cell has that a chip's centre lies in.
+
+    Parameters
+    ----------
+    chips
+        The chips.
+    name
+        What the raster is called.
+    raster
+        ``cell``, and a column of pixels for each class. A cell that is not there has none.
+    """
+    names = [column for column in raster.column_names if column != "cell"]
+    row = pc.index_in(_home_cells(chips), value_set=raster.column("cell").combine_chunks())
+    row = np.asarray(pc.fill_null(row, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
+    amounts = np.zeros((len(row), len(names)), dtype=np.int64)
+    for number, column in enumerate(names if raster.num_rows else ()):
+        amounts[:, number] = np.where(row >= 0, raster.column(column).to_numpy()[row], 0)
+    return Strata(tuple(names), amounts, name, False)
+
+
+def _home_cells(chips: PlannedChips) -> pa.Array:
+    """Return the name of the split cell that each chip was laid out in, or that holds its centre; null for none."""
+    column = chips.table.column("cell").combine_chunks()
+    if not column.null_count:
+        return column
+    cells = SplitCells(chips.spec.grid.zones, chips.spec.cell_km * 1000.0)
+    epsg, bounds = chips.table.column("epsg").to_numpy(), bounds_of(chips.table)
+    texts = np.full(len(epsg), None, dtype=object)
+    for code in np.unique(epsg).tolist():
+        at = np.flatnonzero(epsg == code)
+        zones, places = cells_at(int(code), bounds[at], cells)
+        for zone in np.unique(zones[zones != 0]).tolist():
+            texts[at[zones == zone]] = cell_texts(cells.zones.cell_name(zone), places[zones == zone])
+    return pa.array(texts, pa.string())
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What split cells hold, of all chips or of some: parts of a plan add up."""
+
+    classes: tuple[str, ...]
+    column: str
+    """What the classes are of, for messages."""
+    one: bool
+    """Whether each chip has one class."""
+    places: NDArray[np.int64]
+    """Shape (cell, 3). Zone, row and column of each cell that a chip lies on, rising."""
+    held: NDArray[Any]
+    """Shape (cell, class). Of the chips that lie on one cell, and near no other."""
+    several: NDArray[Any]
+    """Shape (chip, class). Of each chip that lies on or near several cells."""
+    group: NDArray[np.int64]
+    """Shape (link,), rising. The number of such a chip, for each cell that it lies on or near; those on come first."""
+    cell: NDArray[np.int64]
+    """Shape (link,). The number of that cell."""
+    near: NDArray[np.bool_]
+    """Shape (link,). Whether the chip is only near the cell."""
+
+    def stock(self, spec: SplitSpec) -> Stock:
+        """Return what is dealt."""
+        guarded = spec.names.index(TRAIN) if TRAIN in spec.names else -1
+        if not len(self.several):
+            return Stock.of_cells(self.held)
+        number = np.arange(len(self.places), dtype=np.int64)
+        return Stock(
+            np.concatenate([self.held, self.several]),
+            np.concatenate([number, len(number) + self.group]),
+            np.concatenate([number, self.cell]),
+            np.concatenate([np.zeros(len(number), dtype=bool), self.near]),
+            guarded,
+        )
+
+    @property
+    def cells_of_classes(self) -> list[NDArray[np.int64]]:
+        """For each class, the cells where chips lie that have some of it."""
+        first = np.flatnonzero(np.append(True, np.diff(self.group) != 0)) if len(self.group) else self.group
+        home = self.cell[first]
+        return [
+            np.unique(np.append(np.flatnonzero(self.held[:, n] > 0), home[self.several[:, n] > 0]))
+            for n in range(len(self.classes))
+        ]
+
+    @classmethod
+    def together(cls, parts: Sequence[Holding]) -> Holding:
+        """Return what cells hold of all parts."""
+        places = np.unique(np.concatenate([part.places for part in parts]), axis=0)
+        names = tuple(sorted({name for part in parts for name in part.classes}))
+        if len({part.classes for part in parts}) == 1:
+            names = parts[0].classes
+        key = {tuple(place): at for at, place in enumerate(places.tolist())}
+        held = np.zeros((len(places), len(names)), dtype=parts[0].held.dtype)
+        several, group, cell, near = [], [], [], []
+        count = 0
+        for part in parts:
+            at = np.array([key[tuple(place)] for place in part.places.tolist()], dtype=np.int64)
+            to = np.array([names.index(name) for name in part.classes], dtype=np.int64)
+            held[np.ix_(at, to)] += part.held
+            own = np.zeros((len(part.several), len(names)), dtype=part.several.dtype)
+            own[:, to] = part.several
+            several.append(own)
+            group.append(part.group + count)
+            cell.append(at[part.cell])
+            near.append(part.near)
+            count += len(own)
+        return cls(
+            names, parts[0].column, parts[0].one, places, held, np.concatenate(several),
+            np.concatenate(group), np.concatenate(cell), np.concatenate(near),
+        )  # fmt: skip
+
+
+def holding_of(
+    chips: PlannedChips, spec: SplitSpec, cells: SplitCells, links: Links, raster: pa.Table | None
+) -> Holding:
+    """Return what the split cells of chips hold.
+
+    Parameters
+    ----------
+    chips, spec, cells, links, raster
+        As in :func:`table_of_cells`.
+    """
+    both = np.concatenate([links.zone[:, None], links.cell], axis=1)
+    places, cell = np.unique(both, axis=0, return_inverse=True)
+    cell = cell.ravel()
+    if raster is not None:
+        classes = classes_of_raster(chips, spec.stratify[0], raster)
+    elif spec.stratify:
+        classes = classes_of(chips, spec.stratify, spec.step)
+    else:
+        classes = Strata((), np.zeros((chips.table.num_rows, 0), dtype=np.int64), "", False)
+    count = np.bincount(links.chip, minlength=chips.table.num_rows)
+    near_chip, near_cell = _beside(chips, spec, cells, links, places, cell)
+    alone = (count == 1) & (np.bincount(near_chip, minlength=len(count)) == 0)
+    several = np.flatnonzero((count > 0) & ~alone)
+    held = np.zeros((len(places), len(classes.names)), dtype=classes.amounts.dtype)
+    own = alone[links.chip]
+    np.add.at(held, cell[own], classes.amounts[links.chip[own]])
+    group = np.full(len(count), -1, dtype=np.int64)
+    group[several] = np.arange(len(several))
+    number = np.concatenate([group[links.chip[~own]], group[near_chip]])
+    near = np.concatenate([np.zeros(int((~own).sum()), dtype=bool), np.ones(len(near_chip), dtype=bool)])
+    order = np.argsort(number, kind="stable")  # own cells before near ones
+    return Holding(
+        classes.names, classes.column, classes.one, places, held, classes.amounts[several], number[order],
+        np.concatenate([cell[~own], near_cell])[order], near[order],
+    )  # fmt: skip
+
+
 def table_of_cells(
-    chips: PlannedChips, spec: SplitSpec, cells: SplitCells, links: Links, earlier: CellTable | None
+    chips: PlannedChips,
+    spec: SplitSpec,
+    cells: SplitCells,
+    links: Links,
+    earlier: CellTable | None,
+    raster: pa.Table | None,
 ) -> CellTable:
     """Return the split of every cell that a chip lies on, and of those of an earlier table.
 
@@ -167,17 +336,39 @@ def table_of_cells(
         The split cells, and those that each chip lies on.
     earlier
         Cells that keep their split.
+    raster
+        How much of each class of a raster cells hold, where ``spec`` names one.
 
     Raises
     ------
     PlanError
         When strata cannot hold, or the earlier table is of other cells or splits.
     """
+    return dealt_cells(holding_of(chips, spec, cells, links, raster), spec, cells, chips, earlier, raster)
+
+
+def dealt_cells(
+    holding: Holding,
+    spec: SplitSpec,
+    cells: SplitCells,
+    chips: PlannedChips,
+    earlier: CellTable | None,
+    raster: pa.Table | None,
+) -> CellTable:
+    """Return the same, of what cells hold.
+
+    Parameters
+    ----------
+    holding
+        What they hold.
+    spec, cells, earlier, raster
+        As in :func:`table_of_cells`.
+    chips
+        What the plan says of chips; of those that are there, advice is taken.
+    """
     if earlier is not None:
-        earlier.check(chips.spec, spec.names)
-    both = np.concatenate([links.zone[:, None], links.cell], axis=1)
-    places, cell = np.unique(both, axis=0, return_inverse=True)
-    cell = cell.ravel()
+        earlier.check(chips.spec, spec.names, f"{spec.step}(cells=)")
+    places = holding.places
     unit, before = np.zeros(len(places)), np.full(len(places), -1, dtype=np.int64)
     texts = np.empty(len(places), dtype=object)
     hashed = np.full(len(places), -1, dtype=np.int64)
@@ -189,44 +380,17 @@ def table_of_cells(
         if earlier is not None:
             before[here] = earlier.numbers(name, places[here, 1:], spec.names)
     if spec.stratify:
-        classes = classes_of(chips, spec.stratify)
-        stock = _stock(chips, spec, cells, links, places, cell, classes)
         shares = np.array([float(share) for _, share in spec.ratios])
-        _check(chips, spec, classes, links, cell, before)
-        number = deal(stock, shares, unit, before)
+        _check(chips, spec, holding, before)
+        number = deal(holding.stock(spec), shares, unit, before)
     else:
         number = np.where(before >= 0, before, hashed)
     names = dict(zip(texts.tolist(), (spec.names[n] for n in number.tolist()), strict=True))
     if earlier is not None:
         old = earlier.table
         names |= dict(zip(old.column("cell").to_pylist(), old.column("split").to_pylist(), strict=True))
-    return CellTable.of(list(names), list(names.values()), chips.spec)
-
-
-def _stock(
-    chips: PlannedChips, spec: SplitSpec, cells: SplitCells, links: Links,
-    places: NDArray[np.int64], cell: NDArray[np.int64], classes: Strata,
-) -> Stock:  # fmt: skip
-    """Return what cells hold: chips that lie on one cell together, all others one by one."""
-    count = np.bincount(links.chip, minlength=chips.table.num_rows)
-    near_chip, near_cell = _beside(chips, spec, cells, links, places, cell)
-    alone = (count == 1) & (np.bincount(near_chip, minlength=len(count)) == 0)
-    several = np.flatnonzero((count > 0) & ~alone)
-    held = np.zeros((len(places), len(classes.names)), dtype=classes.amounts.dtype)
-    own = alone[links.chip]
-    np.add.at(held, cell[own], classes.amounts[links.chip[own]])
-    if not len(several):
-        return Stock.of_cells(held)
-    group = np.full(len(count), -1, dtype=np.int64)
-    group[several] = len(places) + np.arange(len(several))
-    groups = [np.arange(len(places)), group[links.chip[~own]], group[near_chip]]
-    of_link = np.concatenate([np.arange(len(places)), cell[~own], near_cell])
-    near = np.concatenate([np.zeros(len(of_link) - len(near_cell), bool), np.ones(len(near_cell), bool)])
-    number = np.concatenate(groups)
-    order = np.argsort(number, kind="stable")  # own cells before near ones
-    amounts = np.concatenate([held, classes.amounts[several]])
-    guarded = spec.names.index(TRAIN) if TRAIN in spec.names else -1
-    return Stock(amounts, number[order], of_link[order], near[order], guarded)
+    table = CellTable.of(list(names), list(names.values()), chips.spec)
+    return table if raster is None else replace(table, raster=spec.stratify[0], classes=raster)
 
 
 def _beside(
@@ -250,50 +414,59 @@ def _beside(
     return near.chip[fresh], number[fresh]
 
 
-def _check(
-    chips: PlannedChips, spec: SplitSpec, classes: Strata, links: Links,
-    cell: NDArray[np.int64], before: NDArray[np.int64],
-) -> None:  # fmt: skip
+def _check(chips: PlannedChips, spec: SplitSpec, holding: Holding, before: NDArray[np.int64]) -> None:
     """Refuse strata that cannot hold; warn of those that cannot hold in every split."""
-    subject, km = f"split(stratify={classes.column!r})", chips.spec.cell_km
+    subject, km = f"{spec.step}(stratify={holding.column!r})", chips.spec.cell_km
+    part = "fold" if spec.step == "folds" else "split"
     wanted = [name for name, share in spec.ratios if share > 0]
-    first = np.flatnonzero(np.append(True, np.diff(links.chip) != 0)) if len(links.chip) else links.chip
-    home, chip = cell[first], links.chip[first]
-    there = [np.unique(home[classes.amounts[chip, n] > 0]) for n in range(len(classes.names))]
-    holding = np.unique(np.concatenate(there)) if there else home[:0]
-    if len(holding) < len(wanted):
+    there = holding.cells_of_classes
+    cells = np.unique(np.concatenate(there)) if there else before[:0]
+    if len(cells) < len(wanted):
         raise PlanError(
-            subject, f"{len(holding)} split cell{'s' * (len(holding) != 1)} of {km:g} km that hold some class",
-            f"at least {len(wanted)}, one for each split",
-            _advice(chips, np.arange(len(classes.amounts)), len(wanted)) or "Use a larger area.",
+            subject, f"{len(cells)} split cell{'s' * (len(cells) != 1)} of {km:g} km that hold some class",
+            f"at least {len(wanted)}, one for each {part}",
+            _advice(chips, np.arange(chips.table.num_rows), len(wanted)) or "Use smaller cells: chips(cell_km=), or a "
+            "larger area.",
         )  # fmt: skip
-    few = [n for n, own in enumerate(there) if 0 < len(own) < len(wanted)]
+    whole = holding.held.sum(axis=0) + holding.several.sum(axis=0)
+    least = RARE_GROUND * whole.sum() if spec.raster is not None else 0  # a map has specks of many classes
+    few = [n for n, own in enumerate(there) if 0 < len(own) < len(wanted) and whole[n] >= least]
     one = [n for n in few if len(there[n]) == 1]
-    if one and not np.any(before >= 0):
-        rows = np.flatnonzero(classes.amounts[:, one[0]] > 0)
-        name = classes.names[one[0]]
-        without = f"Leave it out before: filter(({classes.column!r}, '!=', {_typed(chips, classes, name)}))."
+    if one and spec.raster is None and not np.any(before >= 0):
+        rows = _rows_with(chips, spec, holding, one[0])
+        name = holding.classes[one[0]]
+        remedies = [_advice(chips, rows, len(wanted)) or "Use smaller cells: chips(cell_km=)."]
+        if holding.one and len(rows):
+            value = _typed(chips, holding, name)
+            remedies.append(f"Leave it out before: filter(({holding.column!r}, '!=', {value})).")
         raise PlanError(
-            subject, f"class {name!r} in one split cell of {km:g} km" + _others(classes, one),
-            f"cells for each of {', '.join(wanted)}",
-            " Or: ".join(part for part in (_advice(chips, rows, len(wanted)), without if classes.one else "") if part),
+            subject, f"class {name!r} in one split cell of {km:g} km" + _others(holding, one),
+            f"cells for each of {', '.join(wanted)}", " Or: ".join(remedies),
         )  # fmt: skip
     if few:
-        counted = ", ".join(f"{classes.names[n]} ({len(there[n])})" for n in few[:10])
-        advice = _advice(chips, np.flatnonzero(classes.amounts[:, few[0]] > 0), len(wanted))
+        counted = ", ".join(f"{holding.classes[n]} ({len(there[n])})" for n in few[:10])
+        advice = _advice(chips, _rows_with(chips, spec, holding, few[0]), len(wanted))
         warnings.warn(
-            f"{subject}: classes in fewer split cells of {km:g} km than there are splits ({len(wanted)}): {counted}. "
-            f"Some splits have none of them. {advice or 'Group them with others, or leave them out.'}",
+            f"{subject}: classes in fewer split cells of {km:g} km than there are {part}s ({len(wanted)}): {counted}. "
+            f"Some {part}s have none of them. {advice or 'Group them with others, or leave them out.'}",
             StrataWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
-def _others(classes: Strata, one: Sequence[int]) -> str:
-    return f" (and {listed([classes.names[n] for n in one[1:]], 'others')})" if len(one) > 1 else ""
+def _rows_with(chips: PlannedChips, spec: SplitSpec, holding: Holding, number: int) -> NDArray[np.int64]:
+    """Return the chips that have some of a class; none where the class is of a raster, or chips are elsewhere."""
+    if spec.raster is not None or not chips.table.num_rows:
+        return np.zeros(0, dtype=np.int64)
+    classes = classes_of(chips, spec.stratify, spec.step)
+    return np.flatnonzero(classes.amounts[:, classes.names.index(holding.classes[number])] > 0)
 
 
-def _typed(chips: PlannedChips, classes: Strata, name: str) -> str:
+def _others(classes: Holding, one: Sequence[int]) -> str:
+    return f" (and {listed([classes.classes[n] for n in one[1:]], 'others')})" if len(one) > 1 else ""
+
+
+def _typed(chips: PlannedChips, classes: Holding, name: str) -> str:
     value = next(
         v
         for v in pc.unique(chips.table.column(classes.column)).to_pylist()

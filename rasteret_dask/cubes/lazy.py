@@ -171,7 +171,7 @@ def _is_told_by_fill(source: ResolvedSource, rows: NDArray[Any]) -> bool:
     return outermost and plan.resampling in (None, *_BETWEEN)
 
 
-_AS_STORED = ("nearest", "mode")
+_AS_STORED = ("nearest", "mode", "overview")
 """Kernels that give numbers that the files hold."""
 
 _BETWEEN = ("bilinear", "average")

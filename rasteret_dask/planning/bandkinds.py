@@ -139,7 +139,8 @@ def check_kernel(source: str, resampling: str | None, kinds: Sequence[BandKind])
     Beside measured bands a kernel is theirs: classes then keep their own, as ``explain()`` tells.
     """
     allowed = [kind_of(band.kind).kernels for band in kinds]
-    if resampling is None or any(kernels is None or resampling in kernels for kernels in allowed):
+    kernel = "nearest" if resampling == "overview" else resampling
+    if kernel is None or any(kernels is None or kernel in kernels for kernels in allowed):
         return
     names = " and ".join(sorted({str(band.kind) for band in kinds}))
     both = sorted(frozenset.intersection(*(k for k in allowed if k is not None)))

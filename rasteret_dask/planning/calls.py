@@ -101,7 +101,7 @@ def call(node: Node, rows: TableRows = lambda token: None) -> str:
         case Split(_, spec):
             return f"split({', '.join(_dealt(spec, rows))})"
         case Folds(_, spec):
-            return f"folds({', '.join(_folded(spec))})"
+            return f"folds({', '.join(_folded(spec, rows))})"
         case Select(_, splits):
             return f"select({', '.join(map(quoted, splits))})"
         case FilterPixels(_, spec):
@@ -221,11 +221,7 @@ def _cut(spec: ChipSpec, rows: TableRows) -> list[str]:
 
 
 def _dealt(spec: SplitSpec, rows: TableRows) -> list[str]:
-    others = changes(spec, SplitSpec(spec.ratios, by=spec.by, values=spec.values))
-    if len(spec.stratify) == 1:
-        others["stratify"] = spec.stratify[0]
-    if spec.cells is not None:
-        others["cells"] = _Typed(_table(spec.cells, rows))
+    others = _deal(changes(spec, SplitSpec(spec.ratios, by=spec.by, values=spec.values)), spec, rows)
     if spec.by == TIME:
         ranges = [(name, _dates(own)) for name, own in spec.values if own is not None]
         parts = [_keyword(name, f"({_none_or(a)}, {_none_or(b)})") for name, (a, b) in ranges]
@@ -243,8 +239,24 @@ def _dealt(spec: SplitSpec, rows: TableRows) -> list[str]:
     return shares + _set(**{"seed": spec.seed, "by": None if spec.by == "ground" else spec.by, **others})
 
 
-def _folded(spec: SplitSpec) -> list[str]:
-    return [str(len(spec.ratios)), *_set(**changes(spec, SplitSpec(spec.ratios, salt=spec.salt)))]
+def _folded(spec: SplitSpec, rows: TableRows) -> list[str]:
+    others = changes(spec, SplitSpec(spec.ratios, salt=spec.salt))
+    return [str(len(spec.ratios)), *_set(**_deal(others, spec, rows))]
+
+
+def _deal(others: dict[str, Any], spec: SplitSpec, rows: TableRows) -> dict[str, Any]:
+    """Put what decides the deal of split cells as it would be typed."""
+    if len(spec.stratify) == 1:
+        others["stratify"] = spec.stratify[0]
+    if spec.raster is not None:
+        count = rows(spec.raster)
+        others["stratify"] = _Typed(
+            f"<classes of {spec.stratify[0]}{'' if count is None else f' in {count:,} cells'}>"
+        )
+        del others["raster"]
+    if spec.cells is not None:
+        others["cells"] = _Typed(_table(spec.cells, rows))
+    return others
 
 
 class _Typed(str):

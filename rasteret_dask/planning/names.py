@@ -9,7 +9,7 @@ from rasteret_dask.errors import PlanError
 
 __all__ = ["SPLIT_OPTIONS", "check_names", "check_split_names", "in_order"]
 
-SPLIT_OPTIONS = ("seed", "by", "buffer_m", "boundary", "stratify", "cells", "gap")
+SPLIT_OPTIONS = ("seed", "by", "buffer_m", "boundary", "stratify", "cells", "gap", "date")
 """What ``Chips.split`` takes beside the names of splits."""
 
 _FIRST = ("train", "val", "test")

@@ -94,7 +94,7 @@ LATER = {"later": True}
 """Marks a field that plans did not have at first: JSON leaves it out where it is the default, so that digests stay."""
 DTYPES = (None, "float32", "uint16", "int16")
 MOST_ACQUISITIONS = 10_000
-RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode")
+RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode", "overview")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ class SplitSpec:
     salt: str = field(default="ground", metadata=LATER)
     """What stands before the seed in the hash of a split cell: ``"folds"`` deals apart from ``"ground"``."""
     stratify: tuple[str, ...] = field(default=(), metadata=LATER)
-    """Columns whose classes every split gets its share of; (): cells are dealt by a hash."""
+    """Columns whose classes every split gets its share of; (): cells are dealt by a hash. With ``raster``: its name."""
     cells: str | None = field(default=None, metadata=LATER)
     """Token of a table of split cells that keep the split which they have there."""
 
@@ -233,6 +233,12 @@ class SplitSpec:
     """Of splits by time: a length of time that other splits keep away from train."""
     regions: str | None = field(default=None, metadata=LATER)
     """Token of a table of polygons that ``by`` names; the split is by their names."""
+    raster: str | None = field(default=None, metadata=LATER)
+    """Token of a table of how much of each class of a raster split cells hold; classes are those, not columns."""
+    date: str | None = field(default=None, metadata=LATER)
+    """Of splits by time: the column with each chip's own date; None: the time of its records."""
+    moments: str | None = field(default=None, metadata=LATER)
+    """Token of a table of train's times, which ``gap`` keeps away from, where not all chips are at hand."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.by, str):
@@ -246,13 +252,18 @@ class SplitSpec:
             raise PlanError(
                 "split(gap=)", f"by={self.by!r}", "by='time'", "Around chips on the ground: buffer_m=."
             )
+        if self.date is not None and (self.by != TIME or not isinstance(self.date, str)):
+            raise PlanError(
+                f"split(date={self.date!r})", f"by={self.by!r}", "by='time', and the name of a column of dates",
+                f"Say split(by='time', date={str(self.date)!r}, test=('2024', None)).",
+            )  # fmt: skip
         _one_of("boundary", self.boundary, ("drop", "centre"))
         if not (is_number(self.buffer_m) and self.buffer_m >= 0):
             raise PlanError("split(buffer_m=)", repr(self.buffer_m), "0 or more metres")
         for name in ("stratify", "cells"):
             if getattr(self, name) and self.by != "ground":
                 raise PlanError(
-                    f"split({name}=)", f"by={self.by!r}", "by='ground': only split cells are dealt",
+                    f"{self.step}({name}=)", f"by={self.by!r}", "by='ground': only split cells are dealt",
                     f"Leave out by=, or {name}=.",
                 )  # fmt: skip
 
@@ -279,6 +290,11 @@ class SplitSpec:
     def names(self) -> tuple[str, ...]:
         """The splits, in order; none where they are what a column holds, which planning looks at."""
         return tuple(name for name, _ in self.ratios or self.values)
+
+    @property
+    def step(self) -> str:
+        """What deals the cells: ``"split"`` or ``"folds"``."""
+        return "folds" if self.salt == "folds" else "split"
 
     @property
     def by_hash(self) -> bool:

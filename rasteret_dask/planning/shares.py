@@ -58,7 +58,7 @@ def split_spec(parts: Mapping[str, Any], seed: int, by: str, buffer_m: float, bo
 
 
 def dealt_spec(spec: SplitSpec, stratify: str | Sequence[str] | None, cells: str | None) -> SplitSpec:
-    """Return the same splits, dealt by what cells hold, or from a table of cells.
+    """Return the same splits or folds, dealt by what cells hold, or from a table of cells.
 
     Parameters
     ----------
@@ -78,8 +78,9 @@ def dealt_spec(spec: SplitSpec, stratify: str | Sequence[str] | None, cells: str
     columns = (stratify,) if isinstance(stratify, str) else tuple(stratify) if named and stratify else ()
     if (not columns and stratify is not None) or len(set(columns)) != len(columns):
         raise PlanError(
-            "split(stratify=)", repr(stratify), "the name of a column, or a list of different ones"
-        )
+            f"{spec.step}(stratify=)", repr(stratify),
+            "the name of a column, a list of different ones, or a raster of classes",
+        )  # fmt: skip
     return replace(spec, stratify=columns, cells=cells)
 
 

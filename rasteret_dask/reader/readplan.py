@@ -21,6 +21,8 @@ from rasteret_dask.table.records import Asset, Level
 __all__ = ["LevelChoice", "ReadPlan", "Request", "choose", "plan_read", "tiles_of"]
 
 _KERNELS = frozenset(r.name for r in Resampling if r is not Resampling.gauss)
+OVERVIEW = "overview"
+"""Nearest pixel of an overview: of classes, as whoever made the overview thinned them out."""
 _RADIUS = {"nearest": 1, "bilinear": 1, "cubic": 2, "cubic_spline": 2, "lanczos": 3}
 """Source pixels a kernel reaches, GDAL's ``GWKGetFilterRadius``; the others use a pixel's own footprint."""
 
@@ -41,7 +43,8 @@ class Request:
     resampling: str | None = None
     """GDAL's name of a kernel, taken where it makes sense for the asset's kind. None: the kind's own: nearest for
     classes, bit fields and embeddings, else average where the grid is coarser than the image, else bilinear. Without
-    effect where the grids are aligned."""
+    effect where the grids are aligned. ``"overview"``: the nearest pixel of the coarsest overview that is as fine as
+    the grid, of classes too; of the image where there is none."""
     decode: Unit | None = None
     """Decodes stored numbers before any kernel, to float32, NaN where invalid. Overviews hold averages of stored
     numbers, so the image itself is read. None: the kernel sees stored numbers."""
@@ -53,9 +56,11 @@ class Request:
             raise GridError(
                 subject, f"windows of shapes {sorted(shapes)}", "at least one window, of one shape"
             )
-        if self.resampling is not None and self.resampling not in _KERNELS:
+        if self.resampling not in (None, OVERVIEW, *_KERNELS):
             raise PlanError(
-                subject, f"resampling {self.resampling!r}", f"one of {', '.join(sorted(_KERNELS))}"
+                subject,
+                f"resampling {self.resampling!r}",
+                f"one of {', '.join(sorted([*_KERNELS, OVERVIEW]))}",
             )
 
 
@@ -153,7 +158,8 @@ def choose(asset: Asset, grid: Grid, resampling: str | None, decode: Unit | None
     """Choose level and kernel; parameters are those of :class:`Request`.
 
     Overviews are chosen as ``gdalwarp -ovr AUTO`` does: the coarsest whose reduction is at most the grid's
-    (with GDAL's 1 %), unless the kernel is nearest or the band holds classes or bits. These take the image itself,
+    (with GDAL's 1 %), unless the kernel is nearest or the band holds classes or bits, and nobody asked for
+    ``"overview"``. These take the image itself,
     under ``mode`` too: an overview's class is whatever its maker's kernel made of it. So do bands with a valid range:
     whoever made their overviews took numbers beyond it for measurements. (A plain ``WarpedVRT`` never
     takes an overview; ours equals one over the file opened at the overview that was chosen.)
@@ -161,12 +167,13 @@ def choose(asset: Asset, grid: Grid, resampling: str | None, decode: Unit | None
     image = LevelFrame.of(asset, 0, grid.epsg)
     scale = image.scale(grid)
     kind = kind_of(asset.kind)
-    kernel = kind.kernel(resampling, min(scale))
+    thinned = resampling == OVERVIEW
+    kernel = kind.kernel("nearest" if thinned else resampling, min(scale))
     if asset.placement is not None:  # no pixel of the file is one of the north-up raster
         return LevelChoice(0, image, kernel, scale, None)
     corner = image.corner(grid)
-    as_stored = kernel == "nearest" or not kind.averaged_overviews or decode is not None
-    if as_stored or corner is not None or asset.valid_range is not None:
+    as_stored = (kernel == "nearest" or not kind.averaged_overviews) and not thinned
+    if as_stored or decode is not None or corner is not None or asset.valid_range is not None:
         return LevelChoice(0, image, kernel, scale, corner)
     level = _overview(asset.levels, 1.0 / max(scale))
     if level == 0:

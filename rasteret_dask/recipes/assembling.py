@@ -45,6 +45,10 @@ _SHAPES = (".parquet", ".geoparquet", ".geojson", ".json", ".gpkg", ".shp")
 """Ends of files of regions: no column that decides a split is called so."""
 
 
+_RASTERS = (".tif", ".tiff", ".jp2", ".parquet", ".pq")
+"""Ends of files of classes, and of what was counted in some: no column of classes is called so."""
+
+
 class Assembly:
     """Makes each collection of a recipe once, and chips of them."""
 
@@ -96,6 +100,7 @@ class Assembly:
         if name is not None:
             return str(name)
         used = {other for table in document["collections"].values() for _, other in references(table)}
+        used |= {other for table in _deals(document) for other in _dealt_by(table)}
         last = [name for name in document["collections"] if name not in used]
         if len(last) == 1:
             return str(last[0])
@@ -167,7 +172,7 @@ class Assembly:
             case "split":
                 return chips.split(**self._split(value))
             case "folds":
-                return chips.folds(**(value if isinstance(value, Mapping) else {"k": value}))
+                return chips.folds(**(self._split(value) if isinstance(value, Mapping) else {"k": value}))
             case "fold":
                 return chips.fold(**(value if isinstance(value, Mapping) else {"i": value}))
             case "filter":
@@ -184,8 +189,18 @@ class Assembly:
                 return chips.with_table(self.place(value))
 
     def _split(self, value: Values) -> dict[str, Any]:
-        """Return arguments of split with the table of cells and the regions that they name."""
+        """Return arguments of split or folds with the table of cells, the raster and the regions that they name."""
         arguments = {key: self.place(one) if key == "cells" else one for key, one in value.items()}
+        classes = arguments.get("stratify")
+        for name in _dealt_by(value):
+            names = list(self.source.document["collections"])
+            if name not in names:
+                raise PlanError(
+                    "stratify", f"collection {name!r}", f"one of {', '.join(names)}", nearest(name, names)
+                )
+            arguments["stratify"] = self.collection(name)
+        if isinstance(classes, str) and str(classes).lower().endswith(_RASTERS):
+            arguments["stratify"] = self.place(str(classes))
         if str(arguments.get("by")).endswith(_SHAPES):
             arguments["by"] = shapes_of(arguments["by"], self.place)
         return arguments
@@ -252,6 +267,21 @@ def references(table: Values) -> Iterator[tuple[KeyPath, str]]:
         yield ("merge", number), name
     for source, name in table.get("join", {}).items():
         yield ("join", source), name
+
+
+def _deals(document: Values) -> Iterator[Values]:
+    """Yield the tables of a recipe that deal split cells."""
+    steps = [step[key] for step in document.get("steps", ()) for key in ("split", "folds") if key in step]
+    for table in (document.get("split"), *steps):
+        if isinstance(table, Mapping):
+            yield table
+
+
+def _dealt_by(table: Values) -> Iterator[str]:
+    """Yield the collection whose classes decide a deal of split cells, if one does."""
+    classes = table.get("stratify")
+    if isinstance(classes, Mapping):
+        yield classes["collection"]
 
 
 def _is_path(text: str) -> bool:

@@ -226,9 +226,16 @@ class _Shares(Table):
     ]  # no name: pydantic 2.10 does not find it
 
 
-_SHARES = {**dict.fromkeys(("train", "val", "test"), float | _Values), "cells": str, "by": str}
+class OfCollection(Table):
+    """A collection of the recipe with one band of classes."""
+
+    collection: str
+
+
+_DEAL = {"cells": str, "stratify": str | list[str] | OfCollection}
+_SHARES = {**dict.fromkeys(("train", "val", "test"), float | _Values), "by": str, **_DEAL}
 SplitTable = table_of("Split", Chips.split, base=_Shares, others=_SHARES)
-FoldsTable = table_of("Folds", Chips.folds)
+FoldsTable = table_of("Folds", Chips.folds, others=_DEAL)
 FoldTable = table_of("Fold", Chips.fold)
 FilterPixels = table_of(
     "FilterPixels", Chips.filter_pixels,

@@ -19,12 +19,14 @@ from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
 from rasteret_dask.chipping.distances import apart_m, measure, stretch
 from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.chipping.splits import SHARED_M2, SplitCells, cells_at
+from rasteret_dask.chipping.splittimes import split_spans, times_of
 from rasteret_dask.chipping.steps import FEW_LABELS
-from rasteret_dask.chipping.strata import classes_of
+from rasteret_dask.chipping.strata import classes_of, classes_of_raster
 from rasteret_dask.display.card import counted
 from rasteret_dask.display.html import card, markup, shares, table, verdict
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import bounds_in, transformer
+from rasteret_dask.planning.plan import TIME
 
 __all__ = ["Audit", "BlockGround", "Ground", "audit", "audit_blocks", "between"]
 
@@ -72,6 +74,10 @@ class Audit:
     """The share of the ground that no chip of the grid covers, and what would do better; empty where there is none."""
     present: dict[str, dict[str, int]] = field(default_factory=dict)
     """Source -> split -> chips that have it; only sources that ``join(require=)`` lets chips lack."""
+    times: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Split -> first and last day of its chips; of splits by time only."""
+    apart_days: dict[str, float] = field(default_factory=dict)
+    """Smallest time between chips of two splits, days; of splits by time only."""
 
     @property
     def ok(self) -> bool:
@@ -109,6 +115,10 @@ class Audit:
     def _share_with(self, counts: Mapping[str, int]) -> str:
         """Return in how many chips of each split a source is there."""
         return ", ".join(f"{counts[name]} of {n} {name}" for name, n in self.chips.items())
+
+    @property
+    def _days_apart(self) -> str:
+        return ", ".join(f"{pair} {days:,.3g} days" for pair, days in self.apart_days.items())
 
     def shares(self, column: str) -> dict[str, dict[str, float]]:
         """Return class -> split -> the class's share of the split; ``"all"`` is its share of all splits together.
@@ -162,6 +172,10 @@ class Audit:
         if apart:
             rows.append(("pairs", table(["splits", "pairs that share ground", "at least apart, m"], apart)))
             rows.append(("distances", markup(self.measured)))
+        if self.times:
+            days = [[name, first, last] for name, (first, last) in self.times.items()]
+            rows.append(("times", table(["split", "from", "to"], days)))
+            rows.append(("apart", markup(self._days_apart)))
         for source, own in self.present.items():
             rows.append((f"with {source}", markup(self._share_with(own))))
         for column in self.classes:
@@ -190,6 +204,8 @@ class Audit:
             far = self.distance_m[pair]
             lines.append(f"{pair}: {count} overlaps, at least {far:,.0f} m apart")
         lines += [f"distances: {self.measured}"] * bool(self.overlaps)
+        lines += [f"{name}: {first} to {last}" for name, (first, last) in self.times.items()]
+        lines += [f"apart in time: {self._days_apart}"] * bool(self.apart_days)
         lines += [f"with {source}: {self._share_with(own)}" for source, own in self.present.items()]
         for column in self.classes:
             lines += self._class_lines(column)
@@ -236,16 +252,20 @@ def _classes(chips: PlannedChips, splits: Sequence[str]) -> dict[str, dict[str, 
     number = np.asarray(
         pc.fill_null(pc.index_in(table.column("split"), value_set=pa.array(splits, pa.string())), -1)
     )
-    if spec.stratify and (chips.labels is not None or set(spec.stratify) <= set(table.column_names)):
-        found = [classes_of(chips, spec.stratify)]
+    columns = chips.labels is not None or set(spec.stratify) <= set(table.column_names)
+    if spec.stratify and spec.raster is None and columns:
+        strata = [classes_of(chips, spec.stratify)]
     else:
-        found = [
+        strata = [
             classes_of(chips, [name])
             for name in table.column_names
             if name != spec.column and _is_class(table, name)
         ]
+    for cells in (chips.cells, chips.fold_cells):
+        if cells is not None and cells.classes is not None:
+            strata.append(classes_of_raster(chips, cells.raster, cells.classes))
     result = {}
-    for one in found:
+    for one in strata:
         sums = {at: one.amounts[number == at].sum(axis=0).tolist() for at in range(len(splits))}
         result[one.column] = {
             name: {split: sums[at][place] for at, split in enumerate(splits)}
@@ -322,7 +342,13 @@ def _audited(
     optional = {s.plan.name: n for n, s in enumerate(chips.sources) if s.plan.optional}
     present = {source: dict.fromkeys(names, 0) for source in optional}
     codes, edges = set[int](), np.array([np.inf, np.inf, -np.inf, -np.inf])
+    timed = "feeds" if chips.split.date is None else chips.split.date
+    is_timed = chips.split.by == TIME and timed in chips.table.column_names  # stores keep no feeds
+    moments = []
     for part in parts:
+        if is_timed:
+            batches = part(["split", timed]).to_batches()  # each with its own dictionary of ids
+            moments += [split_spans(replace(chips, table=pa.Table.from_batches([b]))) for b in batches]
         rows = part(["split", "cell", "epsg", "xmin", "ymin", "xmax", "ymax"])
         for source, number in optional.items():
             _count_present(part(["split", "feeds"]), number, present[source])
@@ -354,11 +380,12 @@ def _audited(
                     overlaps[pair] += shared
                     distance[pair] = min(distance[pair], nearest)
     total = max(sum(count.values()), 1)
-    left = leftover(chips.spec, chips.resolution)
+    left, when = leftover(chips.spec, chips.resolution), times_of(moments)
     return Audit(
         count, {n: c / total for n, c in count.items()}, {} if chips.split.column else dict(chips.split.ratios),
         {n: len(c) for n, c in cells.items()}, dict(chips.dropped), _named(overlaps), _named(distance),
         measure(sorted(codes), tuple(edges.tolist())) if codes else "", {}, "" if left is None else left.text, present,
+        when.ends, when.apart_days,
     )  # fmt: skip
 
 

@@ -682,7 +682,7 @@ def _not_drawn(part: PlannedChips, whole: PlannedChips, n: int, seed: int, by: s
 def _of_split(part: PlannedChips, after: PlannedChips, whole: PlannedChips, spec: SplitSpec) -> Iterator[str]:
     """Yield why chips have no split: of two splits' ground, or too near to train."""
     if spec.by == TIME:
-        lost = [why for why, n in whole.dropped.items() if n and "time" in why]
+        lost = [why for why in whole.split_losses if " = " not in why]
         yield f"split by time: {'; '.join(lost)}"
         return
     if spec.regions is not None:
@@ -700,7 +700,7 @@ def _of_split(part: PlannedChips, after: PlannedChips, whole: PlannedChips, spec
             return
     else:
         table = {} if whole.cells is None else {"cells": whole.cells.table}
-        plain = replace(spec, buffer_m=0.0, stratify=(), cells=next(iter(table), None))
+        plain = replace(spec, buffer_m=0.0, stratify=(), raster=None, cells=next(iter(table), None))
         bare = carried_out(part, Split(Source("", ""), plain), table)
         if bare.table.column("split").null_count == part.table.num_rows:
             yield from split_lines(replace(part, cells=whole.cells), spec)
@@ -737,7 +737,8 @@ def split_lines(chips: PlannedChips, spec: SplitSpec) -> list[str]:
             "split by the records' footprints (md5): a chip that records of two splits feed is in neither"
         ]
     if spec.by == TIME:
-        return ["split by time: a chip is in the split whose range holds all of its records"]
+        held = "all of its records" if spec.date is None else f"its date in column {spec.date}"
+        return [f"split by time: a chip is in the split whose range holds {held}"]
     if spec.column is not None:
         values = dict.fromkeys(map(repr, chips.table.column(spec.by).to_pylist()))
         return [f"split by column {spec.by}: {', '.join(values)}"]

@@ -72,7 +72,10 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def recipe_text(
-    query: Query, path: str | os.PathLike[str] | None = None, cells: pa.Table | None = None
+    query: Query,
+    path: str | os.PathLike[str] | None = None,
+    cells: pa.Table | None = None,
+    folds: pa.Table | None = None,
 ) -> str:
     """Return the recipe of a plan of chips.
 
@@ -82,26 +85,27 @@ def recipe_text(
         The plan, and the tables and functions that it names.
     path
         Where the recipe will lie: tables that no call made again are written beside it. None: such a plan is refused.
-    cells
-        Split cells that a stratified split dealt, which the recipe keeps; None: it deals them again.
+    cells, folds
+        Split cells with the splits, and with the folds, that were dealt by what they hold, which the recipe keeps;
+        None: it deals them again.
 
     Raises
     ------
     PlanError
         When a table or a function of the plan has no name that a file could hold.
     """
-    dealt = None if cells is None else token_of(cells)
-    if dealt is not None:
-        query = query.then(query.plan, {dealt: cells})
+    tables = {step: table for step, table in (("split", cells), ("folds", folds)) if table is not None}
+    query = query.then(query.plan, {token_of(table): table for table in tables.values()})
+    dealt = {step: token_of(table) for step, table in tables.items()}
     return _Writer(query, None if path is None else Path(path).expanduser().absolute(), dealt).text()
 
 
 class _Writer:
     """Turns nodes into tables, each collection once."""
 
-    def __init__(self, query: Query, path: Path | None, cells: str | None = None) -> None:
+    def __init__(self, query: Query, path: Path | None, dealt: Mapping[str, str]) -> None:
         self.query = query
-        self.cells = cells
+        self.dealt = dealt
         self.path = path
         self.tables: dict[str, Table] = {}
         self.names: dict[Node, str] = {}
@@ -215,7 +219,7 @@ class _Writer:
             case Split():
                 return "split", self._split(node.spec)
             case Folds():
-                return "folds", _folds(node.spec)
+                return "folds", self._folds(node.spec)
             case FilterChips():
                 return "filter", [_triple(one) for one in node.where]
             case Sample():
@@ -243,17 +247,32 @@ class _Writer:
 
     def _split(self, spec: SplitSpec) -> Table:
         table = _split(spec)
-        if len(spec.stratify) == 1:
-            table["stratify"] = spec.stratify[0]
         if spec.by == TIME:
             ranges = {name: list(own) for name, own in spec.values if own is not None}
             table |= {name: [".." if edge is None else edge for edge in own] for name, own in ranges.items()}
         if spec.regions is not None:
             table.pop("regions")
             table["by"] = self._beside(spec.regions, spec.by, "split(by=<regions>)", "a table")
-        cells = self.cells if spec.stratify and self.cells is not None else spec.cells
-        if cells is not None:
-            table["cells"] = self._beside(cells, "cells", "split(cells=)", "a table")
+        return self._with_deal(table, spec)
+
+    def _folds(self, spec: SplitSpec) -> Table | int:
+        others = changes(spec, SplitSpec(spec.ratios, salt=spec.salt))
+        return self._with_deal({"k": len(spec.ratios), **others}, spec) if others else len(spec.ratios)
+
+    def _with_deal(self, table: Table, spec: SplitSpec) -> Table:
+        """Add what decides the deal of split cells."""
+        if len(spec.stratify) == 1:
+            table["stratify"] = spec.stratify[0]
+        if spec.raster is not None:
+            del table["raster"]
+            table["stratify"] = self._beside(
+                spec.raster, f"{spec.step}-classes", f"{spec.step}(stratify={spec.stratify[0]!r})",
+                "classes counted in a raster",
+            )  # fmt: skip
+        cells = self.dealt.get(spec.step) if spec.stratify else None
+        if cells is not None or spec.cells is not None:
+            name = "cells" if spec.step == "split" else "fold-cells"
+            table["cells"] = self._beside(cells or str(spec.cells), name, f"{spec.step}(cells=)", "a table")
         return table
 
     # Chips
@@ -341,11 +360,6 @@ def _split(spec: SplitSpec) -> Table:
     values = {name: list(own) for name, own in spec.values if own is not None}
     others = changes(spec, SplitSpec(spec.ratios, by=spec.by, values=spec.values))
     return {**dict(spec.ratios), **values, **({} if spec.by == "ground" else {"by": spec.by}), **others}
-
-
-def _folds(spec: SplitSpec) -> Table | int:
-    others = changes(spec, SplitSpec(spec.ratios, salt=spec.salt))
-    return {"k": len(spec.ratios), **others} if others else len(spec.ratios)
 
 
 def _harmonize(spec: HarmonizeSpec) -> Table:

@@ -96,7 +96,7 @@ def deal(chips: Stored, spec: SplitSpec) -> Stored:
             "'ground' or a column of the chip table",
         )  # fmt: skip
     planned = as_planned(chips, [] if spec.column is None else [spec.column])
-    dealt = carried_out(planned, Split(chips.plan, spec), {}).table.select(["chip_id", "split"])
+    dealt = carried_out(planned, Split(chips.plan, spec), {}, whole=True).table.select(["chip_id", "split"])
     return _put(chips, dealt, {"split": to_json(spec)})
 
 

@@ -72,7 +72,9 @@ class Law:
         """Yield what differs: its name, the value here, and the other's."""
         for name in dict.fromkeys([*self.facts, *other.facts]):
             mine, theirs = self.facts.get(name, "none"), other.facts.get(name, "none")
-            if mine != theirs:
+            if mine.replace("null", "none") != theirs.replace(
+                "null", "none"
+            ):  # what an earlier version did not know
                 yield name, mine, theirs
 
 
@@ -108,8 +110,8 @@ def law_of(plan: Node, job: Job, outputs: Sequence[Output]) -> Law:
     while not isinstance(node, CutChips):  # of steps on chips, those that only choose some count as area
         match node:
             case Split(_, split_spec):
-                # the last one decides; cells that keep their split are looked at one by one
-                split = split or replace(split_spec, cells=None)
+                # the last one decides; cells that keep their split, or are dealt later, are looked at one by one
+                split = split or replace(split_spec, cells=None, raster=None)
             case FilterPixels(_, rule):
                 facts[f"filter_pixels() no. {1 + sum(one.startswith('filter_pixels') for one in facts)}"] = (
                     _text(rule)

@@ -112,6 +112,7 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
     return Job(
         plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels,
         None if chips.cells is None else chips.cells.table,
+        None if chips.fold_cells is None else chips.fold_cells.folds,
     )  # fmt: skip
 
 

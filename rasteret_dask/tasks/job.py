@@ -203,6 +203,8 @@ class Job:
     """Polygons that one source's pixels carry as a mask."""
     split_cells: pa.Table | None = None
     """Split cells and the split that each got (``cell``, ``split``), where they were dealt by more than a hash."""
+    fold_cells: pa.Table | None = None
+    """Likewise their folds (``cell``, ``fold``)."""
     part_of: str = ""
     """Digest of the job that this is a part of: some of its shards, under their own numbers. Empty: it is whole."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from rasteret_dask.chipping.celltable import Dealt
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.formats import MEANING, PLAN
@@ -24,15 +25,15 @@ from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, ipc_bytes
 
 __all__ = [
-    "JOB_FILE", "SPLIT_CELLS", "JobRef", "check_writable", "job_objects", "open_job", "opened", "plan_json",
-    "read_note", "read_split_cells", "write_job",
+    "FOLD_CELLS", "JOB_FILE", "SPLIT_CELLS", "JobRef", "check_writable", "job_objects", "open_job", "opened",
+    "plan_json", "read_cells", "read_note", "write_job",
 ]  # fmt: skip
 
 JOB_FILE = "job.json"
 """What is put last: a folder with it is a whole plan."""
 
-SPLIT_CELLS = "split_cells.arrow"
-"""The table of split cells and their splits, where a plan dealt them by more than a hash."""
+SPLIT_CELLS, FOLD_CELLS = "split_cells.arrow", "fold_cells.arrow"
+"""The tables of split cells with their splits, and with their folds, where a plan dealt them by more than a hash."""
 
 _OPENING = Lock()
 
@@ -58,6 +59,8 @@ def job_objects(job: Job) -> dict[str, bytes]:
         objects["labels.arrow"] = ipc_bytes(job.labels.table)
     if job.split_cells is not None:
         objects[SPLIT_CELLS] = ipc_bytes(job.split_cells)
+    if job.fold_cells is not None:
+        objects[FOLD_CELLS] = ipc_bytes(job.fold_cells)
     text = {
         **PLAN.note,
         "meaning": MEANING,
@@ -128,16 +131,17 @@ def read_note(url: str) -> dict[str, Any]:
     return text
 
 
-def read_split_cells(url: str) -> pa.Table | None:
-    """Read the table of split cells of a saved plan; None where it has none.
+def read_cells(url: str, what: Dealt = "split") -> pa.Table | None:
+    """Read the table of split cells of a saved plan, with their splits or their folds; None where it has none.
 
     Raises
     ------
     StoreError, FormatError
         As :func:`read_note`; or when the table is damaged.
     """
-    sums = read_note(url).get("tables", {}).get(SPLIT_CELLS)
-    return None if sums is None else _table(url, SPLIT_CELLS, *sums)
+    name = SPLIT_CELLS if what == "split" else FOLD_CELLS
+    sums = read_note(url).get("tables", {}).get(name)
+    return None if sums is None else _table(url, name, *sums)
 
 
 def _note(data: bytes) -> dict[str, Any] | None:
@@ -178,6 +182,7 @@ def _read(url: str, digest: str) -> Job:
             text["phase"],
             pixel_rules=tuple(from_json(rule) for rule in text["pixel_rules"]),
             split_cells=tables.get(SPLIT_CELLS),
+            fold_cells=tables.get(FOLD_CELLS),
             labels=None if text["labels"] is None else Labels.again(tables["labels.arrow"], text["labels"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
