@@ -105,6 +105,69 @@ def test_a_batch_size_of_its_own_does_not_change_the_order(
     assert rest == flat[taken * order.batch_size :]
 
 
+def by_counting(order: BatchOrder, epoch: int, rank: int) -> list[Chip]:
+    """Return a rank's chips as the rules tell them: chip by chip, in no hurry."""
+
+    def draws(n: int, kind: int) -> list[float]:
+        assert order.seed is not None
+        bits = np.random.PCG64(np.random.SeedSequence((order.seed, epoch, kind))).random_raw(n)
+        return [(int(one) >> 11) * 2.0**-53 for one in np.asarray(bits)]
+
+    draw = iter(draws(order.chips, 1))
+    shards = [[(next(draw), (shard, row)) for row in range(n)] for shard, n in enumerate(order.sizes)]
+    by_draw = sorted(range(len(shards)), key=draws(len(shards), 0).__getitem__)
+    ranks, own, number = order.world_size, list[list[tuple[float, Chip]]](), 0
+    left_out = 0 if order.pad else order.chips % ranks
+    for shard in (shards[at] for at in by_draw if shards[at]):
+        starter = int(shard[0][0] * ranks)
+        places = range(number, number + len(shard))
+        number += len(shard)
+        # who counts which place; the last places of all are nobody's
+        owners = sorted(
+            ((place - starter) % ranks, place % ranks) if place < order.chips - left_out else (ranks, ranks)
+            for place in places
+        )
+        mine = [chip for chip, (_, owner) in zip(shard, owners, strict=True) if owner == rank]
+        own += [mine] if mine else []
+    mixed = order.buffer * ranks
+    end = max(1, len(own) - mixed + 1)
+    keys = [
+        (max(0, at - mixed + 1) + (min(at + 1, end) - max(0, at - mixed + 1)) * draw, at, chip)
+        for at, mine in enumerate(own)
+        for draw, chip in mine
+    ]
+    return [chip for _, _, chip in sorted(keys)]
+
+
+@settings(LAW, max_examples=25)
+@given(runs(), st.integers(0, 2), st.data())
+def test_parts_of_shards_are_dealt_as_the_rules_say(
+    run: tuple[BatchOrder, list[tuple[BatchOrder, int]]], epoch: int, data: Any
+) -> None:
+    order = replace(run[1][0][0], parts=True, weights=None, seed=data.draw(st.integers(0, 9)))
+    assume(order.chips >= order.world_size > 1)
+    for rank in range(order.world_size):
+        flat = [chip for batch in chips_of(replace(order, rank=rank), Begun(epoch)) for chip in batch]
+        assert flat == by_counting(order, epoch, rank)
+
+
+def test_the_order_of_ranks_and_weights_is_the_same_for_ever() -> None:
+    """What a state of last year names must still be so: these were written down once."""
+    ranks = BatchOrder((3, 2, 4), 2, seed=42, buffer=1, world_size=2, parts=True)
+    assert [chips_of(replace(ranks, rank=rank, pad=True), Begun(1)) for rank in (0, 1)] == [
+        [[(1, 0), (2, 3)], [(0, 1), (2, 2)], [(0, 2)]],
+        [[(2, 1), (1, 1)], [(2, 0), (0, 0)], []],
+    ]
+    deals = ranks.taken(Begun(1), 1)
+    more = replace(ranks, world_size=3, batch_size=1)
+    left = [chips_of(replace(more, rank=rank), more.begun(1, 1, deals)) for rank in range(3)]
+    assert left == [[[(2, 0)]], [[(2, 2)]], [[(0, 0)]]]
+    weights = Weights(np.array([1, 0, 2, 3, 0, 0, 1, 1, 1]), "test")
+    assert chips_of(BatchOrder((3, 2, 4), 3, seed=42, weights=weights), Begun(1)) == [
+        [(2, 1), (1, 0), (0, 2)], [(0, 0), (2, 3), (1, 0)], [(0, 2), (1, 0), (2, 2)],
+    ]  # fmt: skip
+
+
 # Mixing
 
 

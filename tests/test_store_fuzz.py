@@ -20,10 +20,13 @@ import rasteret_dask as rd
 from rasteret_dask.errors import FormatError, RasteretDaskError, StoreError
 from rasteret_dask.formats import STORE
 from rasteret_dask.net import sums
-from rasteret_dask.net.sums import BLOCK, Sums, closed, document_of, is_closed, sealed
-from rasteret_dask.store import storeread, storetables
+from rasteret_dask.net.lending import Lender
+from rasteret_dask.net.sums import BLOCK, CHECKSUM, Sums, closed, document_of, is_closed, sealed
+from rasteret_dask.store import decode, storeread, storetables
 from rasteret_dask.store.storemap import _opened
-from rasteret_dask.storeset import open_chips
+from rasteret_dask.storeset import StoredChips, open_chips
+from rasteret_dask.streams.chipshards import stored_chips
+from rasteret_dask.tasks.batches import Arrays, assembled
 
 MANY = settings(
     max_examples=60, deadline=None,
@@ -104,6 +107,89 @@ def test_bits_that_flip_are_told(
         assert_right_or_told(copy, wanted)
     finally:
         (copy / path).write_bytes(good)
+
+
+@pytest.fixture(scope="module")
+def shards(s2: rd.Collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a store with some chips in each shard, pixels and their validity beside them."""
+    optical = s2.harmonize(
+        bands=["red", "nir"], units="reflectance", dtype="uint16", mask="clouds", time="3MS"
+    )
+    place = tmp_path_factory.mktemp("shards") / "store"
+    written(optical.chips(size=16, cell_km=0.64).sample(24), place, 20_000)
+    return place
+
+
+def by_parts(opened: StoredChips, _: str) -> list[Arrays]:
+    """Read each shard in two parts, as ranks do."""
+    reading, memory, found = stored_chips(opened.stored), Lender(), []
+    assert reading.parts is not None
+    for number, size in enumerate(reading.sizes):
+        for part in (slice(0, size // 2), slice(size // 2, size)):
+            count = part.stop - part.start
+            held = reading.parts.read(number, part, memory)
+            found += [assembled([(np.arange(count), (held, None))], count, memory)] if count else []
+    return found
+
+
+def by_tasks(opened: StoredChips, _: str) -> list[Arrays]:
+    """Read each shard in two parts, as tasks on a cluster do."""
+    reading = stored_chips(opened.stored)
+    assert reading.parts is not None
+    parts = [(n, slice(at, at + 1)) for n, size in enumerate(reading.sizes) for at in range(size)]
+    return [reading.parts.task(number, part)[1]() for number, part in parts]
+
+
+def by_ranks(opened: StoredChips, _: str) -> list[Arrays]:
+    """Read all chips as three ranks do."""
+    return [b for rank in range(3) for b in opened.stream(4, shuffle=2, rank=rank, world_size=3, pad=True)]
+
+
+WAYS: dict[str, Callable[[StoredChips, str], Any]] = {
+    "one": lambda opened, chip: opened[chip],
+    "some": lambda opened, chip: opened.take([next(i for i in opened if i != chip), chip]),
+    "all": lambda opened, _: opened.take(list(opened)),
+    "load": lambda opened, _: opened.load(),
+    "xarray": lambda opened, _: opened.to_xarray().compute(scheduler="synchronous"),
+    "in order": lambda opened, _: list(opened.stream(5)),
+    "shuffled": lambda opened, _: list(opened.stream(5, shuffle=1)),
+    "ranks": by_ranks,
+    "parts": by_parts,
+    "tasks": by_tasks,
+    "stats": lambda opened, _: opened.stats(progress=False),
+}
+"""How chips are read: shards as a whole, some chips of them, or parts, here and in Dask tasks."""
+
+
+@pytest.mark.parametrize("place", ["disk", "server"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_byte_that_flips_is_told_on_every_way(
+    way: str, place: str, shards: Path, tmp_path: Path, serve: Callable[[Path], tuple[str, Any]]
+) -> None:
+    """Of a chip's pixels and validity, of the checksums behind them, and of the index of their shard."""
+    opened = open_chips(shards)
+    number = next(n for n, size in enumerate(opened.stored.sizes) if size >= 4)
+    shard, row = opened.stored.shards[number], 1
+    chip = opened.table.column("chip_id")[int(opened.stored.offsets[number]) + row].as_py()
+    shutil.copytree(shards, tmp_path / "copy", ignore=shutil.ignore_patterns("stats"))
+    url = str(tmp_path / "copy") if place == "disk" else serve(tmp_path / "copy")[0]
+    (group,) = opened.stored.map.groups[shard.split]
+    for name in ("pixels", "valid"):
+        array = group.arrays[name]
+        path = array.object(shard.number)
+        good = (shards / path).read_bytes()
+        tail = decode.index_nbytes(array.encoding.chunk[0])
+        start, length = decode.index_of(array.encoding.chunk[0], good[-tail:], len(good), path)[row].tolist()
+        first, last, checksum = start, start + length - CHECKSUM - 1, start + length - 1
+        for at in (first, last, checksum, len(good) - tail + 16 * row):
+            bad = bytearray(good)
+            bad[at] ^= 1 << at % 8
+            (tmp_path / "copy" / path).write_bytes(bad)
+            _opened.cache_clear()
+            storeread.forget()
+            with pytest.raises(StoreError, match=path):
+                WAYS[way](open_chips(url), chip)
+        (tmp_path / "copy" / path).write_bytes(good)
 
 
 def test_every_byte_of_the_tables_counts(store: Path, copy: Path) -> None:

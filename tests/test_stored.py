@@ -32,6 +32,7 @@ from rasteret_dask.store.encode import Compression
 from rasteret_dask.store.holding import hold
 from rasteret_dask.store.storemap import StoreMap, _opened
 from rasteret_dask.storeset import StoredChips, open_chips
+from rasteret_dask.streams.chipshards import stored_chips
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.tasks.batches import Arrays, assembled, take
 from rasteret_dask.tasks.context import ReadContext
@@ -375,6 +376,36 @@ def test_chips_on_a_disk_are_decoded_once_to_where_they_stay(
         np.testing.assert_array_equal(values, again[key])
         np.testing.assert_array_equal(values[2], one[key])
         np.testing.assert_array_equal(values, whole[key][[ids.index(i) for i in some]])
+
+
+def test_sources_that_nobody_asks_for_are_not_read(
+    stores: dict[str, tuple[rd.Chips, Path]], work: Work, tmp_path: Path
+) -> None:
+    """By statistics in this process, and by whoever reads shards and parts of them for streams and tasks."""
+    shutil.copytree(stores["train"][1], tmp_path / "store")
+    opened = open_chips(tmp_path / "store")
+    some = stored_chips(opened.stored, ("embeddings",))
+    parts = some.parts
+    assert parts is not None
+    objects = {path: size for path, size in opened.stored.map.objects() if "/c/" in path}
+    wanted = sum(size for path, size in objects.items() if path.startswith("embeddings/"))
+    part, memory = slice(0, 1), Lender()
+    tasks = [task for _, task in some.tasks()[1]]
+    ways: dict[str, tuple[Callable[[], Any], int]] = {
+        "statistics": (lambda: opened.stats(progress=False, sources=["embeddings"]), wanted),
+        "shards": (lambda: [some.read(number, memory) for number in range(len(some.sizes))], wanted),
+        "tasks": (lambda: [task() for task in tasks], wanted),
+        "a part": (lambda: parts.read(0, part, memory), wanted // 2),
+        "a part's task": (lambda: parts.task(0, part)[1](), wanted // 2),
+    }
+    for way, (read, most) in ways.items():
+        storeread.forget()
+        work.forget()
+        read()
+        of_objects = [(path, n) for path, n in work.reads if "/c/" in path]
+        assert of_objects, way
+        assert all("/embeddings/" in path for path, _ in of_objects), way
+        assert sum(n for _, n in of_objects) <= most, way
 
 
 def opened_objects(opened: StoredChips) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.net.hrefs import host_of
 
-__all__ = ["BUDGET", "ByteBudget", "host_of", "pool", "scratch", "workers"]
+__all__ = ["BUDGET", "ByteBudget", "host_of", "on_cores", "pool", "scratch", "workers"]
 
 HOST_REQUESTS = 32
 """Requests that a process has under way at one host."""
@@ -86,6 +86,22 @@ def pool(host: str) -> ThreadPoolExecutor:
 def workers() -> ThreadPoolExecutor:
     """Return the process's threads for work on pixels: one a core."""
     return ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="rasteret-work")
+
+
+def on_cores(works: Sequence[Callable[[], None]]) -> None:
+    """Do all works: a share of them on this thread, and one on a worker of each further core.
+
+    A batch is waited for as a whole, so that it takes one handover a core, however many parts it is made of.
+    """
+    others = [workers().submit(_each, share) for n in range(1, CPU_COUNT) if (share := works[n::CPU_COUNT])]
+    _each(works[::CPU_COUNT])
+    for other in others:
+        other.result()
+
+
+def _each(works: Sequence[Callable[[], None]]) -> None:
+    for work in works:
+        work()
 
 
 _SCRATCH = local()

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from rasteret_dask.net.lending import Lender
-from rasteret_dask.net.limits import workers
 from rasteret_dask.store import decode
 from rasteret_dask.store.stored import Stored, facts, read_shard
 from rasteret_dask.store.storeread import Packed, Target, fetch
@@ -22,9 +20,6 @@ from rasteret_dask.store.union import StoreUnion
 from rasteret_dask.tasks.batches import Arrays, InMemory
 
 __all__ = ["HeldShard", "hold"]
-
-TASK_BYTES = 2**18
-"""Bytes of decoded chips that are worth a task of a thread: what comes of fewer goes with others."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +51,8 @@ class HeldShard:
 
     def put(
         self, rows: NDArray[np.int64] | None, out: Arrays, places: NDArray[np.int64]
-    ) -> Sequence[Future[None]]:
-        """Begin to decode some chips (rows; None: all) to their places in a batch, on the process's threads."""
+    ) -> Sequence[Callable[[], None]]:
+        """Put what the chip table says of some chips (rows; None: all) to their places; each is still to be decoded."""
         own = np.arange(len(places)) if rows is None else rows
         for name, values in self.facts.items():
             out[name][places] = values[own]
@@ -69,24 +64,27 @@ class HeldShard:
             else:
                 valid = out[f"{name}/valid"] if self._is_pixels_only(name) else None
                 decoded.append((packed, Target(values, valid)))
-        chip = sum(t.values[:1].nbytes for _, t in decoded)
-        parts = max(1, min(CPU_COUNT, len(own), len(own) * chip // TASK_BYTES))
         return [
-            workers().submit(_decode, decoded, some.tolist(), at.tolist())
-            for some, at in zip(np.array_split(own, parts), np.array_split(places, parts), strict=True)
+            partial(_decode, decoded, row, place)
+            for row, place in zip(own.tolist(), places.tolist(), strict=True)
         ]
 
     def _is_pixels_only(self, name: str) -> bool:
         return "/" not in name and f"{name}/valid" not in self.packed
 
 
-def _decode(decoded: Sequence[tuple[Packed, Target]], rows: Sequence[int], places: Sequence[int]) -> None:
-    for row, place in zip(rows, places, strict=True):
-        for packed, target in decoded:
-            target.put(packed, row, place)
+def _decode(decoded: Sequence[tuple[Packed, Target]], row: int, place: int) -> None:
+    for packed, target in decoded:
+        target.put(packed, row, place)
 
 
-def hold(store: Stored, number: int, memory: Lender, rows: slice | None = None) -> HeldShard | InMemory:
+def hold(
+    store: Stored,
+    number: int,
+    memory: Lender,
+    rows: slice | None = None,
+    only: tuple[str, ...] | None = None,
+) -> HeldShard | InMemory:
     """Fetch the chosen chips of one shard, or some neighbours of them.
 
     Those with slots in other parts, or blank ones, are decoded at once.
@@ -101,6 +99,8 @@ def hold(store: Stored, number: int, memory: Lender, rows: slice | None = None) 
         Where the bytes of a store on disk lie.
     rows
         Which of the chosen chips; None: all.
+    only
+        The sources to read; None: all.
 
     Raises
     ------
@@ -114,9 +114,9 @@ def hold(store: Stored, number: int, memory: Lender, rows: slice | None = None) 
     if isinstance(opened, StoreUnion):
         place = int(opened.starts.searchsorted(shard.start))
         if not opened.is_whole(place, store.rows[own]):
-            return InMemory(read_shard(store, number, rows))
+            return InMemory(read_shard(store, number, rows, only))
         opened, shard = opened.locate(place)
-    groups = opened.groups_of(shard)
+    groups = [g for g in opened.groups_of(shard) if only is None or g.source in only]
     found = fetch(opened, shard, places, {g.source: g.sampled for g in groups}, memory)
     _log.debug("shard %s: fetched in %.2f s", shard.name, time.perf_counter() - begun)
     arrays = {g.source: g.arrays for g in groups}

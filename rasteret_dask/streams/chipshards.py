@@ -88,13 +88,15 @@ class _StoredParts:
     """Reads parts of the shards of a store: of each array one range of bytes, and the shard's index once."""
 
     chips: stored.Stored
+    only: tuple[str, ...] | None
+    """The sources to read; None: all."""
 
     def read(self, shard: int, rows: slice, memory: Lender) -> Held:
-        return hold(self.chips, shard, memory, rows)
+        return hold(self.chips, shard, memory, rows, self.only)
 
     def task(self, shard: int, rows: slice) -> tuple[str, Any]:
-        key = f"read-stored-{shard:05d}-{rows.start}-{rows.stop}-{_tail(self.chips)}"
-        return key, Task(key, stored.read_shard, self.chips, shard, rows)
+        key = f"read-stored-{shard:05d}-{rows.start}-{rows.stop}-{_tail(self.chips, self.only)}"
+        return key, Task(key, stored.read_shard, self.chips, shard, rows, self.only)
 
 
 def stored_chips(chips: stored.Stored, only: tuple[str, ...] | None = None) -> ChipShards:
@@ -105,20 +107,20 @@ def stored_chips(chips: stored.Stored, only: tuple[str, ...] | None = None) -> C
     chips
         The chips.
     only
-        The sources whose pixels tasks read and give; None: all.
+        The sources that are read; None: all.
     """
 
     def tasks() -> tuple[Mapping[Hashable, Any], Sequence[tuple[str, Any]]]:
-        tail = digest(_tail(chips), only)[:16] if only else _tail(chips)
+        tail = _tail(chips, only)
         keys = [f"read-stored-{number:05d}-{tail}" for number in range(len(chips.sizes))]
         return {}, [(key, Task(key, stored.read_shard, chips, n, None, only)) for n, key in enumerate(keys)]
 
     pixels = {name: own for name, own in chips.map.pixels.items() if only is None or name in only}
     return ChipShards(
-        chips.sizes, chips.digest, pixels, partial(hold, chips), tasks, take, store=chips.url,
-        parts=None if only else _StoredParts(chips), column=chips.column,
+        chips.sizes, chips.digest, pixels, partial(hold, chips, only=only), tasks, take, store=chips.url,
+        parts=_StoredParts(chips, only), column=chips.column,
     )  # fmt: skip
 
 
-def _tail(chips: stored.Stored) -> str:
-    return digest(chips.url, chips.digest)[:16]
+def _tail(chips: stored.Stored, only: tuple[str, ...] | None) -> str:
+    return digest(chips.url, chips.digest, only)[:16]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
 
-__all__ = ["Deal", "Pool"]
+__all__ = ["Deal", "Pool", "ranges"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,26 +67,20 @@ class Deal:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Chips of an epoch that are still to come, in the epoch's order of shards. All arrays have shape (chip,)."""
+    """Chips of an epoch that are still to come, in the epoch's order of shards."""
 
-    shard: NDArray[np.int64]
-    """Number of the shard; equal ones are neighbours."""
-    row: NDArray[np.int64]
-    """Row in it, rising within a shard."""
-    copy: NDArray[np.int64]
-    """How often the same chip stands before: 0 but where chips come several times an epoch."""
+    sizes: NDArray[np.int64]
+    """Shape (shard,). How many each shard has; none of them is 0."""
+    chip: NDArray[np.int64]
+    """Shape (chip,). Their numbers, rising within a shard."""
     draw: NDArray[np.float64]
-    """A random number from 0 to 1, or none at all, shape (0,): then the order is that of the chips."""
+    """Shape (number,). A random number from 0 to 1 for each, or none at all: then the order is that of the chips."""
 
     def __len__(self) -> int:
-        return len(self.shard)
-
-    def __getitem__(self, chips: NDArray[Any]) -> Pool:
-        draw = self.draw[chips] if len(self.draw) else self.draw
-        return Pool(self.shard[chips], self.row[chips], self.copy[chips], draw)
+        return len(self.chip)
 
     def order(self, deal: Deal, rank: int, parts: bool) -> NDArray[np.int64]:
-        """Return the chips of a rank in the order in which it takes them.
+        """Return the places of a rank's chips in the pool, in the order in which it takes them.
 
         Parameters
         ----------
@@ -97,41 +91,51 @@ class Pool:
         parts
             Whether each rank gets a part of every shard; else it gets a run of neighbouring shards.
         """
-        owner = self._owners(deal, parts)
-        return self._mixed(np.flatnonzero(owner == rank), deal, parts)
+        first, sizes = self._share(deal, rank, parts)
+        places = ranges(first, sizes)
+        if not len(self.draw):
+            return places
+        own = sizes[sizes > 0]
+        begin, end = _spans(len(own), deal.buffer * (deal.world_size if parts else 1))
+        keys = np.repeat(begin, own) + np.repeat(end - begin, own) * self.draw[self.chip[places]]
+        return places[np.argsort(keys, kind="stable")]
 
     def without(self, deal: Deal, parts: bool) -> Pool:
         """Return what is left once each rank took its chips of a deal."""
-        owner, kept = self._owners(deal, parts), np.ones(len(self), dtype=bool)
+        left = np.ones(len(self), dtype=np.int64)
         for rank in range(deal.world_size):
-            kept[self._mixed(np.flatnonzero(owner == rank), deal, parts)[: deal.taken]] = False
-        return self[np.flatnonzero(kept)]
+            left[self.order(deal, rank, parts)[: deal.taken]] = 0
+        sizes = np.add.reduceat(left, np.cumsum(self.sizes) - self.sizes)
+        return Pool(sizes[sizes > 0], self.chip[left > 0], self.draw)
 
-    def _mixed(self, chips: NDArray[np.int64], deal: Deal, parts: bool) -> NDArray[np.int64]:
-        """Return a rank's chips in the order in which it takes them."""
-        if not len(self.draw) or not len(chips):
-            return chips
-        shard = self.shard[chips]
-        place = np.cumsum(np.diff(shard, prepend=shard[0]) != 0)
-        begin, end = _spans(int(place[-1]) + 1, deal.buffer * (deal.world_size if parts else 1))
-        keys = begin[place] + (end - begin)[place] * self.draw[chips]
-        return chips[np.argsort(keys, kind="stable")]
-
-    def _owners(self, deal: Deal, parts: bool) -> NDArray[np.int64]:
-        """Return the rank of each chip; those that no rank gets have number ``world_size``."""
-        number, ranks, chips = np.arange(len(self)), deal.world_size, len(self)
+    def _share(self, deal: Deal, rank: int, parts: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where a rank's chips of each shard begin in the pool, and how many they are: neighbours."""
+        chips, ranks = len(self), deal.world_size
+        end = np.cumsum(self.sizes)
+        begin = end - self.sizes
         if not (parts and ranks > 1 and len(self.draw)):
-            ends = np.cumsum([deal.share(chips, rank) for rank in range(ranks)])
-            return np.searchsorted(ends, number, side="right")
+            shares = [deal.share(chips, each) for each in range(rank + 1)]
+            begin, end = (np.clip(places, sum(shares[:-1]), sum(shares)) for places in (begin, end))
+            return begin, end - begin
         # Counted off from rank to rank through all shards, so that shares are equal; inside a shard, chips of one rank
         # are then put together, so that they can be read together. Which rank begins a shard is drawn.
-        first = np.flatnonzero(np.diff(self.shard, prepend=-1))
-        sizes = np.diff(np.append(first, chips))
-        turn = (number - np.repeat((self.draw[first] * ranks).astype(np.int64), sizes)) % ranks
-        owner = number % ranks
-        if not deal.pad:
-            owner[chips - chips % ranks :] = turn[chips - chips % ranks :] = ranks
-        return owner[np.lexsort((turn, np.repeat(first, sizes)))]
+        starter = (self.draw[self.chip[begin]] * ranks).astype(np.int64)
+        counted = chips if deal.pad else chips - chips % ranks
+        low, high = np.minimum(begin, counted) - starter, np.minimum(end, counted) - starter
+        turn = (rank - starter) % ranks
+        before, after = (_below(high, ranks, n) - _below(low, ranks, n) for n in (turn, turn + 1))
+        return begin + before, after - before
+
+
+def ranges(first: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return so many whole numbers from each first one on, one range behind the other."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - sizes), sizes)
+
+
+def _below(stop: NDArray[np.int64], ranks: int, turns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Count the whole numbers before ``stop`` whose remainder by ``ranks`` is below ``turns``, from a multiple on."""
+    return np.asarray(stop // ranks * turns + np.minimum(stop % ranks, turns))
 
 
 def _spans(shards: int, mixed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
-from rasteret_dask.streams.deals import Deal, Pool
+from rasteret_dask.streams.deals import Deal, Pool, ranges
 from rasteret_dask.streams.weights import Weights
 
-__all__ = ["Batch", "BatchOrder", "Begun", "Epoch", "Visit"]
+__all__ = ["Batch", "BatchOrder", "Begun", "Epoch", "View", "Visit"]
+
+T = TypeVar("T", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,8 @@ class BatchOrder:
     ) -> Epoch:
         """Return one epoch of this rank, or what is left of it: its batches from ``first`` to before ``until``."""
         begun = begun or Begun(number)
-        pool = self._pool(number)
+        counts = None if self.weights is None else self.weights.counts(float(self._draws(1, number, 2)[0]))
+        pool = self._pool(number, counts)
         for deal in begun.deals:
             pool = pool.without(deal, self.parts)
         batches = self.left(begun)
@@ -211,25 +215,44 @@ class BatchOrder:
             own, marks = self._padded(own, end, len(pool))
         last = batches if until is None else until
         left = slice(begun.offset + first * self.batch_size, begun.offset + last * self.batch_size)
-        return Epoch.of(number, pool[own[left]], marks[left], self.batch_size)
+        return self._cut(number, pool.chip[own[left]], counts, marks[left])
 
-    def _pool(self, number: int) -> Pool:
-        """Return all chips of an epoch, in its order of shards."""
+    def _pool(self, number: int, counts: NDArray[np.int64] | None) -> Pool:
+        """Return all chips of an epoch, in its order of shards; numbers follow the chip table, copy by copy."""
         sizes = np.asarray(self.sizes, dtype=np.int64)
-        shard = np.repeat(np.arange(len(sizes)), sizes)
-        row = np.arange(len(shard)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        copy = np.zeros(len(shard), dtype=np.int64)
-        if self.seed is None:
-            return Pool(shard, row, copy, np.empty(0))
-        if self.weights is not None:
-            counts = self.weights.counts(float(_draws(1, self.seed, number, 2)[0]))
-            at = np.repeat(np.arange(len(shard)), counts)
-            shard, row = shard[at], row[at]
-            copy = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
-        place = np.empty(len(sizes), dtype=np.int64)
-        place[np.argsort(_draws(len(sizes), self.seed, number, 0), kind="stable")] = np.arange(len(sizes))
-        order = np.argsort(place[shard], kind="stable")
-        return Pool(shard, row, copy, _draws(len(shard), self.seed, number, 1))[order]
+        if counts is not None:
+            sizes = np.diff(np.append(0, np.cumsum(counts))[np.append(0, np.cumsum(sizes))])
+        order = np.arange(len(sizes))
+        draw = np.empty(0)
+        if self.seed is not None:
+            order = np.argsort(self._draws(len(sizes), number, 0), kind="stable")
+            draw = self._draws(int(sizes.sum()), number, 1)
+        order = order[sizes[order] > 0]
+        return Pool(sizes[order], ranges((np.cumsum(sizes) - sizes)[order], sizes[order]), draw)
+
+    def _draws(self, n: int, *key: int) -> NDArray[np.float64]:
+        """Return n random numbers from 0 to below 1 for a key: NumPy's raw bits stay the same for ever."""
+        assert self.seed is not None
+        bits = np.random.PCG64(np.random.SeedSequence((self.seed, *key))).random_raw(n)
+        return np.asarray((np.asarray(bits, dtype=np.uint64) >> np.uint64(11)) * 2.0**-53)
+
+    def _cut(
+        self,
+        number: int,
+        chip: NDArray[np.int64],
+        counts: NDArray[np.int64] | None,
+        padded: NDArray[np.bool_],
+    ) -> Epoch:
+        """Cut chips, known by their numbers, into batches."""
+        copy = np.zeros(len(chip), dtype=np.int64)
+        if counts is not None:
+            first = np.cumsum(counts) - counts
+            of = np.repeat(np.arange(len(counts)), counts)[chip]
+            chip, copy = of, chip - first[of]
+        sizes = np.asarray(self.sizes, dtype=np.int64)
+        shard = np.repeat(np.arange(len(sizes)), sizes)[chip]
+        row = chip - (np.cumsum(sizes) - sizes)[shard]
+        return Epoch.of(number, shard, row, copy, padded, self.batch_size)
 
     def _padded(
         self, order: NDArray[np.int64], end: int, chips: int
@@ -244,68 +267,141 @@ class BatchOrder:
         return np.append(order, order[last]), marks
 
 
+class View(Sequence[T]):
+    """Items that are made when they are asked for."""
+
+    def __init__(self, count: int, item: Callable[[int], T]) -> None:
+        self._places, self._item = range(count), item
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, at: int) -> T: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[T]: ...
+    def __getitem__(self, at: int | slice) -> T | list[T]:
+        places = self._places[at]
+        return self._item(places) if isinstance(places, int) else list(map(self._item, places))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A number of each chip: the chips of a part follow each other, and so do the parts of an owner."""
+
+    numbers: NDArray[np.int64]
+    """Shape (chip,)."""
+    parts: NDArray[np.int64]
+    """Shape (part + 1,). Where the chips of each part begin, and where those of the last one end."""
+    owners: NDArray[np.int64]
+    """Shape (owner + 1,). The same of each owner's parts."""
+
+    def of(self, owner: int) -> list[NDArray[np.int64]]:
+        """Return the numbers of each part of an owner."""
+        first, last = self.owners[owner : owner + 2].tolist()
+        return [self.numbers[start:end] for start, end in pairwise(self.parts[first : last + 1].tolist())]
+
+
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One epoch of one rank."""
+    """One epoch of one rank, as arrays: an epoch of a million chips has some 100,000 parts.
+
+    A part is what one batch takes of one visit.
+    """
 
     number: int
-    visits: tuple[Visit, ...]
-    """In the order in which they are first needed."""
-    batches: tuple[Batch, ...]
+    shards: NDArray[np.int64]
+    """Shape (visit,). In the order in which they are first needed."""
+    rows: _Parts
+    """Rows of chips in their shards, by visit and then batch."""
+    places: _Parts
+    """Places of chips in their batches, by batch and then visit."""
+    part_visits: NDArray[np.int64]
+    """Shape (part,). The visit of each of the parts of ``places``."""
+    part_numbers: NDArray[np.int64]
+    """Shape (part,). Which of its visit's parts it is."""
+    copies: NDArray[np.int64]
+    """Shape (chip,), in order. How often the same chip came before."""
+    padded: NDArray[np.bool_]
+    """Shape (chip,), in order. Whether a chip is repeated."""
+    batch_size: int
+
+    @property
+    def visits(self) -> Sequence[Visit]:
+        """In the order in which they are first needed."""
+        return View(len(self.shards), lambda at: Visit(int(self.shards[at]), tuple(self.rows.of(at))))
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """In order."""
+        needed = np.maximum.accumulate(self.part_visits) + 1
+
+        def batch(at: int) -> Batch:
+            first, last = self.places.owners[at : at + 2].tolist()
+            visits, numbers = self.part_visits[first:last].tolist(), self.part_numbers[first:last].tolist()
+            own = slice(at * self.batch_size, (at + 1) * self.batch_size)
+            parts = tuple(zip(visits, numbers, self.places.of(at), strict=True))
+            return Batch(
+                parts, int(needed[last - 1]), len(self.padded[own]), self.padded[own], self.copies[own]
+            )
+
+        return View(len(self.places.owners) - 1, batch)
 
     @classmethod
-    def of(cls, number: int, chips: Pool, padded: NDArray[np.bool_], batch_size: int) -> Epoch:
+    def of(
+        cls,
+        number: int,
+        shard: NDArray[np.int64],
+        row: NDArray[np.int64],
+        copy: NDArray[np.int64],
+        padded: NDArray[np.bool_],
+        batch_size: int,
+    ) -> Epoch:
         """Cut chips, in their order, into batches.
 
         Parameters
         ----------
         number
             Counts epochs.
-        chips
-            The chips.
-        padded
-            Shape (chip,). Whether a chip is repeated.
+        shard, row, copy, padded
+            Shape (chip,). A chip's shard, its row there, how often it came before, and whether it is repeated.
         batch_size
             Chips of a batch.
         """
-        shards, visit = _visits(chips.shard)
-        number_of, place_in = np.divmod(np.arange(len(visit)), batch_size)
-        order = np.lexsort((visit, number_of))  # by batch, then visit, and else as they come
-        by_batch, by_visit, row, place_in = number_of[order], visit[order], chips.row[order], place_in[order]
-        begins = np.ones(len(row), dtype=bool)
-        begins[1:] = (np.diff(by_batch) != 0) | (np.diff(by_visit) != 0)
-        first = np.flatnonzero(begins)
-        rows: list[list[NDArray[np.int64]]] = [[] for _ in shards]
-        parts: list[list[tuple[int, int, NDArray[np.int64]]]] = [[] for _ in range(0, len(row), batch_size)]
-        ends = np.append(first, len(row))[1:]
-        for start, end, batch, at in zip(
-            first.tolist(), ends.tolist(), by_batch[first].tolist(), by_visit[first].tolist(), strict=True
-        ):
-            parts[batch].append((at, len(rows[at]), place_in[start:end]))
-            rows[at].append(row[start:end])
-        batches, needed = [], 0
-        for start, one in zip(range(0, len(row), batch_size), parts, strict=True):
-            needed = max(needed, one[-1][0] + 1)
-            some = slice(start, start + batch_size)
-            marks = padded[some]
-            batches.append(Batch(tuple(one), needed, len(marks), marks, chips.copy[some]))
-        visits = tuple(Visit(s, tuple(r)) for s, r in zip(shards, rows, strict=True))
-        return cls(number, visits, tuple(batches))
+        shards, visit = _visits(shard)
+        batch, place = np.divmod(np.arange(len(visit)), batch_size)
+        key = batch * len(shards) + visit
+        order = np.argsort(key, kind="stable")  # by batch, then visit, and else as they come
+        key, row, place = key[order], row[order], place[order]
+        first = np.flatnonzero(np.diff(key, prepend=-1))  # chip of each part
+        sizes = np.diff(first, append=len(key))
+        part_batches, part_visits = np.divmod(key[first], len(shards))
+        by_visit = np.argsort(part_visits, kind="stable")
+        visit_parts = np.bincount(part_visits, minlength=len(shards))
+        part_numbers = np.empty(len(first), dtype=np.int64)
+        part_numbers[by_visit] = ranges(np.zeros_like(visit_parts), visit_parts)
+        rows = _Parts(
+            row[ranges(first[by_visit], sizes[by_visit])], _begins(sizes[by_visit]), _begins(visit_parts)
+        )
+        places = _Parts(place, _begins(sizes), _begins(np.bincount(part_batches)))
+        return cls(number, shards, rows, places, part_visits, part_numbers, copy, padded, batch_size)
 
 
-def _visits(shard: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int64]]:
+def _begins(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where runs of these sizes begin, and where the last one ends."""
+    return np.append(0, np.cumsum(sizes))
+
+
+def _visits(shard: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the shards in the order in which they are first needed, and which of them each chip is of."""
-    numbers, first, visit = np.unique(shard, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    return numbers[order].tolist(), place[visit]
-
-
-def _draws(n: int, *key: int) -> NDArray[np.float64]:
-    """Return n random numbers from 0 to below 1 for a key, NumPy's raw bits: they stay the same for ever."""
-    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
-    return np.asarray((np.asarray(bits, dtype=np.uint64) >> np.uint64(11)) * 2.0**-53)
+    first = np.full(int(shard.max(initial=-1)) + 1, len(shard))
+    first[shard[::-1]] = np.arange(len(shard))[
+        ::-1
+    ]  # of a shard's chips, the first one is put last, and stays
+    shards = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(shard))]
+    place = np.empty(len(first), dtype=np.int64)
+    place[shards] = np.arange(len(shards))
+    return shards, place[shard]
 
 
 def _whole(name: str, value: Any, least: int, more: str = "") -> None:

@@ -62,8 +62,9 @@ class OnThreads:
 
     def collect(self, handles: Sequence[Any], timeout: float) -> list[Part] | None:
         """Return parts, or None where a shard is not read in time."""
+        waiting = {handle.read for handle in handles if not handle.read.done()}
         # not by result(timeout): a TimeoutError may be what reading ended with
-        if wait({handle.read for handle in handles}, timeout).not_done:
+        if waiting and wait(waiting, timeout).not_done:
             return None
         return [(handle.read.result(), handle.rows) for handle in handles]
 
@@ -76,7 +77,8 @@ def span_of(reading: ChipShards, shard: int, rows: Sequence[NDArray[np.int64]]) 
     """Return the part of a shard that has to be read for some of its rows; None: all of it."""
     if reading.parts is None:
         return None
-    start, stop = min(int(own.min()) for own in rows), max(int(own.max()) for own in rows) + 1
+    every = np.concatenate(rows)
+    start, stop = int(every.min()), int(every.max()) + 1
     return None if stop - start == reading.sizes[shard] else slice(start, stop)
 
 

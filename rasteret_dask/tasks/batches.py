@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import META, PRESENT, is_label
 from rasteret_dask.net.lending import Lender
+from rasteret_dask.net.limits import on_cores
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.rules.kinds import Kind, kind_of
 
@@ -79,8 +79,8 @@ class Held(Protocol):
 
     def put(
         self, rows: NDArray[np.int64] | None, out: Arrays, places: NDArray[np.int64]
-    ) -> Sequence[Future[None]]:
-        """Begin to put some chips (rows; None: all) at their places in a batch; return what has to be waited for."""
+    ) -> Sequence[Callable[[], None]]:
+        """Put some chips (rows; None: all) at their places in a batch; return what is left to do, on any threads."""
 
 
 Part: TypeAlias = tuple[Held, NDArray[np.int64] | None]
@@ -150,9 +150,7 @@ def assembled(parts: Sequence[tuple[NDArray[np.int64], Part]], size: int, memory
         Where large arrays lie.
     """
     result = parts[0][1][0].empty(size, memory)
-    under_way = [one for places, (held, rows) in parts for one in held.put(rows, result, places)]
-    for one in under_way:
-        one.result()
+    on_cores([work for places, (held, rows) in parts for work in held.put(rows, result, places)])
     return result
 
 
@@ -168,7 +166,7 @@ class InMemory:
 
     def put(
         self, rows: NDArray[np.int64] | None, out: Arrays, places: NDArray[np.int64]
-    ) -> Sequence[Future[None]]:
+    ) -> Sequence[Callable[[], None]]:
         """Copy some chips (rows; None: all) to their places in a batch."""
         for name, values in self.arrays.items():
             if rows is None:
