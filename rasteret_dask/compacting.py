@@ -225,7 +225,7 @@ class _Kept:
                 objects[path] = remote.get(remote.join(old.url, path))
         if len(old.parts) > 1:
             objects[ledger.PROVENANCE] = (
-                provenance_of_parts([part.url for part in old.parts]).united().to_bytes()
+                provenance_of_parts([part.url for part in old.parts]).by_member().to_bytes()
             )
         table = self.whole.chip_table(np.concatenate([s.rows for s in self.shards]))
         objects[ledger.CHIPS] = geoparquet.to_bytes(table)

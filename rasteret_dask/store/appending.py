@@ -238,7 +238,7 @@ def _parts(union: StoreUnion, planned: PlannedChips) -> Iterator[PlannedChips]:
     """Yield the chips that a store lacks slots of, those together that lack the same."""
     planned = _apart(union, planned)
     if _has_own_slots(planned):
-        part = _changed(union, planned)
+        part = _differences(union, planned)
         if part.table.num_rows:
             yield part
         return
@@ -273,7 +273,7 @@ def _has_own_slots(planned: PlannedChips) -> bool:
     return any(source.plan.chip_slots for source in planned.sources)
 
 
-def _changed(union: StoreUnion, planned: PlannedChips) -> PlannedChips:
+def _differences(union: StoreUnion, planned: PlannedChips) -> PlannedChips:
     """Return the chips that a store does not have, and those that it has with other records in their slots.
 
     Raises

@@ -63,12 +63,12 @@ class Provenance:
             {"steps": self.steps, "dropped": self.dropped, "origins": [asdict(o) for o in self.origins]}
         )
 
-    def united(self) -> Provenance:
+    def by_member(self) -> Provenance:
         """Return the same with one entry for each member of a source, of all records that its entries name."""
         members: dict[tuple[str, str], list[MemberOrigin]] = {}
         for one in self.origins:
             members.setdefault((one.source, one.member), []).append(one)
-        return replace(self, origins=tuple(map(_united, members.values())))
+        return replace(self, origins=tuple(map(_as_one, members.values())))
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Provenance:
@@ -83,7 +83,7 @@ class Provenance:
         return cls(tuple(document["steps"]), dict(document["dropped"]), tuple(origins))
 
 
-def _united(parts: Sequence[MemberOrigin]) -> MemberOrigin:
+def _as_one(parts: Sequence[MemberOrigin]) -> MemberOrigin:
     ids = sorted({name for part in parts for name in part.ids})
     return replace(
         parts[0],

@@ -287,14 +287,14 @@ class StoreUnion:
         return replace(group, arrays={name: grown(array) for name, array in group.arrays.items()})
 
     @property
-    def splits_added(self) -> bool:
+    def has_splits_beside(self) -> bool:
         """Whether chips of some store were dealt anew."""
         return any(one is not None and one.has("split") for one in self.added)
 
     @cached_property
     def groups(self) -> Mapping[str | None, tuple[StoredGroup, ...]]:
         """Split -> a group a source."""
-        if self.splits_added:
+        if self.has_splits_beside:
             names = self.chips.table.column("split").unique().to_pylist()
             return dict.fromkeys(names, self.first)
         return dict.fromkeys((split for part in self.parts for split in part.groups), self.first)

@@ -66,7 +66,7 @@ class UnionColumns:
         codes, count = ids.indices.to_numpy(), len(ids.dictionary)
         if count == len(codes):
             return kept, np.zeros((0, 2), dtype=np.int64)
-        kept &= ~self._superseded(codes)
+        kept &= ~self._rows_behind(codes)
         rows = np.flatnonzero(kept)
         first = np.full(count, len(rows), dtype=np.int64)
         np.minimum.at(first, codes[rows], np.arange(len(rows)))
@@ -74,7 +74,7 @@ class UnionColumns:
         kept[rows[again]] = False
         return kept, np.stack([rows[first[codes[rows[again]]]], rows[again]], -1)
 
-    def _superseded(self, codes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def _rows_behind(self, codes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which rows a later part of the same store stands in place of, shape (row,)."""
         result = np.zeros(len(codes), dtype=bool)
         part_of = np.repeat(np.arange(len(self._parts)), np.diff(self.begins))
