@@ -975,8 +975,10 @@ class Chips:
         append
             Write to a finished store what it does not have of these chips: new ground, new dates, with labels of their
             own. Area, dates and labels may differ from the store's plan, nothing else. Slots of a chip that the store
-            has are not read again. What is new is committed as a part of its own, which readers see once it is whole;
-            a rerun goes on with it. Where nothing lies there, the chips become the store.
+            has are not read again. Where slots are each chip's own, chips whose acquisitions changed are written whole,
+            in place of what the store has of them; the dates must include those of the store. What is new is committed
+            as a part of its own, which readers see once it is whole; a rerun goes on with it. Where nothing lies there,
+            the chips become the store.
 
         Returns
         -------

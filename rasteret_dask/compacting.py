@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A store rewritten with its kept chips only: bytes of chips are copied, not decoded."""
+"""A store rewritten with its kept chips only, as if written at once: bytes of whole chips are copied, not decoded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,27 +24,20 @@ from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import digest
-from rasteret_dask.store import decode, ledger, shardreports
+from rasteret_dask.store import ledger, shardreports
+from rasteret_dask.store.atonce import AtOnce, pieces_of
 from rasteret_dask.store.datacard import card_objects
-from rasteret_dask.store.encode import ABSENT, Encoding, Piece, crc32
+from rasteret_dask.store.encode import crc32
 from rasteret_dask.store.jobreport import JobReport, job_report
 from rasteret_dask.store.manifest import stamp, table_of, timing
 from rasteret_dask.store.paging import Paging
 from rasteret_dask.store.presence import forget_clients, present
+from rasteret_dask.store.provenance import provenance_of_parts
 from rasteret_dask.store.runtasks import Shards, Work
 from rasteret_dask.store.shardruns import Exit, runner, write_shards
-from rasteret_dask.store.storemap import (
-    StoredArray,
-    StoredGroup,
-    StoreMap,
-    check_sizes,
-    group_path,
-    open_map,
-    open_store,
-)
-from rasteret_dask.store.storeread import StoreObject, read_rows
+from rasteret_dask.store.union import Parts, grown_store, open_parts, open_union
 from rasteret_dask.table import geoparquet
-from rasteret_dask.tasks.filtering import KEPT, tally
+from rasteret_dask.tasks.filtering import tally
 from rasteret_dask.tasks.runs import Cuts
 
 __all__ = ["compact"]
@@ -64,10 +56,14 @@ def compact(
 ) -> JobReport:
     """Write the kept chips of a store to another place, as a store of its own.
 
-    Chips keep their order; shards are filled up. A split of which nothing is kept is left out. Called again after it
-    was stopped, it does what is missing; once it is finished, nothing. In the new manifest, what reading cost and
-    clipped stands once, at the shard that has the first kept chip of an old one; tiles that could not be read stand at
-    every shard that has chips of theirs.
+    Chips keep their order; shards are filled up. A split of which nothing is kept is left out. A store that has grown
+    becomes what it would be, had it been written at once: each chip with the slots of all parts, in the order of the
+    ground. Pixels of chips that lie in one part are copied as they are stored, those of others are decoded and put
+    together. Columns that were added beside the store are not taken along.
+
+    Called again after it was stopped, it does what is missing; once it is finished, nothing. In the new manifest, what
+    reading cost and clipped stands once, at the shard that has the first kept chip of an old one; tiles that could not
+    be read stand at every shard that has chips of theirs.
 
     Parameters
     ----------
@@ -105,21 +101,18 @@ def compact(
     clusters.check(client, "compact(client=)")
     start = time.monotonic()
     url, place = Place.of(store).url, Place.of(target).url
-    opened = open_store(url)
-    check_sizes(opened)
-    if remote.exists(remote.join(url, ledger.part_path(1), "zarr.json")):
-        raise StoreError(
-            f"compact({remote.redact(url)})", "a store that has grown", "one that was written at once",
-            f"Compact what it is made of, each to a place of its own: a copy of its first part, and its folders "
-            f"{ledger.part_path(1)} and so on; rd.open_chips([a, b]) opens them as one.",
-        )  # fmt: skip
+    grown = grown_store(url)
+    grown.check_sizes()
+    parts = open_parts([grown], version=0)
+    opened = open_union(parts)
     if not opened.kept.any():
         reasons = [reason for shard in opened.shards for reason in shard.dropped.values()]
         raise PlanError(
             f"compact({remote.redact(url)})", f"0 of {len(reasons):,} chips kept ({tally(reasons)})", "at least one",
             "Write the store again with a filter_pixels() that asks for less.",
         )  # fmt: skip
-    chips = _Kept(opened, _shards(opened))
+    whole = AtOnce(opened)
+    chips = _Kept(whole, _shards(whole))
     if _is_finished(place, chips.owner):
         if progress:
             sys.stderr.write(f"store {remote.redact(place)} is finished: nothing to do\n")
@@ -132,7 +125,7 @@ def compact(
         missing = [shard for shard in chips.shards if shard.name not in there]
         if missing:
             with clusters.using(client) as cluster:
-                shards = _missing(opened, url, place, chips, missing)
+                shards = _missing(parts, place, chips, missing)
                 count = sum(len(shard.rows) for shard in chips.shards)
                 caller = Exit("compact", remote.redact(place), len(chips.shards), count, progress)
                 sign = partial(signatures.send_place, cluster, url, place)
@@ -149,7 +142,7 @@ def compact(
                 "They were deleted or damaged meanwhile: call compact again, which does these.",
             )
         places = {shard: report.place for shard, report in reports.items()}
-        manifest = _manifest(opened, chips.shards, reports, shardreports.tries(found))
+        manifest = _manifest(whole, chips.shards, reports, shardreports.tries(found))
         ledger.commit(place, found, manifest, places, card_objects(place, manifest))
         forget_clients(place)
     return JobReport.of_manifest(
@@ -166,10 +159,10 @@ def _reports(place: str, objects: Mapping[str, int], chips: _Kept) -> dict[str, 
     }
 
 
-def _missing(old: StoreMap, url: str, place: str, chips: _Kept, missing: Sequence[_NewShard]) -> Shards:
+def _missing(parts: Parts, place: str, chips: _Kept, missing: Sequence[_NewShard]) -> Shards:
     """Return the shards that are not there, as they are to be written."""
     return Shards(
-        Work(partial(_copied, url, old.digest, place), chips.owner.digest, {}),
+        Work(partial(_copied, parts, place), chips.owner.digest, {}),
         [shard.name for shard in missing],
         missing,
         [shard.key for shard in missing],
@@ -194,13 +187,14 @@ def _is_finished(place: str, owner: ledger.Owner) -> bool:
 class _Kept:
     """The kept chips of a store, as the ledger asks for what is to be written."""
 
-    old: StoreMap
+    whole: AtOnce
     shards: Sequence[_NewShard]
 
     @property
     def owner(self) -> ledger.Owner:
         """Who writes them."""
-        return ledger.Owner(digest("compact", self.old.digest), self.old.note["compression"], ledger.COMPACT)
+        old = self.whole.union
+        return ledger.Owner(digest("compact", old.digest), old.note["compression"], ledger.COMPACT)
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
@@ -209,31 +203,16 @@ class _Kept:
 
     def objects(self) -> dict[str, ledger.Maker]:
         """Return what makes the arrays' metadata, the chunks that the plan knew, and the chip table."""
-        old, nodes = self.old, self.old.root["consolidated_metadata"]["metadata"]
-        objects: dict[str, bytes] = {}
-        documents: dict[str, Any] = {}
-        attrs: dict[str, Any] = {}
-        for split, rows in self._rows.items():
-            inside = rows - next(s.start for s in old.shards if s.split == split)
-            if len(self._rows) > 1 and split:
-                documents[split] = nodes[split]
-            for group in old.groups[split]:
-                at = self._path(split, group)
-                if at:
-                    documents[at] = {**nodes[group.path], "attributes": _uncovered(group.attrs)}
-                else:
-                    attrs = _uncovered(group.attrs)
-                for name, array in group.arrays.items():
-                    if name != KEPT:
-                        path = f"{at}/{name}" if at else name
-                        documents[path], chunks = _array(old, array, inside)
-                        objects |= {f"{path}/{chunk}": data for chunk, data in chunks.items()}
-        note = {k: v for k, v in old.note.items() if k != "checksum"}
+        old = self.whole.union
+        documents, attrs, chunks = self.whole.documents()
+        objects = dict(chunks)
+        note = {k: v for k, v in old.note.items() if k not in ("checksum", ledger.SUPERSEDES)}
         owner = {"writer": ledger.COMPACT, "digest": self.owner.digest, "compacted_from": old.digest}
+        first = old.parts[0].root
         root = {
-            **old.root,
+            **first,
             "attributes": {**attrs, "rasteret_dask": {**note, **STORE.note, **owner}},
-            "consolidated_metadata": {**old.root["consolidated_metadata"], "metadata": documents},
+            "consolidated_metadata": {**first["consolidated_metadata"], "metadata": documents},
         }
         texts = {f"{path}/zarr.json": json.dumps(node) for path, node in documents.items()} | {
             "zarr.json": json.dumps(root)
@@ -242,31 +221,23 @@ class _Kept:
         objects |= {path: text.encode() for path, text in texts.items() if path not in groups}
         objects[ledger.GROUPS] = json.dumps(groups).encode()
         for path in (ledger.PROVENANCE, ledger.RECIPE, ledger.LAW):  # where they are kept
-            if path in old.others:
+            if path in old.parts[0].others:
                 objects[path] = remote.get(remote.join(old.url, path))
-        table = old.chips.whole().take(pa.array(np.concatenate([s.rows for s in self.shards])))
+        if len(old.parts) > 1:
+            objects[ledger.PROVENANCE] = (
+                provenance_of_parts([part.url for part in old.parts]).by_member().to_bytes()
+            )
+        table = self.whole.chip_table(np.concatenate([s.rows for s in self.shards]))
         objects[ledger.CHIPS] = geoparquet.to_bytes(table)
         return {path: ledger.whole(data) for path, data in objects.items()}
 
     def places(self) -> dict[str, str]:
         """Return the path of every object that shards may have -> the shard's name."""
         return {
-            replace(array, path=f"{at}/{name}" if at else name).object(shard.number): shard.name
+            array.object(shard.number): shard.name
             for shard in self.shards
-            for group in self.old.groups[shard.split]
-            for at in [self._path(shard.split, group)]
-            for name, array in group.arrays.items()
-            if not array.of_plan
+            for _, _, array in self.whole.arrays(shard.split, shard.splits)
         }
-
-    @cached_property
-    def _rows(self) -> dict[str | None, NDArray[np.int64]]:
-        """Split -> rows of its kept chips among all of the old store."""
-        splits = dict.fromkeys(s.split for s in self.shards)
-        return {split: np.concatenate([s.rows for s in self.shards if s.split == split]) for split in splits}
-
-    def _path(self, split: str | None, group: StoredGroup) -> str:
-        return group_path(split, len(self._rows), group.source, len(self.old.sources))
 
 
 @dataclass(frozen=True)
@@ -279,135 +250,70 @@ class _NewShard:
     """How many splits there are in the new store."""
     number: int
     rows: NDArray[np.int64]
-    """Rows among all chips of the old store."""
+    """Rows among all chips of the old store: where each chip stands first."""
     key: str
     """Digest of what it is made of."""
 
 
-def _shards(old: StoreMap) -> list[_NewShard]:
-    per = old.first[0].arrays["pixels"].encoding.chunk[0]
-    kept = {split: _rows(old, split) for split in old.groups}
-    kept = {split: rows for split, rows in kept.items() if len(rows)}
+def _shards(whole: AtOnce) -> list[_NewShard]:
+    per, kept = whole.per_shard, whole.rows
     parts = [
         (s, n, rows[n * per : (n + 1) * per]) for s, rows in kept.items() for n in range(-(-len(rows) // per))
     ]
     return [
-        _NewShard(f"{split or 'all'}-{number:05d}", split, len(kept), number, rows, _key(old, rows))
+        _NewShard(f"{split or 'all'}-{number:05d}", split, len(kept), number, rows, _key(whole, rows))
         for split, number, rows in parts
     ]
 
 
-def _key(old: StoreMap, rows: NDArray[np.int64]) -> str:
+def _key(whole: AtOnce, rows: NDArray[np.int64]) -> str:
     """Digest chips, and the objects that hold them: a store that was written again may have other pixels."""
-    objects = [sorted(old.shards[n].sizes.items()) for n in _old_shards(old, rows)]
+    old = whole.union
+    objects = [sorted(old.shards[n].sizes.items()) for n in _old_shards(whole, rows)]
     return digest(old.digest, rows.tolist(), objects)
 
 
-def _old_shards(old: StoreMap, rows: NDArray[np.int64]) -> list[int]:
-    """Return the shards that chips lie in, rising."""
-    found: list[int] = np.unique(np.searchsorted(old.starts, rows, side="right") - 1).tolist()
+def _old_shards(whole: AtOnce, rows: NDArray[np.int64]) -> list[int]:
+    """Return the shards that chips lie in with any slot, rising."""
+    every, _ = whole.with_further(rows)
+    found: list[int] = np.unique(np.searchsorted(whole.union.starts, every, side="right") - 1).tolist()
     return found
 
 
-def _rows(old: StoreMap, split: str | None) -> NDArray[np.int64]:
-    """Return the rows of a split's kept chips."""
-    spans = [np.arange(s.start, s.start + s.chips) for s in old.shards if s.split == split]
-    rows = np.concatenate(spans)
-    return rows[old.kept[rows]]
-
-
-def _copied(url: str, source: str, place: str, shard: _NewShard) -> None:
+def _copied(parts: Parts, place: str, shard: _NewShard) -> None:
     """Write one new shard, then its report; nothing where that is done, whoever held its result."""
     start = time.perf_counter()
     if shardreports.valid_report(place, shard.name, shard.key) is not None:
         return
-    old = open_map(url, source)
+    old = open_union(parts)
     mark = shardreports.tried(place, shard.name, shard.key)
     written, shown = [], activity.current()
-    for group in old.groups[shard.split]:
-        at = group_path(shard.split, shard.splits, group.source, len(old.sources))
-        for name, array in group.arrays.items():
-            if array.of_plan:
-                continue
-            pieces = _pieces(old, group, name, array, shard.rows)
-            if pieces:
-                path = replace(array, path=f"{at}/{name}" if at else name).object(shard.number)
-                remote.put(remote.join(place, path), pieces)
-                if shown is not None:
-                    shown.written += sum(map(len, pieces))
-                written.append({"path": path, "size": sum(map(len, pieces)), "crc32": crc32(pieces)})
+    for source, name, array in AtOnce(old).arrays(shard.split, shard.splits):
+        pieces = pieces_of(old, source, name, array.encoding, shard.rows)
+        if pieces:
+            path = array.object(shard.number)
+            remote.put(remote.join(place, path), pieces)
+            if shown is not None:
+                shown.written += sum(map(len, pieces))
+            written.append({"path": path, "size": sum(map(len, pieces)), "crc32": crc32(pieces)})
     seconds = time.perf_counter() - start
     report = {"objects": written, **stamp(seconds, {"copy": seconds})}
     shardreports.done(place, shard.name, shard.key, mark, report)
 
 
-def _pieces(
-    old: StoreMap, group: StoredGroup, name: str, array: StoredArray, rows: NDArray[np.int64]
-) -> list[Piece]:
-    if array.encoding.sharded:
-        return array.encoding.shard_of(_stored(old, array, rows))
-    values = read_rows(old, rows, {group.source: [name]})[group.source, name]
-    return array.encoding.encode(values.view(np.int64) if values.dtype.kind == "M" else values)
-
-
-def _stored(old: StoreMap, array: StoredArray, rows: NDArray[np.int64]) -> list[list[Piece]]:
-    """Return the bytes of some chips as they are stored, their checksums with them; nothing where they are not."""
-    per = array.encoding.chunk[0]
-    shard_of = np.searchsorted(old.starts, rows, side="right") - 1
-    folder = remote.Folder.of(old.url)
-    found: list[list[Piece]] = []
-    for number in np.unique(shard_of).tolist():
-        shard = old.shards[number]
-        chips = rows[shard_of == number] - shard.start
-        item = StoreObject.of(old, folder, shard, array)
-        if item is None:
-            found += [[] for _ in chips]
-            continue
-        data = np.frombuffer(memoryview(item.get(0, item.size)), np.uint8)
-        index = decode.index_of(per, data[-decode.index_nbytes(per) :], item.size, str(item))
-        for start, length in index[chips].tolist():
-            found.append([] if start == ABSENT else [data[start : start + length]])
-    return found
-
-
-def _uncovered(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's attributes without what speaks of dropped chips, or of the store."""
-    names = " ".join(n for n in attrs["coordinates"].split() if n != KEPT)
-    return {**{k: v for k, v in attrs.items() if k != "rasteret_dask"}, "coordinates": names}
-
-
-def _array(
-    old: StoreMap, array: StoredArray, chips: NDArray[np.int64]
-) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return an array's document for the kept chips of a split, and its chunk where the plan knew it."""
-    document: dict[str, Any] = json.loads(json.dumps(array.node))
-    of_chips = array.dims[0] == "chip"
-    if of_chips:
-        document["shape"][0] = len(chips)
-    chunks = {}
-    if array.of_plan:
-        values = old.values(array)
-        if of_chips:
-            values = values[chips]
-            document["chunk_grid"]["configuration"]["chunk_shape"][0] = len(chips)
-        pieces = Encoding.of(json.dumps(document).encode()).encode(values)
-        if pieces:
-            chunks["/".join(("c", *["0"] * len(array.shape)))] = b"".join(map(bytes, pieces))
-    return document, chunks
-
-
 def _manifest(
-    old: StoreMap,
+    whole: AtOnce,
     shards: Sequence[_NewShard],
     reports: Mapping[str, shardreports.Report],
     tries: Mapping[str, Sequence[str]],
 ) -> pa.Table:
     """Return one row a shard, with the columns of the old manifest."""
-    before = old.manifest().select([*_COUNTS, "clipped", "unreadable_tiles"]).to_pylist()
+    names = [*_COUNTS, "clipped", "unreadable_tiles"]
+    before = [row for part in whole.union.parts for row in part.manifest().select(names).to_pylist()]
     told: set[int] = set()
     rows = []
     for shard in shards:
-        report, parts = reports[shard.name].values, _old_shards(old, shard.rows)
+        report, parts = reports[shard.name].values, _old_shards(whole, shard.rows)
         clipped: Counter[str] = Counter()
         counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
         for number in set(parts) - told:

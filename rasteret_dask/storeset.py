@@ -66,7 +66,8 @@ def open_chips(
     Parameters
     ----------
     store
-        A local path or a URL; or a list of them: stores of the same sources, bands, sizes, dtypes and columns.
+        A local path or a URL; or a list of them: stores of the same sources, bands, sizes, dtypes and units, and of
+        the same columns but for those that were added later.
     split
         Only the chips of this split: ``open_chips(store).select(split)``.
     duplicates
@@ -74,7 +75,8 @@ def open_chips(
         ``"first"`` takes the first store's.
     columns
         The version of the columns that :meth:`StoredChips.with_table` and :meth:`StoredChips.split` added to see; 0:
-        none, None: the latest. Of several stores none are seen.
+        none, None: the latest. Of several stores, the latest of each are seen, with nulls for the chips of a store that
+        lacks a column; a chip of two stores has the value of the first one that has any.
 
     Raises
     ------
@@ -105,10 +107,10 @@ def open_chips(
         raise PlanError(
             "open_chips", f"a store twice ({remote.redact(max(urls, key=urls.count))})", "each once"
         )
-    if columns is not None and len(urls) > 1:
+    if columns not in (None, 0) and len(urls) > 1:
         raise PlanError(
-            "open_chips(columns=)", "a version, of several stores", "None",
-            "Added columns are those of one store: write the columns into each before.",
+            "open_chips(columns=)", f"version {columns!r}, of several stores", "None or 0",
+            "Each store has versions of its own: None sees the latest of each, 0 sees none.",
         )  # fmt: skip
     grown = [grown_store(url) for url in urls]
     for one in grown:
@@ -606,8 +608,8 @@ class StoredChips:
         """
         shards = self.stored.map.shards
         rows = [(chip, s.split, reason) for s in shards for chip, reason in s.dropped.items()]
-        if self.stored.parts is not None:  # other dates of it may have been kept
-            rows = [row for row in rows if not self._is_kept(row[0])]
+        if self.stored.parts is not None:  # other parts may have kept it, or dropped it too
+            rows = list({row[0]: row for row in rows if not self._is_kept(row[0])}.values())
         names = ("chip_id", "split", "reason")
         columns = {n: pa.array([row[i] for row in rows], pa.string()) for i, n in enumerate(names)}
         return TableView(pa.table(columns))

@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import rasterio
 import xarray as xr
 from numpy.typing import NDArray
 from part_processes import append
@@ -167,22 +168,58 @@ def test_what_the_store_has_is_not_read_again(stores: Path, plan: Callable[..., 
     assert not (stores / "grown" / "part-0003").exists()
 
 
-def test_a_tenth_more_costs_a_tenth(plan: Callable[..., rd.Chips], tmp_path: Path) -> None:
-    chips = plan()
-    rows = np.sort(np.unique(chips.table["row"].to_numpy()))
-    edge = int(rows[-(-len(rows) * 9 // 10)])
-    store = tmp_path / "store"
-    first = chips.filter(("row", "<", edge)).to_zarr(store, progress=False)
-    chips.to_zarr(store, progress=False, append=True)
-    part = rd.job_report(store / "part-0001")
-    share = part.chips / len(chips)
-    assert part.chips + first.chips == len(chips)
-    # tiles at the border come twice: the world is a few tiles long, and one request brings all of a file's
-    assert part.bytes_fetched <= 5 * share * first.bytes_fetched, (
-        part.bytes_fetched,
-        first.bytes_fetched,
-        share,
+def test_a_tenth_more_costs_a_tenth(tmp_path: Path) -> None:
+    """The part is the job that these chips alone would be: each of its tiles once, of which the border's come again."""
+    side, tile, size, resolution, west, north = 2560, 256, 128, 10.0, 300_000.0, 5_600_000.0
+    path = tmp_path / "scene_20240401.tif"
+    values = np.random.default_rng(1).integers(1, 60_000, (side, side), dtype=np.uint16)
+    profile = {
+        "driver": "GTiff",
+        "width": side,
+        "height": side,
+        "count": 1,
+        "dtype": "uint16",
+        "crs": "EPSG:32633",
+    }
+    transform = rasterio.transform.from_origin(west, north, resolution, resolution)
+    with rasterio.open(
+        path, "w", **profile, transform=transform, tiled=True, blockxsize=tile, blockysize=tile
+    ) as file:
+        file.write(values, 1)
+    scenes = rd.build_from_files(
+        path, name="scenes", bands=["red"], kinds={"red": "continuous"}, filename_regex=r"_(?P<date>\d{8})"
     )
+    chips = scenes.harmonize(["red"]).chips(size)
+    rows = chips.table["row"].to_numpy()
+    edge = int(np.sort(np.unique(rows))[-(len(np.unique(rows)) // 10)])
+    first = chips.filter(("row", "<", edge)).to_zarr(tmp_path / "store", progress=False)
+    chips.to_zarr(tmp_path / "store", progress=False, append=True)
+    alone = chips.filter(("row", ">=", edge)).to_zarr(tmp_path / "alone", progress=False)
+    whole = chips.to_zarr(tmp_path / "whole", progress=False)
+    part = rd.job_report(tmp_path / "store" / "part-0001")
+    read = [sum(report.table["tiles_read"].to_pylist()) for report in (part, first, whole, alone)]
+    assert part.chips + first.chips == whole.chips
+    assert part.chips == alone.chips < 0.12 * whole.chips
+
+    def tiles(mask: NDArray[np.bool_]) -> set[tuple[int, int]]:
+        found = set()
+        for row in chips.table.filter(pa.array(mask)).to_pylist():
+            top, bottom = ((north - row[name]) / resolution for name in ("ymax", "ymin"))
+            left, right = ((row[name] - west) / resolution for name in ("xmin", "xmax"))
+            found |= {
+                (y, x)
+                for y in range(int(top // tile), int(np.ceil(bottom / tile)))
+                for x in range(int(left // tile), int(np.ceil(right / tile)))
+            }
+        return found
+
+    new, old = tiles(rows >= edge), tiles(rows < edge)
+    assert read == [len(new), len(old), len(new | old), len(new)]
+    assert (part.requests, part.bytes_fetched) == (alone.requests, alone.bytes_fetched)
+    assert rd.open_chips(tmp_path / "store" / "part-0001").digest == rd.open_chips(tmp_path / "alone").digest
+    share = part.chips / whole.chips
+    assert len(new) <= 1.5 * share * len(new | old) + len(new & old)
+    assert part.requests <= 1.5 * share * whole.requests + len(new & old)
 
 
 def test_plain_xarray_opens_the_first_part_without_a_warning(stores: Path) -> None:
@@ -244,17 +281,117 @@ def test_a_stratified_split_grows_with_its_store(s2: rd.Collection, tmp_path: Pa
         planned(16).to_zarr(url, progress=False, append=True)
 
 
-def test_new_dates_of_a_chip_s_own_acquisitions_are_refused(small_world: World, tmp_path: Path) -> None:
-    """They would change which dates a chip has: nothing was written, and nothing said."""
+# Slots of each chip's own
 
-    def planned(dates: tuple[str, str], aoi: Any = WEST) -> rd.Chips:
+
+@pytest.fixture(scope="module")
+def own_plan(small_world: World) -> Callable[..., rd.Chips]:
+    """Return what plans chips with slots of their own, beside one that all share."""
+    scenes = {
+        dates: (
+            rd.build_from_stac(small_world.sentinel2, name="s2", date_range=dates),
+            rd.build_from_stac(small_world.embeddings, name="aef"),
+        )
+        for dates in (APRIL, MAY_ON, ALL)
+    }
+
+    def planned(
+        dates: tuple[str, str] = ALL, aoi: Any = None, choose: Any = "spread", **rules: Any
+    ) -> rd.Chips:
+        s2, aef = scenes[dates]
+        optical = s2.harmonize(
+            ["red"], mask="clouds", dtype="uint16", time="acquisitions", max_acquisitions=3, choose=choose
+        )
+        joined = rd.join(optical=optical, embeddings=aef.harmonize(["A00"]))
+        chips = joined.chips(32, cell_km=0.96, aoi=aoi)
+        return chips.filter_pixels(**rules) if rules else chips
+
+    return planned
+
+
+def assert_same_chips(one: Path, two: Path) -> None:
+    """Compare all that two stores have of each chip."""
+    mine, theirs = rd.open_chips(one), rd.open_chips(two)
+    ids = sorted(theirs)
+    assert sorted(mine) == ids
+    assert_equal(mine.take(ids), theirs.take(ids))
+    seen = [chip for batch in mine.stream(batch_size=16, shuffle=1) for chip in batch["chip_id"]]
+    assert sorted(seen) == ids
+
+
+@pytest.mark.parametrize(("choose", "rules"), [("spread", {}), ("latest", {"min_valid": 0.7})])
+def test_new_dates_of_a_chip_s_own_acquisitions(
+    choose: str, rules: dict[str, Any], own_plan: Callable[..., rd.Chips], tmp_path: Path
+) -> None:
+    """Chips whose acquisitions change are written whole, in place of what was there; others are not read."""
+    store = tmp_path / "store"
+    own_plan(APRIL, WEST, choose, **rules).to_zarr(store, progress=False, append=True)
+    west = len(rd.open_chips(store))
+    own_plan(APRIL, None, choose, **rules).to_zarr(store, progress=False, append=True)  # new ground
+    before = rd.open_chips(store)
+    old = before.take(list(before))
+    assert len(before) > west
+    whole = own_plan(ALL, None, choose, **rules)
+    whole.to_zarr(store, progress=False, append=True)  # new dates
+    whole.to_zarr(tmp_path / "whole", progress=False)
+    assert_same_chips(store, tmp_path / "whole")
+    assert_equal(before.take(list(before)), old)  # whoever had it open goes on with what there was
+    assert rd.verify(store, sources=2).ok
+    assert whole.to_zarr(store, progress=False, append=True).shards_written == 0
+    assert not (store / "part-0003").exists()
+
+
+def test_chips_whose_acquisitions_stay_are_not_read_again(
+    own_plan: Callable[..., rd.Chips], tmp_path: Path
+) -> None:
+    """The latest ones of a chip change where a later one covers it: read off the feeds of both tables."""
+    store = tmp_path / "store"
+    chips = {}
+    for number, dates in enumerate((APRIL, ALL)):
+        chips[number] = own_plan(dates, WEST, "latest")
+        chips[number].to_zarr(store, progress=False, append=True)
+
+    def feeds(table: pa.Table) -> dict[str, set[Any]]:
+        rows = table.select(["chip_id", "feeds"]).to_pylist()
+        return {r["chip_id"]: {(f["source"], f["slot"], f["record"]) for f in r["feeds"]} for r in rows}
+
+    old, new = (feeds(chips[number].planned.table) for number in (0, 1))
+    changed = {chip for chip in new if new[chip] != old.get(chip)}
+    written = pq.read_table(store / "part-0001" / "chips.parquet", columns=["chip_id"])["chip_id"].to_pylist()
+    assert set(written) == changed
+    assert len(written) == len(changed)
+
+
+def test_dates_that_leave_out_those_of_the_store_are_refused(
+    own_plan: Callable[..., rd.Chips], tmp_path: Path
+) -> None:
+    own_plan(APRIL, WEST).to_zarr(tmp_path / "store", progress=False)
+    with pytest.raises(StoreError, match=r"a plan without \d+ records that the store's chips are made of"):
+        own_plan(MAY_ON, WEST).to_zarr(tmp_path / "store", progress=False, append=True)
+    assert not (tmp_path / "store" / "part-0001").exists()
+    own_plan(ALL, WEST).to_zarr(tmp_path / "store", progress=False, append=True)  # the remedy
+
+
+def test_windows_about_a_date_fill_as_dates_come(small_world: World, tmp_path: Path) -> None:
+    """A season after each chip's date: what was half empty is written whole once the scenes are there."""
+    points = gpd.GeoDataFrame(
+        {"day": pd.to_datetime(["2024-04-10", "2024-05-10"] * 6)},
+        geometry=gpd.points_from_xy(
+            *np.random.default_rng(2).uniform((14.978, 50.163), (15.03, 50.19), (12, 2)).T
+        ),
+        crs="EPSG:4326",
+    )
+
+    def planned(dates: tuple[str, str]) -> rd.Chips:
         s2 = rd.build_from_stac(small_world.sentinel2, name="s2", date_range=dates)
-        return s2.harmonize(["red"], time="acquisitions", max_acquisitions=4).chips(64, aoi=aoi)
+        windows = s2.harmonize(["red"], time=["-30D", "0D", "30D"], relative_to="day", pick="newest")
+        return windows.chips(16, at=points, min_slots=1)
 
-    planned(APRIL).to_zarr(tmp_path / "store", progress=False)
-    with pytest.raises(StoreError, match="found dates of s2, whose slots are each chip's own acquisitions"):
-        planned(ALL).to_zarr(tmp_path / "store", progress=False, append=True)
-    planned(APRIL, None).to_zarr(tmp_path / "store", progress=False, append=True)  # new ground is welcome
+    for dates in (APRIL, ALL):
+        planned(dates).to_zarr(tmp_path / "store", progress=False, append=True)
+    planned(ALL).to_zarr(tmp_path / "whole", progress=False)
+    assert (tmp_path / "store" / "part-0001").exists()
+    assert_same_chips(tmp_path / "store", tmp_path / "whole")
 
 
 def test_chips_that_are_acquisitions_are_each_written_once(s2: rd.Collection, tmp_path: Path) -> None:
@@ -350,8 +487,6 @@ def test_an_append_is_carried_out_by_one_process(plan: Callable[..., rd.Chips], 
         plan().to_zarr(grown, compute=False, append=True)
     with pytest.raises(PlanError, match="part 1/2"):
         plan().to_zarr(grown, append=True, limits=rd.RunLimits(part=(1, 2)))
-    with pytest.raises(StoreError, match="a store that has grown"):
-        rd.compact(grown, grown.parent / "compact")
 
 
 # Kills
@@ -361,46 +496,161 @@ class Killed(BaseException):
     """What ends an append as if its process had been killed: nothing tidies up."""
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_killed_append_goes_on(
-    seed: int, plan: Callable[..., rd.Chips], stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is killed at drawn puts until it is done: readers always see whole parts, and nothing comes twice."""
-    drawn = random.Random(seed)
-    store, chips = tmp_path / "store", plan()
-    plan(APRIL, WEST).to_zarr(store, progress=False)
-    begun = len(rd.open_chips(store))
-    states, lives = {begun}, [0]
+@pytest.fixture
+def lives(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return how many objects are still put before the process is killed."""
+    left = [10**9]
     for name in ("put", "put_new"):
-        left = getattr(remote, name)
+        call = getattr(remote, name)
 
-        def put(*args: Any, call: Callable[..., Any] = left, **options: Any) -> Any:
-            lives[0] -= 1
-            if lives[0] < 0:
+        def put(*args: Any, call: Callable[..., Any] = call, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
                 raise Killed
             return call(*args, **options)
 
         monkeypatch.setattr(remote, name, put)
-    kills = 0
+    return left
+
+
+def killed_until_done(
+    lives: list[int], drawn: random.Random, most: int, write: Callable[[], Any]
+) -> Iterator[None]:
+    """Carry something out again and again, killed at drawn puts until it is done; each time it was killed, yield."""
     while True:
-        lives[0] = drawn.randrange(60)
+        lives[0] = drawn.randrange(most)
         try:
-            chips.to_zarr(store, progress=False, append=True)
+            write()
         except (Killed, JobError, StoreError):
             assert lives[0] < 0
-            kills += 1
             lives[0] = 10**9
-            opened = rd.open_chips(store)
-            states.add(len(opened))
-            assert len(set(opened)) == len(opened)
+            yield
             continue
+        lives[0] = 10**9
         break
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_killed_append_goes_on(
+    seed: int, plan: Callable[..., rd.Chips], stores: Path, tmp_path: Path, lives: list[int]
+) -> None:
+    """It is killed at drawn puts until it is done: readers always see whole parts, and nothing comes twice."""
+    store, chips, kills = tmp_path / "store", plan(), 0
+    plan(APRIL, WEST).to_zarr(store, progress=False)
+    begun = len(rd.open_chips(store))
+    states = {begun}
+    for _ in killed_until_done(
+        lives, random.Random(seed), 60, lambda: chips.to_zarr(store, progress=False, append=True)
+    ):
+        kills += 1
+        opened = rd.open_chips(store)
+        states.add(len(opened))
+        assert len(set(opened)) == len(opened)
     assert kills
     assert states <= {begun, len(chips)}
     whole = rd.open_chips(stores / "all")
     assert keys(store) == keys(stores / "all")
     assert_equal(rd.open_chips(store).take(sorted(whole)), whole.take(sorted(whole)))
     assert rd.verify(store).ok
+
+
+def test_a_killed_append_of_new_dates_leaves_one_or_the_other(
+    own_plan: Callable[..., rd.Chips], tmp_path: Path, lives: list[int]
+) -> None:
+    """Chips that are written anew are the old ones until the new ones are all there."""
+    store, chips, kills = tmp_path / "store", own_plan(ALL, WEST), 0
+    own_plan(APRIL, WEST).to_zarr(store, progress=False)
+    chips.to_zarr(tmp_path / "whole", progress=False)
+    new = rd.open_chips(tmp_path / "whole")
+    ids = sorted(rd.open_chips(store))
+    states = [rd.open_chips(store).take(ids), new.take(ids)]
+    for _ in killed_until_done(
+        lives, random.Random(7), 30, lambda: chips.to_zarr(store, progress=False, append=True)
+    ):
+        kills += 1
+        assert_equal(rd.open_chips(store).take(ids), states[(store / "part-0001" / "zarr.json").exists()])
+    assert kills
+    assert_same_chips(store, tmp_path / "whole")
+
+
+# Compact
+
+
+@pytest.mark.parametrize("name", ["grown", "as acquisitions"])
+def test_a_grown_store_is_compacted_to_what_one_run_writes(
+    name: str, stores: Path, own_plan: Callable[..., rd.Chips], tmp_path: Path
+) -> None:
+    store, whole = stores / "grown", stores / "all"
+    if name != "grown":
+        store, whole = tmp_path / "store", tmp_path / "whole"
+        for dates in (APRIL, ALL):
+            own_plan(dates, WEST, "latest", min_valid=0.5).to_zarr(store, progress=False, append=True)
+        own_plan(ALL, WEST, "latest", min_valid=0.5).to_zarr(tmp_path / "at once", progress=False)
+        rd.compact(tmp_path / "at once", whole, progress=False)  # without what the rule dropped
+    report = rd.compact(store, tmp_path / "compact", progress=False)
+    assert report.chips == len(rd.open_chips(whole))
+    assert_same_chips(tmp_path / "compact", whole)
+    one, two = (
+        xr.open_datatree(place, engine="zarr", mask_and_scale=False)
+        for place in (tmp_path / "compact", whole)
+    )
+    assert {node.path for node in one.subtree} == {node.path for node in two.subtree}
+    for node in two.subtree:
+        mine, theirs = one[node.path].to_dataset(), node.to_dataset()
+        assert mine.sizes == theirs.sizes
+        if "pixels" in theirs:
+            np.testing.assert_array_equal(mine["chip_id"], theirs["chip_id"])  # the order of one run
+            # shards have as many bytes as the first part's; of records, those that two parts have count in both
+            mine.attrs, theirs.attrs = (
+                {
+                    k: v
+                    for k, v in d.attrs.items()
+                    if k not in ("radiometry", "rasteret_dask", "chips_per_shard")
+                }
+                for d in (mine, theirs)
+            )
+            xr.testing.assert_identical(mine.load(), theirs.load())
+            for variable in theirs.variables:
+                assert mine[variable].encoding["dtype"] == theirs[variable].encoding["dtype"]
+    tables = [pq.read_table(place / "chips.parquet") for place in (tmp_path / "compact", whole)]
+    assert tables[0].schema.names == tables[1].schema.names
+
+    def rows(table: pa.Table) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = table.to_pylist()
+        for row in found:
+            row["feeds"] = sorted((f["source"], f["slot"], f["order"], f["record"]) for f in row["feeds"])
+        return found
+
+    assert rows(tables[0]) == rows(tables[1])
+    assert rd.verify(tmp_path / "compact").ok
+
+
+def test_a_killed_compact_leaves_one_or_the_other(grown: Path, tmp_path: Path, lives: list[int]) -> None:
+    """Readers of the old store see no difference, the new one opens when it is whole; then it can grow."""
+    target, reader, kills = tmp_path / "compact", rd.open_chips(grown), 0
+    ids, before = sorted(reader), {path: path.read_bytes() for path in grown.rglob("*") if path.is_file()}
+    values = reader.take(ids)
+    for _ in killed_until_done(
+        lives, random.Random(3), 40, lambda: rd.compact(grown, target, progress=False)
+    ):
+        kills += 1
+        assert_equal(rd.open_chips(grown).take(ids), values)
+        with pytest.raises(StoreError):
+            rd.open_chips(target)
+    assert kills
+    assert_equal(rd.open_chips(target).take(ids), values)
+    assert_equal(reader.take(ids), values)
+    assert {path: path.read_bytes() for path in grown.rglob("*") if path.is_file()} == before
+
+
+def test_what_was_compacted_grows(plan: Callable[..., rd.Chips], stores: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for dates, aoi in ((APRIL, WEST), (APRIL, None)):
+        plan(dates, aoi).to_zarr(store, progress=False, append=True)
+    rd.compact(store, tmp_path / "compact", progress=False)
+    plan().to_zarr(tmp_path / "compact", progress=False, append=True)
+    assert_same_chips(tmp_path / "compact", stores / "all")
+    assert keys(tmp_path / "compact") == keys(stores / "all")
 
 
 def appending(*arguments: Any) -> BaseProcess:
@@ -587,3 +837,87 @@ def test_chips_that_come_after_columns_have_none(plan: Callable[..., rd.Chips], 
     assert np.isnan(arrays["labels/k"][~known]).all()
     assert (arrays["labels/k"][known] == 1).all()
     assert (arrays["split"][~known] == "").all()
+
+
+def test_columns_beside_several_stores_are_seen(stores: Path, tmp_path: Path) -> None:
+    """Each chip has what any store says of it, the first one first; null where none does: dictionaries tell."""
+    places = [Path(shutil.copytree(stores / name, tmp_path / name)) for name in ("april", "may")]
+    told: list[dict[str, dict[str, Any]]] = []
+    for number, place in enumerate(places):
+        chips = rd.open_chips(place)
+        ids = list(chips)
+        own = pd.DataFrame(
+            {"chip_id": ids, "crop": [f"{number} {i}" if i % 3 else None for i in range(len(ids))]}
+        )
+        if number:
+            own["yield"] = np.arange(len(ids), dtype=np.float32)
+        chips.with_table(own)
+        told.append({str(name): dict(zip(ids, own[name], strict=True)) for name in own if name != "chip_id"})
+    both = rd.open_chips(places, duplicates="first")
+    ids = list(both)
+    found = both.take(ids)
+    for name, blank in (("crop", ""), ("yield", np.nan)):
+        values = []
+        for chip in ids:
+            known = [one[name][chip] for one in told if name in one and chip in one[name]]
+            values.append(next((value for value in known if value is not None), blank))
+        assert [str(v) for v in found[f"labels/{name}"].tolist()] == [str(v) for v in values]
+    crop = next(value for value in found["labels/crop"] if value)
+    assert set(both.filter(crop=crop)) == {
+        chip for chip, v in zip(ids, found["labels/crop"], strict=True) if v == crop
+    }
+    assert sum(map(len, (b["labels/crop"] for b in both.stream(batch_size=20)))) == len(ids)
+    assert both.digest != rd.open_chips(places, duplicates="first", columns=0).digest
+    plain = rd.open_chips(places, duplicates="first", columns=0)
+    assert "labels/crop" not in plain.take(ids[:2])
+    assert_equal({k: v for k, v in found.items() if "labels" not in k}, plain.take(ids))
+    with pytest.raises(PlanError, match="version 1, of several stores"):
+        rd.open_chips(places, duplicates="first", columns=1)
+    chips = rd.open_chips(places[1])
+    chips.with_table(pd.DataFrame({"chip_id": list(chips), "crop": range(len(chips))}))
+    with pytest.raises(StoreError, match=r"column 'crop' of int64; expected one of string"):
+        rd.open_chips(places, duplicates="first")
+
+
+def test_splits_beside_several_stores_are_seen(
+    plan: Callable[..., rd.Chips], stores: Path, tmp_path: Path
+) -> None:
+    """Chips of a store that was dealt anew have its new splits, those of the other their own."""
+    east = plan().filter(("xmin", ">", 0)).table
+    middle = float(np.median(east["xmin"].to_numpy()))
+    sides = [tmp_path / "west", tmp_path / "east"]
+    for place, sign in zip(sides, ("<", ">="), strict=True):
+        plan().filter(("xmin", sign, middle)).to_zarr(place, progress=False)
+    fold = rd.open_chips(sides[0])
+    table = pd.DataFrame({"chip_id": list(fold), "fold": ["a" if n % 2 else "b" for n in range(len(fold))]})
+    dealt = fold.with_table(table).split(by="fold")
+    both, other = rd.open_chips(sides), rd.open_chips(sides[1])
+    splits = dict(zip(both, both.take(list(both))["split"], strict=True))
+    for chips in (dealt, other):
+        assert all(splits[c] == s for c, s in zip(chips, chips.take(list(chips))["split"], strict=True))
+    assert both.stored.splits == {**dealt.stored.splits, **other.stored.splits}
+    assert set(both.select("a", "val")) == {chip for chip, split in splits.items() if split in ("a", "val")}
+    shutil.copytree(stores / "all", tmp_path / "all")
+    with pytest.raises(StoreError, match=r"in split .*as in the other store"):
+        rd.open_chips([sides[0], tmp_path / "all"], duplicates="first")
+
+
+def test_a_column_of_one_plan_is_added_to_the_other_store(s2: rd.Collection, tmp_path: Path) -> None:
+    """A store that was written without labels is opened with one that has them, once it has them too."""
+    chips = s2.harmonize(["red"], time="1MS").chips(32, cell_km=0.96)
+    labels = [f"crop {n % 3}" for n in range(len(chips))]
+    chips.with_table(chips.table.append_column("crop", pa.array(labels)).slice(0, 70)).to_zarr(
+        tmp_path / "one", progress=False
+    )
+    rest = chips.filter(("chip_id", "in", chips.table["chip_id"].to_pylist()[70:]))
+    rest.to_zarr(tmp_path / "two", progress=False)
+    both = [tmp_path / "one", tmp_path / "two"]
+    with pytest.raises(
+        StoreError, match=r"no column 'crop'; expected one of string.*with_table\(\) adds a column"
+    ):
+        rd.open_chips(both)
+    wanted = dict(zip(chips.table["chip_id"].to_pylist(), labels, strict=True))
+    two = rd.open_chips(both[1])
+    two.with_table(pd.DataFrame({"chip_id": list(two), "crop": [wanted[chip] for chip in two]}))
+    found = rd.open_chips(both)
+    assert found.take(list(found))["labels/crop"].tolist() == [wanted[chip] for chip in found]

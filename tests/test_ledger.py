@@ -252,6 +252,31 @@ def test_a_valid_report_is_of_this_key_and_its_objects_are_there(
     assert shardreports.valid_report(url, "all-00001", key) is None
 
 
+def test_a_report_of_the_same_objects_stays_as_it_is(layout: Layout, finished: Path, tmp_path: Path) -> None:
+    """A worker that was cut off returns after the commit: what it reports late is what the store holds, or is put."""
+    store = tmp_path / "store"
+    shutil.copytree(finished, store)
+    url, key, shards = str(store), layout.job.digest, [shard.name for shard in layout.job.shards()]
+    before = {name: (store / "_job/done" / f"{name}.json").read_bytes() for name in shards}
+    for name in shards:
+        report = json.loads(before[name])
+        mark = shardreports.tried(url, name, key)  # of the late try
+        (store / mark).unlink()
+        late = {**report, "elapsed": 1e6, "started": "2030-01-01T00:00:00+00:00"}
+        for field in ("shard", "key", "mark", "checksum"):
+            del late[field]
+        told = shardreports.done(url, name, key, mark, late)
+        assert told == {field: value for field, value in report.items() if field != "checksum"}
+    assert before == {name: (store / "_job/done" / f"{name}.json").read_bytes() for name in shards}
+    assert verify(url).ok
+    flipped(store / "_job/done" / f"{shards[0]}.json")
+    other = {**late, "objects": [{**late["objects"][0], "crc32": 1}]}
+    for name, report in ((shards[0], late), (shards[1], other)):  # a damaged one, one of other objects
+        shardreports.done(url, name, key, mark, report)
+        there = json.loads((store / "_job/done" / f"{name}.json").read_bytes())
+        assert (there["elapsed"], there["objects"]) == (1e6, report["objects"])
+
+
 # What killed local puts leave: obstore writes beside the object, under its name and a number
 
 

@@ -280,7 +280,7 @@ def test_few_objects_lie_there_at_any_time(tmp_path: Path, monkeypatch: pytest.M
     """However many shards: two for each that has just ended, and one for each page."""
     monkeypatch.setattr(shardreports, "PAGE_REPORTS", 50)
     most, requests = 0, Counter[str]()
-    for name in ("get", "put", "delete_all", "listing"):
+    for name in ("get", "put", "put_new", "delete_all", "listing"):
         call: Callable[..., object] = getattr(remote, name)
 
         def counted(*args: object, name: str = name, call: Callable[..., object] = call) -> object:
@@ -302,7 +302,8 @@ def test_few_objects_lie_there_at_any_time(tmp_path: Path, monkeypatch: pytest.M
     assert len(pages(tmp_path)) == 300 // 50
     assert objects(tmp_path) == 300 // 50
     assert most <= 2 * (50 + 60 + 64) + 300 // 50 + 1  # a round is 64 shards
-    assert requests["put"] == 2 * 300 + 300 // 50
+    assert requests["put"] == 300 + 300 // 50  # marks, and pages
+    assert requests["put_new"] == 300  # reports, where there is none
     assert requests["get"] == 2 * 300  # a task's look, and the page's
     assert requests["delete_all"] == 300 // 50
     assert requests["listing"] == 300 // 50

@@ -37,6 +37,7 @@ __all__ = [
     "lattice_of",
     "outline_wkb",
     "zone_cells",
+    "space_order",
     "zone_frame",
 ]
 
@@ -141,16 +142,33 @@ def blocks(frame: Frame, spec: ChipSpec, reference: Outlines, resolution: float)
 
 def block_of(frame: Frame, resolution: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return row and column of each window's block: squares of BLOCK_PX, southwards and eastwards."""
+    return _block(frame.bounds, resolution)
+
+
+def _block(bounds: NDArray[np.float64], resolution: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     side = BLOCK_PX * resolution
-    col = np.floor(frame.bounds[:, [0, 2]].mean(1) / side)
-    row = np.floor(-frame.bounds[:, [1, 3]].mean(1) / side)
+    col = np.floor(bounds[:, [0, 2]].mean(1) / side)
+    row = np.floor(-bounds[:, [1, 3]].mean(1) / side)
     return row, col
 
 
 def in_space(frame: Frame, resolution: float) -> Frame:
     """Return windows in their order of space: see :func:`candidates`."""
-    row, col = block_of(frame, resolution)
-    return frame.take(np.lexsort((frame.col, frame.row, row, col, row // STRIP, frame.epsg)))
+    return frame.take(space_order(frame.epsg, frame.bounds, frame.row, frame.col, resolution))
+
+
+def space_order(
+    epsg: NDArray[np.int64],
+    bounds: NDArray[np.float64],
+    row: NDArray[np.int64],
+    col: NDArray[np.int64],
+    resolution: float,
+    when: NDArray[np.int64] | None = None,
+) -> NDArray[np.int64]:
+    """Return the order of space of some windows: see :func:`candidates`; ``when`` comes first within a block."""
+    block_row, block_col = _block(bounds, resolution)
+    times = () if when is None else (when,)
+    return np.lexsort((col, row, *times, block_row, block_col, block_row // STRIP, epsg))
 
 
 def _label(spec: ChipSpec, resolution: float) -> str:

@@ -194,8 +194,9 @@ def stored_card(stored: Stored, opened: bool) -> Card:
         dropped = sum(len(shard.dropped) for shard in stored.map.shards)
     except UNREADABLE as error:
         return Card("StoredChips, which cannot be read", [where, Fact("because", str(error)), *steps])
-    if stored.parts is not None and stored.parts.columns is not None:
-        rows.append(Fact("columns", redact(stored.parts.columns.partition("#")[0])))
+    marks = [] if stored.parts is None else [mark for mark in stored.parts.columns if mark is not None]
+    if marks:
+        rows.append(Fact("columns", first_of((redact(mark.rpartition("#")[0]) for mark in marks), 3)))
     if dropped:
         rows.append(Fact("left out", f"{counted(dropped, 'chip')} of the store by filter_pixels: .dropped"))
     title = f"StoredChips: {counted(sum(stored.splits.values()), 'chip')}"

@@ -60,6 +60,12 @@ class AddedColumns:
         """The added columns."""
         return tuple(name for name in self.table.column_names if name != "chip_id")
 
+    @property
+    def fields(self) -> list[pa.Field]:
+        """Names and types of the added columns, as :meth:`joined` gives them."""
+        schema = self.table.schema
+        return [pa.field(name, _text_type(schema.field(name).type)) for name in self.names if name != "split"]
+
     def has(self, name: str) -> bool:
         """Tell whether a column was added."""
         return name in self.names
@@ -81,12 +87,18 @@ class AddedColumns:
         at = pc.index_in(chips.column("chip_id"), value_set=ids)
         for name in self.names:
             column = self.table.column(name).take(at)
+            column = column.cast(_text_type(column.type))
             own = pa.field(name, column.type, nullable=name == "split" or bool(column.null_count))
             if name in chips.column_names:
                 chips = chips.set_column(chips.column_names.index(name), own, column)
             else:
                 chips = chips.append_column(own, column)
         return chips
+
+
+def _text_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of a column, with one type for text: pandas has long ones."""
+    return pa.string() if pa.types.is_large_string(kind) else kind
 
 
 def table_path(version: int) -> str:

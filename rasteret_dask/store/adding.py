@@ -126,9 +126,10 @@ def as_planned(chips: Stored, more: list[str] | None = None) -> PlannedChips:
 
 def _rule_of(chips: Stored, split: SplitSpec | None) -> SplitSpec | None:
     """Return the rule that the chips' splits were dealt by, the last time."""
-    if chips.parts is None or chips.parts.columns is None:
+    mark = None if chips.parts is None else chips.parts.columns[0]
+    if mark is None:
         return split
-    note = AddedColumns.at(chips.parts.columns).note.get("split")
+    note = AddedColumns.at(mark).note.get("split")
     return split if note is None else from_json(note)
 
 
@@ -169,7 +170,7 @@ def _put(chips: Stored, table: pa.Table, note: Mapping[str, Any]) -> Stored:
     """Write a version that has the columns of the latest one, with these put over them."""
     for _ in range(TRIES):
         store = grown_store(chips.url)
-        latest = open_parts([store]).columns
+        (latest,) = open_parts([store]).columns
         columns, notes = table, dict(note)
         if latest is not None:
             before = AddedColumns.at(latest)

@@ -23,6 +23,7 @@ from rasteret_dask.lists import first_of
 from rasteret_dask.net import remote
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.query import Query
+from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.store import ledger
 from rasteret_dask.store.addedtables import AddedColumns
 from rasteret_dask.store.jobreport import JobReport, job_report
@@ -58,8 +59,10 @@ def append_zarr(growth: Growth, url: str) -> JobReport:
     """Write to a store what it does not have of some chips; where nothing lies there, they become the store.
 
     Slots of a chip that the store has are not read again. What is new becomes a part of its own, ``part-0001`` and
-    so on: one for all chips that lack the same slots. Each is a whole store with its own ledger. Its number is taken
-    by the conditional put that begins it, so that of two appends at a time one is refused.
+    so on: one for all chips that lack the same slots. Where slots are each chip's own, new dates may change all of
+    them: chips that are new, or have other records than in the store, are written whole, and stand in place of what
+    earlier parts have of them. Each part is a whole store with its own ledger. Its number is taken by the conditional
+    put that begins it, so that of two appends at a time one is refused.
 
     Parameters
     ----------
@@ -76,8 +79,8 @@ def append_zarr(growth: Growth, url: str) -> JobReport:
     Raises
     ------
     StoreError
-        When the store is not finished, its plan differs in more than area, dates and labels, or another append was
-        begun and is not finished.
+        When the store is not finished, its plan differs in more than area, dates and labels, another append was
+        begun and is not finished, or slots are each chip's own and the plan lacks records that the store's chips have.
     """
     if not _is_finished(url, growth):
         return run_zarr(growth.layout, url, growth.context, growth.client, growth.progress, growth.bounds)
@@ -93,7 +96,12 @@ def append_zarr(growth: Growth, url: str) -> JobReport:
         place = remote.join(url, part_path(number))
         job = freeze(part)
         layout = layout_of(job, used_rows(part), growth.query, part.dropped)
-        layout = replace(layout, compression=growth.layout.compression, recipe=growth.layout.recipe)
+        layout = replace(
+            layout,
+            compression=growth.layout.compression,
+            recipe=growth.layout.recipe,
+            supersedes=_has_own_slots(part),
+        )
         _check_begun(place, job.digest)
         report = run_zarr(layout, place, growth.context, growth.client, growth.progress, growth.bounds)
         written, seconds, number = (
@@ -194,8 +202,8 @@ def _splits_by(table: pa.Table, name: str) -> dict[str, str]:
 
 def _tell_of_dealt(store: Grown) -> None:
     """Warn where splits were dealt anew, which chips that come later have no part in."""
-    columns = AddedColumns.at(mark) if (mark := open_parts([store]).columns) is not None else None
-    if columns is not None and columns.has("split"):
+    (mark,) = open_parts([store]).columns
+    if mark is not None and AddedColumns.at(mark).has("split"):
         warnings.warn(
             f"store {remote.redact(store.parts[0].url)}: its splits were dealt anew by split(), and chips that are "
             "appended have none of these: call open_chips(store).split(...) again, or open_chips(store, columns=0)",
@@ -229,6 +237,11 @@ def _check_begun(place: str, digest: str) -> None:
 def _parts(union: StoreUnion, planned: PlannedChips) -> Iterator[PlannedChips]:
     """Yield the chips that a store lacks slots of, those together that lack the same."""
     planned = _apart(union, planned)
+    if _has_own_slots(planned):
+        part = _differences(union, planned)
+        if part.table.num_rows:
+            yield part
+        return
     table = planned.table
     ids = table.column("chip_id")
     there = [
@@ -253,6 +266,81 @@ def _parts(union: StoreUnion, planned: PlannedChips) -> Iterator[PlannedChips]:
         part = _cut(planned, np.sort(np.concatenate(rows[lacking])), lacking)
         if part.table.num_rows:
             yield part
+
+
+def _has_own_slots(planned: PlannedChips) -> bool:
+    """Tell whether slots of some source are each chip's own."""
+    return any(source.plan.chip_slots for source in planned.sources)
+
+
+def _differences(union: StoreUnion, planned: PlannedChips) -> PlannedChips:
+    """Return the chips that a store does not have, and those that it has with other records in their slots.
+
+    Raises
+    ------
+    StoreError
+        When a plan does not know records of such a chip: its slots would be chosen among fewer than there are.
+    """
+    ids = planned.table.column("chip_id").combine_chunks()
+    feeds = planned.table.column("feeds")
+    changed = np.ones(len(ids), dtype=bool)
+    lost: dict[str, None] = {}
+    for part in union.parts:  # the last one that has a chip says how it is
+        at = pc.index_in(ids, value_set=part.chips.table.column("chip_id").combine_chunks())
+        here = np.flatnonzero(np.asarray(at.is_valid()))
+        if not len(here):
+            continue
+        stored = part.chips.columns(["feeds"]).column("feeds").take(at.take(pa.array(here)))
+        there, unknown = _entries(stored, planned.sources)
+        wanted, _ = _entries(feeds.take(pa.array(here)), planned.sources)
+        rows, count = np.unique(np.concatenate([there, wanted]), axis=0, return_counts=True)
+        changed[here] = False
+        changed[here[rows[count == 1, 0]]] = True
+        lost |= dict.fromkeys(unknown)
+    if lost:
+        raise StoreError(
+            f"to_zarr(append=True) to store {remote.redact(union.url)}",
+            f"a plan without {len(lost)} records that the store's chips are made of ({first_of(lost, 3)})",
+            "all of them, and new ones: slots are each chip's own, chosen among all of its records",
+            "Let the plan's dates begin where the store's begin.",
+        )  # fmt: skip
+    return replace(planned, table=planned.table.filter(pa.array(changed)))
+
+
+def _entries(
+    feeds: pa.ChunkedArray, sources: Sequence[ResolvedSource]
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Return feed entries as numbers, and the ids of records that no source has.
+
+    Returns
+    -------
+    entries
+        Shape (entry, 5), int64: chip, source, slot, order, and the row of the source's record, -1 where it is unknown.
+    unknown
+        Ids of these.
+    """
+    names = pa.array([source.plan.name for source in sources])
+    ids = [pa.array(source.records.ids, pa.string()) for source in sources]
+    entries, unknown, begin = [np.zeros((0, 5), dtype=np.int64)], [], 0
+    for chunk in feeds.chunks:  # each with dictionaries of its own
+        flat = chunk.flatten()
+        source, record = (_plain_text(flat.field(name)) for name in ("source", "record"))
+        number = pc.index_in(source, value_set=names).to_numpy(zero_copy_only=False)
+        row = np.full(len(flat), -1, dtype=np.int64)
+        for place, known in enumerate(ids):
+            own = np.flatnonzero(number == place)
+            found = pc.index_in(record.take(pa.array(own)), value_set=known)
+            row[own] = pc.fill_null(found, -1).to_numpy(zero_copy_only=False)
+        unknown += pc.unique(record.filter(pa.array(row < 0))).to_pylist()
+        chip = begin + np.repeat(np.arange(len(chunk)), chunk.value_lengths().to_numpy(zero_copy_only=False))
+        slot, order = (flat.field(name).to_numpy() for name in ("slot", "order"))
+        entries.append(np.stack([chip, number, slot, order, row], -1).astype(np.int64))
+        begin += len(chunk)
+    return np.concatenate(entries), unknown
+
+
+def _plain_text(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def _lacking(slots: Sequence[int] | None, parts: Sequence[StoreMap], source: str) -> tuple[int, ...]:

@@ -194,8 +194,11 @@ class Encoding:
         return self._shard(values) if self.sharded else self._chunk(values)
 
     def _shard(self, values: NDArray[Any]) -> list[Piece]:
-        """Encode each inner chunk on one of the process's threads."""
-        return self.shard_of(list(workers().map(self._inner, values)))
+        return self.shard_of(self.chips(values))
+
+    def chips(self, values: NDArray[Any]) -> list[list[Piece]]:
+        """Return the pieces of each inner chunk of a shard, encoded on the process's threads; none of fill alone."""
+        return list(workers().map(self._inner, values))
 
     def shard_of(self, chips: Sequence[Sequence[Piece]]) -> list[Piece]:
         """Return the shard of some inner chunks' bytes; the index with its checksum comes last.

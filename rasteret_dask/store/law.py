@@ -149,10 +149,6 @@ def _record_facts(node: Node, label: str) -> Iterator[tuple[str, str]]:
         case Harmonize(_, spec):
             for field_name, value in changes(spec, HarmonizeSpec()).items():
                 yield f"harmonize({field_name}=) of {name}", _text(value)
-            if spec.max_acquisitions is not None:
-                # new dates would change which ones a chip has; its slots are numbers, the same ones for any dates
-                own = f"dates of {name}, whose slots are each chip's own acquisitions,"
-                yield own, _text(_dates_below(node))
         case Map(_, function, source):
             yield f"map({function.name}) of {source or name}", _text(function)
         case Join(names, below):
@@ -167,16 +163,6 @@ def _record_facts(node: Node, label: str) -> Iterator[tuple[str, str]]:
             return
     for child in children(node):
         yield from _record_facts(child, label)
-
-
-def _dates_below(node: Node) -> list[str]:
-    """Return what steps on records below a step say of dates."""
-    own = (
-        [_text(one) for one in node.where if one[0] in MAY_DIFFER and "datetime" in one[0]]
-        if isinstance(node, Source | Filter)
-        else []
-    )
-    return sorted([*own, *(text for child in children(node) for text in _dates_below(child))])
 
 
 def leaf_label(node: Node) -> str:

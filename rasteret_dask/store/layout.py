@@ -30,7 +30,7 @@ from rasteret_dask.planning.radiometry import radiometry_of
 from rasteret_dask.planning.resolve import ResolvedSource
 from rasteret_dask.store.encode import CHIPS_PER_SHARD, Compression, compressors
 from rasteret_dask.store.law import Law, law_of
-from rasteret_dask.store.ledger import GROUPS, LAW, PROVENANCE, TO_ZARR, Maker, whole
+from rasteret_dask.store.ledger import GROUPS, LAW, PROVENANCE, SUPERSEDES, TO_ZARR, Maker, whole
 from rasteret_dask.store.provenance import Provenance, provenance_of
 from rasteret_dask.store.shardreports import JOB
 from rasteret_dask.table.itemkinds import CLASSES
@@ -83,6 +83,8 @@ class Layout:
     """What every part that is appended must share."""
     recipe: str | None = None
     """The text of the recipe that was run, where one was: kept beside the job."""
+    supersedes: bool = False
+    """Of a part: whether its chips stand in place of the same chips in earlier parts."""
 
     @property
     def codec_text(self) -> str:
@@ -149,7 +151,7 @@ class Layout:
             "compression": self.codec_text,
             "sources": [plan.name for plan in self.job.sources],
         }
-        return {"rasteret_dask": note}
+        return {"rasteret_dask": note | ({SUPERSEDES: True} if self.supersedes else {})}
 
     def _arrays(self, group: zarr.Group, h: Hierarchy, source: int, out: Output) -> list[_Chunk]:
         """Create the arrays of one source of one split; return the chunks that are made later."""

@@ -48,6 +48,7 @@ __all__ = [
     "PARTED",
     "PROVENANCE",
     "RECIPE",
+    "SUPERSEDES",
     "TO_ZARR",
     "Content",
     "Maker",
@@ -85,6 +86,8 @@ CROISSANT = "croissant.json"
 """The same for tools, JSON-LD."""
 LAW = f"{JOB}/law.json"
 """What all parts of a store share, for whoever appends to it: no task reads it."""
+SUPERSEDES = "supersedes"
+"""In the root of a part: whether its chips stand in place of the same chips in earlier parts."""
 PARTED = re.compile(r"part-\d{4,}/.*|_tables/\d{4,}\.parquet")
 """What lies in a store's folder and is not of its first part: parts that were appended, and added columns."""
 OBJECTS = b"rasteret_dask:objects"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -63,6 +63,13 @@ class Provenance:
             {"steps": self.steps, "dropped": self.dropped, "origins": [asdict(o) for o in self.origins]}
         )
 
+    def by_member(self) -> Provenance:
+        """Return the same with one entry for each member of a source, of all records that its entries name."""
+        members: dict[tuple[str, str], list[MemberOrigin]] = {}
+        for one in self.origins:
+            members.setdefault((one.source, one.member), []).append(one)
+        return replace(self, origins=tuple(map(_as_one, members.values())))
+
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Provenance:
         """Return what :meth:`to_bytes` wrote."""
@@ -74,6 +81,19 @@ class Provenance:
             for one in document["origins"]
         ]  # fmt: skip
         return cls(tuple(document["steps"]), dict(document["dropped"]), tuple(origins))
+
+
+def _as_one(parts: Sequence[MemberOrigin]) -> MemberOrigin:
+    ids = sorted({name for part in parts for name in part.ids})
+    return replace(
+        parts[0],
+        records=len(ids) if all(part.ids for part in parts) else max(part.records for part in parts),
+        start=min((part.start for part in parts if part.start), default=""),
+        end=max(part.end for part in parts),
+        collections=tuple(sorted({name for part in parts for name in part.collections})),
+        hosts=tuple(sorted({name for part in parts for name in part.hosts})),
+        ids=tuple(ids),
+    )
 
 
 def provenance_of(

@@ -102,7 +102,10 @@ def tried(url: str, shard: str, key: str) -> str:
 
 
 def done(url: str, shard: str, key: str, mark: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the report of a shard whose objects are all in place, and return it.
+    """Put the report of a shard whose objects are all in place, and return the one that lies there.
+
+    A report of the same objects stays as it is: a worker that was cut off and comes back when the store is finished
+    would else put other times in place of those that the commit vouches for.
 
     Parameters
     ----------
@@ -117,8 +120,13 @@ def done(url: str, shard: str, key: str, mark: str, report: Mapping[str, Any]) -
     report
         JSON values; ``objects`` lists path, size and crc32 of each object.
     """
-    whole = {"shard": shard, "key": key, "mark": mark, **report}
-    remote.put(remote.join(url, report_path(shard)), sealed(whole))
+    whole, place = {"shard": shard, "key": key, "mark": mark, **report}, remote.join(url, report_path(shard))
+    data = sealed(whole)
+    if not remote.put_new(place, data):
+        there = _report_in(data_of(url, report_path(shard)), shard, {shard: key})
+        if there is not None and there["objects"] == whole["objects"]:
+            return there
+        remote.put(place, data)
     return whole
 
 

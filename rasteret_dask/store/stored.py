@@ -349,7 +349,7 @@ def _dealt(store: StoreMap | StoreUnion, below: Chosen) -> pa.Array | None:
     """Return the split of each chip where that is not its shard's: dealt by a step, or in columns beside the store."""
     if "split" in below.columns:
         return below.columns["split"]
-    if isinstance(store, StoreUnion) and store.added is not None and store.added.has("split"):
+    if isinstance(store, StoreUnion) and store.has_splits_beside:
         return store.chips.columns(["split"]).column("split").take(pa.array(below.rows)).combine_chunks()
     return None
 

@@ -14,8 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
-from rasteret_dask.crs import unpack
 from rasteret_dask.errors import StoreError
 from rasteret_dask.lists import first_of
 from rasteret_dask.net import remote
@@ -32,6 +30,7 @@ from rasteret_dask.store.storemap import (
     open_store,
 )
 from rasteret_dask.store.storeread import read_rows
+from rasteret_dask.store.uniontables import UnionColumns
 from rasteret_dask.tasks.batches import SourcePixels
 from rasteret_dask.words import Duplicates
 
@@ -70,21 +69,21 @@ class Parts:
     """Per part, the number of the store that it is a part of."""
     duplicates: Duplicates = "raise"
     """What becomes of a slot of a chip that stands in two stores."""
-    columns: str | None = None
-    """The added columns that are seen, as ``place#checksum``; None: there are none."""
+    columns: tuple[str | None, ...] = ()
+    """Per store, the added columns that are seen, as ``place#checksum``; None: it has none."""
 
     @property
     def digest(self) -> str:
         """What they are known by together."""
-        if len(self.stores) == 1 and self.columns is None:
+        if self.is_plain:
             return self.stores[0][1]
-        seen = None if self.columns is None else self.columns.rpartition("#")[2]
-        return digest("parts", [token for _, token in self.stores], seen)
+        seen = [None if mark is None else mark.rpartition("#")[2] for mark in self.columns]
+        return digest("parts", [token for _, token in self.stores], seen if any(seen) else None)
 
     @property
     def is_plain(self) -> bool:
         """Whether this is one store that never grew, and has no added columns."""
-        return len(self.stores) == 1 and self.columns is None
+        return len(self.stores) == 1 and not any(self.columns)
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def open_parts(
     duplicates
         As in :func:`open_chips`.
     version
-        Version of the added columns to see; None: the latest, where there are any. 0: none.
+        Version of the added columns to see; None: the latest of each store that has some. 0: none.
 
     Raises
     ------
@@ -150,11 +149,8 @@ def open_parts(
     """
     every = tuple((part.url, part.digest) for store in stores for part in store.parts)
     origin = tuple(number for number, store in enumerate(stores) for _ in store.parts)
-    columns = None
-    if len(stores) == 1:
-        first = stores[0].parts[0]
-        columns = read_columns(first.url, first.digest, version, stores[0].version)
-    return Parts(every, origin, duplicates, None if columns is None else columns.mark)
+    seen = [read_columns(one.parts[0].url, one.parts[0].digest, version, one.version) for one in stores]
+    return Parts(every, origin, duplicates, tuple(None if one is None else one.mark for one in seen))
 
 
 def open_union(parts: Parts) -> StoreUnion:
@@ -172,7 +168,7 @@ def open_union(parts: Parts) -> StoreUnion:
 @lru_cache(maxsize=4)
 def _opened(parts: Parts) -> StoreUnion:
     stores = tuple(open_map(url, token) for url, token in parts.stores)
-    columns = None if parts.columns is None else AddedColumns.at(parts.columns)
+    columns = tuple(None if mark is None else AddedColumns.at(mark) for mark in parts.columns)
     union = StoreUnion(stores, parts, columns)
     union.check()
     return union
@@ -210,8 +206,8 @@ class StoreUnion:
 
     parts: tuple[StoreMap, ...]
     key: Parts
-    added: AddedColumns | None = field(default=None, repr=False)
-    """Further columns of chips, or other splits."""
+    added: tuple[AddedColumns | None, ...] = field(default=(), repr=False)
+    """Per store, further columns of its chips, or other splits."""
 
     @property
     def url(self) -> str:
@@ -233,10 +229,10 @@ class StoreUnion:
         """What this package has put into the first root's attributes."""
         return self.parts[0].note
 
-    @cached_property
+    @property
     def begins(self) -> NDArray[np.int64]:
         """Shape (part + 1,). Row of each part's first chip; then how many there are."""
-        return np.cumsum([0, *(part.planned for part in self.parts)])
+        return self.chips.begins
 
     @property
     def planned(self) -> int:
@@ -265,27 +261,12 @@ class StoreUnion:
     @property
     def kept(self) -> NDArray[np.bool_]:
         """Shape (row,). True once for each chip: where it stands first, and no rule on pixels dropped it."""
-        return self._same[0]
-
-    @cached_property
-    def _same(self) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Which rows are kept; and (row, further row) of chips that several parts have, shape (pair, 2)."""
-        kept = np.concatenate([part.kept for part in self.parts])
-        rows = np.flatnonzero(kept)
-        ids = self.chips.table.column("chip_id").take(pa.array(rows)).combine_chunks().dictionary_encode()
-        codes = ids.indices.to_numpy()
-        if len(ids.dictionary) == len(rows):
-            return kept, np.zeros((0, 2), dtype=np.int64)
-        first = np.full(len(ids.dictionary), len(rows), dtype=np.int64)
-        np.minimum.at(first, codes, np.arange(len(rows)))
-        again = first[codes] != np.arange(len(rows))
-        kept[rows[again]] = False
-        return kept, np.stack([rows[first[codes[again]]], rows[again]], -1)
+        return self.chips.kept
 
     @cached_property
     def chips(self) -> UnionColumns:
         """The chip tables one after another, rows that are not kept included."""
-        return UnionColumns(self)
+        return UnionColumns(self.parts, self.key.origin, self.added)
 
     @cached_property
     def axes(self) -> dict[str, _Axis]:
@@ -306,10 +287,15 @@ class StoreUnion:
 
         return replace(group, arrays={name: grown(array) for name, array in group.arrays.items()})
 
+    @property
+    def has_splits_beside(self) -> bool:
+        """Whether chips of some store were dealt anew."""
+        return any(one is not None and one.has("split") for one in self.added)
+
     @cached_property
     def groups(self) -> Mapping[str | None, tuple[StoredGroup, ...]]:
         """Split -> a group a source."""
-        if self.added is not None and self.added.has("split"):
+        if self.has_splits_beside:
             names = self.chips.table.column("split").unique().to_pylist()
             return dict.fromkeys(names, self.first)
         return dict.fromkeys((split for part in self.parts for split in part.groups), self.first)
@@ -347,7 +333,7 @@ class StoreUnion:
     def is_whole(self, shard: int, rows: NDArray[np.int64]) -> bool:
         """Whether rows of a shard are all there is of their chips: all slots, and in no other part."""
         part = int(self.shard_parts[shard])
-        pairs = self._same[1]
+        pairs = self.chips.pairs
         return all(axis.is_whole(part) for axis in self.axes.values()) and not (
             len(pairs) and bool(np.isin(rows, pairs[:, 0]).any())
         )
@@ -356,7 +342,7 @@ class StoreUnion:
         self, rows: NDArray[np.int64], names: Mapping[str, Collection[str]]
     ) -> dict[tuple[str, str], NDArray[Any]]:
         """Read variables of some chips, as :func:`read_rows` does: slots that a chip does not have are blank."""
-        pairs = self._same[1]
+        pairs = self.chips.pairs
         places, wanted = np.arange(len(rows)), rows
         if len(pairs):
             order = np.argsort(rows, kind="stable")
@@ -387,7 +373,7 @@ class StoreUnion:
 
     def _blank(self, source: str, name: str, like: NDArray[Any], size: int) -> NDArray[Any]:
         shape = [size, *like.shape[1:]]
-        if not self._has_time(source, name):
+        if not self.has_time(source, name):
             return np.empty(shape, like.dtype)
         shape[1] = self.axes[source].length
         group = next(group for group in self.parts[0].first if group.source == source)
@@ -403,13 +389,14 @@ class StoreUnion:
         name: str,
         values: NDArray[Any],
     ) -> None:
-        if not self._has_time(source, name):
+        if not self.has_time(source, name):
             into[rows] = values
             return
         for place, slot in enumerate(self.axes[source].places[part].tolist()):
             into[rows, slot] = values[:, place]
 
-    def _has_time(self, source: str, name: str) -> bool:
+    def has_time(self, source: str, name: str) -> bool:
+        """Whether a variable of a source has a value or more a slot."""
         group = next(group for group in self.parts[0].first if group.source == source)
         return name == "valid" or "time" in group.arrays[name].dims
 
@@ -425,10 +412,11 @@ class StoreUnion:
         """
         for part in self.parts[1:]:
             _check_alike(self.parts[0], part)
-        pairs = self._same[1]
+        self.chips.check()
+        pairs = self.chips.pairs
         if not len(pairs):
             return
-        table = self.chips.parted.select(["chip_id", "split"])
+        table = self.chips.table.select(["chip_id", "split"])
         one, two = (table.take(pa.array(pairs[:, side])) for side in (0, 1))
         unlike = pc.not_equal(pc.fill_null(one["split"], ""), pc.fill_null(two["split"], ""))
         if pc.any(unlike).as_py():
@@ -436,7 +424,7 @@ class StoreUnion:
             self._refuse(
                 int(pairs[at, 1]), f"chip {one['chip_id'][at]} in split {two['split'][at].as_py()!r}",
                 f"split {one['split'][at].as_py()!r}, as in the other store",
-                "Write both with the same split(...).",
+                "Write, or deal, both with the same split(...); columns=0 sees the splits that they were written with.",
             )  # fmt: skip
         if self.key.duplicates == "raise":
             self._check_slots(pairs)
@@ -492,12 +480,12 @@ def _check_alike(one: StoreMap, two: StoreMap) -> None:
             raise StoreError(
                 f"store {remote.redact(two.url)}", f"{name}: {theirs.get(name, 'none')}",
                 f"{mine.get(name, 'none')}, as in {remote.redact(one.url)}",
-                "Only stores of the same sources, bands, sizes, dtypes, units and columns are opened together.",
+                "Only stores of the same sources, bands, sizes, dtypes and units are opened together.",
             )  # fmt: skip
 
 
 def likeness(store: StoreMap) -> dict[str, str]:
-    """Return what parts have in common, by name: all that batches are made of but chips and dates."""
+    """Return what parts have in common, by name: all that batches are made of but chips, their columns and dates."""
     found = {"sources": ", ".join(store.sources)}
     for group in store.first:
         own, array = store.pixels[group.source], group.arrays["pixels"]
@@ -517,113 +505,4 @@ def likeness(store: StoreMap) -> dict[str, str]:
             kinds = (group.arrays[one].encoding.dtype or "text" for one in group.meta)
             told = [f"{one} ({kind})" for one, kind in zip(group.meta, kinds, strict=True)]
             found[f"meta of {name}"] = ", ".join(told)
-    fields = store.chips.table.schema
-    names = sorted(f"{field.name} ({field.type})" for field in fields if field.name not in CHIP_SCHEMA.names)
-    return found | {"columns": ", ".join(names) or "none"}
-
-
-class UnionColumns:
-    """The chip table of several stores: what :class:`ChipColumns` is of one.
-
-    Parameters
-    ----------
-    union
-        The stores.
-    """
-
-    def __init__(self, union: StoreUnion) -> None:
-        self._union = union
-        self._lock = Lock()
-
-    @property
-    def parted(self) -> pa.Table:
-        """What batches have of each chip, as the parts say it: without added columns."""
-        with self._lock:
-            return self._parted
-
-    @cached_property
-    def _parted(self) -> pa.Table:
-        return _stacked([part.chips.table for part in self._union.parts])
-
-    @property
-    def table(self) -> pa.Table:
-        """What batches have of each chip."""
-        parted = self.parted
-        with self._lock:
-            if self._union.added is None:
-                return parted
-            if self._with_added is None:
-                self._with_added = self._union.added.joined(parted).combine_chunks()
-            return self._with_added
-
-    _with_added: pa.Table | None = None
-
-    @property
-    def names(self) -> Sequence[str]:
-        """All columns but ``feeds``: those that steps may name."""
-        own = list(self._union.parts[0].chips.names)
-        return (
-            own
-            if self._union.added is None
-            else [*own, *(n for n in self._union.added.names if n not in own)]
-        )
-
-    def columns(self, wanted: Collection[str]) -> pa.Table:
-        """Return some columns of all rows; those that batches do not have are read for this."""
-        table = self.table
-        more = [name for name in wanted if name not in table.column_names]
-        found = table.select([name for name in wanted if name not in more])
-        if more:
-            read = _stacked([part.chips.columns(more) for part in self._union.parts])
-            for name in more:
-                found = found.append_column(name, read.column(name))
-        return found
-
-    def whole(self) -> pa.Table:
-        """Read all columns."""
-        table = _stacked([part.chips.whole() for part in self._union.parts])
-        return table if self._union.added is None else self._union.added.joined(table)
-
-    def row_of(self, chip: str) -> int | None:
-        """Return the row of the chip with this id that is kept; else one that is not, else None."""
-        begins, last = self._union.begins, None
-        for number, part in enumerate(self._union.parts):
-            row = part.chips.row_of(chip)
-            if row is None:
-                continue
-            last = int(begins[number]) + row
-            if self._union.kept[last]:
-                return last
-        return last
-
-
-def _stacked(tables: Sequence[pa.Table]) -> pa.Table:
-    """Return tables one below the other, with the CRSs of all."""
-    if len(tables) == 1:
-        return tables[0]
-    tables = [_plain(table) for table in tables]
-    wkts = [unpack(table.schema.metadata) for table in tables]
-    packed = {key: value for table in tables for key, value in (table.schema.metadata or {}).items()}
-    table = pa.concat_tables(
-        [table.select(tables[0].column_names) for table in tables], promote_options="default"
-    )
-    if any(wkts):
-        from rasteret_dask.crs import luggage
-
-        packed |= luggage(int(number) for own in wkts for number in own)
-    return table.replace_schema_metadata(packed or None).combine_chunks()
-
-
-def _plain(table: pa.Table) -> pa.Table:
-    """Return a table whose feeds name records in full: Arrow cannot unite nested dictionaries."""
-    if "feeds" not in table.column_names:
-        return table
-    lists = table.column("feeds").combine_chunks()
-    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
-    flat = lists.flatten()
-    fields = [flat.field(number) for number in range(flat.type.num_fields)]
-    names = [flat.type.field(number).name for number in range(flat.type.num_fields)]
-    fields = [one.dictionary_decode() if pa.types.is_dictionary(one.type) else one for one in fields]
-    offsets = pa.array(np.asarray(lists.offsets) - lists.offsets[0].as_py(), pa.int32())
-    column = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(fields, names=names))
-    return table.set_column(table.column_names.index("feeds"), "feeds", column)
+    return found
