@@ -31,6 +31,7 @@ from rasteret_dask.planning.plan import (
     Folds,
     Map,
     Node,
+    Random,
     Sample,
     Select,
     Split,
@@ -151,6 +152,11 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
                 raise PlanError(
                     "by_blocks", "a sample step before it", "steps that look at one chip at a time",
                     "Sample what it returns: chips.by_blocks(folder).sample(n).",
+                )  # fmt: skip
+            case Random():
+                raise PlanError(
+                    "by_blocks", "a random step before it", "steps that look at one chip at a time",
+                    "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().random(1000).",
                 )  # fmt: skip
             case WithTable():
                 raise PlanError(

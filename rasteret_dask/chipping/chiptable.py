@@ -19,10 +19,12 @@ __all__ = [
     "FEED_TYPE",
     "FeedTable",
     "FILLED",
+    "FOLD",
     "MASK",
     "PRESENT",
     "bounds_of",
     "is_label",
+    "is_mask",
     "joined",
     "label_columns",
     "label_fields",
@@ -38,7 +40,10 @@ PRESENT = "present"
 """Name of the coordinate (chip, time) of a source that may be empty somewhere: whether any record feeds that slot."""
 
 MASK = "mask"
-"""Name of the variable (chip, y, x) of rasterized labels."""
+"""Name of the variable (chip, y, x) of rasterized labels; of several columns, what their names begin with."""
+
+FOLD = "fold"
+"""The column that says which fold a chip is in."""
 
 FEED_TYPE = pa.struct(
     [
@@ -74,6 +79,11 @@ CHIP_SCHEMA = pa.schema(
     ]
 )
 """What every chip table has. Columns of ``at=`` and of ``with_table`` come behind these."""
+
+
+def is_mask(name: str) -> bool:
+    """Return whether a variable (chip, y, x) of this name holds rasterized labels: ``mask``, ``mask_<column>``."""
+    return name == MASK or name.startswith(f"{MASK}_")
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,7 @@ def _enlarged(count: int | None, ratio: float) -> int | None:
 
 def _puts(outputs: tuple[Output, ...]) -> int:
     """Return how many objects are put for a shard: pixels, three small variables, and what only some sources have."""
-    return NOTES + sum(4 + out.valid + (out.mask is not None) + out.filled + out.present for out in outputs)
+    return NOTES + sum(4 + out.valid + len(out.masks) + out.filled + out.present for out in outputs)
 
 
 def _worker_hours(facts: Mapping[str, Any]) -> float | None:

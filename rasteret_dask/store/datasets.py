@@ -12,7 +12,7 @@ from dask._task_spec import Task
 from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
+from rasteret_dask.chipping.chiptable import FILLED, PRESENT
 from rasteret_dask.store.encode import CHIPS_PER_SHARD
 from rasteret_dask.store.stored import Stored, facts
 from rasteret_dask.store.storemap import StoredGroup
@@ -20,7 +20,7 @@ from rasteret_dask.store.union import read_variables
 
 __all__ = ["to_xarray"]
 
-_PIXELS = ("pixels", "valid", MASK)
+_PIXELS = ("pixels", "valid")
 _PER_CHIP = (*_PIXELS, "valid_fraction", FILLED, PRESENT, "datetime", "member")
 
 _OF_STORE = ("coordinates", "kinds", "rasteret_dask", CHIPS_PER_SHARD)
@@ -38,7 +38,7 @@ def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:
         Whether to leave reading to Dask, a chunk a shard.
     """
     opened = chips.map
-    names = {g.source: [n for n in _PER_CHIP if n in g.arrays] for g in opened.first}
+    names = {g.source: [*(n for n in _PER_CHIP if n in g.arrays), *g.masks] for g in opened.first}
     read = {} if lazy else read_variables(opened, chips.rows, names)
     nodes = {}
     for group in opened.first:
@@ -51,7 +51,7 @@ def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:
 
 def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Dataset:
     own = {name: (group.arrays[name].dims, values) for name, values in arrays.items()}
-    data = {name: own[name] for name in _PIXELS if name in own}
+    data = {name: own[name] for name in (*_PIXELS, *group.masks) if name in own}
     coordinates: dict[str, Any] = {name: v for name, v in own.items() if name not in data}
     known = facts(chips.table)
     coordinates["bounds"] = (("chip", "corner"), known.pop("bbox"))
@@ -69,7 +69,7 @@ def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Da
         coordinates["time"] = ("time", stamps.view("datetime64[us]").astype("datetime64[ns]"))
     attrs = {k: v for k, v in group.attrs.items() if k not in _OF_STORE}
     dataset = xr.Dataset(data, coordinates, attrs)
-    for name in ("pixels", MASK):
+    for name in ("pixels", *group.masks):
         if name in data:
             dataset[name].attrs = dict(group.arrays[name].attrs)
     return dataset

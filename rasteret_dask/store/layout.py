@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT, bounds_of, label_columns, label_fields
+from rasteret_dask.chipping.chiptable import FILLED, PRESENT, bounds_of, label_columns, label_fields
 from rasteret_dask.crs import unpack
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.planning.query import Query
@@ -38,14 +38,13 @@ __all__ = ["JOB", "OF_SHARDS", "Layout", "layout_of"]
 OF_SHARDS = {
     "pixels": 5,
     "valid": 4,
-    MASK: 3,
     "valid_fraction": 2,
     FILLED: 2,
     PRESENT: 2,
     "datetime": 2,
     "member": 2,
 }
-"""Arrays that shards' tasks write, and how many dimensions they have."""
+"""Arrays that shards' tasks write beside masks, and how many dimensions they have."""
 
 COORDINATE_CHIPS = 1_048_576
 """Chips of a chunk of a coordinate, at most: opening a smaller store costs one request a coordinate."""
@@ -95,7 +94,8 @@ class Layout:
                 inside = f"{group}/" if group else ""
                 for number in range(hierarchy.shards):
                     shard = self.job.shard(hierarchy.number, number).name
-                    for name, dims in OF_SHARDS.items():
+                    masks = dict.fromkeys((labels.name for labels in self.job.labels), 3)
+                    for name, dims in (OF_SHARDS | masks).items():
                         result["/".join((f"{inside}{name}/c/{number}", *["0"] * (dims - 1)))] = shard
                 result[f"{inside}{KEPT}/c/0"] = self.job.shard(hierarchy.number, 0).name
         return result
@@ -149,13 +149,14 @@ class Layout:
             flat = (out.times, out.height, out.width)
             dims_valid = ("chip", "time", "y", "x")
             self._array(group, "valid", (n, *flat), "bool", dims_valid, (1, *flat), (per, *flat), False)
-        if out.mask:
-            assert self.job.labels is not None
-            side, fill = (out.height, out.width), self.job.labels.fill
-            mask = self._array(
-                group, MASK, (n, *side), out.mask, ("chip", "y", "x"), (1, *side), (per, *side), fill
-            )
-            mask.update_attributes(self.job.labels.attrs)
+        side = (out.height, out.width)
+        for labels in self.job.labels_on(source):
+            if labels.name in dict(out.masks):
+                mask = self._array(
+                    group, labels.name, (n, *side), labels.dtype.name, ("chip", "y", "x"), (1, *side),
+                    (per, *side), labels.fill,
+                )  # fmt: skip
+                mask.update_attributes(labels.attrs)
         two = (n, out.times)
         self._array(group, "valid_fraction", two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
         if out.filled:

@@ -149,7 +149,9 @@ class Rereading:
         row = int(self._rows[at])
         shard = self._store.shards[int(np.searchsorted(self._store.starts, row, side="right")) - 1]
         groups = self._store.groups_of(shard)
-        names = {group.source: [name for name in OF_SHARDS if name in group.arrays] for group in groups}
+        names = {
+            group.source: [*(n for n in OF_SHARDS if n in group.arrays), *group.masks] for group in groups
+        }
         read = read_rows(self._store, self._rows[at : at + 1], names)
         inside = row - next(one.start for one in self._store.shards if one.split == shard.split)
         result: dict[str, dict[str, NDArray[Any]]] = {}

@@ -273,7 +273,7 @@ def _encoded(
     hierarchy = next(h for h in job.hierarchies if h.number == shard.hierarchy)
     number = next(n for n, plan in enumerate(job.sources) if plan.name == source)
     group, at = Layout(job, (), {}).group(hierarchy, number), f"c/{shard.number}"
-    for name in OF_SHARDS:
+    for name in (*OF_SHARDS, *(labels.name for labels in job.labels)):
         if name not in dataset.variables:
             continue
         values = dataset[name].values

@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, used_records
-from rasteret_dask.chipping.chiptable import FeedTable
+from rasteret_dask.chipping.chiptable import FeedTable, label_fields
 from rasteret_dask.chipping.frame import BLOCK_PX
 from rasteret_dask.chipping.splits import split_numbers
 from rasteret_dask.crs import luggage
+from rasteret_dask.errors import PlanError
 from rasteret_dask.formats import MEANING
 from rasteret_dask.planning.plan import digest, to_json
 from rasteret_dask.planning.resolve import ResolvedSource, SourcePlan
@@ -104,6 +105,7 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
         *([list(chips.spec.classes)] if chips.spec.classes else []),
         *([] if chips.spec.radius_m is None else [["radius_m", float(chips.spec.radius_m)]]),
     )
+    _check_names(chips)
     wkts = luggage(pc.unique(table.column("epsg")).to_pylist())
     if wkts:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **wkts})
@@ -111,6 +113,17 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
         plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels,
         None if chips.cells is None else chips.cells.table,
     )  # fmt: skip
+
+
+def _check_names(chips: PlannedChips) -> None:
+    """Refuse a column of the user's that is called like a mask."""
+    twice = {labels.name for labels in chips.labels} & {own.name for own in label_fields(chips.table.schema)}
+    if twice:
+        name = min(twice)
+        raise PlanError(
+            f"chips(rasterize=) of column {name.partition('_')[2]!r}", f"a column {name!r}, as its mask is called",
+            "another name for that column", f"Rename it: gdf.rename(columns={{{name!r}: 'own_{name}'}}).",
+        )  # fmt: skip
 
 
 def read_records(
@@ -188,7 +201,7 @@ def _per_shard(
 
 def _whole_blocks(chips: PlannedChips, per_shard: int) -> int:
     """Round down to the chips of whole tiles, which one shard then reads, or of whole blocks; at most half is lost."""
-    if chips.spec.at is not None:
+    if not chips.spec.in_rows:
         return per_shard
     if not isinstance(chips.spec.grid, TileGrid):
         block = (BLOCK_PX // chips.spec.stride) ** 2
