@@ -189,7 +189,7 @@ class Assembly:
 
     def _drawn(self, value: int | Values) -> dict[str, Any]:
         """Return arguments of random with the table of places that they name."""
-        arguments = dict(value) if isinstance(value, Mapping) else {"n": value}
+        arguments: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"n": value}
         if str(arguments.get("balance")).endswith(".parquet"):
             arguments["balance"] = pq.read_table(self.place(arguments["balance"]))
         return arguments

@@ -331,9 +331,8 @@ class Stats:
         counts, known = self._target(target)
         alike = Counter(known.values())
         called = {value: name for value, name in known.items() if name and alike[name] == 1}
-        value_of: dict[Value, Value] = {name: value for value, name in called.items()} | {
-            v: v for v in counts
-        }
+        pairs: list[tuple[Value, Value]] = [(name, value) for value, name in called.items()]
+        value_of = dict([*pairs, *((value, value) for value in counts)])
         unknown = [value for value in ignore if value not in value_of]
         without = {value_of[value] for value in ignore if value in value_of}
         left = {value: count for value, count in counts.items() if count and value not in without}
