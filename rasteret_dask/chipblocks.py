@@ -706,9 +706,9 @@ def planned_by_blocks(
     tokens = {
         token for spec in specs for token in (spec.cells, spec.raster, spec.regions) if token is not None
     }
-    burned = labels is not None and any(spec.stratify == (labels.column,) for spec in specs)
+    burned = any(spec.stratify == (one.column,) for spec in specs for one in labels)
     plan = BlockPlan(
-        ground, steps, {token: as_table(query.tables[token]) for token in tokens}, labels if burned else None
+        ground, steps, {token: as_table(query.tables[token]) for token in tokens}, labels if burned else ()
     )
     files = BlockFiles(url, digest(query.plan, MEANING, windows))
     blocks = plan_blocks(plan, files, windows, client, progress)

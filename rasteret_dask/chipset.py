@@ -30,6 +30,7 @@ from rasteret_dask.planning.plan import (
     Map,
     Node,
     Predicate,
+    Random,
     Rule,
     Sample,
     Select,
@@ -345,6 +346,78 @@ class Chips:
         """
         return self._with(Sample(self.plan, n, seed, by))
 
+    def random(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        size: int | None = None,
+        balance: str | Sequence[str] | pa.Table | None = None,
+    ) -> Chips:
+        """Draw ``n`` windows at random places on the ground of these chips, which take the chips' place.
+
+        Each window lies on whole pixels, and on ground that chips of one split cell, split and fold cover: so it is in
+        their split, and no window shares ground with one of another split. It keeps the columns of the chip that
+        holds its middle. What feeds it is looked for anew, as for any chip.
+
+        Parameters
+        ----------
+        n
+            How many. A larger n of the same chips contains the smaller one; no window comes twice.
+        seed
+            Another seed draws others.
+        size
+            Pixels of the reference source; None: as large as the chips. Windows may be larger than chips that lie side
+            by side.
+        balance
+            Draw equally many windows for each class. The name of a column: one that ``chips(rasterize=)`` burns, where
+            a window's middle is a pixel of the class; or one of the chip table that has a class for each chip. A list
+            of columns of numbers, as :meth:`class_shares` makes them: chips are drawn by how much they have of each.
+            A table of places, as :meth:`class_places` makes it: middles are such places.
+            A column ``centre_class`` tells for which class a window was drawn. Ground without a label is no class.
+
+        Raises
+        ------
+        PlanError
+            When there is no such column, it holds no classes, or there are fewer windows than classes; when no window
+            of that size lies on the ground of chips that belong together.
+        GridError
+            When the size is no whole number of the pixels of every source.
+
+        Warns
+        -----
+        UserWarning
+            When there are fewer different windows, of some class, than are asked for.
+
+        Notes
+        -----
+        A place is drawn, a pixel of the ground or of a class, as the middle of a window. Where this reaches beyond the
+        ground, another place is drawn. After 16 of them, as where chips lie apart, the window is moved into its chip.
+        Windows of several sources lie on whole pixels of each, so that the middle is the place but for less than the
+        coarsest pixel.
+
+        Examples
+        --------
+        >>> windows = chips.split(seed=1).random(100, seed=5, size=48)
+        >>> len(windows), windows.load()["pixels"].sizes["y"]
+        (100, 48)
+        >>> windows.audit().ok
+        True
+        """
+        if isinstance(balance, pa.Table):
+            lacking = [
+                name for name in ("chip_id", "class", "y", "x", "pixels") if name not in balance.column_names
+            ]
+            if lacking:
+                raise SchemaError(
+                    "random(balance=<places>)", f"a table without column {', '.join(lacking)}",
+                    "a table of places, as class_places() makes it",
+                )  # fmt: skip
+            token = token_of(balance)
+            return self._with(Random(self.plan, n, seed, size, places=token), {token: balance})
+        columns = () if balance is None else (balance,) if isinstance(balance, str) else tuple(balance)
+        return self._with(Random(self.plan, n, seed, size, columns))
+
     def map(
         self,
         function: Callable[[xr.DataArray], xr.DataArray],
@@ -392,7 +465,7 @@ class Chips:
             (SCL, QA_PIXEL, Fmask, ...) knows, whether they are masked or not.
         min_labelled
             Smallest share of the mask's pixels that have a label: that polygons of ``chips(labels=, rasterize=)``
-            cover.
+            cover. Of several columns: a label of any of them.
         source
             The joined source this is about; None: the only one, or each that has such numbers.
         version
@@ -1241,6 +1314,59 @@ class Chips:
         if found.band is None and not self.job.pixel_rules:
             return burned_shares(self.job, found, prefix, client, progress)
         return class_shares(make(only=(found.source,)), found, prefix, client, progress)
+
+    def class_places(
+        self,
+        target: str,
+        *,
+        per_chip: int = 16,
+        seed: int = 0,
+        client: ClientLike = None,
+        on_error: OnError = "raise",
+        progress: bool = True,
+    ) -> pa.Table:
+        """Return places of each class in each chip, as a table that :meth:`random` takes as ``balance``.
+
+        A raster of classes is read once for this. Random windows are then drawn around these places, so that each class
+        gets equally many. Burned labels need no such table: ``random(balance="crop")``.
+
+        Parameters
+        ----------
+        target
+            As in :meth:`class_shares`.
+        per_chip
+            Places of a class in a chip, at most: of more pixels, some are drawn.
+        seed
+            Another seed draws others.
+        client, on_error, progress
+            As in :meth:`class_shares`.
+
+        Returns
+        -------
+        pyarrow.Table
+            ``chip_id``; ``class``, its name or number; ``y`` and ``x``, from 0 at the chip's north-west corner to 1;
+            ``pixels`` of the class in the chip, over all slots.
+
+        Raises
+        ------
+        PlanError
+            When there is no such target, it is a mask of floats, or ``per_chip`` is not from 1 to 1,000.
+
+        Examples
+        --------
+        >>> scl = collection.harmonize(["scl"], units="raw", time="3MS").chips(32, cell_km=0.96)
+        >>> places = scl.class_places("s2", progress=False)
+        >>> windows = scl.random(30, seed=1, size=16, balance=places)
+        >>> max(windows.table["centre_class"].value_counts().field("counts").to_pylist()) <= 30 // 2
+        True
+        """
+        from rasteret_dask.statistics.classplaces import class_places
+        from rasteret_dask.statistics.classshares import class_target
+        from rasteret_dask.streams.planned import planned
+
+        make = partial(planned, self.job, self._layout.outputs, self._context(on_error))
+        found = class_target(make().pixels, target)
+        return class_places(make(only=(found.source,)), found, per_chip, seed, client, progress)
 
     def _shards(self, on_error: OnError, client: ClientLike = None) -> ChipShards:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""

@@ -412,8 +412,8 @@ class Collection(TableExits, PixelReads):
         min_slots: int = 1,
         reference: str | None = None,
         labels: Any = None,
-        rasterize: str | None = None,
-        classes: Sequence[str | int] | None = None,
+        rasterize: str | Sequence[str] | None = None,
+        classes: Sequence[str | int] | Mapping[str, Sequence[str | int]] | None = None,
         radius_m: float | None = None,
     ) -> Chips:
         """Lay chips over the ground that every source covers.
@@ -450,9 +450,12 @@ class Collection(TableExits, PixelReads):
             source's pixels: the value of the last polygon that holds a pixel's centre, else 0 (NaN for a column of
             floats). Text is numbered from 1 in alphabetical order; ``mask.attrs["classes"]`` has the names. Edges are
             straight in the CRS that the polygons are given in. Without ``labels``, the polygons are those of ``at``.
+            A list of columns: each becomes a mask of its own, ``mask_<column>``, classes and measured numbers side by
+            side; a polygon that has no value in a column is not burned for it.
         classes
             All classes that the column may hold, so that numbers and dtype agree between regions: text is numbered from
-            1 in this order, whole numbers stay as they are. A polygon of another class is refused.
+            1 in this order, whole numbers stay as they are. A polygon of another class is refused. Of several columns,
+            a mapping: ``{"crop": ["wheat", "maize"]}``.
         radius_m
             Of point labels: the mask has a point's value on the ground so many metres around it; where circles overlap,
             that of the last one.
@@ -472,8 +475,9 @@ class Collection(TableExits, PixelReads):
             points = as_points(at)
             token = token_of(points)
             tables[token] = points
-        named = () if classes is None else tuple(plain(list(classes)))
-        polygons = _polygons(labels, at, rasterize, named, radius_m)
+        columns = rasterize if rasterize is None or isinstance(rasterize, str) else tuple(rasterize)
+        named = _classes(classes, columns)
+        polygons = _polygons(labels, at, columns, named, radius_m)
         if polygons is not None:
             tables[token_of(polygons)] = polygons
         spec = ChipSpec(
@@ -487,7 +491,7 @@ class Collection(TableExits, PixelReads):
             aoi=None if aoi is None else as_area(aoi),
             at=token,
             labels=None if polygons is None else token_of(polygons),
-            rasterize=rasterize,
+            rasterize=columns,
             classes=named,
             radius_m=radius_m,
         )
@@ -778,10 +782,33 @@ def _required(collection: Collection) -> Sequence[str]:
     return plan.names if plan.require is None else plan.require
 
 
+def _classes(
+    classes: Sequence[str | int] | Mapping[str, Sequence[str | int]] | None,
+    columns: str | tuple[str, ...] | None,
+) -> tuple[Any, ...]:
+    """Return the classes of one column; of several columns, pairs of a column and its classes."""
+    if not isinstance(classes, Mapping):
+        if classes and isinstance(columns, tuple):
+            raise PlanError(
+                "chips(classes=)", f"one list for columns {', '.join(columns)}", "a mapping: column to its classes",
+                f"Say which column they are of: classes={{{columns[0]!r}: {list(classes)!r}}}.",
+            )  # fmt: skip
+        return () if classes is None else tuple(plain(list(classes)))
+    burned = (columns,) if isinstance(columns, str) else columns or ()
+    unknown = [name for name in classes if name not in burned]
+    if unknown:
+        raise PlanError(
+            "chips(classes=)", f"classes of {unknown[0]!r}", f"columns that are burned: {', '.join(burned) or 'none'}",
+            "Add it to rasterize=, or take it out of classes=.",
+        )  # fmt: skip
+    pairs = {name: tuple(plain(list(classes[name]))) for name in burned if name in classes}
+    return pairs.get(columns, ()) if isinstance(columns, str) else tuple(pairs.items())
+
+
 def _polygons(
-    labels: Any, at: Any, column: str | None, classes: Sequence[str | int], radius_m: float | None
+    labels: Any, at: Any, column: str | tuple[str, ...] | None, classes: Sequence[Any], radius_m: float | None
 ) -> pa.Table | None:
-    """Return the polygons that become masks, with the column that says of what class they are."""
+    """Return the polygons that become masks, with the columns that say of what class they are."""
     if column is None:
         if labels is not None:
             raise PlanError(
@@ -804,5 +831,5 @@ def _polygons(
             "Give labels=GeoDataFrame.",
         )
     table = as_labels(dense(at if labels is None else labels))
-    Labels.of(table, column, classes=classes, radius_m=radius_m)  # so that a mistake is told here
-    return table.select(["geometry", column]).combine_chunks()
+    Labels.of_columns(table, column, classes=classes, radius_m=radius_m)  # so that a mistake is told here
+    return table.select(["geometry", *((column,) if isinstance(column, str) else column)]).combine_chunks()

@@ -20,7 +20,7 @@ import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import MASK
+from rasteret_dask.chipping.chiptable import is_mask
 from rasteret_dask.display import html
 from rasteret_dask.display.colours import colours_of
 from rasteret_dask.display.html import Outline
@@ -356,12 +356,12 @@ class _Page:
             for own in self._stats.values()
             for value, name in own[source].names.get(band, {}).items()
         }
-        title = source.replace("/", " ") if band == MASK else f"{source} {band}"
+        title = source.replace("/", " ") if is_mask(band) else f"{source} {band}"
         keys = dict(self._sheet.legend.get(title.strip(), ()))
         values = sorted({value for own in counts.values() for value in own})
         rows = []
         for value in values[:MOST_ROWS]:
-            name = names.get(value, "") or ("no label" if value == 0 and band == MASK else "")
+            name = names.get(value, "") or ("no label" if value == 0 and is_mask(band) else "")
             row: list[object] = [value, _key(keys.get(name or str(value), ""), name)]
             for split, colour in self._colours.items():
                 share = shares[split].get(value, 0.0)

@@ -522,33 +522,7 @@ class StoredChips:
     def class_shares(
         self, target: str, *, prefix: str = "share_", client: ClientLike = None, progress: bool = True
     ) -> pa.Table:
-        """Return how much of each chip every class has, as a table that :meth:`with_table` takes.
-
-        See :meth:`Chips.class_shares`.
-
-        Parameters
-        ----------
-        target
-            ``"<source>/mask"``, a source with one band of classes, or ``"<source>/<band>"``; as in
-            :meth:`Stats.classes`.
-        prefix
-            Stands before the name of a class (its number where it has none) in the name of its column.
-        client
-            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
-        progress
-            Show how many shards are done.
-
-        Returns
-        -------
-        pyarrow.Table
-            ``chip_id``, and a column of float64 for each class, by value: its share of the pixels of a chip, from 0 to
-            1; classes that have a name are there in any case. What no polygon covers, or is invalid, is of no class.
-            Slots of which nothing is valid do not count.
-
-        Raises
-        ------
-        PlanError
-            When there is no such target, it is a mask of floats, or it has more than 256 classes.
+        """Return how much of each chip every class has, told by the stored pixels: see :meth:`Chips.class_shares`.
 
         Examples
         --------

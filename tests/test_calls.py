@@ -81,6 +81,11 @@ AFTER: st.SearchStrategy[Callable[[Any], Any]] = st.one_of(
         lambda k, more: lambda c: c.folds(k, **more), st.integers(2, 20), st.sampled_from([{}, {"seed": 3}])
     ),
     st.just(lambda c: c.fold(1)),
+    st.builds(
+        lambda n, more: lambda c: c.random(n, **more),
+        st.integers(1, 9),
+        st.sampled_from([{}, {"seed": 3, "size": 8}, {"balance": "crop"}, {"balance": ["a", "b"]}]),
+    ),
     st.just(lambda c: c.select("train", "val")),
     st.just(lambda c: c.filter(split="train")),
     st.just(lambda c: c.filter_pixels(min_valid=0.5, source="s2")),

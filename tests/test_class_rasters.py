@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+import xarray as xr
 from made_records import collection, record
 from numpy.typing import NDArray
 from rasterio.enums import Resampling
@@ -336,6 +337,7 @@ def test_an_overview_s_pixels_are_those_of_the_file(cover: Path) -> None:
     for resampling, options in (("overview", {"overview_level": 1}), (None, {})):
         coarse = classes.harmonize(["band"], resolution=40, resampling=resampling)  # type: ignore[arg-type]
         loaded = coarse.chips(64, cell_km=CELL_KM).load()
+        assert isinstance(loaded, xr.Dataset)
         with rasterio.open(cover, **options) as file:
             whole = file.read(1)
         step = whole.shape[0] // (PX // 4)

@@ -42,8 +42,8 @@ ORDER = {
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "chiptimes meta resolve radiometry origins query recordtable",
     "chipping": "coverage chiptable labels frame leftover distances celltable regions feeds chipslots "
-                "laying chips splits dealing ground strata splittimes rulesteps steps drawing blocks blockfiles "
-                "planblocks",
+                "laying chips splits dealing ground strata randomwindows splittimes rulesteps steps drawing blocks "
+                "blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
@@ -55,7 +55,7 @@ ORDER = {
              "stored adding holding datasets rereading verifying appending",
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
-    "statistics": "sketch labelcounts stats measuring classshares",
+    "statistics": "sketch labelcounts stats measuring classshares classplaces",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",

@@ -549,10 +549,9 @@ def test_masks_belong_to_the_plan(
         changed[0].to_zarr(store, progress=False)
     write_job(train.job, str(tmp_path / "job"))
     again = open_job(str(tmp_path / "job"), train.job.digest)
-    assert again.labels is not None
-    assert train.job.labels is not None
-    assert again.labels.table.equals(train.job.labels.table)
-    assert again.labels.note == train.job.labels.note
+    (mine,), (theirs,) = train.job.labels, again.labels
+    assert theirs.table.equals(mine.table)
+    assert theirs.note == mine.note
 
 
 def test_dropped_chips_have_no_mask(chips: rd.Chips, tmp_path: Path) -> None:
@@ -608,3 +607,113 @@ def test_mistakes_are_told_where_they_are_made(optical: rd.Collection, fields: g
     )
     refused(r"no CRS", labels=fields.set_crs(None, allow_override=True), rasterize="crop")
     refused(r"found str; expected a GeoDataFrame", labels="fields.gpkg", rasterize="crop")
+
+
+# Several columns at once
+
+
+def test_several_columns_are_burned_each_by_itself(
+    optical: rd.Collection, fields: gpd.GeoDataFrame, tmp_path: Path
+) -> None:
+    wide = fields.assign(**{"yield": fields["yield"].where(np.arange(60) % 3 > 0)})
+    columns = ["crop", "yield", "number", "organic"]
+    chips = optical.chips(
+        SIZE, cell_km=0.64, labels=wide, rasterize=columns, classes={"crop": [*CROPS[::-1], "oats"]}
+    ).split(0.5, 0.25, 0.25, seed=1)
+    train = chips.select("train")
+    known = wide["yield"].notna()
+    numbers = [1 + CROPS[::-1].index(crop) for crop in wide["crop"]]
+    wanted = {
+        "mask_crop": oracle(train.table, wide, numbers, "uint8"),
+        "mask_yield": oracle(train.table, wide[known], wide["yield"][known], "float32", np.nan),
+        "mask_number": oracle(train.table, wide, wide["number"], "uint8"),
+        "mask_organic": oracle(train.table, wide, wide["organic"].astype(int), "uint8"),
+    }
+    place = str(tmp_path / "several.zarr")
+    train.to_zarr(place, progress=False)
+    stored = open_chips(place)
+    classes = ["", *CROPS[::-1], "oats"]
+    for found in (train.load(), train.to_xarray(), xr.open_zarr(place), stored.load(), stored.to_xarray()):
+        assert isinstance(found, xr.Dataset)
+        assert "mask" not in found
+        for name, masks in wanted.items():
+            assert found[name].dtype == masks.dtype
+            np.testing.assert_array_equal(found[name].values, masks)
+        assert found["mask_crop"].attrs == {"long_name": "crop", "classes": classes}
+        assert found["mask_yield"].attrs == {"long_name": "yield"}
+    place_of = {one: at for at, one in enumerate(train.table.column("chip_id").to_pylist())}
+    for stream in (train.stream(7), stored.stream(7)):
+        assert stream.classes == {"s2/mask_crop": tuple(classes)}
+        for batch in stream:
+            rows = [place_of[one] for one in batch["chip_id"].tolist()]
+            for name, masks in wanted.items():
+                np.testing.assert_array_equal(batch[f"s2/{name}"], masks[rows])
+    assert rd.verify(place, sources=2).compared == 2
+    write_job(train.job, str(tmp_path / "job"))
+    again = open_job(str(tmp_path / "job"), train.job.digest)
+    assert [one.note for one in again.labels] == [one.note for one in train.job.labels]
+    for mine, theirs in zip(train.job.labels, again.labels, strict=True):
+        assert mine.table.equals(theirs.table)
+    # each mask is a target of its own, of those that read and of those that count
+    for stats in (train.stats(progress=False), stored.stats(progress=False)):
+        counts = {row["value"]: row["count"] for row in stats.classes("s2/mask_crop").to_pylist()}
+        assert counts == {n: int((wanted["mask_crop"] == n).sum()) for n in range(5)}
+        assert stats.sources["s2/mask_yield"].count[0] == np.isfinite(wanted["mask_yield"]).sum()
+    shares = train.class_shares("s2/mask_number", progress=False)
+    for name in shares.column_names[1:]:
+        value = int(name.removeprefix("share_"))
+        expected = [float((mask == value).mean()) for mask in wanted["mask_number"]]
+        assert [
+            dict(zip(shares["chip_id"].to_pylist(), shares[name].to_pylist(), strict=True))[one]
+            for one in place_of
+        ] == expected
+    any_label = np.logical_or.reduce(
+        [m != 0 if m.dtype.kind != "f" else ~np.isnan(m) for m in wanted.values()]
+    )
+    kept = train.filter_pixels(min_labelled=0.5).load()
+    assert kept.sizes["chip"] == (any_label.mean(axis=(1, 2)) >= 0.5).sum()
+    dealt = chips.split(0.5, 0.25, 0.25, seed=1, stratify="crop")
+    assert set(dealt.audit().classes) == {"crop"}
+    drawn = chips.random(12, seed=1, size=16, balance="crop")
+    assert len(set(drawn.table.column("centre_class").to_pylist())) == 3
+
+
+def test_one_column_in_a_list_is_one_of_several(optical: rd.Collection, fields: gpd.GeoDataFrame) -> None:
+    alone = optical.chips(SIZE, cell_km=0.64, labels=fields, rasterize="crop").sample(4)
+    listed = optical.chips(SIZE, cell_km=0.64, labels=fields, rasterize=["crop"]).sample(4)
+    np.testing.assert_array_equal(listed.load()["mask_crop"].values, alone.load()["mask"].values)
+    named = optical.chips(
+        SIZE, cell_km=0.64, labels=fields, rasterize="crop", classes={"crop": [*CROPS]}
+    ).sample(4)
+    assert (
+        named.plan
+        == optical.chips(SIZE, cell_km=0.64, labels=fields, rasterize="crop", classes=CROPS).sample(4).plan
+    )
+
+
+def test_several_columns_that_cannot_be_are_refused(optical: rd.Collection, fields: gpd.GeoDataFrame) -> None:
+    def chips(**asked: Any) -> rd.Chips:
+        return optical.chips(SIZE, cell_km=0.64, **{"labels": fields} | asked)
+
+    with pytest.raises(rd.PlanError, match="a mapping: column to its classes"):
+        chips(rasterize=["crop", "number"], classes=[*CROPS])
+    chips(rasterize=["crop", "number"], classes={"crop": [*CROPS]})
+    with pytest.raises(rd.PlanError, match="classes of 'corp'"):
+        chips(rasterize=["crop", "number"], classes={"corp": [*CROPS]})
+    for columns, words in (
+        (["crop", "crop"], "twice"),
+        ([], "no column"),
+        (["crop", "corp"], "no such column"),
+    ):
+        with pytest.raises(rd.PlanError, match=words):
+            chips(rasterize=columns)
+    with pytest.raises(rd.PlanError, match="class 'maize'"):
+        chips(rasterize=["crop", "number"], classes={"crop": ["beet", "wheat"]})
+    empty = fields.assign(**{"yield": np.nan})
+    with pytest.raises(rd.PlanError, match="no value in any of 60 rows"):
+        chips(labels=empty, rasterize=["crop", "yield"])
+    named = chips(rasterize=["crop", "number"]).sample(3)
+    table = pa.table({"chip_id": named.table.column("chip_id"), "mask_crop": [1, 2, 3]})
+    with pytest.raises(rd.PlanError, match="a column 'mask_crop', as its mask is called"):
+        named.with_table(table).load()
+    assert len(named.with_table(table.rename_columns(["chip_id", "own_mask_crop"])).load()["chip"])

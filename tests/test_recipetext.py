@@ -153,7 +153,9 @@ steps = st.lists(
             ("split", {}), ("split", {"train": 0.5, "val": 0.5, "test": 0.0, "seed": 3, "buffer_m": 10.5}),
             ("split", {"train": 0.5, "my part": 0.5}), ("split", {"by": "epsg", "test": [32633], "val": ["x", True]}),
             ("split", {"by": "epsg"}), ("folds", {"k": 4}), ("folds", {"k": 3, "seed": 2}), ("fold", {"i": 1}),
-            ("filter", (("slots", ">", 0),)), ("sample", (3, 1)), ("select", ("train", "val")), ("map", doubled),
+            ("filter", (("slots", ">", 0),)), ("sample", (3, 1)), ("random", {"n": 9}),
+            ("random", {"n": 9, "seed": 4, "size": 8, "balance": "crop"}), ("random", {"n": 9, "balance": ["a", "b"]}),
+            ("select", ("train", "val")), ("map", doubled),
             ("filter_pixels", {"min_valid": 0.5}), ("filter_pixels", {"function": bright, "max_cloud": 0.2}),
         ]
     ),

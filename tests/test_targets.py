@@ -24,12 +24,16 @@ from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.statistics import labelcounts
 from rasteret_dask.statistics.labelcounts import LabelCounts
 from rasteret_dask.statistics.stats import Stats, measure
-from rasteret_dask.tasks.batches import Arrays, SourcePixels
+from rasteret_dask.tasks.batches import Arrays, MaskPixels, SourcePixels
 
 NAMES = ((0, "water"), (1, "crop"), (2, "forest"), (7, "bog"))
 PIXELS = {
     "optical": SourcePixels(
-        ("red", "nir"), "float32", "reflectance", ("no", "yes"), (BandKind("reflectance"),) * 2
+        ("red", "nir"),
+        "float32",
+        "reflectance",
+        (MaskPixels("mask", "uint8", ("no", "yes")),),
+        (BandKind("reflectance"),) * 2,
     ),
     "cover": SourcePixels(("cover",), "uint8", "", (), (BandKind("class", NAMES),)),
 }

@@ -37,6 +37,7 @@ from rasteret_dask.planning.plan import (
     Folds,
     Map,
     Node,
+    Random,
     Sample,
     Select,
     Split,
@@ -162,6 +163,11 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
                     "by_blocks", "a sample step before it", "steps that look at one chip at a time",
                     "Sample what it returns: chips.by_blocks(folder).sample(n).",
                 )  # fmt: skip
+            case Random():
+                raise PlanError(
+                    "by_blocks", "a random step before it", "steps that look at one chip at a time",
+                    "Choose chips first: chips.by_blocks(folder).filter(...).to_chips().random(1000).",
+                )  # fmt: skip
             case WithTable():
                 raise PlanError(
                     "by_blocks", "a with_table step before it", "steps that look at one chip at a time",
@@ -202,7 +208,7 @@ class BlockPlan:
     """Steps on chips, in the order in which they are carried out."""
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
     """The tables that steps name: of split cells, of classes counted in a raster, of regions."""
-    labels: Labels | None = None
+    labels: tuple[Labels, ...] = ()
     """Polygons whose classes decide a deal of split cells, if they do."""
 
     @property

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import ChipSpec
 
-__all__ = ["CELL_SCHEMA", "CellTable", "Dealt", "cell_texts"]
+__all__ = ["CELL_SCHEMA", "CellTable", "Dealt", "cell_places", "cell_texts"]
 
 Dealt: TypeAlias = Literal["split", "fold"]
 """What split cells are dealt to."""
@@ -32,6 +32,15 @@ _NOTE = b"rasteret_dask:split_cells"
 def cell_texts(name: str, cells: NDArray[np.int64]) -> list[str]:
     """Return what cells (row, col) of a zone are called, where ``name`` is the zone's."""
     return [f"{name}/{row}/{col}" for row, col in cells.tolist()]
+
+
+def cell_places(chips: pa.Table) -> NDArray[np.int64] | None:
+    """Return row and column of the split cell that each chip was laid out in; None where they lie freely."""
+    if chips.column("cell").null_count:
+        return None
+    cells = chips.column("cell").combine_chunks().dictionary_encode()  # a cell has many chips
+    distinct = [[int(n) for n in name.split("/")[1:]] for name in cells.dictionary.to_pylist()]
+    return np.asarray(np.array(distinct, dtype=np.int64).reshape(-1, 2)[cells.indices.to_numpy()])
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,8 +88,8 @@ class PlannedChips:
     """For each source, the covered ground of its records."""
     pixel_rules: tuple[Rule, ...] = ()
     """What pixels must fulfil for their chip to be kept."""
-    labels: Labels | None = None
-    """Polygons that become masks of the reference source."""
+    labels: tuple[Labels, ...] = ()
+    """Polygons that become masks of the reference source, a mask each."""
     cells: CellTable | None = None
     """The split of each split cell, where cells were dealt by more than a hash."""
     fold_cells: CellTable | None = None
@@ -208,13 +208,13 @@ class ChipSources:
         )  # fmt: skip
 
 
-def labels_of(ground: ChipSources, tables: Mapping[str, Table]) -> Labels | None:
+def labels_of(ground: ChipSources, tables: Mapping[str, Table]) -> tuple[Labels, ...]:
     """Return the polygons of a ``chips`` step that become masks."""
     spec = ground.spec
     if spec.labels is None or spec.rasterize is None:
-        return None
+        return ()
     table = as_table(tables[spec.labels])
-    return Labels.of(table, spec.rasterize, ground.reference, spec.classes, spec.radius_m)
+    return Labels.of_columns(table, spec.rasterize, ground.reference, spec.classes, spec.radius_m)
 
 
 def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:

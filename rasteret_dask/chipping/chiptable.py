@@ -19,11 +19,13 @@ __all__ = [
     "FEED_TYPE",
     "FeedTable",
     "FILLED",
+    "FOLD",
     "MASK",
     "META",
     "PRESENT",
     "bounds_of",
     "is_label",
+    "is_mask",
     "is_name",
     "joined",
     "label_columns",
@@ -43,7 +45,10 @@ META = "meta"
 """Attribute of a source: names of the coordinates (chip, time) that ``harmonize(meta=)`` asks for."""
 
 MASK = "mask"
-"""Name of the variable (chip, y, x) of rasterized labels."""
+"""Name of the variable (chip, y, x) of rasterized labels; of several columns, what their names begin with."""
+
+FOLD = "fold"
+"""The column that says which fold a chip is in."""
 
 FEED_TYPE = pa.struct(
     [
@@ -79,6 +84,11 @@ CHIP_SCHEMA = pa.schema(
     ]
 )
 """What every chip table has. Columns of ``at=`` and of ``with_table`` come behind these."""
+
+
+def is_mask(name: str) -> bool:
+    """Return whether a variable (chip, y, x) of this name holds rasterized labels: ``mask``, ``mask_<column>``."""
+    return name == MASK or name.startswith(f"{MASK}_")
 
 
 @dataclass(frozen=True)

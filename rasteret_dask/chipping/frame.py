@@ -132,7 +132,7 @@ def candidates(
 
 def blocks(frame: Frame, spec: ChipSpec, reference: Outlines, resolution: float) -> NDArray[np.int64]:
     """Return the number of each window's block, in their order; with ``grid="tiles"`` each tile is a block."""
-    if isinstance(spec.grid, TileGrid) and spec.at is None:
+    if isinstance(spec.grid, TileGrid) and spec.in_rows:
         per_tile = max(int(reference.tile_px.max()) // spec.size, 1)
         place = np.stack([frame.epsg, frame.row // per_tile, frame.col // per_tile], -1)
     else:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from threading import Lock
@@ -17,6 +17,7 @@ import shapely
 from numpy.typing import NDArray
 from pyproj import Geod
 
+from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.crs import crs_of
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import transformer
@@ -74,6 +75,46 @@ class Labels:
     """The source on whose pixels masks lie."""
     classes: tuple[str, ...] = ()
     """Of a column of text: class i is called classes[i - 1]."""
+    name: str = MASK
+    """What the variable is called: ``mask``, or of several columns ``mask_<column>``."""
+
+    @classmethod
+    def of_columns(
+        cls,
+        table: pa.Table,
+        columns: str | tuple[str, ...],
+        source: int = 0,
+        classes: Sequence[Any] = (),
+        radius_m: float | None = None,
+    ) -> tuple[Labels, ...]:
+        """Settle values and dtype of one column, or of each of several.
+
+        Parameters
+        ----------
+        table, source, radius_m
+            As in :meth:`of`.
+        columns
+            One column, which becomes ``mask``; or several: each becomes ``mask_<column>``, and a row counts for the
+            columns in which it has a value.
+        classes
+            Of one column, its classes; of several, pairs of a column and its classes.
+
+        Raises
+        ------
+        PlanError
+            As :meth:`of`; or when a column is given twice, or its name is no name of an array.
+        """
+        if isinstance(columns, str):
+            return (cls.of(table, columns, source, classes, radius_m),)
+        subject = f"chips(rasterize={list(columns)!r})"
+        wrong = [name for name in columns if not name or "/" in name or "\\" in name]
+        if not columns or len(set(columns)) != len(columns) or wrong:
+            found = f"{wrong[0]!r}" if wrong else "a column twice" if columns else "no column"
+            raise PlanError(subject, found, "names of columns, each once, without a slash")
+        if radius_m is not None:
+            table = _with_circles(table, radius_m)
+        own = dict(classes)
+        return tuple(_of_several(cls, table, name, source, own.get(name, ())) for name in columns)
 
     @classmethod
     def of(
@@ -109,11 +150,7 @@ class Labels:
             class; when the radius is no length, or reaches a pole.
         """
         subject = f"chips(rasterize={column!r})"
-        own = [n for n in table.column_names if n not in ("geometry", "__index__")]
-        if column not in own:
-            raise PlanError(
-                subject, "no such column", f"one of {', '.join(own) or 'none: there are no columns'}"
-            )
+        _check_column(subject, table, column)
         values = table.column(column).combine_chunks()
         missing = np.flatnonzero(values.is_null(nan_is_null=True).to_numpy(zero_copy_only=False))
         if len(missing):
@@ -122,9 +159,7 @@ class Labels:
                 f"Drop such rows: gdf.dropna(subset=[{column!r}]).",
             )  # fmt: skip
         if radius_m is not None:
-            table = table.set_column(
-                table.column_names.index("geometry"), "geometry", pa.array(_circles(table, radius_m))
-            )
+            table = _with_circles(table, radius_m)
         _check_polygons(subject, table)
         numbers, names = _values(subject, values, tuple(classes))
         plain = pa.table({"geometry": table.column("geometry").combine_chunks(), "value": pa.array(numbers)})
@@ -133,12 +168,13 @@ class Labels:
     @classmethod
     def again(cls, table: pa.Table, note: Mapping[str, Any]) -> Labels:
         """Return what a table and :attr:`note` were taken from."""
-        return cls(table, note["column"], note["source"], tuple(note["classes"]))
+        return cls(table, note["column"], note["source"], tuple(note["classes"]), note.get("name", MASK))
 
     @property
     def note(self) -> dict[str, Any]:
         """All but the table, as JSON values."""
-        return {"column": self.column, "source": self.source, "classes": list(self.classes)}
+        name = {} if self.name == MASK else {"name": self.name}
+        return {"column": self.column, "source": self.source, "classes": list(self.classes), **name}
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -201,6 +237,34 @@ def _divided(shapes: NDArray[Any], step: float) -> NDArray[Any]:
         rings = [shapely.segmentize(shapely.get_rings(p), step) for p in shapely.get_parts(shapes[at])]
         result[at] = shapely.multipolygons([shapely.Polygon(r[0], r[1:]) for r in rings if len(r)])
     return result
+
+
+def _check_column(subject: str, table: pa.Table, column: str) -> None:
+    own = [n for n in table.column_names if n not in ("geometry", "__index__")]
+    if column not in own:
+        raise PlanError(subject, "no such column", f"one of {', '.join(own) or 'none: there are no columns'}")
+
+
+def _of_several(
+    kind: type[Labels], table: pa.Table, column: str, source: int, classes: Sequence[str | int]
+) -> Labels:
+    """Return the labels of one of several columns, of the rows that have a value in it."""
+    subject = f"chips(rasterize={column!r})"
+    _check_column(subject, table, column)
+    own = table.filter(pc.invert(pc.is_null(table.column(column), nan_is_null=True)))
+    if not own.num_rows:
+        raise PlanError(
+            subject, f"no value in any of {table.num_rows:,} rows", "a value in one row at least",
+            "Leave the column out of rasterize=.",
+        )  # fmt: skip
+    return replace(kind.of(own, column, source, classes), name=f"{MASK}_{column}")
+
+
+def _with_circles(table: pa.Table, radius_m: float) -> pa.Table:
+    """Return points as the ground around them."""
+    return table.set_column(
+        table.column_names.index("geometry"), "geometry", pa.array(_circles(table, radius_m))
+    )
 
 
 def _circles(table: pa.Table, radius_m: float) -> list[bytes]:

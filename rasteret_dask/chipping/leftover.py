@@ -40,7 +40,7 @@ def leftover(spec: ChipSpec, resolution: float) -> Leftover | None:
     """
     if spec.in_cells:
         return _of_cells(spec, resolution)
-    if spec.at is not None or not isinstance(spec.grid, BoxGrid):
+    if not spec.in_rows or not isinstance(spec.grid, BoxGrid):
         return None
     width, height = spec.grid.width, spec.grid.height
     covered = _covered(width, spec) * _covered(height, spec)

@@ -56,9 +56,9 @@ def with_rule(chips: PlannedChips, rule: Rule) -> PlannedChips:
 def _check_mask(chips: PlannedChips, source: str | None, names: list[str]) -> None:
     """Raise PlanError where nothing is burned into the pixels of a source (None: of any)."""
     remedy = "Burn polygons: chips(labels=, rasterize=); of a source of classes ask for its valid pixels: min_valid=."
-    if chips.labels is None:
+    if not chips.labels:
         raise PlanError("filter_pixels(min_labelled=)", "chips without a mask", "a mask of labels", remedy)
-    masked = names[chips.labels.source]
+    masked = names[chips.labels[0].source]
     if source not in (None, masked):
         raise PlanError(
             f"filter_pixels(min_labelled=) of source {source!r}", "no mask", f"source={masked!r}, which has it", remedy

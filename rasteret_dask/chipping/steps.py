@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps on planned chips: split, filter, select, sample, a user's table, a user's function."""
+"""Steps on planned chips: split, filter, select, sample, random windows, a user's table, a user's function."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.celltable import CellTable
+from rasteret_dask.chipping.celltable import CellTable, cell_places
 from rasteret_dask.chipping.chips import ChipSources, PlannedChips
-from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced, with_columns
+from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FOLD, FeedTable, bounds_of, replaced, with_columns
 from rasteret_dask.chipping.ground import Links, cells_under, splits_under
 from rasteret_dask.chipping.leftover import whole_cell_km
+from rasteret_dask.chipping.randomwindows import random_windows
 from rasteret_dask.chipping.regions import names_of
 from rasteret_dask.chipping.rulesteps import with_rule
 from rasteret_dask.chipping.splits import (
@@ -52,6 +53,7 @@ from rasteret_dask.planning.plan import (
     Join,
     Map,
     Node,
+    Random,
     Sample,
     Select,
     Split,
@@ -92,9 +94,6 @@ _PLANNED_COLUMNS = (
 
 FEW_LABELS = 20
 """Losses are reported per value of a user's column that has at most this many."""
-
-FOLD = "fold"
-"""The column that says which fold a chip is in."""
 
 TWO_FOLDS = "chip on the ground of two folds"
 """Why a chip is in no fold."""
@@ -195,6 +194,9 @@ def carried_out(
             return replace(chips, maps=(*chips.maps, (source, function)))
         case FilterPixels(_, rule):
             return with_rule(chips, rule)
+        case Random():
+            places = None if step.places is None else as_table(tables[step.places])
+            return random_windows(chips, step, places)
     raise PlanError("plan", f"a {step_name(step)} step after chips", "a step on chips")
 
 
@@ -384,7 +386,7 @@ def _by_ground(
 
 def ground_of(chips: PlannedChips, spec: SplitSpec) -> tuple[SplitCells, Links]:
     """Return the split cells, and those that decide the split of each chip."""
-    inside = _cells(chips.table)
+    inside = cell_places(chips.table)
     # 1.5 pixels: chips lie up to a pixel east and south of their cells, which may be turned against this zone's
     wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
     epsg = chips.table.column("epsg").to_numpy().astype(np.int64)
@@ -445,14 +447,6 @@ def _lost(table: pa.Table, rows: NDArray[np.bool_], reason: str) -> dict[str, in
             for entry in pc.value_counts(gone.column(name)).to_pylist():
                 result[f"{reason}, {name} = {entry['values']}"] = int(entry["counts"])
     return result
-
-
-def _cells(table: pa.Table) -> NDArray[np.int64] | None:
-    if table.column("cell").null_count:
-        return None
-    cells = table.column("cell").combine_chunks().dictionary_encode()  # a cell has many chips
-    distinct = [[int(n) for n in name.split("/")[1:]] for name in cells.dictionary.to_pylist()]
-    return np.asarray(np.array(distinct, dtype=np.int64).reshape(-1, 2)[cells.indices.to_numpy()])
 
 
 def _by_geometry(chips: PlannedChips, spec: SplitSpec) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.dealing import Stock, deal
 from rasteret_dask.chipping.ground import Links, cells_near
+from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units, cells_at
 from rasteret_dask.errors import PlanError, StrataWarning
 from rasteret_dask.lists import listed
@@ -42,8 +43,8 @@ RARE_GROUND = 0.01
 BURNED_PX = 64
 """Polygons are burned on so many pixels of a chip's side at most, to tell how much of each class a chip has."""
 
-BURNED_CHIPS = 4096
-"""Chips that are burned at once."""
+BURNED_PIXELS = 4096 * BURNED_PX**2
+"""Pixels that are burned at once."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,15 @@ class Strata:
     """What the classes are of, for messages."""
     one: bool
     """Whether each chip has one class, which a filter on the column can leave out."""
+    labels: Labels | None = None
+    """The labels that are burned, where the classes are theirs."""
+    values: tuple[int, ...] = ()
+    """What they burn for each class."""
 
 
-def classes_of(chips: PlannedChips, columns: Sequence[str], step: str = "split") -> Strata:
+def classes_of(
+    chips: PlannedChips, columns: Sequence[str], subject: str | None = None, most_px: int | None = None
+) -> Strata:
     """Return how much of each class chips hold.
 
     Parameters
@@ -69,21 +76,23 @@ def classes_of(chips: PlannedChips, columns: Sequence[str], step: str = "split")
     columns
         One column of the chip table with a class for each chip (text, whole numbers, booleans); or the column that
         ``chips(labels=, rasterize=)`` burns; or several columns of numbers: how much of a class each chip has.
-    step
-        What asks, for messages.
+    subject
+        Who asks, for errors; None: ``split(stratify=)``.
+    most_px
+        Labels are burned on so many pixels of a chip's side at most; None: on few, which tell about how much there is.
 
     Raises
     ------
     PlanError
         When there is no such column, a value is missing, negative or a list, or there are too many classes.
     """
-    subject = f"{step}(stratify={columns[0] if len(columns) == 1 else list(columns)!r})"
-    burned = None if chips.labels is None else chips.labels.column
-    if len(columns) == 1 and columns[0] == burned and burned not in chips.table.column_names:
-        return _burned(chips, subject)
+    subject = subject or _stratify_text(columns)
+    burned = {labels.column: labels for labels in chips.labels}
+    if len(columns) == 1 and columns[0] in burned and columns[0] not in chips.table.column_names:
+        return _burned(chips, burned[columns[0]], subject, most_px or BURNED_PX)
     for name in columns:
         if name not in chips.table.column_names:
-            own = [*chips.table.column_names, *([burned] if burned else [])]
+            own = [*chips.table.column_names, *burned]
             raise PlanError(
                 subject, f"no column {name!r}", f"one of {', '.join(own)}",
                 "A raster of classes is a GeoTIFF's path, a Collection, or the name of a joined source of classes.",
@@ -91,6 +100,11 @@ def classes_of(chips: PlannedChips, columns: Sequence[str], step: str = "split")
     if len(columns) > 1:
         return _numbers(chips, columns, subject)
     return _values(chips.table.column(columns[0]), columns[0], subject)
+
+
+def _stratify_text(columns: Sequence[str], step: str = "split") -> str:
+    """Return the argument that asks for classes, as errors name it."""
+    return f"{step}(stratify={columns[0] if len(columns) == 1 else list(columns)!r})"
 
 
 def _values(column: pa.ChunkedArray, name: str, subject: str) -> Strata:
@@ -142,10 +156,8 @@ def _numbers(chips: PlannedChips, columns: Sequence[str], subject: str) -> Strat
     return Strata(tuple(columns), np.stack(parts, -1), ", ".join(columns), False)
 
 
-def _burned(chips: PlannedChips, subject: str) -> Strata:
-    """Return how many pixels of each class polygons burn into each chip, on few pixels a chip."""
-    labels = chips.labels
-    assert labels is not None
+def _burned(chips: PlannedChips, labels: Labels, subject: str, most_px: int) -> Strata:
+    """Return how many pixels of each class polygons burn into each chip, on so many pixels a side at most."""
     if labels.dtype.kind == "f":
         raise PlanError(
             subject, "labels of floating-point numbers", "classes: text or whole numbers",
@@ -158,14 +170,15 @@ def _burned(chips: PlannedChips, subject: str) -> Strata:
     both = np.concatenate([bounds, epsg[:, None]], axis=1)
     _, first, back = np.unique(both, axis=0, return_index=True, return_inverse=True)
     amounts = np.zeros((len(first), len(values)), dtype=np.int64)
-    size = min(chips.spec.size, BURNED_PX)
-    for start in range(0, len(first), BURNED_CHIPS):
-        some = first[start : start + BURNED_CHIPS]
+    size = min(chips.spec.size, most_px)
+    batch = max(BURNED_PIXELS // size**2, 1)
+    for start in range(0, len(first), batch):
+        some = first[start : start + batch]
         masks = labels.burned(bounds[some], epsg[some], size).reshape(len(some), -1)
         for number, value in enumerate(values.tolist()):
             amounts[start : start + len(some), number] = (masks == value).sum(axis=1)
     names = tuple(labels.classes[int(v) - 1] if labels.classes else str(v) for v in values.tolist())
-    return Strata(names, amounts[back.ravel()], labels.column, False)
+    return Strata(names, amounts[back.ravel()], labels.column, False, labels, tuple(map(int, values)))
 
 
 def classes_of_raster(chips: PlannedChips, name: str, raster: pa.Table) -> Strata:
@@ -295,7 +308,7 @@ def holding_of(
     if raster is not None:
         classes = classes_of_raster(chips, spec.stratify[0], raster)
     elif spec.stratify:
-        classes = classes_of(chips, spec.stratify, spec.step)
+        classes = classes_of(chips, spec.stratify, _stratify_text(spec.stratify, spec.step))
     else:
         classes = Strata((), np.zeros((chips.table.num_rows, 0), dtype=np.int64), "", False)
     count = np.bincount(links.chip, minlength=chips.table.num_rows)
@@ -458,7 +471,7 @@ def _rows_with(chips: PlannedChips, spec: SplitSpec, holding: Holding, number: i
     """Return the chips that have some of a class; none where the class is of a raster, or chips are elsewhere."""
     if spec.raster is not None or not chips.table.num_rows:
         return np.zeros(0, dtype=np.int64)
-    classes = classes_of(chips, spec.stratify, spec.step)
+    classes = classes_of(chips, spec.stratify, _stratify_text(spec.stratify, spec.step))
     return np.flatnonzero(classes.amounts[:, classes.names.index(holding.classes[number])] > 0)
 
 

@@ -28,6 +28,7 @@ from rasteret_dask.planning.plan import (
     Merge,
     Node,
     Predicate,
+    Random,
     Sample,
     Select,
     Source,
@@ -96,6 +97,10 @@ def call(node: Node, rows: TableRows = lambda token: None) -> str:
             return f"merge(of {len(below)})"
         case Sample(_, n, seed, by):
             return f"sample({', '.join([str(n), *_set(seed=seed or None, by=by)])})"
+        case Random(_, n, seed, size, balance, places):
+            columns: object = balance[0] if len(balance) == 1 else balance or None
+            columns = columns if places is None else _Typed(_table(places, rows))
+            return f"random({', '.join([str(n), *_set(seed=seed or None, size=size, balance=columns)])})"
         case CutChips(_, spec):
             return f"chips({', '.join(_cut(spec, rows))})"
         case Split(_, spec):
@@ -217,6 +222,8 @@ def _cut(spec: ChipSpec, rows: TableRows) -> list[str]:
             values[name] = _Typed(_table(values[name], rows))
     if "grid" in values:
         values["grid"] = _grid(spec.grid)
+    if spec.classes and isinstance(spec.rasterize, tuple):
+        values["classes"] = dict(spec.classes)
     return [str(spec.size), *_set(**values)]
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "Merge",
     "Node",
     "Predicate",
+    "Random",
     "Rule",
     "STATIC",
     "TIME",
@@ -182,12 +183,15 @@ class ChipSpec:
     """Token of a table of points or polygons that get one window each."""
     labels: str | None = None
     """Token of a table of polygons that become masks; None: no masks."""
-    rasterize: str | None = None
-    """The column of that table whose values masks hold."""
-    classes: tuple[str | int, ...] = field(default=(), metadata=LATER)
-    """All values that it may have: they settle the numbers of classes. Empty: those that it has."""
+    rasterize: str | tuple[str, ...] | None = None
+    """The column of that table whose values masks hold; several: a mask for each."""
+    classes: tuple[Any, ...] = field(default=(), metadata=LATER)
+    """All values that it may have: they settle the numbers of classes; of several columns, pairs of a column and its
+    values. Empty: those that it has."""
     radius_m: float | None = field(default=None, metadata=LATER)
     """The table has points: this many metres of ground around each get its value. None: it has polygons."""
+    drawn: bool = field(default=False, metadata=LATER)
+    """Whether planned windows were drawn at random, on the ground of those that lie in rows and columns."""
 
     def __post_init__(self) -> None:
         for name in ("size", "stride"):
@@ -205,7 +209,12 @@ class ChipSpec:
     @property
     def in_cells(self) -> bool:
         """Whether windows are laid out in split cells; elsewhere they lie freely."""
-        return self.at is None and isinstance(self.grid, UtmGrid | CrsGrid)
+        return self.in_rows and isinstance(self.grid, UtmGrid | CrsGrid)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether windows lie in rows and columns, of a cell, a tile or a box; else at places of their own."""
+        return self.at is None and not self.drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,16 +447,39 @@ class WithTable:
     token: str
 
 
+@dataclass(frozen=True, slots=True)
+class Random:
+    """Windows drawn at random on the ground of chips, in their place."""
+
+    child: Node
+    n: int
+    seed: int = 0
+    size: int | None = None
+    """Pixels of the reference source; None: as large as the chips."""
+    balance: tuple[str, ...] = ()
+    """Columns whose classes get equally many windows; (): windows lie anywhere."""
+    places: str | None = None
+    """Token of a table of places of classes, which get equally many windows."""
+
+    def __post_init__(self) -> None:
+        if not (_is_whole(self.n) and self.n > 0):
+            raise PlanError("random(n=)", repr(self.n), "1 or more windows")
+        if not _is_whole(self.seed):
+            raise PlanError("random(seed=)", repr(self.seed), "a whole number")
+        if self.size is not None and not (_is_whole(self.size) and self.size > 0):
+            raise PlanError("random(size=)", repr(self.size), "a positive whole number of pixels")
+
+
 Node: TypeAlias = (
     "Source | Filter | Sample | Merge | Harmonize | Map | Join | CutChips | Split | Folds | FilterChips | Select"
-    " | FilterPixels | WithTable"
+    " | FilterPixels | WithTable | Random"
 )
 
 _NODES = {
     c.__name__: c
     for c in (
         Source, Filter, Sample, Merge, Harmonize, Map, Join, CutChips, Split, Folds, FilterChips, Select,
-        FilterPixels, WithTable, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule, UtmGrid, CrsGrid, TileGrid,
+        FilterPixels, WithTable, Random, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule, UtmGrid, CrsGrid, TileGrid,
         BoxGrid,
     )
 }  # fmt: skip

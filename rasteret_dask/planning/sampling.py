@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
 
-__all__ = ["hash_unit", "salt_hash", "sample_rows", "sample_unit", "text_hash", "unit_of"]
+__all__ = ["hash_unit", "salt_hash", "sample_rows", "sample_unit", "text_hash", "unit_of", "unit_sequence"]
 
 BASIS, PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x00000100000001B3)
 """Of FNV-1a, http://www.isthe.com/chongo/tech/comp/fnv/."""
 
 MIXING = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
 """Factors of ``fmix64`` of MurmurHash3."""
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2**64 over the golden ratio: what SplitMix64 counts by."""
 
 
 def hash_unit(values: Sequence[Any], *salt: Any) -> NDArray[np.float64]:
@@ -66,6 +70,14 @@ def unit_of(hashes: NDArray[np.uint64]) -> NDArray[np.float64]:
         mixed = (mixed ^ (mixed >> np.uint64(33))) * factor
     mixed = mixed ^ (mixed >> np.uint64(33))
     return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def unit_sequence(text: str, places: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return the numbers in [0, 1) at some places of the endless sequence that a text begins, the same everywhere.
+
+    It is SplitMix64 (Steele, Lea and Flood, 2014), begun at the text's hash, with MurmurHash3's last step.
+    """
+    return unit_of(text_hash(pa.array([text])) + places * GOLDEN)
 
 
 def salt_hash(seed: int) -> np.uint64:

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from rasteret_dask.building import build, build_from_stac
 from rasteret_dask.chipset import Chips
 from rasteret_dask.collection import Collection, join, merge
@@ -179,6 +181,8 @@ class Assembly:
                 return chips.filter(*map(_triple, value))
             case "sample":
                 return chips.sample(**(value if isinstance(value, Mapping) else {"n": value}))
+            case "random":
+                return chips.random(**self._drawn(value))
             case "select":
                 return chips.select(*value)
             case "map":
@@ -187,6 +191,13 @@ class Assembly:
                 return chips.filter_pixels(**(self._called(value) if "function" in value else value))
             case _:
                 return chips.with_table(self.place(value))
+
+    def _drawn(self, value: int | Values) -> dict[str, Any]:
+        """Return arguments of random with the table of places that they name."""
+        arguments: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"n": value}
+        if str(arguments.get("balance")).endswith(".parquet"):
+            arguments["balance"] = pq.read_table(self.place(arguments["balance"]))
+        return arguments
 
     def _split(self, value: Values) -> dict[str, Any]:
         """Return arguments of split or folds with the table of cells, the raster and the regions that they name."""

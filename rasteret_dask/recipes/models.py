@@ -237,6 +237,7 @@ _SHARES = {**dict.fromkeys(("train", "val", "test"), float | _Values), "by": str
 SplitTable = table_of("Split", Chips.split, base=_Shares, others=_SHARES)
 FoldsTable = table_of("Folds", Chips.folds, others=_DEAL)
 FoldTable = table_of("Fold", Chips.fold)
+RandomTable = table_of("Random", Chips.random, others={"balance": str | list[str]})
 FilterPixels = table_of(
     "FilterPixels", Chips.filter_pixels,
     others={"function": str},
@@ -244,8 +245,8 @@ FilterPixels = table_of(
 
 _CHIP_STEPS: dict[str, Any] = {
     "split": SplitTable, "folds": int | FoldsTable, "fold": int | FoldTable,
-    "filter": Triples, "sample": int | Sample, "select": list[str], "map": str | Called,
-    "filter_pixels": FilterPixels, "with_table": str,
+    "filter": Triples, "sample": int | Sample, "random": int | RandomTable, "select": list[str],
+    "map": str | Called, "filter_pixels": FilterPixels, "with_table": str,
 }  # fmt: skip
 CHIP_STEPS = tuple(_CHIP_STEPS)
 """What a step on chips can be."""

@@ -252,7 +252,7 @@ def _classes(chips: PlannedChips, splits: Sequence[str]) -> dict[str, dict[str, 
     number = np.asarray(
         pc.fill_null(pc.index_in(table.column("split"), value_set=pa.array(splits, pa.string())), -1)
     )
-    columns = chips.labels is not None or set(spec.stratify) <= set(table.column_names)
+    columns = bool(chips.labels) or set(spec.stratify) <= set(table.column_names)
     if spec.stratify and spec.raster is None and columns:
         strata = [classes_of(chips, spec.stratify)]
     else:

@@ -252,7 +252,7 @@ def _alone(chip: PlannedChips, entries: Sequence[_Entry]) -> PlannedChips:
         for s in chip.sources
     )
     return replace(
-        chip, table=replaced(table, "feeds", column), sources=sources, maps=(), pixel_rules=(), labels=None
+        chip, table=replaced(table, "feeds", column), sources=sources, maps=(), pixel_rules=(), labels=()
     )
 
 

@@ -267,8 +267,7 @@ def _enlarged(count: int | None, ratio: float) -> int | None:
 def _puts(outputs: tuple[Output, ...]) -> int:
     """Return how many objects are put for a shard: pixels, three small variables, and what only some sources have."""
     return NOTES + sum(
-        4 + out.valid + (out.mask is not None) + out.filled + out.present + len(out.meta_arrays)
-        for out in outputs
+        4 + out.valid + len(out.masks) + out.filled + out.present + len(out.meta_arrays) for out in outputs
     )
 
 

@@ -42,6 +42,7 @@ from rasteret_dask.planning.plan import (
     Join,
     Map,
     Node,
+    Random,
     Sample,
     Select,
     Source,
@@ -654,9 +655,22 @@ def _carried(
             return after, _of_split(part, after, whole, spec)
         case Sample(_, n, seed, by):
             return after, _not_drawn(part, staged(children(step)[0]), n, seed, by)
+        case Random():
+            over = _over_chips(whole, part)
+            words = f"none of the {whole.table.num_rows:,} windows that {call(step)} drew lies on its ground"
+            return over, iter((words,))
         case WithTable():
             return after, iter(("it is not in the table that with_table was given",))
     return after, iter((f"{step_name(step)} leaves it out",))
+
+
+def _over_chips(whole: PlannedChips, part: PlannedChips) -> PlannedChips:
+    """Return the chips that share ground with others."""
+    hit = np.zeros(whole.table.num_rows, dtype=bool)
+    theirs, codes = shapely.box(*bounds_of(whole.table).T), whole.table.column("epsg").to_numpy()
+    for code, bounds in zip(part.table.column("epsg").to_pylist(), bounds_of(part.table), strict=True):
+        hit |= (codes == code) & (shapely.area(shapely.intersection(theirs, shapely.box(*bounds))) > 0)
+    return replace(whole, table=whole.table.filter(pa.array(hit)))
 
 
 def _failing(table: pa.Table, where: Sequence[Any]) -> Iterator[str]:

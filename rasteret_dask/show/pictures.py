@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import MASK, is_label
+from rasteret_dask.chipping.chiptable import is_label, is_mask
 from rasteret_dask.display.colours import NO_LABEL, class_colours
 from rasteret_dask.errors import BandError, PlanError
 from rasteret_dask.rules.kinds import AMPLITUDE, BACKSCATTER, kind_of
@@ -201,8 +201,8 @@ def _columns(name: str, chips: Sequence[xr.Dataset]) -> list[tuple[Column, list[
             title = "\n".join(part for part in (f"{name} {what}".strip(), _slot(first, t)) if part)
             own_pictures = [Picture(rgba[i, t], _caption(chip, t)) for i, chip in enumerate(chips)]
             columns.append((Column(title, legend), own_pictures))
-    if MASK in first:
-        columns.append(_mask(name, chips))
+    masks = [str(one) for one, values in first.data_vars.items() if is_mask(str(one)) and values.ndim == 2]
+    columns += [_mask(name, mask, chips) for mask in masks]
     return columns
 
 
@@ -273,9 +273,9 @@ def _coded(
     return (*legend[:MOST_NAMED], *more), rgba
 
 
-def _mask(name: str, chips: Sequence[xr.Dataset]) -> tuple[Column, list[Picture]]:
+def _mask(name: str, mask: str, chips: Sequence[xr.Dataset]) -> tuple[Column, list[Picture]]:
     """Paint rasterized labels; what no polygon covers is grey."""
-    own = [chip[MASK] for chip in chips]
+    own = [chip[mask] for chip in chips]
     names = dict(enumerate(own[0].attrs.get("classes", ())))
     values = np.stack([mask.values for mask in own]).astype(np.float32)[:, None]
     background = (values == 0) & (not names.get(0))
@@ -284,7 +284,7 @@ def _mask(name: str, chips: Sequence[xr.Dataset]) -> tuple[Column, list[Picture]
     rgba[background] = (*_rgb(NO_LABEL), 1.0)
     shares = (~background[:, 0]).mean(axis=(1, 2))
     pictures = [Picture(one[0], f"{share:.0%} labelled") for one, share in zip(rgba, shares, strict=True)]
-    return Column(f"{name} {MASK}".strip(), (*legend, ("no label", NO_LABEL))), pictures
+    return Column(f"{name} {mask}".strip(), (*legend, ("no label", NO_LABEL))), pictures
 
 
 def _main_components(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -36,6 +36,7 @@ from rasteret_dask.planning.plan import (
     Merge,
     Node,
     Predicate,
+    Random,
     Sample,
     Select,
     Source,
@@ -224,6 +225,11 @@ class _Writer:
                 return "filter", [_triple(one) for one in node.where]
             case Sample():
                 return "sample", _sample(node)
+            case Random(_, n, seed, size, balance, places):
+                columns: Any = balance[0] if len(balance) == 1 else list(balance) or None
+                if places is not None:
+                    columns = self._beside(places, "places", "random(balance=<places>)", "a table")
+                return "random", {"n": n, **_some({"seed": seed or None, "size": size, "balance": columns})}
             case Select():
                 return "select", list(node.splits)
             case Map():
@@ -289,8 +295,11 @@ class _Writer:
             table["at"] = self._points(spec.at)
         if spec.labels is not None:
             table["labels"] = self._beside(spec.labels, "labels", "chips(labels=)", "a table")
+        if isinstance(spec.rasterize, tuple):
+            table["rasterize"] = list(spec.rasterize)
         if spec.classes:
-            table["classes"] = list(spec.classes)
+            several = isinstance(spec.rasterize, tuple)
+            table["classes"] = {k: list(v) for k, v in spec.classes} if several else list(spec.classes)
         return table
 
     def _points(self, token: str) -> Any:

@@ -25,7 +25,7 @@ from rasteret_dask.tasks.job import Job
 if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
 
-__all__ = ["ClassTarget", "burned_shares", "class_shares", "class_target"]
+__all__ = ["ClassTarget", "burned_shares", "class_pixels", "class_shares", "class_target"]
 
 MOST_CLASSES = 256
 """A target of more values would be a table of too many columns."""
@@ -42,6 +42,8 @@ class ClassTarget:
     """Value -> name, as far as names are known."""
     text: str
     """What the user called it."""
+    mask: str = MASK
+    """Which mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,12 @@ def class_target(pixels: Mapping[str, SourcePixels], target: str) -> ClassTarget
             known[text] = ClassTarget(name, at, dict(own.kinds[at].classes), text)
         if len(bands) == 1:
             known[name] = ClassTarget(name, bands[0], dict(own.kinds[bands[0]].classes), name)
-        if own.mask and np.dtype(own.mask).kind != "f":
-            text = f"{name}/{MASK}"
-            known[text] = ClassTarget(name, None, dict(enumerate(own.classes[1:], 1)), text)
+        for mask in own.masks:
+            if np.dtype(mask.dtype).kind != "f":
+                text = f"{name}/{mask.name}"
+                known[text] = ClassTarget(name, None, dict(enumerate(mask.classes[1:], 1)), text, mask.name)
     if target not in known:
-        measured = any(target == f"{name}/{MASK}" and own.mask for name, own in pixels.items())
+        measured = target in {f"{name}/{mask.name}" for name, own in pixels.items() for mask in own.masks}
         raise PlanError(
             f"class_shares({target!r})", "a mask of floats" if measured else "no such target",
             f"one of {', '.join(known)}" if known else "a mask or a band of classes",
@@ -108,7 +111,7 @@ def class_shares(
         As in :func:`rasteret_dask.statistics.measuring.measured`.
     """
     verb = f"shares-{digest(target.text)[:12]}"
-    graph, keys = on_shards(reading, verb, _read, target.source, target.band)
+    graph, keys = on_shards(reading, verb, _read, target)
     look = Pass("class_shares", reading.send_signatures, progress, reading.memory)
     return _table(computed(graph, {key: (key,) for key in keys}, client, look), target, prefix)
 
@@ -117,32 +120,34 @@ def burned_shares(
     job: Job, target: ClassTarget, prefix: str, client: ClientLike = None, progress: bool = False
 ) -> pa.Table:
     """Return the same of a mask that the job burns, without reading a pixel."""
-    labels = job.labels
-    assert labels is not None
+    labels = next(one for one in job.labels if one.name == target.mask)
     size, tail = job.size_px[labels.source], job.digest[:16]
-    root = f"labels-{tail}"
+    root = f"labels-{digest(target.text)[:12]}-{tail}"
     graph: dict[Hashable, Any] = {root: DataNode(root, labels)}
     keys = []
     for shard in job.shards():
         own = slice(shard.start, shard.stop)
         ids = tuple(job.chips.column("chip_id")[own].to_pylist())
-        keys.append(f"burn-shares-{shard.name}-{tail}")
+        keys.append(f"burn-shares-{shard.name}-{root}")
         graph[keys[-1]] = Task(keys[-1], _burn, TaskRef(root), ids, job.bounds[own], job.epsg[own], size)
     look = Pass("class_shares", progress=progress)
     return _table(computed(graph, {key: (key,) for key in keys}, client, look), target, prefix)
 
 
-def _read(
-    result: Any, part: Callable[[Any, NDArray[np.int64] | None], Arrays], source: str, band: int | None
-) -> _Part:
+def class_pixels(arrays: Arrays, target: ClassTarget) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Return the values of a target, shape (chip, [time,] y, x), and where they are of a class."""
+    if target.band is None:
+        masks = arrays[f"{target.source}/{target.mask}"]
+        return masks, masks != 0
+    valid = arrays[f"{target.source}/valid"]
+    if f"{target.source}/{PRESENT}" in arrays:
+        valid = valid & arrays[f"{target.source}/{PRESENT}"][:, :, None, None]
+    return arrays[target.source][:, :, target.band], valid
+
+
+def _read(result: Any, part: Callable[[Any, NDArray[np.int64] | None], Arrays], target: ClassTarget) -> _Part:
     arrays = part(result, None)
-    if band is None:
-        masks = arrays[f"{source}/{MASK}"]
-        return _counted(arrays["chip_id"], masks, masks != 0)
-    valid = arrays[f"{source}/valid"]
-    if f"{source}/{PRESENT}" in arrays:
-        valid = valid & arrays[f"{source}/{PRESENT}"][:, :, None, None]
-    return _counted(arrays["chip_id"], arrays[source][:, :, band], valid)
+    return _counted(arrays["chip_id"], *class_pixels(arrays, target))
 
 
 def _burn(

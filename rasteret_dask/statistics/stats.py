@@ -9,6 +9,7 @@ import json
 import operator
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -282,7 +283,9 @@ class Stats:
         arrays = [pa.array(column, own.type) for column, own in zip(columns, fields, strict=True)]
         return TableView(pa.table(arrays, schema=pa.schema(fields)))
 
-    def class_weights(self, target: str, ignore: Sequence[Value] = ()) -> dict[Value, float]:
+    def class_weights(
+        self, target: str, ignore: Sequence[Value] = (), *, names: bool = False
+    ) -> dict[Value, float]:
         """Return a weight for each class: the rarer, the larger, for a loss or a sampler.
 
         It is n / (k * count) of n pixels (of a label column: chips) in k classes, as scikit-learn's ``"balanced"``:
@@ -293,12 +296,16 @@ class Stats:
         target
             As in :meth:`classes`.
         ignore
-            Values that do not count, such as a background: their weight is 0.
+            Values that do not count, such as a background, or names of classes: their weight is 0.
+        names
+            Call classes by their names, where these are known: those of burned text, or of a band's classes in the
+            records.
 
         Returns
         -------
         dict
-            Value -> weight, by value; 0 of classes that have a name and no pixel.
+            Value -> weight, by value; 0 of classes that have a name and no pixel. With ``names``, in the same order:
+            name -> weight, but for classes without a name, or of a name that two have.
 
         Raises
         ------
@@ -313,10 +320,22 @@ class Stats:
         >>> stats = chips.with_table(crops).stats(progress=False)
         >>> stats.class_weights("labels/crop")
         {'maize': 1.0, 'wheat': 1.0}
+        >>> import geopandas, shapely
+        >>> boxes = shapely.box([14.975, 14.993], 50.163, [14.985, 15.007], 50.171)
+        >>> fields = geopandas.GeoDataFrame({"crop": ["maize", "wheat"]}, geometry=boxes, crs=4326)
+        >>> red = collection.harmonize(["red"], time="3MS")
+        >>> stats = red.chips(32, cell_km=0.96, labels=fields, rasterize="crop").stats(progress=False)
+        >>> list(stats.class_weights("s2/mask", ignore=[0], names=True))
+        [0, 'maize', 'wheat']
         """
-        counts, _ = self._target(target)
-        unknown = [value for value in ignore if value not in counts]
-        left = {value: count for value, count in counts.items() if count and value not in ignore}
+        counts, known = self._target(target)
+        alike = Counter(known.values())
+        called = {value: name for value, name in known.items() if name and alike[name] == 1}
+        pairs: list[tuple[Value, Value]] = [(name, value) for value, name in called.items()]
+        value_of = dict([*pairs, *((value, value) for value in counts)])
+        unknown = [value for value in ignore if value not in value_of]
+        without = {value_of[value] for value in ignore if value in value_of}
+        left = {value: count for value, count in counts.items() if count and value not in without}
         if unknown or not left:
             raise PlanError(
                 f"class_weights({target!r}, ignore={list(ignore)})",
@@ -325,7 +344,9 @@ class Stats:
                 "Leave out of ignore what is no class, or measure chips that have one.",
             )  # fmt: skip
         total = sum(left.values())
-        return {value: total / (len(left) * left[value]) if value in left else 0.0 for value in counts}
+        weights = {value: total / (len(left) * left[value]) if value in left else 0.0 for value in counts}
+        keys: dict[Value, Value] = dict(called) if names else {}  # type: ignore[arg-type]
+        return {keys.get(value, value): weight for value, weight in weights.items()}
 
     def _target(self, target: str) -> tuple[Mapping[Value, int], Mapping[int, str]]:
         """Return the counts of a target by value, and the names of its values."""
@@ -469,10 +490,10 @@ def measure(arrays: Arrays, pixels: Mapping[str, SourcePixels]) -> Stats:
         for mask, values in arrays.items():
             if values.ndim == 3 and mask.startswith(f"{name}/"):
                 everywhere = np.ones((len(values), 1, *values.shape[1:]), dtype=bool)
-                named = (BandKind("class", tuple(enumerate(own.classes))),) if own.classes else ()
-                sources[mask] = measured(
-                    values[:, None, None], everywhere, (mask.partition("/")[2],), kinds=named
-                )
+                band = mask.partition("/")[2]
+                names = own.classes.get(band, ())
+                named = (BandKind("class", tuple(enumerate(names))),) if names else ()
+                sources[mask] = measured(values[:, None, None], everywhere, (band,), kinds=named)
     columns = {key.partition("/")[2]: v for key, v in arrays.items() if key.startswith("labels/")}
     labels = {name: found for name, v in columns.items() if (found := labelcounts.count(v)) is not None}
     return Stats(sources, len(arrays["chip_id"]), labels)

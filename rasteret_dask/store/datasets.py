@@ -12,7 +12,7 @@ from dask._task_spec import Task
 from dask.highlevelgraph import HighLevelGraph
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, META, PRESENT
+from rasteret_dask.chipping.chiptable import FILLED, META, PRESENT
 from rasteret_dask.store.encode import CHIPS_PER_SHARD
 from rasteret_dask.store.stored import Stored, facts
 from rasteret_dask.store.storemap import StoredGroup
@@ -20,7 +20,7 @@ from rasteret_dask.store.union import read_variables
 
 __all__ = ["to_xarray"]
 
-_PIXELS = ("pixels", "valid", MASK)
+_PIXELS = ("pixels", "valid")
 _PER_CHIP = (*_PIXELS, "valid_fraction", FILLED, PRESENT, "datetime", "member")
 
 _OF_STORE = ("coordinates", "kinds", "rasteret_dask", CHIPS_PER_SHARD, META)
@@ -39,7 +39,8 @@ def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:
     """
     opened = chips.map
     names = {
-        g.source: [n for n in dict.fromkeys((*_PER_CHIP, *g.meta)) if n in g.arrays] for g in opened.first
+        g.source: [*(n for n in dict.fromkeys((*_PER_CHIP, *g.meta)) if n in g.arrays), *g.masks]
+        for g in opened.first
     }
     read = {} if lazy else read_variables(opened, chips.rows, names)
     nodes = {}
@@ -53,7 +54,7 @@ def to_xarray(chips: Stored, lazy: bool) -> xr.Dataset | xr.DataTree:
 
 def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Dataset:
     own = {name: (group.arrays[name].dims, values) for name, values in arrays.items()}
-    data = {name: own[name] for name in _PIXELS if name in own}
+    data = {name: own[name] for name in (*_PIXELS, *group.masks) if name in own}
     coordinates: dict[str, Any] = {name: v for name, v in own.items() if name not in data}
     known = facts(chips.table)
     coordinates["bounds"] = (("chip", "corner"), known.pop("bbox"))
@@ -71,7 +72,7 @@ def _dataset(chips: Stored, group: StoredGroup, arrays: dict[str, Any]) -> xr.Da
         coordinates["time"] = ("time", stamps.view("datetime64[us]").astype("datetime64[ns]"))
     attrs = {k: v for k, v in group.attrs.items() if k not in _OF_STORE}
     dataset = xr.Dataset(data, coordinates, attrs)
-    for name in ("pixels", MASK, *group.meta):
+    for name in ("pixels", *group.masks, *group.meta):
         if name in own:
             dataset[name].attrs = dict(group.arrays[name].attrs)
     return dataset

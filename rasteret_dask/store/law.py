@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import document_of, sealed
 from rasteret_dask.planning.meta import TEXT
@@ -22,6 +23,7 @@ from rasteret_dask.planning.plan import (
     Map,
     Merge,
     Node,
+    Random,
     Sample,
     Source,
     Split,
@@ -106,6 +108,7 @@ def law_of(plan: Node, job: Job, outputs: Sequence[Output]) -> Law:
     """
     facts: dict[str, str] = {}
     split: SplitSpec | None = None
+    sizes: list[int | None] = []
     node = plan
     while not isinstance(node, CutChips):  # of steps on chips, those that only choose some count as area
         match node:
@@ -118,10 +121,17 @@ def law_of(plan: Node, job: Job, outputs: Sequence[Output]) -> Law:
                 )
             case Map(_, function, source):
                 facts[f"map({function.name}) of {source or 'all sources'}"] = _text(function)
+            case Random(size=size):
+                sizes.append(size)
         (node,) = children(node)
     spec = replace(node.spec, aoi=None, at=None, labels=None)
+    if sizes:  # the last step decides; how many windows, and where, counts as area
+        size = next((size for size in sizes if size is not None), spec.size)
+        spec = replace(spec, size=size, stride=size, drawn=True)
     facts |= {
-        f"chips({one.name}=)": _text(getattr(spec, one.name)) for one in fields(spec) if one.name not in _AREA
+        f"chips({one.name}=)": _text(getattr(spec, one.name))
+        for one in fields(spec)
+        if one.name not in _AREA and (spec.drawn or one.name != "drawn")
     }
     facts["chips(at=)"] = "none" if node.spec.at is None else "places of a table"
     facts["chips(labels=)"] = "none" if node.spec.labels is None else "polygons of a table"
@@ -184,15 +194,23 @@ def _output_facts(job: Job, outputs: Sequence[Output]) -> dict[str, str]:
             f"kinds of {name}": ", ".join(out.kind_names),
             f"scale of {name}": str(1 if out.scale is None else out.scale),
             f"time axis of {name}": "none" if out.slots is None else "slots",
-            f"burned labels of {name}": str(out.mask or "none"),
+            f"burned labels of {name}": _mask_text(out),
         }
         if out.meta:
             kinds = ("text" if kind == TEXT else kind for _, kind in out.meta)
             told = [f"{one} ({kind})" for one, kind in zip(out.meta_names, kinds, strict=True)]
             found[f"meta of {name}"] = ", ".join(told)
-    if job.labels is not None:
-        found["classes of labels"] = _text(job.labels.attrs)
+    if job.labels:
+        attrs = [labels.attrs for labels in job.labels]
+        found["classes of labels"] = _text(attrs[0] if len(attrs) == 1 else attrs)
     return found
+
+
+def _mask_text(out: Output) -> str:
+    """Return the dtype of the mask, or of several with their names."""
+    if len(out.masks) == 1 and out.masks[0][0] == MASK:
+        return out.masks[0][1]
+    return ", ".join(f"{name} ({dtype})" for name, dtype in out.masks) or "none"
 
 
 def _text(value: Any) -> str:

@@ -13,15 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import (
-    FILLED,
-    MASK,
-    META,
-    PRESENT,
-    bounds_of,
-    label_columns,
-    label_fields,
-)
+from rasteret_dask.chipping.chiptable import FILLED, META, PRESENT, bounds_of, label_columns, label_fields
 from rasteret_dask.crs import unpack
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.planning.meta import TEXT, VALID, meta_attrs
@@ -47,14 +39,13 @@ __all__ = ["JOB", "Layout", "layout_of", "of_shards"]
 OF_SHARDS = {
     "pixels": 5,
     "valid": 4,
-    MASK: 3,
     "valid_fraction": 2,
     FILLED: 2,
     PRESENT: 2,
     "datetime": 2,
     "member": 2,
 }
-"""Arrays that shards' tasks write of any source, and how many dimensions they have."""
+"""Arrays that shards' tasks write of any source, beside masks, and how many dimensions they have."""
 
 COORDINATE_CHIPS = 1_048_576
 """Chips of a chunk of a coordinate, at most: opening a smaller store costs one request a coordinate."""
@@ -66,7 +57,8 @@ _COORDINATES = "chip_id split epsg bounds valid_fraction datetime member band_ki
 
 def of_shards(job: Job, source: int) -> dict[str, int]:
     """Return the arrays that shards' tasks write of a source, and how many dimensions they have."""
-    return OF_SHARDS | {name: 2 for name, _ in job.sources[source].meta}
+    masks = dict.fromkeys((labels.name for labels in job.labels), 3)
+    return OF_SHARDS | masks | {name: 2 for name, _ in job.sources[source].meta}
 
 
 @dataclass(frozen=True)
@@ -165,13 +157,14 @@ class Layout:
             flat = (out.times, out.height, out.width)
             dims_valid = ("chip", "time", "y", "x")
             self._array(group, "valid", (n, *flat), "bool", dims_valid, (1, *flat), (per, *flat), False)
-        if out.mask:
-            assert self.job.labels is not None
-            side, fill = (out.height, out.width), self.job.labels.fill
-            mask = self._array(
-                group, MASK, (n, *side), out.mask, ("chip", "y", "x"), (1, *side), (per, *side), fill
-            )
-            mask.update_attributes(self.job.labels.attrs)
+        side = (out.height, out.width)
+        for labels in self.job.labels_on(source):
+            if labels.name in dict(out.masks):
+                mask = self._array(
+                    group, labels.name, (n, *side), labels.dtype.name, ("chip", "y", "x"), (1, *side),
+                    (per, *side), labels.fill,
+                )  # fmt: skip
+                mask.update_attributes(labels.attrs)
         two = (n, out.times)
         share = self._array(group, VALID, two, "float32", ("chip", "time"), (per, out.times), None, np.nan)
         if VALID in out.meta_names:

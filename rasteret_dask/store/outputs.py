@@ -14,7 +14,7 @@ import xarray as xr
 from dask._task_spec import DataNode, Task, TaskRef
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
+from rasteret_dask.chipping.chiptable import FILLED, PRESENT
 from rasteret_dask.net.signatures import send_to_current
 from rasteret_dask.planning.meta import TEXT, meta_attrs
 from rasteret_dask.store.layout import Layout
@@ -154,8 +154,8 @@ def _shapes(job: Job, out: Output) -> dict[str, tuple[tuple[str, ...], tuple[int
         shapes[KEPT] = (("chip",), (), np.dtype(bool))
     if out.valid:
         shapes["valid"] = (("chip", "time", "y", "x"), (out.times, out.height, out.width), np.dtype(bool))
-    if out.mask:
-        shapes[MASK] = (("chip", "y", "x"), (out.height, out.width), np.dtype(out.mask))
+    for name, dtype in out.masks:
+        shapes[name] = (("chip", "y", "x"), (out.height, out.width), np.dtype(dtype))
     return shapes
 
 
@@ -164,7 +164,7 @@ def _assembled(
 ) -> xr.Dataset:
     """Make one source's Dataset of its arrays, with what the plan knows of the chips, or of the ``kept`` ones."""
     job = layout.job
-    data = {n: arrays[n] for n in ("pixels", "valid", MASK) if n in arrays}
+    data = {n: arrays[n] for n in ("pixels", "valid", *dict(out.masks)) if n in arrays}
     coordinates: dict[str, Any] = {n: array for n, array in arrays.items() if n not in data}
     parts = [pixels.chip_coordinates(job, s) for s in job.shards()]
     for name in parts[0]:
@@ -181,8 +181,9 @@ def _assembled(
     dataset["pixels"].attrs = out.pixel_attrs
     for name in out.meta_names:
         dataset[name].attrs = meta_attrs(name)
-    if out.mask and job.labels is not None:
-        dataset[MASK].attrs = job.labels.attrs
+    for labels in job.labels:
+        if labels.name in dict(out.masks):
+            dataset[labels.name].attrs = labels.attrs
     return dataset
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, META, PRESENT
+from rasteret_dask.chipping.chiptable import FILLED, META, PRESENT, is_mask
 from rasteret_dask.errors import PlanError, RasteretDaskError, StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums, changed
@@ -30,7 +30,7 @@ from rasteret_dask.store.encode import MALFORMED, Encoding, shape_of
 from rasteret_dask.store.ledger import CHIPS, MANIFEST
 from rasteret_dask.store.storetables import ChipColumns, open_manifest
 from rasteret_dask.table.itemkinds import CLASSES
-from rasteret_dask.tasks.batches import SourcePixels
+from rasteret_dask.tasks.batches import MaskPixels, SourcePixels
 
 __all__ = [
     "StoreMap",
@@ -52,7 +52,6 @@ _OF_SHARDS = ["shard", "split", "number", "chips", "dropped_chips", "objects"]
 _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "pixels": (("chip", "time", "band", "y", "x"), None),
     "valid": (("chip", "time", "y", "x"), ("bool",)),
-    MASK: (("chip", "y", "x"), None),
     "valid_fraction": (("chip", "time"), ("float32",)),
     FILLED: (("chip", "time"), ("float32",)),
     PRESENT: (("chip", "time"), ("bool",)),
@@ -67,6 +66,7 @@ _ARRAYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 """Dimensions of arrays, and their dtypes where they are known ("None": text); all others have one value a chip."""
 _OF_SLOT = (("chip", "time"), ("float32", "float64", "None"))
 """The same of arrays that ``harmonize(meta=)`` asked for."""
+_MASKS: tuple[tuple[str, ...], None] = (("chip", "y", "x"), None)
 _NEEDED = {"pixels", "valid_fraction", "datetime", "member", "band"}
 
 SIZES_BYTES = 8 * 2**20
@@ -117,6 +117,15 @@ class StoredGroup:
     def meta(self) -> tuple[str, ...]:
         """Names of the arrays (chip, time) that ``harmonize(meta=)`` asked for."""
         return tuple(self.attrs.get(META, ()))
+
+    @cached_property
+    def masks(self) -> dict[str, StoredArray]:
+        """The arrays of burned labels, by name."""
+        return {
+            name: array
+            for name, array in self.arrays.items()
+            if is_mask(name) and array.dims == ("chip", "y", "x")
+        }
 
     @cached_property
     def sampled(self) -> tuple[str, ...]:
@@ -218,7 +227,10 @@ class StoreMap:
     def _pixels(self, group: StoredGroup) -> SourcePixels:
         pixels = group.arrays["pixels"]
         bands = tuple(self.values(group.arrays["band"]).tolist())
-        classes = tuple(group.arrays[MASK].attrs.get("classes", ())) if MASK in group.arrays else ()
+        masks = tuple(
+            MaskPixels(name, str(one.encoding.dtype), tuple(one.attrs.get("classes", ())))
+            for name, one in group.masks.items()
+        )
         named: Mapping[str, Any] = group.attrs.get(CLASSES, {})
         codes = [tuple((int(c["value"]), str(c["name"])) for c in named.get(band, ())) for band in bands]
         names = group.attrs.get("kinds") or ["unknown"] * len(bands)
@@ -227,9 +239,8 @@ class StoreMap:
             for name, own in zip(names, codes, strict=True)
         )
         units = str(pixels.attrs.get("units", ""))
-        mask = str(group.arrays[MASK].encoding.dtype) if MASK in group.arrays else ""
         dtype, shape = str(pixels.encoding.dtype), tuple(pixels.shape[1:])
-        return SourcePixels(bands, dtype, units, classes, kinds, shape, mask)
+        return SourcePixels(bands, dtype, units, masks, kinds, shape)
 
     @property
     def bands(self) -> dict[str, tuple[str, ...]]:
@@ -403,7 +414,8 @@ def _check_chips(url: str, group: StoredGroup, chips: int) -> None:
     sizes: dict[str, int] = {"chip": chips}
     for name, array in group.arrays.items():
         shape, encoding = array.shape, array.encoding
-        dims, dtypes = _ARRAYS.get(name) or (_OF_SLOT if name in group.meta else (("chip",), None))
+        usual = _MASKS if name in group.masks else _OF_SLOT if name in group.meta else (("chip",), None)
+        dims, dtypes = _ARRAYS.get(name) or usual
         fits = (
             array.dims == dims
             and len(shape) == len(encoding.chunk) == len(dims)

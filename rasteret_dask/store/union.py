@@ -499,7 +499,7 @@ def likeness(store: StoreMap) -> dict[str, str]:
             f"scale of {name}": str(array.attrs.get("scale_factor", 1)),
             f"time axis of {name}": "none" if store.times(group.source) is None else "slots",
             f"variables of {name}": ", ".join(sorted({*group.sampled})),
-            f"classes of {name}": ", ".join(own.classes) or "none",
+            f"classes of {name}": "; ".join(", ".join(names) for names in own.classes.values()) or "none",
         }
         if group.meta:
             kinds = (group.arrays[one].encoding.dtype or "text" for one in group.meta)

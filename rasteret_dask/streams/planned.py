@@ -16,7 +16,7 @@ from rasteret_dask.errors import PlanError, ReadError
 from rasteret_dask.net.lending import Lender
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.streams.chipshards import ChipShards
-from rasteret_dask.tasks.batches import Arrays, InMemory, SourcePixels, arrays_of
+from rasteret_dask.tasks.batches import Arrays, InMemory, MaskPixels, SourcePixels, arrays_of
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Output
@@ -49,18 +49,17 @@ def planned(
         The sources whose pixels tasks read and give; None: all.
     """
     shards = tuple(job.shards())
-    classes = {} if job.labels is None else {job.labels.source: tuple(job.labels.attrs.get("classes", ()))}
+    classes = {own.name: tuple(own.attrs.get("classes", ())) for own in job.labels}
     pixels = {
         plan.name: SourcePixels(
             out.bands,
             out.dtype,
             dict(out.attrs).get("units", ""),
-            classes.get(number, ()),
+            tuple(MaskPixels(name, dtype, classes[name]) for name, dtype in out.masks),
             out.kinds,
             (out.times, len(out.bands), out.height, out.width),
-            out.mask or "",
         )
-        for number, (plan, out) in enumerate(zip(job.sources, outputs, strict=True))
+        for plan, out in zip(job.sources, outputs, strict=True)
         if only is None or plan.name in only
     }
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.display.card import Card, Fact, counted
 from rasteret_dask.errors import PlanError
 from rasteret_dask.formats import STATE
@@ -221,12 +222,18 @@ class Stream(Iterator[Arrays]):
     def classes(self) -> Mapping[str, tuple[str, ...]]:
         """Source with a mask of names -> the name of each of its values, from 0 (no polygon, "") on.
 
+        Of several burned columns, the keys are those of batches: ``"<source>/mask_<column>"``.
+
         Examples
         --------
         >>> dict(chips.stream(batch_size=32).classes)  # no masks of polygons
         {}
         """
-        return {name: own.classes for name, own in self._shards.pixels.items() if own.classes}
+        return {
+            source if mask == MASK else f"{source}/{mask}": names
+            for source, own in self._shards.pixels.items()
+            for mask, names in own.classes.items()
+        }
 
     def __len__(self) -> int:
         return self.order.batches * self.epochs + self._more

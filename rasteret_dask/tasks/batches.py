@@ -47,6 +47,18 @@ Arrays: TypeAlias = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class MaskPixels:
+    """What the pixels of burned labels are."""
+
+    name: str
+    """``<source>/<name>`` is what they are called in batches: ``mask``, or of several columns ``mask_<column>``."""
+    dtype: str
+    """NumPy's name."""
+    classes: tuple[str, ...] = ()
+    """Names of the values, from 0 on; () where these are numbers."""
+
+
+@dataclass(frozen=True, slots=True)
 class SourcePixels:
     """What the pixels of a source are."""
 
@@ -56,14 +68,17 @@ class SourcePixels:
     """NumPy's name."""
     units: str = ""
     """What they are measured in; "" where nobody knows, as after a user's function."""
-    classes: tuple[str, ...] = ()
-    """Names of the values of ``<source>/mask``, from 0 on; () where there is no mask, or it holds numbers."""
+    masks: tuple[MaskPixels, ...] = ()
+    """The labels that are burned on them."""
     kinds: tuple[BandKind, ...] = ()
     """What the numbers of each band are; () where nobody knows."""
     shape: tuple[int, ...] = ()
     """Of a chip: (time, band, y, x); () where nobody knows."""
-    mask: str = ""
-    """Dtype of ``<source>/mask``; "" where there is none."""
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Mask -> the names of its values, of masks whose values have names."""
+        return {mask.name: mask.classes for mask in self.masks if mask.classes}
 
     def rules(self) -> tuple[Kind, ...]:
         """Return the kind of each band, as a value that says what it decides."""

@@ -6,12 +6,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import FILLED, MASK, PRESENT
+from rasteret_dask.chipping.chiptable import FILLED, PRESENT, is_mask
 from rasteret_dask.planning.meta import MASKED
 from rasteret_dask.planning.rules import Rule
 from rasteret_dask.tasks.clouds import cloud_fractions, has_clouds
@@ -108,8 +109,8 @@ def _failing(
             int(at): f"valid{of} {valid[at]:.3f}, below {rule.min_valid:g}"
             for at in np.flatnonzero(valid < rule.min_valid)
         }
-    if rule.min_labelled is not None and job.labels is not None and job.labels.source == number:
-        labelled = _labelled_share(job, shard, dataset)
+    if rule.min_labelled is not None and job.labels_on(number):
+        labelled = _labelled_share(job, shard, number, dataset)
         found |= {
             int(at): f"labelled{of} {labelled[at]:.3f}, below {rule.min_labelled:g}"
             for at in np.flatnonzero(labelled < rule.min_labelled)
@@ -117,17 +118,16 @@ def _failing(
     return found
 
 
-def _labelled_share(job: Job, shard: Shard, dataset: xr.Dataset) -> NDArray[np.float64]:
-    """Return the share of each chip's pixels that a polygon covers, also where a function changed the pixels' grid."""
-    labels = job.labels
-    assert labels is not None
-    if MASK in dataset:
-        masks = dataset[MASK].values
-    else:
-        own = slice(shard.start, shard.stop)
-        masks = labels.burned(job.bounds[own], job.epsg[own], job.size_px[labels.source])
-    there = ~np.isnan(masks) if masks.dtype.kind == "f" else masks != labels.fill
-    return np.asarray(there.mean(axis=(1, 2)))
+def _labelled_share(job: Job, shard: Shard, source: int, dataset: xr.Dataset) -> NDArray[np.float64]:
+    """Return the share of each chip's pixels that have any label, also where a function changed the pixels' grid."""
+    own, parts = slice(shard.start, shard.stop), []
+    for labels in job.labels_on(source):
+        if labels.name in dataset:
+            masks = dataset[labels.name].values
+        else:
+            masks = labels.burned(job.bounds[own], job.epsg[own], job.size_px[source])
+        parts.append(~np.isnan(masks) if masks.dtype.kind == "f" else masks != labels.fill)
+    return np.asarray(np.logical_or.reduce(parts).mean(axis=(1, 2)))
 
 
 def _fed(job: Job, shard: Shard, source: int) -> NDArray[np.bool_]:
@@ -161,15 +161,16 @@ def _blanked(dataset: xr.Dataset, places: list[int], fill: float) -> xr.Dataset:
     if places and not dataset["pixels"].values.flags.writeable:  # a user's function made a view
         dataset = dataset.copy(deep=True)
     floats = dataset["pixels"].dtype.kind == "f"
-    fills = {
+    fills: dict[str, Any] = {
         "pixels": np.nan if floats else fill if np.isfinite(fill) else 0,
         "valid": False,
         "valid_fraction": 0,
         FILLED: 0,
         MASKED: 0,
         PRESENT: False,
-        MASK: np.nan if MASK in dataset and dataset[MASK].dtype.kind == "f" else 0,
     }
+    masks = [name for name, v in dataset.data_vars.items() if is_mask(str(name)) and v.ndim == 3]
+    fills |= {str(name): np.nan if dataset[name].dtype.kind == "f" else 0 for name in masks}
     for name in fills.keys() & dataset.variables.keys():
         dataset[name].values[places] = fills[name]
     return dataset

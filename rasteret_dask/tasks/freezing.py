@@ -106,6 +106,7 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
         *([list(chips.spec.classes)] if chips.spec.classes else []),
         *([] if chips.spec.radius_m is None else [["radius_m", float(chips.spec.radius_m)]]),
     )
+    _check_names(chips)
     wkts = luggage(pc.unique(table.column("epsg")).to_pylist())
     if wkts:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **wkts})
@@ -126,6 +127,17 @@ def _check_meta(chips: PlannedChips) -> None:
                 f"harmonize(meta=) of source {source.plan.name!r}", f"{both[0]!r}, which is a column of the chips too",
                 "names that no column of at= and with_table() has", "Rename the column.",
             )  # fmt: skip
+
+
+def _check_names(chips: PlannedChips) -> None:
+    """Refuse a column of the user's that is called like a mask."""
+    twice = {labels.name for labels in chips.labels} & {own.name for own in label_fields(chips.table.schema)}
+    if twice:
+        name = min(twice)
+        raise PlanError(
+            f"chips(rasterize=) of column {name.partition('_')[2]!r}", f"a column {name!r}, as its mask is called",
+            "another name for that column", f"Rename it: gdf.rename(columns={{{name!r}: 'own_{name}'}}).",
+        )  # fmt: skip
 
 
 def read_records(
@@ -203,7 +215,7 @@ def _per_shard(
 
 def _whole_blocks(chips: PlannedChips, per_shard: int) -> int:
     """Round down to the chips of whole tiles, which one shard then reads, or of whole blocks; at most half is lost."""
-    if chips.spec.at is not None:
+    if not chips.spec.in_rows:
         return per_shard
     if not isinstance(chips.spec.grid, TileGrid):
         block = (BLOCK_PX // chips.spec.stride) ** 2

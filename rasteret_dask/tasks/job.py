@@ -117,8 +117,8 @@ class Output:
     attrs: tuple[tuple[str, str], ...] = ()
     kinds: tuple[BandKind, ...] = ()
     """What the numbers of each band are; () where nobody knows, as after a user's function."""
-    mask: str | None = None
-    """Dtype of the variable ``mask`` (chip, y, x); None where there is none."""
+    masks: tuple[tuple[str, str], ...] = ()
+    """(name, dtype) of each variable (chip, y, x) of labels: ``mask``, or ``mask_<column>``."""
     units: tuple[str, ...] = ()
     """Per band, its unit; () where nobody knows, as after a user's function."""
     filled: bool = False
@@ -177,8 +177,8 @@ class Output:
     def chip_bytes(self) -> int:
         """Bytes of one chip."""
         pixels = self.times * self.height * self.width
-        mask = self.height * self.width * np.dtype(self.mask).itemsize if self.mask else 0
-        return pixels * (len(self.bands) * np.dtype(self.dtype).itemsize + int(self.valid)) + mask
+        masks = self.height * self.width * sum(np.dtype(dtype).itemsize for _, dtype in self.masks)
+        return pixels * (len(self.bands) * np.dtype(self.dtype).itemsize + int(self.valid)) + masks
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ class Job:
     """The splits of the plan that were not selected; their chips are in the table too."""
     pixel_rules: tuple[Rule, ...] = ()
     """What pixels must fulfil for their chip to be kept."""
-    labels: Labels | None = None
-    """Polygons that one source's pixels carry as a mask."""
+    labels: tuple[Labels, ...] = ()
+    """Polygons that one source's pixels carry as masks."""
     split_cells: pa.Table | None = None
     """Split cells and the split that each got (``cell``, ``split``), where they were dealt by more than a hash."""
     fold_cells: pa.Table | None = None
@@ -211,6 +211,10 @@ class Job:
     def __getstate__(self) -> dict[str, Any]:
         state = {f.name: getattr(self, f.name) for f in fields(self)}  # not what was cached on the way
         return state | {"records": tuple(Records(r.table) for r in self.records)}
+
+    def labels_on(self, source: int) -> tuple[Labels, ...]:
+        """Return the labels that are burned on one source's pixels."""
+        return tuple(labels for labels in self.labels if labels.source == source)
 
     def functions(self, source: int) -> tuple[Function, ...]:
         """Return the user's functions over one source's pixels, in the order in which they are called."""

@@ -55,8 +55,7 @@ def job_objects(job: Job) -> dict[str, bytes]:
     """Return name -> bytes: a job's tables as Arrow IPC, then the rest as JSON, with their checksums."""
     objects = {f"records-{number}.arrow": ipc_bytes(r.table) for number, r in enumerate(job.records)}
     objects["chips.arrow"] = ipc_bytes(job.chips.drop_columns(["geometry"]))
-    if job.labels is not None:
-        objects["labels.arrow"] = ipc_bytes(job.labels.table)
+    objects |= {_labels_file(n): ipc_bytes(labels.table) for n, labels in enumerate(job.labels)}
     if job.split_cells is not None:
         objects[SPLIT_CELLS] = ipc_bytes(job.split_cells)
     if job.fold_cells is not None:
@@ -69,7 +68,7 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "hierarchies": [[h.split, h.number, h.start, h.stop, h.per_shard, h.first] for h in job.hierarchies],
         "maps": [[s, to_json(f)] for s, f in job.maps],
         "pixel_rules": [to_json(rule) for rule in job.pixel_rules],
-        "labels": None if job.labels is None else job.labels.note,
+        "labels": _labels_note(job),
         "phase": job.phase,
         "digest": job.digest,
         "tables": {name: [len(data), crc32_of(data)] for name, data in objects.items()},
@@ -183,12 +182,28 @@ def _read(url: str, digest: str) -> Job:
             pixel_rules=tuple(from_json(rule) for rule in text["pixel_rules"]),
             split_cells=tables.get(SPLIT_CELLS),
             fold_cells=tables.get(FOLD_CELLS),
-            labels=None if text["labels"] is None else Labels.again(tables["labels.arrow"], text["labels"]),
+            labels=_labels(text["labels"], tables),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
         if isinstance(error, RasteretDaskError):
             raise
         raise _damaged(url, f"a {JOB_FILE} that is none ({error!r:.200})") from error
+
+
+def _labels_file(number: int) -> str:
+    return f"labels-{number}.arrow" if number else "labels.arrow"
+
+
+def _labels_note(job: Job) -> Any:
+    """Return what is noted of labels: nothing, a note, or a note for each of several."""
+    notes = [labels.note for labels in job.labels]
+    return notes if len(notes) > 1 else notes[0] if notes else None
+
+
+def _labels(notes: Any, tables: dict[str, pa.Table]) -> tuple[Labels, ...]:
+    """Return what :func:`_labels_note` noted."""
+    notes = [] if notes is None else notes if isinstance(notes, list) else [notes]
+    return tuple(Labels.again(tables[_labels_file(n)], note) for n, note in enumerate(notes))
 
 
 def _table(url: str, name: str, size: int, checksum: int) -> pa.Table:

@@ -11,7 +11,6 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.errors import PlanError
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.context import Functions
@@ -90,8 +89,7 @@ def outputs_of(job: Job, functions: Functions) -> tuple[Output, ...]:
     result = []
     for number, plan in enumerate(job.sources):
         output = Output.of(plan, job.size_px[number])
-        if job.labels is not None and job.labels.source == number:
-            output = replace(output, mask=job.labels.dtype.name)
+        output = replace(output, masks=tuple((own.name, own.dtype.name) for own in job.labels_on(number)))
         own = job.functions(number)
         rules = [r.function for r in job.pixel_rules if r.function and r.source in (None, plan.name)]
         if own or rules:
@@ -133,6 +131,6 @@ def _described(dataset: xr.Dataset, before: Output) -> Output:
     return Output(
         tuple(str(n) for n in names), array.dtype.name, fill, times, slots, height, width,
         before.valid and same, None, tuple(pair for pair in before.attrs if pair[0] != "units"),
-        kinds, before.mask if MASK in dataset else None, filled=before.filled,
+        kinds, tuple(pair for pair in before.masks if pair[0] in dataset), filled=before.filled,
         present=before.present and times == before.times, meta=before.meta if times == before.times else (),
     )  # fmt: skip

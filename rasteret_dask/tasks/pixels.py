@@ -13,7 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rasteret_dask import activity
-from rasteret_dask.chipping.chiptable import FILLED, MASK, META, PRESENT, label_columns
+from rasteret_dask.chipping.chiptable import FILLED, META, PRESENT, label_columns
 from rasteret_dask.planning.meta import DAY_OF_YEAR, MASKED, OF_SLOTS, days_of_year
 from rasteret_dask.reader.readplan import Request
 from rasteret_dask.tasks.cuts import Feed, MemberCubes, cubes
@@ -83,10 +83,10 @@ def dataset_of(job: Job, shard: Shard, source: int, chips: ChipPixels) -> xr.Dat
     variables: dict[str, Any] = {"pixels": (dims, chips.values)}
     if np.dtype(plan.dtype).kind not in "fc":
         variables["valid"] = (("chip", "time", "y", "x"), chips.valid)
-    if job.labels is not None and job.labels.source == source:
-        own = slice(shard.start, shard.stop)
-        masks = job.labels.burned(job.bounds[own], job.epsg[own], job.size_px[source])
-        variables[MASK] = (("chip", "y", "x"), masks)
+    own = slice(shard.start, shard.stop)
+    for labels in job.labels_on(source):
+        masks = labels.burned(job.bounds[own], job.epsg[own], job.size_px[source])
+        variables[labels.name] = (("chip", "y", "x"), masks)
     coordinates: dict[str, Any] = {
         **chip_coordinates(job, shard),
         "band": ("band", list(plan.bands)),

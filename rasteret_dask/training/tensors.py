@@ -65,7 +65,8 @@ def as_tensors(arrays: Mapping[str, Any], image: str | None = None) -> Sample:
             tensor = _without(_without(tensor, -4), -3)
         elif known == "valid" != name:
             tensor = _without(tensor, -3)
-        whole = known == "mask" and not tensor.is_floating_point()
+        burned = known == "mask" or (group == image and known.startswith("mask_"))
+        whole = burned and not tensor.is_floating_point()
         sample[known] = tensor.long() if whole else tensor
     return sample
 
