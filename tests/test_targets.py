@@ -214,3 +214,20 @@ def test_chosen_sources_and_a_joined_mask(s2: rd.Collection, tmp_path: Path) -> 
             one.stats(progress=False, sources=["sar"])
         with pytest.raises(PlanError, match="source 'mask'"):
             next(one.stream(6, normalize=some))
+
+
+def test_weights_have_the_names_of_classes_where_these_are_known() -> None:
+    stats = measure(drawn(3, 5), PIXELS)
+    by_value, by_name = stats.class_weights("cover"), stats.class_weights("cover", names=True)
+    known = dict(NAMES)
+    assert list(by_name) == [known.get(int(value), value) for value in by_value]
+    assert list(by_name.values()) == list(by_value.values())
+    mask = stats.class_weights("optical/mask", ignore=["no"], names=True)
+    assert list(mask)[:2] == ["no", "yes"]
+    assert mask["no"] == 0
+    assert list(mask.values()) == list(stats.class_weights("optical/mask", ignore=[0]).values())
+    alike = {"cover": SourcePixels(("cover",), "uint8", "", (), (BandKind("class", ((0, "a"), (1, "a"))),))}
+    twice = measure({key: v for key, v in drawn(3, 5).items() if key.startswith(("cover", "chip_id"))}, alike)
+    assert not {"a"} & set(
+        twice.class_weights("cover", names=True)
+    )  # two classes of one name keep their values
