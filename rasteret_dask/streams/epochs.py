@@ -236,7 +236,7 @@ class BatchOrder:
         raw = np.random.PCG64(np.random.SeedSequence((self.seed, *key))).random_raw(n)
         bits = np.asarray(raw, dtype=np.uint64)
         bits >>= np.uint64(11)
-        return bits * 2.0**-53
+        return np.asarray(bits * 2.0**-53)
 
     def _cut(
         self,
