@@ -129,10 +129,9 @@ class Pool:
 
 def ranges(first: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return so many whole numbers from each first one on, one range behind the other."""
-    ends = np.cumsum(sizes)
-    count = int(ends[-1]) if len(ends) else 0
-    shifts: NDArray[np.int64] = np.repeat(first - (ends - sizes), sizes)
-    return np.arange(count, dtype=np.int64) + shifts
+    numbers = np.repeat(first - (np.cumsum(sizes) - sizes), sizes)
+    numbers += np.arange(len(numbers))
+    return numbers
 
 
 def _below(stop: NDArray[np.int64], ranks: int, turns: NDArray[np.int64]) -> NDArray[np.int64]:

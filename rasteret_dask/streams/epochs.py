@@ -233,8 +233,10 @@ class BatchOrder:
     def _draws(self, n: int, *key: int) -> NDArray[np.float64]:
         """Return n random numbers from 0 to below 1 for a key: NumPy's raw bits stay the same for ever."""
         assert self.seed is not None
-        bits = np.random.PCG64(np.random.SeedSequence((self.seed, *key))).random_raw(n)
-        return np.asarray((np.asarray(bits, dtype=np.uint64) >> np.uint64(11)) * 2.0**-53)
+        raw = np.random.PCG64(np.random.SeedSequence((self.seed, *key))).random_raw(n)
+        bits = np.asarray(raw, dtype=np.uint64)
+        bits >>= np.uint64(11)
+        return np.asarray(bits * 2.0**-53)
 
     def _cut(
         self,
