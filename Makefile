@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Processes that tests are spread over; a file's tests stay together, in the order of the files.
+# Processes that tests are spread over.
 JOBS ?= 2
+# A file's tests stay together, in the order of the files; slow ones are few and long, and whoever is idle takes some.
 PYTEST := -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST_SLOW := -m pytest -q -n $(JOBS) --dist worksteal
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -22,10 +24,11 @@ help:  ## Show this list
 demo: $(VENV)/.demo-installed  ## Make a small world, write its train chips, check them (output: ./demo)
 	@$(BIN)/rasteret-dask demo $(ARGS)
 
-test: lint types pytest  ## Lint, type-check and run the tests, but for the slow ones
+test: lint  ## Lint, type-check and run the tests, but for the slow ones
+	@$(MAKE) --no-print-directory -j 2 types pytest
 
 test-slow: $(VENV)/.test-installed $(VENV)/.docs-installed  ## The slow tests: wheels on each Python, lowest and newest versions, notebooks, site
-	@$(BIN)/python $(PYTEST) -m slow $(ARGS)
+	@$(BIN)/python $(PYTEST_SLOW) -m slow $(ARGS)
 
 docs: $(VENV)/.docs-installed  ## Build the documentation site, strictly (output: docs/_build/html)
 	@$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html

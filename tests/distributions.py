@@ -121,7 +121,7 @@ def _outside() -> dict[str, str]:
 def _uv(*arguments: str) -> None:
     """Run uv, which keeps what it has downloaded once and links it into every environment."""
     pytest.importorskip("uv", reason="uv is not installed: it comes with the extra 'test'")
-    variables = _outside()
+    variables = {"UV_HTTP_TIMEOUT": "600", "UV_HTTP_RETRIES": "8", **_outside()}
     for url in _pip_index():
         variables.setdefault("UV_DEFAULT_INDEX", url)
     command = [sys.executable, "-m", "uv", "--quiet", "--no-python-downloads", *arguments]

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ import yaml
 from aiohttp import WSMsgType, web
 from dask.utils import parse_bytes
 from deployment_rules import problems
+from ports import free_port
 from waiting import PATIENCE_S, until
 
 __all__ = ["KubeServer", "Waiting", "operator", "patched", "served"]
@@ -522,7 +522,7 @@ class _Container:
     def start(self) -> None:
         if self.over:
             return
-        self.ports = {port["containerPort"]: _free_port() for port in self.spec["ports"]}
+        self.ports = {port["containerPort"]: free_port() for port in self.spec["ports"]}
         environment = self._environment()
         args = [self._local(arg, environment) for arg in self.spec["args"]]
         log = self.server.folder / f"{self.pod['metadata']['name']}.log"
@@ -613,12 +613,6 @@ def _verb(request: web.Request, name: str) -> str:
         return {"POST": "create", "PATCH": "patch", "DELETE": "delete"}[request.method]
     watched = request.query.get("watch") in ("true", "1")
     return "get" if name else "watch" if watched else "list"
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def _amount(quantity: str) -> float:

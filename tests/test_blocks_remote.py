@@ -15,8 +15,13 @@ from waiting import until
 import rasteret_dask as rd
 from rasteret_dask.demo.world import World
 from rasteret_dask.net import remote
+from rasteret_dask.tasks import freezing
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
+
+
+SHARD_CHIPS = 20
+"""Each shard is several requests to a server of this process, which has other things to do."""
 
 
 @pytest.fixture
@@ -58,15 +63,21 @@ def test_a_bucket_holds_a_plan_and_its_store_and_a_killed_client_is_gone_on_with
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import pytest, rasteret_dask as rd
+from part_processes import hold
+from rasteret_dask.tasks import freezing
 from test_jobparts import plan, shrink
 shrink(pytest.MonkeyPatch())
+freezing.SHARD_CHIPS = {SHARD_CHIPS}
+hold({str(tmp_path / "notes")!r})  # after some shards, for ever
 dates = ("2024-04-01", "2024-06-30")
 s2 = rd.build_from_stac({str(small_world.sentinel2)!r}, name="s2", date_range=dates)
 l8 = rd.build_from_stac({str(small_world.landsat)!r}, name="l8", date_range=dates)
-blocks = plan(s2, l8).by_blocks({f"{bucket}/plan"!r}, progress=False, windows=40)
+blocks = plan(s2, l8).by_blocks({f"{bucket}/plan"!r}, progress=False, windows=120)
 blocks.select("train").to_zarr({f"{bucket}/some.zarr"!r}, progress=False)
 """
+    (tmp_path / "notes").mkdir()
     shrink(monkeypatch)
+    monkeypatch.setattr(freezing, "SHARD_CHIPS", SHARD_CHIPS)
     chips = plan(s2, l8)
     command = [sys.executable, "-W", "ignore", "-c", code]
     with subprocess.Popen(command) as planner:
@@ -75,7 +86,7 @@ blocks.select("train").to_zarr({f"{bucket}/some.zarr"!r}, progress=False)
     whole = {
         path: seen for path, seen in remote.modified(f"{bucket}/plan").items() if path.endswith(".arrow.json")
     }
-    blocks = chips.by_blocks(f"{bucket}/plan", progress=False, windows=40)
+    blocks = chips.by_blocks(f"{bucket}/plan", progress=False, windows=120)
     after = remote.modified(f"{bucket}/plan")
     assert {path: after[path] for path in whole} == whole
     assert blocks.table.equals(chips.table)

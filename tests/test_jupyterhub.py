@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import uuid
@@ -23,6 +22,7 @@ import requests
 import yaml
 from gateways import GatewayServer, serving_gateway
 from left_processes import MARK, assert_none_left
+from ports import free_port
 from test_hub import IMAGE, extra_config
 from waiting import PATIENCE_S, until
 
@@ -34,9 +34,8 @@ PASSWORD = "of-the-tests"
 
 CONFIGURATION = """
 import os
-from jupyterhub.utils import random_port
 
-public, api = random_port(), random_port()
+public, api = {ports!r}
 c.JupyterHub.bind_url = f"http://127.0.0.1:{{public}}"
 c.JupyterHub.hub_bind_url = {hub!r}
 c.ConfigurableHTTPProxy.api_url = f"http://127.0.0.1:{{api}}"
@@ -107,9 +106,7 @@ def gateway(proxy: str, hub_url: str, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def hub_url() -> str:
     """Return where the hub itself will listen, behind its proxy."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +137,7 @@ def serving(folder: Path, proxy: str, hub_url: str, gateway: GatewayServer) -> I
         "RASTERET_DASK_CACHE": str(folder / "cache"),
     }
     text = CONFIGURATION.format(
+        ports=(free_port(), free_port()),
         proxy=proxy,
         password=PASSWORD,
         home=str(home / "{username}"),

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -531,16 +532,27 @@ def test_a_store_written_on_kubernetes_is_the_plain_one(
 
 
 @pytest.mark.slow
-def test_workers_come_as_there_is_work_for_them(running: KubeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_come_as_there_is_work_for_them(
+    running: KubeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     use(running, monkeypatch)
     scalers: list[Document] = []
+    go = tmp_path / "go"
+
+    def waiting(value: int) -> int:
+        while not go.exists():
+            time.sleep(0.05)
+        return value
 
     def work() -> None:
         with rd.cluster("kubernetes", workers=(0, 2), size=SIZE) as client:
             scalers.extend(running.every("DaskAutoscaler"))
             assert not client.scheduler_info()["workers"]
-            assert client.submit(sum, [1, 2]).result() == 3
-            assert 1 <= len(client.scheduler_info()["workers"]) <= 2
+            future = client.submit(waiting, 3)
+            until(lambda: client.processing() and any(client.processing().values()))
+            assert 1 <= len(client.scheduler_info()["workers"]) <= 2  # who is idle may go again at once
+            go.touch()
+            assert future.result() == 3
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -399,8 +399,7 @@ def test_as_many_jobs_as_there_is_work_for(
 def test_jobs_that_nobody_uses_end_and_come_again(slurm: FakeSlurm) -> None:
     """As those of a notebook that is left open over a weekend."""
     with rd.cluster("slurm", workers=1, options={"idle_timeout": "1s"}) as client:
-        client.wait_for_workers(1)
-        until(lambda: not slurm.active)
+        until(lambda: slurm.jobs and not slurm.active)
         assert client.submit(abs, -1).result() == 1
         assert ends(slurm) == ["CANCELLED"] * 2
     assert not slurm.processes()

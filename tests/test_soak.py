@@ -11,7 +11,7 @@ from soak import Soak, rounds, write
 
 from rasteret_dask.demo.world import World
 
-SECONDS = float(os.environ.get("RASTERET_DASK_SOAK_S", "120"))
+SECONDS = float(os.environ.get("RASTERET_DASK_SOAK_S", "45"))
 SEED = int(os.environ.get("RASTERET_DASK_SOAK_SEED", "1"))
 
 
