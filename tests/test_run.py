@@ -297,7 +297,9 @@ def test_a_task_that_runs_again_looks_before_it_reads(
     assert set(tried.values()) == {1, 2}
     assert seen.tiles
     rewritten = {p for p, m in stamps(tmp_path / "x.zarr" / "_job").items() if before.get(p) != m}
-    assert not {p for p in rewritten if p.startswith("done/")}  # its objects are what they were: the report stays
+    assert not {
+        p for p in rewritten if p.startswith("done/")
+    }  # its objects are what they were: the report stays
     assert_store(tmp_path / "x.zarr", wanted)
 
 
