@@ -174,7 +174,9 @@ def test_a_person_can_follow_the_log_of_a_batch_job_on_two_processes(
     text = log.read_text()
     assert done.returncode == 0, text
     lines = text.splitlines()
-    shown = [line for line in lines if not line.startswith("INFO ")]
+    # a busy machine may not hear of a worker for a moment, which is said, too
+    told = re.compile(r"INFO |(WARNING rasteret_dask\.net\.watch: )?to_zarr .* is gone; it had ")
+    shown = [line for line in lines if not told.match(line)]
     assert len(shown) >= 2, text
     for line in shown:
         assert re.fullmatch(

@@ -40,6 +40,9 @@ ATTEMPTS = 16
 MOST_TRIES = 64
 """Windows that are tried for each one that is wanted: then there are no more."""
 
+TRIES_A_PLACE = 6
+"""Windows that are tried for each place that there is, at most: by then all but 1 in 400 of them have come."""
+
 SPARE = 1.25
 """Windows that are tried for each one that is missing."""
 
@@ -97,12 +100,14 @@ def random_windows(chips: PlannedChips, step: Random, places: pa.Table | None = 
         short = [
             (queue, want - len(own))
             for queue, want, own in zip(queues, wanted, chosen, strict=True)
-            if len(own) < want and queue.tries < MOST_TRIES * want + 1024
+            if len(own) < want and queue.tries < ground.most_tries(want)
         ]
         if not short:
             break
         for queue, missing in short:
-            queue.extend(ground, step.seed, int(missing * SPARE) + 32)
+            queue.extend(
+                ground, step.seed, min(int(missing * SPARE) + 32, TRIES_A_PLACE * ground.places + 1024)
+            )
         _keep_covered(chips, ground, sources, [queue for queue, _ in short])
     _tell_of_few(step, aims, wanted, chosen, size)
     drawn = [
@@ -217,6 +222,15 @@ class _Ground:
         ]
         _, group = np.unique(np.stack(codes, -1), axis=0, return_inverse=True)
         return cls(chips, size, step, anchor, epsg, corner, group.ravel(), cell_places(table))
+
+    @property
+    def places(self) -> int:
+        """How many different windows there may be: one around each place of each chip."""
+        return len(self.corner) * (self.chips.spec.size // self.step + 1) ** 2
+
+    def most_tries(self, want: int) -> int:
+        """Return how many windows are tried before there are taken to be no more."""
+        return min(MOST_TRIES * want, TRIES_A_PLACE * self.places) + 1024
 
     def drawn(self, aim: _Aim, seed: int, first: int, count: int) -> _Windows:
         """Draw windows ``first`` to ``first + count``; those that lie nowhere are left out."""
