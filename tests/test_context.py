@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import rasteret_dask as rd
+from rasteret_dask.chipping.drawing import plan_chips
 from rasteret_dask.planning.calls import call
 from rasteret_dask.planning.plan import ChipSpec, from_json, to_json
 from rasteret_dask.reader.sharing import SHARED
@@ -141,6 +142,30 @@ def test_exits_and_stored_splits_know_them(chips: rd.Chips, joined: rd.Collectio
     drawn = chips.random(10, seed=1, size=8)
     tree: Any = drawn.load()
     assert tree["wide"]["pixels"].shape[-2:] == (32, 32)
+
+
+def test_each_acquisition_has_its_window(s2: rd.Collection) -> None:
+    near, wide = (s2.harmonize(["red"], resolution=pixel) for pixel in (10, 20))
+    joined = rd.join(near=near, wide=wide)
+    chips = joined.chips(SIZE, cell_km=CELL_M / 1000, context_m={"wide": WIDE_M}).sample(20, seed=2)
+    ids = chips.table.column("chip_id").to_pylist()
+    plain = joined.chips(SIZE, cell_km=CELL_M / 1000).filter(("chip_id", "in", ids))
+    assert len(plain) == len(chips) == 20
+    large: Any = chips.load()["wide"]
+    small: Any = plain.load()["wide"].sel(chip=np.argsort(plain.table.column("chip_id").to_pylist()))
+    large = large.sel(chip=np.argsort(ids))
+    assert large["chip_id"].values.tolist() == small["chip_id"].values.tolist()
+    np.testing.assert_array_equal(large["datetime"].values, small["datetime"].values)
+    middle = slice(12, 20)  # 240 m on each side are 12 pixels
+    inside = large["pixels"].values[..., middle, middle]
+    assert np.isfinite(inside).mean() > 0.5
+    np.testing.assert_array_equal(inside, small["pixels"].values)
+
+
+def test_a_sample_that_is_drawn_first_is_that_of_all_chips(chips: rd.Chips) -> None:
+    asked = chips.split(0.5, 0.25, 0.25, seed=3).select("train").sample(7, seed=5)
+    whole = plan_chips(asked.plan, asked.query.tables, optimized=False).table
+    assert asked.table.select(["chip_id", "split"]).equals(whole.select(["chip_id", "split"]))
 
 
 def test_what_a_chip_may_lack_needs_not_cover_its_window(joined: rd.Collection, s2: rd.Collection) -> None:

@@ -283,7 +283,8 @@ def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table], wh
     if reason:
         losses |= _lost(table, lost, reason)
     epsg = table.column("epsg").to_numpy().astype(np.int64)
-    near = too_near(epsg, chips.ground, number, spec, chips.outlines_lonlat)
+    outlines = chips.outlines_lonlat if spec.buffer_m > 0 else table.column("geometry")
+    near = too_near(epsg, chips.ground, number, spec, outlines)
     if near.any():
         others = [name for name in spec.names if name != TRAIN]
         words = " or ".join(others) if len(others) <= 3 else "other"
