@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 
 import rasteret_dask as rd
 from rasteret_dask.chipping.drawing import plan_chips
+from rasteret_dask.chipping.ground import Links, cells_under
+from rasteret_dask.chipping.splits import SplitCells
 from rasteret_dask.planning.calls import call
 from rasteret_dask.planning.plan import ChipSpec, from_json, to_json
 from rasteret_dask.reader.sharing import SHARED
 from rasteret_dask.tasks import pixels
 from rasteret_dask.tasks.jobfile import job_objects
+from rasteret_dask.zones import UTM
 
 SIZE, WIDE_M, CELL_M = 16, 640.0, 960
 
@@ -235,3 +238,27 @@ def test_plans_without_it_are_as_they_were(chips: rd.Chips, joined: rd.Collectio
     assert joined.chips(SIZE, cell_km=CELL_M / 1000, context_m={}).plan == plain.plan
     assert plain.job.reaches_m == ()
     assert "reaches_m" not in json.loads(job_objects(plain.job)["job.json"])
+
+
+def test_windows_across_the_edge_of_a_zone_lie_on_cells_of_both() -> None:
+    """Cells of chips that were laid out in cells: those under their windows, as of windows that lie freely."""
+    rng = np.random.default_rng(4)
+    x, y = (
+        285_200 + rng.uniform(-3000, 3000, 40),
+        5_560_000 + rng.uniform(0, 9000, 40),
+    )  # 12 degrees east, in 32633
+    wide = np.stack([x - 700, y - 700, x + 700, y + 700], -1)
+    epsg, cells = np.full(40, 32633), SplitCells(UTM, CELL_M)
+    home = np.stack([np.floor(-y / CELL_M), np.floor(x / CELL_M)], -1).astype(np.int64)
+    laid = cells_under(epsg, wide, cells, "drop", home, beyond=True)
+    free = cells_under(epsg, wide, cells, "drop", None)
+
+    def pairs(links: Links) -> set[tuple[int, ...]]:
+        rows = np.concatenate([links.chip[:, None], links.zone[:, None], links.cell], axis=1)
+        return set(map(tuple, rows.tolist()))
+
+    own = {(at, 32633, *place) for at, place in enumerate(home.tolist())}
+    assert pairs(laid) == pairs(free) | own
+    assert {32632, 32633} <= set(laid.zone.tolist())
+    centre = cells_under(epsg, wide, cells, "centre", home, beyond=True)
+    assert pairs(centre) == own
