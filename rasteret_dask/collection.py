@@ -415,6 +415,7 @@ class Collection(TableExits, PixelReads):
         rasterize: str | Sequence[str] | None = None,
         classes: Sequence[str | int] | Mapping[str, Sequence[str | int]] | None = None,
         radius_m: float | None = None,
+        context_m: Mapping[str, float] | None = None,
     ) -> Chips:
         """Lay chips over the ground that every source covers.
 
@@ -459,6 +460,12 @@ class Collection(TableExits, PixelReads):
         radius_m
             Of point labels: the mask has a point's value on the ground so many metres around it; where circles overlap,
             that of the last one.
+        context_m
+            Of a join: sources whose windows are larger than the chips, around the same centres, and the side of these
+            windows in metres: ``{"wide": 3840}`` is 64 pixels of ``harmonize(resolution=60)``. A whole number of the
+            source's pixels. Such a source has to cover its whole window. ``split`` drops chips whose windows show
+            ground of two splits, and ``audit`` counts these windows. ``bounds`` and masks of ``rasterize=`` are those
+            of the chips; the source's attribute ``context_m`` is the side.
 
         Examples
         --------
@@ -494,6 +501,7 @@ class Collection(TableExits, PixelReads):
             rasterize=columns,
             classes=named,
             radius_m=radius_m,
+            context_m=_sides(context_m),
         )
         from rasteret_dask.chipset import Chips  # it imports xarray, and what reads pixels
 
@@ -803,6 +811,16 @@ def _classes(
         )  # fmt: skip
     pairs = {name: tuple(plain(list(classes[name]))) for name in burned if name in classes}
     return pairs.get(columns, ()) if isinstance(columns, str) else tuple(pairs.items())
+
+
+def _sides(context_m: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
+    """Return the side of a source's windows, for each that is named."""
+    if context_m is not None and not isinstance(context_m, Mapping):
+        raise PlanError(
+            "chips(context_m=)", repr(context_m), "a source with the side of its windows in metres",
+            "Say context_m={'wide': 3840}.",
+        )  # fmt: skip
+    return tuple((context_m or {}).items())
 
 
 def _polygons(

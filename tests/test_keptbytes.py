@@ -212,9 +212,9 @@ def test_no_more_is_counted_than_a_process_may_keep(monkeypatch: pytest.MonkeyPa
     job = job_of(how={"resolution": 10.0}, size=24, dates=2, shard_bytes=10**5, joined=False, split=False)
     count, counted = keptbytes._spans_of, list[int]()
 
-    def spans_of(job: Job, read: Any) -> Any:
+    def spans_of(job: Job, source: int, read: Any) -> Any:
         counted.append(len(read.run))
-        return count(job, read)
+        return count(job, source, read)
 
     monkeypatch.setattr(keptbytes, "PART_CHIPS", 1)
     monkeypatch.setattr(keptbytes, "_spans_of", spans_of)

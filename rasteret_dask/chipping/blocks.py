@@ -156,6 +156,11 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
             "by_blocks", asked, "chips(grid='utm') or a CRS, whose split cells are the same for any area",
             "Plan it in one piece: the same steps without by_blocks.",
         )  # fmt: skip
+    if spec.context_m:
+        raise PlanError(
+            "by_blocks", "chips(context_m=)", "windows of one size, which need the records of their own block only",
+            "Plan it in one piece: the same steps without by_blocks.",
+        )  # fmt: skip
     for step in steps:
         match step:
             case Sample():

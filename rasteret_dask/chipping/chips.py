@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.chiptable import (
     CHIP_SCHEMA,
     FeedTable,
+    bounds_of,
     is_label,
     is_name,
     joined,
@@ -25,7 +27,7 @@ from rasteret_dask.chipping.chiptable import (
 )
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import Feeds, source_outlines
-from rasteret_dask.chipping.frame import Frame, Phase, cell_names, outline_wkb
+from rasteret_dask.chipping.frame import Frame, Phase, cell_names, frame_of, grown, outline_wkb
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.chipping.laying import Laid, lay
 from rasteret_dask.errors import EmptyError, GridError, PlanError
@@ -49,7 +51,7 @@ from rasteret_dask.planning.plan import (
     near_area,
     without,
 )
-from rasteret_dask.planning.resolve import ResolvedSource, evaluate, in_metres, resolve_source
+from rasteret_dask.planning.resolve import ResolvedSource, SourcePlan, evaluate, in_metres, resolve_source
 from rasteret_dask.planning.scan import Table, as_table
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import TimeAxis
@@ -59,6 +61,7 @@ __all__ = [
     "ChipSources",
     "PlannedChips",
     "below_join",
+    "check_context",
     "chip_sources",
     "labels_of",
     "phases",
@@ -106,6 +109,23 @@ class PlannedChips:
     def size_m(self) -> float:
         """Side of a chip on the ground, metres."""
         return self.spec.size * self.resolution
+
+    @property
+    def reach_m(self) -> float:
+        """How far beyond a chip the window of some source reaches on each side, metres."""
+        return self.spec.reach_m(self.resolution)
+
+    @property
+    def ground(self) -> NDArray[np.float64]:
+        """Shape (chip, 4). The ground that each chip shows in any source: xmin, ymin, xmax, ymax in its CRS."""
+        return grown(bounds_of(self.table), self.reach_m)
+
+    @property
+    def outlines_lonlat(self) -> pa.ChunkedArray:
+        """The same as WKB, in degrees."""
+        if not self.reach_m:
+            return self.table.column("geometry")
+        return pa.chunked_array([outline_wkb(frame_of(self.table).grown(self.reach_m))])
 
 
 @dataclass(frozen=True)
@@ -269,6 +289,7 @@ def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
         )  # fmt: skip
     _check_slots(node.spec, sources)
     _check_sizes(node.spec, sources, reference)
+    check_context(node.spec, [s.plan for s in sources], reference)
     ground = tuple(source_outlines(s) for s in sources)
     return ChipSources(node.spec, tuple(sources), reference, ground, tuple(reversed(maps)))
 
@@ -398,8 +419,10 @@ def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) 
             )  # fmt: skip
     if spec.in_cells:
         Lattice(spec.cell_km * 1000.0, length, spec.stride * resolution)
-    others = [s.plan.resolution for s in sources]
-    for source in sources:
+    wider = dict(spec.context_m)  # whose windows have a side of their own
+    inside = [source for source in sources if source.plan.name not in wider]
+    others = [s.plan.resolution for s in inside]
+    for source in inside:
         pixels = length / source.plan.resolution
         if abs(pixels - round(pixels)) < 1e-6 and round(pixels) > 0:
             continue
@@ -416,6 +439,42 @@ def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) 
             f"Nearest sizes that fit: {', '.join(map(str, below + above)) or 'none'}"
             + (f"; filling a split cell: {', '.join(map(str, best))}." if best else "."),
         )
+
+
+def check_context(spec: ChipSpec, sources: Sequence[SourcePlan], reference: int) -> None:
+    """Refuse windows of sources that cannot lie around a chip.
+
+    Raises
+    ------
+    PlanError
+        When a source is none of the plan's, or the reference.
+    GridError
+        When a side is no whole number of the source's pixels, or shorter than a chip.
+    """
+    own, names = sources[reference], [source.name for source in sources]
+    length = spec.size * own.resolution
+    for name, side in spec.context_m:
+        subject = f"chips(context_m=) of source {name!r}"
+        others = [one for one in names if one != own.name]
+        if name == own.name:
+            raise PlanError(
+                subject, "the reference, whose windows are the chips themselves", "another source",
+                f"Say chips(reference={others[0]!r})." if others else "Join it with a source of smaller windows.",
+            )  # fmt: skip
+        if name not in names:
+            raise PlanError(
+                subject, "no such source", f"one of {', '.join(others) or 'none: join another source'}"
+            )
+        pixel = sources[names.index(name)].resolution
+        below, least = math.floor(side / pixel + 1e-6), math.ceil(length / pixel - 1e-6)
+        if below >= least and abs(side / pixel - below) < 1e-6:
+            continue
+        near = sorted({max(below, least) * pixel, max(below + 1, least) * pixel})
+        raise GridError(
+            subject, f"{side:g} m = {side / pixel:.4g} pixels of {pixel:g} m",
+            f"a whole number of its pixels, and at least the side of a chip, {length:g} m",
+            f"Nearest sides that fit: {', '.join(f'{one:g}' for one in near)}.",
+        )  # fmt: skip
 
 
 def tell_of_coarse(ground: ChipSources) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -14,7 +14,7 @@ import pyproj
 import shapely
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chiptable import joined
+from rasteret_dask.chipping.chiptable import bounds_of, joined
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.crs import crs_of, text
 from rasteret_dask.errors import GridError, PlanError
@@ -31,6 +31,8 @@ __all__ = [
     "cell_names",
     "chip_cells",
     "concatenated",
+    "frame_of",
+    "grown",
     "id_head",
     "in_space",
     "laid_out",
@@ -93,6 +95,23 @@ class Frame:
             None if self.index is None else self.index[at],
             self.prefix.take(pa.array(at)),
         )
+
+    def grown(self, reach_m: float) -> Frame:
+        """Return windows that reach farther on each side."""
+        return replace(self, bounds=grown(self.bounds, reach_m)) if reach_m else self
+
+
+def grown(bounds: NDArray[np.float64], reach_m: float) -> NDArray[np.float64]:
+    """Return boxes, shape (box, 4), that reach farther on each side."""
+    return np.round(bounds + np.array([-1.0, -1.0, 1.0, 1.0]) * reach_m, 9) if reach_m else bounds
+
+
+def frame_of(table: pa.Table) -> Frame:
+    """Return where the chips of a table lie, as windows without rows, columns and ids."""
+    nothing = np.zeros(table.num_rows, dtype=np.int64)
+    epsg = table.column("epsg").to_numpy().astype(np.int64)
+    blank = pa.array([""] * table.num_rows, pa.string())
+    return Frame(epsg, bounds_of(table), nothing, nothing, None, None, blank)
 
 
 def candidates(

@@ -55,6 +55,7 @@ def cells_under(
     cells: SplitCells,
     boundary: str,
     inside: NDArray[np.int64] | None,
+    beyond: bool = False,
 ) -> Links:
     """Return the split cells whose split decides that of chips.
 
@@ -71,6 +72,8 @@ def cells_under(
     inside
         Shape (chip, 2). The split cell each chip was laid out in, or None for windows that were laid out freely.
         Chips of the neighbouring zone may stick out of their cells by a pixel: give bounds that are so much wider.
+    beyond
+        Whether bounds reach beyond these cells: windows of a source that are larger than the chips.
     """
     parts: list[tuple[Any, Any, Any]] = []
     for code in np.unique(epsg).tolist():
@@ -78,13 +81,13 @@ def cells_under(
         if inside is not None and cells.zones.has(code):
             parts.append((at, code, inside[at]))
             if boundary == "drop":
-                parts += _of_other_zones(code, at, bounds, cells)
+                parts += (_under if beyond else _of_other_zones)(code, at, bounds, cells)
             continue
         parts += _at_centre(code, at, bounds, cells)
         if boundary == "drop":
             parts += _under(code, at, bounds, cells)
     links = Links.of(parts)
-    if boundary == "drop" and inside is None:
+    if boundary == "drop" and (beyond or inside is None):
         links = _without_doubles(links)
     return links
 
@@ -95,17 +98,19 @@ def by_ground(
     cells: SplitCells,
     spec: SplitSpec,
     inside: NDArray[np.int64] | None,
+    beyond: bool = False,
 ) -> NDArray[np.int64]:
     """Return the split number of chips, -1 for those whose ground lies in two splits.
 
     Parameters
     ----------
-    epsg, bounds, cells, inside
+    epsg, bounds, cells, inside, beyond
         As in :func:`cells_under`.
     spec
         The shares, the seed and what to do at a boundary.
     """
-    return splits_under(cells_under(epsg, bounds, cells, spec.boundary, inside), len(bounds), cells, spec)
+    links = cells_under(epsg, bounds, cells, spec.boundary, inside, beyond)
+    return splits_under(links, len(bounds), cells, spec)
 
 
 def splits_under(links: Links, chips: int, cells: SplitCells, spec: SplitSpec) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -76,7 +76,8 @@ def lay(
     block = blocks(frame, spec, footprints[reference], sources[reference].plan.resolution)
     for first, last in _batches(block):
         some = frame.take(np.arange(first, last))
-        touched = [covered(s, o, some) for s, o in zip(sources, footprints, strict=True)]
+        wide = _windows(spec, sources, reference, some)
+        touched = [covered(s, o, own) for s, o, own in zip(sources, footprints, wide, strict=True)]
         own = {column: times[first:last] for column, times in dates.items()}
         make = partial(_with_slots, own) if sources[reference].has_slots else _by_acquisition
         part = make(spec, sources, reference, footprints, some, touched)
@@ -96,6 +97,12 @@ def lay(
         feeds,
         lost,
     )
+
+
+def _windows(spec: ChipSpec, sources: Sequence[ResolvedSource], reference: int, frame: Frame) -> list[Frame]:
+    """Return the windows of each source: those of chips, or wider ones around the same centres."""
+    resolution = sources[reference].plan.resolution
+    return [frame.grown(spec.reach_m(resolution, source.plan.name)) for source in sources]
 
 
 def _batches(block: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -128,9 +135,10 @@ def _with_slots(
     share = np.ones(len(frame))
     result, lost = [], Counter[str]()
     reference_slots = np.zeros(len(frame), dtype=np.int64)
+    wide = _windows(spec, sources, reference, frame)
     for number, (source, outline, feeds) in enumerate(zip(sources, footprints, touched, strict=True)):
         slotted = in_slots(source, feeds, dates)
-        good, key, part = enough(slotted, frame, outline, spec.min_coverage)
+        good, key, part = enough(slotted, wide[number], outline, spec.min_coverage)
         slots = int(slotted.slot.max()) + 1 if len(slotted.slot) else 1
         if source.chip_times is not None and source.chip_times.most:
             good, kept = chosen(source, source.chip_times, good, dates)
@@ -148,8 +156,8 @@ def _with_slots(
         reference_slots = filled if number == reference else reference_slots
         result.append((source, outline, good))
     picked = [
-        pick(s, f.take(alive[f.window]), frame, o, slot_times(s, dates), spec.min_coverage)
-        for s, o, f in result
+        pick(s, f.take(alive[f.window]), own, o, slot_times(s, dates), spec.min_coverage)
+        for (s, o, f), own in zip(result, wide, strict=True)
     ]
     place = np.cumsum(alive) - 1
     window = np.flatnonzero(alive)
@@ -181,12 +189,13 @@ def _by_acquisition(
     alive = np.ones(len(key), dtype=bool)
     lost = Counter({_uncovered(spec, sources[reference], 1): len(frame) - len(np.unique(window))})
     feeds: list[Feeds] = []
+    wide = _windows(spec, sources, reference, frame)
     for number, (source, outline, other) in enumerate(zip(sources, footprints, touched, strict=True)):
         if number == reference:
             chip = np.searchsorted(key, good.window.astype(np.int64) * slots + good.slot)
             feeds.append(replace(good, window=chip))
             continue
-        ready, other_key, other_share = enough(other, frame, outline, spec.min_coverage)
+        ready, other_key, other_share = enough(other, wide[number], outline, spec.min_coverage)
         other_slots = int(other.slot.max(initial=0)) + 1
         theirs = passes_in(source, ready)
         most = np.timedelta64(0, "ns") if source.tolerance is None else source.tolerance
@@ -204,11 +213,11 @@ def _by_acquisition(
         feeds.append(_chosen(ready, other_slots, window, chosen))
     place = np.cumsum(alive) - 1
     kept = []
-    for source, outline, f in zip(sources, footprints, feeds, strict=True):
+    for source, outline, f, ground in zip(sources, footprints, feeds, wide, strict=True):
         f = f.take(alive[f.window])
         # One slot per chip: the chip's number stands in for the window while the pick sorts.
         alone = replace(f, window=place[f.window], slot=np.zeros_like(f.slot))
-        kept.append(pick(source, alone, frame.take(window[alive]), outline, None, spec.min_coverage))
+        kept.append(pick(source, alone, ground.take(window[alive]), outline, None, spec.min_coverage))
     window, start, acquisition = window[alive], own.start[alive], own.acquisition[alive]
     block = blocks(frame, spec, footprints[reference], sources[reference].plan.resolution)[window]
     order = np.lexsort(

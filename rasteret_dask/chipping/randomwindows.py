@@ -18,7 +18,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.celltable import cell_places
-from rasteret_dask.chipping.chips import ChipSources, PlannedChips
+from rasteret_dask.chipping.chips import ChipSources, PlannedChips, check_context
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FOLD, bounds_of, joined, replaced
 from rasteret_dask.chipping.frame import Frame, in_space
 from rasteret_dask.chipping.labels import Labels
@@ -89,6 +89,7 @@ def random_windows(chips: PlannedChips, step: Random, places: pa.Table | None = 
         chips = replace(chips, table=chips.table.filter(pc.is_valid(chips.table.column("split"))))
     if not chips.table.num_rows:
         return chips
+    _check_reach(chips, size)
     ground = _Ground.of(chips, size)
     aims = _aims(chips, step) if places is None else _aims_at(chips, step, places)
     spec = replace(chips.spec, size=size, stride=size, drawn=True)
@@ -339,9 +340,23 @@ class _Ground:
         )  # fmt: skip
 
 
+def _check_reach(chips: PlannedChips, size: int) -> None:
+    """Refuse windows that reach beyond the ground of their split in a source with windows of its own size."""
+    check_context(replace(chips.spec, size=size), [s.plan for s in chips.sources], chips.reference)
+    dealt = chips.split is not None or FOLD in chips.table.column_names
+    if chips.spec.context_m and dealt and size < chips.spec.size:
+        raise PlanError(
+            f"random(size={size})", f"chips(context_m=) of chips of {chips.spec.size} pixels that are dealt already",
+            "windows of that size at least, as smaller ones may show ground beside that of the chips",
+            f"Draw them before they are dealt: chips.random(n, size={size}).split(...).",
+        )  # fmt: skip
+
+
 def _whole_pixels(chips: PlannedChips, size: int) -> int:
     """Return the least number of the reference's pixels that is a whole number of each source's."""
-    ratios = [Fraction(chips.resolution / s.plan.resolution).limit_denominator(10_000) for s in chips.sources]
+    wider = dict(chips.spec.context_m)
+    pixels = [s.plan.resolution for s in chips.sources if s.plan.name not in wider]
+    ratios = [Fraction(chips.resolution / pixel).limit_denominator(10_000) for pixel in pixels]
     step = lcm(*(ratio.denominator for ratio in ratios))
     if size % step:
         near = sorted({max(size // step, 1) * step, (size // step + 1) * step})

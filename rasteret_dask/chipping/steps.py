@@ -282,8 +282,9 @@ def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table], wh
         lost = lost & ~foldless
     if reason:
         losses |= _lost(table, lost, reason)
-    epsg, bounds = table.column("epsg").to_numpy().astype(np.int64), bounds_of(table)
-    near = too_near(epsg, bounds, number, spec, table.column("geometry"))
+    epsg = table.column("epsg").to_numpy().astype(np.int64)
+    outlines = chips.outlines_lonlat if spec.buffer_m > 0 else table.column("geometry")
+    near = too_near(epsg, chips.ground, number, spec, outlines)
     if near.any():
         others = [name for name in spec.names if name != TRAIN]
         words = " or ".join(others) if len(others) <= 3 else "other"
@@ -391,7 +392,9 @@ def ground_of(chips: PlannedChips, spec: SplitSpec) -> tuple[SplitCells, Links]:
     wider = np.array([-1, -1, 1, 1]) * 1.5 * chips.resolution * (inside is not None)
     epsg = chips.table.column("epsg").to_numpy().astype(np.int64)
     cells = _split_cells(chips)
-    return cells, cells_under(epsg, bounds_of(chips.table) + wider, cells, spec.boundary, inside)
+    beyond = chips.reach_m > 0
+    bounds = chips.ground if beyond else bounds_of(chips.table) + wider
+    return cells, cells_under(epsg, bounds, cells, spec.boundary, inside, beyond)
 
 
 def _split_cells(chips: PlannedChips) -> SplitCells:
@@ -424,7 +427,8 @@ def _warn_of_empty(
     length, stride = chips.size_m, chips.spec.stride * chips.resolution
     step = stride if chips.spec.in_cells else chips.resolution
     # chips begin at whole strides from the cell's corner, and train may come up to its edge on either side
-    inside = math.ceil(spec.buffer_m / step - 1e-9) * step + length + spec.buffer_m
+    reach = chips.reach_m
+    inside = math.ceil((spec.buffer_m + 2 * reach) / step - 1e-9) * step + length + spec.buffer_m + 2 * reach
     larger = whole_cell_km(length, stride, inside) if spec.by == "ground" else None
     advice = f"chips(cell_km={larger:g}) has room for one inside of it, or lower" if larger else "Lower"
     warnings.warn(

@@ -415,7 +415,7 @@ def _beside(
     if spec.buffer_m <= 0:
         return nothing, nothing
     epsg = chips.table.column("epsg").to_numpy().astype(np.int64)
-    near = cells_near(epsg, bounds_of(chips.table), cells, spec.buffer_m)
+    near = cells_near(epsg, chips.ground, cells, spec.buffer_m + chips.reach_m)
     known = {tuple(place): at for at, place in enumerate(places.tolist())}
     wanted, back = np.unique(
         np.concatenate([near.zone[:, None], near.cell], axis=1), axis=0, return_inverse=True

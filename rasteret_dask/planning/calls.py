@@ -222,6 +222,8 @@ def _cut(spec: ChipSpec, rows: TableRows) -> list[str]:
             values[name] = _Typed(_table(values[name], rows))
     if "grid" in values:
         values["grid"] = _grid(spec.grid)
+    if spec.context_m:
+        values["context_m"] = dict(spec.context_m)
     if spec.classes and isinstance(spec.rasterize, tuple):
         values["classes"] = dict(spec.classes)
     return [str(spec.size), *_set(**values)]

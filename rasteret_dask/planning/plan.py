@@ -93,6 +93,8 @@ TIME = "time"
 """``split(by=)`` of splits that have a range of time each."""
 LATER = {"later": True}
 """Marks a field that plans did not have at first: JSON leaves it out where it is the default, so that digests stay."""
+MAX_CONTEXT_M = 1_000_000
+"""The side of windows of a source, at most, metres: beyond, the map of a zone is none."""
 DTYPES = (None, "float32", "uint16", "int16")
 MOST_ACQUISITIONS = 10_000
 RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode", "overview")
@@ -190,6 +192,8 @@ class ChipSpec:
     values. Empty: those that it has."""
     radius_m: float | None = field(default=None, metadata=LATER)
     """The table has points: this many metres of ground around each get its value. None: it has polygons."""
+    context_m: tuple[tuple[str, float], ...] = field(default=(), metadata=LATER)
+    """(source, metres): the side of windows of that source, around the chips' centres; others have the chips' own."""
     drawn: bool = field(default=False, metadata=LATER)
     """Whether planned windows were drawn at random, on the ground of those that lie in rows and columns."""
 
@@ -204,7 +208,24 @@ class ChipSpec:
             raise PlanError("chips(cell_km=)", repr(self.cell_km), f"above 0 and at most {MAX_CELL_KM} km")
         if not (_is_whole(self.min_slots) and self.min_slots >= 0):
             raise PlanError("chips(min_slots=)", repr(self.min_slots), "0 or more slots")
+        for name, side in self.context_m:
+            if not (is_number(side) and 0 < side <= MAX_CONTEXT_M):
+                raise PlanError(
+                    f"chips(context_m=) of source {name!r}",
+                    repr(side),
+                    f"metres above 0, at most {MAX_CONTEXT_M:,}",
+                )
+        sides = sorted((name, float(side)) for name, side in self.context_m)
+        object.__setattr__(self, "context_m", tuple(sides))
         object.__setattr__(self, "grid", chip_grid(self.grid))
+
+    def reach_m(self, resolution: float, source: str | None = None) -> float:
+        """Return how far beyond a chip the window of a source reaches on each side, metres; None: any source's.
+
+        ``resolution`` is the reference source's pixel size.
+        """
+        sides = [side for name, side in self.context_m if source in (None, name)]
+        return max([0.0, *((side - self.size * resolution) / 2 for side in sides)])
 
     @property
     def in_cells(self) -> bool:
@@ -553,7 +574,8 @@ def near_area(spec: ChipSpec) -> Predicate | None:
         return None
     west, south, east, north = shapely.from_wkb(bytes.fromhex(spec.aoi)).bounds
     stretch = MAP_STRETCH if isinstance(spec.grid, CrsGrid) else 1.0
-    lat = 0.05 + stretch * spec.cell_km / KM_PER_DEGREE
+    wide_km = spec.cell_km + max((side for _, side in spec.context_m), default=0.0) / 1000.0
+    lat = 0.05 + stretch * wide_km / KM_PER_DEGREE
     lon = 4 * lat  # 1 / cos(75.5 degrees)
     if max(abs(north), abs(south)) + lat > 75 or west - lon < -180 or east + lon > 180:
         return None

@@ -507,7 +507,7 @@ class Ground:
     @classmethod
     def of(cls, chips: PlannedChips) -> Ground:
         """Take the chip table apart."""
-        epsg, bounds = chips.table.column("epsg").to_numpy().astype(np.int64), bounds_of(chips.table)
+        epsg, bounds = chips.table.column("epsg").to_numpy().astype(np.int64), chips.ground
         middle = (bounds[:, :2] + bounds[:, 2:]) / 2
         centre, zones = np.zeros_like(middle), np.unique(epsg)
         for code in zones if len(zones) > 1 else ():
@@ -516,7 +516,7 @@ class Ground:
         radius = float(np.hypot(*(bounds[:, 2:] - middle).T).max(initial=0.0))
         boxes = np.asarray(shapely.box(*bounds.T), dtype=object)
         scale = {code: stretch(code, bounds[epsg == code]) for code in zones.tolist()}
-        return cls(epsg, boxes, chips.table.column("geometry"), centre, radius, scale)
+        return cls(epsg, boxes, chips.outlines_lonlat, centre, radius, scale)
 
     @classmethod
     def of_shapes(cls, epsg: NDArray[np.int64], shapes: NDArray[Any]) -> Ground:

@@ -100,7 +100,10 @@ def contest(query: Query, planned: PlannedChips, row: int) -> Contest:
     chip = replace(planned, table=planned.table.slice(row, 1), split=None)
     frame = _frame(chip.table)
     used = {(int(s), int(t), int(r)): int(o) for s, t, r, o in _feeds(chip)}
-    entries = [e for n in range(len(planned.sources)) for e in _entries(planned, n, frame, used)]
+    frames = [
+        frame.grown(planned.spec.reach_m(planned.resolution, source.plan.name)) for source in planned.sources
+    ]
+    entries = [e for n, own in enumerate(frames) for e in _entries(planned, n, own, used)]
     shares, lost = _shares(query, chip, entries)
     job = freeze(chip)
     (shard,) = job.shards()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.feeds import Feeds, enough
-from rasteret_dask.chipping.frame import Frame
+from rasteret_dask.chipping.frame import frame_of
 from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.display.html import card
 from rasteret_dask.ingest.describe import CRS_TAKEN
@@ -302,11 +302,7 @@ def _coverage(chips: PlannedChips) -> dict[str, dict[str, Any]]:
     The main acquisition is the first of a slot's candidates; with ``fill`` others close what it leaves open.
     """
     feeds = chips.feeds
-    nothing = np.zeros(chips.table.num_rows, dtype=np.int64)
-    frame = Frame(
-        chips.table.column("epsg").to_numpy().astype(np.int64), bounds_of(chips.table), nothing, nothing, None, None,
-        pa.array([""] * len(nothing)),
-    )  # fmt: skip
+    frame = frame_of(chips.table)
     of_chip = feeds.chip
     result: dict[str, dict[str, Any]] = {}
     for number, (source, found) in enumerate(zip(chips.sources, chips.outlines, strict=True)):
@@ -314,7 +310,8 @@ def _coverage(chips: PlannedChips) -> dict[str, dict[str, Any]]:
         slots = int(feeds.slot[main].max(initial=0)) + 1
         main, whole = _less_whole(main, of_chip[main] * slots + feeds.slot[main], feeds.share[main])
         own = Feeds.of(of_chip[main], feeds.slot[main], feeds.order[main], feeds.row[main], feeds.share[main])
-        _, key, share = enough(own, frame, found, 0.0)
+        wide = frame.grown(chips.spec.reach_m(chips.resolution, source.plan.name))
+        _, key, share = enough(own, wide, found, 0.0)
         open_slot = share < WHOLE
         slots = int(own.slot.max(initial=0)) + 1
         result[source.plan.name] = {
@@ -375,9 +372,10 @@ def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
     """Return per source how many used records keep native pixels, are only translated, or are resampled."""
     result: dict[str, dict[str, int]] = {}
     epsg = chips.table.column("epsg").to_numpy()
-    corner = bounds_of(chips.table)[:, [0, 3]]
     for number, (resolved, found) in enumerate(zip(chips.sources, chips.outlines, strict=True)):
         size = resolved.plan.resolution
+        reach = chips.spec.reach_m(chips.resolution, resolved.plan.name)
+        corner = bounds_of(chips.table)[:, [0, 3]] + np.array([-reach, reach])
         group = grids_alike(epsg, corner, (size, size))
         record, chip = chips.feeds.wanted(number, group)
         transform = found.transform[found.of_record[record]]

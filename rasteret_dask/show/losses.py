@@ -724,16 +724,17 @@ def _of_split(part: PlannedChips, after: PlannedChips, whole: PlannedChips, spec
     train = whole.table.filter(
         pc.and_(pc.equal(whole.table.column("split"), TRAIN), pc.equal(whole.table.column("epsg"), code))
     )
-    yield f"nearer than {spec.buffer_m:g} m (buffer_m) to train{_nearest_train(lost, train, code)}"
+    near = _nearest_train(replace(whole, table=lost), replace(whole, table=train), code)
+    yield f"nearer than {spec.buffer_m:g} m (buffer_m) to train{near}"
 
 
-def _nearest_train(lost: pa.Table, train: pa.Table, code: int) -> str:
-    if not train.num_rows:
+def _nearest_train(lost: PlannedChips, train: PlannedChips, code: int) -> str:
+    if not train.table.num_rows:
         return ""
-    own, others = shapely.box(*bounds_of(lost)[0]), shapely.box(*bounds_of(train).T)
+    own, others = shapely.box(*lost.ground[0]), shapely.box(*train.ground.T)
     at = int(np.argmin(shapely.distance(own, others)))
     (far,) = apart_m(code, np.array([own]), others[[at]])
-    return f": {train.column('chip_id')[at].as_py()} is {far:,.0f} m away"
+    return f": {train.table.column('chip_id')[at].as_py()} is {far:,.0f} m away"
 
 
 def split_lines(chips: PlannedChips, spec: SplitSpec) -> list[str]:
@@ -763,7 +764,7 @@ def split_lines(chips: PlannedChips, spec: SplitSpec) -> list[str]:
     }
     lines: dict[str, None] = {}
     for row, code in enumerate(chips.table.column("epsg").to_pylist()):
-        bounds = bounds_of(chips.table)[row]
+        bounds = chips.ground[row]
         for name, unit, split in _cells_of(chips, code, bounds, cells, spec):
             hashed = f"its hash with seed {spec.seed} is {unit:.4f}, in {split} ({ranges[split]})"
             lines[f"split cell {name}: {hashed if chips.cells is None else f'dealt to {split}'}"] = None
@@ -776,7 +777,9 @@ def _cells_of(
     """Yield the split cells that a chip touches, with their hashes and splits."""
     for zone in sorted(set(cells.zones.touched(code, bounds[None])[0].tolist()) - {0}):
         inner = bounds + np.array([1, 1, -1, -1]) * (1.5 * chips.resolution if zone == code else 0.0)
-        touched = cells_touched(code, inner if chips.spec.in_cells else bounds, zone, cells)
+        touched = cells_touched(
+            code, inner if chips.spec.in_cells and not chips.reach_m else bounds, zone, cells
+        )
         units = cell_units(cells.zones.cell_name(zone), touched, spec)
         splits = cells.splits(zone, touched, spec)
         for (row, col), unit, split in zip(touched.tolist(), units.tolist(), splits.tolist(), strict=True):

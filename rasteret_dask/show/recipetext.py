@@ -295,6 +295,8 @@ class _Writer:
             table["at"] = self._points(spec.at)
         if spec.labels is not None:
             table["labels"] = self._beside(spec.labels, "labels", "chips(labels=)", "a table")
+        if spec.context_m:
+            table["context_m"] = dict(spec.context_m)
         if isinstance(spec.rasterize, tuple):
             table["rasterize"] = list(spec.rasterize)
         if spec.classes:

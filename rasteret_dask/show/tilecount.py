@@ -325,13 +325,15 @@ def _weights(job: Job, needs: Sequence[_Need]) -> list[NDArray[np.float64]]:
     entry, chip = _feeding(job, list(numbers))
     # Records of one place's dates lie alike: what is under a chip is worked out once for all of them.
     layouts, layout = np.unique(
-        np.array([(*northern(key[2]), *key[3:]) for key in numbers]), axis=0, return_inverse=True
+        np.array([(*northern(key[2]), *key[3:], job.reach_m(key[0])) for key in numbers]),
+        axis=0,
+        return_inverse=True,
     )
     layout = np.ravel(layout)  # NumPy 2.0 gives it a second dimension
     pair, pairs = pd.factorize(layout[entry] * job.chips.num_rows + chip)
     kind, place_of = np.divmod(pairs, job.chips.num_rows)
-    code, shift, a, c, e, f, width, height, tile_width, tile_height = layouts[kind].T
-    west, south, east, north = _bounds_in(job, place_of, code.astype(np.int64)).T
+    code, shift, a, c, e, f, width, height, tile_width, tile_height, reach = layouts[kind].T
+    west, south, east, north = _bounds_in(job, place_of, code.astype(np.int64), reach).T
     spans = []
     for ends, tile, size in (
         (((north - shift - f) / e, (south - shift - f) / e), tile_height, height),
@@ -388,10 +390,10 @@ def _feeding(job: Job, files: Sequence[tuple[Any, ...]]) -> tuple[Ints, Ints]:
     return file, chip[first[file] + nth]
 
 
-def _bounds_in(job: Job, chip: Ints, code: Ints) -> NDArray[np.float64]:
-    """Return bounds of chips, each in a CRS of its own."""
+def _bounds_in(job: Job, chip: Ints, code: Ints, reach: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return bounds of chips, each in a CRS of its own, and so much wider on each side."""
     result = np.empty((len(chip), 4))
-    for epsg in np.unique(code).tolist():
-        own = np.flatnonzero(code == epsg)
-        result[own] = job.bounds_in(chip[own], epsg)
+    for epsg, reach_m in {*zip(code.tolist(), reach.tolist(), strict=True)}:
+        own = np.flatnonzero((code == epsg) & (reach == reach_m))
+        result[own] = job.bounds_in(chip[own], epsg, reach_m)
     return result

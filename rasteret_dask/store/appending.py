@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
-from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of, replaced
+from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, replaced
 from rasteret_dask.chipping.splits import split_numbers, too_near
 from rasteret_dask.errors import StoreError
 from rasteret_dask.formats import MEANING
@@ -402,13 +402,14 @@ def _apart(union: StoreUnion, planned: PlannedChips) -> PlannedChips:
     old, new = union.chips.columns(names).select(names), table.select(names)
     both = pa.concat_tables([old, new.cast(old.schema)])
     epsg = both.column("epsg").to_numpy().astype(np.int64)
-    bounds, split = bounds_of(both), split_numbers(both.column("split"), spec)
+    every, split = replace(planned, table=both), split_numbers(both.column("split"), spec)
+    bounds, outlines = every.ground, every.outlines_lonlat
     is_new = np.arange(both.num_rows) >= old.num_rows
     # val and test near any train, then train near the val and test that are there
     sides = [split, np.where(is_new, np.where(split == 0, 1, -1), np.where(split > 0, 0, -1))]
     near = np.zeros(both.num_rows, dtype=bool)
     for side in sides:
-        near |= too_near(epsg, bounds, side, spec, both.column("geometry"))
+        near |= too_near(epsg, bounds, side, spec, outlines)
     lost = near[is_new] & ~np.asarray(
         pc.is_in(new["chip_id"], value_set=old["chip_id"].combine_chunks()).to_numpy()
     )

@@ -131,7 +131,7 @@ def law_of(plan: Node, job: Job, outputs: Sequence[Output]) -> Law:
     facts |= {
         f"chips({one.name}=)": _text(getattr(spec, one.name))
         for one in fields(spec)
-        if one.name not in _AREA and (spec.drawn or one.name != "drawn")
+        if one.name not in _AREA and (getattr(spec, one.name) or one.name not in ("drawn", "context_m"))
     }
     facts["chips(at=)"] = "none" if node.spec.at is None else "places of a table"
     facts["chips(labels=)"] = "none" if node.spec.labels is None else "polygons of a table"

@@ -340,6 +340,11 @@ def layout_of(
         Reason -> windows that planning left out.
     """
     attrs = {}
+    wide = {
+        plan.name: size * plan.resolution
+        for number, (plan, size) in enumerate(zip(job.sources, job.size_px, strict=True))
+        if job.reach_m(number)
+    }
     for source, rows in used:
         attrs[source.plan.name] = {
             "units": source.plan.unit or dict(zip(source.plan.bands, source.plan.units, strict=True)),
@@ -347,6 +352,7 @@ def layout_of(
             "mask": list(source.plan.masks),
             "pick": source.plan.pick.name,
             "resolution": source.plan.resolution,
+            **({"context_m": wide[source.plan.name]} if source.plan.name in wide else {}),
         }
     provenance, outputs = provenance_of(query, used, dropped), outputs_of(job, query.functions)
     return Layout(job, outputs, attrs, provenance=provenance, law=law_of(query.plan, job, outputs))

@@ -342,7 +342,8 @@ def _fold_column(store: StoreMap | StoreUnion, spec: SplitSpec, below: Chosen) -
             "chips without one",
             "chips.fold(0) takes it as it is.",
         )
-    return fold_column(_columns(store, "folds", NEEDED, below), spec)
+    sides = [group.attrs.get("context_m", 0.0) for group in next(iter(store.groups.values()))]
+    return fold_column(_columns(store, "folds", NEEDED, below), spec, max(sides))
 
 
 def _dealt(store: StoreMap | StoreUnion, below: Chosen) -> pa.Array | None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.chipping.frame import grown
 from rasteret_dask.chipping.ground import by_ground
 from rasteret_dask.chipping.splits import SplitCells, choose, column_splits
 from rasteret_dask.errors import PlanError
@@ -39,7 +40,7 @@ def split_column(column: pa.ChunkedArray, spec: SplitSpec) -> pa.Array:
     return pa.array(spec.names, pa.string()).take(pa.array(number, mask=number < 0))
 
 
-def fold_column(chips: pa.Table, spec: SplitSpec) -> pa.Array:
+def fold_column(chips: pa.Table, spec: SplitSpec, context_m: float = 0.0) -> pa.Array:
     """Return the fold of each chip by the split cell that it was laid out in; null where its ground is in two.
 
     Parameters
@@ -48,6 +49,8 @@ def fold_column(chips: pa.Table, spec: SplitSpec) -> pa.Array:
         The columns ``NEEDED``.
     spec
         A share for each fold.
+    context_m
+        The side of the largest windows of a source around the chips, metres; 0: windows are the chips.
 
     Raises
     ------
@@ -71,14 +74,23 @@ def fold_column(chips: pa.Table, spec: SplitSpec) -> pa.Array:
             "Ask for fewer folds.",
         )  # fmt: skip
     number = _numbers(names, spec)[cells.indices.to_numpy()]
-    if all(zone.isdecimal() or zone.startswith("ups") for zone, *_ in names):  # neighbouring zones overlap
+    in_zones = all(zone.isdecimal() or zone.startswith("ups") for zone, *_ in names)
+    if context_m and not in_zones:
+        raise PlanError(
+            f"folds({k})", "stored chips of one CRS's lattice, with chips(context_m=)", "chips of zones",
+            f"Fold them before they are written: chips.folds({k}).to_zarr(store).",
+        )  # fmt: skip
+    if in_zones:  # neighbouring zones overlap
         place = np.array([[int(row), int(col)] for _, row, col in names], dtype=np.int64)[
             cells.indices.to_numpy()
         ]
         wider = np.array([-1, -1, 1, 1]) * 1.5 * float(found["pixel"])
         side = SplitCells(UTM, 1000.0 * float(found["cell_km"]))
         epsg = chips.column("epsg").to_numpy().astype(np.int64)
-        number = by_ground(epsg, bounds_of(chips) + wider, side, spec, place)
+        bounds = bounds_of(chips)
+        reach = (context_m - (bounds[0, 2] - bounds[0, 0])) / 2 if context_m else 0.0
+        ground = grown(bounds, reach) if reach > 0 else bounds + wider
+        number = by_ground(epsg, ground, side, spec, place, reach > 0)
     return pa.array(number, pa.int64(), mask=number < 0)
 
 

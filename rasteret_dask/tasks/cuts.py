@@ -83,7 +83,8 @@ def groups(job: Job, shard: Shard, source: int, member: int) -> Iterator[Group]:
     if len(job.sources[source].members) > 1:
         feed = feed.take(job.members[source][feed.row] == member)
     chips = np.flatnonzero(np.bincount(feed.chip))
-    bounds, epsg = job.bounds[shard.start : shard.stop], job.epsg[shard.start : shard.stop]
+    own = slice(shard.start, shard.stop)
+    bounds, epsg = job.windows(source, own), job.epsg[own]
     for run in compact_groups(epsg[chips], bounds[chips]):
         inside = chips[run]
         some = feed if len(inside) == len(chips) else feed.take(np.isin(feed.chip, inside))

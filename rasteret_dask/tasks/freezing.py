@@ -107,6 +107,7 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
         *([] if chips.spec.radius_m is None else [["radius_m", float(chips.spec.radius_m)]]),
     )
     _check_names(chips)
+    reaches = tuple(chips.spec.reach_m(chips.resolution, plan.name) for plan in plans)
     wkts = luggage(pc.unique(table.column("epsg")).to_pylist())
     if wkts:
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **wkts})
@@ -114,6 +115,7 @@ def _frozen(chips: PlannedChips, per_shard: int) -> Job:
         plans, size_px, hierarchies, tasks_records, table, chips.maps, phase, (), chips.pixel_rules, chips.labels,
         None if chips.cells is None else chips.cells.table,
         None if chips.fold_cells is None else chips.fold_cells.folds,
+        reaches_m=reaches if any(reaches) else (),
     )  # fmt: skip
 
 
@@ -174,8 +176,9 @@ def chips_per_shard(chips: PlannedChips, candidates: Sequence[int], shard_bytes:
 
 
 def _sizes(chips: PlannedChips) -> tuple[int, ...]:
-    """Return the side of a chip in pixels, per source."""
-    return tuple(round(chips.size_m / s.plan.resolution) for s in chips.sources)
+    """Return the side of a chip's window in pixels, per source."""
+    wide = dict(chips.spec.context_m)
+    return tuple(round(wide.get(s.plan.name, chips.size_m) / s.plan.resolution) for s in chips.sources)
 
 
 def _with_passes(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.catalogs.signing import check_signatures, host_of
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
+from rasteret_dask.chipping.frame import grown
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.crs import unpack
 from rasteret_dask.grid import transformer
@@ -207,6 +208,8 @@ class Job:
     """Likewise their folds (``cell``, ``fold``)."""
     part_of: str = ""
     """Digest of the job that this is a part of: some of its shards, under their own numbers. Empty: it is whole."""
+    reaches_m: tuple[float, ...] = ()
+    """Per source, how far windows reach beyond the chips' bounds on each side; (): windows are the chips."""
 
     def __getstate__(self) -> dict[str, Any]:
         state = {f.name: getattr(self, f.name) for f in fields(self)}  # not what was cached on the way
@@ -284,6 +287,14 @@ class Job:
         """Shape (chip, 4): xmin, ymin, xmax, ymax."""
         return bounds_of(self.chips)
 
+    def reach_m(self, source: int) -> float:
+        """Return how far beyond its bounds a chip's window in a source reaches on each side."""
+        return self.reaches_m[source] if self.reaches_m else 0.0
+
+    def windows(self, source: int, chips: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.float64]:
+        """Return the windows of chips in a source, shape (chip, 4): their bounds, or wider ones around the centres."""
+        return grown(self.bounds[chips], self.reach_m(source))
+
     @cached_property
     def epsg(self) -> NDArray[np.int64]:
         """Shape (chip,), as :func:`rasteret_dask.crs.number` counts CRSs."""
@@ -356,14 +367,17 @@ class Job:
         parts = [chips[first[row] : first[row + 1]] for row in rows.get(record, ())]
         return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64))
 
-    def bounds_in(self, chips: NDArray[np.int64], epsg: int) -> NDArray[np.float64]:
-        """Return bounds of some chips in a CRS, shape (chip, 4), inf where that does not show them."""
-        bounds, codes = self.bounds[chips].copy(), self.epsg[chips]
+    def bounds_in(self, chips: NDArray[np.int64], epsg: int, reach_m: float = 0.0) -> NDArray[np.float64]:
+        """Return bounds of some chips in a CRS, shape (chip, 4), inf where that does not show them.
+
+        ``reach_m`` is how much farther they reach on each side, in the CRS of the chips.
+        """
+        bounds, codes = grown(self.bounds[chips], reach_m).copy(), self.epsg[chips]
         for code in np.unique(codes).tolist():
             if code != epsg:
                 own = np.flatnonzero(codes == code)
                 again, some = pd.factorize(chips[own])
-                bounds[own] = _corners_in(self.bounds[some], code, epsg)[again]
+                bounds[own] = _corners_in(grown(self.bounds[some], reach_m), code, epsg)[again]
         return bounds
 
     @cached_property

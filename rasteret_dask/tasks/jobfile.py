@@ -69,6 +69,7 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "maps": [[s, to_json(f)] for s, f in job.maps],
         "pixel_rules": [to_json(rule) for rule in job.pixel_rules],
         "labels": _labels_note(job),
+        **({"reaches_m": list(job.reaches_m)} if job.reaches_m else {}),
         "phase": job.phase,
         "digest": job.digest,
         "tables": {name: [len(data), crc32_of(data)] for name, data in objects.items()},
@@ -183,6 +184,7 @@ def _read(url: str, digest: str) -> Job:
             split_cells=tables.get(SPLIT_CELLS),
             fold_cells=tables.get(FOLD_CELLS),
             labels=_labels(text["labels"], tables),
+            reaches_m=tuple(text.get("reaches_m", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
         if isinstance(error, RasteretDaskError):

@@ -26,6 +26,6 @@ def warn_of_job(job: Job) -> None:
 
 def _places(job: Job, number: int) -> Places:
     """Return where a source's records are wanted: of equal grids one chip."""
-    corner, pixel = job.bounds[:, [0, 3]], (job.sources[number].resolution,) * 2
+    corner, pixel = job.windows(number)[:, [0, 3]], (job.sources[number].resolution,) * 2
     row, chip = job.feeds.wanted(number, grids_alike(job.epsg, corner, pixel))
     return Places(row, job.members[number][row], job.epsg[chip], corner[chip], pixel)

@@ -126,7 +126,7 @@ def _tile_spans(job: Job, source: int) -> Iterator[_Spans]:
                 warped = again | (np.abs(np.abs(level[:, 0]) - resolution) > ALIGNED_PX * resolution)
                 epsg = job.records[source].epsg
                 for part in _Read(run[own], row[own], level, epsg, warped, bytes_px).parts(runs):
-                    yield from _spans_of(job, part)
+                    yield from _spans_of(job, source, part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ def _whole(transforms: Any) -> Any:
     return pc.fill_null(transforms, pa.scalar([0.0] * 6, type=transforms.type))
 
 
-def _spans_of(job: Job, read: _Read) -> Iterator[_Spans]:
+def _spans_of(job: Job, source: int, read: _Read) -> Iterator[_Spans]:
     """Yield when each tile is needed, where any is."""
     # Records of one place's dates lie alike: what is under a chip is worked out once for all of them, and chips that
     # the same records feed are put together before these are told apart.
@@ -226,7 +226,7 @@ def _spans_of(job: Job, read: _Read) -> Iterator[_Spans]:
     chip = runs[run][place] + nth
     here = job.running[chip] >= 0
     place, chip = place[here], chip[here]
-    needs = _under(job, lattices[kind], place, chip)
+    needs = _under(job, job.reach_m(source), lattices[kind], place, chip)
     if needs is None:
         return
     tiles = int(needs.tile.max()) + 1
@@ -281,7 +281,11 @@ class _Needs:
 
 
 def _under(
-    job: Job, lattices: NDArray[np.float64], place: NDArray[np.int64], chip: NDArray[np.int64]
+    job: Job,
+    reach_m: float,
+    lattices: NDArray[np.float64],
+    place: NDArray[np.int64],
+    chip: NDArray[np.int64],
 ) -> _Needs | None:
     """Return what chips need of the tiles under them, chips of one place together; None: nothing.
 
@@ -289,13 +293,15 @@ def _under(
     ----------
     job
         The job.
+    reach_m
+        How far windows reach beyond their chips.
     lattices
         Shape (place, 9): as ``_Read.level``, and the CRS.
     place, chip
         Shape (entry,). Chips, and the place that each is of.
     """
     sides = [np.ascontiguousarray(lattices[:, column])[place] for column in (7, 6)]
-    spans = _spans(job, lattices, place, chip)
+    spans = _spans(job, reach_m, lattices, place, chip)
     low = [np.floor(begin / side).astype(np.int64) for (begin, _), side in zip(spans, sides, strict=True)]
     high = [np.ceil(end / side).astype(np.int64) for (_, end), side in zip(spans, sides, strict=True)]
     down, wide = (np.maximum(b - a, 0) for a, b in zip(low, high, strict=True))
@@ -331,7 +337,11 @@ def _extreme(which: np.ufunc, values: NDArray[Any], key: NDArray[np.int64], keys
 
 
 def _spans(
-    job: Job, lattices: NDArray[np.float64], place: NDArray[np.int64], chip: NDArray[np.int64]
+    job: Job,
+    reach_m: float,
+    lattices: NDArray[np.float64],
+    place: NDArray[np.int64],
+    chip: NDArray[np.int64],
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Return from where to where the pixels of files under chips and their surroundings lie: rows, and columns."""
     spans = [(np.zeros(len(chip)), np.zeros(len(chip))) for _ in range(2)]
@@ -341,7 +351,7 @@ def _spans(
         a, c, e, f, width, height = (
             np.ascontiguousarray(lattices[:, column])[place[own]] for column in range(6)
         )
-        west, south, east, north = job.bounds_in(chip[own], code).T
+        west, south, east, north = job.bounds_in(chip[own], code, reach_m).T
         for (begin, end), ends, size in ((spans[0], ((north - f) / e, (south - f) / e), height),
                                          (spans[1], ((west - c) / a, (east - c) / a), width)):  # fmt: skip
             begin[own] = np.clip(np.minimum(*ends) - REACH_PX, 0, size)

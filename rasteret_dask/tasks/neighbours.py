@@ -75,7 +75,7 @@ class Neighbours:
             if self._coming is not None:  # others are for other processes
                 here &= np.isin(place, list(self._coming))
             chip = chip[here]
-            self._chips[key] = self._number_of(chip), job.bounds_in(chip, epsg)
+            self._chips[key] = self._number_of(chip), job.bounds_in(chip, epsg, job.reach_m(self._source))
         return self._chips[key]
 
     def _number_of(self, chip: NDArray[np.int64]) -> NDArray[np.int64]:
