@@ -175,8 +175,8 @@ def test_a_person_can_follow_the_log_of_a_batch_job_on_two_processes(
     assert done.returncode == 0, text
     lines = text.splitlines()
     # a busy machine may not hear of a worker for a moment, which is said, too
-    told = re.compile(r"INFO |(WARNING rasteret_dask\.net\.watch: )?to_zarr .* is gone; it had ")
-    shown = [line for line in lines if not told.match(line)]
+    beside = re.compile(r"INFO |(WARNING rasteret_dask\.net\.watch: )?to_zarr .* is gone; it had ")
+    shown = [line for line in lines if not beside.match(line)]
     assert len(shown) >= 2, text
     for line in shown:
         assert re.fullmatch(
