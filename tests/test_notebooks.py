@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ def test_runs_without_a_warning(path: Path, tmp_path: Path, monkeypatch: pytest.
         output.text
         for cell in notebook.cells
         for output in cell.get("outputs", [])
-        if output.output_type == "stream" and output.name == "stderr"
+        if output.output_type == "stream"
+        and output.name == "stderr"
+        # Dask's words about a machine that is busy
+        and not re.search(r" - distributed\.(core|utils_perf) - ", output.text)
     ]
     assert not said
