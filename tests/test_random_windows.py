@@ -107,6 +107,27 @@ def test_seeds_draw_other_windows_and_every_place_is_as_likely(chips: rd.Chips) 
     assert abs(np.corrcoef(unit[:-1], unit[1:])[0, 1]) < 0.03
 
 
+@pytest.mark.parametrize("size", [SIZE - 3, SIZE])
+def test_far_more_windows_than_there_are_end_with_nearly_all_of_them(chips: rd.Chips, size: int) -> None:
+    """How many are tried follows from the ground: an n of a typing error does not go on for hours."""
+    few = chips.filter(("row", "==", chips.table.column("row")[0].as_py()))
+    ground: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    rows = few.table.select(["cell", "split"]).to_pylist()
+    for row, own in zip(rows, pixels(few.table), strict=True):
+        ground.setdefault((row["cell"], row["split"]), set()).update(own)
+    places = 0
+    for own in ground.values():
+        for north, west in own:
+            window = ((north + y, west + x) for y in range(size) for x in range(size))
+            places += all(pixel in own for pixel in window)
+    with pytest.warns(UserWarning, match="hardly any more different windows"):
+        windows = ids(few.random(10**9, size=size))
+    assert len(set(windows)) == len(windows)
+    assert 0.97 * places <= len(windows) <= places
+    with pytest.warns(UserWarning, match="hardly any"):
+        assert ids(few.random(10**8, size=size)) == windows
+
+
 def test_pixels_are_those_of_the_cube_at_that_place(s2: rd.Collection, optical: rd.Collection) -> None:
     windows = optical.chips(SIZE, cell_km=0.96).random(5, seed=4, size=20)
     loaded = windows.load()

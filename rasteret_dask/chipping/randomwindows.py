@@ -474,7 +474,7 @@ def _tell_of_few(
             f"{have:,} of {want:,}" + (f" for {name}" if name else "") for name, have, want in few
         )
         warnings.warn(
-            f"random({step.n:,}): there are no more different windows on the ground of the chips than {counted}. "
+            f"random({step.n:,}): hardly any more different windows lie on the ground of the chips than {counted}. "
             + (f"stream(balance={CENTRE_CLASS!r}) makes up for it." if step.balance else "Ask for fewer."),
             UserWarning,
             stacklevel=5,

@@ -275,9 +275,8 @@ def _split(chips: PlannedChips, spec: SplitSpec, tables: Mapping[str, Table], wh
     lost = number < 0
     if spec.by == FOLD and any(why.startswith(TWO_FOLDS) for why in chips.dropped):
         before = {why: count for why, count in before.items() if not why.startswith(TWO_FOLDS)}
-        foldless = np.asarray(
-            table.column(FOLD).is_null()
-        )  # folds() has counted them: now they are lost, once
+        # folds() has counted these: now they are lost, once
+        foldless = np.asarray(table.column(FOLD).is_null())
         losses = _lost(table.drop_columns([FOLD]), lost & foldless, TWO_FOLDS)
         lost = lost & ~foldless
     if reason:
