@@ -334,11 +334,11 @@ def _shards(url: str, job: UnitJob, missing: Sequence[Unit], alone: bool) -> Sha
 
 
 def _reports(
-    url: str, found: Mapping[str, int], units: Sequence[Unit]
+    url: str, objects: Mapping[str, int], units: Sequence[Unit]
 ) -> tuple[pa.Table, dict[str, shardreports.ReportPlace]]:
     """Return the manifest's rows of units that are written, in their order, and how their reports are stored."""
-    tries, there = shardreports.tries(found), dict[str, shardreports.Report]()
-    for some in shardreports.reports(url, found, {unit.name: unit.key for unit in units}):
+    tries, there = shardreports.tries(objects), dict[str, shardreports.Report]()
+    for some in shardreports.reports(url, objects, {unit.name: unit.key for unit in units}):
         there |= some
     rows = [
         report_row(unit.name, unit.split, unit.number, report.values)
