@@ -41,9 +41,9 @@ ORDER = {
               "pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "chiptimes meta resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels frame leftover distances celltable regions feeds chipslots "
-                "laying chips splits dealing ground strata randomwindows splittimes rulesteps steps drawing blocks "
-                "blockfiles planblocks",
+    "chipping": "coverage chiptable labels mapground coverwindows tilelattice frame leftover distances celltable "
+                "regions feeds chipslots laying chips covering splits dealing ground strata randomwindows splittimes "
+                "rulesteps steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
