@@ -294,7 +294,9 @@ def _onnx(name: str, device: str, files: Files) -> Engine:
     nodes = session.get_inputs()
     types = {node.name: _ONNX_TYPES.get(node.type) for node in nodes}
     call = _OnnxCall(session, types, tuple(node.name for node in session.get_outputs()))
-    return Engine(call, place, 1, _only_size([node.shape for node in nodes]))  # a session has threads of its own
+    return Engine(
+        call, place, 1, _only_size([node.shape for node in nodes])
+    )  # a session has threads of its own
 
 
 def _onnx_providers(name: str, device: str, available: Sequence[str]) -> list[Any]:
