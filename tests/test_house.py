@@ -51,7 +51,7 @@ ORDER = {
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode smallobjects shardreports remains ledger provenance bytecache "
              "storetables jobreport law datacard layout manifest write presence committing paging runtasks onthreads "
-             "oncluster shardruns run outputs storemap storeread addedtables uniontables union atonce storefolds "
+             "oncluster shardruns run unitruns outputs storemap storeread addedtables uniontables union atonce storefolds "
              "stored adding holding datasets rereading verifying appending",
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
