@@ -56,6 +56,7 @@ ORDER = {
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
+    "prediction": "modelidentity modelinputs modelqueue modelkinds models",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
@@ -325,6 +326,8 @@ OTHER_MEANINGS = (
     "launching/request.py: 'auto'",  # memory of a worker
     "recipes/assembling.py: 'auto'",  # compression, in a recipe
     "chipping/chipslots.py: 'clearest'",  # of acquisitions by their records' cloud cover, which no pick looks at
+    "prediction/modelkinds.py: 'auto'",  # a device
+    "prediction/models.py: 'auto'",
     "table/itemkinds.py: 'kelvin'",  # as STAC writes raster:bands.unit
 )
 
@@ -428,6 +431,8 @@ ANY_TAKEN = {
     "facts": "figures that become JSON",
     "arrays": "arrays and texts of a batch",
     "ax": "Axes of matplotlib, which need not be installed",
+    "call": "a user's model returns arrays or tensors, one or several",
+    "inputs": "a user's function returns whatever the model takes",
     "function": "a user's function returns whatever it does",
     "functions": "users' functions",
     "transforms": "samples of torch, whose values are tensors, texts and numbers",
