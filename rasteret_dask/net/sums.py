@@ -279,11 +279,17 @@ def root_checksum(root: Mapping[str, Any]) -> str:
     Parameters
     ----------
     root
-        A Zarr group's document, in whose attributes ``rasteret_dask`` is an object.
+        A Zarr group's document, in whose attributes ``rasteret_dask`` is an object; another document, which has that
+        object itself.
     """
-    attributes = root["attributes"]
-    note = {key: value for key, value in attributes["rasteret_dask"].items() if key != _CHECKSUM}
-    return _digest({**root, "attributes": {**attributes, "rasteret_dask": note}})
+    return _digest(_without_checksum(root))
+
+
+def _without_checksum(root: Mapping[str, Any]) -> dict[str, Any]:
+    if "attributes" in root:
+        return {**root, "attributes": _without_checksum(root["attributes"])}
+    note = {key: value for key, value in root["rasteret_dask"].items() if key != _CHECKSUM}
+    return {**root, "rasteret_dask": note}
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

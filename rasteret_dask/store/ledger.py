@@ -444,6 +444,7 @@ def commit(
     manifest: pa.Table,
     written: Mapping[str, ReportPlace],
     more: Mapping[str, bytes],
+    root_path: str = "zarr.json",
 ) -> pa.Table:
     """Write what is known when all shards are: the manifest, then the groups' metadata; the root comes last.
 
@@ -459,6 +460,8 @@ def commit(
         How the report of each shard is stored.
     more
         Objects that are known only now: path -> bytes.
+    root_path
+        The document that makes the store visible.
 
     Returns
     -------
@@ -467,7 +470,7 @@ def commit(
     """
     mark, sums = begun(url) or {}, stated(url) or {}
     documents: dict[str, str] = json.loads(remote.get(remote.join(url, GROUPS)))
-    root = json.loads(documents.pop("zarr.json"))
+    root = json.loads(documents.pop(root_path))
     groups = {path: text.encode() for path, text in documents.items()}
     sums |= {path: Sums.of(data) for path, data in {**more, **groups}.items()}
     pages = sorted({place.path for place in written.values() if place.on_page})
@@ -485,9 +488,9 @@ def commit(
     remote.put(remote.join(url, MANIFEST), table)
     for path in sorted(groups, key=lambda p: -p.count("/")):  # deepest first
         remote.put(remote.join(url, path), groups[path])
-    sweep(url, objects, manifest, written, {*sums, MANIFEST, "zarr.json"})
-    root["attributes"]["rasteret_dask"]["checksum"] = root_checksum(root)
-    remote.put(remote.join(url, "zarr.json"), json.dumps(root).encode())
+    sweep(url, objects, manifest, written, {*sums, MANIFEST, root_path})
+    root.get("attributes", root)["rasteret_dask"]["checksum"] = root_checksum(root)
+    remote.put(remote.join(url, root_path), json.dumps(root).encode())
     return manifest
 
 

@@ -20,9 +20,9 @@ from rasteret_dask.lists import first_of
 from rasteret_dask.net.clusters import worker_name
 from rasteret_dask.store.shardreports import Report, ReportPlace
 from rasteret_dask.tasks.filtering import tally
-from rasteret_dask.tasks.job import Job, Shard
+from rasteret_dask.tasks.job import Job
 
-__all__ = ["ManifestRows", "losses", "stamp", "table_of", "timing", "warn_of_masked"]
+__all__ = ["ManifestRows", "losses", "report_row", "stamp", "table_of", "timing", "warn_of_masked"]
 
 MAX_NAMED = 3
 """Tiles that the warning names."""
@@ -90,7 +90,10 @@ class ManifestRows:
             number, shard = self._shards[name]
             attempts = report.place.attempts(self._tries.get(name, ()))
             self._numbers.append(number)
-            rows.append(_row(shard, report.values) | {"attempts": attempts, "key": self._keys[name]})
+            rows.append(
+                report_row(shard.name, shard.split, shard.number, report.values)
+                | {"attempts": attempts, "key": self._keys[name]}
+            )
             self.places[name] = report.place
         self._tables.append(table_of(rows))
 
@@ -100,7 +103,8 @@ class ManifestRows:
         return pa.concat_tables(self._tables).take(pa.array(order)).combine_chunks()
 
 
-def _row(shard: Shard, report: Mapping[str, Any]) -> dict[str, Any]:
+def report_row(name: str, split: str | None, number: int, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the report of a shard says, as a row without its tries and its key."""
     counts: Counter[str] = Counter()
     for own in _of(report, "counts").values():
         counts.update(own)
@@ -109,9 +113,9 @@ def _row(shard: Shard, report: Mapping[str, Any]) -> dict[str, Any]:
     }
     unreadable = [tile for own in _of(report, "unreadable").values() for tile in own]
     return {
-        "shard": shard.name,
-        "split": shard.split,
-        "number": shard.number,
+        "shard": name,
+        "split": split,
+        "number": number,
         "chips": report["chips"],
         "kept": report["chips"] - len(report["dropped"]),
         "dropped_chips": json.dumps(report["dropped"]),

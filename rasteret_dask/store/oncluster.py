@@ -43,6 +43,9 @@ MANY_WORKERS = 64
 METRIC = "rasteret_dask"
 """What the scheduler calls what a worker has under way, among the metrics of its heartbeats."""
 
+RESOURCE_SHARE = 1e-6
+"""How much of a resource a task asks for: what a process has of it, all tasks of the process use together."""
+
 _GOING_ON = ("executing", "long-running")
 
 
@@ -124,11 +127,13 @@ class ClusterTasks:
         """Shards of which a tally has come: what workers last said of them is counted in it."""
         self._look = 0.0
         """When to look for idle workers again."""
+        self._resource: str | None = None
+        """What workers of the work under way must declare."""
 
     @property
     def force(self) -> Workforce:
         """The workers that there are, or will be soon."""
-        workers = workers_of(self._client)
+        workers = self._workers()
         threads = [int(worker["nthreads"]) for worker in workers.values()]
         cluster: Any = getattr(self._client, "cluster", None)
         coming = len(getattr(cluster, "plan", ()))
@@ -136,6 +141,12 @@ class ClusterTasks:
         if adaptive is not None:
             coming = adaptive.maximum if adaptive.maximum < math.inf else MANY_WORKERS
         return Workforce(max(len(workers), coming, 1), median_low(threads) if threads else 1)
+
+    def _workers(self) -> dict[str, Any]:
+        """Return the workers that may compute the work under way."""
+        workers = workers_of(self._client).items()
+        needed = self._resource
+        return {a: facts for a, facts in workers if needed is None or facts.get("resources", {}).get(needed)}
 
     @property
     def unfinished(self) -> int:
@@ -146,7 +157,7 @@ class ClusterTasks:
     def watched(self, work: Work, run: Run, subject: str, progress: Progress) -> Iterator[None]:
         """Watch the cluster for the length of a block, at whose end it forgets all tasks."""
         self._client.subscribe_topic(self._topic, self._hear)
-        self._progress = progress
+        self._progress, self._resource = progress, work.resource
         try:
             with (
                 watched(
@@ -216,7 +227,12 @@ class ClusterTasks:
         when = {run.key: -(self._count + at) for at, run in enumerate(runs)}
         self._count += len(runs)
         futures: list[Future[Any]] = self._client.get(
-            self._graph(work, runs), list(when), sync=False, priority=lambda key: when.get(key, 0)
+            self._graph(work, runs),
+            list(when),
+            sync=False,
+            priority=lambda key: when.get(key, 0),
+            # a mark, not a share: as many tasks run side by side as a worker has threads
+            resources=None if work.resource is None else {work.resource: RESOURCE_SHARE},
         )
         for run, future in zip(runs, futures, strict=True):
             self._sent[run.key] = _Sent(run, future)
@@ -233,7 +249,7 @@ class ClusterTasks:
         busy = Counter(sent.worker for sent in self._sent.values())
         idle = [
             address
-            for address, facts in workers_of(self._client).items()
+            for address, facts in self._workers().items()
             if facts.get("status", "running") == "running" and int(facts["nthreads"]) > busy[address]
         ]
         if not idle:

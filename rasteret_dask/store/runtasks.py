@@ -43,6 +43,8 @@ class Work:
     """Key -> a value that all tasks need, sent once: a user's function."""
     memory: TaskMemory | None = None
     """What its tasks need; None: so little that no cluster is asked."""
+    resource: str | None = None
+    """The Dask resource that workers must declare; None: any worker computes it."""
 
 
 @dataclass(frozen=True, slots=True)
