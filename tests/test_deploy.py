@@ -361,7 +361,9 @@ def test_workers_with_a_gpu_declare_what_parts_of_maps_are_sent_to(base: str, tm
     assert {worker["resources"][kind]["nvidia.com/gpu"] for kind in ("requests", "limits")} == {"1"}
     assert [one["key"] for one in spec["tolerations"]] == ["nvidia.com/gpu"]
     config = dask.config.collect_env(environment(worker))
-    assert config["distributed"]["worker"]["resources"] == {"GPU": options("worker", worker["args"])["nthreads"]}
+    assert config["distributed"]["worker"]["resources"] == {
+        "GPU": options("worker", worker["args"])["nthreads"]
+    }
     assert "nvidia.com/gpu" not in str(ours(document)["scheduler"])
 
 
