@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from rasteret_dask.grid import Bounds, bounds_in, transformer
 from rasteret_dask.planning.plan import ChipSpec
 from rasteret_dask.zones import BoxGrid, TileGrid, Zones
 
-__all__ = ["MapGround", "map_grounds", "moved"]
+__all__ = ["MapGround", "box_in_degrees", "map_grounds", "moved", "polygons"]
 
 STEP_DEG = 0.01
 """Between points of an edge that is brought to another map: it then bends by less than 2 cm between two of them."""
@@ -41,6 +41,8 @@ class MapGround:
     """Number of the CRS."""
     shape: Any
     """What of the area records of the reference source lie on, in the CRS; not empty."""
+    area: Any
+    """What is asked for there, whether records lie there or not: ``aoi`` or a GeoBox; None: wherever there are records."""
     edges: Bounds
     """Bounds of the area, whether records lie there or not; of the shape where no area is asked for."""
 
@@ -97,13 +99,16 @@ def _in_box(box: BoxGrid, area: Any, records: Shapes) -> MapGround | None:
     """Return the ground of a rectangle."""
     edges = (box.x0, box.y0 - box.height * box.pixel, box.x0 + box.width * box.pixel, box.y0)
     rectangle = shapely.box(*edges)
-    limit = _box_in_degrees(rectangle, box.code)
+    limit = box_in_degrees(edges, box.code)
     limit = limit if area is None else shapely.intersection(limit, area)
     found = _on_map(box.code, limit, records)
     if found is None:
         return None
-    shape = _polygons(shapely.intersection(found.shape, rectangle))
-    return None if shapely.is_empty(shape) else MapGround(box.code, shape, edges)
+    shape = polygons(shapely.intersection(found.shape, rectangle))
+    if shapely.is_empty(shape):
+        return None
+    asked = rectangle if area is None else shapely.intersection(rectangle, _of_degrees(limit, box.code))
+    return MapGround(box.code, shape, asked, edges)
 
 
 def _on_map(code: int, limit: Any, records: Shapes, whole: bool = False) -> MapGround | None:
@@ -121,28 +126,28 @@ def _on_map(code: int, limit: Any, records: Shapes, whole: bool = False) -> MapG
         Whether the area is wherever records are: then the limit is no edge of it.
     """
     parts = [_carried(shape, source, limit, code) for source, shape in records.items()]
-    shape = _polygons(shapely.union_all(parts))
+    shape = polygons(shapely.union_all(parts))
     if shapely.is_empty(shape):
         return None
     # Of degrees, the area would be there once for each turn of the globe that rasters may count in.
-    asked = shape if whole or limit is None or is_geographic(code) else _of_degrees(limit, code)
-    xmin, ymin, xmax, ymax = (float(v) for v in shapely.bounds(asked))
-    return MapGround(code, shape, (xmin, ymin, xmax, ymax))
+    asked = None if whole or limit is None or is_geographic(code) else _of_degrees(limit, code)
+    xmin, ymin, xmax, ymax = (float(v) for v in shapely.bounds(shape if asked is None else asked))
+    return MapGround(code, shape, asked, (xmin, ymin, xmax, ymax))
 
 
 def _carried(shape: Any, source: int, limit: Any, target: int) -> Any:
     """Return what of a shape lies within a limit in degrees, on another map."""
     if limit is not None:
-        near = shapely.intersection(limit, _box_in_degrees(shape, source))
+        near = shapely.intersection(limit, box_in_degrees(shapely.bounds(shape), source))
         if shapely.is_empty(near):
             return shapely.Polygon()
         shape = shapely.intersection(shape, _of_degrees(near, source))
     return shape if source == target else moved(shape, source, target)
 
 
-def _box_in_degrees(shape: Any, code: int) -> Any:
-    """Return a box in degrees, from -180 to 180, that holds a shape of a map."""
-    west, south, east, north = bounds_in(shapely.bounds(shape), code, 4326)
+def box_in_degrees(bounds: Sequence[float] | NDArray[np.float64], code: int) -> Any:
+    """Return a shape in degrees, from -180 to 180, that holds what lies within bounds of a map."""
+    west, south, east, north = bounds_in(bounds, code, 4326)
     south, north = max(south - MARGIN_DEG, -90.0), min(north + MARGIN_DEG, 90.0)
     west, east = west - MARGIN_DEG, east + MARGIN_DEG
     if east - west >= 360.0 or west < -180.0 or east > 180.0:
@@ -183,7 +188,7 @@ def moved(shape: Any, source: int, target: int) -> Any:
     return shapely.union_all(shapely.make_valid(parts))
 
 
-def _polygons(shape: Any) -> Any:
+def polygons(shape: Any) -> Any:
     """Return what of a shape has an area."""
     parts = shapely.get_parts(shape)
     return shapely.union_all(parts[shapely.get_dimensions(parts) == 2])
