@@ -37,7 +37,9 @@ def apart(boxes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([*_parts(boxes, low, high), np.zeros((0, 4), dtype=np.int64)])
 
 
-def _parts(boxes: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def _parts(
+    boxes: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]
+) -> Iterator[NDArray[np.int64]]:
     """Yield the rectangles of parts of the ground from ``low`` to ``high`` (x, y), which all boxes lie in."""
     if not len(boxes):
         return

@@ -29,7 +29,10 @@ PER_PIXEL = 16
 BATCH = 65_536
 """Rectangles that are compared with the ground together."""
 
-ROUNDING = 1e-6
+SQUARES = 64
+"""Along each side of a map: most chips lie in squares that are within the ground, or beside it, as a whole."""
+
+ROUNDING = 1e-5
 """A share of ground below this is rounding of maps."""
 
 
@@ -141,18 +144,24 @@ class _Rectangles:
     def apart(self) -> NDArray[np.float64]:
         """Shape (n, 4). Rectangles with the same ground that do not overlap."""
         corner = np.tile(self.bounds[:, :2].min(0), 2)
-        return apart(np.rint((self.bounds - corner) / self.unit).astype(np.int64)) * self.unit + corner
+        whole = apart(np.rint((self.bounds - corner) / self.unit).astype(np.int64))
+        return np.asarray(whole * self.unit + corner, dtype=np.float64)
 
     def shared(self, shape: Any) -> float:
         """Return the area of a shape of this map that chips cover."""
-        return sum(float(shapely.area(part).sum()) for part in self._parts(shape))
+        inside, partly = self._meeting(shape)
+        box = self.apart[inside]
+        whole = float(((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])).sum())
+        return whole + sum(float(shapely.area(part).sum()) for part in self._cut(shape, partly))
 
     def near(self, shape: Any) -> Any:
-        """Return the ground of the chips that touch the bounds of a shape of this map."""
+        """Return the ground of the chips that touch a shape of this map."""
         xmin, ymin, xmax, ymax = shapely.bounds(shape)
         box = self.apart
         touch = (box[:, 0] <= xmax) & (box[:, 2] >= xmin) & (box[:, 1] <= ymax) & (box[:, 3] >= ymin)
-        return shapely.union_all(shapely.box(*box[touch].T))
+        boxes = shapely.box(*box[touch].T)
+        shapely.prepare(shape)
+        return shapely.union_all(boxes[shapely.intersects(shape, boxes)])
 
     def seen_from(self, ground: MapGround) -> Any:
         """Return what of the ground of another map chips cover, on that map."""
@@ -160,15 +169,43 @@ class _Rectangles:
         here = box_in_degrees(np.concatenate([low, high]), self.code)
         if not shapely.intersects(here, box_in_degrees(shapely.bounds(ground.shape), ground.code)):
             return shapely.Polygon()
-        parts = [polygons(part) for part in self._parts(moved(ground.shape, ground.code, self.code))]
-        shape = shapely.union_all([shapely.union_all(part) for part in parts])
+        there = moved(ground.shape, ground.code, self.code)
+        inside, partly = self._meeting(there)
+        box = self.apart[inside]
+        parts = [shapely.union_all(part) for part in self._cut(there, partly)]
+        shape = polygons(shapely.union_all([*parts, shapely.union_all(shapely.box(*box.T))]))
         return shape if shapely.is_empty(shape) else moved(shape, self.code, ground.code)
 
-    def _parts(self, shape: Any) -> Iterator[NDArray[Any]]:
-        """Yield what rectangles share with a shape of this map, a batch at a time."""
+    def _meeting(self, shape: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rectangles that lie within a shape of this map, and those that may lie on its edge."""
+        box = self.apart
         shapely.prepare(shape)
-        for first in range(0, len(self.apart), BATCH):
-            box = shapely.box(*self.apart[first : first + BATCH].T)
+        low, high = box[:, :2].min(0), box[:, 2:].max(0)
+        side = (high - low) / SQUARES
+        place = np.arange(SQUARES)
+        x, y = low[0] + place * side[0], (low[1] + place * side[1])[:, None]
+        squares = shapely.box(x, y, x + side[0], y + side[1])
+        inside, beside = shapely.covers(shape, squares), ~shapely.intersects(shape, squares)
+        first = np.clip(np.floor((box[:, :2] - low) / side).astype(np.int64), 0, SQUARES - 1)
+        last = np.clip(np.floor((box[:, 2:] - low) / side).astype(np.int64), 0, SQUARES - 1)
+        count = (last - first + 1).prod(axis=1)
+        whole = _count_in(inside, first, last) == count
+        return np.flatnonzero(whole), np.flatnonzero(~whole & (_count_in(beside, first, last) < count))
+
+    def _cut(self, shape: Any, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        """Yield what some rectangles share with a shape of this map, a batch at a time."""
+        for begin in range(0, len(rows), BATCH):
+            box = shapely.box(*self.apart[rows[begin : begin + BATCH]].T)
             whole = shapely.covers(shape, box)
             partly = box[~whole & shapely.intersects(shape, box)]
             yield np.concatenate([box[whole], shapely.intersection(shape, partly)])
+
+
+def _count_in(
+    squares: NDArray[np.bool_], first: NDArray[np.int64], last: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return how many squares (row, column) are True in rectangles from a first to a last place (x, y) of theirs."""
+    sums = np.zeros((len(squares) + 1, len(squares) + 1), dtype=np.int64)
+    sums[1:, 1:] = squares.cumsum(axis=0).cumsum(axis=1)
+    (x0, y0), (x1, y1) = first.T, last.T + 1
+    return np.asarray(sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0])

@@ -15,7 +15,7 @@ from rasteret_dask.grid import Bounds
 
 __all__ = ["CoverGrid", "starts"]
 
-EDGE_PX = 0.01
+EDGE_PX = 1e-4
 """An edge that reaches less far into a pixel does not touch it: rounding of maps."""
 
 BATCH = 65_536
@@ -96,13 +96,13 @@ class CoverGrid:
         return floor(start / self.pixel + EDGE_PX), ceil(stop / self.pixel - EDGE_PX)
 
     def _touching(self, rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the windows whose own parts hold the middle of a pixel of the ground."""
+        """Return the windows whose own parts touch the ground."""
         row, col = (
             np.reshape(v, -1) for v in np.meshgrid(np.arange(len(rows)), np.arange(len(cols)), indexing="ij")
         )
         own = np.stack([rows[row], cols[col]], -1)
         corner, last = own[:, 1], own[:, 2]
-        box = self.boxes(corner, last - corner) + np.array([1, 1, -1, -1]) * (0.5 - EDGE_PX) * self.pixel
+        box = self.boxes(corner, last - corner) + np.array([1, 1, -1, -1]) * EDGE_PX * self.pixel
         return np.asarray(own[:, 0][shapely.intersects(self.ground.shape, shapely.box(*box.T))])
 
 
