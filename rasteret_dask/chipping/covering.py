@@ -102,10 +102,12 @@ def ground_share(chips: PlannedChips) -> GroundShare:
         covered += scale * (inside + float(shapely.area(beyond)))
         areas &= ground.area is not None
         area += scale * float(shapely.area(ground.shape if ground.area is None else ground.area))
-    share = min(covered / whole, 1.0) if whole else 0.0
-    share = 1.0 if share > 1.0 - ROUNDING else share
-    recorded = min(whole / area, 1.0) if areas and area else None
-    return GroundShare(share, whole / 1e6, recorded)
+    recorded = _share(whole, area) if areas and area else None
+    return GroundShare(_share(covered, whole) if whole else 0.0, whole / 1e6, recorded)
+
+
+def _share(part: float, whole: float) -> float:
+    return 1.0 if part > whole * (1.0 - ROUNDING) else part / whole
 
 
 def _disjoint(grounds: list[MapGround], chips: PlannedChips) -> Iterator[MapGround]:

@@ -17,7 +17,7 @@ from rasteret_dask.extent import EQUATOR_M, is_geographic, metres
 from rasteret_dask.footprint import area_of
 from rasteret_dask.grid import Bounds, bounds_in, transformer
 from rasteret_dask.planning.plan import ChipSpec
-from rasteret_dask.zones import BoxGrid, TileGrid, Zones
+from rasteret_dask.zones import BoxGrid, CrsGrid, TileGrid, Zones
 
 __all__ = ["MapGround", "box_in_degrees", "map_grounds", "moved", "polygons"]
 
@@ -29,6 +29,9 @@ STEP_M = 1000.0
 
 MARGIN_DEG = 0.05
 """Around a shape's box in degrees, so that nothing is cut off where edges bend between corners."""
+
+NEAR_180 = 1e-7
+"""Degrees: a centimetre."""
 
 Shapes = Mapping[int, Any]
 
@@ -42,7 +45,7 @@ class MapGround:
     shape: Any
     """What of the area records of the reference source lie on, in the CRS; not empty."""
     area: Any
-    """What is asked for there, whether records lie there or not: ``aoi`` or a GeoBox; None: wherever there are records."""
+    """What is asked for, ``aoi`` or a GeoBox, whether records lie there or not; None: wherever there are records."""
     edges: Bounds
     """Bounds of the area, whether records lie there or not; of the shape where no area is asked for."""
 
@@ -90,6 +93,7 @@ def _in_zones(zones: Zones, area: Any, records: Shapes) -> Iterator[MapGround | 
         near |= set(zones.near((west, south, east + 360.0 * (east < west), north)))
     for zone in near:
         ground = zones.ground(zone)
+        ground = _off_the_antimeridian(ground) if isinstance(zones, CrsGrid) else ground
         limit = ground if area is None else shapely.intersection(ground, area)
         if not shapely.is_empty(limit):
             yield _on_map(zone, limit, records, whole=area is None)
@@ -99,7 +103,7 @@ def _in_box(box: BoxGrid, area: Any, records: Shapes) -> MapGround | None:
     """Return the ground of a rectangle."""
     edges = (box.x0, box.y0 - box.height * box.pixel, box.x0 + box.width * box.pixel, box.y0)
     rectangle = shapely.box(*edges)
-    limit = box_in_degrees(edges, box.code)
+    limit = _off_the_antimeridian(box_in_degrees(edges, box.code))
     limit = limit if area is None else shapely.intersection(limit, area)
     found = _on_map(box.code, limit, records)
     if found is None:
@@ -138,11 +142,20 @@ def _on_map(code: int, limit: Any, records: Shapes, whole: bool = False) -> MapG
 def _carried(shape: Any, source: int, limit: Any, target: int) -> Any:
     """Return what of a shape lies within a limit in degrees, on another map."""
     if limit is not None:
-        near = shapely.intersection(limit, box_in_degrees(shapely.bounds(shape), source))
-        if shapely.is_empty(near):
-            return shapely.Polygon()
+        near = polygons(shapely.intersection(limit, box_in_degrees(shapely.bounds(shape), source)))
+        if source != target:  # what lies on both sides of 180 degrees may be far apart on the other map
+            pieces = [
+                shapely.intersection(shape, _of_degrees(part, source)) for part in shapely.get_parts(near)
+            ]
+            return shapely.union_all([moved(piece, source, target) for piece in pieces])
         shape = shapely.intersection(shape, _of_degrees(near, source))
     return shape if source == target else moved(shape, source, target)
+
+
+def _off_the_antimeridian(shape: Any) -> Any:
+    """Return a shape in degrees without what is so near to 180 that rounding decides on which side of a map it lies."""
+    east = 180.0 - NEAR_180
+    return polygons(shapely.intersection(shape, shapely.box(-east, -90.0, east, 90.0)))
 
 
 def box_in_degrees(bounds: Sequence[float] | NDArray[np.float64], code: int) -> Any:
