@@ -41,7 +41,7 @@ ORDER = {
               "pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "chiptimes meta resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels mapground coverwindows tilelattice frame leftover distances celltable "
+    "chipping": "coverage chiptable labels boxes mapground coverwindows tilelattice frame leftover distances celltable "
                 "regions feeds chipslots laying chips covering splits dealing ground strata randomwindows splittimes "
                 "rulesteps steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
