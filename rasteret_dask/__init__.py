@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from rasteret_dask.launching.request import WorkerSize
     from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_files, build_from_table, load
+    from rasteret_dask.prediction.cogtiles import CogTiles
     from rasteret_dask.prediction.models import Model
     from rasteret_dask.reader.cogreader import CogReader
     from rasteret_dask.recipes.recipe import Recipe, load_recipe
@@ -89,6 +90,7 @@ __all__ = [
     "ChipBlocks",
     "Chips",
     "CogReader",
+    "CogTiles",
     "Collection",
     "ConcurrentWriteWarning",
     "Cost",
@@ -180,6 +182,7 @@ _MODULES = {
     "net.trust": "trust",
     "openers": "as_collection build_from_files build_from_table load",
     "prediction.models": "Model",
+    "prediction.cogtiles": "CogTiles",
     "reader.cogreader": "CogReader",
     "recipes.recipe": "Recipe load_recipe",
     "reportpage": "report",

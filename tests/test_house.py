@@ -41,9 +41,9 @@ ORDER = {
               "pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "chiptimes meta resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels frame leftover distances celltable regions feeds chipslots "
-                "laying chips splits dealing ground strata randomwindows splittimes rulesteps steps drawing blocks "
-                "blockfiles planblocks",
+    "chipping": "coverage chiptable labels mapground coverwindows tilelattice frame leftover distances celltable "
+                "regions feeds chipslots laying chips covering splits dealing ground strata randomwindows splittimes "
+                "rulesteps steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
@@ -56,7 +56,8 @@ ORDER = {
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
-    "prediction": "modelidentity modelinputs modelqueue modelkinds models",
+    "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
+                  "mapgrid mapjob mapstore mapwork openmap maps",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models run over chips, and what they say becomes maps, vectors and tables."""
+"""From a trained model to a map, or to a table of vectors."""
