@@ -57,7 +57,7 @@ ORDER = {
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
     "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
-                  "mapgrid mapjob mapstore mapwork openmap maps",
+                  "mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
