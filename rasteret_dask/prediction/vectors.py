@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -42,6 +41,7 @@ from rasteret_dask.store.smallobjects import requests
 from rasteret_dask.store.unitruns import Making, UnitJob, Visible, WorkUnit, write_units
 from rasteret_dask.table.geoparquet import GROUP_ROWS, joined_pieces
 from rasteret_dask.tasks.context import Functions
+from rasteret_dask.tasks.filtering import tally
 from rasteret_dask.tasks.job import Job, Output, ipc_bytes
 from rasteret_dask.tasks.jobfile import JobRef, check_writable, job_objects, opened
 from rasteret_dask.tasks.runs import Cuts
@@ -149,6 +149,7 @@ class VectorPlan:
         """Return what the file says of itself, as JSON values: nothing that another run would tell otherwise."""
         out = self.work.output
         texts = report.table.column("dropped_chips").to_pylist()
+        reasons = [why for text in texts for why in json.loads(text).values()]
         return {
             **ANSWERS.note,
             "meaning": MEANING,
@@ -159,9 +160,8 @@ class VectorPlan:
             "codes": list(out.codes),
             "bands": {plan.name: list(plan.bands) for plan in self.job.sources},
             "chips": report.kept,
-            "dropped": dict(
-                sorted(Counter(why for text in texts for why in json.loads(text).values()).items())
-            ),
+            "dropped": report.chips - report.kept,
+            "why": tally(reasons),
         }
 
     def rows(self, part: pa.Table) -> pa.Table:
