@@ -149,8 +149,8 @@ def corners(grid: MapGrid, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
     if (away > PHASE).any():
         raise PlanError(
             f"predict, map in {text(grid.code)}",
-            f"{int((away > PHASE).sum()):,} of {len(bounds):,} chips whose corner lies up to {away.max():.3g} of a pixel "
-            "beside the map's pixel edges", "chips on one grid of pixels",
+            f"{int((away > PHASE).sum()):,} of {len(bounds):,} chips whose corner lies up to {away.max():.3g} of a "
+            "pixel beside the map's pixel edges", "chips on one grid of pixels",
             "Where the model gives coarser pixels, let stride= and edge='pad' keep chips on these; windows of at= or "
             "of several phases need predict for each by itself.",
         )  # fmt: skip
