@@ -142,3 +142,50 @@ class ChipExits:
         url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
         chips = chips_of_plan(self._layout, self._context(on_error))
         return write_webdataset(chips, url, pixels, client, progress, limits)
+
+    def to_rslearn(
+        self,
+        folder: str | os.PathLike[str],
+        client: ClientLike = None,
+        progress: bool = True,
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport:
+        """Write the chips as the windows of an rslearn dataset; a rerun does what is missing.
+
+        ``windows/<split>/<chip>/`` is a window, whose options have the chip's id, split and labels. Each source is a
+        raster layer with all its slots and their times; masks are layers too. ``config.json`` and then
+        ``dataset.json`` are put last: a folder without them is not whole.
+
+        Parameters
+        ----------
+        folder, client, progress, on_error, limits
+            As in :meth:`to_geotiff`.
+
+        Returns
+        -------
+        JobReport
+            What was written, what it took and what became of the chips.
+
+        Raises
+        ------
+        PlanError
+            When rslearn's windows cannot say what the chips are: pixels that do not lie at multiples of their size,
+            ``context_m=``, float64 or complex numbers, dots in the name of a source.
+        StoreError, JobError, IncompleteError
+            As :meth:`to_geotiff`.
+
+        Examples
+        --------
+        >>> report = chips.select("val").to_rslearn("val-windows", progress=False)
+        >>> import json
+        >>> list(json.load(open("val-windows/config.json"))["layers"])
+        ['s2']
+        """
+        from rasteret_dask.exports.chipshards import chips_of_plan
+        from rasteret_dask.exports.exits import write_rslearn
+
+        url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
+        return write_rslearn(
+            chips_of_plan(self._layout, self._context(on_error)), url, client, progress, limits
+        )

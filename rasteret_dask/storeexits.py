@@ -66,3 +66,24 @@ class StoredExits:
 
         url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
         return write_webdataset(chips_of_store(self.stored), url, pixels, client, progress, limits)
+
+    def to_rslearn(
+        self,
+        folder: str | os.PathLike[str],
+        client: ClientLike = None,
+        progress: bool = True,
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport:
+        """Write the chips as :meth:`Chips.to_rslearn` does, with the splits and columns that they have by now.
+
+        Examples
+        --------
+        >>> report = stored.select("val").to_rslearn("stored-windows", progress=False)
+        >>> report.kept
+        9
+        """
+        from rasteret_dask.exports.chipshards import chips_of_store
+        from rasteret_dask.exports.exits import write_rslearn
+
+        url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
+        return write_rslearn(chips_of_store(self.stored), url, client, progress, limits)

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pystac.validation import stac_validator
+from test_polar import ITS_OWN, mosaic, tiles_at
 
 import rasteret_dask as rd
 from rasteret_dask.errors import PlanError, StoreError
@@ -34,7 +35,7 @@ from rasteret_dask.exports.geotiff import (
     validity_geotiff,
     wants_validity,
 )
-from rasteret_dask.exports.sheets import MaskSheet, Sheet
+from rasteret_dask.exports.sheets import MaskSheet, SourceSheet
 from rasteret_dask.exports.stacitems import _box
 
 OF_RUNS = ("_job", "manifest.parquet")
@@ -290,6 +291,37 @@ def test_ids_with_any_letters_become_files(s2: rd.Collection, tmp_path: Path) ->
     assert all(item.properties["labels"].keys() == {"date"} for item in there.values())
 
 
+@pytest.mark.parametrize(
+    ("place", "grid"), [("the pole", "utm"), ("the antimeridian", "utm"), ("85 N", ITS_OWN)]
+)
+def test_chips_of_polar_grids_and_of_a_crs_without_a_code(place: str, grid: str, tmp_path: Path) -> None:
+    chips = mosaic(tiles_at(tmp_path, place)).chips(32, grid=grid, cell_km=6.4)
+    across = chips.table.filter(pa.array([len(wkb) > 100 for wkb in chips.table["geometry"].to_pylist()]))
+    ids = [*chips.table["chip_id"].to_pylist()[:5], *across["chip_id"].to_pylist()[:3]]
+    some = chips.filter("chip_id", "in", ids)
+    some.to_geotiff(tmp_path / "out", progress=False)
+    there = items(tmp_path / "out")
+    dataset = loaded(some, ["ice"])["ice"]
+    for row, chip in enumerate(dataset["chip_id"].values):
+        item = there[chip]
+        bands, _, facts = read(item.assets["ice"].get_absolute_href())
+        np.testing.assert_array_equal(
+            bands.reshape(dataset["pixels"].values[row].shape), dataset["pixels"].values[row]
+        )
+        np.testing.assert_allclose(facts["bounds"], dataset["bounds"].values[row], atol=1e-3)
+        code, wkt = item.properties["proj:code"], item.properties.get("proj:wkt2")
+        assert (code is None) == (grid == ITS_OWN)
+        mine = pyproj.CRS.from_user_input(wkt or code)
+        theirs = pyproj.CRS.from_user_input(facts["crs"].to_wkt())
+        between = pyproj.Transformer.from_crs(mine, theirs, always_xy=True)
+        corner = facts["bounds"][:2]
+        np.testing.assert_allclose(between.transform(*corner), corner, atol=1e-3)
+        middle = pyproj.Transformer.from_crs(mine, 4326, always_xy=True).transform(
+            *(np.array(facts["bounds"])[[0, 2]].mean(), np.array(facts["bounds"])[[1, 3]].mean())
+        )
+        assert shapely.geometry.shape(item.geometry).buffer(1e-3).contains(shapely.Point(*middle))
+
+
 def test_names_that_would_clash_are_refused(s2: rd.Collection, tmp_path: Path) -> None:
     one = s2.harmonize(["red"], time="3MS")
     chips = rd.join(image_a=one, IMAGE_A=one).chips(16, cell_km=0.96).sample(2)
@@ -335,7 +367,7 @@ def test_any_array_comes_back(
         pixels = np.where(valid[:, None], pixels, np.asarray(np.nan if fill is None else fill)).astype(dtype)
     if pixels.dtype.kind == "c" and fill is None:
         valid = ~np.isnan(pixels).any(axis=1)
-    sheet = Sheet("s", tuple("abcd"[:bands]), dtype, times, fill)
+    sheet = SourceSheet("s", tuple("abcd"[:bands]), dtype, times, fill)
     data = pixels_geotiff(pixels, valid, sheet, PLACE, [""] * times)
     assert data == pixels_geotiff(pixels, valid, sheet, PLACE, [""] * times)
     with rasterio.MemoryFile(data) as memory, memory.open() as file:
@@ -353,7 +385,7 @@ def test_any_array_comes_back(
 
 
 def test_a_fourth_band_of_bytes_is_no_alpha() -> None:
-    sheet = Sheet("s", tuple("abcd"), "uint8", 1, 0)
+    sheet = SourceSheet("s", tuple("abcd"), "uint8", 1, 0)
     data = pixels_geotiff(np.ones((1, 4, 9, 9), "uint8"), np.ones((1, 9, 9), bool), sheet, PLACE, [""])
     with rasterio.MemoryFile(data) as memory, memory.open() as file:
         assert rasterio.enums.ColorInterp.alpha not in file.colorinterp

@@ -58,7 +58,7 @@ ORDER = {
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
     "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
                   "mapgrid mapjob mapstore mapwork openmap maps",
-    "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset exits",
+    "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",

@@ -16,9 +16,9 @@ import shapely
 from numpy.typing import NDArray
 
 from rasteret_dask import activity
-from rasteret_dask.chipping.chiptable import label_columns
+from rasteret_dask.chipping.chiptable import bounds_of, label_columns
 from rasteret_dask.exports.filenames import ALL
-from rasteret_dask.exports.sheets import Sheet, sheets_of_job, sheets_of_store
+from rasteret_dask.exports.sheets import SourceSheet, sheets_of_job, sheets_of_store
 from rasteret_dask.exports.stacitems import Extent, extent_of
 from rasteret_dask.footprint import box_around
 from rasteret_dask.net import remote
@@ -80,10 +80,12 @@ class ChipUnit:
 class ExitChips:
     """Chips that leave to files."""
 
-    sheets: tuple[Sheet, ...]
+    sheets: tuple[SourceSheet, ...]
     labels: Mapping[str, str]
     """Label column -> NumPy dtype."""
     extent: Extent
+    bounds: NDArray[np.float64]
+    """Shape (chip, 4): xmin, ymin, xmax, ymax, each in its own CRS."""
     splits: Mapping[str, int]
     """Folder -> chips, as planned."""
     provenance: Provenance
@@ -178,7 +180,7 @@ def chips_of_plan(layout: Layout, context: ReadContext) -> ExitChips:
     ]
     objects = {f"{JOB}/{name}": ledger.whole(data) for name, data in job_objects(job).items()}
     return ExitChips(
-        sheets, _label_dtypes(job.chips), extent_of(_boxes(chosen), sheets, layout.provenance),
+        sheets, _label_dtypes(job.chips), extent_of(_boxes(chosen), sheets, layout.provenance), bounds_of(chosen),
         {h.split or ALL: h.chips for h in job.hierarchies if h.chips}, layout.provenance,
         digest(job.digest, context.on_error), units,
         lambda url: _PlannedShards(JobRef(remote.join(url, JOB), job.digest), context.on_error, functions),
@@ -191,7 +193,7 @@ def chips_of_plan(layout: Layout, context: ReadContext) -> ExitChips:
 def chips_of_store(stored: Stored) -> ExitChips:
     """Return the chips of a finished store, with the splits that they have by now."""
     sheets = sheets_of_store(stored)
-    table = stored.columns(["chip_id", "split", "geometry", "xmin", "xmax"])
+    table = stored.columns(["chip_id", "split", "geometry", "xmin", "ymin", "xmax", "ymax"])
     provenance = provenance_of_parts(stored.places)
     folders = [split or ALL for split in table.column("split").to_pylist()]
     ids = table.column("chip_id").to_pylist()
@@ -213,7 +215,8 @@ def chips_of_store(stored: Stored) -> ExitChips:
     for folder in folders:
         counts[folder] = counts.get(folder, 0) + 1
     return ExitChips(
-        tuple(sheets), _label_dtypes(stored.rows_of_table(slice(0, 1))), extent_of(_boxes(table), sheets, provenance),
+        sheets, _label_dtypes(stored.rows_of_table(slice(0, 1))), extent_of(_boxes(table), sheets, provenance),
+        bounds_of(table),
         counts, provenance, stored.digest, units, lambda url: _StoredShards(stored),
         objects={ledger.PROVENANCE: ledger.whole(provenance.to_bytes())},
         stores=stored.places,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rasteret_dask.exports.chipshards import ExitChips
 from rasteret_dask.exports.geotiffs import geotiff_job
+from rasteret_dask.exports.rslearn import rslearn_job
 from rasteret_dask.exports.webdataset import PixelFormat, webdataset_job
 from rasteret_dask.net import clusters, signatures
 from rasteret_dask.net.clusters import ClientLike
@@ -18,7 +19,7 @@ from rasteret_dask.store.unitruns import UnitJob, write_units
 if TYPE_CHECKING:
     from rasteret_dask.store.jobreport import JobReport
 
-__all__ = ["write_geotiff", "write_webdataset"]
+__all__ = ["write_geotiff", "write_rslearn", "write_webdataset"]
 
 
 def write_geotiff(
@@ -26,6 +27,13 @@ def write_geotiff(
 ) -> JobReport:
     """Write GeoTIFFs with STAC Items to a folder; see :meth:`rasteret_dask.Chips.to_geotiff`."""
     return _written(chips, url, lambda: geotiff_job(chips, url), client, progress, limits)
+
+
+def write_rslearn(
+    chips: ExitChips, url: str, client: ClientLike, progress: bool, limits: RunLimits
+) -> JobReport:
+    """Write windows to a folder; see :meth:`rasteret_dask.Chips.to_rslearn`."""
+    return _written(chips, url, lambda: rslearn_job(chips, url), client, progress, limits)
 
 
 def write_webdataset(

@@ -5,23 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from html import escape
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio.crs import CRS
 from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 
-from rasteret_dask.crs import wkt2
 from rasteret_dask.display.colours import NO_LABEL, class_colours
-from rasteret_dask.exports.sheets import Box, MaskSheet, Sheet
+from rasteret_dask.exports.sheets import Box, MaskSheet, SourceSheet
+from rasteret_dask.reader.pixelgrid import crs_of
 
 __all__ = [
     "Georeference",
+    "Order",
     "category_names",
     "mask_geotiff",
     "pixels_geotiff",
@@ -29,6 +28,9 @@ __all__ = [
     "validity_geotiff",
     "wants_validity",
 ]
+
+Order: TypeAlias = Literal["slots", "bands"]
+"""Whose bands follow each other in a file."""
 
 TILE_PX = 256
 """Side of a tile, at most."""
@@ -66,9 +68,14 @@ class _Tags:
 
 
 def pixels_geotiff(
-    pixels: NDArray[Any], valid: NDArray[np.bool_], sheet: Sheet, place: Georeference, dates: Sequence[str]
+    pixels: NDArray[Any],
+    valid: NDArray[np.bool_],
+    sheet: SourceSheet,
+    place: Georeference,
+    dates: Sequence[str],
+    order: Order = "slots",
 ) -> bytes:
-    """Return the pixels of one source of a chip as a GeoTIFF, a band for each slot and band, slots first.
+    """Return the pixels of one source of a chip as a GeoTIFF, a band for each slot and band.
 
     Nodata, or NaN, says which pixels are invalid. Where a valid pixel has the number that stands for nodata, there is
     no such tag: all pixels are valid, or of one slot an internal mask says which, or of several what
@@ -86,33 +93,36 @@ def pixels_geotiff(
         Where they lie.
     dates
         What each slot is called.
+    order
+        What follows each other: the bands of a slot (``"slots"``), or the slots of a band (``"bands"``).
     """
     times, bands, height, width = pixels.shape
+    places = np.arange(times * bands).reshape(times, bands)
+    at = (places if order == "slots" else places.T).ravel()
     flat = pixels.reshape(times * bands, height, width)
     plain = tells_validity(pixels, valid, sheet)
-    names = {
-        number: named for number, band in enumerate(sheet.bands) for b, named in sheet.classes if b == band
-    }
+    called, units, classes = sheet.descriptions(dates), sheet.units * times, dict(sheet.classes)
     tags = _Tags(
-        sheet.descriptions(dates),
+        tuple(called[n] for n in at),
         sheet.scale,
-        sheet.units * times if any(sheet.units) else (),
+        tuple(units[n] for n in at) if any(units) else (),
         {
-            1 + slot * bands + band: _class_tags(named)
-            for slot in range(times)
-            for band, named in names.items()
+            1 + band: _class_tags(named)
+            for band, n in enumerate(at)
+            if (named := classes.get(sheet.bands[n % bands]))
         },
     )
     nodata = (np.nan if sheet.fill is None else sheet.fill) if plain else None
-    return _encoded(flat, place, tags, nodata, None if plain or times > 1 or valid.all() else valid[0])
+    ordered = flat if order == "slots" else flat[at]
+    return _encoded(ordered, place, tags, nodata, None if plain or times > 1 or valid.all() else valid[0])
 
 
-def wants_validity(pixels: NDArray[Any], valid: NDArray[np.bool_], sheet: Sheet) -> bool:
+def wants_validity(pixels: NDArray[Any], valid: NDArray[np.bool_], sheet: SourceSheet) -> bool:
     """Tell whether the pixels' own file cannot say which of them are valid; arguments as :func:`tells_validity`."""
     return len(pixels) > 1 and not tells_validity(pixels, valid, sheet) and not valid.all()
 
 
-def tells_validity(pixels: NDArray[Any], valid: NDArray[np.bool_], sheet: Sheet) -> bool:
+def tells_validity(pixels: NDArray[Any], valid: NDArray[np.bool_], sheet: SourceSheet) -> bool:
     """Tell whether pixels say themselves which of them are valid: those of which no band is nodata, or not finite.
 
     Parameters
@@ -183,7 +193,7 @@ def _encoded(
     dtype = _STORED.get(bands.dtype.name, bands.dtype.name)
     profile: dict[str, Any] = {
         "driver": "GTiff", "count": count, "height": height, "width": width, "dtype": dtype,
-        "crs": _crs(place.epsg), "transform": place.transform(height, width), "nodata": nodata,
+        "crs": crs_of(place.epsg), "transform": place.transform(height, width), "nodata": nodata,
         "tiled": True, "blockxsize": _tile(width), "blockysize": _tile(height), "interleave": "band",
         "compress": "deflate", "zlevel": ZLEVEL, "num_threads": 1,
         "photometric": "palette" if tags.colours else "minisblack",
@@ -213,8 +223,3 @@ def _encoded(
 def _tile(side: int) -> int:
     """Return the side of a tile: a multiple of 16, as TIFF asks for."""
     return min(TILE_PX, -(-side // 16) * 16)
-
-
-@lru_cache(maxsize=256)
-def _crs(epsg: int) -> CRS:
-    return CRS.from_epsg(epsg) if epsg > 0 else CRS.from_wkt(wkt2(epsg))

@@ -21,7 +21,7 @@ from rasteret_dask.exports.geotiff import (
     validity_geotiff,
     wants_validity,
 )
-from rasteret_dask.exports.sheets import MaskSheet, Sheet, dates_of, window_of
+from rasteret_dask.exports.sheets import MaskSheet, SourceSheet, dates_of, window_of
 from rasteret_dask.exports.stacitems import (
     CATALOG,
     COLLECTION,
@@ -62,7 +62,9 @@ class ChipFiles:
     assets: Mapping[str, Mapping[str, Any]]
 
 
-def chip_files(arrays: Arrays, row: int, chip: ChipFacts, sheets: Sequence[Sheet], before: str) -> ChipFiles:
+def chip_files(
+    arrays: Arrays, row: int, chip: ChipFacts, sheets: Sequence[SourceSheet], before: str
+) -> ChipFiles:
     """Return the GeoTIFFs of one chip.
 
     Parameters
@@ -107,7 +109,7 @@ def chip_files(arrays: Arrays, row: int, chip: ChipFacts, sheets: Sequence[Sheet
 
 
 def _masks(
-    arrays: Arrays, row: int, chip: ChipFacts, sheets: Sequence[Sheet]
+    arrays: Arrays, row: int, chip: ChipFacts, sheets: Sequence[SourceSheet]
 ) -> Iterator[tuple[MaskSheet, Any, Georeference]]:
     """Yield the burned labels of a chip: they lie on the chip itself, however far a source's window reaches."""
     for sheet in sheets:
@@ -119,7 +121,7 @@ def _masks(
 class GeoTiffs:
     """Makes the files of a folder of GeoTIFFs."""
 
-    sheets: tuple[Sheet, ...]
+    sheets: tuple[SourceSheet, ...]
     extent: Extent
 
     def objects(self, number: int, arrays: Arrays) -> Iterator[tuple[str, Sequence[Piece]]]:
@@ -142,7 +144,7 @@ class GeoTiffs:
         return (f"{split}/{file_name(chip)}{end}" for chip in chips for end in ends)
 
 
-def names_of(sheets: Sequence[Sheet]) -> list[str]:
+def names_of(sheets: Sequence[SourceSheet]) -> list[str]:
     """Return what files of sources and masks are called."""
     return [name for sheet in sheets for name in (sheet.name, *(mask.name for mask in sheet.masks))]
 

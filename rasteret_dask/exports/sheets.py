@@ -16,7 +16,7 @@ from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.tasks.job import Job, Output
 
 __all__ = [
-    "Box", "MaskSheet", "Sheet", "box_of", "dates_of", "iso_of", "sheets_of_job", "sheets_of_store", "window_of",
+    "Box", "MaskSheet", "SourceSheet", "box_of", "dates_of", "iso_of", "sheets_of_job", "sheets_of_store", "window_of",
 ]  # fmt: skip
 
 Box: TypeAlias = "tuple[float, float, float, float]"
@@ -42,7 +42,7 @@ class MaskSheet:
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
+class SourceSheet:
     """What the pixels of a source are, band by band."""
 
     name: str
@@ -67,6 +67,8 @@ class Sheet:
     masks: tuple[MaskSheet, ...] = ()
     meta: tuple[str, ...] = ()
     """What is told of each slot beside its time and validity."""
+    shape: tuple[int, int] = (0, 0)
+    """Rows and columns; zeros where nobody asks."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class Sheet:
             "reach_m": self.reach_m,
             "masks": {m.name: {"dtype": m.dtype, "classes": list(m.classes)} for m in self.masks},
             "meta": list(self.meta),
+            "shape": list(self.shape),
         }
 
     def descriptions(self, dates: Sequence[str]) -> tuple[str, ...]:
@@ -91,11 +94,11 @@ class Sheet:
         return tuple(f"{date} {band}".strip() for date in dates for band in self.bands)
 
 
-def sheets_of_job(job: Job, outputs: Sequence[Output]) -> tuple[Sheet, ...]:
+def sheets_of_job(job: Job, outputs: Sequence[Output]) -> tuple[SourceSheet, ...]:
     """Return the sheet of each source of a job."""
     classes = {own.name: own.attrs.get("classes", ()) for own in job.labels}
     return tuple(
-        Sheet(
+        SourceSheet(
             plan.name, out.bands, out.dtype, out.times,
             _fill(out.dtype, out.fill), None if out.scale is None else float(out.scale), out.units,
             tuple(kind.kind or "unknown" for kind in out.kinds),
@@ -103,13 +106,13 @@ def sheets_of_job(job: Job, outputs: Sequence[Output]) -> tuple[Sheet, ...]:
             None if out.slots is None else tuple(_iso(np.datetime64(slot, "ns")) for slot in out.slots),
             job.reach_m(number),
             tuple(MaskSheet(name, dtype, tuple(classes[name])) for name, dtype in out.masks),
-            out.meta_names,
+            out.meta_names, (out.height, out.width),
         )
         for number, (plan, out) in enumerate(zip(job.sources, outputs, strict=True))
     )  # fmt: skip
 
 
-def sheets_of_store(stored: Stored) -> tuple[Sheet, ...]:
+def sheets_of_store(stored: Stored) -> tuple[SourceSheet, ...]:
     """Return the sheet of each source of a store."""
     store, table = stored.map, stored.columns(["xmin", "xmax"]).slice(0, 1)
     side = float(table.column("xmax")[0].as_py() - table.column("xmin")[0].as_py())
@@ -120,7 +123,7 @@ def sheets_of_store(stored: Stored) -> tuple[Sheet, ...]:
         units = store.values(group.arrays["units"]) if "units" in group.arrays else ()
         classes = zip(pixels.bands, pixels.kinds, strict=False)
         sheets.append(
-            Sheet(
+            SourceSheet(
                 group.source,
                 pixels.bands,
                 pixels.dtype,
@@ -134,6 +137,7 @@ def sheets_of_store(stored: Stored) -> tuple[Sheet, ...]:
                 0.0 if wide is None else (wide - side) / 2,
                 tuple(MaskSheet(m.name, m.dtype, m.classes) for m in pixels.masks),
                 group.meta,
+                (pixels.shape[2], pixels.shape[3]),
             )
         )
     return tuple(sheets)
@@ -143,7 +147,7 @@ def _fill(dtype: str, fill: float) -> int | None:
     return None if np.dtype(dtype).kind in _FLOATS else int(fill)
 
 
-def dates_of(sheet: Sheet, datetimes: NDArray[np.datetime64]) -> tuple[str, ...]:
+def dates_of(sheet: SourceSheet, datetimes: NDArray[np.datetime64]) -> tuple[str, ...]:
     """Return what each slot of a chip is called: the slot's date, else its acquisition's, else its number.
 
     Parameters
@@ -163,7 +167,7 @@ def dates_of(sheet: Sheet, datetimes: NDArray[np.datetime64]) -> tuple[str, ...]
     )
 
 
-def window_of(arrays: Arrays, row: int, sheet: Sheet) -> Box:
+def window_of(arrays: Arrays, row: int, sheet: SourceSheet) -> Box:
     """Return xmin, ymin, xmax, ymax of a chip's window in a source."""
     return box_of(grown(arrays["bbox"][row : row + 1], sheet.reach_m)[0])
 

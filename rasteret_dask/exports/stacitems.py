@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from shapely.geometry.polygon import orient
 
 from rasteret_dask.chipping.frame import Frame, outline_wkb
-from rasteret_dask.crs import wkt2
-from rasteret_dask.exports.sheets import Box, MaskSheet, Sheet, box_of, iso_of
+from rasteret_dask.crs import spelled, wkt2
+from rasteret_dask.exports.sheets import Box, MaskSheet, SourceSheet, box_of, iso_of
 from rasteret_dask.footprint import box_around
 from rasteret_dask.store.provenance import MemberOrigin, Provenance
 from rasteret_dask.tasks.batches import Arrays
@@ -103,7 +103,7 @@ class ChipFacts:
     """Source -> what is known of each slot, JSON values."""
 
 
-def chip_facts(arrays: Arrays, sheets: Sequence[Sheet]) -> list[ChipFacts]:
+def chip_facts(arrays: Arrays, sheets: Sequence[SourceSheet]) -> list[ChipFacts]:
     """Return what is known of each chip of a shard."""
     ids = arrays["chip_id"]
     n = len(ids)
@@ -123,7 +123,7 @@ def chip_facts(arrays: Arrays, sheets: Sequence[Sheet]) -> list[ChipFacts]:
     ]  # fmt: skip
 
 
-def _slots(arrays: Arrays, sheet: Sheet) -> list[list[dict[str, Any]]]:
+def _slots(arrays: Arrays, sheet: SourceSheet) -> list[list[dict[str, Any]]]:
     """Return what is known of each slot of each chip."""
     valid = arrays[f"{sheet.name}/valid"]
     shares = valid.mean(axis=(2, 3), dtype=np.float64).round(6)
@@ -158,7 +158,7 @@ def json_value(value: Any) -> Any:
 
 def item(
     chip: ChipFacts,
-    sheets: Sequence[Sheet],
+    sheets: Sequence[SourceSheet],
     assets: Mapping[str, Mapping[str, Any]],
     extent: Extent,
     links: Sequence[Mapping[str, str]] = (),
@@ -200,7 +200,11 @@ def item(
 
 
 def pixel_asset(
-    file: File, sheet: Sheet, slots: Sequence[Mapping[str, Any]], descriptions: Sequence[str], plain: bool
+    file: File,
+    sheet: SourceSheet,
+    slots: Sequence[Mapping[str, Any]],
+    descriptions: Sequence[str],
+    plain: bool,
 ) -> dict[str, Any]:
     """Return the asset of a source's pixels.
 
@@ -285,7 +289,7 @@ def item_links() -> tuple[dict[str, str], ...]:
 
 
 def collection(
-    sheets: Sequence[Sheet],
+    sheets: Sequence[SourceSheet],
     labels: Mapping[str, str],
     splits: Mapping[str, int],
     extent: Extent,
@@ -351,7 +355,7 @@ def document_bytes(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _description(sheets: Sequence[Sheet], splits: Mapping[str, int]) -> str:
+def _description(sheets: Sequence[SourceSheet], splits: Mapping[str, int]) -> str:
     counts = ", ".join(f"{split} {count:,}" for split, count in splits.items())
     return (
         f"Training chips of {', '.join(sheet.name for sheet in sheets)}, written by rasteret_dask: {counts}."
@@ -375,7 +379,7 @@ def _providers(origins: Sequence[MemberOrigin]) -> list[dict[str, Any]]:
     return result
 
 
-def _item_assets(sheets: Sequence[Sheet]) -> dict[str, Any]:
+def _item_assets(sheets: Sequence[SourceSheet]) -> dict[str, Any]:
     assets: dict[str, Any] = {}
     for sheet in sheets:
         assets[sheet.name] = {
@@ -389,7 +393,7 @@ def _item_assets(sheets: Sequence[Sheet]) -> dict[str, Any]:
     return assets
 
 
-def _times(chip: ChipFacts, sheets: Sequence[Sheet], extent: Extent) -> dict[str, Any]:
+def _times(chip: ChipFacts, sheets: Sequence[SourceSheet], extent: Extent) -> dict[str, Any]:
     """Return when a chip was taken: of slots that are composed of several acquisitions, when the slot begins."""
     times = set()
     for sheet in sheets:
@@ -404,7 +408,7 @@ def _times(chip: ChipFacts, sheets: Sequence[Sheet], extent: Extent) -> dict[str
 
 
 def _crs(epsg: int) -> dict[str, Any]:
-    return {"proj:code": f"EPSG:{epsg}"} if epsg > 0 else {"proj:code": None, "proj:wkt2": wkt2(epsg)}
+    return {"proj:code": spelled(epsg)} if epsg > 0 else {"proj:code": None, "proj:wkt2": wkt2(epsg)}
 
 
 def _classes(named: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
@@ -433,7 +437,7 @@ def _geojson(outline: Any) -> dict[str, Any]:
     return geometry
 
 
-def extent_of(bounds: NDArray[np.float64], sheets: Sequence[Sheet], provenance: Provenance) -> Extent:
+def extent_of(bounds: NDArray[np.float64], sheets: Sequence[SourceSheet], provenance: Provenance) -> Extent:
     """Return where and when chips lie.
 
     Parameters

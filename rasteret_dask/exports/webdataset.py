@@ -14,7 +14,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.exports.chipshards import ExitChips, dropped_chips, unit_job
 from rasteret_dask.exports.filenames import ALL, check_clashes, file_name, sample_key
 from rasteret_dask.exports.geotiffs import chip_files, names_of
-from rasteret_dask.exports.sheets import Sheet, dates_of, window_of
+from rasteret_dask.exports.sheets import SourceSheet, dates_of, window_of
 from rasteret_dask.exports.stacitems import (
     ChipFacts,
     Extent,
@@ -52,7 +52,7 @@ _ABOUT = ("title", "description", "license", "providers", "sci:citation", "exten
 class Tars:
     """Makes the tars of shards."""
 
-    sheets: tuple[Sheet, ...]
+    sheets: tuple[SourceSheet, ...]
     extent: Extent
     pixels: PixelFormat
 
@@ -87,7 +87,7 @@ class Tars:
 
 
 def _arrays(
-    arrays: Arrays, row: int, chip: ChipFacts, sheets: Sequence[Sheet], key: str
+    arrays: Arrays, row: int, chip: ChipFacts, sheets: Sequence[SourceSheet], key: str
 ) -> tuple[list[tuple[str, Sequence[Piece]]], dict[str, Mapping[str, Any]]]:
     """Return a chip's arrays as members of a tar, and what its Item says of them."""
     members: list[tuple[str, Sequence[Piece]]] = []
