@@ -110,6 +110,7 @@ def doubled(pixels: xr.DataArray) -> xr.DataArray:
     return pixels.astype("float64") * 2
 
 
+@pytest.mark.filterwarnings("ignore")  # its own, of the libraries that it is made of
 def test_rslearn_reads_them(chips: rd.Chips, whole: Path) -> None:
     pytest.importorskip("rslearn", reason="rslearn is not installed")
     from rslearn.dataset import Dataset
