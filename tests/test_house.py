@@ -58,13 +58,14 @@ ORDER = {
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
     "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
                   "mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles targets predicting",
+    "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
-    "the face": "compacting splitcells classraster storeset reportpage streamfrom torchdata chipblocks "
-                "chipexits chipset tableexits pixelreads collection openers building",
+    "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
+                "chipexits modelexits chipset tableexits pixelreads collection openers building",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
     "the names": "__init__",
     "demo": "world checks run",
