@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pyarrow as pa
 
+from rasteret_dask.chipexits import ChipExits
 from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
@@ -20,6 +21,7 @@ from rasteret_dask.chipping.steps import FOLD, apply_step, steps_of
 from rasteret_dask.classraster import StratifyLike, raster_of
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
+from rasteret_dask.modelexits import ModelExits
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import (
@@ -75,7 +77,7 @@ if TYPE_CHECKING:
 __all__ = ["Chips"]
 
 
-class Chips:
+class Chips(ChipExits, ModelExits):
     """An immutable, lazy set of chips, made by :meth:`Collection.chips`.
 
     Parameters

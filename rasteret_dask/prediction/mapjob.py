@@ -40,11 +40,13 @@ class MapJob:
     """Chips of the plan, each counted once."""
     size_px: int
     """Side of a chip in pixels of the reference source."""
+    firsts: tuple[int, ...]
+    """For each block, how many of its chips are in no block before."""
 
     @property
     def repeats(self) -> int:
         """Chips that are predicted once more, as they reach several blocks."""
-        return self.job.chips.num_rows - self.chips
+        return int(self.job.chips.num_rows) - self.chips
 
     def names(self) -> list[str]:
         """Return the name of each block."""
@@ -114,7 +116,10 @@ def map_job(
     own = replace(
         job, chips=table, hierarchies=hierarchies, others=(), split_cells=None, fold_cells=None, in_turn=False
     )
-    return MapJob(own, grids, placement.blocks, block_px, len(rows), size[0])
+    block_of_row = np.repeat(np.arange(len(names)), np.diff(placement.offsets))
+    _, first = np.unique(placement.chip, return_index=True)
+    firsts = np.bincount(block_of_row[first], minlength=len(names)).tolist()
+    return MapJob(own, grids, placement.blocks, block_px, len(first), size[0], tuple(firsts))
 
 
 def shards_of(block: Hierarchy) -> list[Shard]:

@@ -244,7 +244,7 @@ def consolidate(store: MemoryStore) -> None:
         zarr.consolidate_metadata(store)
 
 
-def _axis(grid: MapGrid, name: str) -> dict[str, str]:
+def _axis(grid: MapGrid, name: str) -> dict[str, Any]:
     geographic = crs_of(grid.code).is_geographic
     if geographic:
         word = "latitude" if name == "y" else "longitude"
