@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         JobError,
         MissingExtraError,
         MixedScalesWarning,
+        ModelError,
         PlanError,
         RasteretDaskError,
         ReadError,
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
     from rasteret_dask.launching.request import WorkerSize
     from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_files, build_from_table, load
+    from rasteret_dask.prediction.cogtiles import CogTiles
+    from rasteret_dask.prediction.models import Model
     from rasteret_dask.reader.cogreader import CogReader
     from rasteret_dask.recipes.recipe import Recipe, load_recipe
     from rasteret_dask.reportpage import report
@@ -87,6 +90,7 @@ __all__ = [
     "ChipBlocks",
     "Chips",
     "CogReader",
+    "CogTiles",
     "Collection",
     "ConcurrentWriteWarning",
     "Cost",
@@ -101,6 +105,8 @@ __all__ = [
     "Leak",
     "MissingExtraError",
     "MixedScalesWarning",
+    "Model",
+    "ModelError",
     "PlanError",
     "RECORD_SCHEMA",
     "RasteretDaskError",
@@ -168,13 +174,15 @@ _MODULES = {
     "collection": "Collection join merge",
     "compacting": "compact",
     "errors": "BandError ConcurrentWriteWarning CredentialsError EmptyError FormatError GridError IncompleteError "
-    "JobError MissingExtraError MixedScalesWarning PlanError RasteretDaskError ReadError RecipeError SchemaError "
-    "SignedHrefsWarning SourceError StoreError StrataWarning TrustError UnknownKindWarning UnreadableAssetsError "
-    "UnreadableTilesWarning UntiledFilesWarning UnwritableStoreError",
+    "JobError MissingExtraError MixedScalesWarning ModelError PlanError RasteretDaskError ReadError RecipeError "
+    "SchemaError SignedHrefsWarning SourceError StoreError StrataWarning TrustError UnknownKindWarning "
+    "UnreadableAssetsError UnreadableTilesWarning UntiledFilesWarning UnwritableStoreError",
     "launching.cluster": "cluster",
     "launching.request": "WorkerSize",
     "net.trust": "trust",
     "openers": "as_collection build_from_files build_from_table load",
+    "prediction.models": "Model",
+    "prediction.cogtiles": "CogTiles",
     "reader.cogreader": "CogReader",
     "recipes.recipe": "Recipe load_recipe",
     "reportpage": "report",

@@ -38,6 +38,7 @@ from rasteret_dask.planning.plan import (
     Split,
     SplitSpec,
     WithTable,
+    check_apart,
     predicates,
 )
 from rasteret_dask.planning.query import Query
@@ -177,8 +178,8 @@ class Chips(ChipExits):
         Raises
         ------
         PlanError
-            When shares do not sum to 1, or a split has a name that a store cannot have; when planning finds a class in
-            one split cell only, or fewer cells than splits.
+            When shares do not sum to 1, or a split has a name that a store cannot have; of chips that cover an area, as
+            they overlap; when planning finds a class in one split cell only, or fewer cells than splits.
 
         Warns
         -----
@@ -215,6 +216,7 @@ class Chips(ChipExits):
         self, spec: SplitSpec, stratify: StratifyLike | None, cells: CellsLike | None
     ) -> tuple[SplitSpec, dict[str, Table]]:
         """Return splits or folds with what decides the deal of their cells, and the tables that they name."""
+        check_apart(self.plan, spec.step)  # before a raster is read
         tables: dict[str, Table] = {}
         dealt = None
         if cells is not None:
@@ -258,8 +260,8 @@ class Chips(ChipExits):
         Raises
         ------
         PlanError
-            When there are fewer split cells than folds, or there is a column ``fold``; when planning finds a class in
-            one split cell only.
+            When there are fewer split cells than folds, or there is a column ``fold``; of chips that cover an area, as
+            they overlap; when planning finds a class in one split cell only.
 
         Warns
         -----

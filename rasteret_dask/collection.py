@@ -43,7 +43,7 @@ from rasteret_dask.rules.units import Unit, UnitName, units_named
 from rasteret_dask.table.records import Records
 from rasteret_dask.table.timing import half_open
 from rasteret_dask.tableexits import TableExits
-from rasteret_dask.words import Choose, Dtype, Grid, Resampling
+from rasteret_dask.words import Choose, Dtype, Edge, Grid, Resampling
 from rasteret_dask.zones import chip_grid, tile_km
 
 if TYPE_CHECKING:
@@ -408,7 +408,7 @@ class Collection(TableExits, PixelReads):
         at: Any = None,
         grid: Grid | Any = "utm",
         cell_km: float | None = None,
-        min_coverage: float = 1.0,
+        min_coverage: float | None = None,
         min_slots: int = 1,
         reference: str | None = None,
         labels: Any = None,
@@ -416,6 +416,8 @@ class Collection(TableExits, PixelReads):
         classes: Sequence[str | int] | Mapping[str, Sequence[str | int]] | None = None,
         radius_m: float | None = None,
         context_m: Mapping[str, float] | None = None,
+        cover: bool = False,
+        edge: Edge = "shift",
     ) -> Chips:
         """Lay chips over the ground that every source covers.
 
@@ -439,7 +441,9 @@ class Collection(TableExits, PixelReads):
         cell_km
             Side of a split cell, kilometres on the map; None: a GridSpec's tile, else 15.36.
         min_coverage
-            Share of a chip that the records of a slot must cover together.
+            Share of a chip that the records of a slot must cover together. None: all of it; with ``cover`` any part of
+            it. With ``cover``, a larger share drops chips at the edges of records, so that their ground is in no chip:
+            ``explain()`` says how much.
         min_slots
             Slots that must have records, in every source, each counted by itself; of a source of intervals (a
             year's embeddings beside months) at most all of its own. A source that ``join(require=)`` lets chips lack is
@@ -466,6 +470,20 @@ class Collection(TableExits, PixelReads):
             source's pixels. Such a source has to cover its whole window. ``split`` drops chips whose windows show
             ground of two splits, and ``audit`` counts these windows. ``bounds`` and masks of ``rasterize=`` are those
             of the chips; the source's attribute ``context_m`` is the side.
+        cover
+            Lay chips for a map: every pixel of the area is in a chip. The area is ``aoi``, a GeoBox, or else the ground
+            of the reference's records. Chips lie at multiples of the stride from the corner of the zone's lattice,
+            across split cells, and each zone has its own; they overlap, and have no splits. ``row`` and ``col`` count
+            pixels from that corner.
+        edge
+            With ``cover``: the last chip of a row or column ends at the edge of the area's bounds (``"shift"``), and an
+            area smaller than a chip has one around its middle; or it lies at a multiple of the stride and reaches
+            beyond (``"pad"``). Pixels without a record are invalid.
+
+        Raises
+        ------
+        PlanError
+            With ``cover``: when the stride is longer than a chip, or there is ``at``; ``edge`` without ``cover``.
 
         Examples
         --------
@@ -475,6 +493,8 @@ class Collection(TableExits, PixelReads):
         True
         >>> red.chips(32, cell_km=0.96, grid="EPSG:3035").table["chip_id"][0].as_py().split("_")[0]
         'epsg3035'
+        >>> red.chips(64, stride=48, cover=True).table["chip_id"][0].as_py()[:22]
+        '33_cover_64pxs48_10m_-'
         """
         tables: dict[str, Table] = {}
         token = None
@@ -492,7 +512,7 @@ class Collection(TableExits, PixelReads):
             stride=size if stride is None else stride,
             grid=chip_grid(grid),
             cell_km=tile_km(grid) or CELL_KM if cell_km is None else cell_km,
-            min_coverage=min_coverage,
+            min_coverage=(0.0 if cover else 1.0) if min_coverage is None else min_coverage,
             min_slots=min_slots,
             reference=reference,
             aoi=None if aoi is None else as_area(aoi),
@@ -502,6 +522,8 @@ class Collection(TableExits, PixelReads):
             classes=named,
             radius_m=radius_m,
             context_m=_sides(context_m),
+            cover=bool(cover),
+            edge=edge,
         )
         from rasteret_dask.chipset import Chips  # it imports xarray, and what reads pixels
 

@@ -19,6 +19,7 @@ __all__ = [
     "JobError",
     "MissingExtraError",
     "MixedScalesWarning",
+    "ModelError",
     "PlanError",
     "RasteretDaskError",
     "ReadError",
@@ -314,6 +315,19 @@ class MissingExtraError(RasteretDaskError, ImportError):
     ...     frame = chips.to_geopandas()
     ... except rd.MissingExtraError as error:
     ...     print(error.remedy)  # the command that installs it
+    """
+
+
+class ModelError(RasteretDaskError):
+    """A model cannot be loaded or has no such device, raises, or returns what is no answer to the chips that it got.
+
+    Examples
+    --------
+    >>> try:
+    ...     rd.Model("nothing.onnx")
+    ... except rd.ModelError as error:
+    ...     print(error.found)
+    no such file
     """
 
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "kubernetes": {"dask_kubernetes": "dask-kubernetes>=2025.7", "httpx": "httpx", "kr8s": "kr8s"},
     "lightning": {"lightning": "lightning>=2.4"},
     "map": {"folium": "folium>=0.18"},
+    "onnx": {"onnxruntime": "onnxruntime>=1.20"},
     "pc": {"planetary_computer": "planetary-computer>=1.0"},
     "plot": {"matplotlib": "matplotlib>=3.9"},
     "slurm": {"cryptography": "cryptography", "dask_jobqueue": "dask-jobqueue>=0.9"},

@@ -10,6 +10,7 @@ __all__ = [
     "Choose",
     "Dtype",
     "Duplicates",
+    "Edge",
     "Grid",
     "OnBroken",
     "OnError",
@@ -30,6 +31,8 @@ Choose: TypeAlias = Literal["clearest", "spread", "latest", "nearest"]
 Grid: TypeAlias = Literal["utm", "zone", "tiles"]
 """Where chips lie; a GeoBox is taken too."""
 
+Edge: TypeAlias = Literal["shift", "pad"]
+"""What the last chip of a row or column does at the edge of an area that chips cover."""
 
 SplitBy: TypeAlias = Literal["ground", "geometry", "time"]
 """What decides a chip's split; a column of the chip table is taken too."""

@@ -12,10 +12,12 @@ from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import shapely
 from numpy.typing import ArrayLike, NDArray
 
 from rasteret_dask.crs import crs_of, number, spelled, text
 from rasteret_dask.errors import GridError, PlanError
+from rasteret_dask.footprint import area_of
 from rasteret_dask.grid import (
     UPS_NORTH,
     UPS_SOUTH,
@@ -95,6 +97,9 @@ class Zones(Protocol):
     def holds(self, code: int, bounds: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which cells, shape (cell, 4) as xmin, ymin, xmax, ymax, belong to a zone."""
 
+    def ground(self, code: int) -> Any:
+        """Return the places of a zone as a shape in degrees, from -180 to 180."""
+
     def touched(self, code: int, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return zones that windows of a CRS touch, shape (window, n): of corners and centre, and near them."""
 
@@ -160,6 +165,10 @@ class UtmGrid:
         """Return which cells belong to a zone: those whose centre lies in it."""
         lon, lat = transformer(code, 4326).transform(bounds[:, [0, 2]].mean(1), bounds[:, [1, 3]].mean(1))
         return np.asarray(self.codes(lon, lat) == code)
+
+    def ground(self, code: int) -> Any:
+        """Return the places of a zone as a shape in degrees."""
+        return _zone_ground(code)
 
     def touched(self, code: int, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return zones that windows touch, shape (window, n).
@@ -246,6 +255,13 @@ class CrsGrid:
         back_x, back_y = transformer(4326, code).transform(lon, lat)
         inside &= (np.abs(back_x - x) < 1.0) & (np.abs(back_y - y) < 1.0)
         return np.asarray(inside.all(axis=1))
+
+    def ground(self, code: int) -> Any:
+        """Return the ground of the CRS as a shape in degrees."""
+        west, south, east, north = _area_of(code)
+        if east - west >= 360.0:
+            west, east = -180.0, 180.0
+        return area_of([(west, south, east - 360.0 if east > 180.0 else east, north)])
 
     def touched(self, code: int, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the number of the CRS for each window, shape (window, 1)."""
@@ -396,6 +412,19 @@ def _area_of(code: int) -> Bounds:
     east += 360.0 * (east < west)
     reach = min(AREA_REACH, (360.0 - (east - west)) / 2)
     return west - reach, max(south - AREA_REACH, -90.0), east + reach, min(north + AREA_REACH, 90.0)
+
+
+@lru_cache(maxsize=64)
+def _zone_ground(code: int) -> Any:
+    """Return the places of a zone of UTM or UPS in degrees: zones change at multiples of 3 degrees only."""
+    lon, lat = (
+        np.arange(-180.0, 181.0, 3.0),
+        np.array([-90.0, UTM_LATITUDES[0], 56.0, 64.0, 72.0, UTM_LATITUDES[1], 90.0]),
+    )
+    west, south = (edge.ravel() for edge in np.meshgrid(lon[:-1], lat[:-1]))
+    east, north = (edge.ravel() for edge in np.meshgrid(lon[1:], lat[1:]))
+    own = UTM.codes((west + east) / 2, (south + north) / 2) == code
+    return shapely.union_all(shapely.box(west[own], south[own], east[own], north[own]))
 
 
 def _polar_box(ground: Bounds, code: int) -> Bounds | None:

@@ -41,9 +41,9 @@ ORDER = {
               "pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "chiptimes meta resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels frame leftover distances celltable regions feeds chipslots "
-                "laying chips splits dealing ground strata randomwindows splittimes rulesteps steps drawing blocks "
-                "blockfiles planblocks",
+    "chipping": "coverage chiptable labels mapground coverwindows tilelattice frame leftover distances celltable "
+                "regions feeds chipslots laying chips covering splits dealing ground strata randomwindows splittimes "
+                "rulesteps steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
@@ -56,6 +56,8 @@ ORDER = {
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
+    "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
+                  "mapgrid mapjob mapstore mapwork openmap maps",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
@@ -326,6 +328,8 @@ OTHER_MEANINGS = (
     "launching/request.py: 'auto'",  # memory of a worker
     "recipes/assembling.py: 'auto'",  # compression, in a recipe
     "chipping/chipslots.py: 'clearest'",  # of acquisitions by their records' cloud cover, which no pick looks at
+    "prediction/modelkinds.py: 'auto'",  # a device
+    "prediction/models.py: 'auto'",
     "table/itemkinds.py: 'kelvin'",  # as STAC writes raster:bands.unit
 )
 
@@ -429,6 +433,8 @@ ANY_TAKEN = {
     "facts": "figures that become JSON",
     "arrays": "arrays and texts of a batch",
     "ax": "Axes of matplotlib, which need not be installed",
+    "call": "a user's model returns arrays or tensors, one or several",
+    "inputs": "a user's function returns whatever the model takes",
     "function": "a user's function returns whatever it does",
     "functions": "users' functions",
     "transforms": "samples of torch, whose values are tensors, texts and numbers",

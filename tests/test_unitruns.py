@@ -15,7 +15,7 @@ from rasteret_dask.planning.plan import digest
 from rasteret_dask.runlimits import RunLimits
 from rasteret_dask.store.ledger import whole
 from rasteret_dask.store.limits import Bounds, Deadline
-from rasteret_dask.store.unitruns import Making, Unit, UnitJob, Visible, is_finished, write_units
+from rasteret_dask.store.unitruns import Making, UnitJob, Visible, WorkUnit, is_finished, write_units
 
 
 def write_numbers(folder: str, item: int) -> Making:
@@ -31,7 +31,7 @@ def write_numbers(folder: str, item: int) -> Making:
 
 def numbers(folder: Path, count: int, name: str = "") -> UnitJob:
     whole_digest = digest("numbers", count, name)
-    units = [Unit(f"all-{n:05d}", n, 2, digest(whole_digest, n), None, n) for n in range(count)]
+    units = [WorkUnit(f"all-{n:05d}", n, 2, digest(whole_digest, n), None, n) for n in range(count)]
     places = {f"numbers/{n}-{letter}.txt": f"all-{n:05d}" for n in range(count) for letter in "ab"}
     return UnitJob(
         "to_numbers",

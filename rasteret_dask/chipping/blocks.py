@@ -150,6 +150,11 @@ def check_by_blocks(spec: ChipSpec, steps: tuple[Node, ...]) -> None:
     PlanError
         When a step needs chips of other blocks, or there are no blocks.
     """
+    if spec.cover:
+        raise PlanError(
+            "by_blocks", "chips(cover=True), whose windows lie across blocks", "chips of split cells",
+            "Plan it in one piece, or an area at a time (aoi=): the same steps without by_blocks.",
+        )  # fmt: skip
     if not spec.in_cells:
         asked = "chips(at=)" if spec.at is not None else f"chips(grid={str(spec.grid)!r})"
         raise PlanError(

@@ -417,7 +417,7 @@ def _check_sizes(spec: ChipSpec, sources: list[ResolvedSource], reference: int) 
                 "chips(grid=GridSpec)", f"pixels of {pixel:g} m", f"the reference source's {resolution:g} m",
                 f"harmonize(resolution={pixel:g}) gives it these pixels.",
             )  # fmt: skip
-    if spec.in_cells:
+    if spec.on_lattice:
         Lattice(spec.cell_km * 1000.0, length, spec.stride * resolution)
     wider = dict(spec.context_m)  # whose windows have a side of their own
     inside = [source for source in sources if source.plan.name not in wider]
@@ -479,7 +479,7 @@ def check_context(spec: ChipSpec, sources: Sequence[SourcePlan], reference: int)
 
 def tell_of_coarse(ground: ChipSources) -> None:
     """Warn of pixels that are far larger than those they are resampled to: meant for weather, and else a slip."""
-    if ground.spec.at is None and not ground.spec.in_cells:
+    if ground.spec.at is None and not ground.spec.on_lattice:
         return
     for source in ground.sources:
         wanted = source.plan.resolution

@@ -37,7 +37,6 @@ from rasteret_dask.planning.optimize import named_bands, optimize
 from rasteret_dask.planning.plan import CutChips, FilterChips, FilterPixels, Map, Node, Sample, Select, Split
 from rasteret_dask.planning.sampling import salt_hash, sample_rows, sample_unit, text_hash, unit_of
 from rasteret_dask.planning.scan import Table, as_table
-from rasteret_dask.zones import CrsGrid, UtmGrid
 
 __all__ = ["plan_chips", "plan_chosen"]
 
@@ -101,7 +100,7 @@ def plan_chosen(plan: Node, tables: Mapping[str, Table]) -> PlannedChips | None:
 
 def _chosen(ground: ChipSources, steps: Sequence[Node], tables: Mapping[str, Table]) -> PlannedChips | None:
     """Plan what is kept; None where that needs all chips."""
-    frame = None if isinstance(ground.spec.grid, UtmGrid | CrsGrid) else _candidates(ground, None)
+    frame = None if ground.spec.in_cells else _candidates(ground, None)
     sample = drawn(ground, steps, frame)
     if sample is not None:
         tell_of_coarse(ground)

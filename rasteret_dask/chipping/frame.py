@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import bounds_of, joined
 from rasteret_dask.chipping.coverage import Outlines
-from rasteret_dask.crs import crs_of, text
+from rasteret_dask.chipping.coverwindows import CoverGrid
+from rasteret_dask.chipping.mapground import map_grounds
+from rasteret_dask.chipping.tilelattice import tile_lattice
+from rasteret_dask.crs import crs_of
 from rasteret_dask.errors import GridError, PlanError
 from rasteret_dask.extent import EQUATOR_M, is_geographic, metres
 from rasteret_dask.footprint import box_around, outline_of_ring
@@ -31,6 +34,7 @@ __all__ = [
     "cell_names",
     "chip_cells",
     "concatenated",
+    "cover_grids",
     "frame_of",
     "grown",
     "id_head",
@@ -141,6 +145,8 @@ def candidates(
     """
     if points is not None:
         return in_space(_at_points(spec, points, resolution, phase), resolution)
+    if spec.cover:
+        return in_space(_covering(spec, reference, resolution, phase), resolution)
     match spec.grid:
         case TileGrid():
             return _tiles(spec, reference, resolution)
@@ -151,7 +157,7 @@ def candidates(
 
 def blocks(frame: Frame, spec: ChipSpec, reference: Outlines, resolution: float) -> NDArray[np.int64]:
     """Return the number of each window's block, in their order; with ``grid="tiles"`` each tile is a block."""
-    if isinstance(spec.grid, TileGrid) and spec.in_rows:
+    if spec.in_tiles:
         per_tile = max(int(reference.tile_px.max()) // spec.size, 1)
         place = np.stack([frame.epsg, frame.row // per_tile, frame.col // per_tile], -1)
     else:
@@ -191,8 +197,12 @@ def space_order(
 
 
 def _label(spec: ChipSpec, resolution: float) -> str:
+    return f"{spec.cell_km:g}km_{_pixels(spec, resolution)}"
+
+
+def _pixels(spec: ChipSpec, resolution: float) -> str:
     stride = "" if spec.stride == spec.size else f"s{spec.stride}"
-    return f"{spec.cell_km:g}km_{spec.size}px{stride}_{resolution:g}m"
+    return f"{spec.size}px{stride}_{resolution:g}m"
 
 
 def _zones(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase) -> Frame:
@@ -515,12 +525,86 @@ def _lonlat_corners(frame: Frame) -> NDArray[np.float64]:
     return result
 
 
+def cover_grids(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase) -> list[CoverGrid]:
+    """Return the pixels of each map that chips cover, by rising number of its CRS.
+
+    Parameters
+    ----------
+    spec
+        Size, stride, grid, area.
+    reference
+        Outlines of the reference source's records.
+    resolution
+        Its pixel size.
+    phase
+        For each CRS, a pixel corner (x, y) of the reference source's grid.
+
+    Raises
+    ------
+    GridError
+        When the grid has other pixels.
+    """
+    shift = spec.edge == "shift"
+    return [
+        CoverGrid(
+            ground,
+            _anchor(spec, ground.code, reference, resolution, phase),
+            resolution,
+            spec.size,
+            spec.stride,
+            shift,
+        )
+        for ground in map_grounds(spec, reference)
+    ]
+
+
+def _anchor(
+    spec: ChipSpec, code: int, reference: Outlines, resolution: float, phase: Phase
+) -> tuple[float, float]:
+    """Return the pixel corner that windows of a map lie at multiples of the stride from."""
+    match spec.grid:
+        case TileGrid():
+            own = np.flatnonzero(reference.epsg == code)
+            return tile_lattice(code, reference, own, spec, resolution)[:2]
+        case BoxGrid() as box:
+            _check_pixels(box, resolution)
+            return box.x0, box.y0
+    x, y = spec.grid.zones.origin
+    corner = snap(np.array([[x, y, x, y]]), phase.get(code, (x, y)), resolution)[0]
+    return float(corner[0]), float(corner[3])
+
+
+def _covering(spec: ChipSpec, reference: Outlines, resolution: float, phase: Phase) -> Frame:
+    """Lay windows over an area, map by map; rows and columns count pixels from the lattice's corner."""
+    grids = cover_grids(spec, reference, resolution, phase)
+    _countable(sum(grid.count() for grid in grids), spec, resolution)
+    frames = []
+    for grid in grids:
+        code, corner = grid.ground.code, grid.windows()
+        bounds = grid.boxes(corner, np.full_like(corner, spec.size))
+        if isinstance(spec.grid, CrsGrid):
+            inside = spec.grid.holds(code, bounds)
+            corner, bounds = corner[inside], bounds[inside]
+        x, y = grid.anchor
+        match spec.grid:
+            case TileGrid():
+                name = f"{code}_tiles{x:.12g}_{y:.12g}"
+            case BoxGrid():
+                name = f"{code}_box{x:.12g}_{y:.12g}"
+            case _:
+                name = spec.grid.zones.name(code)
+        head = f"{name}_cover_{_pixels(spec, resolution)}"
+        ids = joined(head, corner[:, 0], corner[:, 1])
+        frames.append(Frame(np.full(len(corner), code), bounds, corner[:, 0], corner[:, 1], None, None, ids))
+    return concatenated(frames)
+
+
 def _tiles(spec: ChipSpec, reference: Outlines, resolution: float) -> Frame:
     """Lay chips along the reference source's own internal tiles, one CRS at a time, whole tiles together."""
     frames = []
     for epsg in np.unique(reference.epsg):
         own = np.flatnonzero(reference.epsg == epsg)
-        x0, y0, side = _tile_lattice(int(epsg), reference, own, spec, resolution)
+        x0, y0, side = tile_lattice(int(epsg), reference, own, spec, resolution)
         step = spec.stride * resolution
         per_tile = round(side / step)
         boxes = shapely.bounds(reference.shape[own])
@@ -554,42 +638,9 @@ def _tiles_touched(bounds: NDArray[np.float64], x0: float, y0: float, side: floa
     return np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), dtype=np.int64)
 
 
-def _tile_lattice(
-    epsg: int, reference: Outlines, rows: NDArray[np.int64], spec: ChipSpec, resolution: float
-) -> tuple[float, float, float]:
-    pixels = {int(v) for v in np.unique(reference.tile_px[rows])}
-    if len(pixels) != 1:
-        raise GridError(
-            "chips(grid='tiles')", f"tiles of {sorted(pixels)} px in {text(epsg)}", "square tiles of one size"
-        )
-    tile = pixels.pop()
-    if tile % spec.size or spec.stride != spec.size:
-        raise GridError(
-            "chips(grid='tiles')", f"size {spec.size}, stride {spec.stride}, tiles of {tile} px",
-            "a size that divides the tile, and no stride",
-        )  # fmt: skip
-    native = np.abs(reference.transform[rows][:, [0, 4]])
-    if not np.allclose(native, resolution, rtol=1e-9):
-        raise GridError("chips(grid='tiles')", f"pixels of {native.min():g} to {native.max():g} m",
-                        f"the source's own {resolution:g} m pixels")  # fmt: skip
-    side = tile * resolution
-    x0 = np.mod(reference.transform[rows][:, 2], side)
-    y0 = np.mod(reference.transform[rows][:, 5], side)
-    if np.ptp(x0) > 1e-6 or np.ptp(y0) > 1e-6:
-        raise GridError(
-            "chips(grid='tiles')", f"{len(np.unique(np.round(np.stack([x0, y0]), 6), axis=1).T)} tile lattices "
-            f"in {text(epsg)}", "records of one CRS that share one tile lattice", "Use grid='utm'.",
-        )  # fmt: skip
-    return float(x0[0]), float(y0[0]), float(side)
-
-
 def _geobox(spec: ChipSpec, box: BoxGrid, resolution: float) -> Frame:
     pixel, code = box.pixel, box.code
-    if abs(pixel - resolution) > 1e-9 * pixel:
-        raise GridError(
-            "chips(grid=GeoBox)", f"pixels of {pixel:g}", f"the reference source's {resolution:g}",
-            "Harmonize to the GeoBox's resolution, or give a GeoBox of the source's.",
-        )  # fmt: skip
+    _check_pixels(box, resolution)
     across, down = ((side - spec.size) // spec.stride + 1 for side in (box.width, box.height))
     _countable(float(across) * float(down), spec, resolution)
     cells = np.stack(np.meshgrid(np.arange(down), np.arange(across), indexing="ij"), -1).reshape(-1, 2)
@@ -597,12 +648,19 @@ def _geobox(spec: ChipSpec, box: BoxGrid, resolution: float) -> Frame:
     north = box.y0 - cells[:, 0] * spec.stride * pixel
     length = spec.size * pixel
     bounds = _boxes(west, north, length)
-    stride = "" if spec.stride == spec.size else f"s{spec.stride}"
-    head = f"{code}_box{box.x0:.12g}_{box.y0:.12g}_{spec.size}px{stride}_{pixel:g}m"
+    head = f"{code}_box{box.x0:.12g}_{box.y0:.12g}_{_pixels(spec, pixel)}"
     prefix = joined(head, cells[:, 0], cells[:, 1])
     frame = Frame(np.full(len(cells), code), bounds, cells[:, 0], cells[:, 1], None, None, prefix)
     area = None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi))
     return _within(frame, area)
+
+
+def _check_pixels(box: BoxGrid, resolution: float) -> None:
+    if abs(box.pixel - resolution) > 1e-9 * box.pixel:
+        raise GridError(
+            "chips(grid=GeoBox)", f"pixels of {box.pixel:g}", f"the reference source's {resolution:g}",
+            "Harmonize to the GeoBox's resolution, or give a GeoBox of the source's.",
+        )  # fmt: skip
 
 
 def _at_points(spec: ChipSpec, points: pa.Table, resolution: float, phase: Phase) -> Frame:

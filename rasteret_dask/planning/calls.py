@@ -214,7 +214,7 @@ def _harmonized(spec: HarmonizeSpec) -> list[str]:
 
 
 def _cut(spec: ChipSpec, rows: TableRows) -> list[str]:
-    values = changes(spec, ChipSpec(spec.size, spec.size))
+    values = changes(spec, spec.plain)
     if "aoi" in values:
         values["aoi"] = _Typed(_area(spec.aoi))
     for name in ("at", "labels"):

@@ -24,7 +24,7 @@ from rasteret_dask.rules.picks import Pick
 from rasteret_dask.rules.units import Units
 from rasteret_dask.rules.values import RuleValue
 from rasteret_dask.rules.values import from_json as rule_from_json
-from rasteret_dask.words import Choose
+from rasteret_dask.words import Choose, Edge
 from rasteret_dask.zones import UTM, BoxGrid, ChipGrid, CrsGrid, TileGrid, UtmGrid, chip_grid
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "SplitSpec",
     "WithTable",
     "changes",
+    "check_apart",
     "children",
     "digest",
     "from_json",
@@ -97,6 +98,7 @@ MAX_CONTEXT_M = 1_000_000
 """The side of windows of a source, at most, metres: beyond, the map of a zone is none."""
 DTYPES = (None, "float32", "uint16", "int16")
 MOST_ACQUISITIONS = 10_000
+EDGES = ("shift", "pad")
 RESAMPLINGS = (None, "nearest", "bilinear", "cubic", "average", "mode", "overview")
 
 
@@ -197,6 +199,11 @@ class ChipSpec:
     drawn: bool = field(default=False, metadata=LATER)
     """Whether planned windows were drawn at random, on the ground of those that lie in rows and columns."""
 
+    cover: bool = field(default=False, metadata=LATER)
+    """Whether each pixel of the area is in a chip: windows lie across split cells."""
+    edge: Edge = field(default="shift", metadata=LATER)
+    """With ``cover``: the last window of a row or column ends at the area's edge, or reaches beyond it (``"pad"``)."""
+
     def __post_init__(self) -> None:
         for name in ("size", "stride"):
             pixels = getattr(self, name)
@@ -215,9 +222,35 @@ class ChipSpec:
                     repr(side),
                     f"metres above 0, at most {MAX_CONTEXT_M:,}",
                 )
+        _one_of("chips(edge)", self.edge, EDGES)
+        if self.cover:
+            self._check_cover()
+        elif self.edge != EDGES[0]:
+            raise PlanError(
+                f"chips(edge={self.edge!r})", "cover=False: no chip reaches beyond an edge", "cover=True",
+                f"Say chips(cover=True, edge={self.edge!r}), or leave edge out.",
+            )  # fmt: skip
         sides = sorted((name, float(side)) for name, side in self.context_m)
         object.__setattr__(self, "context_m", tuple(sides))
         object.__setattr__(self, "grid", chip_grid(self.grid))
+
+    def _check_cover(self) -> None:
+        if self.at is not None:
+            raise PlanError(
+                "chips(cover=True)", "at=, which says where each window lies", "windows in rows and columns",
+                "Leave out at=, or cover: chips(size, aoi=places, cover=True) covers the ground of polygons.",
+            )  # fmt: skip
+        if self.stride > self.size:
+            raise PlanError(
+                f"chips(size={self.size}, stride={self.stride}, cover=True)",
+                "a stride longer than a chip, which leaves ground between chips",
+                f"a stride of at most {self.size}", "Shorten the stride, or leave out cover.",
+            )  # fmt: skip
+
+    @property
+    def plain(self) -> ChipSpec:
+        """What chips of this size are laid out by where nothing else is said."""
+        return ChipSpec(self.size, self.size, min_coverage=0.0 if self.cover else 1.0)
 
     def reach_m(self, resolution: float, source: str | None = None) -> float:
         """Return how far beyond a chip the window of a source reaches on each side, metres; None: any source's.
@@ -230,7 +263,17 @@ class ChipSpec:
     @property
     def in_cells(self) -> bool:
         """Whether windows are laid out in split cells; elsewhere they lie freely."""
+        return self.on_lattice and not self.cover
+
+    @property
+    def on_lattice(self) -> bool:
+        """Whether windows lie on the lattices of zones, in split cells or across them."""
         return self.in_rows and isinstance(self.grid, UtmGrid | CrsGrid)
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether windows are the parts of a source's tiles."""
+        return self.in_rows and isinstance(self.grid, TileGrid) and not self.cover
 
     @property
     def in_rows(self) -> bool:
@@ -426,6 +469,9 @@ class Split:
     child: Node
     spec: SplitSpec
 
+    def __post_init__(self) -> None:
+        check_apart(self.child, "split")
+
 
 @dataclass(frozen=True, slots=True)
 class Folds:
@@ -434,6 +480,9 @@ class Folds:
     child: Node
     spec: SplitSpec
     """A share for each fold: their names are 0, 1, ..."""
+
+    def __post_init__(self) -> None:
+        check_apart(self.child, "folds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,6 +567,26 @@ def children(node: Node) -> tuple[Node, ...]:
     return () if isinstance(node, Source) else (node.child,)
 
 
+def check_apart(node: Node, step: str) -> None:
+    """Refuse to deal chips that overlap to splits or folds.
+
+    Raises
+    ------
+    PlanError
+        When the chips below cover an area.
+    """
+    while not isinstance(node, CutChips):
+        if isinstance(node, Source | Merge | Join):
+            return
+        node = node.child
+    if node.spec.cover:
+        raise PlanError(
+            step, f"chips({node.spec.size}, cover=True), whose windows overlap across split cells",
+            "chips of split cells: ground that two splits share leaks from one into the other",
+            "Split chips without cover=True, and train on these; predict on chips that cover, without a split.",
+        )  # fmt: skip
+
+
 Spec = TypeVar("Spec", HarmonizeSpec, ChipSpec, SplitSpec)
 
 
@@ -570,7 +639,7 @@ def near_area(spec: ChipSpec) -> Predicate | None:
     that reaches into the area is at most a split cell long. Where degrees say little (near the poles and the
     antimeridian), or chips may be of any length (grids other than the zone's), no record is left out.
     """
-    if spec.aoi is None or not spec.in_cells:
+    if spec.aoi is None or not spec.on_lattice:
         return None
     west, south, east, north = shapely.from_wkb(bytes.fromhex(spec.aoi)).bounds
     stretch = MAP_STRETCH if isinstance(spec.grid, CrsGrid) else 1.0

@@ -32,7 +32,7 @@ from rasteret_dask.reader.turnedfile import TurnedRead
 from rasteret_dask.reader.wants import Want, wanted
 from rasteret_dask.table.records import Asset
 
-__all__ = ["Counts", "Session"]
+__all__ = ["Counts", "Session", "bound_gdal_cache"]
 
 SOURCE_BYTES = 32 * 2**20
 """Source pixels that one call holds to be warped, unless one window alone has more."""
@@ -98,7 +98,7 @@ class Session:
         self._lock = Lock()
 
     def __enter__(self) -> Session:
-        _bound_gdal_cache()
+        bound_gdal_cache()
         settle()
         self._reading = SHARED.session(self._keeping.nbytes)
         self._reading.__enter__()
@@ -322,7 +322,7 @@ def _groups(readings: Sequence[PendingRead], layouts: Layouts) -> list[list[Pend
 
 
 @cache
-def _bound_gdal_cache() -> None:
+def bound_gdal_cache() -> None:
     """Bound GDAL's block cache, by default 5 % of all memory, once per process unless GDAL_CACHEMAX is set."""
     if "GDAL_CACHEMAX" not in os.environ:
         set_gdal_config("GDAL_CACHEMAX", GDAL_CACHE_BYTES)

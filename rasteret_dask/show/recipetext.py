@@ -284,7 +284,7 @@ class _Writer:
     # Chips
 
     def _cut(self, spec: ChipSpec) -> Table:
-        table: Table = {"size": spec.size, **changes(spec, ChipSpec(spec.size, spec.size))}
+        table: Table = {"size": spec.size, **changes(spec, spec.plain)}
         if "grid" in table:
             table["grid"] = _grid(spec.grid, spec.cell_km)
             if isinstance(table["grid"], dict):

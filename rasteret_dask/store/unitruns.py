@@ -35,7 +35,7 @@ from rasteret_dask.store.stopping import terminable
 from rasteret_dask.tasks.runs import Cuts
 from rasteret_dask.tasks.workermemory import TaskMemory
 
-__all__ = ["Making", "Unit", "UnitJob", "Visible", "is_finished", "write_units"]
+__all__ = ["Making", "WorkUnit", "UnitJob", "Visible", "is_finished", "write_units"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ PUTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WorkUnit:
     """One part of what is written: a task of its own, or a place in the run of one."""
 
     name: str
@@ -87,7 +87,7 @@ class UnitJob:
     """What the user calls: ``to_geotiff``."""
     digest: str
     """Of everything that decides what will lie there."""
-    units: Sequence[Unit]
+    units: Sequence[WorkUnit]
     """In running order: neighbours follow each other."""
     work: Callable[..., Making]
     """``work(item, *roots)``; picklable."""
@@ -312,13 +312,13 @@ def write_units(
     )
 
 
-def _of_part(job: UnitJob, number: int, count: int) -> list[Unit]:
+def _of_part(job: UnitJob, number: int, count: int) -> list[WorkUnit]:
     """Return the units of one of so many parts of a job: every process cuts it at the same places."""
     places = (job.cuts or Cuts.free(len(job.units))).parts(count)[number - 1]
     return list(job.units[places.start : places.stop])
 
 
-def _shards(url: str, job: UnitJob, missing: Sequence[Unit], alone: bool) -> Shards:
+def _shards(url: str, job: UnitJob, missing: Sequence[WorkUnit], alone: bool) -> Shards:
     place = {unit.name: at for at, unit in enumerate(job.units)}
     return Shards(
         Work(_UnitWork(url, job.work), job.digest, job.roots, job.memory, job.resource),
@@ -334,7 +334,7 @@ def _shards(url: str, job: UnitJob, missing: Sequence[Unit], alone: bool) -> Sha
 
 
 def _reports(
-    url: str, objects: Mapping[str, int], units: Sequence[Unit]
+    url: str, objects: Mapping[str, int], units: Sequence[WorkUnit]
 ) -> tuple[pa.Table, dict[str, shardreports.ReportPlace]]:
     """Return the manifest's rows of units that are written, in their order, and how their reports are stored."""
     tries, there = shardreports.tries(objects), dict[str, shardreports.Report]()
@@ -349,7 +349,7 @@ def _reports(
     return table_of(rows), {name: report.place for name, report in there.items()}
 
 
-def _rows(url: str, job: UnitJob, units: Sequence[Unit]) -> pa.Table:
+def _rows(url: str, job: UnitJob, units: Sequence[WorkUnit]) -> pa.Table:
     return _reports(url, remote.listing(url), units)[0]
 
 

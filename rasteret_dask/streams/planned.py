@@ -23,7 +23,7 @@ from rasteret_dask.tasks.job import Job, Output
 from rasteret_dask.tasks.shards import lower, read_chips, renamed
 from rasteret_dask.tasks.workermemory import TaskMemory
 
-__all__ = ["planned"]
+__all__ = ["kept_arrays", "planned"]
 
 
 def planned(
@@ -64,7 +64,7 @@ def planned(
     }
 
     def read(number: int, _: Lender) -> InMemory:
-        found = _kept(read_chips(job, shards[number], context), None)
+        found = kept_arrays(read_chips(job, shards[number], context), None)
         if sizes is not None and len(found["chip_id"]) != sizes[number]:
             raise _other(shards[number].name, len(found["chip_id"]), str(sizes[number]))
         return InMemory(found)
@@ -82,7 +82,7 @@ def planned(
         pixels,
         read,
         tasks,
-        _kept,
+        kept_arrays,
         job,
         memory=TaskMemory(job, tuple(outputs), together=True),
         column=None if job.pixel_rules else partial(_column, job),
@@ -97,8 +97,8 @@ def _column(job: Job, name: str) -> pa.ChunkedArray:
     return job.chosen_chips().column(name)
 
 
-def _kept(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None) -> Arrays:
-    """Take rows (None: all) of the chips that are kept."""
+def kept_arrays(sources: Mapping[str, xr.Dataset], rows: NDArray[np.int64] | None) -> Arrays:
+    """Return chips of a shard that are kept, as arrays: rows counted among those; None: all."""
     first = next(iter(sources.values()))
     if KEPT not in first.coords:
         return arrays_of(sources, rows)

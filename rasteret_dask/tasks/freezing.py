@@ -24,7 +24,6 @@ from rasteret_dask.planning.resolve import ResolvedSource, SourcePlan
 from rasteret_dask.table.records import Records
 from rasteret_dask.tasks.job import Hierarchy, Job, Output
 from rasteret_dask.tasks.jobfile import plan_json
-from rasteret_dask.zones import TileGrid
 
 __all__ = [
     "SHARD_BYTES",
@@ -220,7 +219,7 @@ def _whole_blocks(chips: PlannedChips, per_shard: int) -> int:
     """Round down to the chips of whole tiles, which one shard then reads, or of whole blocks; at most half is lost."""
     if not chips.spec.in_rows:
         return per_shard
-    if not isinstance(chips.spec.grid, TileGrid):
+    if not chips.spec.in_tiles:
         block = (BLOCK_PX // chips.spec.stride) ** 2
         return per_shard // block * block if per_shard >= block > 0 else per_shard
     side = int(chips.outlines[chips.reference].tile_px.max()) // chips.spec.size

@@ -210,6 +210,8 @@ class Job:
     """Digest of the job that this is a part of: some of its shards, under their own numbers. Empty: it is whole."""
     reaches_m: tuple[float, ...] = ()
     """Per source, how far windows reach beyond the chips' bounds on each side; (): windows are the chips."""
+    in_turn: bool = True
+    """Whether the shards of all hierarchies take turns, as those of splits over the same ground."""
 
     def __getstate__(self) -> dict[str, Any]:
         state = {f.name: getattr(self, f.name) for f in fields(self)}  # not what was cached on the way
@@ -321,8 +323,11 @@ class Job:
 
     def shard(self, hierarchy: int, number: int) -> Shard:
         """Return one shard."""
-        h = next(h for h in (*self.hierarchies, *self.others) if h.number == hierarchy)
-        return _shard(h, number)
+        return _shard(self._by_number[hierarchy], number)
+
+    @cached_property
+    def _by_number(self) -> dict[int, Hierarchy]:
+        return {h.number: h for h in (*self.hierarchies, *self.others)}
 
     @cached_property
     def running(self) -> NDArray[np.int64]:
@@ -333,6 +338,12 @@ class Job:
         place = np.full(self.chips.num_rows, -1, dtype=np.int64)
         parts = [h for h in self.hierarchies if h.chips]
         if not parts:
+            return place
+        if not self.in_turn:
+            begun = 0
+            for h in parts:
+                place[h.start : h.stop] = begun + np.arange(h.chips) // h.per_shard
+                begun += h.shards
             return place
         along = np.concatenate([(np.arange(h.shards) + 0.5) * (h.per_shard / h.chips) for h in parts])
         of_part = np.repeat([h.number for h in parts], [h.shards for h in parts])

@@ -70,6 +70,7 @@ def job_objects(job: Job) -> dict[str, bytes]:
         "pixel_rules": [to_json(rule) for rule in job.pixel_rules],
         "labels": _labels_note(job),
         **({"reaches_m": list(job.reaches_m)} if job.reaches_m else {}),
+        **({} if job.in_turn else {"in_turn": False}),
         "phase": job.phase,
         "digest": job.digest,
         "tables": {name: [len(data), crc32_of(data)] for name, data in objects.items()},
@@ -185,6 +186,7 @@ def _read(url: str, digest: str) -> Job:
             fold_cells=tables.get(FOLD_CELLS),
             labels=_labels(text["labels"], tables),
             reaches_m=tuple(text.get("reaches_m", ())),
+            in_turn=text.get("in_turn", True),
         )
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
         if isinstance(error, RasteretDaskError):

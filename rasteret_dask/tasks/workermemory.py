@@ -104,6 +104,8 @@ class TaskMemory:
     outputs: tuple[Output, ...]
     together: bool
     """Whether the pixels of all sources are in memory at once, as for a stream; a store takes one after the other."""
+    beside: int = 0
+    """Bytes that a task holds besides: what is made of its pixels."""
 
     @property
     def least_bytes(self) -> int:
@@ -119,14 +121,20 @@ class TaskMemory:
 
     def most_of(self, threads: int) -> int:
         """Return the bytes that a worker holds at most."""
-        return needed_bytes(threads, task_bytes(self.job, self.outputs), self._kept)
+        return needed_bytes(threads, self.task, self.kept)
 
     def limit_of(self, threads: int) -> int:
         """Return the memory limit that would do."""
-        return limit_bytes(threads, task_bytes(self.job, self.outputs), self._kept)
+        return limit_bytes(threads, self.task, self.kept)
 
     @property
-    def _kept(self) -> int:
+    def task(self) -> int:
+        """Bytes that a task holds at its peak."""
+        return task_bytes(self.job, self.outputs) + self.beside
+
+    @property
+    def kept(self) -> int:
+        """Bytes that a process keeps of tiles."""
         # chips that are planned by blocks are in no table
         return kept_bytes(self.job) if self.job.chips.num_rows else MOST_KEPT_BYTES
 
@@ -166,7 +174,7 @@ class TaskMemory:
 
     @property
     def _text(self) -> str:
-        return nbytes_text(task_bytes(self.job, self.outputs))
+        return nbytes_text(self.task)
 
     def _would_do(self, threads: int) -> str:
         each = dict.fromkeys((threads, 1))

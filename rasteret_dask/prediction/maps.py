@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A map that is planned: what it will be and take, and its exits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from dask._task_spec import DataNode, Task, TaskRef
+from numpy.typing import NDArray
+
+from rasteret_dask.display.card import Card, Fact, counted
+from rasteret_dask.errors import ModelError, PlanError
+from rasteret_dask.net import clusters, remote
+from rasteret_dask.net.clusters import ClientLike
+from rasteret_dask.planning.plan import digest
+from rasteret_dask.prediction.blending import Blend, check_blend, pixel_bytes
+from rasteret_dask.prediction.mapgrid import Block
+from rasteret_dask.prediction.mapjob import MapJob
+from rasteret_dask.prediction.mapstore import StoreLayout, empty_blocks
+from rasteret_dask.prediction.mapwork import BlockWork
+from rasteret_dask.prediction.models import ModelParcel
+from rasteret_dask.prediction.openmap import opened_map
+from rasteret_dask.prediction.outputs import ModelOutput
+from rasteret_dask.progress import nbytes_text
+from rasteret_dask.statistics.measuring import Pass, computed
+from rasteret_dask.store.encode import Piece
+from rasteret_dask.store.jobreport import JobReport
+from rasteret_dask.store.layout import JOB
+from rasteret_dask.store.ledger import PROVENANCE, Maker, whole
+from rasteret_dask.store.limits import Bounds
+from rasteret_dask.store.provenance import Provenance
+from rasteret_dask.store.unitruns import Making, UnitJob, Visible, WorkUnit, write_units
+from rasteret_dask.tasks.context import Functions
+from rasteret_dask.tasks.job import Job, Output
+from rasteret_dask.tasks.jobfile import JobRef, check_writable, job_objects, opened
+from rasteret_dask.tasks.shards import Shipped
+from rasteret_dask.tasks.workermemory import TaskMemory, limit_bytes
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["GPU", "MapPlan", "gpu_resource"]
+
+GPU = "GPU"
+"""The Dask resource that workers with a GPU declare: ``dask worker --resources GPU=1``."""
+
+
+class Sink(Protocol):
+    """Where the blocks of a map go; it travels with every task."""
+
+    def objects(
+        self, block: Block, arrays: Mapping[str, NDArray[Any]]
+    ) -> Iterator[tuple[str, Sequence[Piece]]]:
+        """Yield path and pieces of each object of a block."""
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What a task does with each block of its run."""
+
+    ref: JobRef
+    work: BlockWork
+    sink: Sink
+
+    def __call__(self, item: tuple[int, Block], *roots: Any) -> Making:
+        number, block = item
+        figures = self.work.compute(opened(self.ref), number, block, *roots)
+        yield from self.sink.objects(block, figures.arrays)
+        return figures.report
+
+
+@dataclass(frozen=True, repr=False)
+class MapPlan:
+    """A map that is planned, before any pixel is read: :meth:`Chips.plan_map` returns it.
+
+    Examples
+    --------
+    >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1")
+    >>> plan.explain()["blocks"], plan.explain()["pixels"] > 0
+    (1, True)
+    """
+
+    maps: MapJob
+    output: ModelOutput
+    outputs: tuple[Output, ...] = field(repr=False)
+    parcel: ModelParcel
+    work: BlockWork
+    functions: Functions = field(repr=False)
+    provenance: Provenance = field(repr=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """What the map is known by: chips, model, outputs and how they are blended; not how it is cut into blocks.
+
+        Examples
+        --------
+        >>> len(chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1").digest)
+        64
+        """
+        return digest("predict", self.maps.job.digest, self.note, [grid.transform for grid in self.maps.grids])
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What the map says of itself: the model, its outputs, and how overlaps were blended.
+
+        Examples
+        --------
+        >>> chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1").note["blend"]
+        'hann'
+        """
+        out = self.output
+        return {
+            "model": {"name": self.parcel.name, "digest": self.parcel.digest},
+            "outputs": out.kind,
+            "codes": list(out.codes),
+            "names": list(out.names),
+            "colors": [list(pair) for pair in out.colors],
+            "blend": self.work.blend,
+            "min_inputs": self.work.least,
+        }
+
+    @cached_property
+    def memory(self) -> TaskMemory:
+        """What its tasks need."""
+        block, channels = self.maps.block_px**2, self.output.channels
+        per_shard = max((h.per_shard for h in self.maps.job.hierarchies), default=1)
+        most = min(per_shard, max((h.chips for h in self.maps.job.hierarchies), default=1))
+        answers = 2 * 4 * most * channels * (self.output.side or 1) ** 2
+        return TaskMemory(self.maps.job, self.outputs, together=True, beside=block * pixel_bytes(channels) + answers)
+
+    def explain(self) -> dict[str, Any]:
+        """Return what the map will be and take, as JSON values.
+
+        ``chips``, and ``chips_again``: those that are predicted once more, as they reach several blocks; ``blocks``,
+        ``empty_blocks``, ``block_px``; ``grids``: CRS, shape and bounds of each; ``pixels`` of all grids;
+        ``peak_task_bytes``, ``kept_bytes``, and ``worker_bytes``: the memory limit of a worker with two threads.
+
+        Examples
+        --------
+        >>> facts = chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1").explain()
+        >>> facts["chips"] == len(chips), facts["block_px"]
+        (True, 2048)
+        """
+        maps = self.maps
+        return {
+            "model": self.parcel.name,
+            "outputs": self.output.kind,
+            "names": list(self.output.names),
+            "blend": self.work.blend,
+            "chips": maps.chips,
+            "chips_again": maps.repeats,
+            "blocks": len(maps.blocks),
+            "empty_blocks": empty_blocks(maps.grids, maps.blocks, maps.block_px),
+            "block_px": maps.block_px,
+            "grids": {
+                grid.name: {"crs": grid.code, "shape": [grid.height, grid.width], "bounds": list(grid.bounds)}
+                for grid in maps.grids
+            },
+            "pixels": sum(grid.height * grid.width for grid in maps.grids),
+            "dtype": self.output.dtype,
+            "peak_task_bytes": self.memory.task,
+            "kept_bytes": self.memory.kept,
+            "worker_bytes": limit_bytes(2, self.memory.task, self.memory.kept),
+        }
+
+    @property
+    def _card(self) -> Card:
+        facts, out = self.explain(), self.output
+        grids = [
+            f"{name} {grid['shape'][0]:,} x {grid['shape'][1]:,} pixels" for name, grid in facts["grids"].items()
+        ]
+        what = f"{out.kind} of {counted(out.channels, 'channel')}" if out.kind != "classes" else "classes"
+        again = facts["chips_again"]
+        rows = [
+            Fact("model", f"{facts['model']}, blend {facts['blend']}"),
+            Fact("outputs", f"{what}, {facts['dtype']}"),
+            Fact("chips", f"{facts['chips']:,}" + (f"; {again:,} of them once more" if again else "")),
+            Fact("grids", "; ".join(grids)),
+            Fact("blocks", f"{facts['blocks']:,} of {facts['block_px']:,} pixels a side, one task each"),
+            Fact("peak per task", nbytes_text(facts["peak_task_bytes"])),
+            Fact("worker", f"a memory limit of {nbytes_text(facts['worker_bytes'])} for 2 threads"),
+        ]
+        return Card("MapPlan", rows)
+
+    def __repr__(self) -> str:
+        return self._card.text
+
+    def _repr_html_(self) -> str:
+        return self._card.html
+
+    # Exits
+
+    def layout(self) -> StoreLayout:
+        """Return where everything goes in a Zarr store."""
+        note = {"rasteret_dask": {"map": self.note}}
+        return StoreLayout(self.maps.grids, self.output, self.maps.block_px, note)
+
+    def to_zarr(
+        self, url: str, client: ClientLike = None, progress: bool = True, bounds: Bounds | None = None
+    ) -> JobReport:
+        """Write the map as a Zarr store; a rerun does what is missing.
+
+        Parameters
+        ----------
+        url
+            The store.
+        client, progress, bounds
+            As of :func:`rasteret_dask.store.unitruns.write_units`.
+
+        Examples
+        --------
+        >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1")
+        >>> plan.to_zarr("planned.zarr", progress=False).committed
+        True
+        """
+        layout = self.layout()
+        objects, root = layout.documents()
+        names = {
+            (block.grid, block.row, block.col): name
+            for block, name in zip(self.maps.blocks, self.maps.names(), strict=True)
+        }
+        job = self.unit_job(url, layout, root, objects, lambda: layout.places(names), client)
+        return write_units(url, job, client, progress, bounds)
+
+    def unit_job(
+        self,
+        url: str,
+        sink: Sink,
+        root: Visible,
+        objects: Mapping[str, Maker],
+        places: Any,
+        client: ClientLike,
+    ) -> UnitJob:
+        """Return the blocks as units of work that end in objects of a sink."""
+        job = self.maps.job
+        check_writable(job)
+        whole_digest = digest(self.digest, self.maps.block_px, type(sink).__name__)
+        tables = {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
+        units = [
+            WorkUnit(name, (at, block), first, digest(whole_digest, name), None, at)
+            for at, (name, block, first) in enumerate(
+                zip(self.maps.names(), self.maps.blocks, self.maps.first_chips(), strict=True)
+            )
+        ]
+        with clusters.using(client) as cluster:
+            resource = gpu_resource(cluster, self.parcel)
+        return UnitJob(
+            "predict",
+            whole_digest,
+            units,
+            _Making(JobRef(remote.join(url, JOB), job.digest), self.work, sink),
+            root,
+            {**tables, **objects, PROVENANCE: whole(self.provenance.to_bytes())},
+            places,
+            roots=self._roots(),
+            cuts=self.maps.cuts(),
+            memory=self.memory,
+            resource=resource,
+            hrefs=job.hrefs,
+            signed=job.signed,
+        )
+
+    def _roots(self) -> dict[str, Any]:
+        """Return what tasks need beside the job: the model, and the user's functions."""
+        shipped = {
+            f"function-{f.name}-{digest(f)[:12]}": Shipped(self.functions[f]) for f in self.work.functions
+        }
+        return {f"model-{self.parcel.digest[:16]}": self.parcel, **shipped}
+
+    def load(self, client: ClientLike = None, progress: bool = False) -> xr.Dataset | xr.DataTree:
+        """Compute the map into memory: what :func:`open_map` would open, loaded.
+
+        Parameters
+        ----------
+        client
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
+        progress
+            Whether to show how far it is.
+
+        Examples
+        --------
+        >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1")
+        >>> plan.load()["values"].dims
+        ('band', 'y', 'x')
+        """
+        from zarr.core.buffer import default_buffer_prototype
+        from zarr.storage import MemoryStore
+
+        layout, job = self.layout(), self.maps.job
+        objects, root = layout.documents()
+        roots, token = self._roots(), digest(self.digest, self.maps.block_px)[:16]
+        graph: dict[Any, Any] = {key: DataNode(key, value) for key, value in roots.items()}
+        at_root = f"job-{token}"
+        graph[at_root] = DataNode(at_root, job)
+        keys = [f"predict-{name}-{token}" for name in self.maps.names()]
+        for number, (key, block) in enumerate(zip(keys, self.maps.blocks, strict=True)):
+            refs = [TaskRef(root_key) for root_key in roots]
+            graph[key] = Task(key, _made, TaskRef(at_root), self.work, layout, (number, block), *refs)
+        look = Pass("predict", None, progress, self.memory)
+        parts = computed(graph, {key: (key,) for key in keys}, client, look)
+        new = default_buffer_prototype().buffer.from_bytes
+        store = MemoryStore({path: new(b"".join(make())) for path, make in objects.items()})
+        data = store._store_dict
+        data |= {path: new(text.encode()) for path, text in root.groups.items()}
+        data[root.path] = new(_text(root.document))
+        data |= {path: new(value) for part in parts for path, value in part}
+        return opened_map(store, [layout.group(n) for n in range(len(self.maps.grids))]).load()
+
+
+def _text(document: Mapping[str, Any]) -> bytes:
+    import json
+
+    return json.dumps(document).encode()
+
+
+def _made(
+    job: Job, work: BlockWork, sink: Sink, item: tuple[int, Block], *roots: Any
+) -> list[tuple[str, bytes]]:
+    """Return the objects of a block."""
+    number, block = item
+    figures = work.compute(job, number, block, *roots)
+    return [(path, b"".join(map(bytes, pieces))) for path, pieces in sink.objects(block, figures.arrays)]
+
+
+def gpu_resource(cluster: Any, parcel: ModelParcel) -> str | None:
+    """Return the resource that workers must declare: :data:`GPU` where some do, and the model asks for no CPU.
+
+    Raises
+    ------
+    ModelError
+        When the model asks for a GPU, and the cluster's workers declare resources, but none a GPU.
+    """
+    if cluster is None or parcel.device == "cpu":
+        return None
+    workers = clusters.workers_of(cluster).values()
+    if any(worker.get("resources", {}).get(GPU) for worker in workers):
+        return GPU
+    return None
+
+
+def checked(blend: Blend, batch_size: int, least: int) -> None:
+    """Raise PlanError where arguments of ``predict`` are none."""
+    check_blend(blend)
+    for name, value in (("batch_size", batch_size), ("min_inputs", least)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise PlanError(f"predict({name}=)", repr(value), "a whole number above 0")
+
+
+def path_of(value: str | os.PathLike[str]) -> str:
+    """Return a path as text."""
+    return os.fspath(value)
+
+
+_ = ModelError

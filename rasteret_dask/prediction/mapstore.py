@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A map as a Zarr store that GeoZarr's readers and rioxarray know: its documents, and the bytes of its blocks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from affine import Affine
+from numpy.typing import NDArray
+
+from rasteret_dask.crs import crs_of
+from rasteret_dask.errors import PlanError
+from rasteret_dask.prediction.mapgrid import BLOCK_SIDES, Block, MapGrid, blocks_of
+from rasteret_dask.prediction.multiscales import geozarr_attributes
+from rasteret_dask.prediction.outputs import ModelOutput
+from rasteret_dask.store.encode import Piece, compressors
+from rasteret_dask.store.ledger import Maker, whole
+from rasteret_dask.store.unitruns import Visible
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.storage import MemoryStore
+
+__all__ = ["COUNT", "INPUTS", "MapZarr", "StoreLayout"]
+
+COUNT, INPUTS = "count", "inputs"
+"""Names of the arrays that say how many chips a pixel is made of, and how many valid inputs it has."""
+
+CHUNK_PX = 512
+"""Side of the chunks that readers read, inside the object of a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapZarr:
+    """A map as a Zarr v3 store with the conventions of GeoZarr: ``chips.predict(model, to=MapZarr("map.zarr"))``.
+
+    Parameters
+    ----------
+    store
+        A local path, or a URL of scheme s3, gs or az.
+    block_px
+        Side of what one task computes, and of a shard of the store: 256, 512, 1024 or 2048 pixels. None: the largest
+        that takes 128 MiB of memory at most. Pixels do not depend on it.
+    multiscales
+        Whether coarser levels are stored beside the map, each half of the one before.
+
+    Raises
+    ------
+    PlanError
+        When ``block_px`` is anything else.
+
+    Examples
+    --------
+    >>> rd.MapZarr("map.zarr", block_px=512).block_px
+    512
+    """
+
+    store: str | os.PathLike[str]
+    block_px: int | None = None
+    multiscales: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_px is not None and self.block_px not in BLOCK_SIDES:
+            sides = ", ".join(map(str, sorted(BLOCK_SIDES)))
+            raise PlanError("MapZarr(block_px=)", repr(self.block_px), f"one of {sides}")
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Where everything of a map goes inside its store."""
+
+    grids: tuple[MapGrid, ...]
+    output: ModelOutput
+    block_px: int
+    attrs: Mapping[str, Any]
+    """Attributes of the root: what the map was made of."""
+
+    def group(self, grid: int) -> str:
+        """Return the path of a grid's group; "" where there is one grid."""
+        return self.grids[grid].name if len(self.grids) > 1 else ""
+
+    def path(self, grid: int, array: str) -> str:
+        """Return the path of an array."""
+        group = self.group(grid)
+        return f"{group}/{array}" if group else array
+
+    @property
+    def arrays(self) -> dict[str, tuple[str, int, Any]]:
+        """Name of each array that blocks have -> dtype, numbers on an axis in front of y (0: none), fill."""
+        out = self.output
+        front = 0 if out.is_flat else out.channels
+        return {
+            out.variable: (out.dtype, front, out.nodata),
+            COUNT: ("uint16", 0, 0),
+            INPUTS: ("uint16", 0, 0),
+        }
+
+    def documents(self) -> tuple[dict[str, Maker], Visible]:
+        """Return every object that is known before any block, and the root with the groups' documents."""
+        import zarr
+        from zarr.storage import MemoryStore
+
+        store = MemoryStore()
+        root = zarr.create_group(store, attributes=dict(self.attrs))
+        for number, grid in enumerate(self.grids):
+            path = self.group(number)
+            self._fill_group(root if not path else root.require_group(path), grid)
+        consolidate(store)
+        data = {path: buffer.to_bytes() for path, buffer in store._store_dict.items()}
+        groups = {
+            path: text.decode()
+            for path, text in data.items()
+            if path.endswith("zarr.json") and json.loads(text)["node_type"] == "group"
+        }
+        document = json.loads(groups.pop("zarr.json"))
+        objects = {path: whole(text) for path, text in data.items() if path not in groups and path != "zarr.json"}
+        return objects, Visible("zarr.json", document, groups)
+
+    def _fill_group(self, group: zarr.Group, grid: MapGrid) -> None:
+        out = self.output
+        for name, (dtype, front, fill) in self.arrays.items():
+            axes = ((out.channels,) if front else ()) + (grid.height, grid.width)
+            dims = ((("class",) if out.codes else ("band",)) if front else ()) + ("y", "x")
+            chunk, shard = self._shapes(front)
+            array = group.create_array(
+                name,
+                shape=axes,
+                dtype=dtype,
+                chunks=chunk,
+                shards=shard,
+                dimension_names=dims,
+                fill_value=fill,
+                compressors=compressors("auto", dtype),
+            )
+            array.update_attributes(self._attributes(name, fill))
+        for name, values in (("y", grid.y), ("x", grid.x)):
+            axis = group.create_array(
+                name, shape=values.shape, dtype="float64", chunks=values.shape, dimension_names=(name,),
+                compressors=compressors("auto", "float64"),
+            )  # fmt: skip
+            axis[:] = values
+            axis.update_attributes(_axis(grid, name))
+        if not out.is_flat:
+            names = np.array(out.names, dtype=object)
+            axis_name = "class" if out.codes else "band"
+            labels = group.create_array(
+                axis_name, shape=names.shape, dtype=str, chunks=names.shape, dimension_names=(axis_name,),
+                fill_value="",
+            )  # fmt: skip
+            labels[:] = names
+        place = group.create_array("spatial_ref", shape=(), dtype="int64", chunks=(), fill_value=0)
+        place[...] = 0
+        place.update_attributes({**crs_of(grid.code).to_cf(), "GeoTransform": _geotransform(grid)})
+        conventions = geozarr_attributes(grid.code, Affine(*grid.transform), (grid.height, grid.width))
+        group.update_attributes({"Conventions": "CF-1.10", **conventions})
+
+    def _attributes(self, name: str, fill: Any) -> dict[str, Any]:
+        own: dict[str, Any] = {"grid_mapping": "spatial_ref"}
+        if name == COUNT:
+            return own | {"long_name": "chips that the pixel was predicted from", "units": "1"}
+        if name == INPUTS:
+            return own | {"long_name": "valid inputs (source and slot) of the pixel", "units": "1"}
+        out = self.output
+        if out.kind == "classes":
+            own |= {"_FillValue": int(fill), "flag_values": list(out.codes), "long_name": "class"}
+            own["flag_meanings"] = " ".join(_flag(name) for name in out.names)
+            own["class_names"] = list(out.names)
+            if out.colors:
+                own["flag_colors"] = " ".join(dict(out.colors).get(code, "#000000") for code in out.codes)
+        elif out.kind == "probabilities":
+            own |= {"long_name": "probability", "units": "1", "codes": list(out.codes)}
+        return own
+
+    def _shapes(self, front: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of a chunk and of a shard."""
+        side = (min(CHUNK_PX, self.block_px),) * 2
+        return ((1, *side) if front else side), ((front,) if front else ()) + (self.block_px,) * 2
+
+    def objects(self, block: Block, arrays: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, Sequence[Piece]]]:
+        """Yield path and bytes of the object of each array of a block; none where all of it is fill."""
+        for name, (dtype, front, fill) in self.arrays.items():
+            data = _encoded(arrays[name], dtype, self._shapes(front), fill)
+            if data is not None:
+                yield self._place(block.grid, name, front, block.row, block.col), [data]
+
+    def _place(self, grid: int, name: str, front: int, row: int, col: int) -> str:
+        return f"{self.path(grid, name)}/c/{'0/' if front else ''}{row}/{col}"
+
+    def places(self, names: Mapping[tuple[int, int, int], str]) -> dict[str, str]:
+        """Return the path of every object that blocks may have -> the block's name.
+
+        Parameters
+        ----------
+        names
+            (grid, row, col) -> name of each block.
+        """
+        return {
+            self._place(grid, array, front, row, col): name
+            for (grid, row, col), name in names.items()
+            for array, (_, front, _) in self.arrays.items()
+        }
+
+
+def empty_blocks(grids: Sequence[MapGrid], blocks: Sequence[Block], block_px: int) -> int:
+    """Return how many blocks of the grids have no chip."""
+    return sum(1 for grid in grids for _ in blocks_of(grid, block_px)) - len(blocks)
+
+
+def _encoded(
+    values: NDArray[Any], dtype: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], fill: Any
+) -> bytes | None:
+    """Return the object of a block, as zarr-python makes it in memory; None where all of it is fill."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    (chunk, shard), store = shapes, MemoryStore()
+    array = zarr.create_array(
+        store, shape=shard, dtype=dtype, chunks=chunk, shards=shard, fill_value=fill,
+        compressors=compressors("auto", dtype),
+    )  # fmt: skip
+    array[..., : values.shape[-2], : values.shape[-1]] = values
+    data = [buffer for path, buffer in store._store_dict.items() if path != "zarr.json"]
+    return data[0].to_bytes() if data else None
+
+
+def consolidate(store: MemoryStore) -> None:
+    """Put the documents of all arrays into the root's."""
+    import warnings
+
+    import zarr
+
+    with warnings.catch_warnings():
+        # zarr-python warns that other implementations may not read consolidated metadata; they read the rest
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(store)
+
+
+def _axis(grid: MapGrid, name: str) -> dict[str, str]:
+    geographic = crs_of(grid.code).is_geographic
+    if geographic:
+        word = "latitude" if name == "y" else "longitude"
+        return {"standard_name": word, "axis": name.upper(), "units": f"degrees_{'north' if name == 'y' else 'east'}"}
+    return {"standard_name": f"projection_{name}_coordinate", "axis": name.upper(), "units": "m"}
+
+
+def _geotransform(grid: MapGrid) -> str:
+    a, b, c, d, e, f = grid.transform
+    return " ".join(repr(float(value)) for value in (c, a, b, f, d, e))
+
+
+def _flag(name: str) -> str:
+    """Return a class's name as one word, as CF's flags have them."""
+    return "_".join(name.split()) or "_"

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One block of a map: its chips are read some at a time, the model sees them, and what it says is blended."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rasteret_dask import activity
+from rasteret_dask.errors import ModelError
+from rasteret_dask.planning.plan import Function
+from rasteret_dask.prediction.blending import Blend, Canvas
+from rasteret_dask.prediction.mapgrid import Block, MapGrid
+from rasteret_dask.prediction.mapjob import shards_of
+from rasteret_dask.prediction.mapstore import COUNT, INPUTS
+from rasteret_dask.prediction.models import ModelParcel
+from rasteret_dask.prediction.outputs import ModelOutput
+from rasteret_dask.streams.planned import kept_arrays
+from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.tasks.context import ReadContext
+from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.shards import Shipped, read_chips
+from rasteret_dask.words import OnError
+
+__all__ = ["BlockFigures", "BlockWork"]
+
+
+@dataclass(frozen=True)
+class BlockFigures:
+    """A computed block, and what computing it took."""
+
+    arrays: Mapping[str, NDArray[Any]]
+    """Name -> pixels of the block: the output's variable, ``count`` and ``inputs``."""
+    report: Mapping[str, Any]
+    """As a unit's report has it."""
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """How the blocks of a map are computed: what all tasks share beside the job."""
+
+    grids: tuple[MapGrid, ...]
+    output: ModelOutput
+    blend: Blend
+    least: int
+    """Valid inputs (source, slot) that a pixel must have."""
+    block_px: int
+    size_px: int
+    """Side of a chip in pixels of the reference source: what the chips' own ground is, of windows that reach beyond."""
+    on_error: OnError
+    functions: tuple[Function, ...]
+    """The user's, whose code comes as roots behind the model."""
+
+    def compute(self, job: Job, number: int, block: Block, parcel: ModelParcel, *shipped: Shipped) -> BlockFigures:
+        """Compute one block.
+
+        Parameters
+        ----------
+        job
+            The map's job.
+        number
+            Of the block's hierarchy.
+        block
+            Where it lies.
+        parcel
+            The model.
+        shipped
+            The user's functions.
+
+        Raises
+        ------
+        ModelError
+            When the model raises, or says nothing (NaN) of a valid pixel.
+        """
+        calls = {function: one.call for function, one in zip(self.functions, shipped, strict=True)}
+        context = ReadContext(calls, self.on_error)
+        runner, grid = parcel.runner(), self.grids[block.grid]
+        canvas = Canvas(self.blend, self.output.channels, (block.height, block.width))
+        north = grid.north - block.row * self.block_px * grid.pixel
+        west = grid.west + block.col * self.block_px * grid.pixel
+        tally = _Tally([plan.name for plan in job.sources])
+        hierarchy = next(h for h in job.hierarchies if h.number == number)
+        with runner.reading():
+            for shard in shards_of(hierarchy):
+                begun = time.perf_counter()
+                sources = read_chips(job, shard, context, warns=False)
+                tally.add(sources)
+                arrays = kept_arrays(sources, None)
+                del sources
+                read = time.perf_counter()
+                ids = arrays["chip_id"]
+                if not len(ids):
+                    continue
+                inputs = valid_inputs(job, arrays, self.output.side or self.size_px, self.size_px)
+                rows = runner.predict(arrays)
+                bounds = arrays["bbox"]
+                del arrays
+                values = self.output.numbers(rows, ids)
+                modelled = time.perf_counter()
+                for at in range(len(ids)):
+                    self._check(values[at], inputs[at], str(ids[at]))
+                    row = round((north - bounds[at, 3]) / grid.pixel)
+                    col = round((bounds[at, 0] - west) / grid.pixel)
+                    canvas.put(values[at], inputs[at], self.least, row, col)
+                tally.spend("predict", modelled - read)
+                tally.spend("blend", time.perf_counter() - modelled)
+                activity.spent("predict", modelled - read)
+                del begun, rows, values
+        blended = self.output.stored(canvas.blended())
+        arrays_out = {
+            self.output.variable: blended[0] if blended.ndim == 3 and self.output.is_flat else blended,
+            COUNT: canvas.count,
+            INPUTS: canvas.inputs,
+        }
+        return BlockFigures(arrays_out, tally.report)
+
+    def _check(self, values: NDArray[np.float32], inputs: NDArray[np.uint16], chip: str) -> None:
+        missing = np.isnan(values).any(axis=0)
+        if missing.any() and (missing & (inputs >= self.least)).any():
+            count = int((missing & (inputs >= self.least)).sum())
+            raise ModelError(
+                f"chip {chip}", f"NaN from the model for {count:,} of {missing.size:,} pixels whose input is valid",
+                "a number for each valid pixel",
+                "Invalid pixels are Model(fill=) when the model sees them: choose a number that it knows; or ask for more "
+                "valid inputs: predict(min_inputs=).",
+            )  # fmt: skip
+
+
+def valid_inputs(job: Job, arrays: Arrays, side: int, size_px: int) -> NDArray[np.uint16]:
+    """Return how many valid inputs (source, slot) each pixel of a model's output has, shape (chip, y, x).
+
+    A pixel of another size than a source's has the validity of the source's pixel under its centre.
+
+    Parameters
+    ----------
+    job
+        Tells how far windows of a source reach beyond the chips.
+    arrays
+        The chips.
+    side
+        Side of the output of a chip, pixels.
+    size_px
+        Side of a chip in pixels of the reference source.
+    """
+    total = np.zeros((len(arrays["chip_id"]), side, side), dtype=np.uint16)
+    for number, plan in enumerate(job.sources):
+        valid = arrays[f"{plan.name}/valid"]
+        count = valid.sum(axis=1, dtype=np.uint16)
+        edge = job.reach_m(number) / plan.resolution
+        own = count.shape[1] - 2 * edge
+        at = np.floor(edge + (np.arange(side) + 0.5) * own / side + 1e-9).astype(np.int64)
+        if own == side and not edge:
+            total += count
+        else:
+            total += count[:, at[:, None], at[None, :]]
+    return total
+
+
+class _Tally:
+    """What the shards of a block took, summed up."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._dropped: dict[str, str] = {}
+        self._counts = {name: Counter[str]() for name in names}
+        self._clipped = {name: Counter[str]() for name in names}
+        self._unreadable: dict[str, list[str]] = {name: [] for name in names}
+        self._valid = {name: [0.0, 0] for name in names}
+        self._seconds = Counter[str]()
+
+    def add(self, sources: Mapping[str, Any]) -> None:
+        """Add what reading a shard took."""
+        for name, dataset in sources.items():
+            attrs = dataset.attrs
+            self._counts[name].update(attrs.get("counts", {}))
+            self._clipped[name].update(attrs.get("clipped", {}))
+            self._unreadable[name] += attrs.get("unreadable", [])
+            shares = dataset["valid_fraction"].values
+            self._valid[name][0] += float(shares.sum(dtype=np.float64))
+            self._valid[name][1] += shares.size
+            for stage, seconds in attrs.get("seconds", {}).items():
+                self._seconds[f"{stage}/{name}"] += seconds
+        self._dropped.update(sources[self._names[0]].attrs.get("dropped", {}))
+
+    def spend(self, stage: str, seconds: float) -> None:
+        """Add to what a stage took."""
+        self._seconds[stage] += seconds
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The sums, as a unit's report has them."""
+        result: dict[str, Any] = {"dropped": self._dropped, "seconds": dict(self._seconds)}
+        for name in self._names:
+            total, count = self._valid[name]
+            result[f"counts/{name}"] = dict(self._counts[name])
+            result[f"clipped/{name}"] = dict(self._clipped[name])
+            result[f"unreadable/{name}"] = self._unreadable[name]
+            result[f"masked/{name}"] = round(1.0 - total / count, 6) if count else 0.0
+        return result
+
+
+Compute = Callable[..., BlockFigures]

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A finished map as xarray objects that rioxarray knows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rasteret_dask.errors import StoreError
+from rasteret_dask.net import remote
+from rasteret_dask.net.places import Place
+from rasteret_dask.store import ledger
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["map_zones", "open_map", "opened_map"]
+
+
+def open_map(store: str | os.PathLike[str]) -> xr.Dataset | xr.DataTree:
+    """Open a map that ``predict`` wrote as Zarr: lazy, a Dataset of one zone, or a DataTree with a node a zone.
+
+    Variables are ``classes`` (y, x), ``probabilities`` (class, y, x) or ``values`` (band, y, x), with ``count``: the
+    chips that a pixel is made of, and ``inputs``: its valid inputs. Codes stay integers: what invalid pixels hold is
+    the attribute ``_FillValue``, which rioxarray knows as ``rio.nodata``; of numbers it is NaN.
+
+    Parameters
+    ----------
+    store
+        A local path, or a URL of scheme s3, gs or az.
+
+    Raises
+    ------
+    StoreError
+        When there is no map, it is not finished, or it is damaged.
+    FormatError
+        When it was written in a format that this version does not read.
+
+    Examples
+    --------
+    >>> report = chips.predict(lambda pixels: pixels[:, 0, 0], to="seen.zarr", version="1", progress=False)
+    >>> seen = rd.open_map("seen.zarr")
+    >>> seen["values"].dims, seen.rio.crs.to_epsg()
+    (('band', 'y', 'x'), 32633)
+    """
+    url = Place.of(store).folder("a folder that predict wrote", "Give the map's folder.")
+    return opened_map(_zarr_place(url), map_zones(url))
+
+
+def map_zones(url: str) -> list[str]:
+    """Return the groups of a finished map's zones: "" where there is one zone.
+
+    Raises
+    ------
+    StoreError
+        When there is no map, it is not finished, or it is damaged.
+    """
+    subject = f"map {remote.redact(url)}"
+    try:
+        root = ledger.root_of(url, ())
+    except remote.MissingError as error:
+        raise StoreError(
+            subject, "no finished map", "one that predict wrote", "Check the path; call predict again where it was stopped."
+        ) from error  # fmt: skip
+    if "map" not in root.note:
+        raise StoreError(subject, f"what {root.note.get('writer')} wrote", "a map", "Open it with open_chips.")
+    members = root.document.get("consolidated_metadata", {}).get("metadata", {})
+    groups = [path for path, node in members.items() if node.get("node_type") == "group" and "/" not in path]
+    zones = [path for path in groups if f"{path}/spatial_ref" in members]
+    return [""] if "spatial_ref" in members else sorted(zones)
+
+
+def opened_map(store: Any, zones: Sequence[str]) -> xr.Dataset | xr.DataTree:
+    """Open the zones of a map in whatever holds a Zarr hierarchy."""
+    import rioxarray  # noqa: F401 - registers .rio
+    import xarray as xr
+
+    def zone(group: str) -> xr.Dataset:
+        return xr.open_zarr(
+            store, group=group or None, mask_and_scale=False, decode_coords="all", consolidated=not group, zarr_format=3
+        )
+
+    if list(zones) == [""]:
+        return zone("")
+    return xr.DataTree.from_dict({name: zone(name) for name in zones})
+
+
+def _zarr_place(url: str) -> Any:
+    """Return what zarr-python opens: a local path, or obstore's store of a URL."""
+    if remote.is_local(url):
+        return remote.local_path(url)
+    return remote.zarr_store(url)
