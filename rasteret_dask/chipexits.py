@@ -123,15 +123,15 @@ class ChipExits:
 
         Examples
         --------
-        >>> scl = collection.harmonize(["scl"], units="raw", time="6MS").chips(32, cell_km=0.96).split(seed=1)
-        >>> truth = scl.select("test").load()["pixels"].isel(time=0, band=0, chip=0)  # a map of one chip
-        >>> xmin, ymin, xmax, ymax = truth["bounds"].values
-        >>> step = 10.0 * (np.arange(32) + 0.5)
-        >>> places = {"y": ymax - step, "x": xmin + step}
-        >>> guess = xr.DataArray(np.where(truth == 4, 4, 5), places, ("y", "x"), attrs={"crs": 32633})
-        >>> scores = scl.select("test").evaluate(guess, "s2", splits=scl, progress=False)
-        >>> scores.pixels + sum(scores.left_out.values()) == 32 * 32 * len(scl.select("test"))
+        >>> scl = collection.harmonize(["scl"], units="raw", time="6MS")
+        >>> april = scl.subset(date_range=("2024-04-01", "2024-04-30")).cube()  # as good a map as any
+        >>> all_chips = scl.chips(32, cell_km=0.96).split(seed=1)
+        >>> test = all_chips.select("test")
+        >>> scores = test.evaluate(april, labels="s2", splits=all_chips, progress=False)
+        >>> scores.pixels + sum(scores.left_out.values()) == 32 * 32 * len(test)
         True
+        >>> scores.by_distance.column_names[:4]
+        ['from_m', 'to_m', 'chips', 'pixels']
         """
         from rasteret_dask.evaluation.evaluate import Asked, Chosen, evaluate
 

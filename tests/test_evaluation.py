@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,18 @@ def matrix_of(pairs: list[Counter[tuple[int, int]]], codes: list[int]) -> NDArra
 def scored(matrix: NDArray[np.int64]) -> dict[str, float | None]:
     """Return the scores of a matrix by their definitions."""
     total, classes = matrix.sum(), range(len(matrix))
-    ratio = lambda a, b: float(a) / float(b) if b else None  # noqa: E731
+
+    def ratio(a: Any, b: Any) -> float | None:
+        return float(a) / float(b) if b else None
+
+    def mean(values: list[float | None]) -> float | None:
+        own = [one for one in values if one is not None]
+        return float(np.mean(own)) if own else None
+
     precision = [ratio(matrix[k, k], matrix[:, k].sum()) for k in classes]
     recall = [ratio(matrix[k, k], matrix[k].sum()) for k in classes]
     f1 = [ratio(2 * matrix[k, k], matrix[k].sum() + matrix[:, k].sum()) for k in classes]
     iou = [ratio(matrix[k, k], matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]) for k in classes]
-    mean = lambda v: float(np.mean(own)) if (own := [x for x in v if x is not None]) else None  # noqa: E731
     agreed = np.trace(matrix) / total if total else None
     chance = float((matrix.sum(0) / total) @ (matrix.sum(1) / total)) if total else 1.0
     kappa = (agreed - chance) / (1 - chance) if agreed is not None and chance < 1 else None
@@ -360,3 +366,372 @@ def test_any_form_of_a_map_counts_the_same(one_zone: rd.Chips, tmp_path: Path) -
     with pytest.raises(rd.PlanError, match="a band 'rye'"):
         one_zone.evaluate(named, "mask", progress=False)
     agree(one_zone.evaluate(array.fillna(0), "mask", nodata=NODATA, progress=False), expected)
+
+
+@pytest.mark.parametrize(("crs", "pixel"), [(32633, 15.0), (3035, 10.0), (4326, 0.0001), (32632, 20.0)])
+def test_maps_of_another_grid_are_read_by_nearest(one_zone: rd.Chips, crs: int, pixel: float) -> None:
+    chips = one_zone.sample(6)
+    rng = np.random.default_rng(5)
+    west, south, east, north = chips.to_geopandas().to_crs(crs).total_bounds
+    shape = (math.ceil((north - south) / pixel) + 5, math.ceil((east - west) / pixel) - 20)
+    values = rng.choice(np.array([1, 2, 3, NODATA], np.uint8), shape)
+    canvas = Canvas(crs, west - 2.3 * pixel, north + 1.7 * pixel, values, pixel)
+    found = chips.evaluate(canvas.array, "mask", once=False, progress=False)
+    assert "read by nearest" in repr(found)
+    truth, move = masks_of(chips), transformer(32633, crs).transform
+    touching = 0
+    for at, row in enumerate(found.chips.to_pylist()):
+        pairs, outside = Counter[tuple[int, int]](), 0
+        steps = 10 * (np.arange(SIZE) + 0.5)
+        places = [move(row["xmin"] + x, row["ymax"] - y) for y in steps.tolist() for x in steps.tolist()]
+        touching += any(canvas.at(*place) is not None for place in places)
+        for i, j in np.argwhere(truth[at] != 0).tolist():
+            guess = canvas.at(*move(row["xmin"] + 10 * (j + 0.5), row["ymax"] - 10 * (i + 0.5)))
+            outside += guess is None
+            if guess not in (None, NODATA):
+                pairs[int(truth[at, i, j]), guess] += 1
+        assert {(c["truth"], c["predicted"]): c["pixels"] for c in row["counts"]} == dict(pairs)
+        assert row["unpredicted"] == outside
+    assert found.note.nearest == touching > 0
+
+
+# Whatever the labels are
+
+
+@pytest.fixture(scope="module")
+def scl(s2: rd.Collection) -> rd.Chips:
+    """Chips whose labels are a joined source of classes; pixels are read."""
+    joined = rd.join(
+        optical=s2.harmonize(["red"], time="3MS"),
+        cover=s2.harmonize(["scl"], time="6MS", resolution=20, units="raw"),
+    )
+    chips = joined.chips(SIZE, stride=24, cell_km=0.64)
+    return chips.with_table(chips.table.slice(0, 24))  # neighbours, which overlap
+
+
+def land(chips: rd.Chips, source: str) -> tuple[NDArray[Any], list[str]]:
+    """Return classes of a source, 0 where they are invalid, and the chips' ids."""
+    loaded: Any = chips.load()
+    own = loaded[source] if source in getattr(loaded, "children", ()) else loaded
+    values = np.where(own["valid"].values[:, 0], own["pixels"].values[:, 0, 0], 0)
+    return values, own["chip_id"].values.tolist()
+
+
+@pytest.mark.parametrize("label", ["cover", "cover/scl"])
+def test_a_joined_source_of_classes_is_truth(scl: rd.Chips, label: str) -> None:
+    truth, ids = land(scl, "cover")
+    table = scl.job.chosen_chips()
+    assert ids == table["chip_id"].to_pylist()
+    canvas = canvases(scl)[32633]
+    half = Canvas(canvas.epsg, canvas.west, canvas.north, canvas.values[::2, ::2], 20.0)
+    rule = scl.filter_pixels(min_valid=0.0, source="optical")  # decides by pixels, drops none
+    found = scl.evaluate(half.array, label, once=False, progress=False)
+    again = rule.evaluate(half.array, label, once=False, progress=False)
+    assert again.chips.equals(found.chips)
+    for at, row in enumerate(found.chips.to_pylist()):
+        pairs = Counter[tuple[int, int]]()
+        for i, j in np.argwhere(truth[at] != 0).tolist():
+            guess = half.at(row["xmin"] + 20 * (j + 0.5), row["ymax"] - 20 * (i + 0.5))
+            if guess not in (None, NODATA):
+                pairs[int(truth[at, i, j]), guess] += 1
+        assert {(c["truth"], c["predicted"]): c["pixels"] for c in row["counts"]} == dict(pairs)
+        assert sum(row[name] for name in ("pixels", *REASONS)) == 16 * 16
+
+
+def is_dark(pixels: xr.DataArray) -> xr.DataArray:
+    """Return which chips are dark: about half of them."""
+    return pixels.mean(("time", "band", "y", "x")) < 0.0885
+
+
+def test_chips_that_rules_drop_hide_nothing_of_others(scl: rd.Chips) -> None:
+    kept = scl.filter_pixels(is_dark, source="optical")
+    truth, ids = land(kept, "cover")
+    assert 0 < len(ids) < len(scl)
+    canvas = canvases(scl, short=0.0)[32633]
+    half = Canvas(canvas.epsg, canvas.west, canvas.north, np.ones_like(canvas.values[::2, ::2]), 20.0)
+    found = kept.evaluate(half.array, "cover", progress=False)
+    assert found.chips["chip_id"].to_pylist() == ids
+    places = set()
+    for at, row in enumerate(found.chips.to_pylist()):
+        places |= {
+            (round(row["xmin"]) + 20 * int(j), round(row["ymax"]) - 20 * int(i))
+            for i, j in np.argwhere(truth[at] != 0)
+        }
+    overlap = found.left_out["repeated"]
+    assert found.pixels == len(places)
+    assert overlap > 0
+
+
+def test_polygons_and_rasters_given_here_are_truth(one_zone: rd.Chips, tmp_path: Path) -> None:
+    maps = canvases(one_zone)
+    (canvas,) = maps.values()
+    fields = fields_of(one_zone, seed=3)
+    named = dict(enumerate(sorted(CROPS), 1))
+    array = canvas.array.assign_attrs(flag_values=[1, 2, 3], flag_meanings=" ".join(named.values()))
+    burned = one_zone.job.labels[0].of(pa.table({
+        "geometry": pa.array(shapely.to_wkb(fields.geometry), pa.binary()), "crop": fields["crop"].tolist(),
+    }), "crop")  # fmt: skip
+    table = one_zone.job.chosen_chips()
+    bounds = np.stack([table[name].to_numpy() for name in ("xmin", "ymin", "xmax", "ymax")], -1)
+    masks = burned.burned(bounds, table["epsg"].to_numpy().astype(np.int64), SIZE)
+    expected = counted(one_zone, masks, maps)
+    found = one_zone.evaluate(array, fields, column="crop", progress=False)
+    agree(found, expected)
+    assert found.classes == {**named, 4: "4"}
+    fields[["crop", "geometry"]].to_parquet(tmp_path / "fields.parquet")
+    again = one_zone.evaluate(canvas.array, str(tmp_path / "fields.parquet"), classes=named, progress=False)
+    agree(again, expected)
+    with pytest.raises(rd.PlanError, match="a map whose classes have no names"):
+        one_zone.evaluate(canvas.array, fields, column="crop", progress=False)
+    with pytest.raises(rd.PlanError, match="polygons with 2 columns"):
+        one_zone.evaluate(array, fields, progress=False)
+    truth = canvases(one_zone, seed=7)[32633]
+    truth.array.rio.to_raster(tmp_path / "truth.tif")
+    found = one_zone.evaluate(canvas.array, tmp_path / "truth.tif", progress=False)
+    height, width = canvas.values.shape
+    total = found.pixels + sum(found.left_out.values())
+    assert total == len(one_zone) * SIZE * SIZE
+    assert 0.15 < (found.overall["accuracy"] or 0) < 0.35, "two draws of four classes"
+    assert min(height, width) > SIZE
+
+
+def test_measured_numbers_have_differences(across: rd.Chips, tmp_path: Path) -> None:
+    scenes = rd.Chips(across.query)  # the same ground with labels that are measured
+    chips = scenes.filter(epsg=32632).sample(20)
+    fields = fields_of(chips, seed=5)[["yield", "geometry"]]
+    (canvas,) = canvases(chips).values()
+    values = np.where(canvas.values == NODATA, np.nan, canvas.values / np.float32(4))
+    array = canvas.array.copy(data=values.astype(np.float32)).drop_attrs(deep=False)
+    found = chips.evaluate(array, fields, once=False, progress=False)
+    burned = chips.job.labels[0].of(pa.table({
+        "geometry": pa.array(shapely.to_wkb(fields.geometry), pa.binary()), "yield": fields["yield"].to_numpy(),
+    }), "yield")  # fmt: skip
+    table = chips.job.chosen_chips()
+    bounds = np.stack([table[name].to_numpy() for name in ("xmin", "ymin", "xmax", "ymax")], -1)
+    truth = burned.burned(bounds, table["epsg"].to_numpy().astype(np.int64), SIZE).astype(np.float64)
+    trues, guesses = [], []
+    for at, row in enumerate(found.chips.to_pylist()):
+        top, left = round((canvas.north - row["ymax"]) / 10), round((row["xmin"] - canvas.west) / 10)
+        guess = np.full((SIZE, SIZE), np.nan)
+        part = values[top : top + SIZE, left : left + SIZE]
+        guess[: part.shape[0], : part.shape[1]] = part
+        there = ~np.isnan(guess) & ~np.isnan(truth[at])
+        assert row["pixels"] == there.sum()
+        trues.append(truth[at][there])
+        guesses.append(guess[there])
+    t, d = np.concatenate(trues), np.concatenate(guesses) - np.concatenate(trues)
+    wanted = {
+        "bias": d.mean(), "rmse": np.sqrt((d**2).mean()), "mae": np.abs(d).mean(),
+        "r2": 1 - (d**2).sum() / ((t - t.mean()) ** 2).sum(),
+    }  # fmt: skip
+    assert found.overall == pytest.approx(wanted, rel=1e-9)
+    assert found.scores.column_names == ["pixels", "bias", "rmse", "mae", "r2"]
+    with pytest.raises(rd.PlanError, match="measured numbers"):
+        _ = found.confusion
+    (path,) = found.error_map(tmp_path / "errors.tif", progress=False)
+    with rasterio.open(path) as file:
+        errors = file.read(1)
+    assert np.isclose(np.nanmax(np.abs(errors)), np.abs(d).max(), rtol=1e-6)
+    assert "rmse" in repr(found)
+    with pytest.raises(rd.PlanError, match=r"the number 0\.[257]"):
+        chips.evaluate(array, "mask", progress=False)
+
+
+def test_predictions_of_whole_chips(dealt: rd.Chips, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    ids = dealt.table["chip_id"]
+    truth = [None if n % 11 == 0 else CROPS[n % 3] for n in range(len(ids))]
+    chips = dealt.with_table(pa.table({"chip_id": ids, "truth": truth}))
+    guess = rng.choice(CROPS[:2], len(ids)).tolist()
+    table = pa.table({"chip_id": ids, "class": guess}).slice(5)
+    order = {one: n for n, one in enumerate(ids.to_pylist())}
+    found = chips.evaluate(table, "truth", splits=dealt, progress=False)
+    own = [order[one] for one in chips.job.chosen_chips()["chip_id"].to_pylist()]
+    pairs = Counter((truth[n], guess[n]) for n in own if truth[n] is not None and n >= 5)
+    for (true, other), chips_ in pairs.items():
+        assert found.confusion.sel(truth=true, predicted=other) == chips_
+    assert found.pixels == pairs.total()
+    assert found.left_out["unlabelled"] == sum(truth[n] is None for n in own)
+    assert found.left_out["unpredicted"] == sum(n < 5 and truth[n] is not None for n in own)
+    codes = pa.table({"chip_id": ids, "value": [CROPS.index(one) for one in guess]}).slice(5)
+    numbered = chips.evaluate(codes, "truth", classes=dict(enumerate(CROPS)), progress=False)
+    assert (numbered.confusion.values == found.confusion.values).all()
+    with pytest.raises(rd.PlanError, match="labels that are texts, predictions that are numbers"):
+        chips.evaluate(codes, "truth", progress=False)
+    with pytest.raises(rd.PlanError, match="twice"):
+        chips.evaluate(pa.concat_tables([table, table]), "truth", progress=False)
+    with pytest.raises(rd.PlanError, match="a class for each chip, and a map"):
+        chips.evaluate(canvases(dealt)[32632].array, "truth", progress=False)
+    with pytest.raises(rd.PlanError, match="an evaluation that was loaded"):
+        found.error_map(tmp_path / "errors.tif")
+
+
+# What comes of it
+
+
+def test_the_map_of_errors_is_pixel_by_pixel(dealt: rd.Chips, tmp_path: Path) -> None:
+    maps = canvases(dealt)
+    found = dealt.evaluate(stored(maps, tmp_path / "map.zarr"), "mask", progress=False)
+    written = found.error_map(tmp_path / "errors", progress=False)
+    assert len(written) == 2
+    masks, table, totals = masks_of(dealt), dealt.job.chosen_chips(), Counter[int]()
+    for path in written:
+        with rasterio.open(path) as file:
+            values, grid, epsg = file.read(1), file.transform, file.crs.to_epsg()
+            assert (file.nodata, file.colormap(1)[2]) == (0, (0xC2, 0x28, 0x4B, 255))
+        canvas = maps[epsg]
+        assert (grid.c - canvas.west) % 10 == 0
+        expected = np.zeros(values.shape, np.uint8)
+        for at, row in enumerate(table.select(["epsg", "xmin", "ymax"]).to_pylist()):
+            for i, j in np.argwhere(masks[at] != 0).tolist() if row["epsg"] == epsg else ():
+                x, y = row["xmin"] + 10 * (j + 0.5), row["ymax"] - 10 * (i + 0.5)
+                guess = canvas.at(x, y)
+                if guess not in (None, NODATA):
+                    place = math.floor((grid.f - y) / 10), math.floor((x - grid.c) / 10)
+                    expected[place] = 1 if guess == masks[at, i, j] else 2
+        assert (values == expected).all()
+        totals += Counter(values[values > 0].tolist())
+    assert totals[1] + totals[2] == found.pixels
+    assert totals[2] == sum(found.chips["errors"].to_pylist())
+    with pytest.raises(rd.PlanError, match="a map of 2 rasters"):
+        found.error_map(tmp_path / "errors.tif", progress=False)
+
+
+def test_it_is_saved_shown_and_drawn(dealt: rd.Chips, tmp_path: Path) -> None:
+    chips = dealt.sample(30)
+    found = chips.evaluate(
+        stored(canvases(dealt), tmp_path / "map.zarr"), "mask", splits=dealt, progress=False
+    )
+    found.save(tmp_path / "scores.parquet")
+    again = Evaluation.load(tmp_path / "scores.parquet")
+    assert again.to_dict() == found.to_dict() == json.loads(found.to_json())
+    assert again.chips.equals(found.chips)
+    assert len(gpd.read_parquet(tmp_path / "scores.parquet")) == len(found.chips) > 0
+    chips.save(tmp_path / "chips.parquet")
+    with pytest.raises(rd.SchemaError, match="another Parquet file"):
+        Evaluation.load(tmp_path / "chips.parquet")
+    text = repr(found)
+    for part in (
+        "accuracy",
+        "wheat",
+        "where the map does not reach",
+        "splits:",
+        "to train:",
+        "only in map: 4",
+    ):
+        assert part in text, text
+    assert "<table" in found._repr_html_()
+    axes = found.plot()
+    assert "Errors" in axes.figure.axes[1].get_ylabel()
+    import matplotlib.pyplot as plt
+
+    plt.close(axes.figure)
+
+
+def test_training_plans_are_taken_from_wherever_they_lie(dealt: rd.Chips, tmp_path: Path) -> None:
+    few = dealt.select("val").sample(8)
+    path = stored(canvases(dealt), tmp_path / "map.zarr")
+    expected = few.evaluate(path, "mask", splits=dealt, progress=False)
+    dealt.save_plan(tmp_path / "plan")
+    dealt.save(tmp_path / "chips.parquet")
+    for form in (tmp_path / "plan", tmp_path / "chips.parquet", dealt.table, dealt.select("train")):
+        found = few.evaluate(path, "mask", splits=form, progress=False)
+        assert found.chips["distance_m"].to_pylist() == expected.chips["distance_m"].to_pylist()
+
+
+def test_stores_are_training_plans(s2: rd.Collection, tmp_path: Path) -> None:
+    chips = s2.harmonize(["scl"], time="6MS", units="raw").chips(SIZE, cell_km=0.64).split(seed=1)
+    chips.select("train").to_zarr(tmp_path / "train.zarr", progress=False)
+    test, guess = chips.select("test"), canvases(chips)[32633].array
+    for splits in (tmp_path / "train.zarr", rd.open_chips(tmp_path / "train.zarr"), chips):
+        found = test.evaluate(guess, "s2", splits=splits, progress=False)
+        assert min(found.chips["distance_m"].to_pylist()) == 0  # cells touch
+        assert set(found.chips["split"].to_pylist()) == {"test"}
+
+
+# Bad input
+
+
+def test_chips_on_train_ground_are_refused(across: rd.Chips, dealt: rd.Chips) -> None:
+    other = across.split(0.5, 0.2, 0.3, seed=5)
+    guess = canvases(dealt)[32633].array
+    with pytest.raises(rd.PlanError, match="on ground of the plan's train chips") as caught:
+        other.evaluate(guess, "mask", splits=dealt, progress=False)
+    assert "before split()" in caught.value.remedy
+    found = across.evaluate(guess, "mask", splits=dealt, progress=False)  # as the remedy says
+    assert "train" in found.by_split["split"].to_pylist()
+
+
+def test_mistakes_are_told_before_anything_is_read(
+    one_zone: rd.Chips, dealt: rd.Chips, tmp_path: Path
+) -> None:
+    (canvas,) = canvases(one_zone).values()
+    array = canvas.array
+    far = array.assign_coords(x=array.x + 90_000)
+    bare = xr.DataArray(array.values, {"y": array.y, "x": array.x}, ("y", "x"))
+    many = array.copy(data=np.arange(array.size).reshape(array.shape) % 5000).drop_attrs(deep=False)
+    blank = array.copy(data=np.full(array.shape, NODATA, np.uint8))
+    array.rio.to_raster(tmp_path / "map.tif")
+    with rasterio.open(tmp_path / "map.tif", "r+") as file:
+        file.transform = file.transform @ Affine.rotation(10)
+    cases: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
+        (far, "mask", {}, rd.GridError, "on the ground of no chip"),
+        (bare, "mask", {}, rd.GridError, "no CRS"),
+        (tmp_path / "map.tif", "mask", {}, rd.GridError, "no axes of its CRS"),
+        (array.assign_coords(x=array.x**2), "mask", {}, rd.GridError, "not evenly spaced"),
+        (many, "mask", {}, rd.PlanError, r"\d,\d+ different classes"),
+        (blank, "mask", {}, rd.PlanError, "nothing to compare"),
+        (array, "masks", {}, rd.PlanError, "no 'masks'; expected one of mask"),
+        (array, "mask", {"classes": {1: "rye"}}, rd.PlanError, "a name that no label has"),
+        (array, "mask", {"band": 3}, rd.PlanError, "no band 3"),
+        (array, "mask", {"splits": dealt.select("test")}, rd.PlanError, "no chip of split 'train'"),
+        (array, "mask", {"splits": dealt, "distances_m": (5, 1)}, rd.PlanError, "each larger"),
+        (array, "mask", {"splits": 3}, rd.PlanError, "a int"),
+        (array, "mask", {"splits": pa.table({"split": ["train"]})}, rd.SchemaError, "without column chip_id"),
+        (array, "mask", {"regions": "state"}, rd.PlanError, "a column of the chip table"),
+        (tmp_path / "none.zarr", "mask", {}, rd.StoreError, "nothing at"),
+        (tmp_path, "mask", {}, rd.GridError, "no axes"),
+        (7, "mask", {}, rd.PlanError, "a int"),
+        (pa.table({"class": [1]}), "mask", {}, rd.SchemaError, "without column chip_id"),
+        (array.expand_dims(time=2), "mask", {}, rd.PlanError, "2 bands|time"),
+    ]  # fmt: skip
+    for guess, labels, more, error, message in cases:
+        with pytest.raises(error, match=message):
+            one_zone.evaluate(guess, labels, progress=False, **more)
+    found = one_zone.evaluate(array, "mask", progress=False)
+    for name in ("by_region", "by_distance"):
+        with pytest.raises(rd.PlanError, match="an evaluation without"):
+            getattr(found, name)
+    with pytest.raises(rd.PlanError, match="one of chip_id, split"):
+        found.by("crop")
+
+
+def test_labels_that_hold_several_times_are_refused(s2: rd.Collection) -> None:
+    chips = s2.harmonize(["scl"], time="1MS", units="raw").chips(SIZE, cell_km=0.64).sample(2)
+    with pytest.raises(rd.PlanError, match="3 slots of time"):
+        chips.evaluate(canvases(chips)[32633].array, "s2", progress=False)
+
+
+# Pure counts
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(-3, 5), st.integers(-70_000, 70_000) | st.integers(0, 4)), max_size=60))
+def test_pairs_are_counted_once_each(pairs: list[tuple[int, int]]) -> None:
+    values = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    found = Pairs.of(values[:, 0], values[:, 1])
+    rows = zip(found.truth.tolist(), found.predicted.tolist(), strict=True)
+    assert dict(zip(rows, found.pixels.tolist(), strict=True)) == dict(Counter(pairs))
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 5), st.data())
+def test_scores_follow_their_definitions(classes: int, data: st.DataObject) -> None:
+    cells = st.lists(st.integers(0, 10**12) | st.just(0), min_size=classes**2, max_size=classes**2)
+    matrix = np.array(data.draw(cells), dtype=np.int64).reshape(classes, classes)
+    for name, score in scored(matrix).items():
+        found = overall(matrix)[name]
+        assert found == score or found == pytest.approx(score, rel=1e-6, abs=1e-9)
+    for k, iou in enumerate(class_scores(matrix)["iou"]):
+        whole = matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]
+        assert iou == (matrix[k, k] / whole if whole else None)

@@ -97,9 +97,11 @@ class Evaluation:
 
     Examples
     --------
-    >>> labels = chips.table.select(["chip_id"]).append_column("class", [["water"] * len(chips)])
-    >>> guesses = labels.set_column(1, "class", [["water", "land"] * (len(chips) // 2)])
-    >>> scores = chips.with_table(labels.rename_columns(["chip_id", "truth"])).evaluate(guesses, "truth")
+    >>> import pyarrow as pa
+    >>> ids = chips.table["chip_id"]
+    >>> surveyed = chips.with_table(pa.table({"chip_id": ids, "cover": ["water"] * len(chips)}))
+    >>> guesses = pa.table({"chip_id": ids, "class": ["water", "land"] * (len(chips) // 2)})
+    >>> scores = surveyed.evaluate(guesses, "cover")
     >>> scores.overall["accuracy"]
     0.5
     >>> scores.confusion.sel(truth="water", predicted="land").item()
@@ -348,7 +350,7 @@ class Evaluation:
         """
         if column not in self.table.column_names or column in ("counts", "sums", "geometry"):
             own = [name for name in self.table.column_names if name not in ("counts", "sums", "geometry")]
-            raise PlanError("by", repr(column), f"one of {listed(own)}")
+            raise PlanError("by", repr(column), f"one of {', '.join(own)}")
         values = np.array(self.table.column(column).to_pylist(), dtype=object)
         there = {value for value in values.tolist() if value is not None}
         names: Sequence[Any] = (
@@ -530,7 +532,7 @@ class Evaluation:
         Examples
         --------
         >>> evaluation.save("scores.parquet")
-        >>> type(evaluation).load("scores.parquet").overall == evaluation.overall
+        >>> rd.Evaluation.load("scores.parquet").overall == evaluation.overall
         True
         """
         subject = f"evaluation {os.fspath(path)}"

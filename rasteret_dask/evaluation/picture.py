@@ -44,12 +44,12 @@ def plot_errors(table: pa.Table, is_class: bool, unit: str, ax: Any = None) -> A
     axes.set_aspect(aspect, anchor="N")
     axes.set(xlabel=names[0], ylabel=names[1])
     text = (f"Errors, % of the {unit}s" if unit == "pixel" else "Errors, %") if is_class else "RMSE"
-    bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.8, label=text)
+    bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.65, label=text)
     bar.ax.tick_params(labelsize="small", colors=INK)
     bar.ax.yaxis.label.set_color(INK)
     bar.outline.set_visible(False)
     count, missing = int(there.sum()), int((~there).sum())
     title = f"{count:,} chips" + (f"; {missing:,} without a comparison are grey" if missing else "")
-    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_title(title, loc="left", fontsize="medium", color=INK)
     for_any_page(axes)
     return axes

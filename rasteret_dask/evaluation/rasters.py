@@ -171,7 +171,11 @@ def _described(href: str, file: Any, wanted: Wanted) -> _Found:
     bands, codes = _bands(labels, whole, name, wanted)
     pixels = FilePixels(href, wanted.nodata, tuple(band + 1 for band in bands))
     is_class = whole if wanted.is_class is None else wanted.is_class
-    return _Found(Raster(name, grid, pixels, codes), is_class, {})
+    tags = {
+        key.removeprefix("CLASS_"): text for key, text in file.tags(1).items() if key.startswith("CLASS_")
+    }
+    names = {int(code): text for code, text in tags.items() if code.isdecimal() and text != code}
+    return _Found(Raster(name, grid, pixels, codes), is_class, names if is_class else {})
 
 
 def _no_crs(wanted: Wanted, name: str) -> GridError:
@@ -242,9 +246,14 @@ def _arrays_of(given: Any, name: str, wanted: Wanted) -> Iterator[_Array]:
     """Yield the arrays of a DataArray, Dataset or DataTree that hold the map, a zone each."""
     if hasattr(given, "subtree"):
         some = False
+        maps: list[str] = []
         for node in given.subtree:
-            if _variable(node.to_dataset(), wanted) is not None:
+            below = any(
+                f"{node.path}/".startswith(one) for one in maps
+            )  # coarser levels of a map lie below it
+            if not below and _variable(node.to_dataset(), wanted) is not None:
                 some = True
+                maps.append(f"{node.path.rstrip('/')}/")
                 for one in _arrays_of(node.to_dataset(), f"{name}{node.path.rstrip('/')}", wanted):
                     one.array.encoding["node"] = f"{node.path}/{one.array.name}".strip("/")
                     yield one
@@ -306,6 +315,7 @@ def _crs(array: Any, around: Any, name: str, wanted: Wanted) -> int:
 def _of_array(one: _Array, wanted: Wanted) -> _Found:
     array = one.array
     whole = array.dtype.kind in "iub"
+    names = _names(array.attrs)
     bands: tuple[int, ...] | None = None
     codes = None
     if array.ndim == 3:
@@ -317,7 +327,14 @@ def _of_array(one: _Array, wanted: Wanted) -> _Found:
                 "a class for each entry of it",
                 f"Say it: da.assign_coords({dim}=[1, 2]).",
             )  # fmt: skip
-        bands, codes = _bands(labels, whole, one.name, wanted)
+        stated = array.attrs.get("codes", ())
+        if wanted.is_class and wanted.band is None and 1 < len(stated) == len(labels):
+            bands, codes = tuple(range(len(labels))), tuple(int(code) for code in stated)
+            names = _plain(dict(zip(codes, map(str, labels), strict=True)))
+        else:
+            bands, codes = _bands(labels, whole, one.name, wanted)
+    elif wanted.band is not None:
+        _bands([array.name if array.name is not None else "0"], whole, one.name, wanted)
     y, x = array.dims[-2:]
     origin_x, dx = _edges(_centres(array, x), one.name, wanted)
     origin_y, dy = _edges(_centres(array, y), one.name, wanted)
@@ -330,7 +347,7 @@ def _of_array(one: _Array, wanted: Wanted) -> _Found:
     pixels: Pixels
     pixels = ArrayPixels(array, nodata, bands) if one.store is None else ZarrPixels(*one.store, nodata, bands)
     is_class = whole if wanted.is_class is None else wanted.is_class
-    return _Found(Raster(one.name, grid, pixels, codes), is_class, _names(array.attrs))
+    return _Found(Raster(one.name, grid, pixels, codes), is_class, names if is_class else {})
 
 
 def _centres(array: Any, dim: Any) -> NDArray[np.float64]:
@@ -364,11 +381,16 @@ def _names(attrs: Mapping[Any, Any]) -> dict[int, str]:
     values, meanings = attrs.get("flag_values"), attrs.get("flag_meanings")
     if values is not None and isinstance(meanings, str):
         codes = np.atleast_1d(values).astype(int).tolist()
-        texts = meanings.split()
-        return dict(zip(codes, texts, strict=True)) if len(codes) == len(texts) else {}
+        texts = list(attrs.get("class_names", meanings.split()))  # CF's words hold no spaces
+        return _plain(dict(zip(codes, map(str, texts), strict=True))) if len(codes) == len(texts) else {}
     classes = attrs.get("classes", attrs.get("classification:classes"))
     if isinstance(classes, Mapping):
         return {int(value): str(name) for value, name in classes.items()}
     if isinstance(classes, list | tuple) and all(isinstance(one, Mapping) for one in classes):
         return {int(one["value"]): str(one.get("name", one["value"])) for one in classes}
     return {}
+
+
+def _plain(names: dict[int, str]) -> dict[int, str]:
+    """Return names without those that only say the number again."""
+    return {code: name for code, name in names.items() if name != str(code)}
