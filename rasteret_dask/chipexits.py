@@ -12,10 +12,12 @@ import pyarrow as pa
 from rasteret_dask.net import remote
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
-from rasteret_dask.splitcells import Regions, regions_of
+from rasteret_dask.splitcells import HasGeometry, Regions, regions_of
 from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from rasteret_dask.chipping.chips import PlannedChips
     from rasteret_dask.evaluation.evaluation import Evaluation
     from rasteret_dask.evaluation.ground import TrainingPlan
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
     from rasteret_dask.tasks.context import ReadContext
     from rasteret_dask.tasks.job import Job
 
-__all__ = ["ChipExits", "TrainingPlanLike"]
+__all__ = ["ChipExits", "PredictionsLike", "TrainingPlanLike"]
+
+PredictionsLike: TypeAlias = (
+    "xr.DataArray | xr.Dataset | xr.DataTree | pa.Table | HasGeometry | str | os.PathLike[str]"
+)
+"""A map, or a table with a row a chip: in memory, or its path."""
 
 TrainingPlanLike: TypeAlias = "ChipExits | StoredChips | pa.Table | str | os.PathLike[str]"
 """Chips, a store, a saved plan, or a chip table: as such or by path."""
@@ -50,7 +57,7 @@ class ChipExits:
 
     def evaluate(
         self,
-        predictions: Any,
+        predictions: PredictionsLike,
         labels: Any,
         *,
         splits: TrainingPlanLike | None = None,
@@ -133,16 +140,16 @@ class ChipExits:
         >>> scores.by_distance.column_names[:4]
         ['from_m', 'to_m', 'chips', 'pixels']
         """
-        from rasteret_dask.evaluation.evaluate import Asked, Chosen, evaluate
+        from rasteret_dask.evaluation.evaluate import ChipReading, Question, evaluate
 
         plan = None if splits is None else training_plan(splits)
         table = regions if regions is None or isinstance(regions, pa.Table) else regions_of(regions)
-        asked = Asked(
+        question = Question(
             predictions, labels, plan, regions if table is None else table, tuple(distances_m), column, classes, band,
             nodata, once,
         )  # fmt: skip
-        chosen = Chosen(self.job, self._layout.outputs, self._context(on_error), self.planned.reference)
-        return evaluate(chosen, asked, client, progress)
+        chosen = ChipReading(self.job, self._layout.outputs, self._context(on_error), self.planned.reference)
+        return evaluate(chosen, question, client, progress)
 
 
 def training_plan(splits: Any) -> TrainingPlan:

@@ -146,7 +146,7 @@ def ground(
 
 
 def evaluation_of(chips: rd.Chips) -> rd.Evaluation:
-    """Return what the chips say of a map whose west is forest and whose east is water; labels have the line elsewhere."""
+    """Return what chips say of a map whose west is forest and whose east is water; labels part them elsewhere."""
     west, south, east, north = chips.to_geopandas().total_bounds
     line = west + 0.4 * (east - west)
     shapes = [shapely.box(west, south, line, north), shapely.box(line, south, east, north)]

@@ -15,7 +15,7 @@ __all__ = [
     "DIFFERENCES",
     "OVERALL",
     "Pairs",
-    "Sums",
+    "DifferenceSums",
     "class_scores",
     "differences",
     "overall",
@@ -97,7 +97,7 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class DifferenceSums:
     """Sums over the pixels of each chip, shape (chip,) each, from which scores of any set of chips follow."""
 
     pixels: NDArray[np.int64]
@@ -113,7 +113,7 @@ class Sums:
     """Of (true - mean) ** 2."""
 
     @classmethod
-    def of(cls, truth: NDArray[np.float64], predicted: NDArray[np.float64]) -> Sums:
+    def of(cls, truth: NDArray[np.float64], predicted: NDArray[np.float64]) -> DifferenceSums:
         """Sum up the pixels of one chip, shape (pixel,), by itself: no sum depends on which chips are read together."""
         apart = predicted - truth
         mean = float(truth.mean()) if len(truth) else 0.0
@@ -123,7 +123,7 @@ class Sums:
         )
 
     @classmethod
-    def together(cls, parts: Sequence[Sums]) -> Sums:
+    def together(cls, parts: Sequence[DifferenceSums]) -> DifferenceSums:
         """Return the chips of several parts."""
         fields = ("bias", "square", "absolute", "mean", "spread")
         pixels = np.concatenate([np.zeros(0, dtype=np.int64), *(part.pixels for part in parts)])
@@ -131,9 +131,9 @@ class Sums:
             pixels, *(np.concatenate([np.zeros(0), *(getattr(p, name) for p in parts)]) for name in fields)
         )
 
-    def of_chips(self, chips: NDArray[np.bool_]) -> Sums:
+    def of_chips(self, chips: NDArray[np.bool_]) -> DifferenceSums:
         """Return some chips, shape (chip,)."""
-        return Sums(*(getattr(self, name)[chips] for name in self.__slots__))
+        return DifferenceSums(*(getattr(self, name)[chips] for name in self.__slots__))
 
 
 def class_scores(matrix: NDArray[np.int64]) -> dict[str, list[float | None]]:
@@ -171,7 +171,7 @@ def overall(matrix: NDArray[np.int64]) -> dict[str, float | None]:
     return result
 
 
-def differences(sums: Sums) -> dict[str, float | None]:
+def differences(sums: DifferenceSums) -> dict[str, float | None]:
     """Return the scores of measured numbers over all chips: bias, RMSE, MAE and R2; None where one is 0 / 0.
 
     Sums are rounded once (:func:`math.fsum`), so that they are the same in any order of chips.

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.chipping.regions import check_regions, names_of
 from rasteret_dask.errors import EmptyError, GridError, PlanError
-from rasteret_dask.evaluation.confusion import Pairs, Sums
+from rasteret_dask.evaluation.confusion import DifferenceSums, Pairs
 from rasteret_dask.evaluation.errormap import write_errors
 from rasteret_dask.evaluation.evaluation import REASONS, Evaluation, Note
-from rasteret_dask.evaluation.ground import TRAIN, TrainingPlan, Windows
-from rasteret_dask.evaluation.naming import Naming, naming_of
-from rasteret_dask.evaluation.passes import LOST, Beside, Part, parts_of, patches_of
-from rasteret_dask.evaluation.rasters import Wanted, rasters_of
+from rasteret_dask.evaluation.ground import TRAIN, ChipBounds, TrainingPlan
+from rasteret_dask.evaluation.naming import ClassCodes, class_codes
+from rasteret_dask.evaluation.passes import LOST, Beside, ShardCounts, parts_of, patches_of
+from rasteret_dask.evaluation.rasters import MapRequest, rasters_of
 from rasteret_dask.evaluation.reading import Rasters
 from rasteret_dask.evaluation.samples import chip_predictions, samples_of
 from rasteret_dask.evaluation.truth import Truth, truth_of
@@ -36,14 +36,14 @@ from rasteret_dask.tasks.job import Job, Output
 if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
 
-__all__ = ["Asked", "Chosen", "evaluate"]
+__all__ = ["Question", "ChipReading", "evaluate"]
 
 MOST_CLASSES = 256
 """Of more, a map is no map of classes: its codes are measured numbers."""
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class ChipReading:
     """The chips."""
 
     job: Job
@@ -54,7 +54,7 @@ class Chosen:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Question:
     """What is asked of them: see :meth:`rasteret_dask.Chips.evaluate`."""
 
     predictions: Any
@@ -70,30 +70,34 @@ class Asked:
     once: bool = True
 
 
-def evaluate(chips: Chosen, asked: Asked, client: ClientLike = None, progress: bool = True) -> Evaluation:
+def evaluate(
+    chips: ChipReading, question: Question, client: ClientLike = None, progress: bool = True
+) -> Evaluation:
     """Compare predictions with labels on the ground of chips; see :meth:`rasteret_dask.Chips.evaluate`."""
     job = chips.job
     table = job.chosen_chips()
     if not table.num_rows:
         raise EmptyError("evaluate", "no chip", "at least one", "Ask for less in filter or select.")
-    around = _around(table, asked)  # what goes wrong is told before anything is read
+    around = _around(table, question)  # what goes wrong is told before anything is read
     pixels = planned(job, chips.outputs, chips.context).pixels
-    rows = chip_predictions(asked.predictions)
-    truth = truth_of(asked.labels, None if rows is not None else asked.column, job, pixels, chips.reference)
+    rows = chip_predictions(question.predictions)
+    truth = truth_of(
+        question.labels, None if rows is not None else question.column, job, pixels, chips.reference
+    )
     if rows is not None or isinstance(truth, str):
-        return _of_chips(rows, truth, table, around, asked)
+        return _of_chips(rows, truth, table, around, question)
     known = {name: code for code, name in truth.names.items()}
-    known |= {str(v): known.get(str(v), k) for k, v in (asked.classes or {}).items()}
-    wanted = Wanted("evaluate(predictions=)", truth.is_class, asked.nodata, asked.band, known)
-    predictions = rasters_of(asked.predictions, wanted)
+    known |= {str(v): known.get(str(v), k) for k, v in (question.classes or {}).items()}
+    request = MapRequest("evaluate(predictions=)", truth.is_class, question.nodata, question.band, known)
+    predictions = rasters_of(question.predictions, request)
     _check_ground(predictions, table)
-    naming = _naming(truth, predictions, asked)
-    beside = Beside(job, chips.outputs, chips.context, truth, predictions, asked.once)
+    naming = _naming(truth, predictions, question)
+    beside = Beside(job, chips.outputs, chips.context, truth, predictions, question.once)
     parts = parts_of(beside, client, progress)
     nearest = sum(int((~part.exact).sum()) for part in parts)
     note = Note(
         predictions.name, truth.text, truth.is_class, names=naming.names, distances_m=around.distances_m,
-        has_regions=asked.regions is not None, nearest=nearest,
+        has_regions=question.regions is not None, nearest=nearest,
     )  # fmt: skip
 
     def errors(to: Path, shown: bool) -> tuple[Path, ...]:
@@ -111,13 +115,13 @@ class _Around:
     distances_m: tuple[float, ...]
 
 
-def _around(table: pa.Table, asked: Asked) -> _Around:
+def _around(table: pa.Table, question: Question) -> _Around:
     split = np.array(table.column("split").to_pylist(), dtype=object)
     distance: NDArray[np.float64] | None = None
     edges: tuple[float, ...] = ()
-    if asked.plan is not None:
-        edges = _edges(asked.distances_m)
-        related = asked.plan.relate(Windows.of(table))
+    if question.plan is not None:
+        edges = _edges(question.distances_m)
+        related = question.plan.relate(ChipBounds.of(table))
         distance = related.distance_m
         other = np.array([one is not None for one in split]) & (split != TRAIN) & (related.split == TRAIN)
         if other.any():
@@ -137,7 +141,7 @@ def _around(table: pa.Table, asked: Asked) -> _Around:
             ],
             dtype=object,
         )
-    region = _regions(table, asked.regions)
+    region = _regions(table, question.regions)
     own = [name for name in table.column_names if name not in ("chip_id", "split", "feeds", "geometry")]
     return _Around(
         pa.table({
@@ -199,21 +203,21 @@ def _check_ground(predictions: Rasters, table: pa.Table) -> None:
     )  # fmt: skip
 
 
-def _naming(truth: Truth, predictions: Rasters, asked: Asked) -> Naming:
+def _naming(truth: Truth, predictions: Rasters, question: Question) -> ClassCodes:
     if not truth.is_class:
-        return Naming({}, {})
+        return ClassCodes({}, {})
     beside = truth.labels is not None and truth.text == truth.labels.column
-    if beside and truth.names and not predictions.names and asked.classes is None:
+    if beside and truth.names and not predictions.names and question.classes is None:
         raise PlanError(
             "evaluate(labels=<polygons>)",
             f"classes {listed(list(truth.names.values()))}, and a map whose classes have no names",
             "names on both sides", "Say what predicted classes are called: classes={1: 'water'}.",
         )  # fmt: skip
-    return naming_of(truth.names, predictions.names, asked.classes)
+    return class_codes(truth.names, predictions.names, question.classes)
 
 
 def _of_chips(
-    rows: pa.Table | None, truth: Truth | str, table: pa.Table, around: _Around, asked: Asked
+    rows: pa.Table | None, truth: Truth | str, table: pa.Table, around: _Around, question: Question
 ) -> Evaluation:
     if rows is None:
         raise PlanError(
@@ -227,16 +231,18 @@ def _of_chips(
             "a column of the chip table",
             "Add one: chips.with_table(chips.class_shares(...)), or give a map.",
         )  # fmt: skip
-    samples = samples_of(rows, asked.column, table, truth, asked.classes)
-    name = os.fspath(asked.predictions) if isinstance(asked.predictions, str | os.PathLike) else "a table"
+    samples = samples_of(rows, question.column, table, truth, question.classes)
+    name = (
+        os.fspath(question.predictions) if isinstance(question.predictions, str | os.PathLike) else "a table"
+    )
     note = Note(
-        name, truth, samples.is_class, "chip", samples.names, around.distances_m, asked.regions is not None
+        name, truth, samples.is_class, "chip", samples.names, around.distances_m, question.regions is not None
     )  # fmt: skip
     return _evaluation([samples.part], samples.codes, around, note, None)
 
 
 def _evaluation(
-    parts: Sequence[Part], codes: Mapping[int, int], around: _Around, note: Note, errors: Any
+    parts: Sequence[ShardCounts], codes: Mapping[int, int], around: _Around, note: Note, errors: Any
 ) -> Evaluation:
     ids = [one for part in parts for one in part.ids]
     place = {one: at for at, one in enumerate(around.table.column("chip_id").to_pylist())}
@@ -246,7 +252,7 @@ def _evaluation(
         pairs = Pairs.together([part.counts for part in parts], firsts)  # type: ignore[misc]
         columns = _class_columns(_merged(pairs, codes), len(ids), note)
     else:
-        columns = _number_columns(Sums.together([part.counts for part in parts]))  # type: ignore[misc]
+        columns = _number_columns(DifferenceSums.together([part.counts for part in parts]))  # type: ignore[misc]
     lost = np.concatenate([part.lost for part in parts])
     more = {
         "pixels": columns.pop("pixels"),
@@ -299,7 +305,7 @@ def _class_columns(pairs: Pairs, chips: int, note: Note) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _number_columns(sums: Sums) -> dict[str, Any]:
+def _number_columns(sums: DifferenceSums) -> dict[str, Any]:
     missing = sums.pixels == 0
     with np.errstate(invalid="ignore", divide="ignore"):
         bias, rmse, mae = (

@@ -23,10 +23,11 @@ from rasteret_dask.display.html import table as html_table
 from rasteret_dask.display.tableview import Columns, TableView
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.evaluation.confusion import (
+    CLASS_SCORES,
     DIFFERENCES,
     OVERALL,
+    DifferenceSums,
     Pairs,
-    Sums,
     class_scores,
     differences,
     overall,
@@ -212,11 +213,16 @@ class Evaluation:
                 pa.table({"pixels": [self.pixels], **{k: _floats([v]) for k, v in self.overall.items()}})
             )
         matrix, classes = self._pairs.matrix(list(self.classes)), self.classes
-        columns = {name: _floats(values) for name, values in class_scores(matrix).items()}
-        return TableView(pa.table({
-            "class": pa.array(classes.values(), pa.string()), "code": pa.array(classes, pa.int64()),
-            "truth": matrix.sum(axis=1), "predicted": matrix.sum(axis=0), **columns,
-        }))  # fmt: skip
+        names, codes = pa.array(classes.values(), pa.string()), pa.array(classes, pa.int64())
+        columns = [
+            names,
+            codes,
+            matrix.sum(axis=1),
+            matrix.sum(axis=0),
+            *map(_floats, class_scores(matrix).values()),
+        ]
+        heads = ["class", "code", "truth", "predicted", *CLASS_SCORES]
+        return TableView(pa.Table.from_arrays([pa.array(column) for column in columns], heads))
 
     @property
     def only_in_labels(self) -> tuple[str, ...]:
@@ -392,11 +398,11 @@ class Evaluation:
         return Pairs(chip, *(flat.field(name).to_numpy() for name in ("truth", "predicted", "pixels")))
 
     @cached_property
-    def _sums(self) -> Sums:
+    def _sums(self) -> DifferenceSums:
         column = self.table.column("sums").combine_chunks()
         column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         names = ("bias", "square", "absolute", "mean", "spread")
-        return Sums(
+        return DifferenceSums(
             self.table.column("pixels").to_numpy(), *(column.field(name).to_numpy() for name in names)
         )
 

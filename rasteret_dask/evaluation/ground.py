@@ -18,7 +18,7 @@ from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.planning.names import in_order
 from rasteret_dask.show.audit import Ground
 
-__all__ = ["Related", "Repeats", "TrainingPlan", "Windows", "repeated", "repeats_of"]
+__all__ = ["Related", "Repeats", "TrainingPlan", "ChipBounds", "repeated", "repeats_of"]
 
 TRAIN = "train"
 
@@ -26,7 +26,7 @@ _COLUMNS = ("chip_id", "epsg", "xmin", "ymin", "xmax", "ymax")
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
+class ChipBounds:
     """Where some chips lie."""
 
     epsg: NDArray[np.int64]
@@ -34,12 +34,12 @@ class Windows:
     """Shape (chip, 4): xmin, ymin, xmax, ymax."""
 
     @classmethod
-    def of(cls, table: pa.Table, reach_m: float = 0.0) -> Windows:
+    def of(cls, table: pa.Table, reach_m: float = 0.0) -> ChipBounds:
         """Take a chip table, or windows that reach farther on each side."""
         frame = frame_of(table).grown(reach_m)
         return cls(frame.epsg.astype(np.int64), frame.bounds)
 
-    def beside(self, other: Windows) -> Ground:
+    def beside(self, other: ChipBounds) -> Ground:
         """Return the ground of these chips, then that of others."""
         frames = [_frame(one) for one in (self, other)]
         wkb = pa.chunked_array([outline_wkb(frame) for frame in frames], pa.binary())
@@ -52,7 +52,7 @@ class Windows:
 class TrainingPlan:
     """The chips that a model was trained with: their ground, and the split of each."""
 
-    windows: Windows
+    windows: ChipBounds
     split: NDArray[np.object_]
     """Shape (chip,). ``""`` where there is none."""
 
@@ -91,9 +91,9 @@ class TrainingPlan:
                 "the chips that the model was trained with",
                 "Give the training plan before select(), or select('train') of it.",
             )  # fmt: skip
-        return cls(Windows.of(table, reach_m), split)
+        return cls(ChipBounds.of(table, reach_m), split)
 
-    def relate(self, chips: Windows) -> Related:
+    def relate(self, chips: ChipBounds) -> Related:
         """Return how chips lie to this plan: how far from its train chips, and on the ground of which split."""
         ground = chips.beside(self.windows)
         first = len(chips.epsg)
@@ -120,7 +120,7 @@ class Related:
     val, test and the others by name; ``""`` where the plan has no chip."""
 
 
-def _frame(windows: Windows) -> Frame:
+def _frame(windows: ChipBounds) -> Frame:
     nothing = np.zeros(len(windows.epsg), dtype=np.int64)
     blank = pa.array([""] * len(nothing), pa.string())
     return Frame(windows.epsg, windows.bounds, nothing, nothing, None, None, blank)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from rasteret_dask.errors import PlanError
 from rasteret_dask.lists import listed
 
-__all__ = ["Naming", "naming_of"]
+__all__ = ["ClassCodes", "class_codes"]
 
 
 @dataclass(frozen=True, slots=True)
-class Naming:
+class ClassCodes:
     """Predicted classes as classes of the labels."""
 
     codes: Mapping[int, int]
@@ -22,9 +22,9 @@ class Naming:
     """Class of the labels -> its name, and those of predicted classes that the labels lack."""
 
 
-def naming_of(
+def class_codes(
     truth: Mapping[int, str], predicted: Mapping[int, str], classes: Mapping[int, str | int] | None
-) -> Naming:
+) -> ClassCodes:
     """Return which class of the labels each predicted one is.
 
     Parameters
@@ -61,4 +61,4 @@ def naming_of(
             target = int(meant)
         if target != code:
             codes[code] = target
-    return Naming(codes, names)
+    return ClassCodes(codes, names)

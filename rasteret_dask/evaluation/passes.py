@@ -13,7 +13,7 @@ import pyarrow as pa
 from dask._task_spec import DataNode, Task, TaskRef
 from numpy.typing import NDArray
 
-from rasteret_dask.evaluation.confusion import Pairs, Sums
+from rasteret_dask.evaluation.confusion import DifferenceSums, Pairs
 from rasteret_dask.evaluation.ground import repeated, repeats_of
 from rasteret_dask.evaluation.reading import INVALID, OUTSIDE, VALID, Rasters
 from rasteret_dask.evaluation.truth import Truth
@@ -27,7 +27,7 @@ from rasteret_dask.tasks.job import Job, Output, Shard
 if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
 
-__all__ = ["LOST", "Beside", "Part", "Patch", "parts_of", "patches_of"]
+__all__ = ["LOST", "Beside", "ShardCounts", "Patch", "parts_of", "patches_of"]
 
 LOST = ("repeated", "unlabelled", "unpredicted", "invalid")
 """Why a pixel is not compared: an earlier chip has it; it has no label; no map is there; the map has none there."""
@@ -57,7 +57,7 @@ class Beside:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ShardCounts:
     """What the chips of a shard came to."""
 
     ids: tuple[str, ...]
@@ -65,7 +65,7 @@ class Part:
     """Shape (chip, reason). Pixels that were not compared, in the order of LOST."""
     exact: NDArray[np.bool_]
     """Shape (chip,). Whether all predictions are of pixels that are the chip's own."""
-    counts: Pairs | Sums
+    counts: Pairs | DifferenceSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ Earlier = Mapping[str, NDArray[np.float64]]
 """Id of a chip -> bounds of the earlier chips whose pixels it shows too, shape (chip, 4)."""
 
 
-def parts_of(beside: Beside, client: ClientLike, progress: bool) -> list[Part]:
+def parts_of(beside: Beside, client: ClientLike, progress: bool) -> list[ShardCounts]:
     """Compare all chips: a part a shard, in their order, whoever computes them."""
     graph, keys, look = _tasks(beside, _part, client, progress)
     return list(computed(graph, {key: (key,) for key in keys}, client, look))
@@ -219,7 +219,7 @@ def _compared(arrays: Arrays, at: int, truth: Truth, predictions: Rasters, earli
     return _Compared(true, seen.values, seen.raster, labelled & (seen.state == VALID), lost, seen.exact)
 
 
-def _part(arrays: Arrays, truth: Truth, predictions: Rasters, earlier: Earlier) -> Part:
+def _part(arrays: Arrays, truth: Truth, predictions: Rasters, earlier: Earlier) -> ShardCounts:
     ids = tuple(map(str, arrays["chip_id"].tolist()))
     lost, exact = np.zeros((len(ids), len(LOST)), dtype=np.int64), np.ones(len(ids), dtype=bool)
     pairs, sums = [], []
@@ -230,9 +230,9 @@ def _part(arrays: Arrays, truth: Truth, predictions: Rasters, earlier: Earlier) 
         if predictions.is_class:
             pairs.append(Pairs.of(*own))
         else:
-            sums.append(Sums.of(*own))
-    counts = Pairs.together(pairs, range(len(ids))) if predictions.is_class else Sums.together(sums)
-    return Part(ids, lost, exact, counts)
+            sums.append(DifferenceSums.of(*own))
+    counts = Pairs.together(pairs, range(len(ids))) if predictions.is_class else DifferenceSums.together(sums)
+    return ShardCounts(ids, lost, exact, counts)
 
 
 def _patches(

@@ -17,8 +17,8 @@ from rasteret_dask.evaluation.reading import (
     ArrayPixels,
     FilePixels,
     PixelGrid,
-    Pixels,
     Raster,
+    RasterPixels,
     Rasters,
     ZarrPixels,
 )
@@ -28,7 +28,7 @@ from rasteret_dask.net.gdalfiles import GdalFile
 from rasteret_dask.net.hrefs import is_local, redact
 from rasteret_dask.net.places import Place
 
-__all__ = ["Wanted", "rasters_of"]
+__all__ = ["MapRequest", "rasters_of"]
 
 FILES = (".tif", ".tiff")
 
@@ -43,7 +43,7 @@ _EXPECTED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class MapRequest:
     """What is asked of a map."""
 
     subject: str
@@ -58,14 +58,14 @@ class Wanted:
     """Name -> class, for bands that are called after classes."""
 
 
-def rasters_of(given: Any, wanted: Wanted) -> Rasters:
+def rasters_of(value: Any, request: MapRequest) -> Rasters:
     """Return the rasters that are meant.
 
     Parameters
     ----------
-    given
+    value
         What the user gave.
-    wanted
+    request
         What is asked of them.
 
     Raises
@@ -77,24 +77,24 @@ def rasters_of(given: Any, wanted: Wanted) -> Rasters:
     StoreError, ReadError
         When nothing lies there, or it cannot be read.
     """
-    if isinstance(given, str | os.PathLike):
-        found = _of_path(Place.of(given).url, wanted)
-    elif hasattr(given, "variables") or hasattr(given, "dims") or hasattr(given, "subtree"):
-        found = [_of_array(one, wanted) for one in _arrays_of(given, "a map in memory", wanted)]
+    if isinstance(value, str | os.PathLike):
+        found = _of_path(Place.of(value).url, request)
+    elif hasattr(value, "variables") or hasattr(value, "dims") or hasattr(value, "subtree"):
+        found = [_of_array(one, request) for one in _arrays_of(value, "a map in memory", request)]
     else:
-        raise PlanError(wanted.subject, f"a {type(given).__name__}", _EXPECTED)
+        raise PlanError(request.subject, f"a {type(value).__name__}", _EXPECTED)
     kinds = {one.is_class for one in found}
     names: dict[int, str] = {}
     for one in found:
         names |= one.names
     if len(kinds) > 1:
-        raise PlanError(wanted.subject, "rasters of integers and of floats", "all of one kind")
-    text = redact(Place.of(given).url) if isinstance(given, str | os.PathLike) else "a map in memory"
+        raise PlanError(request.subject, "rasters of integers and of floats", "all of one kind")
+    text = redact(Place.of(value).url) if isinstance(value, str | os.PathLike) else "a map in memory"
     return Rasters(text, tuple(one.raster for one in found), kinds.pop(), names)
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _Named:
     raster: Raster
     is_class: bool
     names: Mapping[int, str]
@@ -115,20 +115,20 @@ class _Array:
 # Files
 
 
-def _of_path(url: str, wanted: Wanted) -> list[_Found]:
+def _of_path(url: str, request: MapRequest) -> list[_Named]:
     if is_local(url) and not os.path.exists(url):
-        raise StoreError(wanted.subject, f"nothing at {redact(url)}", _EXPECTED)
+        raise StoreError(request.subject, f"nothing at {redact(url)}", _EXPECTED)
     if url.lower().endswith(FILES) or (is_local(url) and os.path.isfile(url)):
-        return [_of_file(url, wanted)]
+        return [_of_file(url, request)]
     if any(remote.exists(remote.join(url, name)) for name in _NODES):
-        return [_of_array(one, wanted) for one in _stored(url, wanted)]
+        return [_of_array(one, request) for one in _stored(url, request)]
     files = _files_in(url)
     if not files:
         raise StoreError(
-            wanted.subject, f"neither a Zarr store nor a GeoTIFF in {redact(url)}", _EXPECTED,
+            request.subject, f"neither a Zarr store nor a GeoTIFF in {redact(url)}", _EXPECTED,
             "Give the folder that predict wrote.",
         )  # fmt: skip
-    return [_of_file(one, wanted) for one in files]
+    return [_of_file(one, request) for one in files]
 
 
 def _files_in(url: str) -> list[str]:
@@ -139,85 +139,85 @@ def _files_in(url: str) -> list[str]:
     return sorted(one for one in found if one.lower().endswith(FILES))
 
 
-def _of_file(href: str, wanted: Wanted) -> _Found:
+def _of_file(href: str, request: MapRequest) -> _Named:
     import rasterio
 
     try:
         if is_local(href):
             with rasterio.open(href) as file:
-                return _described(href, file, wanted)
+                return _described(href, file, request)
         place = GdalFile(href)
         try:
             opened = place.open("GTiff")
-            return place.call(lambda: _described(href, opened, wanted))
+            return place.call(lambda: _described(href, opened, request))
         finally:
             place.close()
     except rasterio.errors.RasterioError as error:
-        raise StoreError(wanted.subject, f"{redact(href)}: {error}", "a GeoTIFF") from error
+        raise StoreError(request.subject, f"{redact(href)}: {error}", "a GeoTIFF") from error
 
 
-def _described(href: str, file: Any, wanted: Wanted) -> _Found:
+def _described(href: str, file: Any, request: MapRequest) -> _Named:
     name, turn = redact(href), file.transform
     if file.crs is None:
-        raise _no_crs(wanted, name)
+        raise _no_crs(request, name)
     if turn.b or turn.d or turn.a <= 0 or turn.e == 0:
         raise GridError(
-            f"{wanted.subject}: {name}", "rows and columns that are no axes of its CRS", "a north-up raster",
+            f"{request.subject}: {name}", "rows and columns that are no axes of its CRS", "a north-up raster",
             "Warp it: gdalwarp -r near in.tif out.tif.",
         )  # fmt: skip
     grid = PixelGrid(number(file.crs), turn.c, turn.f, turn.a, turn.e, file.height, file.width)
     whole = np.dtype(file.dtypes[0]).kind in "iu"
     labels = [text or str(n) for n, text in enumerate(file.descriptions, 1)]
-    bands, codes = _bands(labels, whole, name, wanted)
-    pixels = FilePixels(href, wanted.nodata, tuple(band + 1 for band in bands))
-    is_class = whole if wanted.is_class is None else wanted.is_class
+    bands, codes = _bands(labels, whole, name, request)
+    pixels = FilePixels(href, request.nodata, tuple(band + 1 for band in bands))
+    is_class = whole if request.is_class is None else request.is_class
     tags = {
         key.removeprefix("CLASS_"): text for key, text in file.tags(1).items() if key.startswith("CLASS_")
     }
     names = {int(code): text for code, text in tags.items() if code.isdecimal() and text != code}
-    return _Found(Raster(name, grid, pixels, codes), is_class, names if is_class else {})
+    return _Named(Raster(name, grid, pixels, codes), is_class, names if is_class else {})
 
 
-def _no_crs(wanted: Wanted, name: str) -> GridError:
+def _no_crs(request: MapRequest, name: str) -> GridError:
     return GridError(
-        f"{wanted.subject}: {name}", "no CRS", "a map that says where it lies",
+        f"{request.subject}: {name}", "no CRS", "a map that says where it lies",
         "Set it: da.rio.write_crs('EPSG:32633'), or gdal_edit.py -a_srs EPSG:32633 map.tif.",
     )  # fmt: skip
 
 
 def _bands(
-    labels: Sequence[object], whole: bool, name: str, wanted: Wanted
+    labels: Sequence[object], whole: bool, name: str, request: MapRequest
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """Return the places of bands to read, and of several the class that each stands for."""
     texts = [str(label) for label in labels]
-    if wanted.band is not None:
-        place = texts.index(str(wanted.band)) if str(wanted.band) in texts else wanted.band
+    if request.band is not None:
+        place = texts.index(str(request.band)) if str(request.band) in texts else request.band
         if not isinstance(place, int) or not 0 <= place < len(texts):
             raise PlanError(
-                f"{wanted.subject}: {name}", f"no band {wanted.band!r}",
+                f"{request.subject}: {name}", f"no band {request.band!r}",
                 f"one of {listed(texts)}, or its place from 0 on",
             )  # fmt: skip
         return (place,), None
     if len(labels) == 1:
         return (0,), None
-    if not wanted.is_class or whole:
+    if not request.is_class or whole:
         raise PlanError(
-            f"{wanted.subject}: {name}", f"{len(labels)} bands", "one, or of classes how likely each is, as floats",
+            f"{request.subject}: {name}", f"{len(labels)} bands", "one, or of classes how likely each is, as floats",
             f"Choose one: band={texts[0]!r}.",
         )  # fmt: skip
-    return tuple(range(len(labels))), tuple(_code(text, name, wanted) for text in texts)
+    return tuple(range(len(labels))), tuple(_code(text, name, request) for text in texts)
 
 
-def _code(text: str, name: str, wanted: Wanted) -> int:
+def _code(text: str, name: str, request: MapRequest) -> int:
     """Return the class of a band that is called after it."""
-    known = wanted.codes or {}
+    known = request.codes or {}
     if text in known:
         return known[text]
     try:
         return int(text)
     except ValueError:
         raise PlanError(
-            f"{wanted.subject}: {name}", f"a band {text!r}",
+            f"{request.subject}: {name}", f"a band {text!r}",
             f"bands called after classes ({listed(list(known))}) or numbers",
             "Say what bands are: da.assign_coords(band=[1, 2]), or classes={1: 'water'}.",
         ) from None  # fmt: skip
@@ -226,79 +226,81 @@ def _code(text: str, name: str, wanted: Wanted) -> int:
 # Arrays of xarray
 
 
-def _stored(url: str, wanted: Wanted) -> Iterator[_Array]:
+def _stored(url: str, request: MapRequest) -> Iterator[_Array]:
     import xarray as xr
 
     if not is_local(url):
         raise StoreError(
-            wanted.subject, f"a Zarr store at {redact(url)}", "a Zarr store on a disk, or an xarray Dataset",
+            request.subject, f"a Zarr store at {redact(url)}", "a Zarr store on a disk, or an xarray Dataset",
             "Open it by xarray, and give that: xr.open_zarr(url).",
         )  # fmt: skip
     tree = xr.open_datatree(
         url, engine="zarr", mask_and_scale=False, decode_times=False, consolidated=False, chunks=None
     )
-    for one in _arrays_of(tree, redact(url), wanted):
+    for one in _arrays_of(tree, redact(url), request):
         path = one.array.encoding["node"]
         yield _Array(one.name, one.array, one.crs, (url, path))
 
 
-def _arrays_of(given: Any, name: str, wanted: Wanted) -> Iterator[_Array]:
+def _arrays_of(value: Any, name: str, request: MapRequest) -> Iterator[_Array]:
     """Yield the arrays of a DataArray, Dataset or DataTree that hold the map, a zone each."""
-    if hasattr(given, "subtree"):
+    if hasattr(value, "subtree"):
         some = False
         maps: list[str] = []
-        for node in given.subtree:
+        for node in value.subtree:
             below = any(
                 f"{node.path}/".startswith(one) for one in maps
             )  # coarser levels of a map lie below it
-            if not below and _variable(node.to_dataset(), wanted) is not None:
+            if not below and _variable(node.to_dataset(), request) is not None:
                 some = True
                 maps.append(f"{node.path.rstrip('/')}/")
-                for one in _arrays_of(node.to_dataset(), f"{name}{node.path.rstrip('/')}", wanted):
+                for one in _arrays_of(node.to_dataset(), f"{name}{node.path.rstrip('/')}", request):
                     one.array.encoding["node"] = f"{node.path}/{one.array.name}".strip("/")
                     yield one
         if not some:
-            raise _no_map(wanted, name)
+            raise _no_map(request, name)
         return
-    if hasattr(given, "data_vars"):
-        variable = _variable(given, wanted)
+    if hasattr(value, "data_vars"):
+        variable = _variable(value, request)
         if variable is None:
-            raise _no_map(wanted, name)
-        array, around = given[variable], given
+            raise _no_map(request, name)
+        array, around = value[variable], value
     else:
-        array, around = given, given.coords
+        array, around = value, value.coords
     pair = next((pair for pair in _YX if set(pair) <= set(array.dims)), None)
     if pair is None:
         raise PlanError(
-            f"{wanted.subject}: {name}", f"dimensions {', '.join(map(str, array.dims))}", "y and x"
+            f"{request.subject}: {name}", f"dimensions {', '.join(map(str, array.dims))}", "y and x"
         )
     others = [dim for dim in array.dims if dim not in pair]
     array = array.isel({dim: 0 for dim in others if array.sizes[dim] == 1 and dim != "band"}, drop=True)
     array = array.transpose(..., *pair)
     if array.ndim > 3:
         raise PlanError(
-            f"{wanted.subject}: {name}", f"dimensions {', '.join(map(str, array.dims))}", "y, x and at most bands",
+            f"{request.subject}: {name}", f"dimensions {', '.join(map(str, array.dims))}", "y, x and at most bands",
             "Choose one entry of the others: da.isel(time=0).",
         )  # fmt: skip
-    yield _Array(name, array, _crs(array, around, name, wanted))
+    yield _Array(name, array, _crs(array, around, name, request))
 
 
-def _no_map(wanted: Wanted, name: str) -> PlanError:
+def _no_map(request: MapRequest, name: str) -> PlanError:
     return PlanError(
-        f"{wanted.subject}: {name}", "no array (y, x) that is the map",
+        f"{request.subject}: {name}", "no array (y, x) that is the map",
         f"{CLASSES}, {PROBABILITIES} or {VALUES}, or a single one",
         "Choose it: ds['map'].",
     )  # fmt: skip
 
 
-def _variable(dataset: Any, wanted: Wanted) -> str | None:
-    order = (VALUES, CLASSES, PROBABILITIES) if wanted.is_class is False else (CLASSES, PROBABILITIES, VALUES)
+def _variable(dataset: Any, request: MapRequest) -> str | None:
+    order = (
+        (VALUES, CLASSES, PROBABILITIES) if request.is_class is False else (CLASSES, PROBABILITIES, VALUES)
+    )
     own = [str(name) for name, v in dataset.data_vars.items() if any(set(p) <= set(v.dims) for p in _YX)]
     named = [name for name in order if name in own]
     return named[0] if named else own[0] if len(own) == 1 else None
 
 
-def _crs(array: Any, around: Any, name: str, wanted: Wanted) -> int:
+def _crs(array: Any, around: Any, name: str, request: MapRequest) -> int:
     mapping = array.attrs.get("grid_mapping") or array.encoding.get("grid_mapping") or "spatial_ref"
     attrs = around[mapping].attrs if mapping in around else {}
     for text in (
@@ -309,10 +311,10 @@ def _crs(array: Any, around: Any, name: str, wanted: Wanted) -> int:
     ):
         if text:
             return number(text)
-    raise _no_crs(wanted, name)
+    raise _no_crs(request, name)
 
 
-def _of_array(one: _Array, wanted: Wanted) -> _Found:
+def _of_array(one: _Array, request: MapRequest) -> _Named:
     array = one.array
     whole = array.dtype.kind in "iub"
     names = _names(array.attrs)
@@ -321,46 +323,46 @@ def _of_array(one: _Array, wanted: Wanted) -> _Found:
     if array.ndim == 3:
         dim = array.dims[0]
         labels = array[dim].values.tolist() if dim in array.coords else list(range(array.shape[0]))
-        if dim not in array.coords and array.shape[0] > 1 and wanted.is_class and wanted.band is None:
+        if dim not in array.coords and array.shape[0] > 1 and request.is_class and request.band is None:
             raise PlanError(
-                f"{wanted.subject}: {one.name}", f"a dimension {dim!r} without a coordinate",
+                f"{request.subject}: {one.name}", f"a dimension {dim!r} without a coordinate",
                 "a class for each entry of it",
                 f"Say it: da.assign_coords({dim}=[1, 2]).",
             )  # fmt: skip
         stated = array.attrs.get("codes", ())
-        if wanted.is_class and wanted.band is None and 1 < len(stated) == len(labels):
+        if request.is_class and request.band is None and 1 < len(stated) == len(labels):
             bands, codes = tuple(range(len(labels))), tuple(int(code) for code in stated)
             names = _plain(dict(zip(codes, map(str, labels), strict=True)))
         else:
-            bands, codes = _bands(labels, whole, one.name, wanted)
-    elif wanted.band is not None:
-        _bands([array.name if array.name is not None else "0"], whole, one.name, wanted)
+            bands, codes = _bands(labels, whole, one.name, request)
+    elif request.band is not None:
+        _bands([array.name if array.name is not None else "0"], whole, one.name, request)
     y, x = array.dims[-2:]
-    origin_x, dx = _edges(_centres(array, x), one.name, wanted)
-    origin_y, dy = _edges(_centres(array, y), one.name, wanted)
+    origin_x, dx = _edges(_centres(array, x), one.name, request)
+    origin_y, dy = _edges(_centres(array, y), one.name, request)
     if dx < 0:
         raise GridError(
-            f"{wanted.subject}: {one.name}", "x that falls", "x that rises", "Sort it: da.sortby('x')."
+            f"{request.subject}: {one.name}", "x that falls", "x that rises", "Sort it: da.sortby('x')."
         )
     grid = PixelGrid(one.crs, origin_x, origin_y, dx, dy, *array.shape[-2:])
-    nodata = _nodata(array) if wanted.nodata is None else wanted.nodata
-    pixels: Pixels
+    nodata = _nodata(array) if request.nodata is None else request.nodata
+    pixels: RasterPixels
     pixels = ArrayPixels(array, nodata, bands) if one.store is None else ZarrPixels(*one.store, nodata, bands)
-    is_class = whole if wanted.is_class is None else wanted.is_class
-    return _Found(Raster(one.name, grid, pixels, codes), is_class, names if is_class else {})
+    is_class = whole if request.is_class is None else request.is_class
+    return _Named(Raster(one.name, grid, pixels, codes), is_class, names if is_class else {})
 
 
 def _centres(array: Any, dim: Any) -> NDArray[np.float64]:
     return np.asarray(array[dim].values, dtype=np.float64) if dim in array.coords else np.zeros(0)
 
 
-def _edges(centres: NDArray[np.float64], name: str, wanted: Wanted) -> tuple[float, float]:
+def _edges(centres: NDArray[np.float64], name: str, request: MapRequest) -> tuple[float, float]:
     """Return where the first pixel begins, and the step to the next, of the coordinates of pixel centres."""
     steps = np.diff(centres)
     step = float((centres[-1] - centres[0]) / len(steps)) if len(steps) else 0.0
     if not step or np.abs(steps - step).max() > 1e-3 * abs(step):
         raise GridError(
-            f"{wanted.subject}: {name}",
+            f"{request.subject}: {name}",
             "coordinates that are not evenly spaced" if step else "no coordinates of two pixels",
             "x and y of pixel centres, in even steps",
         )  # fmt: skip

@@ -24,12 +24,12 @@ __all__ = [
     "VALID",
     "ArrayPixels",
     "FilePixels",
-    "Pixels",
+    "RasterPixels",
     "PixelGrid",
-    "Places",
+    "PixelPlaces",
     "Raster",
     "Rasters",
-    "Seen",
+    "ChipView",
     "ZarrPixels",
 ]
 
@@ -43,7 +43,7 @@ ON_EDGE = 1e-6
 """A place this part of a pixel before the edge of a pixel is on the edge, and in the pixel behind it: rounding."""
 
 
-class Pixels(Protocol):
+class RasterPixels(Protocol):
     """What reads the numbers of one raster."""
 
     def read(self, rows: slice, columns: slice) -> tuple[NDArray[Any], NDArray[np.bool_]]:
@@ -150,7 +150,7 @@ def _valid(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class PixelPlaces:
     """Which pixels of a raster the pixels of a chip are."""
 
     rows: NDArray[np.int64]
@@ -183,7 +183,7 @@ class PixelGrid:
         ends = self.y, self.y + self.height * self.dy
         return self.x, min(ends), self.x + self.width * self.dx, max(ends)
 
-    def places(self, epsg: int, bounds: Sequence[float], shape: tuple[int, int]) -> Places:
+    def places(self, epsg: int, bounds: Sequence[float], shape: tuple[int, int]) -> PixelPlaces:
         """Return which pixels the pixels of a chip are, beyond the raster's edges too: those that hold their centres.
 
         Parameters
@@ -208,12 +208,14 @@ class PixelGrid:
         )
         if max(map(abs, off)) < ON_GRID:
             rows = round(row) + np.arange(height, dtype=np.int64)
-            return Places(rows[:, None], round(column) + np.arange(width, dtype=np.int64)[None], exact=True)
-        return Places(
+            return PixelPlaces(
+                rows[:, None], round(column) + np.arange(width, dtype=np.int64)[None], exact=True
+            )
+        return PixelPlaces(
             _floor((y - self.y) / self.dy)[:, None], _floor((x - self.x) / self.dx)[None], exact=False
         )
 
-    def _places_of_others(self, epsg: int, x: NDArray[Any], y: NDArray[Any]) -> Places:
+    def _places_of_others(self, epsg: int, x: NDArray[Any], y: NDArray[Any]) -> PixelPlaces:
         xs, ys = (np.asarray(v) for v in transformer(epsg, self.epsg).transform(*np.meshgrid(x, y)))
         if is_geographic(self.epsg):
             whole = 360.0  # degrees: a raster may count longitudes from 0, or beyond 180
@@ -221,7 +223,7 @@ class PixelGrid:
         there = np.isfinite(xs) & np.isfinite(ys)
         columns = np.where(there, (xs - self.x) / self.dx, -1.0)
         rows = np.where(there, (ys - self.y) / self.dy, -1.0)
-        return Places(_floor(rows), _floor(columns), exact=False)
+        return PixelPlaces(_floor(rows), _floor(columns), exact=False)
 
 
 def _floor(values: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
@@ -236,7 +238,7 @@ class Raster:
     name: str
     """What it is called in messages, and the file of its errors."""
     grid: PixelGrid
-    pixels: Pixels
+    pixels: RasterPixels
     codes: tuple[int, ...] | None = None
     """Of bands that hold how likely each class is: their classes. None: a pixel has one number."""
 
@@ -250,7 +252,7 @@ class Raster:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ChipView:
     """What rasters say on the pixels of one chip."""
 
     values: NDArray[Any]
@@ -305,7 +307,7 @@ class Rasters:
         there &= (boxes[:, 0] < xmax) & (boxes[:, 2] > xmin)
         return [int(one) for one in numbers[there]]
 
-    def on(self, epsg: int, bounds: Sequence[float], shape: tuple[int, int]) -> Seen:
+    def on(self, epsg: int, bounds: Sequence[float], shape: tuple[int, int]) -> ChipView:
         """Return what the rasters say on the pixels of a chip; where several do, the first that has a number.
 
         Parameters
@@ -316,7 +318,7 @@ class Rasters:
         Raises
         ------
         PlanError
-            When numbers are no classes where classes are wanted.
+            When numbers are no classes where classes are request.
         """
         values = np.zeros(shape, dtype=np.int64 if self.is_class else np.float64)
         state, origin = np.full(shape, OUTSIDE, dtype=np.uint8), np.full(shape, -1, dtype=np.int32)
@@ -333,10 +335,10 @@ class Rasters:
             exact &= places.exact
             if (state == VALID).all():
                 break
-        return Seen(values, state, origin, exact)
+        return ChipView(values, state, origin, exact)
 
     def _read(
-        self, raster: Raster, places: Places, shape: tuple[int, int]
+        self, raster: Raster, places: PixelPlaces, shape: tuple[int, int]
     ) -> tuple[NDArray[Any], NDArray[np.uint8]] | None:
         """Return numbers of one raster and its levels at places; None where all of them lie beyond it."""
         grid = raster.grid

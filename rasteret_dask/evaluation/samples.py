@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError, SchemaError
-from rasteret_dask.evaluation.confusion import Pairs, Sums
-from rasteret_dask.evaluation.naming import naming_of
-from rasteret_dask.evaluation.passes import LOST, Part
+from rasteret_dask.evaluation.confusion import DifferenceSums, Pairs
+from rasteret_dask.evaluation.naming import class_codes
+from rasteret_dask.evaluation.passes import LOST, ShardCounts
 from rasteret_dask.lists import listed
 from rasteret_dask.table import geoparquet
 
@@ -34,7 +34,7 @@ _TABLES = (".parquet", ".geoparquet", ".pq")
 class Samples:
     """Predictions of chips beside what is true."""
 
-    part: Part
+    part: ShardCounts
     is_class: bool
     names: Mapping[int, str]
     codes: Mapping[int, int]
@@ -132,7 +132,7 @@ def samples_of(
         true, guess = (
             pc.index_in(v.cast(pa.string()), value_set=pa.array(words, pa.string())) for v in (true, guess)
         )
-    naming = naming_of(names, {}, classes)
+    naming = class_codes(names, {}, classes)
     t, p = _numbers(true), _numbers(guess)
     if is_class and kinds[0] == "number" and not (_whole(t) and _whole(p)):
         raise PlanError(
@@ -147,23 +147,25 @@ def _compared(
     guess: NDArray[np.float64],
     there: NDArray[np.bool_],
     is_class: bool,
-) -> Part:
+) -> ShardCounts:
     labelled, valid = np.isfinite(true), np.isfinite(guess)
     reasons = (np.zeros_like(there), ~labelled, labelled & ~there, labelled & there & ~valid)
     both = labelled & there & valid
     ids = tuple(chips.column("chip_id").to_pylist())
     lost = np.stack(reasons, -1).astype(np.int64)
     rows = np.flatnonzero(both)
-    counts: Pairs | Sums
+    counts: Pairs | DifferenceSums
     if is_class:
         ones = np.ones(len(rows), dtype=np.int64)
         counts = Pairs(rows, true[rows].astype(np.int64), guess[rows].astype(np.int64), ones)
     else:
         apart = np.where(both, guess - true, 0.0)
         mean = np.where(both, true, 0.0)
-        counts = Sums(both.astype(np.int64), apart, apart**2, np.abs(apart), mean, np.zeros(len(ids)))
+        counts = DifferenceSums(
+            both.astype(np.int64), apart, apart**2, np.abs(apart), mean, np.zeros(len(ids))
+        )
     assert lost.shape[1] == len(LOST)
-    return Part(ids, lost, np.ones(len(ids), dtype=bool), counts)
+    return ShardCounts(ids, lost, np.ones(len(ids), dtype=bool), counts)
 
 
 def _column(table: pa.Table, column: str | None) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import PRESENT, label_fields
 from rasteret_dask.chipping.labels import Labels, dense
 from rasteret_dask.errors import PlanError
-from rasteret_dask.evaluation.rasters import FILES, Wanted, rasters_of
+from rasteret_dask.evaluation.rasters import FILES, MapRequest, rasters_of
 from rasteret_dask.evaluation.reading import VALID, Rasters
 from rasteret_dask.geometries.areas import as_labels
 from rasteret_dask.lists import listed
@@ -121,7 +121,7 @@ def truth_of(
         burned = _polygons(labels, column)
         names = dict(enumerate(burned.classes, 1))
         return Truth(burned.column, burned.dtype.kind != "f", source, size, names, labels=burned)
-    rasters = rasters_of(labels, Wanted(SUBJECT, None))
+    rasters = rasters_of(labels, MapRequest(SUBJECT, None))
     return Truth(rasters.name, rasters.is_class, source, size, rasters.names, rasters=rasters)
 
 
