@@ -46,6 +46,7 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.planning.shares import Share, dealt_spec, fold_spec, split_spec
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
+from rasteret_dask.scoreexits import ScoreExits
 from rasteret_dask.splitcells import CellsLike, Regions, cells_from, no_cells, regions_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
 __all__ = ["Chips"]
 
 
-class Chips(ChipExits, ModelExits):
+class Chips(ChipExits, ModelExits, ScoreExits):
     """An immutable, lazy set of chips, made by :meth:`Collection.chips`.
 
     Parameters
