@@ -17,6 +17,7 @@ from rasteret_dask.cli.recipes import (
     DryRun,
     HeartbeatFile,
     MaxTime,
+    Part,
     RecipeFile,
     ShowProgress,
     answer_explained,
@@ -96,6 +97,7 @@ def predict(
     settings: Overrides = None,
     dry_run: DryRun = False,
     cluster: Cluster = None,
+    part: Part = None,
     max_time: MaxTime = None,
     heartbeat: HeartbeatFile = None,
     progress: ShowProgress = None,
@@ -106,7 +108,7 @@ def predict(
 
     The recipe's chips shall cover the area: cover = true. Run it again to go on where it was stopped.
     """
-    limits = limits_of(None, max_time, heartbeat)
+    limits = limits_of(part, max_time, heartbeat)
     options = {
         "model": _here(model, is_code=True), "to": _here(to), "outputs": outputs, "classes": classes, "colors": colors,
         "normalize": _here(normalize, is_code=True), "activation": activation, "blend": blend,
@@ -138,6 +140,7 @@ def export(
     settings: Overrides = None,
     dry_run: DryRun = False,
     cluster: Cluster = None,
+    part: Part = None,
     max_time: MaxTime = None,
     heartbeat: HeartbeatFile = None,
     progress: ShowProgress = None,
@@ -149,7 +152,7 @@ def export(
     Of a recipe, as its [export] says, changed by the options here; of a store, all or some splits. Run it again to
     go on where it was stopped.
     """
-    limits = limits_of(None, max_time, heartbeat)
+    limits = limits_of(part, max_time, heartbeat)
     options = {"to": _here(to), "format": kind, "splits": split or None}
     shown = not quiet if progress is None else progress
     if place.endswith(".toml"):

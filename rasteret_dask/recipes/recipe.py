@@ -168,7 +168,7 @@ class Recipe:
         Parameters
         ----------
         limits
-            As in :meth:`Chips.to_zarr`, for each store. Of a job in parts, the first writes what is no store.
+            As in :meth:`Chips.to_zarr`, for each store, map and export. Of a job in parts, the first writes the others.
         progress
             Whether to show how far it is.
         cluster
@@ -178,7 +178,7 @@ class Recipe:
         Returns
         -------
         tuple
-            For each output what its writer returns: a JobReport of a store, Stats of statistics, else None.
+            For each output what its writer returns: Stats of statistics, None of a table or plan, else a JobReport.
 
         Raises
         ------
@@ -235,7 +235,7 @@ class Recipe:
         self, chips: Chips, output: RecipeOutput, client: ClientLike, limits: RunLimits, progress: bool
     ) -> JobReport | Stats | None:
         """Write the chips of one output."""
-        if output.kind != "zarr" and limits.part is not None and limits.part[0] != 1:
+        if output.kind in ("table", "plan", "stats") and limits.part is not None and limits.part[0] != 1:
             return None
         match output.kind:
             case "zarr":
