@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pyarrow as pa
 
+from rasteret_dask.chipexits import ChipExits
 from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
 __all__ = ["Chips"]
 
 
-class Chips:
+class Chips(ChipExits):
     """An immutable, lazy set of chips, made by :meth:`Collection.chips`.
 
     Parameters
