@@ -28,6 +28,7 @@ from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.planning.query import Query
+from rasteret_dask.prediction.maps import gpu_resource
 from rasteret_dask.prediction.models import ModelParcel
 from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.outputs import ModelOutput
@@ -245,7 +246,8 @@ class VectorPlan:
                 sys.stderr.write(f"{remote.redact(url)} is finished: nothing to do\n")
             return report
         report = replace(
-            write_units(work, self._unit_job(work), client, progress, bounds), store=remote.redact(url)
+            write_units(work, self._unit_job(work, client), client, progress, bounds),
+            store=remote.redact(url),
         )
         if not report.committed:
             return report
@@ -280,7 +282,7 @@ class VectorPlan:
         )
         return replace(JobReport.of_manifest(remote.redact(url), manifest), kept=note["chips"])
 
-    def _unit_job(self, url: str) -> UnitJob:
+    def _unit_job(self, url: str, client: ClientLike) -> UnitJob:
         """Return the shards as units of work."""
         job = self.job
         check_writable(job)
@@ -292,7 +294,9 @@ class VectorPlan:
             )
             for shard in order
         ]  # fmt: skip
-        place = f"{JOB}/model.bin"
+        with clusters.using(client) as cluster:
+            resource = gpu_resource(cluster, self.parcel)
+        place = f"{JOB}/model.bin"  # in the graph it would travel with every batch of tasks
         parcel, content = self.parcel.apart(remote.join(url, place))
         tables = {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
         return UnitJob(
@@ -306,6 +310,7 @@ class VectorPlan:
             roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
             cuts=Cuts.of(job),
             memory=self.memory,
+            resource=resource,
             hrefs=job.hrefs,
             signed=job.signed,
         )
