@@ -239,7 +239,9 @@ def test_codes_that_a_model_gives_are_votes(area: rd.Chips, tmp_path: Path) -> N
     with pytest.raises(rd.ModelError, match="codes of classes"):
         area.predict(code, "classes")
     with pytest.raises(rd.JobError, match="class 2; expected one of the codes 0, 1"):
-        area.predict(code, rd.Outputs("classes", classes=["a", "b"]), to=tmp_path / "map.zarr", progress=False)
+        area.predict(
+            code, rd.Outputs("classes", classes=["a", "b"]), to=tmp_path / "map.zarr", progress=False
+        )
 
 
 @pytest.mark.parametrize("factor", [2, 0.5])

@@ -140,7 +140,8 @@ class BlockWork:
 def valid_inputs(job: Job, arrays: Arrays, side: int, size_px: int) -> NDArray[np.uint16]:
     """Return how many valid inputs (source, slot) each pixel of a model's output has, shape (chip, y, x).
 
-    A pixel of another size than a source's has the validity of the source's pixel under its centre.
+    A pixel of another size than a source's has the validity of the source's pixel under its centre; one as large as the
+    chip is valid where any of the chip's is.
 
     Parameters
     ----------
@@ -156,6 +157,9 @@ def valid_inputs(job: Job, arrays: Arrays, side: int, size_px: int) -> NDArray[n
     total = np.zeros((len(arrays["chip_id"]), side, side), dtype=np.uint16)
     for number, plan in enumerate(job.sources):
         valid = arrays[f"{plan.name}/valid"]
+        if side == 1:
+            total += valid.any(axis=(2, 3)).sum(axis=1, dtype=np.uint16)[:, None, None]
+            continue
         count = valid.sum(axis=1, dtype=np.uint16)
         edge = job.reach_m(number) / plan.resolution
         own = count.shape[1] - 2 * edge
