@@ -13,7 +13,6 @@ from typing import Any
 from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.chipset import Chips
 from rasteret_dask.collection import Collection
-from rasteret_dask.collection import join as joined
 from rasteret_dask.crs import number
 from rasteret_dask.errors import PlanError, user_level
 from rasteret_dask.ingest.chipfiles import ChipFiles, ChipFolder, chip_files
@@ -23,7 +22,8 @@ from rasteret_dask.ingest.filenames import Naming
 from rasteret_dask.lists import listed
 from rasteret_dask.net.places import Place
 from rasteret_dask.openers import as_collection
-from rasteret_dask.planning.plan import FILES, ChipSpec, CutChips, Split, SplitSpec
+from rasteret_dask.planning.plan import FILES, ChipSpec, CutChips, Join, Split, SplitSpec
+from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.table.assetkinds import check_kind_names, with_kinds
@@ -231,6 +231,17 @@ def _note(files: ChipFiles) -> str:
     return f"read_chips leaves out {'; '.join(parts)}"
 
 
+def _joined(sources: Mapping[str, Collection]) -> Collection:
+    for name, own in sources.items():
+        if not isinstance(own, Collection) or isinstance(own.plan, Join):
+            raise PlanError(
+                f"read_chips(join=), {name!r}", f"a {type(own).__name__}", "a collection that is no join",
+                "Name each source of it in join=.",
+            )  # fmt: skip
+    plan = Join(tuple(sources), tuple(own.plan for own in sources.values()))
+    return Collection(Query.together(plan, [own.query for own in sources.values()]))
+
+
 def _chips(files: ChipFiles, others: Mapping[str, Collection]) -> Chips:
     """Return the plan whose windows are files."""
     both = sorted(set(files.sources) & set(others))
@@ -244,7 +255,7 @@ def _chips(files: ChipFiles, others: Mapping[str, Collection]) -> Chips:
         name: own.harmonize(time=FILES) if name in files.slots else own for name, own in sources.items()
     }
     everything = {**sources, **others}
-    whole = joined(**everything) if len(everything) > 1 else next(iter(sources.values()))
+    whole = _joined(everything) if len(everything) > 1 else next(iter(sources.values()))
     tables: dict[str, Table] = {token_of(files.facts): files.facts}
     if files.masks is not None:
         tables[token_of(files.masks)] = files.masks

@@ -41,9 +41,9 @@ ORDER = {
               "chipnames chipfiles exported pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "chiptimes meta filechips resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels maskfiles mapground coverwindows tilelattice frame leftover distances celltable "
-                "regions feeds filewindows chipslots laying chips covering splits dealing ground strata randomwindows splittimes "
-                "rulesteps steps drawing blocks blockfiles planblocks",
+    "chipping": "coverage chiptable labels maskfiles mapground coverwindows tilelattice frame leftover distances "
+                "celltable regions feeds filewindows chipslots laying chips covering splits dealing ground strata "
+                "randomwindows splittimes rulesteps steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
@@ -51,8 +51,8 @@ ORDER = {
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode smallobjects shardreports remains ledger provenance bytecache "
              "storetables jobreport law datacard layout manifest write presence committing paging runtasks onthreads "
-             "oncluster shardruns run unitruns outputs storemap storeread addedtables uniontables union atonce storefolds "
-             "stored adding holding datasets rereading verifying appending",
+             "oncluster shardruns run unitruns outputs storemap storeread addedtables uniontables union atonce "
+             "storefolds stored adding holding datasets rereading verifying appending",
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",

@@ -155,8 +155,8 @@ def _other_size(
     return GridError(
         f"{STEP} of source {source.plan.name!r}", f"files of other sizes than {usual} pixels: {named}",
         "files of one size",
-        f"rd.read_chips(on_error='skip') leaves them out; rd.build_from_files(files, name=...).chips({int(sides.min())})"
-        " cuts chips of one size out of rasters of any.",
+        "rd.read_chips(on_error='skip') leaves them out; rd.build_from_files(files, name=...)"
+        f".chips({int(sides.min())}) cuts chips of one size out of rasters of any.",
     )  # fmt: skip
 
 

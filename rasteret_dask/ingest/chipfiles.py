@@ -139,7 +139,8 @@ def _matched(pattern: ChipPattern, rows: Sequence[FileRow], name: str, argument:
         other = result.setdefault(own.chip, row)
         if other is not row:
             raise SourceError(
-                f"read_chips({argument}={pattern.text!r}), chip {own.chip!r}", f"two files: {other.path} and {row.path}",
+                f"read_chips({argument}={pattern.text!r}), chip {own.chip!r}",
+                f"two files: {other.path} and {row.path}",
                 "one file of each kind for a chip",
                 "Let the pattern tell them apart: what its wildcards (or its group chip) stand for names the chip.",
             )  # fmt: skip
@@ -373,7 +374,8 @@ def _one_size(
             raise SourceError(
                 f"read_chips, {name!r}", f"{len(oblong)} of {len(sides)} files are no squares: {chips[oblong[0]]} has "
                 f"{height} x {width} pixels", "as many rows as columns: chips are squares",
-                f"Cut squares out of such files: rd.build_from_files(files, name={name!r}).chips({min(height, width)}).",
+                f"Cut squares out of such files: rd.build_from_files(files, name={name!r})"
+                f".chips({min(height, width)}).",
             )  # fmt: skip
         values, counts = np.unique(sides[:, 0], return_counts=True)
         usual = int(values[np.argmax(counts)])
@@ -382,8 +384,8 @@ def _one_size(
             named = [f"{chips[at]} ({sides[at, 0]} x {sides[at, 1]})" for at in odd.tolist()]
             if not skips:
                 raise SourceError(
-                    f"read_chips, {name!r}", f"{len(odd)} of {len(sides)} files have other sizes than {usual} x {usual} "
-                    f"pixels: {listed(named)}", "files of one size",
+                    f"read_chips, {name!r}", f"{len(odd)} of {len(sides)} files have other sizes than "
+                    f"{usual} x {usual} pixels: {listed(named)}", "files of one size",
                     f"on_error='skip' leaves them out; rd.build_from_files(files, name={name!r})"
                     f".chips({int(sides.min())}) cuts chips of one size out of rasters of any.",
                 )  # fmt: skip

@@ -199,8 +199,8 @@ def listed_splits(
             raise SourceError(
                 subject, f"{len(unknown)} of {len(chips)} names are no chip's: {listed([repr(n) for n in unknown])}",
                 f"names of chips: {index.some()}",
-                "Correct the list" + ("" if len(unknown) == len(chips) else "; or leave such names out: on_error='skip'")
-                + ".",
+                "Correct the list"
+                + ("." if len(unknown) == len(chips) else "; or leave such names out: on_error='skip'."),
             )  # fmt: skip
         strangers += unknown
         for _, chip in chips:

@@ -256,6 +256,7 @@ def _suffixes() -> str:
 
 
 def table_at(text: str) -> pa.Table:
+    """Return the CSV or Parquet file at a path or URL."""
     if not text.partition("?")[0].lower().endswith(".csv"):
         return read_table(text)
     try:

@@ -90,9 +90,7 @@ def map_job(
         When there is no chip.
     """
     assert output.side is not None
-    rows = np.concatenate(
-        [np.arange(h.start, h.stop) for h in job.hierarchies] or [np.zeros(0, dtype=np.int64)]
-    )
+    rows = np.concatenate([np.arange(h.start, h.stop) for h in job.hierarchies] or [np.zeros(0, dtype=np.int64)])
     rows.sort()
     if not len(rows):
         raise EmptyError("predict", "no chip", "at least one", "Ask for less in filter, select or chips().")
@@ -121,9 +119,7 @@ def shards_of(block: Hierarchy) -> list[Shard]:
     """Return the shards of a block."""
     per = block.per_shard
     return [
-        Shard(
-            block.split, block.number, n, block.start + n * per, min(block.start + (n + 1) * per, block.stop)
-        )
+        Shard(block.split, block.number, n, block.start + n * per, min(block.start + (n + 1) * per, block.stop))
         for n in range(block.shards)
     ]
 

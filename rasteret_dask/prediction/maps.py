@@ -102,9 +102,7 @@ class MapPlan:
         >>> len(chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1").digest)
         64
         """
-        return digest(
-            "predict", self.maps.job.digest, self.note, [grid.transform for grid in self.maps.grids]
-        )
+        return digest("predict", self.maps.job.digest, self.note, [grid.transform for grid in self.maps.grids])
 
     @property
     def note(self) -> dict[str, Any]:
@@ -133,9 +131,7 @@ class MapPlan:
         per_shard = max((h.per_shard for h in self.maps.job.hierarchies), default=1)
         most = min(per_shard, max((h.chips for h in self.maps.job.hierarchies), default=1))
         answers = 2 * 4 * most * channels * (self.output.side or 1) ** 2
-        return TaskMemory(
-            self.maps.job, self.outputs, together=True, beside=block * pixel_bytes(channels) + answers
-        )
+        return TaskMemory(self.maps.job, self.outputs, together=True, beside=block * pixel_bytes(channels) + answers)
 
     def explain(self) -> dict[str, Any]:
         """Return what the map will be and take, as JSON values.
@@ -176,8 +172,7 @@ class MapPlan:
     def _card(self) -> Card:
         facts, out = self.explain(), self.output
         grids = [
-            f"{name} {grid['shape'][0]:,} x {grid['shape'][1]:,} pixels"
-            for name, grid in facts["grids"].items()
+            f"{name} {grid['shape'][0]:,} x {grid['shape'][1]:,} pixels" for name, grid in facts["grids"].items()
         ]
         what = f"{out.kind} of {counted(out.channels, 'channel')}" if out.kind != "classes" else "classes"
         again = facts["chips_again"]

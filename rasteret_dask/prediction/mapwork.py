@@ -57,9 +57,7 @@ class BlockWork:
     functions: tuple[Function, ...]
     """The user's, whose code comes as roots behind the model."""
 
-    def compute(
-        self, job: Job, number: int, block: Block, parcel: ModelParcel, *shipped: Shipped
-    ) -> BlockFigures:
+    def compute(self, job: Job, number: int, block: Block, parcel: ModelParcel, *shipped: Shipped) -> BlockFigures:
         """Compute one block.
 
         Parameters

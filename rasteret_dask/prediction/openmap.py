@@ -64,9 +64,7 @@ def map_zones(url: str) -> list[str]:
             subject, "no finished map", "one that predict wrote", "Check the path; call predict again where it was stopped."
         ) from error  # fmt: skip
     if "map" not in root.note:
-        raise StoreError(
-            subject, f"what {root.note.get('writer')} wrote", "a map", "Open it with open_chips."
-        )
+        raise StoreError(subject, f"what {root.note.get('writer')} wrote", "a map", "Open it with open_chips.")
     members = root.document.get("consolidated_metadata", {}).get("metadata", {})
     groups = [path for path, node in members.items() if node.get("node_type") == "group" and "/" not in path]
     zones = [path for path in groups if f"{path}/spatial_ref" in members]
@@ -80,12 +78,7 @@ def opened_map(store: Any, zones: Sequence[str]) -> xr.Dataset | xr.DataTree:
 
     def zone(group: str) -> xr.Dataset:
         return xr.open_zarr(
-            store,
-            group=group or None,
-            mask_and_scale=False,
-            decode_coords="all",
-            consolidated=not group,
-            zarr_format=3,
+            store, group=group or None, mask_and_scale=False, decode_coords="all", consolidated=not group, zarr_format=3
         )
 
     if list(zones) == [""]:

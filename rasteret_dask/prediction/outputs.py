@@ -86,9 +86,7 @@ class Outputs:
         [[0, 'land'], [1, 'water']]
         """
         classes = None if self.classes is None else [[code, name] for code, name in self._pairs]
-        colours = [
-            [code, colour] for code, colour in sorted(self.colors.items(), key=lambda own: str(own[0]))
-        ]
+        colours = [[code, colour] for code, colour in sorted(self.colors.items(), key=lambda own: str(own[0]))]
         return {
             "kind": self.kind,
             "classes": classes,
@@ -121,17 +119,9 @@ def _classes(classes: Any) -> dict[int, str] | None:
         raise PlanError("Outputs(classes=)", repr(classes), "code -> name, or names") from error
     names = list(result.values())
     wrong = [code for code in result if not 0 <= code < _MOST_CODES]
-    if (
-        isinstance(classes, str)
-        or not result
-        or wrong
-        or len(result) != len(pairs)
-        or len(set(names)) != len(names)
-    ):
+    if isinstance(classes, str) or not result or wrong or len(result) != len(pairs) or len(set(names)) != len(names):
         raise PlanError(
-            "Outputs(classes=)",
-            repr(classes),
-            f"codes from 0 to {_MOST_CODES - 1:,} with names, all different",
+            "Outputs(classes=)", repr(classes), f"codes from 0 to {_MOST_CODES - 1:,} with names, all different"
         )
     return result
 
@@ -261,11 +251,7 @@ def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name:
     ModelError
         When the answer has another number of classes, or does not fit the grid of the chips.
     """
-    subject, found, kind = (
-        f"model {name}",
-        f"{np.dtype(dtype)} of shape {tuple(shape)} for a chip",
-        np.dtype(dtype).kind,
-    )
+    subject, found, kind = f"model {name}", f"{np.dtype(dtype)} of shape {tuple(shape)} for a chip", np.dtype(dtype).kind
     side: int | None = None
     channels = 1
     if len(shape) in (2, 3):
@@ -282,10 +268,7 @@ def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name:
         names = tuple(outputs.names) if outputs.names is not None else tuple(map(str, range(channels)))
         if len(names) != channels:
             raise ModelError(
-                subject,
-                found,
-                f"{len(names)} values, as names= says",
-                "Name each value, or leave names= out.",
+                subject, found, f"{len(names)} values, as names= says", "Name each value, or leave names= out."
             )
         return ModelOutput("values", side, (), names)
     votes = outputs.kind == "classes" and kind in "iub" and channels == 1

@@ -29,13 +29,11 @@ def warn_of_job(job: Job) -> None:
 def _places(job: Job, number: int) -> Places:
     """Return where a source's records are wanted: of equal grids one chip."""
     windows = job.windows(number)
-    corner, pixel = (
-        windows[:, [0, 3]],
-        job.pixel(number, windows[0] if len(windows) else np.array([0.0, 0.0, 1.0, 1.0])),
-    )
+    first = windows[0] if len(windows) else np.array([0.0, 0.0, 1.0, 1.0])
+    corner, pixel = windows[:, [0, 3]], job.pixel(number, first)
     row, chip = job.feeds.wanted(number, grids_alike(job.epsg, corner, pixel))
     if job.sources[number].by_file:  # pixels of files differ in size: told of those with the first one's
         sides = windows[chip, 2:] - windows[chip, :2]
-        alike = np.isclose(sides, windows[0, 2:] - windows[0, :2], rtol=1e-9).all(axis=1)
+        alike = np.isclose(sides, first[2:] - first[:2], rtol=1e-9).all(axis=1)
         row, chip = row[alike], chip[alike]
     return Places(row, job.members[number][row], job.epsg[chip], corner[chip], pixel)
