@@ -41,7 +41,7 @@ ORDER = {
               "chipnames chipfiles exported pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "chiptimes meta filechips resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels maskfiles mapground coverwindows tilelattice frame leftover distances "
+    "chipping": "coverage chiptable labels maskfiles boxes mapground coverwindows tilelattice frame leftover distances "
                 "celltable regions feeds filewindows chipslots laying chips covering splits dealing ground strata "
                 "randomwindows splittimes rulesteps steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
@@ -57,14 +57,16 @@ ORDER = {
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
     "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
-                  "mapgrid mapjob mapstore mapwork openmap maps",
+                  "mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles targets predicting",
+    "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
+    "evaluation": "confusion reading rasters truth ground naming passes samples errormap picture evaluation evaluate",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
-    "the face": "compacting splitcells classraster storeset reportpage streamfrom torchdata chipblocks chipset "
-                "tableexits pixelreads collection openers building chipfolder",
+    "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
+                "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building chipfolder",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
     "the names": "__init__",
     "demo": "world checks run",
