@@ -65,7 +65,10 @@ if TYPE_CHECKING:
     from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_files, build_from_table, load
     from rasteret_dask.prediction.cogtiles import CogTiles
+    from rasteret_dask.prediction.mapstore import MapZarr
     from rasteret_dask.prediction.models import Model
+    from rasteret_dask.prediction.openmap import open_map
+    from rasteret_dask.prediction.outputs import Outputs
     from rasteret_dask.reader.cogreader import CogReader
     from rasteret_dask.recipes.recipe import Recipe, load_recipe
     from rasteret_dask.reportpage import report
@@ -106,10 +109,12 @@ __all__ = [
     "JobError",
     "JobReport",
     "Leak",
+    "MapZarr",
     "MissingExtraError",
     "MixedScalesWarning",
     "Model",
     "ModelError",
+    "Outputs",
     "PlanError",
     "RECORD_SCHEMA",
     "RasteretDaskError",
@@ -153,6 +158,7 @@ __all__ = [
     "masks",
     "merge",
     "open_chips",
+    "open_map",
     "picks",
     "refresh",
     "register",
@@ -185,7 +191,10 @@ _MODULES = {
     "launching.request": "WorkerSize",
     "net.trust": "trust",
     "openers": "as_collection build_from_files build_from_table load",
+    "prediction.mapstore": "MapZarr",
     "prediction.models": "Model",
+    "prediction.openmap": "open_map",
+    "prediction.outputs": "Outputs",
     "prediction.cogtiles": "CogTiles",
     "reader.cogreader": "CogReader",
     "recipes.recipe": "Recipe load_recipe",

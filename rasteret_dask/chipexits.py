@@ -1,190 +1,191 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes after training: maps and predictions of chips, compared with labels."""
+"""What chips become for others: the exits of ``Chips`` beside stores and streams."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
-from rasteret_dask.net import remote
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
-from rasteret_dask.splitcells import HasGeometry, Regions, regions_of
+from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
-    import xarray as xr
-
-    from rasteret_dask.chipping.chips import PlannedChips
-    from rasteret_dask.evaluation.evaluation import Evaluation
-    from rasteret_dask.evaluation.ground import TrainingPlan
+    from rasteret_dask.exports.webdataset import PixelFormat
+    from rasteret_dask.store.jobreport import JobReport
     from rasteret_dask.store.layout import Layout
-    from rasteret_dask.storeset import StoredChips
     from rasteret_dask.tasks.context import ReadContext
-    from rasteret_dask.tasks.job import Job
 
-__all__ = ["ChipExits", "PredictionsLike", "TrainingPlanLike"]
-
-PredictionsLike: TypeAlias = (
-    "xr.DataArray | xr.Dataset | xr.DataTree | pa.Table | HasGeometry | str | os.PathLike[str]"
-)
-"""A map, or a table with a row a chip: in memory, or its path."""
-
-TrainingPlanLike: TypeAlias = "ChipExits | StoredChips | pa.Table | str | os.PathLike[str]"
-"""Chips, a store, a saved plan, or a chip table: as such or by path."""
+__all__ = ["ChipExits"]
 
 
 class ChipExits:
-    """The exits of :class:`Chips` that have to do with models."""
+    """Exits of chips; :class:`Chips` has them."""
 
     if TYPE_CHECKING:
-
-        @property
-        def planned(self) -> PlannedChips:
-            """The planned chips."""
-
-        @property
-        def job(self) -> Job:
-            """The frozen plan."""
 
         @property
         def _layout(self) -> Layout: ...
 
         def _context(self, on_error: OnError = "raise") -> ReadContext: ...
 
-    def evaluate(
+    def to_geotiff(
         self,
-        predictions: PredictionsLike,
-        labels: Any,
-        *,
-        splits: TrainingPlanLike | None = None,
-        regions: Regions | str | None = None,
-        distances_m: Sequence[float] = (0, 1_000, 5_000, 20_000),
-        column: str | None = None,
-        classes: Mapping[int, str | int] | None = None,
-        band: int | str | None = None,
-        nodata: float | None = None,
-        once: bool = True,
+        folder: str | os.PathLike[str],
         client: ClientLike = None,
-        on_error: OnError = "raise",
         progress: bool = True,
-    ) -> Evaluation:
-        """Compare predictions with labels on the ground of these chips, in one pass on Dask.
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport:
+        """Write the chips as GeoTIFFs with a STAC Item each; a rerun does what is missing.
 
-        Chips settle which ground counts. The map is read at the pixels of each chip: where these are its own pixels, by
-        counting rows and columns; else by nearest, which the result tells. Pixels without a label, and those where the
-        map is invalid or does not reach, are not compared, and are counted.
+        ``<split>/<chip>_<source>.tif`` has a band for each slot and band, slots first, called ``2024-04-01 red``, with
+        nodata, scale, offset and units; ``<split>/<chip>_<mask>.tif`` has burned labels. ``<split>/<chip>.json`` is the
+        chip's STAC Item, ``collection.json`` the Collection, which is put last: a folder without it is not whole. Chips
+        without a split lie in ``all/``. What :meth:`filter_pixels` drops is not written. In file names,
+        characters of a chip's id other than letters, digits and ``._+-`` stand as ``~2F``.
 
         Parameters
         ----------
-        predictions
-            A map: the path of a Zarr store (``classes``, ``probabilities`` or ``values``, a group a zone), of a GeoTIFF
-            or of a folder of them, or an xarray DataArray, Dataset or DataTree with a CRS. Of bands that hold how
-            likely each class is, the likeliest counts. Or predictions of whole chips: a table with ``chip_id`` and a
-            column ``class``, or the path of such a GeoParquet file.
-        labels
-            What is true: the name of a burned mask (``"mask"``, ``"mask_crop"``), of a joined source of classes
-            (``"cover"``, ``"cover/map"``) or of a column of the chip table, where predictions are of whole chips. Or
-            labels given here: polygons (a GeoDataFrame, a table with WKB, a GeoParquet file's path), or a raster as
-            ``predictions``. Masks and bands of measured numbers are compared with measured numbers.
-        splits
-            The chips that the model was trained with: chips, a store, a saved plan, or a chip table (the last three by
-            path too). It gives the distance of each chip to the nearest train chip, and a split to chips that have
-            none: the one of the same ground.
-        regions
-            Polygons with one column of names, or a column of the chip table: scores for each, of chips that lie in
-            one as a whole.
-        distances_m
-            Where bins of distance to train begin, metres.
-        column
-            The column of polygons (or of predictions of chips) that has the classes; None: the only one.
-        classes
-            Predicted class -> the name or number of the labels' class. None: classes of the same name are the same
-            where both sides have names, else those of the same number.
-        band
-            Which band of a map of several, by name or place; None: the only one, or the likeliest class.
-        nodata
-            The number of invalid pixels; None: as the map says.
-        once
-            A pixel of ground that several chips show (``stride`` below the size, several times) is compared in the
-            first of them only. False: in each of them. Chips of two zones are never compared with each other.
+        folder
+            A local path or a URL of an object store.
         client
             A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
-        on_error
-            As in :meth:`to_xarray`.
         progress
-            Show how many shards are done.
+            Show how many shards are written.
+        on_error
+            As in :meth:`to_zarr`.
+        limits
+            As in :meth:`to_zarr`.
+
+        Returns
+        -------
+        JobReport
+            What was written, what it took and what became of the chips.
 
         Raises
         ------
         PlanError
-            When there are no such labels or classes, they hold several times, chips of another split lie on train
-            ground of the plan, or nothing is left to compare.
-        GridError
-            When a map has no CRS, is rotated, or lies on the ground of no chip.
-        StoreError, ReadError
-            When nothing lies at a path, or it cannot be read.
+            When two files would have one name.
+        StoreError
+            When something else lies there.
+        JobError
+            When shards failed; the others are written, and a rerun does only those.
+        IncompleteError
+            When ``limits.max_time`` is over before all is written; a rerun does the rest.
 
         Examples
         --------
-        >>> scl = collection.harmonize(["scl"], units="raw", time="6MS")
-        >>> april = scl.subset(date_range=("2024-04-01", "2024-04-30")).cube()  # as good a map as any
-        >>> all_chips = scl.chips(32, cell_km=0.96).split(seed=1)
-        >>> test = all_chips.select("test")
-        >>> scores = test.evaluate(april, labels="s2", splits=all_chips, progress=False)
-        >>> scores.pixels + sum(scores.left_out.values()) == 32 * 32 * len(test)
-        True
-        >>> scores.by_distance.column_names[:4]
-        ['from_m', 'to_m', 'chips', 'pixels']
+        >>> report = chips.select("val").to_geotiff("val-tifs", progress=False)
+        >>> report.kept
+        9
+        >>> import pystac
+        >>> item = next(pystac.Collection.from_file("val-tifs/collection.json").get_items(recursive=True))
+        >>> item.properties["split"], list(item.assets)
+        ('val', ['s2'])
         """
-        from rasteret_dask.evaluation.evaluate import ChipReading, Question, evaluate
+        from rasteret_dask.exports.chipshards import chips_of_plan
+        from rasteret_dask.exports.exits import write_geotiff
 
-        plan = None if splits is None else training_plan(splits)
-        table = regions if regions is None or isinstance(regions, pa.Table) else regions_of(regions)
-        question = Question(
-            predictions, labels, plan, regions if table is None else table, tuple(distances_m), column, classes, band,
-            nodata, once,
-        )  # fmt: skip
-        chosen = ChipReading(self.job, self._layout.outputs, self._context(on_error), self.planned.reference)
-        return evaluate(chosen, question, client, progress)
+        url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
+        chips = chips_of_plan(self._layout, self._context(on_error))
+        return write_geotiff(chips, url, client, progress, limits)
 
+    def to_webdataset(
+        self,
+        folder: str | os.PathLike[str],
+        client: ClientLike = None,
+        progress: bool = True,
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+        *,
+        pixels: PixelFormat = "npy",
+    ) -> JobReport:
+        """Write the chips as tars that WebDataset reads, one a shard; a rerun does what is missing.
 
-def training_plan(splits: Any) -> TrainingPlan:
-    """Return the chips that ``evaluate(splits=)`` means.
+        ``<split>-00012.tar`` has for each chip ``<chip>.<source>.npy``, shape (time, band, y, x),
+        ``<source>.valid.npy`` where pixels are integers, ``<mask>.npy`` of burned labels, and ``<chip>.json``: the
+        chip's id, place, times and labels, as a STAC Item. In keys, commas stand for dots. ``<split>.json`` lists the
+        tars of a split with their chips; ``dataset.json`` says what the sources are, and is put last: a folder without
+        it is not whole.
 
-    Raises
-    ------
-    PlanError, SchemaError, StoreError
-        When they are none, or no chip of them is train.
-    """
-    from rasteret_dask.chipping.chips import PlannedChips
-    from rasteret_dask.errors import PlanError
-    from rasteret_dask.evaluation.ground import TrainingPlan
-    from rasteret_dask.store.adding import as_planned
-    from rasteret_dask.storeset import StoredChips, open_chips
-    from rasteret_dask.table import geoparquet
-    from rasteret_dask.tasks.jobfile import JOB_FILE, open_job, read_note
+        Parameters
+        ----------
+        folder, client, progress, on_error, limits
+            As in :meth:`to_geotiff`.
+        pixels
+            What arrays are in the tars: ``"npy"``, or ``"tif"``: the GeoTIFFs of :meth:`to_geotiff`.
 
-    if isinstance(splits, str | os.PathLike):
-        url = Place.of(splits).url
-        if url.endswith((".parquet", ".geoparquet")):
-            return TrainingPlan.of(geoparquet.read(url))
-        if remote.exists(remote.join(url, JOB_FILE)):
-            job = open_job(url, read_note(url)["digest"])
-            return TrainingPlan.of(job.chosen_chips(), max(job.reaches_m, default=0.0))
-        splits = open_chips(splits)
-    if isinstance(splits, StoredChips):
-        chips = as_planned(splits.stored)
-        return TrainingPlan.of(chips.table, chips.reach_m)
-    if isinstance(splits, pa.Table):
-        return TrainingPlan.of(splits)
-    planned = getattr(splits, "planned", None)
-    if not isinstance(planned, PlannedChips):
-        raise PlanError(
-            "evaluate(splits=)", f"a {type(splits).__name__}", "chips, a store, a saved plan or a chip table",
-            "Give one of them, or its path.",
-        )  # fmt: skip
-    return TrainingPlan.of(planned.table, planned.reach_m)
+        Returns
+        -------
+        JobReport
+            What was written, what it took and what became of the chips.
+
+        Raises
+        ------
+        PlanError
+            When ``pixels`` is no such word, or two members of a sample would have one name.
+        StoreError, JobError, IncompleteError
+            As :meth:`to_geotiff`.
+
+        Examples
+        --------
+        >>> report = chips.select("val").to_webdataset("val-tars", progress=False)
+        >>> import tarfile
+        >>> tarfile.open("val-tars/val-00000.tar").getnames()[:3]
+        ['33_0,96km_32px_10m_-17374_1556.s2.npy', '33_0,96km_32px_10m_-17374_1556.json', ...
+        """
+        from rasteret_dask.exports.chipshards import chips_of_plan
+        from rasteret_dask.exports.exits import write_webdataset
+
+        url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
+        chips = chips_of_plan(self._layout, self._context(on_error))
+        return write_webdataset(chips, url, pixels, client, progress, limits)
+
+    def to_rslearn(
+        self,
+        folder: str | os.PathLike[str],
+        client: ClientLike = None,
+        progress: bool = True,
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport:
+        """Write the chips as the windows of an rslearn dataset; a rerun does what is missing.
+
+        ``windows/<split>/<chip>/`` is a window, whose options have the chip's id, split and labels. Each source is a
+        raster layer with all its slots and their times; masks are layers too. ``config.json`` and then
+        ``dataset.json`` are put last: a folder without them is not whole.
+
+        Parameters
+        ----------
+        folder, client, progress, on_error, limits
+            As in :meth:`to_geotiff`.
+
+        Returns
+        -------
+        JobReport
+            What was written, what it took and what became of the chips.
+
+        Raises
+        ------
+        PlanError
+            When rslearn's windows cannot say what the chips are: pixels that do not lie at multiples of their size,
+            ``context_m=``, float64 or complex numbers, dots in the name of a source.
+        StoreError, JobError, IncompleteError
+            As :meth:`to_geotiff`.
+
+        Examples
+        --------
+        >>> report = chips.select("val").to_rslearn("val-windows", progress=False)
+        >>> import json
+        >>> list(json.load(open("val-windows/config.json"))["layers"])
+        ['s2']
+        """
+        from rasteret_dask.exports.chipshards import chips_of_plan
+        from rasteret_dask.exports.exits import write_rslearn
+
+        url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
+        return write_rslearn(
+            chips_of_plan(self._layout, self._context(on_error)), url, client, progress, limits
+        )

@@ -41,7 +41,7 @@ ORDER = {
               "pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
                 "chiptimes meta resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels mapground coverwindows tilelattice frame leftover distances celltable "
+    "chipping": "coverage chiptable labels boxes mapground coverwindows tilelattice frame leftover distances celltable "
                 "regions feeds chipslots laying chips covering splits dealing ground strata randomwindows splittimes "
                 "rulesteps steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
@@ -51,21 +51,22 @@ ORDER = {
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode smallobjects shardreports remains ledger provenance bytecache "
              "storetables jobreport law datacard layout manifest write presence committing paging runtasks onthreads "
-             "oncluster shardruns run unitruns outputs storemap storeread addedtables uniontables union atonce storefolds "
-             "stored adding holding datasets rereading verifying appending",
+             "oncluster shardruns run unitruns outputs storemap storeread addedtables uniontables union atonce "
+             "storefolds stored adding holding datasets rereading verifying appending",
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
     "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
-                  "mapgrid mapjob mapstore mapwork openmap maps",
+                  "mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles targets predicting",
+    "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
     "evaluation": "confusion reading rasters truth ground naming passes samples errormap picture evaluation evaluate",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
-    "the face": "compacting splitcells classraster storeset reportpage streamfrom torchdata chipblocks chipexits "
-                "chipset tableexits pixelreads collection openers building",
+    "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
+                "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
     "the names": "__init__",
     "demo": "world checks run",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,12 @@ class MapGrid:
     @property
     def y(self) -> NDArray[np.float64]:
         """Shape (y,). Centres of rows, from the north."""
-        return self.north - (np.arange(self.height) + 0.5) * self.pixel
+        return self.north - (np.arange(self.height, dtype=np.float64) + 0.5) * self.pixel
 
     @property
     def x(self) -> NDArray[np.float64]:
         """Shape (x,). Centres of columns, from the west."""
-        return self.west + (np.arange(self.width) + 0.5) * self.pixel
+        return self.west + (np.arange(self.width, dtype=np.float64) + 0.5) * self.pixel
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,9 @@ def corners(grid: MapGrid, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
     away = np.abs(place - whole).max(axis=1, initial=0.0)
     if (away > PHASE).any():
         raise PlanError(
-            f"predict, map in {text(grid.code)}", f"{int((away > PHASE).sum()):,} of {len(bounds):,} chips whose corner "
-            f"lies up to {away.max():.3g} of a pixel beside the map's pixel edges", "chips on one grid of pixels",
+            f"predict, map in {text(grid.code)}",
+            f"{int((away > PHASE).sum()):,} of {len(bounds):,} chips whose corner lies up to {away.max():.3g} of a "
+            "pixel beside the map's pixel edges", "chips on one grid of pixels",
             "Where the model gives coarser pixels, let stride= and edge='pad' keep chips on these; windows of at= or "
             "of several phases need predict for each by itself.",
         )  # fmt: skip
@@ -196,20 +197,16 @@ def placed(
     rows = np.concatenate(parts) if parts else np.zeros((0, 4), dtype=np.int64)
     rows = rows[np.lexsort((rows[:, 3], rows[:, 1], rows[:, 2], rows[:, 1] // STRIP, rows[:, 0]))]
     begins = np.flatnonzero(np.diff(rows[:, :3], axis=0, prepend=rows[:1, :3] - 1).any(axis=1))
-    blocks = tuple(_block(grids, *rows[at, :3].tolist(), block_px) for at in begins)
+    blocks = tuple(_block(grids, rows[at, :3].tolist(), block_px) for at in begins)
     return Placement(blocks, rows[:, 3].astype(np.int64), np.append(begins, len(rows)).astype(np.int64))
 
 
-def _block(grids: Sequence[MapGrid], number: int, row: int, col: int, block_px: int) -> Block:
+def _block(grids: Sequence[MapGrid], place: Sequence[int], block_px: int) -> Block:
+    number, row, col = place
     grid = grids[number]
     height = min(block_px, grid.height - row * block_px)
     width = min(block_px, grid.width - col * block_px)
     return Block(number, row, col, height, width)
-
-
-def by_code(grids: Sequence[MapGrid]) -> Mapping[int, int]:
-    """Return CRS -> number of its grid."""
-    return {grid.code: number for number, grid in enumerate(grids)}
 
 
 def blocks_of(grid: MapGrid, block_px: int) -> Iterator[tuple[int, int]]:

@@ -40,11 +40,13 @@ class MapJob:
     """Chips of the plan, each counted once."""
     size_px: int
     """Side of a chip in pixels of the reference source."""
+    firsts: tuple[int, ...]
+    """For each block, how many of its chips are in no block before."""
 
     @property
     def repeats(self) -> int:
         """Chips that are predicted once more, as they reach several blocks."""
-        return self.job.chips.num_rows - self.chips
+        return int(self.job.chips.num_rows) - self.chips
 
     def names(self) -> list[str]:
         """Return the name of each block."""
@@ -90,7 +92,9 @@ def map_job(
         When there is no chip.
     """
     assert output.side is not None
-    rows = np.concatenate([np.arange(h.start, h.stop) for h in job.hierarchies] or [np.zeros(0, dtype=np.int64)])
+    rows = np.concatenate(
+        [np.arange(h.start, h.stop) for h in job.hierarchies] or [np.zeros(0, dtype=np.int64)]
+    )
     rows.sort()
     if not len(rows):
         raise EmptyError("predict", "no chip", "at least one", "Ask for less in filter, select or chips().")
@@ -112,14 +116,19 @@ def map_job(
     own = replace(
         job, chips=table, hierarchies=hierarchies, others=(), split_cells=None, fold_cells=None, in_turn=False
     )
-    return MapJob(own, grids, placement.blocks, block_px, len(rows), size[0])
+    block_of_row = np.repeat(np.arange(len(names)), np.diff(placement.offsets))
+    _, first = np.unique(placement.chip, return_index=True)
+    firsts = np.bincount(block_of_row[first], minlength=len(names)).tolist()
+    return MapJob(own, grids, placement.blocks, block_px, len(first), size[0], tuple(firsts))
 
 
 def shards_of(block: Hierarchy) -> list[Shard]:
     """Return the shards of a block."""
     per = block.per_shard
     return [
-        Shard(block.split, block.number, n, block.start + n * per, min(block.start + (n + 1) * per, block.stop))
+        Shard(
+            block.split, block.number, n, block.start + n * per, min(block.start + (n + 1) * per, block.stop)
+        )
         for n in range(block.shards)
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,9 @@ class BlockWork:
     functions: tuple[Function, ...]
     """The user's, whose code comes as roots behind the model."""
 
-    def compute(self, job: Job, number: int, block: Block, parcel: ModelParcel, *shipped: Shipped) -> BlockFigures:
+    def compute(
+        self, job: Job, number: int, block: Block, parcel: ModelParcel, *shipped: Shipped
+    ) -> BlockFigures:
         """Compute one block.
 
         Parameters
@@ -85,10 +87,9 @@ class BlockWork:
         north = grid.north - block.row * self.block_px * grid.pixel
         west = grid.west + block.col * self.block_px * grid.pixel
         tally = _Tally([plan.name for plan in job.sources])
-        hierarchy = next(h for h in job.hierarchies if h.number == number)
+        hierarchy = job.hierarchies[number]
         with runner.reading():
             for shard in shards_of(hierarchy):
-                begun = time.perf_counter()
                 sources = read_chips(job, shard, context, warns=False)
                 tally.add(sources)
                 arrays = kept_arrays(sources, None)
@@ -111,7 +112,7 @@ class BlockWork:
                 tally.spend("predict", modelled - read)
                 tally.spend("blend", time.perf_counter() - modelled)
                 activity.spent("predict", modelled - read)
-                del begun, rows, values
+                del rows, values
         blended = self.output.stored(canvas.blended())
         arrays_out = {
             self.output.variable: blended[0] if blended.ndim == 3 and self.output.is_flat else blended,
@@ -127,8 +128,8 @@ class BlockWork:
             raise ModelError(
                 f"chip {chip}", f"NaN from the model for {count:,} of {missing.size:,} pixels whose input is valid",
                 "a number for each valid pixel",
-                "Invalid pixels are Model(fill=) when the model sees them: choose a number that it knows; or ask for more "
-                "valid inputs: predict(min_inputs=).",
+                "Invalid pixels are Model(fill=) when the model sees them: choose a number that it knows; or ask for "
+                "more valid inputs: predict(min_inputs=).",
             )  # fmt: skip
 
 
@@ -171,7 +172,7 @@ class _Tally:
         self._counts = {name: Counter[str]() for name in names}
         self._clipped = {name: Counter[str]() for name in names}
         self._unreadable: dict[str, list[str]] = {name: [] for name in names}
-        self._valid = {name: [0.0, 0] for name in names}
+        self._valid: dict[str, list[float]] = {name: [0.0, 0.0] for name in names}
         self._seconds = Counter[str]()
 
     def add(self, sources: Mapping[str, Any]) -> None:
@@ -183,7 +184,7 @@ class _Tally:
             self._unreadable[name] += attrs.get("unreadable", [])
             shares = dataset["valid_fraction"].values
             self._valid[name][0] += float(shares.sum(dtype=np.float64))
-            self._valid[name][1] += shares.size
+            self._valid[name][1] += float(shares.size)
             for stage, seconds in attrs.get("seconds", {}).items():
                 self._seconds[f"{stage}/{name}"] += seconds
         self._dropped.update(sources[self._names[0]].attrs.get("dropped", {}))
@@ -197,12 +198,9 @@ class _Tally:
         """The sums, as a unit's report has them."""
         result: dict[str, Any] = {"dropped": self._dropped, "seconds": dict(self._seconds)}
         for name in self._names:
-            total, count = self._valid[name]
+            valid, shares = self._valid[name]
             result[f"counts/{name}"] = dict(self._counts[name])
             result[f"clipped/{name}"] = dict(self._clipped[name])
             result[f"unreadable/{name}"] = self._unreadable[name]
-            result[f"masked/{name}"] = round(1.0 - total / count, 6) if count else 0.0
+            result[f"masked/{name}"] = round(1.0 - valid / shares, 6) if shares else 0.0
         return result
-
-
-Compute = Callable[..., BlockFigures]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.chipping.covering import ground_share
 from rasteret_dask.chipping.feeds import Feeds, enough
 from rasteret_dask.chipping.frame import frame_of
 from rasteret_dask.chipping.leftover import leftover
@@ -130,6 +131,7 @@ class Explanation:
             "write_bytes": self["write_bytes"] // self["chips"] * sum(placed.values()),
             "puts": self["puts"] // self["shards"] * shards,
             "estimated_from_chips": part,
+            "ground": None,
         }
         facts = {**self.facts, **estimates, **counted}
         return Explanation(facts | {"worker_hours": _worker_hours(facts)})
@@ -239,6 +241,7 @@ def explain(
         "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
         "crs_taken": _crs_taken(used),
         "coverage": _coverage(chips),
+        "ground": asdict(ground_share(chips)),
         "uncovered": _uncovered(chips),
         "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used},
         "mask": {s.plan.name: list(s.plan.masks) for s in chips.sources},
@@ -463,11 +466,22 @@ def _client_line(f: Mapping[str, int]) -> str:
     )
 
 
+def _ground_line(ground: Mapping[str, Any] | None) -> str:
+    if ground is None:
+        return "of the ground: not computed by blocks"
+    share = "100%" if ground["share"] == 1.0 else _percent(ground["share"])
+    text = f"{share} of the ground lies in a chip: of the {ground['ground_km2']:,.4g} km2 that records lie on"
+    if ground["recorded"] is None:
+        return text
+    return f"{text}, which are {'100%' if ground['recorded'] == 1.0 else _percent(ground['recorded'])} of the area"
+
+
 def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
     exact = "" if f["requests_counted_on_shards"] >= f["shards"] else " (estimated)"
     rows = [
         ("records", ", ".join(f"{n} {r['used']} of {r['scanned']}" for n, r in f["records"].items())),
         ("chips", f"{f['chips']:,} ({', '.join(f'{k} {v:,}' for k, v in f['splits'].items())})"),
+        ("coverage", _ground_line(f["ground"])),
         *(
             [("chips with", ", ".join(f"{name} {n:,}" for name, n in f["present"].items()))]
             if f["present"]

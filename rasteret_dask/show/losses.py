@@ -330,7 +330,7 @@ def _choice_words(choice: Node) -> str:
 def _windows_at(ground: ChipSources, tables: Mapping[str, Table], place: Spot) -> _Windows:
     """Return the windows of a plan that hold a place, whether any record covers them or not."""
     spec = ground.spec
-    anywhere = replace(spec, aoi=None)
+    anywhere = spec if spec.cover else replace(spec, aoi=None)  # those that cover lie where their area ends
     if not spec.in_cells:
         points = _points(ground, tables)
 
@@ -339,7 +339,7 @@ def _windows_at(ground: ChipSources, tables: Mapping[str, Table], place: Spot) -
             return _holding(candidates(wanted, reference, ground.resolution, ground.phase, points), place)
 
         everywhere = holding(anywhere)
-        frame = everywhere if spec.aoi is None else holding(spec)
+        frame = everywhere if anywhere == spec else holding(spec)
         return _Windows(frame, everywhere, "" if len(everywhere) else _no_free_window(ground, points, place))
     home = int(spec.grid.zones.codes([place.lon], [place.lat])[0])
     if not home:
@@ -417,7 +417,9 @@ def _no_cell(ground: ChipSources, home: int, place: Spot) -> str:
 
 
 def _no_free_window(ground: ChipSources, points: pa.Table | None, place: Spot) -> str:
-    """Say why no window at points, of a GeoBox or of tiles holds a place."""
+    """Say why no window of an area, at points, of a GeoBox or of tiles holds a place."""
+    if ground.spec.cover:
+        return "the place lies outside of the area that chips cover: aoi=, where records of the reference source lie"
     match ground.spec.grid:
         case _ if points is not None:
             shapes = shapely.from_wkb(points.column("geometry").to_numpy(zero_copy_only=False))
