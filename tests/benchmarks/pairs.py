@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from contender import CONTENDERS
-from jobs import Job, ReadmeJob
+from jobs import AnyJob, ReadmeJob
 from process import Process, apart
 
 
@@ -19,7 +19,7 @@ class Side:
 
     title: str
     contender: str
-    job: Job | ReadmeJob
+    job: AnyJob
     checkout: Path
     """Whose code runs."""
 
@@ -78,7 +78,7 @@ def _same(pair: Pair, process: Process, exact: bool) -> bool:
     if not slack:
         return exact
     near = apart(*(_pixels(pair, side, process) for side in (pair.one, pair.other))) <= slack
-    return near and (exact or isinstance(pair.one.job, Job))
+    return near and (exact or not isinstance(pair.one.job, ReadmeJob))
 
 
 def _table(pair: Pair, found: Found) -> str:
