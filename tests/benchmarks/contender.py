@@ -126,8 +126,10 @@ CONTENDERS = _listed(
     Contender("rasteret_dask to Zarr without overlap", "maps_ours", "write"),
     Contender("sliding window over odc-stac", "maps_dull", "over_odc"),
     Contender("sliding window over stackstac", "maps_dull", "over_stackstac"),
-    Contender("TorchGeo to a map", "maps_torchgeo", "predict", ({"workers": 0},), environment="torchgeo"),
-    Contender("rslearn to a map", "maps_rslearn", "predict", environment="rslearn"),
+    Contender(
+        "TorchGeo to a map", "maps_torchgeo", "predict", ({"workers": 0, "torch_threads": 1},), environment="torchgeo"
+    ),
+    Contender("rslearn to a map", "maps_rslearn", "predict", ({"torch_threads": 1},), environment="rslearn"),
     Contender("stackstac, chunks of a chip", "peers", "stackstac_boxes", _CHIP, slow=True),
     Contender("stackstac, one compute a chip", "peers", "stackstac_chips", _STACKSTAC[1:2], slow=True),
     Contender("rasterio by chip", "peers", "rasterio_chips", slow=True),

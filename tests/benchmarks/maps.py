@@ -28,17 +28,21 @@ def score(pixels: NDArray[Any]) -> NDArray[np.float32]:
         Shape (chip, 1, y, x). At the edges of a window the outermost pixels are repeated, so that windows differ there,
         and a wrong blend shows.
     """
-    line = pixels[:, 0].astype(np.float32)
-    line *= WEIGHTS[0]
-    for number in range(1, pixels.shape[1]):
-        line += pixels[:, number].astype(np.float32) * WEIGHTS[number]
-    wide = np.pad(line, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    rows = wide[:, :-2] + wide[:, 1:-1]
-    rows += wide[:, 2:]
-    result = rows[:, :, :-2] + rows[:, :, 1:-1]
-    result += rows[:, :, 2:]
-    result *= np.float32(1 / 9)
-    return result[:, None]
+    result = np.empty((len(pixels), 1, *pixels.shape[2:]), np.float32)
+    for bands, (output,) in zip(
+        pixels, result, strict=True
+    ):  # a window's numbers stay in the processor's cache
+        line = bands[0].astype(np.float32)
+        line *= WEIGHTS[0]
+        for band, weight in zip(bands[1:], WEIGHTS[1:], strict=False):
+            line += band.astype(np.float32) * weight
+        wide = np.pad(line, 1, mode="edge")
+        rows = wide[:-2] + wide[1:-1]
+        rows += wide[2:]
+        np.add(rows[:, :-2], rows[:, 1:-1], out=output)
+        output += rows[:, 2:]
+        output *= np.float32(1 / 9)
+    return result
 
 
 def corners(job: MapJob) -> list[tuple[int, int]]:

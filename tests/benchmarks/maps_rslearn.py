@@ -43,7 +43,7 @@ class Trivial(torch.nn.Module):
         return ModelOutput([torch.from_numpy(output[0]) for output in score(pixels)], {})
 
 
-def predict(job: MapJob) -> Prepared:
+def predict(job: MapJob, torch_threads: int) -> Prepared:
     """Prepare the three steps that rslearn's users run: prepare, materialize, predict."""
     root = UPath(job.store)
     root.mkdir(parents=True)
@@ -60,7 +60,7 @@ def predict(job: MapJob) -> Prepared:
         time_range=(datetime(2000, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)),
     )
     window.save()
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(torch_threads)
 
     def run() -> Path:
         windows = dataset.load_windows()

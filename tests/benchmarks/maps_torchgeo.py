@@ -20,7 +20,7 @@ from maps import blender, score
 from torch.utils.data import DataLoader
 
 
-def predict(job: MapJob, workers: int) -> Prepared:
+def predict(job: MapJob, workers: int, torch_threads: int) -> Prepared:
     """Prepare a data set of the folder, and what is done with it."""
     from torchgeo.datasets import RasterDataset, stack_samples
     from torchgeo.samplers import GridGeoSampler
@@ -32,7 +32,7 @@ def predict(job: MapJob, workers: int) -> Prepared:
         all_bands = job.bands
         resampling = rasterio.enums.Resampling.nearest
 
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(torch_threads)
     west, _, _, north = job.box
 
     def run() -> str:
