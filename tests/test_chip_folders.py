@@ -51,7 +51,9 @@ def corner(crs: str, number: int, stretch: float = 0.0) -> Affine:
     return Affine(wide, 0.0, x + 3.3 * number * SIDE * wide, 0.0, -high, y - 1.7 * number * SIDE * high)
 
 
-def landcover(root: Path, crs: str = "EPSG:32633", names: tuple[str, ...] = ("train/a", "train/b", "val/a")) -> Path:
+def landcover(
+    root: Path, crs: str = "EPSG:32633", names: tuple[str, ...] = ("train/a", "train/b", "val/a")
+) -> Path:
     """Write images and masks, a folder a split, as data sets of land cover are laid out."""
     random = np.random.default_rng(7)
     for number, name in enumerate(names):
@@ -226,7 +228,12 @@ def test_splits_by_lists_and_regular_expressions(tmp_path: Path) -> None:
 
 def test_dates_in_names_make_times(tmp_path: Path) -> None:
     for day in ("20200105", "20200205"):
-        write(tmp_path / f"a_{day}.tif", np.ones((1, SIDE, SIDE), "uint8"), "EPSG:32633", corner("EPSG:32633", 0))
+        write(
+            tmp_path / f"a_{day}.tif",
+            np.ones((1, SIDE, SIDE), "uint8"),
+            "EPSG:32633",
+            corner("EPSG:32633", 0),
+        )
     chips = rd.read_chips(tmp_path, images=r"(?P<chip>a_(?P<date>\d{8}))\.tif")
     assert len(chips) == 2  # of one place: each is fed by its own file alone
     assert [str(t.date()) for t in chips.table["datetime"].to_pylist()] == ["2020-01-05", "2020-02-05"]
@@ -337,5 +344,10 @@ def test_a_table_keeps_types(tmp_path: Path) -> None:
     assert data["count"].dtype == np.int64
     assert data["share"].dtype == np.float64
     with pytest.raises(rd.SourceError, match="are no chip's"):
-        as_read(root, table=table.append_column("x", pa.array([1, 1, 1])).set_column(0, "chip", pa.array(["q", "r", "s"])))
+        as_read(
+            root,
+            table=table.append_column("x", pa.array([1, 1, 1])).set_column(
+                0, "chip", pa.array(["q", "r", "s"])
+            ),
+        )
     assert json.loads(json.dumps(chips.explain()["splits"])) == {"train": 2, "val": 1}

@@ -330,6 +330,7 @@ OTHER_MEANINGS = (
     "launching/request.py: 'auto'",  # memory of a worker
     "recipes/assembling.py: 'auto'",  # compression, in a recipe
     "chipping/chipslots.py: 'clearest'",  # of acquisitions by their records' cloud cover, which no pick looks at
+    "prediction/vectorwork.py: 'class'",  # a column
     "prediction/modelkinds.py: 'auto'",  # a device
     "prediction/models.py: 'auto'",
     "table/itemkinds.py: 'kelvin'",  # as STAC writes raster:bands.unit

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 from distributed import Client, LocalCluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -192,7 +193,7 @@ def test_what_fails_is_all_that_a_rerun_computes(area: rd.Chips, in_memory: Any,
     faults = tmp_path / "faults"
     faults.mkdir()
     (faults / "on").touch()
-    east = float(in_memory.x[0]) + 2700
+    east = float(in_memory.x[0]) + 2600
 
     def brittle(batch: Any) -> NDArray[Any]:
         pixels = batch["s2"][:, 0]
@@ -301,7 +302,7 @@ def test_what_cannot_be_a_map_is_told_before_pixels_are_read(
     at_once(lambda pixels: pixels[:, :, :7, :7], match="a square whose side divides the chip's 32 pixels")
     at_once(lambda pixels: pixels @ np.zeros((5, 5)), match="float32")
     at_once(texture, rd.Outputs("classes", classes=["a", "b", "c"]), match="3 scores")
-    at_once(lambda pixels: pixels.mean(axis=(2, 3)), match="one answer for each chip")
+    at_once(lambda pixels: pixels.mean(axis=(2, 3)), match="beside the map's pixel edges", error=rd.PlanError)
     at_once(texture, blend="sum", match="'hann', 'mean'", error=rd.PlanError)
     at_once(texture, batch_size=0, match="above 0", error=rd.PlanError)
     with pytest.raises(rd.PlanError, match="a path that ends in"):
@@ -322,3 +323,69 @@ def test_a_probability_lies_between_0_and_1(area: rd.Chips) -> None:
         area.predict(lambda pixels: pixels * 100, "probabilities")
     seen: Any = area.predict(rd.Model(lambda pixels: pixels * 100, activation="softmax"), "probabilities")
     np.testing.assert_allclose(seen["probabilities"].sum("class").values, 1.0, rtol=1e-5)
+
+
+def read_raster(path: Path) -> tuple[Any, Any]:
+    with rasterio.open(path) as raster:
+        return raster.read(), raster.profile | {"layout": raster.tags(ns="IMAGE_STRUCTURE").get("LAYOUT")}
+
+
+def test_a_cog_of_a_zone_and_a_folder_of_them_hold_the_same(
+    area: rd.Chips, in_memory: Any, tmp_path: Path
+) -> None:
+    area.predict(texture, to=tmp_path / "map.tif", progress=False)
+    pixels, profile = read_raster(tmp_path / "map.tif")
+    assert (profile["layout"], profile["crs"], profile["count"]) == ("COG", in_memory.rio.crs, 2)
+    assert profile["transform"] == in_memory.rio.transform()
+    np.testing.assert_allclose(pixels, in_memory["values"].values, rtol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif"]
+    area.predict(texture, to=rd.CogTiles(tmp_path / "tiles", tile_px=256), progress=False)
+    for name, array in {
+        "map_33.vrt": "values",
+        "count/map_33.vrt": "count",
+        "inputs/map_33.vrt": "inputs",
+    }.items():
+        tiled, _ = read_raster(tmp_path / "tiles" / name)
+        np.testing.assert_allclose(tiled.squeeze(), in_memory[array].values.squeeze(), rtol=1e-6)
+    with pytest.raises(rd.StoreError, match="a file already"):
+        area.predict(texture, to=tmp_path / "map.tif", progress=False)
+
+
+def across_zones(folder: Path) -> rd.Collection:
+    """Return one scene of zone 33 that lies on both sides of its border with zone 34."""
+    rng = np.random.default_rng(3)
+    values = rng.random((1, 200, 300), dtype=np.float32) + 1
+    profile = {
+        "driver": "GTiff",
+        "dtype": "float32",
+        "count": 1,
+        "height": 200,
+        "width": 300,
+        "crs": "EPSG:32633",
+    }
+    transform = rasterio.Affine(10, 0, 713_000, 0, -10, 5_545_000)
+    with rasterio.open(folder / "scene.tif", "w", transform=transform, tiled=True, blockxsize=64, blockysize=64,
+                       nodata=0, **profile) as raster:  # fmt: skip
+        raster.write(values)
+    return rd.build_from_files(str(folder / "scene.tif"), name="own", static=True)
+
+
+def test_each_zone_has_a_map_of_its_own(tmp_path: Path) -> None:
+    """Records at 18 degrees east, on both sides of the border of zones 33 and 34."""
+    records = across_zones(tmp_path)
+    chips = records.harmonize(time="static").chips(32, stride=24, cover=True)
+    to = tmp_path / "map.zarr"
+    plan = chips.plan_map(lambda pixels: pixels[:, 0].astype(np.float32), blend="mean")
+    assert set(plan.explain()["grids"]) == {"33", "34"}
+    chips.predict(lambda pixels: pixels[:, 0].astype(np.float32), blend="mean", to=to, progress=False)
+    tree: Any = rd.open_map(to)
+    for name, grid in plan.explain()["grids"].items():
+        zone = tree[name].ds
+        west, south, east, north = grid["bounds"]
+        window = records.harmonize(time="static").cube(
+            bounds=(west, south, east, north), crs=f"EPSG:326{name}"
+        )
+        want = window.load().values[0, 0].astype(float)
+        seen = zone["values"].values[0]
+        there = zone["count"].values > 0
+        np.testing.assert_allclose(seen[there], want[there], rtol=1e-6)

@@ -14,7 +14,7 @@ from rasteret_dask.crs import text
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import Bounds
 
-__all__ = ["Block", "MapGrid", "Placement", "block_side", "grid_of", "owned", "placed"]
+__all__ = ["MapBlock", "MapGrid", "BlockChips", "block_side", "grid_of", "owned", "placed"]
 
 BLOCK_SIDES = (2048, 1024, 512, 256)
 """Sides of a block, pixels."""
@@ -67,7 +67,7 @@ class MapGrid:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class MapBlock:
     """A part of a grid: what one task computes."""
 
     grid: int
@@ -85,10 +85,10 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class BlockChips:
     """Where chips lie in blocks: a row for each chip of each block, block by block in running order."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[MapBlock, ...]
     chip: NDArray[np.int64]
     """Shape (row,). The chip, by its place among all; those of a block in rising order."""
     offsets: NDArray[np.int64]
@@ -162,7 +162,7 @@ def placed(
     bounds: NDArray[np.float64],
     side: int,
     block_px: int,
-) -> Placement:
+) -> BlockChips:
     """Return which chips lie in which blocks; blocks without a chip are left out.
 
     Parameters
@@ -197,21 +197,21 @@ def placed(
     rows = rows[np.lexsort((rows[:, 3], rows[:, 1], rows[:, 2], rows[:, 1] // STRIP, rows[:, 0]))]
     begins = np.flatnonzero(np.diff(rows[:, :3], axis=0, prepend=rows[:1, :3] - 1).any(axis=1))
     blocks = tuple(_block(grids, rows[at, :3].tolist(), block_px) for at in begins)
-    return Placement(blocks, rows[:, 3].astype(np.int64), np.append(begins, len(rows)).astype(np.int64))
+    return BlockChips(blocks, rows[:, 3].astype(np.int64), np.append(begins, len(rows)).astype(np.int64))
 
 
-def owned(grid: MapGrid, bounds: NDArray[np.float64], block: Block, block_px: int) -> NDArray[np.bool_]:
+def owned(grid: MapGrid, bounds: NDArray[np.float64], block: MapBlock, block_px: int) -> NDArray[np.bool_]:
     """Return which chips count to a block of those that reach it: each counts to the block of its north-west pixel."""
     corner = np.maximum(corners(grid, bounds), 0) // block_px
     return np.asarray((corner == [block.row, block.col]).all(axis=1))
 
 
-def _block(grids: Sequence[MapGrid], place: Sequence[int], block_px: int) -> Block:
+def _block(grids: Sequence[MapGrid], place: Sequence[int], block_px: int) -> MapBlock:
     number, row, col = place
     grid = grids[number]
     height = min(block_px, grid.height - row * block_px)
     width = min(block_px, grid.width - col * block_px)
-    return Block(number, row, col, height, width)
+    return MapBlock(number, row, col, height, width)
 
 
 def blocks_of(grid: MapGrid, block_px: int) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ from rasteret_dask.crs import text
 from rasteret_dask.errors import EmptyError, PlanError
 from rasteret_dask.grid import Bounds
 from rasteret_dask.prediction.blending import pixel_bytes
-from rasteret_dask.prediction.mapgrid import Block, MapGrid, block_side, grid_of, owned, placed
+from rasteret_dask.prediction.mapgrid import MapBlock, MapGrid, block_side, grid_of, owned, placed
 from rasteret_dask.prediction.outputs import ModelOutput
 from rasteret_dask.tasks.job import Hierarchy, Job, Output, Shard
 from rasteret_dask.tasks.runs import Cuts
@@ -33,7 +33,7 @@ class MapJob:
     job: Job
     """Its hierarchies are blocks: a chip that reaches several blocks is in each of them."""
     grids: tuple[MapGrid, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[MapBlock, ...]
     """One for each hierarchy, in running order."""
     block_px: int
     chips: int

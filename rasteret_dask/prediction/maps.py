@@ -20,7 +20,7 @@ from rasteret_dask.net import clusters, remote
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.prediction.blending import Blend, check_blend, pixel_bytes
-from rasteret_dask.prediction.mapgrid import Block
+from rasteret_dask.prediction.mapgrid import MapBlock
 from rasteret_dask.prediction.mapjob import MapJob
 from rasteret_dask.prediction.mapstore import StoreLayout, empty_blocks
 from rasteret_dask.prediction.mapwork import BlockWork
@@ -60,7 +60,7 @@ class Sink(Protocol):
     """Where the blocks of a map go; it travels with every task."""
 
     def objects(
-        self, block: Block, arrays: Mapping[str, NDArray[Any]]
+        self, block: MapBlock, arrays: Mapping[str, NDArray[Any]]
     ) -> Iterator[tuple[str, Sequence[Piece]]]:
         """Yield path and pieces of each object of a block."""
 
@@ -73,7 +73,7 @@ class _Making:
     work: BlockWork
     sink: Sink
 
-    def __call__(self, item: tuple[int, Block], *roots: Any) -> Making:
+    def __call__(self, item: tuple[int, MapBlock], *roots: Any) -> Making:
         number, block = item
         figures = self.work.compute(opened(self.ref), number, block, *roots)
         yield from self.sink.objects(block, figures.arrays)
@@ -326,7 +326,7 @@ class MapPlan:
 
 
 def _made(
-    job: Job, work: BlockWork, sink: Sink, item: tuple[int, Block], *roots: Any
+    job: Job, work: BlockWork, sink: Sink, item: tuple[int, MapBlock], *roots: Any
 ) -> list[tuple[str, bytes]]:
     """Return the objects of a block."""
     number, block = item

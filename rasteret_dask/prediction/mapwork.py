@@ -17,7 +17,7 @@ from rasteret_dask import activity
 from rasteret_dask.errors import ModelError
 from rasteret_dask.planning.plan import Function
 from rasteret_dask.prediction.blending import Blend, Canvas
-from rasteret_dask.prediction.mapgrid import Block, MapGrid, owned
+from rasteret_dask.prediction.mapgrid import MapBlock, MapGrid, owned
 from rasteret_dask.prediction.mapjob import shards_of
 from rasteret_dask.prediction.mapstore import COUNT, INPUTS
 from rasteret_dask.prediction.models import ModelParcel
@@ -59,7 +59,7 @@ class BlockWork:
     """The user's, whose code comes as roots behind the model."""
 
     def compute(
-        self, job: Job, number: int, block: Block, parcel: ModelParcel, *shipped: Shipped
+        self, job: Job, number: int, block: MapBlock, parcel: ModelParcel, *shipped: Shipped
     ) -> BlockFigures:
         """Compute one block.
 

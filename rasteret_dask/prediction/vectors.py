@@ -51,7 +51,7 @@ from rasteret_dask.tasks.shards import Shipped
 from rasteret_dask.tasks.workermemory import TaskMemory
 from rasteret_dask.words import OnError
 
-__all__ = ["VectorPlan", "answers_note", "vector_plan"]
+__all__ = ["VectorPlan", "answers_note", "vector_plan", "remove_work"]
 
 NOTE = b"rasteret_dask:answers"
 """Key of the file's metadata that says what it is."""
@@ -241,7 +241,7 @@ class VectorPlan:
         """
         work = url + WORK
         if (report := self._finished(url)) is not None:
-            _remove(work)
+            remove_work(work)
             if progress:
                 sys.stderr.write(f"{remote.redact(url)} is finished: nothing to do\n")
             return report
@@ -256,7 +256,7 @@ class VectorPlan:
         except remote.MissingError:  # another part of an array job has seen the end as well, and was faster
             if self._finished(url) is None:
                 raise
-        _remove(work)
+        remove_work(work)
         return report
 
     def _finished(self, url: str) -> JobReport | None:
@@ -370,7 +370,7 @@ def answers_note(url: str) -> Mapping[str, Any] | None:
     return dict(note)
 
 
-def _remove(work: str) -> None:
+def remove_work(work: str) -> None:
     """Remove the folder of parts, once nobody needs it."""
     if remote.is_local(work):
         shutil.rmtree(remote.local_path(work), ignore_errors=True)
