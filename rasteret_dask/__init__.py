@@ -8,7 +8,8 @@ and ``chips`` add steps to its plan; ``split`` and ``select`` choose chips; ``ex
 In the examples of docstrings, ``collection`` is the Sentinel-2 scenes of the demo's world
 (``rd.build("demo/sentinel-2-l2a")``), ``landsat`` and ``embeddings`` are its other two collections, ``chips`` is what
 ``collection.harmonize(["red", "nir"], mask="clouds", time="1MS").chips(32, cell_km=0.96).split(seed=1)`` returns, and
-``stored`` these chips in a store, ``train.zarr``.
+``stored`` these chips in a store, ``train.zarr``, and ``evaluation`` is what ``chips.evaluate`` says of a
+map of two classes.
 
 What happens is logged below ``logging.getLogger("rasteret_dask")``: a line a phase at INFO, a line a shard at DEBUG, a
 job that stands still at WARNING. Nothing is shown unless the application configures logging.
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         UntiledFilesWarning,
         UnwritableStoreError,
     )
+    from rasteret_dask.evaluation.evaluation import Evaluation
     from rasteret_dask.launching.cluster import cluster
     from rasteret_dask.launching.request import WorkerSize
     from rasteret_dask.net.trust import trust
@@ -99,6 +101,7 @@ __all__ = [
     "Cost",
     "CredentialsError",
     "EmptyError",
+    "Evaluation",
     "Explanation",
     "FormatError",
     "GridError",
@@ -183,6 +186,7 @@ _MODULES = {
     "JobError MissingExtraError MixedScalesWarning ModelError PlanError RasteretDaskError ReadError RecipeError "
     "SchemaError SignedHrefsWarning SourceError StoreError StrataWarning TrustError UnknownKindWarning "
     "UnreadableAssetsError UnreadableTilesWarning UntiledFilesWarning UnwritableStoreError",
+    "evaluation.evaluation": "Evaluation",
     "launching.cluster": "cluster",
     "launching.request": "WorkerSize",
     "net.trust": "trust",

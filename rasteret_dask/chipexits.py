@@ -1,289 +1,191 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exits of chips beside stores and streams: what a model says of them."""
+"""What chips become for others: the exits of ``Chips`` beside stores and streams."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
 from rasteret_dask.net.clusters import ClientLike
+from rasteret_dask.net.places import Place
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-    import xarray as xr
-
-    from rasteret_dask.prediction.blending import Blend
-    from rasteret_dask.prediction.maps import MapPlan
-    from rasteret_dask.prediction.models import ModelLike
-    from rasteret_dask.prediction.outputs import OutputsLike
-    from rasteret_dask.prediction.planmap import HasJob
-    from rasteret_dask.prediction.targets import Target
+    from rasteret_dask.exports.webdataset import PixelFormat
     from rasteret_dask.store.jobreport import JobReport
+    from rasteret_dask.store.layout import Layout
+    from rasteret_dask.tasks.context import ReadContext
 
 __all__ = ["ChipExits"]
 
 
 class ChipExits:
-    """Exits of :class:`Chips`."""
+    """Exits of chips; :class:`Chips` has them."""
 
-    @overload
-    def predict(
-        self: HasJob,
-        model: ModelLike,
-        outputs: OutputsLike = "values",
-        to: None = None,
-        *,
-        blend: Blend = "hann",
-        batch_size: int = 16,
-        min_inputs: int = 1,
+    if TYPE_CHECKING:
+
+        @property
+        def _layout(self) -> Layout: ...
+
+        def _context(self, on_error: OnError = "raise") -> ReadContext: ...
+
+    def to_geotiff(
+        self,
+        folder: str | os.PathLike[str],
         client: ClientLike = None,
         progress: bool = True,
         on_error: OnError = "raise",
         limits: RunLimits = NO_LIMITS,
-    ) -> xr.Dataset | xr.DataTree: ...
+    ) -> JobReport:
+        """Write the chips as GeoTIFFs with a STAC Item each; a rerun does what is missing.
 
-    @overload
-    def predict(
-        self: HasJob,
-        model: ModelLike,
-        outputs: OutputsLike = "values",
-        *,
-        to: Target,
-        blend: Blend = "hann",
-        batch_size: int = 16,
-        min_inputs: int = 1,
-        client: ClientLike = None,
-        progress: bool = True,
-        on_error: OnError = "raise",
-        limits: RunLimits = NO_LIMITS,
-    ) -> JobReport: ...
-
-    def predict(
-        self: HasJob,
-        model: ModelLike,
-        outputs: OutputsLike = "values",
-        to: Target | None = None,
-        *,
-        blend: Blend = "hann",
-        batch_size: int = 16,
-        min_inputs: int = 1,
-        client: ClientLike = None,
-        progress: bool = True,
-        on_error: OnError = "raise",
-        limits: RunLimits = NO_LIMITS,
-    ) -> JobReport | xr.Dataset | xr.DataTree:
-        """Run a model over the chips, and write what it says: as a map, or as a table with a row a chip.
-
-        Use ``chips(cover=True)``, so that no ground is left out. Where chips overlap, their predictions of a pixel are
-        blended; pixels without valid input stay invalid. A rerun does what is missing.
+        ``<split>/<chip>_<source>.tif`` has a band for each slot and band, slots first, called ``2024-04-01 red``, with
+        nodata, scale, offset and units; ``<split>/<chip>_<mask>.tif`` has burned labels. ``<split>/<chip>.json`` is the
+        chip's STAC Item, ``collection.json`` the Collection, which is put last: a folder without it is not whole. Chips
+        without a split lie in ``all/``. What :meth:`filter_pixels` drops is not written. In file names,
+        characters of a chip's id other than letters, digits and ``._+-`` stand as ``~2F``.
 
         Parameters
         ----------
-        model
-            A function of arrays, a ``torch.nn.Module``, the path of a file, or a :class:`Model`, which tells how chips
-            become its input. It is tried on chips of zeros before any pixel is read. Each process runs it once, and
-            its threads fill its batches together.
-        outputs
-            ``"classes"``, ``"probabilities"`` or ``"values"``, or an :class:`Outputs` with names and colours. A model
-            that gives (chip, k, y, x) or (chip, y, x) makes a map; one that gives (chip, k) or (chip,) a table. The
-            side of a chip's output divides that of the chip, or is a multiple of it.
-        to
-            Where it goes: a path that ends in ``.zarr`` (a Zarr store, see :func:`open_map`), in ``.tif`` (a COG; of
-            several zones one each, ``<name>_<zone>.tif``) or ``.parquet`` (a GeoParquet file, a row a chip); a
-            :class:`MapZarr`, or a :class:`CogTiles` for a folder of COGs. None: the map is returned, in memory.
-        blend
-            ``"hann"``: the mean of all chips, weighted by a Hann window over each; ``"mean"``: the plain mean;
-            ``"max"``: the highest number of each class or value; ``"centre"``: that of the chip whose centre is the
-            nearest. Of classes, scores are blended, then the highest one is taken.
-        batch_size
-            Chips that the model gets at once.
-        min_inputs
-            Valid inputs that a pixel must have, counted over slots and sources; what the model says of others does not
-            count, and pixels of which no chip says anything are invalid.
+        folder
+            A local path or a URL of an object store.
         client
             A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
-            Where workers declare the resource ``GPU``, only these compute (not with ``Model(device="cpu")``).
         progress
-            Show how far it is.
+            Show how many shards are written.
         on_error
-            What becomes of a tile that cannot be read: ``"raise"`` fails its block, ``"mask"`` makes its pixels
-            invalid.
+            As in :meth:`to_zarr`.
         limits
-            What this run does of the job. See :class:`RunLimits`.
+            As in :meth:`to_zarr`.
 
         Returns
         -------
         JobReport
-            What was written and what it took; with ``to=None`` an ``xarray.Dataset``, or a DataTree with a node a zone.
+            What was written, what it took and what became of the chips.
 
         Raises
         ------
-        ModelError
-            When the model cannot be loaded, raises, gives something else than ``outputs`` says, or NaN for a valid
-            pixel; when the device is not there.
         PlanError
-            When several chips lie at one place, or ``to`` does not fit what the model gives.
-        StoreError
-            When something else lies there.
-        JobError
-            When blocks failed; the others are written, and a rerun does only those.
-        IncompleteError
-            When ``limits.max_time`` is over before all blocks are written; a rerun does the rest.
-
-        Examples
-        --------
-        >>> def brightness(pixels):  # (chip, time, band, y, x)
-        ...     return pixels.mean(axis=(1, 2))
-        >>> report = chips.predict(brightness, to="bright.zarr", progress=False)
-        >>> rd.open_map("bright.zarr")["values"].dims
-        ('band', 'y', 'x')
-        >>> chips.predict(brightness)["count"].dims  # in memory
-        ('y', 'x')
-        """
-        from rasteret_dask.prediction.planmap import MapOptions
-        from rasteret_dask.prediction.predicting import predicted
-        from rasteret_dask.store.limits import begun
-
-        with begun(limits) as bounds:
-            options = MapOptions(blend, batch_size, min_inputs, on_error)
-            return predicted(self, model, outputs, options, to, client, progress, bounds)
-
-    @overload
-    def embed(
-        self: HasJob,
-        model: ModelLike,
-        to: None = None,
-        *,
-        batch_size: int = 16,
-        client: ClientLike = None,
-        progress: bool = True,
-        on_error: OnError = "raise",
-        limits: RunLimits = NO_LIMITS,
-    ) -> pa.Table: ...
-
-    @overload
-    def embed(
-        self: HasJob,
-        model: ModelLike,
-        to: str | os.PathLike[str],
-        *,
-        batch_size: int = 16,
-        client: ClientLike = None,
-        progress: bool = True,
-        on_error: OnError = "raise",
-        limits: RunLimits = NO_LIMITS,
-    ) -> JobReport: ...
-
-    def embed(
-        self: HasJob,
-        model: ModelLike,
-        to: str | os.PathLike[str] | None = None,
-        *,
-        batch_size: int = 16,
-        client: ClientLike = None,
-        progress: bool = True,
-        on_error: OnError = "raise",
-        limits: RunLimits = NO_LIMITS,
-    ) -> JobReport | pa.Table:
-        """Run a model that gives a vector a chip, and write the vectors as one GeoParquet file.
-
-        The file has a row a chip: ``chip_id``, ``geometry`` (WKB, lon/lat), ``bbox``, ``datetime`` of its acquisition
-        or ``start_datetime`` and ``end_datetime`` of its slots, ``split``, your columns, and ``vector`` (float32),
-        which is null for chips without a valid pixel. Chips that ``filter_pixels`` drops are left out. The file is
-        there once it is whole: until then the folder ``<to>.job`` holds its parts, and a rerun does what is missing.
-
-        Parameters
-        ----------
-        model
-            As of :meth:`predict`. It gives (chip, k).
-        to
-            A path or URL that ends in ``.parquet``. None: the table is returned.
-        batch_size, client, progress, on_error, limits
-            As of :meth:`predict`.
-
-        Returns
-        -------
-        JobReport
-            What was written and what it took; with ``to=None`` a ``pyarrow.Table``.
-
-        Raises
-        ------
-        ModelError
-            When the model cannot be loaded, raises, gives numbers for pixels, or NaN for a chip with valid pixels.
-        PlanError
-            When a column of yours has the name of one of the table's.
+            When two files would have one name.
         StoreError
             When something else lies there.
         JobError
             When shards failed; the others are written, and a rerun does only those.
         IncompleteError
-            When ``limits.max_time`` is over before all shards are written; a rerun does the rest.
+            When ``limits.max_time`` is over before all is written; a rerun does the rest.
 
         Examples
         --------
-        >>> def encoder(pixels):  # (chip, time, band, y, x) -> (chip, 4)
-        ...     return pixels.reshape(len(pixels), 4, -1).mean(axis=2)
-        >>> report = chips.embed(encoder, to="embeddings.parquet", progress=False)
-        >>> import duckdb
-        >>> vectors = duckdb.sql("select chip_id, vector::float[4] v from 'embeddings.parquet' where v is not null")
-        >>> alike = duckdb.sql(
-        ...     "select a.chip_id, b.chip_id, array_cosine_similarity(a.v, b.v) alike from vectors a, vectors b "
-        ...     "where a.chip_id < b.chip_id order by alike desc limit 3"
-        ... )
-        >>> len(alike.fetchall())
-        3
-
-        As a source like AlphaEarth's: a map whose pixels are as large as chips, joined with anything else.
-
-        >>> report = chips.predict(encoder, to="embeddings.tif", progress=False)
-        >>> ours = rd.build_from_files("embeddings.tif", name="ours", static=True)
-        >>> both = rd.join(s2=collection.harmonize(["red"], time="1MS"), ours=ours.harmonize())
-        >>> sorted(both.chips(32, cell_km=0.96).sample(2).load().children)
-        ['ours', 's2']
+        >>> report = chips.select("val").to_geotiff("val-tifs", progress=False)
+        >>> report.kept
+        9
+        >>> import pystac
+        >>> item = next(pystac.Collection.from_file("val-tifs/collection.json").get_items(recursive=True))
+        >>> item.properties["split"], list(item.assets)
+        ('val', ['s2'])
         """
-        from rasteret_dask.prediction.planmap import MapOptions
-        from rasteret_dask.prediction.predicting import embedded
-        from rasteret_dask.store.limits import begun
+        from rasteret_dask.exports.chipshards import chips_of_plan
+        from rasteret_dask.exports.exits import write_geotiff
 
-        with begun(limits) as bounds:
-            options = MapOptions(batch_size=batch_size, on_error=on_error)
-            return embedded(self, model, options, to, client, progress, bounds)
+        url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
+        chips = chips_of_plan(self._layout, self._context(on_error))
+        return write_geotiff(chips, url, client, progress, limits)
 
-    def plan_map(
-        self: HasJob,
-        model: ModelLike,
-        outputs: OutputsLike = "values",
-        *,
-        blend: Blend = "hann",
-        batch_size: int = 16,
-        min_inputs: int = 1,
+    def to_webdataset(
+        self,
+        folder: str | os.PathLike[str],
         client: ClientLike = None,
+        progress: bool = True,
         on_error: OnError = "raise",
-        block_px: Literal[256, 512, 1024, 2048] | None = None,
-    ) -> MapPlan:
-        """Return what :meth:`predict` would do, before any pixel is read: the map's grids, its blocks, the memory.
+        limits: RunLimits = NO_LIMITS,
+        *,
+        pixels: PixelFormat = "npy",
+    ) -> JobReport:
+        """Write the chips as tars that WebDataset reads, one a shard; a rerun does what is missing.
+
+        ``<split>-00012.tar`` has for each chip ``<chip>.<source>.npy``, shape (time, band, y, x),
+        ``<source>.valid.npy`` where pixels are integers, ``<mask>.npy`` of burned labels, and ``<chip>.json``: the
+        chip's id, place, times and labels, as a STAC Item. In keys, commas stand for dots. ``<split>.json`` lists the
+        tars of a split with their chips; ``dataset.json`` says what the sources are, and is put last: a folder without
+        it is not whole.
 
         Parameters
         ----------
-        model, outputs, blend, batch_size, min_inputs, client, on_error
-            As of :meth:`predict`.
-        block_px
-            Side of what one task computes; None: the largest that takes 128 MiB of memory at most.
+        folder, client, progress, on_error, limits
+            As in :meth:`to_geotiff`.
+        pixels
+            What arrays are in the tars: ``"npy"``, or ``"tif"``: the GeoTIFFs of :meth:`to_geotiff`.
+
+        Returns
+        -------
+        JobReport
+            What was written, what it took and what became of the chips.
 
         Raises
         ------
-        ModelError, PlanError
-            As :meth:`predict`.
+        PlanError
+            When ``pixels`` is no such word, or two members of a sample would have one name.
+        StoreError, JobError, IncompleteError
+            As :meth:`to_geotiff`.
 
         Examples
         --------
-        >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0])
-        >>> plan.explain()["grids"]["33"]["shape"]
-        [256, 544]
+        >>> report = chips.select("val").to_webdataset("val-tars", progress=False)
+        >>> import tarfile
+        >>> tarfile.open("val-tars/val-00000.tar").getnames()[:3]
+        ['33_0,96km_32px_10m_-17374_1556.s2.npy', '33_0,96km_32px_10m_-17374_1556.json', ...
         """
-        from rasteret_dask.prediction.planmap import MapOptions, plan_map
+        from rasteret_dask.exports.chipshards import chips_of_plan
+        from rasteret_dask.exports.exits import write_webdataset
 
-        options = MapOptions(blend, batch_size, min_inputs, on_error, block_px)
-        return plan_map(self, model, outputs, options, client)
+        url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
+        chips = chips_of_plan(self._layout, self._context(on_error))
+        return write_webdataset(chips, url, pixels, client, progress, limits)
+
+    def to_rslearn(
+        self,
+        folder: str | os.PathLike[str],
+        client: ClientLike = None,
+        progress: bool = True,
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport:
+        """Write the chips as the windows of an rslearn dataset; a rerun does what is missing.
+
+        ``windows/<split>/<chip>/`` is a window, whose options have the chip's id, split and labels. Each source is a
+        raster layer with all its slots and their times; masks are layers too. ``config.json`` and then
+        ``dataset.json`` are put last: a folder without them is not whole.
+
+        Parameters
+        ----------
+        folder, client, progress, on_error, limits
+            As in :meth:`to_geotiff`.
+
+        Returns
+        -------
+        JobReport
+            What was written, what it took and what became of the chips.
+
+        Raises
+        ------
+        PlanError
+            When rslearn's windows cannot say what the chips are: pixels that do not lie at multiples of their size,
+            ``context_m=``, float64 or complex numbers, dots in the name of a source.
+        StoreError, JobError, IncompleteError
+            As :meth:`to_geotiff`.
+
+        Examples
+        --------
+        >>> report = chips.select("val").to_rslearn("val-windows", progress=False)
+        >>> import json
+        >>> list(json.load(open("val-windows/config.json"))["layers"])
+        ['s2']
+        """
+        from rasteret_dask.exports.chipshards import chips_of_plan
+        from rasteret_dask.exports.exits import write_rslearn
+
+        url = Place.of(folder).folder("a folder, or nothing yet", "Choose another place.")
+        return write_rslearn(
+            chips_of_plan(self._layout, self._context(on_error)), url, client, progress, limits
+        )

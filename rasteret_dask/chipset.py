@@ -21,6 +21,7 @@ from rasteret_dask.chipping.steps import FOLD, apply_step, steps_of
 from rasteret_dask.classraster import StratifyLike, raster_of
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
+from rasteret_dask.modelexits import ModelExits
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import (
@@ -45,6 +46,7 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.planning.shares import Share, dealt_spec, fold_spec, split_spec
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
+from rasteret_dask.scoreexits import ScoreExits
 from rasteret_dask.splitcells import CellsLike, Regions, cells_from, no_cells, regions_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
 __all__ = ["Chips"]
 
 
-class Chips(ChipExits):
+class Chips(ChipExits, ModelExits, ScoreExits):
     """An immutable, lazy set of chips, made by :meth:`Collection.chips`.
 
     Parameters

@@ -59,13 +59,15 @@ ORDER = {
     "prediction": "modelidentity modelinputs modelqueue modelkinds models modelsending multiscales cogtiles cogs "
                   "outputs blending mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles "
                   "targets predicting",
+    "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
+    "evaluation": "confusion reading rasters truth ground naming passes samples errormap picture evaluation evaluate",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
-    "the face": "compacting splitcells classraster storeset reportpage streamfrom torchdata chipblocks "
-                "chipexits chipset tableexits pixelreads collection openers building",
+    "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
+                "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
     "the names": "__init__",
     "demo": "world checks run",
