@@ -689,6 +689,7 @@ def test_mistakes_are_told_before_anything_is_read(
         (array, "mask", {"splits": 3}, rd.PlanError, "a int"),
         (array, "mask", {"splits": pa.table({"split": ["train"]})}, rd.SchemaError, "without column chip_id"),
         (array, "mask", {"regions": "state"}, rd.PlanError, "a column of the chip table"),
+        (array, "mask", {"regions": fields_of(one_zone)}, rd.PlanError, r"evaluate\(regions=\).*2 columns"),
         (tmp_path / "none.zarr", "mask", {}, rd.StoreError, "nothing at"),
         (tmp_path, "mask", {}, rd.GridError, "no axes"),
         (7, "mask", {}, rd.PlanError, "a int"),

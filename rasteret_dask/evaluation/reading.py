@@ -342,19 +342,25 @@ class Rasters:
     ) -> tuple[NDArray[Any], NDArray[np.uint8]] | None:
         """Return numbers of one raster and its levels at places; None where all of them lie beyond it."""
         grid = raster.grid
-        rows, columns = (np.broadcast_to(v, shape) for v in (places.rows, places.columns))
-        inside = (rows >= 0) & (rows < grid.height) & (columns >= 0) & (columns < grid.width)
+        rows, columns = places.rows, places.columns
+        along, across = (rows >= 0) & (rows < grid.height), (columns >= 0) & (columns < grid.width)
+        inside: Any = along & across
         if not inside.any():
             return None
-        row, column = rows[inside], columns[inside]
+        if rows.shape[1] == 1:  # rows and columns run along the raster's: rectangles, many times as fast
+            inside = np.ix_(along[:, 0], across[0])
+            row, column = rows[along[:, 0]], columns[:, across[0]]
+        else:
+            row, column = rows[inside], columns[inside]
         top, left = int(row.min()), int(column.min())
         window = slice(top, int(row.max()) + 1), slice(left, int(column.max()) + 1)
         numbers, valid = raster.read(*window)
-        at = row - top, column - left
+        if not places.exact:
+            numbers, valid = numbers[row - top, column - left], valid[row - top, column - left]
         level = np.full(shape, OUTSIDE, dtype=np.uint8)
-        level[inside] = np.where(valid[at], VALID, INVALID)
+        level[inside] = np.where(valid, VALID, INVALID)
         result = np.zeros(shape, dtype=np.int64 if self.is_class else np.float64)
-        result[inside] = self._numbers(raster, np.where(valid[at], numbers[at], 0))
+        result[inside] = self._numbers(raster, np.where(valid, numbers, 0))
         return result, level
 
     def _numbers(self, raster: Raster, values: NDArray[Any]) -> NDArray[Any]:
