@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
+
 from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.chipset import Chips
 from rasteret_dask.collection import Collection
@@ -22,11 +24,21 @@ from rasteret_dask.ingest.filenames import Naming
 from rasteret_dask.lists import listed
 from rasteret_dask.net.places import Place
 from rasteret_dask.openers import as_collection
-from rasteret_dask.planning.plan import FILES, ChipSpec, CutChips, Join, Split, SplitSpec
+from rasteret_dask.planning.plan import (
+    FILES,
+    ChipSpec,
+    CutChips,
+    Harmonize,
+    HarmonizeSpec,
+    Join,
+    Split,
+    SplitSpec,
+)
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.rules.kinds import KindName, checked_kinds
 from rasteret_dask.table.assetkinds import check_kind_names, with_kinds
+from rasteret_dask.table.records import Records
 from rasteret_dask.words import OnBroken
 from rasteret_dask.zones import FileGrid
 
@@ -117,10 +129,12 @@ def read_chips(
 
     Examples
     --------
-    >>> data = rd.read_chips("landcover", images="*/images/*.tif", masks="*/masks/*.tif")
-    >>> data.explain()["splits"]
-    {'train': 4, 'val': 2}
-    >>> data.audit().ok
+    >>> report = chips.to_geotiff("tifs", progress=False)
+    >>> back = rd.read_chips("tifs")  # sources, times, splits and all
+    >>> len(back) == report.kept, back.audit().ok
+    (True, True)
+    >>> train = rd.read_chips("tifs", images="train/*_sentinel-2-l2a.tif", split=None)  # as files of anybody
+    >>> len(train) == len(back.select("train"))
     True
     """
     place, pattern = _divided(os.fspath(folder))
@@ -231,14 +245,22 @@ def _note(files: ChipFiles) -> str:
     return f"read_chips leaves out {'; '.join(parts)}"
 
 
-def _joined(sources: Mapping[str, Collection]) -> Collection:
+def _as_stored(source: Collection, records: pa.Table, slotted: bool) -> Collection:
+    """Return a source with all of its bands, quality bands too, and its numbers as they are in the files."""
+    spec = HarmonizeSpec(bands=tuple(Records(records).bands), time=FILES if slotted else None)
+    return Collection(source.query.then(Harmonize(source.plan, spec)))
+
+
+def _joined(sources: Mapping[str, Collection], optional: frozenset[str]) -> Collection:
+    """Return sources side by side, some of which chips may lack."""
     for name, own in sources.items():
         if not isinstance(own, Collection) or isinstance(own.plan, Join):
             raise PlanError(
                 f"read_chips(join=), {name!r}", f"a {type(own).__name__}", "a collection that is no join",
                 "Name each source of it in join=.",
             )  # fmt: skip
-    plan = Join(tuple(sources), tuple(own.plan for own in sources.values()))
+    required = tuple(name for name in sources if name not in optional)
+    plan = Join(tuple(sources), tuple(own.plan for own in sources.values()), required)
     return Collection(Query.together(plan, [own.query for own in sources.values()]))
 
 
@@ -252,10 +274,10 @@ def _chips(files: ChipFiles, others: Mapping[str, Collection]) -> Chips:
         )  # fmt: skip
     sources = {name: as_collection(records, name=name) for name, records in files.sources.items()}
     sources = {
-        name: own.harmonize(time=FILES) if name in files.slots else own for name, own in sources.items()
+        name: _as_stored(own, files.sources[name], name in files.slots) for name, own in sources.items()
     }
     everything = {**sources, **others}
-    whole = _joined(everything) if len(everything) > 1 else next(iter(sources.values()))
+    whole = _joined(everything, files.optional) if len(everything) > 1 else next(iter(sources.values()))
     tables: dict[str, Table] = {token_of(files.facts): files.facts}
     if files.masks is not None:
         tables[token_of(files.masks)] = files.masks

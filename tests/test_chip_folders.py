@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import rasterio
+from geopandas import GeoDataFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rasterio.transform import Affine
+from shapely import box
 
 import rasteret_dask as rd
 
@@ -188,8 +190,8 @@ def test_several_sources_masks_times_and_columns(tmp_path: Path) -> None:
         write(tmp_path / "water" / f"p{number}.tif", water, crs, place)
         write(tmp_path / "height" / f"p{number}.tif", height, crs, place)
         want[f"p{number}"] = (fine, coarse, water, height)
-    (tmp_path / "chips.csv").write_text("name,date,part,biome\np0.tif,2021-05-01,fit,taiga\np1,2021-06-01,check,desert\n"
-                                        "p2,2021-07-01,fit,taiga\n")  # fmt: skip
+    lines = ["name,date,part,biome", "p0.tif,2021-05-01,fit,taiga", "p1,2021-06-01,check,desert", "p2,2021-07-01,fit,taiga"]
+    (tmp_path / "chips.csv").write_text("\n".join(lines))
     chips = rd.read_chips(
         tmp_path, images={"s2": "s2/*.tif", "s1": "s1/*.tif"}, masks={"water": "water/*.tif", "height": "height/*.tif"},
         bands={"s2": ["vv", "vh"], "s1": ["c"]}, table="chips.csv", split="part",
@@ -271,7 +273,7 @@ def test_mistakes(tmp_path: Path) -> None:
         as_read(root, split={"train": ["a"]})
     with pytest.raises(rd.SourceError, match="two files"):
         rd.read_chips(root, images=r".*/images/(?P<chip>\w+)\.tif")
-    with pytest.raises(rd.PlanError, match="no such column|no table="):
+    with pytest.raises(rd.PlanError, match=r"no such column|no table="):
         as_read(root, split="part")
     with pytest.raises(rd.PlanError, match="no images="):
         rd.read_chips(root, masks="*/masks/*.tif")
@@ -351,3 +353,55 @@ def test_a_table_keeps_types(tmp_path: Path) -> None:
             ),
         )
     assert json.loads(json.dumps(chips.explain()["splits"])) == {"train": 2, "val": 1}
+
+
+def by_chip(data: Any) -> dict[str, Any]:
+    """Return source -> its Dataset, chips by name."""
+    leaves = {node.name: node.to_dataset() for node in data.leaves} if hasattr(data, "leaves") else {"": data}
+    return {str(name): one.sortby("chip_id") for name, one in leaves.items()}
+
+
+@pytest.mark.parametrize("kind", ["slots", "acquisition", "own slots", "wide", "stored", "optional"])
+def test_what_was_exported_comes_back(tmp_path: Path, s2: rd.Collection, kind: str) -> None:
+    collection = s2
+    monthly = collection.harmonize(["red", "nir"], mask="clouds", time="1MS")
+    if kind == "slots":
+        ground = box(*collection.to_geopandas().total_bounds)
+        half = GeoDataFrame({"crop": ["rye", "maize"]}, geometry=[ground, ground.buffer(-0.01)], crs=4326)
+        chips = (
+            monthly.chips(32, cell_km=0.96, labels=half, rasterize="crop").split(0.5, 0.5, seed=1).sample(8)
+        )
+    elif kind == "acquisition":
+        chips = collection.harmonize(["red", "SCL"]).chips(32, cell_km=0.96).sample(5)
+    elif kind == "own slots":
+        own = collection.harmonize(["red"], dtype="uint16", time="acquisitions", max_acquisitions=4)
+        chips = own.chips(32, cell_km=0.96).sample(4)
+    elif kind == "wide":
+        wide = collection.harmonize(["red"], resolution=60, time="1MS")
+        chips = rd.join(near=monthly, wide=wide).chips(32, cell_km=0.96, context_m={"wide": 1920}).sample(4)
+    elif kind == "optional":
+        west, south, _, _ = collection.to_geopandas().total_bounds
+        some = collection.subset(bbox=(west, south, west + 1e-4, south + 1e-4)).harmonize(["red"], time="1MS")
+        joined = rd.join(all=monthly, some=some, require=["all"])
+        chips = joined.chips(32, cell_km=0.96).sample(6)
+    else:
+        chips = collection.harmonize(["nir"], dtype="int16").chips(32, cell_km=0.96).sample(4)
+        ids = chips.table["chip_id"]
+        columns = {
+            "n": pa.array([1, 2, 3, 4]),
+            "t": pa.array(["a", None, "c", "d"]),
+            "w": pa.array([0.5, None, 1, 2]),
+        }
+        chips = chips.with_table(pa.table({"chip_id": ids, **columns}))
+    chips.to_geotiff(tmp_path / "tifs", progress=False)
+    back = rd.read_chips(tmp_path / "tifs")
+    before, after = by_chip(chips.load()), by_chip(back.load())
+    assert before.keys() == after.keys()
+    for source, one in before.items():
+        other = after[source]
+        assert set(one.variables) == set(other.variables)
+        for name in set(one.variables) - {"units", "member"}:  # raw numbers; of the source itself
+            np.testing.assert_array_equal(one[name].values, other[name].values, err_msg=name)
+            assert one[name].dtype == other[name].dtype
+        if "mask" in one:
+            assert other["mask"].attrs["classes"] == one["mask"].attrs["classes"]

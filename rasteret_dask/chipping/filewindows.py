@@ -68,6 +68,7 @@ def with_file_pixels(
     result = []
     for number, source in enumerate(sources):
         plan = source.plan
+        reach = spec.reach_m(pixel, plan.name)
         if source.files is not None:
             sides = _sides(source, ground[number])
             if number == reference and (sides != spec.size).any():
@@ -75,8 +76,8 @@ def with_file_pixels(
             if (sides != sides[0]).any():
                 raise _other_size(source, ground[number], sides, int(np.bincount(sides).argmax()))
             if number != reference:
-                _check_places(own.plan.name, place, homes, (source, ground[number]), spec.size)
-            plan = replace(plan, resolution=pixel * spec.size / int(sides[0]))
+                _check_places(own.plan.name, place, homes, (source, ground[number]), reach)
+            plan = replace(plan, resolution=(pixel * spec.size + 2 * reach) / int(sides[0]))
         elif source.native or degrees:
             if not source.native:
                 raise PlanError(
@@ -170,18 +171,20 @@ def _check_places(
     place: NDArray[np.float64],
     homes: dict[str, int],
     others: tuple[ResolvedSource, Outlines],
-    size: int,
+    reach_m: float,
 ) -> None:
-    """Raise GridError where a file of a chip lies elsewhere than the reference's."""
+    """Raise GridError where a file of a chip lies elsewhere than the reference's, or reaches not as far beyond it."""
     source, ground = others
     assert source.files is not None
     other = _place(ground)
+    other[:, 1:] += np.array([reach_m, reach_m, -reach_m, -reach_m])
+    pixel = np.abs(ground.transform[:, [0, 4]]).max(axis=1)
     for chip, at in zip(source.files.chip.to_pylist(), ground.of_record.tolist(), strict=True):
         home = homes.get(chip)
         if home is None:
             continue
-        slack = SAME_PX * (place[home, 3] - place[home, 1]) / size
-        if place[home, 0] != other[at, 0] or np.abs(place[home, 1:] - other[at, 1:]).max() > slack:
+        apart = np.abs(place[home, 1:] - other[at, 1:]).max()
+        if place[home, 0] != other[at, 0] or apart > SAME_PX * pixel[at]:
             raise GridError(
                 f"{STEP}, chip {chip!r}", f"a file of {source.plan.name!r} at {_shown(other[at])}",
                 f"the ground of its file of {name!r}: {_shown(place[home])}",

@@ -58,6 +58,8 @@ class ChipFiles:
     """Sources whose records say which slot they fill."""
     context_m: tuple[tuple[str, float], ...] = ()
     """Sources whose windows are larger than the chips."""
+    optional: frozenset[str] = frozenset()
+    """Sources that chips may lack."""
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """What was left out, by reason."""
 

@@ -119,6 +119,7 @@ def exported_chips(folder: str, layout: Mapping[str, Any]) -> ChipFiles:
         ),
         frozenset(name for name, own in sources.items() if own["times"] > 1 or own["slots"]),
         tuple((name, _side(items[0], name)) for name, own in sources.items() if own["reach_m"]),
+        frozenset(name for name in sources if name != first and _may_lack(items, name)),
     )
 
 
@@ -136,6 +137,10 @@ def _items(folder: str, splits: Sequence[str]) -> Iterator[_Item]:
             if link["rel"] == "item":
                 href = resolve(str(link["href"]), place)
                 yield _Item(href, _document(href))
+
+
+def _may_lack(items: Sequence[_Item], name: str) -> bool:
+    return any(not any(s.get("present", True) for s in item.asset(name)["slots"]) for item in items)
 
 
 def _side(item: _Item, name: str) -> float:
@@ -164,13 +169,16 @@ def _records(name: str, layout: Mapping[str, Any], items: Sequence[_Item]) -> pa
     timeless = all(slot["datetime"] is None for item in items for slot in item.asset(name)["slots"])
     for item in items:
         href, slots = item.file(name), item.asset(name)["slots"]
+        there = _present(slots, timeless)
         for number, slot in enumerate(slots):
+            if not slotted and not there[number]:
+                continue
             begin = instant(slot.get("slot"))
             when = instant(slot["datetime"]) or begin or _time_of(item)
             key = item.chip if not slotted else f"{item.chip}#{number}"
             endless = timeless and not slotted
             values = (
-                key, item.chip, number, begin, bool(slot.get("present", True)), None if endless else when,
+                key, item.chip, number, begin, there[number], None if endless else when,
                 ENDLESS[0] if endless else None, ENDLESS[1] if endless else None, key,
                 [
                     (band, {"href": href, "band_index": number * len(bands) + at})
@@ -190,6 +198,15 @@ def _records(name: str, layout: Mapping[str, Any], items: Sequence[_Item]) -> pa
     records = table_to_records(table, name=name, headers=read_headers(hrefs))
     kinds = zip(bands, layout["kinds"], strict=False)
     return with_kinds(records, [(band, kind) for band, kind in kinds if kind != "unknown"])
+
+
+def _present(slots: Sequence[Mapping[str, Any]], timeless: bool) -> list[bool]:
+    """Return which slots have a record: as the item says; else those that have a time, or a valid pixel."""
+    told = [slot.get("present") for slot in slots]
+    if all(one is not None for one in told):
+        return [bool(one) for one in told]
+    there = [timeless or slot["datetime"] is not None or slot["valid_fraction"] > 0 for slot in slots]
+    return there if any(there) else [True] * len(there)
 
 
 def _time_of(item: _Item) -> datetime | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.planning.plan import FILES, HarmonizeSpec
+from rasteret_dask.table.anytable import as_arrow
 from rasteret_dask.table.records import NS_RANGE
 from rasteret_dask.table.timing import TimeAxis
 
-__all__ = ["CHIP", "PRESENT", "SLOT", "SLOT_START", "FileChips"]
+__all__ = ["CHIP", "PRESENT", "SLOT", "SLOT_START", "FileChips", "facts_of_chips"]
 
 CHIP = "chip"
 """The column of records that names the chip which a record is a file of."""
@@ -81,6 +83,24 @@ class FileChips:
             there = pc.fill_null(_joined(members, PRESENT, pa.bool_()), True)
             slot = np.where(there.to_numpy(zero_copy_only=False), slot, -1)
         return cls(chip, slot, times, axis)
+
+
+def facts_of_chips(at: Any) -> pa.Table:
+    """Return what ``chips(grid="files", at=)`` was given: a table with a column that names chips.
+
+    Raises
+    ------
+    PlanError
+        When it has no such column.
+    """
+    found = as_arrow(at, "chips(at=)")
+    table = found if isinstance(found, pa.Table) else found.to_table()
+    if CHIP not in table.column_names:
+        raise PlanError(
+            "chips(grid='files', at=)", f"columns {', '.join(table.column_names)}", f"a column {CHIP!r}",
+            "Rename the column that names the chips; split= and label columns stand beside it.",
+        )  # fmt: skip
+    return table.combine_chunks()
 
 
 def _joined(members: Sequence[pa.Table], column: str, kind: pa.DataType) -> pa.Array:

@@ -285,6 +285,11 @@ class _Writer:
 
     def _cut(self, spec: ChipSpec) -> Table:
         table: Table = {"size": spec.size, **changes(spec, spec.plain)}
+        if spec.by_file:
+            raise PlanError(
+                "to_recipe", "chips that are files, of rd.read_chips", "chips that are cut out of scenes",
+                "Keep the plan itself: chips.save_plan(path); or call rd.read_chips in a script.",
+            )  # fmt: skip
         if "grid" in table:
             table["grid"] = _grid(spec.grid, spec.cell_km)
             if isinstance(table["grid"], dict):
