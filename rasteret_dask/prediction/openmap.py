@@ -92,7 +92,7 @@ def opened_map(store: Any, zones: Sequence[str], path: str = "") -> xr.Dataset |
             group=place or None,
             mask_and_scale=False,
             decode_coords="all",
-            consolidated=False,
+            consolidated=not group,
             zarr_format=3,
         )
         return dataset
