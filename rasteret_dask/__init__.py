@@ -8,7 +8,8 @@ and ``chips`` add steps to its plan; ``split`` and ``select`` choose chips; ``ex
 In the examples of docstrings, ``collection`` is the Sentinel-2 scenes of the demo's world
 (``rd.build("demo/sentinel-2-l2a")``), ``landsat`` and ``embeddings`` are its other two collections, ``chips`` is what
 ``collection.harmonize(["red", "nir"], mask="clouds", time="1MS").chips(32, cell_km=0.96).split(seed=1)`` returns, and
-``stored`` these chips in a store, ``train.zarr``.
+``stored`` these chips in a store, ``train.zarr``, and ``evaluation`` is what ``chips.evaluate`` says of a
+map of two classes.
 
 What happens is logged below ``logging.getLogger("rasteret_dask")``: a line a phase at INFO, a line a shard at DEBUG, a
 job that stands still at WARNING. Nothing is shown unless the application configures logging.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rasteret_dask.catalogs.catalogwrite import register
     from rasteret_dask.catalogs.signing import sign
     from rasteret_dask.chipblocks import ChipBlocks
+    from rasteret_dask.chipfolder import read_chips
     from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
     from rasteret_dask.chipset import Chips
     from rasteret_dask.collection import Collection, join, merge
@@ -58,12 +60,16 @@ if TYPE_CHECKING:
         UntiledFilesWarning,
         UnwritableStoreError,
     )
+    from rasteret_dask.evaluation.evaluation import Evaluation
     from rasteret_dask.launching.cluster import cluster
     from rasteret_dask.launching.request import WorkerSize
     from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_files, build_from_table, load
     from rasteret_dask.prediction.cogtiles import CogTiles
+    from rasteret_dask.prediction.mapstore import MapZarr
     from rasteret_dask.prediction.models import Model
+    from rasteret_dask.prediction.openmap import open_map
+    from rasteret_dask.prediction.outputs import Outputs
     from rasteret_dask.reader.cogreader import CogReader
     from rasteret_dask.recipes.recipe import Recipe, load_recipe
     from rasteret_dask.reportpage import report
@@ -96,6 +102,7 @@ __all__ = [
     "Cost",
     "CredentialsError",
     "EmptyError",
+    "Evaluation",
     "Explanation",
     "FormatError",
     "GridError",
@@ -103,10 +110,12 @@ __all__ = [
     "JobError",
     "JobReport",
     "Leak",
+    "MapZarr",
     "MissingExtraError",
     "MixedScalesWarning",
     "Model",
     "ModelError",
+    "Outputs",
     "PlanError",
     "RECORD_SCHEMA",
     "RasteretDaskError",
@@ -150,7 +159,9 @@ __all__ = [
     "masks",
     "merge",
     "open_chips",
+    "open_map",
     "picks",
+    "read_chips",
     "refresh",
     "register",
     "report",
@@ -170,6 +181,7 @@ _MODULES = {
     "catalogs.signing": "sign",
     "chipping.chiptable": "CHIP_SCHEMA",
     "chipblocks": "ChipBlocks",
+    "chipfolder": "read_chips",
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",
@@ -177,11 +189,15 @@ _MODULES = {
     "JobError MissingExtraError MixedScalesWarning ModelError PlanError RasteretDaskError ReadError RecipeError "
     "SchemaError SignedHrefsWarning SourceError StoreError StrataWarning TrustError UnknownKindWarning "
     "UnreadableAssetsError UnreadableTilesWarning UntiledFilesWarning UnwritableStoreError",
+    "evaluation.evaluation": "Evaluation",
     "launching.cluster": "cluster",
     "launching.request": "WorkerSize",
     "net.trust": "trust",
     "openers": "as_collection build_from_files build_from_table load",
+    "prediction.mapstore": "MapZarr",
     "prediction.models": "Model",
+    "prediction.openmap": "open_map",
+    "prediction.outputs": "Outputs",
     "prediction.cogtiles": "CogTiles",
     "reader.cogreader": "CogReader",
     "recipes.recipe": "Recipe load_recipe",

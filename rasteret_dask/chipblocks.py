@@ -554,8 +554,8 @@ class ChipBlocks(Generic[ChipsT]):
         job = JobOfParts(
             last.sources, last.size_px, tuple(hierarchies), records, empty, last.maps, last.phase, (),
             last.pixel_rules, last.labels, last.split_cells, last.fold_cells, job_digest(last.phase, keys),
-            last.reaches_m, tuple(parts), keys, partial(self._whole_tables, used),
-            lru_cache(maxsize=1)(self._coordinates),
+            last.reaches_m, parts=tuple(parts), part_keys=keys, tables=partial(self._whole_tables, used),
+            rows=lru_cache(maxsize=1)(self._coordinates),
         )  # fmt: skip
         return job, used
 

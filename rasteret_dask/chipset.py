@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import pyarrow as pa
 
+from rasteret_dask.chipexits import ChipExits
 from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
@@ -20,6 +21,7 @@ from rasteret_dask.chipping.steps import FOLD, apply_step, steps_of
 from rasteret_dask.classraster import StratifyLike, raster_of
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.extras import needs
+from rasteret_dask.modelexits import ModelExits
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import (
@@ -44,6 +46,7 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table, token_of
 from rasteret_dask.planning.shares import Share, dealt_spec, fold_spec, split_spec
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
+from rasteret_dask.scoreexits import ScoreExits
 from rasteret_dask.splitcells import CellsLike, Regions, cells_from, no_cells, regions_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.words import Boundary, OnError, SplitBy
@@ -75,7 +78,7 @@ if TYPE_CHECKING:
 __all__ = ["Chips"]
 
 
-class Chips:
+class Chips(ChipExits, ModelExits, ScoreExits):
     """An immutable, lazy set of chips, made by :meth:`Collection.chips`.
 
     Parameters

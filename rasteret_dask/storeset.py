@@ -34,6 +34,7 @@ from rasteret_dask.store import stored
 from rasteret_dask.store.shardreports import JOB
 from rasteret_dask.store.stored import Stored
 from rasteret_dask.store.union import grown_store, open_parts
+from rasteret_dask.storeexits import StoredExits
 from rasteret_dask.streams.augmenting import Augment
 from rasteret_dask.streams.chipshards import stored_chips
 from rasteret_dask.streams.stream import Batching, Normalize, Stream
@@ -121,7 +122,7 @@ def open_chips(
     return chips if split is None else chips.select(split)
 
 
-class StoredChips:
+class StoredChips(StoredExits):
     """An immutable set of chips in a finished store, made by :func:`open_chips`.
 
     Only chips that were kept are seen. It pickles small, and a process that gets one opens the store when it reads.

@@ -12,7 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import shapely
+import xarray as xr
 from stac_api import generated, serving_stac
 
 import rasteret_dask as rd
@@ -141,6 +145,24 @@ def ground(
         yield ground_of(small_world, s2, l8, aef, api.url, tmp_path_factory.mktemp("examples"))
 
 
+def evaluation_of(chips: rd.Chips) -> rd.Evaluation:
+    """Return what chips say of a map whose west is forest and whose east is water; labels part them elsewhere."""
+    west, south, east, north = chips.to_geopandas().total_bounds
+    line = west + 0.4 * (east - west)
+    shapes = [shapely.box(west, south, line, north), shapely.box(line, south, east, north)]
+    cover = pa.table({"geometry": shapely.to_wkb(shapes), "cover": ["forest", "water"]})
+    table = chips.table
+    x = np.arange(min(table["xmin"].to_pylist()), max(table["xmax"].to_pylist()), 10.0) + 5
+    y = np.arange(max(table["ymax"].to_pylist()), min(table["ymin"].to_pylist()), -10.0) - 5
+    values = np.broadcast_to(
+        np.where(np.arange(len(x)) < len(x) // 2, 1, 2).astype(np.uint8), (len(y), len(x))
+    )
+    attrs = {"crs": 32633, "flag_values": [1, 2], "flag_meanings": "forest water"}
+    return chips.evaluate(
+        xr.DataArray(values, {"y": y, "x": x}, ("y", "x"), attrs=attrs), cover, splits=chips
+    )
+
+
 def settle(ground: Ground, text: str, folder: Path) -> dict[str, Any]:
     """Lay out what an example mentions in its folder; return the names it may use."""
     names = dict(ground.names)
@@ -148,6 +170,8 @@ def settle(ground: Ground, text: str, folder: Path) -> dict[str, Any]:
         shutil.copytree(ground.store, folder / "train.zarr")
     if "stored" in text:
         names["stored"] = rd.open_chips(ground.store)
+    if "evaluation." in text:
+        names["evaluation"] = evaluation_of(names["chips"])
     if "train.toml" in text:
         (folder / "train.toml").write_text(RECIPE)
     if "demo/" in text or "train.toml" in text:

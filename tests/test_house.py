@@ -38,12 +38,12 @@ ORDER = {
     "table": "assetkinds itemkinds itemcrs schema barehrefs anytable meanings records filelayouts rasteretio "
              "geoparquet export rasters layers leftassets terms facts rowgroups timing",
     "ingest": "search stacapi tablecache describe sources fileindex filelist filenames validareas stac tables files "
-              "pages order",
+              "chipnames chipfiles exported pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
-                "chiptimes meta resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels mapground coverwindows tilelattice frame leftover distances celltable "
-                "regions feeds chipslots laying chips covering splits dealing ground strata randomwindows splittimes "
-                "rulesteps steps drawing blocks blockfiles planblocks",
+                "chiptimes meta filechips resolve radiometry origins query recordtable",
+    "chipping": "coverage chiptable labels maskfiles boxes mapground coverwindows tilelattice frame leftover distances "
+                "celltable regions feeds filewindows chipslots laying chips covering splits dealing ground strata "
+                "randomwindows splittimes rulesteps steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
@@ -51,20 +51,23 @@ ORDER = {
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode smallobjects shardreports remains ledger provenance bytecache "
              "storetables jobreport law datacard layout manifest write presence committing paging runtasks onthreads "
-             "oncluster shardruns run unitruns outputs storemap storeread addedtables uniontables union atonce storefolds "
-             "stored adding holding datasets rereading verifying appending",
+             "oncluster shardruns run unitruns outputs storemap storeread addedtables uniontables union atonce "
+             "storefolds stored adding holding datasets rereading verifying appending",
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
-    "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
-                  "mapgrid mapjob mapstore mapwork openmap maps",
+    "prediction": "modelidentity modelinputs modelqueue modelkinds models modelsending multiscales cogtiles cogs "
+                  "outputs blending mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles "
+                  "targets predicting",
+    "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
             "plot plotrecords spectra",
+    "evaluation": "confusion reading rasters truth ground naming passes samples errormap picture evaluation evaluate",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
-    "the face": "compacting splitcells classraster storeset reportpage streamfrom torchdata chipblocks chipset "
-                "tableexits pixelreads collection openers building",
+    "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
+                "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building chipfolder",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
     "the names": "__init__",
     "demo": "world checks run",

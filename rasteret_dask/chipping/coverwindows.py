@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, floor
+from typing import Any
 
 import numpy as np
 import shapely
@@ -15,8 +16,11 @@ from rasteret_dask.grid import Bounds
 
 __all__ = ["CoverGrid", "starts"]
 
-EDGE_PX = 0.01
+EDGE_PX = 1e-4
 """An edge that reaches less far into a pixel does not touch it: rounding of maps."""
+
+MANY = 1_000_000
+"""Windows of the rectangle around the ground; beyond, its pieces are looked at one by one."""
 
 BATCH = 65_536
 """Windows that are compared with an area together."""
@@ -59,20 +63,32 @@ class CoverGrid:
         for it.
         """
         top, bottom, left, right = self.edges
-        xmin, ymin, xmax, ymax = (float(v) for v in shapely.bounds(self.ground.shape))
-        x, y = self.anchor
         rows = _parts(starts(top, bottom, self.size, self.stride, self.shift), top, bottom, self.size)
         cols = _parts(starts(left, right, self.size, self.stride, self.shift), left, right, self.size)
-        rows = _near(rows, *self._between(y - ymax, y - ymin))
-        cols = _near(cols, *self._between(xmin - x, xmax - x))
-        shapely.prepare(self.ground.shape)
-        per_batch = max(BATCH // max(len(cols), 1), 1)
-        batches = [self._touching(rows[n : n + per_batch], cols) for n in range(0, len(rows), per_batch)]
-        return np.concatenate([*batches, np.zeros((0, 2), dtype=np.int64)])
+        found = [np.zeros((0, 2), dtype=np.int64)]
+        for shape in self._pieces():
+            xmin, ymin, xmax, ymax = (float(v) for v in shapely.bounds(shape))
+            x, y = self.anchor
+            down = _near(rows, *self._between(y - ymax, y - ymin))
+            across = _near(cols, *self._between(xmin - x, xmax - x))
+            shapely.prepare(shape)
+            per_batch = max(BATCH // max(len(across), 1), 1)
+            found += [
+                self._touching(shape, down[n : n + per_batch], across) for n in range(0, len(down), per_batch)
+            ]
+        return np.unique(np.concatenate(found), axis=0)
 
     def count(self) -> int:
-        """Return how many windows there may be, before any is made."""
-        xmin, ymin, xmax, ymax = (float(v) for v in shapely.bounds(self.ground.shape))
+        """Return how many windows are compared with the ground, about, before any is made."""
+        return sum(self._count_in(shape) for shape in self._pieces())
+
+    def _pieces(self) -> list[Any]:
+        """Return the ground in one piece, or in several where they lie far apart."""
+        shape = self.ground.shape
+        return [shape] if self._count_in(shape) <= MANY else list(shapely.get_parts(shape))
+
+    def _count_in(self, shape: Any) -> int:
+        xmin, ymin, xmax, ymax = (float(v) for v in shapely.bounds(shape))
         step = self.stride * self.pixel
         return (floor((ymax - ymin) / step) + 2) * (floor((xmax - xmin) / step) + 2)
 
@@ -95,15 +111,15 @@ class CoverGrid:
         """Return the first pixel that a length touches, and the one behind the last."""
         return floor(start / self.pixel + EDGE_PX), ceil(stop / self.pixel - EDGE_PX)
 
-    def _touching(self, rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the windows whose own parts hold the middle of a pixel of the ground."""
+    def _touching(self, shape: Any, rows: NDArray[np.int64], cols: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the windows whose own parts touch a piece of the ground."""
         row, col = (
             np.reshape(v, -1) for v in np.meshgrid(np.arange(len(rows)), np.arange(len(cols)), indexing="ij")
         )
         own = np.stack([rows[row], cols[col]], -1)
         corner, last = own[:, 1], own[:, 2]
-        box = self.boxes(corner, last - corner) + np.array([1, 1, -1, -1]) * (0.5 - EDGE_PX) * self.pixel
-        return np.asarray(own[:, 0][shapely.intersects(self.ground.shape, shapely.box(*box.T))])
+        box = self.boxes(corner, last - corner) + np.array([1, 1, -1, -1]) * EDGE_PX * self.pixel
+        return np.asarray(own[:, 0][shapely.intersects(shape, shapely.box(*box.T))])
 
 
 def starts(first: int, stop: int, size: int, stride: int, shift: bool) -> NDArray[np.int64]:

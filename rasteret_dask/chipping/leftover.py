@@ -40,7 +40,7 @@ def leftover(spec: ChipSpec, resolution: float) -> Leftover | None:
     """
     if spec.in_cells:
         return _of_cells(spec, resolution)
-    if not spec.in_rows or not isinstance(spec.grid, BoxGrid):
+    if not spec.in_rows or spec.cover or not isinstance(spec.grid, BoxGrid):
         return None
     width, height = spec.grid.width, spec.grid.height
     covered = _covered(width, spec) * _covered(height, spec)
@@ -51,7 +51,7 @@ def leftover(spec: ChipSpec, resolution: float) -> Leftover | None:
     return Leftover(
         share,
         f"{share:.1%} of the GeoBox ({width} x {height} pixels), right and below of the last chip of {spec.size} "
-        f"pixels: one of {fits[0]} x {fits[1]} is covered whole",
+        f"pixels: one of {fits[0]} x {fits[1]} is covered whole; cover=True leaves nothing out",
     )
 
 
@@ -85,7 +85,8 @@ def _of_cells(spec: ChipSpec, resolution: float) -> Leftover | None:
     )
     better = min((s for s in sides if s is not None), key=lambda s: abs(s - spec.cell_km))
     strip = f"a strip of {lattice.unused_m:g} m on two sides of it"
-    return Leftover(share, f"{share:.1%} of each split cell, {strip}: cell_km={better:g} has none", better)
+    advice = f"cell_km={better:g} has none; cover=True leaves nothing out, for maps"
+    return Leftover(share, f"{share:.1%} of each split cell, {strip}: {advice}", better)
 
 
 def _below(cell: float, length: float, stride: float) -> float:

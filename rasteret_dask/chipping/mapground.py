@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +17,9 @@ from rasteret_dask.extent import EQUATOR_M, is_geographic, metres
 from rasteret_dask.footprint import area_of
 from rasteret_dask.grid import Bounds, bounds_in, transformer
 from rasteret_dask.planning.plan import ChipSpec
-from rasteret_dask.zones import BoxGrid, TileGrid, Zones
+from rasteret_dask.zones import BoxGrid, CrsGrid, TileGrid, Zones
 
-__all__ = ["MapGround", "map_grounds", "moved"]
+__all__ = ["MapGround", "box_in_degrees", "map_grounds", "moved", "polygons"]
 
 STEP_DEG = 0.01
 """Between points of an edge that is brought to another map: it then bends by less than 2 cm between two of them."""
@@ -29,6 +29,9 @@ STEP_M = 1000.0
 
 MARGIN_DEG = 0.05
 """Around a shape's box in degrees, so that nothing is cut off where edges bend between corners."""
+
+NEAR_180 = 1e-7
+"""Degrees: a centimetre."""
 
 Shapes = Mapping[int, Any]
 
@@ -41,6 +44,8 @@ class MapGround:
     """Number of the CRS."""
     shape: Any
     """What of the area records of the reference source lie on, in the CRS; not empty."""
+    area: Any
+    """What is asked for, ``aoi`` or a GeoBox, whether records lie there or not; None: wherever there are records."""
     edges: Bounds
     """Bounds of the area, whether records lie there or not; of the shape where no area is asked for."""
 
@@ -88,6 +93,7 @@ def _in_zones(zones: Zones, area: Any, records: Shapes) -> Iterator[MapGround | 
         near |= set(zones.near((west, south, east + 360.0 * (east < west), north)))
     for zone in near:
         ground = zones.ground(zone)
+        ground = _off_the_antimeridian(ground) if isinstance(zones, CrsGrid) else ground
         limit = ground if area is None else shapely.intersection(ground, area)
         if not shapely.is_empty(limit):
             yield _on_map(zone, limit, records, whole=area is None)
@@ -97,13 +103,16 @@ def _in_box(box: BoxGrid, area: Any, records: Shapes) -> MapGround | None:
     """Return the ground of a rectangle."""
     edges = (box.x0, box.y0 - box.height * box.pixel, box.x0 + box.width * box.pixel, box.y0)
     rectangle = shapely.box(*edges)
-    limit = _box_in_degrees(rectangle, box.code)
+    limit = _off_the_antimeridian(box_in_degrees(edges, box.code))
     limit = limit if area is None else shapely.intersection(limit, area)
     found = _on_map(box.code, limit, records)
     if found is None:
         return None
-    shape = _polygons(shapely.intersection(found.shape, rectangle))
-    return None if shapely.is_empty(shape) else MapGround(box.code, shape, edges)
+    shape = polygons(shapely.intersection(found.shape, rectangle))
+    if shapely.is_empty(shape):
+        return None
+    asked = rectangle if area is None else shapely.intersection(rectangle, _of_degrees(limit, box.code))
+    return MapGround(box.code, shape, asked, edges)
 
 
 def _on_map(code: int, limit: Any, records: Shapes, whole: bool = False) -> MapGround | None:
@@ -121,28 +130,37 @@ def _on_map(code: int, limit: Any, records: Shapes, whole: bool = False) -> MapG
         Whether the area is wherever records are: then the limit is no edge of it.
     """
     parts = [_carried(shape, source, limit, code) for source, shape in records.items()]
-    shape = _polygons(shapely.union_all(parts))
+    shape = polygons(shapely.union_all(parts))
     if shapely.is_empty(shape):
         return None
     # Of degrees, the area would be there once for each turn of the globe that rasters may count in.
-    asked = shape if whole or limit is None or is_geographic(code) else _of_degrees(limit, code)
-    xmin, ymin, xmax, ymax = (float(v) for v in shapely.bounds(asked))
-    return MapGround(code, shape, (xmin, ymin, xmax, ymax))
+    asked = None if whole or limit is None or is_geographic(code) else _of_degrees(limit, code)
+    xmin, ymin, xmax, ymax = (float(v) for v in shapely.bounds(shape if asked is None else asked))
+    return MapGround(code, shape, asked, (xmin, ymin, xmax, ymax))
 
 
 def _carried(shape: Any, source: int, limit: Any, target: int) -> Any:
     """Return what of a shape lies within a limit in degrees, on another map."""
     if limit is not None:
-        near = shapely.intersection(limit, _box_in_degrees(shape, source))
-        if shapely.is_empty(near):
-            return shapely.Polygon()
+        near = polygons(shapely.intersection(limit, box_in_degrees(shapely.bounds(shape), source)))
+        if source != target:  # what lies on both sides of 180 degrees may be far apart on the other map
+            pieces = [
+                shapely.intersection(shape, _of_degrees(part, source)) for part in shapely.get_parts(near)
+            ]
+            return shapely.union_all([moved(piece, source, target) for piece in pieces])
         shape = shapely.intersection(shape, _of_degrees(near, source))
     return shape if source == target else moved(shape, source, target)
 
 
-def _box_in_degrees(shape: Any, code: int) -> Any:
-    """Return a box in degrees, from -180 to 180, that holds a shape of a map."""
-    west, south, east, north = bounds_in(shapely.bounds(shape), code, 4326)
+def _off_the_antimeridian(shape: Any) -> Any:
+    """Return a shape in degrees without what is so near to 180 that rounding decides on which side of a map it lies."""
+    east = 180.0 - NEAR_180
+    return polygons(shapely.intersection(shape, shapely.box(-east, -90.0, east, 90.0)))
+
+
+def box_in_degrees(bounds: Sequence[float] | NDArray[np.float64], code: int) -> Any:
+    """Return a shape in degrees, from -180 to 180, that holds what lies within bounds of a map."""
+    west, south, east, north = bounds_in(bounds, code, 4326)
     south, north = max(south - MARGIN_DEG, -90.0), min(north + MARGIN_DEG, 90.0)
     west, east = west - MARGIN_DEG, east + MARGIN_DEG
     if east - west >= 360.0 or west < -180.0 or east > 180.0:
@@ -183,7 +201,7 @@ def moved(shape: Any, source: int, target: int) -> Any:
     return shapely.union_all(shapely.make_valid(parts))
 
 
-def _polygons(shape: Any) -> Any:
+def polygons(shape: Any) -> Any:
     """Return what of a shape has an area."""
     parts = shapely.get_parts(shape)
     return shapely.union_all(parts[shapely.get_dimensions(parts) == 2])

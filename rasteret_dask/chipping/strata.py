@@ -163,6 +163,12 @@ def _burned(chips: PlannedChips, labels: Labels, subject: str, most_px: int) -> 
             subject, "labels of floating-point numbers", "classes: text or whole numbers",
             "Burn a column of classes.",
         )  # fmt: skip
+    if "value" not in labels.table.column_names:
+        raise PlanError(
+            subject, "a mask of files, which planning does not read", "columns of the chip table",
+            f"Count the classes first: shares = chips.class_shares({labels.name!r}), chips.with_table(shares), "
+            "split(stratify=[...]) by its columns.",
+        )  # fmt: skip
     values = np.unique(labels.table.column("value").to_numpy())
     if len(values) > MOST_CLASSES:
         raise PlanError(subject, f"{len(values):,} different labels", f"at most {MOST_CLASSES} classes")

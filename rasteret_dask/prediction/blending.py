@@ -74,7 +74,9 @@ class Canvas:
         self.inputs = np.zeros(shape, dtype=np.uint16)
         """Shape (y, x). Valid inputs (source, slot) of the chip that has most of them."""
 
-    def put(self, values: NDArray[np.float32], inputs: NDArray[np.uint16], least: int, row: int, col: int) -> None:
+    def put(
+        self, values: NDArray[np.float32], inputs: NDArray[np.uint16], least: int, row: int, col: int
+    ) -> None:
         """Put the prediction of one chip.
 
         Parameters

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from rasteret_dask.crs import text
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import Bounds
 
-__all__ = ["Block", "MapGrid", "Placement", "block_side", "grid_of", "placed"]
+__all__ = ["Block", "MapGrid", "Placement", "block_side", "grid_of", "owned", "placed"]
 
 BLOCK_SIDES = (2048, 1024, 512, 256)
 """Sides of a block, pixels."""
@@ -57,12 +58,12 @@ class MapGrid:
     @property
     def y(self) -> NDArray[np.float64]:
         """Shape (y,). Centres of rows, from the north."""
-        return self.north - (np.arange(self.height) + 0.5) * self.pixel
+        return self.north - (np.arange(self.height, dtype=np.float64) + 0.5) * self.pixel
 
     @property
     def x(self) -> NDArray[np.float64]:
         """Shape (x,). Centres of columns, from the west."""
-        return self.west + (np.arange(self.width) + 0.5) * self.pixel
+        return self.west + (np.arange(self.width, dtype=np.float64) + 0.5) * self.pixel
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,8 @@ def block_side(pixel_bytes: int) -> int:
     return next((side for side in BLOCK_SIDES if side * side * pixel_bytes <= CANVAS_BYTES), BLOCK_SIDES[-1])
 
 
-def grid_of(code: int, name: str, edges: Bounds, pixel: float) -> MapGrid:
-    """Return the grid of a CRS.
+def grid_of(code: int, name: str, edges: Bounds, corner: tuple[float, float], pixel: float) -> MapGrid:
+    """Return the grid of a CRS: the smallest that holds the map's bounds, on the pixels of the chips.
 
     Parameters
     ----------
@@ -115,24 +116,22 @@ def grid_of(code: int, name: str, edges: Bounds, pixel: float) -> MapGrid:
     name
         Of its zone.
     edges
-        The map's bounds, on pixel edges of the chips' reference source.
+        The map's bounds.
+    corner
+        The north-west corner (x, y) of a chip: of a pixel of the map.
     pixel
         Side of the map's pixels.
-
-    Raises
-    ------
-    PlanError
-        When no whole number of pixels fits.
     """
     west, south, east, north = edges
-    width, height = (east - west) / pixel, (north - south) / pixel
-    if max(abs(width - round(width)), abs(height - round(height))) > PHASE:
-        raise PlanError(
-            f"predict, map in {text(code)}", f"{width:g} x {height:g} pixels of {pixel:g}", "whole pixels",
-            "Where the model gives coarser pixels, choose an area, a stride and a size that these divide: "
-            "chips(cover=True, edge='pad') on a grid=GeoBox of whole ones does.",
-        )  # fmt: skip
-    return MapGrid(code, name, west, north, pixel, round(height), round(width))
+    x, y = corner
+    left, right = _outward(west - x, east - x, pixel)
+    down, up = _outward(south - y, north - y, pixel)
+    return MapGrid(code, name, x + left * pixel, y + up * pixel, pixel, up - down, right - left)
+
+
+def _outward(low: float, high: float, pixel: float) -> tuple[int, int]:
+    """Return the whole pixels that hold a stretch: those that it touches by less than rounding are none."""
+    return floor(low / pixel + PHASE), ceil(high / pixel - PHASE)
 
 
 def corners(grid: MapGrid, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -148,8 +147,9 @@ def corners(grid: MapGrid, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
     away = np.abs(place - whole).max(axis=1, initial=0.0)
     if (away > PHASE).any():
         raise PlanError(
-            f"predict, map in {text(grid.code)}", f"{int((away > PHASE).sum()):,} of {len(bounds):,} chips whose corner "
-            f"lies up to {away.max():.3g} of a pixel beside the map's pixel edges", "chips on one grid of pixels",
+            f"predict, map in {text(grid.code)}",
+            f"{int((away > PHASE).sum()):,} of {len(bounds):,} chips whose corner lies up to {away.max():.3g} of a "
+            "pixel beside the map's pixel edges", "chips on one grid of pixels",
             "Where the model gives coarser pixels, let stride= and edge='pad' keep chips on these; windows of at= or "
             "of several phases need predict for each by itself.",
         )  # fmt: skip
@@ -196,20 +196,22 @@ def placed(
     rows = np.concatenate(parts) if parts else np.zeros((0, 4), dtype=np.int64)
     rows = rows[np.lexsort((rows[:, 3], rows[:, 1], rows[:, 2], rows[:, 1] // STRIP, rows[:, 0]))]
     begins = np.flatnonzero(np.diff(rows[:, :3], axis=0, prepend=rows[:1, :3] - 1).any(axis=1))
-    blocks = tuple(_block(grids, *rows[at, :3].tolist(), block_px) for at in begins)
+    blocks = tuple(_block(grids, rows[at, :3].tolist(), block_px) for at in begins)
     return Placement(blocks, rows[:, 3].astype(np.int64), np.append(begins, len(rows)).astype(np.int64))
 
 
-def _block(grids: Sequence[MapGrid], number: int, row: int, col: int, block_px: int) -> Block:
+def owned(grid: MapGrid, bounds: NDArray[np.float64], block: Block, block_px: int) -> NDArray[np.bool_]:
+    """Return which chips count to a block of those that reach it: each counts to the block of its north-west pixel."""
+    corner = np.maximum(corners(grid, bounds), 0) // block_px
+    return np.asarray((corner == [block.row, block.col]).all(axis=1))
+
+
+def _block(grids: Sequence[MapGrid], place: Sequence[int], block_px: int) -> Block:
+    number, row, col = place
     grid = grids[number]
     height = min(block_px, grid.height - row * block_px)
     width = min(block_px, grid.width - col * block_px)
     return Block(number, row, col, height, width)
-
-
-def by_code(grids: Sequence[MapGrid]) -> Mapping[int, int]:
-    """Return CRS -> number of its grid."""
-    return {grid.code: number for number, grid in enumerate(grids)}
 
 
 def blocks_of(grid: MapGrid, block_px: int) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ from rasteret_dask.crs import text
 from rasteret_dask.errors import EmptyError, PlanError
 from rasteret_dask.grid import Bounds
 from rasteret_dask.prediction.blending import pixel_bytes
-from rasteret_dask.prediction.mapgrid import Block, MapGrid, block_side, grid_of, placed
+from rasteret_dask.prediction.mapgrid import Block, MapGrid, block_side, grid_of, owned, placed
 from rasteret_dask.prediction.outputs import ModelOutput
 from rasteret_dask.tasks.job import Hierarchy, Job, Output, Shard
 from rasteret_dask.tasks.runs import Cuts
@@ -40,11 +40,13 @@ class MapJob:
     """Chips of the plan, each counted once."""
     size_px: int
     """Side of a chip in pixels of the reference source."""
+    firsts: tuple[int, ...]
+    """For each block, how many chips count to it: each to the block of its north-west pixel."""
 
     @property
     def repeats(self) -> int:
         """Chips that are predicted once more, as they reach several blocks."""
-        return self.job.chips.num_rows - self.chips
+        return int(self.job.chips.num_rows) - self.chips
 
     def names(self) -> list[str]:
         """Return the name of each block."""
@@ -90,7 +92,9 @@ def map_job(
         When there is no chip.
     """
     assert output.side is not None
-    rows = np.concatenate([np.arange(h.start, h.stop) for h in job.hierarchies] or [np.zeros(0, dtype=np.int64)])
+    rows = np.concatenate(
+        [np.arange(h.start, h.stop) for h in job.hierarchies] or [np.zeros(0, dtype=np.int64)]
+    )
     rows.sort()
     if not len(rows):
         raise EmptyError("predict", "no chip", "at least one", "Ask for less in filter, select or chips().")
@@ -98,7 +102,11 @@ def map_job(
     bounds, codes = bounds_of(chips), job.epsg[rows]
     _check_places(chips, codes, bounds)
     pixel = size[1] / output.side
-    grids = tuple(grid_of(code, name, edges, pixel) for code, name, edges in zones)
+    first = {code: bounds[np.argmax(codes == code)] for code, _, _ in zones}
+    grids = tuple(
+        grid_of(code, name, edges, (float(first[code][0]), float(first[code][3])), pixel)
+        for code, name, edges in zones
+    )
     block_px = limits[0] or block_side(pixel_bytes(output.channels))
     placement = placed(grids, codes, bounds, output.side, block_px)
     per_shard = _per_shard(outputs, output, limits[1])
@@ -112,14 +120,20 @@ def map_job(
     own = replace(
         job, chips=table, hierarchies=hierarchies, others=(), split_cells=None, fold_cells=None, in_turn=False
     )
-    return MapJob(own, grids, placement.blocks, block_px, len(rows), size[0])
+    firsts = tuple(
+        int(owned(grids[block.grid], own.bounds[h.start : h.stop], block, block_px).sum())
+        for block, h in zip(placement.blocks, hierarchies, strict=True)
+    )
+    return MapJob(own, grids, placement.blocks, block_px, sum(firsts), size[0], firsts)
 
 
 def shards_of(block: Hierarchy) -> list[Shard]:
     """Return the shards of a block."""
     per = block.per_shard
     return [
-        Shard(block.split, block.number, n, block.start + n * per, min(block.start + (n + 1) * per, block.stop))
+        Shard(
+            block.split, block.number, n, block.start + n * per, min(block.start + (n + 1) * per, block.stop)
+        )
         for n in range(block.shards)
     ]
 

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 from dask._task_spec import DataNode, Task, TaskRef
 from numpy.typing import NDArray
 
 from rasteret_dask.display.card import Card, Fact, counted
-from rasteret_dask.errors import ModelError, PlanError
+from rasteret_dask.errors import PlanError
 from rasteret_dask.net import clusters, remote
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.plan import digest
@@ -24,6 +25,7 @@ from rasteret_dask.prediction.mapjob import MapJob
 from rasteret_dask.prediction.mapstore import StoreLayout, empty_blocks
 from rasteret_dask.prediction.mapwork import BlockWork
 from rasteret_dask.prediction.models import ModelParcel
+from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.openmap import opened_map
 from rasteret_dask.prediction.outputs import ModelOutput
 from rasteret_dask.progress import nbytes_text
@@ -48,6 +50,10 @@ __all__ = ["GPU", "MapPlan", "gpu_resource"]
 
 GPU = "GPU"
 """The Dask resource that workers with a GPU declare: ``dask worker --resources GPU=1``."""
+
+
+def _nothing(manifest: pa.Table) -> Mapping[str, bytes]:
+    return {}
 
 
 class Sink(Protocol):
@@ -80,7 +86,7 @@ class MapPlan:
 
     Examples
     --------
-    >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1")
+    >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0])
     >>> plan.explain()["blocks"], plan.explain()["pixels"] > 0
     (1, True)
     """
@@ -99,10 +105,12 @@ class MapPlan:
 
         Examples
         --------
-        >>> len(chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1").digest)
+        >>> len(chips.plan_map(lambda pixels: pixels[:, 0, 0]).digest)
         64
         """
-        return digest("predict", self.maps.job.digest, self.note, [grid.transform for grid in self.maps.grids])
+        return digest(
+            "predict", self.maps.job.digest, self.note, [grid.transform for grid in self.maps.grids]
+        )
 
     @property
     def note(self) -> dict[str, Any]:
@@ -110,7 +118,7 @@ class MapPlan:
 
         Examples
         --------
-        >>> chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1").note["blend"]
+        >>> chips.plan_map(lambda pixels: pixels[:, 0, 0]).note["blend"]
         'hann'
         """
         out = self.output
@@ -131,7 +139,9 @@ class MapPlan:
         per_shard = max((h.per_shard for h in self.maps.job.hierarchies), default=1)
         most = min(per_shard, max((h.chips for h in self.maps.job.hierarchies), default=1))
         answers = 2 * 4 * most * channels * (self.output.side or 1) ** 2
-        return TaskMemory(self.maps.job, self.outputs, together=True, beside=block * pixel_bytes(channels) + answers)
+        return TaskMemory(
+            self.maps.job, self.outputs, together=True, beside=block * pixel_bytes(channels) + answers
+        )
 
     def explain(self) -> dict[str, Any]:
         """Return what the map will be and take, as JSON values.
@@ -142,7 +152,7 @@ class MapPlan:
 
         Examples
         --------
-        >>> facts = chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1").explain()
+        >>> facts = chips.plan_map(lambda pixels: pixels[:, 0, 0]).explain()
         >>> facts["chips"] == len(chips), facts["block_px"]
         (True, 2048)
         """
@@ -172,7 +182,8 @@ class MapPlan:
     def _card(self) -> Card:
         facts, out = self.explain(), self.output
         grids = [
-            f"{name} {grid['shape'][0]:,} x {grid['shape'][1]:,} pixels" for name, grid in facts["grids"].items()
+            f"{name} {grid['shape'][0]:,} x {grid['shape'][1]:,} pixels"
+            for name, grid in facts["grids"].items()
         ]
         what = f"{out.kind} of {counted(out.channels, 'channel')}" if out.kind != "classes" else "classes"
         again = facts["chips_again"]
@@ -197,7 +208,7 @@ class MapPlan:
 
     def layout(self) -> StoreLayout:
         """Return where everything goes in a Zarr store."""
-        note = {"rasteret_dask": {"map": self.note}}
+        note = {"rasteret_dask": {"map": self.note, "sources": [plan.name for plan in self.maps.job.sources]}}
         return StoreLayout(self.maps.grids, self.output, self.maps.block_px, note)
 
     def to_zarr(
@@ -214,7 +225,7 @@ class MapPlan:
 
         Examples
         --------
-        >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1")
+        >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0])
         >>> plan.to_zarr("planned.zarr", progress=False).committed
         True
         """
@@ -233,10 +244,11 @@ class MapPlan:
         sink: Sink,
         root: Visible,
         objects: Mapping[str, Maker],
-        places: Any,
+        places: Callable[[], Mapping[str, str]],
         client: ClientLike,
+        more: Callable[[pa.Table], Mapping[str, bytes]] = _nothing,
     ) -> UnitJob:
-        """Return the blocks as units of work that end in objects of a sink."""
+        """Return the blocks as units of work that end in objects of a sink; other arguments as of :class:`UnitJob`."""
         job = self.maps.job
         check_writable(job)
         whole_digest = digest(self.digest, self.maps.block_px, type(sink).__name__)
@@ -244,20 +256,23 @@ class MapPlan:
         units = [
             WorkUnit(name, (at, block), first, digest(whole_digest, name), None, at)
             for at, (name, block, first) in enumerate(
-                zip(self.maps.names(), self.maps.blocks, self.maps.first_chips(), strict=True)
+                zip(self.maps.names(), self.maps.blocks, self.maps.firsts, strict=True)
             )
         ]
         with clusters.using(client) as cluster:
             resource = gpu_resource(cluster, self.parcel)
+        place = f"{JOB}/model.bin"  # in the graph it would travel with every batch of tasks
+        parcel, content = self.parcel.apart(remote.join(url, place))
         return UnitJob(
             "predict",
             whole_digest,
             units,
             _Making(JobRef(remote.join(url, JOB), job.digest), self.work, sink),
             root,
-            {**tables, **objects, PROVENANCE: whole(self.provenance.to_bytes())},
+            {**tables, place: whole(content), **objects, PROVENANCE: whole(self.provenance.to_bytes())},
             places,
-            roots=self._roots(),
+            more,
+            roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
             cuts=self.maps.cuts(),
             memory=self.memory,
             resource=resource,
@@ -265,12 +280,11 @@ class MapPlan:
             signed=job.signed,
         )
 
-    def _roots(self) -> dict[str, Any]:
-        """Return what tasks need beside the job: the model, and the user's functions."""
-        shipped = {
+    def _shipped(self) -> dict[str, Shipped]:
+        """Return the user's functions, which tasks need behind the model."""
+        return {
             f"function-{f.name}-{digest(f)[:12]}": Shipped(self.functions[f]) for f in self.work.functions
         }
-        return {f"model-{self.parcel.digest[:16]}": self.parcel, **shipped}
 
     def load(self, client: ClientLike = None, progress: bool = False) -> xr.Dataset | xr.DataTree:
         """Compute the map into memory: what :func:`open_map` would open, loaded.
@@ -284,7 +298,7 @@ class MapPlan:
 
         Examples
         --------
-        >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0], version="1")
+        >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0])
         >>> plan.load()["values"].dims
         ('band', 'y', 'x')
         """
@@ -293,29 +307,22 @@ class MapPlan:
 
         layout, job = self.layout(), self.maps.job
         objects, root = layout.documents()
-        roots, token = self._roots(), digest(self.digest, self.maps.block_px)[:16]
-        graph: dict[Any, Any] = {key: DataNode(key, value) for key, value in roots.items()}
+        shipped, token = self._shipped(), digest(self.digest, self.maps.block_px)[:16]
         at_root = f"job-{token}"
-        graph[at_root] = DataNode(at_root, job)
         keys = [f"predict-{name}-{token}" for name in self.maps.names()]
-        for number, (key, block) in enumerate(zip(keys, self.maps.blocks, strict=True)):
-            refs = [TaskRef(root_key) for root_key in roots]
-            graph[key] = Task(key, _made, TaskRef(at_root), self.work, layout, (number, block), *refs)
-        look = Pass("predict", None, progress, self.memory)
-        parts = computed(graph, {key: (key,) for key in keys}, client, look)
+        with clusters.using(client) as cluster, root_of(self.parcel, cluster) as (graph, model):
+            graph |= {key: DataNode(key, value) for key, value in {**shipped, at_root: job}.items()}
+            refs = [model, *map(TaskRef, shipped)]
+            for number, (key, block) in enumerate(zip(keys, self.maps.blocks, strict=True)):
+                graph[key] = Task(key, _made, TaskRef(at_root), self.work, layout, (number, block), *refs)
+            look = Pass("predict", None, progress, self.memory)
+            parts = computed(graph, {key: (key,) for key in keys}, cluster or client, look)
         new = default_buffer_prototype().buffer.from_bytes
-        store = MemoryStore({path: new(b"".join(make())) for path, make in objects.items()})
-        data = store._store_dict
+        data = {path: new(b"".join(make())) for path, make in objects.items()}
         data |= {path: new(text.encode()) for path, text in root.groups.items()}
-        data[root.path] = new(_text(root.document))
+        data[root.path] = new(json.dumps(root.document).encode())
         data |= {path: new(value) for part in parts for path, value in part}
-        return opened_map(store, [layout.group(n) for n in range(len(self.maps.grids))]).load()
-
-
-def _text(document: Mapping[str, Any]) -> bytes:
-    import json
-
-    return json.dumps(document).encode()
+        return opened_map(MemoryStore(data), [layout.group(n) for n in range(len(self.maps.grids))]).load()
 
 
 def _made(
@@ -328,13 +335,7 @@ def _made(
 
 
 def gpu_resource(cluster: Any, parcel: ModelParcel) -> str | None:
-    """Return the resource that workers must declare: :data:`GPU` where some do, and the model asks for no CPU.
-
-    Raises
-    ------
-    ModelError
-        When the model asks for a GPU, and the cluster's workers declare resources, but none a GPU.
-    """
+    """Return the resource that workers must declare: :data:`GPU` where some do, and the model asks for no CPU."""
     if cluster is None or parcel.device == "cpu":
         return None
     workers = clusters.workers_of(cluster).values()
@@ -349,11 +350,3 @@ def checked(blend: Blend, batch_size: int, least: int) -> None:
     for name, value in (("batch_size", batch_size), ("min_inputs", least)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise PlanError(f"predict({name}=)", repr(value), "a whole number above 0")
-
-
-def path_of(value: str | os.PathLike[str]) -> str:
-    """Return a path as text."""
-    return os.fspath(value)
-
-
-_ = ModelError

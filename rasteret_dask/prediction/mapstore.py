@@ -118,7 +118,9 @@ class StoreLayout:
             if path.endswith("zarr.json") and json.loads(text)["node_type"] == "group"
         }
         document = json.loads(groups.pop("zarr.json"))
-        objects = {path: whole(text) for path, text in data.items() if path not in groups and path != "zarr.json"}
+        objects = {
+            path: whole(text) for path, text in data.items() if path not in groups and path != "zarr.json"
+        }
         return objects, Visible("zarr.json", document, groups)
 
     def _fill_group(self, group: zarr.Group, grid: MapGrid) -> None:
@@ -181,7 +183,9 @@ class StoreLayout:
         side = (min(CHUNK_PX, self.block_px),) * 2
         return ((1, *side) if front else side), ((front,) if front else ()) + (self.block_px,) * 2
 
-    def objects(self, block: Block, arrays: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, Sequence[Piece]]]:
+    def objects(
+        self, block: Block, arrays: Mapping[str, NDArray[Any]]
+    ) -> Iterator[tuple[str, Sequence[Piece]]]:
         """Yield path and bytes of the object of each array of a block; none where all of it is fill."""
         for name, (dtype, front, fill) in self.arrays.items():
             data = _encoded(arrays[name], dtype, self._shapes(front), fill)
@@ -240,11 +244,15 @@ def consolidate(store: MemoryStore) -> None:
         zarr.consolidate_metadata(store)
 
 
-def _axis(grid: MapGrid, name: str) -> dict[str, str]:
+def _axis(grid: MapGrid, name: str) -> dict[str, Any]:
     geographic = crs_of(grid.code).is_geographic
     if geographic:
         word = "latitude" if name == "y" else "longitude"
-        return {"standard_name": word, "axis": name.upper(), "units": f"degrees_{'north' if name == 'y' else 'east'}"}
+        return {
+            "standard_name": word,
+            "axis": name.upper(),
+            "units": f"degrees_{'north' if name == 'y' else 'east'}",
+        }
     return {"standard_name": f"projection_{name}_coordinate", "axis": name.upper(), "units": "m"}
 
 

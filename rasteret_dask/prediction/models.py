@@ -222,13 +222,19 @@ class ModelParcel:
         """
         if self.content is None:
             return self
+        light, content = self.apart(url)
         try:
-            there = remote.head(url).size == len(self.content)
+            there = remote.head(url).size == len(content)
         except ReadError:
             there = False
         if not there:
-            remote.put(url, self.content)
-        return replace(self, content=None, place=url)
+            remote.put(url, content)
+        return light
+
+    def apart(self, url: str) -> tuple[ModelParcel, bytes]:
+        """Return a parcel without its content, which is to lie at a URL, and the content."""
+        assert self.content is not None, "it lies somewhere already"
+        return replace(self, content=None, place=url), self.content
 
     def runner(self) -> ModelRunner:
         """Return this process's runner of the model, loaded and on its device; the same one each time.

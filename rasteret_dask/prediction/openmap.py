@@ -39,13 +39,19 @@ def open_map(store: str | os.PathLike[str]) -> xr.Dataset | xr.DataTree:
 
     Examples
     --------
-    >>> report = chips.predict(lambda pixels: pixels[:, 0, 0], to="seen.zarr", version="1", progress=False)
+    >>> report = chips.predict(lambda pixels: pixels[:, 0, 0], to="seen.zarr", progress=False)
     >>> seen = rd.open_map("seen.zarr")
     >>> seen["values"].dims, seen.rio.crs.to_epsg()
     (('band', 'y', 'x'), 32633)
     """
     url = Place.of(store).folder("a folder that predict wrote", "Give the map's folder.")
-    return opened_map(_zarr_place(url), map_zones(url))
+    zones = map_zones(url)
+    if remote.is_local(url):
+        return opened_map(remote.local_path(url), zones)
+    from zarr.storage import ObjectStore
+
+    store, path = remote.open_href(url)
+    return opened_map(ObjectStore(store, read_only=True), zones, path)
 
 
 def map_zones(url: str) -> list[str]:
@@ -58,36 +64,39 @@ def map_zones(url: str) -> list[str]:
     """
     subject = f"map {remote.redact(url)}"
     try:
-        root = ledger.root_of(url, ())
+        root = ledger.root_of(url)
     except remote.MissingError as error:
         raise StoreError(
-            subject, "no finished map", "one that predict wrote", "Check the path; call predict again where it was stopped."
+            subject, "no finished map", "one that predict wrote",
+            "Check the path; call predict again where it was stopped.",
         ) from error  # fmt: skip
     if "map" not in root.note:
-        raise StoreError(subject, f"what {root.note.get('writer')} wrote", "a map", "Open it with open_chips.")
+        raise StoreError(
+            subject, f"what {root.note.get('writer')} wrote", "a map", "Open it with open_chips."
+        )
     members = root.document.get("consolidated_metadata", {}).get("metadata", {})
     groups = [path for path, node in members.items() if node.get("node_type") == "group" and "/" not in path]
     zones = [path for path in groups if f"{path}/spatial_ref" in members]
     return [""] if "spatial_ref" in members else sorted(zones)
 
 
-def opened_map(store: Any, zones: Sequence[str]) -> xr.Dataset | xr.DataTree:
-    """Open the zones of a map in whatever holds a Zarr hierarchy."""
+def opened_map(store: Any, zones: Sequence[str], path: str = "") -> xr.Dataset | xr.DataTree:
+    """Open the zones of a map, at a path of whatever holds a Zarr hierarchy."""
     import rioxarray  # noqa: F401 - registers .rio
     import xarray as xr
 
     def zone(group: str) -> xr.Dataset:
-        return xr.open_zarr(
-            store, group=group or None, mask_and_scale=False, decode_coords="all", consolidated=not group, zarr_format=3
+        place = "/".join(part for part in (path, group) if part)
+        dataset: xr.Dataset = xr.open_zarr(
+            store,
+            group=place or None,
+            mask_and_scale=False,
+            decode_coords="all",
+            consolidated=not group,
+            zarr_format=3,
         )
+        return dataset
 
     if list(zones) == [""]:
         return zone("")
     return xr.DataTree.from_dict({name: zone(name) for name in zones})
-
-
-def _zarr_place(url: str) -> Any:
-    """Return what zarr-python opens: a local path, or obstore's store of a URL."""
-    if remote.is_local(url):
-        return remote.local_path(url)
-    return remote.zarr_store(url)

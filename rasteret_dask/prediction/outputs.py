@@ -86,7 +86,9 @@ class Outputs:
         [[0, 'land'], [1, 'water']]
         """
         classes = None if self.classes is None else [[code, name] for code, name in self._pairs]
-        colours = [[code, colour] for code, colour in sorted(self.colors.items(), key=lambda own: str(own[0]))]
+        colours = [
+            [code, colour] for code, colour in sorted(self.colors.items(), key=lambda own: str(own[0]))
+        ]
         return {
             "kind": self.kind,
             "classes": classes,
@@ -119,9 +121,17 @@ def _classes(classes: Any) -> dict[int, str] | None:
         raise PlanError("Outputs(classes=)", repr(classes), "code -> name, or names") from error
     names = list(result.values())
     wrong = [code for code in result if not 0 <= code < _MOST_CODES]
-    if isinstance(classes, str) or not result or wrong or len(result) != len(pairs) or len(set(names)) != len(names):
+    if (
+        isinstance(classes, str)
+        or not result
+        or wrong
+        or len(result) != len(pairs)
+        or len(set(names)) != len(names)
+    ):
         raise PlanError(
-            "Outputs(classes=)", repr(classes), f"codes from 0 to {_MOST_CODES - 1:,} with names, all different"
+            "Outputs(classes=)",
+            repr(classes),
+            f"codes from 0 to {_MOST_CODES - 1:,} with names, all different",
         )
     return result
 
@@ -190,7 +200,7 @@ class ModelOutput:
         """Code -> name of classes, ascending; () where they have none, or there are no classes."""
         return tuple(sorted(zip(self.codes, self.names, strict=True))) if self.named else ()
 
-    def numbers(self, rows: NDArray[Any], ids: Sequence[str]) -> NDArray[np.float32]:
+    def numbers(self, rows: NDArray[Any], ids: Sequence[str] | NDArray[Any]) -> NDArray[np.float32]:
         """Return what a model gave as channels: shape (chip, channel, ...), float32.
 
         Raises
@@ -209,7 +219,8 @@ class ModelOutput:
                     f"chip {ids[at[0]]}", f"class {flat[tuple(at)]}", f"one of the codes {_few(self.codes)}",
                     "Name all codes that the model gives: Outputs('classes', classes={code: name}).",
                 )  # fmt: skip
-            return (flat[:, None] == codes.reshape(1, -1, *([1] * (flat.ndim - 1)))).astype(np.float32)
+            votes = flat[:, None] == codes.reshape(1, -1, *([1] * (flat.ndim - 1)))
+            return np.asarray(votes, dtype=np.float32)
         values = np.asarray(rows.reshape(shape[0], self.channels, *shape[1:]), dtype=np.float32)
         if self.kind == "probabilities":
             with np.errstate(invalid="ignore"):
@@ -217,7 +228,8 @@ class ModelOutput:
             if outside.any():
                 at = np.argwhere(outside)[0]
                 raise ModelError(
-                    f"chip {ids[at[0]]}", f"{values[tuple(at)]:.6g} for {self.names[at[1]]!r}", "probabilities from 0 to 1",
+                    f"chip {ids[at[0]]}", f"{values[tuple(at)]:.6g} for {self.names[at[1]]!r}",
+                    "probabilities from 0 to 1",
                     "Of a model that gives other scores: rd.Model(..., activation='softmax') or 'sigmoid'.",
                 )  # fmt: skip
         return values
@@ -229,7 +241,7 @@ class ModelOutput:
         invalid = np.isnan(blended[0])
         best = np.argmax(np.where(invalid, 0.0, blended), axis=0)
         codes = np.array(self.codes, dtype=self.dtype)[best]
-        return np.where(invalid, np.dtype(self.dtype).type(self.nodata), codes)
+        return np.asarray(np.where(invalid, np.dtype(self.dtype).type(self.nodata), codes))
 
 
 def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name: str) -> ModelOutput:
@@ -251,7 +263,8 @@ def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name:
     ModelError
         When the answer has another number of classes, or does not fit the grid of the chips.
     """
-    subject, found, kind = f"model {name}", f"{np.dtype(dtype)} of shape {tuple(shape)} for a chip", np.dtype(dtype).kind
+    subject, kind = f"model {name}", np.dtype(dtype).kind
+    found = f"{np.dtype(dtype)} of shape {tuple(shape)} for a chip"
     side: int | None = None
     channels = 1
     if len(shape) in (2, 3):
@@ -268,7 +281,10 @@ def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name:
         names = tuple(outputs.names) if outputs.names is not None else tuple(map(str, range(channels)))
         if len(names) != channels:
             raise ModelError(
-                subject, found, f"{len(names)} values, as names= says", "Name each value, or leave names= out."
+                subject,
+                found,
+                f"{len(names)} values, as names= says",
+                "Name each value, or leave names= out.",
             )
         return ModelOutput("values", side, (), names)
     votes = outputs.kind == "classes" and kind in "iub" and channels == 1

@@ -507,7 +507,12 @@ class Ground:
     @classmethod
     def of(cls, chips: PlannedChips) -> Ground:
         """Take the chip table apart."""
-        epsg, bounds = chips.table.column("epsg").to_numpy().astype(np.int64), chips.ground
+        epsg = chips.table.column("epsg").to_numpy().astype(np.int64)
+        return cls.of_windows(epsg, chips.ground, chips.outlines_lonlat)
+
+    @classmethod
+    def of_windows(cls, epsg: NDArray[np.int64], bounds: NDArray[np.float64], wkb: pa.ChunkedArray) -> Ground:
+        """Take windows: the CRS and bounds of each, shape (window, 4), and its outline in degrees."""
         middle = (bounds[:, :2] + bounds[:, 2:]) / 2
         centre, zones = np.zeros_like(middle), np.unique(epsg)
         for code in zones if len(zones) > 1 else ():
@@ -516,7 +521,7 @@ class Ground:
         radius = float(np.hypot(*(bounds[:, 2:] - middle).T).max(initial=0.0))
         boxes = np.asarray(shapely.box(*bounds.T), dtype=object)
         scale = {code: stretch(code, bounds[epsg == code]) for code in zones.tolist()}
-        return cls(epsg, boxes, chips.outlines_lonlat, centre, radius, scale)
+        return cls(epsg, boxes, wkb, centre, radius, scale)
 
     @classmethod
     def of_shapes(cls, epsg: NDArray[np.int64], shapes: NDArray[Any]) -> Ground:

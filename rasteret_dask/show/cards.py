@@ -136,8 +136,8 @@ def chips_card(query: Query, planned: PlannedChips | None, why: str = "") -> Car
         size = "" if spec is None else f" of {spec.spec.size} px"
         state = Fact("chips", why or "not planned yet: len(chips) plans")
         return Card(f"Chips{size}", [state, *_steps(query)])
-    rows = [*_splits(_split_counts(planned.table)), *_source_rows(planned)]
-    rows += [Fact(one.name, f"of {counted(one.table.num_rows, 'polygon')}") for one in planned.labels]
+    rows = [*_splits(_split_counts(planned.table), planned.spec.cover), *_source_rows(planned)]
+    rows += [Fact(one.name, f"of {counted(one.table.num_rows, one.what)}") for one in planned.labels]
     if planned.pixel_rules:
         text = "; ".join(rule.words for rule in planned.pixel_rules)
         rows.append(Fact("filter_pixels", f"{text} (decided while pixels are read)"))
@@ -341,8 +341,10 @@ def _area(records: pa.Table) -> str:
     return f"{west:.6g}, {south:.6g} to {east:.6g}, {north:.6g} (lon, lat)"
 
 
-def _splits(counts: Mapping[str, int]) -> list[Fact]:
+def _splits(counts: Mapping[str, int], cover: bool = False) -> list[Fact]:
     named = {name: count for name, count in counts.items() if name}
+    if cover:
+        return [Fact("splits", "none: chips cover the area, and overlap")]
     if not named:
         return [Fact("splits", "none: split() deals the chips out")]
     ordered = {name: named[name] for name in in_order(named)} | ({"": counts[""]} if counts.get("") else {})

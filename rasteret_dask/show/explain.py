@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.chipping.covering import ground_share
 from rasteret_dask.chipping.feeds import Feeds, enough
-from rasteret_dask.chipping.frame import frame_of
+from rasteret_dask.chipping.frame import frame_of, grown
 from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.display.html import card
 from rasteret_dask.ingest.describe import CRS_TAKEN
@@ -130,6 +131,7 @@ class Explanation:
             "write_bytes": self["write_bytes"] // self["chips"] * sum(placed.values()),
             "puts": self["puts"] // self["shards"] * shards,
             "estimated_from_chips": part,
+            "ground": None,
         }
         facts = {**self.facts, **estimates, **counted}
         return Explanation(facts | {"worker_hours": _worker_hours(facts)})
@@ -239,6 +241,7 @@ def explain(
         "resolution": {s.plan.name: s.plan.resolution for s in chips.sources},
         "crs_taken": _crs_taken(used),
         "coverage": _coverage(chips),
+        "ground": asdict(ground_share(chips)),
         "uncovered": _uncovered(chips),
         "radiometry": {s.plan.name: radiometry_of(s, rows) for s, rows in used},
         "mask": {s.plan.name: list(s.plan.masks) for s in chips.sources},
@@ -348,7 +351,7 @@ def _pixel_shapes(chips: PlannedChips, used: Used) -> dict[str, list[list[float]
     for (source, rows), found in zip(used, chips.outlines, strict=True):
         sides = np.abs(found.transform[np.unique(found.of_record[rows])][:, [0, 4]])
         other = sides[np.abs(sides[:, 0] - sides[:, 1]) > 1e-9 * sides.max(axis=1, initial=0.0)]
-        if len(other):
+        if len(other) and not source.plan.by_file:
             result[source.plan.name] = np.unique(other, axis=0)[:MOST_SHAPES].tolist()
     return result
 
@@ -377,13 +380,19 @@ def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
         reach = chips.spec.reach_m(chips.resolution, resolved.plan.name)
         corner = bounds_of(chips.table)[:, [0, 3]] + np.array([-reach, reach])
         group = grids_alike(epsg, corner, (size, size))
+        if resolved.plan.by_file:
+            group = np.arange(len(epsg))
         record, chip = chips.feeds.wanted(number, group)
         transform = found.transform[found.of_record[record]]
-        shift = (corner[chip] - transform[:, [2, 5]]) / size
+        pixel = np.full((len(chip), 2), size)
+        if resolved.plan.by_file:
+            box = grown(bounds_of(chips.table), reach)[chip]
+            pixel = (box[:, 2:] - box[:, :2]) / round((chips.size_m + 2 * reach) / size)
+        shift = (corner[chip] - transform[:, [2, 5]]) / pixel
         same = np.abs(shift - np.round(shift)).max(1, initial=0.0) < ALIGNED_PX
         same &= ~_turned(resolved)[record]
         same &= epsg[chip] == found.epsg[found.of_record[record]]
-        same &= (np.abs(np.abs(transform[:, [0, 4]]) - size) < 1e-9 * size).all(axis=1)
+        same &= (np.abs(np.abs(transform[:, [0, 4]]) - pixel) < 1e-9 * pixel).all(axis=1)
         resampled = np.unique(record[~same])
         moved = resolved.records.epsg != found.epsg[found.of_record]  # the southern twin of a zone
         native = np.setdiff1d(np.unique(record), resampled)
@@ -463,11 +472,22 @@ def _client_line(f: Mapping[str, int]) -> str:
     )
 
 
+def _ground_line(ground: Mapping[str, Any] | None) -> str:
+    if ground is None:
+        return "of the ground: not computed by blocks"
+    share = "100%" if ground["share"] == 1.0 else _percent(ground["share"])
+    text = f"{share} of the ground lies in a chip: of the {ground['ground_km2']:,.4g} km2 that records lie on"
+    if ground["recorded"] is None:
+        return text
+    return f"{text}, which are {'100%' if ground['recorded'] == 1.0 else _percent(ground['recorded'])} of the area"
+
+
 def _lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
     exact = "" if f["requests_counted_on_shards"] >= f["shards"] else " (estimated)"
     rows = [
         ("records", ", ".join(f"{n} {r['used']} of {r['scanned']}" for n, r in f["records"].items())),
         ("chips", f"{f['chips']:,} ({', '.join(f'{k} {v:,}' for k, v in f['splits'].items())})"),
+        ("coverage", _ground_line(f["ground"])),
         *(
             [("chips with", ", ".join(f"{name} {n:,}" for name, n in f["present"].items()))]
             if f["present"]

@@ -22,7 +22,7 @@ from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.coverage import FULL, Outlines
 from rasteret_dask.chipping.distances import apart_m
 from rasteret_dask.chipping.feeds import Feeds, covered, enough
-from rasteret_dask.chipping.frame import Frame, candidates, concatenated, lattice_of, outline_wkb, zone_frame
+from rasteret_dask.chipping.frame import Frame, concatenated, lattice_of, outline_wkb, zone_frame
 from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units, cells_touched, column_splits
 from rasteret_dask.chipping.steps import carried_out, steps_of
 from rasteret_dask.errors import PlanError, RasteretDaskError
@@ -59,7 +59,7 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import MemberTable, ResolvedSource, evaluate
 from rasteret_dask.planning.sampling import sample_unit
 from rasteret_dask.planning.scan import Table, as_table, filter_table, keep_whole
-from rasteret_dask.zones import BoxGrid, TileGrid
+from rasteret_dask.zones import BoxGrid, FileGrid, TileGrid
 
 __all__ = ["Spot", "Stage", "Trace", "Tracer", "covered_slots", "slot_words", "split_lines", "uncovered"]
 
@@ -330,16 +330,15 @@ def _choice_words(choice: Node) -> str:
 def _windows_at(ground: ChipSources, tables: Mapping[str, Table], place: Spot) -> _Windows:
     """Return the windows of a plan that hold a place, whether any record covers them or not."""
     spec = ground.spec
-    anywhere = replace(spec, aoi=None)
+    anywhere = spec if spec.cover else replace(spec, aoi=None)  # those that cover lie where their area ends
     if not spec.in_cells:
         points = _points(ground, tables)
 
         def holding(wanted: ChipSpec) -> Frame:
-            reference = ground.outlines[ground.reference]
-            return _holding(candidates(wanted, reference, ground.resolution, ground.phase, points), place)
+            return _holding(ground.frame(points, wanted), place)
 
         everywhere = holding(anywhere)
-        frame = everywhere if spec.aoi is None else holding(spec)
+        frame = everywhere if anywhere == spec else holding(spec)
         return _Windows(frame, everywhere, "" if len(everywhere) else _no_free_window(ground, points, place))
     home = int(spec.grid.zones.codes([place.lon], [place.lat])[0])
     if not home:
@@ -417,8 +416,12 @@ def _no_cell(ground: ChipSources, home: int, place: Spot) -> str:
 
 
 def _no_free_window(ground: ChipSources, points: pa.Table | None, place: Spot) -> str:
-    """Say why no window at points, of a GeoBox or of tiles holds a place."""
+    """Say why no window of an area, at points, of a GeoBox or of tiles holds a place."""
+    if ground.spec.cover:
+        return "the place lies outside of the area that chips cover: aoi=, where records of the reference source lie"
     match ground.spec.grid:
+        case FileGrid():
+            return f"no file of {ground.sources[ground.reference].plan.name} lies there"
         case _ if points is not None:
             shapes = shapely.from_wkb(points.column("geometry").to_numpy(zero_copy_only=False))
             far = np.array([place.distance_m(shape) for shape in shapes])

@@ -82,7 +82,12 @@ def to_bytes(table: pa.Table) -> bytes:
     return b"".join(joined_pieces(table.schema, lambda: [table]))
 
 
-def joined_pieces(schema: pa.Schema, tables: Callable[[], Iterable[pa.Table]]) -> Iterator[bytes]:
+def joined_pieces(
+    schema: pa.Schema,
+    tables: Callable[[], Iterable[pa.Table]],
+    group_rows: int = GROUP_ROWS,
+    shapes: Callable[[], Iterable[pa.Table]] | None = None,
+) -> Iterator[bytes]:
     """Yield the bytes of one GeoParquet file of tables, one behind the other: the same however these are cut.
 
     A piece has some 8 MiB or more, the last one what is left: a file of a few MB is one piece.
@@ -93,24 +98,29 @@ def joined_pieces(schema: pa.Schema, tables: Callable[[], Iterable[pa.Table]]) -
         Of all of them.
     tables
         Returns them, twice the same; one at a time is in memory.
+    group_rows
+        Rows of a row group.
+    shapes
+        Returns tables of the same rows that have their geometry at least, where these are cheaper to make: then
+        ``tables`` is called once.
     """
     outline = _Outline(schema)
-    for table in tables():
-        outline.add(table)
+    for table in (tables if shapes is None else shapes)():
+        outline.add(table) if shapes is None else outline.add_shapes(table)
     sink = _Written()
     tagged = outline.tagged({})
     with pq.ParquetWriter(sink, tagged, compression="zstd") as writer:
         waiting: list[pa.Table] = []
         for table in tables():
             waiting.append(table.cast(tagged))
-            while sum(part.num_rows for part in waiting) >= GROUP_ROWS:
+            while sum(part.num_rows for part in waiting) >= group_rows:
                 rows = pa.concat_tables(waiting)
-                writer.write_table(rows.slice(0, GROUP_ROWS).combine_chunks(), row_group_size=GROUP_ROWS)
-                waiting = [rows.slice(GROUP_ROWS)]
+                writer.write_table(rows.slice(0, group_rows).combine_chunks(), row_group_size=group_rows)
+                waiting = [rows.slice(group_rows)]
                 if sink.nbytes >= PIECE_BYTES:
                     yield sink.taken()
         rows = pa.concat_tables(waiting or [tagged.empty_table()]).combine_chunks()
-        writer.write_table(rows, row_group_size=GROUP_ROWS)
+        writer.write_table(rows, row_group_size=group_rows)
     yield sink.taken()
 
 
@@ -361,6 +371,15 @@ class _Outline:
                 "tables of one schema",
                 "Bring each to RECORD_SCHEMA, or select and cast their columns alike.",
             )
+        boxes = self.add_shapes(table)
+        self.x.append((boxes[:, 0] + boxes[:, 2]) / 2)
+        self.y.append((boxes[:, 1] + boxes[:, 3]) / 2)
+        self.when.append(_microseconds(table))
+        if "id" in table.column_names:
+            self.ids += [str(v) for v in table.column("id").to_pylist()]
+
+    def add_shapes(self, table: pa.Table) -> NDArray[np.float64]:
+        """Note the geometry of a table's rows, and return their bounds, shape (row, 4)."""
         shapes = shapely.from_wkb(table.column("geometry").to_numpy(zero_copy_only=False))
         present = shapes[~shapely.is_missing(shapes)]
         self.types |= {g.geom_type + (" Z" if g.has_z else "") for g in present}
@@ -369,11 +388,7 @@ class _Outline:
         if len(known):
             self.bounds[:2] = np.minimum(self.bounds[:2], known[:, :2].min(axis=0))
             self.bounds[2:] = np.maximum(self.bounds[2:], known[:, 2:].max(axis=0))
-        self.x.append((boxes[:, 0] + boxes[:, 2]) / 2)
-        self.y.append((boxes[:, 1] + boxes[:, 3]) / 2)
-        self.when.append(_microseconds(table))
-        if "id" in table.column_names:
-            self.ids += [str(v) for v in table.column("id").to_pylist()]
+        return np.asarray(boxes, np.float64)
 
     def tagged(self, metadata: Mapping[bytes, bytes]) -> pa.Schema:
         """Return the schema with its ``geo`` entry (GeoParquet 1.1); without ``crs`` it is OGC:CRS84."""

@@ -1,0 +1,324 @@
+"""A map of what a model says equals a dull sliding window over the whole cube, whatever the blocks and workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import rasteret_dask as rd
+from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.prediction.mapstore import MapZarr
+
+
+def texture(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Give two numbers a pixel that hang on the pixel's neighbours and on its place in the chip."""
+    first = pixels[:, :, 0].mean(axis=1) if pixels.ndim == 5 else pixels[:, 0]
+    side = first.shape[-1]
+    ramp = np.linspace(0.0, 1.0, side, dtype=np.float32)
+    blurred = first + np.roll(first, 1, axis=-1) + np.roll(first, -1, axis=-2)
+    return np.stack([blurred * (1 + ramp), first * (2 - ramp[:, None])], axis=1)
+
+
+def weight_of(blend: str, side: int) -> NDArray[np.float64]:
+    if blend == "hann":
+        line = np.array([np.sin(np.pi * (i + 0.5) / side) ** 2 for i in range(side)])
+        return np.outer(line, line)
+    return np.ones((side, side))
+
+
+def dull_map(
+    chips: rd.Chips, cube: Any, grid: Any, blend: str, least: int = 1
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Slide over a cube that is in memory, chip by chip, and blend with float64: (channel, y, x), and chips a pixel."""
+    height, width = grid["shape"]
+    west, _, _, north = grid["bounds"]
+    pixel = 10.0
+    values = np.asarray(cube.values, dtype=np.float32)
+    cube_north, cube_west = float(cube.y[0]) + pixel / 2, float(cube.x[0]) - pixel / 2
+    side = chips.planned.spec.size
+    total = np.full((2, height, width), -np.inf if blend == "max" else 0.0)
+    weight, count = np.zeros((height, width)), np.zeros((height, width), dtype=np.int64)
+    nearest = np.full((height, width), np.inf)
+    weights = weight_of(blend, side)
+    for west_m, _, _, north_m in bounds_of(chips.table):
+        row, col = round((cube_north - north_m) / pixel), round((west_m - cube_west) / pixel)
+        padded = np.full((*values.shape[:2], side, side), np.nan, dtype=np.float32)
+        y0, x0 = max(row, 0), max(col, 0)
+        y1, x1 = min(row + side, values.shape[2]), min(col + side, values.shape[3])
+        if y0 < y1 and x0 < x1:
+            padded[:, :, y0 - row : y1 - row, x0 - col : x1 - col] = values[:, :, y0:y1, x0:x1]
+        valid = np.isfinite(padded).all(axis=1).sum(axis=0) >= least
+        answer = texture(np.nan_to_num(padded, nan=0.0)[None])[0].astype(np.float64)
+        top, left = round((north - north_m) / pixel), round((west_m - west) / pixel)
+        for y, x in np.argwhere(valid).tolist():
+            at = (top + y, left + x)
+            if not (0 <= at[0] < height and 0 <= at[1] < width):
+                continue
+            count[at] += 1
+            if blend == "max":
+                total[:, at[0], at[1]] = np.maximum(total[:, at[0], at[1]], answer[:, y, x])
+            elif blend == "centre":
+                distance = (y - (side - 1) / 2) ** 2 + (x - (side - 1) / 2) ** 2
+                if distance < nearest[at]:
+                    nearest[at], total[:, at[0], at[1]] = distance, answer[:, y, x]
+            else:
+                total[:, at[0], at[1]] += answer[:, y, x] * weights[y, x]
+                weight[at] += weights[y, x]
+    if blend in ("hann", "mean"):
+        total = total / np.where(count > 0, weight, 1.0)
+    total[:, count == 0] = np.nan
+    return total, count
+
+
+@pytest.fixture(scope="module")
+def optical(s2: rd.Collection) -> rd.Collection:
+    """One tile, and a pick that looks at pixels only: of chips as of a cube."""
+    return s2.where(tile="MGRS-33UVR").harmonize(["red", "nir"], time="3MS", pick="median")
+
+
+@pytest.fixture(scope="module")
+def cube(optical: rd.Collection) -> Any:
+    """The whole ground as one cube in memory: (time, band, y, x)."""
+    return optical.cube().load()
+
+
+AREA = (0.1, 0.35, 0.75, 0.7)
+
+
+def area_of(cube: Any, shares: tuple[float, float, float, float]) -> Any:
+    """Return a part of a cube's ground as a polygon in degrees."""
+    import geopandas as gpd
+    from shapely.geometry import box
+
+    left, bottom, right, top = (
+        float(v) for v in (cube.x[0] - 5, cube.y[-1] - 5, cube.x[-1] + 5, cube.y[0] + 5)
+    )
+    wide, high = right - left, top - bottom
+    w, s, e, n = shares
+    shape = box(left + w * wide, bottom + s * high, left + e * wide, bottom + n * high)
+    return gpd.GeoSeries([shape], crs=32633).to_crs(4326)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.sampled_from([16, 24, 32, 48]),
+    overlap=st.sampled_from([0.0, 0.25, 0.5]),
+    edge=st.sampled_from(["shift", "pad"]),
+    blend=st.sampled_from(["hann", "mean", "max", "centre"]),
+    block_px=st.sampled_from([None, 256]),
+    batch_size=st.sampled_from([1, 5, 16]),
+)
+def test_a_map_is_a_sliding_window_over_the_cube(
+    optical: rd.Collection,
+    cube: Any,
+    size: int,
+    overlap: float,
+    edge: Any,
+    blend: Any,
+    block_px: Any,
+    batch_size: int,
+) -> None:
+    stride = max(int(size * (1 - overlap)), 1)
+    chips = optical.chips(size, stride=stride, cover=True, edge=edge, aoi=area_of(cube, AREA))
+    plan = chips.plan_map(texture, blend=blend, batch_size=batch_size, block_px=block_px)
+    seen: Any = plan.load()
+    (grid,) = plan.explain()["grids"].values()
+    want, count = dull_map(chips, cube, grid, blend)
+    np.testing.assert_array_equal(seen["count"].values, count)
+    np.testing.assert_allclose(seen["values"].values, want, rtol=1e-6, atol=1e-6)
+    assert (seen["count"].values > 0).mean() > 0.9
+
+
+@pytest.fixture(scope="module")
+def area(optical: rd.Collection) -> rd.Chips:
+    """Chips over a whole tile: 2 x 2 blocks of 256 pixels."""
+    return optical.chips(32, stride=24, cover=True)
+
+
+@pytest.fixture(scope="module")
+def in_memory(area: rd.Chips) -> Any:
+    return area.predict(texture)
+
+
+def objects(folder: Path) -> dict[str, bytes]:
+    """Return what a store holds beside its ledger's own."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] not in ("_job", "manifest.parquet")
+    }
+
+
+def same_maps(one: Any, other: Any) -> None:
+    assert set(one.data_vars) == set(other.data_vars)
+    for name in one.data_vars:
+        np.testing.assert_allclose(one[name].values, other[name].values, rtol=1e-6, atol=1e-6)
+
+
+def test_a_store_holds_what_memory_does_whoever_writes_it(
+    area: rd.Chips, in_memory: Any, tmp_path: Path
+) -> None:
+    to = MapZarr(tmp_path / "here.zarr", block_px=256)
+    report = area.predict(texture, to=to, progress=False)
+    assert (report.committed, report.chips, report.kept) == (True, len(area), len(area))
+    same_maps(rd.open_map(to.store), in_memory)
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        there = MapZarr(tmp_path / "there.zarr", block_px=256)
+        area.predict(texture, to=there, client=client, progress=False)
+    same_maps(rd.open_map(there.store), in_memory)
+    again = area.predict(texture, to=to, progress=False)
+    assert again.shards_written == 0
+
+
+def test_a_map_opens_in_rioxarray_and_rasterio_s_words(area: rd.Chips, in_memory: Any) -> None:
+    assert in_memory.rio.crs.to_epsg() == 32633
+    left, bottom, right, top = in_memory.rio.bounds()
+    assert in_memory.rio.resolution() == (10.0, -10.0)
+    (grid,) = area.plan_map(texture).explain()["grids"].values()
+    assert [left, bottom, right, top] == grid["bounds"]
+
+
+def test_what_fails_is_all_that_a_rerun_computes(area: rd.Chips, in_memory: Any, tmp_path: Path) -> None:
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    (faults / "on").touch()
+    east = float(in_memory.x[0]) + 2700
+
+    def brittle(batch: Any) -> NDArray[Any]:
+        pixels = batch["s2"][:, 0]
+        if (faults / "on").exists() and (batch["bbox"][:, 0] > east).any():
+            raise ValueError("a fault east of here")
+        return pixels
+
+    model = rd.Model(texture, inputs=brittle, version="1")
+    to = MapZarr(tmp_path / "map.zarr", block_px=256)
+    with pytest.raises(rd.JobError, match="a fault east of here"):
+        area.predict(model, to=to, progress=False)
+    assert not (tmp_path / "map.zarr" / "zarr.json").exists()
+    with pytest.raises(rd.StoreError, match="no finished map"):
+        rd.open_map(to.store)
+    (faults / "on").unlink()
+    report = area.predict(model, to=to, progress=False)
+    assert 0 < report.shards_written < report.shards == 4
+    same_maps(rd.open_map(to.store), in_memory)
+    with pytest.raises(rd.StoreError, match="another plan"):
+        area.predict(rd.Model(texture, fill=1.0), to=to, progress=False)
+
+
+def test_classes_keep_the_highest_of_the_blended_scores(area: rd.Chips, in_memory: Any) -> None:
+    named = rd.Outputs("classes", classes={3: "bright", 7: "dark"}, colors={"dark": "#112233"})
+    seen: Any = area.predict(texture, named)
+    want = np.where(in_memory["values"].values.argmax(axis=0) == 0, 3, 7)
+    want[in_memory["count"].values == 0] = 0
+    assert seen["classes"].dtype == "uint8"
+    np.testing.assert_array_equal(seen["classes"].values, want)
+    assert seen["classes"].attrs["flag_values"] == [3, 7]
+    assert seen["classes"].rio.nodata == 0
+
+
+def test_codes_that_a_model_gives_are_votes(area: rd.Chips, tmp_path: Path) -> None:
+    def code(pixels: NDArray[Any]) -> NDArray[Any]:
+        return (pixels[:, 0] > 0.1).astype(np.int64) + 1
+
+    seen: Any = area.predict(code, rd.Outputs("classes", classes={1: "dark", 2: "bright"}), blend="mean")
+    red: Any = area.predict(lambda pixels: pixels[:, 0], "values", blend="mean")
+    there = seen["count"].values > 0
+    np.testing.assert_array_equal(
+        seen["classes"].values[there], np.where(red["values"].values[0][there] > 0.1, 2, 1)
+    )
+    with pytest.raises(rd.ModelError, match="codes of classes"):
+        area.predict(code, "classes")
+    with pytest.raises(rd.JobError, match="class 2; expected one of the codes 0, 1"):
+        area.predict(
+            code, rd.Outputs("classes", classes=["a", "b"]), to=tmp_path / "map.zarr", progress=False
+        )
+
+
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_a_model_may_give_other_pixels(optical: rd.Collection, cube: Any, factor: float) -> None:
+    """A coarser or finer output lies on a grid of its own, whose mean over pixels is that of the chips' pixels."""
+
+    def other(pixels: NDArray[Any]) -> NDArray[Any]:
+        red = pixels[:, 0]
+        if factor > 1:
+            return red.repeat(2, axis=1).repeat(2, axis=2)
+        n, side, _ = red.shape
+        return red.reshape(n, side // 2, 2, side // 2, 2).mean(axis=(2, 4))
+
+    chips = optical.chips(32, stride=16, cover=True, edge="pad", aoi=area_of(cube, (0.2, 0.4, 0.6, 0.7)))
+    seen: Any = chips.predict(rd.Model(other, version=str(factor)), blend="mean")
+    assert seen.rio.resolution() == (10 / factor, -10 / factor)
+    plain: Any = chips.predict(lambda pixels: pixels[:, 0], blend="mean")
+    fine = plain["values"][0]
+    if factor > 1:
+        want = fine.values.repeat(2, axis=0).repeat(2, axis=1)
+        np.testing.assert_allclose(seen["values"].values[0], want, rtol=1e-5)
+        return
+    inner = seen.isel(y=slice(1, -1), x=slice(1, -1))
+    for down in range(0, inner.sizes["y"], 7):
+        for across in range(0, inner.sizes["x"], 5):
+            y, x = float(inner.y[down]), float(inner.x[across])
+            four = fine.sel(y=slice(y + 10, y - 10), x=slice(x - 10, x + 10))
+            assert four.shape == (2, 2)
+            np.testing.assert_allclose(inner["values"].values[0, down, across], four.mean(), rtol=1e-5)
+
+
+def test_invalid_input_stays_invalid(s2: rd.Collection, cube: Any) -> None:
+    masked = s2.where(tile="MGRS-33UVR").harmonize(["red"], time="1MS", mask="clouds", pick="median")
+    chips = masked.chips(32, stride=24, cover=True)
+    ground: Any = masked.cube().load()
+    seen: Any = chips.predict(lambda pixels: pixels.max(axis=(1, 2)), blend="mean")
+    ground = ground.sel(x=seen.x, y=seen.y)
+    slots = np.isfinite(ground.values[:, 0]).sum(axis=0)
+    np.testing.assert_array_equal(seen["inputs"].values, slots)
+    np.testing.assert_array_equal(np.isnan(seen["values"].values[0]), slots == 0)
+    strict: Any = chips.predict(lambda pixels: pixels.max(axis=(1, 2)), blend="mean", min_inputs=2)
+    np.testing.assert_array_equal(np.isnan(strict["values"].values[0]), slots < 2)
+    assert 0 < (slots < 2).mean() < 1
+
+
+def test_what_cannot_be_a_map_is_told_before_pixels_are_read(
+    area: rd.Chips, s2: rd.Collection, cube: Any, tmp_path: Path
+) -> None:
+    def at_once(
+        model: Any, *args: Any, match: str, error: type[Exception] = rd.ModelError, **options: Any
+    ) -> None:
+        with pytest.raises(error, match=match):
+            area.predict(model, *args, to=tmp_path / "never.zarr", progress=False, **options)
+        assert not (tmp_path / "never.zarr").exists()
+
+    at_once(lambda pixels: pixels[:, :, :10], match="a square whose side divides")
+    at_once(lambda pixels: pixels[:, :, :7, :7], match="a square whose side divides the chip's 32 pixels")
+    at_once(lambda pixels: pixels @ np.zeros((5, 5)), match="float32")
+    at_once(texture, rd.Outputs("classes", classes=["a", "b", "c"]), match="3 scores")
+    at_once(lambda pixels: pixels.mean(axis=(2, 3)), match="one answer for each chip")
+    at_once(texture, blend="sum", match="'hann', 'mean'", error=rd.PlanError)
+    at_once(texture, batch_size=0, match="above 0", error=rd.PlanError)
+    with pytest.raises(rd.PlanError, match="a path that ends in"):
+        area.predict(texture, to=tmp_path / "map.png")
+    with pytest.raises(rd.PlanError, match=r"chips at one place"):
+        s2.harmonize(["red"]).chips(32, cover=True, aoi=area_of(cube, AREA)).predict(texture)
+
+
+def test_nan_for_a_valid_pixel_is_an_error_that_names_the_chip(area: rd.Chips) -> None:
+    with pytest.raises(rd.ModelError, match=r"chip 33_.*NaN from the model for [\d,]+ of 1,024 pixels"):
+        area.predict(
+            lambda pixels: np.where(pixels[:, 0] > 0.05, np.nan, pixels[:, 0]) * np.ones_like(pixels[:, 0])
+        )
+
+
+def test_a_probability_lies_between_0_and_1(area: rd.Chips) -> None:
+    with pytest.raises(rd.ModelError, match=r"probabilities from 0 to 1.*activation='softmax'"):
+        area.predict(lambda pixels: pixels * 100, "probabilities")
+    seen: Any = area.predict(rd.Model(lambda pixels: pixels * 100, activation="softmax"), "probabilities")
+    np.testing.assert_allclose(seen["probabilities"].sum("class").values, 1.0, rtol=1e-5)
