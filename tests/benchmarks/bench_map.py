@@ -108,7 +108,7 @@ def job_of(kind: Kind, side: int, url: str, folder: Path, scratch: Path, threads
         size_px=SIZE_PX,
         stride_px=STRIDE_PX,
         blend="hann",
-        store=str(scratch / "store"),
+        store=str(scratch / "store.zarr"),
         threads=threads,
     )
 

@@ -47,7 +47,7 @@ def _mapped(job: MapJob, model: Callable[[NDArray[Any]], NDArray[Any]]) -> Prepa
     def run() -> str:
         chips = _chips(job, records, job.stride_px)
         chips.predict(
-            rd.Model(model), "values", blend=job.blend, batch_size=job.batch, to=job.store, progress=False
+            rd.Model(model, version="1"), "values", blend=job.blend, batch_size=job.batch, to=job.store, progress=False
         )  # fmt: skip
         return job.store
 
