@@ -190,7 +190,12 @@ def test_several_sources_masks_times_and_columns(tmp_path: Path) -> None:
         write(tmp_path / "water" / f"p{number}.tif", water, crs, place)
         write(tmp_path / "height" / f"p{number}.tif", height, crs, place)
         want[f"p{number}"] = (fine, coarse, water, height)
-    lines = ["name,date,part,biome", "p0.tif,2021-05-01,fit,taiga", "p1,2021-06-01,check,desert", "p2,2021-07-01,fit,taiga"]
+    lines = [
+        "name,date,part,biome",
+        "p0.tif,2021-05-01,fit,taiga",
+        "p1,2021-06-01,check,desert",
+        "p2,2021-07-01,fit,taiga",
+    ]
     (tmp_path / "chips.csv").write_text("\n".join(lines))
     chips = rd.read_chips(
         tmp_path, images={"s2": "s2/*.tif", "s1": "s1/*.tif"}, masks={"water": "water/*.tif", "height": "height/*.tif"},

@@ -68,10 +68,11 @@ ORDER = {
     "training": "tensors chipbatch passes datamodule",
     "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
                 "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building chipfolder",
-    "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
+    "recipes": "lines arguments source models problems functions shapes blame assembling placement exits recipe "
+               "starting",
     "the names": "__init__",
     "demo": "world checks run",
-    "cli": "exitcodes printing options data recipes stores information trial app",
+    "cli": "exitcodes printing options data recipes stores exits information trial app",
     "the end": "__main__",
 }
 # fmt: on
