@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rasteret_dask.catalogs.catalogwrite import register
     from rasteret_dask.catalogs.signing import sign
     from rasteret_dask.chipblocks import ChipBlocks
+    from rasteret_dask.chipfolder import read_chips
     from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
     from rasteret_dask.chipset import Chips
     from rasteret_dask.collection import Collection, join, merge
@@ -160,6 +161,7 @@ __all__ = [
     "open_chips",
     "open_map",
     "picks",
+    "read_chips",
     "refresh",
     "register",
     "report",
@@ -179,6 +181,7 @@ _MODULES = {
     "catalogs.signing": "sign",
     "chipping.chiptable": "CHIP_SCHEMA",
     "chipblocks": "ChipBlocks",
+    "chipfolder": "read_chips",
     "chipset": "Chips",
     "collection": "Collection join merge",
     "compacting": "compact",

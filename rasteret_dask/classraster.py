@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.celltable import cell_texts
 from rasteret_dask.chipping.chips import below_join, chip_sources
 from rasteret_dask.chipping.drawing import plan_chips
-from rasteret_dask.chipping.frame import candidates, zone_cells
+from rasteret_dask.chipping.frame import zone_cells
 from rasteret_dask.chipping.ground import cells_under
 from rasteret_dask.chipping.splits import SplitCells
 from rasteret_dask.chipping.steps import steps_of
@@ -271,12 +271,12 @@ def _middles(node: CutChips, chips: Query) -> pa.Table:
 def _cells(node: CutChips, chips: Query) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield the split cells (row, col) that chips may lie on, zone by zone."""
     ground, spec = chip_sources(node, chips.tables), node.spec
-    reference = ground.outlines[ground.reference]
     if spec.in_cells:
+        reference = ground.outlines[ground.reference]
         yield from zone_cells(spec, reference, ground.resolution).items()
         return
     points = None if spec.at is None else as_table(chips.tables[spec.at])
-    frame = candidates(spec, reference, ground.resolution, ground.phase, points)
+    frame = ground.frame(points)
     cells = SplitCells(spec.grid.zones, spec.cell_km * 1000.0)
     links = cells_under(frame.epsg.astype(np.int64), frame.bounds, cells, "centre", None)
     for zone in np.unique(links.zone).tolist():

@@ -13,6 +13,7 @@ from rasteret_dask.crs import number
 from rasteret_dask.errors import PlanError
 from rasteret_dask.geometries.areas import as_area, as_labels, as_points, bbox_of
 from rasteret_dask.pixelreads import PixelReads
+from rasteret_dask.planning.filechips import facts_of_chips
 from rasteret_dask.planning.functions import plain
 from rasteret_dask.planning.optimize import optimize
 from rasteret_dask.planning.plan import (
@@ -245,6 +246,7 @@ class Collection(TableExits, PixelReads):
             ``max_acquisitions``. A list of edges: windows of time of each chip's own, a slot between two edges.
             Edges are lengths from the date in ``relative_to`` (``["-30D", "0D", "30D"]``), else columns of dates of
             ``chips(at=)`` (``["start", "end"]``); a window holds its first edge, not its last.
+            ``"files"``: slots as columns of the records tell, as :func:`read_chips` makes them.
             None: a chip is one acquisition.
         max_acquisitions
             The number of slots where each is one acquisition: with ``time="acquisitions"``, or with two edges, between
@@ -436,8 +438,9 @@ class Collection(TableExits, PixelReads):
             Where chips lie, one choice for all of them. ``"utm"`` (also called ``"zone"``): the fixed lattice of each
             UTM zone, and of UPS beyond 84 N and 80 S. A CRS in metres (``"EPSG:3035"``, WKT, a ``pyproj.CRS``): one
             lattice in it, from (0, 0) on. An odc-geo GridSpec: one lattice in its CRS, from its origin on, whose split
-            cells are its tiles. ``"tiles"``: the source's own tiles. An odc-geo GeoBox: from its corner on, and
-            nothing beyond it. See ``docs/grids.md``.
+            cells are its tiles. ``"tiles"``: the source's own tiles. ``"files"``: each raster of records that have a
+            column ``chip``, as :func:`read_chips` makes them. An odc-geo GeoBox: from its corner on,
+            and nothing beyond it. See ``docs/grids.md``.
         cell_km
             Side of a split cell, kilometres on the map; None: a GridSpec's tile, else 15.36.
         min_coverage
@@ -499,7 +502,7 @@ class Collection(TableExits, PixelReads):
         tables: dict[str, Table] = {}
         token = None
         if at is not None:
-            points = as_points(at)
+            points = facts_of_chips(at) if grid == "files" else as_points(at)
             token = token_of(points)
             tables[token] = points
         columns = rasterize if rasterize is None or isinstance(rasterize, str) else tuple(rasterize)

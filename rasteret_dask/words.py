@@ -28,7 +28,7 @@ Dtype: TypeAlias = Literal["float32", "uint16", "int16"]
 Choose: TypeAlias = Literal["clearest", "spread", "latest", "nearest"]
 """Which acquisitions a chip has, where there are more than it may have."""
 
-Grid: TypeAlias = Literal["utm", "zone", "tiles"]
+Grid: TypeAlias = Literal["utm", "zone", "tiles", "files"]
 """Where chips lie; a GeoBox is taken too."""
 
 Edge: TypeAlias = Literal["shift", "pad"]

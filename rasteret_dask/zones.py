@@ -34,6 +34,7 @@ __all__ = [
     "BoxGrid",
     "ChipGrid",
     "CrsGrid",
+    "FileGrid",
     "TileGrid",
     "UtmGrid",
     "Zones",
@@ -63,7 +64,7 @@ METRIC = (
     "(the world, equal area), or grid='utm'."
 )
 
-WORDS = "'utm', 'tiles', a CRS such as 'EPSG:3035', an odc-geo GridSpec, or a GeoBox with a CRS"
+WORDS = "'utm', 'tiles', 'files', a CRS such as 'EPSG:3035', an odc-geo GridSpec, or a GeoBox with a CRS"
 
 
 class Zones(Protocol):
@@ -282,6 +283,19 @@ class TileGrid:
 
 
 @dataclass(frozen=True, slots=True)
+class FileGrid:
+    """The rasters of the reference source's records: each is a window, which records of the same chip alone feed."""
+
+    def __str__(self) -> str:
+        return "files"
+
+    @property
+    def zones(self) -> Zones:
+        """The zones whose split cells decide splits."""
+        return UTM
+
+
+@dataclass(frozen=True, slots=True)
 class BoxGrid:
     """A rectangle of pixels, with chips from its north-west corner on."""
 
@@ -314,7 +328,7 @@ class BoxGrid:
         return UTM
 
 
-ChipGrid: TypeAlias = UtmGrid | CrsGrid | TileGrid | BoxGrid
+ChipGrid: TypeAlias = UtmGrid | CrsGrid | TileGrid | FileGrid | BoxGrid
 
 
 def chip_grid(value: Any) -> ChipGrid:
@@ -323,7 +337,7 @@ def chip_grid(value: Any) -> ChipGrid:
     Parameters
     ----------
     value
-        ``"utm"`` (or ``"zone"``), ``"tiles"``, a CRS in any form, an odc-geo GridSpec or GeoBox.
+        ``"utm"`` (or ``"zone"``), ``"tiles"``, ``"files"``, a CRS in any form, an odc-geo GridSpec or GeoBox.
 
     Raises
     ------
@@ -332,12 +346,14 @@ def chip_grid(value: Any) -> ChipGrid:
     PlanError
         For anything else.
     """
-    if isinstance(value, UtmGrid | CrsGrid | TileGrid | BoxGrid):
+    if isinstance(value, UtmGrid | CrsGrid | TileGrid | FileGrid | BoxGrid):
         return value
     if isinstance(value, str) and value in ("utm", "zone"):
         return UTM
     if isinstance(value, str) and value == "tiles":
         return TileGrid()
+    if isinstance(value, str) and value == "files":
+        return FileGrid()
     if all(hasattr(value, name) for name in ("crs", "transform", "shape")):
         return _box(value)
     if all(hasattr(value, name) for name in ("crs", "origin", "resolution", "tile_shape")):

@@ -38,12 +38,12 @@ ORDER = {
     "table": "assetkinds itemkinds itemcrs schema barehrefs anytable meanings records filelayouts rasteretio "
              "geoparquet export rasters layers leftassets terms facts rowgroups timing",
     "ingest": "search stacapi tablecache describe sources fileindex filelist filenames validareas stac tables files "
-              "pages order",
+              "chipnames chipfiles exported pages order",
     "planning": "functions rules names plan shares calls bandkinds bandpass sampling scan optimize pixelsizes "
-                "chiptimes meta resolve radiometry origins query recordtable",
-    "chipping": "coverage chiptable labels boxes mapground coverwindows tilelattice frame leftover distances celltable "
-                "regions feeds chipslots laying chips covering splits dealing ground strata randomwindows splittimes "
-                "rulesteps steps drawing blocks blockfiles planblocks",
+                "chiptimes meta filechips resolve radiometry origins query recordtable",
+    "chipping": "coverage chiptable labels maskfiles boxes mapground coverwindows tilelattice frame leftover distances "
+                "celltable regions feeds filewindows chipslots laying chips covering splits dealing ground strata "
+                "randomwindows splittimes rulesteps steps drawing blocks blockfiles planblocks",
     "reader": "pixelgrid levels readplan kernels sharing ranges tilecodec rasterfile layout warp placing turnedfile "
               "tilefile wants keeping engine plainhref cogreader",
     "cubes": "cube storedpixels slotgraph cubegrid lazy",
@@ -56,8 +56,9 @@ ORDER = {
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
-    "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
-                  "mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles targets predicting",
+    "prediction": "modelidentity modelinputs modelqueue modelkinds models modelsending multiscales cogtiles cogs "
+                  "outputs blending mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles "
+                  "targets predicting",
     "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
@@ -66,8 +67,9 @@ ORDER = {
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
     "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
-                "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building",
-    "recipes": "lines arguments source models problems functions shapes blame assembling placement exits recipe starting",
+                "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building chipfolder",
+    "recipes": "lines arguments source models problems functions shapes blame assembling placement exits recipe "
+               "starting",
     "the names": "__init__",
     "demo": "world checks run",
     "cli": "exitcodes printing options data recipes stores exits information trial app",
@@ -329,6 +331,7 @@ OTHER_MEANINGS = (
     "launching/request.py: 'auto'",  # memory of a worker
     "recipes/assembling.py: 'auto'",  # compression, in a recipe
     "chipping/chipslots.py: 'clearest'",  # of acquisitions by their records' cloud cover, which no pick looks at
+    "prediction/vectorwork.py: 'class'",  # a column
     "prediction/modelkinds.py: 'auto'",  # a device
     "prediction/models.py: 'auto'",
     "table/itemkinds.py: 'kelvin'",  # as STAC writes raster:bands.unit

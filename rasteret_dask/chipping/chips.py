@@ -27,12 +27,15 @@ from rasteret_dask.chipping.chiptable import (
 )
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import Feeds, source_outlines
-from rasteret_dask.chipping.frame import Frame, Phase, cell_names, frame_of, grown, outline_wkb
+from rasteret_dask.chipping.filewindows import file_windows, with_file_pixels
+from rasteret_dask.chipping.frame import Frame, Phase, candidates, cell_names, frame_of, grown, outline_wkb
 from rasteret_dask.chipping.labels import Labels
 from rasteret_dask.chipping.laying import Laid, lay
+from rasteret_dask.chipping.maskfiles import MaskFiles
 from rasteret_dask.errors import EmptyError, GridError, PlanError
 from rasteret_dask.grid import Lattice, digits
 from rasteret_dask.planning.chiptimes import Dates, dates_of
+from rasteret_dask.planning.filechips import CHIP
 from rasteret_dask.planning.meta import OF_SLOTS
 from rasteret_dask.planning.names import check_names
 from rasteret_dask.planning.pixelsizes import COARSE, pixels_m
@@ -162,6 +165,21 @@ class ChipSources:
         }
         return {why: count for why, count in (replaced | unreadable).items() if count}
 
+    def frame(self, points: pa.Table | None = None, spec: ChipSpec | None = None) -> Frame:
+        """Return the candidate windows of the plan, or of another one over the same sources.
+
+        Parameters
+        ----------
+        points
+            The table of ``at=``.
+        spec
+            The other plan's.
+        """
+        own, reference = spec or self.spec, self.outlines[self.reference]
+        if own.by_file:
+            return file_windows(own, self.sources[self.reference], reference, points)
+        return candidates(own, reference, self.resolution, self.phase, points)
+
     def lay(self, frame: Frame, points: pa.Table | None = None) -> PlannedChips:
         """Find what feeds each candidate window and keep those that every required source covers; there may be none.
 
@@ -176,7 +194,8 @@ class ChipSources:
         laid = lay(self.spec, sources, self.reference, ground, frame, self.dates(frame, points))
         table = _table(self.spec, sources, sources[self.reference].passes.platform, frame, laid)
         if points is not None:
-            table = with_columns(table, points.take(pa.array(frame.index[laid.window])))  # type: ignore[index]
+            assert frame.index is not None
+            table = _with_facts(table, points, frame.index[laid.window], self.spec)
         dropped = {why: count for why, count in laid.lost.items() if count}
         return PlannedChips(
             table, self.sources, self.reference, self.spec, None, self.resolution, self.maps, dropped,
@@ -228,12 +247,24 @@ class ChipSources:
         )  # fmt: skip
 
 
+def _with_facts(table: pa.Table, points: pa.Table, index: NDArray[np.int64], spec: ChipSpec) -> pa.Table:
+    """Return chips with the columns of the table of ``at=``; of files, the column ``split`` says their split."""
+    own = points.take(pa.array(index, mask=index < 0))
+    if not spec.by_file:
+        return with_columns(table, own)
+    if "split" in own.column_names:
+        table = replaced(table, "split", own.column("split").cast(pa.string()))
+    return with_columns(table, own.drop_columns([n for n in (CHIP, "split") if n in own.column_names]))
+
+
 def labels_of(ground: ChipSources, tables: Mapping[str, Table]) -> tuple[Labels, ...]:
     """Return the polygons of a ``chips`` step that become masks."""
     spec = ground.spec
-    if spec.labels is None or spec.rasterize is None:
+    if spec.labels is None:
         return ()
     table = as_table(tables[spec.labels])
+    if spec.rasterize is None:
+        return MaskFiles.of_table(table, ground.reference, dict(spec.classes))
     return Labels.of_columns(table, spec.rasterize, ground.reference, spec.classes, spec.radius_m)
 
 
@@ -275,7 +306,9 @@ def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
         node.spec.grid, TileGrid
     )  # the only grid that may count in degrees
     sources = [
-        source if by_tiles and n == reference else in_metres(source, f"chips(size={node.spec.size})")
+        source
+        if node.spec.by_file or (by_tiles and n == reference)
+        else in_metres(source, f"chips(size={node.spec.size})")
         for n, source in enumerate(sources)
     ]
     sources = _shared_time(sources, reference)
@@ -288,9 +321,11 @@ def chip_sources(node: CutChips, tables: Mapping[str, Table]) -> ChipSources:
             + f" {moving!r} slots: harmonize(time='1MS').",
         )  # fmt: skip
     _check_slots(node.spec, sources)
+    ground = tuple(source_outlines(s) for s in sources)
+    if node.spec.by_file:
+        sources = with_file_pixels(node.spec, sources, reference, ground)
     _check_sizes(node.spec, sources, reference)
     check_context(node.spec, [s.plan for s in sources], reference)
-    ground = tuple(source_outlines(s) for s in sources)
     return ChipSources(node.spec, tuple(sources), reference, ground, tuple(reversed(maps)))
 
 
@@ -336,7 +371,7 @@ def _shared_time(sources: list[ResolvedSource], reference: int) -> list[Resolved
         for s in sources
     ]
     axes = [s.axis for s in sources if s.axis is not None and not s.is_static]
-    spans = [axis.span for axis in axes] + [s.span for s in sources if s.chip_times is not None]
+    spans = [axis.span for axis in axes] + [s.span for s in sources if s.has_own_slots]
     composed = [s.plan.name for s in sources if s.is_static and s.plan.rules.composes]
     if not spans and (composed or all(s.axis is not None for s in sources)):
         axes = [s.axis for s in sources if s.axis is not None]
@@ -479,7 +514,7 @@ def check_context(spec: ChipSpec, sources: Sequence[SourcePlan], reference: int)
 
 def tell_of_coarse(ground: ChipSources) -> None:
     """Warn of pixels that are far larger than those they are resampled to: meant for weather, and else a slip."""
-    if ground.spec.at is None and not ground.spec.on_lattice:
+    if ground.spec.by_file or (ground.spec.at is None and not ground.spec.on_lattice):
         return
     for source in ground.sources:
         wanted = source.plan.resolution
@@ -523,7 +558,7 @@ def _table(
     n = len(frame)
     names = _acquisition_names(laid, platforms)
     columns = {
-        "chip_id": joined(frame.prefix, names),
+        "chip_id": frame.prefix if spec.by_file else joined(frame.prefix, names),
         "epsg": pa.array(frame.epsg.astype(np.int32)),
         "row": pa.array(frame.row),
         "col": pa.array(frame.col),

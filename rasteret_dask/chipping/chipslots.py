@@ -63,7 +63,7 @@ def slot_times(source: ResolvedSource, dates: Dates) -> SlotTimes | None:
     return None if windows is None else WindowTimes(*windows)
 
 
-def in_slots(source: ResolvedSource, touched: Feeds, dates: Dates) -> Feeds:
+def in_slots(source: ResolvedSource, touched: Feeds, dates: Dates, by_file: bool = False) -> Feeds:
     """Put each record that covers a part of a window in the slots that its time falls in.
 
     Where each slot is one acquisition, the slot still is the acquisition's number: :func:`chosen` chooses among them.
@@ -76,7 +76,11 @@ def in_slots(source: ResolvedSource, touched: Feeds, dates: Dates) -> Feeds:
         Records that cover a part of each window, by acquisition.
     dates
         Of each window.
+    by_file
+        Whether windows are files, whose records may say which slot they fill.
     """
+    if by_file and source.files is not None and source.files.slot is not None:
+        return _with_slot(touched, source.files.slot[touched.record])
     times = source.chip_times
     if times is None:
         assert source.axis is not None

@@ -24,7 +24,6 @@ from rasteret_dask.chipping.chips import (
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, joined
 from rasteret_dask.chipping.frame import (
     Frame,
-    candidates,
     cell_names,
     chip_cells,
     concatenated,
@@ -100,14 +99,14 @@ def plan_chosen(plan: Node, tables: Mapping[str, Table]) -> PlannedChips | None:
 
 def _chosen(ground: ChipSources, steps: Sequence[Node], tables: Mapping[str, Table]) -> PlannedChips | None:
     """Plan what is kept; None where that needs all chips."""
-    frame = None if ground.spec.in_cells else _candidates(ground, None)
+    frame = None if ground.spec.in_cells else ground.frame()
     sample = drawn(ground, steps, frame)
     if sample is not None:
         tell_of_coarse(ground)
         chips, rest = sample
         dropped = ground.dropped | dict(chips.dropped)
         return _planned(replace(chips, dropped=dropped, labels=labels_of(ground, tables)), rest, tables)
-    frame = _candidates(ground, None) if frame is None else frame
+    frame = ground.frame() if frame is None else frame
     some = sifted(frame, steps, ground)
     if not 0 < len(some) < len(frame):
         return None
@@ -128,7 +127,7 @@ def _planned(chips: PlannedChips, steps: Sequence[Node], tables: Mapping[str, Ta
 def _all_laid(ground: ChipSources, tables: Mapping[str, Table]) -> PlannedChips:
     """Make chips of all windows that every source covers."""
     points = None if ground.spec.at is None else as_table(tables[ground.spec.at])
-    frame = _candidates(ground, points)
+    frame = ground.frame(points)
     tell_of_coarse(ground)
     laid = ground.lay(frame, points)
     dropped = ground.dropped | dict(laid.dropped)
@@ -149,11 +148,6 @@ def _pays(node: CutChips, steps: Sequence[Node]) -> bool:
         if not _looks_at_one(step):
             return False
     return False
-
-
-def _candidates(ground: ChipSources, points: pa.Table | None) -> Frame:
-    reference = ground.outlines[ground.reference]
-    return candidates(ground.spec, reference, ground.resolution, ground.phase, points)
 
 
 def sifted(frame: Frame, steps: Sequence[Node], ground: ChipSources) -> Frame:

@@ -44,6 +44,7 @@ __all__ = [
     "outline_wkb",
     "zone_cells",
     "space_order",
+    "within_area",
     "zone_frame",
 ]
 
@@ -438,6 +439,11 @@ def _widest(boxes: NDArray[np.float64], epsg: NDArray[np.int64]) -> list[int]:
                 kept[count], count = box, count + 1
                 result.append(number)
     return sorted(result)
+
+
+def within_area(frame: Frame, spec: ChipSpec) -> Frame:
+    """Return the windows that lie in the plan's area of interest."""
+    return _within(frame, None if spec.aoi is None else shapely.from_wkb(bytes.fromhex(spec.aoi)))
 
 
 def _within(frame: Frame, area: Any) -> Frame:

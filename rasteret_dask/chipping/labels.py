@@ -193,7 +193,14 @@ class Labels:
         said: dict[str, Any] = {"long_name": self.column}
         return said | {"classes": ["", *self.classes]} if self.classes else said
 
-    def burned(self, bounds: NDArray[np.float64], epsg: NDArray[np.int64], size: int) -> NDArray[Any]:
+    @property
+    def what(self) -> str:
+        """What masks are made of, in a word."""
+        return "polygon"
+
+    def burned(
+        self, bounds: NDArray[np.float64], epsg: NDArray[np.int64], size: int, chips: Sequence[str] = ()
+    ) -> NDArray[Any]:
         """Return the masks of chips, shape (chip, y, x).
 
         Parameters
@@ -204,6 +211,8 @@ class Labels:
             Shape (chip,).
         size
             Side of a chip in pixels.
+        chips
+            Their ids, for masks that are files.
         """
         masks = np.full((len(bounds), size, size), self.fill, dtype=self.dtype)
         for code in np.unique(epsg).tolist():

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chipslots import chosen, in_slots, slot_times
 from rasteret_dask.chipping.coverage import Outlines
 from rasteret_dask.chipping.feeds import Feeds, WindowPasses, covered, enough, passes_in, pick
+from rasteret_dask.chipping.filewindows import file_feeds
 from rasteret_dask.chipping.frame import Frame, blocks
 from rasteret_dask.planning.chiptimes import Dates
 from rasteret_dask.planning.plan import ChipSpec
@@ -77,7 +78,10 @@ def lay(
     for first, last in _batches(block):
         some = frame.take(np.arange(first, last))
         wide = _windows(spec, sources, reference, some)
-        touched = [covered(s, o, own) for s, o, own in zip(sources, footprints, wide, strict=True)]
+        touched = [
+            file_feeds(s, some) if spec.by_file and s.files is not None else covered(s, o, own)
+            for s, o, own in zip(sources, footprints, wide, strict=True)
+        ]
         own = {column: times[first:last] for column, times in dates.items()}
         make = partial(_with_slots, own) if sources[reference].has_slots else _by_acquisition
         part = make(spec, sources, reference, footprints, some, touched)
@@ -137,7 +141,7 @@ def _with_slots(
     reference_slots = np.zeros(len(frame), dtype=np.int64)
     wide = _windows(spec, sources, reference, frame)
     for number, (source, outline, feeds) in enumerate(zip(sources, footprints, touched, strict=True)):
-        slotted = in_slots(source, feeds, dates)
+        slotted = in_slots(source, feeds, dates, spec.by_file)
         good, key, part = enough(slotted, wide[number], outline, spec.min_coverage)
         slots = int(slotted.slot.max()) + 1 if len(slotted.slot) else 1
         if source.chip_times is not None and source.chip_times.most:

@@ -194,6 +194,11 @@ def carried_out(
             return replace(chips, maps=(*chips.maps, (source, function)))
         case FilterPixels(_, rule):
             return with_rule(chips, rule)
+        case Random() if chips.spec.by_file:
+            raise PlanError(
+                "random", "chips that are files, as they are", "chips whose windows are cut out of scenes",
+                "Cut windows out of files: rd.build_from_files(files, name=...).chips(64).random(100).",
+            )  # fmt: skip
         case Random():
             places = None if step.places is None else as_table(tables[step.places])
             return random_windows(chips, step, places)

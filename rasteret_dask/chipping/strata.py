@@ -156,12 +156,22 @@ def _numbers(chips: PlannedChips, columns: Sequence[str], subject: str) -> Strat
     return Strata(tuple(columns), np.stack(parts, -1), ", ".join(columns), False)
 
 
+def _target(chips: PlannedChips, labels: Labels) -> str:
+    return f"{chips.sources[labels.source].plan.name}/{labels.name}"
+
+
 def _burned(chips: PlannedChips, labels: Labels, subject: str, most_px: int) -> Strata:
     """Return how many pixels of each class polygons burn into each chip, on so many pixels a side at most."""
     if labels.dtype.kind == "f":
         raise PlanError(
             subject, "labels of floating-point numbers", "classes: text or whole numbers",
             "Burn a column of classes.",
+        )  # fmt: skip
+    if "value" not in labels.table.column_names:
+        raise PlanError(
+            subject, "a mask of files, which planning does not read", "columns of the chip table",
+            f"Count the classes first: shares = chips.class_shares({_target(chips, labels)!r}); then "
+            "chips.with_table(shares).split(stratify=[...]) takes its columns.",
         )  # fmt: skip
     values = np.unique(labels.table.column("value").to_numpy())
     if len(values) > MOST_CLASSES:

@@ -249,7 +249,7 @@ def group_cube(
     epsg: int,
     chips: NDArray[np.int64],
     bounds: NDArray[np.float64],
-    resolution: float,
+    pixel: tuple[float, float],
 ) -> GroupCube:
     """Lay the records of a compact group out as a stackstac cube over the chips' common bounds.
 
@@ -263,8 +263,8 @@ def group_cube(
         Shape (chip,). Their numbers.
     bounds
         Shape (chip, 4), in the same order.
-    resolution
-        Pixel size of the source.
+    pixel
+        Width and height of a pixel of the source.
     """
     from stackstac.prepare import prepare_items
 
@@ -272,7 +272,7 @@ def group_cube(
         plain_items(records, {int(row): {band: Read(band) for band in bands} for row in rows}, epsg),
         assets=list(bands),
         epsg=epsg,
-        resolution=resolution,
+        resolution=pixel,
         bounds=group_box(bounds),
         snap_bounds=False,
         rescale=False,
@@ -283,7 +283,7 @@ def group_cube(
         if href is not None
     }
     grid = grid_of(spec)
-    windows = windows_of(bounds, grid, resolution).tolist()
+    windows = windows_of(bounds, grid, pixel).tolist()
     return GroupCube(
         grid, assets, {chip: Window(*own) for chip, own in zip(chips.tolist(), windows, strict=True)}
     )
@@ -295,10 +295,11 @@ def group_box(bounds: NDArray[np.float64]) -> tuple[float, float, float, float]:
     return (*low.tolist(), *high.tolist())
 
 
-def windows_of(bounds: NDArray[np.float64], grid: Grid, resolution: float) -> NDArray[np.int64]:
+def windows_of(bounds: NDArray[np.float64], grid: Grid, pixel: tuple[float, float]) -> NDArray[np.int64]:
     """Return the window of each chip in its group's cube, shape (chip, 4): row, col, height, width."""
-    offset = (bounds[:, [3, 0]] - [grid.y0, grid.x0]) / [-resolution, resolution]
-    size = (bounds[:, [3, 2]] - bounds[:, [1, 0]]) / resolution
+    width, height = pixel
+    offset = (bounds[:, [3, 0]] - [grid.y0, grid.x0]) / [-height, width]
+    size = (bounds[:, [3, 2]] - bounds[:, [1, 0]]) / [height, width]
     return np.asarray(np.rint(np.concatenate([offset, size], axis=1)), dtype=np.int64)
 
 

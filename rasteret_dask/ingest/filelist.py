@@ -21,7 +21,7 @@ from rasteret_dask.net.remote import get, is_local, join, listing, local_path, r
 from rasteret_dask.table.anytable import as_arrow
 from rasteret_dask.table.rasters import SUFFIXES
 
-__all__ = ["URLS", "FileRow", "FileRows", "call_for", "files_of"]
+__all__ = ["URLS", "FileRow", "FileRows", "call_for", "files_of", "table_at"]
 
 TABLES = (".csv", ".parquet", ".geoparquet", ".pq")
 """How the name of a table of files ends."""
@@ -82,7 +82,7 @@ def files_of(files: Any, name: str, column_map: Mapping[str, str] | None = None)
     if isinstance(files, str | os.PathLike):
         text = os.fspath(files)
         if text.partition("?")[0].lower().endswith(TABLES) and not _WILD.search(text):
-            return _from_table(_table_at(text), name, column_map, Place.of(text).url)
+            return _from_table(table_at(text), name, column_map, Place.of(text).url)
         rows = tuple(_named(text))
     elif isinstance(files, list | tuple | set | frozenset) or (
         isinstance(files, Iterator) and not hasattr(files, "__arrow_c_stream__")
@@ -255,7 +255,8 @@ def _suffixes() -> str:
     return ", ".join(SUFFIXES)
 
 
-def _table_at(text: str) -> pa.Table:
+def table_at(text: str) -> pa.Table:
+    """Return the CSV or Parquet file at a path or URL."""
     if not text.partition("?")[0].lower().endswith(".csv"):
         return read_table(text)
     try:

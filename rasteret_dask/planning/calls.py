@@ -224,7 +224,7 @@ def _cut(spec: ChipSpec, rows: TableRows) -> list[str]:
         values["grid"] = _grid(spec.grid)
     if spec.context_m:
         values["context_m"] = dict(spec.context_m)
-    if spec.classes and isinstance(spec.rasterize, tuple):
+    if spec.classes and not isinstance(spec.rasterize, str):
         values["classes"] = dict(spec.classes)
     return [str(spec.size), *_set(**values)]
 

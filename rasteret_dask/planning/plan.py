@@ -25,10 +25,11 @@ from rasteret_dask.rules.units import Units
 from rasteret_dask.rules.values import RuleValue
 from rasteret_dask.rules.values import from_json as rule_from_json
 from rasteret_dask.words import Choose, Edge
-from rasteret_dask.zones import UTM, BoxGrid, ChipGrid, CrsGrid, TileGrid, UtmGrid, chip_grid
+from rasteret_dask.zones import UTM, BoxGrid, ChipGrid, CrsGrid, FileGrid, TileGrid, UtmGrid, chip_grid
 
 __all__ = [
     "ACQUISITIONS",
+    "FILES",
     "LATER",
     "ChipSpec",
     "CutChips",
@@ -87,6 +88,8 @@ STATIC = "static"
 """``harmonize(time=)`` of what does not change: one slot that holds at any time."""
 ACQUISITIONS = "acquisitions"
 """``harmonize(time=)`` of slots that are each one acquisition, chip by chip."""
+FILES = "files"
+"""``harmonize(time=)`` of slots that columns of the records tell: ``slot``, and ``slot_start`` where all share them."""
 CHOICES = (None, "clearest", "spread", "latest", "nearest")
 MAP_STRETCH = 4.0
 """Ground below a length of a map's metres, at most, to 75 degrees: 3.4 on EPSG:6933, of equal area and true at 30."""
@@ -278,7 +281,12 @@ class ChipSpec:
     @property
     def in_rows(self) -> bool:
         """Whether windows lie in rows and columns, of a cell, a tile or a box; else at places of their own."""
-        return self.at is None and not self.drawn
+        return self.at is None and not self.drawn and not self.by_file
+
+    @property
+    def by_file(self) -> bool:
+        """Whether each window is the raster of a file."""
+        return isinstance(self.grid, FileGrid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -550,7 +558,7 @@ _NODES = {
     for c in (
         Source, Filter, Sample, Merge, Harmonize, Map, Join, CutChips, Split, Folds, FilterChips, Select,
         FilterPixels, WithTable, Random, HarmonizeSpec, ChipSpec, SplitSpec, Function, Rule, UtmGrid, CrsGrid, TileGrid,
-        BoxGrid,
+        FileGrid, BoxGrid,
     )
 }  # fmt: skip
 

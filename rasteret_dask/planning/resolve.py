@@ -26,6 +26,7 @@ from rasteret_dask.planning.bandkinds import BandKind, band_kinds, check_kernel,
 from rasteret_dask.planning.bandpass import like_oli
 from rasteret_dask.planning.calls import condition
 from rasteret_dask.planning.chiptimes import ChipTimes
+from rasteret_dask.planning.filechips import FileChips
 from rasteret_dask.planning.meta import MASKED, Meta, with_meta
 from rasteret_dask.planning.pixelsizes import alike, catalog_m, not_in_metres, pixels_m
 from rasteret_dask.planning.plan import (
@@ -121,6 +122,9 @@ class SourcePlan:
     """How many slots each chip has of its own; 0: slots are the same for all chips, or there are none."""
     meta: Meta = dataclasses.field(default=(), metadata=LATER)
     """What chips carry of each slot beside its pixels."""
+    by_file: bool = dataclasses.field(default=False, metadata=LATER)
+    """Whether a chip's pixels are as large as those of its file: its bounds, divided by their number. ``resolution``
+    then is that of the first file."""
 
     @property
     def sparse(self) -> bool:
@@ -195,10 +199,19 @@ class ResolvedSource:
     chip_times: ChipTimes | None = None
     """Which slots each chip has of its own; None: all share ``axis``, or there are no slots."""
 
+    files: FileChips | None = None
+    """Which chips its records are files of; None: nobody says."""
+
     @property
     def has_slots(self) -> bool:
         """Whether chips have slots; else each is one acquisition."""
-        return self.axis is not None or self.chip_times is not None
+        return self.axis is not None or self.has_own_slots
+
+    @property
+    def has_own_slots(self) -> bool:
+        """Whether each chip has slots of its own."""
+        by_file = self.axis is None and self.files is not None and self.files.slot is not None
+        return self.chip_times is not None or by_file
 
     @property
     def is_static(self) -> bool:
@@ -337,7 +350,11 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
             f"harmonize(time={spec.time!r}) of source {name!r}", "records that hold at any time",
             "acquisitions, each with a time of its own", "Say time='static': one slot.",
         )  # fmt: skip
-    axis = None if chip_times is not None else _axis(name, spec, members, passes)
+    files = FileChips.of(name, spec, [m.table for m in members])
+    if files is not None and files.slot is not None:
+        axis = files.axis
+    else:
+        axis = None if chip_times is not None else _axis(name, spec, members, passes)
     if axis is None and chip_times is None and rules.composes:
         raise PlanError(f"harmonize(pick={rules.pick.name!r}) of source {name!r}", "no time=: one acquisition a chip",
                         "slots with several acquisitions", "Add time=, such as time='1MS'.")  # fmt: skip
@@ -352,12 +369,13 @@ def resolve_source(name: str, members: list[MemberTable]) -> ResolvedSource:
         slots=None if axis is None else tuple(int(t) for t in axis.start.astype(np.int64)),
         maps=maps,
         kinds=kinds,
+        chip_slots=files.times if files is not None and axis is None else 0,
         meta=meta,
     )
     member = np.repeat(np.arange(len(tables)), [len(r) for r in tables])
     tolerance = _tolerance(name, spec, passes)
     return ResolvedSource(
-        plan, records, member, passes, axis, unreadable, spec.resolution is None, tolerance, chip_times
+        plan, records, member, passes, axis, unreadable, spec.resolution is None, tolerance, chip_times, files
     )
 
 

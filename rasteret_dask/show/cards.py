@@ -137,7 +137,7 @@ def chips_card(query: Query, planned: PlannedChips | None, why: str = "") -> Car
         state = Fact("chips", why or "not planned yet: len(chips) plans")
         return Card(f"Chips{size}", [state, *_steps(query)])
     rows = [*_splits(_split_counts(planned.table), planned.spec.cover), *_source_rows(planned)]
-    rows += [Fact(one.name, f"of {counted(one.table.num_rows, 'polygon')}") for one in planned.labels]
+    rows += [Fact(one.name, f"of {counted(one.table.num_rows, one.what)}") for one in planned.labels]
     if planned.pixel_rules:
         text = "; ".join(rule.words for rule in planned.pixel_rules)
         rows.append(Fact("filter_pixels", f"{text} (decided while pixels are read)"))

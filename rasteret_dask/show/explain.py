@@ -18,7 +18,7 @@ from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.covering import ground_share
 from rasteret_dask.chipping.feeds import Feeds, enough
-from rasteret_dask.chipping.frame import frame_of
+from rasteret_dask.chipping.frame import frame_of, grown
 from rasteret_dask.chipping.leftover import leftover
 from rasteret_dask.display.html import card
 from rasteret_dask.ingest.describe import CRS_TAKEN
@@ -351,7 +351,7 @@ def _pixel_shapes(chips: PlannedChips, used: Used) -> dict[str, list[list[float]
     for (source, rows), found in zip(used, chips.outlines, strict=True):
         sides = np.abs(found.transform[np.unique(found.of_record[rows])][:, [0, 4]])
         other = sides[np.abs(sides[:, 0] - sides[:, 1]) > 1e-9 * sides.max(axis=1, initial=0.0)]
-        if len(other):
+        if len(other) and not source.plan.by_file:
             result[source.plan.name] = np.unique(other, axis=0)[:MOST_SHAPES].tolist()
     return result
 
@@ -380,13 +380,19 @@ def _native_share(chips: PlannedChips) -> dict[str, dict[str, int]]:
         reach = chips.spec.reach_m(chips.resolution, resolved.plan.name)
         corner = bounds_of(chips.table)[:, [0, 3]] + np.array([-reach, reach])
         group = grids_alike(epsg, corner, (size, size))
+        if resolved.plan.by_file:
+            group = np.arange(len(epsg))
         record, chip = chips.feeds.wanted(number, group)
         transform = found.transform[found.of_record[record]]
-        shift = (corner[chip] - transform[:, [2, 5]]) / size
+        pixel = np.full((len(chip), 2), size)
+        if resolved.plan.by_file:
+            box = grown(bounds_of(chips.table), reach)[chip]
+            pixel = (box[:, 2:] - box[:, :2]) / round((chips.size_m + 2 * reach) / size)
+        shift = (corner[chip] - transform[:, [2, 5]]) / pixel
         same = np.abs(shift - np.round(shift)).max(1, initial=0.0) < ALIGNED_PX
         same &= ~_turned(resolved)[record]
         same &= epsg[chip] == found.epsg[found.of_record[record]]
-        same &= (np.abs(np.abs(transform[:, [0, 4]]) - size) < 1e-9 * size).all(axis=1)
+        same &= (np.abs(np.abs(transform[:, [0, 4]]) - pixel) < 1e-9 * pixel).all(axis=1)
         resampled = np.unique(record[~same])
         moved = resolved.records.epsg != found.epsg[found.of_record]  # the southern twin of a zone
         native = np.setdiff1d(np.unique(record), resampled)

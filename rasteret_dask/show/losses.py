@@ -22,7 +22,7 @@ from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.coverage import FULL, Outlines
 from rasteret_dask.chipping.distances import apart_m
 from rasteret_dask.chipping.feeds import Feeds, covered, enough
-from rasteret_dask.chipping.frame import Frame, candidates, concatenated, lattice_of, outline_wkb, zone_frame
+from rasteret_dask.chipping.frame import Frame, concatenated, lattice_of, outline_wkb, zone_frame
 from rasteret_dask.chipping.splits import TRAIN, SplitCells, cell_units, cells_touched, column_splits
 from rasteret_dask.chipping.steps import carried_out, steps_of
 from rasteret_dask.errors import PlanError, RasteretDaskError
@@ -59,7 +59,7 @@ from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.resolve import MemberTable, ResolvedSource, evaluate
 from rasteret_dask.planning.sampling import sample_unit
 from rasteret_dask.planning.scan import Table, as_table, filter_table, keep_whole
-from rasteret_dask.zones import BoxGrid, TileGrid
+from rasteret_dask.zones import BoxGrid, FileGrid, TileGrid
 
 __all__ = ["Spot", "Stage", "Trace", "Tracer", "covered_slots", "slot_words", "split_lines", "uncovered"]
 
@@ -335,8 +335,7 @@ def _windows_at(ground: ChipSources, tables: Mapping[str, Table], place: Spot) -
         points = _points(ground, tables)
 
         def holding(wanted: ChipSpec) -> Frame:
-            reference = ground.outlines[ground.reference]
-            return _holding(candidates(wanted, reference, ground.resolution, ground.phase, points), place)
+            return _holding(ground.frame(points, wanted), place)
 
         everywhere = holding(anywhere)
         frame = everywhere if anywhere == spec else holding(spec)
@@ -421,6 +420,8 @@ def _no_free_window(ground: ChipSources, points: pa.Table | None, place: Spot) -
     if ground.spec.cover:
         return "the place lies outside of the area that chips cover: aoi=, where records of the reference source lie"
     match ground.spec.grid:
+        case FileGrid():
+            return f"no file of {ground.sources[ground.reference].plan.name} lies there"
         case _ if points is not None:
             shapes = shapely.from_wkb(points.column("geometry").to_numpy(zero_copy_only=False))
             far = np.array([place.distance_m(shape) for shape in shapes])

@@ -53,7 +53,7 @@ from rasteret_dask.rules.picks import PICKS
 from rasteret_dask.rules.units import UNITS, Units
 from rasteret_dask.rules.values import RuleValue
 from rasteret_dask.table import geoparquet
-from rasteret_dask.zones import BoxGrid, ChipGrid, CrsGrid, TileGrid, UtmGrid
+from rasteret_dask.zones import BoxGrid, ChipGrid, CrsGrid, FileGrid, TileGrid, UtmGrid
 
 __all__ = ["recipe_text"]
 
@@ -285,6 +285,11 @@ class _Writer:
 
     def _cut(self, spec: ChipSpec) -> Table:
         table: Table = {"size": spec.size, **changes(spec, spec.plain)}
+        if spec.by_file:
+            raise PlanError(
+                "to_recipe", "chips that are files, of rd.read_chips", "chips that are cut out of scenes",
+                "Keep the plan itself: chips.save_plan(path); or call rd.read_chips in a script.",
+            )  # fmt: skip
         if "grid" in table:
             table["grid"] = _grid(spec.grid, spec.cell_km)
             if isinstance(table["grid"], dict):
@@ -455,8 +460,8 @@ def _grid(grid: ChipGrid, cell_km: float) -> Any:
     match grid:
         case UtmGrid():
             return None
-        case TileGrid():
-            return "tiles"
+        case TileGrid() | FileGrid():
+            return str(grid)
         case BoxGrid():
             box = [grid.x0, grid.y0 - grid.height * grid.pixel, grid.x0 + grid.width * grid.pixel, grid.y0]
             return {"crs": grid.crs, "bbox": box, "resolution": grid.pixel}

@@ -151,7 +151,7 @@ class _Looking:
                 for band, unit in Picking(self._job, shard, source, ()).bands_of(member)
             ]  # fmt: skip
             for group in groups(self._job, shard, source, at):
-                for row, windows in _windows(group, plan.resolution):
+                for row, windows in _windows(group):
                     for files, decode, kernel in reads:
                         key = (source, files.layout(row), windows, decode, kernel)
                         if key not in self._spots:
@@ -218,11 +218,11 @@ class _Windows(NamedTuple):
         return np.frombuffer(self.numbers, dtype=np.int64).reshape(-1, 4)
 
 
-def _windows(group: Group, resolution: float) -> Iterator[tuple[int, _Windows]]:
+def _windows(group: Group) -> Iterator[tuple[int, _Windows]]:
     """Yield each record of a group with the windows that it feeds."""
     box = group_box(group.bounds)
-    grid = Grid(group.epsg, box[0], box[3], resolution, resolution)
-    windows = windows_of(group.bounds, grid, resolution)
+    grid = Grid(group.epsg, box[0], box[3], *group.pixel)
+    windows = windows_of(group.bounds, grid, group.pixel)
     pair = _distinct(
         group.feed.row.astype(np.int64) * len(group.chips) + np.searchsorted(group.chips, group.feed.chip)
     )

@@ -153,7 +153,7 @@ def _read(result: Any, part: Callable[[Any, NDArray[np.int64] | None], Arrays], 
 def _burn(
     labels: Labels, ids: tuple[str, ...], bounds: NDArray[np.float64], epsg: NDArray[np.int64], size: int
 ) -> _Part:
-    masks = labels.burned(bounds, epsg, size)
+    masks = labels.burned(bounds, epsg, size, ids)
     return _counted(ids, masks, masks != 0)
 
 

@@ -75,6 +75,8 @@ class Group:
     bounds: NDArray[np.float64]
     """Shape (chip, 4): xmin, ymin, xmax, ymax, of ``chips``."""
     feed: Feed
+    pixel: tuple[float, float]
+    """Width and height of a pixel."""
 
 
 def groups(job: Job, shard: Shard, source: int, member: int) -> Iterator[Group]:
@@ -85,10 +87,21 @@ def groups(job: Job, shard: Shard, source: int, member: int) -> Iterator[Group]:
     chips = np.flatnonzero(np.bincount(feed.chip))
     own = slice(shard.start, shard.stop)
     bounds, epsg = job.windows(source, own), job.epsg[own]
-    for run in compact_groups(epsg[chips], bounds[chips]):
+    for run in _parts(job, source, epsg[chips], bounds[chips]):
         inside = chips[run]
         some = feed if len(inside) == len(chips) else feed.take(np.isin(feed.chip, inside))
-        yield Group(int(epsg[inside[0]]), inside, bounds[inside], some)
+        pixel = job.pixel(source, bounds[inside[0]])
+        yield Group(int(epsg[inside[0]]), inside, bounds[inside], some, pixel)
+
+
+def _parts(
+    job: Job, source: int, epsg: NDArray[np.int64], bounds: NDArray[np.float64]
+) -> Iterator[NDArray[np.int64]]:
+    """Yield compact groups of chips; those that are files each alone, as no two share a pixel grid for sure."""
+    if job.sources[source].by_file:
+        yield from np.arange(len(epsg)).reshape(-1, 1)
+    else:
+        yield from compact_groups(epsg, bounds)
 
 
 def cubes(job: Job, shard: Shard, source: int, member: int) -> MemberCubes:
@@ -100,7 +113,7 @@ def cubes(job: Job, shard: Shard, source: int, member: int) -> MemberCubes:
     made = [
         group_cube(
             records, np.unique(group.feed.row).tolist(), own.reads, group.epsg, group.chips, group.bounds,
-            plan.resolution,
+            group.pixel,
         )
         for group in parts
     ]  # fmt: skip

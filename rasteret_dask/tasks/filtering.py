@@ -125,7 +125,7 @@ def _labelled_share(job: Job, shard: Shard, source: int, dataset: xr.Dataset) ->
         if labels.name in dataset:
             masks = dataset[labels.name].values
         else:
-            masks = labels.burned(job.bounds[own], job.epsg[own], job.size_px[source])
+            masks = labels.burned(job.bounds[own], job.epsg[own], job.size_px[source], job.names(own))
         parts.append(~np.isnan(masks) if masks.dtype.kind == "f" else masks != labels.fill)
     return np.asarray(np.logical_or.reduce(parts).mean(axis=(1, 2)))
 

@@ -289,6 +289,10 @@ class Job:
         """Shape (chip, 4): xmin, ymin, xmax, ymax."""
         return bounds_of(self.chips)
 
+    def names(self, chips: slice) -> list[str]:
+        """Return the ids of some chips."""
+        return [str(name) for name in self.chips.column("chip_id")[chips].to_pylist()]
+
     def reach_m(self, source: int) -> float:
         """Return how far beyond its bounds a chip's window in a source reaches on each side."""
         return self.reaches_m[source] if self.reaches_m else 0.0
@@ -296,6 +300,14 @@ class Job:
     def windows(self, source: int, chips: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.float64]:
         """Return the windows of chips in a source, shape (chip, 4): their bounds, or wider ones around the centres."""
         return grown(self.bounds[chips], self.reach_m(source))
+
+    def pixel(self, source: int, window: NDArray[np.float64]) -> tuple[float, float]:
+        """Return the width and height of a pixel of a chip's window in a source, in units of its CRS."""
+        plan, size = self.sources[source], self.size_px[source]
+        if not plan.by_file:
+            return plan.resolution, plan.resolution
+        xmin, ymin, xmax, ymax = window.tolist()
+        return (xmax - xmin) / size, (ymax - ymin) / size
 
     @cached_property
     def epsg(self) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from rasteret_dask.chipping.celltable import Dealt
 from rasteret_dask.chipping.labels import Labels
+from rasteret_dask.chipping.maskfiles import labels_again
 from rasteret_dask.errors import RasteretDaskError, StoreError
 from rasteret_dask.formats import MEANING, PLAN
 from rasteret_dask.net import remote
@@ -207,7 +208,7 @@ def _labels_note(job: Job) -> Any:
 def _labels(notes: Any, tables: dict[str, pa.Table]) -> tuple[Labels, ...]:
     """Return what :func:`_labels_note` noted."""
     notes = [] if notes is None else notes if isinstance(notes, list) else [notes]
-    return tuple(Labels.again(tables[_labels_file(n)], note) for n, note in enumerate(notes))
+    return tuple(labels_again(tables[_labels_file(n)], note) for n, note in enumerate(notes))
 
 
 def _table(url: str, name: str, size: int, checksum: int) -> pa.Table:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from rasteret_dask.reader.kernels import BandReading, Places, band_readings, grids_alike, warn_averaged
 from rasteret_dask.tasks.job import Job
 
@@ -26,6 +28,12 @@ def warn_of_job(job: Job) -> None:
 
 def _places(job: Job, number: int) -> Places:
     """Return where a source's records are wanted: of equal grids one chip."""
-    corner, pixel = job.windows(number)[:, [0, 3]], (job.sources[number].resolution,) * 2
+    windows = job.windows(number)
+    first = windows[0] if len(windows) else np.array([0.0, 0.0, 1.0, 1.0])
+    corner, pixel = windows[:, [0, 3]], job.pixel(number, first)
     row, chip = job.feeds.wanted(number, grids_alike(job.epsg, corner, pixel))
+    if job.sources[number].by_file:  # pixels of files differ in size: told of those with the first one's
+        sides = windows[chip, 2:] - windows[chip, :2]
+        alike = np.isclose(sides, first[2:] - first[:2], rtol=1e-9).all(axis=1)
+        row, chip = row[alike], chip[alike]
     return Places(row, job.members[number][row], job.epsg[chip], corner[chip], pixel)

@@ -85,7 +85,7 @@ def dataset_of(job: Job, shard: Shard, source: int, chips: ChipPixels) -> xr.Dat
         variables["valid"] = (("chip", "time", "y", "x"), chips.valid)
     own = slice(shard.start, shard.stop)
     for labels in job.labels_on(source):
-        masks = labels.burned(job.bounds[own], job.epsg[own], job.size_px[source])
+        masks = labels.burned(job.bounds[own], job.epsg[own], job.size_px[source], job.names(own))
         variables[labels.name] = (("chip", "y", "x"), masks)
     coordinates: dict[str, Any] = {
         **chip_coordinates(job, shard),
