@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from rasteret_dask.errors import PlanError
 from rasteret_dask.prediction.mapgrid import BLOCK_SIDES, MapBlock, MapGrid, blocks_of
 from rasteret_dask.prediction.multiscales import geozarr_attributes
 from rasteret_dask.prediction.outputs import ModelOutput
-from rasteret_dask.store.encode import Piece, compressors
+from rasteret_dask.store.encode import Encoding, Piece, compressors
 from rasteret_dask.store.ledger import Maker, whole
 from rasteret_dask.store.unitruns import Visible
 
@@ -188,9 +189,9 @@ class StoreLayout:
     ) -> Iterator[tuple[str, Sequence[Piece]]]:
         """Yield path and bytes of the object of each array of a block; none where all of it is fill."""
         for name, (dtype, front, fill) in self.arrays.items():
-            data = _encoded(arrays[name], dtype, self._shapes(front), fill)
-            if data is not None:
-                yield self._place(block.grid, name, front, block.row, block.col), [data]
+            pieces = _encoded(arrays[name], dtype, self._shapes(front), fill)
+            if pieces:
+                yield self._place(block.grid, name, front, block.row, block.col), pieces
 
     def _place(self, grid: int, name: str, front: int, row: int, col: int) -> str:
         return f"{self.path(grid, name)}/c/{'0/' if front else ''}{row}/{col}"
@@ -217,19 +218,40 @@ def empty_blocks(grids: Sequence[MapGrid], blocks: Sequence[MapBlock], block_px:
 
 def _encoded(
     values: NDArray[Any], dtype: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], fill: Any
-) -> bytes | None:
-    """Return the object of a block, as zarr-python makes it in memory; None where all of it is fill."""
+) -> Sequence[Piece]:
+    """Return the pieces of a block's object, none where all of it is fill.
+
+    A shard is its chunks one after another, row by row, whatever the number of axes: so chunks are encoded as those of
+    an array with one axis of chunks.
+    """
+    chunk, shard = shapes
+    side, block = chunk[-1], shard[-1]
+    values = values.reshape(-1, *values.shape[-2:])
+    padded = np.full((len(values), block, block), fill, dtype=dtype)
+    padded[:, : values.shape[1], : values.shape[2]] = values
+    count = block // side
+    tiles = padded.reshape(len(values), count, side, count, side).transpose(0, 1, 3, 2, 4)
+    flat = np.ascontiguousarray(tiles).reshape(-1, side, side)
+    return _encoding(len(flat), side, dtype, None if np.isnan(fill) else int(fill)).encode(flat)
+
+
+@lru_cache(maxsize=32)
+def _encoding(chunks: int, side: int, dtype: str, fill: int | None) -> Encoding:
+    """Return how an object of so many chunks is encoded: as zarr-python writes it down."""
     import zarr
     from zarr.storage import MemoryStore
 
-    (chunk, shard), store = shapes, MemoryStore()
-    array = zarr.create_array(
-        store, shape=shard, dtype=dtype, chunks=chunk, shards=shard, fill_value=fill,
+    store = MemoryStore()
+    zarr.create_array(
+        store,
+        shape=(chunks, side, side),
+        dtype=dtype,
+        chunks=(1, side, side),
+        shards=(chunks, side, side),
+        fill_value=np.nan if fill is None else fill,
         compressors=compressors("auto", dtype),
-    )  # fmt: skip
-    array[..., : values.shape[-2], : values.shape[-1]] = values
-    data = [buffer for path, buffer in store._store_dict.items() if path != "zarr.json"]
-    return data[0].to_bytes() if data else None
+    )
+    return Encoding.of(store._store_dict["zarr.json"].to_bytes(), "a block of a map")
 
 
 def consolidate(store: MemoryStore) -> None:
