@@ -469,7 +469,8 @@ def test_own_embeddings_join_as_a_source(chips: rd.Chips, s2: rd.Collection, tmp
     assert ours.bands == ("e0", "e1", "e2")
     red = s2.harmonize(["red"], time="1MS")
     loaded = rd.join(red=red, ours=ours.harmonize()).chips(32, cell_km=0.96).load()
-    pixels = loaded["ours"]["pixels"]
+    assert isinstance(loaded, xr.DataTree)
+    pixels = loaded["ours"].to_dataset()["pixels"]
     assert pixels.shape[1:] == (1, 3, 1, 1)
     want = dict(zip(vectors_of["chip_id"].to_pylist(), vectors_of["vector"].to_pylist(), strict=True))
     assert len(pixels) > 20
