@@ -334,7 +334,8 @@ class ChipBlocks(Generic[ChipsT]):
         """Say what the job will do, before anything is read.
 
         Of more than 100,000 chips, chips, splits, shards and bytes to write are counted; what is read, and how long
-        that takes, is estimated from blocks that hold some 100,000, evenly taken. ``client`` says what this process
+        that takes, is estimated from blocks that hold some 100,000, evenly taken. How much of the ground lies in a chip
+        is not computed: ``["ground"]`` is None. ``client`` says what this process
         takes, beside its imports and the records.
 
         Parameters

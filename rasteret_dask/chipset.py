@@ -545,8 +545,8 @@ class Chips(ChipExits, ModelExits, ScoreExits):
         Raises
         ------
         PlanError
-            When a step needs chips of other blocks (a buffer between splits, a sample, a user's table), the grid is not
-            UTM's or one of a CRS, or no chip is left.
+            When a step needs chips of other blocks (a buffer between splits, a sample, a user's table), chips cover an
+            area (``cover=True``), the grid is not UTM's or one of a CRS, or no chip is left.
         StoreError
             When the folder holds something else.
 
@@ -712,9 +712,10 @@ class Chips(ChipExits, ModelExits, ScoreExits):
         probe: bool = False,
         rate: str | float | JobReport | None = None,
     ) -> Explanation:
-        """Say what the job will do, before anything is read.
+        """Say what the job will do, before anything is read, and how much of the ground lies in a chip.
 
-        With ``probe`` or ``rate`` it also estimates the time and the hours of all workers together, which
+        ``["ground"]`` has the share of the ground that the plan asks for: what of the area (``aoi``, a GeoBox; else
+        everywhere) the reference source's records lie on. With ``probe`` or ``rate`` it also estimates the time and the hours of all workers together, which
         :attr:`Explanation.usage` brings to a price.
 
         Parameters

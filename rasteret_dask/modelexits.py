@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal, overload
 
 from rasteret_dask.net.clusters import ClientLike
@@ -10,6 +11,7 @@ from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import xarray as xr
 
     from rasteret_dask.prediction.blending import Blend
@@ -31,8 +33,8 @@ class ModelExits:
         self: HasJob,
         model: ModelLike,
         outputs: OutputsLike = "values",
-        to: None = None,
         *,
+        to: None = None,
         blend: Blend = "hann",
         batch_size: int = 16,
         min_inputs: int = 1,
@@ -62,8 +64,8 @@ class ModelExits:
         self: HasJob,
         model: ModelLike,
         outputs: OutputsLike = "values",
-        to: Target | None = None,
         *,
+        to: Target | None = None,
         blend: Blend = "hann",
         batch_size: int = 16,
         min_inputs: int = 1,
@@ -147,6 +149,107 @@ class ModelExits:
         with begun(limits) as bounds:
             options = MapOptions(blend, batch_size, min_inputs, on_error)
             return predicted(self, model, outputs, options, to, client, progress, bounds)
+
+    @overload
+    def embed(
+        self: HasJob,
+        model: ModelLike,
+        to: None = None,
+        *,
+        batch_size: int = 16,
+        client: ClientLike = None,
+        progress: bool = True,
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+    ) -> pa.Table: ...
+
+    @overload
+    def embed(
+        self: HasJob,
+        model: ModelLike,
+        to: str | os.PathLike[str],
+        *,
+        batch_size: int = 16,
+        client: ClientLike = None,
+        progress: bool = True,
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport: ...
+
+    def embed(
+        self: HasJob,
+        model: ModelLike,
+        to: str | os.PathLike[str] | None = None,
+        *,
+        batch_size: int = 16,
+        client: ClientLike = None,
+        progress: bool = True,
+        on_error: OnError = "raise",
+        limits: RunLimits = NO_LIMITS,
+    ) -> JobReport | pa.Table:
+        """Run a model that gives a vector a chip, and write the vectors as one GeoParquet file.
+
+        The file has a row a chip: ``chip_id``, ``geometry`` (WKB, lon/lat), ``bbox``, ``datetime`` of its acquisition
+        or ``start_datetime`` and ``end_datetime`` of its slots, ``split``, your columns, and ``vector`` (float32),
+        which is null for chips without a valid pixel. Chips that ``filter_pixels`` drops are left out. The file is
+        there once it is whole: until then the folder ``<to>.job`` holds its parts, and a rerun does what is missing.
+
+        Parameters
+        ----------
+        model
+            As of :meth:`predict`. It gives (chip, k).
+        to
+            A path or URL that ends in ``.parquet``. None: the table is returned.
+        batch_size, client, progress, on_error, limits
+            As of :meth:`predict`.
+
+        Returns
+        -------
+        JobReport
+            What was written and what it took; with ``to=None`` a ``pyarrow.Table``.
+
+        Raises
+        ------
+        ModelError
+            When the model cannot be loaded, raises, gives numbers for pixels, or NaN for a chip with valid pixels.
+        PlanError
+            When a column of yours has the name of one of the table's.
+        StoreError
+            When something else lies there.
+        JobError
+            When shards failed; the others are written, and a rerun does only those.
+        IncompleteError
+            When ``limits.max_time`` is over before all shards are written; a rerun does the rest.
+
+        Examples
+        --------
+        >>> def encoder(pixels):  # (chip, time, band, y, x) -> (chip, 4)
+        ...     return pixels.reshape(len(pixels), 4, -1).mean(axis=2)
+        >>> report = chips.embed(encoder, to="embeddings.parquet", progress=False)
+        >>> import duckdb
+        >>> vectors = duckdb.sql("select chip_id, vector::float[4] v from 'embeddings.parquet' where v is not null")
+        >>> alike = duckdb.sql(
+        ...     "select a.chip_id, b.chip_id, array_cosine_similarity(a.v, b.v) alike from vectors a, vectors b "
+        ...     "where a.chip_id < b.chip_id order by alike desc limit 3"
+        ... )
+        >>> len(alike.fetchall())
+        3
+
+        As a source like AlphaEarth's: a map whose pixels are as large as chips, joined with anything else.
+
+        >>> report = chips.predict(encoder, to="embeddings.tif", progress=False)
+        >>> ours = rd.build_from_files("embeddings.tif", name="ours", static=True)
+        >>> both = rd.join(s2=collection.harmonize(["red"], time="1MS"), ours=ours.harmonize())
+        >>> sorted(both.chips(32, cell_km=0.96).sample(2).load().children)
+        ['ours', 's2']
+        """
+        from rasteret_dask.prediction.planmap import MapOptions
+        from rasteret_dask.prediction.predicting import embedded
+        from rasteret_dask.store.limits import begun
+
+        with begun(limits) as bounds:
+            options = MapOptions(batch_size=batch_size, on_error=on_error)
+            return embedded(self, model, options, to, client, progress, bounds)
 
     def plan_map(
         self: HasJob,

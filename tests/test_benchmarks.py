@@ -17,11 +17,16 @@ from numpy.typing import NDArray
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import contender
 import lines
+import maps
 import nginx
 import readme_by_hand
-from jobs import ReadmeJob, read_job
+from jobs import MapJob, ReadmeJob, read_job
 from readme_plan import Source
 
+AREA = MapJob(
+    name="map", items="", table="", folder="", bands=("a", "b"), epsg=32633, resolution=10.0,
+    box=(0.0, 0.0, 260.0, 200.0), size_px=8, stride_px=6, blend="mean", batch=5,
+)  # fmt: skip
 JOB = ReadmeJob(
     name="J4",
     items="",
@@ -119,3 +124,44 @@ def test_chips_by_hand_are_masked_then_filled(tmp_path: Path, dtype: str) -> Non
     valid = np.asarray(written["embeddings/valid"][:])
     assert valid.sum() == valid.size - 1
     assert not valid[1, 0, 3, 3]
+
+
+# A model over an area
+
+
+def test_a_map_s_job_comes_back_from_its_file(tmp_path: Path) -> None:
+    assert read_job(AREA.write(tmp_path / "job.json")) == AREA
+
+
+@pytest.mark.parametrize("blend", ["mean", "hann", "centre"])
+def test_windows_of_a_pixelwise_model_blend_to_the_model_of_the_whole(blend: str) -> None:
+    """Whatever the weights: windows agree where they overlap."""
+    job = AREA.replace(blend=blend)
+    cube = np.random.default_rng(0).random((2, *job.shape), np.float32)
+    made = maps.slide(job, cube, lambda pixels: pixels.mean(1, keepdims=True))
+    np.testing.assert_allclose(made, cube.mean(0), rtol=1e-6)
+
+
+def test_a_window_gives_the_pixels_that_are_nearest_to_its_middle() -> None:
+    job = AREA.replace(blend="centre")
+    numbers = iter(range(1000))
+    made = maps.slide(job, np.zeros((2, *job.shape)), lambda pixels: np.stack(
+        [np.full((1, 8, 8), next(numbers)) for _ in pixels]
+    ))  # fmt: skip
+    middles = np.array(maps.corners(job)) + 3.5
+    for (y, x), window in np.ndenumerate(made):
+        away = np.abs(middles - (y, x))
+        assert away[int(window)].tolist() <= [away[:, 0].min(), away[:, 1].min()]
+
+
+def test_the_score_of_a_window_is_a_mean_of_three_by_three() -> None:
+    pixels = np.random.default_rng(0).integers(0, 12_000, (2, 4, 5, 6), np.uint16)
+    line = np.tensordot(np.array(maps.WEIGHTS, float), pixels.astype(float), (0, 1))
+    wide = np.pad(line, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    expected = sum(wide[:, y : y + 5, x : x + 6] for y in range(3) for x in range(3)) / 9
+    np.testing.assert_allclose(maps.score(pixels)[:, 0], expected, rtol=1e-5)
+
+
+def test_windows_that_do_not_end_at_the_edges_are_refused() -> None:
+    with pytest.raises(SystemExit, match="do not end"):
+        maps.corners(AREA.replace(stride_px=7))

@@ -33,8 +33,10 @@ def examples() -> Iterator[tuple[str, str]]:
 
 def follow(run: Run, folder: Path) -> None:
     """Run all commands in a folder and compare what each answers."""
-    (recipe,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    (recipe,) = re.findall(r"```toml\n((?!# \w+\.toml\n).*?)```", PAGE, re.DOTALL)
     (folder / "train.toml").write_text(recipe)
+    for text, name in re.findall(r"```(?:toml|python)\n(# (\w+\.(?:toml|py))\n.*?)```", PAGE, re.DOTALL):
+        (folder / name).write_text(text)
     checker, flags = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     for command, answer in examples():
         shown = run(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -447,3 +448,22 @@ def test_a_geobox_that_chips_do_not_fill_is_covered_and_put_together(s2: rd.Coll
             part = made[row : row + 40, col : col + 40]
             part[:] = chip[: part.shape[0], : part.shape[1]]
         np.testing.assert_array_equal(made, cube)
+
+
+def test_a_recipe_says_it_too(s2: rd.Collection, tmp_path: Path) -> None:
+    chips = s2.harmonize(["red"]).chips(40, stride=30, cover=True, edge="pad")
+    text = chips.to_recipe(tmp_path / "map.toml")
+    assert {"cover = true", 'edge = "pad"'} <= set(text.splitlines())
+    assert "min_coverage" not in text
+    again = rd.load_recipe(tmp_path / "map.toml").chips()
+    assert again.table["chip_id"].to_pylist() == chips.table["chip_id"].to_pylist()
+    (tmp_path / "map.toml").write_text(text + "\n[split]\ntrain = 0.8\ntest = 0.2\n")
+    with pytest.raises(rd.RasteretDaskError, match="whose windows overlap across split cells"):
+        rd.load_recipe(tmp_path / "map.toml").chips()
+
+
+def test_why_a_place_has_no_chip_that_covers() -> None:
+    own = records_of([SCENE])
+    chips = own.chips(64, stride=48, cover=True)
+    assert len(chips.why(lon=15.02, lat=48.74).chips) >= 1
+    assert "outside of the area that chips cover" in str(chips.why(lon=15.2, lat=48.74))

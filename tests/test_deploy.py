@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 import typer
 import yaml
@@ -341,6 +342,29 @@ def test_the_job_runs_on_the_operator_s_cluster(tmp_path: Path) -> None:
     assert placement is not None
     assert placement.place == address
     assert placement.runs_already
+
+
+@needs_kubectl
+@pytest.mark.parametrize("base", ["cluster", "batch"])
+def test_workers_with_a_gpu_declare_what_parts_of_maps_are_sent_to(base: str, tmp_path: Path) -> None:
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    overlay = tmp_path / "kubernetes" / "overlays" / "maps"
+    overlay.mkdir()
+    (overlay / "kustomization.yaml").write_text(
+        f"resources: [../../base/{base}]\ncomponents: [../../components/gpu-workers]\n"
+    )
+    done = subprocess.run(["kubectl", "kustomize", overlay], capture_output=True, text=True, check=True)
+    (document,) = (one for one in documents(done.stdout) if one["kind"] in ("DaskCluster", "DaskJob"))
+    assert problems(document) == []
+    spec = ours(document)["worker"]["spec"]
+    (worker,) = spec["containers"]
+    assert {worker["resources"][kind]["nvidia.com/gpu"] for kind in ("requests", "limits")} == {"1"}
+    assert [one["key"] for one in spec["tolerations"]] == ["nvidia.com/gpu"]
+    config = dask.config.collect_env(environment(worker))
+    assert config["distributed"]["worker"]["resources"] == {
+        "GPU": options("worker", worker["args"])["nthreads"]
+    }
+    assert "nvidia.com/gpu" not in str(ours(document)["scheduler"])
 
 
 @pytest.mark.parametrize("document", [job(), cron()], ids=lambda one: str(one["kind"]))

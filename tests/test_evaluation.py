@@ -689,6 +689,7 @@ def test_mistakes_are_told_before_anything_is_read(
         (array, "mask", {"splits": 3}, rd.PlanError, "a int"),
         (array, "mask", {"splits": pa.table({"split": ["train"]})}, rd.SchemaError, "without column chip_id"),
         (array, "mask", {"regions": "state"}, rd.PlanError, "a column of the chip table"),
+        (array, "mask", {"regions": fields_of(one_zone)}, rd.PlanError, r"evaluate\(regions=\).*2 columns"),
         (tmp_path / "none.zarr", "mask", {}, rd.StoreError, "nothing at"),
         (tmp_path, "mask", {}, rd.GridError, "no axes"),
         (7, "mask", {}, rd.PlanError, "a int"),
@@ -735,3 +736,47 @@ def test_scores_follow_their_definitions(classes: int, data: st.DataObject) -> N
     for k, iou in enumerate(class_scores(matrix)["iou"]):
         whole = matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]
         assert iou == (matrix[k, k] / whole if whole else None)
+
+
+# From predict
+
+
+def scores_of(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Return a score for each of three classes, of pixels (chip, band, y, x)."""
+    red, nir = np.clip(np.nan_to_num(pixels[:, 0]), 0, 1), np.clip(np.nan_to_num(pixels[:, 1]), 0, 1)
+    scores = np.stack([red * 6, nir * 2, 0.5 + 0 * red], 1)
+    share: NDArray[Any] = scores / scores.sum(axis=1, keepdims=True)
+    return share
+
+
+def test_maps_of_predict_are_read_by_the_names_of_their_classes(s2: rd.Collection, tmp_path: Path) -> None:
+    scenes = s2.harmonize(["red", "nir"], time="3MS")
+    fields = fields_of(scenes.chips(SIZE, cell_km=0.64))
+    chips = scenes.chips(SIZE, cell_km=0.64, labels=fields, rasterize="crop", classes=CROPS).sample(20)
+    names = {7: "oats", 3: "wheat", 5: "maize"}  # other numbers, in another order, than the mask's
+    loaded: Any = chips.load()
+    pixels, valid = loaded["pixels"].values[:, 0], np.isfinite(loaded["pixels"].values[:, 0]).all(axis=1)
+    codes = np.array([CROPS.index(name) + 1 for name in names.values()])
+    guess = codes[np.argmax(scores_of(pixels.astype(np.float32)), axis=1)]
+    mask = loaded["mask"].values
+    expected = Counter(
+        zip(mask[(mask != 0) & valid].tolist(), guess[(mask != 0) & valid].tolist(), strict=True)
+    )
+    classes, likely = rd.Outputs("classes", classes=names), rd.Outputs("probabilities", classes=names)
+    for outputs, to in (
+        (classes, "map.zarr"),
+        (likely, "likely.zarr"),
+        (classes, "map.tif"),
+        (likely, "likely.tif"),
+    ):
+        chips.predict(scores_of, outputs, to=tmp_path / to, progress=False)
+        found = chips.evaluate(tmp_path / to, "mask", progress=False)
+        assert found.note.nearest == 0
+        assert found.left_out["unpredicted"] == 0
+        assert found.left_out["invalid"] == ((mask != 0) & ~valid).sum()
+        assert {k: v for k, v in found.classes.items() if k in (1, 2, 3)} == dict(enumerate(CROPS, 1))
+        for (true, other), count in expected.items():
+            assert found.confusion.values[true - 1, other - 1] == count, to
+    found = chips.evaluate(chips.predict(scores_of, classes, progress=False), "mask", progress=False)
+    assert found.confusion.values.sum() == expected.total()
+    assert found.confusion.sel(truth="oats", predicted="maize") == expected[3, 2]

@@ -36,7 +36,7 @@ from rasteret_dask.exports.geotiff import (
     wants_validity,
 )
 from rasteret_dask.exports.sheets import MaskSheet, SourceSheet
-from rasteret_dask.exports.stacitems import _box
+from rasteret_dask.exports.stacitems import _box, json_value
 
 OF_RUNS = ("_job", "manifest.parquet")
 """What tells of a run: times and processes."""
@@ -207,6 +207,60 @@ def test_what_filter_pixels_drops_is_counted_and_not_written(s2: rd.Collection, 
     check(chips, tmp_path)
 
 
+def saturated(pixels: xr.DataArray) -> xr.DataArray:
+    """Give many valid pixels the number that stands for nodata."""
+    return pixels.where(pixels < 600, 65535).astype("uint16")
+
+
+@pytest.mark.parametrize("time", ["1MS", "3MS"])
+def test_validity_is_kept_where_nodata_cannot_say_it(s2: rd.Collection, tmp_path: Path, time: str) -> None:
+    chips = s2.harmonize(["red"], time=time, mask="clouds", dtype="uint16").map(saturated)
+    some = chips.chips(32, cell_km=0.96).sample(8)
+    some.to_geotiff(tmp_path, progress=False)
+    check(some, tmp_path)
+    beside = [item for item in items(tmp_path).values() if "s2_valid" in item.assets]
+    assert bool(beside) == (time == "1MS")
+
+
+def test_a_grown_store_and_two_stores_leave_as_one(s2: rd.Collection, tmp_path: Path) -> None:
+    plan = s2.harmonize(["red"], time="3MS", dtype="uint16").chips(16, cell_km=0.96)
+    chips = plan.split(train=0.5, val=0.5, seed=2).sample(4, by="split")
+    chips.to_geotiff(tmp_path / "whole", progress=False)
+    for split in ("train", "val"):
+        chips.select(split).to_zarr(tmp_path / split, progress=False)
+        chips.select(split).to_zarr(tmp_path / "grown", progress=False, append=True)
+    want = files(tmp_path / "whole")
+    want.pop("collection.json")
+    for name, stores in (("grown", tmp_path / "grown"), ("two", [tmp_path / "train", tmp_path / "val"])):
+        rd.open_chips(stores).to_geotiff(tmp_path / f"{name}-tifs", progress=False)
+        mine = files(tmp_path / f"{name}-tifs")
+        mine.pop("collection.json")
+        assert mine == want
+
+
+def test_a_run_that_could_not_read_goes_on_with_another_on_error(small: rd.Chips, tmp_path: Path) -> None:
+    small.to_geotiff(tmp_path, progress=False)
+    assert small.to_geotiff(tmp_path, progress=False, on_error="mask").shards_written == 0
+
+
+def test_no_chips_are_no_folder(small: rd.Chips, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no chip"):
+        small.filter("ymax", ">", 1e12).to_geotiff(tmp_path / "none", progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_labels_become_json() -> None:
+    values = [
+        np.float32("nan"),
+        np.datetime64("2024-04-09T10:04:05.250"),
+        np.datetime64("NaT"),
+        np.int16(3),
+        "",
+        True,
+    ]
+    assert [json_value(value) for value in values] == [None, "2024-04-09T10:04:05.25Z", None, 3, "", True]
+
+
 @settings(max_examples=8)
 @given(data=st.data())
 def test_whatever_is_missing_a_rerun_gives_the_same_bytes(
@@ -330,6 +384,11 @@ def test_names_that_would_clash_are_refused(s2: rd.Collection, tmp_path: Path) -
     with pytest.raises(PlanError, match="both be called"):
         check_clashes("to_geotiff", ["b", "a_b"], ["c", "c_a"])
     check_clashes("to_geotiff", ["b", "a_b"], ["c", "d"])
+    with pytest.raises(PlanError, match="two of its sources, masks and their validity called 'mask'"):
+        check_clashes("to_geotiff", ["mask", "mask"], [])
+    beside = rd.join(s2=one, s2_valid=one).chips(16, cell_km=0.96).sample(2)
+    with pytest.raises(PlanError, match="names that differ"):
+        beside.to_webdataset(tmp_path, progress=False)
     with pytest.raises(PlanError, match="on_error"):
         one.chips(16, cell_km=0.96).sample(2).to_geotiff(tmp_path, progress=False, on_error="skip")  # type: ignore[arg-type]
 

@@ -56,8 +56,9 @@ ORDER = {
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
-    "prediction": "modelidentity modelinputs modelqueue modelkinds models multiscales cogtiles cogs outputs blending "
-                  "mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles targets predicting",
+    "prediction": "modelidentity modelinputs modelqueue modelkinds models modelsending multiscales cogtiles cogs "
+                  "outputs blending mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles "
+                  "targets predicting",
     "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "
@@ -67,10 +68,11 @@ ORDER = {
     "training": "tensors chipbatch passes datamodule",
     "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
                 "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building chipfolder",
-    "recipes": "lines arguments source models problems functions shapes blame assembling placement recipe starting",
+    "recipes": "lines arguments source models problems functions shapes blame assembling placement exits recipe "
+               "starting",
     "the names": "__init__",
     "demo": "world checks run",
-    "cli": "exitcodes printing options data recipes stores information trial app",
+    "cli": "exitcodes printing options data recipes stores exits information trial app",
     "the end": "__main__",
 }
 # fmt: on
@@ -329,6 +331,7 @@ OTHER_MEANINGS = (
     "launching/request.py: 'auto'",  # memory of a worker
     "recipes/assembling.py: 'auto'",  # compression, in a recipe
     "chipping/chipslots.py: 'clearest'",  # of acquisitions by their records' cloud cover, which no pick looks at
+    "prediction/vectorwork.py: 'class'",  # a column
     "prediction/modelkinds.py: 'auto'",  # a device
     "prediction/models.py: 'auto'",
     "table/itemkinds.py: 'kelvin'",  # as STAC writes raster:bands.unit

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
+from distributed import Client, LocalCluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import rasteret_dask as rd
 from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.prediction.mapstore import MapZarr
 
 
 def texture(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -26,7 +30,7 @@ def texture(pixels: NDArray[Any]) -> NDArray[Any]:
 def weight_of(blend: str, side: int) -> NDArray[np.float64]:
     if blend == "hann":
         line = np.array([np.sin(np.pi * (i + 0.5) / side) ** 2 for i in range(side)])
-        return line[:, None] * line[None, :]
+        return np.outer(line, line)
     return np.ones((side, side))
 
 
@@ -131,3 +135,257 @@ def test_a_map_is_a_sliding_window_over_the_cube(
     np.testing.assert_array_equal(seen["count"].values, count)
     np.testing.assert_allclose(seen["values"].values, want, rtol=1e-6, atol=1e-6)
     assert (seen["count"].values > 0).mean() > 0.9
+
+
+@pytest.fixture(scope="module")
+def area(optical: rd.Collection) -> rd.Chips:
+    """Chips over a whole tile: 2 x 2 blocks of 256 pixels."""
+    return optical.chips(32, stride=24, cover=True)
+
+
+@pytest.fixture(scope="module")
+def in_memory(area: rd.Chips) -> Any:
+    return area.predict(texture)
+
+
+def objects(folder: Path) -> dict[str, bytes]:
+    """Return what a store holds beside its ledger's own."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] not in ("_job", "manifest.parquet")
+    }
+
+
+def same_maps(one: Any, other: Any) -> None:
+    assert set(one.data_vars) == set(other.data_vars)
+    for name in one.data_vars:
+        np.testing.assert_allclose(one[name].values, other[name].values, rtol=1e-6, atol=1e-6)
+
+
+def test_a_store_holds_what_memory_does_whoever_writes_it(
+    area: rd.Chips, in_memory: Any, tmp_path: Path
+) -> None:
+    to = MapZarr(tmp_path / "here.zarr", block_px=256)
+    report = area.predict(texture, to=to, progress=False)
+    assert (report.committed, report.chips, report.kept) == (True, len(area), len(area))
+    same_maps(rd.open_map(to.store), in_memory)
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        there = MapZarr(tmp_path / "there.zarr", block_px=256)
+        area.predict(texture, to=there, client=client, progress=False)
+    same_maps(rd.open_map(there.store), in_memory)
+    again = area.predict(texture, to=to, progress=False)
+    assert again.shards_written == 0
+
+
+def test_a_map_opens_in_rioxarray_and_rasterio_s_words(area: rd.Chips, in_memory: Any) -> None:
+    assert in_memory.rio.crs.to_epsg() == 32633
+    left, bottom, right, top = in_memory.rio.bounds()
+    assert in_memory.rio.resolution() == (10.0, -10.0)
+    (grid,) = area.plan_map(texture).explain()["grids"].values()
+    assert [left, bottom, right, top] == grid["bounds"]
+
+
+def test_what_fails_is_all_that_a_rerun_computes(area: rd.Chips, in_memory: Any, tmp_path: Path) -> None:
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    (faults / "on").touch()
+    east = float(in_memory.x[0]) + 2600
+
+    def brittle(batch: Any) -> NDArray[Any]:
+        pixels = batch["s2"][:, 0]
+        if (faults / "on").exists() and (batch["bbox"][:, 0] > east).any():
+            raise ValueError("a fault east of here")
+        return pixels
+
+    model = rd.Model(texture, inputs=brittle, version="1")
+    to = MapZarr(tmp_path / "map.zarr", block_px=256)
+    with pytest.raises(rd.JobError, match="a fault east of here"):
+        area.predict(model, to=to, progress=False)
+    assert not (tmp_path / "map.zarr" / "zarr.json").exists()
+    with pytest.raises(rd.StoreError, match="no finished map"):
+        rd.open_map(to.store)
+    (faults / "on").unlink()
+    report = area.predict(model, to=to, progress=False)
+    assert 0 < report.shards_written < report.shards == 4
+    same_maps(rd.open_map(to.store), in_memory)
+    with pytest.raises(rd.StoreError, match="another plan"):
+        area.predict(rd.Model(texture, fill=1.0), to=to, progress=False)
+
+
+def test_classes_keep_the_highest_of_the_blended_scores(area: rd.Chips, in_memory: Any) -> None:
+    named = rd.Outputs("classes", classes={3: "bright", 7: "dark"}, colors={"dark": "#112233"})
+    seen: Any = area.predict(texture, named)
+    want = np.where(in_memory["values"].values.argmax(axis=0) == 0, 3, 7)
+    want[in_memory["count"].values == 0] = 0
+    assert seen["classes"].dtype == "uint8"
+    np.testing.assert_array_equal(seen["classes"].values, want)
+    assert seen["classes"].attrs["flag_values"] == [3, 7]
+    assert seen["classes"].rio.nodata == 0
+
+
+def test_codes_that_a_model_gives_are_votes(area: rd.Chips, tmp_path: Path) -> None:
+    def code(pixels: NDArray[Any]) -> NDArray[Any]:
+        return (pixels[:, 0] > 0.1).astype(np.int64) + 1
+
+    seen: Any = area.predict(code, rd.Outputs("classes", classes={1: "dark", 2: "bright"}), blend="mean")
+    red: Any = area.predict(lambda pixels: pixels[:, 0], "values", blend="mean")
+    there = seen["count"].values > 0
+    np.testing.assert_array_equal(
+        seen["classes"].values[there], np.where(red["values"].values[0][there] > 0.1, 2, 1)
+    )
+    with pytest.raises(rd.ModelError, match="codes of classes"):
+        area.predict(code, "classes")
+    with pytest.raises(rd.JobError, match="class 2; expected one of the codes 0, 1"):
+        area.predict(
+            code, rd.Outputs("classes", classes=["a", "b"]), to=tmp_path / "map.zarr", progress=False
+        )
+
+
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_a_model_may_give_other_pixels(optical: rd.Collection, cube: Any, factor: float) -> None:
+    """A coarser or finer output lies on a grid of its own, whose mean over pixels is that of the chips' pixels."""
+
+    def other(pixels: NDArray[Any]) -> NDArray[Any]:
+        red = pixels[:, 0]
+        if factor > 1:
+            return red.repeat(2, axis=1).repeat(2, axis=2)
+        n, side, _ = red.shape
+        return red.reshape(n, side // 2, 2, side // 2, 2).mean(axis=(2, 4))
+
+    chips = optical.chips(32, stride=16, cover=True, edge="pad", aoi=area_of(cube, (0.2, 0.4, 0.6, 0.7)))
+    seen: Any = chips.predict(rd.Model(other, version=str(factor)), blend="mean")
+    assert seen.rio.resolution() == (10 / factor, -10 / factor)
+    plain: Any = chips.predict(lambda pixels: pixels[:, 0], blend="mean")
+    fine = plain["values"][0]
+    if factor > 1:
+        want = fine.values.repeat(2, axis=0).repeat(2, axis=1)
+        np.testing.assert_allclose(seen["values"].values[0], want, rtol=1e-5)
+        return
+    inner = seen.isel(y=slice(1, -1), x=slice(1, -1))
+    for down in range(0, inner.sizes["y"], 7):
+        for across in range(0, inner.sizes["x"], 5):
+            y, x = float(inner.y[down]), float(inner.x[across])
+            four = fine.sel(y=slice(y + 10, y - 10), x=slice(x - 10, x + 10))
+            assert four.shape == (2, 2)
+            np.testing.assert_allclose(inner["values"].values[0, down, across], four.mean(), rtol=1e-5)
+
+
+def test_invalid_input_stays_invalid(s2: rd.Collection, cube: Any) -> None:
+    masked = s2.where(tile="MGRS-33UVR").harmonize(["red"], time="1MS", mask="clouds", pick="median")
+    chips = masked.chips(32, stride=24, cover=True)
+    ground: Any = masked.cube().load()
+    seen: Any = chips.predict(lambda pixels: pixels.max(axis=(1, 2)), blend="mean")
+    ground = ground.sel(x=seen.x, y=seen.y)
+    slots = np.isfinite(ground.values[:, 0]).sum(axis=0)
+    np.testing.assert_array_equal(seen["inputs"].values, slots)
+    np.testing.assert_array_equal(np.isnan(seen["values"].values[0]), slots == 0)
+    strict: Any = chips.predict(lambda pixels: pixels.max(axis=(1, 2)), blend="mean", min_inputs=2)
+    np.testing.assert_array_equal(np.isnan(strict["values"].values[0]), slots < 2)
+    assert 0 < (slots < 2).mean() < 1
+
+
+def test_what_cannot_be_a_map_is_told_before_pixels_are_read(
+    area: rd.Chips, s2: rd.Collection, cube: Any, tmp_path: Path
+) -> None:
+    def at_once(
+        model: Any, *args: Any, match: str, error: type[Exception] = rd.ModelError, **options: Any
+    ) -> None:
+        with pytest.raises(error, match=match):
+            area.predict(model, *args, to=tmp_path / "never.zarr", progress=False, **options)
+        assert not (tmp_path / "never.zarr").exists()
+
+    at_once(lambda pixels: pixels[:, :, :10], match="a square whose side divides")
+    at_once(lambda pixels: pixels[:, :, :7, :7], match="a square whose side divides the chip's 32 pixels")
+    at_once(lambda pixels: pixels @ np.zeros((5, 5)), match="float32")
+    at_once(texture, rd.Outputs("classes", classes=["a", "b", "c"]), match="3 scores")
+    at_once(lambda pixels: pixels.mean(axis=(2, 3)), match="beside the map's pixel edges", error=rd.PlanError)
+    at_once(texture, blend="sum", match="'hann', 'mean'", error=rd.PlanError)
+    at_once(texture, batch_size=0, match="above 0", error=rd.PlanError)
+    with pytest.raises(rd.PlanError, match="a path that ends in"):
+        area.predict(texture, to=tmp_path / "map.png")
+    with pytest.raises(rd.PlanError, match=r"chips at one place"):
+        s2.harmonize(["red"]).chips(32, cover=True, aoi=area_of(cube, AREA)).predict(texture)
+
+
+def test_nan_for_a_valid_pixel_is_an_error_that_names_the_chip(area: rd.Chips) -> None:
+    with pytest.raises(rd.ModelError, match=r"chip 33_.*NaN from the model for [\d,]+ of 1,024 pixels"):
+        area.predict(
+            lambda pixels: np.where(pixels[:, 0] > 0.05, np.nan, pixels[:, 0]) * np.ones_like(pixels[:, 0])
+        )
+
+
+def test_a_probability_lies_between_0_and_1(area: rd.Chips) -> None:
+    with pytest.raises(rd.ModelError, match=r"probabilities from 0 to 1.*activation='softmax'"):
+        area.predict(lambda pixels: pixels * 100, "probabilities")
+    seen: Any = area.predict(rd.Model(lambda pixels: pixels * 100, activation="softmax"), "probabilities")
+    np.testing.assert_allclose(seen["probabilities"].sum("class").values, 1.0, rtol=1e-5)
+
+
+def read_raster(path: Path) -> tuple[Any, Any]:
+    with rasterio.open(path) as raster:
+        return raster.read(), raster.profile | {"layout": raster.tags(ns="IMAGE_STRUCTURE").get("LAYOUT")}
+
+
+def test_a_cog_of_a_zone_and_a_folder_of_them_hold_the_same(
+    area: rd.Chips, in_memory: Any, tmp_path: Path
+) -> None:
+    area.predict(texture, to=tmp_path / "map.tif", progress=False)
+    pixels, profile = read_raster(tmp_path / "map.tif")
+    assert (profile["layout"], profile["crs"], profile["count"]) == ("COG", in_memory.rio.crs, 2)
+    assert profile["transform"] == in_memory.rio.transform()
+    np.testing.assert_allclose(pixels, in_memory["values"].values, rtol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif"]
+    area.predict(texture, to=rd.CogTiles(tmp_path / "tiles", tile_px=256), progress=False)
+    for name, array in {
+        "map_33.vrt": "values",
+        "count/map_33.vrt": "count",
+        "inputs/map_33.vrt": "inputs",
+    }.items():
+        tiled, _ = read_raster(tmp_path / "tiles" / name)
+        np.testing.assert_allclose(tiled.squeeze(), in_memory[array].values.squeeze(), rtol=1e-6)
+    with pytest.raises(rd.StoreError, match="a file already"):
+        area.predict(texture, to=tmp_path / "map.tif", progress=False)
+
+
+def across_zones(folder: Path) -> rd.Collection:
+    """Return one scene of zone 33 that lies on both sides of its border with zone 34."""
+    rng = np.random.default_rng(3)
+    values = rng.random((1, 200, 300), dtype=np.float32) + 1
+    profile = {
+        "driver": "GTiff",
+        "dtype": "float32",
+        "count": 1,
+        "height": 200,
+        "width": 300,
+        "crs": "EPSG:32633",
+    }
+    transform = rasterio.Affine(10, 0, 713_000, 0, -10, 5_545_000)
+    with rasterio.open(folder / "scene.tif", "w", transform=transform, tiled=True, blockxsize=64, blockysize=64,
+                       nodata=0, **profile) as raster:  # fmt: skip
+        raster.write(values)
+    return rd.build_from_files(str(folder / "scene.tif"), name="own", static=True)
+
+
+def test_each_zone_has_a_map_of_its_own(tmp_path: Path) -> None:
+    """Records at 18 degrees east, on both sides of the border of zones 33 and 34."""
+    records = across_zones(tmp_path)
+    chips = records.harmonize(time="static").chips(32, stride=24, cover=True)
+    to = tmp_path / "map.zarr"
+    plan = chips.plan_map(lambda pixels: pixels[:, 0].astype(np.float32), blend="mean")
+    assert set(plan.explain()["grids"]) == {"33", "34"}
+    chips.predict(lambda pixels: pixels[:, 0].astype(np.float32), blend="mean", to=to, progress=False)
+    tree: Any = rd.open_map(to)
+    for name, grid in plan.explain()["grids"].items():
+        zone = tree[name].ds
+        west, south, east, north = grid["bounds"]
+        window = records.harmonize(time="static").cube(
+            bounds=(west, south, east, north), crs=f"EPSG:326{name}"
+        )
+        want = window.load().values[0, 0].astype(float)
+        seen = zone["values"].values[0]
+        there = zone["count"].values > 0
+        np.testing.assert_allclose(seen[there], want[there], rtol=1e-6)

@@ -400,3 +400,76 @@ def test_geopandas_reads_it(chips: rd.Chips, tmp_path: Path) -> None:
     some = geopandas.read_parquet(path, bbox=tuple(frame.geometry.iloc[0].bounds))
     assert 0 < len(some) < len(frame)
     shutil.rmtree(tmp_path)
+
+
+# The exits
+
+
+def encoder(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return three numbers a chip."""
+    return np.stack(
+        [pixels[:, 0].mean(axis=(1, 2)), pixels[:, 1].max(axis=(1, 2)), pixels[:, 1].std(axis=(1, 2))], 1
+    )
+
+
+class Heavy:
+    """A model that Dask would warn of in a graph: 12 MB."""
+
+    def __init__(self) -> None:
+        self.weights = np.random.default_rng(1).random(1_500_000)
+
+    def __call__(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        return means(pixels)
+
+
+def test_embed_and_predict_are_the_exits(chips: rd.Chips, want: dict[str, Any], tmp_path: Path) -> None:
+    table = chips.embed(means)
+    check(table, want)
+    report = chips.embed(means, tmp_path / "embeddings.parquet", progress=False)
+    assert report.committed
+    assert pq.read_table(tmp_path / "embeddings.parquet").equals(table)
+    named = Outputs("classes", classes={1: "dark", 7: "bright"})
+    assert chips.predict(codes, named, to=tmp_path / "classes.parquet", progress=False).committed
+    classes = pq.read_table(tmp_path / "classes.parquet").select(["chip_id", "class_name"])
+    bright = chips.with_table(classes).filter(class_name="bright")
+    assert set(bright.table["chip_id"].to_pylist()) == {
+        chip for chip, answer in by_hand(chips, codes).items() if answer == 7
+    }
+    with pytest.raises(rd.PlanError, match=r"embed\(to=\).*ends in .parquet"):
+        chips.embed(means, tmp_path / "embeddings.tif")
+    with pytest.raises(rd.ModelError, match="expected one answer for each chip"):
+        chips.embed(lambda pixels: pixels)
+
+
+def test_vectors_stay_with_the_chip_table(chips: rd.Chips, want: dict[str, Any]) -> None:
+    both = chips.with_table(chips.embed(means).select(["chip_id", "vector"]))
+    check(both.table, want)
+    assert "labels/vector" not in next(iter(both.stream(batch_size=4)))
+
+
+def test_a_large_model_travels_once(chips: rd.Chips, want: dict[str, Any], tmp_path: Path) -> None:
+    heavy = rd.Model(Heavy(), version="1")
+    with (
+        LocalCluster(1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        check(chips.embed(heavy, client=client), want)
+        chips.embed(heavy, tmp_path / "out.parquet", client=client, progress=False)
+    check(pq.read_table(tmp_path / "out.parquet"), want)
+
+
+def test_own_embeddings_join_as_a_source(chips: rd.Chips, s2: rd.Collection, tmp_path: Path) -> None:
+    """A map whose pixels are chips: any other plan on the same lattice gets each chip's vector."""
+    vectors_of = chips.embed(encoder)
+    chips.predict(encoder, to=tmp_path / "embeddings.tif", progress=False)
+    ours = rd.build_from_files(str(tmp_path / "embeddings.tif"), name="ours", static=True)
+    assert ours.bands == ("0", "1", "2")
+    red = s2.harmonize(["red"], time="1MS")
+    loaded = rd.join(red=red, ours=ours.harmonize()).chips(32, cell_km=0.96).load()
+    pixels = loaded["ours"]["pixels"]
+    assert pixels.shape[1:] == (1, 3, 1, 1)
+    want = dict(zip(vectors_of["chip_id"].to_pylist(), vectors_of["vector"].to_pylist(), strict=True))
+    assert len(pixels) > 20
+    for chip, vector in zip(pixels["chip_id"].values, pixels.values[:, 0, :, 0, 0], strict=True):
+        answer = want[str(chip)]
+        np.testing.assert_allclose(vector, [np.nan] * 3 if answer is None else answer, rtol=0, atol=1e-6)

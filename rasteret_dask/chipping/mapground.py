@@ -47,7 +47,7 @@ class MapGround:
     area: Any
     """What is asked for, ``aoi`` or a GeoBox, whether records lie there or not; None: wherever there are records."""
     edges: Bounds
-    """Bounds of the area, whether records lie there or not; of the shape where no area is asked for."""
+    """Bounds of the area, whether records lie there or not; of the shape where no area is asked for, and of tiles."""
 
 
 def map_grounds(spec: ChipSpec, reference: Outlines) -> list[MapGround]:
@@ -69,7 +69,7 @@ def map_grounds(spec: ChipSpec, reference: Outlines) -> list[MapGround]:
     found: Iterable[MapGround | None]
     match spec.grid:
         case TileGrid() if spec.at is None:
-            found = [_on_map(code, area, {code: shape}) for code, shape in records.items()]
+            found = [_on_map(code, area, {code: shape}, whole=True) for code, shape in records.items()]
         case BoxGrid() as box if spec.at is None:
             found = [_in_box(box, area, records)]
         case grid:
@@ -133,8 +133,7 @@ def _on_map(code: int, limit: Any, records: Shapes, whole: bool = False) -> MapG
     shape = polygons(shapely.union_all(parts))
     if shapely.is_empty(shape):
         return None
-    # Of degrees, the area would be there once for each turn of the globe that rasters may count in.
-    asked = None if whole or limit is None or is_geographic(code) else _of_degrees(limit, code)
+    asked = None if whole or limit is None else _of_degrees(limit, code)
     xmin, ymin, xmax, ymax = (float(v) for v in shapely.bounds(shape if asked is None else asked))
     return MapGround(code, shape, asked, (xmin, ymin, xmax, ymax))
 

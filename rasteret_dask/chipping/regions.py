@@ -18,15 +18,14 @@ WHOLE = 1e-6
 _POLYGONAL = (3, 6)
 
 
-def check_regions(table: pa.Table) -> str:
-    """Return the column of a table of regions that names them.
+def check_regions(table: pa.Table, subject: str = "split(by=<regions>)") -> str:
+    """Return the column of a table of regions that names them; ``subject`` is what it is for, in messages.
 
     Raises
     ------
     PlanError
         When there is not exactly one column beside the geometry, a name is missing, or a geometry is no polygon.
     """
-    subject = "split(by=<regions>)"
     own = [name for name in table.column_names if name not in ("geometry", "__index__")]
     if len(own) != 1:
         raise PlanError(

@@ -13,6 +13,7 @@ import typer
 from rasteret_dask._version import __version__
 from rasteret_dask.cli.data import build, datasets
 from rasteret_dask.cli.exitcodes import ExitCode, told_as_bug
+from rasteret_dask.cli.exits import export, predict
 from rasteret_dask.cli.information import info
 from rasteret_dask.cli.printing import tell
 from rasteret_dask.cli.recipes import explain, init, resume, run
@@ -36,7 +37,7 @@ TRIAL = "Try it"
 
 RECIPES = "Recipes: a job as one file"
 _PANELS = {
-    RECIPES: (init, explain, run, resume),
+    RECIPES: (init, explain, run, resume, predict, export),
     STORES: (info, verify, commit, stats, preview, report),
     SCENES: (datasets, build),
     TRIAL: (demo,),

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.store.jobreport import JobReport
 
-__all__ = ["explain", "init", "kept_recipe", "loaded", "report_lines", "resume", "run"]
+__all__ = [
+    "Cluster", "DryRun", "HeartbeatFile", "MaxTime", "Part", "RecipeFile", "ShowProgress", "answer_explained", "carry_out",
+    "explain", "init", "kept_recipe", "limits_of", "loaded", "report_lines", "resume", "run",
+]  # fmt: skip
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", show_default=False, help="The recipe: a TOML file.")
@@ -154,7 +157,7 @@ def explain(
         raise typer.BadParameter("expected one of them: measured, or stated.", param_hint="--probe, --rate")
     stated = rate if rate is None or re.search(r"B/s\s*$", rate) else job_report(rate)
     made = loaded(recipe, settings)
-    _answer(made.explain(cluster, workers, threads, probe=probe, rate=stated), as_json)
+    answer_explained(made.explain(cluster, workers, threads, probe=probe, rate=stated), as_json)
 
 
 def _explained(explanations: Mapping[str, Explanation]) -> Any:
@@ -197,6 +200,9 @@ HeartbeatFile = Annotated[
         help="Renew this file while the run is alive: time, shards done, shards in all, as JSON.",
     ),
 ]  # fmt: skip
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what would be done: the same as `explain`.")
+]
 ShowProgress = Annotated[
     bool | None,
     typer.Option(
@@ -210,9 +216,7 @@ ShowProgress = Annotated[
 def run(
     recipe: RecipeFile,
     settings: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be done: the same as `explain`.")
-    ] = False,
+    dry_run: DryRun = False,
     cluster: Cluster = None,
     part: Part = None,
     max_time: MaxTime = None,
@@ -225,12 +229,12 @@ def run(
 
     Run it again to go on where it was stopped: what is written stays, and a finished store is left as it is.
     """
-    limits = _limits(part, max_time, heartbeat)  # the time counts from here
+    limits = limits_of(part, max_time, heartbeat)  # the time counts from here
     made = loaded(recipe, settings)
     if dry_run:
-        _answer(made.explain(cluster), as_json)
+        answer_explained(made.explain(cluster), as_json)
     else:
-        _carry_out(made, limits, not quiet if progress is None else progress, cluster, as_json)
+        carry_out(made, limits, not quiet if progress is None else progress, cluster, as_json)
 
 
 @command
@@ -260,16 +264,18 @@ def resume(
     quiet: Quiet = False,
 ) -> None:
     """Go on with a store that was stopped: by the recipe that is kept in it. A finished store is left as it is."""
-    limits = _limits(part, max_time, heartbeat)
+    limits = limits_of(part, max_time, heartbeat)
     made = loaded(place, None) if place.endswith(".toml") else kept_recipe(place, folder)
-    _carry_out(made, limits, not quiet if progress is None else progress, cluster, as_json)
+    carry_out(made, limits, not quiet if progress is None else progress, cluster, as_json)
 
 
-def _answer(explanations: Mapping[str, Explanation], as_json: bool) -> None:
+def answer_explained(explanations: Mapping[str, Explanation], as_json: bool) -> None:
+    """Print what each output of a recipe would take."""
     answer({name: one.to_dict() for name, one in explanations.items()}, _explained(explanations), as_json)
 
 
-def _carry_out(recipe: Recipe, limits: RunLimits, progress: bool, cluster: str | None, as_json: bool) -> None:
+def carry_out(recipe: Recipe, limits: RunLimits, progress: bool, cluster: str | None, as_json: bool) -> None:
+    """Write all outputs of a recipe, and print what was done."""
     pairs = list(zip(recipe.outputs, recipe.run(limits, progress, cluster), strict=True))
     answer([_document(*pair) for pair in pairs], _written(pairs), as_json)
 
@@ -344,7 +350,8 @@ def _folder_of(url: str, written: list[str]) -> Path | None:
     return None
 
 
-def _limits(part: tuple[int, int] | None, max_time: str | None, heartbeat: Path | None) -> RunLimits:
+def limits_of(part: tuple[int, int] | None, max_time: str | None, heartbeat: Path | None) -> RunLimits:
+    """Return what bounds a run; what makes no sense is a mistake of the command line."""
     from rasteret_dask.errors import PlanError
     from rasteret_dask.runlimits import RunLimits
 

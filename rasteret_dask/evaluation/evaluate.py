@@ -189,7 +189,9 @@ def _regions(table: pa.Table, regions: pa.Table | str | None) -> Any:
                 f"a column of the chip table ({listed(own) or 'none of yours'}), or polygons",
             )  # fmt: skip
         return table.column(regions).cast(pa.string())
-    return names_of(regions, check_regions(regions), table.column("geometry")).cast(pa.string())
+    return names_of(regions, check_regions(regions, "evaluate(regions=)"), table.column("geometry")).cast(
+        pa.string()
+    )
 
 
 def _check_ground(predictions: Rasters, table: pa.Table) -> None:

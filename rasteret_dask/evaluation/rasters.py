@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from rasteret_dask.evaluation.reading import (
     RasterPixels,
     Rasters,
     ZarrPixels,
+    zarr_place,
 )
 from rasteret_dask.lists import listed
 from rasteret_dask.net import remote
 from rasteret_dask.net.gdalfiles import GdalFile
 from rasteret_dask.net.hrefs import is_local, redact
 from rasteret_dask.net.places import Place
+from rasteret_dask.prediction.openmap import map_zones
 
 __all__ = ["MapRequest", "rasters_of"]
 
@@ -229,17 +232,31 @@ def _code(text: str, name: str, request: MapRequest) -> int:
 def _stored(url: str, request: MapRequest) -> Iterator[_Array]:
     import xarray as xr
 
-    if not is_local(url):
-        raise StoreError(
-            request.subject, f"a Zarr store at {redact(url)}", "a Zarr store on a disk, or an xarray Dataset",
-            "Open it by xarray, and give that: xr.open_zarr(url).",
-        )  # fmt: skip
-    tree = xr.open_datatree(
-        url, engine="zarr", mask_and_scale=False, decode_times=False, consolidated=False, chunks=None
+    place, path = zarr_place(url)
+    root = (
+        json.loads(remote.get(remote.join(url, "zarr.json")))
+        if remote.exists(remote.join(url, "zarr.json"))
+        else {}
     )
+    options: dict[str, Any] = {
+        "engine": "zarr",
+        "mask_and_scale": False,
+        "decode_times": False,
+        "chunks": None,
+    }
+    if "rasteret_dask" in root.get("attributes", {}):  # what lies beside the arrays of its root is no Zarr
+        zones = {
+            zone or "/": xr.open_dataset(
+                place, group="/".join(filter(None, (path, zone))), consolidated=not zone, **options
+            )
+            for zone in map_zones(url)
+        }
+        tree = xr.DataTree.from_dict(zones)
+    else:
+        whole = "consolidated_metadata" in root
+        tree = xr.open_datatree(place, group=path or None, consolidated=whole, **options)
     for one in _arrays_of(tree, redact(url), request):
-        path = one.array.encoding["node"]
-        yield _Array(one.name, one.array, one.crs, (url, path))
+        yield _Array(one.name, one.array, one.crs, (url, one.array.encoding["node"]))
 
 
 def _arrays_of(value: Any, name: str, request: MapRequest) -> Iterator[_Array]:

@@ -98,7 +98,8 @@ class ExitChips:
     """Key -> a user's function."""
     objects: Mapping[str, ledger.Maker] = field(default_factory=dict)
     """What tasks need in the folder."""
-    cuts: Cuts | None = None
+    cuts: Callable[[], Cuts] | None = None
+    """Returns where neighbours may be cut; None: they have nothing in common."""
     memory: TaskMemory | None = None
     hrefs: Callable[[], Iterable[str]] = tuple
     signed: tuple[str, ...] = ()
@@ -182,11 +183,11 @@ def chips_of_plan(layout: Layout, context: ReadContext) -> ExitChips:
     return ExitChips(
         sheets, _label_dtypes(job.chips), extent_of(_boxes(chosen), sheets, layout.provenance), bounds_of(chosen),
         {h.split or ALL: h.chips for h in job.hierarchies if h.chips}, layout.provenance,
-        digest(job.digest, context.on_error), units,
+        job.digest, units,
         lambda url: _PlannedShards(JobRef(remote.join(url, JOB), job.digest), context.on_error, functions),
         {f"function-{f.name}-{digest(f)[:12]}": Shipped(context.functions[f]) for f in functions},
         objects | {ledger.PROVENANCE: ledger.whole(layout.provenance.to_bytes())},
-        Cuts.of(job), TaskMemory(job, layout.outputs, together=True), job.hrefs, job.signed,
+        partial(Cuts.of, job), TaskMemory(job, layout.outputs, together=True), job.hrefs, job.signed,
     )  # fmt: skip
 
 
@@ -331,5 +332,5 @@ def unit_job(
     return UnitJob(
         writer, whole, units, _Writing(chips.shards(url)), root, chips.objects, places, ends,
         {f"encoder-{whole[:16]}": encoder, **chips.functions},
-        cuts=chips.cuts, memory=chips.memory, hrefs=chips.hrefs, signed=chips.signed,
+        memory=chips.memory, hrefs=chips.hrefs, signed=chips.signed,
     )  # fmt: skip

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rasteret_dask.exports.chipshards import ExitChips
@@ -56,4 +57,8 @@ def _written(
         clusters.check(client, f"{job.writer}(client=)")
         with clusters.using(client) as cluster:
             signatures.send_place(cluster, *chips.stores)
+            if chips.cuts is not None and (cluster is not None or limits.part is not None):
+                job = replace(
+                    job, cuts=chips.cuts()
+                )  # one process alone need not know what shards have in common
             return write_units(url, job, cluster, progress, bounds)

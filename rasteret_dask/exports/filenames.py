@@ -69,12 +69,13 @@ def check_clashes(step: str, names: Sequence[str], chips: Iterable[str]) -> None
     """
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(file_name(name).casefold(), name)
-        if other is not name:
+        key = file_name(name).casefold()
+        if key in seen:
             raise PlanError(
-                step, f"sources or masks called {other!r} and {name!r}", "names that differ by more than case",
-                "Rename one: join(name=...).",
+                step, f"two of its sources, masks and their validity called {name!r}",
+                f"names that differ by more than case: {', '.join(names)}", "Rename one: join(name=...).",
             )  # fmt: skip
+        seen[key] = name
     ends = [name for name in seen if any(other != name and name.endswith(f"_{other}") for other in seen)]
     if not ends:
         return

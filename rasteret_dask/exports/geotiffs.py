@@ -145,8 +145,12 @@ class GeoTiffs:
 
 
 def names_of(sheets: Sequence[SourceSheet]) -> list[str]:
-    """Return what files of sources and masks are called."""
-    return [name for sheet in sheets for name in (sheet.name, *(mask.name for mask in sheet.masks))]
+    """Return what files of sources, of their validity and of masks are called."""
+    return [
+        name
+        for sheet in sheets
+        for name in (sheet.name, f"{sheet.name}_{VALID}", *(mask.name for mask in sheet.masks))
+    ]
 
 
 def geotiff_job(chips: ExitChips, url: str) -> UnitJob:

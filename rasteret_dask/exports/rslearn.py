@@ -31,7 +31,7 @@ from rasteret_dask.store.encode import Piece
 from rasteret_dask.store.unitruns import UnitJob, Visible
 from rasteret_dask.tasks.batches import Arrays
 
-__all__ = ["TO_RSLEARN", "Windows", "rslearn_job"]
+__all__ = ["TO_RSLEARN", "WindowFolders", "rslearn_job"]
 
 TO_RSLEARN = "to_rslearn"
 
@@ -50,7 +50,7 @@ _LONGEST = 64
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowFolders:
     """Makes the files of windows: ``windows/<split>/<chip>/layers/<source>/<bands>/geotiff.tif``."""
 
     sheets: tuple[SourceSheet, ...]
@@ -231,6 +231,6 @@ def rslearn_job(chips: ExitChips, url: str) -> UnitJob:
         return {CONFIG: document_bytes(_config(chips.sheets))}
 
     return unit_job(
-        TO_RSLEARN, url, chips, Windows(chips.sheets, chips.extent), Visible(DATASET, document), config,
+        TO_RSLEARN, url, chips, WindowFolders(chips.sheets, chips.extent), Visible(DATASET, document), config,
         dict.fromkeys(chips.splits, CONFIG),
     )  # fmt: skip

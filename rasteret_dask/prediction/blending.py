@@ -120,7 +120,7 @@ class Canvas:
     def blended(self) -> NDArray[np.float32]:
         """Return the numbers, shape (channel, y, x), NaN where no chip has said any; the canvas is used up."""
         missing = self.count == 0
-        if self._blend in ("hann", "mean"):
+        if self._blend not in ("max", "centre"):
             np.divide(self._total, self._weight, out=self._total, where=~missing)
         self._total[:, missing] = np.nan
         return self._total

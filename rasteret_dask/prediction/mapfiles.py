@@ -26,11 +26,12 @@ from rasteret_dask.prediction.cogtiles import (
     vrt_bytes,
     vrt_name,
 )
-from rasteret_dask.prediction.mapgrid import Block, MapGrid
+from rasteret_dask.prediction.mapgrid import MapBlock, MapGrid
 from rasteret_dask.prediction.maps import MapPlan
 from rasteret_dask.prediction.mapstore import COUNT, INPUTS
 from rasteret_dask.prediction.openmap import open_map
 from rasteret_dask.prediction.outputs import ModelOutput
+from rasteret_dask.prediction.vectors import remove_work
 from rasteret_dask.store.encode import Piece
 from rasteret_dask.store.jobreport import JobReport
 from rasteret_dask.store.limits import Bounds
@@ -72,12 +73,12 @@ class TileLayout:
         """Return where the files of an array lie: those of the output in the folder itself."""
         return f"{array}/" if array in EXTRAS else ""
 
-    def path(self, block: Block, array: str) -> str:
+    def path(self, block: MapBlock, array: str) -> str:
         """Return the path of a block's file."""
         return self.folder(array) + tile_name(self.grids[block.grid].name, block.row, block.col)
 
     def objects(
-        self, block: Block, arrays: Mapping[str, NDArray[Any]]
+        self, block: MapBlock, arrays: Mapping[str, NDArray[Any]]
     ) -> Iterator[tuple[str, Sequence[Piece]]]:
         """Yield path and bytes of a block's files; none where no pixel is valid."""
         grid, side = self.grids[block.grid], self.tiles.tile_px
@@ -91,7 +92,7 @@ class TileLayout:
             assert header.shape == (side, side)
             yield self.path(block, array), [cog_bytes(pad(arrays[array], header), header)]
 
-    def tile(self, block: Block) -> MapTile:
+    def tile(self, block: MapBlock) -> MapTile:
         """Return a block as a file of the grid."""
         side = self.tiles.tile_px
         y, x = block.row * side, block.col * side
@@ -154,7 +155,7 @@ def write_cogs(
         values = dataset[plan.output.variable]
         header = header_of(grid, plan.output, plan.output.variable)
         write_cog(files[grid.name], header, array_blocks(_Lazy(values)))
-    remote.delete_all(work, list(remote.listing(work)))
+    remove_work(work)
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from rasteret_dask.crs import text
 from rasteret_dask.errors import PlanError
 from rasteret_dask.grid import Bounds
 
-__all__ = ["Block", "MapGrid", "Placement", "block_side", "grid_of", "placed"]
+__all__ = ["MapBlock", "MapGrid", "BlockChips", "block_side", "grid_of", "owned", "placed"]
 
 BLOCK_SIDES = (2048, 1024, 512, 256)
 """Sides of a block, pixels."""
@@ -66,7 +67,7 @@ class MapGrid:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class MapBlock:
     """A part of a grid: what one task computes."""
 
     grid: int
@@ -84,10 +85,10 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class BlockChips:
     """Where chips lie in blocks: a row for each chip of each block, block by block in running order."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[MapBlock, ...]
     chip: NDArray[np.int64]
     """Shape (row,). The chip, by its place among all; those of a block in rising order."""
     offsets: NDArray[np.int64]
@@ -105,8 +106,8 @@ def block_side(pixel_bytes: int) -> int:
     return next((side for side in BLOCK_SIDES if side * side * pixel_bytes <= CANVAS_BYTES), BLOCK_SIDES[-1])
 
 
-def grid_of(code: int, name: str, edges: Bounds, pixel: float) -> MapGrid:
-    """Return the grid of a CRS.
+def grid_of(code: int, name: str, edges: Bounds, corner: tuple[float, float], pixel: float) -> MapGrid:
+    """Return the grid of a CRS: the smallest that holds the map's bounds, on the pixels of the chips.
 
     Parameters
     ----------
@@ -115,24 +116,22 @@ def grid_of(code: int, name: str, edges: Bounds, pixel: float) -> MapGrid:
     name
         Of its zone.
     edges
-        The map's bounds, on pixel edges of the chips' reference source.
+        The map's bounds.
+    corner
+        The north-west corner (x, y) of a chip: of a pixel of the map.
     pixel
         Side of the map's pixels.
-
-    Raises
-    ------
-    PlanError
-        When no whole number of pixels fits.
     """
     west, south, east, north = edges
-    width, height = (east - west) / pixel, (north - south) / pixel
-    if max(abs(width - round(width)), abs(height - round(height))) > PHASE:
-        raise PlanError(
-            f"predict, map in {text(code)}", f"{width:g} x {height:g} pixels of {pixel:g}", "whole pixels",
-            "Where the model gives coarser pixels, choose an area, a stride and a size that these divide: "
-            "chips(cover=True, edge='pad') on a grid=GeoBox of whole ones does.",
-        )  # fmt: skip
-    return MapGrid(code, name, west, north, pixel, round(height), round(width))
+    x, y = corner
+    left, right = _outward(west - x, east - x, pixel)
+    down, up = _outward(south - y, north - y, pixel)
+    return MapGrid(code, name, x + left * pixel, y + up * pixel, pixel, up - down, right - left)
+
+
+def _outward(low: float, high: float, pixel: float) -> tuple[int, int]:
+    """Return the whole pixels that hold a stretch: those that it touches by less than rounding are none."""
+    return floor(low / pixel + PHASE), ceil(high / pixel - PHASE)
 
 
 def corners(grid: MapGrid, bounds: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -163,7 +162,7 @@ def placed(
     bounds: NDArray[np.float64],
     side: int,
     block_px: int,
-) -> Placement:
+) -> BlockChips:
     """Return which chips lie in which blocks; blocks without a chip are left out.
 
     Parameters
@@ -198,15 +197,21 @@ def placed(
     rows = rows[np.lexsort((rows[:, 3], rows[:, 1], rows[:, 2], rows[:, 1] // STRIP, rows[:, 0]))]
     begins = np.flatnonzero(np.diff(rows[:, :3], axis=0, prepend=rows[:1, :3] - 1).any(axis=1))
     blocks = tuple(_block(grids, rows[at, :3].tolist(), block_px) for at in begins)
-    return Placement(blocks, rows[:, 3].astype(np.int64), np.append(begins, len(rows)).astype(np.int64))
+    return BlockChips(blocks, rows[:, 3].astype(np.int64), np.append(begins, len(rows)).astype(np.int64))
 
 
-def _block(grids: Sequence[MapGrid], place: Sequence[int], block_px: int) -> Block:
+def owned(grid: MapGrid, bounds: NDArray[np.float64], block: MapBlock, block_px: int) -> NDArray[np.bool_]:
+    """Return which chips count to a block of those that reach it: each counts to the block of its north-west pixel."""
+    corner = np.maximum(corners(grid, bounds), 0) // block_px
+    return np.asarray((corner == [block.row, block.col]).all(axis=1))
+
+
+def _block(grids: Sequence[MapGrid], place: Sequence[int], block_px: int) -> MapBlock:
     number, row, col = place
     grid = grids[number]
     height = min(block_px, grid.height - row * block_px)
     width = min(block_px, grid.width - col * block_px)
-    return Block(number, row, col, height, width)
+    return MapBlock(number, row, col, height, width)
 
 
 def blocks_of(grid: MapGrid, block_px: int) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ from rasteret_dask.crs import text
 from rasteret_dask.errors import EmptyError, PlanError
 from rasteret_dask.grid import Bounds
 from rasteret_dask.prediction.blending import pixel_bytes
-from rasteret_dask.prediction.mapgrid import Block, MapGrid, block_side, grid_of, placed
+from rasteret_dask.prediction.mapgrid import MapBlock, MapGrid, block_side, grid_of, owned, placed
 from rasteret_dask.prediction.outputs import ModelOutput
 from rasteret_dask.tasks.job import Hierarchy, Job, Output, Shard
 from rasteret_dask.tasks.runs import Cuts
@@ -33,7 +33,7 @@ class MapJob:
     job: Job
     """Its hierarchies are blocks: a chip that reaches several blocks is in each of them."""
     grids: tuple[MapGrid, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[MapBlock, ...]
     """One for each hierarchy, in running order."""
     block_px: int
     chips: int
@@ -41,7 +41,7 @@ class MapJob:
     size_px: int
     """Side of a chip in pixels of the reference source."""
     firsts: tuple[int, ...]
-    """For each block, how many of its chips are in no block before."""
+    """For each block, how many chips count to it: each to the block of its north-west pixel."""
 
     @property
     def repeats(self) -> int:
@@ -102,7 +102,11 @@ def map_job(
     bounds, codes = bounds_of(chips), job.epsg[rows]
     _check_places(chips, codes, bounds)
     pixel = size[1] / output.side
-    grids = tuple(grid_of(code, name, edges, pixel) for code, name, edges in zones)
+    first = {code: bounds[np.argmax(codes == code)] for code, _, _ in zones}
+    grids = tuple(
+        grid_of(code, name, edges, (float(first[code][0]), float(first[code][3])), pixel)
+        for code, name, edges in zones
+    )
     block_px = limits[0] or block_side(pixel_bytes(output.channels))
     placement = placed(grids, codes, bounds, output.side, block_px)
     per_shard = _per_shard(outputs, output, limits[1])
@@ -116,10 +120,11 @@ def map_job(
     own = replace(
         job, chips=table, hierarchies=hierarchies, others=(), split_cells=None, fold_cells=None, in_turn=False
     )
-    block_of_row = np.repeat(np.arange(len(names)), np.diff(placement.offsets))
-    _, first = np.unique(placement.chip, return_index=True)
-    firsts = np.bincount(block_of_row[first], minlength=len(names)).tolist()
-    return MapJob(own, grids, placement.blocks, block_px, len(first), size[0], tuple(firsts))
+    firsts = tuple(
+        int(owned(grids[block.grid], own.bounds[h.start : h.stop], block, block_px).sum())
+        for block, h in zip(placement.blocks, hierarchies, strict=True)
+    )
+    return MapJob(own, grids, placement.blocks, block_px, sum(firsts), size[0], firsts)
 
 
 def shards_of(block: Hierarchy) -> list[Shard]:

@@ -20,11 +20,12 @@ from rasteret_dask.net import clusters, remote
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.prediction.blending import Blend, check_blend, pixel_bytes
-from rasteret_dask.prediction.mapgrid import Block
+from rasteret_dask.prediction.mapgrid import MapBlock
 from rasteret_dask.prediction.mapjob import MapJob
 from rasteret_dask.prediction.mapstore import StoreLayout, empty_blocks
 from rasteret_dask.prediction.mapwork import BlockWork
 from rasteret_dask.prediction.models import ModelParcel
+from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.openmap import opened_map
 from rasteret_dask.prediction.outputs import ModelOutput
 from rasteret_dask.progress import nbytes_text
@@ -59,7 +60,7 @@ class Sink(Protocol):
     """Where the blocks of a map go; it travels with every task."""
 
     def objects(
-        self, block: Block, arrays: Mapping[str, NDArray[Any]]
+        self, block: MapBlock, arrays: Mapping[str, NDArray[Any]]
     ) -> Iterator[tuple[str, Sequence[Piece]]]:
         """Yield path and pieces of each object of a block."""
 
@@ -72,7 +73,7 @@ class _Making:
     work: BlockWork
     sink: Sink
 
-    def __call__(self, item: tuple[int, Block], *roots: Any) -> Making:
+    def __call__(self, item: tuple[int, MapBlock], *roots: Any) -> Making:
         number, block = item
         figures = self.work.compute(opened(self.ref), number, block, *roots)
         yield from self.sink.objects(block, figures.arrays)
@@ -260,16 +261,18 @@ class MapPlan:
         ]
         with clusters.using(client) as cluster:
             resource = gpu_resource(cluster, self.parcel)
+        place = f"{JOB}/model.bin"  # in the graph it would travel with every batch of tasks
+        parcel, content = self.parcel.apart(remote.join(url, place))
         return UnitJob(
             "predict",
             whole_digest,
             units,
             _Making(JobRef(remote.join(url, JOB), job.digest), self.work, sink),
             root,
-            {**tables, **objects, PROVENANCE: whole(self.provenance.to_bytes())},
+            {**tables, place: whole(content), **objects, PROVENANCE: whole(self.provenance.to_bytes())},
             places,
             more,
-            roots=self._roots(),
+            roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
             cuts=self.maps.cuts(),
             memory=self.memory,
             resource=resource,
@@ -277,12 +280,11 @@ class MapPlan:
             signed=job.signed,
         )
 
-    def _roots(self) -> dict[str, Any]:
-        """Return what tasks need beside the job: the model, and the user's functions."""
-        shipped = {
+    def _shipped(self) -> dict[str, Shipped]:
+        """Return the user's functions, which tasks need behind the model."""
+        return {
             f"function-{f.name}-{digest(f)[:12]}": Shipped(self.functions[f]) for f in self.work.functions
         }
-        return {f"model-{self.parcel.digest[:16]}": self.parcel, **shipped}
 
     def load(self, client: ClientLike = None, progress: bool = False) -> xr.Dataset | xr.DataTree:
         """Compute the map into memory: what :func:`open_map` would open, loaded.
@@ -305,16 +307,16 @@ class MapPlan:
 
         layout, job = self.layout(), self.maps.job
         objects, root = layout.documents()
-        roots, token = self._roots(), digest(self.digest, self.maps.block_px)[:16]
-        graph: dict[Any, Any] = {key: DataNode(key, value) for key, value in roots.items()}
+        shipped, token = self._shipped(), digest(self.digest, self.maps.block_px)[:16]
         at_root = f"job-{token}"
-        graph[at_root] = DataNode(at_root, job)
         keys = [f"predict-{name}-{token}" for name in self.maps.names()]
-        for number, (key, block) in enumerate(zip(keys, self.maps.blocks, strict=True)):
-            refs = [TaskRef(root_key) for root_key in roots]
-            graph[key] = Task(key, _made, TaskRef(at_root), self.work, layout, (number, block), *refs)
-        look = Pass("predict", None, progress, self.memory)
-        parts = computed(graph, {key: (key,) for key in keys}, client, look)
+        with clusters.using(client) as cluster, root_of(self.parcel, cluster) as (graph, model):
+            graph |= {key: DataNode(key, value) for key, value in {**shipped, at_root: job}.items()}
+            refs = [model, *map(TaskRef, shipped)]
+            for number, (key, block) in enumerate(zip(keys, self.maps.blocks, strict=True)):
+                graph[key] = Task(key, _made, TaskRef(at_root), self.work, layout, (number, block), *refs)
+            look = Pass("predict", None, progress, self.memory)
+            parts = computed(graph, {key: (key,) for key in keys}, cluster or client, look)
         new = default_buffer_prototype().buffer.from_bytes
         data = {path: new(b"".join(make())) for path, make in objects.items()}
         data |= {path: new(text.encode()) for path, text in root.groups.items()}
@@ -324,7 +326,7 @@ class MapPlan:
 
 
 def _made(
-    job: Job, work: BlockWork, sink: Sink, item: tuple[int, Block], *roots: Any
+    job: Job, work: BlockWork, sink: Sink, item: tuple[int, MapBlock], *roots: Any
 ) -> list[tuple[str, bytes]]:
     """Return the objects of a block."""
     number, block = item

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.crs import crs_of
 from rasteret_dask.errors import PlanError
-from rasteret_dask.prediction.mapgrid import BLOCK_SIDES, Block, MapGrid, blocks_of
+from rasteret_dask.prediction.mapgrid import BLOCK_SIDES, MapBlock, MapGrid, blocks_of
 from rasteret_dask.prediction.multiscales import geozarr_attributes
 from rasteret_dask.prediction.outputs import ModelOutput
 from rasteret_dask.store.encode import Piece, compressors
@@ -184,7 +184,7 @@ class StoreLayout:
         return ((1, *side) if front else side), ((front,) if front else ()) + (self.block_px,) * 2
 
     def objects(
-        self, block: Block, arrays: Mapping[str, NDArray[Any]]
+        self, block: MapBlock, arrays: Mapping[str, NDArray[Any]]
     ) -> Iterator[tuple[str, Sequence[Piece]]]:
         """Yield path and bytes of the object of each array of a block; none where all of it is fill."""
         for name, (dtype, front, fill) in self.arrays.items():
@@ -210,7 +210,7 @@ class StoreLayout:
         }
 
 
-def empty_blocks(grids: Sequence[MapGrid], blocks: Sequence[Block], block_px: int) -> int:
+def empty_blocks(grids: Sequence[MapGrid], blocks: Sequence[MapBlock], block_px: int) -> int:
     """Return how many blocks of the grids have no chip."""
     return sum(1 for grid in grids for _ in blocks_of(grid, block_px)) - len(blocks)
 

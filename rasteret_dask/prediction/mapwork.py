@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask import activity
 from rasteret_dask.errors import ModelError
 from rasteret_dask.planning.plan import Function
 from rasteret_dask.prediction.blending import Blend, Canvas
-from rasteret_dask.prediction.mapgrid import Block, MapGrid
+from rasteret_dask.prediction.mapgrid import MapBlock, MapGrid, owned
 from rasteret_dask.prediction.mapjob import shards_of
 from rasteret_dask.prediction.mapstore import COUNT, INPUTS
 from rasteret_dask.prediction.models import ModelParcel
@@ -58,7 +59,7 @@ class BlockWork:
     """The user's, whose code comes as roots behind the model."""
 
     def compute(
-        self, job: Job, number: int, block: Block, parcel: ModelParcel, *shipped: Shipped
+        self, job: Job, number: int, block: MapBlock, parcel: ModelParcel, *shipped: Shipped
     ) -> BlockFigures:
         """Compute one block.
 
@@ -86,8 +87,11 @@ class BlockWork:
         canvas = Canvas(self.blend, self.output.channels, (block.height, block.width))
         north = grid.north - block.row * self.block_px * grid.pixel
         west = grid.west + block.col * self.block_px * grid.pixel
-        tally = _Tally([plan.name for plan in job.sources])
         hierarchy = job.hierarchies[number]
+        rows = slice(hierarchy.start, hierarchy.stop)
+        here = owned(grid, job.bounds[rows], block, self.block_px)
+        ids_here = job.chips.column("chip_id").slice(hierarchy.start, hierarchy.chips).filter(pa.array(here))
+        tally = _Tally([plan.name for plan in job.sources], set(ids_here.to_pylist()))
         with runner.reading():
             for shard in shards_of(hierarchy):
                 sources = read_chips(job, shard, context, warns=False)
@@ -99,10 +103,10 @@ class BlockWork:
                 if not len(ids):
                     continue
                 inputs = valid_inputs(job, arrays, self.output.side or self.size_px, self.size_px)
-                rows = runner.predict(arrays)
+                answer = runner.predict(arrays)
                 bounds = arrays["bbox"]
                 del arrays
-                values = self.output.numbers(rows, ids)
+                values = self.output.numbers(answer, ids)
                 modelled = time.perf_counter()
                 for at in range(len(ids)):
                     self._check(values[at], inputs[at], str(ids[at]))
@@ -112,7 +116,7 @@ class BlockWork:
                 tally.spend("predict", modelled - read)
                 tally.spend("blend", time.perf_counter() - modelled)
                 activity.spent("predict", modelled - read)
-                del rows, values
+                del answer, values
         blended = self.output.stored(canvas.blended())
         arrays_out = {
             self.output.variable: blended[0] if blended.ndim == 3 and self.output.is_flat else blended,
@@ -136,7 +140,8 @@ class BlockWork:
 def valid_inputs(job: Job, arrays: Arrays, side: int, size_px: int) -> NDArray[np.uint16]:
     """Return how many valid inputs (source, slot) each pixel of a model's output has, shape (chip, y, x).
 
-    A pixel of another size than a source's has the validity of the source's pixel under its centre.
+    A pixel of another size than a source's has the validity of the source's pixel under its centre; one as large as the
+    chip is valid where any of the chip's is.
 
     Parameters
     ----------
@@ -152,6 +157,9 @@ def valid_inputs(job: Job, arrays: Arrays, side: int, size_px: int) -> NDArray[n
     total = np.zeros((len(arrays["chip_id"]), side, side), dtype=np.uint16)
     for number, plan in enumerate(job.sources):
         valid = arrays[f"{plan.name}/valid"]
+        if side == 1:
+            total += valid.any(axis=(2, 3)).sum(axis=1, dtype=np.uint16)[:, None, None]
+            continue
         count = valid.sum(axis=1, dtype=np.uint16)
         edge = job.reach_m(number) / plan.resolution
         own = count.shape[1] - 2 * edge
@@ -164,16 +172,16 @@ def valid_inputs(job: Job, arrays: Arrays, side: int, size_px: int) -> NDArray[n
 
 
 class _Tally:
-    """What the shards of a block took, summed up."""
+    """What the shards of a block took, summed up. Of a chip in several blocks, one tells that it was dropped."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
+    def __init__(self, names: Sequence[str], chips: Collection[str]) -> None:
+        self._names, self._chips = names, chips
         self._dropped: dict[str, str] = {}
         self._counts = {name: Counter[str]() for name in names}
         self._clipped = {name: Counter[str]() for name in names}
         self._unreadable: dict[str, list[str]] = {name: [] for name in names}
         self._valid: dict[str, list[float]] = {name: [0.0, 0.0] for name in names}
-        self._seconds = Counter[str]()
+        self._seconds: dict[str, float] = {}
 
     def add(self, sources: Mapping[str, Any]) -> None:
         """Add what reading a shard took."""
@@ -186,17 +194,18 @@ class _Tally:
             self._valid[name][0] += float(shares.sum(dtype=np.float64))
             self._valid[name][1] += float(shares.size)
             for stage, seconds in attrs.get("seconds", {}).items():
-                self._seconds[f"{stage}/{name}"] += seconds
-        self._dropped.update(sources[self._names[0]].attrs.get("dropped", {}))
+                self.spend(f"{stage}/{name}", seconds)
+        dropped = sources[self._names[0]].attrs.get("dropped", {})
+        self._dropped.update({chip: why for chip, why in dropped.items() if chip in self._chips})
 
     def spend(self, stage: str, seconds: float) -> None:
         """Add to what a stage took."""
-        self._seconds[stage] += seconds
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
     @property
     def report(self) -> dict[str, Any]:
         """The sums, as a unit's report has them."""
-        result: dict[str, Any] = {"dropped": self._dropped, "seconds": dict(self._seconds)}
+        result: dict[str, Any] = {"dropped": self._dropped, "seconds": self._seconds}
         for name in self._names:
             valid, shares = self._valid[name]
             result[f"counts/{name}"] = dict(self._counts[name])

@@ -41,8 +41,8 @@ def open_map(store: str | os.PathLike[str]) -> xr.Dataset | xr.DataTree:
     --------
     >>> report = chips.predict(lambda pixels: pixels[:, 0, 0], to="seen.zarr", progress=False)
     >>> seen = rd.open_map("seen.zarr")
-    >>> seen["values"].dims, seen.rio.crs.to_epsg()
-    (('band', 'y', 'x'), 32633)
+    >>> seen["values"].dims, seen.rio.resolution()
+    (('band', 'y', 'x'), (10.0, -10.0))
     """
     url = Place.of(store).folder("a folder that predict wrote", "Give the map's folder.")
     zones = map_zones(url)
@@ -92,7 +92,7 @@ def opened_map(store: Any, zones: Sequence[str], path: str = "") -> xr.Dataset |
             group=place or None,
             mask_and_scale=False,
             decode_coords="all",
-            consolidated=False,
+            consolidated=not group,
             zarr_format=3,
         )
         return dataset

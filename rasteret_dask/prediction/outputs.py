@@ -264,17 +264,17 @@ def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name:
         When the answer has another number of classes, or does not fit the grid of the chips.
     """
     subject, kind = f"model {name}", np.dtype(dtype).kind
-    found = f"{np.dtype(dtype)} of shape {tuple(shape)} for a chip"
+    answer = f"{np.dtype(dtype)} of shape {tuple(shape)} for a chip"
     side: int | None = None
     channels = 1
     if len(shape) in (2, 3):
-        side = _side(shape, size, subject, found)
+        side = _side(shape, size, subject, answer)
         channels = shape[0] if len(shape) == 3 else 1
     elif len(shape) == 1:
         channels = shape[0]
     elif len(shape) > 3:
         raise ModelError(
-            subject, found, "(k, y, x) or (y, x) for each pixel, (k,) or () for each chip",
+            subject, answer, "(k, y, x) or (y, x) for each pixel, (k,) or () for each chip",
             "Choose one of several times or outputs: rd.Model(..., output=), or a function around the model.",
         )  # fmt: skip
     if outputs.kind == "values":
@@ -282,7 +282,7 @@ def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name:
         if len(names) != channels:
             raise ModelError(
                 subject,
-                found,
+                answer,
                 f"{len(names)} values, as names= says",
                 "Name each value, or leave names= out.",
             )
@@ -292,18 +292,18 @@ def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name:
     assert given is None or isinstance(given, Mapping)
     if votes and given is None:
         raise ModelError(
-            subject, f"{found}: codes of classes", "the codes that there are",
+            subject, f"{answer}: codes of classes", "the codes that there are",
             "Name them: Outputs('classes', classes={1: 'water', 2: 'forest'}).",
         )  # fmt: skip
     codes = tuple(given) if given is not None else tuple(range(channels))
     if not votes and len(codes) != channels:
         raise ModelError(
-            subject, found, f"{len(codes)} scores, one for each of the classes {_few(codes)}",
+            subject, answer, f"{len(codes)} scores, one for each of the classes {_few(codes)}",
             "Give classes= in the order of the model's scores, all of them.",
         )  # fmt: skip
     if outputs.kind == "classes" and len(codes) < 2:
         raise ModelError(
-            subject, found, "a score for each of two classes at least",
+            subject, answer, "a score for each of two classes at least",
             "Of a model with one score: outputs='probabilities', or let it return 1 - p and p.",
         )  # fmt: skip
     names = tuple(given.values()) if given is not None else tuple(map(str, codes))
@@ -311,12 +311,12 @@ def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name:
     return ModelOutput(outputs.kind, side, codes, names, colours, votes, given is not None)
 
 
-def _side(shape: Sequence[int], size: int, subject: str, found: str) -> int:
+def _side(shape: Sequence[int], size: int, subject: str, answer: str) -> int:
     height, width = shape[-2:]
     if height != width or height < 1 or (size % height and height % size):
         fitting = ", ".join(f"{s} x {s}" for s in dict.fromkeys((size, size // 2, size * 2)) if s)
         raise ModelError(
-            subject, found, f"a square whose side divides the chip's {size} pixels, or is a multiple: {fitting}",
+            subject, answer, f"a square whose side divides the chip's {size} pixels, or is a multiple: {fitting}",
             "Crop or pad inside the model, or choose another size of chips.",
         )  # fmt: skip
     return int(height)

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-from dask._task_spec import DataNode, Task, TaskRef
+from dask._task_spec import DataNode, Task
+from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import PRESENT
 from rasteret_dask.chipping.covering import map_extents
-from rasteret_dask.errors import EmptyError, ModelError
+from rasteret_dask.errors import EmptyError
 from rasteret_dask.net import clusters
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.meta import TEXT
@@ -23,6 +24,7 @@ from rasteret_dask.prediction.mapjob import map_job
 from rasteret_dask.prediction.maps import MapPlan, checked, gpu_resource
 from rasteret_dask.prediction.mapwork import BlockWork
 from rasteret_dask.prediction.models import ModelLike, ModelParcel, model_of, parcel_of
+from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.outputs import ModelOutput, OutputsLike, outputs_of, settled
 from rasteret_dask.statistics.measuring import Pass, computed
 from rasteret_dask.store.layout import layout_of
@@ -100,19 +102,33 @@ def tried(
 
 def _answer(parcel: ModelParcel, arrays: Arrays, client: ClientLike) -> tuple[tuple[int, ...], np.dtype[Any]]:
     clusters.check(client, "predict(client=)")
-    with clusters.using(client) as cluster:
+    blanks = {name: _blank(values) for name, values in arrays.items()}
+    with clusters.using(client) as cluster, root_of(parcel, cluster) as (graph, root):
         resource = gpu_resource(cluster, parcel)
-        if resource is not None:
-            future = cluster.submit(parcel.trial, arrays, pure=False, resources={resource: 1e-6})  # type: ignore[union-attr]
-            answer: tuple[tuple[int, ...], np.dtype[Any]] = future.result()
-            return answer
         key = f"trial-{parcel.digest[:16]}"
-        graph: dict[Any, Any] = {
-            f"{key}-model": DataNode(f"{key}-model", parcel),
-            key: Task(key, ModelParcel.trial, TaskRef(f"{key}-model"), DataNode(None, arrays)),
-        }
+        graph[key] = Task(key, _trial, root, DataNode(None, blanks))
+        if resource is not None:
+            answer: tuple[tuple[int, ...], np.dtype[Any]] = cluster.get(  # type: ignore[union-attr]
+                graph, key, resources={resource: 1e-6}
+            )
+            return answer
         (told,) = computed(graph, {key: (key,)}, cluster, Pass("trying the model"))
         return told  # type: ignore[no-any-return]
+
+
+_Blank = tuple[tuple[int, ...], NDArray[Any]]
+
+
+def _blank(values: NDArray[Any]) -> _Blank:
+    """Return the shape of an array, and its one value where all are the same: chips of zeros are no large message."""
+    first = values.reshape(-1)[:1]
+    return values.shape, first if values.dtype.kind in "biuf" and bool((values == first).all()) else values
+
+
+def _trial(parcel: ModelParcel, blanks: Mapping[str, _Blank]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    return parcel.trial(
+        {name: np.broadcast_to(values, shape).copy() for name, (shape, values) in blanks.items()}
+    )
 
 
 def blank_chips(job: Job, outputs: Sequence[Output], count: int) -> Arrays:
@@ -175,13 +191,10 @@ def plan_map(
 
 
 def map_of(chips: HasJob, trial: Trial, options: MapOptions) -> MapPlan:
-    """Return the plan of a map with a model that was tried."""
+    """Return the plan of a map with a model that was tried; one answer a chip makes pixels that are chips."""
     output = trial.output
-    if output.side is None:
-        raise ModelError(
-            f"model {trial.parcel.name}", "one answer for each chip", "numbers for each pixel, to make a map of",
-            "Write answers of chips to a table: to='answers.parquet', or chips.embed(model, to=...).",
-        )  # fmt: skip
+    if output.side is None:  # a pixel is as large as a chip
+        output = replace(output, side=1)
     planned_chips, job = chips.planned, chips.job
     spec = planned_chips.spec
     extents = map_extents(planned_chips)

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from rasteret_dask.errors import PlanError
 from rasteret_dask.net.clusters import ClientLike
@@ -17,13 +20,14 @@ from rasteret_dask.prediction.models import ModelLike
 from rasteret_dask.prediction.outputs import OutputsLike
 from rasteret_dask.prediction.planmap import HasJob, MapOptions, map_of, tried
 from rasteret_dask.prediction.targets import Target, VectorTable, target_of
+from rasteret_dask.prediction.vectors import vector_plan
 from rasteret_dask.store.jobreport import JobReport
 from rasteret_dask.store.limits import Bounds
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["predicted"]
+__all__ = ["embedded", "predicted"]
 
 
 def predicted(
@@ -41,7 +45,8 @@ def predicted(
     target = None if to is None else target_of(to)
     trial = tried(chips, model, outputs, options.batch_size, client)
     if isinstance(target, VectorTable):
-        raise PlanError("predict(to=)", "a table", "not yet")
+        table = vector_plan(chips, trial.parcel, trial.output, trial.outputs, options.on_error)
+        return table.to_parquet(Place.of(target.path).url, client, progress, bounds)
     if isinstance(target, MapZarr):
         options = replace(options, block_px=target.block_px)
     elif isinstance(target, CogTiles):
@@ -58,3 +63,27 @@ def predicted(
             return write_tiles(plan, target, client, progress, bounds)
         case _:
             return write_cogs(plan, target.path, client, progress, bounds)
+
+
+def embedded(
+    chips: HasJob,
+    model: ModelLike,
+    options: MapOptions,
+    to: str | os.PathLike[str] | None,
+    client: ClientLike,
+    progress: bool,
+    bounds: Bounds,
+) -> JobReport | pa.Table:
+    """Run a model with one vector a chip: see :meth:`Chips.embed`."""
+    checked(options.blend, options.batch_size, options.min_inputs)
+    target = None if to is None else target_of(to)
+    if not isinstance(target, VectorTable | None):
+        raise PlanError(
+            "embed(to=)", repr(to), "a path that ends in .parquet",
+            "A map whose pixels are vectors is predict(model, 'values', to='vectors.tif').",
+        )  # fmt: skip
+    trial = tried(chips, model, "values", options.batch_size, client)
+    table = vector_plan(chips, trial.parcel, trial.output, trial.outputs, options.on_error, is_vector=True)
+    if target is None:
+        return table.load(client, progress)
+    return table.to_parquet(Place.of(target.path).url, client, progress, bounds)

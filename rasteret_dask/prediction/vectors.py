@@ -23,12 +23,14 @@ from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import ModelError, PlanError, StoreError
 from rasteret_dask.formats import ANSWERS, MEANING
-from rasteret_dask.net import remote
+from rasteret_dask.net import clusters, remote
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.planning.query import Query
+from rasteret_dask.prediction.maps import gpu_resource
 from rasteret_dask.prediction.models import ModelParcel
+from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.outputs import ModelOutput
 from rasteret_dask.prediction.vectorwork import FIRST, LAST, ROW, VectorWork, answer_fields
 from rasteret_dask.statistics.measuring import Pass, computed
@@ -49,7 +51,7 @@ from rasteret_dask.tasks.shards import Shipped
 from rasteret_dask.tasks.workermemory import TaskMemory
 from rasteret_dask.words import OnError
 
-__all__ = ["VectorPlan", "answers_note", "vector_plan"]
+__all__ = ["VectorPlan", "answers_note", "vector_plan", "remove_work"]
 
 NOTE = b"rasteret_dask:answers"
 """Key of the file's metadata that says what it is."""
@@ -189,12 +191,11 @@ class VectorPlan:
             pa.repeat(pa.scalar(edge.astype("datetime64[us]").item(), _TIME), len(part)) for edge in self.span
         )
 
-    def _roots(self, parcel: ModelParcel) -> dict[str, Any]:
-        """Return what tasks need beside the job: the model, and the user's functions."""
-        shipped = {
+    def _shipped(self) -> dict[str, Shipped]:
+        """Return the user's functions, which tasks need behind the model."""
+        return {
             f"function-{f.name}-{digest(f)[:12]}": Shipped(self.functions[f]) for f in self.work.functions
         }
-        return {f"model-{parcel.digest[:16]}": parcel, **shipped}
 
     # Exits
 
@@ -209,20 +210,16 @@ class VectorPlan:
             Whether to show how far it is.
         """
         token, at_root = self.digest[:16], f"job-{self.job.digest[:16]}"
-        roots = self._roots(self.parcel)
-        graph: dict[Any, Any] = {
-            key: DataNode(key, value) for key, value in {**roots, at_root: self.job}.items()
-        }
-        shards = list(self.job.shards())
+        shards, shipped = list(self.job.shards()), self._shipped()
         keys = [f"predict-{shard.name}-{token}" for shard in shards]
-        for key, shard in zip(keys, shards, strict=True):
-            refs = [TaskRef(root) for root in roots]
-            graph[key] = Task(
-                key, _answers, TaskRef(at_root), self.work, (shard.hierarchy, shard.number), *refs
-            )
-        parts = computed(
-            graph, {key: (key,) for key in keys}, client, Pass("predict", None, progress, self.memory)
-        )
+        with clusters.using(client) as cluster, root_of(self.parcel, cluster) as (graph, model):
+            graph |= {key: DataNode(key, value) for key, value in {**shipped, at_root: self.job}.items()}
+            refs = [model, *map(TaskRef, shipped)]
+            for key, shard in zip(keys, shards, strict=True):
+                item = shard.hierarchy, shard.number
+                graph[key] = Task(key, _answers, TaskRef(at_root), self.work, item, *refs)
+            look = Pass("predict", None, progress, self.memory)
+            parts = computed(graph, {key: (key,) for key in keys}, cluster or client, look)
         return pa.concat_tables([self.schema.empty_table(), *map(self.rows, parts)])
 
     def to_parquet(
@@ -244,12 +241,13 @@ class VectorPlan:
         """
         work = url + WORK
         if (report := self._finished(url)) is not None:
-            _remove(work)
+            remove_work(work)
             if progress:
                 sys.stderr.write(f"{remote.redact(url)} is finished: nothing to do\n")
             return report
         report = replace(
-            write_units(work, self._unit_job(work), client, progress, bounds), store=remote.redact(url)
+            write_units(work, self._unit_job(work, client), client, progress, bounds),
+            store=remote.redact(url),
         )
         if not report.committed:
             return report
@@ -258,7 +256,7 @@ class VectorPlan:
         except remote.MissingError:  # another part of an array job has seen the end as well, and was faster
             if self._finished(url) is None:
                 raise
-        _remove(work)
+        remove_work(work)
         return report
 
     def _finished(self, url: str) -> JobReport | None:
@@ -284,7 +282,7 @@ class VectorPlan:
         )
         return replace(JobReport.of_manifest(remote.redact(url), manifest), kept=note["chips"])
 
-    def _unit_job(self, url: str) -> UnitJob:
+    def _unit_job(self, url: str, client: ClientLike) -> UnitJob:
         """Return the shards as units of work."""
         job = self.job
         check_writable(job)
@@ -296,7 +294,9 @@ class VectorPlan:
             )
             for shard in order
         ]  # fmt: skip
-        place = f"{JOB}/model.bin"
+        with clusters.using(client) as cluster:
+            resource = gpu_resource(cluster, self.parcel)
+        place = f"{JOB}/model.bin"  # in the graph it would travel with every batch of tasks
         parcel, content = self.parcel.apart(remote.join(url, place))
         tables = {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
         return UnitJob(
@@ -307,9 +307,10 @@ class VectorPlan:
             Visible("answers.json", {"answers": self.parcel.name}),
             {**tables, place: whole(content), PROVENANCE: whole(self.provenance.to_bytes())},
             lambda: {_part(unit.name): unit.name for unit in units},
-            roots=self._roots(parcel),
+            roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
             cuts=Cuts.of(job),
             memory=self.memory,
+            resource=resource,
             hrefs=job.hrefs,
             signed=job.signed,
         )
@@ -369,7 +370,7 @@ def answers_note(url: str) -> Mapping[str, Any] | None:
     return dict(note)
 
 
-def _remove(work: str) -> None:
+def remove_work(work: str) -> None:
     """Remove the folder of parts, once nobody needs it."""
     if remote.is_local(work):
         shutil.rmtree(remote.local_path(work), ignore_errors=True)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from rasteret_dask.rules.values import RuleValue
 
-__all__ = ["RuleTable", "Table", "documented", "parameters", "table_of", "toml_type"]
+__all__ = ["RuleTable", "Table", "documented", "fields_of", "parameters", "table_of", "toml_type"]
 
 
 class Table(BaseModel):
@@ -59,6 +59,22 @@ def table_of(
     further
         Fields that are no arguments, as pydantic's ``create_model`` takes them.
     """
+    fields = fields_of(name, function, omit=omit, others=others, optional=optional)
+    made: type[BaseModel] = create_model(
+        name, __base__=base, __doc__=_first_sentence(function), **{**fields, **(further or {})}
+    )
+    return made
+
+
+def fields_of(
+    name: str,
+    function: Callable[..., Any],
+    *,
+    omit: Collection[str] = (),
+    others: Mapping[str, Any] | None = None,
+    optional: Collection[str] = (),
+) -> dict[str, Any]:
+    """Return a function's arguments as fields, as pydantic's ``create_model`` takes them; see :func:`table_of`."""
     words = documented(function)
     fields: dict[str, Any] = {}
     for key, parameter in parameters(function).items():
@@ -69,10 +85,7 @@ def table_of(
             hint = toml_type(_hint_of(function, parameter), f"{name}.{key}")
         needed = parameter.default is inspect.Parameter.empty and key not in optional
         fields[key] = (hint, Field(... if needed else None, description=words.get(key)))
-    made: type[BaseModel] = create_model(
-        name, __base__=base, __doc__=_first_sentence(function), **{**fields, **(further or {})}
-    )
-    return made
+    return fields
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -12,10 +12,16 @@ from pydantic_core import PydanticCustomError
 from rasteret_dask.building import build, build_from_stac
 from rasteret_dask.chipset import Chips
 from rasteret_dask.collection import Collection, join
+from rasteret_dask.exports.webdataset import PixelFormat
 from rasteret_dask.launching.cluster import ClusterKind
 from rasteret_dask.openers import build_from_files, build_from_table, load
 from rasteret_dask.planning.plan import OPERATORS
-from rasteret_dask.recipes.arguments import Table, documented, table_of
+from rasteret_dask.prediction.blending import Blend
+from rasteret_dask.prediction.cogtiles import CogTiles
+from rasteret_dask.prediction.mapstore import MapZarr
+from rasteret_dask.prediction.models import Model
+from rasteret_dask.prediction.outputs import OutputKind, Outputs
+from rasteret_dask.recipes.arguments import Table, documented, fields_of, table_of
 from rasteret_dask.words import OnError
 
 __all__ = [
@@ -341,6 +347,64 @@ def _with_output(table: Any) -> Any:
 OutputTable: Any = _tagged(OUTPUTS, output_of, _with_output)
 
 
+# What chips become: a map, files that others read
+
+_CALLED = ("client", "progress", "limits", "functions")
+"""Arguments that say how a call runs, which a recipe says elsewhere."""
+
+_PARTS_OF_A_MAP: dict[str, Any] = {
+    **fields_of("Predict", Model, omit=("call",), others={"normalize": str, "inputs": str}),
+    **fields_of(
+        "Predict",
+        Outputs,
+        omit=("kind",),
+        others={"classes": dict[str, str] | list[str], "colors": dict[str, str]},
+    ),
+    **fields_of("Predict", MapZarr, omit=("store",)),
+    **fields_of("Predict", CogTiles, omit=("folder",)),
+    "outputs": (OutputKind, Field(None, description=documented(Outputs)["kind"])),
+    "to": (
+        str,
+        Field(
+            description="Where it goes, by its ending: '.zarr', '.tif', '.parquet'; with `tile_px` a folder of GeoTIFFs."
+        ),
+    ),
+}
+
+PredictTable = table_of(
+    "Predict", Chips.predict, base=_Output, omit=_CALLED,
+    others={"model": str, "outputs": str, "to": str, "blend": Blend}, further=_PARTS_OF_A_MAP,
+)  # fmt: skip
+
+EXPORTS: dict[str, Any] = {
+    "geotiff": Chips.to_geotiff, "webdataset": Chips.to_webdataset, "rslearn": Chips.to_rslearn,
+}  # fmt: skip
+"""Format of an export -> what writes it."""
+
+ExportTable = _table(
+    "Export",
+    "Chips as files that other libraries read.",
+    {
+        "to": (str, Field(description="The folder: path or URL.")),
+        "format": (
+            Literal["geotiff", "webdataset", "rslearn"],
+            Field(
+                None,
+                description="GeoTIFFs with STAC items (the default), tars of WebDataset, windows of rslearn.",
+            ),
+        ),
+        **{
+            key: field
+            for function in EXPORTS.values()
+            for key, field in fields_of(
+                "Export", function, omit=(*_CALLED, "folder"), others={"pixels": PixelFormat}
+            ).items()
+        },
+    },
+    base=_Output,
+)
+
+
 class ClusterTable(Table):
     """Where tasks run; without this table, on threads of this process."""
 
@@ -385,6 +449,8 @@ Document = _table(
         "split": (SplitTable, Field(None)),
         "steps": (list[Annotated[Step, BeforeValidator(_with_one_step)]], Field([])),  # type: ignore[valid-type]
         "outputs": (list[OutputTable], Field([])),
+        "predict": (PredictTable, Field(None)),
+        "export": (ExportTable, Field(None)),
         "cluster": (ClusterTable, Field(None)),
     },
 )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -19,9 +19,10 @@ from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.recipes.assembling import Assembly, codec_of, references
 from rasteret_dask.recipes.blame import blamed, blamed_by_words
+from rasteret_dask.recipes.exits import export_call, predict_call
 from rasteret_dask.recipes.functions import importing_from
 from rasteret_dask.recipes.lines import spelled
-from rasteret_dask.recipes.models import Document, output_of
+from rasteret_dask.recipes.models import EXPORTS, Document, output_of
 from rasteret_dask.recipes.placement import placement_of
 from rasteret_dask.recipes.problems import recipe_error
 from rasteret_dask.recipes.source import RecipeSource, differences, nearest, values_of
@@ -43,7 +44,7 @@ class RecipeOutput:
     name: str
     """Path or URL as the recipe says it."""
     kind: str
-    """``"zarr"``, ``"table"``, ``"plan"`` or ``"stats"``."""
+    """``"zarr"``, ``"table"``, ``"plan"``, ``"stats"``, ``"predict"``, or the format of an export."""
     place: str
     """Path or URL; relative ones begin at the recipe's folder."""
     splits: tuple[str, ...]
@@ -143,6 +144,7 @@ class Recipe:
         [('zarr out.zarr', 9)]
         """
         placement = placement_of(self.source, cluster)
+        self._called()
 
         def explanation(part: Chips) -> Explanation:
             count, each = (None, 1) if placement is None else placement.workforce(part)
@@ -166,7 +168,7 @@ class Recipe:
         Parameters
         ----------
         limits
-            As in :meth:`Chips.to_zarr`, for each store. Of a job in parts, the first writes what is no store.
+            As in :meth:`Chips.to_zarr`, for each store, map and export. Of a job in parts, the first writes the others.
         progress
             Whether to show how far it is.
         cluster
@@ -176,7 +178,7 @@ class Recipe:
         Returns
         -------
         tuple
-            For each output what its writer returns: a JobReport of a store, Stats of statistics, else None.
+            For each output what its writer returns: Stats of statistics, None of a table or plan, else a JobReport.
 
         Raises
         ------
@@ -196,10 +198,12 @@ class Recipe:
         """
         if not self.outputs:
             raise self.source.error(
-                (), "no [[outputs]]", 'at least one, such as [[outputs]] with the line zarr = "train.zarr"',
+                (), "no [[outputs]], [predict] or [export]",
+                'at least one, such as [[outputs]] with the line zarr = "train.zarr"',
                 "Add it, or say --set outputs.0.zarr=train.zarr.",
             )  # fmt: skip
         placement = placement_of(self.source, cluster)
+        outputs = self._called()
         with ExitStack() as stack:
             client: ClientLike = None
             if placement is not None and placement.runs_already:
@@ -210,7 +214,7 @@ class Recipe:
                 client = stack.enter_context(placement.cluster(parts))
             return tuple(
                 self._write(chips, output, client, limits, progress)
-                for output, chips in zip(self.outputs, parts, strict=True)
+                for output, chips in zip(outputs, parts, strict=True)
             )
 
     def _planned(self) -> Chips:
@@ -231,7 +235,7 @@ class Recipe:
         self, chips: Chips, output: RecipeOutput, client: ClientLike, limits: RunLimits, progress: bool
     ) -> JobReport | Stats | None:
         """Write the chips of one output."""
-        if output.kind != "zarr" and limits.part is not None and limits.part[0] != 1:
+        if output.kind in ("table", "plan", "stats") and limits.part is not None and limits.part[0] != 1:
             return None
         match output.kind:
             case "zarr":
@@ -245,11 +249,38 @@ class Recipe:
                 chips.save(output.place)
             case "plan":
                 chips.save_plan(output.place, client=client)
+            case "predict":
+                with blamed_by_words(self.source):
+                    made: JobReport = chips.predict(
+                        client=client, progress=progress, limits=limits, **output.options
+                    )
+                return made
+            case "geotiff" | "webdataset" | "rslearn" as kind:
+                with blamed_by_words(self.source):
+                    files: JobReport = EXPORTS[kind](
+                        chips, client=client, progress=progress, limits=limits, **output.options
+                    )
+                return files
             case _:
                 stats = chips.stats(client=client, **output.options)
                 stats.save(output.place)
                 return stats
         return None
+
+    def _called(self) -> tuple[RecipeOutput, ...]:
+        """Return the outputs with the arguments of what writes them: models, statistics and functions are opened."""
+        place = Assembly(self.source).place
+        outputs = []
+        for output in self.outputs:
+            options = output.options
+            if output.kind == "predict":
+                with blamed(self.source, ("predict",)):
+                    options = predict_call(options, self.source.folder, place)
+            elif output.kind in EXPORTS:
+                with blamed(self.source, ("export",)):
+                    options = export_call(output.kind, options, place)
+            outputs.append(replace(output, options=options))
+        return tuple(outputs)
 
     @contextmanager
     def _compared(self, store: str) -> Iterator[None]:
@@ -355,3 +386,9 @@ def _outputs(source: RecipeSource, assembly: Assembly) -> Iterator[RecipeOutput]
         yield RecipeOutput(
             table[kind], kind, assembly.place(table[kind]), tuple(table.get("splits", ())), options
         )
+    for key in ("predict", "export"):
+        table = source.document.get(key)
+        if table is not None:
+            kind = key if key == "predict" else table.get("format", "geotiff")
+            splits = tuple(table.get("splits", ()))
+            yield RecipeOutput(table["to"], kind, assembly.place(table["to"]), splits, table)

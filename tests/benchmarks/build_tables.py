@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import readme_world
-from jobs import Job, read_job
+from jobs import ReadmeJob, read_job
 
 import rasteret_dask as rd
 
@@ -18,7 +18,7 @@ import rasteret_dask as rd
 def main() -> None:
     """Build what the job names."""
     job = read_job(Path(sys.argv[1]))
-    if isinstance(job, Job):
+    if not isinstance(job, ReadmeJob):
         name = job.name.split("-")[0].lower()
         rd.build_from_stac(job.load_items(), name=name, bands=list(job.bands)).export(job.table)
         return

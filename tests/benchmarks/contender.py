@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jobs import Job, ReadmeJob, read_job
+from jobs import AnyJob, ReadmeJob, read_job
 from numpy.typing import NDArray
 from usage import Usage, forget_peak, usage
 
@@ -54,7 +54,7 @@ class Contender:
     tried: tuple[Settings, ...] = ({},)
     """Settings to choose from, likely ones first: the fastest on the job at hand is taken."""
     environment: str = ""
-    """``"python312"`` or ``"rslearn"``: whose packages it needs, in an environment of their own."""
+    """``"python312"``, ``"rslearn"`` or ``"torchgeo"``: whose packages it needs, in an environment of their own."""
     slow: bool = False
     """Takes so long that it runs less often."""
     code: tuple[str, ...] = ()
@@ -119,6 +119,17 @@ CONTENDERS = _listed(
     Contender("rasteret by block", "peers312", "rasteret_blocks", environment="python312", slow=True),
     Contender("rasteret by chip", "peers312", "rasteret_chips", environment="python312", slow=True),
     Contender("rslearn to GeoTIFFs", "peers_rslearn", "windows", ({"processes": 2},), environment="rslearn", slow=True),
+    *(
+        Contender(f"rasteret_dask{what} to a map", "maps_ours", function)
+        for what, function in (("", "predict"), (", bands as they are,", "copy"))
+    ),
+    Contender("rasteret_dask to Zarr without overlap", "maps_ours", "write"),
+    Contender("sliding window over odc-stac", "maps_dull", "over_odc"),
+    Contender("sliding window over stackstac", "maps_dull", "over_stackstac"),
+    Contender(
+        "TorchGeo to a map", "maps_torchgeo", "predict", ({"workers": 0, "torch_threads": 1},), environment="torchgeo"
+    ),
+    Contender("rslearn to a map", "maps_rslearn", "predict", ({"torch_threads": 1},), environment="rslearn"),
     Contender("stackstac, chunks of a chip", "peers", "stackstac_boxes", _CHIP, slow=True),
     Contender("stackstac, one compute a chip", "peers", "stackstac_chips", _STACKSTAC[1:2], slow=True),
     Contender("rasterio by chip", "peers", "rasterio_chips", slow=True),
@@ -127,7 +138,7 @@ CONTENDERS = _listed(
 
 
 def measure(
-    contender: Contender, job: Job | ReadmeJob, settings: Settings, profile: Path | None = None
+    contender: Contender, job: AnyJob, settings: Settings, profile: Path | None = None
 ) -> dict[str, Any]:
     """Run a contender once.
 
@@ -183,7 +194,7 @@ def run_whole(contender: Contender, job: ReadmeJob, settings: Settings) -> None:
     print(json.dumps({"package": getattr(sys.modules.get("rasteret_dask"), "__file__", "")}))
 
 
-def leave(job: Job | ReadmeJob, prepared: Prepared, result: Any) -> str:
+def leave(job: AnyJob, prepared: Prepared, result: Any) -> str:
     """Return the digest of what a contender made; leave its pixels where the job wants them."""
     digest = hashlib.sha256()
     for chip in prepared.chips(result):

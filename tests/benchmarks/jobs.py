@@ -150,7 +150,51 @@ class ReadmeJob(Work):
         return dict(json.loads(Path(self.items).read_text()))
 
 
-def read_job(path: Path) -> Job | ReadmeJob:
-    """Read a job of either kind."""
-    kind = ReadmeJob if "tables" in json.loads(path.read_text()) else Job
+@dataclass(frozen=True, kw_only=True)
+class MapJob(Work):
+    """A model over a whole area, in overlapping windows whose outputs are blended to one map."""
+
+    items: str
+    """JSON file: a list of one STAC item."""
+    table: str
+    """Parquet file: the same as a record table of rasteret_dask, headers included."""
+    folder: str
+    """Where the item's files lie on this machine, ``<band>.tif``, for packages that read no items."""
+    bands: tuple[str, ...]
+    epsg: int
+    resolution: float
+    box: Box
+    """The area: windows from its north-west corner on end at its edges."""
+    size_px: int
+    stride_px: int
+    blend: str
+    """``"mean"``, ``"hann"``, or ``"centre"``: the window whose middle is nearest."""
+    batch: int = 16
+    slack: float = 2e-6
+    """How far pixels of two contenders may lie apart: sums in another order, of float32 up to 1."""
+
+    @classmethod
+    def read(cls, path: Path) -> MapJob:
+        """Read what :meth:`write` wrote."""
+        values: dict[str, Any] = json.loads(path.read_text())
+        return cls(**{**values, "bands": tuple(values["bands"]), "box": tuple(values["box"])})
+
+    def load_items(self) -> list[dict[str, Any]]:
+        """Return the STAC item, in a list."""
+        return list(json.loads(Path(self.items).read_text()))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The map's pixels: y, x."""
+        west, south, east, north = self.box
+        return round((north - south) / self.resolution), round((east - west) / self.resolution)
+
+
+AnyJob = Job | ReadmeJob | MapJob
+
+
+def read_job(path: Path) -> AnyJob:
+    """Read a job of any kind."""
+    values = json.loads(path.read_text())
+    kind = ReadmeJob if "tables" in values else MapJob if "blend" in values else Job
     return kind.read(path)

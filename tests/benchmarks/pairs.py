@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from contender import CONTENDERS
-from jobs import Job, ReadmeJob
+from jobs import AnyJob, ReadmeJob
 from process import Process, apart
 
 
@@ -19,7 +19,7 @@ class Side:
 
     title: str
     contender: str
-    job: Job | ReadmeJob
+    job: AnyJob
     checkout: Path
     """Whose code runs."""
 
@@ -38,6 +38,7 @@ class Pair:
 MEASURES = (
     ("cpu", "CPU s", 1.0), ("wall", "wall s", 1.0), ("peak_mb", "peak MB", 1.0),
     ("faults", "1000 page faults", 1e3), ("requests", "requests", 1.0), ("nbytes", "MB", 1e6),
+    ("distinct", "MB of the files", 1e6),
 )  # fmt: skip
 
 Found = list[tuple[dict[str, Any], dict[str, Any]]]
@@ -78,7 +79,7 @@ def _same(pair: Pair, process: Process, exact: bool) -> bool:
     if not slack:
         return exact
     near = apart(*(_pixels(pair, side, process) for side in (pair.one, pair.other))) <= slack
-    return near and (exact or isinstance(pair.one.job, Job))
+    return near and (exact or not isinstance(pair.one.job, ReadmeJob))
 
 
 def _table(pair: Pair, found: Found) -> str:
@@ -92,8 +93,9 @@ def _table(pair: Pair, found: Found) -> str:
         if not all(key in measured for both in found for measured in both):  # an older checkout's
             continue
         one, other = (np.array([f[side][key] for f in found]) / scale for side in (0, 1))
-        low, middle, high = np.percentile(one / other, [25, 50, 75])
-        lines.append(
-            f"| {unit} | {middle:.3f} ({low:.3f} to {high:.3f}) | {np.median(one):.2f} | {np.median(other):.2f} |"
-        )
+        ratio = "-"  # of what nobody served: files that were read from the disk
+        if other.all():
+            low, middle, high = np.percentile(one / other, [25, 50, 75])
+            ratio = f"{middle:.3f} ({low:.3f} to {high:.3f})"
+        lines.append(f"| {unit} | {ratio} | {np.median(one):.2f} | {np.median(other):.2f} |")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from contender import Contender, Settings
-from jobs import Job, ReadmeJob
+from jobs import AnyJob, ReadmeJob
 from nginx import Nginx
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +34,7 @@ class Process:
     """Name of an environment -> its interpreter."""
 
     def run(
-        self, contender: Contender, job: Job | ReadmeJob, settings: Settings, checkout: Path = THIS
+        self, contender: Contender, job: AnyJob, settings: Settings, checkout: Path = THIS
     ) -> dict[str, Any]:
         """Run it once; return what ``contender.measure`` returns, with ``requests``, ``nbytes``, ``distinct`` and
         ``errors`` served.
@@ -70,7 +70,7 @@ class Process:
         return found
 
 
-def build_tables(job: Job | ReadmeJob, scratch: Path, checkout: Path = THIS) -> None:
+def build_tables(job: AnyJob, scratch: Path, checkout: Path = THIS) -> None:
     """Build the record tables that a job names, by a checkout's own code."""
     started(checkout, sys.executable, "build_tables.py", str(job.write(scratch / "job.json")))
 
