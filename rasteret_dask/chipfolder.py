@@ -133,7 +133,7 @@ def read_chips(
     >>> back = rd.read_chips("tifs")  # sources, times, splits and all
     >>> len(back) == report.kept, back.audit().ok
     (True, True)
-    >>> train = rd.read_chips("tifs", images="train/*_sentinel-2-l2a.tif", split=None)  # as files of anybody
+    >>> train = rd.read_chips("tifs", images="train/*.tif", split=None)  # as files of anybody
     >>> len(train) == len(back.select("train"))
     True
     """
