@@ -115,7 +115,7 @@ def test_a_recipe_makes_the_map_that_python_makes(place: Path, truth: xr.Dataset
     made = rd.open_map(place / "map.zarr")
     same(made, truth)
     assert made["classes"].attrs == truth["classes"].attrs
-    assert set(np.unique(made["classes"])) == {1, 7}
+    assert {1, 7} <= set(np.unique(made["classes"]).tolist()) <= {0, 1, 7}
     (again,) = recipe.run(progress=False)
     assert isinstance(again, rd.JobReport)
     assert not again.shards_written

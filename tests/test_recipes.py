@@ -212,7 +212,8 @@ def test_several_mistakes_are_counted_in_one_message(folder: Path) -> None:
 def test_a_recipe_without_outputs_is_refused_before_it_plans_and_takes_one_beside_it(folder: Path) -> None:
     path = written(folder, JOB[: JOB.index("[[outputs]]")])
     with pytest.raises(
-        rd.RecipeError, match=r"found no \[\[outputs\]\]; .*--set outputs\.0\.zarr=train\.zarr"
+        rd.RecipeError,
+        match=r"found no \[\[outputs\]\], \[predict\] or \[export\]; .*--set outputs\.0\.zarr=train\.zarr",
     ):
         rd.load_recipe(path).run(progress=False)
     recipe = rd.load_recipe(path, overrides={"outputs.0.zarr": "beside.zarr"})

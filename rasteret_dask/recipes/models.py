@@ -353,7 +353,7 @@ _CALLED = ("client", "progress", "limits", "functions")
 """Arguments that say how a call runs, which a recipe says elsewhere."""
 
 _PARTS_OF_A_MAP: dict[str, Any] = {
-    **fields_of("Predict", Model, omit=("call",), others={"normalize": str, "inputs": str}),
+    **fields_of("Predict", Model, omit=("call", "normalize"), others={"inputs": str}),
     **fields_of(
         "Predict",
         Outputs,
@@ -362,12 +362,22 @@ _PARTS_OF_A_MAP: dict[str, Any] = {
     ),
     **fields_of("Predict", MapZarr, omit=("store",)),
     **fields_of("Predict", CogTiles, omit=("folder",)),
+    "model": (
+        str,
+        Field(
+            description="A file ('unet.onnx', '.pt2', '.pt'), or a function or torch module: 'module:name'."
+        ),
+    ),
+    "normalize": (
+        str,
+        Field(
+            None, description="Statistics of the train chips, a file '.json'; or a function 'module:name'."
+        ),
+    ),
     "outputs": (OutputKind, Field(None, description=documented(Outputs)["kind"])),
     "to": (
         str,
-        Field(
-            description="Where it goes, by its ending: '.zarr', '.tif', '.parquet'; with `tile_px` a folder of GeoTIFFs."
-        ),
+        Field(description="Where it goes: '.zarr', '.tif', '.parquet'; with `tile_px` a folder of GeoTIFFs."),
     ),
 }
 
