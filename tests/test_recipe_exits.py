@@ -75,6 +75,13 @@ def scores(pixels: Any) -> Any:
     return np.stack([pixels[:, 0], pixels[:, 1]], axis=1)
 
 
+def opened(place: Path) -> xr.Dataset:
+    """Return a map of one zone."""
+    made = rd.open_map(place)
+    assert isinstance(made, xr.Dataset)
+    return made
+
+
 def same(one: xr.Dataset, other: xr.Dataset) -> None:
     """Compare maps, pixel by pixel."""
     xr.testing.assert_identical(one.load().drop_attrs(), other.load().drop_attrs())
@@ -112,7 +119,7 @@ def test_a_recipe_makes_the_map_that_python_makes(place: Path, truth: xr.Dataset
     (report,) = recipe.run(progress=False)
     assert isinstance(report, rd.JobReport)
     assert report.committed
-    made = rd.open_map(place / "map.zarr")
+    made = opened(place / "map.zarr")
     same(made, truth)
     assert made["classes"].attrs == truth["classes"].attrs
     assert {1, 7} <= set(np.unique(made["classes"]).tolist()) <= {0, 1, 7}
@@ -136,11 +143,11 @@ def test_options_of_the_command_stand_over_the_recipe(
     (document,) = json.loads(out)
     assert document["kind"] == "predict"
     assert document["report"]["committed"]
-    same(rd.open_map(tmp_path / "own.zarr"), truth)
+    same(opened(tmp_path / "own.zarr"), truth)
     code, out, _ = call("predict", place / "bare.toml", *options, "-q")
     assert (code, "nothing was left to write" in out) == (ExitCode.DONE, True)
     assert call("predict", place / "map.toml", "--to", "max.zarr", "--blend", "max", "-q")[0] == ExitCode.DONE
-    assert rd.open_map("max.zarr")["classes"].shape == truth["classes"].shape
+    assert opened(tmp_path / "max.zarr")["classes"].shape == truth["classes"].shape
 
 
 def test_a_dry_run_writes_nothing(place: Path, call: Callable[..., Any], tmp_path: Path) -> None:

@@ -147,10 +147,10 @@ def export(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write chips as files that other libraries read: GeoTIFFs with STAC items, labels as masks; tars of WebDataset; windows of rslearn.
+    """Write chips as files that other libraries read.
 
-    Of a recipe, as its [export] says, changed by the options here; of a store, all or some splits. Run it again to
-    go on where it was stopped.
+    GeoTIFFs with STAC items, labels as masks; tars of WebDataset; windows of rslearn. Of a recipe, as its [export] says,
+    changed by the options here; of a store, all or some splits. Run it again to go on where it was stopped.
     """
     limits = limits_of(part, max_time, heartbeat)
     options = {"to": _here(to), "format": kind, "splits": split or None}

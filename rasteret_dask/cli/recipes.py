@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rasteret_dask.store.jobreport import JobReport
 
 __all__ = [
-    "Cluster", "DryRun", "HeartbeatFile", "MaxTime", "Part", "RecipeFile", "ShowProgress", "answer_explained", "carry_out",
-    "explain", "init", "kept_recipe", "limits_of", "loaded", "report_lines", "resume", "run",
+    "Cluster", "DryRun", "HeartbeatFile", "MaxTime", "Part", "RecipeFile", "ShowProgress", "answer_explained",
+    "carry_out", "explain", "init", "kept_recipe", "limits_of", "loaded", "report_lines", "resume", "run",
 ]  # fmt: skip
 
 RecipeFile = Annotated[
