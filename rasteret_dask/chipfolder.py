@@ -17,7 +17,7 @@ from rasteret_dask.chipset import Chips
 from rasteret_dask.collection import Collection
 from rasteret_dask.crs import number
 from rasteret_dask.errors import PlanError, user_level
-from rasteret_dask.ingest.chipfiles import ChipFiles, ChipFolder, chip_files
+from rasteret_dask.ingest.chipfiles import ChipFolder, FolderChips, chip_files
 from rasteret_dask.ingest.chipnames import ChipPattern
 from rasteret_dask.ingest.exported import exported_chips, exported_layout
 from rasteret_dask.ingest.filenames import Naming
@@ -55,7 +55,7 @@ def read_chips(
     *,
     images: str | Mapping[str, str] | None = None,
     masks: str | Mapping[str, str] | None = None,
-    split: str | Mapping[str, Any] | None = "folders",
+    split: str | Mapping[str, str | os.PathLike[str] | Sequence[str]] | None = "folders",
     table: Any = None,
     bands: Sequence[str] | Mapping[str, Any] | None = None,
     classes: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
@@ -133,7 +133,7 @@ def read_chips(
     >>> back = rd.read_chips("tifs")  # sources, times, splits and all
     >>> len(back) == report.kept, back.audit().ok
     (True, True)
-    >>> train = rd.read_chips("tifs", images="train/*_sentinel-2-l2a.tif", split=None)  # as files of anybody
+    >>> train = rd.read_chips("tifs", images="train/*.tif", split=None)  # as files of anybody
     >>> len(train) == len(back.select("train"))
     True
     """
@@ -240,7 +240,7 @@ def _skips(on_error: str) -> bool:
     return on_error == "skip"
 
 
-def _note(files: ChipFiles) -> str:
+def _note(files: FolderChips) -> str:
     parts = [f"{why}: {len(names)} ({listed(names)})" for why, names in files.left_out.items()]
     return f"read_chips leaves out {'; '.join(parts)}"
 
@@ -264,7 +264,7 @@ def _joined(sources: Mapping[str, Collection], optional: frozenset[str]) -> Coll
     return Collection(Query.together(plan, [own.query for own in sources.values()]))
 
 
-def _chips(files: ChipFiles, others: Mapping[str, Collection]) -> Chips:
+def _chips(files: FolderChips, others: Mapping[str, Collection]) -> Chips:
     """Return the plan whose windows are files."""
     both = sorted(set(files.sources) & set(others))
     if both:

@@ -715,8 +715,8 @@ class Chips(ChipExits, ModelExits, ScoreExits):
         """Say what the job will do, before anything is read, and how much of the ground lies in a chip.
 
         ``["ground"]`` has the share of the ground that the plan asks for: what of the area (``aoi``, a GeoBox; else
-        everywhere) the reference source's records lie on. With ``probe`` or ``rate`` it also estimates the time and the hours of all workers together, which
-        :attr:`Explanation.usage` brings to a price.
+        everywhere) the reference source's records lie on. With ``probe`` or ``rate`` it also estimates the time and the
+        hours of all workers together, which :attr:`Explanation.usage` brings to a price.
 
         Parameters
         ----------

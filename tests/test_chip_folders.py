@@ -74,7 +74,7 @@ def as_read(root: Path, **more: Any) -> rd.Chips:
 
 def rows(chips: rd.Chips, names: tuple[str, ...] = ("pixels", "valid", "mask")) -> dict[str, dict[str, Any]]:
     """Return chip -> its arrays and its split."""
-    data = chips.load()
+    data: Any = chips.load()
     return {
         str(chip): {
             "split": str(data["split"].values[at]),
@@ -162,14 +162,15 @@ def test_a_saved_plan_is_the_same_chips(tmp_path: Path) -> None:
     assert 'grid="files"' in repr(chips)
 
 
-def test_audit_finds_an_overlap(tmp_path: Path) -> None:
-    root = landcover(tmp_path)
+@pytest.mark.parametrize("crs", sorted(PLACES))
+def test_audit_finds_an_overlap(tmp_path: Path, crs: str) -> None:
+    root = landcover(tmp_path, crs)
     assert as_read(root).audit().ok
     image = np.ones((3, SIDE, SIDE), "uint16")
-    x, y, wide, high = PLACES["EPSG:32633"]
+    x, y, wide, high = PLACES[crs]
     over = Affine(wide, 0, x + 5 * wide, 0, -high, y)  # on the ground of train/a
-    write(root / "val" / "images" / "leak.tif", image, "EPSG:32633", over)
-    write(root / "val" / "masks" / "leak.tif", image[:1].astype("uint8"), "EPSG:32633", over)
+    write(root / "val" / "images" / "leak.tif", image, crs, over)
+    write(root / "val" / "masks" / "leak.tif", image[:1].astype("uint8"), crs, over)
     leak = as_read(root).audit()
     assert not leak.ok
     assert leak.overlaps == {"train-val": 1}
@@ -202,7 +203,7 @@ def test_several_sources_masks_times_and_columns(tmp_path: Path) -> None:
         bands={"s2": ["vv", "vh"], "s1": ["c"]}, table="chips.csv", split="part",
         classes={"water": ["dry", "water"]},
     )  # fmt: skip
-    tree = chips.load()
+    tree: Any = chips.load()
     assert sorted(set(chips.table["split"].to_pylist())) == ["check", "fit"]
     s2, s1 = tree["s2"], tree["s1"]
     assert list(s2["band"].values) == ["vv", "vh"]
@@ -255,7 +256,7 @@ def test_another_collection_is_read_onto_the_chips(tmp_path: Path) -> None:
     root = landcover(tmp_path / "data", names=("train/a", "val/b"))
     other = rd.build_from_files(str(tmp_path / "scene"), name="scene", static=True)
     chips = as_read(root, join={"scene": other.harmonize(resampling="nearest")})
-    tree = chips.load()
+    tree: Any = chips.load()
     for at, chip in enumerate(tree["scene"]["chip_id"].values):
         left, top = tree["scene"]["bounds"].values[at][[0, 3]]
         col, row = round((left - origin.c) / wide), round((origin.f - top) / high)
@@ -347,7 +348,7 @@ def test_a_table_keeps_types(tmp_path: Path) -> None:
     root = landcover(tmp_path)
     table = pa.table({"chip": ["train/a", "train/b", "val/a"], "count": [1, 2, 3], "share": [0.5, None, 1.5]})
     chips = as_read(root, table=table)
-    data = chips.load()
+    data: Any = chips.load()
     assert data["count"].dtype == np.int64
     assert data["share"].dtype == np.float64
     with pytest.raises(rd.SourceError, match="are no chip's"):

@@ -339,5 +339,9 @@ def test_the_page_s_blocks_run(
         exec(compile(block, "grids.md", "exec"), names)
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("_")[0] for line in shown[:3]] == ["33", "epsg3035", "epsg6933"]
-    assert shown[3] == "metres on the ground; EPSG:3035 is a map of equal area"
-    assert "counts in degree" in shown[4]
+    assert shown[3].startswith("100.0% of ")
+    shares = [float(line.split()[1].rstrip("%")) for line in shown[4:7]]
+    assert shares[2] == 100 > max(shares[:2])
+    assert "of each split cell" in shown[7]
+    assert shown[8] == "metres on the ground; EPSG:3035 is a map of equal area"
+    assert "counts in degree" in shown[9]

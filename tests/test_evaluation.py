@@ -556,6 +556,10 @@ def test_predictions_of_whole_chips(dealt: rd.Chips, tmp_path: Path) -> None:
     codes = pa.table({"chip_id": ids, "value": [CROPS.index(one) for one in guess]}).slice(5)
     numbered = chips.evaluate(codes, "truth", classes=dict(enumerate(CROPS)), progress=False)
     assert (numbered.confusion.values == found.confusion.values).all()
+    both = codes.rename_columns(["chip_id", "class"]).append_column(
+        "class_name", table["class"]
+    )  # as predict has it
+    assert chips.evaluate(both, "truth", progress=False).confusion.equals(found.confusion)
     with pytest.raises(rd.PlanError, match="labels that are texts, predictions that are numbers"):
         chips.evaluate(codes, "truth", progress=False)
     with pytest.raises(rd.PlanError, match="twice"):

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import xarray as xr
+import zarr
 from distributed import Client, LocalCluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 import rasteret_dask as rd
 from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.prediction import multiscales
 from rasteret_dask.prediction.mapstore import MapZarr
 
 
@@ -199,7 +202,7 @@ def test_what_fails_is_all_that_a_rerun_computes(area: rd.Chips, in_memory: Any,
         pixels = batch["s2"][:, 0]
         if (faults / "on").exists() and (batch["bbox"][:, 0] > east).any():
             raise ValueError("a fault east of here")
-        return pixels
+        return np.asarray(pixels)
 
     model = rd.Model(texture, inputs=brittle, version="1")
     to = MapZarr(tmp_path / "map.zarr", block_px=256)
@@ -252,9 +255,9 @@ def test_a_model_may_give_other_pixels(optical: rd.Collection, cube: Any, factor
     def other(pixels: NDArray[Any]) -> NDArray[Any]:
         red = pixels[:, 0]
         if factor > 1:
-            return red.repeat(2, axis=1).repeat(2, axis=2)
+            return np.asarray(red.repeat(2, axis=1).repeat(2, axis=2))
         n, side, _ = red.shape
-        return red.reshape(n, side // 2, 2, side // 2, 2).mean(axis=(2, 4))
+        return np.asarray(red.reshape(n, side // 2, 2, side // 2, 2).mean(axis=(2, 4)))
 
     chips = optical.chips(32, stride=16, cover=True, edge="pad", aoi=area_of(cube, (0.2, 0.4, 0.6, 0.7)))
     seen: Any = chips.predict(rd.Model(other, version=str(factor)), blend="mean")
@@ -389,3 +392,28 @@ def test_each_zone_has_a_map_of_its_own(tmp_path: Path) -> None:
         seen = zone["values"].values[0]
         there = zone["count"].values > 0
         np.testing.assert_allclose(seen[there], want[there], rtol=1e-6)
+
+
+def test_coarser_levels_lie_below_the_map(
+    area: rd.Chips, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = MapZarr(tmp_path / "map.zarr", block_px=256, multiscales=True)
+    monkeypatch.setattr(multiscales.levels, "__defaults__", (200,))  # of a map of 360 x 300 pixels
+    area.predict(texture, to=to, progress=False)
+    same_maps(rd.open_map(to.store), in_memory)
+    coarse = xr.open_zarr(to.store, group="2x", mask_and_scale=False, consolidated=False)
+    fine = in_memory["values"].values
+    want = fine.reshape(2, fine.shape[1] // 2, 2, fine.shape[2] // 2, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(coarse["values"].values, want, rtol=1e-5)
+    layout: Any = zarr.open_group(to.store, mode="r").attrs["multiscales"]
+    assert [level["asset"] for level in layout["layout"]] == [".", "2x"]
+    assert float(coarse.x[0]) == float(in_memory.x[0]) + 5
+
+
+def test_a_map_asks_for_each_tile_once(area: rd.Chips, tmp_path: Path) -> None:
+    """As a store of the same chips does: a chip that reaches several blocks brings no tile twice."""
+    chips = area.to_zarr(tmp_path / "chips.zarr", progress=False)
+    mapped = area.predict(texture, to=MapZarr(tmp_path / "map.zarr", block_px=256), progress=False)
+    assert mapped.shards == 4
+    tiles = [sum(report.table["tiles_read"].to_pylist()) for report in (mapped, chips)]
+    assert tiles[0] == tiles[1]

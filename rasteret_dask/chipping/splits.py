@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.celltable import CellTable
 from rasteret_dask.chipping.distances import apart_m, stretch
 from rasteret_dask.errors import PlanError
+from rasteret_dask.extent import metres
 from rasteret_dask.grid import Lattice, transformer
 from rasteret_dask.lists import listed
 from rasteret_dask.planning.functions import plain
@@ -39,6 +40,7 @@ __all__ = [
     "split_numbers",
     "split_of_cells",
     "too_near",
+    "touch_area",
 ]
 
 FEW_CELLS = 20
@@ -55,6 +57,11 @@ NOWHERE = shapely.Polygon()
 
 SHARED_M2 = 1e-3
 """Windows and cells that share less ground than this only touch."""
+
+
+def touch_area(code: int) -> float:
+    """Return the same in the units of a CRS, which may be degrees, squared."""
+    return SHARED_M2 / metres(code) ** 2
 
 
 @dataclass(frozen=True, slots=True)

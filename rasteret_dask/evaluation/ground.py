@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.chipping.distances import apart_m
 from rasteret_dask.chipping.frame import Frame, frame_of, outline_wkb
-from rasteret_dask.chipping.splits import SHARED_M2
+from rasteret_dask.chipping.splits import touch_area
 from rasteret_dask.errors import PlanError, SchemaError
 from rasteret_dask.planning.names import in_order
 from rasteret_dask.show.audit import Ground
@@ -156,7 +156,7 @@ def _shares(ground: Ground, chips: NDArray[np.int64], others: NDArray[np.int64])
         shapes = np.concatenate([ground.boxes[others[here]], moved])
         boxes = ground.boxes[chips[own]]
         at, other = shapely.STRtree(shapes).query(boxes, predicate="intersects")
-        common = shapely.area(shapely.intersection(boxes[at], shapes[other])) > SHARED_M2
+        common = shapely.area(shapely.intersection(boxes[at], shapes[other])) > touch_area(code)
         result[own[at[common]]] = True
     return result
 

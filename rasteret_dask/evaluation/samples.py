@@ -27,6 +27,9 @@ SUBJECT = "evaluate(predictions=)"
 VALUES = ("class", "prediction", "predicted", "value")
 """Columns that hold predictions, the first that there is."""
 
+NAMES = "class_name"
+"""The column with names of classes, of models of whole chips: what labels that are text are compared with."""
+
 _TABLES = (".parquet", ".geoparquet", ".pq")
 
 
@@ -97,7 +100,9 @@ def samples_of(
         When there is no such column, a chip stands twice, none is of these chips, or one side has numbers and the other
         names.
     """
-    predicted = predictions.column(_column(predictions, column))
+    is_text = _kind(chips.column(label).type, label) == "text"
+    named = column is None and is_text and NAMES in predictions.column_names
+    predicted = predictions.column(NAMES if named else _column(predictions, column))
     ids = predictions.column("chip_id").cast(pa.string())
     if pc.count_distinct(ids).as_py() < len(ids):
         twice = pc.value_counts(ids)

@@ -29,7 +29,7 @@ from rasteret_dask.net.trust import checked, resolve
 from rasteret_dask.table.anytable import as_arrow
 from rasteret_dask.table.records import Records
 
-__all__ = ["ChipFiles", "ChipFolder", "chip_files"]
+__all__ = ["FolderChips", "ChipFolder", "chip_files"]
 
 _NAMES = ("chip", "chip_id", "name", "id", "file", "filename", "image", "path")
 """Columns of a table that may name the chip, the first of them that is there."""
@@ -41,7 +41,7 @@ _SAME_PX = 1e-3
 
 
 @dataclass(frozen=True)
-class ChipFiles:
+class FolderChips:
     """Chips that are files."""
 
     size: int
@@ -84,7 +84,7 @@ class ChipFolder:
     """Whether chips that lack a file, or whose files cannot be read, are left out."""
 
 
-def chip_files(folder: str, how: ChipFolder) -> ChipFiles:
+def chip_files(folder: str, how: ChipFolder) -> FolderChips:
     """Find the files of chips, and read their headers.
 
     Parameters
@@ -121,7 +121,7 @@ def chip_files(folder: str, how: ChipFolder) -> ChipFiles:
         have = Counter(table.column("chip").to_pylist())
         kept = [chip for chip in kept if have[chip] == len(masks)]
     there = pa.array(kept, pa.string())
-    return ChipFiles(
+    return FolderChips(
         size,
         {name: own.filter(pc.is_in(own.column("chip"), value_set=there)) for name, own in records.items()},
         facts.filter(pc.is_in(facts.column("chip"), value_set=there)),

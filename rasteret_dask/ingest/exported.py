@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from rasteret_dask.errors import ReadError, SourceError
 from rasteret_dask.headers.reader import read_headers
-from rasteret_dask.ingest.chipfiles import ChipFiles
+from rasteret_dask.ingest.chipfiles import FolderChips
 from rasteret_dask.ingest.sources import check_href
 from rasteret_dask.ingest.tables import table_to_records
 from rasteret_dask.net.remote import get, is_local, join, redact
@@ -84,7 +84,7 @@ class _Item:
         return checked(resolve(href, self.href), local=is_local(self.href), subject=subject)
 
 
-def exported_chips(folder: str, layout: Mapping[str, Any]) -> ChipFiles:
+def exported_chips(folder: str, layout: Mapping[str, Any]) -> FolderChips:
     """Return the chips of a folder that ``to_geotiff`` wrote.
 
     Parameters
@@ -106,7 +106,7 @@ def exported_chips(folder: str, layout: Mapping[str, Any]) -> ChipFiles:
     records = {name: _records(name, own, items) for name, own in sources.items()}
     first = next(iter(sources))
     size = int(items[0].asset(first)["proj:shape"][0])
-    return ChipFiles(
+    return FolderChips(
         size,
         records,
         _facts(items, layout["labels"]),

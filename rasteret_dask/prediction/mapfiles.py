@@ -65,6 +65,11 @@ class TileLayout:
     tiles: CogTiles
 
     @property
+    def form(self) -> str:
+        """What it makes of the same pixels."""
+        return "cogs"
+
+    @property
     def arrays(self) -> tuple[str, ...]:
         """The maps: the output, and those beside it."""
         return (self.output.variable, *EXTRAS)

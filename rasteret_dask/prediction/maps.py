@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +58,10 @@ def _nothing(manifest: pa.Table) -> Mapping[str, bytes]:
 
 class Sink(Protocol):
     """Where the blocks of a map go; it travels with every task."""
+
+    @property
+    def form(self) -> str:
+        """What it makes of the same pixels: part of what a folder is known by."""
 
     def objects(
         self, block: MapBlock, arrays: Mapping[str, NDArray[Any]]
@@ -212,7 +216,12 @@ class MapPlan:
         return StoreLayout(self.maps.grids, self.output, self.maps.block_px, note)
 
     def to_zarr(
-        self, url: str, client: ClientLike = None, progress: bool = True, bounds: Bounds | None = None
+        self,
+        url: str,
+        client: ClientLike = None,
+        progress: bool = True,
+        bounds: Bounds | None = None,
+        multiscales: bool = False,
     ) -> JobReport:
         """Write the map as a Zarr store; a rerun does what is missing.
 
@@ -222,6 +231,8 @@ class MapPlan:
             The store.
         client, progress, bounds
             As of :func:`rasteret_dask.store.unitruns.write_units`.
+        multiscales
+            As of :class:`MapZarr`.
 
         Examples
         --------
@@ -229,13 +240,10 @@ class MapPlan:
         >>> plan.to_zarr("planned.zarr", progress=False).committed
         True
         """
-        layout = self.layout()
+        layout = replace(self.layout(), multiscales=multiscales)
         objects, root = layout.documents()
-        names = {
-            (block.grid, block.row, block.col): name
-            for block, name in zip(self.maps.blocks, self.maps.names(), strict=True)
-        }
-        job = self.unit_job(url, layout, root, objects, lambda: layout.places(names), client)
+        blocks = dict(zip(self.maps.names(), self.maps.blocks, strict=True))
+        job = self.unit_job(url, layout, root, objects, lambda: layout.places(blocks), client)
         return write_units(url, job, client, progress, bounds)
 
     def unit_job(
@@ -251,7 +259,7 @@ class MapPlan:
         """Return the blocks as units of work that end in objects of a sink; other arguments as of :class:`UnitJob`."""
         job = self.maps.job
         check_writable(job)
-        whole_digest = digest(self.digest, self.maps.block_px, type(sink).__name__)
+        whole_digest = digest(self.digest, self.maps.block_px, sink.form)
         tables = {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
         units = [
             WorkUnit(name, (at, block), first, digest(whole_digest, name), None, at)

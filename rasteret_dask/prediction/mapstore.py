@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 from rasteret_dask.crs import crs_of
 from rasteret_dask.errors import PlanError
 from rasteret_dask.prediction.mapgrid import BLOCK_SIDES, MapBlock, MapGrid, blocks_of
-from rasteret_dask.prediction.multiscales import geozarr_attributes
+from rasteret_dask.prediction.multiscales import Halving, MapLevel, geozarr_attributes, halve, levels
 from rasteret_dask.prediction.outputs import ModelOutput
-from rasteret_dask.store.encode import Piece, compressors
+from rasteret_dask.store.encode import Encoding, Piece, compressors
 from rasteret_dask.store.ledger import Maker, whole
 from rasteret_dask.store.unitruns import Visible
 
@@ -30,6 +31,9 @@ __all__ = ["COUNT", "INPUTS", "MapZarr", "StoreLayout"]
 
 COUNT, INPUTS = "count", "inputs"
 """Names of the arrays that say how many chips a pixel is made of, and how many valid inputs it has."""
+
+LEAST_SHARD_PX = 64
+"""Side of a block in the coarsest level, at least: smaller objects would be many."""
 
 CHUNK_PX = 512
 """Side of the chunks that readers read, inside the object of a block."""
@@ -47,7 +51,8 @@ class MapZarr:
         Side of what one task computes, and of a shard of the store: 256, 512, 1024 or 2048 pixels. None: the largest
         that takes 128 MiB of memory at most. Pixels do not depend on it.
     multiscales
-        Whether coarser levels are stored beside the map, each half of the one before.
+        Whether coarser levels are stored below the map, each half of the one before: groups ``2x``, ``4x`` and so on,
+        down to 512 pixels, at most ``block_px`` / 64 times coarser. Classes are the most frequent ones, values means.
 
     Raises
     ------
@@ -79,6 +84,13 @@ class StoreLayout:
     block_px: int
     attrs: Mapping[str, Any]
     """Attributes of the root: what the map was made of."""
+    multiscales: bool = False
+    """Whether there are coarser levels."""
+
+    @property
+    def form(self) -> str:
+        """What it makes of the same pixels."""
+        return "zarr with multiscales" if self.multiscales else "zarr"
 
     def group(self, grid: int) -> str:
         """Return the path of a grid's group; "" where there is one grid."""
@@ -100,6 +112,14 @@ class StoreLayout:
             INPUTS: ("uint16", 0, 0),
         }
 
+    def pyramid(self, grid: MapGrid) -> tuple[MapLevel, ...]:
+        """Return the levels of a grid, the finest first: those whose pixels one block has, of 64 x 64 at least."""
+        steps = levels((grid.height, grid.width))
+        return tuple(step for step in steps if step.factor <= self.block_px // LEAST_SHARD_PX)
+
+    def _levels(self, grid: MapGrid) -> tuple[MapLevel, ...]:
+        return self.pyramid(grid) if self.multiscales else self.pyramid(grid)[:1]
+
     def documents(self) -> tuple[dict[str, Maker], Visible]:
         """Return every object that is known before any block, and the root with the groups' documents."""
         import zarr
@@ -109,7 +129,16 @@ class StoreLayout:
         root = zarr.create_group(store, attributes=dict(self.attrs))
         for number, grid in enumerate(self.grids):
             path = self.group(number)
-            self._fill_group(root if not path else root.require_group(path), grid)
+            group = root if not path else root.require_group(path)
+            steps = self._levels(grid)
+            for step in steps:
+                below = group if step.path == "." else group.require_group(step.path)
+                self._fill_group(below, coarser(grid, step), step.factor)
+            how: Halving = "mode" if self.output.is_flat else "average"
+            pyramid = steps if self.multiscales else ()
+            shape = (grid.height, grid.width)
+            conventions = geozarr_attributes(grid.code, Affine(*grid.transform), shape, pyramid, how)
+            group.update_attributes({"Conventions": "CF-1.10", **conventions})
         consolidate(store)
         data = {path: buffer.to_bytes() for path, buffer in store._store_dict.items()}
         groups = {
@@ -123,12 +152,12 @@ class StoreLayout:
         }
         return objects, Visible("zarr.json", document, groups)
 
-    def _fill_group(self, group: zarr.Group, grid: MapGrid) -> None:
+    def _fill_group(self, group: zarr.Group, grid: MapGrid, factor: int) -> None:
         out = self.output
         for name, (dtype, front, fill) in self.arrays.items():
             axes = ((out.channels,) if front else ()) + (grid.height, grid.width)
             dims = ((("class",) if out.codes else ("band",)) if front else ()) + ("y", "x")
-            chunk, shard = self._shapes(front)
+            chunk, shard = self._shapes(front, factor)
             array = group.create_array(
                 name,
                 shape=axes,
@@ -158,8 +187,6 @@ class StoreLayout:
         place = group.create_array("spatial_ref", shape=(), dtype="int64", chunks=(), fill_value=0)
         place[...] = 0
         place.update_attributes({**crs_of(grid.code).to_cf(), "GeoTransform": _geotransform(grid)})
-        conventions = geozarr_attributes(grid.code, Affine(*grid.transform), (grid.height, grid.width))
-        group.update_attributes({"Conventions": "CF-1.10", **conventions})
 
     def _attributes(self, name: str, fill: Any) -> dict[str, Any]:
         own: dict[str, Any] = {"grid_mapping": "spatial_ref"}
@@ -178,36 +205,50 @@ class StoreLayout:
             own |= {"long_name": "probability", "units": "1", "codes": list(out.codes)}
         return own
 
-    def _shapes(self, front: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of a chunk and of a shard."""
-        side = (min(CHUNK_PX, self.block_px),) * 2
-        return ((1, *side) if front else side), ((front,) if front else ()) + (self.block_px,) * 2
+    def _shapes(self, front: int, factor: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of a chunk and of a shard of a level."""
+        block = self.block_px // factor
+        side = (min(CHUNK_PX, block),) * 2
+        return ((1, *side) if front else side), ((front,) if front else ()) + (block,) * 2
 
     def objects(
         self, block: MapBlock, arrays: Mapping[str, NDArray[Any]]
     ) -> Iterator[tuple[str, Sequence[Piece]]]:
-        """Yield path and bytes of the object of each array of a block; none where all of it is fill."""
+        """Yield path and bytes of the object of each array of a block, level by level; none where all of it is fill."""
         for name, (dtype, front, fill) in self.arrays.items():
-            data = _encoded(arrays[name], dtype, self._shapes(front), fill)
-            if data is not None:
-                yield self._place(block.grid, name, front, block.row, block.col), [data]
+            values = arrays[name]
+            how: Halving = "max" if name in (COUNT, INPUTS) else "mode" if self.output.is_flat else "average"
+            for step in self._levels(self.grids[block.grid]):
+                if step.factor > 1:
+                    values = halve(values, how, fill)
+                pieces = _encoded(values, dtype, self._shapes(front, step.factor), fill)
+                if pieces:
+                    yield self._place(block, name, front, step), pieces
 
-    def _place(self, grid: int, name: str, front: int, row: int, col: int) -> str:
-        return f"{self.path(grid, name)}/c/{'0/' if front else ''}{row}/{col}"
+    def _place(self, block: MapBlock, name: str, front: int, step: MapLevel) -> str:
+        array = name if step.path == "." else f"{step.path}/{name}"
+        return f"{self.path(block.grid, array)}/c/{'0/' if front else ''}{block.row}/{block.col}"
 
-    def places(self, names: Mapping[tuple[int, int, int], str]) -> dict[str, str]:
+    def places(self, blocks: Mapping[str, MapBlock]) -> dict[str, str]:
         """Return the path of every object that blocks may have -> the block's name.
 
         Parameters
         ----------
-        names
-            (grid, row, col) -> name of each block.
+        blocks
+            Name -> block.
         """
         return {
-            self._place(grid, array, front, row, col): name
-            for (grid, row, col), name in names.items()
+            self._place(block, array, front, step): name
+            for name, block in blocks.items()
             for array, (_, front, _) in self.arrays.items()
+            for step in self._levels(self.grids[block.grid])
         }
+
+
+def coarser(grid: MapGrid, step: MapLevel) -> MapGrid:
+    """Return the grid of a level; at the southern and eastern edges its pixels may reach beyond the finest one's."""
+    height, width = step.shape
+    return replace(grid, pixel=grid.pixel * step.factor, height=height, width=width)
 
 
 def empty_blocks(grids: Sequence[MapGrid], blocks: Sequence[MapBlock], block_px: int) -> int:
@@ -217,19 +258,40 @@ def empty_blocks(grids: Sequence[MapGrid], blocks: Sequence[MapBlock], block_px:
 
 def _encoded(
     values: NDArray[Any], dtype: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], fill: Any
-) -> bytes | None:
-    """Return the object of a block, as zarr-python makes it in memory; None where all of it is fill."""
+) -> Sequence[Piece]:
+    """Return the pieces of a block's object, none where all of it is fill.
+
+    A shard is its chunks one after another, row by row, whatever the number of axes: so chunks are encoded as those of
+    an array with one axis of chunks.
+    """
+    chunk, shard = shapes
+    side, block = chunk[-1], shard[-1]
+    values = values.reshape(-1, *values.shape[-2:])
+    padded = np.full((len(values), block, block), fill, dtype=dtype)
+    padded[:, : values.shape[1], : values.shape[2]] = values
+    count = block // side
+    tiles = padded.reshape(len(values), count, side, count, side).transpose(0, 1, 3, 2, 4)
+    flat = np.ascontiguousarray(tiles).reshape(-1, side, side)
+    return _encoding(len(flat), side, dtype, None if np.isnan(fill) else int(fill)).encode(flat)
+
+
+@lru_cache(maxsize=32)
+def _encoding(chunks: int, side: int, dtype: str, fill: int | None) -> Encoding:
+    """Return how an object of so many chunks is encoded: as zarr-python writes it down."""
     import zarr
     from zarr.storage import MemoryStore
 
-    (chunk, shard), store = shapes, MemoryStore()
-    array = zarr.create_array(
-        store, shape=shard, dtype=dtype, chunks=chunk, shards=shard, fill_value=fill,
+    store = MemoryStore()
+    zarr.create_array(
+        store,
+        shape=(chunks, side, side),
+        dtype=dtype,
+        chunks=(1, side, side),
+        shards=(chunks, side, side),
+        fill_value=np.nan if fill is None else fill,
         compressors=compressors("auto", dtype),
-    )  # fmt: skip
-    array[..., : values.shape[-2], : values.shape[-1]] = values
-    data = [buffer for path, buffer in store._store_dict.items() if path != "zarr.json"]
-    return data[0].to_bytes() if data else None
+    )
+    return Encoding.of(store._store_dict["zarr.json"].to_bytes(), "a block of a map")
 
 
 def consolidate(store: MemoryStore) -> None:

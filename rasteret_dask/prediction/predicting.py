@@ -58,7 +58,7 @@ def predicted(
             return plan.load(client, progress)
         case MapZarr():
             url = Place.of(target.store).folder("a folder, or nothing yet", "Choose another place.")
-            return plan.to_zarr(url, client, progress, bounds)
+            return plan.to_zarr(url, client, progress, bounds, target.multiscales)
         case CogTiles():
             return write_tiles(plan, target, client, progress, bounds)
         case _:

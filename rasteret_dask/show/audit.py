@@ -18,13 +18,14 @@ from rasteret_dask.chipping.chips import PlannedChips
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA, FeedTable, bounds_of
 from rasteret_dask.chipping.distances import apart_m, measure, stretch
 from rasteret_dask.chipping.leftover import leftover
-from rasteret_dask.chipping.splits import SHARED_M2, SplitCells, cells_at
+from rasteret_dask.chipping.splits import SplitCells, cells_at, touch_area
 from rasteret_dask.chipping.splittimes import split_spans, times_of
 from rasteret_dask.chipping.steps import FEW_LABELS
 from rasteret_dask.chipping.strata import classes_of, classes_of_raster
 from rasteret_dask.display.card import counted
 from rasteret_dask.display.html import card, markup, shares, table, verdict
 from rasteret_dask.errors import PlanError
+from rasteret_dask.extent import metres
 from rasteret_dask.grid import bounds_in, transformer
 from rasteret_dask.planning.plan import TIME
 
@@ -518,7 +519,8 @@ class Ground:
         for code in zones if len(zones) > 1 else ():
             here = epsg == code
             centre[here] = np.stack(transformer(int(code), 4326).transform(*middle[here].T), -1)
-        radius = float(np.hypot(*(bounds[:, 2:] - middle).T).max(initial=0.0))
+        unit = np.select([epsg == code for code in zones], [metres(int(code)) for code in zones], 1.0)
+        radius = float((np.hypot(*(bounds[:, 2:] - middle).T) * unit).max(initial=0.0))
         boxes = np.asarray(shapely.box(*bounds.T), dtype=object)
         scale = {code: stretch(code, bounds[epsg == code]) for code in zones.tolist()}
         return cls(epsg, boxes, wkb, centre, radius, scale)
@@ -606,11 +608,12 @@ def _apart(
     tree = shapely.STRtree(others)
     at, other = tree.query(chips, predicate="intersects")
     if len(at):
+        least = touch_area(code)
         a, b = shapely.bounds(chips[at]), shapely.bounds(others[other])
         sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-        more = np.flatnonzero(sides.prod(axis=1) > SHARED_M2)  # most neighbours only touch
+        more = np.flatnonzero(sides.prod(axis=1) > least)  # most neighbours only touch
         shared = shapely.area(shapely.intersection(chips[at[more]], others[other[more]]))
-        return int(np.sum(shared > SHARED_M2)), 0.0
+        return int(np.sum(shared > least)), 0.0
     for some in (chips[:: max(len(chips) // FIRST_GUESS, 1)], chips):  # a few tell how far all need to look
         if limit > 0:
             far = None if np.isinf(limit) else limit * ground.stretch[code]

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import shapely
 
 from rasteret_dask.chipping.chiptable import bounds_of, label_fields
-from rasteret_dask.chipping.splits import SHARED_M2
+from rasteret_dask.chipping.splits import touch_area
 from rasteret_dask.lists import first_of
 from rasteret_dask.net import remote
 from rasteret_dask.store import ledger
@@ -153,7 +153,7 @@ class _Card:
             first, second = shapely.STRtree(boxes).query(boxes, predicate="intersects")
             unlike = (first < second) & (number[own[first]] != number[own[second]])
             ground = shapely.area(shapely.intersection(boxes[first[unlike]], boxes[second[unlike]]))
-            pairs += int(np.count_nonzero(ground > SHARED_M2))
+            pairs += int(np.count_nonzero(ground > touch_area(code)))
         return pairs
 
     @property
