@@ -114,7 +114,9 @@ class Canvas:
             if not valid.all():
                 weight = np.where(valid, weight, np.float32(0.0))
                 part = np.where(valid, part, np.float32(0.0))
-            if self._scratch.size < part.size:  # memory that is there costs less than new memory for each chip
+            if (
+                self._scratch.size < part.size
+            ):  # memory that is there costs less than new memory for each chip
                 self._scratch = np.empty(part.size, dtype=np.float32)
             weighted = self._scratch[: part.size].reshape(part.shape)
             np.multiply(part, weight, out=weighted)
