@@ -16,7 +16,7 @@ LANGUAGES = {"python", *SHELLS, "output", "text", "toml", "yaml", "json", "html"
 
 NOT_RUN = Counter({
     "clusters.md": 3, "exports.md": 5, "install.md": 1, "jupyterhub.md": 10, "records.md": 1, "slurm.md": 2,
-    "stream-or-store.md": 1,
+    "prediction.md": 1, "stream-or-store.md": 1,
 })  # fmt: skip
 """Blocks that are shown only, a page: each of them says why."""
 
