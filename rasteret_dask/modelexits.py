@@ -270,7 +270,7 @@ class ModelExits:
         model, outputs, blend, batch_size, min_inputs, client, on_error
             As of :meth:`predict`.
         block_px
-            Side of what one task computes; None: the largest that takes 128 MiB of memory at most.
+            Side of what one task computes; None: the largest that takes 192 MiB of memory at most.
 
         Raises
         ------
@@ -281,7 +281,7 @@ class ModelExits:
         --------
         >>> plan = chips.plan_map(lambda pixels: pixels[:, 0, 0])
         >>> plan.explain()["grids"]["33"]["shape"]
-        [256, 544]
+        [352, 448]
         """
         from rasteret_dask.prediction.planmap import MapOptions, plan_map
 

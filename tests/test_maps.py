@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 
 import rasteret_dask as rd
 from rasteret_dask.chipping.chiptable import bounds_of
+from rasteret_dask.demo.world import World
 from rasteret_dask.prediction import multiscales
 from rasteret_dask.prediction.mapstore import MapZarr
 
@@ -217,6 +222,41 @@ def test_what_fails_is_all_that_a_rerun_computes(area: rd.Chips, in_memory: Any,
     same_maps(rd.open_map(to.store), in_memory)
     with pytest.raises(rd.StoreError, match="another plan"):
         area.predict(rd.Model(texture, fill=1.0), to=to, progress=False)
+
+
+def deadly(batch: Any) -> NDArray[Any]:
+    """Kill the process at chips east of where a file says, while that file is there."""
+    file = Path(os.environ["DEADLY"])
+    if file.exists() and (batch["bbox"][:, 0] > float(file.read_text())).any():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return np.asarray(batch["s2"][:, 0])
+
+
+def mapped_by_a_process(stac: str, store: str) -> None:
+    """Write the map of a process that is to be killed."""
+    s2 = rd.build_from_stac(stac, name="s2", date_range=("2024-04-01", "2024-06-30"))
+    one = s2.where(tile="MGRS-33UVR").harmonize(["red", "nir"], time="3MS", pick="median")
+    model = rd.Model(texture, inputs=deadly, version="1")
+    one.chips(32, stride=24, cover=True).predict(model, to=MapZarr(store, block_px=256), progress=False)
+
+
+def test_a_process_that_is_killed_repeats_no_finished_block(
+    small_world: World, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, store = tmp_path / "east", tmp_path / "map.zarr"
+    file.write_text(str(float(in_memory.x[0]) + 2600))
+    monkeypatch.setenv("DEADLY", str(file))
+    code = f"import test_maps; test_maps.mapped_by_a_process({str(small_world.sentinel2)!r}, {str(store)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (store / "zarr.json").exists()
+    finished = {path.stem for path in (store / "_job" / "done").iterdir()}
+    assert finished
+    file.unlink()
+    mapped_by_a_process(str(small_world.sentinel2), str(store))
+    same_maps(rd.open_map(store), in_memory)
+    tries = {path.name: len(list(path.iterdir())) for path in (store / "_job" / "tried").iterdir()}
+    assert {tries[name] for name in finished} == {1}
 
 
 def test_classes_keep_the_highest_of_the_blended_scores(area: rd.Chips, in_memory: Any) -> None:

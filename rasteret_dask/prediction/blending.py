@@ -69,6 +69,7 @@ class Canvas:
         start = -np.inf if blend == "max" else 0.0
         self._total = np.full((channels, *shape), start, dtype=np.float32)
         self._weight = np.full(shape, -np.inf if blend == "centre" else 0.0, dtype=np.float32)
+        self._scratch = np.empty(0, dtype=np.float32)
         self.count = np.zeros(shape, dtype=np.uint16)
         """Shape (y, x). Chips that a pixel's number is made of."""
         self.inputs = np.zeros(shape, dtype=np.uint16)
@@ -109,12 +110,17 @@ class Canvas:
             nearer = valid & (weight > self._weight[here])
             np.copyto(total, part, where=nearer)
             np.copyto(self._weight[here], weight, where=nearer)
-        elif valid.all():
-            total += part * weight
-            self._weight[here] += weight
         else:
-            weight = np.where(valid, weight, np.float32(0.0))
-            total += np.where(valid, part, np.float32(0.0)) * weight
+            if not valid.all():
+                weight = np.where(valid, weight, np.float32(0.0))
+                part = np.where(valid, part, np.float32(0.0))
+            if (
+                self._scratch.size < part.size
+            ):  # memory that is there costs less than new memory for each chip
+                self._scratch = np.empty(part.size, dtype=np.float32)
+            weighted = self._scratch[: part.size].reshape(part.shape)
+            np.multiply(part, weight, out=weighted)
+            total += weighted
             self._weight[here] += weight
 
     def blended(self) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ __all__ = ["MapBlock", "MapGrid", "BlockChips", "block_side", "grid_of", "owned"
 BLOCK_SIDES = (2048, 1024, 512, 256)
 """Sides of a block, pixels."""
 
-CANVAS_BYTES = 128 * 2**20
+CANVAS_BYTES = 192 * 2**20
 """What the canvas of a block may hold."""
 
 PHASE = 1e-4

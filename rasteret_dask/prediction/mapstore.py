@@ -49,7 +49,7 @@ class MapZarr:
         A local path, or a URL of scheme s3, gs or az.
     block_px
         Side of what one task computes, and of a shard of the store: 256, 512, 1024 or 2048 pixels. None: the largest
-        that takes 128 MiB of memory at most. Pixels do not depend on it.
+        that takes 192 MiB of memory at most. Pixels do not depend on it.
     multiscales
         Whether coarser levels are stored below the map, each half of the one before: groups ``2x``, ``4x`` and so on,
         down to 512 pixels, at most ``block_px`` / 64 times coarser. Classes are the most frequent ones, values means.
@@ -267,10 +267,12 @@ def _encoded(
     chunk, shard = shapes
     side, block = chunk[-1], shard[-1]
     values = values.reshape(-1, *values.shape[-2:])
-    padded = np.full((len(values), block, block), fill, dtype=dtype)
-    padded[:, : values.shape[1], : values.shape[2]] = values
+    if values.shape[1:] != (block, block):
+        padded = np.full((len(values), block, block), fill, dtype=dtype)
+        padded[:, : values.shape[1], : values.shape[2]] = values
+        values = padded
     count = block // side
-    tiles = padded.reshape(len(values), count, side, count, side).transpose(0, 1, 3, 2, 4)
+    tiles = values.reshape(len(values), count, side, count, side).transpose(0, 1, 3, 2, 4)
     flat = np.ascontiguousarray(tiles).reshape(-1, side, side)
     return _encoding(len(flat), side, dtype, None if np.isnan(fill) else int(fill)).encode(flat)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 Box = tuple[float, float, float, float]
 """xmin, ymin, xmax, ymax in the job's CRS, metres."""
@@ -167,7 +167,7 @@ class MapJob(Work):
     """The area: windows from its north-west corner on end at its edges."""
     size_px: int
     stride_px: int
-    blend: str
+    blend: Literal["hann", "mean", "max", "centre"]
     """``"mean"``, ``"hann"``, or ``"centre"``: the window whose middle is nearest."""
     batch: int = 16
     slack: float = 2e-6

@@ -38,7 +38,7 @@ def predict(job: MapJob, workers: int, torch_threads: int) -> Prepared:
     def run() -> str:
         scene = Scene(job.folder)
         sampler = GridGeoSampler(scene, job.size_px, job.stride_px, roi=shapely.box(*job.box))
-        batches = DataLoader(
+        batches: DataLoader[Any] = DataLoader(
             scene,
             batch_size=job.batch,
             sampler=sampler,
