@@ -66,6 +66,6 @@ def test_runs_without_a_warning(path: Path, tmp_path: Path, monkeypatch: pytest.
         if output.output_type == "stream"
         and output.name == "stderr"
         # Dask's words about a machine that is busy
-        and not re.search(r" - distributed\.(core|utils_perf) - ", output.text)
+        and not re.search(r" - distributed\.(core|nanny|utils_perf) - ", output.text)
     ]
     assert not said
