@@ -187,6 +187,8 @@ def test_a_store_holds_what_memory_does_whoever_writes_it(
     same_maps(rd.open_map(there.store), in_memory)
     again = area.predict(texture, to=to, progress=False)
     assert again.shards_written == 0
+    with pytest.raises(rd.StoreError, match=r"what predict wrote.*rd\.open_map"):
+        rd.open_chips(to.store)
 
 
 def test_a_map_opens_in_rioxarray_and_rasterio_s_words(area: rd.Chips, in_memory: Any) -> None:

@@ -490,7 +490,7 @@ def _root(url: str) -> ledger.Root:
     """Read the root's metadata; say what lies there where there is none."""
     subject = f"store {remote.redact(url)}"
     try:
-        return ledger.root_of(url)
+        root = ledger.root_of(url)
     except remote.MissingError as error:
         mark = ledger.begun(url)
         if mark is None:
@@ -504,6 +504,12 @@ def _root(url: str) -> ledger.Root:
             f"Call {mark['writer']} with {same} again, or where a recipe wrote it, rasteret-dask resume: "
             "it does what is missing.",
         ) from error  # fmt: skip
+    if root.note["writer"] not in (ledger.TO_ZARR, ledger.COMPACT):
+        raise StoreError(
+            subject, f"what {root.note['writer']} wrote", "chips that to_zarr or compact wrote",
+            "A map opens with rd.open_map.",
+        )  # fmt: skip
+    return root
 
 
 def group_path(split: str | None, splits: int, source: str, sources: int) -> str:
