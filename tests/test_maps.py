@@ -350,6 +350,8 @@ def test_what_cannot_be_a_map_is_told_before_pixels_are_read(
     at_once(lambda pixels: pixels.mean(axis=(2, 3)), match="beside the map's pixel edges", error=rd.PlanError)
     at_once(texture, blend="sum", match="'hann', 'mean'", error=rd.PlanError)
     at_once(texture, batch_size=0, match="above 0", error=rd.PlanError)
+    with pytest.raises(rd.PlanError, match=r"predict\(to=None, limits=\).*Give to="):
+        area.predict(texture, limits=rd.RunLimits(max_time="1h"))
     with pytest.raises(rd.PlanError, match="a path that ends in"):
         area.predict(texture, to=tmp_path / "map.png")
     with pytest.raises(rd.PlanError, match=r"chips at one place"):

@@ -42,6 +42,7 @@ def predicted(
 ) -> JobReport | xr.Dataset | xr.DataTree:
     """Run a model over chips: see :meth:`Chips.predict`."""
     checked(options.blend, options.batch_size, options.min_inputs)
+    check_kept(to, "predict", bounds)
     target = None if to is None else target_of(to)
     trial = tried(chips, model, outputs, options.batch_size, client)
     if isinstance(target, VectorTable):
@@ -54,7 +55,6 @@ def predicted(
     plan = map_of(chips, trial, options)
     match target:
         case None:
-            bounds.limits.check_computed(True)
             return plan.load(client, progress)
         case MapZarr():
             url = Place.of(target.store).folder("a folder, or nothing yet", "Choose another place.")
@@ -63,6 +63,15 @@ def predicted(
             return write_tiles(plan, target, client, progress, bounds)
         case _:
             return write_cogs(plan, target.path, client, progress, bounds)
+
+
+def check_kept(to: object, caller: str, bounds: Bounds) -> None:
+    """Raise PlanError where a run has limits, and what it does within them would be lost."""
+    if to is None and bounds.limits:
+        raise PlanError(
+            f"{caller}(to=None, limits=)", "limits of a run that keeps nothing", "a place for what is done by then",
+            "Give to=: a rerun then does the rest.",
+        )  # fmt: skip
 
 
 def embedded(
@@ -76,6 +85,7 @@ def embedded(
 ) -> JobReport | pa.Table:
     """Run a model with one vector a chip: see :meth:`Chips.embed`."""
     checked(options.blend, options.batch_size, options.min_inputs)
+    check_kept(to, "embed", bounds)
     target = None if to is None else target_of(to)
     if not isinstance(target, VectorTable | None):
         raise PlanError(
