@@ -383,17 +383,16 @@ def test_functions_that_close_over_data_need_a_version() -> None:
     assert parcel_of(Model(lambda pixels: pixels * weights, version="1"), 4, {}).digest
 
 
-def test_a_parcel_may_leave_its_content_at_a_place(tmp_path: Path) -> None:
+def test_a_parcel_without_its_content_runs_what_lies_there_unless_it_was_changed(tmp_path: Path) -> None:
     whole, arrays = parcel_of(version_of_mixed(), 4, PIXELS), chips(3)
-    light = whole.left_at(str(tmp_path / "model.bin"))
-    assert light.content is None
+    light, name, content = whole.apart(str(tmp_path))
+    (tmp_path / name).write_bytes(content)
     assert len(pickle.dumps(light)) < 1000
     assert light.digest == whole.digest
-    assert light.left_at(str(tmp_path / "other.bin")) is light
     np.testing.assert_array_equal(ModelRunner(light).predict(arrays), ModelRunner(whole).predict(arrays))
-    before = (tmp_path / "model.bin").stat().st_mtime_ns
-    whole.left_at(str(tmp_path / "model.bin"))
-    assert (tmp_path / "model.bin").stat().st_mtime_ns == before
+    (tmp_path / name).write_bytes(content + b" ")
+    with pytest.raises(rd.ModelError, match=r"other bytes than were put there"):
+        ModelRunner(light)
 
 
 # What is wrong

@@ -38,8 +38,6 @@ class MapJob:
     block_px: int
     chips: int
     """Chips of the plan, each counted once."""
-    size_px: int
-    """Side of a chip in pixels of the reference source."""
     firsts: tuple[int, ...]
     """For each block, how many chips count to it: each to the block of its north-west pixel."""
 
@@ -63,7 +61,7 @@ def map_job(
     job: Job,
     outputs: Sequence[Output],
     output: ModelOutput,
-    size: tuple[int, float],
+    size: float,
     zones: Sequence[tuple[int, str, Bounds]],
     limits: tuple[int | None, int],
 ) -> MapJob:
@@ -78,7 +76,7 @@ def map_job(
     output
         What the model gives.
     size
-        Side of a chip, in pixels of the reference source and in the unit of the CRS.
+        Side of a chip, in the unit of the CRS.
     zones
         For each CRS of the chips: its number, its name, and the edges of its map.
     limits
@@ -101,7 +99,7 @@ def map_job(
     chips = job.chips.take(pa.array(rows))
     bounds, codes = bounds_of(chips), job.epsg[rows]
     _check_places(chips, codes, bounds)
-    pixel = size[1] / output.side
+    pixel = size / output.side
     first = {code: bounds[np.argmax(codes == code)] for code, _, _ in zones}
     grids = tuple(
         grid_of(code, name, edges, (float(first[code][0]), float(first[code][3])), pixel)
@@ -124,7 +122,7 @@ def map_job(
         int(owned(grids[block.grid], own.bounds[h.start : h.stop], block, block_px).sum())
         for block, h in zip(placement.blocks, hierarchies, strict=True)
     )
-    return MapJob(own, grids, placement.blocks, block_px, sum(firsts), size[0], firsts)
+    return MapJob(own, grids, placement.blocks, block_px, sum(firsts), firsts)
 
 
 def shards_of(block: Hierarchy) -> list[Shard]:

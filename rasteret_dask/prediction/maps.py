@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask.display.card import Card, Fact, counted
 from rasteret_dask.errors import PlanError
-from rasteret_dask.net import clusters, remote
+from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.prediction.blending import Blend, check_blend, pixel_bytes
@@ -269,15 +269,20 @@ class MapPlan:
         ]
         with clusters.using(client) as cluster:
             resource = gpu_resource(cluster, self.parcel)
-        place = f"{JOB}/model.bin"  # in the graph it would travel with every batch of tasks
-        parcel, content = self.parcel.apart(remote.join(url, place))
+        # in the graph it would travel with every batch of tasks
+        parcel, file, content = self.parcel.apart(remote.join(url, JOB))
         return UnitJob(
             "predict",
             whole_digest,
             units,
             _Making(JobRef(remote.join(url, JOB), job.digest), self.work, sink),
             root,
-            {**tables, place: whole(content), **objects, PROVENANCE: whole(self.provenance.to_bytes())},
+            {
+                **tables,
+                f"{JOB}/{file}": whole(content),
+                **objects,
+                PROVENANCE: whole(self.provenance.to_bytes()),
+            },
             places,
             more,
             roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
@@ -323,7 +328,8 @@ class MapPlan:
             refs = [model, *map(TaskRef, shipped)]
             for number, (key, block) in enumerate(zip(keys, self.maps.blocks, strict=True)):
                 graph[key] = Task(key, _made, TaskRef(at_root), self.work, layout, (number, block), *refs)
-            look = Pass("predict", None, progress, self.memory)
+            sign = partial(signatures.send, hrefs=job.hrefs(), hosts=job.signed)
+            look = Pass("predict", sign, progress, self.memory)
             parts = computed(graph, {key: (key,) for key in keys}, cluster or client, look)
         new = default_buffer_prototype().buffer.from_bytes
         data = {path: new(b"".join(make())) for path, make in objects.items()}

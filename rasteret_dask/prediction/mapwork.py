@@ -52,8 +52,6 @@ class BlockWork:
     least: int
     """Valid inputs (source, slot) that a pixel must have."""
     block_px: int
-    size_px: int
-    """Side of a chip in pixels of the reference source: what the chips' own ground is, of windows that reach beyond."""
     on_error: OnError
     functions: tuple[Function, ...]
     """The user's, whose code comes as roots behind the model."""
@@ -102,7 +100,7 @@ class BlockWork:
                 ids = arrays["chip_id"]
                 if not len(ids):
                     continue
-                inputs = valid_inputs(job, arrays, self.output.side or self.size_px, self.size_px)
+                inputs = valid_inputs(job, arrays, self.output.side or 1)
                 answer = runner.predict(arrays)
                 bounds = arrays["bbox"]
                 del arrays
@@ -139,7 +137,7 @@ class BlockWork:
             )  # fmt: skip
 
 
-def valid_inputs(job: Job, arrays: Arrays, side: int, size_px: int) -> NDArray[np.uint16]:
+def valid_inputs(job: Job, arrays: Arrays, side: int) -> NDArray[np.uint16]:
     """Return how many valid inputs (source, slot) each pixel of a model's output has, shape (chip, y, x).
 
     A pixel of another size than a source's has the validity of the source's pixel under its centre; one as large as the
@@ -153,8 +151,6 @@ def valid_inputs(job: Job, arrays: Arrays, side: int, size_px: int) -> NDArray[n
         The chips.
     side
         Side of the output of a chip, pixels.
-    size_px
-        Side of a chip in pixels of the reference source.
     """
     total = np.zeros((len(arrays["chip_id"]), side, side), dtype=np.uint16)
     for number, plan in enumerate(job.sources):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import posixpath
 import re
@@ -197,7 +198,7 @@ def model_of(model: ModelLike) -> Model:
 class ModelParcel:
     """A model as what travels to the processes that run it; made by :func:`parcel_of`.
 
-    It pickles, weights and all. :meth:`left_at` returns one that is a few bytes, for graphs of many tasks.
+    It pickles, weights and all. :meth:`apart` returns one that is a few bytes, for graphs of many tasks.
     """
 
     name: str
@@ -211,30 +212,16 @@ class ModelParcel:
     content: bytes | None = field(repr=False)
     """A pickled :class:`_Content`; None: it lies at ``place``."""
     place: str | None = None
+    checksum: str = ""
+    """SHA-256 of the content that lies at ``place``; it travels with the task, over the cluster's connections."""
 
-    def left_at(self, url: str) -> ModelParcel:
-        """Put the content at a URL that all workers read, unless it lies there, and return a parcel without it.
-
-        Raises
-        ------
-        StoreError
-            When nothing can be written there.
-        """
-        if self.content is None:
-            return self
-        light, content = self.apart(url)
-        try:
-            there = remote.head(url).size == len(content)
-        except ReadError:
-            there = False
-        if not there:
-            remote.put(url, content)
-        return light
-
-    def apart(self, url: str) -> tuple[ModelParcel, bytes]:
-        """Return a parcel without its content, which is to lie at a URL, and the content."""
+    def apart(self, folder: str) -> tuple[ModelParcel, str, bytes]:
+        """Return a parcel without its content, the name under which that is to lie in a folder, and the content."""
         assert self.content is not None, "it lies somewhere already"
-        return replace(self, content=None, place=url), self.content
+        checksum = hashlib.sha256(self.content).hexdigest()
+        name = f"model-{checksum[:16]}.bin"
+        place = remote.join(folder, name)
+        return replace(self, content=None, place=place, checksum=checksum), name, self.content
 
     def runner(self) -> ModelRunner:
         """Return this process's runner of the model, loaded and on its device; the same one each time.
@@ -281,6 +268,12 @@ class ModelParcel:
         if content is None:
             assert self.place is not None
             content = remote.get(self.place)
+            # it is unpickled, so whoever may write to the place must not decide what runs here
+            if hashlib.sha256(content).hexdigest() != self.checksum:
+                raise ModelError(
+                    f"model {self.name} at {remote.redact(self.place)}", "other bytes than were put there",
+                    "those of this run", "Somebody changed them: run it again, in a place that only you write to.",
+                )  # fmt: skip
         try:
             result: _Content = cloudpickle.loads(content)
         except (ImportError, AttributeError) as error:

@@ -196,14 +196,13 @@ def map_of(chips: HasJob, trial: Trial, options: MapOptions) -> MapPlan:
     if output.side is None:  # a pixel is as large as a chip
         output = replace(output, side=1)
     planned_chips, job = chips.planned, chips.job
-    spec = planned_chips.spec
     extents = map_extents(planned_chips)
     zones = [(code, _zone_name(planned_chips, code), extents[code]) for code in sorted(extents)]
     maps = map_job(
         job,
         trial.outputs,
         output,
-        (spec.size, planned_chips.size_m),
+        planned_chips.size_m,
         zones,
         (options.block_px, options.batch_size),
     )
@@ -213,7 +212,6 @@ def map_of(chips: HasJob, trial: Trial, options: MapOptions) -> MapPlan:
         options.blend,
         options.min_inputs,
         maps.block_px,
-        spec.size,
         options.on_error,
         job.all_functions,
     )

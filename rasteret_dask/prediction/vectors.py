@@ -296,8 +296,8 @@ class VectorPlan:
         ]  # fmt: skip
         with clusters.using(client) as cluster:
             resource = gpu_resource(cluster, self.parcel)
-        place = f"{JOB}/model.bin"  # in the graph it would travel with every batch of tasks
-        parcel, content = self.parcel.apart(remote.join(url, place))
+        # in the graph it would travel with every batch of tasks
+        parcel, file, content = self.parcel.apart(remote.join(url, JOB))
         tables = {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
         return UnitJob(
             "predict",
@@ -305,7 +305,7 @@ class VectorPlan:
             units,
             _Making(JobRef(remote.join(url, JOB), job.digest), self.work),
             Visible("answers.json", {"answers": self.parcel.name}),
-            {**tables, place: whole(content), PROVENANCE: whole(self.provenance.to_bytes())},
+            {**tables, f"{JOB}/{file}": whole(content), PROVENANCE: whole(self.provenance.to_bytes())},
             lambda: {_part(unit.name): unit.name for unit in units},
             roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
             cuts=Cuts.of(job),
