@@ -91,7 +91,8 @@ class ModelExits:
             side of a chip's output divides that of the chip, or is a multiple of it.
         to
             Where it goes: a path that ends in ``.zarr`` (a Zarr store, see :func:`open_map`), in ``.tif`` (a COG; of
-            several zones one each, ``<name>_<zone>.tif``) or ``.parquet`` (a GeoParquet file, a row a chip); a
+            several zones one each, ``<name>_<zone>.tif``; beside it ``<name>_count.tif`` and ``<name>_inputs.tif``)
+            or ``.parquet`` (a GeoParquet file, a row a chip); a
             :class:`MapZarr`, or a :class:`CogTiles` for a folder of COGs. None: the map is returned, in memory.
         blend
             ``"hann"``: the mean of all chips, weighted by a Hann window over each; ``"mean"``: the plain mean;

@@ -385,7 +385,10 @@ def test_a_cog_of_a_zone_and_a_folder_of_them_hold_the_same(
     assert (profile["layout"], profile["crs"], profile["count"]) == ("COG", in_memory.rio.crs, 2)
     assert profile["transform"] == in_memory.rio.transform()
     np.testing.assert_allclose(pixels, in_memory["values"].values, rtol=1e-6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "map_count.tif", "map_inputs.tif"]
+    for extra in ("count", "inputs"):
+        beside, _ = read_raster(tmp_path / f"map_{extra}.tif")
+        np.testing.assert_array_equal(beside[0], in_memory[extra].values)
     area.predict(texture, to=rd.CogTiles(tmp_path / "tiles", tile_px=256), progress=False)
     for name, array in {
         "map_33.vrt": "values",

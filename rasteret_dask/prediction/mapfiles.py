@@ -139,7 +139,10 @@ def write_tiles(
 def write_cogs(
     plan: MapPlan, path: str, client: ClientLike, progress: bool, bounds: Bounds | None
 ) -> JobReport:
-    """Write a map as one COG a zone: first as a store beside them, which is removed when they are there."""
+    """Write a map as one COG a zone, and beside it those of counts and of valid inputs.
+
+    First it is a store beside them, which is removed when they are there; the map's own file comes last.
+    """
     target = Place.of(path).url
     work = f"{target}.job"
     stem, suffix = posixpath.splitext(target)
@@ -157,9 +160,12 @@ def write_cogs(
     opened = open_map(work)
     for number, grid in enumerate(plan.maps.grids):
         dataset: Any = opened[plan.layout().group(number)] if several else opened
-        values = dataset[plan.output.variable]
+        root, ending = posixpath.splitext(files[grid.name])
+        for array in EXTRAS:
+            header = header_of(grid, plan.output, array)
+            write_cog(f"{root}_{array}{ending}", header, array_blocks(_Lazy(dataset[array])))
         header = header_of(grid, plan.output, plan.output.variable)
-        write_cog(files[grid.name], header, array_blocks(_Lazy(values)))
+        write_cog(files[grid.name], header, array_blocks(_Lazy(dataset[plan.output.variable])))
     remove_work(work)
     return report
 
