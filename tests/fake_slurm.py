@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -191,8 +192,19 @@ class FakeSlurm:
 
     def calls(self, command: str) -> list[list[str]]:
         """Return the arguments of each call of a command, in their order."""
-        lines = (json.loads(line) for line in (self.folder / "calls").read_text().splitlines())
-        return [line[1:] for line in lines if line[0] == command]
+        return [line[1:] for line in self._calls() if line[0] == command]
+
+    def most_wanted(self) -> int:
+        """Return how many jobs were wanted at the same time: submitted, and not yet cancelled."""
+        changes = (
+            1 if command == "sbatch" else -sum(word.isdigit() for word in words)
+            for command, *words in self._calls()
+            if command in ("sbatch", "scancel")
+        )
+        return max(accumulate(changes), default=0)
+
+    def _calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
 
     @property
     def jobs(self) -> list[Job]:

@@ -145,6 +145,7 @@ def test_readme_has_blocks_to_run() -> None:
         "import rasteret_dask as rd",
         "import xarray as xr",
         "for batch in train.stream(batch_size=32, shuffle=7):  # from the scenes: a dictionary of arrays",
+        "def greenness(pixels):",
     ]
 
 

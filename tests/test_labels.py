@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from itertools import pairwise
@@ -297,6 +299,39 @@ def test_polygons_of_many_vertices_are_burned_as_they_are_even_where_invalid() -
         wanted = rasterize(shape.to_crs(32633), (SIZE, SIZE), transform=grid, dtype="uint8")
         np.testing.assert_array_equal(burned, wanted, err_msg=kind)
     assert invalid > 20
+
+
+BURNING = """
+import sys, threading, warnings
+import numpy as np, shapely
+from rasteret_dask.chipping import labels
+
+box = np.array([shapely.box(0, 0, 300, 300)])
+polygons = labels._Projected(np.array([1], "uint8"), box, np.array([False]), shapely.STRtree(box))
+mask = np.zeros((32, 32), "uint8")
+labels._burn(mask, np.array([0.0, 0, 640, 640]), polygons, np.array([0]))
+over = threading.Event()
+sys.setswitchinterval(1e-5)
+
+def others():  # what pyproj, xarray or anyone else does in a thread beside
+    while not over.is_set():
+        with warnings.catch_warnings():
+            pass
+
+thread = threading.Thread(target=others)
+thread.start()
+try:
+    for _ in range(1200):
+        labels._burn(mask, np.array([0.0, 0, 640, 640]), polygons, np.array([0]))
+finally:
+    over.set()
+    thread.join()
+"""
+
+
+def test_no_warning_of_rasterio_s_own_comes_to_light_beside_threads_that_change_filters() -> None:
+    done = subprocess.run([sys.executable, "-c", BURNING], capture_output=True, text=True, check=True)
+    assert not done.stderr
 
 
 def test_only_the_reference_has_masks(

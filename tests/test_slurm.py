@@ -387,11 +387,10 @@ def test_as_many_jobs_as_there_is_work_for(
 ) -> None:
     with rd.cluster("slurm", workers=(0, 2)) as client:
         report = chips.to_zarr(tmp_path / "x.zarr", client=client, progress=False)
-        most = len(slurm.jobs)
         until(lambda: not slurm.active)  # nothing is left to do
     assert report.committed
     assert contents(tmp_path / "x.zarr") == contents(plain)
-    assert 1 <= most <= 2
+    assert 1 <= slurm.most_wanted() <= 2  # one that was let go may have come again
     assert not slurm.processes()
 
 

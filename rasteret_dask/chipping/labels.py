@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -54,6 +56,9 @@ _WHOLE = ("uint8", "int16", "uint16", "int32", "uint32")
 _BURNING = Lock()
 """rasterio 1.4 changes the process's warning filters while it burns (``catch_warnings`` around its raster in memory):
 two threads would undo each other's change."""
+_ITS_OWN = re.compile("Dataset has no geotransform", re.IGNORECASE), re.compile(r"rasterio\.features")
+"""Message and module of what it warns of then, and hides; whoever else calls ``catch_warnings`` in a thread beside it
+may bring it to light."""
 
 _POINTS = (0, 4)  # type ids of Point and MultiPoint
 _POLYGONAL = (3, 6)  # of Polygon and MultiPolygon
@@ -474,4 +479,14 @@ def _burn(
         height, width = mask.shape
         grid = from_bounds(xmin, ymin, xmax, ymax, width, height)
         with _BURNING:
+            _hide_its_own()
             rasterize(pairs, out=mask, transform=grid)
+
+
+def _hide_its_own() -> None:
+    """Ignore what rasterio says of its own raster in memory, from now on and in all threads."""
+    from rasterio.errors import NotGeoreferencedWarning
+
+    message, module = _ITS_OWN
+    if ("ignore", message, NotGeoreferencedWarning, module, 0) not in warnings.filters:
+        warnings.filterwarnings("ignore", message.pattern, NotGeoreferencedWarning, module.pattern)
