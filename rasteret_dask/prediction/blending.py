@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rasteret_dask.errors import PlanError
+from rasteret_dask.net.lending import Lender
 
 __all__ = ["Blend", "Canvas", "check_blend", "pixel_bytes", "weights"]
 
@@ -62,12 +63,14 @@ class Canvas:
         Numbers of a pixel.
     shape
         Pixels of the block: y, x.
+    memory
+        Where the numbers lie.
     """
 
-    def __init__(self, blend: Blend, channels: int, shape: tuple[int, int]) -> None:
+    def __init__(self, blend: Blend, channels: int, shape: tuple[int, int], memory: Lender) -> None:
         self._blend, self._shape = blend, shape
-        start = -np.inf if blend == "max" else 0.0
-        self._total = np.full((channels, *shape), start, dtype=np.float32)
+        self._total = memory.array((channels, *shape), np.float32)
+        self._total.fill(-np.inf if blend == "max" else 0.0)
         self._weight = np.full(shape, -np.inf if blend == "centre" else 0.0, dtype=np.float32)
         self._scratch = np.empty(0, dtype=np.float32)
         self.count = np.zeros(shape, dtype=np.uint16)

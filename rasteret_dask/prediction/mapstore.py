@@ -265,16 +265,21 @@ def _encoded(
     an array with one axis of chunks.
     """
     chunk, shard = shapes
-    side, block = chunk[-1], shard[-1]
-    values = values.reshape(-1, *values.shape[-2:])
-    if values.shape[1:] != (block, block):
-        padded = np.full((len(values), block, block), fill, dtype=dtype)
-        padded[:, : values.shape[1], : values.shape[2]] = values
-        values = padded
-    count = block // side
-    tiles = values.reshape(len(values), count, side, count, side).transpose(0, 1, 3, 2, 4)
-    flat = np.ascontiguousarray(tiles).reshape(-1, side, side)
-    return _encoding(len(flat), side, dtype, None if np.isnan(fill) else int(fill)).encode(flat)
+    steps = range(0, shard[-1], chunk[-1])
+    planes = values.reshape(-1, *values.shape[-2:])
+    chunks = [_chunk(plane, row, col, chunk[-1], fill) for plane in planes for row in steps for col in steps]
+    encoding = _encoding(len(chunks), chunk[-1], dtype, None if np.isnan(fill) else int(fill))
+    return encoding.shard_of(encoding.chips(chunks))
+
+
+def _chunk(plane: NDArray[Any], row: int, col: int, side: int, fill: Any) -> NDArray[Any]:
+    """Return a chunk of a plane, shape (y, x): a view, but where it reaches beyond the plane."""
+    inside = plane[row : row + side, col : col + side]
+    if inside.shape == (side, side):
+        return inside
+    whole = np.full((side, side), fill, dtype=plane.dtype)
+    whole[: inside.shape[0], : inside.shape[1]] = inside
+    return whole
 
 
 @lru_cache(maxsize=32)

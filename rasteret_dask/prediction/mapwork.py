@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rasteret_dask import activity
 from rasteret_dask.errors import ModelError
+from rasteret_dask.net.lending import Lender
 from rasteret_dask.planning.plan import Function
 from rasteret_dask.prediction.blending import Blend, Canvas
 from rasteret_dask.prediction.mapgrid import MapBlock, MapGrid, owned
@@ -55,6 +56,8 @@ class BlockWork:
     on_error: OnError
     functions: tuple[Function, ...]
     """The user's, whose code comes as roots behind the model."""
+    memory: Lender = field(default_factory=Lender, repr=False, compare=False)
+    """Of canvases: one block's becomes the next one's."""
 
     def compute(
         self, job: Job, number: int, block: MapBlock, parcel: ModelParcel, *shipped: Shipped
@@ -82,7 +85,7 @@ class BlockWork:
         calls = {function: one.call for function, one in zip(self.functions, shipped, strict=True)}
         context = ReadContext(calls, self.on_error)
         runner, grid = parcel.runner(), self.grids[block.grid]
-        canvas = Canvas(self.blend, self.output.channels, (block.height, block.width))
+        canvas = Canvas(self.blend, self.output.channels, (block.height, block.width), self.memory)
         north = grid.north - block.row * self.block_px * grid.pixel
         west = grid.west + block.col * self.block_px * grid.pixel
         hierarchy = job.hierarchies[number]
@@ -96,25 +99,26 @@ class BlockWork:
                 tally.add(sources)
                 arrays = kept_arrays(sources, None)
                 del sources
-                read = time.perf_counter()
                 ids = arrays["chip_id"]
                 if not len(ids):
                     continue
-                inputs = valid_inputs(job, arrays, self.output.side or 1)
-                answer = runner.predict(arrays)
-                bounds = arrays["bbox"]
+                inputs, bounds = valid_inputs(job, arrays, self.output.side or 1), arrays["bbox"]
+                begin = time.perf_counter()
+                for start, answer in runner.answers(arrays):
+                    some = ids[start : start + len(answer)]
+                    values = self.output.numbers(answer, some)
+                    modelled = time.perf_counter()
+                    for at, numbers in enumerate(values, start):
+                        self._check(numbers, inputs[at], str(ids[at]))
+                        row = round((north - bounds[at, 3]) / grid.pixel)
+                        col = round((bounds[at, 0] - west) / grid.pixel)
+                        canvas.put(numbers, inputs[at], self.least, row, col)
+                    tally.spend("predict", modelled - begin)
+                    activity.spent("predict", modelled - begin)
+                    begin = time.perf_counter()
+                    tally.spend("blend", begin - modelled)
+                    del answer, values
                 del arrays
-                values = self.output.numbers(answer, ids)
-                modelled = time.perf_counter()
-                for at in range(len(ids)):
-                    self._check(values[at], inputs[at], str(ids[at]))
-                    row = round((north - bounds[at, 3]) / grid.pixel)
-                    col = round((bounds[at, 0] - west) / grid.pixel)
-                    canvas.put(values[at], inputs[at], self.least, row, col)
-                tally.spend("predict", modelled - read)
-                tally.spend("blend", time.perf_counter() - modelled)
-                activity.spent("predict", modelled - read)
-                del answer, values
         blended = self.output.stored(canvas.blended())
         arrays_out = {
             self.output.variable: blended[0] if blended.ndim == 3 and self.output.is_flat else blended,

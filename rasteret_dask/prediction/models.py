@@ -10,7 +10,7 @@ import posixpath
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -438,24 +438,38 @@ class ModelRunner:
         ModelError
             When the model raises, or returns no array of numbers with these chips along axis 0.
         """
+        parts = [rows for _, rows in self.answers(arrays)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def answers(self, arrays: Arrays) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield what the model makes of chips, batch by batch: the first of its chips, and a row for each.
+
+        Parameters
+        ----------
+        arrays
+            As of :meth:`predict`.
+
+        Raises
+        ------
+        ModelError
+            As :meth:`predict`.
+        """
         chips = len(arrays["chip_id"])
-        result: NDArray[Any] | None = None
+        if not chips:
+            raise PlanError("predict", "no chips", "at least one")
+        alike: tuple[tuple[int, ...], np.dtype[Any]] | None = None
         with self.reading():
             for start in range(0, chips, self.batch_size):
                 batch = take(arrays, np.arange(start, min(start + self.batch_size, chips)))
                 rows = self.queue.results(self._brought(batch), len(batch["chip_id"]))
-                if result is None:
-                    result = rows if len(rows) == chips else np.empty((chips, *rows.shape[1:]), rows.dtype)
-                elif rows.shape[1:] != result.shape[1:] or rows.dtype != result.dtype:
+                if alike not in (None, (rows.shape[1:], rows.dtype)):
+                    shape, dtype = alike
                     raise ModelError(
-                        self._subject(batch["chip_id"]), described(rows), described(result[: len(rows)]),
+                        self._subject(batch["chip_id"]), described(rows), f"{dtype} {(len(rows), *shape)}",
                         "A model must answer all chips alike.",
                     )  # fmt: skip
-                if rows is not result:
-                    result[start : start + len(rows)] = rows
-        if result is None:
-            raise PlanError("predict", "no chips", "at least one")
-        return result
+                alike = rows.shape[1:], rows.dtype
+                yield start, rows
 
     def _brought(self, batch: Arrays) -> _Brought:
         try:

@@ -238,10 +238,13 @@ class ModelOutput:
         """Return blended channels, shape (channel, ...), as they are stored; NaN in all channels: invalid."""
         if self.kind != "classes":
             return blended
-        invalid = np.isnan(blended[0])
-        best = np.argmax(np.where(invalid, 0.0, blended), axis=0)
-        codes = np.array(self.codes, dtype=self.dtype)[best]
-        return np.asarray(np.where(invalid, np.dtype(self.dtype).type(self.nodata), codes))
+        top, codes = blended[0].copy(), np.full(blended.shape[1:], self.codes[0], dtype=self.dtype)
+        for scores, code in zip(blended[1:], self.codes[1:], strict=True):  # argmax would copy all channels
+            better = scores > top
+            np.copyto(top, scores, where=better)
+            codes[better] = code
+        codes[np.isnan(top)] = self.nodata
+        return codes
 
 
 def settled(outputs: Outputs, shape: Sequence[int], dtype: Any, size: int, name: str) -> ModelOutput:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -196,7 +196,7 @@ class Encoding:
     def _shard(self, values: NDArray[Any]) -> list[Piece]:
         return self.shard_of(self.chips(values))
 
-    def chips(self, values: NDArray[Any]) -> list[list[Piece]]:
+    def chips(self, values: Iterable[NDArray[Any]]) -> list[list[Piece]]:
         """Return the pieces of each inner chunk of a shard, encoded on the process's threads; none of fill alone."""
         return list(workers().map(self._inner, values))
 
