@@ -5,11 +5,12 @@ windows of 256 px every 192 px, and the outputs are blended to one map on disk: 
 batching, blending and writing. Every process touches 1 GiB before its clock starts.
 
 - ``over odc-stac``, ``over stackstac``: the whole area as one NumPy array, a loop over windows, sums and weights;
-- ``TorchGeo``: RasterDataset, GridGeoSampler, a DataLoader and the same sums, from files on this machine's disk;
+- ``TorchGeo``: RasterDataset, GridGeoSampler, a DataLoader and the same sums; both read files of this machine;
 - ``rslearn``: a window prepared and materialized, then predicted in crops, which it trims by half their overlap;
-- ``overlap``: bands as they are, blended, as a multiple of ``to_zarr`` of the same ground without overlap.
+- ``overlap``: four bands read, the first one blended, as a multiple of ``to_zarr`` of the same ground without overlap;
+- ``overlap4``: the same with all four bands blended.
 
-Pixels of both ways are compared where they blend alike: all but the last.
+Pixels of both ways are compared where they blend alike: all but the last two.
 ``--torchgeo PYTHON`` and ``--rslearn PYTHON`` name interpreters of environments that have these packages.
 """
 
@@ -30,6 +31,10 @@ from process import THIS, Process, build_tables
 from scenes import EPSG, ORIGIN, Kind, items, make_files, sentinel2
 
 OURS = "rasteret_dask to a map"
+AS_THEY_ARE = {
+    "overlap": "rasteret_dask, a band as it is, to a map",
+    "overlap4": "rasteret_dask, bands as they are, to a map",
+}
 SIZE_PX, STRIDE_PX = 256, 192
 MARGIN_PX = 64
 """Of the scene around the area: rslearn's warp loses the first row of a file."""
@@ -40,6 +45,7 @@ WAYS = {
     "torchgeo": ("TorchGeo to a map", "mean"),
     "rslearn": ("rslearn to a map", "centre"),
     "overlap": ("rasteret_dask to Zarr without overlap", "hann"),
+    "overlap4": ("rasteret_dask to Zarr without overlap", "hann"),
 }
 """Name -> contender, and the blend that both use."""
 
@@ -65,12 +71,17 @@ def main() -> None:
     make_files(arguments.folder, (kind,))
     with Nginx(arguments.folder) as server, tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         process = Process(server, Path(scratch), pythons)
-        base = job_of(kind, side, server.url, arguments.folder, Path(scratch), arguments.threads)
-        build_tables(base, Path(scratch))
+        bases = {}
+        for place in (server.url, str(arguments.folder)):
+            room = Path(scratch) / str(len(bases))
+            room.mkdir()
+            bases[place] = job_of(kind, side, place, arguments.folder, room, arguments.threads)
+            build_tables(bases[place], room)
         for way in arguments.ways:
             if way in ("torchgeo", "rslearn") and way not in pythons:
                 print(f"\n{way}: not run, no --{way}= was named")
                 continue
+            base = bases[str(arguments.folder) if way == "torchgeo" else server.url]
             print(f"\n{pairs.run(_pair(way, base), process, arguments.pairs)}", flush=True)
             shutil.rmtree(base.store, ignore_errors=True)
 
@@ -78,9 +89,9 @@ def main() -> None:
 def _pair(way: str, base: MapJob) -> Pair:
     contender, blend = WAYS[way]
     job = base.replace(blend=blend)
-    ours = OURS if way != "overlap" else "rasteret_dask, bands as they are, to a map"
+    ours = AS_THEY_ARE.get(way, OURS)
     return Pair(
-        way, Side(ours, ours, job, THIS), Side(contender, contender, job, THIS), equal=way != "overlap"
+        way, Side(ours, ours, job, THIS), Side(contender, contender, job, THIS), equal=way not in AS_THEY_ARE
     )
 
 

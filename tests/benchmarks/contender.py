@@ -121,7 +121,9 @@ CONTENDERS = _listed(
     Contender("rslearn to GeoTIFFs", "peers_rslearn", "windows", ({"processes": 2},), environment="rslearn", slow=True),
     *(
         Contender(f"rasteret_dask{what} to a map", "maps_ours", function)
-        for what, function in (("", "predict"), (", bands as they are,", "copy"))
+        for what, function in (
+            ("", "predict"), (", bands as they are,", "copy"), (", a band as it is,", "first")
+        )
     ),
     Contender("rasteret_dask to Zarr without overlap", "maps_ours", "write"),
     Contender("sliding window over odc-stac", "maps_dull", "over_odc"),

@@ -1,4 +1,7 @@
-"""rasteret_dask on a map: from a loaded table, planning included, on threads of this process."""
+"""rasteret_dask on a map: from a loaded table, planning included, on threads of this process.
+
+What is imported late is imported here: the clock of every contender begins behind its imports.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import stackstac.prepare  # noqa: F401
 import xarray as xr
+import zarr  # noqa: F401
 from affine import Affine
 from contender import Prepared
 from jobs import MapJob
@@ -17,7 +22,10 @@ from odc.geo.geobox import GeoBox
 
 import rasteret_dask as rd
 import rasteret_dask.chipset
+import rasteret_dask.prediction.predicting
 import rasteret_dask.store.run
+import rasteret_dask.streams.stream
+import rasteret_dask.tasks.jobkernels
 
 
 def predict(job: MapJob) -> Prepared:
@@ -28,6 +36,11 @@ def predict(job: MapJob) -> Prepared:
 def copy(job: MapJob) -> Prepared:
     """Prepare ``chips.predict`` of a model that gives back its bands."""
     return _mapped(job, _as_they_are)
+
+
+def first(job: MapJob) -> Prepared:
+    """Prepare ``chips.predict`` of a model that gives back its first band."""
+    return _mapped(job, _first)
 
 
 def write(job: MapJob) -> Prepared:
@@ -52,6 +65,10 @@ def _mapped(job: MapJob, model: Callable[[NDArray[Any]], NDArray[Any]]) -> Prepa
         return job.store
 
     return Prepared(run, lambda store: iter([_read(store)]))
+
+
+def _first(pixels: NDArray[Any]) -> NDArray[np.float32]:
+    return np.asarray(pixels[:, :1], np.float32)
 
 
 def _as_they_are(pixels: NDArray[Any]) -> NDArray[np.float32]:
