@@ -262,7 +262,7 @@ class ModelExits:
         min_inputs: int = 1,
         client: ClientLike = None,
         on_error: OnError = "raise",
-        block_px: Literal[256, 512, 1024, 2048] | None = None,
+        block_px: Literal[256, 512, 1024, 1536, 2048] | None = None,
     ) -> MapPlan:
         """Return what :meth:`predict` would do, before any pixel is read: the map's grids, its blocks, the memory.
 
@@ -271,7 +271,7 @@ class ModelExits:
         model, outputs, blend, batch_size, min_inputs, client, on_error
             As of :meth:`predict`.
         block_px
-            Side of what one task computes; None: the largest that takes 192 MiB of memory at most.
+            Side of what one task computes; None: the largest that takes 256 MiB of memory at most.
 
         Raises
         ------

@@ -45,9 +45,9 @@ def weights(blend: Blend, side: int) -> NDArray[np.float32]:
     return result
 
 
-def pixel_bytes(channels: int) -> int:
-    """Return the bytes that a canvas holds for each pixel, with what it becomes."""
-    return 4 * channels + 4 + 2 + 2 + 4 * channels
+def pixel_bytes(channels: int, is_flat: bool) -> int:
+    """Return the bytes that a canvas holds for each pixel, with what it becomes: all channels, or one class."""
+    return 4 * channels + 4 + 2 + 2 + (4 + 2 + 2 if is_flat else 4 * channels)
 
 
 class Canvas:

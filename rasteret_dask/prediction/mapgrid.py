@@ -16,10 +16,10 @@ from rasteret_dask.grid import Bounds
 
 __all__ = ["MapBlock", "MapGrid", "BlockChips", "block_side", "grid_of", "owned", "placed"]
 
-BLOCK_SIDES = (2048, 1024, 512, 256)
+BLOCK_SIDES = (2048, 1536, 1024, 512, 256)
 """Sides of a block, pixels."""
 
-CANVAS_BYTES = 192 * 2**20
+CANVAS_BYTES = 256 * 2**20
 """What the canvas of a block may hold."""
 
 PHASE = 1e-4

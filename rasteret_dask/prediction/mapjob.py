@@ -22,8 +22,9 @@ from rasteret_dask.tasks.runs import Cuts
 
 __all__ = ["MapJob", "map_job", "shards_of"]
 
-READ_BYTES = 64 * 2**20
-"""Pixels, and what a model makes of them, that a task reads at a time."""
+READ_BYTES = 32 * 2**20
+"""Pixels that a task reads at a time. Larger arrays would be mappings of their own (``net.allocator``'s
+MMAP_THRESHOLD): new memory each time."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def map_job(
         grid_of(code, name, edges, (float(first[code][0]), float(first[code][3])), pixel)
         for code, name, edges in zones
     )
-    block_px = limits[0] or block_side(pixel_bytes(output.channels))
+    block_px = limits[0] or block_side(pixel_bytes(output.channels, output.is_flat))
     placement = placed(grids, codes, bounds, output.side, block_px)
-    per_shard = _per_shard(outputs, output, limits[1])
+    per_shard = _per_shard(outputs, limits[1])
     names = [block.name(grids) for block in placement.blocks]
     offsets = placement.offsets.tolist()
     hierarchies = tuple(
@@ -136,10 +137,8 @@ def shards_of(block: Hierarchy) -> list[Shard]:
     ]
 
 
-def _per_shard(outputs: Sequence[Output], output: ModelOutput, batch_size: int) -> int:
-    side = output.side or 0
-    chip = sum(own.chip_bytes for own in outputs) + 4 * output.channels * side * side
-    return max(READ_BYTES // chip, batch_size, 1)
+def _per_shard(outputs: Sequence[Output], batch_size: int) -> int:
+    return max(READ_BYTES // sum(own.chip_bytes for own in outputs), batch_size, 1)
 
 
 def _check_places(chips: pa.Table, codes: NDArray[np.int64], bounds: NDArray[np.float64]) -> None:

@@ -142,10 +142,10 @@ class MapPlan:
         block, channels = self.maps.block_px**2, self.output.channels
         per_shard = max((h.per_shard for h in self.maps.job.hierarchies), default=1)
         most = min(per_shard, max((h.chips for h in self.maps.job.hierarchies), default=1))
-        answers = 2 * 4 * most * channels * (self.output.side or 1) ** 2
-        return TaskMemory(
-            self.maps.job, self.outputs, together=True, beside=block * pixel_bytes(channels) + answers
-        )
+        batch = min(most, self.parcel.batch_size)
+        answers = 3 * 4 * batch * channels * (self.output.side or 1) ** 2
+        canvas = block * pixel_bytes(channels, self.output.is_flat)
+        return TaskMemory(self.maps.job, self.outputs, together=True, beside=canvas + answers)
 
     def explain(self) -> dict[str, Any]:
         """Return what the map will be and take, as JSON values.

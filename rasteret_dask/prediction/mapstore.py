@@ -48,8 +48,8 @@ class MapZarr:
     store
         A local path, or a URL of scheme s3, gs or az.
     block_px
-        Side of what one task computes, and of a shard of the store: 256, 512, 1024 or 2048 pixels. None: the largest
-        that takes 192 MiB of memory at most. Pixels do not depend on it.
+        Side of what one task computes, and of a shard of the store: 256, 512, 1024, 1536 or 2048 pixels. None: the
+        largest that takes 256 MiB of memory at most. Pixels do not depend on it.
     multiscales
         Whether coarser levels are stored below the map, each half of the one before: groups ``2x``, ``4x`` and so on,
         down to 512 pixels, at most ``block_px`` / 64 times coarser. Classes are the most frequent ones, values means.

@@ -71,7 +71,7 @@ def main() -> None:
     make_files(arguments.folder, (kind,))
     with Nginx(arguments.folder) as server, tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         process = Process(server, Path(scratch), pythons)
-        bases = {}
+        bases: dict[str, MapJob] = {}
         for place in (server.url, str(arguments.folder)):
             room = Path(scratch) / str(len(bases))
             room.mkdir()
