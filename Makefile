@@ -7,7 +7,9 @@ ARGS ?=
 JOBS ?= 2
 # A file's tests stay together, in the order of the files; slow ones are few and long, and whoever is idle takes some.
 PYTEST := -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
-PYTEST_SLOW := -m pytest -q -n $(JOBS) --dist worksteal
+PYTEST_SLOW := -m pytest -q -n $(JOBS) --dist worksteal -m slow
+# Files without a slow test need not be imported.
+SLOW_FILES = $(shell grep -l 'mark\.slow' tests/test_*.py)
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,7 +30,7 @@ test: lint  ## Lint, type-check and run the tests, but for the slow ones
 	@$(MAKE) --no-print-directory -j 2 types pytest
 
 test-slow: $(VENV)/.test-installed $(VENV)/.docs-installed  ## The slow tests: wheels on each Python, lowest and newest versions, notebooks, site
-	@$(BIN)/python $(PYTEST_SLOW) -m slow $(ARGS)
+	@$(BIN)/python $(PYTEST_SLOW) $(SLOW_FILES) $(ARGS)
 
 docs: $(VENV)/.docs-installed  ## Build the documentation site, strictly (output: docs/_build/html)
 	@$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html

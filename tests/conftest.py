@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
+import gc
 import hashlib
 import os
 import re
@@ -44,14 +46,19 @@ def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     no_port_twice()
+    gc.disable()  # until all modules are imported: none of that is garbage
 
 
 def pytest_collection_finish() -> None:
     """Start the workers of Dask clusters in the short way; a test that needs the long one asks for it.
 
-    Not before all modules are imported: there is one list of what is preloaded, and torch's tests set it.
+    Not before all modules are imported: there is one list of what is preloaded, and torch's tests set it. That million
+    of objects stays, and no collection of garbage looks at it again.
     """
     fork_from_one()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # some libraries look at what is left when the interpreter ends
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

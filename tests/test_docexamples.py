@@ -7,7 +7,7 @@ import inspect
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,6 @@ import xarray as xr
 from stac_api import generated, serving_stac
 
 import rasteret_dask as rd
-from rasteret_dask import torchdata
 from rasteret_dask.catalogs.catalog import VARIABLE
 from rasteret_dask.demo.world import World
 
@@ -61,12 +60,8 @@ def methods(owner: type, prefix: str) -> Iterator[Documented]:
             yield Documented(f"{prefix}.{name}", function, first)
 
 
-def public() -> dict[str, Documented]:
-    """Return name -> what it names, of everything that is public."""
-    rooms: list[tuple[str, ModuleType]] = [("rd", rd), ("torchdata", torchdata)]
-    rooms += [
-        (f"rd.{name}", room) for name in rd.__all__ if isinstance(room := getattr(rd, name), ModuleType)
-    ]
+def public_of(*rooms: tuple[str, ModuleType]) -> dict[str, Documented]:
+    """Return name -> what it names, of everything that is public in some modules."""
     found: dict[str, Documented] = {}
     for prefix, room in rooms:
         for name in room.__all__:
@@ -81,17 +76,39 @@ def public() -> dict[str, Documented]:
     return found
 
 
-PUBLIC = public()
-SHOWN = {
-    f"{d.thing.__module__}.{d.thing.__qualname__}": d
-    for d in PUBLIC.values()
-    if ">>>" in (d.thing.__doc__ or "")
-}
+def shown(documented: dict[str, Documented]) -> dict[str, Documented]:
+    """Return where it is defined -> what is public, of that which has an example."""
+    return {
+        f"{d.thing.__module__}.{d.thing.__qualname__}": d
+        for d in documented.values()
+        if ">>>" in (d.thing.__doc__ or "")
+    }
+
+
+@cache
+def of_torch() -> dict[str, Documented]:
+    """Return what is public of torchdata: torch and lightning take seconds, which not every worker has to spend."""
+    from rasteret_dask import torchdata
+
+    return public_of(("torchdata", torchdata))
+
+
+def public() -> dict[str, Documented]:
+    """Return name -> what it names, of everything that is public."""
+    return PUBLIC | of_torch()
+
+
+PUBLIC = public_of(
+    ("rd", rd),
+    *((f"rd.{name}", room) for name in rd.__all__ if isinstance(room := getattr(rd, name), ModuleType)),
+)
+SHOWN = shown(PUBLIC)
 
 
 def test_every_public_name_has_an_example() -> None:
-    without = sorted(name for name, d in PUBLIC.items() if ">>>" not in (d.first.__doc__ or ""))
-    skipped = sorted(name for name, d in PUBLIC.items() if "+SKIP" in (d.first.__doc__ or ""))
+    everything = public()
+    without = sorted(name for name, d in everything.items() if ">>>" not in (d.first.__doc__ or ""))
+    skipped = sorted(name for name, d in everything.items() if "+SKIP" in (d.first.__doc__ or ""))
     assert not skipped, f"examples that do not run: {skipped}"
     assert not without, f"{len(without)} public names without an Examples section: {without}"
 
@@ -184,11 +201,28 @@ def settle(ground: Ground, text: str, folder: Path) -> dict[str, Any]:
 def test_examples_run(
     name: str, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    thing = SHOWN[name].thing
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "catalog.toml"))
-    monkeypatch.setenv("RASTERET_DASK_CACHE", str(tmp_path / "cache"))
-    names = settle(ground, thing.__doc__, tmp_path)
+    run_example(name, SHOWN[name].thing, ground, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
+def test_examples_of_torch_run(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    examples = shown(of_torch())
+    assert examples
+    for number, (name, documented) in enumerate(sorted(examples.items())):
+        (folder := tmp_path / str(number)).mkdir()
+        run_example(name, documented.thing, ground, folder, monkeypatch, capsys)
+
+
+def run_example(
+    name: str, thing: Any, ground: Ground, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Run an example in a folder of its own; what it prints is what it says."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv(VARIABLE, str(folder / "catalog.toml"))
+    monkeypatch.setenv("RASTERET_DASK_CACHE", str(folder / "cache"))
+    names = settle(ground, thing.__doc__, folder)
     example = doctest.DocTestParser().get_doctest(thing.__doc__, names, name, None, None)
     runner = doctest.DocTestRunner(optionflags=OPTIONS)
     runner.run(example, clear_globs=False)

@@ -453,10 +453,10 @@ ANY_TAKEN = {
 
 def arguments_typed_any() -> dict[str, str]:
     """Return argument -> one public name that has it, of those whose annotation says Any; arrays of any dtype aside."""
-    from test_docexamples import PUBLIC
+    from test_docexamples import public
 
     found: dict[str, str] = {}
-    for name, documented in PUBLIC.items():
+    for name, documented in public().items():
         thing = documented.thing
         if isinstance(thing, type) and not isinstance(vars(thing).get("__init__"), FunctionType):
             continue
@@ -476,13 +476,13 @@ def test_a_public_argument_is_any_for_a_reason() -> None:
 
 def test_words_are_types_where_arguments_take_them() -> None:
     """Each word's type of words.py is the type of some public argument."""
-    from test_docexamples import PUBLIC
+    from test_docexamples import public
 
     from rasteret_dask import words
 
     texts = " ".join(
         str(parameter.annotation)
-        for documented in PUBLIC.values()
+        for documented in public().values()
         if not isinstance(documented.thing, type)
         for parameter in inspect.signature(documented.thing).parameters.values()
     )
