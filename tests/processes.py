@@ -9,7 +9,7 @@ __all__ = ["NEW_PROCESSES", "fork_from_one"]
 
 PRELOADED = (
     "distributed", "distributed.nanny", "distributed.protocol.numpy", "distributed.worker", "pandas", "pyarrow.acero",
-    "pystac", "stackstac", "xarray", "zarr", "zarr.storage", "zarrs", "rasteret_dask.building", "rasteret_dask.chipset",
+    "pystac", "stackstac", "xarray", "zarr", "zarr.storage", "rasteret_dask.building", "rasteret_dask.chipset",
     "rasteret_dask.store.appending", "rasteret_dask.store.run", "rasteret_dask.store.oncluster",
     "rasteret_dask.store.outputs", "rasteret_dask.storeset", "rasteret_dask.streamfrom",
     "rasteret_dask.streams.clustersource", "rasteret_dask.cubes.lazy", "rasteret_dask.geometries.reading",
