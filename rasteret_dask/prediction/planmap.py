@@ -104,16 +104,11 @@ def _answer(parcel: ModelParcel, arrays: Arrays, client: ClientLike) -> tuple[tu
     clusters.check(client, "predict(client=)")
     blanks = {name: _blank(values) for name, values in arrays.items()}
     with clusters.using(client) as cluster, root_of(parcel, cluster) as (graph, root):
-        resource = gpu_resource(cluster, parcel)
         key = f"trial-{parcel.digest[:16]}"
         graph[key] = Task(key, _trial, root, DataNode(None, blanks))
-        if resource is not None:
-            answer: tuple[tuple[int, ...], np.dtype[Any]] = cluster.get(  # type: ignore[union-attr]
-                graph, key, resources={resource: 1e-6}
-            )
-            return answer
-        (told,) = computed(graph, {key: (key,)}, cluster, Pass("trying the model"))
-        return told  # type: ignore[no-any-return]
+        look = Pass("trying the model", resource=gpu_resource(cluster, parcel))
+        (answer,) = computed(graph, {key: (key,)}, cluster, look)
+        return answer  # type: ignore[no-any-return]
 
 
 _Blank = tuple[tuple[int, ...], NDArray[Any]]

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import ModelError, PlanError, StoreError
 from rasteret_dask.formats import ANSWERS, MEANING
-from rasteret_dask.net import clusters, remote
+from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import digest
@@ -218,7 +218,8 @@ class VectorPlan:
             for key, shard in zip(keys, shards, strict=True):
                 item = shard.hierarchy, shard.number
                 graph[key] = Task(key, _answers, TaskRef(at_root), self.work, item, *refs)
-            look = Pass("predict", None, progress, self.memory)
+            sign = partial(signatures.send, hrefs=self.job.hrefs(), hosts=self.job.signed)
+            look = Pass("predict", sign, progress, self.memory, gpu_resource(cluster, self.parcel))
             parts = computed(graph, {key: (key,) for key in keys}, cluster or client, look)
         return pa.concat_tables([self.schema.empty_table(), *map(self.rows, parts)])
 
