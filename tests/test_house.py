@@ -56,7 +56,7 @@ ORDER = {
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
-    "prediction": "modelidentity modelinputs modelqueue modelkinds models modelsending multiscales cogtiles cogs "
+    "prediction": "modelchips modelidentity modelinputs modelqueue modelkinds models modelsending multiscales cogtiles cogs "
                   "outputs blending mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles "
                   "targets predicting",
     "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",

@@ -16,9 +16,10 @@ from rasteret_dask.prediction.cogtiles import CogTiles
 from rasteret_dask.prediction.mapfiles import write_cogs, write_tiles
 from rasteret_dask.prediction.maps import checked
 from rasteret_dask.prediction.mapstore import MapZarr
+from rasteret_dask.prediction.modelchips import HasJob, ModelChips, chips_of
 from rasteret_dask.prediction.models import ModelLike
 from rasteret_dask.prediction.outputs import OutputsLike
-from rasteret_dask.prediction.planmap import HasJob, MapOptions, map_of, tried
+from rasteret_dask.prediction.planmap import MapOptions, map_of, tried
 from rasteret_dask.prediction.targets import Target, VectorTable, target_of
 from rasteret_dask.prediction.vectors import vector_plan
 from rasteret_dask.store.jobreport import JobReport
@@ -31,7 +32,7 @@ __all__ = ["embedded", "predicted"]
 
 
 def predicted(
-    chips: HasJob,
+    chips: HasJob | ModelChips,
     model: ModelLike,
     outputs: OutputsLike,
     options: MapOptions,
@@ -44,15 +45,16 @@ def predicted(
     checked(options.blend, options.batch_size, options.min_inputs)
     check_kept(to, "predict", bounds)
     target = None if to is None else target_of(to)
-    trial = tried(chips, model, outputs, options.batch_size, client)
+    own = chips_of(chips)
+    trial = tried(own, model, outputs, options.batch_size, client)
     if isinstance(target, VectorTable):
-        table = vector_plan(chips, trial.parcel, trial.output, trial.outputs, options.on_error)
+        table = vector_plan(own, trial.parcel, trial.output, trial.outputs, options.on_error)
         return table.to_parquet(Place.of(target.path).url, client, progress, bounds)
     if isinstance(target, MapZarr):
         options = replace(options, block_px=target.block_px)
     elif isinstance(target, CogTiles):
         options = replace(options, block_px=target.tile_px)
-    plan = map_of(chips, trial, options)
+    plan = map_of(own, trial, options)
     match target:
         case None:
             return plan.load(client, progress)
@@ -75,7 +77,7 @@ def check_kept(to: object, caller: str, bounds: Bounds) -> None:
 
 
 def embedded(
-    chips: HasJob,
+    chips: HasJob | ModelChips,
     model: ModelLike,
     options: MapOptions,
     to: str | os.PathLike[str] | None,
@@ -92,8 +94,9 @@ def embedded(
             "embed(to=)", repr(to), "a path that ends in .parquet",
             "A map whose pixels are vectors is predict(model, 'values', to='vectors.tif').",
         )  # fmt: skip
-    trial = tried(chips, model, "values", options.batch_size, client)
-    table = vector_plan(chips, trial.parcel, trial.output, trial.outputs, options.on_error, is_vector=True)
+    own = chips_of(chips)
+    trial = tried(own, model, "values", options.batch_size, client)
+    table = vector_plan(own, trial.parcel, trial.output, trial.outputs, options.on_error, is_vector=True)
     if target is None:
         return table.load(client, progress)
     return table.to_parquet(Place.of(target.path).url, client, progress, bounds)

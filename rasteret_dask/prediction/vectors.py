@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import shapely
 from dask._task_spec import DataNode, Task, TaskRef
 
-from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import ModelError, PlanError, StoreError
 from rasteret_dask.formats import ANSWERS, MEANING
@@ -27,15 +26,15 @@ from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import digest
-from rasteret_dask.planning.query import Query
 from rasteret_dask.prediction.maps import gpu_resource
+from rasteret_dask.prediction.modelchips import HasJob, ModelChips, chips_of
 from rasteret_dask.prediction.models import ModelParcel
 from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.outputs import ModelOutput
 from rasteret_dask.prediction.vectorwork import FIRST, LAST, ROW, VectorWork, answer_fields
 from rasteret_dask.statistics.measuring import Pass, computed
 from rasteret_dask.store.jobreport import JobReport
-from rasteret_dask.store.layout import JOB, layout_of
+from rasteret_dask.store.layout import JOB
 from rasteret_dask.store.ledger import PROVENANCE, whole
 from rasteret_dask.store.limits import Bounds
 from rasteret_dask.store.provenance import Provenance
@@ -68,20 +67,6 @@ AHEAD = 8
 _PLACE = ("geometry", "bbox", "datetime", "start_datetime", "end_datetime", "split")
 _TIME = pa.timestamp("us", tz="UTC")
 _BBOX = pa.struct([(corner, pa.float64()) for corner in ("xmin", "ymin", "xmax", "ymax")])
-
-
-class HasChips(Protocol):
-    """Chips that are planned."""
-
-    query: Query
-
-    @property
-    def planned(self) -> PlannedChips:
-        """Their table."""
-
-    @property
-    def job(self) -> Job:
-        """Their frozen plan."""
 
 
 @dataclass(frozen=True)
@@ -380,7 +365,7 @@ def remove_work(work: str) -> None:
 
 
 def vector_plan(
-    chips: HasChips,
+    chips: HasJob | ModelChips,
     parcel: ModelParcel,
     output: ModelOutput,
     outputs: tuple[Output, ...],
@@ -409,7 +394,8 @@ def vector_plan(
     PlanError
         When a column of the user's has the name of one of the table's.
     """
-    planned, job = chips.planned, chips.job
+    own_chips = chips_of(chips)
+    job, ground = own_chips.job, own_chips.ground
     if output.side is not None:
         raise ModelError(
             f"model {parcel.name}", f"{output.side} x {output.side} numbers for a chip", "one answer for each chip",
@@ -422,11 +408,5 @@ def vector_plan(
             "predict", f"a column {', '.join(taken)} of yours", "other names than those of the table's own columns",
             "Rename it in the table that with_table() was given.",
         )  # fmt: skip
-    dated = [own for own in planned.sources if not own.is_static]
-    shared = [own.axis for own in dated if own.axis is not None and own.chip_times is None]
-    span = None
-    if shared and len(shared) == len(dated):
-        span = min(axis.start.min() for axis in shared), max(axis.end.max() for axis in shared)
-    work = VectorWork(output, is_vector, tuple(own.plan.name for own in dated), on_error, job.all_functions)
-    layout = layout_of(job, used_rows(planned), chips.query, planned.dropped)
-    return VectorPlan(job, parcel, work, outputs, span, chips.query.functions, layout.provenance)
+    work = VectorWork(output, is_vector, ground.dated, on_error, job.all_functions)
+    return VectorPlan(job, parcel, work, outputs, ground.span, own_chips.functions, own_chips.provenance)
