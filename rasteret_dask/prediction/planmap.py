@@ -27,12 +27,12 @@ from rasteret_dask.prediction.outputs import ModelOutput, OutputsLike, outputs_o
 from rasteret_dask.statistics.measuring import Pass, computed
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.tasks import mapping
-from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.tasks.batches import Arrays, SourcePixels
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.job import Job, Output
 from rasteret_dask.words import OnError
 
-__all__ = ["MapOptions", "Trial", "blank_chips", "plan_map", "tried"]
+__all__ = ["MapOptions", "Trial", "blank_chips", "plan_map", "tried", "tried_on"]
 
 TRIAL_CHIPS = 2
 """Chips of zeros that a model is tried on: of one, an axis of chips that is lost would not show."""
@@ -80,6 +80,21 @@ def tried(
     parcel = parcel_of(model_of(model), batch_size, pixels)
     shape, dtype = _answer(parcel, blank_chips(job, sources, TRIAL_CHIPS), client)
     return Trial(parcel, settled(asked, shape, dtype, chips.ground.size, parcel.name), sources)
+
+
+def tried_on(
+    blanks: Arrays,
+    pixels: Mapping[str, SourcePixels],
+    model: ModelLike,
+    outputs: OutputsLike,
+    batch_size: int,
+    client: ClientLike = None,
+) -> tuple[ModelParcel, ModelOutput]:
+    """Try a model on made-up chips that are at hand; errors as of :func:`tried`."""
+    asked, parcel = outputs_of(outputs), parcel_of(model_of(model), batch_size, pixels)
+    shape, dtype = _answer(parcel, blanks, client)
+    size = next(iter(pixels.values())).shape[-1]
+    return parcel, settled(asked, shape, dtype, size, parcel.name)
 
 
 def _answer(parcel: ModelParcel, arrays: Arrays, client: ClientLike) -> tuple[tuple[int, ...], np.dtype[Any]]:

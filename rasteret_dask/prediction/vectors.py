@@ -31,11 +31,12 @@ from rasteret_dask.prediction.modelchips import HasJob, ModelChips, chips_of
 from rasteret_dask.prediction.models import ModelParcel
 from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.outputs import ModelOutput
+from rasteret_dask.prediction.storedjob import StoredJob
 from rasteret_dask.prediction.vectorwork import FIRST, LAST, ROW, VectorWork, answer_fields
 from rasteret_dask.statistics.measuring import Pass, computed
 from rasteret_dask.store.jobreport import JobReport
 from rasteret_dask.store.layout import JOB
-from rasteret_dask.store.ledger import PROVENANCE, whole
+from rasteret_dask.store.ledger import PROVENANCE, Maker, whole
 from rasteret_dask.store.limits import Bounds
 from rasteret_dask.store.provenance import Provenance
 from rasteret_dask.store.smallobjects import requests
@@ -50,7 +51,7 @@ from rasteret_dask.tasks.shards import Shipped
 from rasteret_dask.tasks.workermemory import TaskMemory
 from rasteret_dask.words import OnError
 
-__all__ = ["VectorPlan", "answers_note", "vector_plan", "remove_work"]
+__all__ = ["VectorPlan", "answers_note", "remove_work", "stored_plan", "vector_plan"]
 
 NOTE = b"rasteret_dask:answers"
 """Key of the file's metadata that says what it is."""
@@ -73,11 +74,11 @@ _BBOX = pa.struct([(corner, pa.float64()) for corner in ("xmin", "ymin", "xmax",
 class _Making:
     """What a task does with each shard of its run."""
 
-    ref: JobRef
+    ref: JobRef | StoredJob
     work: VectorWork
 
     def __call__(self, item: tuple[int, int], *roots: Any) -> Making:
-        job = opened(self.ref)
+        job = self.ref if isinstance(self.ref, StoredJob) else opened(self.ref)
         answers = self.work.compute(job, item, *roots)
         yield _part(job.shard(*item).name), [ipc_bytes(answers.table)]
         return answers.report
@@ -91,7 +92,7 @@ def _part(shard: str) -> str:
 class VectorPlan:
     """One answer a chip, planned: nothing is read yet."""
 
-    job: Job
+    job: Job | StoredJob
     parcel: ModelParcel
     work: VectorWork
     outputs: tuple[Output, ...] = field(repr=False)
@@ -128,9 +129,9 @@ class VectorPlan:
         )
 
     @cached_property
-    def memory(self) -> TaskMemory:
-        """What its tasks need."""
-        return TaskMemory(self.job, self.outputs, together=True)
+    def memory(self) -> TaskMemory | None:
+        """What its tasks need; None of stored chips."""
+        return None if isinstance(self.job, StoredJob) else TaskMemory(self.job, self.outputs, together=True)
 
     def note(self, report: JobReport) -> dict[str, Any]:
         """Return what the file says of itself, as JSON values: nothing that another run would tell otherwise."""
@@ -271,7 +272,6 @@ class VectorPlan:
     def _unit_job(self, url: str, client: ClientLike) -> UnitJob:
         """Return the shards as units of work."""
         job = self.job
-        check_writable(job)
         order = sorted(job.shards(), key=lambda shard: int(job.running[shard.start]))
         units = [
             WorkUnit(
@@ -284,17 +284,22 @@ class VectorPlan:
             resource = gpu_resource(cluster, self.parcel)
         # in the graph it would travel with every batch of tasks
         parcel, file, content = self.parcel.apart(remote.join(url, JOB))
-        tables = {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
+        tables: dict[str, Maker] = {}
+        cuts, ref = None, job if isinstance(job, StoredJob) else JobRef(remote.join(url, JOB), job.digest)
+        if not isinstance(job, StoredJob):
+            check_writable(job)
+            tables |= {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
+            cuts = Cuts.of(job)
         return UnitJob(
             "predict",
             self.digest,
             units,
-            _Making(JobRef(remote.join(url, JOB), job.digest), self.work),
+            _Making(ref, self.work),
             Visible("answers.json", {"answers": self.parcel.name}),
             {**tables, f"{JOB}/{file}": whole(content), PROVENANCE: whole(self.provenance.to_bytes())},
             lambda: {_part(unit.name): unit.name for unit in units},
             roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
-            cuts=Cuts.of(job),
+            cuts=cuts,
             memory=self.memory,
             resource=resource,
             hrefs=job.hrefs,
@@ -331,7 +336,7 @@ def _read(work: str, shard: str) -> pa.Table:
     return pa.ipc.open_file(pa.py_buffer(remote.get(remote.join(work, _part(shard))))).read_all()
 
 
-def _answers(job: Job, work: VectorWork, item: tuple[int, int], *roots: Any) -> pa.Table:
+def _answers(job: Job | StoredJob, work: VectorWork, item: tuple[int, int], *roots: Any) -> pa.Table:
     return work.compute(job, item, *roots).table
 
 
@@ -362,6 +367,19 @@ def remove_work(work: str) -> None:
         shutil.rmtree(remote.local_path(work), ignore_errors=True)
     else:
         remote.delete_all(work, list(remote.listing(work)))
+
+
+def stored_plan(
+    job: StoredJob,
+    parcel: ModelParcel,
+    output: ModelOutput,
+    provenance: Provenance,
+    is_vector: bool = False,
+) -> VectorPlan:
+    """Return the plan of one answer a stored chip; parameters and errors as of :func:`vector_plan`."""
+    _check(job, parcel, output, is_vector)
+    work = VectorWork(output, is_vector, tuple(own.name for own in job.sources), "raise", ())
+    return VectorPlan(job, parcel, work, (), None, {}, provenance)
 
 
 def vector_plan(
@@ -396,6 +414,13 @@ def vector_plan(
     """
     own_chips = chips_of(chips)
     job, ground = own_chips.job, own_chips.ground
+    _check(job, parcel, output, is_vector)
+    work = VectorWork(output, is_vector, ground.dated, on_error, job.all_functions)
+    return VectorPlan(job, parcel, work, outputs, ground.span, own_chips.functions, own_chips.provenance)
+
+
+def _check(job: Job | StoredJob, parcel: ModelParcel, output: ModelOutput, is_vector: bool) -> None:
+    """Raise where answers are no rows of a table, or a column of the user's has the name of one of these."""
     if output.side is not None:
         raise ModelError(
             f"model {parcel.name}", f"{output.side} x {output.side} numbers for a chip", "one answer for each chip",
@@ -408,5 +433,3 @@ def vector_plan(
             "predict", f"a column {', '.join(taken)} of yours", "other names than those of the table's own columns",
             "Rename it in the table that with_table() was given.",
         )  # fmt: skip
-    work = VectorWork(output, is_vector, ground.dated, on_error, job.all_functions)
-    return VectorPlan(job, parcel, work, outputs, ground.span, own_chips.functions, own_chips.provenance)
