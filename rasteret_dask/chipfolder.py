@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -16,12 +17,13 @@ from rasteret_dask.chipping.chiptable import MASK
 from rasteret_dask.chipset import Chips
 from rasteret_dask.collection import Collection
 from rasteret_dask.crs import number
-from rasteret_dask.errors import PlanError, user_level
+from rasteret_dask.errors import PlanError, ReadError, SourceError, user_level
 from rasteret_dask.ingest.chipfiles import ChipFolder, FolderChips, chip_files
 from rasteret_dask.ingest.chipnames import ChipPattern
 from rasteret_dask.ingest.exported import exported_chips, exported_layout
 from rasteret_dask.ingest.filenames import Naming
 from rasteret_dask.lists import listed
+from rasteret_dask.net import remote
 from rasteret_dask.net.places import Place
 from rasteret_dask.openers import as_collection
 from rasteret_dask.planning.plan import (
@@ -163,12 +165,32 @@ def read_chips(
             None if crs is None else number(crs),
             _skips(on_error),
         )
-        files = chip_files(place, how)
+        try:
+            files = chip_files(place, how)
+        except SourceError:
+            _refuse_tars(place)
+            raise
     if files.left_out:
         warnings.warn(_note(files), UserWarning, stacklevel=user_level())
     records = {name: with_kinds(own, named) for name, own in files.sources.items()}
     check_kind_names(list(records.values()), named, "read_chips(kinds=)")
     return _chips(replace(files, sources=records), join or {})
+
+
+def _refuse_tars(folder: str) -> None:
+    """Raise SourceError where a folder is one of tars: why it has no file that is a chip."""
+    from rasteret_dask.exports.webdataset import DATASET, TO_WEBDATASET
+
+    try:
+        root = json.loads(remote.get(remote.join(folder, DATASET)))
+        writer = root["rasteret_dask"]["writer"]
+    except (FileNotFoundError, ReadError, ValueError, KeyError, TypeError):
+        return
+    if writer == TO_WEBDATASET:
+        raise SourceError(
+            f"read_chips({remote.redact(folder)!r})", "tars that to_webdataset wrote", "a folder of GeoTIFFs",
+            "The library webdataset reads tars; for read_chips, write the chips with to_geotiff.",
+        )  # fmt: skip
 
 
 def _divided(text: str) -> tuple[str, str | None]:

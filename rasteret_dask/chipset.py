@@ -1449,7 +1449,7 @@ class Chips(ChipExits, ModelExits, ScoreExits):
 
         check_writable(self.job)
         sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
-        save_plan(self.job, path, sizes)
+        save_plan(self, path, sizes)
 
     def _with(
         self,

@@ -12,7 +12,9 @@ from typing import Any
 from rasteret_dask._version import __version__
 from rasteret_dask.errors import FormatError
 
-__all__ = ["ANSWERS", "MEANING", "PLAN", "STATE", "STORE", "TABLE", "Format", "check_table", "table_metadata"]
+__all__ = [
+    "ANSWERS", "MAP_FILE", "MEANING", "PLAN", "STATE", "STORE", "TABLE", "Format", "check_table", "table_metadata",
+]  # fmt: skip
 
 MEANING = 3
 """Version of what a plan makes: part of the digest of every job and shard, in place of the package's version.
@@ -78,6 +80,7 @@ STORE = Format("store", 2, "Write it again with to_zarr.")
 PLAN = Format("saved plan", 2, "Save it again with save_plan.")
 TABLE = Format("record table", 1, "Build it again, or export it with the version that wrote it.")
 ANSWERS = Format("table of a model's answers", 1, "Write it again with predict or embed.")
+MAP_FILE = Format("map as a GeoTIFF", 1, "Write it again with predict.")
 STATE = Format("stream state", 2, "Begin the epoch again: state_dict() of a new stream.")
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from rasteret_dask.prediction.blending import Blend
     from rasteret_dask.prediction.maps import MapPlan
+    from rasteret_dask.prediction.modelchips import HasJob
     from rasteret_dask.prediction.models import ModelLike
     from rasteret_dask.prediction.outputs import OutputsLike
-    from rasteret_dask.prediction.planmap import HasJob
     from rasteret_dask.prediction.targets import Target
     from rasteret_dask.store.jobreport import JobReport
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rasteret_dask.errors import PlanError, StoreError
@@ -27,19 +28,22 @@ from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
     from rasteret_dask.net.clusters import ClientLike
+    from rasteret_dask.prediction.modelchips import HasJob, ModelChips
 
-__all__ = ["save_plan", "stream_from"]
+__all__ = ["save_plan", "saved_chips", "stream_from"]
 
 _SIZES = "sizes.json"  # kept chips of each shard, where rules on pixels drop some
+_GROUND = "ground.json"  # what a plan says of maps and times beside its job
+_PROVENANCE = "provenance.json"
 
 
-def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | None = None) -> None:
-    """Write a job, JSON and Arrow tables, to a new folder.
+def save_plan(chips: HasJob, place: str | os.PathLike[str], sizes: tuple[int, ...] | None = None) -> None:
+    """Write a plan, JSON and Arrow tables, to a new folder.
 
     Parameters
     ----------
-    job
-        The job.
+    chips
+        The planned chips.
     place
         A folder of its own: a local path or a URL.
     sizes
@@ -50,7 +54,9 @@ def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | 
     StoreError
         When something else lies there.
     """
-    folder = Place.of(place)
+    from rasteret_dask.prediction.modelchips import chips_of
+
+    folder, job = Place.of(place), chips.job
     url = folder.url
     names = set() if folder.is_file else set(remote.listing(url))
     note = read_note(url) if JOB_FILE in names else {}
@@ -63,7 +69,57 @@ def save_plan(job: Job, place: str | os.PathLike[str], sizes: tuple[int, ...] | 
         )  # fmt: skip
     if sizes is not None:
         remote.put(remote.join(url, _SIZES), sealed({"digest": job.digest, "sizes": list(sizes)}))
+    own = chips_of(chips)
+    remote.put(remote.join(url, _GROUND), sealed({"digest": job.digest, **own.ground.to_json()}))
+    remote.put(remote.join(url, _PROVENANCE), own.provenance.to_bytes())
     write_job(job, url)
+
+
+def saved_chips(plan: str | os.PathLike[str], functions: Iterable[Callable[..., Any]] = ()) -> ModelChips:
+    """Return the chips of a saved plan, as models and exports take them.
+
+    Parameters
+    ----------
+    plan
+        Where :meth:`Chips.save_plan` wrote it.
+    functions
+        As of :func:`stream_from`.
+
+    Raises
+    ------
+    StoreError
+        When there is no saved plan, it is damaged, or an earlier version wrote it.
+    PlanError
+        When the plan calls a function that is not among ``functions``.
+    """
+    from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
+    from rasteret_dask.chipping.frame import frame_of, outline_wkb
+    from rasteret_dask.prediction.modelchips import ChipGround, ModelChips
+    from rasteret_dask.store.provenance import Provenance
+
+    url = Place.of(plan).url
+    job = open_job(url, str(read_note(url)["digest"]))
+    job.check_signatures()
+    ground, origins = (_beside(url, name) for name in (_GROUND, _PROVENANCE))
+    if ground is None or origins is None or ground["digest"] != job.digest:
+        raise StoreError(
+            f"plan {remote.redact(url)}", "no account of maps and origins beside it", "what save_plan writes",
+            "Save the plan again.",
+        )  # fmt: skip
+    outlines = outline_wkb(frame_of(job.chips))
+    table = job.chips.append_column(CHIP_SCHEMA.field("geometry"), outlines)
+    known = [name for name in CHIP_SCHEMA.names if name in table.column_names]
+    table = table.select([*known, *(name for name in table.column_names if name not in known)])
+    whole = replace(job, chips=table)
+    return ModelChips(whole, _matched(job, tuple(functions)), ChipGround.of(ground), Provenance.of(origins))
+
+
+def _beside(url: str, name: str) -> Mapping[str, Any] | None:
+    """Return a document beside a plan; None where it is missing or damaged."""
+    try:
+        return document_of(remote.get(remote.join(url, name)))
+    except remote.MissingError:
+        return None
 
 
 def stream_from(

@@ -56,9 +56,9 @@ ORDER = {
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
-    "prediction": "modelidentity modelinputs modelqueue modelkinds models modelsending multiscales cogtiles cogs "
-                  "outputs blending mapgrid mapjob mapstore mapwork openmap maps vectorwork vectors planmap mapfiles "
-                  "targets predicting",
+    "prediction": "modelchips modelidentity modelinputs modelqueue modelkinds models modelsending multiscales cogtiles "
+                  "cogs outputs blending mapgrid mapjob mapstore mapwork openmap maps storedjob vectorwork vectors "
+                  "planmap mapfiles targets predicting",
     "exports": "sheets filenames geotiff stacitems tarshards chipshards geotiffs webdataset rslearn exits",
     "geometries": "areas windows rows reading points cells torchset",
     "show": "fetching tilecount probing explain audit foreign recipetext losses contenders why cards maps pictures "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import rasterio
 import xarray as xr
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -25,8 +27,10 @@ from numpy.typing import NDArray
 import rasteret_dask as rd
 from rasteret_dask.chipping.chiptable import bounds_of
 from rasteret_dask.demo.world import World
-from rasteret_dask.prediction import multiscales
+from rasteret_dask.prediction import mapfiles, multiscales
+from rasteret_dask.prediction.cogs import array_blocks
 from rasteret_dask.prediction.mapstore import MapZarr
+from rasteret_dask.prediction.mapwork import BlockWork
 
 
 def texture(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -241,6 +245,28 @@ def test_a_store_holds_what_memory_does_whoever_writes_it(
         rd.open_chips(to.store)
 
 
+def test_what_is_kept_in_memory_is_computed_where_gpus_are(
+    optical: rd.Collection, cube: Any, tmp_path: Path
+) -> None:
+    """As what is written: a worker that does not declare the resource computes nothing."""
+    chips = optical.chips(32, stride=32, cover=True, aoi=area_of(cube, AREA))
+    maps, vectors = chips.predict(texture), chips.embed(brightness)
+    workers = {"with": {"cls": Worker, "options": {"nthreads": 2, "resources": {"GPU": 1}}}}
+    workers["without"] = {"cls": Worker, "options": {"nthreads": 2}}
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": ":0", "port": 0}}
+    with SpecCluster(workers, scheduler) as cluster, Client(cluster) as client:
+        same_maps(chips.predict(texture, client=client), maps)
+        assert chips.embed(brightness, client=client).equals(vectors)
+        chips.predict(texture, to=tmp_path / "map.tif", client=client, progress=False)
+        counts = {name: worker.state.executed_count for name, worker in cluster.workers.items()}
+    assert counts["with"] > 0
+    assert counts["without"] == 0
+
+
+def brightness(pixels: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(pixels.mean(axis=(2, 3)))
+
+
 def test_a_map_opens_in_rioxarray_and_rasterio_s_words(area: rd.Chips, in_memory: Any) -> None:
     assert in_memory.rio.crs.to_epsg() == 32633
     left, bottom, right, top = in_memory.rio.bounds()
@@ -447,8 +473,90 @@ def test_a_cog_of_a_zone_and_a_folder_of_them_hold_the_same(
     }.items():
         tiled, _ = read_raster(tmp_path / "tiles" / name)
         np.testing.assert_allclose(tiled.squeeze(), in_memory[array].values.squeeze(), rtol=1e-6)
+
+
+def test_a_map_as_cogs_that_is_there_is_left_as_it_is(
+    optical: rd.Collection, cube: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file says which chips and model it is of: the same is finished, another one is refused."""
+    chips = optical.chips(32, stride=32, cover=True, aoi=area_of(cube, AREA))
+    out = tmp_path / "map.tif"
+    report = chips.predict(texture, to=out, progress=False)
+    files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert len(files) == 3
+
+    def unchanged() -> bool:
+        return files == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockWork, "compute", None)  # nothing is computed
+        again = chips.predict(texture, to=out, progress=False)
+    assert (again.committed, again.shards_written, again.store) == (True, 0, str(out))
+    assert (again.shards, again.chips, again.kept) == (report.shards, report.chips, report.kept)
+    assert unchanged()
+    for other in (rd.Model(texture, fill=1.0), brightness_map):
+        with pytest.raises(
+            rd.StoreError, match=r"a map of texture, of other chips or another model already.*map"
+        ):
+            chips.predict(other, to=out, progress=False)
+    with pytest.raises(rd.StoreError, match="or another model already"):
+        chips.predict(texture, to=out, blend="mean", progress=False)
+    assert unchanged()
+    # of a map that lacks a file, all is made again, byte for byte; a work folder that was left goes
+    count = tmp_path / "map_count.tif"
+    count.unlink()
+    chips.predict(texture, to=out, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {
+        p: data for p, (data, _) in files.items()
+    }
+    (tmp_path / "map.tif.job").mkdir()
+    chips.predict(texture, to=out, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {
+        p: data for p, (data, _) in files.items()
+    }
+    # what somebody else put there is left alone, beside the map too
+    for own in (out, count):
+        own.write_text("mine")
+        with pytest.raises(rd.StoreError, match=rf"a file already: \S*{own.name}.*Delete it"):
+            chips.predict(texture, to=out, progress=False)
+        assert own.read_text() == "mine"
+        own.write_bytes(files[own][0])
+    plain = {"driver": "GTiff", "width": 1, "height": 1, "count": 1, "dtype": "uint8"}
+    with warnings.catch_warnings(action="ignore"), rasterio.open(out, "w", **plain) as raster:
+        raster.write(np.ones((1, 1, 1), dtype="uint8"))
     with pytest.raises(rd.StoreError, match="a file already"):
-        area.predict(texture, to=tmp_path / "map.tif", progress=False)
+        chips.predict(texture, to=out, progress=False)
+
+
+def brightness_map(pixels: NDArray[Any]) -> NDArray[Any]:
+    return pixels[:, 0]
+
+
+def test_a_store_that_is_removed_while_files_are_made_of_it_makes_none(
+    optical: rd.Collection, cube: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parts of an array job may see the end: the slower one reads a store that the faster one removes."""
+    chips, out = optical.chips(32, stride=32, cover=True, aoi=area_of(cube, AREA)), tmp_path / "map.tif"
+
+    def late(array: Any) -> Any:
+        shutil.rmtree(tmp_path / "map.tif.job")
+        return array_blocks(array)
+
+    monkeypatch.setattr(mapfiles, "array_blocks", late)
+    with pytest.raises(rd.ReadError):
+        chips.predict(texture, to=out, progress=False)
+    assert not list(tmp_path.glob("*.tif"))
+    monkeypatch.undo()
+    report = chips.predict(texture, to=tmp_path / "want.tif", progress=False)
+
+    def other(array: Any) -> Any:
+        monkeypatch.undo()
+        chips.predict(texture, to=out, progress=False)
+        return array_blocks(array)
+
+    monkeypatch.setattr(mapfiles, "array_blocks", other)
+    assert chips.predict(texture, to=out, progress=False).kept == report.kept
+    assert out.read_bytes() == (tmp_path / "want.tif").read_bytes()
 
 
 def across_zones(folder: Path) -> rd.Collection:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import xarray as xr
 
@@ -151,10 +152,84 @@ def test_options_of_the_command_stand_over_the_recipe(
 
 
 def test_a_dry_run_writes_nothing(place: Path, call: Callable[..., Any], tmp_path: Path) -> None:
-    code, out, _ = call("predict", place / "map.toml", "--to", tmp_path / "none.zarr", "--dry-run")
+    """It tells of the map what ``plan_map`` does, and of the chips what ``explain`` does."""
+    dry = ["predict", place / "map.toml", "--to", tmp_path / "none.zarr", "--dry-run"]
+    code, out, _ = call(*dry)
     assert code == ExitCode.DONE
-    assert "chips" in out
-    assert not (tmp_path / "none.zarr").exists()
+    for words in ("grids", "blocks", "peak per task", "a memory limit of", "coverage", "chips"):
+        assert words in out
+    code, out, _ = call(*dry, "--json")
+    ((name, document),) = json.loads(out).items()
+    assert name == f"predict {tmp_path / 'none.zarr'}"
+    model = rd.Model(scores, normalize=rd.Stats.load(place / "stats.json"), activation="softmax")
+    named = rd.Outputs("classes", classes={1: "bare", 7: "green"})
+    plan = chips(place).plan_map(model, named, blend="mean", batch_size=5)
+    assert document["map"] == json.loads(json.dumps(plan.explain()))
+    assert document["chips"] == len(chips(place))
+    code, out, _ = call(*dry[:3], tmp_path / "tiles", "--tile-px", "512", "--dry-run", "--json")
+    assert next(iter(json.loads(out).values()))["map"]["block_px"] == 512
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_plan_is_predicted_and_exported_as_its_chips_are(
+    place: Path, truth: xr.Dataset, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)  # where the model's module lies
+    plan, model = tmp_path / "plan", [
+        "--model", "mymodel:scores", "--outputs", "classes", "--classes", "1=bare,7=green", "--activation", "softmax",
+        "--colors", "bare=#d8b365,7=#5ab45a", "--normalize", "stats.json", "--blend", "mean",
+    ]  # fmt: skip
+    chips(place).save_plan(plan)
+    code, out, _ = call("predict", plan, *model, "--to", tmp_path / "map.zarr", "--dry-run", "--json")
+    told = next(iter(json.loads(out).values()))
+    assert (code, told["chips"]) == (ExitCode.DONE, len(chips(place)))
+    assert told["map"]["pixels"] == truth["count"].size
+    assert not (tmp_path / "map.zarr").exists()
+    code, out, _ = call("predict", plan, *model, "--to", tmp_path / "map.zarr", "--json", "-q")
+    assert (code, json.loads(out)["report"]["committed"]) == (ExitCode.DONE, True)
+    same(opened(tmp_path / "map.zarr"), truth)
+    assert call("predict", plan, "--model", "mymodel:vectors", "--to", tmp_path / "v.parquet", "-q")[0] == 0
+    chips(place).predict(vectors, to=tmp_path / "want.parquet", progress=False)
+    assert pq.read_table(tmp_path / "v.parquet").equals(pq.read_table(tmp_path / "want.parquet"))
+
+    s2 = rd.load(place / "s2.parquet", "s2").harmonize(["red"], time="3MS", dtype="uint16")
+    some = s2.chips(32, cell_km=0.64).split(train=0.5, val=0.5, seed=1).sample(3, by="split")
+    some.save_plan(tmp_path / "train")
+    some.to_geotiff(tmp_path / "want", progress=False)
+    assert call("export", tmp_path / "train", "--to", tmp_path / "tifs", "-q")[0] == ExitCode.DONE
+    assert files_of(tmp_path / "tifs") == files_of(tmp_path / "want")
+    assert call("export", tmp_path / "train", "--to", tmp_path / "val", "--split", "val", "-q")[0] == 0
+    assert set(content(tmp_path / "val")) == {f for f in content(tmp_path / "want") if f.startswith("val/")}
+
+
+def test_what_a_saved_plan_cannot_say_is_told(place: Path, call: Callable[..., Any], tmp_path: Path) -> None:
+    plan = tmp_path / "plan"
+    chips(place).save_plan(plan)
+    for words, match in {
+        ("predict", plan, "--to", "a.zarr"): "--model",
+        ("predict", plan, "--model", "mymodel:scores"): "--to",
+        ("predict", plan, "--set", "chips.size=1"): "name a recipe",
+        ("export", plan, "--to", tmp_path / "a", "--split", "val"): "no split",
+        ("export", plan): "--to",
+    }.items():
+        code, _, told = call(*words)
+        assert (code, match in told) == (ExitCode.USAGE, True), told
+    (plan / "ground.json").unlink()
+    code, _, told = call("export", plan, "--to", tmp_path / "a")
+    assert (code, "Save the plan again" in told) == (ExitCode.FAILED, True)
+
+
+def vectors(pixels: Any) -> Any:
+    return pixels.mean(axis=(-2, -1))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the files of an export, but what tells of the run."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] not in ("_job", "manifest.parquet")
+    }
 
 
 def test_tables_and_commands_have_the_arguments_of_python() -> None:

@@ -295,7 +295,7 @@ def test_a_place_with_neither_is_refused(train: rd.Chips, tmp_path: Path) -> Non
     with pytest.raises(StoreError, match=r"job.json that does not match its checksum"):
         stream_from(None, tmp_path / "plan", 8)
     with pytest.raises(StoreError, match=r"something else|does not match its checksum"):
-        save_plan(train.job, tmp_path / "plan")
+        save_plan(train, tmp_path / "plan")
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="something else"):
         train.save_plan(tmp_path / "file")

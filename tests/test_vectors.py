@@ -23,7 +23,7 @@ from distributed import Client, LocalCluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from small_stores import small
+from small_stores import small, written
 
 import rasteret_dask as rd
 from rasteret_dask.prediction import models, vectors
@@ -477,3 +477,65 @@ def test_own_embeddings_join_as_a_source(chips: rd.Chips, s2: rd.Collection, tmp
     for chip, vector in zip(pixels["chip_id"].values, pixels.values[:, 0, :, 0, 0], strict=True):
         answer = want[str(chip)]
         np.testing.assert_allclose(vector, [np.nan] * 3 if answer is None else answer, rtol=0, atol=1e-6)
+
+
+# Chips of a store
+
+
+def test_stored_chips_have_the_answers_of_planned_ones(chips: rd.Chips, tmp_path: Path) -> None:
+    """Of the same pixels: vectors, classes and probabilities, whichever chips were chosen of the store."""
+    kept = chips.filter_pixels(min_valid=0.1)
+    written(kept, tmp_path / "chips.zarr", 60_000)
+    stored = rd.open_chips(tmp_path / "chips.zarr")
+    assert len(stored.stored.shards) > 3
+    planned = kept.embed(means)
+    vectors = stored.embed(means)
+    shared = [
+        name for name in planned.column_names if name not in ("start_datetime", "end_datetime", "vector")
+    ]
+    order = [("chip_id", "ascending")]
+    one, other = planned.sort_by(order), vectors.sort_by(order)
+    assert one.select(shared).equals(other.select(shared))
+    np.testing.assert_allclose(
+        np.array(other["vector"].to_pylist()), np.array(one["vector"].to_pylist()), rtol=0, atol=1e-6
+    )
+    for begin, end in zip(
+        vectors["start_datetime"].to_pylist(), vectors["end_datetime"].to_pylist(), strict=True
+    ):
+        assert begin <= end
+    named = Outputs("classes", classes={1: "dark", 7: "bright"})
+    val, path = stored.select("val"), tmp_path / "val.parquet"
+    report = val.predict(codes, named, to=path, progress=False)
+    assert (report.committed, report.kept) == (True, len(val))
+    want = by_hand(kept.select("val"), codes)
+    check(pq.read_table(path), {chip: want[chip] for chip in val}, "class")
+    data = path.read_bytes()
+    assert val.predict(codes, named, to=path, progress=False).shards_written == 0
+    assert path.read_bytes() == data
+    check(val.predict(shares, "probabilities"), by_hand(kept.select("val"), shares), "probabilities")
+
+
+def test_a_cluster_answers_for_stored_chips_too(chips: rd.Chips, tmp_path: Path) -> None:
+    written(chips, tmp_path / "chips.zarr", 60_000)
+    stored = rd.open_chips(tmp_path / "chips.zarr")
+    stored.embed(means, tmp_path / "here.parquet", progress=False)
+    with (
+        LocalCluster(1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        stored.embed(means, tmp_path / "there.parquet", client=client, progress=False)
+        assert stored.embed(means, client=client).equals(stored.embed(means))
+    assert (tmp_path / "there.parquet").read_bytes() == (tmp_path / "here.parquet").read_bytes()
+
+
+def test_what_stored_chips_cannot_be_asked_is_told(chips: rd.Chips, tmp_path: Path) -> None:
+    chips.select("val").to_zarr(tmp_path / "chips.zarr", progress=False)
+    stored = rd.open_chips(tmp_path / "chips.zarr")
+    for to in ("map.zarr", "map.tif"):
+        with pytest.raises(rd.PlanError, match=r"a row a chip.*chips\(cover=True\)"):
+            stored.predict(means, to=tmp_path / to)
+    with pytest.raises(rd.ModelError, match="32 x 32 numbers for a chip"):
+        stored.predict(lambda pixels: pixels)
+    with pytest.raises(rd.PlanError, match=r"limits=.*Give to="):
+        stored.embed(means, limits=rd.RunLimits(max_time="1h"))
+    assert not list(tmp_path.glob("map*"))

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +20,6 @@ from rasteret_dask.cli.recipes import (
     HeartbeatFile,
     MaxTime,
     Part,
-    RecipeFile,
     ShowProgress,
     answer_explained,
     carry_out,
@@ -29,6 +30,7 @@ from rasteret_dask.cli.recipes import (
 if TYPE_CHECKING:
     from rasteret_dask.recipes.recipe import Recipe
     from rasteret_dask.runlimits import RunLimits
+    from rasteret_dask.store.jobreport import JobReport
 
 __all__ = ["export", "predict"]
 
@@ -53,7 +55,14 @@ def _option(panel: str, *names: str, words: str, **options: Any) -> Any:
 
 @command
 def predict(
-    recipe: RecipeFile,
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|PLAN",
+            show_default=False,
+            help="A recipe, or a plan that was saved (path or URL).",
+        ),
+    ],
     model: Annotated[
         str | None,
         _option(MAP, "--model", words="A file (.onnx, .pt2, .pt), or a function of yours: 'mycode:net'."),
@@ -106,7 +115,9 @@ def predict(
 ) -> None:
     """Make a map of what a model says about the chips of a recipe: its [predict], changed by the options here.
 
-    The recipe's chips shall cover the area: cover = true. Run it again to go on where it was stopped.
+    Of a saved plan, the options alone. --dry-run tells of the map: its grids, blocks and memory, then of the chips.
+
+    The chips shall cover the area: cover = true. Run it again to go on where it was stopped.
     """
     limits = limits_of(part, max_time, heartbeat)
     options = {
@@ -114,11 +125,36 @@ def predict(
         "normalize": _here(normalize, is_code=True), "activation": activation, "blend": blend,
         "batch_size": batch_size, "device": device, "tile_px": tile_px,
     }  # fmt: skip
-    made = _only("predict", recipe, settings, options)
+    shown = not quiet if progress is None else progress
+    if not place.endswith(".toml"):
+        if settings:
+            raise typer.BadParameter("a saved plan is as it is: name a recipe.", param_hint="--set")
+        table = {key: value for key, value in options.items() if value is not None}
+        _predict_plan(place, table, limits, None if dry_run else shown, cluster, as_json)
+        return
+    made = _only("predict", Path(place), settings, options)
     if dry_run:
-        answer_explained(made.explain(cluster), as_json)
+        _answer_map(made, cluster, as_json)
     else:
-        carry_out(made, limits, not quiet if progress is None else progress, cluster, as_json)
+        carry_out(made, limits, shown, cluster, as_json)
+
+
+def _answer_map(recipe: Recipe, cluster: str | None, as_json: bool) -> None:
+    """Print what a map will be and take, then the same of its chips."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from rasteret_dask.recipes.recipe import planned_maps
+
+    maps, document, shown = planned_maps(recipe), {}, list[Any]()
+    for name, chips in recipe.explain(cluster).items():
+        document[name] = chips.to_dict()
+        shown.append(Text(name, style="bold underline"))
+        if name in maps:
+            document[name]["map"] = maps[name].explain()
+            shown.append(Text(str(maps[name])))
+        shown.append(Text(str(chips)))
+    answer(document, Group(*shown), as_json)
 
 
 @command
@@ -126,7 +162,9 @@ def export(
     place: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE|STORE", show_default=False, help="A recipe, or a finished store (path or URL)."
+            metavar="RECIPE|PLAN|STORE",
+            show_default=False,
+            help="A recipe, a plan that was saved, or a finished store (path or URL).",
         ),
     ],
     to: Annotated[str | None, _option(FILES, "--to", words="The folder: path or URL.")] = None,
@@ -150,7 +188,8 @@ def export(
     """Write chips as files that other libraries read.
 
     GeoTIFFs with STAC items, labels as masks; tars of WebDataset; windows of rslearn. Of a recipe, as its [export]
-    says, changed by the options here; of a store, all or some splits. Run it again to go on where it was stopped.
+    says, changed by the options here; of a saved plan or a store, all or some splits. Run it again to go on where it
+    was stopped.
     """
     limits = limits_of(part, max_time, heartbeat)
     options = {"to": _here(to), "format": kind, "splits": split or None}
@@ -164,14 +203,12 @@ def export(
         return
     for name, value in {"--set": settings, "--dry-run": dry_run}.items():
         if value:
-            raise typer.BadParameter(
-                "a store has no plan to change or look at: name a recipe.", param_hint=name
-            )
+            raise typer.BadParameter("a store or a saved plan is as it is: name a recipe.", param_hint=name)
     if to is None:
-        raise typer.BadParameter("a store is exported to a folder of its own.", param_hint="--to")
-    _export_store(
-        place, {key: value for key, value in options.items() if value}, limits, shown, cluster, as_json
-    )
+        raise typer.BadParameter("chips are exported to a folder of their own.", param_hint="--to")
+    table = {key: value for key, value in options.items() if value}
+    write = _export_plan if _is_plan(place) else _export_store
+    write(place, table, limits, shown, cluster, as_json)
 
 
 def _export_store(
@@ -182,24 +219,112 @@ def _export_store(
     from rasteret_dask.recipes.exits import export_call
     from rasteret_dask.recipes.models import EXPORTS
 
-    kind = table.get("format", "geotiff")
-    if kind not in EXPORTS:
-        raise typer.BadParameter(f"found {kind!r}; expected {', '.join(EXPORTS)}.", param_hint="--format")
+    kind = _format(table)
     arguments = export_call(kind, table, str)
     chips = rd.open_chips(store)
     if "splits" in table:
         chips = chips.select(*table["splits"])
+    write = partial(getattr(chips, EXPORTS[kind].__name__), progress=progress, limits=limits, **arguments)
+    _answer_written(kind, table["to"], write, place, as_json)
+
+
+def _export_plan(
+    plan: str, table: dict[str, Any], limits: RunLimits, progress: bool, place: str | None, as_json: bool
+) -> None:
+    """Write the chips of a saved plan, and print what was done."""
+    from rasteret_dask.exports.chipshards import chips_of_plan
+    from rasteret_dask.exports.exits import write_geotiff, write_rslearn, write_webdataset
+    from rasteret_dask.net.places import Place
+    from rasteret_dask.store.layout import Layout
+    from rasteret_dask.streamfrom import saved_chips
+    from rasteret_dask.tasks.context import ReadContext
+    from rasteret_dask.tasks.mapping import outputs_of
+
+    kind = _format(table)
+    own = saved_chips(plan)
+    if "splits" in table:
+        names = [h.split for h in own.job.hierarchies if h.split]
+        if not set(table["splits"]) <= set(names):
+            raise typer.BadParameter(
+                f"found {', '.join(table['splits'])}; expected some of {', '.join(names) or 'no split'}.",
+                param_hint="--split",
+            )
+        own = replace(own, job=own.job.select(set(table["splits"])))
+    layout = Layout(own.job, outputs_of(own.job, own.functions), {}, provenance=own.provenance)
+    chips = chips_of_plan(layout, ReadContext(own.functions))
+    url = Place.of(table["to"]).folder("a folder, or nothing yet", "Choose another place.")
+
+    def write(client: Any) -> JobReport:
+        match kind:
+            case "geotiff":
+                return write_geotiff(chips, url, client, progress, limits)
+            case "webdataset":
+                return write_webdataset(chips, url, "npy", client, progress, limits)
+            case _:
+                return write_rslearn(chips, url, client, progress, limits)
+
+    _answer_written(kind, table["to"], write, place, as_json)
+
+
+def _predict_plan(
+    plan: str,
+    table: dict[str, Any],
+    limits: RunLimits,
+    progress: bool | None,
+    place: str | None,
+    as_json: bool,
+) -> None:
+    """Make the map of a saved plan's chips, and print what was done; without progress (None) only what would be."""
+    from rasteret_dask.modelexits import ModelExits
+    from rasteret_dask.prediction.planmap import MapOptions, plan_map
+    from rasteret_dask.recipes.exits import map_call, predict_call
+    from rasteret_dask.streamfrom import saved_chips
+
+    for key in ("model", "to"):
+        if key not in table:
+            raise typer.BadParameter(
+                "a saved plan says of no model: name it and a place.", param_hint=f"--{key}"
+            )
+    arguments, chips = predict_call(table, Path.cwd(), str), saved_chips(plan)
+    if progress is not None:
+        write = partial(ModelExits.predict, chips, progress=progress, limits=limits, **arguments)
+        _answer_written("predict", table["to"], write, place, as_json)
+        return
+    call, name = map_call(arguments), f"predict {table['to']}"
+    if call is None:
+        answer({name: {"chips": chips.chips}}, details([("chips", chips.chips)], name), as_json)
+        return
+    made = plan_map(chips, call.pop("model"), call.pop("outputs"), MapOptions(**call))
+    answer({name: {"chips": chips.chips, "map": made.explain()}}, str(made), as_json)
+
+
+def _format(table: dict[str, Any]) -> str:
+    from rasteret_dask.recipes.models import EXPORTS
+
+    kind = str(table.get("format", "geotiff"))
+    if kind not in EXPORTS:
+        raise typer.BadParameter(f"found {kind!r}; expected {', '.join(EXPORTS)}.", param_hint="--format")
+    return kind
+
+
+def _answer_written(kind: str, to: str, write: Callable[..., Any], place: str | None, as_json: bool) -> None:
+    """Write something on the cluster that is meant, and print what was done."""
+    import rasteret_dask as rd
+
     with ExitStack() as stack:
         client = None if place is None else stack.enter_context(rd.cluster(place))
-        report = getattr(chips, EXPORTS[kind].__name__)(
-            client=client, progress=progress, limits=limits, **arguments
-        )
-    title = f"{kind} {table['to']}"
-    answer(
-        {"kind": kind, "place": table["to"], "report": plain(report.to_dict())},
-        details(report_lines(report), title),
-        as_json,
-    )
+        report = write(client=client)
+    document = {"kind": kind, "place": to, "report": plain(report.to_dict())}
+    answer(document, details(report_lines(report), f"{kind} {to}"), as_json)
+
+
+def _is_plan(place: str) -> bool:
+    """Tell whether a saved plan lies at a place."""
+    from rasteret_dask.net import remote
+    from rasteret_dask.net.places import Place
+    from rasteret_dask.tasks.jobfile import JOB_FILE
+
+    return remote.exists(remote.join(Place.of(place).url, JOB_FILE))
 
 
 def _only(table: str, recipe: Path, settings: list[str] | None, options: dict[str, Any]) -> Recipe:

@@ -22,14 +22,13 @@ from rasteret_dask.evaluation.reading import (
     RasterPixels,
     Rasters,
     ZarrPixels,
-    zarr_place,
 )
 from rasteret_dask.lists import listed
 from rasteret_dask.net import remote
 from rasteret_dask.net.gdalfiles import GdalFile
 from rasteret_dask.net.hrefs import is_local, redact
 from rasteret_dask.net.places import Place
-from rasteret_dask.prediction.openmap import map_zones
+from rasteret_dask.prediction.openmap import map_zones, zarr_place
 
 __all__ = ["MapRequest", "rasters_of"]
 
@@ -232,7 +231,7 @@ def _code(text: str, name: str, request: MapRequest) -> int:
 def _stored(url: str, request: MapRequest) -> Iterator[_Array]:
     import xarray as xr
 
-    place, path = zarr_place(url)
+    place = zarr_place(url)
     root = (
         json.loads(remote.get(remote.join(url, "zarr.json")))
         if remote.exists(remote.join(url, "zarr.json"))
@@ -246,15 +245,13 @@ def _stored(url: str, request: MapRequest) -> Iterator[_Array]:
     }
     if "rasteret_dask" in root.get("attributes", {}):  # what lies beside the arrays of its root is no Zarr
         zones = {
-            zone or "/": xr.open_dataset(
-                place, group="/".join(filter(None, (path, zone))), consolidated=not zone, **options
-            )
+            zone or "/": xr.open_dataset(place, group=zone or None, consolidated=not zone, **options)
             for zone in map_zones(url)
         }
         tree = xr.DataTree.from_dict(zones)
     else:
         whole = "consolidated_metadata" in root
-        tree = xr.open_datatree(place, group=path or None, consolidated=whole, **options)
+        tree = xr.open_datatree(place, consolidated=whole, **options)
     for one in _arrays_of(tree, redact(url), request):
         yield _Array(one.name, one.array, one.crs, (url, one.array.encoding["node"]))
 

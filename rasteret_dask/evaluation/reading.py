@@ -15,9 +15,9 @@ from rasteret_dask.crs import text
 from rasteret_dask.errors import GridError, PlanError, ReadError
 from rasteret_dask.extent import is_geographic
 from rasteret_dask.grid import Bounds, bounds_in, transformer
-from rasteret_dask.net import remote
 from rasteret_dask.net.gdalfiles import GdalFile
-from rasteret_dask.net.hrefs import is_local, local_path, redact
+from rasteret_dask.net.hrefs import is_local, redact
+from rasteret_dask.prediction.openmap import zarr_place
 
 __all__ = [
     "INVALID",
@@ -32,7 +32,6 @@ __all__ = [
     "Rasters",
     "ChipView",
     "ZarrPixels",
-    "zarr_place",
 ]
 
 OUTSIDE, INVALID, VALID = 0, 1, 2
@@ -134,22 +133,11 @@ class ArrayPixels:
         return values, _valid(values, self.nodata)
 
 
-def zarr_place(url: str) -> tuple[Any, str]:
-    """Return what zarr-python opens of a local path or a URL, and the path in it."""
-    if is_local(url):
-        return local_path(url), ""
-    from zarr.storage import ObjectStore
-
-    store, path = remote.open_href(url)
-    return ObjectStore(store, read_only=True), path
-
-
 @lru_cache(maxsize=64)
 def _zarr(url: str, path: str) -> Any:
     import zarr
 
-    place, folder = zarr_place(url)
-    return zarr.open_array(place, path=f"{folder}/{path}".lstrip("/"), mode="r")
+    return zarr.open_array(zarr_place(url), path=path, mode="r")
 
 
 def _finite(values: NDArray[Any]) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from distributed import Client, Future, as_completed, rejoin, secede
 from distributed.threadpoolexecutor import thread_state
 
 from rasteret_dask.errors import JobError
-from rasteret_dask.net.clusters import address_of
+from rasteret_dask.net.clusters import address_of, resource_mark
 
 __all__ = ["as_they_end", "out_of_pool", "results", "why_cancelled"]
 
@@ -24,7 +24,11 @@ def results(client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str], 
 
 
 def as_they_end(
-    client: Client, graph: Mapping[Hashable, Any], keys: Sequence[str], subject: str
+    client: Client,
+    graph: Mapping[Hashable, Any],
+    keys: Sequence[str],
+    subject: str,
+    resource: str | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Yield some keys with their results as they end. The cluster forgets each as soon as it is here.
 
@@ -40,6 +44,8 @@ def as_they_end(
         Those whose results are wanted.
     subject
         What is being done, for messages.
+    resource
+        The Dask resource that workers must declare; None: any worker.
 
     Raises
     ------
@@ -51,7 +57,7 @@ def as_they_end(
     futures: list[Future[Any]] = []
     try:
         with out_of_pool():
-            futures = client.get(dict(graph), list(keys), sync=False)
+            futures = client.get(dict(graph), list(keys), sync=False, resources=resource_mark(resource))
             for future, result in as_completed(futures, loop=client.loop, with_results=True):
                 if isinstance(result, CancelledError):
                     raise JobError(

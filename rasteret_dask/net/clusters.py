@@ -23,7 +23,9 @@ from rasteret_dask.net import remote
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["ClientLike", "address_of", "check", "meant", "using", "worker_name", "workers_of"]
+__all__ = [
+    "ClientLike", "address_of", "check", "meant", "resource_mark", "using", "worker_name", "workers_of",
+]  # fmt: skip
 
 
 ANSWERS = "a Dask scheduler that answers"
@@ -186,6 +188,14 @@ def workers_of(client: Client) -> dict[str, dict[str, Any]]:
             "Make a new Client, or close this one: the next call then does without.",
         )  # fmt: skip
     return workers
+
+
+def resource_mark(name: str | None) -> dict[str, float] | None:
+    """Return what tasks ask for of a resource that their workers must declare; None where any worker computes.
+
+    It is a mark, not a share: as many tasks run side by side as a worker has threads.
+    """
+    return None if name is None else {name: 1e-6}
 
 
 def worker_name() -> str | None:

@@ -3,7 +3,8 @@
 
 - :func:`cog_bytes`: one block of a map, in memory -> the bytes of a COG;
 - :func:`write_cog`: the blocks of a zone's map, in any order, one at a time -> one COG at a path or URL;
-- :func:`array_blocks`: the blocks of an array that is read in parts (a Zarr array of a finished map).
+- :func:`array_blocks`: the blocks of an array that is read in parts (a Zarr array of a finished map);
+- :func:`cog_note`: what a file says that it was made of.
 
 GDAL's COG driver lays the files out: tiles of 512 x 512, deflate, internal overviews down to one tile, headers first.
 Codes are stored as they are, since a predictor would make their runs longer; quantities have the predictor of their
@@ -13,10 +14,12 @@ mean of valid pixels. Equal pixels and headers give equal bytes, however the map
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -27,24 +30,29 @@ from rasterio import Env
 from rasterio import open as open_raster
 from rasterio import shutil as rasterio_shutil
 from rasterio._err import CPLE_BaseError
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetWriter, MemoryFile
 from rasterio.session import DummySession
 from rasterio.windows import Window
 
 from rasteret_dask.errors import StoreError, UnwritableStoreError
+from rasteret_dask.formats import MAP_FILE
 from rasteret_dask.net import remote
+from rasteret_dask.net.gdalfiles import GdalFile
 from rasteret_dask.prediction.cogtiles import MapHeader, rgb, sidecar
 from rasteret_dask.reader.engine import bound_gdal_cache
 from rasteret_dask.reader.pixelgrid import crs_of
 
-__all__ = ["BLOCK_PX", "Block", "array_blocks", "cog_bytes", "is_empty", "pad", "write_cog"]
+__all__ = ["BLOCK_PX", "Block", "array_blocks", "cog_bytes", "cog_note", "is_empty", "pad", "write_cog"]
 
 Block: TypeAlias = "tuple[int, int, NDArray[Any]]"
 """(row, column, pixels): the map's pixel at the block's north-west corner; pixels have shape (y, x) or (band, y, x)."""
 
 BLOCK_PX = 512
 """Side of a COG's internal tiles. Blocks of :func:`write_cog` whose edges are multiples of it are written once."""
+
+NOTE = "RASTERET_DASK"
+"""The tag that holds :attr:`~rasteret_dask.prediction.cogtiles.MapHeader.note`."""
 
 _PIECE = 8 << 20
 _STEP_PX = 4 * BLOCK_PX
@@ -122,6 +130,43 @@ def write_cog(
         remote.put_stream(url, lambda: _pieces(finished))
 
 
+def cog_note(url: str) -> Mapping[str, Any] | None:
+    """Return what a file says that it was made of; {} of any other file, None where there is none.
+
+    Parameters
+    ----------
+    url
+        A local path, or a URL of scheme s3, gs or az.
+
+    Raises
+    ------
+    FormatError
+        When a newer version of the package wrote it.
+    ReadError
+        When its bytes do not come.
+    """
+    if not remote.exists(url):
+        return None
+    file = GdalFile(url)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # of somebody else's file
+            raster = file.open("GTiff")
+        text = file.call(raster.tags).get(NOTE)
+        note = {} if text is None else json.loads(text)
+    except (RasterioError, ValueError):
+        if file.failure is not None:
+            raise file.failure from None
+        return {}
+    finally:
+        file.close()
+    if not isinstance(note, dict):
+        return {}
+    if note:
+        MAP_FILE.check(f"map {remote.redact(url)}", note)
+    return note
+
+
 def array_blocks(array: Sliced, step_px: int = _STEP_PX) -> Iterator[Block]:
     """Yield the blocks of an array of shape (y, x) or (band, y, x), read one after another, row by row."""
     height, width = array.shape[-2:]
@@ -169,6 +214,8 @@ def _layout(header: MapHeader) -> dict[str, Any]:
 
 
 def _describe(raster: DatasetWriter, header: MapHeader) -> None:
+    if header.note is not None:
+        raster.update_tags(**{NOTE: header.note})
     if header.palette:
         clear = {} if header.nodata is None else {int(header.nodata): (0, 0, 0, 0)}
         raster.write_colormap(1, {code: rgb(colour) for code, colour in header.palette.items()} | clear)

@@ -64,6 +64,8 @@ class MapHeader:
     """Code -> name of classes, ascending."""
     colors: tuple[tuple[int, str], ...] = ()
     """Code -> ``"#rrggbb"``; classes that are not in it have a colour of the package's palette."""
+    note: str | None = None
+    """JSON text of what the file was made of, as a tag of it; None: it does not say."""
 
     def __post_init__(self) -> None:
         if self.dtype not in _GDAL_TYPES:

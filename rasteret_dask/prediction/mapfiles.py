@@ -3,20 +3,31 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.errors import StoreError
+from rasteret_dask.errors import RasteretDaskError, StoreError
+from rasteret_dask.formats import MAP_FILE, MEANING
 from rasteret_dask.net import remote
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
-from rasteret_dask.prediction.cogs import array_blocks, cog_bytes, is_empty, pad, write_cog
+from rasteret_dask.prediction.cogs import (
+    Block,
+    array_blocks,
+    cog_bytes,
+    cog_note,
+    is_empty,
+    pad,
+    write_cog,
+)
 from rasteret_dask.prediction.cogtiles import (
     CogTiles,
     MapHeader,
@@ -29,7 +40,7 @@ from rasteret_dask.prediction.cogtiles import (
 from rasteret_dask.prediction.mapgrid import MapBlock, MapGrid
 from rasteret_dask.prediction.maps import MapPlan
 from rasteret_dask.prediction.mapstore import COUNT, INPUTS
-from rasteret_dask.prediction.openmap import open_map
+from rasteret_dask.prediction.openmap import TILES, open_map
 from rasteret_dask.prediction.outputs import ModelOutput
 from rasteret_dask.prediction.vectors import remove_work
 from rasteret_dask.store.encode import Piece
@@ -41,6 +52,9 @@ __all__ = ["TileLayout", "header_of", "write_cogs", "write_tiles"]
 
 EXTRAS = (COUNT, INPUTS)
 """Maps that lie beside the map, in folders of their own."""
+
+ROOT = "zarr.json"
+"""What makes a store visible."""
 
 
 def header_of(grid: MapGrid, output: ModelOutput, array: str) -> MapHeader:
@@ -131,7 +145,7 @@ def write_tiles(
                 result[path] = vrt_bytes(layout.tiles, grid.name, header, tiles)
         return result
 
-    root = Visible("map.json", {"rasteret_dask": {"map": plan.note}})
+    root = Visible(TILES, {"rasteret_dask": {"map": plan.note}})
     job = plan.unit_job(url, layout, root, {}, places, client, more)
     return write_units(url, job, client, progress, bounds)
 
@@ -141,33 +155,109 @@ def write_cogs(
 ) -> JobReport:
     """Write a map as one COG a zone, and beside it those of counts and of valid inputs.
 
-    First it is a store beside them, which is removed when they are there; the map's own file comes last.
+    First it is a store beside them, which is removed when they are there; the map's own file comes last. Each file
+    says what it was made of: where all of them are this map, nothing is computed.
+
+    Raises
+    ------
+    StoreError
+        When something else lies there.
     """
     target = Place.of(path).url
-    work = f"{target}.job"
-    stem, suffix = posixpath.splitext(target)
-    several = len(plan.maps.grids) > 1
-    files = {grid.name: f"{stem}_{grid.name}{suffix}" if several else target for grid in plan.maps.grids}
-    there = [file for file in files.values() if remote.exists(file)]
-    if there and not remote.exists(remote.join(work, "zarr.json")):
-        raise StoreError(
-            f"map {remote.redact(target)}", f"a file already: {remote.redact(there[0])}", "nothing yet",
-            "Delete it, or choose another path.",
-        )  # fmt: skip
-    report = plan.to_zarr(work, client, progress, bounds)
+    work, files = f"{target}.job", _cog_files(plan, target)
+    if (report := _finished(plan, target, files)) is not None:
+        _remove(work)
+        if progress:
+            sys.stderr.write(f"{remote.redact(target)} is finished: nothing to do\n")
+        return report
+    report = replace(plan.to_zarr(work, client, progress, bounds), store=remote.redact(target))
     if not report.committed:
         return report
-    opened = open_map(work)
-    for number, grid in enumerate(plan.maps.grids):
-        dataset: Any = opened[plan.layout().group(number)] if several else opened
-        root, ending = posixpath.splitext(files[grid.name])
-        for array in EXTRAS:
-            header = header_of(grid, plan.output, array)
-            write_cog(f"{root}_{array}{ending}", header, array_blocks(_Lazy(dataset[array])))
-        header = header_of(grid, plan.output, plan.output.variable)
-        write_cog(files[grid.name], header, array_blocks(_Lazy(dataset[plan.output.variable])))
-    remove_work(work)
+    try:
+        _put_cogs(plan, work, files, report)
+    except RasteretDaskError:  # another part of an array job has seen the end as well, and was faster
+        if _finished(plan, target, files) is None:
+            raise
+    _remove(work)
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class _CogFile:
+    """One COG of a map."""
+
+    grid: int
+    array: str
+    url: str
+
+
+def _cog_files(plan: MapPlan, target: str) -> list[_CogFile]:
+    """Return the files of a map in the order in which they are written: of each zone the map's own comes last."""
+    stem, suffix = posixpath.splitext(target)
+    grids, result = plan.maps.grids, []
+    for number, grid in enumerate(grids):
+        own = f"{stem}_{grid.name}" if len(grids) > 1 else stem
+        result += [_CogFile(number, array, f"{own}_{array}{suffix}") for array in EXTRAS]
+        result.append(_CogFile(number, plan.output.variable, f"{own}{suffix}"))
+    return result
+
+
+def _finished(plan: MapPlan, target: str, files: Sequence[_CogFile]) -> JobReport | None:
+    """Return the report of a map whose files are all there; None where some lack."""
+    notes = {file.url: cog_note(file.url) for file in files}
+    for url, note in notes.items():
+        if note is not None and note.get("digest") != plan.digest:
+            what = f"a map of {note['model']['name']}, of other chips or another model" if note else "a file"
+            raise StoreError(
+                f"map {remote.redact(target)}", f"{what} already: {remote.redact(url)}",
+                f"this map ({plan.digest[:12]}), or nothing yet", "Delete it, or choose another path.",
+            )  # fmt: skip
+    if None in notes.values():
+        return None
+    rows = [
+        {"shard": name, "split": None, "number": number, "chips": chips}
+        for number, (name, chips) in enumerate(zip(plan.maps.names(), plan.maps.firsts, strict=True))
+    ]
+    kept = notes[files[-1].url] or {}
+    return replace(
+        JobReport.of_manifest(remote.redact(target), pa.Table.from_pylist(rows)), kept=kept["chips"]
+    )
+
+
+def _put_cogs(plan: MapPlan, work: str, files: Sequence[_CogFile], report: JobReport) -> None:
+    """Make the files of a finished store."""
+    opened = open_map(work)
+    note = {
+        **MAP_FILE.note,
+        "meaning": MEANING,
+        "digest": plan.digest,
+        "model": plan.note["model"],
+        "chips": report.kept,
+    }
+    for file in files:
+        dataset: Any = opened[plan.layout().group(file.grid)] if len(plan.maps.grids) > 1 else opened
+        header = replace(
+            header_of(plan.maps.grids[file.grid], plan.output, file.array), note=json.dumps(note)
+        )
+        write_cog(file.url, header, _whole(array_blocks(_Lazy(dataset[file.array])), work))
+
+
+def _whole(blocks: Iterator[Block], work: str) -> Iterator[Block]:
+    """Yield the blocks of a store that was there until the last one was read: what is removed reads as nodata.
+
+    Raises
+    ------
+    MissingError
+        When it is removed meanwhile.
+    """
+    yield from blocks
+    remote.head(remote.join(work, ROOT))
+
+
+def _remove(work: str) -> None:
+    """Remove the store that files were made of, its root first: who still reads it sees that."""
+    remote.delete(remote.join(work, ROOT))
+    remove_work(work)
 
 
 class _Lazy:
@@ -182,4 +272,5 @@ class _Lazy:
         return shape
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
-        return np.asarray(self._values[key].values)
+        # in this process: by default Dask would ask the current client's workers for what lies before it
+        return np.asarray(self._values[key].compute(scheduler="threads").values)

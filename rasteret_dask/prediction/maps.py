@@ -329,14 +329,17 @@ class MapPlan:
             for number, (key, block) in enumerate(zip(keys, self.maps.blocks, strict=True)):
                 graph[key] = Task(key, _made, TaskRef(at_root), self.work, layout, (number, block), *refs)
             sign = partial(signatures.send, hrefs=job.hrefs(), hosts=job.signed)
-            look = Pass("predict", sign, progress, self.memory)
+            look = Pass("predict", sign, progress, self.memory, gpu_resource(cluster, self.parcel))
             parts = computed(graph, {key: (key,) for key in keys}, cluster or client, look)
         new = default_buffer_prototype().buffer.from_bytes
         data = {path: new(b"".join(make())) for path, make in objects.items()}
         data |= {path: new(text.encode()) for path, text in root.groups.items()}
         data[root.path] = new(json.dumps(root.document).encode())
         data |= {path: new(value) for part in parts for path, value in part}
-        return opened_map(MemoryStore(data), [layout.group(n) for n in range(len(self.maps.grids))]).load()
+        opened = opened_map(MemoryStore(data), [layout.group(n) for n in range(len(self.maps.grids))])
+        return opened.load(
+            scheduler="threads"
+        )  # by default Dask would send all of it to the current client's cluster
 
 
 def _made(

@@ -15,7 +15,11 @@ from rasteret_dask.store import ledger
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["map_zones", "open_map", "opened_map"]
+__all__ = ["TILES", "map_zones", "open_map", "opened_map", "zarr_place"]
+
+TIFFS = (".tif", ".tiff")
+TILES = "map.json"
+"""What makes a folder of COGs visible."""
 
 
 def open_map(store: str | os.PathLike[str]) -> xr.Dataset | xr.DataTree:
@@ -44,14 +48,19 @@ def open_map(store: str | os.PathLike[str]) -> xr.Dataset | xr.DataTree:
     >>> seen["values"].dims, seen.rio.resolution()
     (('band', 'y', 'x'), (10.0, -10.0))
     """
-    url = Place.of(store).folder("a folder that predict wrote", "Give the map's folder.")
+    url = Place.of(store).url
     zones = map_zones(url)
+    return opened_map(zarr_place(url), zones)
+
+
+def zarr_place(url: str) -> Any:
+    """Return what zarr-python and xarray open of a local path or a URL: where a path in a bucket is the root."""
     if remote.is_local(url):
-        return opened_map(remote.local_path(url), zones)
-    from zarr.storage import ObjectStore
+        return remote.local_path(url)
+    from zarr.storage import ObjectStore, StorePath
 
     store, path = remote.open_href(url)
-    return opened_map(ObjectStore(store, read_only=True), zones, path)
+    return StorePath(ObjectStore(store, read_only=True), path)
 
 
 def map_zones(url: str) -> list[str]:
@@ -64,12 +73,11 @@ def map_zones(url: str) -> list[str]:
     """
     subject = f"map {remote.redact(url)}"
     try:
+        if Place.at(url).is_file:
+            raise remote.MissingError(subject, "a file", "a folder")
         root = ledger.root_of(url)
     except remote.MissingError as error:
-        raise StoreError(
-            subject, "no finished map", "one that predict wrote",
-            "Check the path; call predict again where it was stopped.",
-        ) from error  # fmt: skip
+        raise StoreError(subject, *_instead(url)) from error
     if "map" not in root.note:
         raise StoreError(
             subject, f"what {root.note.get('writer')} wrote", "a map", "Open it with open_chips."
@@ -80,16 +88,33 @@ def map_zones(url: str) -> list[str]:
     return [""] if "spatial_ref" in members else sorted(zones)
 
 
-def opened_map(store: Any, zones: Sequence[str], path: str = "") -> xr.Dataset | xr.DataTree:
-    """Open the zones of a map, at a path of whatever holds a Zarr hierarchy."""
+def _instead(url: str) -> tuple[str, str, str]:
+    """Return what lies where no map as Zarr does, what was expected, and what to do."""
+    zarr = "a map as a Zarr store"
+    if url.lower().endswith(TIFFS) and remote.exists(url):
+        opening = "rioxarray.open_rasterio or rasterio.open"
+        return "a GeoTIFF", zarr, f"Open it with {opening}; or predict(to='map.zarr') writes a store."
+    if Place.at(url).is_file:
+        return "a file", "a folder that predict wrote", "Give the map's folder."
+    if remote.exists(remote.join(url, TILES)):
+        opening = "rioxarray.open_rasterio or rasterio.open"
+        return "a folder of GeoTIFFs", zarr, f"Open its map_<zone>.vrt with {opening}."
+    return (
+        "no finished map",
+        "one that predict wrote",
+        "Check the path; call predict again where it was stopped.",
+    )
+
+
+def opened_map(store: Any, zones: Sequence[str]) -> xr.Dataset | xr.DataTree:
+    """Open the zones of a map, of whatever holds a Zarr hierarchy."""
     import rioxarray  # noqa: F401 - registers .rio
     import xarray as xr
 
     def zone(group: str) -> xr.Dataset:
-        place = "/".join(part for part in (path, group) if part)
         dataset: xr.Dataset = xr.open_zarr(
             store,
-            group=place or None,
+            group=group or None,
             mask_and_scale=False,
             decode_coords="all",
             consolidated=not group,

@@ -5,54 +5,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from dask._task_spec import DataNode, Task
 from numpy.typing import NDArray
 
-from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import PRESENT
-from rasteret_dask.chipping.covering import map_extents
 from rasteret_dask.errors import EmptyError
 from rasteret_dask.net import clusters
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.planning.meta import TEXT
-from rasteret_dask.planning.query import Query
 from rasteret_dask.prediction.blending import Blend
 from rasteret_dask.prediction.mapjob import map_job
 from rasteret_dask.prediction.maps import MapPlan, checked, gpu_resource
 from rasteret_dask.prediction.mapwork import BlockWork
+from rasteret_dask.prediction.modelchips import HasJob, ModelChips, chips_of
 from rasteret_dask.prediction.models import ModelLike, ModelParcel, model_of, parcel_of
 from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.outputs import ModelOutput, OutputsLike, outputs_of, settled
 from rasteret_dask.statistics.measuring import Pass, computed
-from rasteret_dask.store.layout import layout_of
 from rasteret_dask.streams.planned import planned
 from rasteret_dask.tasks import mapping
-from rasteret_dask.tasks.batches import Arrays
+from rasteret_dask.tasks.batches import Arrays, SourcePixels
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.job import Job, Output
 from rasteret_dask.words import OnError
 
-__all__ = ["HasJob", "MapOptions", "Trial", "blank_chips", "plan_map", "tried"]
+__all__ = ["MapOptions", "Trial", "blank_chips", "plan_map", "tried", "tried_on"]
 
 TRIAL_CHIPS = 2
 """Chips of zeros that a model is tried on: of one, an axis of chips that is lost would not show."""
-
-
-class HasJob(Protocol):
-    """Chips."""
-
-    query: Query
-
-    @property
-    def planned(self) -> PlannedChips:
-        """Their table."""
-
-    @property
-    def job(self) -> Job:
-        """Their frozen plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +60,7 @@ class Trial:
 
 
 def tried(
-    chips: HasJob, model: ModelLike, outputs: OutputsLike, batch_size: int, client: ClientLike = None
+    chips: ModelChips, model: ModelLike, outputs: OutputsLike, batch_size: int, client: ClientLike = None
 ) -> Trial:
     """Try a model on made-up chips, where chips will be read: by a worker of the cluster, or in this process.
 
@@ -88,7 +71,7 @@ def tried(
     EmptyError
         When there is no chip.
     """
-    job, functions = chips.job, chips.query.functions
+    job, functions = chips.job, chips.functions
     if not any(h.chips for h in job.hierarchies):
         raise EmptyError("predict", "no chip", "at least one", "Ask for less in filter, select or chips().")
     sources = mapping.outputs_of(job, functions)
@@ -96,24 +79,33 @@ def tried(
     asked = outputs_of(outputs)
     parcel = parcel_of(model_of(model), batch_size, pixels)
     shape, dtype = _answer(parcel, blank_chips(job, sources, TRIAL_CHIPS), client)
-    size = chips.planned.spec.size
-    return Trial(parcel, settled(asked, shape, dtype, size, parcel.name), sources)
+    return Trial(parcel, settled(asked, shape, dtype, chips.ground.size, parcel.name), sources)
+
+
+def tried_on(
+    blanks: Arrays,
+    pixels: Mapping[str, SourcePixels],
+    model: ModelLike,
+    outputs: OutputsLike,
+    batch_size: int,
+    client: ClientLike = None,
+) -> tuple[ModelParcel, ModelOutput]:
+    """Try a model on made-up chips that are at hand; errors as of :func:`tried`."""
+    asked, parcel = outputs_of(outputs), parcel_of(model_of(model), batch_size, pixels)
+    shape, dtype = _answer(parcel, blanks, client)
+    size = next(iter(pixels.values())).shape[-1]
+    return parcel, settled(asked, shape, dtype, size, parcel.name)
 
 
 def _answer(parcel: ModelParcel, arrays: Arrays, client: ClientLike) -> tuple[tuple[int, ...], np.dtype[Any]]:
     clusters.check(client, "predict(client=)")
     blanks = {name: _blank(values) for name, values in arrays.items()}
     with clusters.using(client) as cluster, root_of(parcel, cluster) as (graph, root):
-        resource = gpu_resource(cluster, parcel)
         key = f"trial-{parcel.digest[:16]}"
         graph[key] = Task(key, _trial, root, DataNode(None, blanks))
-        if resource is not None:
-            answer: tuple[tuple[int, ...], np.dtype[Any]] = cluster.get(  # type: ignore[union-attr]
-                graph, key, resources={resource: 1e-6}
-            )
-            return answer
-        (told,) = computed(graph, {key: (key,)}, cluster, Pass("trying the model"))
-        return told  # type: ignore[no-any-return]
+        look = Pass("trying the model", resource=gpu_resource(cluster, parcel))
+        (answer,) = computed(graph, {key: (key,)}, cluster, look)
+        return answer  # type: ignore[no-any-return]
 
 
 _Blank = tuple[tuple[int, ...], NDArray[Any]]
@@ -157,7 +149,7 @@ def blank_chips(job: Job, outputs: Sequence[Output], count: int) -> Arrays:
 
 
 def plan_map(
-    chips: HasJob,
+    chips: HasJob | ModelChips,
     model: ModelLike,
     outputs: OutputsLike,
     options: MapOptions,
@@ -186,24 +178,23 @@ def plan_map(
         When options are none, several chips lie at one place, or chips lie beside the map's pixels.
     """
     checked(options.blend, options.batch_size, options.min_inputs)
-    trial = tried(chips, model, outputs, options.batch_size, client)
-    return map_of(chips, trial, options)
+    own = chips_of(chips)
+    trial = tried(own, model, outputs, options.batch_size, client)
+    return map_of(own, trial, options)
 
 
-def map_of(chips: HasJob, trial: Trial, options: MapOptions) -> MapPlan:
+def map_of(chips: ModelChips, trial: Trial, options: MapOptions) -> MapPlan:
     """Return the plan of a map with a model that was tried; one answer a chip makes pixels that are chips."""
     output = trial.output
     if output.side is None:  # a pixel is as large as a chip
         output = replace(output, side=1)
-    planned_chips, job = chips.planned, chips.job
-    extents = map_extents(planned_chips)
-    zones = [(code, _zone_name(planned_chips, code), extents[code]) for code in sorted(extents)]
+    job, ground = chips.job, chips.ground
     maps = map_job(
         job,
         trial.outputs,
         output,
-        planned_chips.size_m,
-        zones,
+        ground.size_m,
+        ground.zones,
         (options.block_px, options.batch_size),
     )
     work = BlockWork(
@@ -215,12 +206,4 @@ def map_of(chips: HasJob, trial: Trial, options: MapOptions) -> MapPlan:
         options.on_error,
         job.all_functions,
     )
-    layout = layout_of(job, used_rows(planned_chips), chips.query, planned_chips.dropped)
-    return MapPlan(maps, output, trial.outputs, trial.parcel, work, chips.query.functions, layout.provenance)
-
-
-def _zone_name(chips: PlannedChips, code: int) -> str:
-    """Return what ids of a zone's chips begin with; of windows laid otherwise the CRS's number."""
-    zones = getattr(chips.spec.grid, "zones", None)
-    name = zones.name(code) if zones is not None and zones.has(code) else str(abs(code))
-    return name.replace("/", "-")
+    return MapPlan(maps, output, trial.outputs, trial.parcel, work, chips.functions, chips.provenance)

@@ -8,9 +8,9 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,24 +19,24 @@ import pyarrow.parquet as pq
 import shapely
 from dask._task_spec import DataNode, Task, TaskRef
 
-from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import ModelError, PlanError, StoreError
 from rasteret_dask.formats import ANSWERS, MEANING
-from rasteret_dask.net import clusters, remote
+from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import digest
-from rasteret_dask.planning.query import Query
 from rasteret_dask.prediction.maps import gpu_resource
+from rasteret_dask.prediction.modelchips import HasJob, ModelChips, chips_of
 from rasteret_dask.prediction.models import ModelParcel
 from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.outputs import ModelOutput
+from rasteret_dask.prediction.storedjob import StoredJob
 from rasteret_dask.prediction.vectorwork import FIRST, LAST, ROW, VectorWork, answer_fields
 from rasteret_dask.statistics.measuring import Pass, computed
 from rasteret_dask.store.jobreport import JobReport
-from rasteret_dask.store.layout import JOB, layout_of
-from rasteret_dask.store.ledger import PROVENANCE, whole
+from rasteret_dask.store.layout import JOB
+from rasteret_dask.store.ledger import PROVENANCE, Maker, whole
 from rasteret_dask.store.limits import Bounds
 from rasteret_dask.store.provenance import Provenance
 from rasteret_dask.store.smallobjects import requests
@@ -51,7 +51,7 @@ from rasteret_dask.tasks.shards import Shipped
 from rasteret_dask.tasks.workermemory import TaskMemory
 from rasteret_dask.words import OnError
 
-__all__ = ["VectorPlan", "answers_note", "vector_plan", "remove_work"]
+__all__ = ["VectorPlan", "answers_note", "remove_work", "stored_plan", "vector_plan"]
 
 NOTE = b"rasteret_dask:answers"
 """Key of the file's metadata that says what it is."""
@@ -70,29 +70,15 @@ _TIME = pa.timestamp("us", tz="UTC")
 _BBOX = pa.struct([(corner, pa.float64()) for corner in ("xmin", "ymin", "xmax", "ymax")])
 
 
-class HasChips(Protocol):
-    """Chips that are planned."""
-
-    query: Query
-
-    @property
-    def planned(self) -> PlannedChips:
-        """Their table."""
-
-    @property
-    def job(self) -> Job:
-        """Their frozen plan."""
-
-
 @dataclass(frozen=True)
 class _Making:
     """What a task does with each shard of its run."""
 
-    ref: JobRef
+    ref: JobRef | StoredJob
     work: VectorWork
 
     def __call__(self, item: tuple[int, int], *roots: Any) -> Making:
-        job = opened(self.ref)
+        job = self.ref if isinstance(self.ref, StoredJob) else opened(self.ref)
         answers = self.work.compute(job, item, *roots)
         yield _part(job.shard(*item).name), [ipc_bytes(answers.table)]
         return answers.report
@@ -106,7 +92,7 @@ def _part(shard: str) -> str:
 class VectorPlan:
     """One answer a chip, planned: nothing is read yet."""
 
-    job: Job
+    job: Job | StoredJob
     parcel: ModelParcel
     work: VectorWork
     outputs: tuple[Output, ...] = field(repr=False)
@@ -143,9 +129,9 @@ class VectorPlan:
         )
 
     @cached_property
-    def memory(self) -> TaskMemory:
-        """What its tasks need."""
-        return TaskMemory(self.job, self.outputs, together=True)
+    def memory(self) -> TaskMemory | None:
+        """What its tasks need; None of stored chips."""
+        return None if isinstance(self.job, StoredJob) else TaskMemory(self.job, self.outputs, together=True)
 
     def note(self, report: JobReport) -> dict[str, Any]:
         """Return what the file says of itself, as JSON values: nothing that another run would tell otherwise."""
@@ -218,7 +204,8 @@ class VectorPlan:
             for key, shard in zip(keys, shards, strict=True):
                 item = shard.hierarchy, shard.number
                 graph[key] = Task(key, _answers, TaskRef(at_root), self.work, item, *refs)
-            look = Pass("predict", None, progress, self.memory)
+            sign = partial(signatures.send, hrefs=self.job.hrefs(), hosts=self.job.signed)
+            look = Pass("predict", sign, progress, self.memory, gpu_resource(cluster, self.parcel))
             parts = computed(graph, {key: (key,) for key in keys}, cluster or client, look)
         return pa.concat_tables([self.schema.empty_table(), *map(self.rows, parts)])
 
@@ -285,7 +272,6 @@ class VectorPlan:
     def _unit_job(self, url: str, client: ClientLike) -> UnitJob:
         """Return the shards as units of work."""
         job = self.job
-        check_writable(job)
         order = sorted(job.shards(), key=lambda shard: int(job.running[shard.start]))
         units = [
             WorkUnit(
@@ -298,17 +284,22 @@ class VectorPlan:
             resource = gpu_resource(cluster, self.parcel)
         # in the graph it would travel with every batch of tasks
         parcel, file, content = self.parcel.apart(remote.join(url, JOB))
-        tables = {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
+        tables: dict[str, Maker] = {}
+        cuts, ref = None, job if isinstance(job, StoredJob) else JobRef(remote.join(url, JOB), job.digest)
+        if not isinstance(job, StoredJob):
+            check_writable(job)
+            tables |= {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
+            cuts = Cuts.of(job)
         return UnitJob(
             "predict",
             self.digest,
             units,
-            _Making(JobRef(remote.join(url, JOB), job.digest), self.work),
+            _Making(ref, self.work),
             Visible("answers.json", {"answers": self.parcel.name}),
             {**tables, f"{JOB}/{file}": whole(content), PROVENANCE: whole(self.provenance.to_bytes())},
             lambda: {_part(unit.name): unit.name for unit in units},
             roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
-            cuts=Cuts.of(job),
+            cuts=cuts,
             memory=self.memory,
             resource=resource,
             hrefs=job.hrefs,
@@ -345,7 +336,7 @@ def _read(work: str, shard: str) -> pa.Table:
     return pa.ipc.open_file(pa.py_buffer(remote.get(remote.join(work, _part(shard))))).read_all()
 
 
-def _answers(job: Job, work: VectorWork, item: tuple[int, int], *roots: Any) -> pa.Table:
+def _answers(job: Job | StoredJob, work: VectorWork, item: tuple[int, int], *roots: Any) -> pa.Table:
     return work.compute(job, item, *roots).table
 
 
@@ -378,8 +369,21 @@ def remove_work(work: str) -> None:
         remote.delete_all(work, list(remote.listing(work)))
 
 
+def stored_plan(
+    job: StoredJob,
+    parcel: ModelParcel,
+    output: ModelOutput,
+    provenance: Provenance,
+    is_vector: bool = False,
+) -> VectorPlan:
+    """Return the plan of one answer a stored chip; parameters and errors as of :func:`vector_plan`."""
+    _check(job, parcel, output, is_vector)
+    work = VectorWork(output, is_vector, tuple(own.name for own in job.sources), "raise", ())
+    return VectorPlan(job, parcel, work, (), None, {}, provenance)
+
+
 def vector_plan(
-    chips: HasChips,
+    chips: HasJob | ModelChips,
     parcel: ModelParcel,
     output: ModelOutput,
     outputs: tuple[Output, ...],
@@ -408,7 +412,15 @@ def vector_plan(
     PlanError
         When a column of the user's has the name of one of the table's.
     """
-    planned, job = chips.planned, chips.job
+    own_chips = chips_of(chips)
+    job, ground = own_chips.job, own_chips.ground
+    _check(job, parcel, output, is_vector)
+    work = VectorWork(output, is_vector, ground.dated, on_error, job.all_functions)
+    return VectorPlan(job, parcel, work, outputs, ground.span, own_chips.functions, own_chips.provenance)
+
+
+def _check(job: Job | StoredJob, parcel: ModelParcel, output: ModelOutput, is_vector: bool) -> None:
+    """Raise where answers are no rows of a table, or a column of the user's has the name of one of these."""
     if output.side is not None:
         raise ModelError(
             f"model {parcel.name}", f"{output.side} x {output.side} numbers for a chip", "one answer for each chip",
@@ -421,11 +433,3 @@ def vector_plan(
             "predict", f"a column {', '.join(taken)} of yours", "other names than those of the table's own columns",
             "Rename it in the table that with_table() was given.",
         )  # fmt: skip
-    dated = [own for own in planned.sources if not own.is_static]
-    shared = [own.axis for own in dated if own.axis is not None and own.chip_times is None]
-    span = None
-    if shared and len(shared) == len(dated):
-        span = min(axis.start.min() for axis in shared), max(axis.end.max() for axis in shared)
-    work = VectorWork(output, is_vector, tuple(own.plan.name for own in dated), on_error, job.all_functions)
-    layout = layout_of(job, used_rows(planned), chips.query, planned.dropped)
-    return VectorPlan(job, parcel, work, outputs, span, chips.query.functions, layout.provenance)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +18,13 @@ from rasteret_dask.errors import ModelError
 from rasteret_dask.planning.plan import Function
 from rasteret_dask.prediction.models import ModelParcel
 from rasteret_dask.prediction.outputs import ModelOutput
+from rasteret_dask.prediction.storedjob import StoredJob
+from rasteret_dask.store.stored import read_shard
 from rasteret_dask.streams.planned import kept_arrays
 from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filtering import KEPT
-from rasteret_dask.tasks.job import Job
+from rasteret_dask.tasks.job import Job, Shard
 from rasteret_dask.tasks.shards import Shipped, read_chips
 from rasteret_dask.words import OnError
 
@@ -74,7 +76,7 @@ class VectorWork:
     """The user's, whose code comes as roots behind the model."""
 
     def compute(
-        self, job: Job, item: tuple[int, int], parcel: ModelParcel, *shipped: Shipped
+        self, job: Job | StoredJob, item: tuple[int, int], parcel: ModelParcel, *shipped: Shipped
     ) -> ShardAnswers:
         """Compute the answers to a shard's chips.
 
@@ -97,14 +99,11 @@ class VectorWork:
         calls = {function: one.call for function, one in zip(self.functions, shipped, strict=True)}
         shard, runner = job.shard(*item), parcel.runner()
         with runner.reading():
-            sources = read_chips(job, shard, ReadContext(calls, self.on_error), warns=False)
-            report = read_report(sources)
-            first = next(iter(sources.values()))
-            kept = first[KEPT].values if KEPT in first.coords else np.ones(first.sizes["chip"], dtype=bool)
-            arrays = kept_arrays(sources, None)
-            del sources, first
+            if isinstance(job, StoredJob):
+                arrays, rows, report = _stored_arrays(job, shard)
+            else:
+                arrays, rows, report = _planned_arrays(job, shard, ReadContext(calls, self.on_error))
             begun = time.perf_counter()
-            rows = np.flatnonzero(kept) + shard.start
             columns = self._columns(arrays, runner.predict(arrays)) if len(rows) else None
         seconds = time.perf_counter() - begun
         activity.spent("predict", seconds)
@@ -144,6 +143,23 @@ class VectorWork:
             return [pa.array(numbers[:, 0], pa.float32(), mask=empty)]
         flat = pa.array(np.ascontiguousarray(numbers).reshape(-1), pa.float32())
         return [pa.FixedSizeListArray.from_arrays(flat, type=field.type, mask=pa.array(empty))]
+
+
+_Read: TypeAlias = "tuple[Arrays, NDArray[np.int64], dict[str, Any]]"
+"""Kept chips of a shard, their rows in the job's table, and what a unit's report says of reading them."""
+
+
+def _planned_arrays(job: Job, shard: Shard, context: ReadContext) -> _Read:
+    sources = read_chips(job, shard, context, warns=False)
+    first = next(iter(sources.values()))
+    kept = first[KEPT].values if KEPT in first.coords else np.ones(first.sizes["chip"], dtype=bool)
+    return kept_arrays(sources, None), np.flatnonzero(kept) + shard.start, read_report(sources)
+
+
+def _stored_arrays(job: StoredJob, shard: Shard) -> _Read:
+    begun = time.perf_counter()
+    arrays = read_shard(job.stored, shard.number)
+    return arrays, np.arange(shard.start, shard.stop), {"seconds": {"read": time.perf_counter() - begun}}
 
 
 def _interval(arrays: Arrays, dated: Sequence[str]) -> tuple[pa.Array, pa.Array]:

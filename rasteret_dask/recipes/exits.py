@@ -14,12 +14,13 @@ from rasteret_dask.prediction.mapstore import MapZarr
 from rasteret_dask.prediction.modelkinds import SUFFIXES
 from rasteret_dask.prediction.models import Model
 from rasteret_dask.prediction.outputs import Outputs
+from rasteret_dask.prediction.targets import VectorTable, target_of
 from rasteret_dask.recipes.arguments import parameters
 from rasteret_dask.recipes.functions import named
 from rasteret_dask.recipes.models import EXPORTS, ExportTable
 from rasteret_dask.statistics.stats import Stats
 
-__all__ = ["export_call", "predict_call"]
+__all__ = ["export_call", "map_call", "predict_call"]
 
 Values = Mapping[str, Any]
 
@@ -54,6 +55,25 @@ def predict_call(table: Values, folder: Path, place: Callable[[str], str]) -> di
         "outputs": _outputs(table),
         "to": _target(table, place),
     }
+
+
+def map_call(arguments: Values) -> dict[str, Any] | None:
+    """Return the arguments of :meth:`Chips.plan_map` for those of ``predict``; None where it makes a table.
+
+    Parameters
+    ----------
+    arguments
+        As :func:`predict_call` returns them.
+    """
+    target = target_of(arguments["to"])
+    if isinstance(target, VectorTable):
+        return None
+    taken = {key: value for key, value in arguments.items() if key in parameters(Chips.plan_map)}
+    if isinstance(target, MapZarr):
+        taken["block_px"] = target.block_px
+    elif isinstance(target, CogTiles):
+        taken["block_px"] = target.tile_px
+    return taken
 
 
 def export_call(kind: str, table: Values, place: Callable[[str], str]) -> dict[str, Any]:

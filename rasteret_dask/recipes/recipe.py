@@ -19,7 +19,7 @@ from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.recipes.assembling import Assembly, codec_of, references
 from rasteret_dask.recipes.blame import blamed, blamed_by_words
-from rasteret_dask.recipes.exits import export_call, predict_call
+from rasteret_dask.recipes.exits import export_call, map_call, predict_call
 from rasteret_dask.recipes.functions import importing_from
 from rasteret_dask.recipes.lines import spelled
 from rasteret_dask.recipes.models import EXPORTS, Document, output_of
@@ -30,11 +30,12 @@ from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.store.ledger import RECIPE
 
 if TYPE_CHECKING:
+    from rasteret_dask.prediction.maps import MapPlan
     from rasteret_dask.show.explain import Explanation
     from rasteret_dask.statistics.stats import Stats
     from rasteret_dask.store.jobreport import JobReport
 
-__all__ = ["RecipeOutput", "Recipe", "load_recipe", "recipe_of"]
+__all__ = ["RecipeOutput", "Recipe", "load_recipe", "planned_maps", "recipe_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +326,21 @@ def load_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     [36]
     """
     return recipe_of(RecipeSource.read(path, overrides or {}))
+
+
+def planned_maps(recipe: Recipe) -> dict[str, MapPlan]:
+    """Return the map that [predict] makes, before any pixel is read: {output: plan}; a table of answers has none.
+
+    Raises
+    ------
+    RecipeError
+        As :meth:`Recipe.explain`; and when the model does not fit the chips.
+    """
+    outputs, chips = recipe._called(), recipe._planned()
+    with blamed_by_words(recipe.source):
+        parts = zip(outputs, recipe._selected(chips), strict=True)
+        calls = {str(own): (part, map_call(own.options)) for own, part in parts if own.kind == "predict"}
+        return {name: part.plan_map(**call) for name, (part, call) in calls.items() if call is not None}
 
 
 def recipe_of(source: RecipeSource) -> Recipe:

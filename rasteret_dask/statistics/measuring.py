@@ -185,6 +185,8 @@ class Pass:
     """Whether to show how far it is."""
     memory: TaskMemory | None = None
     """What the tasks need; None: so little that no cluster is asked."""
+    resource: str | None = None
+    """The Dask resource that workers must declare; None: any worker computes."""
 
 
 def computed(
@@ -225,7 +227,7 @@ def computed(
                 if look.sign is not None:
                     look.sign(cluster)
                 ended = dict[str, Any]()
-                for key, result in as_they_end(cluster, graph, list(parts), subject):
+                for key, result in as_they_end(cluster, graph, list(parts), subject, look.resource):
                     ended[key] = result
                     shown.step(len(parts[key]))
                 found = [ended[key] for key in parts]

@@ -26,7 +26,7 @@ from rasteret_dask.activity import Tally, live
 from rasteret_dask.activity import watched as watched_shard
 from rasteret_dask.errors import JobError, UnwritableStoreError
 from rasteret_dask.net.awaiting import out_of_pool, why_cancelled
-from rasteret_dask.net.clusters import address_of, workers_of
+from rasteret_dask.net.clusters import address_of, resource_mark, workers_of
 from rasteret_dask.net.watch import Watch, watched
 from rasteret_dask.progress import Progress
 from rasteret_dask.store.limits import Deadline
@@ -42,9 +42,6 @@ MANY_WORKERS = 64
 
 METRIC = "rasteret_dask"
 """What the scheduler calls what a worker has under way, among the metrics of its heartbeats."""
-
-RESOURCE_SHARE = 1e-6
-"""How much of a resource a task asks for: what a process has of it, all tasks of the process use together."""
 
 _GOING_ON = ("executing", "long-running")
 
@@ -231,8 +228,7 @@ class ClusterTasks:
             list(when),
             sync=False,
             priority=lambda key: when.get(key, 0),
-            # a mark, not a share: as many tasks run side by side as a worker has threads
-            resources=None if work.resource is None else {work.resource: RESOURCE_SHARE},
+            resources=resource_mark(work.resource),
         )
         for run, future in zip(runs, futures, strict=True):
             self._sent[run.key] = _Sent(run, future)
