@@ -50,9 +50,9 @@ ORDER = {
     "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes workermemory runs "
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode smallobjects shardreports remains ledger provenance bytecache "
-             "storetables jobreport law datacard layout manifest write presence committing paging runtasks onthreads "
-             "oncluster shardruns run unitruns outputs storemap storeread addedtables uniontables union atonce "
-             "storefolds stored adding holding datasets rereading verifying appending",
+             "storetables jobreport law datacard layout manifest workunits write presence committing paging runtasks "
+             "onthreads oncluster shardruns unitruns run outputs storemap storeread addedtables uniontables union "
+             "atonce storefolds stored adding holding datasets rereading verifying appending",
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -232,7 +232,7 @@ class VectorPlan:
         url
             The file. Parts lie in the folder ``<url>.job`` until it is there.
         client, progress, bounds
-            As of :func:`rasteret_dask.store.unitruns.write_units`.
+            As of :func:`rasteret_dask.store.unitruns.write_job`.
 
         Raises
         ------
@@ -308,7 +308,7 @@ class VectorPlan:
             {**tables, f"{JOB}/{file}": whole(content), PROVENANCE: whole(self.provenance.to_bytes())},
             lambda: {_part(unit.name): unit.name for unit in units},
             roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
-            cuts=Cuts.of(job),
+            cuts=partial(Cuts.of, job),
             memory=self.memory,
             resource=resource,
             hrefs=job.hrefs,
