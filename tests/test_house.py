@@ -67,7 +67,8 @@ ORDER = {
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
     "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
-                "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building chipfolder",
+                "chipsteps chipviews chipstatistics chipexits modelexits scoreexits chipset tableexits recordviews "
+                "pixelreads collection openers building chipfolder",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement exits recipe "
                "starting",
     "the names": "__init__",
