@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rasteret_dask.chipping.chips import PlannedChips
+from rasteret_dask.chipping.steps import steps_of
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
+from rasteret_dask.planning.plan import Folds, Node, Split
+from rasteret_dask.planning.query import Query
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.words import OnError
 
@@ -15,7 +20,9 @@ if TYPE_CHECKING:
     from rasteret_dask.exports.webdataset import PixelFormat
     from rasteret_dask.store.jobreport import JobReport
     from rasteret_dask.store.layout import Layout
+    from rasteret_dask.streams.chipshards import ChipShards
     from rasteret_dask.tasks.context import ReadContext
+    from rasteret_dask.tasks.job import Job
 
 __all__ = ["ChipExits"]
 
@@ -24,9 +31,21 @@ class ChipExits:
     """Exits of chips; :class:`Chips` has them."""
 
     if TYPE_CHECKING:
+        query: Query
+        plan: Node
+
+        @property
+        def planned(self) -> PlannedChips:
+            """The planned chips."""
+
+        @property
+        def job(self) -> Job:
+            """The frozen plan."""
 
         @property
         def _layout(self) -> Layout: ...
+
+        def _shards(self, on_error: OnError, client: ClientLike = None) -> ChipShards: ...
 
         def _context(self, on_error: OnError = "raise") -> ReadContext: ...
 
@@ -191,3 +210,67 @@ class ChipExits:
         return write_rslearn(
             chips_of_plan(self._layout, self._context(on_error)), url, client, progress, limits
         )
+
+    def to_recipe(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the recipe of these chips: TOML that :func:`load_recipe` reads, and that makes the same chips.
+
+        Parameters
+        ----------
+        path
+            A local file to write it to. What lies only in this process's memory (a table of records, points, labels)
+            goes into GeoParquet files beside it, and so do the split cells that a stratified split dealt. None: nothing
+            is written, and such chips are refused.
+
+        Raises
+        ------
+        PlanError
+            When a table or a function of these chips has no name that a file could hold: a lambda, say.
+
+        Examples
+        --------
+        >>> s2 = rd.build("demo/sentinel-2-l2a", name="s2")
+        >>> text = s2.harmonize(["red"], time="1MS").chips(32, cell_km=0.96).to_recipe()
+        >>> "[chips]" in text
+        True
+        """
+        from rasteret_dask.show.recipetext import recipe_text
+
+        deals = {type(s) for s in steps_of(self.plan)[1] if isinstance(s, Split | Folds) and s.spec.stratify}
+        cells = self.planned.cells if Split in deals and path is not None else None
+        folds = self.planned.fold_cells if Folds in deals and path is not None else None
+        text = recipe_text(
+            self.query, path, None if cells is None else cells.table, None if folds is None else folds.folds
+        )
+        if path is not None:
+            Path(path).expanduser().write_text(text, encoding="utf-8")
+        return text
+
+    def save_plan(self, path: str | os.PathLike[str], client: ClientLike = None) -> None:
+        """Write the plan, JSON and Arrow tables, to a new folder, from which :func:`stream_from` reads it elsewhere.
+
+        Parameters
+        ----------
+        path
+            A folder of its own: a local path or a URL.
+        client
+            Who looks at all pixels once, where :meth:`filter_pixels` drops some; as in :meth:`stream`.
+
+        Raises
+        ------
+        PlanError
+            When a rule of the plan cannot be imported by another process.
+        StoreError
+            When something else lies there.
+
+        Examples
+        --------
+        >>> chips.select("train").save_plan("plan")
+        >>> next(rd.stream_from(None, "plan", batch_size=8))["s2"].shape
+        (8, 3, 2, 32, 32)
+        """
+        from rasteret_dask.streamfrom import save_plan
+        from rasteret_dask.tasks.jobfile import check_writable
+
+        check_writable(self.job)
+        sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
+        save_plan(self, path, sizes)

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import pyarrow as pa
 
@@ -16,10 +15,11 @@ from rasteret_dask.chipexits import ChipExits
 from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
-from rasteret_dask.chipping.regions import check_regions
-from rasteret_dask.chipping.steps import FOLD, apply_step, steps_of
-from rasteret_dask.classraster import StratifyLike, raster_of
-from rasteret_dask.errors import PlanError, SchemaError
+from rasteret_dask.chipping.steps import apply_step
+from rasteret_dask.chipstatistics import ChipStatistics
+from rasteret_dask.chipsteps import ChipSteps
+from rasteret_dask.chipviews import ChipViews
+from rasteret_dask.errors import PlanError
 from rasteret_dask.extras import needs
 from rasteret_dask.modelexits import ModelExits
 from rasteret_dask.net.clusters import ClientLike
@@ -27,29 +27,18 @@ from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import (
     FilterChips,
     FilterPixels,
-    Folds,
     Function,
-    Map,
     Node,
-    Predicate,
-    Random,
-    Rule,
     Sample,
     Select,
-    Split,
-    SplitSpec,
-    WithTable,
-    check_apart,
-    predicates,
 )
 from rasteret_dask.planning.query import Query
-from rasteret_dask.planning.scan import Table, token_of
-from rasteret_dask.planning.shares import Share, dealt_spec, fold_spec, split_spec
+from rasteret_dask.planning.scan import Table
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.scoreexits import ScoreExits
-from rasteret_dask.splitcells import CellsLike, Regions, cells_from, no_cells, regions_of
+from rasteret_dask.splitcells import no_cells
 from rasteret_dask.table import geoparquet
-from rasteret_dask.words import Boundary, OnError, SplitBy
+from rasteret_dask.words import OnError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -58,11 +47,7 @@ if TYPE_CHECKING:
 
     from rasteret_dask.chipblocks import ChipBlocks
     from rasteret_dask.display.card import Card
-    from rasteret_dask.show.audit import Audit
-    from rasteret_dask.show.explain import Explanation
     from rasteret_dask.show.losses import Tracer
-    from rasteret_dask.show.why import Why
-    from rasteret_dask.statistics.stats import Stats
     from rasteret_dask.store.encode import Compression
     from rasteret_dask.store.jobreport import JobReport
     from rasteret_dask.store.layout import Layout
@@ -78,7 +63,7 @@ if TYPE_CHECKING:
 __all__ = ["Chips"]
 
 
-class Chips(ChipExits, ModelExits, ScoreExits):
+class Chips(ChipSteps, ChipViews, ChipStatistics, ChipExits, ModelExits, ScoreExits):
     """An immutable, lazy set of chips, made by :meth:`Collection.chips`.
 
     Parameters
@@ -116,408 +101,6 @@ class Chips(ChipExits, ModelExits, ScoreExits):
     def _sizes(self) -> dict[str, tuple[int, ...]]:
         """Kept chips of each shard, by ``on_error``, once a stream has looked."""
         return {}
-
-    # Steps
-
-    def split(
-        self,
-        /,
-        train: Share | None = None,
-        val: Share | None = None,
-        test: Share | None = None,
-        *,
-        seed: int = 0,
-        by: SplitBy | str | Regions = "ground",
-        buffer_m: float = 0.0,
-        boundary: Boundary = "drop",
-        gap: str | None = None,
-        date: str | None = None,
-        stratify: StratifyLike | None = None,
-        cells: CellsLike | None = None,
-        **shares: Share,
-    ) -> Chips:
-        """Give each chip a split, so that the same ground always lands in the same one.
-
-        Parameters
-        ----------
-        train, val, test
-            Shares of the ground. Nothing: 0.7, 0.15 and 0.15; train alone: val and test halve the rest. Where ``by`` is
-            a column, lists of its values; all others are train.
-        **shares
-            The same for splits of any other name. All shares sum to 1.
-        seed
-            Another seed deals the ground out anew.
-        by
-            ``"ground"`` (a hash of the split cell), ``"geometry"`` (md5 of the records' footprints, as published
-            guides do; leaks, and ignores the seed), or a column of the chip table. Without lists, each of its values
-            is a split of that name, and null is none. ``"time"``: each split has a range, ``test=("2023", None)``, and
-            chips with records of two ranges have no split; with ``date``, the range that holds the chip's own date.
-            Polygons with one column of names (a GeoDataFrame, a table with WKB, a GeoParquet file's path): the split is
-            by that column, of the region that holds the whole chip.
-        buffer_m
-            Drop chips of other splits nearer than this to train.
-        boundary
-            What happens to windows that touch two splits: ``"drop"``, or ``"centre"`` decides by their centre.
-        gap
-            Of splits by time, a length such as ``"30D"``: drop chips of other splits that are nearer in time to any
-            train chip: by their records, or by ``date``.
-        date
-            Of splits by time: a column of dates of the chip table, such as one of ``chips(at=)``: a chip is in the
-            split whose range holds its date, whatever its records' time. A chip without a date has no split, and is
-            counted. None: the time of the chip's records.
-        stratify
-            Deal split cells so that each split has its share of every class: a column of the chip table with a class
-            for each chip, the column that ``chips(labels=, rasterize=)`` burns, or a list of columns of numbers that
-            say how much of a class each chip has. Or a raster of classes: the path or URL of a GeoTIFF, a Collection
-            with one band of classes, or a joined source of classes by its name (``"cover"``, ``"cover/map"``). It is
-            read now, once, on 64 x 64 points of each split cell, from the coarsest overview that is fine enough; each
-            chip counts with the classes of its split cell. The counts are kept with the plan. None: a hash deals them.
-        cells
-            Split cells that keep the split which they have: a table with columns cell and split
-            (:attr:`split_cells`), chips, or the path of a store, a saved plan or a Parquet file. Other cells are dealt
-            so that shares come near to those that are wanted.
-
-        Raises
-        ------
-        PlanError
-            When shares do not sum to 1, or a split has a name that a store cannot have; of chips that cover an area, as
-            they overlap; when planning finds a class in one split cell only, or fewer cells than splits.
-
-        Warns
-        -----
-        StrataWarning
-            When classes lie in fewer split cells than there are splits.
-
-        Notes
-        -----
-        Splits follow each other as train, val, test, then the others by name, in whatever order they are written.
-
-        Examples
-        --------
-        >>> dealt = chips.split(train=0.6, val=0.2, test=0.1, calibration=0.1, seed=7)
-        >>> sorted(set(dealt.table["split"].to_pylist()))
-        ['calibration', 'test', 'train', 'val']
-        >>> chips.folds(5).split(by="fold", test=[0], val=[1]).audit().ok
-        True
-        >>> apart = chips.split(train=0.6, val=0.2, test=0.2, seed=7, buffer_m=400)
-        >>> len(chips.split(0.6, seed=7).select("test")), len(apart.select("test"))
-        (37, 3)
-        """
-        parts = {"train": train, "val": val, "test": test, **shares}
-        regions = regions_of(by)
-        token = None if regions is None else token_of(regions)
-        own: dict[str, Table] = {}
-        if regions is not None:
-            by = check_regions(regions)
-            own[str(token)] = regions
-        spec = split_spec(parts, seed, by, buffer_m, boundary)  # type: ignore[arg-type]
-        spec, tables = self._dealt(replace(spec, gap=gap, date=date, regions=token), stratify, cells)
-        return self._with(Split(self.plan, spec), own | tables)
-
-    def _dealt(
-        self, spec: SplitSpec, stratify: StratifyLike | None, cells: CellsLike | None
-    ) -> tuple[SplitSpec, dict[str, Table]]:
-        """Return splits or folds with what decides the deal of their cells, and the tables that they name."""
-        check_apart(self.plan, spec.step)  # before a raster is read
-        tables: dict[str, Table] = {}
-        dealt = None
-        if cells is not None:
-            table = cells_from(cells, "fold" if spec.step == "folds" else "split")
-            tables[dealt := token_of(table)] = table
-        raster = None if stratify is None else raster_of(stratify, self.query)
-        if raster is None:
-            return dealt_spec(spec, stratify, dealt), tables  # type: ignore[arg-type]
-        spec = dealt_spec(spec, raster.name, dealt)  # what goes wrong is told before anything is read
-        counts = raster.counted(self.query, spec.step)
-        tables[token_of(counts)] = counts
-        return replace(spec, raster=token_of(counts)), tables
-
-    def folds(
-        self,
-        k: int,
-        *,
-        seed: int = 0,
-        boundary: Boundary = "drop",
-        stratify: StratifyLike | None = None,
-        cells: CellsLike | None = None,
-    ) -> Chips:
-        """Add a column ``fold`` for cross-validation: split cells are dealt to ``k`` equal folds.
-
-        The same ground is in the same fold, as with :meth:`split`; seeds of both have nothing to do with each other.
-
-        Parameters
-        ----------
-        k
-            How many folds; they are called 0 to k - 1.
-        seed
-            Another seed deals the ground out anew.
-        boundary
-            Windows that touch two folds are in none (null), or with ``"centre"`` in that of their centre.
-        stratify
-            Deal cells so that each fold has its share of every class, as in :meth:`split`. None: a hash deals them.
-        cells
-            Split cells that keep the fold which they have: a table with columns cell and fold (:attr:`fold_cells`),
-            chips, or the path of a store, a saved plan or a Parquet file.
-
-        Raises
-        ------
-        PlanError
-            When there are fewer split cells than folds, or there is a column ``fold``; of chips that cover an area, as
-            they overlap; when planning finds a class in one split cell only.
-
-        Warns
-        -----
-        StrataWarning
-            When classes lie in fewer split cells than there are folds.
-
-        Examples
-        --------
-        >>> folds = chips.folds(5, seed=1)
-        >>> sorted(set(folds.table["fold"].to_pylist()))
-        [0, 1, 2, 3, 4]
-        >>> sum(len(folds.fold(i).select("val")) for i in range(5)) == len(chips)
-        True
-        """
-        spec, tables = self._dealt(fold_spec(k, seed, boundary), stratify, cells)
-        return self._with(Folds(self.plan, spec), tables)
-
-    def fold(self, i: int, *, buffer_m: float = 0.0) -> Chips:
-        """Split the chips by their column ``fold``: val is fold ``i``, train all others.
-
-        Parameters
-        ----------
-        i
-            A value of the column, which :meth:`folds` makes, or a table of yours has.
-        buffer_m
-            Drop val chips nearer than this to train.
-
-        Raises
-        ------
-        PlanError
-            When there is no column ``fold``, or ``i`` is none of its values.
-
-        Examples
-        --------
-        >>> for i in range(5):
-        ...     fold = chips.folds(5).fold(i)
-        ...     assert fold.audit().ok
-        """
-        return self.split(by=FOLD, val=[i], buffer_m=buffer_m)
-
-    def select(self, *splits: str) -> Chips:
-        """Keep the chips of these splits.
-
-        Examples
-        --------
-        >>> train = chips.select("train")
-        >>> set(train.table["split"].to_pylist())
-        {'train'}
-        """
-        if not splits:
-            raise PlanError("select", "no split", "at least one, such as select('train')")
-        return self._with(Select(self.plan, splits))
-
-    def filter(self, *triples: Predicate | Any, **columns: Any) -> Chips:
-        """Keep the chips whose columns fulfil all predicates: triples, or ``column=value``; as Collection.filter.
-
-        For rules on pixels see :meth:`filter_pixels`.
-
-        Examples
-        --------
-        >>> south = chips.filter(("ymax", "<", 5_558_000))
-        >>> len(south), len(chips)
-        (56, 154)
-        >>> len(chips.filter(split="val")) == len(chips.select("val"))
-        True
-        """
-        return self._with(FilterChips(self.plan, predicates(triples, columns)))
-
-    def sample(self, n: int, seed: int = 0, by: str | None = None) -> Chips:
-        """Keep ``n`` chips by hash of their id, per stratum of column ``by``; a larger n contains the smaller.
-
-        Notes
-        -----
-        Of chips that nobody has looked at, a small sample is drawn before records are looked for, and the others are
-        never planned. What only all of them tell is then not told: ``explain()`` counts what was dropped among the
-        windows that were looked at, and a ``split`` before the sample does not warn of few split cells. Look at
-        ``len(chips)`` before the sample to plan all of them.
-
-        Examples
-        --------
-        >>> len(chips.sample(10, seed=1))
-        10
-        >>> len(chips.sample(5, by="split"))  # five of each split
-        15
-        """
-        return self._with(Sample(self.plan, n, seed, by))
-
-    def random(
-        self,
-        n: int,
-        *,
-        seed: int = 0,
-        size: int | None = None,
-        balance: str | Sequence[str] | pa.Table | None = None,
-    ) -> Chips:
-        """Draw ``n`` windows at random places on the ground of these chips, which take the chips' place.
-
-        Each window lies on whole pixels, and on ground that chips of one split cell, split and fold cover: so it is in
-        their split, and no window shares ground with one of another split. It keeps the columns of the chip that
-        holds its middle. What feeds it is looked for anew, as for any chip.
-
-        Parameters
-        ----------
-        n
-            How many. A larger n of the same chips contains the smaller one; no window comes twice.
-        seed
-            Another seed draws others.
-        size
-            Pixels of the reference source; None: as large as the chips. Windows may be larger than chips that lie side
-            by side.
-        balance
-            Draw equally many windows for each class. The name of a column: one that ``chips(rasterize=)`` burns, where
-            a window's middle is a pixel of the class; or one of the chip table that has a class for each chip. A list
-            of columns of numbers, as :meth:`class_shares` makes them: chips are drawn by how much they have of each.
-            A table of places, as :meth:`class_places` makes it: middles are such places.
-            A column ``centre_class`` tells for which class a window was drawn. Ground without a label is no class.
-
-        Raises
-        ------
-        PlanError
-            When there is no such column, it holds no classes, or there are fewer windows than classes; when no window
-            of that size lies on the ground of chips that belong together.
-        GridError
-            When the size is no whole number of the pixels of every source.
-
-        Warns
-        -----
-        UserWarning
-            When there are fewer different windows, of some class, than are asked for.
-
-        Notes
-        -----
-        A place is drawn, a pixel of the ground or of a class, as the middle of a window. Where this reaches beyond the
-        ground, another place is drawn. After 16 of them, as where chips lie apart, the window is moved into its chip.
-        Windows of several sources lie on whole pixels of each, so that the middle is the place but for less than the
-        coarsest pixel.
-
-        Examples
-        --------
-        >>> windows = chips.split(seed=1).random(100, seed=5, size=48)
-        >>> len(windows), windows.load()["pixels"].sizes["y"]
-        (100, 48)
-        >>> windows.audit().ok
-        True
-        """
-        if isinstance(balance, pa.Table):
-            lacking = [
-                name for name in ("chip_id", "class", "y", "x", "pixels") if name not in balance.column_names
-            ]
-            if lacking:
-                raise SchemaError(
-                    "random(balance=<places>)", f"a table without column {', '.join(lacking)}",
-                    "a table of places, as class_places() makes it",
-                )  # fmt: skip
-            token = token_of(balance)
-            return self._with(Random(self.plan, n, seed, size, places=token), {token: balance})
-        columns = () if balance is None else (balance,) if isinstance(balance, str) else tuple(balance)
-        return self._with(Random(self.plan, n, seed, size, columns))
-
-    def map(
-        self,
-        function: Callable[[xr.DataArray], xr.DataArray],
-        *,
-        source: str | None = None,
-        version: str | None = None,
-    ) -> Chips:
-        """Apply a function to the chips of each group: a DataArray (chip, time, band, y, x); see Collection.map.
-
-        Examples
-        --------
-        >>> def brighter(pixels):
-        ...     return pixels * 1.1
-        >>> chips.sample(2).map(brighter).load()["pixels"].sizes["chip"]
-        2
-        """
-        known = Function.of(function, version)
-        return self._with(Map(self.plan, known, source), functions={known: function})
-
-    def filter_pixels(
-        self,
-        function: Callable[[xr.DataArray], Any] | None = None,
-        *,
-        min_valid: float | None = None,
-        max_cloud: float | None = None,
-        min_labelled: float | None = None,
-        source: str | None = None,
-        version: str | None = None,
-    ) -> Chips:
-        """Keep the chips whose pixels pass every rule; rules are evaluated while pixels are read.
-
-        ``len``, ``table`` and ``explain`` count what is planned, dropped chips too. A chip that is dropped keeps
-        its place in a store, unwritten; :func:`open_chips`, ``load``, ``stream`` and ``stats`` see kept
-        chips only. A stream looks at all pixels once, before its first batch, to know how many there are.
-
-        Parameters
-        ----------
-        function
-            Gets the pixels of a shard's chips, a DataArray (chip, time, band, y, x) after every ``map``, and returns
-            True or False for each chip. What counts as the same function: see :meth:`map`.
-        min_valid
-            Smallest share of valid pixels, over the slots that have records.
-        max_cloud
-            Largest share of clouds and their shadows, over all slots, among the pixels that the records' quality band
-            (SCL, QA_PIXEL, Fmask, ...) knows, whether they are masked or not.
-        min_labelled
-            Smallest share of the mask's pixels that have a label: that polygons of ``chips(labels=, rasterize=)``
-            cover. Of several columns: a label of any of them.
-        source
-            The joined source this is about; None: the only one, or each that has such numbers.
-        version
-            A name for the function that changes when it does, where its text cannot tell.
-
-        Raises
-        ------
-        PlanError
-            When no rule is given, or a share is not from 0 to 1; when ``min_labelled`` speaks of a source without a
-            mask.
-
-        Examples
-        --------
-        >>> clear = chips.sample(20).filter_pixels(min_valid=0.9)
-        >>> len(clear), clear.load().sizes["chip"]  # planned, kept
-        (20, 12)
-        """
-        rule = Rule.of(function, min_valid, max_cloud, source, version, min_labelled)
-        functions = {rule.function: function} if function is not None and rule.function is not None else {}
-        return self._with(FilterPixels(self.plan, rule), functions=functions)
-
-    def with_table(self, table: pa.Table | str | os.PathLike[str]) -> Chips:
-        """Keep the chips of a table, with its further columns: ``.table`` or the path of what :meth:`save` wrote.
-
-        The columns that the plan decides (bounds, split, ...) must be the plan's own; to split by a column of
-        yours, give it another name and use ``split(by=...)``.
-
-        Raises
-        ------
-        SchemaError
-            When it is no table, names chips of another plan, or changes what the plan decides.
-
-        Examples
-        --------
-        >>> import pyarrow as pa
-        >>> table = chips.table.append_column("fold", pa.array([n % 5 for n in range(len(chips))]))
-        >>> chips.with_table(table).filter(fold=0).table.num_rows
-        31
-        """
-        if isinstance(table, str | os.PathLike):
-            table = geoparquet.read(table)
-        if not isinstance(table, pa.Table):
-            raise SchemaError(
-                "with_table", f"a {type(table).__name__}", "an Arrow table, or a GeoParquet file's path"
-            )
-        token = token_of(table)
-        return self._with(WithTable(self.plan, token), tables={token: table})
 
     def by_blocks(
         self,
@@ -704,125 +287,6 @@ class Chips(ChipExits, ModelExits, ScoreExits):
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def explain(
-        self,
-        workers: int | None = None,
-        threads: int = 1,
-        *,
-        probe: bool = False,
-        rate: str | float | JobReport | None = None,
-    ) -> Explanation:
-        """Say what the job will do, before anything is read, and how much of the ground lies in a chip.
-
-        ``["ground"]`` has the share of the ground that the plan asks for: what of the area (``aoi``, a GeoBox; else
-        everywhere) the reference source's records lie on. With ``probe`` or ``rate`` it also estimates the time and the
-        hours of all workers together, which :attr:`Explanation.usage` brings to a price.
-
-        Parameters
-        ----------
-        workers
-            Worker processes: says what they fetch together, at most, as what two of them need is fetched twice.
-        threads
-            Threads of each worker.
-        probe
-            Estimate the time from a few tiles, at most 12, which this process reads now from where they lie. Workers
-            in another place read at another rate.
-        rate
-            Estimate the time from what one worker process fetches in a second: ``"50 MB/s"``, or a number of bytes;
-            or from the report of a finished job of the same kind, such as a sample's. Only a report tells what masks,
-            your functions and writing take. Nothing is read.
-
-        Raises
-        ------
-        PlanError
-            When there are no workers, or no threads; when both ``probe`` and ``rate`` are given, or that is no rate.
-        ReadError
-            When a tile of the probe cannot be read.
-
-        Examples
-        --------
-        >>> told = chips.select("train").explain(workers=4, threads=2)
-        >>> told["chips"], told["splits"], told["pixels"]["s2"]["native"]
-        (124, {'train': 124}, 5)
-        >>> print(told)
-        records ...
-        chips ...
-        ...
-        """
-        from rasteret_dask.show import explain, probing
-        from rasteret_dask.tasks.runs import Workforce
-
-        if min(1 if workers is None else workers, threads) < 1:
-            raise PlanError(
-                "explain(workers=, threads=)", f"{workers} and {threads}", "at least 1 of each",
-                "Leave workers out for what one process fetches.",
-            )  # fmt: skip
-        if probe and rate is not None:
-            raise PlanError("explain(probe=, rate=)", "both", "one of them: measured, or stated")
-        force = None if workers is None else Workforce(workers, threads)
-        speed = None if rate is None else probing.rate_of(rate)
-        measured = probing.probed(self.job) if probe else speed
-        return explain.explain(self.planned, self.job, self._layout.outputs, force, measured)
-
-    def audit(self) -> Audit:
-        """Check the splits: ratios, losses, overlaps (must be 0) and distances, over all splits of the plan.
-
-        Examples
-        --------
-        >>> audit = chips.audit()
-        >>> audit.ok  # no ground in two splits
-        True
-        >>> print(audit)
-        ok: no two splits share ground
-        ...
-        """
-        from rasteret_dask.show import audit
-
-        return audit.audit(self._unselected.planned)
-
-    def why(self, chip_id: str | None = None, *, lon: float | None = None, lat: float | None = None) -> Why:
-        """Say why a chip is as it is, or why there is none at a place.
-
-        Of a chip: which records compete for each slot, with the share of the chip that each covers, that is valid and
-        that is cloudy, which one was picked and why, and why the chip is in its split. The pixels of this one chip are
-        read, of each record for itself. Of a place: what each step of the plan leaves there, up to the first that
-        leaves no chip, and why. No pixel is read; steps that look at all chips (a sample, a buffer) plan all of them.
-
-        Parameters
-        ----------
-        chip_id
-            The chip, as in column ``chip_id`` of :attr:`table`.
-        lon, lat
-            The place, degrees.
-
-        Raises
-        ------
-        PlanError
-            When neither is given or both are, or no step of the plan ever had such a chip.
-
-        Examples
-        --------
-        >>> print(chips.why(chips.table["chip_id"][3].as_py()))
-        chip 33_0.96km_32px_10m_-17375_1560
-          split train
-          split cell 33/-5792/520: its hash with seed 1 is 0.1049, in train (0 to 0.7)
-          s2, slot 2024-04: S2A_33UVR_20240409_0_L2A: 6.6 days from the slot's middle, and the next 8.4; 100.0% valid
-          s2, slot 2024-06: S2B_33UVR_20240623_0_L2A: 7.4 days from the slot's middle, and the next 7.6; 100.0% valid
-          source  slot_name  record                    datetime          coverage  valid   cloudy  role
-          s2      2024-04    S2A_33UVR_20240409_0_L2A  2024-04-09 10:04  100.0%    100.0%  0.0%    picked
-          s2      2024-04    S2B_33UVR_20240424_0_L2A  2024-04-24 10:04  100.0%    0.0%    100.0%  not used
-          s2      2024-06    S2B_33UVR_20240623_0_L2A  2024-06-23 10:04  100.0%    100.0%  0.0%    picked
-          s2      2024-06    S2A_33UVR_20240608_0_L2A  2024-06-08 10:04  100.0%    100.0%  0.0%    not used
-        >>> why = chips.why(lon=14.975, lat=50.17)
-        >>> why.chips, why.step[:5]
-        ((), 'chips')
-        >>> why.reasons
-        ('covered to 78.1% at most by s2, in slot 2024-04; min_coverage asks for 100%',)
-        """
-        from rasteret_dask.show import why
-
-        return why.why(self._tracer, chip_id, lon, lat)
-
     @cached_property
     def _tracer(self) -> Tracer:
         """Who asks about one place asks about others: what they have in common is worked out once."""
@@ -836,72 +300,6 @@ class Chips(ChipExits, ModelExits, ScoreExits):
         while chips is not None and chips.plan is not plan:
             chips = chips._parent
         return (chips or Chips(self.query.then(plan))).planned
-
-    def plot(self, ax: Any = None) -> Any:
-        """Draw the map of chips, coloured by split, with a legend that counts them; returns Matplotlib axes.
-
-        Examples
-        --------
-        >>> axes = chips.plot()
-        >>> axes.get_xlabel()
-        'Easting, UTM zone 33N (km)'
-        >>> axes.figure.savefig("chips.png")
-        """
-        from rasteret_dask.show.plot import plot_chips
-
-        return plot_chips(self.table, ax=ax)
-
-    def preview(self, n: int = 6) -> Any:
-        """Draw some chips, chosen as by :meth:`sample`: all slots and sources, masks and labels; reads only these.
-
-        Parameters
-        ----------
-        n
-            How many chips.
-
-        Returns
-        -------
-        matplotlib.figure.Figure
-            A row a chip. It shows where it is the last value of a notebook's cell; ``.savefig(path)`` writes it.
-
-        Raises
-        ------
-        PlanError
-            When there is no chip to draw.
-        MissingExtraError
-            When matplotlib is not installed.
-
-        Examples
-        --------
-        >>> figure = chips.preview(2)
-        >>> figure.savefig("preview.png")
-        """
-        from rasteret_dask.show.plot import preview
-
-        return preview(self, n)
-
-    def explore(self, tiles: str | None = "OpenStreetMap") -> Any:
-        """Return an interactive map of the chips, coloured by split, with their columns as popups (needs folium).
-
-        Parameters
-        ----------
-        tiles
-            What folium draws behind them, which the reader's browser asks for; None: nothing.
-
-        Raises
-        ------
-        PlanError
-            When there are no chips.
-        MissingExtraError
-            When folium is not installed.
-
-        Examples
-        --------
-        >>> chips.explore(tiles=None).save("chips.html")
-        """
-        from rasteret_dask.show.maps import explore_chips
-
-        return explore_chips(self.table, tiles)
 
     # Exits
 
@@ -1214,166 +612,6 @@ class Chips(ChipExits, ModelExits, ScoreExits):
             lambda: recalled(shards.digest, on_error) or self.stats(client=client, on_error=on_error),
         )
 
-    def stats(
-        self,
-        sample: int | None = None,
-        client: ClientLike = None,
-        on_error: OnError = "raise",
-        progress: bool = True,
-        sources: Sequence[str] | None = None,
-    ) -> Stats:
-        """Measure the pixels of these chips in one pass: per source and band counts, moments, percentiles, classes.
-
-        Label columns are counted too. Slots of a source that a chip lacks do not count.
-
-        Parameters
-        ----------
-        sample
-            Measure so many chips, chosen as by :meth:`sample`; None: all.
-        client
-            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
-        on_error
-            As in :meth:`to_xarray`.
-        progress
-            Show how many shards are measured.
-        sources
-            Read and measure only these sources; None: all. Where ``filter_pixels`` decides on chips, all are read.
-
-        Raises
-        ------
-        PlanError
-            When no chip is left, or there is no such source.
-
-        Examples
-        --------
-        >>> stats = chips.select("train").stats(sample=20)
-        >>> stats.table["band"].to_pylist(), stats.table["mean"].to_pylist()[0] < 0.2
-        (['red', 'nir'], True)
-        """
-        from rasteret_dask.statistics.measuring import chosen_sources, measured, remember
-        from rasteret_dask.streams.planned import planned
-
-        chips = self if sample is None else self.sample(sample)
-        only = chosen_sources([s.name for s in chips.job.sources], sources)
-        shards = planned(chips.job, chips._layout.outputs, self._context(on_error), only=only)
-        stats = measured(shards, client, progress)
-        if only is None:
-            remember(stats, shards.digest, on_error)
-        return stats
-
-    def class_shares(
-        self,
-        target: str,
-        *,
-        prefix: str = "share_",
-        client: ClientLike = None,
-        on_error: OnError = "raise",
-        progress: bool = True,
-    ) -> pa.Table:
-        """Return how much of each chip every class has, as a table that :meth:`with_table` takes.
-
-        The class shares become columns of the chip table, for ``filter``, ``split(stratify=[...])`` and
-        ``stream(weights=)``. A mask of polygons is burned for this, and no pixel is read; a band of classes is read
-        once. The table stays with the plan, so that nothing is counted again.
-
-        Parameters
-        ----------
-        target
-            ``"<source>/mask"``, a source with one band of classes, or ``"<source>/<band>"``; as in
-            :meth:`Stats.classes`.
-        prefix
-            Stands before the name of a class (its number where it has none) in the name of its column.
-        client
-            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
-        on_error
-            As in :meth:`to_xarray`.
-        progress
-            Show how many shards are done.
-
-        Returns
-        -------
-        pyarrow.Table
-            ``chip_id``, and a column of float64 for each class, by value: its share of the pixels of a chip, from 0 to
-            1; classes that have a name are there in any case. What no polygon covers, or is invalid, is of no class.
-            Slots of which nothing is valid do not count.
-
-        Raises
-        ------
-        PlanError
-            When there is no such target, it is a mask of floats, or it has more than 256 classes.
-
-        Examples
-        --------
-        >>> scl = collection.harmonize(["scl"], units="raw").chips(32, cell_km=0.96).sample(20)
-        >>> shares = scl.class_shares("s2", progress=False)
-        >>> shares.column_names[:2], shares.num_rows
-        (['chip_id', 'share_3'], 20)
-        >>> green = scl.with_table(shares).filter("share_4", ">", 0.5)  # SCL's vegetation
-        >>> len(green) < len(scl)
-        True
-        """
-        from rasteret_dask.statistics.classshares import burned_shares, class_shares, class_target
-        from rasteret_dask.streams.planned import planned
-
-        make = partial(planned, self.job, self._layout.outputs, self._context(on_error))
-        found = class_target(make().pixels, target)
-        if found.band is None and not self.job.pixel_rules:
-            return burned_shares(self.job, found, prefix, client, progress)
-        return class_shares(make(only=(found.source,)), found, prefix, client, progress)
-
-    def class_places(
-        self,
-        target: str,
-        *,
-        per_chip: int = 16,
-        seed: int = 0,
-        client: ClientLike = None,
-        on_error: OnError = "raise",
-        progress: bool = True,
-    ) -> pa.Table:
-        """Return places of each class in each chip, as a table that :meth:`random` takes as ``balance``.
-
-        A raster of classes is read once for this. Random windows are then drawn around these places, so that each class
-        gets equally many. Burned labels need no such table: ``random(balance="crop")``.
-
-        Parameters
-        ----------
-        target
-            As in :meth:`class_shares`.
-        per_chip
-            Places of a class in a chip, at most: of more pixels, some are drawn.
-        seed
-            Another seed draws others.
-        client, on_error, progress
-            As in :meth:`class_shares`.
-
-        Returns
-        -------
-        pyarrow.Table
-            ``chip_id``; ``class``, its name or number; ``y`` and ``x``, from 0 at the chip's north-west corner to 1;
-            ``pixels`` of the class in the chip, over all slots.
-
-        Raises
-        ------
-        PlanError
-            When there is no such target, it is a mask of floats, or ``per_chip`` is not from 1 to 1,000.
-
-        Examples
-        --------
-        >>> scl = collection.harmonize(["scl"], units="raw", time="3MS").chips(32, cell_km=0.96)
-        >>> places = scl.class_places("s2", progress=False)
-        >>> windows = scl.random(30, seed=1, size=16, balance=places)
-        >>> max(windows.table["centre_class"].value_counts().field("counts").to_pylist()) <= 30 // 2
-        True
-        """
-        from rasteret_dask.statistics.classplaces import class_places
-        from rasteret_dask.statistics.classshares import class_target
-        from rasteret_dask.streams.planned import planned
-
-        make = partial(planned, self.job, self._layout.outputs, self._context(on_error))
-        found = class_target(make().pixels, target)
-        return class_places(make(only=(found.source,)), found, per_chip, seed, client, progress)
-
     def _shards(self, on_error: OnError, client: ClientLike = None) -> ChipShards:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""
         from rasteret_dask.streams.planned import planned
@@ -1387,77 +625,13 @@ class Chips(ChipExits, ModelExits, ScoreExits):
             self._sizes[on_error] = kept_sizes(make(), client, progress=True)
         return make(sizes=self._sizes[on_error])
 
-    def to_recipe(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the recipe of these chips: TOML that :func:`load_recipe` reads, and that makes the same chips.
-
-        Parameters
-        ----------
-        path
-            A local file to write it to. What lies only in this process's memory (a table of records, points, labels)
-            goes into GeoParquet files beside it, and so do the split cells that a stratified split dealt. None: nothing
-            is written, and such chips are refused.
-
-        Raises
-        ------
-        PlanError
-            When a table or a function of these chips has no name that a file could hold: a lambda, say.
-
-        Examples
-        --------
-        >>> s2 = rd.build("demo/sentinel-2-l2a", name="s2")
-        >>> text = s2.harmonize(["red"], time="1MS").chips(32, cell_km=0.96).to_recipe()
-        >>> "[chips]" in text
-        True
-        """
-        from rasteret_dask.show.recipetext import recipe_text
-
-        deals = {type(s) for s in steps_of(self.plan)[1] if isinstance(s, Split | Folds) and s.spec.stratify}
-        cells = self.planned.cells if Split in deals and path is not None else None
-        folds = self.planned.fold_cells if Folds in deals and path is not None else None
-        text = recipe_text(
-            self.query, path, None if cells is None else cells.table, None if folds is None else folds.folds
-        )
-        if path is not None:
-            Path(path).expanduser().write_text(text, encoding="utf-8")
-        return text
-
-    def save_plan(self, path: str | os.PathLike[str], client: ClientLike = None) -> None:
-        """Write the plan, JSON and Arrow tables, to a new folder, from which :func:`stream_from` reads it elsewhere.
-
-        Parameters
-        ----------
-        path
-            A folder of its own: a local path or a URL.
-        client
-            Who looks at all pixels once, where :meth:`filter_pixels` drops some; as in :meth:`stream`.
-
-        Raises
-        ------
-        PlanError
-            When a rule of the plan cannot be imported by another process.
-        StoreError
-            When something else lies there.
-
-        Examples
-        --------
-        >>> chips.select("train").save_plan("plan")
-        >>> next(rd.stream_from(None, "plan", batch_size=8))["s2"].shape
-        (8, 3, 2, 32, 32)
-        """
-        from rasteret_dask.streamfrom import save_plan
-        from rasteret_dask.tasks.jobfile import check_writable
-
-        check_writable(self.job)
-        sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
-        save_plan(self, path, sizes)
-
     def _with(
         self,
         plan: Node,
         tables: Mapping[str, Table] | None = None,
         functions: Mapping[Function, Callable[..., Any]] | None = None,
-    ) -> Chips:
-        return Chips(self.query.then(plan, tables, functions), parent=self)
+    ) -> Self:
+        return type(self)(self.query.then(plan, tables, functions), parent=self)
 
     @property
     def _card(self) -> Card:

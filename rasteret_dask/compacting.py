@@ -4,45 +4,36 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask import activity
-from rasteret_dask.errors import JobError, PlanError, StoreError
+from rasteret_dask.errors import PlanError
 from rasteret_dask.formats import STORE
-from rasteret_dask.net import clusters, remote, signatures
+from rasteret_dask.net import clusters, remote
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import digest
-from rasteret_dask.store import ledger, shardreports
+from rasteret_dask.store import ledger
 from rasteret_dask.store.atonce import AtOnce, pieces_of
 from rasteret_dask.store.datacard import card_objects
-from rasteret_dask.store.encode import crc32
-from rasteret_dask.store.jobreport import JobReport, job_report
-from rasteret_dask.store.manifest import stamp, table_of, timing
-from rasteret_dask.store.paging import Paging
-from rasteret_dask.store.presence import forget_clients, present
+from rasteret_dask.store.jobreport import JobReport
 from rasteret_dask.store.provenance import provenance_of_parts
-from rasteret_dask.store.runtasks import Shards, Work
-from rasteret_dask.store.shardruns import Exit, runner, write_shards
+from rasteret_dask.store.runtasks import Work
 from rasteret_dask.store.union import Parts, grown_store, open_parts, open_union
+from rasteret_dask.store.unitruns import LedgerJob, Making, UnitWork, write_job
+from rasteret_dask.store.workunits import Commit, WorkUnit, row_of
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.filtering import tally
-from rasteret_dask.tasks.runs import Cuts
 
 __all__ = ["compact"]
-
-_log = logging.getLogger(__name__)
 
 _COUNTS = ("requests", "bytes_fetched", "tiles_read", "gdal_fallback")
 """Columns of the manifest that say what reading cost."""
@@ -99,7 +90,6 @@ def compact(
     True
     """
     clusters.check(client, "compact(client=)")
-    start = time.monotonic()
     url, place = Place.of(store).url, Place.of(target).url
     grown = grown_store(url)
     grown.check_sizes()
@@ -112,75 +102,18 @@ def compact(
             "Write the store again with a filter_pixels() that asks for less.",
         )  # fmt: skip
     whole = AtOnce(opened)
-    chips = _Kept(whole, _shards(whole))
-    if _is_finished(place, chips.owner):
-        if progress:
-            sys.stderr.write(f"store {remote.redact(place)} is finished: nothing to do\n")
-        return job_report(place)
-    done = _reports(place, ledger.begin(place, chips), chips)
-    subject = f"compact {remote.redact(place)}"
-    with present(place) as presence:
-        paging = Paging(presence, chips.keys)
-        there = done.keys() | paging.since({shard: report.place for shard, report in done.items()})
-        missing = [shard for shard in chips.shards if shard.name not in there]
-        if missing:
-            with clusters.using(client) as cluster:
-                shards = _missing(parts, place, chips, missing)
-                count = sum(len(shard.rows) for shard in chips.shards)
-                caller = Exit("compact", remote.redact(place), len(chips.shards), count, progress)
-                sign = partial(signatures.send_place, cluster, url, place)
-                write_shards(runner(cluster), shards, caller, sign, paging.settle)
-        _log.info("%s: %d shards written; committing", subject, len(chips.shards))
-        found = ledger.restored(place, chips)
-        reports = _reports(place, found, chips)
-        lost = [shard.name for shard in chips.shards if shard.name not in reports]
-        if lost:
-            raise JobError(
-                f"store {remote.redact(place)}",
-                f"{len(lost)} shards missing: {', '.join(lost[:10])}",
-                "all shards",
-                "They were deleted or damaged meanwhile: call compact again, which does these.",
-            )
-        places = {shard: report.place for shard, report in reports.items()}
-        manifest = _manifest(whole, chips.shards, reports, shardreports.tries(found))
-        ledger.commit(place, found, manifest, places, card_objects(place, manifest))
-        forget_clients(place)
-    return JobReport.of_manifest(
-        remote.redact(place), manifest, written=len(missing), seconds=round(time.monotonic() - start, 3)
-    )
-
-
-def _reports(place: str, objects: Mapping[str, int], chips: _Kept) -> dict[str, shardreports.Report]:
-    """Return the valid reports of all shards."""
-    return {
-        shard: report
-        for some in shardreports.reports(place, objects, chips.keys)
-        for shard, report in some.items()
-    }
-
-
-def _missing(parts: Parts, place: str, chips: _Kept, missing: Sequence[_NewShard]) -> Shards:
-    """Return the shards that are not there, as they are to be written."""
-    return Shards(
-        Work(partial(_copied, parts, place), chips.owner.digest, {}),
-        [shard.name for shard in missing],
-        missing,
-        [shard.key for shard in missing],
-        range(len(missing)),
-        Cuts.free(len(missing)),
+    units = _units(whole)
+    chips = _Kept(whole, units)
+    job = LedgerJob(
+        chips,
+        [replace(unit, item=unit) for unit in units],
+        Work(UnitWork(place, partial(_copies, parts)), chips.owner.digest, {}),
+        Commit(ledger.COMPACT, units, partial(card_objects, place), chips.row),
         digest(chips.owner.digest, place)[:16],
-        "compact",
-        [len(shard.rows) for shard in missing],
+        ledger.COMPACT,
+        stores=(url,),
     )
-
-
-def _is_finished(place: str, owner: ledger.Owner) -> bool:
-    try:
-        note = ledger.root_of(place).note
-    except (remote.MissingError, StoreError):  # unfinished, damaged, or something else: begin() tells
-        return False
-    ledger.check_owner(place, note, owner)
-    return True
+    return write_job(place, job, client, progress)
 
 
 @dataclass(frozen=True)
@@ -188,7 +121,7 @@ class _Kept:
     """The kept chips of a store, as the ledger asks for what is to be written."""
 
     whole: AtOnce
-    shards: Sequence[_NewShard]
+    units: Sequence[WorkUnit]
 
     @property
     def owner(self) -> ledger.Owner:
@@ -199,7 +132,7 @@ class _Kept:
     @cached_property
     def keys(self) -> Mapping[str, str]:
         """For each shard's name, the key of its valid report: what it is made of."""
-        return {shard.name: shard.key for shard in self.shards}
+        return {unit.name: unit.key for unit in self.units}
 
     def objects(self) -> dict[str, ledger.Maker]:
         """Return what makes the arrays' metadata, the chunks that the plan knew, and the chip table."""
@@ -227,43 +160,76 @@ class _Kept:
             objects[ledger.PROVENANCE] = (
                 provenance_of_parts([part.url for part in old.parts]).by_member().to_bytes()
             )
-        table = self.whole.chip_table(np.concatenate([s.rows for s in self.shards]))
+        table = self.whole.chip_table(np.concatenate([unit.item.rows for unit in self.units]))
         objects[ledger.CHIPS] = geoparquet.to_bytes(table)
         return {path: ledger.whole(data) for path, data in objects.items()}
 
     def places(self) -> dict[str, str]:
         """Return the path of every object that shards may have -> the shard's name."""
         return {
-            array.object(shard.number): shard.name
-            for shard in self.shards
-            for _, _, array in self.whole.arrays(shard.split, shard.splits)
+            array.object(unit.number): unit.name
+            for unit in self.units
+            for _, _, array in self.whole.arrays(unit.split, unit.item.splits)
         }
+
+    def row(self, unit: WorkUnit, report: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what the manifest says of a new shard: how it was copied, and how its chips were read."""
+        # an earlier version's report does not count chips
+        return {**row_of(unit, {"chips": unit.chips, "dropped": {}, **report}), **self._reading[unit.name]}
+
+    @cached_property
+    def _reading(self) -> Mapping[str, Mapping[str, Any]]:
+        """New shard -> columns of the old manifest that tell how its chips were read; what is counted, counts once."""
+        names = [*_COUNTS, "clipped", "unreadable_tiles"]
+        before = [row for part in self.whole.union.parts for row in part.manifest().select(names).to_pylist()]
+        told: set[int] = set()
+        result = {}
+        for unit in self.units:
+            parts = _old_shards(self.whole, unit.item.rows)
+            clipped: Counter[str] = Counter()
+            counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
+            for number in set(parts) - told:
+                clipped.update(json.loads(before[number]["clipped"]))
+                counts.update({name: before[number][name] for name in _COUNTS})
+            told.update(parts)
+            lists = [json.loads(before[number]["unreadable_tiles"]) for number in parts]
+            unreadable = list(dict.fromkeys(tile for own in lists for tile in own))
+            result[unit.name] = {
+                **counts,
+                "clipped": json.dumps(clipped),
+                "unreadable": len(unreadable),
+                "unreadable_tiles": json.dumps(unreadable),
+            }
+        return result
 
 
 @dataclass(frozen=True)
-class _NewShard:
-    """Consecutive kept chips of one split."""
+class _Rows:
+    """Consecutive kept chips of one split: what becomes a shard."""
 
-    name: str
     split: str | None
     splits: int
     """How many splits there are in the new store."""
     number: int
     rows: NDArray[np.int64]
     """Rows among all chips of the old store: where each chip stands first."""
-    key: str
-    """Digest of what it is made of."""
 
 
-def _shards(whole: AtOnce) -> list[_NewShard]:
+def _units(whole: AtOnce) -> list[WorkUnit]:
+    """Return the new shards."""
     per, kept = whole.per_shard, whole.rows
     parts = [
-        (s, n, rows[n * per : (n + 1) * per]) for s, rows in kept.items() for n in range(-(-len(rows) // per))
+        _Rows(split, len(kept), number, rows[number * per : (number + 1) * per])
+        for split, rows in kept.items()
+        for number in range(-(-len(rows) // per))
     ]
     return [
-        _NewShard(f"{split or 'all'}-{number:05d}", split, len(kept), number, rows, _key(whole, rows))
-        for split, number, rows in parts
-    ]
+        WorkUnit(
+            f"{part.split or 'all'}-{part.number:05d}", part, len(part.rows), _key(whole, part.rows), part.split,
+            part.number,
+        )
+        for part in parts
+    ]  # fmt: skip
 
 
 def _key(whole: AtOnce, rows: NDArray[np.int64]) -> str:
@@ -280,65 +246,12 @@ def _old_shards(whole: AtOnce, rows: NDArray[np.int64]) -> list[int]:
     return found
 
 
-def _copied(parts: Parts, place: str, shard: _NewShard) -> None:
-    """Write one new shard, then its report; nothing where that is done, whoever held its result."""
-    start = time.perf_counter()
-    if shardreports.valid_report(place, shard.name, shard.key) is not None:
-        return
-    old = open_union(parts)
-    mark = shardreports.tried(place, shard.name, shard.key)
-    written, shown = [], activity.current()
+def _copies(parts: Parts, shard: _Rows) -> Making:
+    """Make the objects of a new shard."""
+    start, old = time.perf_counter(), open_union(parts)
     for source, name, array in AtOnce(old).arrays(shard.split, shard.splits):
         pieces = pieces_of(old, source, name, array.encoding, shard.rows)
         if pieces:
-            path = array.object(shard.number)
-            remote.put(remote.join(place, path), pieces)
-            if shown is not None:
-                shown.written += sum(map(len, pieces))
-            written.append({"path": path, "size": sum(map(len, pieces)), "crc32": crc32(pieces)})
-    seconds = time.perf_counter() - start
-    report = {"objects": written, **stamp(seconds, {"copy": seconds})}
-    shardreports.done(place, shard.name, shard.key, mark, report)
-
-
-def _manifest(
-    whole: AtOnce,
-    shards: Sequence[_NewShard],
-    reports: Mapping[str, shardreports.Report],
-    tries: Mapping[str, Sequence[str]],
-) -> pa.Table:
-    """Return one row a shard, with the columns of the old manifest."""
-    names = [*_COUNTS, "clipped", "unreadable_tiles"]
-    before = [row for part in whole.union.parts for row in part.manifest().select(names).to_pylist()]
-    told: set[int] = set()
-    rows = []
-    for shard in shards:
-        report, parts = reports[shard.name].values, _old_shards(whole, shard.rows)
-        clipped: Counter[str] = Counter()
-        counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
-        for number in set(parts) - told:
-            clipped.update(json.loads(before[number]["clipped"]))
-            counts.update({name: before[number][name] for name in _COUNTS})
-        told.update(parts)
-        lists = [json.loads(before[number]["unreadable_tiles"]) for number in parts]
-        unreadable = list(dict.fromkeys(tile for own in lists for tile in own))
-        rows.append(
-            {
-                "shard": shard.name,
-                "split": shard.split,
-                "number": shard.number,
-                "chips": len(shard.rows),
-                "kept": len(shard.rows),
-                "dropped_chips": "{}",
-                "attempts": reports[shard.name].place.attempts(tries.get(shard.name, ())),
-                **timing(report),
-                "bytes": sum(o["size"] for o in report["objects"]),
-                "objects": report["objects"],
-                **counts,
-                "clipped": json.dumps(clipped),
-                "unreadable": len(unreadable),
-                "unreadable_tiles": json.dumps(unreadable),
-                "key": shard.key,
-            }
-        )
-    return table_of(rows)
+            yield array.object(shard.number), pieces
+        del pieces
+    return {"seconds": {"copy": time.perf_counter() - start}}

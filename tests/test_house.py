@@ -50,9 +50,9 @@ ORDER = {
     "tasks": "context job jobkernels jobfile freezing jobparts cuts filling keptbytes workermemory runs "
              "neighbours picking pixels clouds mapping filtering shards batches usage",
     "store": "heartbeat limits stopping encode decode smallobjects shardreports remains ledger provenance bytecache "
-             "storetables jobreport law datacard layout manifest write presence committing paging runtasks onthreads "
-             "oncluster shardruns run unitruns outputs storemap storeread addedtables uniontables union atonce "
-             "storefolds stored adding holding datasets rereading verifying appending",
+             "storetables jobreport law datacard layout manifest workunits write presence committing paging runtasks "
+             "onthreads oncluster shardruns unitruns run outputs storemap storeread addedtables uniontables union "
+             "atonce storefolds stored adding holding datasets rereading verifying appending",
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
@@ -67,7 +67,8 @@ ORDER = {
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
     "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
-                "chipexits modelexits scoreexits chipset tableexits pixelreads collection openers building chipfolder",
+                "chipsteps chipviews chipstatistics chipexits modelexits scoreexits chipset tableexits recordviews "
+                "pixelreads collection openers building chipfolder",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement exits recipe "
                "starting",
     "the names": "__init__",

@@ -31,7 +31,8 @@ from rasteret_dask.store import ledger, shardreports
 from rasteret_dask.store.committing import commit
 from rasteret_dask.store.limits import begun
 from rasteret_dask.store.presence import present
-from rasteret_dask.store.run import part_of
+from rasteret_dask.store.run import chip_job
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.runs import Cuts
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
@@ -56,6 +57,12 @@ def part(
     process = multiprocessing.get_context("forkserver").Process(target=write, args=arguments)
     process.start()
     return process
+
+
+def part_of(chips: rd.Chips, number: int, count: int) -> list[str]:
+    """Return the shards of a part."""
+    job = chip_job(chips._layout, "x.zarr", ReadContext(), progress=False)
+    return [unit.name for unit in job.part(number, count)]
 
 
 def ended(*processes: BaseProcess) -> list[int | None]:
@@ -195,9 +202,9 @@ def test_parts_of_a_job_are_cut_alike_by_everybody(chips: rd.Chips) -> None:
     other = chips.sample(len(chips))  # the same rows, planned again
     names = [shard.name for shard in chips.job.shards()]
     for count in (1, 2, 3, 7, 40):
-        parts = [part_of(chips.job, number, count) for number in range(1, count + 1)]
+        parts = [part_of(chips, number, count) for number in range(1, count + 1)]
         assert sorted(name for part in parts for name in part) == sorted(names)
-        assert parts == [part_of(other.job, number, count) for number in range(1, count + 1)]
+        assert parts == [part_of(other, number, count) for number in range(1, count + 1)]
 
 
 # Who else is there
@@ -265,7 +272,7 @@ def test_a_store_whose_last_part_was_stopped_before_the_commit(
 ) -> None:
     store = tmp_path / "x.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr("rasteret_dask.store.run.is_whole", lambda *_: False)
+        patch.setattr("rasteret_dask.store.workunits.Commit.is_due", lambda *_: False)
         for number in (1, 2):
             chips.to_zarr(store, progress=False, limits=RunLimits(part=(number, 2)))
     assert not (store / "zarr.json").exists()
@@ -416,7 +423,7 @@ def test_a_heartbeat_says_how_far_it_is(
     monkeypatch.setattr(os, "replace", noted)
     chips.to_zarr(tmp_path / "x.zarr", progress=False, limits=RunLimits(part=(1, 2), heartbeat=file))
     assert (seen[0]["done"], seen[0]["total"]) == (None, None)  # nothing is planned yet
-    total = len(part_of(chips.job, 1, 2))
+    total = len(part_of(chips, 1, 2))
     assert sorted({beat["done"] for beat in seen[1:]}) == list(range(total + 1))
     assert {beat["total"] for beat in seen[1:]} == {total}
     assert [beat["time"] for beat in seen] == sorted(beat["time"] for beat in seen)

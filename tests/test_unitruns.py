@@ -15,7 +15,8 @@ from rasteret_dask.planning.plan import digest
 from rasteret_dask.runlimits import RunLimits
 from rasteret_dask.store.ledger import whole
 from rasteret_dask.store.limits import Bounds, Deadline
-from rasteret_dask.store.unitruns import Making, UnitJob, Visible, WorkUnit, is_finished, write_units
+from rasteret_dask.store.unitruns import Making, UnitJob, Visible, write_units
+from rasteret_dask.store.workunits import WorkUnit, is_finished
 
 
 def write_numbers(folder: str, item: int) -> Making:
@@ -74,8 +75,8 @@ def test_all_units_are_written_and_the_root_comes_last(counts: Path, tmp_path: P
         "numbers.json": (out / "numbers.json").read_bytes(),
     } | {f"numbers/{n}-{letter}.txt": f"{n}{letter}".encode() for n in range(5) for letter in "ab"}
     assert json.loads((out / "numbers.json").read_text())["title"] == "numbers"
-    assert is_finished(str(out), job)
-    assert not is_finished(str(out), numbers(counts, 6))
+    assert is_finished(str(out), job.owner, job.root.path)
+    assert not is_finished(str(out), numbers(counts, 6).owner, job.root.path)
     again = write_units(str(out), job, progress=False)
     assert (again.shards_written, again.chips) == (0, 10)
     assert set(computed(counts).values()) == {1}

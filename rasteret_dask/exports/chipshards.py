@@ -332,5 +332,5 @@ def unit_job(
     return UnitJob(
         writer, whole, units, _Writing(chips.shards(url)), root, chips.objects, places, ends,
         {f"encoder-{whole[:16]}": encoder, **chips.functions},
-        memory=chips.memory, hrefs=chips.hrefs, signed=chips.signed,
+        cuts=chips.cuts, memory=chips.memory, hrefs=chips.hrefs, signed=chips.signed, stores=chips.stores,
     )  # fmt: skip

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rasteret_dask.exports.chipshards import ExitChips
 from rasteret_dask.exports.geotiffs import geotiff_job
 from rasteret_dask.exports.rslearn import rslearn_job
 from rasteret_dask.exports.webdataset import PixelFormat, webdataset_job
-from rasteret_dask.net import clusters, signatures
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.runlimits import RunLimits
 from rasteret_dask.store.limits import begun
@@ -27,38 +25,25 @@ def write_geotiff(
     chips: ExitChips, url: str, client: ClientLike, progress: bool, limits: RunLimits
 ) -> JobReport:
     """Write GeoTIFFs with STAC Items to a folder; see :meth:`rasteret_dask.Chips.to_geotiff`."""
-    return _written(chips, url, lambda: geotiff_job(chips, url), client, progress, limits)
+    return _written(lambda: geotiff_job(chips, url), url, client, progress, limits)
 
 
 def write_rslearn(
     chips: ExitChips, url: str, client: ClientLike, progress: bool, limits: RunLimits
 ) -> JobReport:
     """Write windows to a folder; see :meth:`rasteret_dask.Chips.to_rslearn`."""
-    return _written(chips, url, lambda: rslearn_job(chips, url), client, progress, limits)
+    return _written(lambda: rslearn_job(chips, url), url, client, progress, limits)
 
 
 def write_webdataset(
     chips: ExitChips, url: str, pixels: PixelFormat, client: ClientLike, progress: bool, limits: RunLimits
 ) -> JobReport:
     """Write tars to a folder; see :meth:`rasteret_dask.Chips.to_webdataset`."""
-    return _written(chips, url, lambda: webdataset_job(chips, url, pixels), client, progress, limits)
+    return _written(lambda: webdataset_job(chips, url, pixels), url, client, progress, limits)
 
 
 def _written(
-    chips: ExitChips,
-    url: str,
-    make: Callable[[], UnitJob],
-    client: ClientLike,
-    progress: bool,
-    limits: RunLimits,
+    make: Callable[[], UnitJob], url: str, client: ClientLike, progress: bool, limits: RunLimits
 ) -> JobReport:
     with begun(limits) as bounds:
-        job = make()
-        clusters.check(client, f"{job.writer}(client=)")
-        with clusters.using(client) as cluster:
-            signatures.send_place(cluster, *chips.stores)
-            if chips.cuts is not None and (cluster is not None or limits.part is not None):
-                job = replace(
-                    job, cuts=chips.cuts()
-                )  # one process alone need not know what shards have in common
-            return write_units(url, job, cluster, progress, bounds)
+        return write_units(url, make(), client, progress, bounds)

@@ -230,7 +230,7 @@ class MapPlan:
         url
             The store.
         client, progress, bounds
-            As of :func:`rasteret_dask.store.unitruns.write_units`.
+            As of :func:`rasteret_dask.store.unitruns.write_job`.
         multiscales
             As of :class:`MapZarr`.
 
@@ -286,7 +286,7 @@ class MapPlan:
             places,
             more,
             roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
-            cuts=self.maps.cuts(),
+            cuts=self.maps.cuts,
             memory=self.memory,
             resource=resource,
             hrefs=job.hrefs,

@@ -219,7 +219,7 @@ class VectorPlan:
         url
             The file. Parts lie in the folder ``<url>.job`` until it is there.
         client, progress, bounds
-            As of :func:`rasteret_dask.store.unitruns.write_units`.
+            As of :func:`rasteret_dask.store.unitruns.write_job`.
 
         Raises
         ------
@@ -285,11 +285,10 @@ class VectorPlan:
         # in the graph it would travel with every batch of tasks
         parcel, file, content = self.parcel.apart(remote.join(url, JOB))
         tables: dict[str, Maker] = {}
-        cuts, ref = None, job if isinstance(job, StoredJob) else JobRef(remote.join(url, JOB), job.digest)
+        ref = job if isinstance(job, StoredJob) else JobRef(remote.join(url, JOB), job.digest)
         if not isinstance(job, StoredJob):
             check_writable(job)
             tables |= {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
-            cuts = Cuts.of(job)
         return UnitJob(
             "predict",
             self.digest,
@@ -299,7 +298,7 @@ class VectorPlan:
             {**tables, f"{JOB}/{file}": whole(content), PROVENANCE: whole(self.provenance.to_bytes())},
             lambda: {_part(unit.name): unit.name for unit in units},
             roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
-            cuts=cuts,
+            cuts=None if isinstance(job, StoredJob) else partial(Cuts.of, job),
             memory=self.memory,
             resource=resource,
             hrefs=job.hrefs,

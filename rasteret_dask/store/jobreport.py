@@ -25,7 +25,7 @@ from rasteret_dask.store import ledger
 from rasteret_dask.store.storetables import open_manifest
 from rasteret_dask.tasks.usage import NOTES, Usage, hours_text
 
-__all__ = ["JobReport", "SlowShard", "job_report", "report_of_stores", "slow_shards"]
+__all__ = ["JobReport", "SlowShard", "manifest_of_parts", "job_report", "report_of_stores", "slow_shards"]
 
 SLOWEST = 10
 """Shards that :attr:`JobReport.slowest` names."""
@@ -319,14 +319,33 @@ def report_of_stores(stores: Sequence[str | os.PathLike[str]]) -> JobReport:
                 "Check the path; call to_zarr again with the same plan where it was stopped.",
             ) from error  # fmt: skip
         urls.append(remote.redact(url))
-        of_store = f"{urls[-1].rpartition('/')[2]}/" if number else ""
-        manifests.append(_manifest(url, of_store))
-        count = 1
-        while remote.exists(remote.join(url, part := ledger.part_path(count), "zarr.json")):
-            manifests.append(_manifest(remote.join(url, part), f"{of_store}{part}/"))
-            count += 1
-    manifest = manifests[0] if len(manifests) == 1 else pa.concat_tables(manifests, promote_options="default")
-    return JobReport.of_manifest(", ".join(urls), manifest)
+        manifests.append(manifest_of_parts(url, f"{urls[-1].rpartition('/')[2]}/" if number else ""))
+    return JobReport.of_manifest(", ".join(urls), _joined(manifests))
+
+
+def manifest_of_parts(url: str, prefix: str = "") -> pa.Table:
+    """Read the manifest of what is finished, and of all parts that were appended; shards are named after their part.
+
+    Parameters
+    ----------
+    url
+        The store, or folder.
+    prefix
+        What the names of all its shards begin with.
+
+    Raises
+    ------
+    StoreError
+        When a manifest is missing, or damaged.
+    """
+    manifests = [_manifest(url, prefix)]
+    while remote.exists(remote.join(url, part := ledger.part_path(len(manifests)), "zarr.json")):
+        manifests.append(_manifest(remote.join(url, part), f"{prefix}{part}/"))
+    return _joined(manifests)
+
+
+def _joined(manifests: Sequence[pa.Table]) -> pa.Table:
+    return manifests[0] if len(manifests) == 1 else pa.concat_tables(manifests, promote_options="default")
 
 
 def _manifest(url: str, prefix: str) -> pa.Table:

@@ -12,24 +12,21 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from rasteret_dask.errors import UnreadableTilesWarning
 from rasteret_dask.lists import first_of
 from rasteret_dask.net.clusters import worker_name
-from rasteret_dask.store.shardreports import Report, ReportPlace
 from rasteret_dask.tasks.filtering import tally
-from rasteret_dask.tasks.job import Job
 
-__all__ = ["ManifestRows", "losses", "report_row", "stamp", "table_of", "timing", "warn_of_masked"]
+__all__ = ["MANIFEST_SCHEMA", "losses", "report_row", "stamp", "table_of", "timing", "warn_of_masked"]
 
 MAX_NAMED = 3
 """Tiles that the warning names."""
 
 
 _OBJECT = pa.struct([("path", pa.string()), ("size", pa.int64()), ("crc32", pa.int64())])
-_SCHEMA = pa.schema(
+MANIFEST_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
         ("split", pa.string()),
@@ -61,46 +58,7 @@ _SCHEMA = pa.schema(
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Return rows of a manifest, one a shard, as a table."""
-    return pa.Table.from_pylist(list(rows), _SCHEMA)
-
-
-class ManifestRows:
-    """The manifest of a job while its reports are read, some at a time: what was read is held as a table.
-
-    Parameters
-    ----------
-    job
-        The job.
-    tries
-        Shard -> the marks of its tries.
-    """
-
-    def __init__(self, job: Job, tries: Mapping[str, Sequence[str]]) -> None:
-        self.places: dict[str, ReportPlace] = {}
-        """Shard -> how its report is stored, of all that were added."""
-        self._shards = {shard.name: (number, shard) for number, shard in enumerate(job.shards())}
-        self._keys, self._tries = job.keys, tries
-        self._numbers: list[int] = []
-        self._tables = [_SCHEMA.empty_table()]
-
-    def add(self, reports: Mapping[str, Report]) -> None:
-        """Add a row for each of some shards; counts are sums over its sources."""
-        rows = []
-        for name, report in reports.items():
-            number, shard = self._shards[name]
-            attempts = report.place.attempts(self._tries.get(name, ()))
-            self._numbers.append(number)
-            rows.append(
-                report_row(shard.name, shard.split, shard.number, report.values)
-                | {"attempts": attempts, "key": self._keys[name]}
-            )
-            self.places[name] = report.place
-        self._tables.append(table_of(rows))
-
-    def table(self) -> pa.Table:
-        """Return all rows, in the order of the job's shards."""
-        order = np.argsort(np.array(self._numbers, dtype=np.int64))
-        return pa.concat_tables(self._tables).take(pa.array(order)).combine_chunks()
+    return pa.Table.from_pylist(list(rows), MANIFEST_SCHEMA)
 
 
 def report_row(name: str, split: str | None, number: int, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _warn_of_rivals(presence: Presence) -> None:
             f"{age:.0f} s ago). The store will be right, but shards that both have under way are done twice: stop one "
             f"of them. If that one was killed, this is said for at most {FRESH_S:.0f} s.",
             ConcurrentWriteWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

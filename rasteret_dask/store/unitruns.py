@@ -9,35 +9,186 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 
 from rasteret_dask import activity
-from rasteret_dask.errors import JobError
+from rasteret_dask.errors import ReadError, StoreError
 from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
-from rasteret_dask.net.sums import root_checksum
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.store import ledger, shardreports, smallobjects
 from rasteret_dask.store.encode import Piece, crc32
-from rasteret_dask.store.jobreport import JobReport
+from rasteret_dask.store.jobreport import JobReport, manifest_of_parts, slow_shards
 from rasteret_dask.store.limits import Bounds
-from rasteret_dask.store.manifest import report_row, stamp, table_of, warn_of_masked
+from rasteret_dask.store.manifest import stamp, warn_of_masked
 from rasteret_dask.store.paging import Paging
 from rasteret_dask.store.presence import forget_clients, present
 from rasteret_dask.store.runtasks import Shards, Work
 from rasteret_dask.store.shardruns import Exit, runner, write_shards
 from rasteret_dask.store.stopping import terminable
+from rasteret_dask.store.workunits import Commit, WorkUnit, begin, is_finished
 from rasteret_dask.tasks.runs import Cuts
 from rasteret_dask.tasks.workermemory import TaskMemory
 
-__all__ = ["Making", "WorkUnit", "UnitJob", "Visible", "is_finished", "write_units"]
+__all__ = ["LedgerJob", "Making", "UnitJob", "UnitWork", "Visible", "WorkUnit", "write_job", "write_units"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LedgerJob:
+    """What is to lie at a place, in units: chips as Zarr shards, copies of shards, blocks of a map, files."""
+
+    content: ledger.Content
+    units: Sequence[WorkUnit]
+    """In running order: neighbours follow each other."""
+    work: Work
+    """What a task does with each: it writes the unit's objects, then its report."""
+    commit: Commit
+    tail: str
+    """What the keys of the tasks end in: where, and how, they write."""
+    verb: str
+    """What the keys begin with."""
+    cuts: Callable[[], Cuts] | None = None
+    """Returns where neighbours may be cut; None: they have nothing in common."""
+    hrefs: Callable[[], Iterable[str]] = tuple
+    """Returns the hrefs that tasks read of hosts that want a signature."""
+    signed: tuple[str, ...] = ()
+    """These hosts."""
+    stores: tuple[str, ...] = ()
+    """Stores and plans that tasks read."""
+    end: Callable[[pa.Table], None] = field(default=lambda manifest: None)
+    """Called with the manifest once everything is visible: it warns."""
+
+    def part(self, number: int, count: int) -> Sequence[WorkUnit]:
+        """Return the units of one of so many parts, neighbours: every process that has the job cuts it alike.
+
+        Parameters
+        ----------
+        number
+            Of the part, from 1.
+        count
+            How many parts there are.
+        """
+        places = self._cuts(alone=False).parts(count)[number - 1]
+        return self.units[places.start : places.stop]
+
+    def shards(self, missing: Sequence[WorkUnit], *, alone: bool) -> Shards:
+        """Return units as they are to be written; one process alone need not know what two of them have in common."""
+        place = {unit.name: at for at, unit in enumerate(self.units)}
+        return Shards(
+            self.work,
+            [unit.name for unit in missing],
+            [unit.item for unit in missing],
+            [unit.content for unit in missing],
+            [place[unit.name] for unit in missing],
+            self._cuts(alone=alone),
+            self.tail,
+            self.verb,
+            chips=[unit.chips for unit in missing],
+        )
+
+    def _cuts(self, *, alone: bool) -> Cuts:
+        return Cuts.free(len(self.units)) if alone or self.cuts is None else self.cuts()
+
+
+def write_job(
+    url: str, job: LedgerJob, client: ClientLike, progress: bool, bounds: Bounds | None = None
+) -> JobReport:
+    """Write what is missing of a job, then what makes it visible.
+
+    Parameters
+    ----------
+    url
+        The store, or folder.
+    job
+        What is to lie there.
+    client
+        A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this
+        process, as many as cores and memory allow.
+    progress
+        Whether to show how far it is.
+    bounds
+        The limits of this run; None: there are none.
+
+    Returns
+    -------
+    JobReport
+        What this took. A part of an array job that ends while others still write tells of its own units, and that
+        nothing is committed.
+
+    Raises
+    ------
+    StoreError
+        When something else lies there.
+    JobError
+        When units failed; the others are written, and a rerun does only those.
+    IncompleteError
+        When time was over before all were written.
+    """
+    writer = job.commit.writer
+    clusters.check(client, f"{writer}(client=)")
+    start = time.monotonic()
+    bounds, place = bounds or Bounds(), remote.redact(url)
+    part = bounds.limits.part
+    if is_finished(url, job.content.owner, job.commit.root):
+        bounds.heartbeat.step(len(job.units), len(job.units))
+        with suppress(ReadError, StoreError):  # traces of clients that were killed right behind its commit
+            forget_clients(url)
+        if progress:
+            sys.stderr.write(f"store {place} is finished: nothing to do\n")
+        return JobReport.of_manifest(place, manifest_of_parts(url))
+    own = job.units if part is None else job.part(*part)
+    keys = {unit.name: unit.key for unit in own}
+    done = begin(url, job.content, keys)
+    _log.info("%s %s: prepared; %d of %d shards are written", writer, place, len(done), len(own))
+    with terminable(), present(url, part) as presence:
+        paging = Paging(presence, keys)
+        there = done.keys() | paging.since(done)
+        bounds.heartbeat.step(len(there), len(own))
+        missing = [unit for unit in own if unit.name not in there]
+        if missing:
+            paging.settle([name for name, entry in done.items() if not entry.on_page], more=True)
+            with clusters.using(client) as cluster:
+
+                def sign() -> None:
+                    signatures.send(cluster, job.hrefs(), job.signed)
+                    signatures.send_place(cluster, url, *job.stores)
+
+                shards = job.shards(missing, alone=cluster is None)
+                caller = Exit(writer, place, len(own), sum(unit.chips for unit in own), progress, bounds)
+                write_shards(runner(cluster, bounds.deadline), shards, caller, sign, paging.settle)
+        whole = part is None or job.commit.is_due(url)
+        if whole:
+            _log.info("%s %s: %d shards written; committing", writer, place, len(job.units))
+            manifest = job.commit.put(url, job.content)
+            forget_clients(url)
+        else:
+            manifest = job.commit.rows(url, keys)
+    _log.info(
+        "%s %s: %s",
+        writer,
+        place,
+        "committed" if whole else f"{bounds.limits.name} is written; others are not",
+    )
+    if slow := slow_shards(manifest):
+        _log.info("%s %s: %s", writer, place, slow)
+    if whole:
+        job.end(manifest)
+    return JobReport.of_manifest(
+        place,
+        manifest,
+        None if whole else len(job.units),
+        written=len(missing),
+        seconds=round(time.monotonic() - start, 3),
+    )
+
 
 Making: TypeAlias = "Generator[tuple[str, Sequence[Piece]], None, Mapping[str, Any]]"
 """Yields path and pieces of each object of a unit; returns what its report says besides.
@@ -51,20 +202,46 @@ PUTS = 4
 """Objects of a unit that are on their way at the same time: the next is made meanwhile."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkUnit:
-    """One part of what is written: a task of its own, or a place in the run of one."""
+@dataclass(frozen=True)
+class UnitWork:
+    """What a task does with each unit of its run, where the unit is a generator of objects."""
 
-    name: str
-    """As of a shard: ``train-00003``."""
-    item: Any
-    """What the job's work is called with; small, as it travels with the task."""
-    chips: int
-    key: str
-    """Digest of what it will hold."""
-    split: str | None = None
-    number: int = 0
-    """Counts within the split."""
+    url: str
+    work: Callable[..., Making]
+
+    def __call__(self, unit: WorkUnit, *roots: Any) -> None:
+        """Write a unit, unless it is written: what is computed again, as a worker was lost, costs nothing."""
+        name, key = unit.name, unit.key
+        if shardreports.valid_report(self.url, name, key) is not None:
+            return
+        start = time.perf_counter()
+        mark = shardreports.tried(self.url, name, key)
+        shown, making = activity.current(), self.work(unit.item, *roots)
+        puts: list[Future[dict[str, Any]]] = []
+        try:
+            while True:
+                try:
+                    path, pieces = next(making)
+                except StopIteration as end:
+                    values = dict(end.value or {})
+                    break
+                if shown is not None:
+                    shown.written += sum(map(len, pieces))
+                if len(puts) >= PUTS:
+                    puts[-PUTS].result()
+                puts.append(smallobjects.requests().submit(_put, self.url, path, pieces))
+                del pieces
+        finally:
+            wait(puts)  # nothing of this attempt is on its way when the next one begins
+        report = {"chips": unit.chips, "dropped": {}, **values, "objects": [put.result() for put in puts]}
+        seconds = values.get("seconds", {})
+        report |= stamp(time.perf_counter() - start, seconds)
+        shardreports.done(self.url, name, key, mark, report)
+
+
+def _put(url: str, path: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+    remote.put(remote.join(url, path), pieces)
+    return {"path": path, "size": sum(map(len, pieces)), "crc32": crc32(pieces)}
 
 
 @dataclass(frozen=True)
@@ -102,8 +279,8 @@ class UnitJob:
     """Key -> a value that all tasks need, sent once."""
     options: str = "{}"
     """JSON text of options that a rerun must repeat, though they change no content: compression."""
-    cuts: Cuts | None = None
-    """Where neighbours may be cut; None: they have nothing in common."""
+    cuts: Callable[[], Cuts] | None = None
+    """Returns where neighbours may be cut; None: they have nothing in common."""
     memory: TaskMemory | None = None
     resource: str | None = None
     """The Dask resource that workers must declare; None: any worker."""
@@ -111,6 +288,8 @@ class UnitJob:
     """Returns the hrefs that tasks read of hosts that want a signature."""
     signed: tuple[str, ...] = ()
     """These hosts."""
+    stores: tuple[str, ...] = ()
+    """Stores that tasks read."""
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
@@ -121,6 +300,22 @@ class UnitJob:
     def owner(self) -> ledger.Owner:
         """Who writes them."""
         return ledger.Owner(self.digest, self.options, self.writer)
+
+    def below(self, url: str) -> LedgerJob:
+        """Return it as what is to lie below a folder."""
+        return LedgerJob(
+            _Content(self),
+            [replace(unit, item=unit) for unit in self.units],
+            Work(UnitWork(url, self.work), self.digest, self.roots, self.memory, self.resource),
+            Commit(self.writer, self.units, self.more, root=self.root.path),
+            digest(self.writer, self.digest, url)[:16],
+            self.writer,
+            self.cuts,
+            self.hrefs,
+            self.signed,
+            self.stores,
+            partial(warn_of_masked, url),
+        )
 
 
 @dataclass(frozen=True)
@@ -161,209 +356,8 @@ def _noted(document: Mapping[str, Any], note: Mapping[str, Any]) -> dict[str, An
     return {**document, "rasteret_dask": {**document.get("rasteret_dask", {}), **note}}
 
 
-@dataclass(frozen=True)
-class _UnitWork:
-    """What a task does with each unit of its run."""
-
-    url: str
-    work: Callable[..., Making]
-
-    def __call__(self, unit: tuple[str, str, int, Any], *roots: Any) -> None:
-        """Write a unit, unless it is written: what is computed again, as a worker was lost, costs nothing."""
-        name, key, chips, item = unit
-        if shardreports.valid_report(self.url, name, key) is not None:
-            return
-        start = time.perf_counter()
-        mark = shardreports.tried(self.url, name, key)
-        shown, making = activity.current(), self.work(item, *roots)
-        puts: list[Future[dict[str, Any]]] = []
-        try:
-            while True:
-                try:
-                    path, pieces = next(making)
-                except StopIteration as end:
-                    values = dict(end.value or {})
-                    break
-                if shown is not None:
-                    shown.written += sum(map(len, pieces))
-                if len(puts) >= PUTS:
-                    puts[-PUTS].result()
-                puts.append(smallobjects.requests().submit(_put, self.url, path, pieces))
-                del pieces
-        finally:
-            wait(puts)  # nothing of this attempt is on its way when the next one begins
-        report = {"chips": chips, "dropped": {}, **values, "objects": [put.result() for put in puts]}
-        seconds = values.get("seconds", {})
-        report |= stamp(time.perf_counter() - start, seconds)
-        shardreports.done(self.url, name, key, mark, report)
-
-
-def _put(url: str, path: str, pieces: Sequence[Piece]) -> dict[str, Any]:
-    remote.put(remote.join(url, path), pieces)
-    return {"path": path, "size": sum(map(len, pieces)), "crc32": crc32(pieces)}
-
-
-def is_finished(url: str, job: UnitJob) -> bool:
-    """Tell whether a folder holds all that a job writes.
-
-    Raises
-    ------
-    StoreError
-        When it is finished, with other options.
-    FormatError
-        When a newer version of the package wrote it.
-    """
-    text = smallobjects.data_of(url, job.root.path)
-    try:
-        document = {} if text is None else json.loads(text)
-        note = _note_of(document)
-        if note is None or note.get("checksum") != root_checksum(document):
-            return False
-    except (ValueError, RecursionError, AttributeError):  # something else: begin() tells
-        return False
-    if note.get("digest") != job.digest:
-        return False
-    ledger.check_owner(url, note, job.owner)
-    return True
-
-
-def _note_of(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    holder = document.get("attributes", document)
-    note = holder.get("rasteret_dask")
-    return note if isinstance(note, dict) else None
-
-
 def write_units(
     url: str, job: UnitJob, client: ClientLike = None, progress: bool = True, bounds: Bounds | None = None
 ) -> JobReport:
-    """Write what is missing of a job, then what makes it visible.
-
-    Parameters
-    ----------
-    url
-        The folder.
-    job
-        What is to lie there.
-    client
-        A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
-    progress
-        Whether to show how far it is.
-    bounds
-        The limits of this run; None: there are none.
-
-    Returns
-    -------
-    JobReport
-        What this took. A part of an array job that ends while others still write tells of its own units, and that
-        nothing is committed.
-
-    Raises
-    ------
-    StoreError
-        When something else lies there.
-    JobError
-        When units failed; the others are written, and a rerun does only those.
-    IncompleteError
-        When time was over before all were written.
-    """
-    clusters.check(client, f"{job.writer}(client=)")
-    start = time.monotonic()
-    bounds, place, content = bounds or Bounds(), remote.redact(url), _Content(job)
-    part = bounds.limits.part
-    if is_finished(url, job):
-        bounds.heartbeat.step(len(job.units), len(job.units))
-        if progress:
-            sys.stderr.write(f"{place} is finished: nothing to do\n")
-        return JobReport.of_manifest(place, _rows(url, job, job.units), seconds=None)
-    own = list(job.units) if part is None else _of_part(job, *part)
-    keys = {unit.name: unit.key for unit in own}
-    found = ledger.begin(url, content)
-    done = {shard: r.place for some in shardreports.reports(url, found, keys) for shard, r in some.items()}
-    with terminable(), present(url, part) as presence:
-        paging = Paging(presence, keys)
-        there = done.keys() | paging.since(done)
-        bounds.heartbeat.step(len(there), len(own))
-        missing = [unit for unit in own if unit.name not in there]
-        if missing:
-            paging.settle([name for name, entry in done.items() if not entry.on_page], more=True)
-            with clusters.using(client) as cluster:
-
-                def sign() -> None:
-                    signatures.send(cluster, job.hrefs(), job.signed)
-                    signatures.send_place(cluster, url)
-
-                chips = sum(unit.chips for unit in own)
-                caller = Exit(job.writer, place, len(own), chips, progress, bounds)
-                shards = _shards(url, job, missing, alone=cluster is None)
-                write_shards(runner(cluster, bounds.deadline), shards, caller, sign, paging.settle)
-        whole = part is None or not shardreports.unreported(url, remote.listing(url), job.keys)
-        if whole:
-            manifest = _commit(url, job, content)
-            forget_clients(url)
-        else:
-            manifest = _rows(url, job, own)
-    _log.info("%s %s: %s", job.writer, place, "committed" if whole else "a part is written; others are not")
-    return JobReport.of_manifest(
-        place,
-        manifest,
-        None if whole else len(job.units),
-        written=len(missing),
-        seconds=round(time.monotonic() - start, 3),
-    )
-
-
-def _of_part(job: UnitJob, number: int, count: int) -> list[WorkUnit]:
-    """Return the units of one of so many parts of a job: every process cuts it at the same places."""
-    places = (job.cuts or Cuts.free(len(job.units))).parts(count)[number - 1]
-    return list(job.units[places.start : places.stop])
-
-
-def _shards(url: str, job: UnitJob, missing: Sequence[WorkUnit], alone: bool) -> Shards:
-    place = {unit.name: at for at, unit in enumerate(job.units)}
-    return Shards(
-        Work(_UnitWork(url, job.work), job.digest, job.roots, job.memory, job.resource),
-        [unit.name for unit in missing],
-        [(unit.name, unit.key, unit.chips, unit.item) for unit in missing],
-        [unit.key for unit in missing],
-        [place[unit.name] for unit in missing],
-        Cuts.free(len(job.units)) if alone or job.cuts is None else job.cuts,
-        digest(job.writer, job.digest, url)[:16],
-        job.writer,
-        chips=[unit.chips for unit in missing],
-    )
-
-
-def _reports(
-    url: str, objects: Mapping[str, int], units: Sequence[WorkUnit]
-) -> tuple[pa.Table, dict[str, shardreports.ReportPlace]]:
-    """Return the manifest's rows of units that are written, in their order, and how their reports are stored."""
-    tries, there = shardreports.tries(objects), dict[str, shardreports.Report]()
-    for some in shardreports.reports(url, objects, {unit.name: unit.key for unit in units}):
-        there |= some
-    rows = [
-        report_row(unit.name, unit.split, unit.number, report.values)
-        | {"attempts": report.place.attempts(tries.get(unit.name, ())), "key": unit.key}
-        for unit in units
-        if (report := there.get(unit.name)) is not None
-    ]
-    return table_of(rows), {name: report.place for name, report in there.items()}
-
-
-def _rows(url: str, job: UnitJob, units: Sequence[WorkUnit]) -> pa.Table:
-    return _reports(url, remote.listing(url), units)[0]
-
-
-def _commit(url: str, job: UnitJob, content: _Content) -> pa.Table:
-    found = ledger.restored(url, content)
-    manifest, places = _reports(url, found, job.units)
-    missing = [unit.name for unit in job.units if unit.name not in places]
-    if missing:
-        raise JobError(
-            f"{job.writer} {remote.redact(url)}",
-            f"{len(missing)} parts missing: {', '.join(missing[:10])}",
-            "all parts",
-            f"They were deleted or damaged meanwhile: call {job.writer} again, which does only these.",
-        )
-    manifest = ledger.commit(url, found, manifest, places, job.more(manifest), job.root.path)
-    warn_of_masked(url, manifest)
-    return manifest
+    """Write what an exit writes below a folder; see :func:`write_job`."""
+    return write_job(url, job.below(url), client, progress, bounds)

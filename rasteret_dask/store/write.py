@@ -18,14 +18,15 @@ import pyarrow.compute as pc
 import xarray as xr
 
 from rasteret_dask import activity
-from rasteret_dask.errors import JobError, StoreError
+from rasteret_dask.errors import StoreError
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import Sums
 from rasteret_dask.store import ledger, shardreports, smallobjects
 from rasteret_dask.store.datacard import card_objects
 from rasteret_dask.store.encode import Encoding, Piece, crc32
 from rasteret_dask.store.layout import COORDINATE_CHIPS, JOB, Layout, of_shards
-from rasteret_dask.store.manifest import ManifestRows, stamp, warn_of_masked
+from rasteret_dask.store.manifest import stamp, warn_of_masked
+from rasteret_dask.store.workunits import Commit, WorkUnit, begin, is_finished
 from rasteret_dask.table import geoparquet
 from rasteret_dask.tasks.filtering import KEPT
 from rasteret_dask.tasks.job import Job, Shard
@@ -33,7 +34,8 @@ from rasteret_dask.tasks.jobfile import JobRef, check_writable, job_objects, ope
 from rasteret_dask.tasks.jobparts import JobOfParts
 
 __all__ = [
-    "commit", "is_committed", "is_whole", "keys_of", "prepare", "write_shard", "write_sources", "written_rows",
+    "ChipContent", "chip_commit", "chip_units", "commit", "is_committed", "prepare", "write_shard",
+    "write_sources",
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ AUTO = json.dumps("auto")
 
 
 @dataclass(frozen=True)
-class _Chips:
+class ChipContent:
     """A job's chips, as the ledger asks for what is to be written."""
 
     layout: Layout
@@ -54,8 +56,9 @@ class _Chips:
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
-        """For each shard's name, the key of its valid report."""
-        return keys_of(self.layout.job)
+        """For each shard's name, the key of its valid report: the job's digest, which every task carries."""
+        job = self.layout.job
+        return dict.fromkeys((shard.name for shard in job.shards()), job.digest)
 
     def objects(self) -> dict[str, ledger.Maker]:
         """Return what makes the arrays' metadata, the chunks that the plan knows, the tables, and the job itself."""
@@ -74,26 +77,34 @@ class _Chips:
         return self.layout.places()
 
 
-def keys_of(job: Job) -> dict[str, str]:
-    """Return for each shard's name the key that its valid report has: the job's digest, which every task carries."""
-    return dict.fromkeys((shard.name for shard in job.shards()), job.digest)
+def chip_units(job: Job) -> list[WorkUnit]:
+    """Return the shards of a job in running order, and where a task finds each: in its part, where there are parts."""
+    order: list[tuple[Shard, Any]]
+    if isinstance(job, JobOfParts):
+        order = [(shard, (part.ref, _block(shard))) for part in job.parts for shard in part.shards]
+    else:
+        shards = sorted(job.shards(), key=lambda shard: int(job.running[shard.start]))
+        order = [(shard, _block(shard)) for shard in shards]
+    keys, digest = job.keys, job.digest
+    return [
+        WorkUnit(s.name, item, s.stop - s.start, digest, s.split, s.number, keys[s.name]) for s, item in order
+    ]
 
 
-def prepare(
-    layout: Layout, url: str, shards: Iterable[str] | None = None
-) -> dict[str, shardreports.ReportPlace]:
-    """Make a store ready for its shards and return those that are already there, by name, with their reports' places.
+def _block(shard: Shard) -> tuple[int, int]:
+    return shard.hierarchy, shard.number
 
-    What a rerun finds is compared with the ledger; what is missing or damaged is put again.
 
-    Parameters
-    ----------
-    layout
-        The job and its layout.
-    url
-        The store.
-    shards
-        Those that are asked for; None: all.
+def chip_commit(url: str, job: Job, units: Sequence[WorkUnit]) -> Commit:
+    """Return how the shards of a job become a store: the manifest has them in the job's order."""
+    by_name = {unit.name: unit for unit in units}
+    return Commit(
+        ledger.TO_ZARR, [by_name[shard.name] for shard in job.shards()], partial(_known_last, url, job)
+    )
+
+
+def prepare(layout: Layout, url: str) -> dict[str, shardreports.ReportPlace]:
+    """Make a store ready for its shards; see :func:`rasteret_dask.store.workunits.begin`.
 
     Raises
     ------
@@ -101,15 +112,9 @@ def prepare(
         When a rule of the plan cannot be imported by another process.
     StoreError
         When the store holds something else, another plan's leftovers, or these chips in another compression.
-    FormatError
-        When a newer version of the package writes it.
     """
     check_writable(layout.job)
-    chips = _Chips(layout)
-    found = ledger.begin(url, chips)
-    keys = chips.keys if shards is None else dict.fromkeys(shards, layout.job.digest)
-    some = shardreports.reports(url, found, keys)
-    return {shard: report.place for part in some for shard, report in part.items()}
+    return begin(url, ChipContent(layout))
 
 
 def is_committed(url: str, digest: str, compression: str = AUTO) -> bool:
@@ -131,14 +136,7 @@ def is_committed(url: str, digest: str, compression: str = AUTO) -> bool:
     FormatError
         When a newer version of the package wrote it.
     """
-    try:
-        note = ledger.root_of(url).note
-    except (remote.MissingError, StoreError):  # unfinished, damaged, or something else: prepare() tells
-        return False
-    if note["digest"] != digest:
-        return False
-    ledger.check_owner(url, note, ledger.Owner(digest, compression))
-    return True
+    return is_finished(url, ledger.Owner(digest, compression))
 
 
 @lru_cache(maxsize=256)
@@ -328,39 +326,16 @@ def commit(url: str, job: Job, layout: Layout | None = None) -> pa.Table:
     UnreadableTilesWarning
         When tiles could not be read and their pixels are invalid, as ``on_error="mask"`` allows.
     """
-    found = ledger.restored(url, None if layout is None else _Chips(layout))
-    rows = ManifestRows(job, shardreports.tries(found))
-    for some in shardreports.reports(url, found, keys_of(job)):
-        rows.add(some)
-    missing = [s.name for s in job.shards() if s.name not in rows.places]
-    if missing:
-        raise JobError(
-            f"store {remote.redact(url)}",
-            f"{len(missing)} shards missing: {', '.join(missing[:10])}",
-            "all shards",
-            "They are not written yet, or were deleted or damaged meanwhile: let the parts that write them end, or "
-            "call to_zarr again, which does only these.",
-        )
-    manifest = rows.table()
-    more = _kept(url, job, manifest) if job.pixel_rules else {}
-    more |= card_objects(url, manifest)
-    manifest = ledger.commit(url, found, manifest, rows.places, more)
+    content = None if layout is None else ChipContent(layout)
+    manifest = chip_commit(url, job, chip_units(job)).put(url, content)
     warn_of_masked(url, manifest)
     return manifest
 
 
-def is_whole(url: str, job: Job) -> bool:
-    """Tell whether all shards of a job have reports: whoever of several processes sees it may commit the store."""
-    return not shardreports.unreported(url, remote.listing(url), keys_of(job))
-
-
-def written_rows(url: str, job: Job, shards: Iterable[str]) -> pa.Table:
-    """Return the rows that the manifest will have for some shards, as far as these are written."""
-    found = remote.listing(url)
-    rows = ManifestRows(job, shardreports.tries(found))
-    for some in shardreports.reports(url, found, dict.fromkeys(shards, job.digest)):
-        rows.add(some)
-    return rows.table()
+def _known_last(url: str, job: Job, manifest: pa.Table) -> dict[str, bytes]:
+    """Return what is known when all shards are written: which chips are kept, and the card."""
+    kept = _kept(url, job, manifest) if job.pixel_rules else {}
+    return kept | card_objects(url, manifest)
 
 
 def _kept(url: str, job: Job, manifest: pa.Table) -> dict[str, bytes]:

@@ -38,7 +38,7 @@ import rasteret_dask as rd
 from rasteret_dask.grid import transformer
 from rasteret_dask.net import remote
 from rasteret_dask.net.sums import crc32_of
-from rasteret_dask.store import run, shardreports, write
+from rasteret_dask.store import run, shardreports, unitruns, workunits
 from rasteret_dask.store.run import _WritingParts
 from rasteret_dask.store.write import write_shard
 from rasteret_dask.tasks import freezing
@@ -184,18 +184,18 @@ def _write_nothing(
     blocks: rd.ChipBlocks[rd.Chips], store: Path, client: Client, step: _Steps, shards: bool
 ) -> None:
     """Write all shards with trivial bodies."""
-    prepare = write.prepare
+    begin = workunits.begin
 
     def told(*arguments: Any) -> Any:
-        done = prepare(*arguments)
-        step(f"to_zarr: {sum(1 for _ in arguments[0].job.shards()):,} shards planned and prepared")
+        done = begin(*arguments)
+        step(f"to_zarr: {len(arguments[2]):,} shards planned and prepared")
         if not shards:
             raise _EndError
         return done
 
     with (
         mock.patch.object(run, "_WritingParts", _Trivial),
-        mock.patch.object(run, "prepare", told),
+        mock.patch.object(unitruns, "begin", told),
         mock.patch.object(freezing, "SHARD_CHIPS", 50),
     ):
         blocks.to_zarr(store, client=client, progress=False)
