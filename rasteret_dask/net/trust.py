@@ -146,15 +146,14 @@ def check_host(href: str, subject: str) -> None:
     """
     try:
         url = urlsplit(href)
-        scheme = url.scheme.lower()
-        if scheme not in SCHEMES or not url.netloc:
-            raise TrustError(subject, _shown(href), _ONE_OF)
-        host = url.netloc.rpartition("@")[2]
+        scheme, host = url.scheme.lower(), url.netloc.rpartition("@")[2]
         if scheme.startswith("http"):
             host = plain_host(url.hostname or "")
             _ = url.port  # a ValueError where it is no number
     except ValueError as error:  # UnicodeError too
         raise TrustError(subject, f"{_shown(href)}: {str(error)[:120]}", "a URL with a host") from None
+    if scheme not in SCHEMES or not url.netloc:
+        raise TrustError(subject, _shown(href), _ONE_OF)
     if scheme.startswith("http"):
         if host in _FORBIDDEN_NAMES:
             raise TrustError(
