@@ -471,16 +471,22 @@ def _burn(
         parts = shapely.get_parts(shape)  # a cut may leave lines, which GDAL would burn too
         pairs += [(p, value) for p in parts if p.geom_type == "Polygon" and not p.is_empty]
     if pairs:
-        from rasterio.features import (
-            rasterize,  # rasterio takes a while to load: only who has labels waits for it
-        )
+        # rasterio takes a while to load: only who has labels waits for it
+        from rasterio.errors import NotGeoreferencedWarning
+        from rasterio.features import rasterize
         from rasterio.transform import from_bounds
 
         height, width = mask.shape
         grid = from_bounds(xmin, ymin, xmax, ymax, width, height)
         with _BURNING:
             _hide_its_own()
-            rasterize(pairs, out=mask, transform=grid)
+            try:
+                rasterize(pairs, out=mask, transform=grid)
+            except (
+                NotGeoreferencedWarning
+            ):  # an error by the user's filters; a thread beside put them back right now
+                _hide_its_own()
+                rasterize(pairs, out=mask, transform=grid)
 
 
 def _hide_its_own() -> None:
@@ -488,5 +494,6 @@ def _hide_its_own() -> None:
     from rasterio.errors import NotGeoreferencedWarning
 
     message, module = _ITS_OWN
-    if ("ignore", message, NotGeoreferencedWarning, module, 0) not in warnings.filters:
+    own = ("ignore", message, NotGeoreferencedWarning, module, 0)
+    if next(iter(warnings.filters), None) != own:  # behind another one it might not count
         warnings.filterwarnings("ignore", message.pattern, NotGeoreferencedWarning, module.pattern)
