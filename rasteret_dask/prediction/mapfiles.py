@@ -205,7 +205,7 @@ def _cog_files(plan: MapPlan, target: str) -> list[_CogFile]:
 def _finished(plan: MapPlan, target: str, files: Sequence[_CogFile]) -> JobReport | None:
     """Return the report of a map whose files are all there; None where some lack."""
     notes = {file.url: cog_note(file.url) for file in files}
-    for url, note in notes.items():
+    for url, note in reversed(notes.items()):  # the map's own first, which the user has named
         if note is not None and note.get("digest") != plan.digest:
             what = f"a map of {note['model']['name']}, of other chips or another model" if note else "a file"
             raise StoreError(
