@@ -233,8 +233,8 @@ def test_a_cluster_writes_the_same(
         LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
-        exits[name](f"s3://mine/cluster/{name}", client)
-    assert whole(f"s3://mine/cluster/{name}", name) == whole(folder(name), name)
+        exits[name](f"s3://mine/by-workers/{name}", client)
+    assert whole(f"s3://mine/by-workers/{name}", name) == whole(folder(name), name)
 
 
 # What reads it
