@@ -8,8 +8,8 @@ JOBS ?= 2
 # A file's tests stay together, in the order of the files; slow ones are few and long, and whoever is idle takes some.
 PYTEST := -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PYTEST_SLOW := -m pytest -q -n $(JOBS) --dist worksteal -m slow
-# Files without a slow test need not be imported.
-SLOW_FILES = $(shell grep -l 'mark\.slow' tests/test_*.py)
+# Files without a slow test need not be imported; those that ARGS names are.
+SLOW_FILES = $(if $(findstring tests/,$(ARGS)),,$(shell grep -l 'mark\.slow' tests/test_*.py))
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
