@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import part_processes
@@ -26,7 +27,7 @@ from rasteret_dask.net import remote
 from rasteret_dask.runlimits import RunLimits
 from rasteret_dask.store import shardreports
 from rasteret_dask.store.limits import Deadline
-from rasteret_dask.store.stopping import terminable
+from rasteret_dask.store.stopping import deferred, terminable
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
 
@@ -112,6 +113,61 @@ def test_a_signal_in_the_middle(
     chips.to_zarr(store, progress=False)  # a trace of the other client would be a warning
     assert contents(store) == contents(plain)
     assert set(tries(store).values()) == {1}, "what was written is not written again"
+
+
+class _Signalling(SimpleQueue[Any]):
+    """A queue that hands one thing over at the very moment at which a signal comes."""
+
+    number: signal.Signals
+    left: int
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().get(*args, **kwargs)
+        type(self).left -= 1
+        if self.left == 0:
+            signal.raise_signal(self.number)
+        return found
+
+
+@pytest.mark.parametrize("place", ["threads", "cluster"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_a_signal_just_as_a_shard_is_told_of(
+    chips: rd.Chips, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
+    number: signal.Signals, place: str, at: int,
+) -> None:  # fmt: skip
+    client = request.getfixturevalue("cluster") if place == "cluster" else None
+    store = tmp_path / "x.zarr"
+    queue = type("Queue", (_Signalling,), {"number": number, "left": at})
+    kind = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}[number]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"rasteret_dask.store.on{place}.SimpleQueue", queue)
+        with pytest.raises(kind) as caught:
+            chips.to_zarr(store, client=client, progress=False)
+    count = len(written(store))
+    assert caught.value.__notes__ == [
+        f"{count} of 17 shards are written: run the same again, which does the rest"
+    ]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    chips.to_zarr(store, progress=False)
+    assert contents(store) == contents(plain)
+    assert set(tries(store).values()) == {1}
+
+
+def _signalled(times: int, came: list[str]) -> None:
+    with deferred(lambda: came.append("woken")):
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+            came.append("went on")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_first_signal_waits_and_the_second_does_not(times: int) -> None:
+    came: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        _signalled(times, came)
+    assert came == ["woken", "went on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("place", ["threads", "cluster"])

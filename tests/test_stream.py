@@ -63,10 +63,21 @@ def shards(tmp_path: Path) -> Shards:
     return Shards(tmp_path / "log")
 
 
-def readers() -> list[str]:
-    return [
-        t.name for t in threading.enumerate() if t.name.startswith(("rasteret-batches", "rasteret-stream"))
-    ]
+OTHERS: set[threading.Thread] = set()
+"""Readers of streams that tests before this one have left."""
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    OTHERS.clear()
+    OTHERS.update(readers())
+
+
+def readers() -> set[threading.Thread]:
+    """Return the threads that read for this test; streams that nobody holds stop once they are collected."""
+    gc.collect()
+    names = ("rasteret-batches", "rasteret-stream")
+    return {t for t in threading.enumerate() if t.name.startswith(names)} - OTHERS
 
 
 # Real chips
@@ -254,7 +265,6 @@ def test_a_state_of_another_plan_is_refused(train: rd.Chips) -> None:
 def test_who_takes_nothing_stops_the_reading(tmp_path: Path) -> None:
     shards = Shards(tmp_path / "log", (6,) * 200)
     with dask.config.set(num_workers=2):
-        until(lambda: not readers())  # those of other tests
         stream = shards.stream(6, prefetch=3)
         assert not readers()
         next(stream)

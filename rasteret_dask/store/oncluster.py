@@ -111,7 +111,7 @@ class ClusterTasks:
         self._names: dict[str, str] = {}
         """Key of each run under way -> the shard it is at."""
         self._count = 0
-        self._heard: SimpleQueue[_Event | Future[Any] | _Answer] = SimpleQueue()
+        self._heard: SimpleQueue[_Event | Future[Any] | _Answer | None] = SimpleQueue()
         self._runs = Counter[str]()
         """Shard -> runs under way that have it: two, where one has left it to another."""
         self._written = set[str]()
@@ -301,6 +301,10 @@ class ClusterTasks:
         left, self._left = self._left, []
         return left
 
+    def wake(self) -> None:
+        """Have who waits for news go on without any; a signal's handler may call it."""
+        self._heard.put(None)
+
     def news(self) -> Sequence[ShardNews]:
         """Wait until something has happened; return the shards that have ended, none where only a run has.
 
@@ -317,6 +321,8 @@ class ClusterTasks:
         except Empty:
             if self._stopped:  # workers may have joined since
                 self.stop()
+            return []
+        if event is None:
             return []
         if isinstance(event, _Answer):
             return self._settle(event)

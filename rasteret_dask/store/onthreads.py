@@ -51,7 +51,7 @@ class ThreadTasks:
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="rasteret-shard")
         self._waiting = 0
-        self._ended: SimpleQueue[tuple[str, Future[bool]]] = SimpleQueue()
+        self._ended: SimpleQueue[tuple[str, Future[bool]] | None] = SimpleQueue()
         self._running: dict[str, float] = {}
         self._settled: list[str] = []
         self._subject, self._progress = "", Progress("shards", shown=False)
@@ -130,18 +130,25 @@ class ThreadTasks:
         self._deadline.took(time.monotonic() - begun)
         return True
 
+    def wake(self) -> None:
+        """Have who waits for news go on without any; a signal's handler may call it."""
+        self._ended.put(None)
+
     def news(self) -> Sequence[ShardNews]:
         """Wait until a shard has ended; none is told where one was not begun any more."""
         moved = warned = time.monotonic()
         while True:
             try:
-                name, future = self._ended.get(timeout=seconds("watch.look", "5s"))
+                ended = self._ended.get(timeout=seconds("watch.look", "5s"))
             except Empty:
                 now, patience = time.monotonic(), seconds("watch.no-progress", "60s")
                 if now - moved >= patience and now - warned >= patience:
                     warned = now
                     self._say(now, now - moved)
                 continue
+            if ended is None:
+                return []
+            name, future = ended
             self._waiting -= 1
             error = future.exception()
             if error is None and not future.result():

@@ -17,6 +17,7 @@ from rasteret_dask.progress import Progress
 from rasteret_dask.store.limits import Bounds, Deadline
 from rasteret_dask.store.onthreads import ThreadTasks, threads_that_fit
 from rasteret_dask.store.runtasks import Run, ShardNews, Shards, Work
+from rasteret_dask.store.stopping import deferred
 from rasteret_dask.tasks.runs import Workforce
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class _Runner(Protocol):
 
     def settled(self) -> Sequence[str]: ...
 
+    def wake(self) -> None: ...
+
 
 def runner(client: Client | None, deadline: Deadline | None = None) -> _Runner:
     """Return the cluster of a client, or where there is none threads of this process: scripts need no main guard."""
@@ -150,12 +153,14 @@ def write_shards(
             caller.bounds.heartbeat.step(state.done, caller.total)
 
         try:
-            while state.send(running):
-                for shard in running.news():
-                    if isinstance(shard.error, UnwritableStoreError):  # the others would end so too
-                        raise _unwritable(caller, shard.error, state.done)
-                    take(shard)
-                settle(running.settled(), state.unsent and not running.stopped)
+            with deferred(running.wake) as heed:
+                while state.send(running):
+                    for shard in running.news():
+                        if isinstance(shard.error, UnwritableStoreError):  # the others would end so too
+                            raise _unwritable(caller, shard.error, state.done)
+                        take(shard)
+                    settle(running.settled(), state.unsent and not running.stopped)
+                    heed()
         except CancelledError as error:
             raise JobError(
                 f"store {caller.place}",

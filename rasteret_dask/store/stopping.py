@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-__all__ = ["ended_by_a_second_interrupt", "terminable"]
+__all__ = ["deferred", "ended_by_a_second_interrupt", "terminable"]
 
 
 @contextmanager
@@ -34,6 +34,53 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def deferred(wake: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Have Ctrl-C and SIGTERM wait, for the length of a block, until it asks for them.
+
+    Python runs the handler of a signal between any two steps of the main thread: an exception raised there loses what a
+    queue has just handed over, and then nobody counts it, or waits for it for ever. A second signal does not wait, as
+    the main thread may be held up by something that never ends. Whatever handlers there are stay in charge: they are
+    called later.
+
+    Parameters
+    ----------
+    wake
+        Called when a signal has come, so that the block asks soon. It runs inside the handler.
+
+    Yields
+    ------
+    Callable
+        Calls the handlers of the signals that have come; these may raise.
+    """
+    handlers: dict[int, Any] = {}
+    asked: list[int] = []
+
+    def come(number: int, frame: FrameType | None) -> None:
+        if asked:
+            handlers[number](number, frame)
+        asked.append(number)
+        wake()
+
+    def answer() -> None:
+        came = asked[:]
+        asked.clear()
+        for number in came:
+            handlers[number](number, None)
+
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers.update((number, handler) for number, handler in found.items() if callable(handler))
+    for number in handlers:
+        signal.signal(number, come)
+    try:
+        yield answer
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    answer()
 
 
 @contextmanager
