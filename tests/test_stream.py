@@ -74,8 +74,7 @@ def _others() -> None:
 
 
 def readers() -> set[threading.Thread]:
-    """Return the threads that read for this test; streams that nobody holds stop once they are collected."""
-    gc.collect()
+    """Return the threads that read for this test."""
     names = ("rasteret-batches", "rasteret-stream")
     return {t for t in threading.enumerate() if t.name.startswith(names)} - OTHERS
 
