@@ -395,6 +395,24 @@ def test_a_model_may_give_other_pixels(optical: rd.Collection, cube: Any, factor
             np.testing.assert_allclose(inner["values"].values[0, down, across], four.mean(), rtol=1e-5)
 
 
+def zeros_only(pixels: NDArray[Any]) -> NDArray[Any]:
+    assert not pixels.any(), "no chip is read"
+    return np.asarray(pixels[:, 0] if pixels.ndim == 4 else pixels[:, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["map.tif", "answers.parquet"])
+def test_a_folder_where_a_file_is_to_be_is_told_before_anything_is_computed(
+    area: rd.Chips, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    model = rd.Model(zeros_only if name == "map.tif" else lambda pixels: zeros_only(pixels)[:, 0, :2])
+    for to, found in ((name, "a folder"), (f"file/below/{name}", "a file in place of the folder")):
+        with pytest.raises(rd.StoreError, match=rf"{found}.*Choose another path"):
+            area.predict(model, to=tmp_path / to, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "file"}
+
+
 @pytest.mark.parametrize(("size", "stride"), [(8, 2), (16, 8)])
 def test_a_map_in_degrees_has_a_chip_every_few_pixels(tmp_path: Path, size: int, stride: int) -> None:
     """Corners that lie less than a thousandth of a degree apart are different places."""
