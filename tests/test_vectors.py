@@ -152,7 +152,7 @@ def test_the_file_is_the_same_on_threads_and_on_a_cluster(
         again.to_parquet(str(tmp_path / "cluster.parquet"), client, progress=False)
         there = client.run(lambda: len(models._RUNNERS))
         check(plan(chips, batch_size=16).load(client), want)
-    assert set(there.values()) == {1}, "a process has the model once"
+    assert max(there.values()) == 1, "a process has the model once, or has had no task"
     assert (tmp_path / "cluster.parquet").read_bytes() == (tmp_path / "threads.parquet").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.parquet", "threads.parquet"]
 
