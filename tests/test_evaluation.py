@@ -481,6 +481,17 @@ def test_polygons_and_rasters_given_here_are_truth(one_zone: rd.Chips, tmp_path:
     fields[["crop", "geometry"]].to_parquet(tmp_path / "fields.parquet")
     again = one_zone.evaluate(canvas.array, str(tmp_path / "fields.parquet"), classes=named, progress=False)
     agree(again, expected)
+    third = sorted(CROPS)[
+        2
+    ]  # a predicted 3 that nobody names is not the labels' third class, nor another number
+    two = {code: name for code, name in named.items() if name != third}
+    fewer = one_zone.evaluate(canvas.array, str(tmp_path / "fields.parquet"), classes=two, progress=False)
+    assert set(fewer.only_in_predictions) == {"3", "4"}
+    for own, other in (("3", third), ("4", "4")):
+        for true in CROPS:
+            here, there = fewer.confusion.sel(truth=true), again.confusion.sel(truth=true)
+            assert here.sel(predicted=own) == there.sel(predicted=other)
+    assert fewer.confusion.sel(predicted=third).sum() == 0
     with pytest.raises(rd.PlanError, match="a map whose classes have no names"):
         one_zone.evaluate(canvas.array, fields, column="crop", progress=False)
     with pytest.raises(rd.PlanError, match="polygons with 2 columns"):

@@ -395,6 +395,42 @@ def test_a_model_may_give_other_pixels(optical: rd.Collection, cube: Any, factor
             np.testing.assert_allclose(inner["values"].values[0, down, across], four.mean(), rtol=1e-5)
 
 
+def zeros_only(pixels: NDArray[Any]) -> NDArray[Any]:
+    assert not pixels.any(), "no chip is read"
+    return np.asarray(pixels[:, 0] if pixels.ndim == 4 else pixels[:, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["map.tif", "answers.parquet"])
+def test_a_folder_where_a_file_is_to_be_is_told_before_anything_is_computed(
+    area: rd.Chips, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    model = rd.Model(zeros_only if name == "map.tif" else lambda pixels: zeros_only(pixels)[:, 0, :2])
+    for to, found in ((name, "a folder"), (f"file/below/{name}", "a file in place of the folder")):
+        with pytest.raises(rd.StoreError, match=rf"{found}.*Choose another path"):
+            area.predict(model, to=tmp_path / to, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {name, "file"}
+
+
+@pytest.mark.parametrize(("size", "stride"), [(8, 2), (16, 8)])
+def test_a_map_in_degrees_has_a_chip_every_few_pixels(tmp_path: Path, size: int, stride: int) -> None:
+    """Corners that lie less than a thousandth of a degree apart are different places."""
+    pixel, (height, width) = 1e-4, (48, 64)
+    numbers = np.random.default_rng(0).random((height, width), dtype=np.float32) + 1
+    profile = {"width": width, "height": height, "count": 1, "dtype": "float32", "crs": 4326}
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", transform=rasterio.Affine(pixel, 0, 15.0, 0, -pixel, 50.0),
+        tiled=True, blockxsize=16, blockysize=16, **profile,
+    ) as file:  # fmt: skip
+        file.write(numbers, 1)
+    degrees = rd.build_from_files(tmp_path, name="a", static=True).harmonize()
+    chips = degrees.chips(size, stride=stride, grid="tiles", cover=True)
+    seen: Any = chips.predict(lambda pixels: pixels[:, 0] * 2, blend="mean", progress=False)
+    np.testing.assert_allclose(seen["values"].values[0], numbers * 2, rtol=1e-6)
+    assert int(seen["count"].max()) == (size // stride) ** 2
+
+
 def test_invalid_input_stays_invalid(s2: rd.Collection, cube: Any) -> None:
     masked = s2.where(tile="MGRS-33UVR").harmonize(["red"], time="1MS", mask="clouds", pick="median")
     chips = masked.chips(32, stride=24, cover=True)

@@ -316,6 +316,25 @@ def test_a_process_has_one_runner_and_forgets_idle_ones() -> None:
     assert len(models._RUNNERS) == 1
 
 
+class OneBuffer:
+    """A model that answers in memory of its own, each time the same."""
+
+    def __init__(self, dtype: str) -> None:
+        self.memory = np.empty((64, 2, 4, 4), dtype=dtype)
+
+    def __call__(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        self.memory[: len(pixels)] = pixels * 100
+        return self.memory[: len(pixels)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+def test_an_answer_stays_when_the_model_writes_over_its_memory(dtype: str, batch_size: int) -> None:
+    arrays = chips(20)
+    rows = parcel(Model(OneBuffer(dtype), version=dtype), batch_size=batch_size).runner().predict(arrays)
+    np.testing.assert_array_equal(rows, (np.nan_to_num(arrays["s2"][:, 0]) * 100).astype(dtype))
+
+
 # What a model is known by
 
 
@@ -358,6 +377,109 @@ def test_plain_attributes_of_modules_count() -> None:
     arrays = chips(2)
     rows = parcel(Scaled(3.0)).runner().predict(arrays)
     np.testing.assert_allclose(rows, np.nan_to_num(arrays["s2"][:, 0]) * 3)
+
+
+def written(name: str, text: str) -> Any:
+    """Return a class whose text no file has, as of a notebook's cell that was run again."""
+    space: dict[str, Any] = {"__name__": "of_a_cell"}
+    exec(text, space)
+    return space[name]
+
+
+def weighted(pixels: Any, net: Any = None, table: Any = None) -> Any:
+    return pixels
+
+
+NETS: list[Any] = []
+FACTOR = 2.0
+
+
+def by_a_global(pixels: Any) -> Any:
+    return NETS[0](pixels)
+
+
+def by_a_lambda(pixels: Any) -> Any:
+    return np.stack([(lambda one: one * FACTOR)(one) for one in pixels])
+
+
+def test_all_that_a_module_or_a_partial_holds_counts() -> None:
+    """Whatever changes numbers changes the digest: else a map that was begun would be finished by another model."""
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+
+    class Holder(torch.nn.Module):  # type: ignore[name-defined, misc]
+        def __init__(self, own: Any) -> None:
+            super().__init__()
+            self._own, self.own = own, own
+
+        def forward(self, pixels: Any) -> Any:
+            return pixels
+
+    class Private(Holder):
+        def __init__(self, own: Any) -> None:
+            super().__init__(0)
+            self._own = own
+
+    def net(weight: float) -> Any:
+        module = torch.nn.Conv2d(2, 1, 1, bias=False)
+        with torch.no_grad():
+            module.weight.fill_(weight)
+        return module
+
+    def table(at: int) -> Any:
+        values = np.zeros(5_000)
+        values[at] = 1.0
+        return values
+
+    def hooked(hook: Any) -> Any:
+        module = net(1.0)
+        if hook is not None:
+            module.register_forward_hook(hook)
+        return module
+
+    text = "import torch\nclass Cell(torch.nn.Module):\n    def forward(self, pixels): return pixels * {}\n"
+    pairs: list[tuple[Callable[[Any], Any], Any, Any]] = [
+        (Private, 1.0, 2.0), (Private, {"a": [table(1)]}, {"a": [table(2)]}), (Holder, [net(1.0)], [net(2.0)]),
+        (Holder, torch.zeros(2), torch.ones(2)), (hooked, None, weighted),
+        (lambda k: written("Cell", text.format(k))(), 2.0, 3.0),
+        (lambda k: partial(weighted, net=k), net(1.0), net(2.0)),
+        (lambda k: partial(weighted, table=k), {"w": table(2_000)}, {"w": table(2_001)}),
+        (lambda k: partial(weighted, table=k), torch.zeros(3), torch.ones(3)),
+    ]  # fmt: skip
+    for make, one, other in pairs:
+        first, again, second = (parcel_of(Model(make(v)), 4, {}).digest for v in (one, one, other))
+        assert first == again != second, (one, other)
+    mutual = Holder(None)
+    mutual.own = [Holder([mutual])]  # no end of looking
+    assert parcel_of(Model(mutual), 4, {}).digest
+
+
+def test_a_base_class_of_a_module_counts() -> None:
+    pytest.importorskip("torch", reason="needs the extra torch")
+    text = (
+        "import torch\nclass Base(torch.nn.Module):\n    def forward(self, pixels): return pixels * {}\n"
+        "class Cell(Base): pass\n"
+    )
+    first, second = (parcel_of(Model(written("Cell", text.format(k))()), 4, {}).digest for k in (2.0, 3.0))
+    assert first != second
+
+
+def test_data_that_functions_name_anywhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function's digest holds no weights: of a net that is a global it must not say that it is the same."""
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    before = parcel_of(Model(by_a_lambda), 4, {}).digest
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+    assert parcel_of(Model(by_a_lambda), 4, {}).digest != before
+    monkeypatch.setattr(sys.modules[__name__], "NETS", torch.nn.Identity())
+    with pytest.raises(
+        rd.PlanError, match=r"by_a_global: found a global or default NETS, a Identity.*version='1'"
+    ):
+        parcel_of(Model(by_a_global), 4, {})
+    assert parcel_of(Model(by_a_global, version="1"), 4, {}).digest
+    pandas = pytest.importorskip("pandas")
+    told = partial(weighted, table=pandas.DataFrame({"a": np.arange(1_000.0)}))
+    with pytest.raises(rd.PlanError, match=r"argument table: found a DataFrame.*version='1'"):
+        parcel_of(Model(told), 4, {})
+    assert parcel_of(Model(told, version="1"), 4, {}).digest
 
 
 def test_another_process_knows_it_by_the_same_digest(tmp_path: Path) -> None:
@@ -418,6 +540,10 @@ def texts(pixels: Any) -> Any:
     return ["forest"] * len(pixels)
 
 
+def masked(pixels: Any) -> Any:
+    return np.ma.masked_greater(pixels, 0.5)
+
+
 def two(pixels: Any) -> Any:
     return {"logits": pixels, "aux": pixels}
 
@@ -433,6 +559,7 @@ def broken(arrays: Arrays) -> Arrays:
 GIVEN = r"float32 \(2, 2, 4, 4\) of s2 with bands red, nir"
 
 FAULTS: dict[str, tuple[Model, str]] = {
+    "masked": (Model(masked), r"found a masked array; expected a number.*answer\.filled\(0\)"),
     "raises": (
         Model(raises),
         rf"model raises on chips chip-0-0, chip-0-1: found KeyError: 'no such layer'.*{GIVEN}",

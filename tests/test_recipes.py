@@ -137,6 +137,7 @@ LATER = {
     "size": ("size = 32", "size = 999", 18, "9990 m", "Choose a smaller size"),
     "operator": ('">", 0', '"=>", 0', 26, "'=>'", "operator one of"),
     "chip column": ('"slots"', '"slts"', 26, "'slts'", ""),
+    "path": ('filter = [["slots", ">", 0]]', 'map = "mycde.py:f"', 26, "no module 'mycde.py'", "Put mycde.py into"),
     "function": ('filter = [["slots", ">", 0]]', 'map = "mycde:f"', 26, "no module 'mycde'", "Put mycde.py into"),
     "function name": ('filter = [["slots", ">", 0]]', 'map = "os:getcw"', 26, "no 'getcw' in os", "'getcwd'?"),
     "rule": ('"clouds"', '{ rule = "Clases" }', 16, "no module and name", ""),

@@ -91,9 +91,10 @@ def evaluate(
     request = MapRequest("evaluate(predictions=)", truth.is_class, question.nodata, question.band, known)
     predictions = rasters_of(question.predictions, request)
     _check_ground(predictions, table)
-    naming = _naming(truth, predictions, question)
+    _naming(truth, predictions, question)  # what is wrong with names is told before anything is read
     beside = Beside(job, chips.outputs, chips.context, truth, predictions, question.once)
     parts = parts_of(beside, client, progress)
+    naming = _naming(truth, predictions, question, _predicted(parts))
     nearest = sum(int((~part.exact).sum()) for part in parts)
     note = Note(
         predictions.name, truth.text, truth.is_class, names=naming.names, distances_m=around.distances_m,
@@ -205,7 +206,13 @@ def _check_ground(predictions: Rasters, table: pa.Table) -> None:
     )  # fmt: skip
 
 
-def _naming(truth: Truth, predictions: Rasters, question: Question) -> ClassCodes:
+def _predicted(parts: Sequence[ShardCounts]) -> list[int]:
+    """Return the predicted classes that there are."""
+    codes = [part.counts.predicted for part in parts if isinstance(part.counts, Pairs)]
+    return np.unique(np.concatenate(codes)).tolist() if codes else []
+
+
+def _naming(truth: Truth, predictions: Rasters, question: Question, seen: Sequence[int] = ()) -> ClassCodes:
     if not truth.is_class:
         return ClassCodes({}, {})
     beside = truth.labels is not None and truth.text == truth.labels.column
@@ -215,7 +222,7 @@ def _naming(truth: Truth, predictions: Rasters, question: Question) -> ClassCode
             f"classes {listed(list(truth.names.values()))}, and a map whose classes have no names",
             "names on both sides", "Say what predicted classes are called: classes={1: 'water'}.",
         )  # fmt: skip
-    return class_codes(truth.names, predictions.names, question.classes)
+    return class_codes(truth.names, predictions.names, question.classes, seen)
 
 
 def _of_chips(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from rasteret_dask.errors import PlanError
@@ -23,7 +23,10 @@ class ClassCodes:
 
 
 def class_codes(
-    truth: Mapping[int, str], predicted: Mapping[int, str], classes: Mapping[int, str | int] | None
+    truth: Mapping[int, str],
+    predicted: Mapping[int, str],
+    classes: Mapping[int, str | int] | None,
+    seen: Collection[int] = (),
 ) -> ClassCodes:
     """Return which class of the labels each predicted one is.
 
@@ -33,6 +36,8 @@ def class_codes(
         Class -> its name, as far as each side has names.
     classes
         What the user says of predicted classes: the name or the number of the labels' class.
+    seen
+        Predicted classes that there are, once they are known.
 
     Raises
     ------
@@ -43,7 +48,7 @@ def class_codes(
     codes: dict[int, int] = {}
     names = dict(truth)
     said = {**predicted, **(classes or {})}
-    free = max([0, *truth, *said]) + 1
+    free = max([0, *truth, *said, *seen]) + 1
     for code, meant in said.items():
         if isinstance(meant, str) and meant in numbers:
             target = numbers[meant]
@@ -61,4 +66,9 @@ def class_codes(
             target = int(meant)
         if target != code:
             codes[code] = target
+    if truth and any(isinstance(meant, str) for meant in (classes or {}).values()):
+        # who names classes compares names: a number without one is not the labels' class that happens to have it
+        for code in sorted(set(truth) & set(seen) - set(said)):
+            codes[code], names[free] = free, str(code)
+            free += 1
     return ClassCodes(codes, names)

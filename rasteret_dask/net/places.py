@@ -63,3 +63,18 @@ class Place:
         if self.is_file:
             raise StoreError(f"store {redact(self.url)}", "a file", expected, remedy)
         return self.url
+
+    def file(self, remedy: str) -> str:
+        """Return :attr:`url`, or raise StoreError where no file can be: a folder lies here, or a file is in the way."""
+        if self.is_local:
+            if os.path.isdir(self.url):
+                raise StoreError(f"file {redact(self.url)}", "a folder", "a file, or nothing yet", remedy)
+            above = os.path.dirname(self.url)
+            while above and not os.path.lexists(above):
+                above = os.path.dirname(above)
+            if os.path.isfile(above):
+                raise StoreError(
+                    f"file {redact(self.url)}", f"a file in place of the folder {above}", "a folder, or nothing yet",
+                    remedy,
+                )  # fmt: skip
+        return self.url

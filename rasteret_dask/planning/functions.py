@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import datetime as dt
+import dis
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from rasteret_dask.errors import PlanError
@@ -68,23 +70,65 @@ def _held(function: Callable[..., Any], name: str) -> str:
         around = inspect.getclosurevars(function)
         found = {str(i): value for i, value in enumerate(function.__defaults__ or ())}
         found |= function.__kwdefaults__ or {}
-        found |= {**around.globals, **dict.fromkeys(around.nonlocals, NotImplemented)}
+        found |= {**_inner_globals(function), **around.globals}
+        found |= dict.fromkeys(around.nonlocals, NotImplemented)
     else:  # an object with data of its own, or compiled
         found = {"self": NotImplemented}
     said = []
     for key, value in sorted(found.items(), key=lambda pair: str(pair[0])):
-        if inspect.ismodule(value) or callable(value):
+        if inspect.ismodule(value) or _is_code(value):
             said.append(f"{key}={getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}")
         elif _is_plain(value):
             said.append(f"{key}={plain(value)!r}")
         else:
             raise PlanError(
                 f"function {name}",
-                f"a closure over {key}, or a global or default of type {type(value).__name__}",
+                _data_words(key, value),
                 "a function of its arguments and plain values",
                 "Say which version it is: map(function, version='1').",
             )
     return "|".join(said)
+
+
+def _data_words(name: str, value: Any) -> str:
+    if value is NotImplemented:
+        return (
+            "an object with data of its own, or compiled code" if name == "self" else f"a closure over {name}"
+        )
+    return f"a global or default {name}, a {type(value).__name__}"
+
+
+def _is_code(value: Any) -> bool:
+    """Tell whether a value is a function or a class; any other object that can be called has data of its own."""
+    if inspect.ismethod(value) and not inspect.isclass(value.__self__):
+        return False
+    name = getattr(value, "__qualname__", getattr(value, "__name__", None))
+    return callable(value) and isinstance(name, str)
+
+
+def _inner_globals(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the data that functions and comprehensions inside a function name: inspect does not look into these."""
+    around: dict[str, Any] = getattr(function, "__globals__", {})
+    code: CodeType = function.__code__
+    names = {name for part in _inner_code(code) for name in _global_names(part) if name in around}
+    return {
+        name: around[name]
+        for name in names
+        if not inspect.ismodule(around[name]) and not _is_code(around[name])
+    }
+
+
+def _inner_code(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _inner_code(constant)
+
+
+def _global_names(code: CodeType) -> Iterator[str]:
+    return (
+        str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    )
 
 
 def _place_in_line(function: Callable[..., Any]) -> str:

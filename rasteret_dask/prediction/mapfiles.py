@@ -165,6 +165,8 @@ def write_cogs(
     """
     target = Place.of(path).url
     work, files = f"{target}.job", _cog_files(plan, target)
+    for file in files:  # else it would show when all is computed
+        Place.at(file.url).file("Choose another path.")
     if (report := _finished(plan, target, files)) is not None:
         _remove(work)
         if progress:

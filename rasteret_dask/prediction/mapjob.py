@@ -99,8 +99,8 @@ def map_job(
         raise EmptyError("predict", "no chip", "at least one", "Ask for less in filter, select or chips().")
     chips = job.chips.take(pa.array(rows))
     bounds, codes = bounds_of(chips), job.epsg[rows]
-    _check_places(chips, codes, bounds)
     pixel = size / output.side
+    _check_places(chips, codes, bounds / pixel)
     first = {code: bounds[np.argmax(codes == code)] for code, _, _ in zones}
     grids = tuple(
         grid_of(code, name, edges, (float(first[code][0]), float(first[code][3])), pixel)
@@ -141,9 +141,12 @@ def _per_shard(outputs: Sequence[Output], batch_size: int) -> int:
     return max(READ_BYTES // sum(own.chip_bytes for own in outputs), batch_size, 1)
 
 
-def _check_places(chips: pa.Table, codes: NDArray[np.int64], bounds: NDArray[np.float64]) -> None:
-    """Raise PlanError where several chips lie at one place: one map cannot say what each of them says."""
-    place = np.column_stack([codes, np.round(bounds[:, [0, 3]], 3)])
+def _check_places(chips: pa.Table, codes: NDArray[np.int64], pixels: NDArray[np.float64]) -> None:
+    """Raise PlanError where several chips lie at one place: one map cannot say what each of them says.
+
+    Bounds are in pixels of the map: of one in degrees a thousandth is many.
+    """
+    place = np.column_stack([codes, np.round(pixels[:, [0, 3]], 3)])
     _, first, count = np.unique(place, axis=0, return_index=True, return_counts=True)
     if (count > 1).any():
         at = int(first[np.argmax(count)])

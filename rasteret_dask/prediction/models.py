@@ -501,6 +501,11 @@ class ModelRunner:
     def _rows(self, answer: Any, ids: Sequence[str], words: str) -> NDArray[Any]:
         """Return what the model answered as a row a chip."""
         rows = self._chosen(answer, ids)
+        if isinstance(rows, np.ma.MaskedArray):
+            raise ModelError(
+                self._subject(ids), "a masked array", "a number for each chip and pixel",
+                "Fill what is masked: answer.filled(0). Pixels whose input is invalid are no part of a map anyway.",
+            )  # fmt: skip
         if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "fiub":
             kind = f"an array of {rows.dtype}" if isinstance(rows, np.ndarray) else f"a {type(rows).__name__}"
             raise ModelError(self._subject(ids), kind, f"an array of numbers for {words}")
@@ -555,12 +560,14 @@ def _remedy(error: Exception, batch_size: int) -> str:
 
 
 def _activated(rows: NDArray[Any], activation: Activation | None) -> NDArray[Any]:
-    """Return numbers as float32 or whole ones, after the activation."""
-    if rows.dtype.kind == "b":
-        rows = rows.astype(np.uint8)
+    """Return numbers as float32 or whole ones, after the activation: always a copy.
+
+    Of a model that keeps the memory of its answer, the next call would write over an answer that is still needed.
+    """
     if activation is None:
-        return rows.astype(np.float32, copy=False) if rows.dtype.kind == "f" else rows
-    numbers = rows.astype(np.float32)  # a copy, which is written to
+        kinds: dict[str, type[Any]] = {"b": np.uint8, "f": np.float32}
+        return rows.astype(kinds.get(rows.dtype.kind, rows.dtype))
+    numbers = rows.astype(np.float32)
     if activation == "sigmoid":
         with np.errstate(over="ignore"):
             return np.asarray(1 / (1 + np.exp(-numbers)), np.float32)

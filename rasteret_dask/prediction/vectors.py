@@ -24,6 +24,7 @@ from rasteret_dask.errors import ModelError, PlanError, StoreError
 from rasteret_dask.formats import ANSWERS, MEANING
 from rasteret_dask.net import clusters, remote, signatures
 from rasteret_dask.net.clusters import ClientLike
+from rasteret_dask.net.places import Place
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.prediction.maps import gpu_resource
@@ -226,7 +227,7 @@ class VectorPlan:
         StoreError
             When something else lies there.
         """
-        work = url + WORK
+        work = Place.at(url).file("Choose another path.") + WORK
         if (report := self._finished(url)) is not None:
             remove_work(work)
             if progress:

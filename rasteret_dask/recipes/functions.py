@@ -96,7 +96,8 @@ def imported(module: str, folder: Path, subject: str) -> ModuleType:
                 remedy = f"Install {error.name}, which {module} imports."
                 raise PlanError(subject, str(error), f"a {module} that imports", remedy) from error
             names = [one.stem for one in folder.glob("*.py")]
-            remedy = nearest(module, names) or f"Put {module}.py into {folder}, or install its package."
+            stem = module.removesuffix(".py")  # as a path has it
+            remedy = nearest(stem, names) or f"Put {stem}.py into {folder}, or install its package."
             raise PlanError(subject, f"no module {module!r}", "a module", remedy) from error
         except Exception as error:  # the user's own module: whatever it raises while it is imported
             reason = f"{type(error).__name__}: {error}"
