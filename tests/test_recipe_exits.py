@@ -209,7 +209,7 @@ def test_what_a_saved_plan_cannot_say_is_told(place: Path, call: Callable[..., A
         ("predict", plan, "--to", "a.zarr"): "--model",
         ("predict", plan, "--model", "mymodel:scores"): "--to",
         ("predict", plan, "--set", "chips.size=1"): "name a recipe",
-        ("export", plan, "--to", tmp_path / "a", "--split", "val"): "no split",
+        ("export", plan, "--to", tmp_path / "a", "--split", "val"): "this one has none",
         ("export", plan): "--to",
     }.items():
         code, _, told = call(*words)
