@@ -59,7 +59,7 @@ class PlanFiles:
         return cls(url, open_job(url, str(note["digest"])))
 
     @cached_property
-    def outlined(self) -> Job:
+    def with_outlines(self) -> Job:
         """The job, with the outlines of chips."""
         outlines = outline_wkb(frame_of(self.job.chips))
         table = self.job.chips.append_column(CHIP_SCHEMA.field("geometry"), outlines)
@@ -70,7 +70,7 @@ class PlanFiles:
     @cached_property
     def ground(self) -> ChipGround:
         """On which maps chips lie, and when their slots begin and end."""
-        return ChipGround.of(self._own(GROUND))
+        return ChipGround.of(self._of_plan(GROUND))
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -93,9 +93,9 @@ class PlanFiles:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """How many chips of each shard are kept, where the job has rules on pixels."""
-        return tuple(self._own(SIZES)["sizes"])
+        return tuple(self._of_plan(SIZES)["sizes"])
 
-    def _own(self, name: str) -> dict[str, Any]:
+    def _of_plan(self, name: str) -> dict[str, Any]:
         document = self._document(name)
         if document["digest"] != self.job.digest:
             raise self._lacking(f"a {name} of another plan")

@@ -200,7 +200,7 @@ class SavedPlan(ChipExits, ModelExits):
 
     # What exits ask for
 
-    def _chosen(self, job: Job) -> Job:
+    def _selection(self, job: Job) -> Job:
         """Return the job of the splits that are selected."""
         node = self._plan
         while isinstance(node, Select):
@@ -210,23 +210,23 @@ class SavedPlan(ChipExits, ModelExits):
     @cached_property
     def _bare(self) -> Job:
         """The job without the outlines of chips."""
-        return self._chosen(self._files.job)
+        return self._selection(self._files.job)
 
     @cached_property
     def _job(self) -> Job:
-        return self._chosen(self._files.outlined)
+        return self._selection(self._files.with_outlines)
 
     @cached_property
     def _layout(self) -> Layout:
         from rasteret_dask.store.layout import Layout, source_attrs
         from rasteret_dask.tasks.mapping import outputs_of
 
-        files, used = self._files, self._job.used()
+        files, used = self._files, self._job.record_rows()
         provenance, node, steps = files.provenance, self._plan, list[str]()
         while isinstance(node, Select):
             steps, node = [call(node), *steps], node.child
         for step in steps:
-            provenance = provenance.chosen(step, used)
+            provenance = provenance.after(step, used)
         return Layout(
             self._job,
             outputs_of(self._job, self._functions),

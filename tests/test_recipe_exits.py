@@ -238,7 +238,7 @@ def test_what_a_saved_plan_cannot_say_is_told(place: Path, call: Callable[..., A
     }.items():
         code, _, told = call(*words)
         assert (code, match in told) == (ExitCode.USAGE, True), told
-    (plan / "ground.json").unlink()
+    (plan / "provenance.json").unlink()
     code, _, told = call("export", plan, "--to", tmp_path / "a")
     assert (code, "Save the plan again" in told) == (ExitCode.FAILED, True)
 

@@ -156,6 +156,7 @@ def test_statistics_of_a_stream_are_measured_of_the_plan(chips: rd.Chips, plan: 
         np.testing.assert_array_equal(values, wanted[name])
 
 
+@pytest.mark.parametrize("chips", ["two sources, splits, labels, a function"], indirect=True)
 def test_files_of_an_opened_plan_are_those_of_its_chips(
     chips: rd.Chips, plan: SavedPlan, tmp_path: Path
 ) -> None:
@@ -275,7 +276,7 @@ def test_where_no_plan_lies_it_says_who_writes_one(simple: rd.Chips, tmp_path: P
         rd.open_plan(tmp_path / "file")
 
 
-def used(place: Path, to: Path) -> None:
+def use(place: Path, to: Path) -> None:
     """Open a plan, and ask for all that lies there."""
     _read.cache_clear()
     plan = rd.open_plan(place, FUNCTIONS)
@@ -284,26 +285,33 @@ def used(place: Path, to: Path) -> None:
     plan.to_zarr(to, progress=False)
 
 
-@pytest.mark.parametrize("damage", [deleted, truncated, flipped])
-@pytest.mark.parametrize("chips", ["rules on pixels", "windows anywhere, dealt cells"], indirect=True)
+@pytest.mark.parametrize(
+    ("chips", "damage"),
+    [
+        ("rules on pixels", deleted),
+        ("rules on pixels", flipped),
+        ("windows anywhere, dealt cells", truncated),
+    ],
+    indirect=["chips"],
+)
 def test_a_damaged_plan_is_told_and_saved_again(
     chips: rd.Chips, saved: Path, damage: Any, tmp_path: Path
 ) -> None:
     place = Path(shutil.copytree(saved, tmp_path / "plan"))
-    used(place, tmp_path / "store")
+    use(place, tmp_path / "store")
     for file in sorted(saved.iterdir()):
         damage(place / file.name)
         with pytest.raises(
             rd.StoreError, match=r"[Ss]ave the plan again|write it again|saves a plan"
         ) as told:
-            used(place, tmp_path / "store")
+            use(place, tmp_path / "store")
         if "in the same place" not in told.value.remedy and file.name == "job.json":
             shutil.rmtree(place)  # "Delete it, and write it again."
         chips.save_plan(place)
         assert {p.name: p.read_bytes() for p in place.iterdir()} == {
             p.name: p.read_bytes() for p in saved.iterdir()
         }
-    used(place, tmp_path / "store")
+    use(place, tmp_path / "store")
 
 
 def test_a_plan_of_an_earlier_version_is_told_and_saved_again(simple: rd.Chips, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class ExitChips:
     digest: str
     units: Sequence[ChipUnit]
     """In running order."""
-    own: UnitChips
+    reading: UnitChips
     """Who reads them, and what that needs."""
 
 
@@ -253,7 +253,7 @@ def unit_job(
         )
         for one in chips.units
     ]  # fmt: skip
-    own = chips.own
+    own = chips.reading
     return UnitJob(
         writer, whole, units, _Writing(own.reader(url)), root, own.objects(), places, ends,
         {f"encoder-{whole[:16]}": encoder, **own.functions},

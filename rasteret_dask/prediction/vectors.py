@@ -131,7 +131,7 @@ class VectorPlan:
     job: AnsweredJob
     parcel: ModelParcel
     work: VectorWork
-    own: UnitChips
+    reading: UnitChips
     """Who reads the shards, and what that needs."""
     on_error: OnError = "raise"
     span: tuple[np.datetime64, np.datetime64] | None = None
@@ -220,7 +220,7 @@ class VectorPlan:
         progress
             Whether to show how far it is.
         """
-        token, at_root, own = self.digest[:16], f"job-{self.job.digest[:16]}", self.own
+        token, at_root, own = self.digest[:16], f"job-{self.job.digest[:16]}", self.reading
         shards = list(self.job.shards())
         keys = [f"predict-{shard.name}-{token}" for shard in shards]
         with clusters.using(client) as cluster, root_of(self.parcel, cluster) as (graph, model):
@@ -297,7 +297,7 @@ class VectorPlan:
 
     def _unit_job(self, url: str, client: ClientLike) -> UnitJob:
         """Return the shards as units of work."""
-        job, own = self.job, self.own
+        job, own = self.job, self.reading
         order = sorted(job.shards(), key=lambda shard: int(job.running[shard.start]))
         units = [
             WorkUnit(

@@ -63,7 +63,7 @@ class Provenance:
             {"steps": self.steps, "dropped": self.dropped, "origins": [asdict(o) for o in self.origins]}
         )
 
-    def chosen(self, step: str, used: Sequence[tuple[SourceRecords, NDArray[np.int64]]]) -> Provenance:
+    def after(self, step: str, used: Sequence[tuple[SourceRecords, NDArray[np.int64]]]) -> Provenance:
         """Return where some of the chips come from.
 
         Parameters

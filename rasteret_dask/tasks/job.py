@@ -226,7 +226,7 @@ class Job:
         plan = self.sources[source]
         return (*plan.maps, *(function for name, function in self.maps if name in (None, plan.name)))
 
-    def used(self) -> list[tuple[SourceRecords, NDArray[np.int64]]]:
+    def record_rows(self) -> list[tuple[SourceRecords, NDArray[np.int64]]]:
         """Return each source with the rows of its records that feed a chip of the job's splits."""
         feeds = FeedTable.of(self.chosen_chips())
         own = map(SourceRecords, self.sources, self.records, self.members)
