@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from rasteret_dask.launching.request import WorkerSize
     from rasteret_dask.net.trust import trust
     from rasteret_dask.openers import as_collection, build_from_files, build_from_table, load
+    from rasteret_dask.planset import SavedPlan, open_plan
     from rasteret_dask.prediction.cogtiles import CogTiles
     from rasteret_dask.prediction.mapstore import MapZarr
     from rasteret_dask.prediction.models import Model
@@ -123,6 +124,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RunLimits",
+    "SavedPlan",
     "SchemaError",
     "SignedHrefsWarning",
     "SourceError",
@@ -160,6 +162,7 @@ __all__ = [
     "merge",
     "open_chips",
     "open_map",
+    "open_plan",
     "picks",
     "read_chips",
     "refresh",
@@ -194,6 +197,7 @@ _MODULES = {
     "launching.request": "WorkerSize",
     "net.trust": "trust",
     "openers": "as_collection build_from_files build_from_table load",
+    "planset": "SavedPlan open_plan",
     "prediction.mapstore": "MapZarr",
     "prediction.models": "Model",
     "prediction.openmap": "open_map",

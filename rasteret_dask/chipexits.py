@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What chips become for others: the exits of ``Chips`` beside stores and streams."""
+"""What chips become where they are used: batches for training, and files for others."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
-from rasteret_dask.chipping.chips import PlannedChips
-from rasteret_dask.chipping.steps import steps_of
 from rasteret_dask.net.clusters import ClientLike
 from rasteret_dask.net.places import Place
-from rasteret_dask.planning.plan import Folds, Node, Split
-from rasteret_dask.planning.query import Query
 from rasteret_dask.runlimits import NO_LIMITS, RunLimits
 from rasteret_dask.words import OnError
 
@@ -20,27 +16,19 @@ if TYPE_CHECKING:
     from rasteret_dask.exports.webdataset import PixelFormat
     from rasteret_dask.store.jobreport import JobReport
     from rasteret_dask.store.layout import Layout
+    from rasteret_dask.streams.augmenting import Augment
     from rasteret_dask.streams.chipshards import ChipShards
+    from rasteret_dask.streams.stream import Normalize, Stream
+    from rasteret_dask.streams.weights import WeightsLike
     from rasteret_dask.tasks.context import ReadContext
-    from rasteret_dask.tasks.job import Job
 
 __all__ = ["ChipExits"]
 
 
 class ChipExits:
-    """Exits of chips; :class:`Chips` has them."""
+    """Exits of chips; :class:`Chips` and :class:`SavedPlan` have them."""
 
     if TYPE_CHECKING:
-        query: Query
-        plan: Node
-
-        @property
-        def planned(self) -> PlannedChips:
-            """The planned chips."""
-
-        @property
-        def job(self) -> Job:
-            """The frozen plan."""
 
         @property
         def _layout(self) -> Layout: ...
@@ -48,6 +36,109 @@ class ChipExits:
         def _shards(self, on_error: OnError, client: ClientLike = None) -> ChipShards: ...
 
         def _context(self, on_error: OnError = "raise") -> ReadContext: ...
+
+    def stream(
+        self,
+        batch_size: int,
+        shuffle: int | None = None,
+        epochs: int = 1,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        pad: bool = False,
+        client: ClientLike = None,
+        prefetch: int = 2,
+        normalize: Normalize | bool | None = None,
+        *,
+        buffer: int = 4,
+        on_error: OnError = "raise",
+        ignore_index: int | None = None,
+        weights: WeightsLike | None = None,
+        balance: str | None = None,
+        augment: Augment | None = None,
+    ) -> Stream:
+        """Return the chips as batches for a training loop: an iterator of dictionaries of arrays.
+
+        Shards are read on a Dask cluster, or by threads where there is none, just far enough ahead to keep readers
+        busy: who takes no batches stops the reading. A lost worker's shards are read again; no chip comes twice.
+
+        Parameters
+        ----------
+        batch_size
+            Chips of a batch; an epoch's last one may be short.
+        shuffle
+            A seed: the same order on any number of workers, another one each epoch. None: the order of
+            :meth:`to_xarray`.
+        epochs
+            How often the chips come.
+        drop_last
+            Leave out short batches.
+        rank, world_size
+            Which of how many disjoint parts. Every rank has the same number of batches: the last
+            ``len(chips) % world_size`` chips of an epoch's order are left out.
+        pad
+            Leave out nothing: repeat chips until all batches are full; ``padded`` marks them.
+        client
+            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
+        prefetch
+            Batches made ahead. A stream from a cluster holds these and two more; threads hold, beside them, the
+            shards that are read and mixed.
+        normalize
+            What :meth:`stats` of the train split returned, for this split as for the others: only then do they see the
+            same numbers. It must have measured these sources, bands, dtypes and units. True: statistics of these
+            very chips, measured once a process; ranks are better given what one of them measured
+            (``Stats.save``, ``Stats.load``). Or a function of a batch, such as ``partial(stats.normalize, fill=0)``.
+        buffer
+            Shards that ``shuffle`` mixes at any time, from the first batch to the last one. Each rank has shards of its
+            own, or every rank would read every tile; from a store, each rank mixes parts of all shards. Measured for
+            batches of 32 and 20 shards of 128 chips: 3.9 shards a batch in the first tenth of an epoch, 4.2 in its
+            middle and 4.0 in its last tenth on one rank. On 8 ranks each has 2 or 3 shards, and mixes them: 3.0.
+        ignore_index
+            What invalid pixels of bands of kind ``class`` become, such as torch's -100 or 255; where the dtype cannot
+            hold it, pixels get the narrowest that can. None: they stay as they are.
+        weights
+            How often chips come, compared with each other: a column of numbers of the chip table, or a number for each
+            chip in its order. An epoch has as many chips as before; chip i comes ``len(chips) * weight / sum`` times,
+            rounded down or up, which a random number of each epoch settles. A chip of weight 0 never comes. Needs
+            ``shuffle``.
+        balance
+            A column of the chip table with a class for each chip: weights that make all classes come equally often.
+        augment
+            A function of a sample and random numbers, called for each sample after ``normalize``. The sample is a
+            dictionary of the arrays of one chip, all sources together, without the chip axis; it may be changed in
+            place, and is returned. The random numbers, a ``numpy.random.Generator``, follow from ``shuffle``, the epoch
+            and the chip's id: the same sample gets the same ones on any number of ranks, in batches of any size.
+        on_error
+            As in :meth:`to_xarray`.
+
+        Raises
+        ------
+        PlanError
+            When an argument cannot be, or some rank would have no batch.
+
+        Examples
+        --------
+        >>> stream = chips.select("train").stream(batch_size=16, shuffle=7)
+        >>> batch = next(stream)
+        >>> batch["s2"].shape, batch["chip_id"].shape
+        ((16, 3, 2, 32, 32), (16,))
+        >>> def flip(sample, random):
+        ...     if random.random() < 0.5:
+        ...         sample["s2"] = sample["s2"][..., ::-1]
+        ...         sample["s2/valid"] = sample["s2/valid"][..., ::-1]
+        ...     return sample
+        >>> next(chips.stream(batch_size=16, shuffle=7, balance="split", augment=flip))["s2"].shape
+        (16, 3, 2, 32, 32)
+        """
+        from rasteret_dask.statistics.measuring import measured_once
+        from rasteret_dask.streams.stream import Batching
+
+        batching = Batching(
+            batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,
+            ignore_index, weights, balance, augment,
+        )  # fmt: skip
+        shards = self._shards(on_error, client)
+        return batching.stream(shards, partial(measured_once, shards, on_error, client))
 
     def to_geotiff(
         self,
@@ -210,67 +301,3 @@ class ChipExits:
         return write_rslearn(
             chips_of_plan(self._layout, self._context(on_error)), url, client, progress, limits
         )
-
-    def to_recipe(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the recipe of these chips: TOML that :func:`load_recipe` reads, and that makes the same chips.
-
-        Parameters
-        ----------
-        path
-            A local file to write it to. What lies only in this process's memory (a table of records, points, labels)
-            goes into GeoParquet files beside it, and so do the split cells that a stratified split dealt. None: nothing
-            is written, and such chips are refused.
-
-        Raises
-        ------
-        PlanError
-            When a table or a function of these chips has no name that a file could hold: a lambda, say.
-
-        Examples
-        --------
-        >>> s2 = rd.build("demo/sentinel-2-l2a", name="s2")
-        >>> text = s2.harmonize(["red"], time="1MS").chips(32, cell_km=0.96).to_recipe()
-        >>> "[chips]" in text
-        True
-        """
-        from rasteret_dask.show.recipetext import recipe_text
-
-        deals = {type(s) for s in steps_of(self.plan)[1] if isinstance(s, Split | Folds) and s.spec.stratify}
-        cells = self.planned.cells if Split in deals and path is not None else None
-        folds = self.planned.fold_cells if Folds in deals and path is not None else None
-        text = recipe_text(
-            self.query, path, None if cells is None else cells.table, None if folds is None else folds.folds
-        )
-        if path is not None:
-            Path(path).expanduser().write_text(text, encoding="utf-8")
-        return text
-
-    def save_plan(self, path: str | os.PathLike[str], client: ClientLike = None) -> None:
-        """Write the plan, JSON and Arrow tables, to a new folder, from which :func:`stream_from` reads it elsewhere.
-
-        Parameters
-        ----------
-        path
-            A folder of its own: a local path or a URL.
-        client
-            Who looks at all pixels once, where :meth:`filter_pixels` drops some; as in :meth:`stream`.
-
-        Raises
-        ------
-        PlanError
-            When a rule of the plan cannot be imported by another process.
-        StoreError
-            When something else lies there.
-
-        Examples
-        --------
-        >>> chips.select("train").save_plan("plan")
-        >>> next(rd.stream_from(None, "plan", batch_size=8))["s2"].shape
-        (8, 3, 2, 32, 32)
-        """
-        from rasteret_dask.streamfrom import save_plan
-        from rasteret_dask.tasks.jobfile import check_writable
-
-        check_writable(self.job)
-        sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
-        save_plan(self, path, sizes)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from rasteret_dask.chipexits import ChipExits
 from rasteret_dask.chipping.blocks import WINDOWS
 from rasteret_dask.chipping.chips import PlannedChips, used_rows
 from rasteret_dask.chipping.drawing import plan_chips, plan_chosen
-from rasteret_dask.chipping.steps import apply_step
+from rasteret_dask.chipping.steps import apply_step, steps_of
 from rasteret_dask.chipstatistics import ChipStatistics
 from rasteret_dask.chipsteps import ChipSteps
 from rasteret_dask.chipviews import ChipViews
@@ -27,10 +28,12 @@ from rasteret_dask.net.places import Place
 from rasteret_dask.planning.plan import (
     FilterChips,
     FilterPixels,
+    Folds,
     Function,
     Node,
     Sample,
     Select,
+    Split,
 )
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.scan import Table
@@ -47,14 +50,12 @@ if TYPE_CHECKING:
 
     from rasteret_dask.chipblocks import ChipBlocks
     from rasteret_dask.display.card import Card
+    from rasteret_dask.prediction.modelchips import ModelChips
     from rasteret_dask.show.losses import Tracer
     from rasteret_dask.store.encode import Compression
     from rasteret_dask.store.jobreport import JobReport
     from rasteret_dask.store.layout import Layout
-    from rasteret_dask.streams.augmenting import Augment
     from rasteret_dask.streams.chipshards import ChipShards
-    from rasteret_dask.streams.stream import Normalize, Stream
-    from rasteret_dask.streams.weights import WeightsLike
     from rasteret_dask.tasks.context import ReadContext
     from rasteret_dask.tasks.job import Job
 
@@ -348,6 +349,12 @@ class Chips(ChipSteps, ChipViews, ChipStatistics, ChipExits, ModelExits, ScoreEx
 
         return layout_of(self.job, used_rows(self.planned), self.query, self.planned.dropped)
 
+    @property
+    def _model_chips(self) -> ModelChips:
+        from rasteret_dask.prediction.modelchips import ModelChips, ground_of
+
+        return ModelChips(self.job, self.query.functions, ground_of(self.planned), self._layout.provenance)
+
     def to_xarray(self, on_error: OnError = "raise") -> xr.Dataset | xr.DataTree:
         """Return the chips lazily: a Dataset, or a DataTree with a node a source.
 
@@ -506,111 +513,71 @@ class Chips(ChipSteps, ChipViews, ChipStatistics, ChipExits, ModelExits, ScoreEx
                 return delayed_zarr(layout, url, self._context(on_error))
             return run_zarr(layout, url, self._context(on_error), client, progress, bounds)
 
-    def stream(
-        self,
-        batch_size: int,
-        shuffle: int | None = None,
-        epochs: int = 1,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        pad: bool = False,
-        client: ClientLike = None,
-        prefetch: int = 2,
-        normalize: Normalize | bool | None = None,
-        *,
-        buffer: int = 4,
-        on_error: OnError = "raise",
-        ignore_index: int | None = None,
-        weights: WeightsLike | None = None,
-        balance: str | None = None,
-        augment: Augment | None = None,
-    ) -> Stream:
-        """Return the chips as batches for a training loop: an iterator of dictionaries of arrays.
-
-        Shards are read on a Dask cluster, or by threads where there is none, just far enough ahead to keep readers
-        busy: who takes no batches stops the reading. A lost worker's shards are read again; no chip comes twice.
+    def to_recipe(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the recipe of these chips: TOML that :func:`load_recipe` reads, and that makes the same chips.
 
         Parameters
         ----------
-        batch_size
-            Chips of a batch; an epoch's last one may be short.
-        shuffle
-            A seed: the same order on any number of workers, another one each epoch. None: the order of
-            :meth:`to_xarray`.
-        epochs
-            How often the chips come.
-        drop_last
-            Leave out short batches.
-        rank, world_size
-            Which of how many disjoint parts. Every rank has the same number of batches: the last
-            ``len(chips) % world_size`` chips of an epoch's order are left out.
-        pad
-            Leave out nothing: repeat chips until all batches are full; ``padded`` marks them.
-        client
-            A Dask client or cluster, or a scheduler's address; None: the current client, else threads of this process.
-        prefetch
-            Batches made ahead. A stream from a cluster holds these and two more; threads hold, beside them, the
-            shards that are read and mixed.
-        normalize
-            What :meth:`stats` of the train split returned, for this split as for the others: only then do they see the
-            same numbers. It must have measured these sources, bands, dtypes and units. True: statistics of these
-            very chips, measured once a process; ranks are better given what one of them measured
-            (``Stats.save``, ``Stats.load``). Or a function of a batch, such as ``partial(stats.normalize, fill=0)``.
-        buffer
-            Shards that ``shuffle`` mixes at any time, from the first batch to the last one. Each rank has shards of its
-            own, or every rank would read every tile; from a store, each rank mixes parts of all shards. Measured for
-            batches of 32 and 20 shards of 128 chips: 3.9 shards a batch in the first tenth of an epoch, 4.2 in its
-            middle and 4.0 in its last tenth on one rank. On 8 ranks each has 2 or 3 shards, and mixes them: 3.0.
-        ignore_index
-            What invalid pixels of bands of kind ``class`` become, such as torch's -100 or 255; where the dtype cannot
-            hold it, pixels get the narrowest that can. None: they stay as they are.
-        weights
-            How often chips come, compared with each other: a column of numbers of the chip table, or a number for each
-            chip in its order. An epoch has as many chips as before; chip i comes ``len(chips) * weight / sum`` times,
-            rounded down or up, which a random number of each epoch settles. A chip of weight 0 never comes. Needs
-            ``shuffle``.
-        balance
-            A column of the chip table with a class for each chip: weights that make all classes come equally often.
-        augment
-            A function of a sample and random numbers, called for each sample after ``normalize``. The sample is a
-            dictionary of the arrays of one chip, all sources together, without the chip axis; it may be changed in
-            place, and is returned. The random numbers, a ``numpy.random.Generator``, follow from ``shuffle``, the epoch
-            and the chip's id: the same sample gets the same ones on any number of ranks, in batches of any size.
-        on_error
-            As in :meth:`to_xarray`.
+        path
+            A local file to write it to. What lies only in this process's memory (a table of records, points, labels)
+            goes into GeoParquet files beside it, and so do the split cells that a stratified split dealt. None: nothing
+            is written, and such chips are refused.
 
         Raises
         ------
         PlanError
-            When an argument cannot be, or some rank would have no batch.
+            When a table or a function of these chips has no name that a file could hold: a lambda, say.
 
         Examples
         --------
-        >>> stream = chips.select("train").stream(batch_size=16, shuffle=7)
-        >>> batch = next(stream)
-        >>> batch["s2"].shape, batch["chip_id"].shape
-        ((16, 3, 2, 32, 32), (16,))
-        >>> def flip(sample, random):
-        ...     if random.random() < 0.5:
-        ...         sample["s2"] = sample["s2"][..., ::-1]
-        ...         sample["s2/valid"] = sample["s2/valid"][..., ::-1]
-        ...     return sample
-        >>> next(chips.stream(batch_size=16, shuffle=7, balance="split", augment=flip))["s2"].shape
-        (16, 3, 2, 32, 32)
+        >>> s2 = rd.build("demo/sentinel-2-l2a", name="s2")
+        >>> text = s2.harmonize(["red"], time="1MS").chips(32, cell_km=0.96).to_recipe()
+        >>> "[chips]" in text
+        True
         """
-        from rasteret_dask.statistics.measuring import recalled
-        from rasteret_dask.streams.stream import Batching
+        from rasteret_dask.show.recipetext import recipe_text
 
-        batching = Batching(
-            batch_size, shuffle, epochs, drop_last, rank, world_size, pad, client, prefetch, normalize, buffer,
-            ignore_index, weights, balance, augment,
-        )  # fmt: skip
-        shards = self._shards(on_error, client)
-        return batching.stream(
-            shards,
-            lambda: recalled(shards.digest, on_error) or self.stats(client=client, on_error=on_error),
+        deals = {type(s) for s in steps_of(self.plan)[1] if isinstance(s, Split | Folds) and s.spec.stratify}
+        cells = self.planned.cells if Split in deals and path is not None else None
+        folds = self.planned.fold_cells if Folds in deals and path is not None else None
+        text = recipe_text(
+            self.query, path, None if cells is None else cells.table, None if folds is None else folds.folds
         )
+        if path is not None:
+            Path(path).expanduser().write_text(text, encoding="utf-8")
+        return text
+
+    def save_plan(self, path: str | os.PathLike[str], client: ClientLike = None) -> None:
+        """Write the plan, JSON and Arrow tables, to a new folder, from which :func:`open_plan` opens it elsewhere.
+
+        What lies there of this very plan already is kept, and what of it is missing or damaged is written again.
+
+        Parameters
+        ----------
+        path
+            A folder of its own: a local path or a URL.
+        client
+            Who looks at all pixels once, where :meth:`filter_pixels` drops some; as in :meth:`stream`.
+
+        Raises
+        ------
+        PlanError
+            When a rule of the plan cannot be imported by another process.
+        StoreError
+            When something else lies there.
+
+        Examples
+        --------
+        >>> chips.select("train").save_plan("plan")
+        >>> next(rd.open_plan("plan").stream(batch_size=8))["s2"].shape
+        (8, 3, 2, 32, 32)
+        """
+        from rasteret_dask.planfile import save_plan
+        from rasteret_dask.tasks.jobfile import check_writable
+
+        check_writable(self.job)
+        sizes = self._shards("raise", client).sizes if self.job.pixel_rules else None
+        save_plan(replace(self._layout, recipe=self._recipe), self._model_chips.ground, path, sizes)
 
     def _shards(self, on_error: OnError, client: ClientLike = None) -> ChipShards:
         """Return what a stream reads; where rules drop chips, all are looked at once to know how many."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rasteret_dask.prediction.blending import Blend
     from rasteret_dask.prediction.maps import MapPlan
-    from rasteret_dask.prediction.modelchips import HasJob
+    from rasteret_dask.prediction.modelchips import ModelChips
     from rasteret_dask.prediction.models import ModelLike
     from rasteret_dask.prediction.outputs import OutputsLike
     from rasteret_dask.prediction.targets import Target
@@ -26,11 +26,16 @@ __all__ = ["ModelExits"]
 
 
 class ModelExits:
-    """Exits of chips that need a model; :class:`Chips` has them."""
+    """Exits of chips that need a model; :class:`Chips` and :class:`SavedPlan` have them."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def _model_chips(self) -> ModelChips: ...
 
     @overload
     def predict(
-        self: HasJob,
+        self,
         model: ModelLike,
         outputs: OutputsLike = "values",
         *,
@@ -46,7 +51,7 @@ class ModelExits:
 
     @overload
     def predict(
-        self: HasJob,
+        self,
         model: ModelLike,
         outputs: OutputsLike = "values",
         *,
@@ -61,7 +66,7 @@ class ModelExits:
     ) -> JobReport: ...
 
     def predict(
-        self: HasJob,
+        self,
         model: ModelLike,
         outputs: OutputsLike = "values",
         *,
@@ -149,11 +154,11 @@ class ModelExits:
 
         with begun(limits) as bounds:
             options = MapOptions(blend, batch_size, min_inputs, on_error)
-            return predicted(self, model, outputs, options, to, client, progress, bounds)
+            return predicted(self._model_chips, model, outputs, options, to, client, progress, bounds)
 
     @overload
     def embed(
-        self: HasJob,
+        self,
         model: ModelLike,
         to: None = None,
         *,
@@ -166,7 +171,7 @@ class ModelExits:
 
     @overload
     def embed(
-        self: HasJob,
+        self,
         model: ModelLike,
         to: str | os.PathLike[str],
         *,
@@ -178,7 +183,7 @@ class ModelExits:
     ) -> JobReport: ...
 
     def embed(
-        self: HasJob,
+        self,
         model: ModelLike,
         to: str | os.PathLike[str] | None = None,
         *,
@@ -250,10 +255,10 @@ class ModelExits:
 
         with begun(limits) as bounds:
             options = MapOptions(batch_size=batch_size, on_error=on_error)
-            return embedded(self, model, options, to, client, progress, bounds)
+            return embedded(self._model_chips, model, options, to, client, progress, bounds)
 
     def plan_map(
-        self: HasJob,
+        self,
         model: ModelLike,
         outputs: OutputsLike = "values",
         *,
@@ -287,4 +292,4 @@ class ModelExits:
         from rasteret_dask.prediction.planmap import MapOptions, plan_map
 
         options = MapOptions(blend, batch_size, min_inputs, on_error, block_px)
-        return plan_map(self, model, outputs, options, client)
+        return plan_map(self._model_chips, model, outputs, options, client)

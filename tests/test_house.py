@@ -52,7 +52,7 @@ ORDER = {
     "store": "heartbeat limits stopping encode decode smallobjects shardreports remains ledger provenance bytecache "
              "storetables jobreport law datacard layout manifest workunits write presence committing paging runtasks "
              "onthreads oncluster shardruns unitruns run outputs storemap storeread addedtables uniontables union "
-             "atonce storefolds stored adding holding datasets rereading verifying appending",
+             "atonce storefolds stored unitchips adding holding datasets rereading verifying appending",
     "streams": "weights deals epochs augmenting chipshards planned ignoring datasets shardsource clustersource ahead "
                "stream",
     "statistics": "sketch labelcounts stats measuring classshares classplaces",
@@ -66,9 +66,9 @@ ORDER = {
     "evaluation": "confusion reading rasters truth ground naming passes samples errormap picture evaluation evaluate",
     "launching": "request local gateway kubespec kubefaults kubernetes slurmjobs slurm cluster",
     "training": "tensors chipbatch passes datamodule",
-    "the face": "compacting splitcells classraster storeexits storeset reportpage streamfrom torchdata chipblocks "
-                "chipsteps chipviews chipstatistics chipexits modelexits scoreexits chipset tableexits recordviews "
-                "pixelreads collection openers building chipfolder",
+    "the face": "compacting splitcells classraster storeexits storeset reportpage planfile chipexits modelexits "
+                "planset streamfrom torchdata chipblocks chipsteps chipviews chipstatistics scoreexits chipset "
+                "tableexits recordviews pixelreads collection openers building chipfolder",
     "recipes": "lines arguments source models problems functions shapes blame assembling placement exits recipe "
                "starting",
     "the names": "__init__",

@@ -15,6 +15,7 @@ import xarray as xr
 import rasteret_dask as rd
 from rasteret_dask.cli.app import main
 from rasteret_dask.cli.exitcodes import ExitCode
+from rasteret_dask.recipes.functions import named
 
 SCENES = """
 [collections.s2]
@@ -202,6 +203,29 @@ def test_a_saved_plan_is_predicted_and_exported_as_its_chips_are(
     assert set(content(tmp_path / "val")) == {f for f in content(tmp_path / "want") if f.startswith("val/")}
 
 
+def test_functions_of_a_saved_plan_are_named(
+    place: Path, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "mycode.py").write_text("def halved(pixels):\n    return pixels * 0.5\n")
+    s2 = rd.load(place / "s2.parquet", "s2").harmonize(["red"], time="3MS")
+    some = s2.chips(32, cell_km=0.64).sample(3).map(named("mycode:halved", place))
+    some.save_plan(tmp_path / "plan")
+    some.to_geotiff(tmp_path / "want", progress=False)
+    monkeypatch.chdir(tmp_path)
+    code, _, told = call("export", "plan", "--to", "tifs", "-q")
+    assert (code, "--function mycode:halved" in told) == (ExitCode.USAGE, True), told
+    assert call("export", "plan", "--to", "tifs", "-q", "--function", place / "mycode.py:halved")[0] == 0
+    assert files_of(tmp_path / "tifs") == files_of(tmp_path / "want")
+    monkeypatch.chdir(place)  # where the module lies
+    code, _, told = call(
+        "export", tmp_path / "plan", "--to", tmp_path / "again", "-q", "--function", "mycode:halved"
+    )
+    assert (code, files_of(tmp_path / "again")) == (ExitCode.DONE, files_of(tmp_path / "want")), told
+    for words in (("predict", "map.toml"), ("export", "map.toml", "--to", "x")):
+        code, _, told = call(*words, "--function", "mycode:halved")
+        assert (code, "only a saved plan" in told) == (ExitCode.USAGE, True), told
+
+
 def test_what_a_saved_plan_cannot_say_is_told(place: Path, call: Callable[..., Any], tmp_path: Path) -> None:
     plan = tmp_path / "plan"
     chips(place).save_plan(plan)
@@ -209,12 +233,12 @@ def test_what_a_saved_plan_cannot_say_is_told(place: Path, call: Callable[..., A
         ("predict", plan, "--to", "a.zarr"): "--model",
         ("predict", plan, "--model", "mymodel:scores"): "--to",
         ("predict", plan, "--set", "chips.size=1"): "name a recipe",
-        ("export", plan, "--to", tmp_path / "a", "--split", "val"): "no split",
+        ("export", plan, "--to", tmp_path / "a", "--split", "val"): "this one has none",
         ("export", plan): "--to",
     }.items():
         code, _, told = call(*words)
         assert (code, match in told) == (ExitCode.USAGE, True), told
-    (plan / "ground.json").unlink()
+    (plan / "provenance.json").unlink()
     code, _, told = call("export", plan, "--to", tmp_path / "a")
     assert (code, "Save the plan again" in told) == (ExitCode.FAILED, True)
 

@@ -23,7 +23,7 @@ from waiting import PATIENCE_S, until
 
 import rasteret_dask as rd
 from rasteret_dask.errors import JobError, PlanError, StoreError
-from rasteret_dask.streamfrom import save_plan, stream_from
+from rasteret_dask.streamfrom import stream_from
 from rasteret_dask.streams.stream import Batching
 from rasteret_dask.tasks.batches import Arrays
 
@@ -295,7 +295,7 @@ def test_a_place_with_neither_is_refused(train: rd.Chips, tmp_path: Path) -> Non
     with pytest.raises(StoreError, match=r"job.json that does not match its checksum"):
         stream_from(None, tmp_path / "plan", 8)
     with pytest.raises(StoreError, match=r"something else|does not match its checksum"):
-        save_plan(train, tmp_path / "plan")
+        train.save_plan(tmp_path / "plan")
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="something else"):
         train.save_plan(tmp_path / "file")

@@ -85,8 +85,10 @@ def plan(
     parcel = parcel_of(model_of(model), batch_size, pixels)
     dtype = np.int64 if model is codes else np.float32
     output = settled(outputs_of(outputs), shape, dtype, chips.planned.spec.size, parcel.name)
-    made = vector_plan(chips, parcel, output, sources, **options)
-    return made if shard_bytes is None else replace(made, job=small(chips, shard_bytes).job)
+    own = chips._model_chips
+    if shard_bytes is not None:
+        own = replace(own, job=small(chips, shard_bytes).job)
+    return vector_plan(own, parcel, output, sources, **options)
 
 
 def by_hand(chips: rd.Chips, model: Callable[[Any], NDArray[Any]]) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def test_the_file_is_the_same_on_threads_and_on_a_cluster(
 ) -> None:
     own = plan(chips)
     report = own.to_parquet(str(tmp_path / "threads.parquet"), progress=False)
-    assert (report.committed, report.kept, report.shards) == (True, len(chips), own.job.shard_count)
+    assert (report.committed, report.kept, report.shards) == (True, len(chips), len(list(own.job.shards())))
     check(pq.read_table(tmp_path / "threads.parquet"), want)
     with (
         LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster,
@@ -318,7 +320,7 @@ def test_a_rerun_computes_what_is_missing_and_of_a_whole_file_nothing(
     monkeypatch.setattr(vectors.VectorPlan, "_put", partial(_fails, StopError("at the commit")))
     with pytest.raises(StopError):
         own.to_parquet(str(out), progress=False)
-    assert len(seen) - before == own.job.shard_count - 3
+    assert len(seen) - before == len(list(own.job.shards())) - 3
     assert not out.exists()
     monkeypatch.undo()
     monkeypatch.setattr(VectorWork, "compute", counted)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
@@ -21,7 +22,7 @@ from rasteret_dask.extent import is_geographic, metres
 from rasteret_dask.grid import Bounds
 from rasteret_dask.zones import TileGrid
 
-__all__ = ["GroundShare", "ground_share", "map_extents"]
+__all__ = ["GroundShare", "extents_of", "ground_share", "map_extents"]
 
 PER_PIXEL = 16
 """Steps that a pixel's side is divided into where edges of chips are compared as whole numbers."""
@@ -59,15 +60,20 @@ def map_extents(chips: PlannedChips) -> dict[int, Bounds]:
     chips
         The planned chips.
     """
-    epsg, bounds = chips.table.column("epsg").to_numpy(), bounds_of(chips.table)
-    codes = np.unique(epsg).tolist()
     if chips.spec.cover and not chips.spec.drawn:
+        codes = chips.table.column("epsg").unique().to_pylist()
         reference = chips.outlines[chips.reference]
         phase = phases(chips.sources[chips.reference], reference)
         grids = cover_grids(chips.spec, reference, chips.resolution, phase)
         return {grid.ground.code: grid.bounds for grid in grids if grid.ground.code in codes}
+    return extents_of(chips.table)
+
+
+def extents_of(table: pa.Table) -> dict[int, Bounds]:
+    """Return how far the chips of a table reach on each map: number of the CRS -> xmin, ymin, xmax, ymax."""
+    epsg, bounds = table.column("epsg").to_numpy(), bounds_of(table)
     result: dict[int, Bounds] = {}
-    for code in codes:
+    for code in np.unique(epsg).tolist():
         own = bounds[epsg == code]
         low, high = own[:, :2].min(0).tolist(), own[:, 2:].max(0).tolist()
         result[code] = (low[0], low[1], high[0], high[1])

@@ -28,9 +28,10 @@ from rasteret_dask.cli.recipes import (
 )
 
 if TYPE_CHECKING:
+    from rasteret_dask.planset import SavedPlan
     from rasteret_dask.recipes.recipe import Recipe
     from rasteret_dask.runlimits import RunLimits
-    from rasteret_dask.store.jobreport import JobReport
+    from rasteret_dask.storeset import StoredChips
 
 __all__ = ["export", "predict"]
 
@@ -49,8 +50,24 @@ def _pairs(text: str) -> Any:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def _check_function(functions: list[str] | None) -> None:
+    if functions:
+        words = "only a saved plan is given its functions: recipes name theirs, and stores call none."
+        raise typer.BadParameter(words, param_hint="--function")
+
+
 def _option(panel: str, *names: str, words: str, **options: Any) -> Any:
     return typer.Option(*names, show_default=False, rich_help_panel=panel, help=words, **options)
+
+
+Functions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--function",
+        show_default=False,
+        help="A function that a saved plan calls: 'mycode:bright' or 'mycode.py:bright'; may be given several times.",
+    ),
+]
 
 
 @command
@@ -103,6 +120,7 @@ def predict(
         int | None,
         _option(MAP, "--tile-px", words="Write a folder of GeoTIFFs with sides of so many pixels."),
     ] = None,
+    functions: Functions = None,
     settings: Overrides = None,
     dry_run: DryRun = False,
     cluster: Cluster = None,
@@ -130,8 +148,13 @@ def predict(
         if settings:
             raise typer.BadParameter("a saved plan is as it is: name a recipe.", param_hint="--set")
         table = {key: value for key, value in options.items() if value is not None}
-        _predict_plan(place, table, limits, None if dry_run else shown, cluster, as_json)
+        for key in ("model", "to"):
+            if key not in table:
+                words = "a saved plan says of no model: name it and a place."
+                raise typer.BadParameter(words, param_hint=f"--{key}")
+        _predict(_opened(place, functions), table, limits, None if dry_run else shown, cluster, as_json)
         return
+    _check_function(functions)
     made = _only("predict", Path(place), settings, options)
     if dry_run:
         _answer_map(made, cluster, as_json)
@@ -175,6 +198,7 @@ def export(
         list[str] | None,
         _option(FILES, "--split", words="Only the chips of this split; may be given several times."),
     ] = None,
+    functions: Functions = None,
     settings: Overrides = None,
     dry_run: DryRun = False,
     cluster: Cluster = None,
@@ -191,10 +215,13 @@ def export(
     says, changed by the options here; of a saved plan or a store, all or some splits. Run it again to go on where it
     was stopped.
     """
+    import rasteret_dask as rd
+
     limits = limits_of(part, max_time, heartbeat)
     options = {"to": _here(to), "format": kind, "splits": split or None}
     shown = not quiet if progress is None else progress
     if place.endswith(".toml"):
+        _check_function(functions)
         made = _only("export", Path(place), settings, options)
         if dry_run:
             answer_explained(made.explain(cluster), as_json)
@@ -207,95 +234,71 @@ def export(
     if to is None:
         raise typer.BadParameter("chips are exported to a folder of their own.", param_hint="--to")
     table = {key: value for key, value in options.items() if value}
-    write = _export_plan if _is_plan(place) else _export_store
-    write(place, table, limits, shown, cluster, as_json)
+    if _is_plan(place):
+        chips: SavedPlan | StoredChips = _opened(place, functions)
+    else:
+        _check_function(functions)
+        chips = rd.open_chips(place)
+    _export(chips, table, limits, shown, cluster, as_json)
 
 
-def _export_store(
-    store: str, table: dict[str, Any], limits: RunLimits, progress: bool, place: str | None, as_json: bool
+def _export(
+    chips: SavedPlan | StoredChips,
+    table: dict[str, Any],
+    limits: RunLimits,
+    progress: bool,
+    place: str | None,
+    as_json: bool,
 ) -> None:
-    """Write the chips of a store, and print what was done."""
-    import rasteret_dask as rd
+    """Write chips as files, and print what was done."""
     from rasteret_dask.recipes.exits import export_call
     from rasteret_dask.recipes.models import EXPORTS
 
     kind = _format(table)
     arguments = export_call(kind, table, str)
-    chips = rd.open_chips(store)
     if "splits" in table:
         chips = chips.select(*table["splits"])
     write = partial(getattr(chips, EXPORTS[kind].__name__), progress=progress, limits=limits, **arguments)
     _answer_written(kind, table["to"], write, place, as_json)
 
 
-def _export_plan(
-    plan: str, table: dict[str, Any], limits: RunLimits, progress: bool, place: str | None, as_json: bool
-) -> None:
-    """Write the chips of a saved plan, and print what was done."""
-    from rasteret_dask.exports.chipshards import chips_of_plan
-    from rasteret_dask.exports.exits import write_geotiff, write_rslearn, write_webdataset
-    from rasteret_dask.net.places import Place
-    from rasteret_dask.store.layout import Layout
-    from rasteret_dask.streamfrom import saved_chips
-    from rasteret_dask.tasks.context import ReadContext
-    from rasteret_dask.tasks.mapping import outputs_of
-
-    kind = _format(table)
-    own = saved_chips(plan)
-    if "splits" in table:
-        names = [h.split for h in own.job.hierarchies if h.split]
-        if not set(table["splits"]) <= set(names):
-            raise typer.BadParameter(
-                f"found {', '.join(table['splits'])}; expected some of {', '.join(names) or 'no split'}.",
-                param_hint="--split",
-            )
-        own = replace(own, job=own.job.select(set(table["splits"])))
-    layout = Layout(own.job, outputs_of(own.job, own.functions), {}, provenance=own.provenance)
-    chips = chips_of_plan(layout, ReadContext(own.functions))
-    url = Place.of(table["to"]).folder("a folder, or nothing yet", "Choose another place.")
-
-    def write(client: Any) -> JobReport:
-        match kind:
-            case "geotiff":
-                return write_geotiff(chips, url, client, progress, limits)
-            case "webdataset":
-                return write_webdataset(chips, url, "npy", client, progress, limits)
-            case _:
-                return write_rslearn(chips, url, client, progress, limits)
-
-    _answer_written(kind, table["to"], write, place, as_json)
-
-
-def _predict_plan(
-    plan: str,
+def _predict(
+    chips: SavedPlan,
     table: dict[str, Any],
     limits: RunLimits,
     progress: bool | None,
     place: str | None,
     as_json: bool,
 ) -> None:
-    """Make the map of a saved plan's chips, and print what was done; without progress (None) only what would be."""
-    from rasteret_dask.modelexits import ModelExits
-    from rasteret_dask.prediction.planmap import MapOptions, plan_map
+    """Make the map of a plan's chips, and print what was done; without progress (None) only what would be."""
     from rasteret_dask.recipes.exits import map_call, predict_call
-    from rasteret_dask.streamfrom import saved_chips
 
-    for key in ("model", "to"):
-        if key not in table:
-            raise typer.BadParameter(
-                "a saved plan says of no model: name it and a place.", param_hint=f"--{key}"
-            )
-    arguments, chips = predict_call(table, Path.cwd(), str), saved_chips(plan)
+    arguments = predict_call(table, Path.cwd(), str)
     if progress is not None:
-        write = partial(ModelExits.predict, chips, progress=progress, limits=limits, **arguments)
+        write = partial(chips.predict, progress=progress, limits=limits, **arguments)
         _answer_written("predict", table["to"], write, place, as_json)
         return
     call, name = map_call(arguments), f"predict {table['to']}"
     if call is None:
-        answer({name: {"chips": chips.chips}}, details([("chips", chips.chips)], name), as_json)
+        answer({name: {"chips": len(chips)}}, details([("chips", len(chips))], name), as_json)
         return
-    made = plan_map(chips, call.pop("model"), call.pop("outputs"), MapOptions(**call))
-    answer({name: {"chips": chips.chips, "map": made.explain()}}, str(made), as_json)
+    made = chips.plan_map(**call)
+    answer({name: {"chips": len(chips), "map": made.explain()}}, str(made), as_json)
+
+
+def _opened(plan: str, functions: list[str] | None) -> SavedPlan:
+    """Open a saved plan with its functions: ``mycode:bright`` of the folder one is in, or ``code/mycode.py:bright``."""
+    import rasteret_dask as rd
+    from rasteret_dask.recipes.functions import named
+
+    calls = []
+    for text in functions or ():
+        module, _, name = text.rpartition(":")
+        file = Path(module).expanduser().absolute()
+        calls.append(
+            named(f"{file.stem}:{name}", file.parent) if module.endswith(".py") else named(text, Path.cwd())
+        )
+    return rd.open_plan(plan, calls)
 
 
 def _format(table: dict[str, Any]) -> str:

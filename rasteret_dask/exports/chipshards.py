@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,22 +21,15 @@ from rasteret_dask.exports.filenames import ALL
 from rasteret_dask.exports.sheets import SourceSheet, sheets_of_job, sheets_of_store
 from rasteret_dask.exports.stacitems import Extent, extent_of
 from rasteret_dask.footprint import box_around
-from rasteret_dask.net import remote
-from rasteret_dask.planning.plan import Function, digest
-from rasteret_dask.store import ledger
+from rasteret_dask.planning.plan import digest
 from rasteret_dask.store.encode import Piece
-from rasteret_dask.store.layout import JOB, Layout
-from rasteret_dask.store.provenance import Provenance, provenance_of_parts
-from rasteret_dask.store.stored import Stored, read_shard
+from rasteret_dask.store.layout import Layout
+from rasteret_dask.store.stored import Stored
+from rasteret_dask.store.unitchips import ShardReader, UnitChips, planned_units, stored_units
 from rasteret_dask.store.unitruns import Making, UnitJob, Visible, WorkUnit
-from rasteret_dask.tasks.batches import Arrays, arrays_of
+from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.tasks.context import ReadContext
-from rasteret_dask.tasks.filtering import KEPT
-from rasteret_dask.tasks.jobfile import JobRef, check_writable, job_objects, opened
-from rasteret_dask.tasks.runs import Cuts
-from rasteret_dask.tasks.shards import Shipped, read_chips
-from rasteret_dask.tasks.workermemory import TaskMemory
-from rasteret_dask.words import OnError
+from rasteret_dask.tasks.shards import Shipped
 
 __all__ = [
     "ChipUnit",
@@ -60,13 +53,6 @@ class Encoder(Protocol):
         """Return the path of every object that these chips of a shard may have."""
 
 
-class _Shards(Protocol):
-    """Reads shards of chips in a task."""
-
-    def read(self, item: Any, shipped: Sequence[Shipped]) -> tuple[Arrays, dict[str, Any]]:
-        """Return the kept chips of a shard, and what its report says."""
-
-
 @dataclass(frozen=True, slots=True)
 class ChipUnit:
     """A shard, and which chips it has."""
@@ -88,63 +74,11 @@ class ExitChips:
     """Shape (chip, 4): xmin, ymin, xmax, ymax, each in its own CRS."""
     splits: Mapping[str, int]
     """Folder -> chips, as planned."""
-    provenance: Provenance
     digest: str
     units: Sequence[ChipUnit]
     """In running order."""
-    shards: Callable[[str], _Shards]
-    """Returns what reads them in a task, for the folder that is written."""
-    functions: Mapping[str, Shipped] = field(default_factory=dict)
-    """Key -> a user's function."""
-    objects: Mapping[str, ledger.Maker] = field(default_factory=dict)
-    """What tasks need in the folder."""
-    cuts: Callable[[], Cuts] | None = None
-    """Returns where neighbours may be cut; None: they have nothing in common."""
-    memory: TaskMemory | None = None
-    hrefs: Callable[[], Iterable[str]] = tuple
-    signed: tuple[str, ...] = ()
-    stores: tuple[str, ...] = ()
-    """Stores that tasks read."""
-
-
-@dataclass(frozen=True)
-class _PlannedShards:
-    """Reads shards of a plan."""
-
-    ref: JobRef
-    on_error: OnError
-    functions: tuple[Function, ...]
-
-    def read(self, item: tuple[int, int], shipped: Sequence[Shipped]) -> tuple[Arrays, dict[str, Any]]:
-        job = opened(self.ref)
-        calls = {function: one.call for function, one in zip(self.functions, shipped, strict=True)}
-        sources = read_chips(job, job.shard(*item), ReadContext(calls, self.on_error), warns=False)
-        first = next(iter(sources.values()))
-        rows = np.flatnonzero(first[KEPT].values) if KEPT in first.coords else None
-        report: dict[str, Any] = {"dropped": first.attrs.get("dropped", {}), "seconds": {}}
-        for name, dataset in sources.items():
-            shares = (
-                dataset["valid_fraction"].values if rows is None else dataset["valid_fraction"].values[rows]
-            )
-            report[f"masked/{name}"] = (
-                round(1 - float(shares.mean(dtype=np.float64)), 6) if shares.size else 0.0
-            )
-            for fact, nothing in (("counts", {}), ("clipped", {}), ("unreadable", [])):
-                report[f"{fact}/{name}"] = dataset.attrs.get(fact, nothing)
-            report["seconds"] |= {f"{kind}/{name}": s for kind, s in dataset.attrs.get("seconds", {}).items()}
-        return arrays_of(sources, rows), report
-
-
-@dataclass(frozen=True)
-class _StoredShards:
-    """Reads shards of a store."""
-
-    stored: Stored
-
-    def read(self, item: int, shipped: Sequence[Shipped]) -> tuple[Arrays, dict[str, Any]]:
-        begun = time.perf_counter()
-        arrays = read_shard(self.stored, item)
-        return arrays, {"seconds": {"read": time.perf_counter() - begun}}
+    reading: UnitChips
+    """Who reads them, and what that needs."""
 
 
 def chips_of_plan(layout: Layout, context: ReadContext) -> ExitChips:
@@ -156,17 +90,10 @@ def chips_of_plan(layout: Layout, context: ReadContext) -> ExitChips:
         The job, and what its sources become.
     context
         What shards are read with.
-
-    Raises
-    ------
-    PlanError
-        When a rule of the plan cannot be imported by another process.
     """
     job = layout.job
-    check_writable(job)
     sheets = sheets_of_job(job, layout.outputs)
     order = sorted(job.shards(), key=lambda shard: int(job.running[shard.start]))
-    functions = job.all_functions
     chosen = job.chosen_chips()
 
     def ids(start: int, stop: int, folder: str) -> dict[str, list[str]]:
@@ -179,15 +106,10 @@ def chips_of_plan(layout: Layout, context: ReadContext) -> ExitChips:
         )
         for s in order
     ]
-    objects = {f"{JOB}/{name}": ledger.whole(data) for name, data in job_objects(job).items()}
     return ExitChips(
         sheets, _label_dtypes(job.chips), extent_of(_boxes(chosen), sheets, layout.provenance), bounds_of(chosen),
-        {h.split or ALL: h.chips for h in job.hierarchies if h.chips}, layout.provenance,
-        job.digest, units,
-        lambda url: _PlannedShards(JobRef(remote.join(url, JOB), job.digest), context.on_error, functions),
-        {f"function-{f.name}-{digest(f)[:12]}": Shipped(context.functions[f]) for f in functions},
-        objects | {ledger.PROVENANCE: ledger.whole(layout.provenance.to_bytes())},
-        partial(Cuts.of, job), TaskMemory(job, layout.outputs, together=True), job.hrefs, job.signed,
+        {h.split or ALL: h.chips for h in job.hierarchies if h.chips}, job.digest, units,
+        planned_units(job, layout.outputs, context, layout.provenance),
     )  # fmt: skip
 
 
@@ -195,7 +117,7 @@ def chips_of_store(stored: Stored) -> ExitChips:
     """Return the chips of a finished store, with the splits that they have by now."""
     sheets = sheets_of_store(stored)
     table = stored.columns(["chip_id", "split", "geometry", "xmin", "ymin", "xmax", "ymax"])
-    provenance = provenance_of_parts(stored.places)
+    own = stored_units(stored)
     folders = [split or ALL for split in table.column("split").to_pylist()]
     ids = table.column("chip_id").to_pylist()
     units: list[ChipUnit] = []
@@ -210,17 +132,14 @@ def chips_of_store(stored: Stored) -> ExitChips:
         if size:
             first = int(stored.offsets[number])
             key = digest(stored.digest, number)
-            unit = WorkUnit(f"shard-{number:05d}", number, size, key, None, number)
+            unit = WorkUnit(f"shard-{number:05d}", (0, number), size, key, None, number)
             units.append(ChipUnit(unit, partial(of_rows, first, first + size)))
     counts: dict[str, int] = {}
     for folder in folders:
         counts[folder] = counts.get(folder, 0) + 1
     return ExitChips(
-        sheets, _label_dtypes(stored.rows_of_table(slice(0, 1))), extent_of(_boxes(table), sheets, provenance),
-        bounds_of(table),
-        counts, provenance, stored.digest, units, lambda url: _StoredShards(stored),
-        objects={ledger.PROVENANCE: ledger.whole(provenance.to_bytes())},
-        stores=stored.places,
+        sheets, _label_dtypes(stored.rows_of_table(slice(0, 1))), extent_of(_boxes(table), sheets, own.provenance),
+        bounds_of(table), counts, stored.digest, units, own,
     )  # fmt: skip
 
 
@@ -266,19 +185,19 @@ def kept_chips(chips: ExitChips, manifest: pa.Table) -> dict[str, list[str]]:
 class _Writing:
     """What a task does with a shard."""
 
-    shards: _Shards
+    shards: ShardReader
 
-    def __call__(self, item: tuple[int, Any], encoder: Encoder, *shipped: Shipped) -> Making:
+    def __call__(self, item: tuple[int, tuple[int, int]], encoder: Encoder, *shipped: Shipped) -> Making:
         number, place = item
-        arrays, report = self.shards.read(place, shipped)
+        chips = self.shards.read(place, shipped)
         spent, begun = 0.0, time.perf_counter()
-        for path, pieces in encoder.objects(number, arrays):
+        for path, pieces in encoder.objects(number, chips.arrays):
             spent += time.perf_counter() - begun
             yield path, pieces
             begun = time.perf_counter()
         spent += time.perf_counter() - begun
         activity.spent("encode", spent)
-        return {**report, "seconds": {**report["seconds"], "encode": spent}}
+        return {**chips.report, "seconds": {**chips.report["seconds"], "encode": spent}}
 
 
 def unit_job(
@@ -311,6 +230,11 @@ def unit_job(
         Folder -> the path that ``ends`` returns for it.
     options
         What decides the objects beside the chips.
+
+    Raises
+    ------
+    PlanError
+        When a rule of the plan cannot be imported by another process.
     """
     whole = digest(writer, chips.digest, [sheet.facts for sheet in chips.sheets], options)
 
@@ -329,8 +253,9 @@ def unit_job(
         )
         for one in chips.units
     ]  # fmt: skip
+    own = chips.reading
     return UnitJob(
-        writer, whole, units, _Writing(chips.shards(url)), root, chips.objects, places, ends,
-        {f"encoder-{whole[:16]}": encoder, **chips.functions},
-        cuts=chips.cuts, memory=chips.memory, hrefs=chips.hrefs, signed=chips.signed, stores=chips.stores,
+        writer, whole, units, _Writing(own.reader(url)), root, own.objects(), places, ends,
+        {f"encoder-{whole[:16]}": encoder, **own.functions},
+        cuts=own.cuts, memory=own.memory, hrefs=own.hrefs, signed=own.signed, stores=own.stores,
     )  # fmt: skip

@@ -172,7 +172,7 @@ def geotiff_job(chips: ExitChips, url: str) -> UnitJob:
     check_clashes(TO_GEOTIFF, names_of(chips.sheets), ids)
     if COLLECTION in chips.splits or CATALOG in chips.splits:
         raise PlanError(TO_GEOTIFF, f"a split called {COLLECTION!r}", "another name", "Split by other names.")
-    document = collection(chips.sheets, chips.labels, chips.splits, chips.extent, chips.provenance)
+    document = collection(chips.sheets, chips.labels, chips.splits, chips.extent, chips.reading.provenance)
 
     paths = {folder: f"{folder}/{CATALOG}" for folder in chips.splits}
 

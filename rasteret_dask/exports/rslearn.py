@@ -223,7 +223,7 @@ def rslearn_job(chips: ExitChips, url: str) -> UnitJob:
     """
     check_clashes(TO_RSLEARN, names_of(chips.sheets), ())
     _check(chips.sheets, chips.bounds)
-    about = collection(chips.sheets, chips.labels, chips.splits, chips.extent, chips.provenance)
+    about = collection(chips.sheets, chips.labels, chips.splits, chips.extent, chips.reading.provenance)
     names = ("title", "description", "license", "providers", "sci:citation", "extent", "rasteret_dask")
     document = {"type": "rslearn", **{name: about[name] for name in names if name in about}}
 

@@ -145,7 +145,7 @@ def webdataset_job(chips: ExitChips, url: str, pixels: PixelFormat) -> UnitJob:
     if pixels not in get_args(PixelFormat):
         raise PlanError("to_webdataset(pixels=)", repr(pixels), "'npy' or 'tif'")
     check_clashes(TO_WEBDATASET, names_of(chips.sheets), ())
-    about = collection(chips.sheets, chips.labels, chips.splits, chips.extent, chips.provenance)
+    about = collection(chips.sheets, chips.labels, chips.splits, chips.extent, chips.reading.provenance)
     paths = {split: f"{split}.json" for split in chips.splits}
     document: dict[str, Any] = {
         "type": "WebDataset",

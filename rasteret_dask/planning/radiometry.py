@@ -10,14 +10,14 @@ from typing import Any
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rasteret_dask.planning.resolve import ResolvedSource
+from rasteret_dask.planning.resolve import SourceRecords
 from rasteret_dask.rules.radiometry import Radiometry
 from rasteret_dask.table.records import Records
 
 __all__ = ["radiometry_of"]
 
 
-def radiometry_of(source: ResolvedSource, rows: NDArray[Any]) -> list[dict[str, Any]]:
+def radiometry_of(source: SourceRecords, rows: NDArray[Any]) -> list[dict[str, Any]]:
     """Return each distinct (member, band, scale, offset, rule) of some records, and how many of them it applies to."""
     counted: Counter[tuple[Any, ...]] = Counter()
     for number, member in enumerate(source.plan.members):

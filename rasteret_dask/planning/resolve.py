@@ -180,14 +180,20 @@ class MemberTable:
 
 
 @dataclass(frozen=True)
-class ResolvedSource:
-    """One source with its records."""
+class SourceRecords:
+    """Records of a source that is settled."""
 
     plan: SourcePlan
     records: Records
     """Of all members, one behind the other."""
     member: NDArray[np.int64]
     """Shape (record,). Which member each record belongs to."""
+
+
+@dataclass(frozen=True)
+class ResolvedSource(SourceRecords):
+    """One source with its records, and when they were taken."""
+
     passes: Acquisitions
     axis: TimeAxis | None
     unreadable: int = 0

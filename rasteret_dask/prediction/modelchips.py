@@ -4,34 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from rasteret_dask.chipping.chips import PlannedChips, used_rows
-from rasteret_dask.chipping.covering import map_extents
+from rasteret_dask.chipping.chips import PlannedChips
+from rasteret_dask.chipping.covering import extents_of, map_extents
 from rasteret_dask.grid import Bounds
-from rasteret_dask.planning.query import Query
-from rasteret_dask.store.provenance import Provenance, provenance_of
+from rasteret_dask.store.provenance import Provenance
 from rasteret_dask.tasks.context import Functions
 from rasteret_dask.tasks.job import Job
 
-__all__ = ["ChipGround", "HasJob", "ModelChips", "chips_of", "ground_of"]
-
-
-class HasJob(Protocol):
-    """Chips that are planned."""
-
-    query: Query
-
-    @property
-    def planned(self) -> PlannedChips:
-        """Their table."""
-
-    @property
-    def job(self) -> Job:
-        """Their frozen plan."""
+__all__ = ["ChipGround", "ModelChips", "ground_of"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +34,12 @@ class ChipGround:
     """Sources that do not hold at any time."""
     span: tuple[np.datetime64, np.datetime64] | None
     """Begin and end of the slots that all chips share; None: there are none, and records say when chips were taken."""
+
+    def around(self, chips: pa.Table) -> ChipGround:
+        """Return the same of some of the chips, which are those of splits: such chips do not cover an area."""
+        extents = extents_of(chips)
+        zones = tuple((code, name, extents[code]) for code, name, _ in self.zones if code in extents)
+        return replace(self, zones=zones)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -81,15 +73,6 @@ class ModelChips:
     def chips(self) -> int:
         """How many they are."""
         return sum(h.chips for h in self.job.hierarchies)
-
-
-def chips_of(chips: HasJob | ModelChips) -> ModelChips:
-    """Return chips as models take them."""
-    if isinstance(chips, ModelChips):
-        return chips
-    planned, query = chips.planned, chips.query
-    provenance = provenance_of(query, used_rows(planned), planned.dropped)
-    return ModelChips(chips.job, query.functions, ground_of(planned), provenance)
 
 
 def ground_of(planned: PlannedChips) -> ChipGround:

@@ -20,7 +20,7 @@ from rasteret_dask.prediction.blending import Blend
 from rasteret_dask.prediction.mapjob import map_job
 from rasteret_dask.prediction.maps import MapPlan, checked, gpu_resource
 from rasteret_dask.prediction.mapwork import BlockWork
-from rasteret_dask.prediction.modelchips import HasJob, ModelChips, chips_of
+from rasteret_dask.prediction.modelchips import ModelChips
 from rasteret_dask.prediction.models import ModelLike, ModelParcel, model_of, parcel_of
 from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.outputs import ModelOutput, OutputsLike, outputs_of, settled
@@ -149,7 +149,7 @@ def blank_chips(job: Job, outputs: Sequence[Output], count: int) -> Arrays:
 
 
 def plan_map(
-    chips: HasJob | ModelChips,
+    chips: ModelChips,
     model: ModelLike,
     outputs: OutputsLike,
     options: MapOptions,
@@ -178,9 +178,7 @@ def plan_map(
         When options are none, several chips lie at one place, or chips lie beside the map's pixels.
     """
     checked(options.blend, options.batch_size, options.min_inputs)
-    own = chips_of(chips)
-    trial = tried(own, model, outputs, options.batch_size, client)
-    return map_of(own, trial, options)
+    return map_of(chips, tried(chips, model, outputs, options.batch_size, client), options)
 
 
 def map_of(chips: ModelChips, trial: Trial, options: MapOptions) -> MapPlan:

@@ -17,16 +17,15 @@ from rasteret_dask.prediction.cogtiles import CogTiles
 from rasteret_dask.prediction.mapfiles import write_cogs, write_tiles
 from rasteret_dask.prediction.maps import checked
 from rasteret_dask.prediction.mapstore import MapZarr
-from rasteret_dask.prediction.modelchips import HasJob, ModelChips, chips_of
+from rasteret_dask.prediction.modelchips import ModelChips
 from rasteret_dask.prediction.models import ModelLike
 from rasteret_dask.prediction.outputs import OutputsLike
 from rasteret_dask.prediction.planmap import TRIAL_CHIPS, MapOptions, map_of, tried, tried_on
-from rasteret_dask.prediction.storedjob import StoredJob, blank_stored
+from rasteret_dask.prediction.storedjob import blank_stored
 from rasteret_dask.prediction.targets import Target, VectorTable, target_of
 from rasteret_dask.prediction.vectors import stored_plan, vector_plan
 from rasteret_dask.store.jobreport import JobReport
 from rasteret_dask.store.limits import Bounds
-from rasteret_dask.store.provenance import provenance_of_parts
 from rasteret_dask.store.stored import Stored
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ __all__ = ["embedded", "predicted", "stored_answers"]
 
 
 def predicted(
-    chips: HasJob | ModelChips,
+    chips: ModelChips,
     model: ModelLike,
     outputs: OutputsLike,
     options: MapOptions,
@@ -49,16 +48,15 @@ def predicted(
     checked(options.blend, options.batch_size, options.min_inputs)
     check_kept(to, "predict", bounds)
     target = None if to is None else target_of(to)
-    own = chips_of(chips)
-    trial = tried(own, model, outputs, options.batch_size, client)
+    trial = tried(chips, model, outputs, options.batch_size, client)
     if isinstance(target, VectorTable):
-        table = vector_plan(own, trial.parcel, trial.output, trial.outputs, options.on_error)
+        table = vector_plan(chips, trial.parcel, trial.output, trial.outputs, options.on_error)
         return table.to_parquet(Place.of(target.path).url, client, progress, bounds)
     if isinstance(target, MapZarr):
         options = replace(options, block_px=target.block_px)
     elif isinstance(target, CogTiles):
         options = replace(options, block_px=target.tile_px)
-    plan = map_of(own, trial, options)
+    plan = map_of(chips, trial, options)
     match target:
         case None:
             return plan.load(client, progress)
@@ -81,7 +79,7 @@ def check_kept(to: object, caller: str, bounds: Bounds) -> None:
 
 
 def embedded(
-    chips: HasJob | ModelChips,
+    chips: ModelChips,
     model: ModelLike,
     options: MapOptions,
     to: str | os.PathLike[str] | None,
@@ -98,9 +96,8 @@ def embedded(
             "embed(to=)", repr(to), "a path that ends in .parquet",
             "A map whose pixels are vectors is predict(model, 'values', to='vectors.tif').",
         )  # fmt: skip
-    own = chips_of(chips)
-    trial = tried(own, model, "values", options.batch_size, client)
-    table = vector_plan(own, trial.parcel, trial.output, trial.outputs, options.on_error, is_vector=True)
+    trial = tried(chips, model, "values", options.batch_size, client)
+    table = vector_plan(chips, trial.parcel, trial.output, trial.outputs, options.on_error, is_vector=True)
     if target is None:
         return table.load(client, progress)
     return table.to_parquet(Place.of(target.path).url, client, progress, bounds)
@@ -134,9 +131,7 @@ def stored_answers(
         signatures.send_place(cluster, *stored.places)
         blanks = blank_stored(stored, TRIAL_CHIPS)
         parcel, output = tried_on(blanks, pixels, model, outputs, batch_size, cluster)
-        table = stored_plan(
-            StoredJob(stored), parcel, output, provenance_of_parts(stored.places), is_vector=is_vector
-        )
+        table = stored_plan(stored, parcel, output, is_vector)
         if target is None:
             return table.load(cluster, progress)
         return table.to_parquet(Place.of(target.path).url, cluster, progress, bounds)

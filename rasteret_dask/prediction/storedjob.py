@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
-from rasteret_dask.planning.plan import Function, digest
+from rasteret_dask.planning.plan import digest
 from rasteret_dask.store.stored import Stored, facts, take
 from rasteret_dask.tasks.batches import Arrays
 from rasteret_dask.tasks.job import Shard
@@ -33,13 +33,6 @@ class StoredJob:
     """Stored chips with the words of a :class:`~rasteret_dask.tasks.job.Job`: a shard is one of the store."""
 
     stored: Stored
-
-    signed = ()
-    all_functions: tuple[Function, ...] = ()
-
-    def hrefs(self) -> tuple[str, ...]:
-        """Return nothing: the store's own credentials are sent by its place."""
-        return ()
 
     @cached_property
     def digest(self) -> str:
@@ -73,11 +66,6 @@ class StoredJob:
         for number, size in enumerate(self.stored.sizes):
             if size:
                 yield self.shard(0, number)
-
-    @property
-    def shard_count(self) -> int:
-        """How many shards have chips."""
-        return sum(1 for _ in self.shards())
 
     @property
     def keys(self) -> Mapping[str, str]:

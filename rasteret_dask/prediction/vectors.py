@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 from dask._task_spec import DataNode, Task, TaskRef
+from numpy.typing import NDArray
 
 from rasteret_dask.chipping.chiptable import CHIP_SCHEMA
 from rasteret_dask.errors import ModelError, PlanError, StoreError
@@ -28,7 +29,7 @@ from rasteret_dask.net.places import Place
 from rasteret_dask.net.remotefs import filesystem
 from rasteret_dask.planning.plan import digest
 from rasteret_dask.prediction.maps import gpu_resource
-from rasteret_dask.prediction.modelchips import HasJob, ModelChips, chips_of
+from rasteret_dask.prediction.modelchips import ModelChips
 from rasteret_dask.prediction.models import ModelParcel
 from rasteret_dask.prediction.modelsending import root_of
 from rasteret_dask.prediction.outputs import ModelOutput
@@ -37,19 +38,16 @@ from rasteret_dask.prediction.vectorwork import FIRST, LAST, ROW, VectorWork, an
 from rasteret_dask.statistics.measuring import Pass, computed
 from rasteret_dask.store.jobreport import JobReport
 from rasteret_dask.store.layout import JOB
-from rasteret_dask.store.ledger import PROVENANCE, Maker, whole
+from rasteret_dask.store.ledger import whole
 from rasteret_dask.store.limits import Bounds
-from rasteret_dask.store.provenance import Provenance
 from rasteret_dask.store.smallobjects import requests
+from rasteret_dask.store.stored import Stored
+from rasteret_dask.store.unitchips import ShardReader, UnitChips, planned_units, stored_units
 from rasteret_dask.store.unitruns import Making, UnitJob, Visible, WorkUnit, write_units
 from rasteret_dask.table.geoparquet import GROUP_ROWS, joined_pieces
-from rasteret_dask.tasks.context import Functions
+from rasteret_dask.tasks.context import ReadContext
 from rasteret_dask.tasks.filtering import tally
-from rasteret_dask.tasks.job import Job, Output, ipc_bytes
-from rasteret_dask.tasks.jobfile import JobRef, check_writable, job_objects, opened
-from rasteret_dask.tasks.runs import Cuts
-from rasteret_dask.tasks.shards import Shipped
-from rasteret_dask.tasks.workermemory import TaskMemory
+from rasteret_dask.tasks.job import Output, Shard, ipc_bytes
 from rasteret_dask.words import OnError
 
 __all__ = ["VectorPlan", "answers_note", "remove_work", "stored_plan", "vector_plan"]
@@ -71,17 +69,55 @@ _TIME = pa.timestamp("us", tz="UTC")
 _BBOX = pa.struct([(corner, pa.float64()) for corner in ("xmin", "ymin", "xmax", "ymax")])
 
 
+class _Source(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bands(self) -> tuple[str, ...]: ...
+
+
+class AnsweredJob(Protocol):
+    """Chips that get a row each: those of a :class:`Job`, or of a :class:`StoredJob`."""
+
+    @property
+    def digest(self) -> str:
+        """What they are known by."""
+
+    @property
+    def chips(self) -> pa.Table:
+        """Their table."""
+
+    @property
+    def sources(self) -> Sequence[_Source]:
+        """Names and bands."""
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """Shard -> what its chips are known by."""
+
+    @property
+    def running(self) -> NDArray[np.int64]:
+        """Shape (chip,). When each chip's shard runs."""
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the shards."""
+
+    def chosen_chips(self) -> pa.Table:
+        """Return the rows of the table that shards hold."""
+
+
 @dataclass(frozen=True)
 class _Making:
     """What a task does with each shard of its run."""
 
-    ref: JobRef | StoredJob
+    chips: ShardReader
     work: VectorWork
 
-    def __call__(self, item: tuple[int, int], *roots: Any) -> Making:
-        job = self.ref if isinstance(self.ref, StoredJob) else opened(self.ref)
-        answers = self.work.compute(job, item, *roots)
-        yield _part(job.shard(*item).name), [ipc_bytes(answers.table)]
+    def __call__(self, item: tuple[str, tuple[int, int]], *roots: Any) -> Making:
+        name, place = item
+        answers = self.work.compute(self.chips, place, *roots)
+        yield _part(name), [ipc_bytes(answers.table)]
         return answers.report
 
 
@@ -93,14 +129,14 @@ def _part(shard: str) -> str:
 class VectorPlan:
     """One answer a chip, planned: nothing is read yet."""
 
-    job: Job | StoredJob
+    job: AnsweredJob
     parcel: ModelParcel
     work: VectorWork
-    outputs: tuple[Output, ...] = field(repr=False)
-    span: tuple[np.datetime64, np.datetime64] | None
+    reading: UnitChips
+    """Who reads the shards, and what that needs."""
+    on_error: OnError = "raise"
+    span: tuple[np.datetime64, np.datetime64] | None = None
     """Begin and end of the slots that all chips share; None: there are none, and records say when chips were taken."""
-    functions: Functions = field(repr=False)
-    provenance: Provenance = field(repr=False)
 
     @cached_property
     def digest(self) -> str:
@@ -108,7 +144,7 @@ class VectorPlan:
         out = self.work.output
         return digest(
             "answers", self.job.digest, self.parcel.digest, out.kind, out.codes, out.names, out.named,
-            self.work.is_vector, self.work.on_error,
+            self.work.is_vector, self.on_error,
         )  # fmt: skip
 
     @cached_property
@@ -128,11 +164,6 @@ class VectorPlan:
                 *answer_fields(self.work.output, self.work.is_vector),
             ]
         )
-
-    @cached_property
-    def memory(self) -> TaskMemory | None:
-        """What its tasks need; None of stored chips."""
-        return None if isinstance(self.job, StoredJob) else TaskMemory(self.job, self.outputs, together=True)
 
     def note(self, report: JobReport) -> dict[str, Any]:
         """Return what the file says of itself, as JSON values: nothing that another run would tell otherwise."""
@@ -178,12 +209,6 @@ class VectorPlan:
             pa.repeat(pa.scalar(edge.astype("datetime64[us]").item(), _TIME), len(part)) for edge in self.span
         )
 
-    def _shipped(self) -> dict[str, Shipped]:
-        """Return the user's functions, which tasks need behind the model."""
-        return {
-            f"function-{f.name}-{digest(f)[:12]}": Shipped(self.functions[f]) for f in self.work.functions
-        }
-
     # Exits
 
     def load(self, client: ClientLike = None, progress: bool = False) -> pa.Table:
@@ -196,17 +221,18 @@ class VectorPlan:
         progress
             Whether to show how far it is.
         """
-        token, at_root = self.digest[:16], f"job-{self.job.digest[:16]}"
-        shards, shipped = list(self.job.shards()), self._shipped()
+        token, at_root, own = self.digest[:16], f"job-{self.job.digest[:16]}", self.reading
+        shards = list(self.job.shards())
         keys = [f"predict-{shard.name}-{token}" for shard in shards]
         with clusters.using(client) as cluster, root_of(self.parcel, cluster) as (graph, model):
-            graph |= {key: DataNode(key, value) for key, value in {**shipped, at_root: self.job}.items()}
-            refs = [model, *map(TaskRef, shipped)]
+            roots = {**own.functions, at_root: own.reader(None)}
+            graph |= {key: DataNode(key, value) for key, value in roots.items()}
+            refs = [model, *map(TaskRef, own.functions)]
             for key, shard in zip(keys, shards, strict=True):
                 item = shard.hierarchy, shard.number
                 graph[key] = Task(key, _answers, TaskRef(at_root), self.work, item, *refs)
-            sign = partial(signatures.send, hrefs=self.job.hrefs(), hosts=self.job.signed)
-            look = Pass("predict", sign, progress, self.memory, gpu_resource(cluster, self.parcel))
+            sign = partial(signatures.send, hrefs=own.hrefs(), hosts=own.signed)
+            look = Pass("predict", sign, progress, own.memory, gpu_resource(cluster, self.parcel))
             parts = computed(graph, {key: (key,) for key in keys}, cluster or client, look)
         return pa.concat_tables([self.schema.empty_table(), *map(self.rows, parts)])
 
@@ -272,11 +298,11 @@ class VectorPlan:
 
     def _unit_job(self, url: str, client: ClientLike) -> UnitJob:
         """Return the shards as units of work."""
-        job = self.job
+        job, own = self.job, self.reading
         order = sorted(job.shards(), key=lambda shard: int(job.running[shard.start]))
         units = [
             WorkUnit(
-                shard.name, (shard.hierarchy, shard.number), shard.stop - shard.start,
+                shard.name, (shard.name, (shard.hierarchy, shard.number)), shard.stop - shard.start,
                 digest(self.digest, job.keys[shard.name]), shard.split, shard.number,
             )
             for shard in order
@@ -285,25 +311,21 @@ class VectorPlan:
             resource = gpu_resource(cluster, self.parcel)
         # in the graph it would travel with every batch of tasks
         parcel, file, content = self.parcel.apart(remote.join(url, JOB))
-        tables: dict[str, Maker] = {}
-        ref = job if isinstance(job, StoredJob) else JobRef(remote.join(url, JOB), job.digest)
-        if not isinstance(job, StoredJob):
-            check_writable(job)
-            tables |= {f"{JOB}/{name}": whole(data) for name, data in job_objects(job).items()}
         return UnitJob(
             "predict",
             self.digest,
             units,
-            _Making(ref, self.work),
+            _Making(own.reader(url), self.work),
             Visible("answers.json", {"answers": self.parcel.name}),
-            {**tables, f"{JOB}/{file}": whole(content), PROVENANCE: whole(self.provenance.to_bytes())},
+            {**own.objects(), f"{JOB}/{file}": whole(content)},
             lambda: {_part(unit.name): unit.name for unit in units},
-            roots={f"model-{parcel.digest[:16]}": parcel, **self._shipped()},
-            cuts=None if isinstance(job, StoredJob) else partial(Cuts.of, job),
-            memory=self.memory,
+            roots={f"model-{parcel.digest[:16]}": parcel, **own.functions},
+            cuts=own.cuts,
+            memory=own.memory,
             resource=resource,
-            hrefs=job.hrefs,
-            signed=job.signed,
+            hrefs=own.hrefs,
+            signed=own.signed,
+            stores=own.stores,
         )
 
     def _put(self, url: str, work: str, report: JobReport) -> None:
@@ -336,8 +358,8 @@ def _read(work: str, shard: str) -> pa.Table:
     return pa.ipc.open_file(pa.py_buffer(remote.get(remote.join(work, _part(shard))))).read_all()
 
 
-def _answers(job: Job | StoredJob, work: VectorWork, item: tuple[int, int], *roots: Any) -> pa.Table:
-    return work.compute(job, item, *roots).table
+def _answers(chips: ShardReader, work: VectorWork, item: tuple[int, int], *roots: Any) -> pa.Table:
+    return work.compute(chips, item, *roots).table
 
 
 def answers_note(url: str) -> Mapping[str, Any] | None:
@@ -370,20 +392,17 @@ def remove_work(work: str) -> None:
 
 
 def stored_plan(
-    job: StoredJob,
-    parcel: ModelParcel,
-    output: ModelOutput,
-    provenance: Provenance,
-    is_vector: bool = False,
+    stored: Stored, parcel: ModelParcel, output: ModelOutput, is_vector: bool = False
 ) -> VectorPlan:
     """Return the plan of one answer a stored chip; parameters and errors as of :func:`vector_plan`."""
+    job = StoredJob(stored)
     _check(job, parcel, output, is_vector)
-    work = VectorWork(output, is_vector, tuple(own.name for own in job.sources), "raise", ())
-    return VectorPlan(job, parcel, work, (), None, {}, provenance)
+    work = VectorWork(output, is_vector, tuple(own.name for own in job.sources))
+    return VectorPlan(job, parcel, work, stored_units(stored))
 
 
 def vector_plan(
-    chips: HasJob | ModelChips,
+    chips: ModelChips,
     parcel: ModelParcel,
     output: ModelOutput,
     outputs: tuple[Output, ...],
@@ -412,14 +431,13 @@ def vector_plan(
     PlanError
         When a column of the user's has the name of one of the table's.
     """
-    own_chips = chips_of(chips)
-    job, ground = own_chips.job, own_chips.ground
+    job, ground = chips.job, chips.ground
     _check(job, parcel, output, is_vector)
-    work = VectorWork(output, is_vector, ground.dated, on_error, job.all_functions)
-    return VectorPlan(job, parcel, work, outputs, ground.span, own_chips.functions, own_chips.provenance)
+    own = planned_units(job, outputs, ReadContext(chips.functions, on_error), chips.provenance)
+    return VectorPlan(job, parcel, VectorWork(output, is_vector, ground.dated), own, on_error, ground.span)
 
 
-def _check(job: Job | StoredJob, parcel: ModelParcel, output: ModelOutput, is_vector: bool) -> None:
+def _check(job: AnsweredJob, parcel: ModelParcel, output: ModelOutput, is_vector: bool) -> None:
     """Raise where answers are no rows of a table, or a column of the user's has the name of one of these."""
     if output.side is not None:
         raise ModelError(

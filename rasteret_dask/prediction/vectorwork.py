@@ -6,27 +6,19 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import xarray as xr
 from numpy.typing import NDArray
 
 from rasteret_dask import activity
 from rasteret_dask.errors import ModelError
-from rasteret_dask.planning.plan import Function
 from rasteret_dask.prediction.models import ModelParcel
 from rasteret_dask.prediction.outputs import ModelOutput
-from rasteret_dask.prediction.storedjob import StoredJob
-from rasteret_dask.store.stored import read_shard
-from rasteret_dask.streams.planned import kept_arrays
+from rasteret_dask.store.unitchips import ShardReader
 from rasteret_dask.tasks.batches import Arrays
-from rasteret_dask.tasks.context import ReadContext
-from rasteret_dask.tasks.filtering import KEPT
-from rasteret_dask.tasks.job import Job, Shard
-from rasteret_dask.tasks.shards import Shipped, read_chips
-from rasteret_dask.words import OnError
+from rasteret_dask.tasks.shards import Shipped
 
 __all__ = ["FIRST", "LAST", "ROW", "ShardAnswers", "VectorWork", "answer_fields"]
 
@@ -71,19 +63,16 @@ class VectorWork:
     is_vector: bool
     dated: tuple[str, ...]
     """The sources whose dates count: those that do not hold at any time."""
-    on_error: OnError
-    functions: tuple[Function, ...]
-    """The user's, whose code comes as roots behind the model."""
 
     def compute(
-        self, job: Job | StoredJob, item: tuple[int, int], parcel: ModelParcel, *shipped: Shipped
+        self, chips: ShardReader, item: tuple[int, int], parcel: ModelParcel, *shipped: Shipped
     ) -> ShardAnswers:
         """Compute the answers to a shard's chips.
 
         Parameters
         ----------
-        job
-            The chips.
+        chips
+            Who reads them.
         item
             Number of the hierarchy, and of the shard in it.
         parcel
@@ -96,13 +85,10 @@ class VectorWork:
         ModelError
             When the model raises, or says NaN of a chip that has a valid pixel.
         """
-        calls = {function: one.call for function, one in zip(self.functions, shipped, strict=True)}
-        shard, runner = job.shard(*item), parcel.runner()
+        runner = parcel.runner()
         with runner.reading():
-            if isinstance(job, StoredJob):
-                arrays, rows, report = _stored_arrays(job, shard)
-            else:
-                arrays, rows, report = _planned_arrays(job, shard, ReadContext(calls, self.on_error))
+            read = chips.read(item, shipped)
+            arrays, rows, report = read.arrays, read.rows, read.report
             begun = time.perf_counter()
             columns = self._columns(arrays, runner.predict(arrays)) if len(rows) else None
         seconds = time.perf_counter() - begun
@@ -145,23 +131,6 @@ class VectorWork:
         return [pa.FixedSizeListArray.from_arrays(flat, type=field.type, mask=pa.array(empty))]
 
 
-_Read: TypeAlias = "tuple[Arrays, NDArray[np.int64], dict[str, Any]]"
-"""Kept chips of a shard, their rows in the job's table, and what a unit's report says of reading them."""
-
-
-def _planned_arrays(job: Job, shard: Shard, context: ReadContext) -> _Read:
-    sources = read_chips(job, shard, context, warns=False)
-    first = next(iter(sources.values()))
-    kept = first[KEPT].values if KEPT in first.coords else np.ones(first.sizes["chip"], dtype=bool)
-    return kept_arrays(sources, None), np.flatnonzero(kept) + shard.start, read_report(sources)
-
-
-def _stored_arrays(job: StoredJob, shard: Shard) -> _Read:
-    begun = time.perf_counter()
-    arrays = read_shard(job.stored, shard.number)
-    return arrays, np.arange(shard.start, shard.stop), {"seconds": {"read": time.perf_counter() - begun}}
-
-
 def _interval(arrays: Arrays, dated: Sequence[str]) -> tuple[pa.Array, pa.Array]:
     """Return when the first and the last record of each chip were taken; null where no record says."""
     count = len(arrays["chip_id"])
@@ -172,19 +141,3 @@ def _interval(arrays: Arrays, dated: Sequence[str]) -> tuple[pa.Array, pa.Array]
     low = np.where(np.isnat(every), np.iinfo(np.int64).max, stamps).min(axis=1)
     high = np.where(np.isnat(every), np.iinfo(np.int64).min, stamps).max(axis=1)
     return pa.array(low, pa.int64(), mask=none).cast(kind), pa.array(high, pa.int64(), mask=none).cast(kind)
-
-
-def read_report(sources: Mapping[str, xr.Dataset]) -> dict[str, Any]:
-    """Return what reading a shard's sources took, as a unit's report has it."""
-    first = next(iter(sources.values()))
-    report: dict[str, Any] = {"dropped": first.attrs.get("dropped", {}), "seconds": {}}
-    for name, dataset in sources.items():
-        shares = dataset["valid_fraction"].values
-        if KEPT in dataset.variables:
-            shares = shares[dataset[KEPT].values]
-        report[f"masked/{name}"] = round(1 - float(shares.mean(dtype=np.float64)), 6) if shares.size else 0.0
-        for what, blank in (("counts", {}), ("clipped", {}), ("unreadable", [])):
-            report[f"{what}/{name}"] = dataset.attrs.get(what, blank)
-        for stage, seconds in dataset.attrs.get("seconds", {}).items():
-            report["seconds"][f"{stage}/{name}"] = seconds
-    return report

@@ -249,6 +249,7 @@ class Recipe:
             case "table":
                 chips.save(output.place)
             case "plan":
+                chips._recipe = without_credentials(self.text)
                 chips.save_plan(output.place, client=client)
             case "predict":
                 with blamed_by_words(self.source):

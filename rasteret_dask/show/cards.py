@@ -7,7 +7,7 @@ that tells it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,8 +37,9 @@ from rasteret_dask.rules.kinds import kind_of
 from rasteret_dask.rules.picks import Closest
 from rasteret_dask.rules.units import Raw, Scaled, Units
 from rasteret_dask.store.stored import Stored
+from rasteret_dask.tasks.job import Job
 
-__all__ = ["BlocksFacts", "blocks_card", "chips_card", "collection_card", "stored_card"]
+__all__ = ["BlocksFacts", "blocks_card", "chips_card", "collection_card", "saved_card", "stored_card"]
 
 MOST_RECORDS = 20_000
 """Records of a table, before any filter, up to which it is looked through: some 0.1 s."""
@@ -170,6 +171,29 @@ def blocks_card(query: Query, planned: PlannedChips, facts: BlocksFacts) -> Card
     title = f"ChipBlocks: {_chips_title(planned, count)}"
     pictures = [partial(_block_map, facts.bounds)] if facts.bounds else []
     return Card(title, [*rows, *_source_rows(planned), *_steps(query)], pictures)
+
+
+def saved_card(url: str, job: Job, table: Callable[[], pa.Table]) -> Card:
+    """Return what is shown of the chips of a saved plan.
+
+    Parameters
+    ----------
+    url
+        Its folder.
+    job
+        The chips.
+    table
+        Returns their table.
+    """
+    count, sides = sum(h.chips for h in job.hierarchies), ", ".join(map(str, sorted(set(job.size_px))))
+    rows = _splits({h.split or "": h.chips for h in job.hierarchies})
+    for plan in job.sources:
+        kinds = [kind.kind for kind in plan.kinds] or [None] * len(plan.bands)
+        named = list(zip(plan.bands, kinds, plan.units, strict=True))
+        text = f"{_bands_text(named, plan.dtype)}; {counted(plan.times, 'slot')}"
+        rows.append(Fact(plan.name, text, partial(_with_bands, text, named)))
+    rows += [Fact("plan", redact(url)), Fact("digest", job.digest)]
+    return Card(f"SavedPlan: {count:,} of {sides} px", rows, [lambda: _chip_map(table())])
 
 
 def stored_card(stored: Stored, opened: bool) -> Card:

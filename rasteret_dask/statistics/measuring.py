@@ -35,6 +35,7 @@ __all__ = [
     "computed",
     "kept_sizes",
     "measured",
+    "measured_once",
     "on_shards",
     "recalled",
     "remember",
@@ -125,6 +126,23 @@ def measured(reading: ChipShards, client: ClientLike = None, progress: bool = Fa
     if not found.chips:
         raise _none()
     return found
+
+
+def measured_once(reading: ChipShards, on_error: str, client: ClientLike = None) -> Stats:
+    """Return the statistics of all chips, measured where this process has not done so yet.
+
+    Parameters
+    ----------
+    reading, client
+        As in :func:`measured`.
+    on_error
+        What becomes of a tile that cannot be read.
+    """
+    known = recalled(reading.digest, on_error)
+    if known is None:
+        known = measured(reading, client, progress=True)
+        remember(known, reading.digest, on_error)
+    return known
 
 
 def _none() -> PlanError:

@@ -70,6 +70,14 @@ class Law:
         }
         return sealed(values)
 
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Law:
+        """Return what :meth:`to_bytes` wrote."""
+        spec, split = (
+            None if document[name] is None else from_json(document[name]) for name in ("spec", "split")
+        )
+        return cls(document["facts"], spec, split, document["resolution"])
+
     def differences(self, other: Law) -> Iterator[tuple[str, str, str]]:
         """Yield what differs: its name, the value here, and the other's."""
         for name in dict.fromkeys([*self.facts, *other.facts]):
@@ -86,12 +94,7 @@ def read_law(url: str) -> Law | None:
         document = document_of(remote.get(remote.join(url, LAW)))
     except remote.MissingError:
         return None
-    if document is None:
-        return None
-    spec, split = (
-        None if document[name] is None else from_json(document[name]) for name in ("spec", "split")
-    )
-    return Law(document["facts"], spec, split, document["resolution"])
+    return None if document is None else Law.of(document)
 
 
 def law_of(plan: Node, job: Job, outputs: Sequence[Output]) -> Law:

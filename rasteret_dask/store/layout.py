@@ -19,7 +19,7 @@ from rasteret_dask.formats import MEANING, STORE
 from rasteret_dask.planning.meta import TEXT, VALID, meta_attrs
 from rasteret_dask.planning.query import Query
 from rasteret_dask.planning.radiometry import radiometry_of
-from rasteret_dask.planning.resolve import ResolvedSource
+from rasteret_dask.planning.resolve import SourceRecords
 from rasteret_dask.store.encode import CHIPS_PER_SHARD, Compression, compressors
 from rasteret_dask.store.law import Law, law_of
 from rasteret_dask.store.ledger import GROUPS, LAW, PROVENANCE, SUPERSEDES, TO_ZARR, Maker, whole
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import zarr
     from zarr.storage import MemoryStore
 
-__all__ = ["JOB", "Layout", "layout_of", "of_shards"]
+__all__ = ["JOB", "Layout", "layout_of", "of_shards", "source_attrs"]
 
 OF_SHARDS = {
     "pixels": 5,
@@ -322,7 +322,7 @@ def _consolidate(store: MemoryStore) -> None:
 
 def layout_of(
     job: Job,
-    used: Sequence[tuple[ResolvedSource, NDArray[np.int64]]],
+    used: Sequence[tuple[SourceRecords, NDArray[np.int64]]],
     query: Query,
     dropped: Mapping[str, int],
 ) -> Layout:
@@ -339,6 +339,16 @@ def layout_of(
     dropped
         Reason -> windows that planning left out.
     """
+    provenance, outputs = provenance_of(query, used, dropped), outputs_of(job, query.functions)
+    return Layout(
+        job, outputs, source_attrs(job, used), provenance=provenance, law=law_of(query.plan, job, outputs)
+    )
+
+
+def source_attrs(
+    job: Job, used: Sequence[tuple[SourceRecords, NDArray[np.int64]]]
+) -> dict[str, dict[str, Any]]:
+    """Return the attributes of each source's group; parameters as of :func:`layout_of`."""
     attrs = {}
     wide = {
         plan.name: size * plan.resolution
@@ -354,5 +364,4 @@ def layout_of(
             "resolution": source.plan.resolution,
             **({"context_m": wide[source.plan.name]} if source.plan.name in wide else {}),
         }
-    provenance, outputs = provenance_of(query, used, dropped), outputs_of(job, query.functions)
-    return Layout(job, outputs, attrs, provenance=provenance, law=law_of(query.plan, job, outputs))
+    return attrs

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ from rasteret_dask.net.sums import document_of, sealed
 from rasteret_dask.planning.calls import calls, rows_in
 from rasteret_dask.planning.plan import leaves
 from rasteret_dask.planning.query import Query
-from rasteret_dask.planning.resolve import ResolvedSource
+from rasteret_dask.planning.resolve import SourceRecords
 from rasteret_dask.store.ledger import PROVENANCE
 from rasteret_dask.table.terms import Terms
 
@@ -63,6 +63,19 @@ class Provenance:
             {"steps": self.steps, "dropped": self.dropped, "origins": [asdict(o) for o in self.origins]}
         )
 
+    def after(self, step: str, used: Sequence[tuple[SourceRecords, NDArray[np.int64]]]) -> Provenance:
+        """Return where some of the chips come from.
+
+        Parameters
+        ----------
+        step
+            The call that chooses them.
+        used
+            Each source, with the rows of its records that feed one of them.
+        """
+        terms = {origin.member: origin.terms for origin in self.origins}
+        return replace(self, steps=(*self.steps, step), origins=tuple(_origins(used, terms)))
+
     def by_member(self) -> Provenance:
         """Return the same with one entry for each member of a source, of all records that its entries name."""
         members: dict[tuple[str, str], list[MemberOrigin]] = {}
@@ -97,7 +110,7 @@ def _as_one(parts: Sequence[MemberOrigin]) -> MemberOrigin:
 
 
 def provenance_of(
-    query: Query, used: Sequence[tuple[ResolvedSource, NDArray[np.int64]]], dropped: Mapping[str, int]
+    query: Query, used: Sequence[tuple[SourceRecords, NDArray[np.int64]]], dropped: Mapping[str, int]
 ) -> Provenance:
     """Return where chips come from.
 
@@ -113,18 +126,22 @@ def provenance_of(
     terms: dict[str, Terms] = {}
     for leaf in leaves(query.plan):
         terms.setdefault(leaf.name, Terms.of(query.tables[leaf.token].schema))
-    origins = []
+    return Provenance(
+        tuple(calls(query.plan, rows_in(query.tables))), dict(dropped), tuple(_origins(used, terms))
+    )
+
+
+def _origins(
+    used: Sequence[tuple[SourceRecords, NDArray[np.int64]]], terms: Mapping[str, Terms]
+) -> Iterator[MemberOrigin]:
     for source, rows in used:
         for number, member in enumerate(source.plan.members):
             own = pa.array(rows[source.member[rows] == number])
             if len(own):
-                origins.append(
-                    _origin(source, member.name, member.bands[0], own, terms.get(member.name, Terms()))
-                )
-    return Provenance(tuple(calls(query.plan, rows_in(query.tables))), dict(dropped), tuple(origins))
+                yield _origin(source, member.name, member.bands[0], own, terms.get(member.name, Terms()))
 
 
-def _origin(source: ResolvedSource, member: str, band: str, rows: pa.Array, terms: Terms) -> MemberOrigin:
+def _origin(source: SourceRecords, member: str, band: str, rows: pa.Array, terms: Terms) -> MemberOrigin:
     table = source.records.table
     times = pc.min_max(table.column("datetime").take(rows)).as_py()
     hrefs = source.records.asset_field(band, "href").take(rows).drop_null().to_pylist()

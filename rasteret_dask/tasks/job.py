@@ -25,7 +25,7 @@ from rasteret_dask.grid import transformer
 from rasteret_dask.planning.bandkinds import BandKind
 from rasteret_dask.planning.meta import OF_SLOTS, VALID, Meta, record_values
 from rasteret_dask.planning.plan import Function, Rule, digest
-from rasteret_dask.planning.resolve import SourcePlan
+from rasteret_dask.planning.resolve import SourcePlan, SourceRecords
 from rasteret_dask.table.barehrefs import hosts_of, hrefs_of
 from rasteret_dask.table.filelayouts import FileLayouts
 from rasteret_dask.table.records import Records
@@ -225,6 +225,12 @@ class Job:
         """Return the user's functions over one source's pixels, in the order in which they are called."""
         plan = self.sources[source]
         return (*plan.maps, *(function for name, function in self.maps if name in (None, plan.name)))
+
+    def record_rows(self) -> list[tuple[SourceRecords, NDArray[np.int64]]]:
+        """Return each source with the rows of its records that feed a chip of the job's splits."""
+        feeds = FeedTable.of(self.chosen_chips())
+        own = map(SourceRecords, self.sources, self.records, self.members)
+        return [(source, feeds.rows_of(number)) for number, source in enumerate(own)]
 
     @property
     def all_functions(self) -> tuple[Function, ...]:

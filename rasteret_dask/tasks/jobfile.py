@@ -158,7 +158,7 @@ def _note(data: bytes) -> dict[str, Any] | None:
 def _damaged(url: str, damage: str) -> StoreError:
     return StoreError(
         f"plan {remote.redact(url)}", damage, "what save_plan or to_zarr wrote",
-        "It was changed or damaged after it was written: write it again.",
+        "It was changed or damaged after it was written: delete it, and write it again.",
     )  # fmt: skip
 
 
@@ -212,7 +212,10 @@ def _labels(notes: Any, tables: dict[str, pa.Table]) -> tuple[Labels, ...]:
 
 
 def _table(url: str, name: str, size: int, checksum: int) -> pa.Table:
-    data = remote.get(remote.join(url, name))
+    try:
+        data = remote.get(remote.join(url, name))
+    except remote.MissingError:
+        raise _damaged(url, f"no {name} beside its {JOB_FILE}") from None
     if len(data) != size or crc32_of(data) != checksum:
         raise _damaged(url, f"a {name} that does not match its checksum")
     return pa.ipc.open_file(pa.py_buffer(data)).read_all()
