@@ -21,6 +21,7 @@ from rasteret_dask.chipset import Chips
 from rasteret_dask.demo.world import World
 from rasteret_dask.launching import slurm
 from rasteret_dask.recipes.arguments import documented, parameters, toml_type
+from rasteret_dask.recipes.functions import named
 from rasteret_dask.recipes.models import BEGINNINGS, RECORD_STEPS, Document
 from rasteret_dask.recipes.placement import placement_of
 from rasteret_dask.recipes.source import setting
@@ -137,7 +138,7 @@ LATER = {
     "size": ("size = 32", "size = 999", 18, "9990 m", "Choose a smaller size"),
     "operator": ('">", 0', '"=>", 0', 26, "'=>'", "operator one of"),
     "chip column": ('"slots"', '"slts"', 26, "'slts'", ""),
-    "path": ('filter = [["slots", ">", 0]]', 'map = "mycde.py:f"', 26, "no module 'mycde.py'", "Put mycde.py into"),
+    "path": ('filter = [["slots", ">", 0]]', 'map = "code/mycde.py:f"', 26, "no module 'mycde'", "Put mycde.py into"),
     "function": ('filter = [["slots", ">", 0]]', 'map = "mycde:f"', 26, "no module 'mycde'", "Put mycde.py into"),
     "function name": ('filter = [["slots", ">", 0]]', 'map = "os:getcw"', 26, "no 'getcw' in os", "'getcwd'?"),
     "rule": ('"clouds"', '{ rule = "Clases" }', 16, "no module and name", ""),
@@ -479,6 +480,21 @@ def test_functions_of_the_folder_are_those_of_this_recipe(folder: Path) -> None:
     for factor, pixels in zip((10, 2, 20), values[1:], strict=True):
         np.testing.assert_allclose(pixels, factor * values[0], rtol=1e-6)
     assert str(folder) not in sys.path
+
+
+@pytest.mark.parametrize("path", ["code/mine.py", "./code/mine.py", "/code/mine.py"])
+def test_a_function_in_a_file(tmp_path: Path, path: str) -> None:
+    own = tmp_path / "code"
+    own.mkdir()
+    (own / "beside.py").write_text("FACTOR = 3\n")
+    (own / "mine.py").write_text(
+        "from beside import FACTOR\ndef scaled(pixels):\n    return FACTOR * pixels\n"
+    )
+    place = f"{tmp_path}{path}" if path.startswith("/") else path
+    assert named(f"{place}:scaled", tmp_path)(2) == 6
+    assert str(own) not in sys.path
+    with pytest.raises(rd.PlanError, match=r"no 'scald' in mine"):
+        named(f"{place}:scald", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,11 @@ def predict(
     ],
     model: Annotated[
         str | None,
-        _option(MAP, "--model", words="A file (.onnx, .pt2, .pt), or a function of yours: 'mycode:net'."),
+        _option(
+            MAP,
+            "--model",
+            words="A file (.onnx, .pt2, .pt), or a function of yours: 'mycode:net', 'mycode.py:net'.",
+        ),
     ] = None,
     to: Annotated[
         str | None,
@@ -291,13 +295,7 @@ def _opened(plan: str, functions: list[str] | None) -> SavedPlan:
     import rasteret_dask as rd
     from rasteret_dask.recipes.functions import named
 
-    calls = []
-    for text in functions or ():
-        module, _, name = text.rpartition(":")
-        file = Path(module).expanduser().absolute()
-        calls.append(
-            named(f"{file.stem}:{name}", file.parent) if module.endswith(".py") else named(text, Path.cwd())
-        )
+    calls = [named(text, Path.cwd()) for text in functions or ()]
     return rd.open_plan(plan, calls)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions and classes that a recipe names: ``"module:name"``, from its folder or from an installed package."""
+"""What a recipe names as ``"module:name"``: functions and classes of its folder, of an installed package, or in a file."""
 
 from __future__ import annotations
 
@@ -31,16 +31,19 @@ def named(text: str, folder: Path) -> Any:
     Parameters
     ----------
     text
-        A module and a name in it.
+        A module and a name in it; or a file and a name, ``"code/mycode.py:name"``: then its folder comes first.
     folder
-        The recipe's.
+        The recipe's, where the path of a file begins.
 
     Raises
     ------
     PlanError
         When there is no such module or name, or its import fails.
     """
-    module, sign, name = text.partition(":")
+    module, sign, name = text.rpartition(":")
+    if module.endswith(".py"):
+        file = folder / Path(module).expanduser()
+        module, folder = file.stem, file.parent
     if not (sign and name and all(part.isidentifier() for part in module.split("."))):
         raise PlanError(
             f"function {text!r}", "no module and name", "'module:name', such as 'mycode:brightest'"
@@ -96,8 +99,7 @@ def imported(module: str, folder: Path, subject: str) -> ModuleType:
                 remedy = f"Install {error.name}, which {module} imports."
                 raise PlanError(subject, str(error), f"a {module} that imports", remedy) from error
             names = [one.stem for one in folder.glob("*.py")]
-            stem = module.removesuffix(".py")  # as a path has it
-            remedy = nearest(stem, names) or f"Put {stem}.py into {folder}, or install its package."
+            remedy = nearest(module, names) or f"Put {module}.py into {folder}, or install its package."
             raise PlanError(subject, f"no module {module!r}", "a module", remedy) from error
         except Exception as error:  # the user's own module: whatever it raises while it is imported
             reason = f"{type(error).__name__}: {error}"
