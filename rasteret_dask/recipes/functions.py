@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe names as ``"module:name"``: functions and classes of its folder, of an installed package, or in a file."""
+"""What a recipe names as ``"module:name"``: functions and classes, of its folder, an installed package or a file."""
 
 from __future__ import annotations
 
