@@ -19,7 +19,7 @@ from rasteret_dask.store.law import Law
 from rasteret_dask.store.layout import Layout
 from rasteret_dask.store.provenance import Provenance
 from rasteret_dask.tasks.job import Job
-from rasteret_dask.tasks.jobfile import JOB_FILE, open_job, read_note, write_job
+from rasteret_dask.tasks.jobfile import JOB_FILE, job_objects, open_job, read_note, write_job
 
 __all__ = ["PlanFiles", "save_plan"]
 
@@ -120,7 +120,7 @@ class PlanFiles:
 def save_plan(
     layout: Layout, ground: ChipGround, place: str | os.PathLike[str], sizes: tuple[int, ...] | None = None
 ) -> None:
-    """Write a plan, JSON and Arrow tables, to a new folder; of a plan that is there, what is missing or damaged.
+    """Write a plan, JSON and Arrow tables, to a new folder; of a plan that is there, or half there, what is missing.
 
     Parameters
     ----------
@@ -142,11 +142,6 @@ def save_plan(
     url = folder.url
     names = set() if folder.is_file else set(remote.listing(url))
     note = read_note(url) if JOB_FILE in names else {}
-    if folder.is_file or (names and note.get("digest") != job.digest):
-        raise StoreError(
-            f"save_plan {remote.redact(url)}", "another plan" if note else "something else", "an empty place",
-            "Choose another place, or delete what lies there.",
-        )  # fmt: skip
     documents = {
         GROUND: sealed({"digest": job.digest, **ground.to_json()}),
         PROVENANCE: layout.provenance.to_bytes(),
@@ -154,13 +149,26 @@ def save_plan(
     }
     if sizes is not None:
         documents[SIZES] = sealed({"digest": job.digest, "sizes": list(sizes)})
+    if layout.recipe is not None:
+        documents[RECIPE] = layout.recipe.encode()
+    is_there = note.get("digest") == job.digest
+    # a save that was killed leaves some of these, and no job's JSON, which comes last
+    is_left = bool(names) and not note and names <= {*documents, *job_objects(job)}
+    if folder.is_file or (names and not is_there and not is_left):
+        raise StoreError(
+            f"save_plan {remote.redact(url)}", "another plan" if note else "something else", "an empty place",
+            "Choose another place, or delete what lies there.",
+        )  # fmt: skip
     for name, data in documents.items():
-        if name not in names or document_of(remote.get(remote.join(url, name))) is None:
+        if not (is_there and name in names and _is_sound(url, name)):
             remote.put(remote.join(url, name), data)
-    if layout.recipe is not None and RECIPE not in names:
-        remote.put(remote.join(url, RECIPE), layout.recipe.encode())
     if not (note and all(_is_whole(url, name, sums, names) for name, sums in note["tables"].items())):
         write_job(job, url)
+
+
+def _is_sound(url: str, name: str) -> bool:
+    """Tell whether a document of a saved plan is undamaged; a recipe is text as it was, and says of no checksum."""
+    return name == RECIPE or document_of(remote.get(remote.join(url, name))) is not None
 
 
 def _is_whole(url: str, name: str, sums: list[int], names: set[str]) -> bool:

@@ -23,6 +23,7 @@ from test_formats import rewritten
 from test_ledger import deleted, flipped, truncated
 
 import rasteret_dask as rd
+from rasteret_dask.net import remote
 from rasteret_dask.planset import SavedPlan
 from rasteret_dask.store.provenance import read_provenance
 from rasteret_dask.tasks.jobfile import _read
@@ -312,6 +313,39 @@ def test_a_damaged_plan_is_told_and_saved_again(
             p.name: p.read_bytes() for p in saved.iterdir()
         }
     use(place, tmp_path / "store")
+
+
+def test_a_save_that_was_killed_is_done_again(simple: rd.Chips, s2: rd.Collection, tmp_path: Path) -> None:
+    """Whatever it had put by then, also where it was of another plan."""
+    puts, real, whole = list[str](), remote.put, tmp_path / "whole"
+
+    def killed(url: str, *args: Any, **more: Any) -> None:
+        if len(puts) == most:
+            raise KeyboardInterrupt
+        puts.append(url)
+        real(url, *args, **more)
+
+    simple.save_plan(whole)
+    count = len(list(whole.iterdir()))
+    others = s2.harmonize(["red"], time="3MS").chips(32, cell_km=0.96).sample(5)
+    for most in range(1, count):
+        place = tmp_path / str(most)
+        puts.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(remote, "put", killed)
+            with pytest.raises(KeyboardInterrupt):
+                (simple, others)[most % 2].save_plan(place)
+        assert len(list(place.iterdir())) == most
+        with pytest.raises(rd.StoreError, match=r"no job\.json"):
+            rd.open_plan(place)
+        simple.save_plan(place)
+        assert {p.name: p.read_bytes() for p in place.iterdir()} == {
+            p.name: p.read_bytes() for p in whole.iterdir()
+        }
+    (tmp_path / "1" / "job.json").unlink()
+    (tmp_path / "1" / "notes.txt").touch()
+    with pytest.raises(rd.StoreError, match="something else"):
+        simple.save_plan(tmp_path / "1")
 
 
 def test_a_plan_of_an_earlier_version_is_told_and_saved_again(simple: rd.Chips, tmp_path: Path) -> None:
