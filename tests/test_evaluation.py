@@ -29,6 +29,7 @@ from rasterio.transform import Affine
 import rasteret_dask as rd
 from rasteret_dask.evaluation.confusion import Pairs, class_scores, overall
 from rasteret_dask.evaluation.evaluation import Evaluation
+from rasteret_dask.evaluation.rasters import MapRequest, rasters_of
 from rasteret_dask.grid import transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* split cell:UserWarning")
@@ -792,6 +793,13 @@ def test_maps_of_predict_are_read_by_the_names_of_their_classes(s2: rd.Collectio
         assert {k: v for k, v in found.classes.items() if k in (1, 2, 3)} == dict(enumerate(CROPS, 1))
         for (true, other), count in expected.items():
             assert found.confusion.values[true - 1, other - 1] == count, to
+    likely_ones = [
+        rasters_of(tmp_path / to, MapRequest("test", is_class=True)) for to in ("likely.tif", "likely.zarr")
+    ]
+    assert [one.rasters[0].codes for one in likely_ones] == [(7, 3, 5)] * 2, (
+        "codes do not depend on names of labels"
+    )
+    assert [one.names for one in likely_ones] == [names] * 2
     found = chips.evaluate(chips.predict(scores_of, classes, progress=False), "mask", progress=False)
     assert found.confusion.values.sum() == expected.total()
     assert found.confusion.sel(truth="oats", predicted="maize") == expected[3, 2]

@@ -170,14 +170,24 @@ def _described(href: str, file: Any, request: MapRequest) -> _Named:
     grid = PixelGrid(number(file.crs), turn.c, turn.f, turn.a, turn.e, file.height, file.width)
     whole = np.dtype(file.dtypes[0]).kind in "iu"
     labels = [text or str(n) for n, text in enumerate(file.descriptions, 1)]
-    bands, codes = _bands(labels, whole, name, request)
+    classes = [_classes_of(file, band) for band in file.indexes]
+    scores = {code: text for own in classes if len(own) == 1 for code, text in own.items()}
+    codes: tuple[int, ...] | None
+    if request.is_class and request.band is None and not whole and 1 < len(classes) == len(scores):
+        names, bands, codes = scores, tuple(range(len(classes))), tuple(scores)
+    else:
+        names, (bands, codes) = classes[0], _bands(labels, whole, name, request)
     pixels = FilePixels(href, request.nodata, tuple(band + 1 for band in bands))
     is_class = whole if request.is_class is None else request.is_class
+    return _Named(Raster(name, grid, pixels, codes), is_class, _plain(names) if is_class else {})
+
+
+def _classes_of(file: Any, band: int) -> dict[int, str]:
+    """Return the classes that the tags of a band name."""
     tags = {
-        key.removeprefix("CLASS_"): text for key, text in file.tags(1).items() if key.startswith("CLASS_")
+        key.removeprefix("CLASS_"): text for key, text in file.tags(band).items() if key.startswith("CLASS_")
     }
-    names = {int(code): text for code, text in tags.items() if code.isdecimal() and text != code}
-    return _Named(Raster(name, grid, pixels, codes), is_class, names if is_class else {})
+    return {int(code): text for code, text in tags.items() if code.isdecimal()}
 
 
 def _no_crs(request: MapRequest, name: str) -> GridError:

@@ -219,10 +219,11 @@ def _describe(raster: DatasetWriter, header: MapHeader) -> None:
     if header.palette:
         clear = {} if header.nodata is None else {int(header.nodata): (0, 0, 0, 0)}
         raster.write_colormap(1, {code: rgb(colour) for code, colour in header.palette.items()} | clear)
+    own = [header.classes] if header.kind == "classes" else [(one,) for one in header.classes]
     for number, title in enumerate(header.bands, 1):
         raster.set_band_description(number, title)
-        if header.classes and header.kind == "classes":
-            raster.update_tags(number, **{f"CLASS_{code}": name for code, name in header.classes})
+        for classes in own[number - 1 : number]:
+            raster.update_tags(number, **{f"CLASS_{code}": name for code, name in classes})
 
 
 def _bands(pixels: NDArray[Any], header: MapHeader) -> NDArray[Any]:

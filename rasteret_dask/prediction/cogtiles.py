@@ -61,7 +61,7 @@ class MapHeader:
     nodata: float | None = None
     """What invalid pixels hold."""
     classes: tuple[tuple[int, str], ...] = ()
-    """Code -> name of classes, ascending."""
+    """Code -> name of classes: of codes ascending, of quantities one a band, in their order."""
     colors: tuple[tuple[int, str], ...] = ()
     """Code -> ``"#rrggbb"``; classes that are not in it have a colour of the package's palette."""
     note: str | None = None

@@ -67,7 +67,10 @@ def header_of(grid: MapGrid, output: ModelOutput, array: str) -> MapHeader:
             shape, output.dtype, grid.code, grid.transform, "classes", ("class",), output.nodata, output.classes,
             output.colors,
         )  # fmt: skip
-    return MapHeader(shape, output.dtype, grid.code, grid.transform, "values", output.names, output.nodata)
+    classes = tuple(zip(output.codes, output.names, strict=True)) if output.named else ()
+    return MapHeader(
+        shape, output.dtype, grid.code, grid.transform, "values", output.names, output.nodata, classes
+    )
 
 
 @dataclass(frozen=True)
