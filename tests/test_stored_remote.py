@@ -22,7 +22,8 @@ from small_stores import assert_same, small, written
 import rasteret_dask as rd
 from rasteret_dask.compacting import compact
 from rasteret_dask.errors import PlanError, ReadError, StoreError
-from rasteret_dask.net import remote
+from rasteret_dask.net import gate, remote
+from rasteret_dask.net.hrefs import host_of
 from rasteret_dask.store.run import delayed_zarr
 from rasteret_dask.storeset import StoredChips, open_chips
 from rasteret_dask.streamfrom import stream_from
@@ -422,6 +423,20 @@ def test_what_passes_is_outlived(served: RangeServer, disk: StoredChips, fault: 
     for one, other in zip(opened.stream(9, shuffle=3), disk.stream(9, shuffle=3), strict=True):
         same(one, other)
     assert max(served.attempts("*/pixels/c/*").values()) > 1
+
+
+def test_a_host_that_takes_one_request_at_a_time(
+    served: RangeServer, disk: StoredChips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that a thread has under way hold the only turn, for which others wait that this thread waits for."""
+    url = served.url("small")
+    opened, some = open_chips(url), list(disk)[::5]
+    same(
+        opened.take(some[:1]), disk.take(some[:1])
+    )  # the index of one shard is known now, and a connection open
+    monkeypatch.setitem(gate._GATES, host_of(url), gate.Gate(1))
+    same(opened.take(some), disk.take(some))
+    assert gate.at(host_of(url))._under == 0
 
 
 def test_a_server_that_stays_away_is_an_error_and_the_stream_goes_on_where_it_stood(

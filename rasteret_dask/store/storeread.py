@@ -257,6 +257,10 @@ class _Bite:
         with BUDGET.hold(self.span.length):
             return self.piece.part.get(self.index, self.span)
 
+    def is_of(self, body: remote.Fetched) -> bool:
+        """Tell whether bytes are of the object whose index is known; else the store has to be asked what it is now."""
+        return body.head.etag == self.index.etag
+
     def cut(self, body: remote.Fetched) -> _Bodies:
         """Return the same of what a wave brought."""
         part, span = self.piece.part, self.span
@@ -320,6 +324,8 @@ def _from_host(folder: remote.Folder, pieces: Sequence[_Piece]) -> None:
             else:
                 begun.append((piece, threads.submit(piece.part.begin)))
         for piece, future in begun:
+            if not future.done():
+                fetching.drain()
             fetching.ask(piece.settle(future.result()))
         fetching.end()
     finally:
@@ -362,17 +368,24 @@ class _Fetching:
             else:
                 self._by_thread(bite)
 
+    def drain(self) -> None:
+        """Wait for what this thread has under way: that holds turns at the host's gate, which other threads wait for.
+
+        Whoever waits for these threads has to do it first: where a host refuses, there may be one turn for all.
+        """
+        while self._in_wave:
+            assert self._wave is not None
+            for number, found in self._wave.answers():
+                bite = self._in_wave.pop(number)
+                if found is None or not bite.is_of(found):
+                    self._by_thread(bite)
+                else:
+                    self._settle(bite, bite.cut(found))
+
     def end(self) -> None:
         """Wait for all of them."""
         while self._in_wave or self._in_threads:
-            while self._in_wave:
-                assert self._wave is not None
-                for number, found in self._wave.answers():
-                    bite = self._in_wave.pop(number)
-                    if found is None:
-                        self._by_thread(bite)
-                    else:
-                        self._settle(bite, bite.cut(found))
+            self.drain()
             if self._in_threads:
                 bite, bodies = self._done.get().result()
                 self._in_threads -= 1
