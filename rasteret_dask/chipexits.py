@@ -68,7 +68,7 @@ class ChipExits:
             Chips of a batch; an epoch's last one may be short.
         shuffle
             A seed: the same order on any number of workers, another one each epoch. None: the order of
-            :meth:`to_xarray`.
+            :meth:`Chips.to_xarray`.
         epochs
             How often the chips come.
         drop_last
@@ -84,9 +84,9 @@ class ChipExits:
             Batches made ahead. A stream from a cluster holds these and two more; threads hold, beside them, the
             shards that are read and mixed.
         normalize
-            What :meth:`stats` of the train split returned, for this split as for the others: only then do they see the
-            same numbers. It must have measured these sources, bands, dtypes and units. True: statistics of these
-            very chips, measured once a process; ranks are better given what one of them measured
+            What :meth:`Chips.stats` of the train split returned, for this split as for the others: only then do they
+            see the same numbers. It must have measured these sources, bands, dtypes and units. True: statistics of
+            these very chips, measured once a process; ranks are better given what one of them measured
             (``Stats.save``, ``Stats.load``). Or a function of a batch, such as ``partial(stats.normalize, fill=0)``.
         buffer
             Shards that ``shuffle`` mixes at any time, from the first batch to the last one. Each rank has shards of its
@@ -109,7 +109,7 @@ class ChipExits:
             place, and is returned. The random numbers, a ``numpy.random.Generator``, follow from ``shuffle``, the epoch
             and the chip's id: the same sample gets the same ones on any number of ranks, in batches of any size.
         on_error
-            As in :meth:`to_xarray`.
+            As in :meth:`Chips.to_xarray`.
 
         Raises
         ------
@@ -153,7 +153,7 @@ class ChipExits:
         ``<split>/<chip>_<source>.tif`` has a band for each slot and band, slots first, called ``2024-04-01 red``, with
         nodata, scale, offset and units; ``<split>/<chip>_<mask>.tif`` has burned labels. ``<split>/<chip>.json`` is the
         chip's STAC Item, ``collection.json`` the Collection, which is put last: a folder without it is not whole. Chips
-        without a split lie in ``all/``. What :meth:`filter_pixels` drops is not written. In file names,
+        without a split lie in ``all/``. What :meth:`Chips.filter_pixels` drops is not written. In file names,
         characters of a chip's id other than letters, digits and ``._+-`` stand as ``~2F``.
 
         Parameters
